@@ -1,0 +1,131 @@
+"""An agent is its policy on normalised observations, with the instruction where it is visible."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_run
+
+from vla_jax import agent as agents
+from vla_jax import policy
+from vla_jax.data import normalize
+from vla_jax.data.windows import ALWAYS
+from vla_jax.types import Observation
+
+B, T = 2, 4  # T = window_size: a streamed step sees what a window sees
+
+
+@pytest.fixture(scope="module")
+def raw():
+    """Observations `[B, T]` in the robot's units."""
+    rng = np.random.default_rng(1)
+    return Observation(
+        proprio=rng.normal(size=(B, T, 8)).astype(np.float32),
+        environment_state=rng.normal(size=(B, T, 22)).astype(np.float32),
+        instruction=rng.integers(1, 256, (B, T, 12)).astype(np.int32),
+    )
+
+
+def at(observation, t):
+    return jax.tree.map(lambda x: x[:, t], observation)
+
+
+def play(config, raw, *, norm_stats=None, resets=(0,), params=None):
+    """Actions `[B, T, 7]` of the agent, whose episode begins at the steps in `resets`."""
+    params = tiny_run.params() if params is None else params
+    agent = agents.make_agent(config, norm_stats or tiny_run.norm_stats())
+    step, state, actions = jax.jit(agent.step), agent.init(params, B), []
+    for t in range(T):
+        state, action = step(params, state, at(raw, t), np.full(B, t in resets))
+        actions.append(action)
+    return np.stack(actions, axis=1)
+
+
+def by_hand(raw, visible):
+    """The same from the policy's own window, with statistics applied in NumPy."""
+    stats = tiny_run.norm_stats()
+    seen = {
+        name: (getattr(raw, name) - stats[name].mean) / stats[name].std
+        for name in ("proprio", "environment_state")
+    }
+    seen["instruction"] = np.where(np.array(visible)[None, :, None], raw.instruction, 0)
+    chunk = policy.apply(tiny_run.params(), tiny_run.AGENT.policy, Observation(**seen))
+    low, high = stats["action"].min[:6], stats["action"].max[:6]
+    arm = (low + high) / 2 + (high - low) / 2 * np.asarray(chunk.arm)[:, :, 0]
+    gripper = np.where(np.asarray(chunk.gripper_logit)[:, :, :1] > 0, 1, -1)
+    return np.concatenate([arm, gripper], axis=-1)
+
+
+@pytest.mark.parametrize(
+    ("instruction_steps", "visible"),
+    [(1, [1, 0, 0, 0]), (2, [1, 1, 0, 0]), (ALWAYS, [1, 1, 1, 1])],
+)
+def test_an_agent_is_its_policy_between_two_normalisations(raw, instruction_steps, visible):
+    config = dataclasses.replace(tiny_run.AGENT, instruction_steps=instruction_steps)
+    expected = by_hand(raw, np.array(visible, bool))
+    np.testing.assert_allclose(play(config, raw), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_after_the_first_step_no_word_reaches_the_policy(raw):
+    other = raw._replace(instruction=raw.instruction.copy())
+    other.instruction[:, 1:] = 7
+    np.testing.assert_array_equal(play(tiny_run.AGENT, raw), play(tiny_run.AGENT, other))
+    other.instruction[:, 0] = 7
+    assert (play(tiny_run.AGENT, raw)[:, 0] != play(tiny_run.AGENT, other)[:, 0]).any()
+
+
+@pytest.mark.parametrize("mode", ["refresh", "periodic", "persistent"])
+def test_a_reset_is_a_new_episode(raw, mode):
+    config = dataclasses.replace(tiny_run.AGENT, mode=mode)
+    later = jax.tree.map(lambda x: np.roll(x, -2, axis=1), raw)
+    again = play(config, raw, resets=(0, 2))[:, 2:]
+    np.testing.assert_allclose(again, play(config, later)[:, :2], atol=1e-6)
+
+
+def test_robots_of_a_batch_reset_alone(raw):
+    agent = agents.make_agent(tiny_run.AGENT, tiny_run.norm_stats())
+    params, state = tiny_run.params(), None
+    state = agent.init(params, B)
+    for t in range(3):
+        reset = np.array([t == 0, t in (0, 2)])
+        state, action = agent.step(params, state, at(raw, t), reset)
+    assert state.age.tolist() == [3, 1]
+    whole = play(tiny_run.AGENT, raw)[0, 2]
+    np.testing.assert_allclose(action[0], whole, atol=1e-6)
+
+
+def test_the_gripper_is_sent_as_plus_or_minus_one(raw):
+    assert set(np.unique(play(tiny_run.AGENT, raw)[..., -1])) <= {-1.0, 1.0}
+
+
+def test_a_column_without_statistics_is_hidden_from_the_policy(raw):
+    stats = tiny_run.norm_stats()
+    del stats["proprio"]
+    with pytest.raises(ValueError, match=r"observation\.proprio is missing"):
+        play(tiny_run.AGENT, raw, norm_stats=stats)
+
+
+def test_an_agent_without_statistics_of_the_action_is_refused():
+    stats = {"proprio": normalize.compute(np.zeros((2, 8)))}
+    with pytest.raises(ValueError, match=r"norm_stats must have 'action', got \['proprio'\]"):
+        agents.make_agent(tiny_run.AGENT, stats)
+
+
+def test_the_window_can_be_another_than_in_training(raw):
+    params = tiny_run.params()
+    agent = agents.make_agent(tiny_run.AGENT, tiny_run.norm_stats(), window_size=1)
+    state = agent.init(params, B)
+    for t in range(T):
+        state, short = agent.step(params, state, at(raw, t), np.full(B, t == 0))
+    alone = by_hand(jax.tree.map(lambda x: x[:, -1:], raw), np.array([False]))
+    np.testing.assert_allclose(short, alone[:, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_an_instruction_becomes_the_word_ids_that_the_backbone_expects():
+    ids = agents.read_instruction(tiny_run.AGENT, "lift the red block")
+    assert ids.shape == (12,)
+    assert (ids > 0).sum() == 4
+    assert ids.max() < 256
+    assert jnp.all(ids == agents.read_instruction(tiny_run.AGENT, "Lift the RED block!"))

@@ -1,0 +1,183 @@
+"""The cells against equations by hand, Flax's own cells, and the laws of a step."""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+from jax.test_util import check_grads
+
+from vla_jax import cells
+
+B, D, H, T = 4, 3, 5, 6
+
+each_cell = pytest.mark.parametrize("cell", cells.CELLS.values(), ids=cells.CELLS)
+
+
+def draw(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def draw_carry(cell, batch_size=B):
+    zeros = cell.zero_carry(jnp.zeros((batch_size, 1)), H)
+    return type(zeros)(*(draw(seed, batch_size, H) for seed in range(len(zeros))))
+
+
+def assert_close(one, other, atol=1e-6):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol), one, other)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def step_by_hand(name, params, carry, inputs):
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    x = inputs @ params["input_kernel"] + params["input_bias"]
+    h = carry.hidden @ params["recurrent_kernel"] + params["recurrent_bias"]
+    if name == "rnn":
+        return cells.RNNCarry(np.tanh(x + h))
+    if name == "lstm":
+        i, f, g, o = np.split(x + h, 4, axis=-1)
+        cell = sigmoid(f) * carry.cell + sigmoid(i) * np.tanh(g)
+        return cells.LSTMCarry(sigmoid(o) * np.tanh(cell), cell)
+    (xr, xz, xn), (hr, hz, hn) = np.split(x, 3, axis=-1), np.split(h, 3, axis=-1)
+    z, n = sigmoid(xz + hz), np.tanh(xn + sigmoid(xr + hr) * hn)
+    return cells.GRUCarry((1 - z) * n + z * carry.hidden)
+
+
+@pytest.mark.parametrize("name", cells.CELLS)
+def test_a_step_is_what_the_equations_give(name, key):
+    cell, inputs = cells.CELLS[name], draw(9, B, D)
+    params, carry = cell.init(key, D, H), draw_carry(cell)
+    following, outputs = cell.step(params, carry, inputs)
+    assert_close(following, step_by_hand(name, params, carry, inputs))
+    assert_close(outputs, following.hidden)
+
+
+def to_flax(name, params):
+    """Gates of ours as Flax names them, with the two biases summed where it keeps one."""
+    gates = {"rnn": [""], "lstm": "ifgo", "gru": "rzn"}[name]
+    split = {leaf: np.split(np.asarray(x), len(gates), -1) for leaf, x in params.items()}
+    flax_params = {}
+    for index, gate in enumerate(gates):
+        own = {leaf: parts[index] for leaf, parts in split.items()}
+        both = own["input_bias"] + own["recurrent_bias"]
+        flax_params[f"i{gate}"] = {"kernel": own["input_kernel"]}
+        flax_params[f"h{gate}"] = {"kernel": own["recurrent_kernel"]}
+        biased = "h" if name == "lstm" else "i"
+        flax_params[biased + gate]["bias"] = both
+        if gate == "n":
+            flax_params["in"]["bias"] = own["input_bias"]
+            flax_params["hn"]["bias"] = own["recurrent_bias"]
+    return {"params": flax_params}
+
+
+@pytest.mark.parametrize(
+    ("name", "flax_cell"),
+    [("rnn", nn.SimpleCell), ("lstm", nn.OptimizedLSTMCell), ("gru", nn.GRUCell)],
+)
+def test_a_step_is_what_flax_gives(name, flax_cell, key):
+    cell, inputs = cells.CELLS[name], draw(9, B, D)
+    params, carry = cell.init(key, D, H), draw_carry(cell)
+    theirs = (carry.cell, carry.hidden) if name == "lstm" else carry.hidden
+    _, expected = flax_cell(features=H).apply(to_flax(name, params), theirs, inputs)
+    assert_close(cell.step(params, carry, inputs)[1], expected)
+
+
+@each_cell
+def test_params_are_drawn_as_pytorch_draws_them(cell, key):
+    params = cell.init(key, D, 100)
+    width = cell.num_gates * 100
+    shapes = {name: leaf.shape for name, leaf in params.items()}
+    assert shapes == {
+        "input_kernel": (D, width),
+        "recurrent_kernel": (100, width),
+        "input_bias": (width,),
+        "recurrent_bias": (width,),
+    }
+    for leaf in params.values():  # U(-0.1, 0.1) has a standard deviation of 0.1 / sqrt(3)
+        assert np.abs(leaf).max() <= 0.1
+        assert np.std(leaf) == pytest.approx(0.1 / np.sqrt(3), rel=0.15)
+    assert not np.array_equal(params["input_bias"], params["recurrent_bias"])
+
+
+@each_cell
+def test_the_input_product_may_be_taken_for_all_steps_at_once(cell, key):
+    params, inputs = cell.init(key, D, H), draw(9, B, T, D)
+    carry = draw_carry(cell)
+    projected = cell.project(params, inputs)
+    for t in range(T):
+        expected = cell.step(params, carry, inputs[:, t])
+        carry, outputs = cell.advance(params, carry, projected[:, t])
+        assert_close((carry, outputs), expected)
+
+
+@each_cell
+def test_jit_and_vmap_change_nothing(cell, key):
+    params, carry, inputs = cell.init(key, D, H), draw_carry(cell), draw(9, B, D)
+    expected = cell.step(params, carry, inputs)
+    assert_close(jax.jit(cell.step)(params, carry, inputs), expected)
+    assert_close(jax.vmap(partial(cell.step, params))(carry, inputs), expected)
+
+
+@each_cell
+def test_gradients_are_those_of_finite_differences(cell, key):
+    params, carry, inputs = cell.init(key, D, H), draw_carry(cell), draw(9, B, D)
+    check_grads(cell.step, (params, carry, inputs), order=1, modes=["rev"], rtol=2e-2, atol=1e-3)
+
+
+@each_cell
+def test_bfloat16_products_keep_carry_and_outputs_in_float32(cell, key):
+    params, carry, inputs = cell.init(key, D, H), draw_carry(cell), draw(9, B, D)
+    half = cell.step(params, carry, inputs.astype(jnp.bfloat16), dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {jnp.dtype("float32")}
+    full = cell.step(params, carry, inputs)
+    assert_close(half, full, atol=0.03)
+    assert not np.array_equal(half[1], full[1])
+
+
+def test_gradients_of_bfloat16_products_are_summed_over_time_in_float32():
+    """1 + 255 · 2⁻⁹ does not exist in bfloat16, whose numbers there are 2⁻⁷ apart."""
+    weights = jnp.full((256,), 2.0**-9).at[0].set(1.0)
+
+    def total(kernel):
+        def add(carry, weight):
+            return carry, weight * cells.affine(jnp.ones(1), kernel, jnp.zeros(1), dtype="bfloat16")
+
+        return jax.lax.scan(add, 0.0, weights)[1].sum()
+
+    assert_close(jax.grad(total)(jnp.ones((1, 1))), np.full((1, 1), 1 + 255 * 2.0**-9))
+
+
+@each_cell
+def test_the_zero_carry_is_zero_whatever_the_data_and_has_buffers_of_its_own(cell):
+    carry = cell.zero_carry(jnp.full((B, T, D), jnp.nan), H)
+    assert_close(carry, jax.tree.map(lambda _: np.zeros((B, H), np.float32), carry))
+    pointers = [leaf.unsafe_buffer_pointer() for leaf in carry]
+    assert len(set(pointers)) == len(pointers)
+
+
+def run(cell, params, inputs):
+    """Outputs `[T, B, H]` of a scan over `inputs [T, B, D]` from zeros."""
+    return jax.lax.scan(partial(cell.step, params), cell.zero_carry(inputs[0], H), inputs)[1]
+
+
+@each_cell
+def test_a_scan_from_the_zero_carry_runs_on_a_sharded_batch(cell, key):
+    params, inputs = cell.init(key, D, H), draw(9, T, B, D)
+    expected = run(cell, params, inputs)
+    spec, everywhere = PartitionSpec(None, "data"), PartitionSpec()
+    for axis_type in (AxisType.Explicit, AxisType.Auto):
+        mesh = jax.make_mesh((4,), ("data",), axis_types=(axis_type,))
+        with jax.set_mesh(mesh):
+            sharded = jax.device_put(inputs, spec)
+            replicated = jax.device_put(params, everywhere)
+            assert_close(jax.jit(partial(run, cell))(replicated, sharded), expected)
+    mapped = jax.shard_map(
+        partial(run, cell), mesh=mesh, in_specs=(everywhere, spec), out_specs=spec
+    )
+    assert_close(jax.jit(mapped)(params, inputs), expected)

@@ -1,0 +1,136 @@
+"""The command line: flat options over a preset; mistakes end in one message and exit code 2."""
+
+import dataclasses
+import re
+from typing import Literal
+
+import pytest
+
+from train.command_line import command_line
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchConfig:
+    kind: Literal["patch"] = "patch"
+    patch_size: int = 8  # pixels
+    dropout: float = 0.0  # share of units
+
+
+@dataclasses.dataclass(frozen=True)
+class StateConfig:
+    kind: Literal["state"] = "state"
+    hidden_size: int = 64  # units of the only layer
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    kind: Literal["lstm", "gru"] = "lstm"  # cell
+    window_size: int = 8  # environment steps
+    max_dropout: float = 1.0  # share of units
+    dropout: float = 0.1  # share of units
+
+    def __post_init__(self):
+        if self.window_size < 1:
+            raise ValueError(f"window_size must be positive, got {self.window_size}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyConfig:
+    backbone: PatchConfig | StateConfig = PatchConfig()  # what sees
+    decoder: DecoderConfig = DecoderConfig()  # what remembers
+
+
+@dataclasses.dataclass(frozen=True)
+class MainConfig:
+    seed: int = 0  # of everything
+    freeze: tuple[str, ...] = ()  # path globs
+    factors: tuple[tuple[str, float], ...] = ()  # glob and factor
+    decay: float | None = None  # None = no average
+    max_dropout: float = 0.5  # share of units
+    policy: PolicyConfig = PolicyConfig()  # what acts
+    critic: StateConfig | None = None  # what judges
+
+
+def images():
+    """From images: two minutes on a laptop.
+
+    More to read.
+    """
+    return MainConfig()
+
+
+def state():
+    """From the state: ten seconds."""
+    return MainConfig(policy=PolicyConfig(StateConfig(hidden_size=32)))
+
+
+def parse(*argv):
+    return command_line({"images": images, "state": state}, argv, description="Imitates.")
+
+
+def test_the_first_preset_is_the_default():
+    assert parse() == images()
+
+
+@pytest.mark.parametrize("argv", [("--preset", "state"), ("--preset=state",)], ids=["two", "one"])
+def test_a_preset_is_picked_by_name(argv):
+    assert parse(*argv) == state()
+
+
+def test_options_are_flat_and_go_over_the_preset():
+    chosen = parse(
+        *("--preset", "state", "--hidden-size", "16", "--window-size", "4", "--seed", "7"),
+        *("--freeze", "a/*", "b", "--factors", "a/*", "0.1", "b", "2", "--decay", "0.9"),
+    )
+    assert chosen == MainConfig(
+        seed=7,
+        freeze=("a/*", "b"),
+        factors=(("a/*", 0.1), ("b", 2.0)),
+        decay=0.9,
+        policy=PolicyConfig(StateConfig(hidden_size=16), DecoderConfig(window_size=4)),
+    )
+    assert type(chosen.policy.backbone) is StateConfig
+
+
+def test_an_option_that_two_parts_have_carries_the_name_of_its_part():
+    chosen = parse("--backbone.dropout", "0.3", "--decoder.dropout", "0.4").policy
+    assert (chosen.backbone.dropout, chosen.decoder.dropout) == (0.3, 0.4)
+    chosen = parse("--decoder.max-dropout", "0.3", "--max-dropout", "0.4")
+    assert (chosen.policy.decoder.max_dropout, chosen.max_dropout) == (0.3, 0.4)
+
+
+def test_a_kind_with_a_choice_is_an_option_of_its_part():
+    assert parse("--decoder.kind", "gru").policy.decoder.kind == "gru"
+
+
+def test_help_shows_the_presets_and_the_comment_of_every_field(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse("--preset", "state", "--help")
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 0
+    for text in ["Imitates.", "images  From images: two minutes on a laptop.", "what remembers"]:
+        assert text in shown
+    for text in ["units of the only layer (default: 32)", "environment steps (default: 8)"]:
+        assert text in shown
+    assert "--decoder.kind {lstm,gru}" in shown
+    assert "--backbone.kind" not in shown
+    assert "critic" not in shown
+
+
+MISTAKES = {
+    "preset": (("--preset", "stat"), "unknown preset 'stat'.*Did you mean 'state'"),
+    "option": (("--windw-size", "3"), "--window-size INT"),
+    "value": (("--seed", "x"), "invalid literal for int"),
+    "range": (("--window-size", "0"), "window_size must be positive, got 0"),
+    "other member": (("--hidden-size", "3"), "Unrecognized options: --hidden-size"),
+}
+
+
+@pytest.mark.parametrize(("argv", "sentence"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_ends_with_code_2_and_says_what_is_wrong(argv, sentence, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(*argv)
+    assert stopped.value.code == 2
+    told = " ".join(capsys.readouterr().err.replace("│", "").split())
+    assert re.search(sentence, told)
+    assert "Traceback" not in told

@@ -1,0 +1,327 @@
+"""The decoders against RoboVLMs' own heads, pooling by hand, and the laws of a window.
+
+`golden/*.safetensors` hold what RoboVLMs' `LSTMDecoder` and `FCDecoder` (PyTorch, float32) gave
+on random weights and inputs; the weights follow from the seed in the file.
+"""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from vla_jax import decoders, losses, streaming
+from vla_jax.decoders import DecoderConfig
+
+B, W, N, D, K, H = 2, 5, 4, 3, 2, 6
+SMALL = DecoderConfig(
+    token_dim=D,
+    num_tokens=N,
+    window_size=W,
+    action_horizon=K,
+    hidden_size=H,
+    num_layers=2,
+    head_sizes=(8,),
+)
+POOLINGS = ("max", "mean", "attention", "none")
+KINDS = ("rnn", "lstm", "gru", "fc")
+
+apply = jax.jit(decoders.apply, static_argnames="config")
+
+
+def draw(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def assert_close(one, other, atol=1e-6):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol), one, other)
+
+
+# --- RoboVLMs ---------------------------------------------------------------------------------
+
+
+def robovlms_name(path):
+    """Name of a tensor of ours in RoboVLMs' `state_dict`."""
+    *where, leaf = path
+    layer = int(next(part for part in where if part.startswith("layers_")).removeprefix("layers_"))
+    if where[0] == "recurrence":
+        side = {"input": "ih", "recurrent": "hh"}[leaf.split("_")[0]]
+        what = "weight" if leaf.endswith("kernel") else "bias"
+        return f"act_head.rnn.{what}_{side}_l{layer}"
+    mlp = {"arm": "actions.mlp", "gripper": "gripper.mlp"}.get(where[1], "mlp")
+    return f"act_head.{mlp}.{2 * layer}.{'weight' if leaf == 'kernel' else 'bias'}"
+
+
+def read_golden(path):
+    """Returns the decoder's config, its params, and the stored arrays."""
+    case = json.loads(safe_open(path, "np").metadata()["case"])
+    random = np.random.RandomState(case["seed"])
+    weights = {
+        name: random.uniform(-1, 1, shape) * (0.3 if len(shape) == 1 else shape[1] ** -0.5)
+        for name, shape in sorted(case["shapes"].items())
+    }
+    config = DecoderConfig(
+        kind="lstm" if case["kind"] == "LSTMDecoder" else "fc",
+        token_dim=case["in_features"],
+        num_tokens=case["tokens"] if case["down_sample"] == "pooling" else 1,
+        window_size=case["window_size"],
+        action_horizon=case["fwd_pred_next_n"],
+        hidden_size=case["hidden_size"],
+        num_layers=case["num_layers"],
+        pooling="max" if case["down_sample"] == "pooling" else "none",
+    )
+    shapes = flatten_dict(jax.eval_shape(lambda key: decoders.init(key, config), jax.random.key(0)))
+    assert {robovlms_name(path) for path in shapes} == set(weights)
+    params = {path: weights[robovlms_name(path)].T.astype(np.float32) for path in shapes}
+    assert {path: leaf.shape for path, leaf in params.items()} == {
+        path: leaf.shape for path, leaf in shapes.items()
+    }
+    return config, unflatten_dict(params), load_file(path)
+
+
+@pytest.fixture(params=["lstm_pooling", "lstm_none", "fc_pooling"])
+def original(request, golden):
+    return read_golden(golden / f"{request.param}.safetensors")
+
+
+def test_the_outputs_are_robovlms(original):
+    config, params, stored = original
+    chunk = apply(params, config, stored["in.tokens"])
+    assert_close(chunk.arm, stored["out.arm"], 1e-5)
+    assert_close(chunk.gripper_logit[..., None], stored["out.gripper"], 1e-5)
+
+
+@pytest.mark.parametrize("masked", ["", "_masked"])
+def test_losses_and_gradients_are_robovlms(original, masked):
+    config, params, stored = original
+    labels = (stored["in.arm_label"], stored["in.gripper_label"][..., None] * 2 - 1)
+    mask = stored["in.mask"] if masked else np.ones_like(stored["in.mask"])
+
+    def loss_fn(params, tokens):
+        chunk = decoders.apply(params, config, tokens)
+        return losses.action_loss(chunk, np.concatenate(labels, axis=-1), mask)
+
+    gradient = jax.jit(jax.value_and_grad(loss_fn, (0, 1), has_aux=True))
+    (_, metrics), (by_params, by_tokens) = gradient(params, stored["in.tokens"])
+    for name in ("loss_arm", "loss_gripper", "acc_gripper"):
+        assert_close(metrics[name], stored[f"out.{name}{masked}"], 1e-5)
+    assert_close(by_tokens, stored[f"out.grad_tokens{masked}"], 1e-6)
+    if masked:
+        assert_params_gradient(by_params, stored)
+
+
+def assert_params_gradient(by_params, stored):
+    norms = {}
+    for path, leaf in flatten_dict(by_params).items():
+        name = robovlms_name(path)
+        norms[f"out.grad_norm.{name}"] = np.linalg.norm(leaf)
+        if f"out.grad.{name}" in stored:
+            assert_close(leaf.T, stored[f"out.grad.{name}"], 1e-6)
+    expected = {name: x for name, x in stored.items() if name.startswith("out.grad_norm.")}
+    assert set(norms) == set(expected)
+    for name, norm in norms.items():
+        np.testing.assert_allclose(norm, expected[name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["lstm_pooling", "lstm_none"])
+def test_refresh_streaming_is_robovlms_far_past_the_window(name, golden):
+    config, params, stored = read_golden(golden / f"{name}.safetensors")
+    tokens = stored["in.stream_tokens"]
+    step = jax.jit(streaming.step, static_argnames="config")
+    state = streaming.init(params, config, tokens.shape[0])
+    assert tokens.shape[1] > 2 * config.window_size
+    for t in range(tokens.shape[1]):
+        state, chunk = step(params, config, state, tokens[:, t])
+        assert_close(chunk.arm, stored["out.stream_arm"][:, t], 1e-5)
+        assert_close(chunk.gripper_logit[..., None], stored["out.stream_gripper"][:, t], 1e-5)
+
+
+# --- pooling ----------------------------------------------------------------------------------
+
+
+def configured(**changes):
+    return dataclasses.replace(SMALL, **changes)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_latents", "bins"),
+    [
+        (5, 1, [[0, 1, 2, 3, 4]]),
+        (5, 2, [[0, 1, 2], [2, 3, 4]]),
+        (7, 3, [[0, 1, 2], [2, 3, 4], [4, 5, 6]]),
+        (4, 4, [[0], [1], [2], [3]]),
+    ],
+)
+def test_bins_are_those_of_adaptive_pooling(num_tokens, num_latents, bins):
+    """Bins as torch.nn.AdaptiveMaxPool1d documents them, by hand."""
+    tokens = draw(0, B, W, num_tokens, D)
+    for pooling, reduce in (("max", np.max), ("mean", np.mean)):
+        config = configured(num_tokens=num_tokens, num_latents=num_latents, pooling=pooling)
+        expected = np.concatenate([reduce(tokens[..., b, :], axis=-2) for b in bins], axis=-1)
+        pooled = decoders.pool({}, config, tokens)
+        assert pooled.shape[-1] == decoders.pooled_size(config)
+        assert_close(pooled, expected)
+
+
+def test_attention_is_a_softmax_of_queries_with_tokens(key):
+    config, tokens = configured(pooling="attention", num_latents=2), draw(0, B, W, N, D)
+    params = decoders.init(key, config)
+    queries = np.asarray(params["pooling"]["queries"])
+    weights = np.exp(np.einsum("bwnd,qd->bwqn", tokens, queries) / np.sqrt(D))
+    weights /= weights.sum(-1, keepdims=True)
+    expected = np.einsum("bwqn,bwnd->bwqd", weights, tokens).reshape(B, W, -1)
+    assert_close(decoders.pool(params, config, tokens), expected)
+
+
+def test_none_joins_all_tokens():
+    tokens = draw(0, B, W, N, D)
+    pooled = decoders.pool({}, configured(pooling="none"), tokens)
+    assert_close(pooled, tokens.reshape(B, W, N * D), 0)
+
+
+@pytest.mark.parametrize("pooling", ["max", "mean", "attention"])
+def test_masked_tokens_are_as_if_they_were_not_there(pooling, key):
+    config = configured(pooling=pooling)
+    params, tokens = decoders.init(key, config), draw(0, B, W, N, D)
+    mask = np.broadcast_to(np.array([True, False, True, False]), (B, W, N))
+    cut = configured(pooling=pooling, num_tokens=2)
+    tokens[~mask] = np.nan
+    pooled = decoders.pool(params, config, tokens, token_mask=mask)
+    assert_close(pooled, decoders.pool(params, cut, tokens[..., [0, 2], :]))
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_a_step_without_tokens_gives_zeros_and_finite_gradients(pooling, key):
+    config = configured(pooling=pooling)
+    params, tokens = decoders.init(key, config), draw(0, B, W, N, D)
+    mask = np.ones((B, W, N), bool)
+    mask[0, 1] = False
+
+    def total(params, tokens):
+        pooled = decoders.pool(params, config, tokens, token_mask=mask)
+        return jnp.square(pooled).sum(), pooled
+
+    gradient, pooled = jax.grad(total, (0, 1), has_aux=True)(params, tokens)
+    assert not pooled[0, 1].any()
+    assert pooled[0, 0].any()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+    assert not gradient[1][0, 1].any()
+
+
+# --- windows ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_a_padded_window_is_a_cut_one_and_an_action_comes_out_everywhere(kind, pooling, key):
+    config = configured(kind=kind, pooling=pooling, num_latents=2)
+    params, tokens = decoders.init(key, config), draw(0, B, W, N, D)
+    mask = np.tile(np.arange(W) >= 2, (B, 1))
+    chunk = apply(params, config, tokens, timestep_mask=mask)
+    assert chunk.arm.shape == (B, W, K, 6)
+    assert chunk.gripper_logit.shape == (B, W, K)
+    cut = apply(params, config, tokens[:, 2:])
+    assert_close(jax.tree.map(lambda leaf: leaf[:, 2:], chunk), cut)
+    _, features = decoders.features(params, config, tokens, timestep_mask=mask)
+    assert features.shape == (B, W, H)
+    assert not features[:, :2].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_a_decoder_with_memory_depends_on_earlier_frames(kind, key):
+    config = configured(kind=kind)
+    params, tokens = decoders.init(key, config), draw(0, B, W, N, D)
+    other = np.concatenate([-tokens[:, :1], tokens[:, 1:]], axis=1)
+    one, two = (apply(params, config, t).arm[:, -1] for t in (tokens, other))
+    assert np.array_equal(one, two) == (kind == "fc")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_go_on_from_the_carry_of_the_window_before(kind, key):
+    config = configured(kind=kind)
+    params, tokens = decoders.init(key, config), draw(0, B, 6, N, D)
+    _, whole = decoders.features(params, config, tokens)
+    carry, first = decoders.features(params, config, tokens[:, :3])
+    _, second = decoders.features(params, config, tokens[:, 3:], carry=carry)
+    assert_close(np.concatenate([first, second], axis=1), whole)
+
+
+def test_a_reset_inside_the_window_is_a_new_episode(key):
+    params, tokens = decoders.init(key, SMALL), draw(0, B, W, N, D)
+    reset = np.tile(np.arange(W) == 2, (B, 1))
+    chunk = apply(params, SMALL, tokens, reset=reset)
+    cut = apply(params, SMALL, tokens[:, 2:])
+    assert_close(jax.tree.map(lambda leaf: leaf[:, 2:], chunk), cut)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_jit_and_vmap_change_nothing(kind, key):
+    config = configured(kind=kind, pooling="attention")
+    params, tokens = decoders.init(key, config), draw(0, B, W, N, D)
+    expected = decoders.apply(params, config, tokens)
+    assert_close(apply(params, config, tokens), expected)
+    mapped = jax.vmap(lambda t: decoders.apply(params, config, t[None]))(tokens)
+    assert_close(jax.tree.map(lambda leaf: leaf[:, 0], mapped), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_products_give_float32_actions_and_gradients(kind, key):
+    config = configured(kind=kind)
+    params, tokens = decoders.init(key, config), draw(0, B, W, N, D)
+    half = configured(kind=kind, dtype="bfloat16")
+    chunk = apply(params, half, tokens.astype(jnp.bfloat16))
+    assert_close(chunk, apply(params, config, tokens), 0.1)
+    gradient = jax.grad(lambda p: apply(p, half, tokens).arm.sum())(params)
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves((chunk, gradient))}
+    assert dtypes == {jnp.dtype("float32")}
+
+
+def test_dropout_needs_a_key(key):
+    config = configured(dropout=0.5)
+    params, tokens = decoders.init(key, config), draw(0, B, W, N, D)
+    plain = apply(params, SMALL, tokens)
+    assert_close(apply(params, config, tokens), plain, 0)
+    assert np.abs(apply(params, config, tokens, key=key).arm - plain.arm).max() > 1e-4
+
+
+# --- wrong input ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(B, W, D), (B, W, N + 1, D), (B, W, N, D + 1)])
+def test_tokens_of_another_size_are_one_sentence(shape, key):
+    params = decoders.init(key, SMALL)
+    with pytest.raises(
+        ValueError, match=r"tokens must be \[B, W, N, D\] with N = 4 and D = 3, got"
+    ):
+        decoders.apply(params, SMALL, np.zeros(shape, np.float32))
+
+
+@pytest.mark.parametrize("wrong", [{"timestep_mask": (B, W + 1)}, {"token_mask": (B, W)}])
+@pytest.mark.parametrize("kind", ["lstm", "fc"])
+def test_masks_of_another_size_are_refused_at_the_door(wrong, kind, key):
+    config = configured(kind=kind)
+    masks = {name: np.ones(shape, bool) for name, shape in wrong.items()}
+    with pytest.raises(AssertionError, match="assert_shape"):
+        decoders.apply(decoders.init(key, config), config, draw(0, B, W, N, D), **masks)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"kind": "lsm"}, "unknown kind 'lsm'; .* Did you mean 'lstm'"),
+        ({"pooling": "avg"}, "unknown pooling 'avg'; choose from max, mean, attention, none"),
+        ({"token_dim": 0}, "token_dim must be at least 1, got 0"),
+        ({"window_size": 0}, "window_size must be at least 1, got 0"),
+        ({"action_dim": 1}, "action_dim must be at least 2"),
+        ({"num_latents": 9}, "num_latents must be at most num_tokens = 4 with pooling='max'"),
+        ({"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
+    ],
+)
+def test_a_wrong_config_is_one_sentence(fields, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        configured(**fields)

@@ -1,0 +1,245 @@
+"""An evaluation plays every seed once, goes on where it stopped, and ends in one clear table."""
+
+import dataclasses
+import io
+import json
+import shutil
+
+import pytest
+import tiny_run
+from rich.console import Console
+
+from vla_jax import evaluate as module
+from vla_jax import results, runs
+from vla_jax.envs import simulate, table_jax
+from vla_jax.envs.worlds import GymnasiumConfig
+from vla_jax.evaluate import EvaluateConfig, evaluate, main
+
+CONFIG = EvaluateConfig(num_episodes=5, num_films=1, num_simulators=2)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    return tiny_run.write(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture
+def folder(written, tmp_path):
+    return shutil.copytree(written, tmp_path / "run")
+
+
+def quiet(run, config=CONFIG):
+    return evaluate(run, config, console=Console(file=io.StringIO()))
+
+
+def read(folder, name="refresh-4"):
+    outcomes = results.read_outcomes(folder / "evaluation" / name / "episodes.jsonl")
+    return sorted(outcomes)
+
+
+def crashing(monkeypatch, seeds):
+    """Makes worlds that break in the middle of the episodes of `seeds`."""
+
+    class Crashing(simulate.EnvSimulator):
+        def reset(self, seed):
+            self.breaks = seed in seeds
+            return super().reset(seed)
+
+        def step(self, action):
+            if self.breaks:
+                raise OSError("the cable came off")
+            return super().step(action)
+
+    monkeypatch.setattr(module, "make_simulator", lambda world: Crashing(table_jax.make(world)))
+
+
+def test_an_evaluation_leaves_outcomes_films_and_a_summary(folder):
+    summary = quiet(folder)
+    seeds = range(1_000_000, 1_000_005)  # those of demonstrations start at 0
+    assert [outcome.seed for outcome in read(folder)] == list(seeds)
+    assert summary == results.summarize(read(folder), latency=summary.latency)
+    assert summary.latency is not None
+    place = folder / "evaluation" / "refresh-4"
+    (film,) = place.glob("*.mp4")
+    first = read(folder)[0]
+    assert film.name == f"1000000_{first.task}_{'success' if first.success else 'failure'}.mp4"
+    data = json.loads((place / "summary.json").read_text())
+    assert results.from_json(data["summary"]) == summary
+    assert data["settings"]["checkpoint"] == 10
+    assert data["command"].endswith("--num-episodes 5 --num-simulators 2 --num-films 1")
+
+
+def test_a_run_that_was_read_already_is_evaluated_the_same(folder):
+    run = runs.load_run(folder)
+    quiet(run)
+    outcomes = read(folder)
+    quiet(folder, dataclasses.replace(CONFIG, overwrite=True))
+    assert read(folder) == outcomes
+
+
+def test_an_interrupted_evaluation_goes_on_to_equal_results(folder, monkeypatch):
+    whole = quiet(folder, dataclasses.replace(CONFIG, name="whole"))
+    monkeypatch.setattr(module.results, "append_outcome", fail_after(3, results.append_outcome))
+    with pytest.raises(KeyboardInterrupt):
+        quiet(folder)
+    monkeypatch.undo()
+    assert len(read(folder)) == 3
+    with (folder / "evaluation" / "refresh-4" / "episodes.jsonl").open("a") as file:
+        file.write('{"seed": 1000')  # a kill in mid-line
+    again = quiet(folder)
+    assert read(folder) == read(folder, "whole")
+    assert again == whole._replace(latency=again.latency)
+
+
+def fail_after(count, function):
+    calls = []
+
+    def wrapped(*arguments):
+        if len(calls) == count:
+            raise KeyboardInterrupt
+        calls.append(arguments)
+        return function(*arguments)
+
+    return wrapped
+
+
+def test_what_was_played_is_not_played_again(folder, monkeypatch):
+    first = quiet(folder)
+    crashing(monkeypatch, range(1_000_000, 1_000_005))  # would show if they were
+    assert quiet(folder).total == first.total
+    assert quiet(folder, dataclasses.replace(CONFIG, num_episodes=3)).total.episodes == 3
+
+
+def test_other_settings_are_refused_under_the_same_name(folder):
+    named = dataclasses.replace(CONFIG, name="mine")
+    quiet(folder, named)
+    other = dataclasses.replace(named, mode="persistent")
+    with pytest.raises(
+        ValueError, match=r"agent\.mode was 'refresh' and is 'persistent'; choose another --name"
+    ):
+        quiet(folder, other)
+    quiet(folder, dataclasses.replace(other, overwrite=True))
+    settings = json.loads((folder / "evaluation" / "mine" / "settings.json").read_text())
+    assert settings["agent"]["mode"] == "persistent"
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"mode": "persistent"}, "persistent"),
+        ({"mode": "periodic", "window_size": 2}, "periodic-2"),
+        ({"instruction_steps": -1, "exec_kind": "temporal_ensemble"}, "refresh-4-instruction-1-temporal_ensemble"),
+        ({"world": "table_jax", "step": 10}, "refresh-4-table_jax-10"),
+    ],
+)  # fmt: skip
+def test_each_way_of_acting_has_a_folder_of_its_own(folder, options, name):
+    quiet(folder, EvaluateConfig(num_episodes=2, num_films=0, **options))
+    assert len(read(folder, name)) == 2
+
+
+def test_crashed_episodes_are_counted_apart_and_the_others_are_played(folder, monkeypatch):
+    crashing(monkeypatch, {1_000_001})
+    reference = dataclasses.replace(CONFIG, reference="expert", num_films=2)
+    summary = quiet(folder, reference)
+    assert (summary.total.episodes, summary.total.crashed) == (4, 1)
+    assert read(folder, "expert")[1].error == "OSError: the cable came off"
+    assert len(list((folder / "evaluation" / "expert").glob("*.mp4"))) == 1
+
+
+def test_a_world_that_always_crashes_is_one_sentence(folder, monkeypatch):
+    crashing(monkeypatch, range(2_000_000))
+    with pytest.raises(RuntimeError, match="crashed in every episode, .*the cable came off"):
+        quiet(folder, dataclasses.replace(CONFIG, reference="expert"))
+
+
+def test_a_reference_needs_no_checkpoint(tmp_path):
+    config = dataclasses.replace(CONFIG, reference="expert", world="table_jax")
+    summary = quiet(tmp_path / "new", config)
+    assert summary.total.rate == 1.0
+    assert summary.latency is None
+
+
+def test_the_world_has_pictures_of_the_size_that_the_policy_looks_at(folder):
+    painted = dataclasses.replace(tiny_run.WORLD, image_size=64, step_size=0.02)
+    module.configs.save(painted, folder / "world.json")
+    quiet(folder, dataclasses.replace(CONFIG, num_films=0))
+    settings = json.loads((folder / "evaluation" / "refresh-4" / "settings.json").read_text())
+    world = {"kind": "table_jax", "image_size": 0, "step_size": 0.02, "max_steps": 5}
+    assert settings["world"].items() >= world.items()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"num_episodes": 0}, "num_episodes must be at least 1, got 0"),
+        ({"num_simulators": 0}, "num_simulators must be at least 1, got 0"),
+        ({"num_films": -1}, "num_films must be at least 0, got -1"),
+        ({"first_seed": -1}, r"first_seed must be in \[0, 2\^31\), got -1"),
+        ({"name": "../up"}, r"name must be letters, digits, .* got '\.\./up'"),
+    ],
+)
+def test_a_config_that_makes_no_sense_is_refused(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        EvaluateConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"window_size": 0}, "window_size must be at least 1, got 0"),
+        ({"exec_horizon": 2}, "exec_horizon must be 1 with kind='first'"),
+        ({"env_id": "Pendulum-v1"}, "env_id must be None in table_jax"),
+        ({"reference": "expert", "world": "gymnasium"}, "reference must be None in gymnasium"),
+        ({"step": 5}, "no step 5"),
+    ],
+)
+def test_an_option_that_does_not_fit_the_run_leaves_nothing_behind(folder, options, sentence):
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence):
+        quiet(folder, EvaluateConfig(**options))
+    assert not (folder / "evaluation").exists()
+
+
+def test_a_world_without_the_parts_that_the_policy_needs_is_refused(folder):
+    module.configs.save(GymnasiumConfig(), folder / "world.json")
+    with pytest.raises(ValueError, match=r"x must be \[\.\.\., 8\] as its norm_stats are"):
+        quiet(folder)
+
+
+def test_a_run_without_a_world_asks_for_one(folder):
+    (folder / "world.json").unlink()
+    with pytest.raises(ValueError, match=r"no world\.json; choose with --world from table_mujoco"):
+        quiet(folder)
+
+
+def test_the_command_line_plays_and_shows_the_table_and_the_page(folder, capsys):
+    main([str(folder), "--num-episodes", "3", "--num-films", "0", "--mode", "persistent"])
+    told = capsys.readouterr()
+    assert "mean over tasks" in told.out
+    assert told.out.rstrip().endswith("index.html")
+    assert "persistent 3/3 episodes" in told.err
+    assert (folder / "index.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["nowhere"], "run folder nowhere is missing"),
+        (["{run}", "--num-episodes", "0"], "num_episodes must be at least 1"),
+        (["{run}", "--window-size", "0"], "window_size must be at least 1"),
+        (["{run}", "--mode", "persistant"], "persistent"),
+        (["{run}", "--windowsize", "3"], "--window-size"),
+    ],
+)
+def test_a_mistake_at_the_command_line_is_told_without_a_traceback(folder, capsys, argv, words):
+    with pytest.raises(SystemExit) as caught:
+        main([word.format(run=folder) for word in argv])
+    assert caught.value.code == 2
+    told = capsys.readouterr().err
+    assert words in told
+    assert "Traceback" not in told
+
+
+def test_an_interruption_at_the_command_line_says_how_to_go_on(folder, monkeypatch):
+    monkeypatch.setattr(module.results, "append_outcome", fail_after(0, results.append_outcome))
+    with pytest.raises(SystemExit, match="interrupted; the same command goes on from here"):
+        main([str(folder), "--num-episodes", "3", "--num-films", "0"])

@@ -1,0 +1,180 @@
+"""From chunks to actions, against loops over remembered chunks in NumPy."""
+
+import warnings
+
+import jax
+import numpy as np
+import pytest
+
+from vla_jax import execution
+from vla_jax.execution import ExecutionConfig
+from vla_jax.types import ActionChunk
+
+B, T, K, A = 2, 9, 3, 4
+CONFIGS = {
+    "first": ExecutionConfig(),
+    "receding_horizon": ExecutionConfig(kind="receding_horizon", exec_horizon=2),
+    "temporal_ensemble": ExecutionConfig(kind="temporal_ensemble", ensemble_decay=0.5),
+}
+each_kind = pytest.mark.parametrize("kind", CONFIGS)
+
+
+def draw_chunks(seed=0):
+    random = np.random.default_rng(seed)
+    arm = random.uniform(-1, 1, (B, T, K, A - 1)).astype(np.float32)
+    return ActionChunk(arm, random.normal(size=(B, T, K)).astype(np.float32))
+
+
+def resets(*starts):
+    """`[B, T]`, episodes of the second robot start at these frames."""
+    reset = np.zeros((B, T), bool)
+    reset[1, list(starts)] = True
+    return reset
+
+
+def run(config, chunks, reset=None, step=execution.step):
+    """Returns the actions `[B, T, A]`."""
+    state = execution.init(config, B, K, A)
+    actions = []
+    for t in range(T):
+        now = jax.tree.map(lambda leaf, t=t: leaf[:, t], chunks)
+        state, action = step(config, state, now, reset=None if reset is None else reset[:, t])
+        actions.append(action)
+    return np.stack(actions, axis=1)
+
+
+def by_hand(config, chunks, row, t, start):
+    """Arm and gripper logit of robot `row` at frame `t` of an episode that began at `start`."""
+    said = np.concatenate([chunks.arm[row], chunks.gripper_logit[row][..., None]], axis=-1)
+    age = t - start
+    if config.kind == "first":
+        return said[t, 0]
+    if config.kind == "receding_horizon":
+        return said[t - age % config.exec_horizon, age % config.exec_horizon]
+    spoken = [said[t - ahead, ahead] for ahead in range(min(K - 1, age), -1, -1)]  # oldest first
+    return np.average(
+        spoken, axis=0, weights=np.exp(-config.ensemble_decay * np.arange(len(spoken)))
+    )
+
+
+@each_kind
+def test_actions_are_those_by_hand_and_episodes_are_separate(kind):
+    config, chunks, starts = CONFIGS[kind], draw_chunks(), (4, 5)
+    actions = run(config, chunks, resets(*starts))
+    for row in range(B):
+        for t in range(T):
+            begun = max([0, *(s for s in starts if s <= t and row == 1)])
+            expected = by_hand(config, chunks, row, t, begun)
+            np.testing.assert_allclose(actions[row, t, :-1], expected[:-1], atol=1e-6)
+            assert actions[row, t, -1] == (1.0 if expected[-1] > 0 else -1.0)
+
+
+@each_kind
+def test_an_action_is_within_its_bounds_and_the_gripper_is_exactly_open_or_closed(kind):
+    chunks = jax.tree.map(lambda leaf: 3 * leaf, draw_chunks())
+    actions = run(CONFIGS[kind], chunks)
+    assert actions.shape == (B, T, A)
+    assert np.abs(actions[..., :-1]).max() == 1.0
+    assert set(np.unique(actions[..., -1])) == {-1.0, 1.0}
+
+
+@each_kind
+def test_jit_and_a_scan_change_nothing(kind):
+    config, chunks, reset = CONFIGS[kind], draw_chunks(), resets(4)
+    expected = run(config, chunks, reset)
+    step = jax.jit(execution.step, static_argnums=0, donate_argnums=1)
+    np.testing.assert_allclose(run(config, chunks, reset, step), expected, atol=1e-6)
+    by_time = jax.tree.map(lambda leaf: np.swapaxes(leaf, 0, 1), (chunks, reset))
+    _, actions = jax.lax.scan(
+        lambda state, now: execution.step(config, state, now[0], reset=now[1]),
+        execution.init(config, B, K, A),
+        by_time,
+    )
+    np.testing.assert_allclose(np.swapaxes(actions, 0, 1), expected, atol=1e-6)
+
+
+def test_an_ensemble_without_decay_is_the_plain_mean_and_a_negative_one_favours_new_chunks():
+    chunks = draw_chunks()
+    spoken = np.stack([chunks.arm[:, 4 - ahead, ahead] for ahead in (2, 1, 0)])
+    plain, new = (
+        run(ExecutionConfig(kind="temporal_ensemble", ensemble_decay=m), chunks)[:, 4, :-1]
+        for m in (0.0, -20.0)
+    )
+    np.testing.assert_allclose(plain, spoken.mean(axis=0), atol=1e-6)
+    np.testing.assert_allclose(new, spoken[-1], atol=1e-6)
+
+
+def grip(config, logits, reset=None):
+    """Gripper commands `[T]` of one robot whose logits these are."""
+    state, commands = execution.init(config, 1, 1, A), []
+    for t, logit in enumerate(logits):
+        chunk = ActionChunk(np.zeros((1, 1, A - 1), np.float32), np.full((1, 1), logit, np.float32))
+        now = None if reset is None else np.array([reset[t]])
+        state, action = execution.step(config, state, chunk, reset=now)
+        commands.append(float(action[0, -1]))
+    return commands
+
+
+def test_the_gripper_switches_at_its_threshold():
+    assert grip(ExecutionConfig(), [-0.1, 0.1, 0.0, 0.1]) == [-1, 1, -1, 1]
+    assert grip(ExecutionConfig(gripper_threshold=1.0), [0.9, 1.1, 0.9]) == [-1, 1, -1]
+
+
+def test_hysteresis_holds_the_gripper_inside_the_band():
+    config = ExecutionConfig(gripper_threshold=1.0, gripper_hysteresis=0.5)
+    logits = [1.1, 0.6, 0.4, 1.4, 1.6, 0.6]
+    assert grip(config, logits) == [1, 1, -1, -1, 1, 1]
+
+
+def test_the_first_action_of_an_episode_has_no_gripper_to_hold():
+    config = ExecutionConfig(gripper_hysteresis=0.5)
+    assert grip(config, [1.0, -0.1, -0.1], [True, False, True]) == [1, 1, -1]
+
+
+@pytest.mark.parametrize("kind", ["rnn", "lstm", "gru"])
+def test_skipping_frames_under_a_memory_is_warned_of(kind):
+    config = ExecutionConfig(kind="receding_horizon", exec_horizon=3)
+    with pytest.warns(UserWarning, match=f"exec_horizon = 3 .* '{kind}' .* called every 3 steps"):
+        execution.check_stride(config, kind)
+
+
+@pytest.mark.parametrize(
+    ("exec_horizon", "kind", "strides"),
+    [
+        (3, "fc", {}),
+        (1, "lstm", {}),
+        (3, "lstm", {"call_stride": 1}),
+        (3, "lstm", {"train_stride": 3}),
+    ],
+)
+def test_nothing_is_warned_of_where_no_frame_is_missed(exec_horizon, kind, strides):
+    config = ExecutionConfig(kind="receding_horizon", exec_horizon=exec_horizon)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        execution.check_stride(config, kind, **strides)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"kind": "frist"}, "unknown execution kind 'frist'; .* Did you mean 'first'"),
+        ({"exec_horizon": 0}, "exec_horizon must be at least 1, got 0"),
+        ({"exec_horizon": 2}, "exec_horizon must be 1 with kind='first', got 2"),
+        ({"gripper_hysteresis": -1.0}, "gripper_hysteresis must be 0 or more logits, got -1.0"),
+    ],
+)
+def test_a_wrong_config_is_one_sentence(fields, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        ExecutionConfig(**fields)
+
+
+def test_more_actions_than_a_chunk_has_cannot_be_executed():
+    config = ExecutionConfig(kind="receding_horizon", exec_horizon=4)
+    with pytest.raises(ValueError, match="exec_horizon must be at most action_horizon = 3, got 4"):
+        execution.init(config, B, K, A)
+
+
+def test_a_chunk_of_another_batch_is_refused_at_the_door():
+    chunk = ActionChunk(np.zeros((B + 1, K, A - 1)), np.zeros((B + 1, K)))
+    with pytest.raises(AssertionError, match="assert_shape"):
+        execution.step(ExecutionConfig(), execution.init(ExecutionConfig(), B, K, A), chunk)

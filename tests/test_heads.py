@@ -1,0 +1,57 @@
+"""Heads against NumPy by hand."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from vla_jax import heads
+
+H, K, A = 5, 3, 4
+
+
+def features():
+    return np.random.default_rng(0).normal(size=(2, 6, H)).astype(np.float32)
+
+
+def mlp_by_hand(params, x):
+    for layer in range(len(params)):
+        x = np.maximum(x, 0) if layer > 0 else x
+        x = x @ np.asarray(params[f"layers_{layer}"]["kernel"], np.float64)
+        x = x + np.asarray(params[f"layers_{layer}"]["bias"])
+    return x
+
+
+def test_an_mlp_has_relu_between_its_layers_and_none_after_the_last(key):
+    params = heads.init_mlp(key, (H, 8, 6, 2))
+    params["layers_1"]["bias"] += 0.3
+    outputs = heads.apply_mlp(params, features())
+    np.testing.assert_allclose(outputs, mlp_by_hand(params, features()), atol=1e-6)
+    assert np.min(outputs) < 0
+
+
+def test_the_arm_is_chunk_major_and_bounded_and_the_gripper_is_a_logit(key):
+    params = heads.init(key, H, K, A, (8,))
+    chunk = heads.apply(params, 10 * features(), K)
+    arm = np.tanh(mlp_by_hand(params["arm"], 10 * features()))
+    assert chunk.arm.shape == (2, 6, K, A - 1)
+    np.testing.assert_allclose(chunk.arm[..., 1, 2], arm[..., 1 * (A - 1) + 2], atol=1e-5)
+    np.testing.assert_allclose(
+        chunk.gripper_logit, mlp_by_hand(params["gripper"], 10 * features()), atol=1e-5
+    )
+    assert np.abs(chunk.arm).max() <= 1 < np.abs(chunk.gripper_logit).max()
+
+
+def test_kernels_are_xavier_uniform_and_biases_zero(key):
+    layer = heads.init_mlp(key, (100, 50))["layers_0"]
+    bound = np.sqrt(6 / 150)
+    assert 0.98 * bound < np.abs(layer["kernel"]).max() <= bound
+    np.testing.assert_allclose(np.std(layer["kernel"]), bound / np.sqrt(3), rtol=0.05)
+    assert not layer["bias"].any()
+
+
+def test_bfloat16_products_give_float32_actions(key):
+    params = heads.init(key, H, K, A, (8,))
+    half, full = (heads.apply(params, features(), K, dtype=d) for d in ("bfloat16", "float32"))
+    for one, other in zip(half, full, strict=True):
+        assert one.dtype == jnp.float32
+        np.testing.assert_allclose(one, other, atol=0.05)
+        assert not np.array_equal(one, other)

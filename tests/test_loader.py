@@ -1,0 +1,187 @@
+"""Endless batches: order, shards, resuming."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from vla_jax.data import dataset, loader, normalize
+from vla_jax.data.augment import AugmentConfig
+from vla_jax.data.loader import LoaderConfig
+from vla_jax.data.windows import WindowConfig, Windows
+
+
+def make_source(num_frames=24, window_size=3, seed=0):
+    """One episode whose proprio is its step, so that a batch tells its windows."""
+    rng = np.random.default_rng(seed)
+    observation = {
+        "proprio": np.arange(num_frames, dtype=np.float32)[:, None],
+        "image_primary": rng.integers(0, 256, (num_frames, 6, 6, 3), np.uint8),
+    }
+    action = rng.uniform(-1, 1, (num_frames, 2)).astype(np.float32)
+    data = dataset.from_episodes([dataset.Episode(observation, action, "go")], fps=10)
+    return Windows(
+        data,
+        WindowConfig(window_size=window_size),
+        norm_stats=normalize.compute_norm_stats(data),
+        normalization=normalize.NormalizeConfig(proprio="none"),
+    )
+
+
+def last_steps(batch):
+    return batch.observation.proprio[:, -1, 0].astype(int).tolist()
+
+
+def take(batches, count):
+    return [next(batches) for _ in range(count)]
+
+
+def assert_same(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(a.observation.image_primary, b.observation.image_primary)
+        np.testing.assert_array_equal(a.observation.proprio, b.observation.proprio)
+        np.testing.assert_array_equal(a.action, b.action)
+        np.testing.assert_array_equal(a.action_mask, b.action_mask)
+
+
+def test_every_epoch_holds_every_window_once_in_another_order():
+    with loader.make_loader(make_source(), LoaderConfig(batch_size=8)) as batches:
+        epochs = [[s for b in take(batches, 3) for s in last_steps(b)] for _ in range(3)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(24))] * 3
+    assert len({tuple(epoch) for epoch in [*epochs, range(24)]}) == 4
+
+
+def test_without_shuffling_windows_come_in_order_and_a_batch_is_the_sources():
+    source = make_source()
+    with loader.make_loader(source, LoaderConfig(batch_size=5, shuffle=False)) as batches:
+        taken = take(batches, 6)
+    steps = [step for batch in taken for step in last_steps(batch)]
+    assert steps == [step % 24 for step in range(30)]
+    assert_same([source[np.arange(5, 10)]], [taken[1]])
+
+
+def test_the_same_seed_gives_the_same_batches_and_another_seed_others():
+    def first(seed):
+        with loader.make_loader(make_source(), LoaderConfig(batch_size=8, seed=seed)) as batches:
+            return take(batches, 4)
+
+    assert_same(first(1), first(1))
+    assert [last_steps(b) for b in first(1)] != [last_steps(b) for b in first(2)]
+
+
+def test_a_data_set_smaller_than_a_batch_still_fills_it():
+    with loader.make_loader(make_source(num_frames=3), LoaderConfig(batch_size=8)) as batches:
+        steps = last_steps(next(batches))
+    assert len(steps) == 8
+    assert sorted(steps[:3]) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("num_frames", [24, 25])
+def test_shards_are_disjoint_complete_and_together_the_batch_of_one_process(num_frames):
+    source = make_source(num_frames=num_frames)
+    config = LoaderConfig(batch_size=8)
+    shards = [
+        loader.make_loader(source, config, process_index=p, process_count=2) for p in range(2)
+    ]
+    whole = loader.make_loader(source, config)
+    for _ in range(2):  # epochs
+        parts = [[last_steps(batch) for batch in take(shard, 3)] for shard in shards]
+        seen = [{step for batch in part for step in batch} for part in parts]
+        assert len(seen[0] | seen[1]) == 24
+        assert not seen[0] & seen[1]
+        if num_frames == 24:
+            for ours, left, right in zip(take(whole, 3), *parts, strict=True):
+                assert sorted(last_steps(ours)) == sorted(left + right)
+    for each in (*shards, whole):
+        each.close()
+
+
+@pytest.mark.parametrize("num_threads", [0, 1, 3])
+def test_resumed_is_uninterrupted_to_the_bit_augmentation_included(num_threads):
+    augment = AugmentConfig(shift=2, brightness=0.1, contrast=0.1)
+    source = make_source()
+    config = LoaderConfig(batch_size=5, num_threads=num_threads)
+    with loader.make_loader(source, config, augment=augment) as batches:
+        take(batches, 7)
+        state = json.loads(json.dumps(batches.get_state()))
+        expected = take(batches, 12)
+    for threads in (0, 2):  # another number of threads than before is no other pipeline
+        config = LoaderConfig(batch_size=5, num_threads=threads)
+        with loader.make_loader(source, config, augment=augment) as batches:
+            next(batches)
+            batches.set_state(state)
+            assert batches.get_state() == state
+            assert_same(expected, take(batches, 12))
+
+
+def test_worker_processes_give_the_same_batches_and_resume_exactly():
+    augment = AugmentConfig(shift=2)
+    source = make_source()
+    with loader.make_loader(source, LoaderConfig(batch_size=5), augment=augment) as batches:
+        expected = take(batches, 9)
+    config = LoaderConfig(batch_size=5, num_workers=2)
+    with loader.make_loader(source, config, augment=augment) as batches:
+        assert_same(expected[:4], take(batches, 4))
+        state = batches.get_state()
+        next(batches)
+        batches.set_state(state)
+        assert_same(expected[4:], take(batches, 5))
+
+
+def test_augmentation_changes_from_epoch_to_epoch():
+    config = LoaderConfig(batch_size=24, shuffle=False)
+    augment = AugmentConfig(shift=2)
+    with loader.make_loader(make_source(), config, augment=augment) as batches:
+        first, second = (next(batches).observation.image_primary for _ in range(2))
+    assert not np.array_equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("source", "config", "options", "message"),
+    [
+        ({"seed": 1}, {}, {}, r"dataset was '\w+' and is '\w+'"),
+        ({"window_size": 4}, {}, {}, "window_size was 3 and is 4"),
+        ({}, {"batch_size": 4}, {}, "batch_size was 8 and is 4"),
+        ({}, {"seed": 3}, {}, "seed was 0 and is 3"),
+        ({}, {"shuffle": False}, {}, "shuffle was True and is False"),
+        ({}, {}, {"process_count": 2}, "process_count was 1 and is 2"),
+        ({}, {}, {"augment": AugmentConfig(shift=1)}, "augment_shift was None and is 1"),
+    ],
+)
+def test_the_state_of_another_pipeline_is_refused_with_what_differs(
+    source, config, options, message
+):
+    state = loader.make_loader(make_source(), LoaderConfig(batch_size=8)).get_state()
+    other = LoaderConfig(**{"batch_size": 8, **config})
+    batches = loader.make_loader(make_source(**source), other, **options)
+    with pytest.raises(ValueError, match=f"same pipeline, but .*{message}"):
+        batches.set_state(state)
+
+
+def test_what_cannot_be_dealt_out_is_refused():
+    with pytest.raises(ValueError, match="batch_size must divide among 3 processes, got 8"):
+        loader.make_loader(make_source(), LoaderConfig(batch_size=8), process_count=3)
+    with pytest.raises(ValueError, match="at least one window for each of 4 processes, got 3"):
+        loader.make_loader(make_source(3), LoaderConfig(batch_size=8), process_count=4)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "least"),
+    [
+        ("batch_size", 0, 1),
+        ("num_workers", -1, 0),
+        ("num_threads", -1, 0),
+        ("prefetch", 0, 1),
+        ("seed", -1, 0),
+    ],
+)
+def test_a_size_that_makes_no_sense_is_refused(field, value, least):
+    with pytest.raises(ValueError, match=f"{field} must be at least {least}, got {value}"):
+        LoaderConfig(**{field: value})
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "grain", None)
+    with pytest.raises(ImportError, match=r"needs grain; .*pip install 'vla-jax\[data\]'"):
+        loader.make_loader(make_source(), LoaderConfig())

@@ -1,0 +1,160 @@
+"""Law 8, and the losses against NumPy by hand; RoboVLMs' own values are in test_decoders."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.test_util import check_grads
+
+from vla_jax import losses
+from vla_jax.types import ActionChunk
+
+B, W, K, A = 4, 3, 2, 4
+
+
+def draw_batch():
+    random = np.random.default_rng(0)
+    arm = random.uniform(-1, 1, (B, W, K, A - 1)).astype(np.float32)
+    chunk = ActionChunk(arm, random.normal(size=(B, W, K)).astype(np.float32))
+    action = random.uniform(-3, 3, (B, W, K, A)).astype(np.float32)  # Huber's two branches
+    action[..., -1] = np.sign(action[..., -1])
+    mask = random.random((B, W, K)) < 0.6
+    mask[0] = False  # a device that has this row alone has nothing real
+    return chunk, action, mask
+
+
+def assert_close(one, other, atol=1e-6):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol), one, other)
+
+
+def test_a_masked_mean_is_the_mean_of_what_is_kept():
+    values, mask = draw_batch()[1], draw_batch()[2]
+    assert_close(losses.masked_mean(values, mask), values[mask].mean())
+    assert_close(losses.masked_mean(values[..., 0], mask), values[..., 0][mask].mean())
+
+
+def test_the_loss_is_huber_and_cross_entropy_over_the_real_targets():
+    chunk, action, mask = draw_batch()
+    error = np.abs(chunk.arm - action[..., :-1])
+    huber = np.where(error < 1, error**2 / 2, error - 0.5)[mask].mean()
+    probability = 1 / (1 + np.exp(-chunk.gripper_logit))
+    is_open = action[..., -1] > 0
+    entropy = -np.log(np.where(is_open, probability, 1 - probability))[mask].mean()
+    loss, metrics = losses.action_loss(chunk, action, mask, gripper_weight=0.1)
+    assert_close(loss, huber + 0.1 * entropy)
+    expected = {
+        "loss_arm": huber,
+        "loss_gripper": entropy,
+        "acc_gripper": ((probability > 0.5) == is_open)[mask].mean(),
+        "arm_l1": error[mask].mean(),
+    }
+    assert_close(metrics, expected)
+
+
+def test_the_gripper_weighs_a_hundredth_unless_told():
+    loss, metrics = losses.action_loss(*draw_batch())
+    assert_close(loss, metrics["loss_arm"] + 0.01 * metrics["loss_gripper"], 1e-7)
+
+
+def test_an_all_masked_batch_gives_zero_with_zero_gradient():
+    chunk, action, mask = draw_batch()
+    value_and_grad = jax.value_and_grad(losses.action_loss, has_aux=True)
+    (loss, metrics), gradient = value_and_grad(chunk, action, np.zeros_like(mask))
+    assert loss == 0
+    assert all(metric == 0.0 for metric in metrics.values())
+    assert not any(leaf.any() for leaf in gradient)
+
+
+def test_what_is_masked_may_hold_anything():
+    chunk, action, mask = draw_batch()
+    value_and_grad = jax.value_and_grad(losses.action_loss, has_aux=True)
+    expected = value_and_grad(chunk, action, mask)
+    for anything in (np.nan, np.inf, -7.0):
+        changed = np.where(mask[..., None], action, np.float32(anything))
+        assert_close(value_and_grad(chunk, changed, mask), expected, 0)
+    gradient = expected[1]
+    assert not any(leaf[~mask].any() for leaf in gradient)
+    assert all(leaf[mask].all() for leaf in gradient)
+
+
+def test_extreme_logits_stay_finite():
+    chunk, action, mask = draw_batch()
+    chunk = chunk._replace(gripper_logit=np.where(action[..., -1] > 0, -1e4, 1e4))
+    (loss, _), gradient = jax.value_and_grad(losses.action_loss, has_aux=True)(chunk, action, mask)
+    assert_close(loss, losses.action_loss(chunk, action, mask)[1]["loss_arm"] + 100, 1e-3)
+    assert all(np.isfinite(leaf).all() for leaf in gradient)
+
+
+def test_gradients_are_those_of_finite_differences():
+    chunk, action, mask = draw_batch()
+
+    def loss(chunk):
+        return losses.action_loss(chunk, action, mask, gripper_weight=1.0)[0]
+
+    check_grads(loss, (chunk,), order=1, modes=["rev"], rtol=2e-2, atol=1e-3)
+
+
+def test_bfloat16_predictions_give_a_float32_loss():
+    values = jnp.ones((600,), jnp.bfloat16)  # 257 does not exist in bfloat16
+    mean = losses.masked_mean(values, np.arange(600) < 500)
+    assert mean.dtype == jnp.float32
+    assert mean == 1.0
+    chunk, action, mask = draw_batch()
+    chunk = jax.tree.map(lambda part: jnp.asarray(part, jnp.bfloat16), chunk)
+    exact = jax.tree.map(lambda part: part.astype(jnp.float32), chunk)
+    loss, _ = losses.action_loss(chunk, action, mask)
+    assert loss.dtype == jnp.float32
+    assert_close(loss, losses.action_loss(exact, action, mask)[0], 0)
+
+
+def parameter_loss(scale, chunk, action, mask, axis_name=None):
+    chunk = ActionChunk(chunk.arm * scale, chunk.gripper_logit * scale)
+    return losses.action_loss(chunk, action, mask, axis_name=axis_name)
+
+
+GRADIENT = partial(jax.value_and_grad, has_aux=True)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_a_sharded_batch_under_jit_gives_what_the_whole_one_gives(axis_type):
+    batch = draw_batch()
+    expected = GRADIENT(parameter_loss)(0.7, *batch)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(axis_type,))
+    with jax.set_mesh(mesh):
+        shared = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+        assert_close(jax.jit(GRADIENT(parameter_loss))(0.7, *shared), expected)
+
+
+def test_a_sharded_batch_under_pmap_gives_what_the_whole_one_gives():
+    """Devices hold unequal shares of the real targets, one of them none."""
+    batch = draw_batch()
+    (loss, metrics), gradient = GRADIENT(parameter_loss)(0.7, *batch)
+
+    def share(scale, chunk, action, mask):
+        local = partial(parameter_loss, axis_name="data")
+        values, own = GRADIENT(local)(scale, chunk, action, mask)
+        return values, jax.lax.pmean(own, "data")
+
+    shares = jax.tree.map(lambda leaf: leaf[:, None], batch)
+    mapped = jax.pmap(share, "data", in_axes=(None, 0, 0, 0))(0.7, *shares)
+    for device in range(4):
+        own = jax.tree.map(lambda leaf, device=device: leaf[device], mapped)
+        assert_close(own, ((loss, metrics), gradient))
+
+
+@pytest.mark.parametrize("part", ["arm", "gripper_logit"])
+def test_a_chunk_of_another_shape_is_refused_at_the_door(part):
+    """A gripper logit [..., 1] would otherwise broadcast against all targets."""
+    chunk, action, mask = draw_batch()
+    wrong = chunk._replace(**{part: getattr(chunk, part)[..., None]})
+    with pytest.raises(AssertionError, match="assert_shape"):
+        losses.action_loss(wrong, action, mask)
+
+
+def test_a_mask_of_another_shape_is_refused_at_the_door():
+    _, action, mask = draw_batch()
+    with pytest.raises(AssertionError, match="assert_tree_shape_prefix"):
+        losses.masked_mean(action, mask[:, :1])

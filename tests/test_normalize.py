@@ -1,0 +1,164 @@
+"""Normalisation and its inverse."""
+
+import dataclasses
+import json
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vla_jax.data import dataset, normalize
+
+METHODS = ["bounds", "quantiles", "mean_std", "none"]
+
+
+@pytest.fixture
+def column():
+    """[2, 50, 4]: two ordinary dimensions, a constant, one that moves in a single frame."""
+    values = np.random.default_rng(0).normal(size=(2, 50, 4)) * [1, 20, 0, 0] + [0, 5, 0.3, 1]
+    values[1, 7, 3] = 2
+    return values.astype(np.float32)
+
+
+@pytest.fixture
+def stats(column):
+    return normalize.compute(column)
+
+
+def test_statistics_are_those_of_numpy_over_all_leading_axes(column, stats):
+    flat = column.reshape(100, 4).astype(np.float64)
+    expected = {
+        "mean": flat.mean(0),
+        "std": flat.std(0),
+        "min": flat.min(0),
+        "max": flat.max(0),
+        "q01": np.percentile(flat, 1, axis=0),
+        "q99": np.percentile(flat, 99, axis=0),
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(getattr(stats, name), value, rtol=1e-6, atol=1e-7)
+    assert stats.count == 100
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_normalise_then_invert_is_identity_inside_the_bounds(method, column, stats):
+    low, high = (stats.q01, stats.q99) if method == "quantiles" else (stats.min, stats.max)
+    moving = high > low  # a dimension whose quantiles coincide has the bounds min and max
+    inside = np.where(moving, np.clip(column, low, high), column)
+    y = normalize.normalize(inside, stats, method)
+    np.testing.assert_allclose(normalize.denormalize(y, stats, method), inside, atol=2e-5)
+
+
+def test_each_method_is_its_equation(column, stats):
+    x, s = column[..., :2], normalize.NormStats(*(v[:2] for v in stats[:6]), count=100)
+    np.testing.assert_allclose(
+        normalize.normalize(x, s, "bounds"), 2 * (x - s.min) / (s.max - s.min) - 1, atol=1e-5
+    )
+    expected = np.clip(2 * (x - s.q01) / (s.q99 - s.q01) - 1, -1, 1)
+    np.testing.assert_allclose(normalize.normalize(x, s, "quantiles"), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        normalize.normalize(x, s, "mean_std"), (x - s.mean) / s.std, atol=1e-5
+    )
+    np.testing.assert_array_equal(normalize.normalize(x, s, "none"), x)
+
+
+@pytest.mark.parametrize("method", ["bounds", "quantiles", "mean_std"])
+def test_a_constant_dimension_gives_zero_and_inverts_to_the_constant(method, column, stats):
+    assert not normalize.normalize(column + 7, stats, method)[..., 2].any()
+    anything = np.full((3, 4), 0.9, np.float32)
+    np.testing.assert_allclose(normalize.denormalize(anything, stats, method)[:, 2], 0.3)
+
+
+def test_a_dimension_whose_quantiles_coincide_uses_its_bounds(column, stats):
+    y = normalize.normalize(column, stats, "quantiles")[..., 3]
+    assert y[1, 7] == 1
+    assert np.delete(y.ravel(), 57).max() == -1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_gripper_is_left_alone(method, column, stats):
+    action = column.copy()
+    action[..., -1] = np.sign(column[..., 0])
+    y = normalize.normalize(action, stats, method, gripper=True)
+    np.testing.assert_array_equal(y[..., -1], action[..., -1])
+    back = normalize.denormalize(y, stats, method, gripper=True)
+    np.testing.assert_array_equal(back[..., -1], action[..., -1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_jit_gives_what_numpy_gives(method, column, stats):
+    def there_and_back(x):
+        y = normalize.normalize(x, stats, method, gripper=True)
+        return y, normalize.denormalize(y, stats, method, gripper=True)
+
+    for ours, theirs in zip(
+        there_and_back(column), jax.jit(there_and_back)(jnp.asarray(column)), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
+        assert theirs.dtype == jnp.float32
+
+
+def test_the_share_of_clipped_values_is_exact(column, stats):
+    wide = column.copy()
+    wide[0, 0, 0], wide[0, 1, 1] = 1e3, -1e3
+    assert normalize.count_clipped(column, stats, "bounds") == 0
+    assert normalize.count_clipped(wide, stats, "bounds") == 2 / 400
+    assert normalize.count_clipped(wide, stats, "mean_std") == 0
+    assert np.abs(normalize.normalize(wide, stats, "bounds")).max() == 1
+
+
+@pytest.mark.parametrize("method", ["bounds", "none"])
+def test_actions_outside_their_bounds_are_clipped_with_a_counted_warning(method):
+    action = np.zeros((100, 3), np.float32)
+    action[:, 0] = np.linspace(-1, 1, 100)
+    stats = normalize.compute(action)
+    action[:3, 0] = 2.0
+    config = normalize.NormalizeConfig(action=method)
+    with pytest.warns(UserWarning, match=f"1.00% of the values of action .* {method!r}"):
+        y = normalize.normalize_column("action", action, stats, config)
+    assert y.max() == 1
+
+
+def test_what_quantiles_leave_out_by_definition_is_no_warning():
+    values = np.random.default_rng(0).normal(size=(2000, 3)).astype(np.float32)
+    config = normalize.NormalizeConfig(proprio="quantiles")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        normalize.normalize_column("proprio", values, normalize.compute(values), config)
+
+
+def test_statistics_of_a_data_set_cover_its_columns_without_touching_images():
+    steps = dataset.Episode({"proprio": np.eye(3)}, np.ones((3, 2)), "go")
+    data = dataset.from_episodes([steps, steps], fps=10)
+    untouchable = {"image_primary": None}
+    stats = normalize.compute_norm_stats(data._replace(frames=untouchable))
+    assert set(stats) == {"proprio", "action"}
+    np.testing.assert_allclose(stats["proprio"].mean, np.full(3, 1 / 3), rtol=1e-6)
+
+
+def test_statistics_survive_json_to_the_bit(stats):
+    there = json.loads(json.dumps(normalize.to_json({"action": stats})))
+    back = normalize.from_json(there)["action"]
+    for before, after in zip(stats, back, strict=True):
+        np.testing.assert_array_equal(before, after)
+    assert back.mean.dtype == np.float32
+
+
+def test_json_with_missing_unknown_or_uneven_statistics_is_refused(stats):
+    good = normalize.to_json({"action": stats})["action"]
+    for bad in ({**good, "median": [0]}, {k: v for k, v in good.items() if k != "q99"}):
+        with pytest.raises(ValueError, match="norm_stats of action must have exactly"):
+            normalize.from_json({"action": bad})
+    with pytest.raises(ValueError, match="norm_stats of action must be lists of one length"):
+        normalize.from_json({"action": {**good, "q99": [0.0]}})
+
+
+def test_another_size_or_method_is_refused(column, stats):
+    with pytest.raises(ValueError, match=r"x must be \[\.\.\., 4\].*got \(2, 50, 3\)"):
+        normalize.normalize(column[..., :3], stats, "bounds")
+    with pytest.raises(ValueError, match=r"method must be one of .*got 'minmax'"):
+        normalize.denormalize(column, stats, "minmax")
+    with pytest.raises(ValueError, match=r"proprio must be one of .*got 'zscore'"):
+        dataclasses.replace(normalize.NormalizeConfig(), proprio="zscore")

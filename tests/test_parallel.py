@@ -1,0 +1,182 @@
+"""Law 6: one device = many devices = many processes, and jit = pmap."""
+
+import functools
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vla_jax import checkpoint, optim, parallel, update
+from vla_jax.optim import OptimConfig
+
+OPTIM = OptimConfig(learning_rate=0.01, warmup_steps=2, ema_decay=0.9)
+NUM_UPDATES = 3
+
+
+def make_params():
+    kernel = np.linspace(-1, 1, 6, dtype=np.float32).reshape(3, 2)
+    return {"head": {"kernel": jnp.asarray(kernel), "bias": jnp.zeros((1, 2))}}
+
+
+def make_batch(seed):
+    draw = np.random.default_rng(seed)
+    mask = draw.random(8) > 0.4  # the devices get unequal shares of real rows
+    return {"x": draw.normal(size=(8, 3)).astype(np.float32), "mask": mask, "absent": None}
+
+
+def masked_loss(params, batch, key, axis_name=None):
+    """Mean over the real rows of all devices; no randomness."""
+    error = jnp.square(batch["x"] @ params["head"]["kernel"] + params["head"]["bias"] - 1.0)
+    sums = (jnp.sum(error * batch["mask"][:, None]), jnp.sum(batch["mask"]))
+    total, count = sums if axis_name is None else jax.lax.psum(sums, axis_name)
+    return total / count, {"num_real": count.astype(jnp.float32)}
+
+
+def plain_loss(params, batch, key, axis_name=None):
+    """Mean over the rows of this device alone: the average over devices does the rest."""
+    return masked_loss(params, {**batch, "mask": jnp.ones(len(batch["x"]))}, key)
+
+
+def dropout_loss(params, batch, key):
+    keep = jax.random.bernoulli(key, 0.5, batch["x"].shape)
+    return masked_loss(params, {**batch, "x": batch["x"] * keep}, key)
+
+
+def rows_of_this_process(batch):
+    size = 8 // jax.process_count()
+    first = size * jax.process_index()
+    return jax.tree.map(lambda rows: rows[first : first + size], batch)
+
+
+def run(num_devices, key, *, loss_fn=masked_loss, optim_config=OPTIM):
+    mesh = parallel.make_mesh(num_devices)
+    params = make_params()
+    optimizer = optim.make_optimizer(optim_config, 10, params)
+    step = update.make_update(loss_fn, optimizer, ema_decay=optim_config.ema_decay)
+    step = parallel.jit_update(step, mesh)
+    state = parallel.replicate(update.init_train_state(params, optimizer, ema=True), mesh)
+    for seed in range(NUM_UPDATES):
+        batch = parallel.shard_batch(rows_of_this_process(make_batch(seed)), mesh)
+        state, metrics = step(state, batch, key)
+    return state, metrics
+
+
+def run_pmap(num_devices, key, *, loss_fn):
+    params = make_params()
+    optimizer = optim.make_optimizer(OPTIM, 10, params)
+    step = update.make_update(
+        functools.partial(loss_fn, axis_name="data"),
+        optimizer,
+        ema_decay=OPTIM.ema_decay,
+        axis_name="data",
+    )
+    step = parallel.pmap_update(step, parallel.make_mesh(num_devices))
+    state = update.init_train_state(params, optimizer, ema=True)
+    for seed in range(NUM_UPDATES):
+        state, metrics = step(state, make_batch(seed), key)
+    return state.params, state.ema_params, metrics["loss"], metrics["grad_norm"]
+
+
+def assert_close(one, other):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), one, other)
+
+
+@pytest.mark.parametrize("loss_fn", [masked_loss, dropout_loss])
+def test_four_devices_give_what_one_device_gives(loss_fn, key):
+    assert_close(run(1, key, loss_fn=loss_fn), run(4, key, loss_fn=loss_fn))
+
+
+def test_accumulation_on_four_devices_gives_what_it_gives_on_one(key):
+    config = OptimConfig(learning_rate=0.01, warmup_steps=2, accumulation_steps=2, ema_decay=0.9)
+    assert_close(run(1, key, optim_config=config), run(4, key, optim_config=config))
+
+
+@pytest.mark.parametrize("loss_fn", [masked_loss, plain_loss])
+@pytest.mark.parametrize("num_devices", [1, 4])
+def test_pmap_gives_what_jit_gives_for_a_loss_without_randomness(num_devices, loss_fn, key):
+    state, metrics = run(1, key, loss_fn=loss_fn)
+    expected = (state.params, state.ema_params, metrics["loss"], metrics["grad_norm"])
+    assert_close(run_pmap(num_devices, key, loss_fn=loss_fn), expected)
+
+
+PROCESS = """
+import sys
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+port, process_id, directory = sys.argv[1:]
+jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(process_id))
+import test_parallel
+from vla_jax import checkpoint
+state, metrics = test_parallel.run(4, jax.random.key(0), loss_fn=test_parallel.dropout_loss)
+checkpoints = checkpoint.open_checkpoints(directory)
+checkpoint.save(checkpoints, 3, state, {"loss": float(metrics["loss"])})
+checkpoint.close(checkpoints)
+restored, _ = checkpoint.restore(directory, state)
+jax.distributed.shutdown()
+"""
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_process_gives_and_save_it_together(key, tmp_path):
+    args = [sys.executable, "-c", PROCESS, str(free_port())]
+    processes = [
+        subprocess.Popen(
+            [*args, str(process_id), str(tmp_path)],
+            cwd=pathlib.Path(__file__).parent,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process_id in range(2)
+    ]
+    for process in processes:
+        _, told = process.communicate(timeout=120)
+        assert process.returncode == 0, told
+    state, metrics = run(1, key, loss_fn=dropout_loss)
+    restored, metadata = checkpoint.restore(tmp_path, state)
+    assert_close(restored, state)
+    np.testing.assert_allclose(metadata["loss"], metrics["loss"], atol=1e-6)
+
+
+def test_a_batch_is_shared_out_by_rows_and_the_state_is_everywhere():
+    mesh = parallel.make_mesh(4)
+    batch = parallel.shard_batch(make_batch(0), mesh)
+    assert [shard.data.shape for shard in batch["x"].addressable_shards] == [(2, 3)] * 4
+    assert batch["absent"] is None
+    params = parallel.replicate(make_params(), mesh)
+    assert params["head"]["kernel"].sharding.is_fully_replicated
+    assert len(params["head"]["kernel"].addressable_shards) == 4
+
+
+def test_the_train_state_is_donated():
+    mesh, params = parallel.make_mesh(4), make_params()
+    optimizer = optim.make_optimizer(OptimConfig(), 1000, params)
+    step = parallel.jit_update(update.make_update(masked_loss, optimizer), mesh)
+    state = parallel.replicate(update.init_train_state(params, optimizer), mesh)
+    step(state, parallel.shard_batch(make_batch(0), mesh), jax.random.key(0))
+    assert state.params["head"]["kernel"].is_deleted()
+
+
+def test_rows_that_cannot_be_shared_out_evenly_are_told():
+    mesh = parallel.make_mesh(4)
+    batch = jax.tree.map(lambda rows: rows[:6], make_batch(0))
+    with pytest.raises(ValueError, match="batch size 6 cannot be shared out over 4 devices"):
+        parallel.shard_batch(batch, mesh)
+    with pytest.raises(ValueError, match="batch size 6 cannot be shared out over 4 devices"):
+        parallel.pmap_update(lambda *args: args, mesh)(None, batch, None)
+
+
+@pytest.mark.parametrize("num_devices", [0, 5])
+def test_a_mesh_of_more_devices_than_there_are_is_told(num_devices):
+    with pytest.raises(ValueError, match=f"num_devices must be in 1 … 4, got {num_devices}"):
+        parallel.make_mesh(num_devices)

@@ -1,0 +1,78 @@
+"""Each plot is a PNG that shows its data; what it can't draw is one sentence."""
+
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vla_jax import plots, results
+from vla_jax.rollout import Outcome
+
+
+def summary(**successes):
+    return results.summarize(
+        Outcome(seed, task, "", seed < count, 5, "")
+        for task, count in successes.items()
+        for seed in range(10)
+    )
+
+
+def metrics(factor=1.0, **more):
+    return [
+        {"step": step, "loss": factor / step, "loss_arm": 0.5 / step, **more}
+        for step in (10, 20, 30)
+    ]
+
+
+def picture(path):
+    image = np.asarray(Image.open(path).convert("RGB"))
+    assert image.std() > 5  # something is drawn
+    return image
+
+
+def test_a_training_shows_its_loss_and_other_metrics_beside_it(tmp_path):
+    plots.training(tmp_path / "a.png", metrics(), title="one")
+    plots.training(tmp_path / "b.png", metrics(factor=5.0), title="one")
+    plots.training(tmp_path / "c.png", metrics(acc_gripper=0.5), title="one")
+    a, b, c = (picture(tmp_path / f"{name}.png") for name in "abc")
+    assert (a != b).any()
+    assert c.shape[1] > a.shape[1]
+
+
+def test_a_loss_below_zero_is_drawn_too(tmp_path):
+    plots.training(tmp_path / "a.png", metrics(factor=-1.0))
+    picture(tmp_path / "a.png")
+
+
+def test_success_shows_every_policy_and_reference(tmp_path):
+    policies = {"lstm": summary(touch=9, lift=8), "fc": summary(touch=2)}
+    plots.success(tmp_path / "a.png", {"lstm": policies["lstm"]})
+    plots.success(tmp_path / "b.png", policies, references={"expert": summary(touch=10)})
+    plots.success(tmp_path / "c.png", {}, references={"expert": summary(touch=10)})
+    a, b, _ = (picture(tmp_path / f"{name}.png") for name in "abc")
+    assert b.shape[1] > a.shape[1]
+    for colour in ([0x00, 0x72, 0xB2], [0xE6, 0x9F, 0x00]):  # bars of the first and second policy
+        assert (b == colour).all(-1).sum() > 500
+
+
+def test_actions_show_prediction_and_expert(tmp_path):
+    expert = np.sin(np.linspace(0, 6, 30))[:, None] * np.ones(7)
+    plots.actions(tmp_path / "a.png", expert * 0.9, expert, title="lift the red block")
+    assert (picture(tmp_path / "a.png") == [0x00, 0x72, 0xB2]).all(-1).sum() > 500
+
+
+def test_what_cannot_be_drawn_is_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match="must be at least one line, got none"):
+        plots.training(tmp_path / "a.png", [])
+    with pytest.raises(ValueError, match="must hold at least one policy, got none"):
+        plots.success(tmp_path / "a.png", {})
+    with pytest.raises(ValueError, match=r"must be \[T, 7\] with one T, got \(3, 7\) and \(4, 7\)"):
+        plots.actions(tmp_path / "a.png", np.zeros((3, 7)), np.zeros((4, 7)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_matplotlib_is_told_with_its_extra(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"run pip install 'vla-jax\[plots\]'"):
+        plots.training(tmp_path / "a.png", metrics())

@@ -1,0 +1,122 @@
+"""Rates, intervals and tables; known values are Newcombe's (1998, table I, method 3)."""
+
+import json
+import math
+
+import pytest
+from rich.console import Console
+
+from vla_jax import results
+from vla_jax.results import Latency
+from vla_jax.rollout import Outcome
+
+
+def outcomes(task, successes, failures, crashed=0, first_seed=0):
+    verdicts = [(True, "")] * successes + [(False, "")] * failures + [(False, "Boom: x")] * crashed
+    return [
+        Outcome(first_seed + i, task, f"{task} it", success, 10 + i, error)
+        for i, (success, error) in enumerate(verdicts)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    [
+        (60, 60, 0.9398, 1.0),
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (0, 0, 0.0, 1.0),
+    ],
+)
+def test_wilson_gives_the_published_intervals(successes, trials, low, high):
+    assert results.wilson(successes, trials) == pytest.approx((low, high), abs=6e-5)
+
+
+@pytest.mark.parametrize("confidence", [0.8, 0.95, 0.99])
+def test_a_wilson_bound_is_where_the_rate_is_z_deviations_away(confidence):
+    z = {0.8: 1.281552, 0.95: 1.959964, 0.99: 2.575829}[confidence]
+    for bound in results.wilson(14, 60, confidence):
+        assert abs(14 / 60 - bound) == pytest.approx(z * math.sqrt(bound * (1 - bound) / 60))
+
+
+def test_wilson_refuses_what_is_no_share():
+    with pytest.raises(ValueError, match=r"successes must be in \[0, 3\], got 4"):
+        results.wilson(4, 3)
+    with pytest.raises(ValueError, match="confidence must be in"):
+        results.wilson(1, 3, confidence=1.0)
+
+
+def test_crashed_episodes_are_counted_apart_from_failed_ones():
+    summary = results.summarize(outcomes("lift", 3, 1, crashed=2))
+    rate = summary.tasks["lift"]
+    assert (rate.episodes, rate.successes, rate.crashed) == (4, 3, 2)
+    assert rate.rate == 0.75
+    assert rate.interval == results.wilson(3, 4)
+    assert rate.mean_length == pytest.approx((10 + 11 + 12 + 13) / 4)
+    assert summary.total == rate
+
+
+def test_the_headline_is_the_mean_of_the_tasks_rates():
+    played = outcomes("touch", 9, 1) + outcomes("place", 1, 1) + outcomes("lift", 0, 0, crashed=3)
+    summary = results.summarize(played)
+    assert list(summary.tasks) == ["lift", "place", "touch"]
+    assert summary.task_mean == pytest.approx((0.9 + 0.5) / 2)
+    assert summary.total.rate == pytest.approx(10 / 12)
+    assert summary.tasks["lift"].rate is None
+    below = [rate.rate - rate.interval[0] for name, rate in summary.tasks.items() if name != "lift"]
+    low, high = summary.task_mean_interval
+    assert low == pytest.approx(0.7 - math.sqrt(below[0] ** 2 + below[1] ** 2) / 2)
+    assert low < 0.7 < high
+
+
+def test_the_mean_over_one_task_has_that_tasks_interval():
+    summary = results.summarize(outcomes("touch", 7, 3))
+    assert summary.task_mean_interval == pytest.approx(results.wilson(7, 10))
+
+
+def test_nothing_played_is_no_rate_rather_than_a_division_by_zero():
+    summary = results.summarize([])
+    assert summary.task_mean is None
+    assert summary.total.rate is None
+    assert "–" in results.markdown(summary)
+
+
+@pytest.mark.parametrize("latency", [None, Latency(1.5, 2.5)])
+def test_a_summary_survives_json(latency):
+    played = outcomes("touch", 2, 1) + outcomes("", 0, 0, crashed=1)
+    summary = results.summarize(played, latency=latency)
+    assert results.from_json(json.loads(json.dumps(results.to_json(summary)))) == summary
+
+
+def test_the_rich_table_and_markdown_say_the_same():
+    summary = results.summarize(outcomes("touch", 2, 2) + outcomes("lift", 1, 0, crashed=1))
+    lines = results.markdown(summary).splitlines()
+    assert lines[2] == "| lift | 100.0 % | 20.7 – 100.0 % | 1/1 | 10.0 | 1 |"
+    assert lines[-1].startswith("| mean over tasks | 75.0 % |")
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(results.table(summary))
+    for row in results.rows(summary):
+        assert all(cell in capture.get() for cell in row)
+
+
+def test_outcomes_are_read_as_they_were_written_without_a_line_cut_in_half(tmp_path):
+    path, played = tmp_path / "episodes.jsonl", outcomes("touch", 2, 1, crashed=1)
+    assert results.read_outcomes(path) == []
+    for outcome in played:
+        results.append_outcome(path, outcome)
+    with path.open("a") as file:
+        file.write('{"seed": 7, "ta')
+    assert results.read_outcomes(path) == played
+
+
+def test_a_damaged_file_of_outcomes_is_one_sentence(tmp_path):
+    path = tmp_path / "episodes.jsonl"
+    path.write_text("{oh\n")
+    with pytest.raises(ValueError, match="has a damaged line"):
+        results.read_outcomes(path)
+    path.write_text('{"seed": 1}\n')
+    with pytest.raises(ValueError, match="must hold outcomes of episodes"):
+        results.read_outcomes(path)

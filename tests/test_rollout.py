@@ -1,0 +1,192 @@
+"""Every seed is played once, whatever the world does; both ways of playing agree."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vla_jax.agent import Agent
+from vla_jax.envs import simulate, table, table_jax, table_jax_expert
+from vla_jax.rollout import Outcome, run_env, run_simulators
+from vla_jax.types import Observation, SimulatorStep
+
+WORLD = table_jax.TableConfig(image_size=0, max_steps=20)
+
+
+class Countdown:
+    """Ends after `seed % 4 + 1` steps, with success if the last action was the seed; may raise."""
+
+    control_hz, max_steps = 10.0, 4
+    made, closed = 0, 0
+
+    def __init__(self, raises=()):
+        self.raises, self.instruction, self.task = raises, "", ""
+        Countdown.made += 1
+
+    def reset(self, seed):
+        if (seed, "reset") in self.raises:
+            raise RuntimeError("no table\nsecond line")
+        self.seed, self.left = seed, seed % 4 + 1
+        self.instruction, self.task = f"say {seed}", f"task {seed % 2}"
+        return {"proprio": np.array([seed, self.left])}
+
+    def step(self, action):
+        if (self.seed, "step") in self.raises and self.left == 1:
+            raise ValueError("arm broke")
+        self.left -= 1
+        over = self.left == 0
+        observation = {"proprio": np.array([self.seed, self.left])}
+        return SimulatorStep(observation, 0.0, over, False, over and action[0] == self.seed)
+
+    def draw(self, size=256):
+        return np.full((size, size, 3), self.left, np.uint8)
+
+    def close(self):
+        Countdown.closed += 1
+
+
+@pytest.fixture(autouse=True)
+def _counts(monkeypatch):
+    monkeypatch.setattr(Countdown, "made", 0)
+    monkeypatch.setattr(Countdown, "closed", 0)
+
+
+def say_seed(sights):
+    return np.stack([sight.observation["proprio"] for sight in sights])
+
+
+def play(seeds, *, act=say_seed, raises=(), **options):
+    return list(run_simulators(act, lambda: Countdown(raises), seeds, **options))
+
+
+@pytest.mark.parametrize("num_simulators", [1, 3, 16])
+def test_every_seed_is_played_once_with_outcomes_that_do_not_depend_on_the_batch(num_simulators):
+    played = play(range(9), num_simulators=num_simulators)
+    expected = [
+        Outcome(seed, f"task {seed % 2}", f"say {seed}", True, seed % 4 + 1, "")
+        for seed in range(9)
+    ]
+    assert sorted(watched.outcome for watched in played) == expected
+    assert Countdown.made == Countdown.closed == min(num_simulators, 9)
+    for watched in played:
+        assert watched.actions.shape == (watched.outcome.num_steps, 2)
+
+
+def test_the_policy_always_sees_as_many_sights_and_each_simulator_keeps_its_row():
+    owners, ages, starts = [], [-1] * 3, []
+
+    def act(sights):
+        owners.extend(sight.simulator for sight in sights[len(owners) :])
+        for row, sight in enumerate(sights):
+            if sight.simulator is owners[row]:  # else it is out of episodes, and shows another's
+                ages[row] = 0 if sight.step == 0 else ages[row] + 1
+                assert sight.step == ages[row]
+                starts.extend([sight.seed] if sight.step == 0 else [])
+        assert len(sights) == len(set(owners)) == 3
+        return say_seed(sights)
+
+    play(range(7), act=act, num_simulators=3)
+    assert sorted(starts) == list(range(7))
+
+
+def test_a_crash_is_told_apart_and_the_evaluation_goes_on():
+    raises = {(2, "step"), (4, "reset")}
+    played = {w.outcome.seed: w.outcome for w in play(range(6), raises=raises, num_simulators=2)}
+    assert played[2] == Outcome(2, "task 0", "say 2", False, 2, "ValueError: arm broke")
+    assert played[4] == Outcome(4, "", "", False, 0, "RuntimeError: no table")
+    assert [played[seed].success for seed in (0, 1, 3, 5)] == [True] * 4
+    assert Countdown.made == Countdown.closed == 4
+
+
+def test_a_world_that_always_crashes_yields_all_its_outcomes():
+    raises = {(seed, "reset") for seed in range(5)}
+    played = play(range(5), raises=raises, num_simulators=2)
+    assert sorted(watched.outcome.seed for watched in played) == list(range(5))
+    assert all(watched.outcome.error for watched in played)
+
+
+def test_lanes_left_without_an_episode_by_early_crashes_do_no_harm():
+    raises = {(seed, "reset") for seed in range(4)}
+    played = play(range(5), raises=raises, num_simulators=5)
+    assert sorted(w.outcome.success for w in played) == [False] * 4 + [True]
+
+
+def test_only_the_asked_episodes_are_filmed_from_first_to_last_sight():
+    played = play(range(6), film_seeds=(3, 5), draw=lambda s: s.draw(4), num_simulators=4)
+    for watched in played:
+        seed = watched.outcome.seed
+        filmed = [int(picture[0, 0, 0]) for picture in watched.film]
+        assert filmed == (list(range(seed % 4 + 1, -1, -1)) if seed in (3, 5) else [])
+
+
+def test_whoever_stops_early_leaves_no_simulator_open():
+    episodes = run_simulators(say_seed, Countdown, range(9), num_simulators=3)
+    next(episodes)
+    episodes.close()
+    assert Countdown.made == Countdown.closed == 3
+
+
+def agent_of(choose):
+    """An agent that knows the instruction's index and acts as the expert for another one."""
+
+    def step(params, state, observation, reset):
+        def one(environment_state, proprio, instruction):
+            task, target = jnp.divmod(choose(instruction[0]), table.NUM_BLOCKS)
+            return table_jax_expert.act(
+                environment_state,
+                proprio,
+                task,
+                target,
+                step_size=WORLD.step_size,
+                turn_size=WORLD.turn_size,
+            )
+
+        parts = (observation.environment_state, observation.proprio, observation.instruction)
+        return jnp.where(reset, 0, state) + 1, jax.vmap(one)(*parts)
+
+    return Agent(lambda params, batch_size: jnp.zeros(batch_size, jnp.int32), step)
+
+
+@jax.jit
+def sometimes_wrong(index):
+    return jnp.where(index % 2 == 0, index, index // 4 * 4 + (index + 1) % 4)
+
+
+def test_a_scan_over_a_jax_world_gives_the_outcomes_of_its_simulator():
+    env, agent, seeds = table_jax.make(WORLD), agent_of(sometimes_wrong), range(30, 42)
+    ids = jnp.arange(len(env.instructions))[:, None]
+    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+    scanned = jax.jit(lambda keys: run_env(agent, {}, env, ids, keys))(keys)
+    step, state = jax.jit(agent.step), SimpleNamespace(now=agent.init({}, 4))
+
+    def act(sights):
+        parts = {n: np.stack([s.observation[n] for s in sights]) for n in sights[0].observation}
+        words = [[env.instructions.index(s.instruction)] for s in sights]
+        observation = Observation(**parts, instruction=np.array(words))
+        reset = np.array([s.step == 0 for s in sights])
+        state.now, actions = step({}, state.now, observation, reset)
+        return np.asarray(actions)
+
+    played = run_simulators(act, lambda: simulate.EnvSimulator(env), seeds, num_simulators=4)
+    outcomes = sorted(watched.outcome for watched in played)
+    assert [o.success for o in outcomes] == scanned.success.tolist()
+    assert [o.num_steps for o in outcomes] == scanned.num_steps.tolist()
+    sentences = [env.instructions[index] for index in scanned.instruction_index]
+    assert [o.instruction for o in outcomes] == sentences
+    assert 0 < scanned.success.sum() < len(seeds)  # both verdicts occur
+
+
+def test_what_happens_after_the_end_of_an_episode_does_not_count():
+    env, right, wrong = table_jax.make(WORLD), agent_of(lambda i: i), agent_of(lambda i: i ^ 1)
+    ids = jnp.arange(len(env.instructions))[:, None]
+    keys = jax.random.split(jax.random.key(3), 16)
+    good, bad = (
+        jax.jit(lambda keys, a=agent: run_env(a, {}, env, ids, keys))(keys)
+        for agent in (right, wrong)
+    )
+    ended = good.num_steps < WORLD.max_steps
+    assert ended.sum() > 8
+    assert good.success[ended].all()
+    assert not bad.success[bad.num_steps < WORLD.max_steps].any()

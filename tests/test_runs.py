@@ -1,0 +1,106 @@
+"""A run folder is read whole, or one sentence says what is wrong with it."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tiny_run
+
+from vla_jax import runs
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    return tiny_run.write(tmp_path_factory.mktemp("run"), steps=(3, 10))
+
+
+@pytest.fixture
+def folder(written, tmp_path):
+    return shutil.copytree(written, tmp_path / "run")
+
+
+@pytest.mark.parametrize(("step", "expected"), [(None, 10), (3, 3)])
+def test_a_run_is_read_as_it_was_written(folder, step, expected):
+    run = runs.load_run(folder, step=step)
+    assert (run.agent, run.world, run.step) == (tiny_run.AGENT, tiny_run.WORLD, expected)
+    jax.tree.map(np.testing.assert_array_equal, run.params, tiny_run.params(expected))
+    jax.tree.map(np.testing.assert_array_equal, run.norm_stats, tiny_run.norm_stats())
+
+
+def test_the_slow_average_acts_where_one_was_kept(tmp_path):
+    run = runs.load_run(tiny_run.write(tmp_path, ema=tiny_run.params(seed=99)))
+    jax.tree.map(np.testing.assert_array_equal, run.params, tiny_run.params(99))
+
+
+def test_a_run_without_a_world_is_read_too(folder):
+    (folder / "world.json").unlink()
+    assert runs.load_run(folder).world is None
+
+
+def change(name, **fields):
+    def damage(folder):
+        data = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(data | fields))
+
+    return damage
+
+
+def write(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+FAULTS = {  # name: (what happens to the folder, error, sentence)
+    "no folder": (shutil.rmtree, FileNotFoundError, "run folder .* is missing"),
+    "no agent": (
+        lambda f: (f / "agent.json").unlink(),
+        FileNotFoundError,
+        r"agent\.json is missing",
+    ),
+    "cut agent": (write("agent.json", '{"pol'), ValueError, r"agent\.json is not valid JSON"),
+    "unknown field": (change("agent.json", modus=1), ValueError, "Did you mean 'mode'"),
+    "no statistics": (
+        lambda f: (f / "norm_stats.json").unlink(),
+        FileNotFoundError,
+        r"norm_stats\.json is missing: expected statistics",
+    ),
+    "cut statistics": (write("norm_stats.json", "{"), ValueError, "is not valid JSON"),
+    "listed statistics": (write("norm_stats.json", "[]"), ValueError, "must hold a JSON object"),
+    "empty statistics": (
+        write("norm_stats.json", '{"action": {}}'),
+        ValueError,
+        "norm_stats of action must have exactly",
+    ),
+    "unknown world": (
+        write("world.json", '{"kind": "table_jacks"}'),
+        ValueError,
+        "unknown world 'table_jacks'; choose from .* Did you mean 'table_jax'",
+    ),
+    "no checkpoint": (
+        lambda f: shutil.rmtree(f / "checkpoints"),
+        FileNotFoundError,
+        "no checkpoint in",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "error", "sentence"), FAULTS.values(), ids=FAULTS)
+def test_a_damaged_run_is_one_sentence(folder, damage, error, sentence):
+    damage(folder)
+    with pytest.raises(error, match=sentence) as caught:
+        runs.load_run(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_of_another_shape_is_one_sentence(folder):
+    data = json.loads((folder / "agent.json").read_text())
+    data["policy"]["decoder"]["hidden_size"] = 16
+    (folder / "agent.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="and the policy differ at"):
+        runs.load_run(folder)
+
+
+def test_a_step_that_is_not_there_is_one_sentence(folder):
+    with pytest.raises(FileNotFoundError, match=r"no step 4 in .*; choose from 3, 10"):
+        runs.load_run(folder, step=4)

@@ -1,0 +1,218 @@
+"""Law 1: streamed = windowed, over every kind of decoder and every mode, far past the window."""
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from vla_jax import decoders, streaming
+from vla_jax.decoders import DecoderConfig
+
+B, T, W, N, D, K = 3, 14, 4, 2, 3, 2
+STARTS = ([0], [0, 5], [0, 3, 4, 12])  # frames at which the episodes of each robot start
+
+each_kind = pytest.mark.parametrize("kind", ["rnn", "lstm", "gru", "fc"])
+each_mode = pytest.mark.parametrize("mode", ["refresh", "periodic", "persistent"])
+
+
+def configured(kind):
+    return DecoderConfig(
+        kind=kind,
+        token_dim=D,
+        num_tokens=N,
+        window_size=W,
+        action_horizon=K,
+        hidden_size=5,
+        num_layers=2,
+        head_sizes=(8,),
+    )
+
+
+def draw_tokens(seed=0):
+    return np.random.default_rng(seed).normal(size=(B, T, N, D)).astype(np.float32)
+
+
+def resets():
+    reset = np.zeros((B, T), bool)
+    for row, starts in enumerate(STARTS):
+        reset[row, starts] = True
+    return reset
+
+
+def stream(params, config, tokens, *, reset=None, mode="refresh", window_size=None):
+    """Returns the chunks of all frames `[B, T, K, ...]`."""
+    state = streaming.init(params, config, B, mode=mode, window_size=window_size)
+    chex.clear_trace_counter()
+    step = jax.jit(chex.assert_max_traces(streaming.step, 1), static_argnames="config")
+    chunks = []
+    for t in range(T):
+        now = None if reset is None else reset[:, t]
+        state, chunk = step(params, config, state, tokens[:, t], reset=now)
+        chunks.append(chunk)
+    return jax.tree.map(lambda *leaves: np.stack(leaves, axis=1), *chunks)
+
+
+def first_remembered(mode, start, t, window_size):
+    """The earliest frame that the output at `t` of an episode that began at `start` depends on."""
+    return {
+        "refresh": max(start, t - window_size + 1),
+        "periodic": t - (t - start) % window_size,
+        "persistent": start,
+    }[mode]
+
+
+def windowed(params, config, tokens, starts, mode, window_size):
+    """Returns what `decoders.apply` gives at the end of the frames that are remembered.
+
+    One batch of windows that end at frame t, left-padded to T frames.
+    """
+    windows = np.zeros((B, T, T, N, D), np.float32)
+    mask = np.zeros((B, T, T), bool)
+    for row in range(B):
+        for t in range(T):
+            start = max(s for s in starts[row] if s <= t)
+            first = first_remembered(mode, start, t, window_size)
+            windows[row, t, T - 1 - t + first :] = tokens[row, first : t + 1]
+            mask[row, t, T - 1 - t + first :] = True
+    chunk = jax.jit(decoders.apply, static_argnames="config")(
+        params, config, windows.reshape(B * T, T, N, D), timestep_mask=mask.reshape(B * T, T)
+    )
+    return jax.tree.map(lambda leaf: leaf[:, -1].reshape(B, T, *leaf.shape[2:]), chunk)
+
+
+def assert_close(one, other):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), one, other)
+
+
+@each_kind
+@each_mode
+def test_streamed_is_windowed(kind, mode, key):
+    config, tokens = configured(kind), draw_tokens()
+    params = decoders.init(key, config)
+    streamed = stream(params, config, tokens, mode=mode)
+    assert_close(streamed, windowed(params, config, tokens, [[0]] * B, mode, W))
+
+
+@each_kind
+@each_mode
+def test_streamed_is_windowed_when_every_robot_starts_episodes_of_its_own(kind, mode, key):
+    config, tokens = configured(kind), draw_tokens()
+    params = decoders.init(key, config)
+    streamed = stream(params, config, tokens, reset=resets(), mode=mode)
+    assert_close(streamed, windowed(params, config, tokens, STARTS, mode, W))
+
+
+@each_mode
+@pytest.mark.parametrize("window_size", [1, 6, 20])
+def test_a_window_other_than_in_training_is_as_exact(mode, window_size, key):
+    config, tokens = configured("gru"), draw_tokens()
+    params = decoders.init(key, config)
+    streamed = stream(params, config, tokens, reset=resets(), mode=mode, window_size=window_size)
+    assert_close(streamed, windowed(params, config, tokens, STARTS, mode, window_size))
+
+
+@each_mode
+def test_modes_forget_what_they_should(mode, key):
+    """The first frame is changed; who still remembers it at the last?"""
+    config, tokens = configured("lstm"), draw_tokens()
+    params = decoders.init(key, config)
+    other = np.concatenate([-tokens[:, :1], tokens[:, 1:]], axis=1)
+    one, two = (stream(params, config, x, mode=mode) for x in (tokens, other))
+    remembers = np.abs(one.arm - two.arm).max(axis=(0, 2, 3)) > 0
+    assert remembers[:W].all()
+    assert remembers[W:].any() == remembers[W:].all() == (mode == "persistent")
+
+
+@each_mode
+@pytest.mark.parametrize("kind", ["lstm", "fc"])
+def test_the_state_never_grows_and_may_be_donated(kind, mode, key):
+    config, tokens = configured(kind), draw_tokens()
+    params = decoders.init(key, config)
+    state = streaming.init(params, config, B, mode=mode)
+    step = jax.jit(streaming.step, static_argnames="config", donate_argnames="state")
+    _, chunk = step(params, config, streaming.init(params, config, B, mode=mode), tokens[:, 0])
+    following, again = step(params, config, state, tokens[:, 0])
+    assert_close(again, chunk)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, following)
+    assert all(leaf.shape[0] == B for leaf in jax.tree.leaves(following))
+
+
+@pytest.mark.parametrize(
+    ("mode", "state_type"),
+    [
+        ("refresh", streaming.RefreshState),
+        ("periodic", streaming.PeriodicState),
+        ("persistent", streaming.PersistentState),
+    ],
+)
+def test_the_type_of_the_state_is_the_mode(mode, state_type, key):
+    lstm, fc = configured("lstm"), configured("fc")
+    assert type(streaming.init(decoders.init(key, lstm), lstm, B, mode=mode)) is state_type
+    state = streaming.init(decoders.init(key, fc), fc, B, mode=mode)
+    assert type(state) is streaming.MemorylessState
+
+
+@each_mode
+def test_masked_tokens_are_as_if_they_were_not_there(mode, key):
+    config, tokens = configured("rnn"), draw_tokens()
+    params = decoders.init(key, config)
+    state = streaming.init(params, config, B, mode=mode)
+    mask = np.tile([True, False], (B, 1))
+    changed = np.where(mask[..., None], tokens[:, 0], 9.0)
+    one, two = (
+        streaming.step(params, config, state, frame, token_mask=mask)
+        for frame in (tokens[:, 0], changed)
+    )
+    assert_close(one, two)
+
+
+def test_a_robot_does_not_see_the_others(key):
+    config, tokens = configured("lstm"), draw_tokens()
+    params = decoders.init(key, config)
+    other = np.concatenate([tokens[:1], draw_tokens(1)[1:]])
+    one, two = (stream(params, config, x, reset=resets()) for x in (tokens, other))
+    assert_close(one.arm[0], two.arm[0])
+
+
+def test_a_scan_of_steps_is_a_loop_of_steps(key):
+    config, tokens = configured("lstm"), draw_tokens()
+    params = decoders.init(key, config)
+    frames = (np.swapaxes(tokens, 0, 1), resets().T)
+
+    def body(state, frame):
+        return streaming.step(params, config, state, frame[0], reset=frame[1])
+
+    _, chunks = jax.lax.scan(body, streaming.init(params, config, B), frames)
+    expected = stream(params, config, tokens, reset=resets())
+    assert_close(jax.tree.map(lambda leaf: np.swapaxes(leaf, 0, 1), chunks), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"mode": "refesh"}, "unknown mode 'refesh'; .* Did you mean 'refresh'"),
+        ({"window_size": 0}, "window_size must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"config": configured("fc")}, "params must have 'mlp' for a decoder of kind 'fc', got"),
+    ],
+)
+def test_a_wrong_start_is_one_sentence(changes, sentence, key):
+    config = configured("lstm")
+    arguments = {"config": config, "batch_size": B, **changes}
+    with pytest.raises(ValueError, match=sentence):
+        streaming.init(decoders.init(key, config), **arguments)
+
+
+def test_tokens_of_a_window_are_refused_by_a_step(key):
+    config = configured("lstm")
+    params = decoders.init(key, config)
+    with pytest.raises(ValueError, match=r"tokens must be \[B, N, D\] with N = 2 and D = 3, got"):
+        streaming.step(params, config, streaming.init(params, config, B), draw_tokens())
+
+
+def test_a_state_of_another_batch_is_refused(key):
+    config = configured("lstm")
+    params = decoders.init(key, config)
+    with pytest.raises(AssertionError, match="assert_tree_shape_prefix"):
+        streaming.step(params, config, streaming.init(params, config, B + 1), draw_tokens()[:, 0])

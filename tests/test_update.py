@@ -1,0 +1,104 @@
+"""One update: the gradient of the loss, randomness by count, the slow average, the metrics."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from vla_jax import update
+
+RATE = 0.1
+BATCH = np.arange(8, dtype=np.float32).reshape(4, 2)
+
+
+def make_params():
+    return {"backbone": {"kernel": jnp.array([2.0, -1.0])}, "head": {"bias": jnp.array([0.5])}}
+
+
+def loss_fn(params, batch, key):
+    """Mean square of x·w + b, where w is the kernel; no randomness."""
+    outputs = batch @ params["backbone"]["kernel"] + params["head"]["bias"]
+    return jnp.mean(outputs**2).astype(jnp.bfloat16), {"mean": jnp.mean(outputs)}
+
+
+def noisy_loss_fn(params, batch, key):
+    noise = jax.random.normal(key, batch.shape)
+    return loss_fn(params, batch + noise, key)[0].astype(jnp.float32), {"noise": noise[0, 0]}
+
+
+def run(num_updates, *, loss=loss_fn, ema_decay=None, freeze=(), compiled=True):
+    optimizer = optax.sgd(RATE)
+    step = update.make_update(loss, optimizer, ema_decay=ema_decay, freeze=freeze)
+    step = jax.jit(step) if compiled else step
+    state = update.init_train_state(make_params(), optimizer, ema=ema_decay is not None)
+    history = []
+    for _ in range(num_updates):
+        state, metrics = step(state, BATCH, jax.random.key(7))
+        history.append(metrics)
+    return state, history
+
+
+def gradient_by_hand(kernel, bias):
+    outputs = BATCH @ kernel + bias
+    return 2 * BATCH.T @ outputs / 4, np.array([2 * outputs.mean()])
+
+
+def test_one_update_takes_one_step_along_the_gradient_and_counts_it():
+    state, [metrics] = run(1)
+    kernel_grad, bias_grad = gradient_by_hand(np.array([2.0, -1.0]), 0.5)
+    expected = {
+        "backbone": {"kernel": np.array([2.0, -1.0]) - RATE * kernel_grad},
+        "head": {"bias": np.array([0.5]) - RATE * bias_grad},
+    }
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0.01, atol=1e-6), state.params, expected
+    )
+    assert (int(state.num_updates), state.num_updates.dtype) == (1, jnp.int32)
+    assert set(metrics) == {"loss", "grad_norm", "mean"}
+    norm = np.sqrt(np.sum(kernel_grad**2) + np.sum(bias_grad**2))
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=0.01)
+    assert metrics["loss"].dtype == jnp.float32
+
+
+def test_frozen_params_stay_and_have_no_part_in_the_norm():
+    state, [metrics] = run(1, freeze=("backbone/*",))
+    _, bias_grad = gradient_by_hand(np.array([2.0, -1.0]), 0.5)
+    np.testing.assert_array_equal(state.params["backbone"]["kernel"], [2.0, -1.0])
+    np.testing.assert_allclose(metrics["grad_norm"], abs(bias_grad[0]), rtol=0.01)
+
+
+def test_the_randomness_is_that_of_the_key_folded_with_the_count():
+    _, history = run(3, loss=noisy_loss_fn)
+    keys = [jax.random.fold_in(jax.random.key(7), n) for n in range(3)]
+    expected = [jax.random.normal(key, BATCH.shape)[0, 0] for key in keys]
+    np.testing.assert_array_equal([metrics["noise"] for metrics in history], expected)
+    assert len(set(map(float, expected))) == 3
+
+
+def test_the_slow_average_starts_at_the_params_and_follows_them():
+    state, _ = run(1, ema_decay=0.9)
+    start, moved = make_params(), state.params
+    expected = jax.tree.map(lambda a, b: 0.1 * a + 0.9 * b, start, moved)  # d = 1/10 at n = 0
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), state.ema_params, expected
+    )
+
+
+def test_the_slow_average_has_buffers_of_its_own():
+    state = update.init_train_state(make_params(), optax.sgd(RATE), ema=True)
+    for param, ema in zip(*map(jax.tree.leaves, (state.params, state.ema_params)), strict=True):
+        assert param.unsafe_buffer_pointer() != ema.unsafe_buffer_pointer()
+
+
+def test_jit_gives_what_no_jit_gives():
+    pair = (run(2, ema_decay=0.9), run(2, ema_decay=0.9, compiled=False))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *pair)
+
+
+@pytest.mark.parametrize("decay", [None, 0.9])
+def test_a_decay_without_an_average_or_the_other_way_round_is_told(decay):
+    step = update.make_update(loss_fn, optax.sgd(RATE), ema_decay=decay)
+    state = update.init_train_state(make_params(), optax.sgd(RATE), ema=decay is None)
+    with pytest.raises(ValueError, match=f"ema_decay is {decay}, but ema_params are"):
+        step(state, BATCH, jax.random.key(0))

@@ -1,0 +1,171 @@
+"""Windows and chunks."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from vla_jax.data import dataset, normalize, text, windows
+from vla_jax.data.windows import WindowConfig, Windows
+
+LENGTHS = (5, 1, 9)
+
+
+@pytest.fixture
+def data():
+    """Three episodes whose numbers say where they come from: 100 · episode + step."""
+    episodes = []
+    for e, length in enumerate(LENGTHS):
+        place = 100.0 * e + np.arange(length)
+        images = np.zeros((length, 2, 2, 3), np.uint8) + np.uint8(place % 251)[:, None, None, None]
+        action = np.stack([place, -place, np.ones(length)], axis=1)
+        observation = {"proprio": place[:, None], "image_wrist": images}
+        episodes.append(dataset.Episode(observation, action, f"lift block {e}"))
+    return dataset.from_episodes(episodes, fps=10)
+
+
+def cut(data, config, episode, last, **options):
+    table = windows.instruction_table(data, config)
+    return windows.cut(data, config, episode, last, instructions=table, **options)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4, 20])
+def test_windows_end_at_the_last_step_and_every_stride_before(data, stride):
+    expected = [
+        (e, last)
+        for e, length in enumerate(LENGTHS)
+        for last in sorted(range(length - 1, -1, -stride))
+    ]
+    index = windows.window_index(data, WindowConfig(stride=stride))
+    assert [tuple(row) for row in index] == expected
+
+
+def test_with_a_stride_of_at_least_an_episode_each_episode_is_one_window(data):
+    index = windows.window_index(data, WindowConfig(window_size=9, stride=9))
+    assert index.tolist() == [[0, 4], [1, 0], [2, 8]]
+
+
+@pytest.mark.parametrize("window_size", [1, 4, 12])
+@pytest.mark.parametrize("horizon", [1, 3, 12])
+def test_a_window_is_what_a_loop_over_its_steps_gives(data, window_size, horizon):
+    config = WindowConfig(window_size=window_size, action_horizon=horizon)
+    for episode, last in windows.window_index(data, config):
+        batch = cut(data, config, episode, last)
+        for j in range(window_size):
+            step = last - window_size + 1 + j
+            place = 100 * episode + max(step, 0)  # padding repeats the first observation
+            assert batch.timestep_mask[j] == (step >= 0)
+            assert batch.observation.proprio[j] == place
+            assert (batch.observation.image_wrist[j] == place % 251).all()
+            for k in range(horizon):
+                exists = step >= 0 and step + k < LENGTHS[episode]
+                place = 100 * episode + step + k
+                assert batch.action_mask[j, k] == exists
+                assert batch.action[j, k].tolist() == ([place, -place, 1] if exists else [0, 0, 0])
+
+
+@pytest.mark.parametrize(("window_size", "horizon"), [(9, 1), (9, 4), (12, 10), (16, 1)])
+def test_chunk_masks_count_exactly_the_real_targets(data, window_size, horizon):
+    config = WindowConfig(window_size=window_size, action_horizon=horizon, stride=window_size)
+    index = windows.window_index(data, config)
+    batch = cut(data, config, *index.T)
+    real = sum(min(horizon, length - step) for length in LENGTHS for step in range(length))
+    assert batch.action_mask.sum() == real
+    assert batch.timestep_mask.sum() == sum(LENGTHS)
+
+
+def test_a_batch_of_windows_is_the_windows_stacked(data):
+    config = WindowConfig(window_size=4, action_horizon=2)
+    index = windows.window_index(data, config)
+    batch = cut(data, config, *index.T)
+    for i, (episode, last) in enumerate(index):
+        one = cut(data, config, episode, last)
+        np.testing.assert_array_equal(batch.action[i], one.action)
+        np.testing.assert_array_equal(batch.observation.instruction[i], one.observation.instruction)
+        np.testing.assert_array_equal(batch.observation.image_wrist[i], one.observation.image_wrist)
+    assert batch.observation.image_primary is None
+    assert batch.observation.environment_state is None
+    assert batch.tokens is None
+
+
+@pytest.mark.parametrize("instruction_steps", [1, 3, -1])
+def test_the_instruction_is_visible_at_the_first_steps_of_the_episode(data, instruction_steps):
+    config = WindowConfig(window_size=4, instruction_steps=instruction_steps)
+    ids = text.tokenize("lift block 2", max_words=12, vocab_size=2048)
+    for last in range(9):
+        shown = cut(data, config, 2, last).observation.instruction
+        for j in range(4):
+            step = max(last - 3 + j, 0)
+            visible = instruction_steps == -1 or step < instruction_steps
+            np.testing.assert_array_equal(shown[j], ids if visible else np.zeros(12))
+
+
+def test_tokens_take_the_place_of_images(data, tmp_path):
+    path = tmp_path / "tokens.npy"
+    np.save(path, np.arange(15 * 2 * 3, dtype=np.float32).reshape(15, 2, 3))
+    for tokens in (np.load(path), np.load(path, mmap_mode="r")):
+        batch = cut(data, WindowConfig(window_size=3), 2, 1, tokens=tokens)
+        assert batch.observation.image_wrist is None
+        np.testing.assert_array_equal(batch.tokens, tokens[[6, 6, 7]])
+        assert type(batch.tokens) is np.ndarray
+
+
+def make_source(data, **options):
+    stats = normalize.compute_norm_stats(data)
+    return Windows(data, WindowConfig(window_size=4), norm_stats=stats, **options)
+
+
+def test_the_source_normalises_and_indexes(data):
+    methods = normalize.NormalizeConfig(action="bounds", proprio="bounds")
+    source = make_source(data, normalization=methods)
+    assert len(source) == 15
+    one, three = source[14], source[np.array([0, 14, 14])]
+    assert one.action.shape == (4, 1, 3)
+    np.testing.assert_array_equal(three.action[2], one.action)
+    low, high = data.columns["proprio"].min(), data.columns["proprio"].max()
+    expected = 2 * (np.array([205, 206, 207, 208]) - low) / (high - low) - 1
+    np.testing.assert_allclose(one.observation.proprio[:, 0], expected, atol=1e-6)
+    np.testing.assert_array_equal(one.action[:, 0, 2], np.ones(4))
+
+
+def test_the_source_travels_to_a_worker_without_copying_memory_maps(data, tmp_path):
+    path = tmp_path / "images.npy"
+    np.save(path, np.random.default_rng(0).integers(0, 256, (15, 64, 64, 3), np.uint8))
+    frames = {"image_wrist": np.load(path, mmap_mode="r")}
+    np.save(tmp_path / "tokens.npy", np.zeros((15, 64, 64), np.float32))
+    tokens = np.load(tmp_path / "tokens.npy", mmap_mode="r")
+    for source in (make_source(data._replace(frames=frames)), make_source(data, tokens=tokens)):
+        packed = pickle.dumps(source)
+        assert len(packed) < 20_000
+        there = pickle.loads(packed)
+        before, after = source[np.arange(15)], there[np.arange(15)]
+        for name in ("image_wrist", "proprio", "instruction"):
+            ours, theirs = getattr(before.observation, name), getattr(after.observation, name)
+            np.testing.assert_array_equal(ours, theirs)
+        np.testing.assert_array_equal(before.tokens, after.tokens)
+
+
+def test_what_does_not_fit_the_data_set_is_refused(data):
+    with pytest.raises(ValueError, match=r"tokens must be \[F, N, D\] with F = 15 .*got \(14, 2"):
+        make_source(data, tokens=np.zeros((14, 2, 3)))
+    stats = normalize.compute_norm_stats(data)
+    with pytest.raises(ValueError, match=r"norm_stats must cover .*\['action'\] missing"):
+        Windows(data, WindowConfig(), norm_stats={"proprio": stats["proprio"]})
+    with pytest.raises(ValueError, match="vocab_size must keep the words"):
+        Windows(data, WindowConfig(vocab_size=3), norm_stats=stats)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "least"),
+    [
+        ("window_size", 0, 1),
+        ("action_horizon", 0, 1),
+        ("stride", 0, 1),
+        ("instruction_steps", -2, -1),
+        ("max_words", 0, 1),
+        ("vocab_size", 1, 2),
+    ],
+)
+def test_a_size_that_makes_no_sense_is_refused(field, value, least):
+    with pytest.raises(ValueError, match=f"{field} must be at least {least}, got {value}"):
+        WindowConfig(**{field: value})

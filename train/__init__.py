@@ -1,0 +1,1 @@
+"""Scripts that a researcher reads and edits: `python -m train.NAME --help`."""

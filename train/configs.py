@@ -1,0 +1,113 @@
+"""The presets of `train.imitate`: each a small paper.
+
+A preset's docstring says what it is, what to expect, how long it takes and on what.
+"""
+
+from dataclasses import dataclass, field, replace
+
+from train.loop import LoopConfig
+from vla_jax import policy
+from vla_jax.agent import AgentConfig
+from vla_jax.backbones.perceiver import PerceiverConfig
+from vla_jax.backbones.state import StateConfig
+from vla_jax.data.augment import AugmentConfig
+from vla_jax.data.lerobot import Gripper
+from vla_jax.data.loader import LoaderConfig
+from vla_jax.decoders import DecoderConfig
+from vla_jax.envs.table_jax import TableConfig as JaxTableConfig
+from vla_jax.envs.table_mujoco import TableConfig as MujocoTableConfig
+from vla_jax.envs.worlds import WorldConfig
+from vla_jax.optim import OptimConfig
+
+
+@dataclass(frozen=True)
+class ImitateConfig:
+    """One training by behaviour cloning."""
+
+    dataset: str = "demos/table"  # folder of a LeRobot v3.0 data set
+    run_dir: str = "runs/imitate"  # folder to write to
+    backbone_from: str = ""  # run folder whose backbone to start from; empty = random
+    frozen_backbone: bool = False  # compute every frame's tokens once, train only the decoder
+    stride: int = 1  # environment steps between the ends of two windows of an episode
+    gripper: Gripper = "open_positive"  # meaning of the action's last number on disk
+    feature_keys: tuple[tuple[str, str], ...] = ()  # our field and its key on disk, where they differ
+    gripper_weight: float = 0.01  # of the gripper's loss beside the arm's
+    agent: AgentConfig = AgentConfig()
+    world: WorldConfig = field(default_factory=MujocoTableConfig)  # where it will be evaluated
+    loader: LoaderConfig = LoaderConfig()
+    augment: AugmentConfig = AugmentConfig()
+    optim: OptimConfig = OptimConfig()
+    loop: LoopConfig = LoopConfig()
+    seed: int = 0  # of the params and the dropout
+    overwrite: bool = False  # delete a run that is there
+
+
+def table_lstm() -> ImitateConfig:
+    """The MuJoCo table on a laptop: LSTM over whole episodes on frozen features, 2 cores."""
+    decoder = DecoderConfig(
+        kind="lstm",
+        token_dim=1,
+        num_tokens=1,
+        window_size=48,
+        action_horizon=4,
+        hidden_size=256,
+        num_layers=1,
+        pooling="none",
+        head_sizes=(256, 128),
+    )
+    return ImitateConfig(
+        run_dir="runs/table_lstm",
+        backbone_from="runs/pretrain",
+        frozen_backbone=True,
+        stride=48,
+        gripper_weight=0.1,
+        agent=AgentConfig(policy.connect(PerceiverConfig(), decoder)),
+        loader=LoaderConfig(batch_size=32),
+        optim=OptimConfig(learning_rate=1e-3, end_factor=0.01),
+        loop=LoopConfig(num_updates=1500, save_every=500),
+    )
+
+
+def table_fc() -> ImitateConfig:
+    """Its memoryless baseline: the same data, features and sizes, no recurrence."""
+    return replace(_with_kind(table_lstm(), "fc"), run_dir="runs/table_fc")
+
+
+def table_jax_state() -> ImitateConfig:
+    """The JAX twin from the simulator's state: seconds per policy, for trying out decoders."""
+    decoder = DecoderConfig(
+        kind="lstm",
+        token_dim=1,
+        num_tokens=1,
+        window_size=48,
+        action_horizon=1,
+        hidden_size=128,
+        num_layers=1,
+        pooling="none",
+        head_sizes=(128,),
+    )
+    return ImitateConfig(
+        dataset="demos/table_jax_state",
+        run_dir="runs/table_jax_state",
+        stride=48,
+        gripper_weight=0.1,
+        agent=AgentConfig(policy.connect(StateConfig(token_dim=32), decoder)),
+        world=JaxTableConfig(image_size=0),
+        loader=LoaderConfig(batch_size=64),
+        optim=OptimConfig(learning_rate=3e-3, end_factor=0.01),
+        loop=LoopConfig(num_updates=1500, save_every=1500),
+    )
+
+
+def _with_kind(config: ImitateConfig, kind) -> ImitateConfig:
+    """The same training with another kind of decoder."""
+    parts = config.agent.policy
+    parts = replace(parts, decoder=replace(parts.decoder, kind=kind))
+    return replace(config, agent=replace(config.agent, policy=parts))
+
+
+IMITATE = {
+    "table_lstm": table_lstm,
+    "table_fc": table_fc,
+    "table_jax_state": table_jax_state,
+}

@@ -1,0 +1,169 @@
+"""What a training tells: a line of JSON per log, TensorBoard if asked for, and a progress bar.
+
+    with Logs(run_dir, num_updates=1000, start=step) as logs:
+        for batch in logs.timed(batches):
+            train_state, metrics = update(train_state, batch, key)
+            step += 1
+            logs.advance(step)
+            if step % 50 == 0:
+                logs.write(step, metrics)
+
+`metrics.jsonl` in the run folder is the record, the bar is for the eye. Where the output is not a
+terminal there are at most about twenty plain lines instead, free of control characters.
+"""
+
+import json
+import os
+import pathlib
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+Item = TypeVar("Item")
+PLAIN_LINES = 20  # over a whole training, where the output is not a terminal
+
+
+class Logs:
+    """The logs of one training; a context manager, since files and the bar must be closed.
+
+    It adds to the metrics of every line `steps_per_second` and `data_wait`, the share of time
+    in [0, 1] spent waiting for data, both since the line before.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | os.PathLike[str],
+        *,
+        num_updates: int,
+        start: int = 0,
+        name: str = "train",
+        tensorboard: bool = False,
+        console: Console | None = None,
+    ):
+        """Opens the logs of a training that has done `start` of `num_updates` updates.
+
+        Lines after `start` are dropped from `metrics.jsonl`: a training that was killed had
+        written them, and the resumed one writes them again.
+
+        Args:
+          run_dir: folder of the run, made where it is missing.
+          num_updates: length of the training, in updates.
+          start: updates done already.
+          name: what the bar is about.
+          tensorboard: whether to write event files too.
+          console: where the bar goes; None means stderr.
+
+        Raises:
+          ImportError: `tensorboard` without the extra of that name.
+        """
+        path = pathlib.Path(run_dir) / "metrics.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._scalars = _tensorboard_writer(path.parent, start) if tensorboard else None
+        _rewrite(path, [line for line in read_metrics(path) if line["step"] <= start])
+        self._lines = path.open("a", encoding="utf-8", buffering=1)  # a line is on disk at once
+        self._name, self._num_updates = name, num_updates
+        self._last_step, self._last_time, self._waited = start, time.perf_counter(), 0.0
+        self._console = console or Console(stderr=True)
+        self._bar = _make_bar(self._console)
+        self._task = self._bar.add_task(name, total=num_updates, completed=start, told="")
+
+    def __enter__(self) -> "Logs":
+        """Shows the bar."""
+        if self._console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes the bar and the files."""
+        if self._console.is_terminal:
+            self._bar.stop()
+        self._lines.close()
+        if self._scalars is not None:
+            self._scalars.close()
+
+    def timed(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Yields the same items, and counts the time that it waits for each."""
+        iterator = iter(items)
+        while True:
+            before = time.perf_counter()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            self._waited += time.perf_counter() - before
+            yield item
+
+    def advance(self, step: int) -> None:
+        """Moves the bar to `step` updates done; does not wait for the device."""
+        self._bar.update(self._task, completed=step)
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Writes the scalars of `metrics` after `step` updates; waits for the device."""
+        values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        now = time.perf_counter()
+        seconds = max(now - self._last_time, 1e-9)
+        values["steps_per_second"] = (step - self._last_step) / seconds
+        values["data_wait"] = min(self._waited / seconds, 1.0)
+        self._lines.write(json.dumps({"step": step, **values}) + "\n")
+        if self._scalars is not None:
+            for name, value in values.items():
+                self._scalars.add_scalar(name, value, step)
+        self._tell(step, values)
+        self._last_step, self._last_time, self._waited = step, now, 0.0
+
+    def _tell(self, step: int, values: Mapping[str, float]) -> None:
+        told = (
+            f"loss {values.get('loss', float('nan')):.4f}  "
+            f"{values['steps_per_second']:.1f} steps/s  data {values['data_wait']:.0%}"
+        )
+        self._bar.update(self._task, completed=step, told=told)
+        share, last_share = (s * PLAIN_LINES // self._num_updates for s in (step, self._last_step))
+        if not self._console.is_terminal and share > last_share:
+            left = (self._num_updates - step) / max(values["steps_per_second"], 1e-9)
+            line = f"{self._name} {step}/{self._num_updates}  {told}  {left:.0f} s left"
+            print(line, file=self._console.file, flush=True)
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
+    """Returns the lines of a `metrics.jsonl`, without a last one that a kill cut in half.
+
+    Args:
+      path: the file; where it is missing there are no lines.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]  # a whole line ends in a line feed
+
+
+def _rewrite(path: pathlib.Path, lines: Iterable[Mapping[str, float]]) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    os.replace(part, path)
+
+
+def _make_bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[told]}"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+        console=console,
+    )
+
+
+def _tensorboard_writer(run_dir: pathlib.Path, start: int) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            "TensorBoard logs need its writer; pip install 'vla-jax[tensorboard]'."
+        ) from error
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)

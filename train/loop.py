@@ -1,0 +1,145 @@
+"""The loop that every script here shares: batches in, updates, logs, checkpoints, exact resume."""
+
+import contextlib
+import pathlib
+import shutil
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+
+from train.logs import Logs
+from vla_jax import checkpoint, parallel
+from vla_jax import config as configs
+from vla_jax.data.loader import Loader
+from vla_jax.types import Key
+from vla_jax.update import TrainState, Update
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long to train, and what to keep of it."""
+
+    num_updates: int = 3000  # updates in all
+    log_every: int = 50  # updates between two lines of metrics.jsonl
+    save_every: int = 500  # updates between two checkpoints
+    keep: int = 2  # latest checkpoints that stay
+    num_devices: int = 0  # devices that share a batch; 0 = all
+    tensorboard: bool = False  # event files too
+
+    def __post_init__(self):
+        """Checks the counts."""
+        for name in ("num_updates", "log_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+
+def fit(
+    config: LoopConfig,
+    run_dir: pathlib.Path,
+    update: Update,
+    train_state: TrainState,
+    loader: Loader,
+    key: Key,
+    *,
+    schedule: optax.Schedule,
+    metadata: dict[str, Any],
+    name: str,
+) -> TrainState:
+    """Trains to the end, from the latest checkpoint in `run_dir` if there is one.
+
+    What resumes is the same to the bit as what was never interrupted: the params, the optimiser,
+    the average, the position of the loader; randomness follows from `key` and the update's number.
+
+    Args:
+      config: length of the training, and what to keep.
+      run_dir: folder of the run.
+      update: from `update.make_update`; compiled here.
+      train_state: the state before the first update.
+      loader: endless batches; closed here.
+      key: of all randomness inside the updates.
+      schedule: learning rate by update, for the log.
+      metadata: what to save beside the weights (config, norm_stats).
+      name: what the progress bar is about.
+
+    Returns:
+      The state after the last update, in the host's memory.
+    """
+    directory = run_dir / "checkpoints"
+    if checkpoint.latest_step(directory) is not None:
+        train_state, saved = checkpoint.restore(directory, train_state)
+        loader.set_state(saved["loader"])
+    start = int(train_state.num_updates)
+    mesh = parallel.make_mesh(config.num_devices or None)
+    train_state = parallel.replicate(train_state, mesh)
+    compiled = parallel.jit_update(update, mesh)
+    with contextlib.ExitStack() as stack:
+        stack.callback(loader.close)
+        checkpoints = checkpoint.open_checkpoints(directory, keep=config.keep)
+        stack.callback(checkpoint.close, checkpoints)
+        logs = stack.enter_context(
+            Logs(
+                run_dir,
+                num_updates=config.num_updates,
+                start=start,
+                name=name,
+                tensorboard=config.tensorboard,
+            )
+        )
+        steps = range(start + 1, config.num_updates + 1)
+        for step, batch in zip(steps, logs.timed(loader), strict=False):  # the loader is endless
+            train_state, metrics = compiled(train_state, parallel.shard_batch(batch, mesh), key)
+            logs.advance(step)
+            if step % config.log_every == 0 or step == config.num_updates:
+                logs.write(step, {**metrics, "learning_rate": schedule(step - 1)})
+            if step % config.save_every == 0 or step == config.num_updates:
+                position = {"loader": loader.get_state()}
+                checkpoint.save(checkpoints, step, train_state, metadata | position)
+    return jax.device_get(train_state)
+
+
+def open_run(run_dir: str, config: Any, *, overwrite: bool) -> pathlib.Path:
+    """The run's folder, new, or an earlier one of the very same config, to be resumed.
+
+    Args:
+      run_dir: folder.
+      config: the script's whole config; written to `config.json`.
+      overwrite: whether to delete what is there.
+
+    Raises:
+      SystemExit: the folder holds a run of another config.
+    """
+    path = pathlib.Path(run_dir)
+    if overwrite and path.exists():
+        _delete(path)
+    file = path / "config.json"
+    if file.exists():
+        saved, wanted = configs.load(type(config), file), config
+        if saved != wanted:
+            differing = _differences(configs.to_dict(saved), configs.to_dict(wanted))
+            sys.exit(
+                f"{path} holds a run of another config: {'; '.join(differing)}; choose another "
+                "--run-dir, restore those options, or add --overwrite to start anew."
+            )
+    else:
+        configs.save(config, file)
+    return path
+
+
+def _delete(path: pathlib.Path) -> None:
+    if not (path / "config.json").exists():
+        sys.exit(f"{path} is not a run folder (no config.json); delete it yourself.")
+    shutil.rmtree(path)
+
+
+def _differences(saved: Any, wanted: Any, path: str = "") -> list[str]:
+    """`name was X and is Y` for every leaf of two configs that differs."""
+    if not (isinstance(saved, dict) and isinstance(wanted, dict)):
+        return [] if saved == wanted else [f"{path} was {saved!r} and is {wanted!r}"]
+    return [
+        line
+        for name in {**saved, **wanted}
+        for line in _differences(saved.get(name), wanted.get(name), f"{path}.{name}".lstrip("."))
+    ]

@@ -1,0 +1,119 @@
+"""From what a robot sees to what it does: all that stands between a policy and a world.
+
+An agent normalises the robot's state, hides the instruction after its first steps, streams the
+policy, turns chunks into one action and that action back into the robot's units.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from vla_jax import execution, policy
+from vla_jax.data import normalize, text
+from vla_jax.data.normalize import NormalizeConfig, NormStats
+from vla_jax.data.windows import ALWAYS
+from vla_jax.execution import ExecutionConfig
+from vla_jax.policy import PolicyConfig
+from vla_jax.types import Array, Observation, Params
+
+Mode = Literal["refresh", "periodic", "persistent"]
+
+
+@dataclass(frozen=True)
+class AgentConfig:
+    """How a policy acts; with params and norm_stats it is complete."""
+
+    policy: PolicyConfig = PolicyConfig()
+    normalize: NormalizeConfig = NormalizeConfig()  # as in training
+    execution: ExecutionConfig = ExecutionConfig()
+    mode: Mode = "refresh"  # what the decoder remembers: last W steps, since W·n, everything
+    instruction_steps: int = 1  # first steps that show the instruction; -1 = always
+
+
+class AgentState(NamedTuple):
+    """What an agent remembers between two steps."""
+
+    stream: Any  # the decoder's
+    execution: Any  # the chunks that still speak of coming steps
+    age: Array  # [B] int32, steps since the episode began
+
+
+class Agent(NamedTuple):
+    """Pure functions; `jit` the step."""
+
+    init: Callable[[Params, int], AgentState]  # (params, batch_size) -> state
+    step: Callable[..., tuple[AgentState, Array]]  # see `make_agent`
+
+
+def make_agent(
+    config: AgentConfig, norm_stats: Mapping[str, NormStats], *, window_size: int | None = None
+) -> Agent:
+    """The agent's two functions.
+
+    `step(params, state, observation, reset) -> (state, action [B, A])` takes raw observations
+    `[B, ...]` with word ids of the whole instruction at every step, `reset [B]` True where an
+    episode starts, and gives actions in the robot's units, gripper +1 open / -1 closed.
+
+    Args:
+      config: how to act.
+      norm_stats: those of the training data.
+      window_size: stream with another window than the policy was trained with.
+
+    Raises:
+      ValueError: norm_stats of the action are missing.
+    """
+    if "action" not in norm_stats:
+        raise ValueError(
+            f"norm_stats must have 'action', got {sorted(norm_stats)}; use those of the run."
+        )
+    decoder = config.policy.decoder
+    execution.check_stride(config.execution, decoder.kind)
+
+    def init(params: Params, batch_size: int) -> AgentState:
+        return AgentState(
+            stream=policy.init_stream(
+                params, config.policy, batch_size, mode=config.mode, window_size=window_size
+            ),
+            execution=execution.init(
+                config.execution, batch_size, decoder.action_horizon, decoder.action_dim
+            ),
+            age=jnp.zeros(batch_size, jnp.int32),
+        )
+
+    def step(
+        params: Params, state: AgentState, observation: Observation, reset: Array
+    ) -> tuple[AgentState, Array]:
+        age = jnp.where(reset, 0, state.age)
+        seen = _prepare(config, norm_stats, observation, age)
+        stream, chunk = policy.step(params, config.policy, state.stream, seen, reset=reset)
+        executed, action = execution.step(config.execution, state.execution, chunk, reset=reset)
+        action = normalize.denormalize(
+            action, norm_stats["action"], config.normalize.action, gripper=True
+        )
+        return AgentState(stream, executed, age + 1), action
+
+    return Agent(init, step)
+
+
+def _prepare(
+    config: AgentConfig, norm_stats: Mapping[str, NormStats], observation: Observation, age: Array
+) -> Observation:
+    """What the policy was trained to see; a column without norm_stats was not in its data."""
+    columns = {}
+    for name in ("proprio", "environment_state"):
+        column, stats = getattr(observation, name), norm_stats.get(name)
+        if column is not None and stats is not None:
+            column = normalize.normalize(column, stats, getattr(config.normalize, name))
+        columns[name] = column if stats is not None else None
+    visible = (config.instruction_steps == ALWAYS) | (age < config.instruction_steps)
+    instruction = jnp.where(visible[:, None], jnp.asarray(observation.instruction), 0)
+    return observation._replace(**columns, instruction=instruction)
+
+
+def read_instruction(config: AgentConfig, instruction: str) -> np.ndarray:
+    """Word ids `[S]` int32 of a sentence."""
+    backbone = config.policy.backbone
+    return text.tokenize(instruction, max_words=backbone.max_words, vocab_size=backbone.vocab_size)

@@ -1,0 +1,1 @@
+"""Images and an instruction -> tokens `[..., N, D]`."""

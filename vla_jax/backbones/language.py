@@ -1,0 +1,33 @@
+"""An instruction as one token: embedded words, added up over those that are visible."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from einops import repeat
+
+from vla_jax.types import Array
+
+
+class Words(nn.Module):
+    """Word ids `[..., S]` -> `[..., D]`; no visible word gives a learned "nothing was said"."""
+
+    vocab_size: int
+    max_words: int
+    token_dim: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, instruction: Array) -> Array:
+        """Embeds, adds the place in the sentence, mixes each word, and takes the mean."""
+        embed = nn.Embed(self.vocab_size, self.token_dim, dtype=jnp.dtype(self.dtype), name="embed")
+        place = self.param("place", nn.initializers.normal(1.0), (self.max_words, self.token_dim))
+        silence = self.param("silence", nn.initializers.normal(1.0), (self.token_dim,))
+        visible = (instruction > 0)[..., None]
+        words = embed(instruction) * self.token_dim**0.5
+        words = words + place.astype(words.dtype).reshape(
+            *(1,) * (instruction.ndim - 1), *place.shape
+        )
+        words = jnp.tanh(nn.Dense(self.token_dim, dtype=jnp.dtype(self.dtype), name="mix")(words))
+        count = visible.sum(-2)
+        mean = (words * visible).sum(-2) / jnp.maximum(count, 1)
+        silence = repeat(silence, "D -> B D", B=instruction.shape[0]).astype(mean.dtype)
+        return jnp.where(count > 0, mean, silence)

@@ -1,0 +1,210 @@
+"""Recurrent cells as pure functions: RNN, LSTM, GRU.
+
+A cell is one step, `step(params, carry, inputs) -> (carry, outputs)`: bind `params` and it is the
+body of `jax.lax.scan`. It comes in two halves, so that the product with the inputs, which does
+not wait for the carry, can be taken for all steps at once before the scan:
+
+    step(params, carry, inputs) = advance(params, carry, project(params, inputs))
+
+Every cell has the same four params, in PyTorch's and cuDNN's layout transposed: `input_kernel`
+`[D, G·H]`, `recurrent_kernel` `[H, G·H]`, `input_bias` and `recurrent_bias` `[G·H]`. Gates lie on
+the last axis: LSTM `i f g o`; GRU `r z n`, with the reset after the recurrent product. The two
+biases of a gate are kept apart as they are there: Adam moves them twice as fast as one would.
+
+Carries and gates are float32; `dtype` is that of the factors of the products alone.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from vla_jax.types import Array, Key, Params
+
+
+class RNNCarry(NamedTuple):
+    """What an RNN hands to its next step."""
+
+    hidden: Array  # [..., H] float32, also the output
+
+
+class LSTMCarry(NamedTuple):
+    """What an LSTM hands to its next step."""
+
+    hidden: Array  # [..., H] float32, also the output
+    cell: Array  # [..., H] float32
+
+
+class GRUCarry(NamedTuple):
+    """What a GRU hands to its next step."""
+
+    hidden: Array  # [..., H] float32, also the output
+
+
+class Cell(NamedTuple):
+    """A family member: what `recurrence` needs to know of a cell."""
+
+    num_gates: int  # G
+    init: Callable[[Key, int, int], Params]  # (key, input_size, hidden_size) -> params
+    zero_carry: Callable[[Array, int], Any]  # (like [B, ...], hidden_size) -> carry [B, H]
+    project: Callable[..., jax.Array]  # (params, inputs [..., D], *, dtype) -> [..., G·H]
+    advance: Callable[..., tuple[Any, jax.Array]]  # (params, carry, projected, *, dtype)
+    step: Callable[..., tuple[Any, jax.Array]]  # (params, carry, inputs [..., D], *, dtype)
+
+
+def affine(inputs: Array, kernel: Array, bias: Array, *, dtype: str = "float32") -> jax.Array:
+    """Returns `inputs · kernel + bias` in float32.
+
+    Args:
+      inputs: `[..., D]`.
+      kernel: `[D, E]`.
+      bias: `[E]`.
+      dtype: of the two factors of the product; it is summed in float32 all the same.
+
+    Returns:
+      `[..., E]` float32.
+    """
+    # The cast stands here, inside the scan, so that the gradients of the steps are summed in
+    # float32; outside of it they would be summed in `dtype`.
+    product = jnp.matmul(
+        jnp.asarray(inputs, dtype), jnp.asarray(kernel, dtype), preferred_element_type=jnp.float32
+    )
+    return product + jnp.broadcast_to(bias, product.shape)
+
+
+def project(params: Params, inputs: Array, *, dtype: str = "float32") -> jax.Array:
+    """Returns the inputs' share of the gates, the half of a step that does not need the carry.
+
+        p = x · W + b
+
+    Args:
+      params: of any cell.
+      inputs: `[..., D]`; all steps of a sequence at once is the point of it.
+      dtype: of the factors of the product.
+
+    Returns:
+      `[..., G·H]` float32.
+    """
+    return affine(inputs, params["input_kernel"], params["input_bias"], dtype=dtype)
+
+
+def rnn_advance(
+    params: Params, carry: RNNCarry, projected: Array, *, dtype: str = "float32"
+) -> tuple[RNNCarry, jax.Array]:
+    """Returns the next carry and output of a plain RNN.
+
+        hₜ = tanh(pₜ + hₜ₋₁ · R + b)
+
+    Args:
+      params: from `RNN.init`.
+      carry: `[..., H]`.
+      projected: `[..., H]` from `project`.
+      dtype: of the factors of the product.
+
+    Source: Elman 1990, as `torch.nn.RNN` has it.
+    """
+    hidden = jnp.tanh(projected + _recurrent(params, carry.hidden, dtype))
+    return RNNCarry(hidden), hidden
+
+
+def lstm_advance(
+    params: Params, carry: LSTMCarry, projected: Array, *, dtype: str = "float32"
+) -> tuple[LSTMCarry, jax.Array]:
+    """Returns the next carry and output of an LSTM.
+
+        i, f, g, o = pₜ + hₜ₋₁ · R + b
+        cₜ = σ(f) cₜ₋₁ + σ(i) tanh(g)
+        hₜ = σ(o) tanh(cₜ)
+
+    Args:
+      params: from `LSTM.init`.
+      carry: `[..., H]`.
+      projected: `[..., 4·H]` from `project`.
+      dtype: of the factors of the product.
+
+    Source: Gers et al. 2000, as `torch.nn.LSTM` has it.
+    """
+    gates = projected + _recurrent(params, carry.hidden, dtype)
+    i, f, g, o = jnp.split(gates, 4, axis=-1)
+    cell = jax.nn.sigmoid(f) * carry.cell + jax.nn.sigmoid(i) * jnp.tanh(g)
+    hidden = jax.nn.sigmoid(o) * jnp.tanh(cell)
+    return LSTMCarry(hidden, cell), hidden
+
+
+def gru_advance(
+    params: Params, carry: GRUCarry, projected: Array, *, dtype: str = "float32"
+) -> tuple[GRUCarry, jax.Array]:
+    """Returns the next carry and output of a GRU.
+
+        r, z = σ(pₜ + hₜ₋₁ · R + b)       n = tanh(pₜ + r (hₜ₋₁ · R + b))
+        hₜ = (1 − z) n + z hₜ₋₁
+
+    Args:
+      params: from `GRU.init`.
+      carry: `[..., H]`.
+      projected: `[..., 3·H]` from `project`.
+      dtype: of the factors of the product.
+
+    Source: Cho et al. 2014 (arXiv:1406.1078v1), as `torch.nn.GRU` and cuDNN have it: `r` scales
+    the recurrent product with its bias, not the carry.
+    """
+    input_r, input_z, input_n = jnp.split(projected, 3, axis=-1)
+    hidden_r, hidden_z, hidden_n = jnp.split(_recurrent(params, carry.hidden, dtype), 3, axis=-1)
+    r = jax.nn.sigmoid(input_r + hidden_r)
+    z = jax.nn.sigmoid(input_z + hidden_z)
+    n = jnp.tanh(input_n + r * hidden_n)
+    hidden = (1.0 - z) * n + z * carry.hidden
+    return GRUCarry(hidden), hidden
+
+
+def _recurrent(params: Params, hidden: Array, dtype: str) -> jax.Array:
+    return affine(hidden, params["recurrent_kernel"], params["recurrent_bias"], dtype=dtype)
+
+
+def _init(key: Key, input_size: int, hidden_size: int, *, num_gates: int) -> Params:
+    """Returns params drawn from U(−1/√H, 1/√H), biases included, as PyTorch draws them."""
+    width = num_gates * hidden_size
+    shapes = {
+        "input_kernel": (input_size, width),
+        "recurrent_kernel": (hidden_size, width),
+        "input_bias": (width,),
+        "recurrent_bias": (width,),
+    }
+    bound = hidden_size**-0.5
+    return {
+        name: jax.random.uniform(part, shape, jnp.float32, -bound, bound)
+        for part, (name, shape) in zip(jax.random.split(key, 4), shapes.items(), strict=True)
+    }
+
+
+def _zero_carry(like: Array, hidden_size: int, *, carry_type: Any) -> Any:
+    def zeros() -> jax.Array:
+        # Made of the data, they share its sharding, which a scan on an explicit mesh insists on.
+        column = jnp.zeros_like(like[(slice(None), *(0,) * (like.ndim - 1))], jnp.float32)
+        return jnp.broadcast_to(column[:, None], (like.shape[0], hidden_size))
+
+    return carry_type(*(zeros() for _ in carry_type._fields))  # apart, so that both can be donated
+
+
+def _make_cell(num_gates: int, carry_type: Any, advance: Callable[..., Any]) -> Cell:
+    def step(
+        params: Params, carry: Any, inputs: Array, *, dtype: str = "float32"
+    ) -> tuple[Any, jax.Array]:
+        return advance(params, carry, project(params, inputs, dtype=dtype), dtype=dtype)
+
+    return Cell(
+        num_gates=num_gates,
+        init=partial(_init, num_gates=num_gates),
+        zero_carry=partial(_zero_carry, carry_type=carry_type),
+        project=project,
+        advance=advance,
+        step=step,
+    )
+
+
+RNN = _make_cell(1, RNNCarry, rnn_advance)
+LSTM = _make_cell(4, LSTMCarry, lstm_advance)
+GRU = _make_cell(3, GRUCarry, gru_advance)
+CELLS = {"rnn": RNN, "lstm": LSTM, "gru": GRU}

@@ -1,0 +1,317 @@
+"""Checkpoints by Orbax: saved in the background, whole or not at all, readable on any machine.
+
+    directory/1000/    after 1000 updates: the train state, and metadata as JSON
+    directory/2000/
+
+The metadata (config, norm_stats, position of the loader, …) lies inside each step, so that one
+step folder is all that is needed to resume or to act. A folder appears under its number only
+when it is complete; what a killed program leaves behind is ignored, and removed by the next
+`open_checkpoints`. All calls to Orbax are in this file, since its names still move.
+"""
+
+# Orbax annotates arguments more narrowly than what it takes (pathlib paths, its own policies).
+# pyright: reportArgumentType=false
+
+import contextlib
+import json
+import logging
+import os
+import pathlib
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from vla_jax.types import Params
+
+Path = str | os.PathLike[str]
+State = TypeVar("State")
+Checkpoints = ocp.training.Checkpointer  # open handle; made by open_checkpoints, ended by close
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname and "OCDBT" not in record.getMessage()
+
+
+# Orbax logs pages of tracebacks for errors that it also raises and that are told here in a line;
+# where it reads broken files, asyncio adds a page for every array (OCDBT is their format).
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(_not_orbax)
+
+
+def open_checkpoints(directory: Path, *, keep: int = 2) -> Checkpoints:
+    """Returns a handle for saving into `directory`, which is made where it is missing.
+
+    Args:
+      directory: folder of the steps.
+      keep: how many of the latest steps stay; older ones are deleted.
+
+    Raises:
+      ValueError: `keep` is not positive.
+      OSError: the folder cannot be made or written.
+    """
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1, got {keep}.")
+    training = ocp.training
+    with _one_sentence(directory):
+        return training.Checkpointer(
+            pathlib.Path(directory).absolute(),
+            save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True,
+        )
+
+
+def save(checkpoints: Checkpoints, step: int, train_state: Any, metadata: dict[str, Any]) -> bool:
+    """Starts to save in the background; returns False where this step is saved already.
+
+    The arrays may be donated or changed as soon as this returns. With several processes all of
+    them call it. A failure in the background shows up at the next `save`, `wait` or `close`;
+    after it the handle can still be used.
+
+    Args:
+      checkpoints: from `open_checkpoints`.
+      step: updates done, above the steps saved before.
+      train_state: any tree of arrays.
+      metadata: what JSON can hold; with several processes that of the first is kept.
+
+    Raises:
+      OSError: this or the save before failed, as on a full disk; earlier steps are unharmed.
+      TypeError: `metadata` holds something that JSON can't.
+      ValueError: a later step is saved already.
+    """
+    try:
+        metadata = json.loads(json.dumps(metadata))
+    except TypeError as error:
+        raise TypeError(f"metadata must be JSON ({error}); convert it first.") from error
+    latest = checkpoints.latest.step if checkpoints.latest else -1
+    if step == latest:
+        return False
+    if step < latest:
+        raise ValueError(
+            f"step must be above {latest}, the latest in {checkpoints.directory}, got {step}; "
+            "delete the later steps or use another folder."
+        )
+    with _one_sentence(checkpoints.directory):
+        return bool(
+            checkpoints.save_async(step, train_state, custom_metadata={"metadata": metadata})
+        )
+
+
+def wait(checkpoints: Checkpoints) -> None:
+    """Returns when nothing is being saved any more.
+
+    Raises:
+      OSError: the last save failed.
+    """
+    with _one_sentence(checkpoints.directory):
+        checkpoints.wait()
+
+
+def close(checkpoints: Checkpoints) -> None:
+    """Waits for the last save and frees the handle.
+
+    Raises:
+      OSError: the last save failed.
+    """
+    with _one_sentence(checkpoints.directory):
+        checkpoints.close()
+
+
+def latest_step(directory: Path) -> int | None:
+    """Returns the latest complete step in `directory`, None where there is none."""
+    return max(_steps(directory), default=None)
+
+
+def read_metadata(directory: Path, *, step: int | None = None) -> dict[str, Any]:
+    """Returns the metadata that was given to `save`.
+
+    Args:
+      directory: folder of the steps.
+      step: which one; None means the latest.
+
+    Raises:
+      FileNotFoundError: there is no such step.
+      ValueError: the files are damaged.
+    """
+    return _stored(_step_path(directory, step))[1]
+
+
+def restore(
+    directory: Path, like: State, *, step: int | None = None
+) -> tuple[State, dict[str, Any]]:
+    """Returns the saved train state, in NumPy arrays, and its metadata.
+
+    It does not matter on how many devices it was saved; `parallel.replicate` puts it on those
+    at hand.
+
+    Args:
+      directory: folder of the steps.
+      like: train state of the same structure (arrays, or shapes from `jax.eval_shape`).
+      step: which one; None means the latest.
+
+    Raises:
+      FileNotFoundError: there is no such step.
+      ValueError: the checkpoint is of another shape or dtype than `like`, or damaged.
+    """
+    path = _step_path(directory, step)
+    saved, metadata = _stored(path)
+    _check_same(saved, like, path)
+    return _load(path, _as_numpy(like)), metadata
+
+
+def restore_params(
+    directory: Path, like: Params | None = None, *, step: int | None = None, ema: bool = False
+) -> Params:
+    """Returns the params alone, in NumPy arrays; the optimiser's state is not read.
+
+    Args:
+      directory: folder of the steps, of a training or from `export_params`.
+      like: params of the same structure to check against; None means no check.
+      step: which one; None means the latest.
+      ema: whether to read the slow average in place of the params.
+
+    Raises:
+      FileNotFoundError: there is no such step.
+      ValueError: no average was kept, the params are of another shape than `like`, or damaged.
+    """
+    path = _step_path(directory, step)
+    field = "ema_params" if ema else "params"
+    saved = _stored(path)[0].get(field)
+    if saved is None:
+        raise ValueError(f"{path} holds no {field}; train with ema_decay, or read params.")
+    if like is not None:
+        _check_same(saved, like, path)
+    return _load(path, {field: _as_numpy(saved)})[field]
+
+
+def export_params(
+    directory: Path, target: Path, *, step: int | None = None, ema: bool = False
+) -> pathlib.Path:
+    """Writes a step's params and metadata to `target`, without the optimiser; returns the folder.
+
+    `restore_params` and `read_metadata` read `target` as they read a training's folder.
+
+    Args:
+      directory: folder of the steps.
+      target: folder to write into.
+      step: which one; None means the latest.
+      ema: whether to export the slow average, as the params.
+
+    Raises:
+      FileNotFoundError: there is no such step.
+      ValueError: no average was kept, or the checkpoint is damaged.
+      FileExistsError: `target` holds this step already.
+      OSError: `target` could not be written.
+    """
+    params = restore_params(directory, step=step, ema=ema)
+    metadata = read_metadata(directory, step=step)
+    path = pathlib.Path(target).absolute() / _step_path(directory, step).name
+    if path.exists():
+        raise FileExistsError(f"{path} exists already; choose another target.")
+    with _one_sentence(path.parent):
+        ocp.save(path, {"params": params}, custom_metadata={"metadata": metadata})
+    return path
+
+
+def _steps(directory: Path) -> list[int]:
+    if not pathlib.Path(directory).is_dir():
+        return []
+    names = ocp.path.step.standard_name_format()
+    return sorted(found.step for found in names.find_all(pathlib.Path(directory).absolute()))
+
+
+def _step_path(directory: Path, step: int | None) -> pathlib.Path:
+    """Returns the folder of a step that is there."""
+    steps = _steps(directory)
+    if not steps:
+        raise FileNotFoundError(f"no checkpoint in {directory}; train first, or name its folder.")
+    step = steps[-1] if step is None else step
+    if step not in steps:
+        listed = ", ".join(map(str, steps))
+        raise FileNotFoundError(f"no step {step} in {directory}; choose from {listed}.")
+    return pathlib.Path(directory).absolute() / str(step)
+
+
+def _stored(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the tree that a step holds, with shapes for arrays, and our metadata."""
+    with _readable(path):
+        stored: Any = ocp.metadata(path)
+        ours = stored.custom_metadata or {}
+        if not jax.tree.leaves(stored.metadata) or "metadata" not in ours:
+            raise ValueError("its list of arrays or its metadata is broken")
+        return stored.metadata, ours["metadata"]
+
+
+def _load(path: pathlib.Path, target: Any) -> Any:
+    """Returns the part of the saved tree that `target` has, as NumPy arrays."""
+    context = ocp.Context()
+    context.pytree_options.loading.partial_load = True
+    with _readable(path), context:
+        return ocp.load(path, target)
+
+
+def _as_numpy(tree: Any) -> Any:
+    """Returns a target that makes Orbax give NumPy arrays: they fit any machine."""
+    return jax.tree.map(lambda x: np.empty(x.shape, x.dtype), tree)
+
+
+def _check_same(saved: Any, like: Any, path: pathlib.Path) -> None:
+    """Raises at the first leaf that differs (Orbax would cast another dtype without a word)."""
+    found, expected = _leaves(saved), _leaves(like)
+    for name in [*expected, *found]:
+        if found.get(name) != expected.get(name):
+            raise ValueError(
+                f"{path} and the policy differ at {name}: saved {found.get(name, 'nothing')}, "
+                f"expected {expected.get(name, 'nothing')}; use the config that it was made with."
+            )
+
+
+def _leaves(tree: Any) -> dict[str, str]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+@contextlib.contextmanager
+def _one_sentence(directory: Any) -> Iterator[None]:
+    """Turns whatever a save raises into one OSError, and frees what it had begun to write."""
+    try:
+        yield
+    except Exception as error:  # a full disk comes as a ValueError of TensorStore, or an OSError
+        for begun in pathlib.Path(directory).glob("*.orbax-checkpoint-tmp"):
+            shutil.rmtree(begun, ignore_errors=True)
+        raise OSError(
+            f"could not save into {directory} ({_reason(error)}); the steps saved before are "
+            "unharmed: free some space if the disk is full, and save again."
+        ) from error
+
+
+@contextlib.contextmanager
+def _readable(path: pathlib.Path) -> Iterator[None]:
+    """Turns whatever Orbax raises about damaged files into one sentence."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        yield
+    except Exception as error:  # of many types
+        time.sleep(0.1)  # the reads of the other arrays end without a listener, and complain
+        raise ValueError(
+            f"{path} cannot be read ({_reason(error)}); delete it to go back to the step before."
+        ) from error
+    finally:
+        sys.unraisablehook = hook
+
+
+def _reason(error: Exception) -> str:
+    """Returns the system's words where TensorStore gives its code, else the first line."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    if code:
+        return os.strerror(int(code[1]))
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,0 +1,200 @@
+"""Frozen dataclasses to JSON and back, typed and strict.
+
+A config is a frozen dataclass of numbers, strings, booleans, None, `Literal`s, tuples and other
+configs. Where a field may hold one of several configs, each of them has a field
+`kind: Literal["name"] = "name"`, which tells them apart in a file.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import json
+import os
+import pathlib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+Config = TypeVar("Config")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Returns the config as nested dicts and lists that `json` can write.
+
+    Args:
+      config: instance of a dataclass.
+
+    Raises:
+      TypeError: a field holds something that a config may not hold.
+    """
+    return _plain(config, type(config).__name__)
+
+
+def from_dict(cls: type[Config], data: Mapping[str, Any]) -> Config:
+    """Returns the `cls` that `to_dict` turned into `data`.
+
+    Fields that are absent keep their defaults, so that a file outlives a new option; a field
+    that `cls` does not have is an error, so that a misspelt one is never silence.
+
+    Args:
+      cls: the dataclass to make.
+      data: field name to value; lists become tuples, whole numbers become floats where due.
+
+    Raises:
+      ValueError: an unknown field or kind, a value of another type, or a missing field.
+    """
+    return _read(cls, data, cls.__name__)
+
+
+def save(config: Any, path: str | os.PathLike[str]) -> None:
+    """Writes the config as JSON, whole or not at all.
+
+    Args:
+      config: instance of a dataclass.
+      path: file to write; its folder is made where it is missing.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
+    os.replace(part, path)  # a kill in mid-write must not leave half a file
+
+
+def load(cls: type[Config], path: str | os.PathLike[str]) -> Config:
+    """Returns the `cls` that `save` wrote to `path`.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is not JSON, or does not describe a `cls`.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing: expected a {cls.__name__} as JSON; check the run folder."
+        )
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # broken JSON or broken UTF-8
+        raise ValueError(f"{path} is not valid JSON ({error}); restore the file.") from error
+    try:
+        return from_dict(cls, data)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Returns the end of a sentence about an unknown name: the choices and the nearest one.
+
+    >>> did_you_mean("lstmm", ("gru", "lstm"))
+    "choose from gru, lstm. Did you mean 'lstm'?"
+    """
+    known = [str(choice) for choice in known]
+    nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
+    return f"choose from {', '.join(known)}. Did you mean '{''.join(nearest)}'?"
+
+
+def _plain(value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(value):
+        fields = [field.name for field in dataclasses.fields(value)]
+        return {name: _plain(getattr(value, name), f"{path}.{name}") for name in fields}
+    if isinstance(value, tuple):
+        return [_plain(item, f"{path}[{i}]") for i, item in enumerate(value)]
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    raise TypeError(
+        f"{path} must be a number, str, bool, None, tuple or config, got {_shown(value)}; "
+        "convert it to one of these."
+    )
+
+
+def _read(annotation: Any, value: Any, path: str) -> Any:
+    """Returns `value` as `annotation` wants it, or raises a sentence that begins with `path`."""
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if dataclasses.is_dataclass(annotation):
+        return _read_config(annotation, value, path)
+    if origin in (typing.Union, types.UnionType):
+        return _read_union(args, value, path)
+    if origin is typing.Literal:
+        return _read_literal(args, value, path)
+    if origin is tuple:
+        return _read_tuple(args, value, path)
+    return _read_plain(annotation, value, path)
+
+
+def _read_config(cls: Any, data: Any, path: str) -> Any:
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{path} must be a dict of {cls.__name__}'s fields, got {_shown(data)}.")
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    for name in data:
+        if name not in fields:
+            raise ValueError(f"{path} has no field '{name}'; {did_you_mean(name, fields)}")
+    for name, field in fields.items():
+        required = field.default is field.default_factory is dataclasses.MISSING
+        if required and name not in data:
+            raise ValueError(f"{path}.{name} is missing; add it, it has no default.")
+    hints = typing.get_type_hints(cls)
+    return cls(**{name: _read(hints[name], data[name], f"{path}.{name}") for name in data})
+
+
+def _read_union(members: tuple[Any, ...], value: Any, path: str) -> Any:
+    if value is None and type(None) in members:
+        return None
+    members = tuple(member for member in members if member is not type(None))
+    if len(members) == 1:
+        return _read(members[0], value, path)
+    configs = [member for member in members if dataclasses.is_dataclass(member)]
+    if isinstance(value, Mapping) and configs:
+        return _read_config(_of_kind(configs, value, path), value, path)
+    for member in members:
+        with contextlib.suppress(ValueError):
+            return _read(member, value, path)
+    raise ValueError(_mismatch(members, value, path))
+
+
+def _of_kind(configs: list[Any], data: Mapping[str, Any], path: str) -> Any:
+    """Returns the config class that the field `kind` of `data` names."""
+    by_kind = {
+        kind: cls for cls in configs for kind in typing.get_args(typing.get_type_hints(cls)["kind"])
+    }
+    kind = data.get("kind")
+    if kind not in by_kind:
+        raise ValueError(f"{path}.kind is {_shown(kind)}; {did_you_mean(str(kind), by_kind)}")
+    return by_kind[kind]
+
+
+def _read_literal(choices: tuple[Any, ...], value: Any, path: str) -> Any:
+    for choice in choices:
+        if value == choice and type(value) is type(choice):
+            return choice
+    raise ValueError(f"{path} is {_shown(value)}; {did_you_mean(str(value), map(str, choices))}")
+
+
+def _read_tuple(members: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{path} must be a list, got {_shown(value)}.")
+    if len(members) == 2 and members[1] is Ellipsis:
+        members = members[:1] * len(value)
+    if len(members) != len(value):
+        raise ValueError(f"{path} must have {len(members)} items, got {len(value)}.")
+    return tuple(
+        _read(member, item, f"{path}[{i}]")
+        for i, (member, item) in enumerate(zip(members, value, strict=True))
+    )
+
+
+def _read_plain(annotation: Any, value: Any, path: str) -> Any:
+    if annotation is float and type(value) is int:
+        return float(value)
+    if type(value) is annotation:
+        return value
+    raise ValueError(_mismatch((annotation,), value, path))
+
+
+def _mismatch(members: tuple[Any, ...], value: Any, path: str) -> str:
+    names = " or ".join(getattr(member, "__name__", str(member)) for member in members)
+    return f"{path} must be {names}, got {_shown(value)}."
+
+
+def _shown(value: Any) -> str:
+    return f"{value!r} ({type(value).__name__})"

@@ -1,0 +1,1 @@
+"""Episode files -> windows -> batches. NumPy only: worker processes must not touch the device."""

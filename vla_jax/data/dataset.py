@@ -1,0 +1,201 @@
+"""Data sets in memory: every numeric column of all frames, images as arrays or memory maps.
+
+Frames of all episodes lie one after the other on the axis `F`; `episode_ends` says where each
+episode stops. Numbers fit in memory for any robot data set; images stay on disk where a reader
+gives memory maps. Actions are in the library's convention: gripper +1 open, -1 closed.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+CAMERAS = ("image_primary", "image_wrist")
+COLUMNS = ("proprio", "environment_state", "action")
+OnBad = Literal["error", "skip"]
+
+
+class Episode(NamedTuple):
+    """One demonstration of `T` steps, as a recorder gives it."""
+
+    observation: Mapping[str, np.ndarray]  # field name of Observation -> [T, ...], images uint8
+    action: np.ndarray  # [T, A] float32, gripper (last) +1 open / -1 closed
+    instruction: str  # the task in words
+
+
+class Dataset(NamedTuple):
+    """Episodes laid one after the other; `F` frames, `E` episodes."""
+
+    columns: Mapping[str, np.ndarray]  # proprio [F, P], environment_state [F, E], action [F, A]
+    frames: Mapping[str, np.ndarray]  # camera -> [F, h, w, 3] uint8, array or memory map
+    episode_ends: np.ndarray  # [E] int64, exclusive
+    instructions: tuple[str, ...]  # one per episode
+    fps: float  # frames per second, Hz
+    fingerprint: str  # identity of the content
+    names: Mapping[str, tuple[str, ...]]  # column -> name of each dimension, where known
+
+
+def from_episodes(
+    episodes: Iterable[Episode],
+    *,
+    fps: float,
+    names: Mapping[str, Sequence[str]] | None = None,
+    on_bad: OnBad = "error",
+) -> Dataset:
+    """Builds a data set in memory from episode records.
+
+    Args:
+      episodes: records with the same fields, each of at least one step.
+      fps: steps per second, Hz.
+      names: column -> name of each dimension.
+      on_bad: what to do with an episode that holds NaN or infinity: "error" or "skip".
+
+    Returns:
+      The data set; its arrays are copies.
+
+    Raises:
+      ValueError: no episodes, episodes that differ in their fields or sizes, NaN or infinity.
+    """
+    episodes = list(episodes)
+    if not episodes:
+        raise ValueError("episodes must hold at least one episode, got none; record some first.")
+    for index, episode in enumerate(episodes):
+        check_episode(episode, index, like=episodes[0])
+    ends = np.cumsum([len(episode.action) for episode in episodes])
+    fields = episodes[0].observation.keys()
+    columns = {name: _stack(episodes, name) for name in fields if name in COLUMNS}
+    columns["action"] = np.concatenate([e.action for e in episodes]).astype(np.float32)
+    keep = finite_episodes(columns, ends, on_bad=on_bad)
+    rows = episode_rows(ends, keep)
+    columns = {name: column[rows] for name, column in columns.items()}
+    frames = {name: _stack(episodes, name)[rows] for name in fields if name in CAMERAS}
+    instructions = tuple(episodes[index].instruction for index in keep)
+    lengths = np.diff(ends, prepend=0)[keep]
+    return Dataset(
+        columns=columns,
+        frames=frames,
+        episode_ends=np.cumsum(lengths),
+        instructions=instructions,
+        fps=float(fps),
+        fingerprint=digest(columns, frames, lengths, instructions, fps),
+        names={key: tuple(value) for key, value in (names or {}).items()},
+    )
+
+
+def episode_starts(episode_ends: np.ndarray) -> np.ndarray:
+    """First frame of every episode `[E]`."""
+    return np.concatenate([[0], episode_ends[:-1]]).astype(np.int64)
+
+
+def episode_start(dataset: Dataset, episode: int) -> int:
+    """First frame of one episode."""
+    return int(dataset.episode_ends[episode - 1]) if episode else 0
+
+
+def check_episode(episode: Episode, index: int, *, like: Episode) -> None:
+    """Refuses an episode that no data set can hold.
+
+    Args:
+      episode: the record to check.
+      index: its number, for the message.
+      like: an episode whose fields and sizes it must share.
+
+    Raises:
+      ValueError: no steps, an unknown field, other fields, lengths or sizes than `like`, or
+        images that are not uint8 `[T, h, w, 3]`.
+    """
+    steps, expected = _fields(episode), _fields(like)
+    if steps.keys() != expected.keys():
+        raise ValueError(
+            f"episode {index} must have the fields {sorted(expected)} of the first episode, "
+            f"got {sorted(steps)}; record every episode with the same sensors."
+        )
+    for name, value in steps.items():
+        if name not in CAMERAS + COLUMNS:
+            raise ValueError(
+                f"observation field must be one of {CAMERAS + COLUMNS[:2]}, got {name!r} in "
+                f"episode {index}; rename it."
+            )
+        if name in CAMERAS and (value.dtype != np.uint8 or value.ndim != 4 or value.shape[3] != 3):
+            raise ValueError(
+                f"{name} must be uint8 [T, h, w, 3], got {value.dtype} {value.shape} in episode "
+                f"{index}; convert the images first."
+            )
+        shape = (len(episode.action), *expected[name].shape[1:])
+        if value.shape != shape or not shape[0]:
+            raise ValueError(
+                f"{name} of episode {index} must have shape {shape} with at least one step, "
+                f"got {value.shape}; give every field one row per action and one size for all."
+            )
+
+
+def finite_episodes(
+    columns: Mapping[str, np.ndarray], episode_ends: np.ndarray, *, on_bad: OnBad = "error"
+) -> np.ndarray:
+    """Indices of the episodes whose numbers are all finite.
+
+    Args:
+      columns: name -> `[F, D]`.
+      episode_ends: `[E]`, exclusive.
+      on_bad: "error" refuses a data set with NaN or infinity, "skip" leaves those episodes out
+        with one counted warning.
+
+    Returns:
+      Episode indices, ascending.
+
+    Raises:
+      ValueError: NaN or infinity and `on_bad` is "error"; no episode is left.
+    """
+    bad: set[int] = set()
+    for name, column in columns.items():
+        frames = np.flatnonzero(~np.isfinite(column).all(axis=1))
+        owners = np.searchsorted(episode_ends, frames, side="right")
+        if len(frames) and on_bad == "error":
+            step = frames[0] - episode_starts(episode_ends)[owners[0]]
+            raise ValueError(
+                f"{name} must be finite, got NaN or infinity in episode {owners[0]} at step "
+                f'{step}; repair the data or read it with on_bad="skip".'
+            )
+        bad.update(owners.tolist())
+    if len(bad) == len(episode_ends):
+        raise ValueError("every episode holds NaN or infinity; repair the data.")
+    if bad:
+        warnings.warn(
+            f"left out {len(bad)} of {len(episode_ends)} episodes with NaN or infinity: "
+            f"{sorted(bad)[:8]}",
+            stacklevel=2,
+        )
+    return np.array([e for e in range(len(episode_ends)) if e not in bad], np.int64)
+
+
+def episode_rows(episode_ends: np.ndarray, episodes: np.ndarray) -> np.ndarray | slice:
+    """Frames of the given ascending episodes; a slice where it is all of them."""
+    if len(episodes) == len(episode_ends):
+        return slice(None)
+    kept = np.isin(np.arange(len(episode_ends)), episodes)
+    return np.flatnonzero(np.repeat(kept, np.diff(episode_ends, prepend=0)))
+
+
+def digest(*parts: object) -> str:
+    """Sixteen hexadecimal digits that name the content of arrays, mappings, texts and numbers."""
+    state = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Mapping):
+            part = digest(*(item for key in sorted(part) for item in (key, part[key])))
+        if isinstance(part, np.ndarray):
+            state.update(f"{part.dtype.str}{part.shape}".encode())
+            state.update(np.ascontiguousarray(part).data)
+        else:
+            state.update(repr(part).encode())
+    return state.hexdigest()[:16]
+
+
+def _fields(episode: Episode) -> dict[str, np.ndarray]:
+    return {**episode.observation, "action": episode.action}
+
+
+def _stack(episodes: Sequence[Episode], name: str) -> np.ndarray:
+    stacked = np.concatenate([episode.observation[name] for episode in episodes])
+    return stacked if name in CAMERAS else stacked.astype(np.float32)

@@ -1,0 +1,142 @@
+"""What a LeRobot v3.0 folder looks like: paths, keys, and `meta/info.json` with its checks.
+
+`meta/info.json`, `meta/stats.json`, `meta/tasks.parquet`, `meta/episodes/`, `data/` and
+`videos/<camera>/`, the last three in `chunk-000/file-000` files that hold many episodes each.
+"""
+
+import difflib
+import json
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vla_jax.data.dataset import CAMERAS, COLUMNS
+
+VERSION = "v3.0"
+INFO_PATH = "meta/info.json"
+STATS_PATH = "meta/stats.json"
+TASKS_PATH = "meta/tasks.parquet"
+EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+FEATURE_KEYS = {  # our field -> the feature's key on disk
+    "image_primary": "observation.images.primary",
+    "image_wrist": "observation.images.wrist",
+    "proprio": "observation.state",
+    "environment_state": "observation.environment_state",
+    "action": "action",
+}
+
+
+def read_info(root: pathlib.Path) -> dict[str, Any]:
+    """`meta/info.json` of a data set of the version that this library reads.
+
+    Raises:
+      FileNotFoundError: there is no such file; says where a recording was interrupted.
+      ValueError: not JSON, another version, or a field is missing.
+    """
+    partial = root.with_name(root.name + ".tmp")
+    if not (root / INFO_PATH).is_file():
+        remedy = (
+            f"its recording was interrupted ({partial} is left over), record it again"
+            if partial.exists()
+            else "give the folder that holds meta/, data/ and videos/"
+        )
+        raise FileNotFoundError(
+            f"data set {root} must hold {INFO_PATH}, which is missing; {remedy}."
+        )
+    try:
+        info = json.loads((root / INFO_PATH).read_text())
+    except ValueError as error:
+        raise ValueError(f"{root / INFO_PATH} must be JSON: {error}; copy it again.") from error
+    version = info.get("codebase_version")
+    if version != VERSION:
+        raise ValueError(
+            f"data set {root} must have LeRobot's version {VERSION}, got {version}; convert it "
+            "with lerobot's convert_dataset_v21_to_v30 script."
+        )
+    missing = {"fps", "features", "total_frames", "total_episodes"} - info.keys()
+    if missing:
+        raise ValueError(f"{root / INFO_PATH} must hold {sorted(missing)}; copy it again.")
+    return info
+
+
+def check_fps(root: pathlib.Path, info: Mapping[str, Any], expected: float | None) -> None:
+    """Refuses a data set with another rate (Hz) than the user counts on, where there is one."""
+    if expected is not None and not np.isclose(info["fps"], expected):
+        raise ValueError(
+            f"fps of {root} must be {expected:g} Hz as asked for, got {info['fps']:g} Hz; ask for "
+            "the rate of the data or record it again."
+        )
+
+
+def feature_keys(
+    root: pathlib.Path,
+    info: Mapping[str, Any],
+    chosen: Mapping[str, str] | None,
+    cameras: Sequence[str] | None,
+    columns: Sequence[str] | None,
+) -> dict[str, str]:
+    """Our field -> key on disk, for what will be read; every key exists.
+
+    Args:
+      root: folder, for messages.
+      info: from `read_info`.
+      chosen: our field -> key on disk, where it is not that of `FEATURE_KEYS`.
+      cameras: image fields to read; None means all that have a key.
+      columns: numeric fields to read beside "action"; None means all that have a key.
+
+    Returns:
+      The keys of the fields to read, "action" always among them.
+
+    Raises:
+      ValueError: an unknown field or key, named with the nearest known one; images where
+        numbers are expected, or the reverse.
+    """
+    features = info["features"]
+    chosen = chosen or {}
+    known = {**FEATURE_KEYS, **chosen}
+    wanted = [*(cameras if cameras is not None else CAMERAS), "action"]
+    wanted += columns if columns is not None else COLUMNS
+    for name in (*chosen, *(cameras or ()), *(columns or ()), "action"):
+        if name not in FEATURE_KEYS:
+            raise ValueError(f"{_unknown('field', name, FEATURE_KEYS)}.")
+        if known[name] not in features:
+            raise ValueError(
+                f"{_unknown('feature', known[name], features)} in {root}; name the key of "
+                f"{name} in feature_keys."
+            )
+    keys = {name: key for name, key in known.items() if name in wanted and key in features}
+    for name, key in keys.items():
+        expected = "video" if name in CAMERAS else "float32"
+        stored = features[key]["dtype"]
+        if (stored == "video") != (name in CAMERAS) or stored in ("image", "string"):
+            raise ValueError(
+                f"feature {key!r} must be stored as {expected} to serve as {name}, got {stored}; "
+                "choose another key or convert the data set."
+            )
+    return keys
+
+
+def dimension_names(info: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    """Names of a feature's dimensions: a list, or lists under headings such as "motors"."""
+    names = info["features"][key].get("names") or ()
+    if isinstance(names, Mapping):
+        names = [name for group in names.values() for name in group]
+    return tuple(str(name) for name in names)
+
+
+def file_path(
+    info: Mapping[str, Any], field: str, default: str, chunk: int, file: int, key: str = ""
+) -> str:
+    """Path of a data or video file inside the data set, by the template in `info`."""
+    template = info.get(field) or default
+    return template.format(video_key=key, chunk_index=int(chunk), file_index=int(file))
+
+
+def _unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0)
+    hint = f", did you mean {near[0]!r}" if near else ""
+    return f"{kind} must be one of {sorted(known)}, got {name!r}{hint}"

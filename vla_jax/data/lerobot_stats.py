@@ -1,0 +1,71 @@
+"""Statistics that a LeRobot data set carries, per episode and in all, under lerobot's names."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+Stats = dict[str, np.ndarray]
+QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
+SAMPLED_FRAMES = 8  # images of an episode that enter its statistics
+
+
+def column_stats(columns: Mapping[str, np.ndarray]) -> dict[str, Stats]:
+    """Statistics `[D]` of each column `[T]` or `[T, D]` of an episode."""
+    parts = [np.reshape(column, (len(column), -1)) for column in columns.values()]
+    values = np.concatenate(parts, axis=1, dtype=np.float64)  # one quantile call for all columns
+    quantiles = np.quantile(values, list(QUANTILES.values()), axis=0)
+    moments = {"min": values.min(0), "max": values.max(0), "mean": values.mean(0)}
+    moments |= {"std": values.std(0), **dict(zip(QUANTILES, quantiles, strict=True))}
+    cuts = np.cumsum([part.shape[1] for part in parts])[:-1]
+    split = {name: np.split(value, cuts) for name, value in moments.items()}
+    count = np.array([len(values)])
+    return {
+        key: {**{name: value[i] for name, value in split.items()}, "count": count}
+        for i, key in enumerate(columns)
+    }
+
+
+def image_stats(images: np.ndarray) -> Stats:
+    """Statistics `[3, 1, 1]` of some frames of an episode `[T, h, w, 3]`, pixels in [0, 1]."""
+    sampled = images[np.linspace(0, len(images) - 1, min(len(images), SAMPLED_FRAMES)).astype(int)]
+    counts = np.stack([np.bincount(sampled[..., c].ravel(), minlength=256) for c in range(3)])
+    levels, below = np.arange(256) / 255, np.cumsum(counts, axis=1)
+    weights = counts / below[:, -1:]
+    mean = weights @ levels
+    stats = {
+        "min": levels[np.argmax(below > 0, axis=1)],
+        "max": levels[np.argmax(below == below[:, -1:], axis=1)],
+        "mean": mean,
+        "std": np.sqrt((weights * (levels - mean[:, None]) ** 2).sum(1)),
+        **{n: levels[np.argmax(below >= q * below[:, -1:], axis=1)] for n, q in QUANTILES.items()},
+    }
+    shaped = {name: value.reshape(3, 1, 1) for name, value in stats.items()}
+    return {**shaped, "count": np.array([len(sampled)])}
+
+
+def total_stats(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, Any]:
+    """Statistics of a feature over all episodes, ready for JSON.
+
+    Quantiles are means of the episodes' quantiles, weighted by frames, as lerobot has them.
+
+    Args:
+      rows: one mapping per episode with `stats/<key>/<name>`.
+      key: the feature.
+
+    Returns:
+      Name -> nested list.
+    """
+    names = ["min", "max", "mean", "std", "count", *QUANTILES]
+    stats = {name: np.array([row[f"stats/{key}/{name}"] for row in rows]) for name in names}
+    weights = stats["count"].reshape(-1, *[1] * (stats["mean"].ndim - 1)) / stats["count"].sum()
+    means = {name: (weights * stats[name]).sum(0) for name in ("mean", *QUANTILES)}
+    variance = (weights * (stats["std"] ** 2 + (stats["mean"] - means["mean"]) ** 2)).sum(0)
+    totals = {
+        "min": stats["min"].min(0),
+        "max": stats["max"].max(0),
+        "std": np.sqrt(variance),
+        "count": stats["count"].sum(0),
+        **means,
+    }
+    return {name: value.tolist() for name, value in totals.items()}

@@ -1,0 +1,218 @@
+"""Normalisation: statistics of a column, the map to about [-1, 1], and its inverse.
+
+Written with array operators only, so that the same functions serve NumPy data, one observation
+at acting time, and JAX arrays inside `jit`.
+"""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+
+from vla_jax.data.dataset import Dataset
+from vla_jax.types import Array
+
+Method = Literal["bounds", "quantiles", "mean_std", "none"]
+CLIPPED = ("bounds", "quantiles")  # methods that know where the data ends
+QUANTILE_SHARE = 0.02  # of the values lie outside [q01, q99] by definition
+
+
+class NormStats(NamedTuple):
+    """Statistics of one column over all frames."""
+
+    mean: np.ndarray  # [D]
+    std: np.ndarray  # [D]
+    min: np.ndarray  # [D]
+    max: np.ndarray  # [D]
+    q01: np.ndarray  # [D] 1 % quantile
+    q99: np.ndarray  # [D] 99 % quantile
+    count: int  # frames
+
+
+@dataclass(frozen=True)
+class NormalizeConfig:
+    """How each column is brought to about [-1, 1]."""
+
+    action: Method = "bounds"  # the arm; the gripper is left alone
+    proprio: Method = "mean_std"  # robot's own state
+    environment_state: Method = "mean_std"  # what only a simulator knows
+
+    def __post_init__(self) -> None:
+        """Checks the methods."""
+        for name in ("action", "proprio", "environment_state"):
+            _check_method(name, getattr(self, name))
+
+
+def compute(column: np.ndarray) -> NormStats:
+    """Statistics over all leading axes of `column [..., D]`."""
+    flat = np.asarray(column, np.float64).reshape(-1, column.shape[-1])
+    q01, q99 = np.quantile(flat, [0.01, 0.99], axis=0)
+    moments = (flat.mean(0), flat.std(0), flat.min(0), flat.max(0), q01, q99)
+    return NormStats(*(value.astype(np.float32) for value in moments), count=len(flat))
+
+
+def compute_norm_stats(dataset: Dataset) -> dict[str, NormStats]:
+    """Statistics of every numeric column; images are never touched."""
+    return {name: compute(column) for name, column in dataset.columns.items()}
+
+
+def normalize(x: Array, stats: NormStats, method: Method, *, gripper: bool = False) -> Array:
+    """Maps `x` to about [-1, 1].
+
+        y = (x - c) / s        c, s: middle and half width of [min, max] or [q01, q99]; mean, std
+
+    "bounds" and "quantiles" clip to [-1, 1], "none" changes nothing; a dimension that never
+    changes gives 0, and one whose quantiles coincide uses its bounds.
+
+    Args:
+      x: `[..., D]`.
+      stats: statistics of the column.
+      method: "bounds", "quantiles", "mean_std" or "none".
+      gripper: the last dimension is a gripper and is left alone.
+
+    Returns:
+      `[..., D]`, float32 for float32.
+
+    Raises:
+      ValueError: `x` and `stats` differ in size; unknown method.
+    """
+    centre, scale = _affine(x, stats, method, gripper)
+    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
+    y = (x - centre) * inverse
+    return y.clip(-1, 1) if method in CLIPPED else y
+
+
+def denormalize(y: Array, stats: NormStats, method: Method, *, gripper: bool = False) -> Array:
+    """Inverse of `normalize` inside its bounds: `x = c + s y`.
+
+    Args:
+      y: `[..., D]`, as `normalize` or a policy gives it.
+      stats: the statistics that `normalize` used.
+      method: the method that `normalize` used.
+      gripper: the last dimension is a gripper and is left alone.
+
+    Returns:
+      `[..., D]` in the units of the data; a dimension that never changed gives its constant.
+
+    Raises:
+      ValueError: `y` and `stats` differ in size; unknown method.
+    """
+    centre, scale = _affine(y, stats, method, gripper)
+    return y * scale + centre
+
+
+def count_clipped(
+    x: np.ndarray, stats: NormStats, method: Method, *, gripper: bool = False
+) -> float:
+    """Share of the values of `x [..., D]` that `normalize` cuts off, in [0, 1]."""
+    if method not in CLIPPED:
+        return 0.0
+    centre, scale = _affine(x, stats, method, gripper)
+    outside = (np.abs(x - centre) > scale * (1 + 1e-5)) & (scale > 0)
+    return float(outside.mean())
+
+
+def normalize_column(
+    name: str, column: np.ndarray, stats: NormStats, config: NormalizeConfig
+) -> np.ndarray:
+    """A whole column of a data set, normalised; says how much of it was cut off.
+
+    Args:
+      name: "action", "proprio" or "environment_state".
+      column: `[F, D]`.
+      stats: statistics of the column, perhaps those of another data set.
+      config: the method of each column.
+
+    Returns:
+      `[F, D]` float32. Warns with the share of values outside [-1, 1] where it is more than the
+      method itself leaves out.
+    """
+    method, gripper = getattr(config, name), name == "action"
+    share = count_clipped(column, stats, method, gripper=gripper)
+    y = normalize(column, stats, method, gripper=gripper)
+    if gripper and method == "none":  # an arm that ends in tanh reaches no further
+        share, y = float((np.abs(y) > 1 + 1e-5).mean()), y.clip(-1, 1)
+    if share > (QUANTILE_SHARE * 1.25 if method == "quantiles" else 0):
+        warnings.warn(
+            f"{share:.2%} of the values of {name} lie outside [-1, 1] after normalisation by "
+            f"{method!r} and were clipped; compute norm_stats on this data set to avoid it",
+            stacklevel=2,
+        )
+    return np.asarray(y, np.float32)
+
+
+def to_json(norm_stats: Mapping[str, NormStats]) -> dict[str, Any]:
+    """Statistics as plain lists and numbers, ready for `json.dump`."""
+    return {
+        name: {
+            field: value.tolist() if isinstance(value, np.ndarray) else int(value)
+            for field, value in stats._asdict().items()
+        }
+        for name, stats in norm_stats.items()
+    }
+
+
+def from_json(data: Mapping[str, Any]) -> dict[str, NormStats]:
+    """Statistics from what `to_json` gave.
+
+    Raises:
+      ValueError: a statistic is missing or unknown, or the sizes differ.
+    """
+    return {name: _stats_from_json(name, fields) for name, fields in data.items()}
+
+
+def _stats_from_json(name: str, fields: Mapping[str, Any]) -> NormStats:
+    if set(fields) != set(NormStats._fields):
+        raise ValueError(
+            f"norm_stats of {name} must have exactly {list(NormStats._fields)}, got "
+            f"{list(fields)}; write them with normalize.to_json."
+        )
+    arrays = {f: np.asarray(v, np.float32) for f, v in fields.items() if f != "count"}
+    if len({array.shape for array in arrays.values()}) > 1 or arrays["mean"].ndim != 1:
+        raise ValueError(
+            f"norm_stats of {name} must be lists of one length, got "
+            f"{ {f: a.shape for f, a in arrays.items()} }; write them with normalize.to_json."
+        )
+    return NormStats(**arrays, count=int(fields["count"]))
+
+
+def _affine(
+    x: Array, stats: NormStats, method: Method, gripper: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Centre and scale with as many axes as `x`; scale 0 marks a constant dimension."""
+    size = len(stats.mean)
+    if x.shape[-1] != size:
+        raise ValueError(
+            f"x must be [..., {size}] as its norm_stats are, got {x.shape}; use the statistics "
+            "of this column."
+        )
+    centre, scale = _centre_scale(stats, method)
+    if gripper:
+        centre, scale = np.append(centre[:-1], 0), np.append(scale[:-1], 1)
+    axes = (1,) * (x.ndim - 1) + (size,)
+    return centre.astype(np.float32).reshape(axes), scale.astype(np.float32).reshape(axes)
+
+
+def _centre_scale(stats: NormStats, method: Method) -> tuple[np.ndarray, np.ndarray]:
+    _check_method("method", method)
+    if method == "none":
+        return np.zeros_like(stats.mean), np.ones_like(stats.mean)
+    if method == "mean_std":
+        return stats.mean, np.where(_constant(stats.std, stats.mean), 0, stats.std)
+    low, high = stats.min, stats.max
+    if method == "quantiles":
+        flat = _constant(stats.q99 - stats.q01, stats.q01)
+        low, high = np.where(flat, low, stats.q01), np.where(flat, high, stats.q99)
+    return (low + high) / 2, np.where(_constant(high - low, low), 0, (high - low) / 2)
+
+
+def _constant(width: np.ndarray, level: np.ndarray) -> np.ndarray:
+    # Dividing by a width that is only rounding noise would blow the loss up.
+    return width <= 1e-6 * np.maximum(1, np.abs(level))
+
+
+def _check_method(name: str, method: str) -> None:
+    if method not in get_args(Method):
+        raise ValueError(f"{name} must be one of {get_args(Method)}, got {method!r}.")

@@ -1,0 +1,244 @@
+"""Windows of `W` steps with chunks of `K` actions, cut from a data set by NumPy indexing."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from vla_jax.data import normalize, text
+from vla_jax.data.dataset import Dataset, digest, episode_starts
+from vla_jax.types import Batch, Observation
+
+ALWAYS = -1  # instruction_steps: the instruction is visible at every step
+
+
+@dataclass(frozen=True)
+class WindowConfig:
+    """What a window holds."""
+
+    window_size: int = 16  # W, environment steps
+    action_horizon: int = 1  # K, actions predicted at each step, environment steps
+    stride: int = 1  # environment steps between the ends of two windows of an episode
+    instruction_steps: int = 1  # first steps of an episode that show the instruction; -1 = always
+    max_words: int = 12  # S, words of an instruction
+    vocab_size: int = 2048  # word ids lie in [0, vocab_size)
+
+    def __post_init__(self) -> None:
+        """Checks the sizes."""
+        least = {"instruction_steps": ALWAYS, "vocab_size": 2}
+        for name, value in asdict(self).items():
+            if value < least.get(name, 1):
+                raise ValueError(f"{name} must be at least {least.get(name, 1)}, got {value}.")
+
+
+def instruction_ids(instruction: str, config: WindowConfig) -> np.ndarray:
+    """Word ids `[S]` int32 of one instruction."""
+    return text.tokenize(instruction, max_words=config.max_words, vocab_size=config.vocab_size)
+
+
+def instruction_table(dataset: Dataset, config: WindowConfig) -> np.ndarray:
+    """Word ids `[E, S]` int32 of every episode's instruction.
+
+    Raises:
+      ValueError: two words of the data set share an id.
+    """
+    texts = sorted(set(dataset.instructions))
+    text.check_collisions(texts, config.vocab_size)
+    ids = {instruction: instruction_ids(instruction, config) for instruction in texts}
+    return np.stack([ids[instruction] for instruction in dataset.instructions])
+
+
+def window_index(dataset: Dataset, config: WindowConfig) -> np.ndarray:
+    """Episode and last step of every window `[num_windows, 2]` int64.
+
+    Windows of an episode of `T` steps end at T-1, T-1-stride, … ≥ 0, so that with stride ≥ T
+    the episode is one window.
+    """
+    starts, ends = episode_starts(dataset.episode_ends), dataset.episode_ends
+    last_steps = [
+        np.arange((length - 1) % config.stride, length, config.stride) for length in ends - starts
+    ]
+    owners = np.repeat(np.arange(len(ends)), [len(steps) for steps in last_steps])
+    return np.stack([owners, np.concatenate(last_steps)], axis=1)
+
+
+def cut(
+    dataset: Dataset,
+    config: WindowConfig,
+    episode: np.ndarray | int,
+    last: np.ndarray | int,
+    *,
+    instructions: np.ndarray,
+    tokens: np.ndarray | None = None,
+) -> Batch:
+    """The windows that end at step `last` of `episode`.
+
+    Step j of a window is step t = last - W + 1 + j of the episode. Where t < 0 the window is
+    padded with the episode's first observation and `timestep_mask` is False. Its target k is
+    the action at t + k; `action_mask` is True where step t is real and t + k < T. Targets that
+    do not exist are all zeros, gripper included.
+
+    Args:
+      dataset: numbers and images.
+      config: sizes.
+      episode: `[...]` episode of each window.
+      last: `[...]` its last step.
+      instructions: `[E, S]` word ids, from `instruction_table`.
+      tokens: `[F, N, D]` cached features; images are then left out.
+
+    Returns:
+      A batch with the leading axes of `episode`: none, or `[B]`.
+    """
+    episode, last = np.asarray(episode), np.asarray(last)
+    starts = episode_starts(dataset.episode_ends)[episode]
+    lengths = dataset.episode_ends[episode] - starts
+    steps = last[..., None] + np.arange(1 - config.window_size, 1)
+    shown = np.maximum(steps, 0)
+    rows = starts[..., None] + shown
+    targets = steps[..., None] + np.arange(config.action_horizon)
+    timestep_mask = steps >= 0
+    action_mask = timestep_mask[..., None] & (targets < lengths[..., None, None])
+    target_rows = starts[..., None, None] + np.clip(targets, 0, lengths[..., None, None] - 1)
+    action = dataset.columns["action"].take(target_rows, axis=0)
+    action *= action_mask[..., None]
+    visible = (config.instruction_steps == ALWAYS) | (shown < config.instruction_steps)
+    sources = dataset.columns if tokens is not None else {**dataset.columns, **dataset.frames}
+    return Batch(
+        observation=Observation(
+            **{name: take(source, rows) for name, source in sources.items() if name != "action"},
+            instruction=instructions[episode][..., None, :] * visible[..., None],
+        ),
+        tokens=None if tokens is None else take(tokens, rows),
+        timestep_mask=timestep_mask,
+        action=action,
+        action_mask=action_mask,
+    )
+
+
+def take(source: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """`source[rows]` as an array of its own: `[..., W]` rows of `[F, ...]`."""
+    return np.asarray(source).take(rows, axis=0)
+
+
+class Windows:
+    """Every window of a data set, normalised: the random-access source that grain asks for.
+
+    `windows[i]` is a `Batch` without the axis `B`; `windows[indices]` with an array of indices
+    is the batch of those windows. Nothing changes after construction.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        config: WindowConfig,
+        *,
+        norm_stats: Mapping[str, normalize.NormStats],
+        normalization: normalize.NormalizeConfig | None = None,
+        tokens: np.ndarray | None = None,
+    ) -> None:
+        """Normalises the columns once.
+
+        Args:
+          dataset: what to cut from.
+          config: sizes of the windows.
+          norm_stats: statistics of every column, from `compute_norm_stats` or a checkpoint.
+          normalization: method of each column; None means the defaults.
+          tokens: `[F, N, D]` cached features, array or memory map.
+
+        Raises:
+          ValueError: `tokens` has another number of frames; a column has no statistics; two
+            words share an id.
+        """
+        methods = normalization or normalize.NormalizeConfig()
+        frames = int(dataset.episode_ends[-1])
+        if tokens is not None and (tokens.ndim != 3 or len(tokens) != frames):
+            raise ValueError(
+                f"tokens must be [F, N, D] with F = {frames} frames of the data set, got "
+                f"{tokens.shape}; compute them again for this data set."
+            )
+        missing = dataset.columns.keys() - norm_stats.keys()
+        if missing:
+            raise ValueError(
+                f"norm_stats must cover {sorted(dataset.columns)}, {sorted(missing)} missing; "
+                "compute them with normalize.compute_norm_stats."
+            )
+        columns = {
+            name: normalize.normalize_column(name, column, norm_stats[name], methods)
+            for name, column in dataset.columns.items()
+        }
+        self.dataset = dataset._replace(columns=columns)
+        self.config = config
+        self.tokens = tokens
+        self.instructions = instruction_table(dataset, config)
+        self.index = window_index(dataset, config)
+        self.identity = _identity(dataset, config, norm_stats, methods, tokens)
+
+    def __len__(self) -> int:
+        """Number of windows."""
+        return len(self.index)
+
+    def __getitem__(self, index: Any) -> Batch:
+        """The window at an index, or the batch of windows at an array of indices."""
+        episode, last = self.index[index].T
+        return cut(
+            self.dataset,
+            self.config,
+            episode,
+            last,
+            instructions=self.instructions,
+            tokens=self.tokens,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Memory maps as their files, so that worker processes share pages, not copies."""
+        frames = {name: _detach(array) for name, array in self.dataset.frames.items()}
+        return {
+            **self.__dict__,
+            "dataset": self.dataset._replace(frames=frames),
+            "tokens": _detach(self.tokens),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Opens the memory maps again."""
+        dataset = state["dataset"]
+        frames = {name: _attach(item) for name, item in dataset.frames.items()}
+        self.__dict__.update(
+            {
+                **state,
+                "dataset": dataset._replace(frames=frames),
+                "tokens": _attach(state["tokens"]),
+            }
+        )
+
+
+def _detach(array: np.ndarray | None) -> Any:
+    if isinstance(array, np.memmap):
+        return array.filename, array.dtype, array.offset, array.shape
+    return array
+
+
+def _attach(item: Any) -> np.ndarray | None:
+    if isinstance(item, tuple):
+        filename, dtype, offset, shape = item
+        return np.memmap(filename, dtype, "r", offset, shape)
+    return item
+
+
+def _identity(
+    dataset: Dataset,
+    config: WindowConfig,
+    norm_stats: Mapping[str, normalize.NormStats],
+    methods: normalize.NormalizeConfig,
+    tokens: np.ndarray | None,
+) -> dict[str, Any]:
+    """What makes two sources give the same windows; JSON-able, flat."""
+    stats = normalize.to_json({name: norm_stats[name] for name in dataset.columns})
+    return {
+        "dataset": dataset.fingerprint,
+        "fields": sorted([*dataset.columns, *dataset.frames]),
+        **asdict(config),
+        **{f"normalize_{name}": method for name, method in asdict(methods).items()},
+        "norm_stats": digest(stats),
+        "tokens": None if tokens is None else digest(tokens.shape, tokens.dtype.str, tokens[::997]),
+    }

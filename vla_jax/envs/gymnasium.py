@@ -1,0 +1,172 @@
+"""Any Gymnasium environment with continuous actions, behind `types.Simulator`.
+
+Needs the extra `gym`; what an environment needs beyond it is the environment's own affair.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from vla_jax.types import Simulator, SimulatorStep
+
+_DEFAULT_HZ = 10.0  # where the environment doesn't say how fast it runs
+
+
+def is_success(info: Mapping[str, Any], reward: float) -> bool:
+    """Whether `info` says that the task is done, by "is_success" or "success"; else False."""
+    del reward
+    return bool(info.get("is_success", info.get("success", False)))
+
+
+def make(
+    env: Any,
+    *,
+    instruction: str = "",
+    image_size: int = 0,
+    max_steps: int | None = None,
+    success: Callable[[Mapping[str, Any], float], bool] = is_success,
+) -> Simulator:
+    """A simulator over a Gymnasium environment.
+
+    The observation, flattened, becomes `proprio [P]`; the picture that the environment draws
+    becomes `image_primary`, squeezed into a square. An action in [-1, 1] is mapped onto the
+    bounds of the environment's `Box`, whatever its dims mean. What the environment raises in the
+    middle of an episode goes on to the caller.
+
+    Args:
+      env: id of a registered environment, or a `gymnasium.Env` with options and wrappers of
+        your own.
+      instruction: what the robot is told, the same in every episode.
+      image_size: pixels along each side of `image_primary`; 0 = no pictures, for people neither
+        unless `env` is one that draws "rgb_array".
+      max_steps: environment steps until truncation; None = what the environment is registered
+        with. The lower of the two holds.
+      success: `(info, reward)` of a step -> whether the task is done. Many environments never
+        say so, and without a rule of yours their success rate is 0.
+
+    Returns:
+      The simulator; its `task` is the environment's id.
+
+    Raises:
+      ImportError: gymnasium, or a package that the environment needs, is missing.
+      ValueError: an unknown id, or an environment that doesn't fit.
+    """
+    gymnasium = _import_gymnasium()
+    if isinstance(env, str):
+        env = _make_env(gymnasium, env, "rgb_array" if image_size else None)
+    name = env.spec.id if env.spec else type(env.unwrapped).__name__
+    limits = [max_steps, env.spec.max_episode_steps if env.spec else None]
+    known = [limit for limit in limits if limit is not None]
+    if not known or min(known) < 1:
+        raise ValueError(f"max_steps of {name} must be >= 1, got {max_steps}; give a number.")
+    _check_spaces(gymnasium, env, name)
+    env = gymnasium.wrappers.TimeLimit(env, min(known))
+    simulator = GymnasiumSimulator(env, name, instruction, image_size, min(known), success)
+    if image_size:
+        _try_to_draw(gymnasium, env, name)
+    return simulator
+
+
+class GymnasiumSimulator:
+    """A Gymnasium environment as a `types.Simulator`; `make` checks that it fits."""
+
+    def __init__(self, env, task, instruction, image_size, max_steps, success):
+        self._env, self._image_size, self._success = env, image_size, success
+        self.task, self.instruction, self.max_steps = task, instruction, max_steps
+        self.control_hz = float(env.metadata.get("render_fps") or _DEFAULT_HZ)
+
+    def reset(self, seed: int) -> Mapping[str, np.ndarray]:
+        """Starts the episode that `seed` fixes."""
+        observation, _ = self._env.reset(seed=seed)
+        return self._observe(observation)
+
+    def step(self, action: np.ndarray) -> SimulatorStep:
+        """Applies `action [A]` in [-1, 1], with `A` the number of dims of the environment's Box."""
+        box = self._env.action_space
+        action = np.asarray(action, np.float64)
+        size = int(np.prod(box.shape))
+        if action.shape != (size,) or not np.all(np.isfinite(action)):
+            raise ValueError(
+                f"action of {self.task} must be {size} finite numbers, got {action.tolist()}."
+            )
+        share = (np.clip(action, -1, 1).reshape(box.shape) + 1) / 2
+        sent = (box.low + share * (box.high - box.low)).astype(box.dtype)
+        observation, reward, terminated, truncated, info = self._env.step(sent)
+        return SimulatorStep(
+            observation=self._observe(observation),
+            reward=float(reward),
+            terminated=bool(terminated),
+            truncated=bool(truncated),
+            success=bool(self._success(info, float(reward))),
+        )
+
+    def draw(self, size: int = 256) -> np.ndarray:
+        """The environment's picture `[size, size, 3]` uint8; grey where it draws none."""
+        if self._env.render_mode != "rgb_array":
+            return np.full((size, size, 3), 128, np.uint8)
+        frame = np.asarray(self._env.render(), np.float32)
+        image = jax.image.resize(frame, (size, size, 3), "linear")
+        return np.asarray(image.round(), np.uint8)
+
+    def close(self) -> None:
+        """Closes the environment."""
+        self._env.close()
+
+    def _observe(self, observation) -> Mapping[str, np.ndarray]:
+        flatten = _import_gymnasium().spaces.flatten
+        proprio = np.asarray(flatten(self._env.observation_space, observation), np.float32)
+        if not self._image_size:
+            return {"proprio": proprio}
+        return {"proprio": proprio, "image_primary": self.draw(self._image_size)}
+
+
+def _import_gymnasium():
+    try:
+        import gymnasium
+    except ImportError as error:
+        raise ImportError("gymnasium is missing; run pip install 'vla-jax[gym]'.") from error
+    return gymnasium
+
+
+def _make_env(gymnasium, env_id: str, render_mode: str | None):
+    try:
+        return gymnasium.make(env_id, render_mode=render_mode)
+    except gymnasium.error.UnregisteredEnv as error:  # its message names the nearest id
+        raise ValueError(f"env {env_id!r} is not registered in gymnasium: {error}") from error
+    except (ImportError, gymnasium.error.DependencyNotInstalled) as error:
+        raise ImportError(f"{env_id} needs a package that is missing: {error}") from error
+
+
+def _check_spaces(gymnasium, env, name: str) -> None:
+    box = env.action_space
+    if not isinstance(box, gymnasium.spaces.Box):
+        raise ValueError(
+            f"action_space of {name} must be a Box, got {box}; put a gymnasium.ActionWrapper "
+            "with a Box around the environment and pass that."
+        )
+    if not (np.all(np.isfinite(box.low)) and np.all(np.isfinite(box.high))):
+        raise ValueError(
+            f"action_space of {name} must have finite bounds, got {box}; use "
+            "gymnasium.wrappers.RescaleAction or a Box with bounds."
+        )
+    if not env.observation_space.is_np_flattenable:
+        raise ValueError(
+            f"observation_space of {name} must be of fixed size, got {env.observation_space}; "
+            "put a gymnasium.ObservationWrapper with a Box or Dict around it."
+        )
+
+
+def _try_to_draw(gymnasium, env, name: str) -> None:
+    """A picture that can't be had shows itself here rather than in the first episode."""
+    if env.render_mode != "rgb_array":
+        raise ValueError(
+            f"render_mode of {name} must be 'rgb_array' for image_size > 0, got "
+            f"{env.render_mode!r}; pass it to gymnasium.make, or use image_size=0."
+        )
+    try:
+        env.reset(seed=0)
+        env.render()
+    except (ImportError, gymnasium.error.DependencyNotInstalled) as error:
+        raise ImportError(f"{name} needs a package to draw with: {error}") from error

@@ -1,0 +1,54 @@
+"""What the two tables have in common: words, sizes, layouts, and the rules of the tasks.
+
+`table_mujoco` and `table_jax` are one world twice, so that numbers and sentences have one home.
+Positions are in metres from the table's centre: x away from the arm, y to its left, z up.
+"""
+
+from typing import NamedTuple
+
+COLOURS = ("red", "green", "blue", "yellow")
+TASKS = ("touch", "lift", "place")
+SENTENCES = {
+    "touch": "touch the {} block",
+    "lift": "lift the {} block",
+    "place": "put the {} block on the plate",
+}
+
+
+class Instruction(NamedTuple):
+    """One of the twelve things the robot may be told."""
+
+    task: str  # one of TASKS
+    colour: int  # index into COLOURS
+    text: str
+
+
+INSTRUCTIONS = tuple(
+    Instruction(task, colour, SENTENCES[task].format(name))
+    for task in TASKS
+    for colour, name in enumerate(COLOURS)
+)
+
+CONTROL_HZ = 10.0
+BLOCK_HALF_SIZE = (0.035, 0.0175, 0.02)  # m; long axis x: at yaw 0 the fingers close along y
+PLATE_RADIUS, PLATE_HEIGHT = 0.06, 0.008  # m
+MAX_OPENING = 0.065  # m between the fingers
+LAYOUT_HALF_SIZE = 0.16  # m, block centres lie in this square
+LAYOUT_SPACING = 0.09  # m, least distance of two block centres
+PLATE_SPACING = 0.11  # m, least distance of a block's centre from the plate's
+MAX_YAW = 1.05  # rad, of a rotated block; the pose at +90° could not be told from -90°
+LIFT_HEIGHT = 0.05  # m under a lifted block
+PLACE_DISTANCE = 0.05  # m from the plate's centre to that of a block that lies on it
+WORKSPACE_LOW = (-0.22, -0.22, 0.012)  # m, limits of the tool's centre
+WORKSPACE_HIGH = (0.22, 0.22, 0.25)
+MAX_TILT, MAX_TOOL_YAW = 0.5, 1.6  # rad
+NUM_BLOCKS = len(COLOURS)
+STATE_SIZE = NUM_BLOCKS * 5 + 2  # per block x y z sin 2yaw cos 2yaw, then the plate's x y
+PROPRIO_SIZE = 8  # tool x y z, sin yaw, cos yaw, roll, pitch, opening in [0, 1]
+STATE_NAMES = (
+    *(f"{c}.{n}" for c in COLOURS for n in ("x", "y", "z", "sin_2yaw", "cos_2yaw")),
+    "plate.x",
+    "plate.y",
+)
+PROPRIO_NAMES = ("x", "y", "z", "sin_yaw", "cos_yaw", "roll", "pitch", "opening")
+ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")

@@ -1,0 +1,340 @@
+"""How well a run's policy does what it is told, in a world, over unseen episodes.
+
+    python -m vla_jax.evaluate RUN_DIR
+    python -m vla_jax.evaluate RUN_DIR --mode persistent --num-episodes 500
+    python -m vla_jax.evaluate RUN_DIR --reference expert_ignoring_colour --world table_mujoco
+
+Everything goes into `RUN_DIR/evaluation/NAME`: a line per episode in `episodes.jsonl`, films, and
+`summary.json`; `RUN_DIR/index.html` shows it all. What was interrupted goes on where it stopped.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+from rich.console import Console
+
+from vla_jax import config as configs
+from vla_jax import film, players, progress, report, results
+from vla_jax.agent import AgentConfig, Mode
+from vla_jax.envs import table_jax
+from vla_jax.envs.worlds import WORLDS, GymnasiumConfig, WorldConfig, make_simulator
+from vla_jax.execution import Kind
+from vla_jax.players import Player, Reference
+from vla_jax.results import Latency, Summary
+from vla_jax.rollout import Act, Sight, Watched, run_simulators
+from vla_jax.runs import Path, Run, load_run, read_world
+from vla_jax.types import Simulator
+
+_FILM_SIZE = 320  # pixels along each side
+_PAINTED_SIZE = 160  # pixels that a JAX world paints for a film, then enlarged
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What to play, and how; None means as in training."""
+
+    name: str | None = None  # folder inside RUN_DIR/evaluation; None = made from the options below
+    num_episodes: int = 120  # episodes, one per seed
+    first_seed: int = 1_000_000  # seeds count up from here; those of demonstrations start at 0
+    num_simulators: int = 16  # worlds side by side, so that the policy sees a batch
+    num_films: int = 6  # episodes to film, the first ones
+    overwrite: bool = False  # delete an earlier evaluation of this name
+    step: int | None = None  # checkpoint to play, in updates; None = the latest
+    mode: Mode | None = None  # what the policy remembers: last W steps, since W·n, everything
+    window_size: int | None = None  # W, in environment steps
+    instruction_steps: int | None = None  # first steps that show the instruction; -1 = always
+    exec_kind: Kind | None = None  # from predicted chunks to the action that is sent
+    exec_horizon: int | None = None  # steps for which receding_horizon keeps a chunk
+    world: Literal["table_mujoco", "table_jax", "gymnasium"] | None = None  # where to play
+    env_id: str | None = None  # which environment of gymnasium
+    reference: Reference | None = None  # play this in place of the policy; needs no checkpoint
+
+    def __post_init__(self):
+        """Checks the counts and the name."""
+        for name, least in (("num_episodes", 1), ("num_simulators", 1), ("num_films", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        if not 0 <= self.first_seed < 2**31 - self.num_episodes:
+            raise ValueError(f"first_seed must be in [0, 2^31), got {self.first_seed}.")
+        if self.name is not None and not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise ValueError(
+                f"name must be letters, digits, '_', '-' and '.', got '{self.name}': a folder's name."
+            )
+
+
+class _Trial(NamedTuple):
+    """What is found out before the first episode."""
+
+    control_hz: float
+    latency: Latency | None  # None for a reference
+
+
+class _Match(NamedTuple):
+    """Who plays where."""
+
+    folder: pathlib.Path
+    settings: dict[str, Any]  # all that the outcomes depend on
+    world: WorldConfig
+    make_act: Callable[[int], Act]  # number of simulators -> act
+    player: Player | None  # None for a reference
+
+
+def evaluate(
+    run: Run | Path, config: EvaluateConfig | None = None, *, console: Console | None = None
+) -> Summary:
+    """Plays what has not been played yet, and sums up all episodes.
+
+    Args:
+      run: from `load_run`, or the folder of one.
+      config: what to play.
+      console: where progress is told; None means stderr.
+
+    Returns:
+      Rates per task and in all, also written to `summary.json`.
+
+    Raises:
+      FileNotFoundError: the run or one of its files is missing.
+      ValueError: a file is damaged, an option doesn't fit, or an evaluation of this name was made
+        with other settings.
+      RuntimeError: the world crashed in every episode.
+    """
+    config = config or EvaluateConfig()
+    match = _reference(run, config) if config.reference else _policy(run, config)
+    trial = _try_out(match, config)
+    _open(match, overwrite=config.overwrite)
+    seeds = range(config.first_seed, config.first_seed + config.num_episodes)
+    file = match.folder / "episodes.jsonl"
+    played = {outcome.seed: outcome for outcome in results.read_outcomes(file)}
+    left = [seed for seed in seeds if seed not in played]
+    with progress.told(match.folder.name, len(seeds), console or Console(stderr=True)) as tell:
+        for watched in _play(match, config, left):
+            _keep(match, watched, trial.control_hz)
+            played[watched.outcome.seed] = watched.outcome
+            tell([played[seed] for seed in seeds if seed in played])
+    summary = results.summarize((played[seed] for seed in seeds), latency=trial.latency)
+    crashed = next((o.error for o in played.values() if o.error), "")
+    if not summary.total.episodes:
+        raise RuntimeError(f"the world crashed in every episode, the first time with {crashed}")
+    _write_json(
+        match.folder / "summary.json",
+        {
+            "command": _command(match.folder.parents[1], config),
+            "settings": match.settings,
+            "summary": results.to_json(summary),
+        },
+    )
+    return summary
+
+
+def _policy(run: Run | Path, config: EvaluateConfig) -> _Match:
+    run = run if isinstance(run, Run) else load_run(run, step=config.step)
+    agent = _agent(run.agent, config)
+    world = _world(run.world, config, getattr(agent.policy.backbone, "image_size", 0))
+    player = players.make_player(agent, run.norm_stats, run.params, window_size=config.window_size)
+    settings = {
+        "agent": configs.to_dict(agent),
+        "window_size": config.window_size or agent.policy.decoder.window_size,
+        "checkpoint": run.step,
+        "world": configs.to_dict(world),
+    }
+    name = config.name or _name(agent, config)
+    return _Match(run.folder / "evaluation" / name, settings, world, player.make_act, player)
+
+
+def _reference(run: Run | Path, config: EvaluateConfig) -> _Match:
+    assert config.reference is not None
+    folder = run.folder if isinstance(run, Run) else pathlib.Path(run)
+    world = _world(read_world(folder), config, image_size=0)  # a reference looks at the state
+    if isinstance(world, GymnasiumConfig):
+        raise ValueError("reference must be None in gymnasium, which has no expert; play a table.")
+    settings = {"reference": config.reference, "world": configs.to_dict(world)}
+    act = players.reference_act(config.reference)
+    name = config.name or config.reference
+    return _Match(folder / "evaluation" / name, settings, world, lambda _: act, None)
+
+
+def _agent(agent: AgentConfig, config: EvaluateConfig) -> AgentConfig:
+    """The run's way of acting, with the options that were given."""
+    execution = _given({"kind": config.exec_kind, "exec_horizon": config.exec_horizon})
+    acting = _given({"mode": config.mode, "instruction_steps": config.instruction_steps})
+    executing = dataclasses.replace(agent.execution, **execution)
+    return dataclasses.replace(agent, **acting, execution=executing)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _world(saved: WorldConfig | None, config: EvaluateConfig, image_size: int) -> WorldConfig:
+    """The world to play in, with pictures of the size that the policy looks at."""
+    kind = config.world or (saved and saved.kind)
+    if kind is None:
+        raise ValueError(
+            f"the run has no world.json; choose with --world from {', '.join(WORLDS)}."
+        )
+    options = {} if saved is None else configs.to_dict(saved)
+    options |= {"image_size": image_size, "env_id": config.env_id or options.get("env_id")}
+    fields = {field.name for field in dataclasses.fields(WORLDS[kind])}
+    if config.env_id and "env_id" not in fields:
+        raise ValueError(f"env_id must be None in {kind}, got '{config.env_id}'; drop it.")
+    kept = {name: value for name, value in _given(options).items() if name in fields}
+    return configs.from_dict(WORLDS[kind], {**kept, "kind": kind})
+
+
+def _name(agent: AgentConfig, config: EvaluateConfig) -> str:
+    """What tells this evaluation from others of the run."""
+    decoder = agent.policy.decoder
+    memory = [agent.mode]
+    if agent.mode != "persistent":
+        memory.append(str(config.window_size or decoder.window_size))
+    parts = ["memoryless"] if decoder.kind == "fc" else memory
+    if config.instruction_steps is not None:
+        parts.append(f"instruction{config.instruction_steps}")
+    options = (config.exec_kind, config.exec_horizon, config.world, config.env_id, config.step)
+    return re.sub(r"[^\w.-]", "_", "-".join([*parts, *(str(o) for o in options if o is not None)]))
+
+
+def _open(match: _Match, *, overwrite: bool) -> None:
+    """Makes the folder, or checks that what is in it was played with the same settings."""
+    path = match.folder / "settings.json"
+    if overwrite:
+        shutil.rmtree(match.folder, ignore_errors=True)
+    if path.is_file():
+        changed = _difference(json.loads(path.read_text(encoding="utf-8")), match.settings)
+        if changed:
+            raise ValueError(
+                f"{match.folder} was played with other settings: {changed}; choose another "
+                "--name, or --overwrite."
+            )
+    match.folder.mkdir(parents=True, exist_ok=True)
+    _write_json(path, match.settings)
+    file = match.folder / "episodes.jsonl"  # without a line that a kill cut in half
+    lines = [json.dumps(outcome._asdict()) + "\n" for outcome in results.read_outcomes(file)]
+    file.write_text("".join(lines), encoding="utf-8")
+
+
+def _difference(old: Any, new: Any, path: str = "") -> str:
+    """The first leaf that differs, in words; empty where none does."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = [*old, *(name for name in new if name not in old)]
+        found = (_difference(old.get(n), new.get(n), f"{path}.{n}".strip(".")) for n in names)
+        return next((words for words in found if words), "")
+    return "" if old == new else f"{path} was {old!r} and is {new!r}"
+
+
+def _try_out(match: _Match, config: EvaluateConfig) -> _Trial:
+    """A look at the world: what it lacks shows itself here, not in an episode."""
+    with contextlib.closing(make_simulator(match.world)) as simulator:
+        observation = simulator.reset(config.first_seed)
+        if config.num_films:
+            film.check_packages()
+            _draw(simulator)
+        if match.player is None:
+            return _Trial(simulator.control_hz, None)
+        sight = Sight(observation, simulator.instruction, 0, config.first_seed, simulator)
+        latency = players.measure_latency(match.make_act(1), sight)
+        return _Trial(simulator.control_hz, latency)
+
+
+def _play(match: _Match, config: EvaluateConfig, seeds: Sequence[int]) -> Iterator[Watched]:
+    """The episodes to film, then the others: those of a JAX world in one scan."""
+    films = range(config.first_seed, config.first_seed + config.num_films)
+    rest = [seed for seed in seeds if seed not in films]
+    make_act = functools.partial(match.make_act, config.num_simulators)
+    yield from run_simulators(
+        make_act(),
+        functools.partial(make_simulator, _painted(match.world)),
+        [seed for seed in seeds if seed in films],
+        num_simulators=config.num_simulators,
+        film_seeds=films,
+        draw=_draw,
+    )
+    if match.player is not None and isinstance(match.world, table_jax.TableConfig):
+        for outcome in match.player.play_env(table_jax.make(match.world), rest):
+            yield Watched(outcome, [], np.zeros((0, 0)))
+        return
+    make = functools.partial(make_simulator, match.world)
+    yield from run_simulators(make_act(), make, rest, num_simulators=config.num_simulators)
+
+
+def _painted(world: WorldConfig) -> WorldConfig:
+    """The world with pictures to film, where it would paint none for the policy."""
+    if isinstance(world, table_jax.TableConfig) and not world.image_size:
+        return dataclasses.replace(world, image_size=_PAINTED_SIZE)
+    return world
+
+
+def _draw(simulator: Simulator) -> np.ndarray:
+    return simulator.draw(_FILM_SIZE)
+
+
+def _keep(match: _Match, watched: Watched, fps: float) -> None:
+    """Writes the film, then the outcome: an episode that is listed is complete."""
+    outcome = watched.outcome
+    if watched.film and not outcome.error:
+        lines = [outcome.instruction, f"{match.folder.name} · seed {outcome.seed}"]
+        path = match.folder / film.file_name(outcome.seed, outcome.task, outcome.success)
+        frames = film.caption(watched.film, [line for line in lines if line], outcome.success)
+        film.write_mp4(path, frames, fps)
+    results.append_outcome(match.folder / "episodes.jsonl", outcome)
+
+
+def _write_json(path: pathlib.Path, data: Any) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, path)  # a kill in mid-write must not leave half a file
+
+
+def _command(run_dir: pathlib.Path, config: EvaluateConfig) -> str:
+    """The line that asks for this evaluation."""
+    words = ["python", "-m", "vla_jax.evaluate", str(run_dir)]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value != field.default and field.name != "overwrite":
+            words += [f"--{field.name.replace('_', '-')}", str(value)]
+    return shlex.join(words)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; whatever is wrong is told in a sentence, with exit code 2."""
+    import tyro
+
+    def command(
+        run_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")],
+        config: Annotated[EvaluateConfig, tyro.conf.arg(name="")] = EvaluateConfig(),
+    ) -> None:
+        """Plays a run's policy in a world and shows how often it did what it was told.
+
+        Args:
+          run_dir: folder of the run.
+          config: what to play.
+        """
+        summary = evaluate(run_dir, config)
+        Console().print(results.table(summary))
+        print(report.write_index(run_dir))
+
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    try:
+        tyro.cli(command, args=argv)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from here")
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""From predicted chunks to the action that is sent.
+
+The policy predicts a chunk at every environment step, since a memory must see every frame;
+`kind` says what becomes of the chunks:
+
+- `first`: the first action of the newest chunk (RoboVLMs, whatever its chunks' length).
+- `receding_horizon`: `exec_horizon` actions of a chunk, then those of the newest one.
+- `temporal_ensemble`: the weighted mean of all chunks that speak of this step (ACT).
+
+The gripper is sent as +1 or -1 exactly: it opens when its logit exceeds
+`gripper_threshold + gripper_hysteresis`, closes at `gripper_threshold - gripper_hysteresis` and
+below, and stays as it is in between.
+"""
+
+import dataclasses
+import warnings
+from typing import Any, Literal, NamedTuple, get_args
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from vla_jax.config import did_you_mean
+from vla_jax.types import ActionChunk, Array
+
+Kind = Literal["first", "receding_horizon", "temporal_ensemble"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExecutionConfig:
+    """How chunks become actions."""
+
+    kind: Kind = "first"  # which actions of which chunks are sent
+    exec_horizon: int = 1  # environment steps for which "receding_horizon" keeps a chunk
+    ensemble_decay: float = (
+        0.01  # m in exp(-m·i), i = 0 the oldest chunk; negative favours new ones
+    )
+    gripper_threshold: float = 0.0  # logit above which the gripper opens; 0 = probability 0.5
+    gripper_hysteresis: float = 0.0  # logits around the threshold in which it stays as it is
+
+    def __post_init__(self):
+        if self.kind not in get_args(Kind):
+            known = get_args(Kind)
+            raise ValueError(
+                f"unknown execution kind '{self.kind}'; {did_you_mean(self.kind, known)}"
+            )
+        if self.exec_horizon < 1:
+            raise ValueError(f"exec_horizon must be at least 1, got {self.exec_horizon}.")
+        if self.exec_horizon > 1 and self.kind != "receding_horizon":
+            raise ValueError(
+                f"exec_horizon must be 1 with kind='{self.kind}', got {self.exec_horizon}; "
+                "choose kind='receding_horizon'."
+            )
+        if self.gripper_hysteresis < 0.0:
+            raise ValueError(
+                f"gripper_hysteresis must be 0 or more logits, got {self.gripper_hysteresis}."
+            )
+
+
+class RecedingPlan(NamedTuple):
+    """The chunk that is being executed."""
+
+    chunk: ActionChunk  # [B, K, A-1], [B, K]
+    age: jax.Array  # [B] int32, how many of its actions were sent; 0 = take a new one
+
+
+class EnsemblePlan(NamedTuple):
+    """What the chunks so far say about the next K steps."""
+
+    total: ActionChunk  # [B, K, A-1], [B, K], weighted sums
+    weight: jax.Array  # [B, K], sums of the weights
+    count: jax.Array  # [B, K], how many chunks speak of that step
+
+
+class ExecutionState(NamedTuple):
+    """What is remembered between two actions; all zeros at the start of an episode."""
+
+    plan: RecedingPlan | EnsemblePlan | None  # None with kind "first"
+    gripper: jax.Array  # [B] what was sent last, +1 open / -1 closed, 0 before the first action
+
+
+def init(
+    config: ExecutionConfig, batch_size: int, action_horizon: int, action_dim: int
+) -> ExecutionState:
+    """Returns the state before the first action.
+
+    Args:
+      config: how chunks become actions.
+      batch_size: B, robots that act together.
+      action_horizon: K of the chunks.
+      action_dim: A, the gripper included.
+
+    Raises:
+      ValueError: more actions are to be executed than a chunk has.
+    """
+    if config.exec_horizon > action_horizon:
+        raise ValueError(
+            f"exec_horizon must be at most action_horizon = {action_horizon}, got "
+            f"{config.exec_horizon}; predict longer chunks or execute fewer actions."
+        )
+
+    def chunk() -> ActionChunk:
+        arm = jnp.zeros((batch_size, action_horizon, action_dim - 1))
+        return ActionChunk(arm, jnp.zeros((batch_size, action_horizon)))
+
+    plan = None
+    if config.kind == "receding_horizon":
+        plan = RecedingPlan(chunk(), jnp.zeros((batch_size,), jnp.int32))
+    elif config.kind == "temporal_ensemble":
+        weight, count = jnp.zeros((2, batch_size, action_horizon))
+        plan = EnsemblePlan(chunk(), weight, count)
+    return ExecutionState(plan, jnp.zeros((batch_size,)))
+
+
+def step(
+    config: ExecutionConfig,
+    state: ExecutionState,
+    chunk: ActionChunk,
+    *,
+    reset: Array | None = None,
+) -> tuple[ExecutionState, jax.Array]:
+    """Returns the state after this environment step, and the action to send.
+
+    Args:
+      config: the one that `init` was given.
+      state: from `init` or the step before.
+      chunk: predicted at this step, arm `[B, K, A-1]`, gripper logit `[B, K]`.
+      reset: `[B]`, True where an episode starts; None means nowhere.
+
+    Returns:
+      The state, and the action `[B, A]`: arm clipped to [-1, 1], gripper +1 open / -1 closed.
+
+    Source: Zhao et al. 2023, ACT (arXiv:2304.13705), section IV, for "temporal_ensemble".
+    """
+    chex.assert_shape(chunk.arm, (*chunk.gripper_logit.shape, None))
+    chex.assert_shape(chunk.gripper_logit, (state.gripper.shape[0], None))
+    if reset is not None:
+        state = _restart(state, reset)
+    plan, now = state.plan, _first(chunk)
+    if isinstance(plan, RecedingPlan):
+        plan, now = _recede(config, plan, chunk)
+    elif isinstance(plan, EnsemblePlan):
+        plan, now = _ensemble(config, plan, chunk)
+    gripper = _switch(config, state.gripper, now.gripper_logit)
+    action = jnp.concatenate([jnp.clip(now.arm, -1.0, 1.0), gripper[:, None]], axis=-1)
+    return ExecutionState(plan, gripper), action
+
+
+def check_stride(
+    config: ExecutionConfig,
+    decoder_kind: str,
+    *,
+    train_stride: int = 1,
+    call_stride: int | None = None,
+) -> None:
+    """Warns where a decoder with memory may see frames at another stride than in training.
+
+    `step` is made to be called with a new chunk at every environment step; then the memory sees
+    every frame, whatever the `exec_horizon`, and `call_stride=1` says so. Whoever saves time by
+    predicting only when a chunk is used up shows the memory every `exec_horizon`-th frame.
+
+    Args:
+      config: how chunks become actions.
+      decoder_kind: `kind` of the decoder's config; "fc" has no memory and is never warned of.
+      train_stride: environment steps between two frames of a training window.
+      call_stride: environment steps between two calls of the policy; None means not known, at
+        worst `exec_horizon`.
+    """
+    stride = config.exec_horizon if call_stride is None else call_stride
+    if decoder_kind != "fc" and stride != train_stride:
+        warnings.warn(
+            f"exec_horizon = {config.exec_horizon} with a decoder of kind '{decoder_kind}' that "
+            f"was trained on frames {train_stride} environment steps apart: called every {stride} "
+            f"steps it would remember what it never saw; call it every {train_stride}, chunks are "
+            "kept all the same.",
+            stacklevel=2,
+        )
+
+
+def _recede(
+    config: ExecutionConfig, plan: RecedingPlan, chunk: ActionChunk
+) -> tuple[RecedingPlan, ActionChunk]:
+    held = _select(plan.age == 0, chunk, plan.chunk)
+    now = jax.tree.map(lambda steps: jax.vmap(jnp.take, (0, 0, None))(steps, plan.age, 0), held)
+    return RecedingPlan(held, (plan.age + 1) % config.exec_horizon), now
+
+
+def _ensemble(
+    config: ExecutionConfig, plan: EnsemblePlan, chunk: ActionChunk
+) -> tuple[EnsemblePlan, ActionChunk]:
+    new = jnp.exp(-config.ensemble_decay * plan.count)
+    total = ActionChunk(
+        plan.total.arm + new[..., None] * chunk.arm,
+        plan.total.gripper_logit + new * chunk.gripper_logit,
+    )
+    weight = plan.weight + new
+    now = ActionChunk(total.arm[:, 0] / weight[:, :1], total.gripper_logit[:, 0] / weight[:, 0])
+    return jax.tree.map(_shift, EnsemblePlan(total, weight, plan.count + 1.0)), now
+
+
+def _switch(config: ExecutionConfig, before: jax.Array, logit: Array) -> jax.Array:
+    """Returns +1 or -1, the same as before inside the band around the threshold."""
+    band = jnp.where(before == 0.0, 0.0, config.gripper_hysteresis)
+    opens, closes = (
+        logit > config.gripper_threshold + band,
+        logit <= config.gripper_threshold - band,
+    )
+    return jnp.where(opens, 1.0, jnp.where(closes, -1.0, before))
+
+
+def _restart(state: ExecutionState, reset: Array) -> ExecutionState:
+    return _select(reset, jax.tree.map(jnp.zeros_like, state), state)
+
+
+def _select(rows: Array, this: Any, other: Any) -> Any:
+    """Returns the rows `[B]` of `this` where True, and those of `other` elsewhere."""
+
+    def pick(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.where(rows.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
+
+    return jax.tree.map(pick, this, other)
+
+
+def _shift(steps: jax.Array) -> jax.Array:
+    """Returns `[B, K, ...]` one step on: what was next is first, the last is empty."""
+    return jnp.concatenate([steps[:, 1:], jnp.zeros_like(steps[:, :1])], axis=1)
+
+
+def _first(chunk: ActionChunk) -> ActionChunk:
+    return jax.tree.map(lambda steps: steps[:, 0], chunk)

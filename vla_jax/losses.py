@@ -1,0 +1,83 @@
+"""Losses over the real targets of a batch; none is NaN where there are none.
+
+With `axis_name` (inside `pmap` or `shard_map`) sums and counts are added up over the devices
+before they are divided, so that the value is that of the whole batch; under `jit` a sharded
+batch needs nothing.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from vla_jax.types import ActionChunk, Array, Metrics
+
+
+def masked_mean(values: Array, mask: Array, *, axis_name: str | None = None) -> jax.Array:
+    """Returns the mean of the values that are kept; 0 with zero gradient if none is.
+
+        Σ values[mask] / max(1, |mask|)
+
+    Args:
+      values: `[..., any trailing axes]`; what is not kept may be NaN.
+      mask: `[...]`, True where the values are kept.
+      axis_name: mapped axis to sum over; None means that the batch is whole.
+
+    Returns:
+      `[]` float32.
+    """
+    chex.assert_tree_shape_prefix(values, mask.shape)
+    trailing = (1,) * (values.ndim - mask.ndim)
+    kept = jnp.broadcast_to(jnp.reshape(mask, mask.shape + trailing), values.shape)
+    total = jnp.sum(jnp.where(kept, values, 0.0), dtype=jnp.float32)
+    count = jnp.sum(kept, dtype=jnp.float32)
+    if axis_name is not None:
+        total, count = jax.lax.psum((total, count), axis_name)
+    return total / jnp.maximum(count, 1.0)
+
+
+def action_loss(
+    chunk: ActionChunk,
+    action: Array,
+    action_mask: Array,
+    *,
+    gripper_weight: float = 0.01,
+    axis_name: str | None = None,
+) -> tuple[jax.Array, Metrics]:
+    """Returns the loss of behaviour cloning and its parts.
+
+        loss = Huber₁(arm) + gripper_weight · BCE(gripper_logit, gripper > 0)
+
+    Args:
+      chunk: prediction, arm `[..., K, A-1]`, gripper logit `[..., K]`.
+      action: targets `[..., K, A]`, arm in [-1, 1], gripper +1 open / -1 closed.
+      action_mask: `[..., K]`, True where the target exists; the others may hold anything.
+      gripper_weight: factor of the gripper's term.
+      axis_name: mapped axis to sum over; None means that the batch is whole.
+
+    Returns:
+      Loss `[]` float32, and metrics `loss_arm`, `loss_gripper` (without its weight),
+      `acc_gripper` in [0, 1], `arm_l1` (mean absolute error, in the arm's normalised units).
+
+    Source: Li et al. 2024, RoboVLMs (arXiv:2412.14058), with its weight 0.01.
+    """
+    chex.assert_shape(chunk.arm, (*action.shape[:-1], action.shape[-1] - 1))
+    chex.assert_shape([chunk.gripper_logit, action_mask], action.shape[:-1])
+    chunk = jax.tree.map(lambda part: jnp.asarray(part, jnp.float32), chunk)
+    # The selection comes before the loss: the gradient through a NaN target would be NaN.
+    target = jnp.where(jnp.asarray(action_mask)[..., None], action, 0.0)
+    arm, is_open = target[..., :-1], target[..., -1] > 0
+    huber = optax.losses.huber_loss(chunk.arm, arm, delta=1.0)
+    entropy = optax.losses.sigmoid_binary_cross_entropy(
+        chunk.gripper_logit, is_open.astype(jnp.float32)
+    )
+    terms = {
+        "loss_arm": huber,
+        "loss_gripper": entropy,
+        "acc_gripper": (chunk.gripper_logit > 0) == is_open,
+        "arm_l1": jnp.abs(chunk.arm - arm),
+    }
+    metrics = {
+        name: masked_mean(term, action_mask, axis_name=axis_name) for name, term in terms.items()
+    }
+    return metrics["loss_arm"] + gripper_weight * metrics["loss_gripper"], metrics

@@ -1,0 +1,202 @@
+"""The optimiser: clip, AdamW, warm-up and cosine, freezing and learning rates by path, EMA.
+
+A path is the names from the root of the params to a leaf, as in `decoder/layer_0/kernel`. Globs
+follow `fnmatch`, and `*` crosses `/` too: `backbone/*` is the whole backbone. One `update` eats
+one batch; with `accumulation_steps` k the params move at every k-th.
+"""
+
+import dataclasses
+import difflib
+import fnmatch
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vla_jax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """How the params follow the gradient."""
+
+    learning_rate: float = 3e-4  # at the peak, per update
+    warmup_steps: int = 100  # updates of linear warm-up
+    end_factor: float = 0.1  # last learning rate as a share of the peak
+    b1: float = 0.9  # decay of Adam's mean, per optimiser step
+    b2: float = 0.95  # decay of Adam's mean square, per optimiser step
+    weight_decay: float = 1e-4  # share of a kernel taken off per unit of learning rate
+    max_grad_norm: float = 1.0  # longer gradients are scaled down to this global norm
+    accumulation_steps: int = 1  # updates (batches) whose mean gradient makes one optimiser step
+    ema_decay: float | None = None  # of the averaged params, per update; None = no average
+    freeze: tuple[str, ...] = ()  # path globs of params that stay as they are
+    lr_factors: tuple[tuple[str, float], ...] = ()  # path glob and factor; the last match counts
+
+    def __post_init__(self):
+        """Raises a ValueError that names the first field out of its range."""
+        _check("learning_rate", self.learning_rate, self.learning_rate > 0, "above 0")
+        _check("warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "0 or more")
+        _check("end_factor", self.end_factor, 0 <= self.end_factor <= 1, "in [0, 1]")
+        _check("b1", self.b1, 0 <= self.b1 < 1, "in [0, 1)")
+        _check("b2", self.b2, 0 <= self.b2 < 1, "in [0, 1)")
+        _check("weight_decay", self.weight_decay, self.weight_decay >= 0, "0 or more")
+        _check("max_grad_norm", self.max_grad_norm, self.max_grad_norm > 0, "above 0")
+        _check("accumulation_steps", self.accumulation_steps, self.accumulation_steps >= 1, ">= 1")
+        _check("ema_decay", self.ema_decay, 0 <= (self.ema_decay or 0) < 1, "None or in [0, 1)")
+
+
+def make_schedule(config: OptimConfig, num_updates: int) -> optax.Schedule:
+    """Returns the learning rate as a function of the number of updates done.
+
+    It rises linearly to the peak in `warmup_steps` (the first update already moves), falls along
+    half a cosine to `end_factor` of the peak at `num_updates`, and stays there.
+
+    Args:
+      config: peak, warm-up and floor.
+      num_updates: length of the training, in updates.
+
+    Raises:
+      ValueError: the warm-up is not shorter than the training.
+    """
+    if config.warmup_steps >= num_updates:
+        raise ValueError(
+            f"warmup_steps must be below num_updates = {num_updates}, got {config.warmup_steps}; "
+            "shorten the warm-up or train longer."
+        )
+    return optax.schedules.warmup_cosine_decay_schedule(
+        init_value=config.learning_rate / (config.warmup_steps + 1),
+        peak_value=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        decay_steps=num_updates,
+        end_value=config.learning_rate * config.end_factor,
+    )
+
+
+def make_optimizer(
+    config: OptimConfig, num_updates: int, params: Params
+) -> optax.GradientTransformation:
+    """Returns the whole chain: clip, AdamW on the schedule, factors by path, accumulation, freeze.
+
+    Weight decay falls on the leaves whose name ends in `kernel`; biases, scales and embeddings
+    have none. Frozen leaves have no optimiser state and no part in the clipped norm.
+
+    Args:
+      config: what to do.
+      num_updates: length of the training, in updates.
+      params: the tree to be optimised (arrays or shapes); only its paths are used.
+
+    Raises:
+      ValueError: a glob matches no path, all params are frozen, or the warm-up is too long.
+    """
+    paths = tree_paths(params)
+    for pattern in (*config.freeze, *(pattern for pattern, _ in config.lr_factors)):
+        _check_glob(pattern, paths)
+    if all(_matches(path, config.freeze) for path in paths):
+        raise ValueError(f"freeze = {config.freeze} leaves nothing to train; drop a glob.")
+
+    every = config.accumulation_steps
+    schedule = make_schedule(config, num_updates)
+    train = optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.adamw(
+            lambda step: schedule(step * every),  # the chain counts optimiser steps, not updates
+            b1=config.b1,
+            b2=config.b2,
+            weight_decay=config.weight_decay,
+            mask=_map_paths(lambda path: path.endswith("kernel")),
+        ),
+        _scale_by_path(config.lr_factors),
+    )
+    if every > 1:
+        train = optax.MultiSteps(train, every).gradient_transformation()
+    label = _map_paths(lambda path: "frozen" if _matches(path, config.freeze) else "train")
+    return optax.partition({"train": train, "frozen": optax.set_to_zero()}, label)
+
+
+def stop_frozen(params: Params, freeze: Sequence[str]) -> Params:
+    """Returns the params with no gradient through the leaves that a glob of `freeze` matches.
+
+    Inside a loss this spares the backward pass of a frozen part, and the optimiser state need
+    not hear of its gradient.
+
+    Args:
+      params: the tree.
+      freeze: path globs, as in `OptimConfig.freeze`.
+    """
+    frozen = _map_paths(lambda path: _matches(path, freeze))(params)
+    return jax.tree.map(lambda x, stop: jax.lax.stop_gradient(x) if stop else x, params, frozen)
+
+
+def update_ema(
+    ema_params: Params, params: Params, num_updates: jax.Array, *, decay: float
+) -> Params:
+    """Returns the slow average of the params after one more update.
+
+        ema ← d·ema + (1 − d)·params,    d = min(decay, (1 + n) / (10 + n))
+
+    so that the average forgets the random start quickly.
+
+    Args:
+      ema_params: average so far, shaped like `params`.
+      params: params after the update.
+      num_updates: n `[]`, updates done before this one.
+      decay: d in the long run.
+
+    Source: the warm-up is that of TensorFlow's `ExponentialMovingAverage(num_updates=)`.
+    """
+    step_size = 1.0 - jnp.minimum(decay, (1.0 + num_updates) / (10.0 + num_updates))
+    return jax.tree.map(
+        lambda ema, new: (ema + step_size * (new - ema)).astype(ema.dtype), ema_params, params
+    )
+
+
+def tree_paths(params: Params) -> list[str]:
+    """Returns the path `a/b/c` of every leaf, in the order of `jax.tree.leaves`."""
+    return [_path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+
+
+def _path_name(path: jax.tree_util.KeyPath) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _map_paths(function: Callable[[str], object]) -> Callable[[Any], Any]:
+    """Returns the map from a tree to one of the same structure with `function(path)` as leaves."""
+    return lambda tree: jax.tree_util.tree_map_with_path(
+        lambda path, _: function(_path_name(path)), tree
+    )
+
+
+def _matches(path: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
+
+
+def _scale_by_path(factors: Sequence[tuple[str, float]]) -> optax.GradientTransformation:
+    def factor(path: str) -> float:
+        return next((f for glob, f in reversed(factors) if fnmatch.fnmatchcase(path, glob)), 1.0)
+
+    def scale(updates: Any, _: Any) -> Any:
+        return jax.tree.map(jnp.multiply, updates, _map_paths(factor)(updates))
+
+    return optax.stateless(scale)
+
+
+def _check(name: str, value: object, holds: bool, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {expected}, got {value}.")
+
+
+def _check_glob(pattern: str, paths: Sequence[str]) -> None:
+    if any(fnmatch.fnmatchcase(path, pattern) for path in paths):
+        return
+    folders = {
+        "/".join([*path.split("/")[:depth], "*"])
+        for path in paths
+        for depth in range(1, path.count("/") + 1)
+    }
+    nearest = difflib.get_close_matches(pattern, [*paths, *sorted(folders)], n=1, cutoff=0.0)
+    raise ValueError(
+        f"no parameter path matches '{pattern}'; did you mean '{''.join(nearest)}'? "
+        "(`*` also crosses `/`)"
+    )

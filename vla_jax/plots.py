@@ -1,0 +1,207 @@
+"""Pictures of numbers: a training, success per task, predicted actions beside an expert's.
+
+Needs the extra `plots` (matplotlib). Colours are Okabe and Ito's, which the colour-blind tell
+apart; every function writes one PNG.
+"""
+
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vla_jax.envs import table
+from vla_jax.results import Rate, Summary
+
+Path = str | os.PathLike[str]
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+_INK, _FAINT = "#30343b", "#d9dce1"
+_DASHES = ("--", ":", "-.")
+_NOT_DRAWN = ("step", "steps_per_second", "data_wait", "grad_norm", "learning_rate")
+
+
+def training(path: Path, metrics: Sequence[Mapping[str, float]], *, title: str = "") -> None:
+    """Draws the loss and its parts, and beside them the other metrics.
+
+    Args:
+      path: PNG to write.
+      metrics: lines of a `metrics.jsonl`, with `step` in updates.
+      title: above the curves.
+
+    Raises:
+      ValueError: there are no lines.
+      ImportError: matplotlib is missing.
+    """
+    if not metrics:
+        raise ValueError(f"metrics for {path} must be at least one line, got none.")
+    names = list(dict.fromkeys(name for line in metrics for name in line))
+    losses = [name for name in names if name.startswith("loss")]
+    others = [name for name in names if name not in (*losses, *_NOT_DRAWN)]
+    panels = [(label, part) for label, part in (("loss", losses), ("metric", others)) if part]
+    figure = _figure(4.6 * len(panels), 3.2)
+    for axes, (label, part) in zip(_panels(figure, 1, len(panels)), panels, strict=True):
+        for name, colour in zip(part, _cycle(len(part)), strict=True):
+            points = [(line["step"], line[name]) for line in metrics if name in line]
+            axes.plot(*np.array(points).T, color=colour, label=name, linewidth=1.6)
+        positive = all(line[name] > 0 for line in metrics for name in part if name in line)
+        if positive and label == "loss":
+            axes.set_yscale("log")
+        axes.set(xlabel="updates", ylabel=label)
+        axes.legend(frameon=False, fontsize=8)
+    _write(figure, path, title)
+
+
+def success(
+    path: Path,
+    summaries: Mapping[str, Summary],
+    *,
+    references: Mapping[str, Summary] | None = None,
+    title: str = "",
+) -> None:
+    """Draws the success rate of each policy at each task, with 95 % intervals.
+
+    Args:
+      path: PNG to write.
+      summaries: name of a policy to its results; bars, side by side.
+      references: name to results; drawn as lines across the bars.
+      title: above the bars.
+
+    Raises:
+      ValueError: there are no results.
+      ImportError: matplotlib is missing.
+    """
+    references = references or {}
+    if not summaries and not references:
+        raise ValueError(f"summaries for {path} must hold at least one policy, got none.")
+    tasks = sorted({task for s in (*summaries.values(), *references.values()) for task in s.tasks})
+    groups = [*tasks, "mean over tasks"]
+    figure = _figure(max(5.0, 1.2 + len(groups) * (0.7 + 0.35 * len(summaries))), 3.6)
+    (axes,) = _panels(figure, 1, 1)
+    width = 0.8 / max(1, len(summaries))
+    for i, ((name, summary), colour) in enumerate(
+        zip(summaries.items(), _cycle(len(summaries)), strict=True)
+    ):
+        offset = (i - (len(summaries) - 1) / 2) * width
+        _bars(axes, _rates(summary, tasks), offset, width, colour, name)
+    for i, (name, summary) in enumerate(references.items()):
+        _lines(axes, _rates(summary, tasks), _DASHES[i % len(_DASHES)], name)
+    axes.set_xticks(range(len(groups)), [group or "–" for group in groups])
+    axes.set(ylabel="success rate / %", ylim=(0, 112), yticks=range(0, 101, 25))
+    axes.grid(visible=False, axis="x")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    _write(figure, path, title)
+
+
+def actions(
+    path: Path,
+    predicted: np.ndarray,
+    expert: np.ndarray,
+    *,
+    names: Sequence[str] = table.ACTION_NAMES,
+    control_hz: float = table.CONTROL_HZ,
+    title: str = "",
+) -> None:
+    """Draws what a policy would do beside what the expert did, over one demonstration.
+
+    Args:
+      path: PNG to write.
+      predicted: `[T, A]`, arm in [-1, 1], gripper +1 open / -1 closed.
+      expert: `[T, A]`.
+      names: of the `A` dims.
+      control_hz: actions per second.
+      title: above the panels.
+
+    Raises:
+      ValueError: the shapes differ, or there are not `A` names.
+      ImportError: matplotlib is missing.
+    """
+    if predicted.shape != expert.shape or predicted.shape[1:] != (len(names),):
+        raise ValueError(
+            f"predicted and expert must be [T, {len(names)}] with one T, got {predicted.shape} "
+            f"and {expert.shape}; give the names of all dims."
+        )
+    columns = 4
+    rows = -(-len(names) // columns)
+    figure = _figure(10, 1.9 * rows)
+    seconds = np.arange(len(expert)) / control_hz
+    panels = _panels(figure, rows, columns)
+    for i, (axes, name) in enumerate(zip(panels, names, strict=False)):
+        axes.plot(seconds, expert[:, i], color=_INK, linewidth=2.6, alpha=0.35, label="expert")
+        axes.plot(seconds, predicted[:, i], color=COLOURS[0], linewidth=1.4, label="predicted")
+        axes.set(ylim=(-1.15, 1.15), yticks=(-1, 0, 1))
+        axes.set_title(name, fontsize=9, loc="left", color=_INK)
+        if i + columns >= len(names):  # the lowest of its column
+            axes.set_xlabel("time / s")
+            axes.tick_params(labelbottom=True)
+    panels[0].set_ylabel("share of full speed")
+    panels[len(names) - 1].set_yticks((-1, 1), ("closed", "open"))
+    for axes in panels[len(names) :]:
+        axes.set_axis_off()
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    _write(figure, path, title)
+
+
+def _rates(summary: Summary, tasks: Sequence[str]) -> list[tuple[float, float, float]]:
+    """Rate, low, high in per cent, of each task and of their mean; NaN where unknown."""
+    blank = Rate(0, 0, None, (0.0, 1.0), None, 0)
+    known = [(r.rate, *r.interval) for r in (summary.tasks.get(task, blank) for task in tasks)]
+    known.append((summary.task_mean, *summary.task_mean_interval))
+    return [
+        (np.nan, np.nan, np.nan) if rate is None else (100 * rate, 100 * low, 100 * high)
+        for rate, low, high in known
+    ]
+
+
+def _bars(axes: Any, rates, offset: float, width: float, colour: str, name: str) -> None:
+    rate, low, high = np.array(rates).T
+    x = np.arange(len(rates)) + offset
+    axes.bar(x, rate, 0.92 * width, color=colour, label=name)
+    axes.errorbar(
+        x, rate, yerr=np.maximum(0, [rate - low, high - rate]), fmt="none", ecolor=_INK,
+        elinewidth=1, capsize=2.5,
+    )  # fmt: skip
+    for place, value, top in zip(x, rate, high, strict=True):
+        if np.isfinite(value):
+            axes.text(
+                place, top + 2, f"{value:.0f}", ha="center", fontsize=8, color=_INK,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+            )  # fmt: skip
+
+
+def _lines(axes: Any, rates, dashes: str, name: str) -> None:
+    rate = np.array(rates)[:, 0]
+    x = np.arange(len(rates))
+    axes.hlines(rate, x - 0.46, x + 0.46, colors=_INK, linestyles=dashes, linewidth=1.3, label=name)
+
+
+def _cycle(count: int) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(count)]
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib; run pip install 'vla-jax[plots]'.") from error
+    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+
+
+def _panels(figure: Any, rows: int, columns: int) -> list[Any]:
+    panels = list(figure.subplots(rows, columns, squeeze=False, sharex=True).flat)
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(_FAINT)
+        axes.tick_params(colors=_INK, labelsize=8, color=_FAINT)
+        axes.grid(color=_FAINT, linewidth=0.6)
+        axes.set_axisbelow(True)
+    return panels
+
+
+def _write(figure: Any, path: Path, title: str) -> None:
+    if title:
+        figure.suptitle(title, fontsize=11, color=_INK, x=0.01, ha="left")
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, format="png")

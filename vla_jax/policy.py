@@ -1,0 +1,128 @@
+"""A policy is a backbone and a decoder: observations in, chunks of actions out.
+
+    params = policy.init(key, config)
+    chunk = policy.apply(params, config, observation, timestep_mask)      # a window, to train
+    state = policy.init_stream(params, config, batch_size)                # on the robot
+    state, chunk = policy.step(params, config, state, observation)
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from vla_jax import decoders, streaming
+from vla_jax.backbones.family import BACKBONES, BackboneConfig
+from vla_jax.backbones.perceiver import PerceiverConfig
+from vla_jax.decoders import DecoderConfig
+from vla_jax.types import ActionChunk, Array, Key, Observation, Params
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """A backbone and the decoder that fits it; `connect` makes them fit."""
+
+    backbone: BackboneConfig = PerceiverConfig()
+    decoder: DecoderConfig = DecoderConfig(
+        token_dim=PerceiverConfig().token_dim, num_tokens=PerceiverConfig().num_tokens
+    )
+
+    def __post_init__(self):
+        """Checks that the decoder expects the backbone's tokens."""
+        given = (self.backbone.num_tokens, self.backbone.token_dim)
+        expected = (self.decoder.num_tokens, self.decoder.token_dim)
+        if given != expected:
+            raise ValueError(
+                f"decoder must expect the backbone's tokens [{given[0]}, {given[1]}], got "
+                f"num_tokens {expected[0]} and token_dim {expected[1]}; use policy.connect."
+            )
+
+
+def connect(backbone: BackboneConfig, decoder: DecoderConfig) -> PolicyConfig:
+    """The two as one config, with the decoder's `num_tokens` and `token_dim` set to fit."""
+    decoder = dataclasses.replace(
+        decoder, num_tokens=backbone.num_tokens, token_dim=backbone.token_dim
+    )
+    return PolicyConfig(backbone, decoder)
+
+
+def init(key: Key, config: PolicyConfig) -> Params:
+    """Random params `{"backbone": …, "decoder": …}`; `key` is consumed."""
+    backbone_key, decoder_key = jax.random.split(key)
+    return {
+        "backbone": BACKBONES[config.backbone.kind].init(backbone_key, config.backbone),
+        "decoder": decoders.init(decoder_key, config.decoder),
+    }
+
+
+def encode(params: Params, config: PolicyConfig, observation: Observation) -> jax.Array:
+    """Tokens `[..., N, D]` of observations with leading axes `[...]`; no memory is involved."""
+    return BACKBONES[config.backbone.kind].apply(params["backbone"], config.backbone, observation)
+
+
+def apply(
+    params: Params,
+    config: PolicyConfig,
+    observation: Observation,
+    timestep_mask: Array | None = None,
+    *,
+    tokens: Array | None = None,
+    key: Key | None = None,
+) -> ActionChunk:
+    """Action chunks at every position of a window.
+
+    Args:
+      params: from `init`.
+      config: the same.
+      observation: `[B, W, ...]`; not looked at where `tokens` are given.
+      timestep_mask: `[B, W]`, True where the step is real; None means everywhere.
+      tokens: `[B, W, N, D]` that `encode` gave earlier, for a frozen backbone.
+      key: for dropout, consumed; None means no dropout.
+
+    Returns:
+      Chunks `[B, W, K, …]`.
+    """
+    if tokens is None:
+        tokens = encode(params, config, observation)
+    return decoders.apply(
+        params["decoder"], config.decoder, tokens, timestep_mask=timestep_mask, key=key
+    )
+
+
+def init_stream(
+    params: Params,
+    config: PolicyConfig,
+    batch_size: int,
+    *,
+    mode: str = "refresh",
+    window_size: int | None = None,
+) -> Any:
+    """What the decoder remembers before the first step; see `streaming.init`."""
+    return streaming.init(
+        params["decoder"], config.decoder, batch_size, mode=mode, window_size=window_size
+    )
+
+
+def step(
+    params: Params,
+    config: PolicyConfig,
+    state: Any,
+    observation: Observation,
+    *,
+    reset: Array | None = None,
+) -> tuple[Any, ActionChunk]:
+    """One time step.
+
+    Args:
+      params: from `init`.
+      config: the same.
+      state: from `init_stream` or the step before.
+      observation: `[B, ...]`.
+      reset: `[B]`, True where a new episode starts with this observation.
+
+    Returns:
+      The new state, and chunks `[B, K, …]`.
+    """
+    tokens = encode(params, config, observation)
+    return streaming.step(params["decoder"], config.decoder, state, tokens, reset=reset)

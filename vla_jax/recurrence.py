@@ -1,0 +1,278 @@
+"""A cell over time: stacked, masked, reset at episode starts, in one or both directions.
+
+`apply` runs a whole sequence, `step` one time step of the same recurrence. Params and carries
+have the same paths: `params["layers_0"]["forward"]` goes with `carry["layers_0"]["forward"]`.
+Sequences are batch-major `[B, T, D]` outside and time-major inside.
+
+- A step whose `mask` is False leaves the carry as it is and gives zeros, so that a sequence
+  padded on the left or the right does what the same sequence does without the padding.
+- A step whose `reset` is True starts from a zero carry, so that several episodes in one sequence
+  do not see each other, in neither direction.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any, Literal
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from vla_jax.cells import CELLS
+from vla_jax.config import did_you_mean
+from vla_jax.types import Array, Key, Params
+
+Carry = dict[str, dict[str, Any]]  # layer -> direction -> carry of a cell
+
+
+@dataclasses.dataclass(frozen=True)
+class RecurrenceConfig:
+    """A stack of recurrent layers."""
+
+    cell: Literal["rnn", "lstm", "gru"] = "lstm"  # name in `cells.CELLS`
+    num_layers: int = 1  # L, one on top of the other
+    hidden_size: int = 256  # H, units of each layer and direction
+    dropout: float = 0.0  # probability of dropping an output between two layers
+    bidirectional: bool = False  # whether a second pass runs from the end to the start
+    remat_chunk: int = 0  # steps whose gates are computed again for the gradient; 0 = keep all
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the factors of matrix products
+
+    def __post_init__(self):
+        if self.cell not in CELLS:
+            raise ValueError(f"unknown cell '{self.cell}'; {did_you_mean(self.cell, CELLS)}")
+        for name in ("num_layers", "hidden_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}.")
+        if self.remat_chunk < 0:
+            raise ValueError(
+                f"remat_chunk must be a number of steps or 0 for none, got {self.remat_chunk}."
+            )
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(
+                f"unknown dtype '{self.dtype}'; {did_you_mean(self.dtype, ('float32', 'bfloat16'))}"
+            )
+
+
+def output_size(config: RecurrenceConfig) -> int:
+    """Returns the features of an output: H, or 2·H in both directions."""
+    return config.hidden_size * len(_directions(config))
+
+
+def init(key: Key, config: RecurrenceConfig, input_size: int) -> Params:
+    """Returns `{"layers_0": {"forward": params of a cell, "backward": ...}, ...}`.
+
+    Args:
+      key: consumed.
+      config: sizes of the stack.
+      input_size: D, features of the inputs.
+    """
+    params, size = {}, input_size
+    for name, layer_key in zip(
+        _layers(config), jax.random.split(key, config.num_layers), strict=True
+    ):
+        keys = jax.random.split(layer_key, len(_directions(config)))
+        params[name] = {
+            direction: CELLS[config.cell].init(direction_key, size, config.hidden_size)
+            for direction, direction_key in zip(_directions(config), keys, strict=True)
+        }
+        size = output_size(config)
+    return params
+
+
+def zero_carry(config: RecurrenceConfig, like: Array) -> Carry:
+    """Returns the carry before the first step, all zeros.
+
+    Args:
+      config: sizes of the stack.
+      like: any array `[B, ...]` that comes in; the carry is sharded as it is.
+    """
+    zero = CELLS[config.cell].zero_carry
+    return {
+        name: {direction: zero(like, config.hidden_size) for direction in _directions(config)}
+        for name in _layers(config)
+    }
+
+
+def apply(
+    params: Params,
+    config: RecurrenceConfig,
+    inputs: Array,
+    *,
+    mask: Array | None = None,
+    reset: Array | None = None,
+    carry: Carry | None = None,
+    key: Key | None = None,
+) -> tuple[Carry, jax.Array]:
+    """Returns the carry after the last step and the outputs of all steps.
+
+        hₜ = cell(0 if resetₜ else hₜ₋₁, inputsₜ)  where maskₜ;   hₜ = hₜ₋₁, outputₜ = 0 elsewhere
+
+    Args:
+      params: from `init`.
+      config: the one that `init` was given.
+      inputs: `[B, T, D]`.
+      mask: `[B, T]`, True where the step is real; None means everywhere.
+      reset: `[B, T]`, True where a new episode starts, on a masked step too; None means nowhere.
+      carry: before the first step (of the backward direction: after the last); None means zeros.
+      key: consumed, for dropout; None means no dropout.
+
+    Returns:
+      The carry (of the backward direction: at the first step), and outputs `[B, T, H]`, float32;
+      in both directions `[B, T, 2·H]`, forward first.
+    """
+    _check(params, inputs, mask, reset)
+    carry = zero_carry(config, inputs) if carry is None else carry
+    chex.assert_tree_shape_prefix(carry, (inputs.shape[0],))
+    mask, reset = (None if flags is None else _swap(flags) for flags in (mask, reset))
+    outputs, last = _swap(inputs), {}
+    for layer, name in enumerate(_layers(config)):
+        if layer > 0 and config.dropout > 0.0 and key is not None:
+            outputs = _drop(jax.random.fold_in(key, layer), outputs, config.dropout)
+        last[name], outputs = _run_layer(params[name], config, carry[name], outputs, mask, reset)
+    return last, _swap(outputs)
+
+
+def step(
+    params: Params,
+    config: RecurrenceConfig,
+    carry: Carry,
+    inputs: Array,
+    *,
+    reset: Array | None = None,
+) -> tuple[Carry, jax.Array]:
+    """Returns the next carry and the output of one step, without dropout.
+
+    Args:
+      params: from `init`.
+      config: the one that `init` was given, in one direction.
+      carry: `[B, H]`, or any leading axes that those of `inputs` broadcast to.
+      inputs: `[B, D]`.
+      reset: `[B]`, True where a new episode starts; None means nowhere.
+
+    Returns:
+      The carry, and the output `[B, H]`, float32.
+
+    Raises:
+      ValueError: the recurrence runs in both directions, so there is no single step of it.
+    """
+    if config.bidirectional:
+        raise ValueError("step needs bidirectional=False, got True; use `apply` on the sequence.")
+    chex.assert_axis_dimension(inputs, -1, _input_size(params))
+    cell, outputs, following = CELLS[config.cell], jnp.asarray(inputs), {}
+    for name in _layers(config):
+        before = _clear(carry[name]["forward"], reset)
+        after, outputs = cell.step(params[name]["forward"], before, outputs, dtype=config.dtype)
+        following[name] = {"forward": after}
+    return following, outputs
+
+
+def _run_layer(
+    params: Params, config: RecurrenceConfig, carry: dict[str, Any], inputs, mask, reset
+) -> tuple[dict[str, Any], jax.Array]:
+    """Runs one layer over `inputs [T, B, D]` in each of its directions."""
+    last, outputs = {}, []
+    for direction in _directions(config):
+        backward = direction == "backward"
+        last[direction], hidden = _scan(
+            params[direction],
+            config,
+            carry[direction],
+            inputs,
+            mask,
+            _episode_ends(reset) if backward else reset,
+            reverse=backward,
+        )
+        outputs.append(hidden)
+    return last, jnp.concatenate(outputs, axis=-1)
+
+
+def _scan(
+    params: Params, config: RecurrenceConfig, carry: Any, inputs, mask, reset, *, reverse: bool
+) -> tuple[Any, jax.Array]:
+    """Runs a cell over `inputs [T, B, D]`, with the inputs' product taken for all steps first."""
+    cell = CELLS[config.cell]
+    body = partial(_masked_step, partial(cell.advance, params, dtype=config.dtype))
+    steps = (cell.project(params, inputs, dtype=config.dtype), mask, reset)
+    if not config.remat_chunk:
+        return jax.lax.scan(body, carry, steps, reverse=reverse)
+
+    # Between chunks only the carry is kept; within one the gates are computed again. Two nested
+    # scans, the outer over chunks: a masked step more or less at the end changes nothing.
+    num_steps = inputs.shape[0]
+    chunks = jax.tree.map(partial(_cut, chunk=config.remat_chunk), _with_mask(steps))
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def run_chunk(carry: Any, chunk: Any) -> tuple[Any, jax.Array]:
+        return jax.lax.scan(body, carry, chunk, reverse=reverse)
+
+    carry, outputs = jax.lax.scan(run_chunk, carry, chunks, reverse=reverse)
+    return carry, outputs.reshape(-1, *outputs.shape[2:])[:num_steps]
+
+
+def _masked_step(advance: Any, carry: Any, step: Any) -> tuple[Any, jax.Array]:
+    projected, mask, reset = step
+    carry = _clear(carry, reset)
+    following, outputs = advance(carry, projected)
+    if mask is None:
+        return following, outputs
+    kept = mask[:, None]
+    following = jax.tree.map(partial(jnp.where, kept), following, carry)
+    return following, jnp.where(kept, outputs, 0.0)
+
+
+def _clear(carry: Any, reset: Array | None) -> Any:
+    """Returns the carry with zeros where `reset` is True."""
+    if reset is None:
+        return carry
+    return jax.tree.map(lambda kept: jnp.where(reset[..., None], 0.0, kept), carry)
+
+
+def _episode_ends(reset: Array | None) -> Array | None:
+    """Returns where an episode starts for one who walks `[T, B]` backwards: at its last step."""
+    if reset is None:
+        return None
+    return jnp.concatenate([reset[1:], jnp.zeros_like(reset[:1])])
+
+
+def _with_mask(steps: Any) -> Any:
+    projected, mask, reset = steps
+    return projected, jnp.ones(projected.shape[:2], bool) if mask is None else mask, reset
+
+
+def _cut(steps: Array, *, chunk: int) -> jax.Array:
+    """Returns `[T, ...]` as `[ceil(T / chunk), chunk, ...]`, filled up with zeros (False)."""
+    missing = -steps.shape[0] % chunk
+    filled = jnp.pad(steps, [(0, missing)] + [(0, 0)] * (steps.ndim - 1))
+    return filled.reshape(-1, chunk, *steps.shape[1:])
+
+
+def _drop(key: Key, inputs: jax.Array, rate: float) -> jax.Array:
+    kept = jax.random.bernoulli(key, 1.0 - rate, inputs.shape)
+    return jnp.where(kept, inputs / (1.0 - rate), 0.0)
+
+
+def _swap(steps: Array) -> jax.Array:
+    """Turns batch-major into time-major and back."""
+    return jnp.swapaxes(steps, 0, 1)
+
+
+def _layers(config: RecurrenceConfig) -> list[str]:
+    return [f"layers_{layer}" for layer in range(config.num_layers)]
+
+
+def _directions(config: RecurrenceConfig) -> tuple[str, ...]:
+    return ("forward", "backward") if config.bidirectional else ("forward",)
+
+
+def _input_size(params: Params) -> int:
+    return params["layers_0"]["forward"]["input_kernel"].shape[0]
+
+
+def _check(params: Params, inputs: Array, mask: Array | None, reset: Array | None) -> None:
+    chex.assert_shape(inputs, (None, None, _input_size(params)))
+    for flags in (mask, reset):
+        if flags is not None:
+            chex.assert_shape(flags, inputs.shape[:2])
+            chex.assert_type(flags, bool)
