@@ -113,7 +113,7 @@ def test_a_run_that_was_not_evaluated_says_so(tmp_path):
 
 
 def test_what_is_missing_or_damaged_is_one_sentence(tmp_path):
-    with pytest.raises(FileNotFoundError, match="run folder .* is missing"):
+    with pytest.raises(FileNotFoundError, match=r"run folder .* is missing"):
         report.write_index(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"summary\.json is missing"):
         report.write_index(tmp_path, evaluations={"a": tmp_path})

@@ -10,15 +10,50 @@ import argparse
 import collections
 import dataclasses
 import inspect
+import os
 import re
 import sys
 import typing
+import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 from vla_jax import config as configs
 
 Config = TypeVar("Config")
+TRACEBACK = "VLA_JAX_TRACEBACK"  # environment variable that brings the whole traceback back
+
+
+def run(
+    function: Callable[[Config], Any],
+    presets: Mapping[str, Callable[[], Config]],
+    argv: Sequence[str] | None = None,
+    *,
+    description: str,
+) -> None:
+    """Calls `function` with the config that the user asked for, and prints what it returns.
+
+    An error becomes one line on stderr and exit code 2, and a warning one line; the environment
+    variable `VLA_JAX_TRACEBACK=1` shows where an error came from instead.
+
+    Args:
+      function: the script.
+      presets: as for `command_line`.
+      argv: as for `command_line`.
+      description: as for `command_line`.
+
+    Raises:
+      SystemExit: 2 after an error, 130 after Ctrl-C.
+    """
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    try:
+        print(function(command_line(presets, argv, description=description)))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        _stop(f"error: {' '.join(str(error).split())}")
 
 
 def command_line(

@@ -106,6 +106,11 @@ def _prepare(
     for name in ("proprio", "environment_state"):
         column, stats = getattr(observation, name), norm_stats.get(name)
         if column is not None and stats is not None:
+            if column.shape[-1] != len(stats.mean):
+                raise ValueError(
+                    f"{name} must have {len(stats.mean)} numbers as in training, got "
+                    f"{column.shape[-1]}; choose a world that the policy was trained for."
+                )
             column = normalize.normalize(column, stats, getattr(config.normalize, name))
         columns[name] = column if stats is not None else None
     visible = (config.instruction_steps == ALWAYS) | (age < config.instruction_steps)

@@ -35,7 +35,7 @@ from vla_jax.execution import Kind
 from vla_jax.players import Player, Reference
 from vla_jax.results import Latency, Summary
 from vla_jax.rollout import Act, Sight, Watched, run_simulators
-from vla_jax.runs import Path, Run, load_run, read_world
+from vla_jax.runs import Path, Run, load_run, read_json, read_world
 from vla_jax.types import Simulator
 
 _FILM_SIZE = 320  # pixels along each side
@@ -71,7 +71,7 @@ class EvaluateConfig:
             raise ValueError(f"first_seed must be in [0, 2^31), got {self.first_seed}.")
         if self.name is not None and not re.fullmatch(r"\w[\w.-]*", self.name):
             raise ValueError(
-                f"name must be letters, digits, '_', '-' and '.', got '{self.name}': a folder's name."
+                f"name must be a folder's, of letters, digits and '_-.', got '{self.name}'; rename."
             )
 
 
@@ -112,7 +112,8 @@ def evaluate(
       RuntimeError: the world crashed in every episode.
     """
     config = config or EvaluateConfig()
-    match = _reference(run, config) if config.reference else _policy(run, config)
+    reference = config.reference
+    match = _reference(run, config, reference) if reference else _policy(run, config)
     trial = _try_out(match, config)
     _open(match, overwrite=config.overwrite)
     seeds = range(config.first_seed, config.first_seed + config.num_episodes)
@@ -154,16 +155,14 @@ def _policy(run: Run | Path, config: EvaluateConfig) -> _Match:
     return _Match(run.folder / "evaluation" / name, settings, world, player.make_act, player)
 
 
-def _reference(run: Run | Path, config: EvaluateConfig) -> _Match:
-    assert config.reference is not None
+def _reference(run: Run | Path, config: EvaluateConfig, reference: Reference) -> _Match:
     folder = run.folder if isinstance(run, Run) else pathlib.Path(run)
     world = _world(read_world(folder), config, image_size=0)  # a reference looks at the state
     if isinstance(world, GymnasiumConfig):
         raise ValueError("reference must be None in gymnasium, which has no expert; play a table.")
-    settings = {"reference": config.reference, "world": configs.to_dict(world)}
-    act = players.reference_act(config.reference)
-    name = config.name or config.reference
-    return _Match(folder / "evaluation" / name, settings, world, lambda _: act, None)
+    settings = {"reference": reference, "world": configs.to_dict(world)}
+    place = folder / "evaluation" / (config.name or reference)
+    return _Match(place, settings, world, lambda _: players.reference_act(reference), None)
 
 
 def _agent(agent: AgentConfig, config: EvaluateConfig) -> AgentConfig:
@@ -213,7 +212,7 @@ def _open(match: _Match, *, overwrite: bool) -> None:
     if overwrite:
         shutil.rmtree(match.folder, ignore_errors=True)
     if path.is_file():
-        changed = _difference(json.loads(path.read_text(encoding="utf-8")), match.settings)
+        changed = _difference(read_json(path, "settings"), match.settings)
         if changed:
             raise ValueError(
                 f"{match.folder} was played with other settings: {changed}; choose another "
@@ -326,7 +325,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         Console().print(results.table(summary))
         print(report.write_index(run_dir))
 
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         tyro.cli(command, args=argv)
     except KeyboardInterrupt:
@@ -337,4 +335,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     main()

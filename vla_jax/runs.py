@@ -50,7 +50,7 @@ def load_run(run_dir: Path, *, step: int | None = None) -> Run:
     if not folder.is_dir():
         raise FileNotFoundError(f"run folder {folder} is missing; train first, or name another.")
     agent = configs.load(AgentConfig, folder / "agent.json")
-    statistics = normalize.from_json(_read_json(folder / "norm_stats.json", "statistics"))
+    statistics = normalize.from_json(read_json(folder / "norm_stats.json", "statistics"))
     directory = folder / "checkpoints"
     like = jax.eval_shape(lambda key: policy.init(key, agent.policy), jax.random.key(0))
     params = _restore(directory, like, step)
@@ -67,7 +67,7 @@ def read_world(run_dir: Path) -> WorldConfig | None:
     path = pathlib.Path(run_dir) / "world.json"
     if not path.exists():
         return None
-    data = _read_json(path, "world")
+    data = read_json(path, "world")
     kind = str(data.get("kind"))
     if kind not in WORLDS:
         raise ValueError(f"{path}: unknown world '{kind}'; {configs.did_you_mean(kind, WORLDS)}")
@@ -81,7 +81,13 @@ def _restore(directory: pathlib.Path, like: Any, step: int | None) -> Params:
         return checkpoint.restore_params(directory, like, step=step)
 
 
-def _read_json(path: pathlib.Path, what: str) -> dict[str, Any]:
+def read_json(path: pathlib.Path, what: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+      FileNotFoundError: there is no such file; says that it should hold `what`.
+      ValueError: the file holds something else.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: expected {what} as JSON; check the folder.")
     try:

@@ -1,6 +1,7 @@
 """A JAX world as a Python simulator, so that whatever plays or records one can use the other."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,11 @@ class EnvSimulator:
     control_hz = table.CONTROL_HZ
 
     def __init__(self, env: Env):
-        self._env, self._state = env, None
+        self._env = env
+        self._state: Any = None
+        self._observation: Any = None
         self._reset, self._step = jax.jit(env.reset), jax.jit(env.step)
         self._expert = jax.jit(env.expert)
-        self._observation = None
         self.max_steps = env.max_steps
         self.instruction, self.task = "", ""
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from vla_jax.envs import table, table_jax_expert, table_jax_paint
+from vla_jax.envs import table, table_expert, table_jax_paint
 from vla_jax.types import Env, Key, Observation, Transition
 
 _HALF = table.BLOCK_HALF_SIZE
@@ -247,7 +247,7 @@ def _proprio(state: TableState) -> Array:
 
 def _expert(config: TableConfig, state: TableState) -> Array:
     task, target = jnp.divmod(state.instruction, table.NUM_BLOCKS)
-    return table_jax_expert.act(
+    return table_expert.act(
         _environment_state(state),
         _proprio(state),
         task,

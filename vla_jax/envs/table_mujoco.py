@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import jax
 import numpy as np
 
 from vla_jax.envs import table, table_expert, table_scene
@@ -19,6 +20,8 @@ from vla_jax.types import SimulatorStep
 
 _CHECKS = 4  # looks at the contacts in one control step
 _IK_ITERATIONS, _IK_DAMPING = 4, 1e-3
+
+_expert = jax.jit(table_expert.act)
 
 
 @dataclass(frozen=True)
@@ -142,14 +145,15 @@ class TableMujoco:
 
     def expert(self, *, target: int | None = None) -> np.ndarray:
         """The demonstrator's action `[7]`; `target` is another colour to reach for."""
-        return table_expert.act(
+        action = _expert(
             self._state(),
             self._proprio(),
-            self.task,
+            table.TASKS.index(self.task),
             self._target if target is None else target,
             step_size=self.config.step_size,
             turn_size=self.config.turn_size,
         )
+        return np.asarray(action)
 
     def draw(self, size: int = 256) -> np.ndarray:
         """A picture `[size, size, 3]` uint8 for people, with shadows."""

@@ -1,0 +1,43 @@
+"""What a backbone does with an observation first: takes the parts it needs, and checks them."""
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+
+from vla_jax.types import Array, Observation
+
+
+def flatten(
+    observation: Observation, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, Array], tuple[int, ...]]:
+    """The parts with all leading axes made one, and those leading axes.
+
+    Args:
+      observation: any leading axes, the same for every part that is needed.
+      shapes: name of each part that is needed -> its last axes.
+
+    Returns:
+      Name -> `[B, …]`, and the leading axes, whose product is `B`.
+
+    Raises:
+      ValueError: a part is missing, has another shape, or an image is not uint8.
+    """
+    lead: tuple[int, ...] | None = None
+    parts = {}
+    for name, shape in shapes.items():
+        part = getattr(observation, name)
+        if part is None:
+            raise ValueError(
+                f"observation.{name} is missing; this backbone needs {', '.join(shapes)}."
+            )
+        lead = part.shape[: -len(shape)] if lead is None else lead
+        if part.shape != (*lead, *shape):
+            wanted = ", ".join(map(str, (*lead, *shape)))
+            raise ValueError(
+                f"{name} must be [{wanted}], got {list(part.shape)}; give what the backbone's "
+                "config says, with the same leading axes for every part."
+            )
+        if name.startswith("image_") and part.dtype != jnp.uint8:
+            raise ValueError(f"{name} must be uint8 in 0 … 255, got {part.dtype}; convert it.")
+        parts[name] = part.reshape(-1, *shape) if lead else part[None]
+    return parts, lead or ()
