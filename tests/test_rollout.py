@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vla_jax.agent import Agent
-from vla_jax.envs import simulate, table, table_jax, table_jax_expert
+from vla_jax.envs import simulate, table, table_expert, table_jax
 from vla_jax.rollout import Outcome, run_env, run_simulators
 from vla_jax.types import Observation, SimulatorStep
 
@@ -134,7 +134,7 @@ def agent_of(choose):
     def step(params, state, observation, reset):
         def one(environment_state, proprio, instruction):
             task, target = jnp.divmod(choose(instruction[0]), table.NUM_BLOCKS)
-            return table_jax_expert.act(
+            return table_expert.act(
                 environment_state,
                 proprio,
                 task,

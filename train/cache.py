@@ -4,39 +4,53 @@
 
 The tokens `[F, N, D]` lie in a memory-mapped file whose name is the fingerprint of all that they
 depend on: the backbone's params and config, the data, its statistics, and when the instruction
-is visible. `train.imitate` makes the file itself where it is missing.
+is visible. `train.imitate` makes the file itself where it is missing; the options are the same.
 """
 
 import hashlib
 import json
 import os
 import pathlib
-from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
 from rich.progress import track
 
-from train.command_line import command_line
-from vla_jax import checkpoint
+from train.command_line import run
+from train.configs import IMITATE, ImitateConfig
+from train.setup import init_params, make_windows, read_dataset
 from vla_jax import config as configs
 from vla_jax.backbones.family import BACKBONES, BackboneConfig
+from vla_jax.data import normalize
+from vla_jax.data.dataset import Dataset
 from vla_jax.data.windows import Windows
 from vla_jax.types import Params
 
 CHUNK = 256  # frames that are encoded at once
 
 
-def cached_tokens(
-    params: Params, config: BackboneConfig, frames: Windows, folder: pathlib.Path
-) -> np.ndarray:
-    """The tokens of every frame, from the file if it is there.
+def cache(config: ImitateConfig) -> pathlib.Path:
+    """Writes the tokens that `imitate` will want; returns their file."""
+    dataset = read_dataset(config)
+    key, _ = jax.random.split(jax.random.key(config.seed))
+    params = init_params(key, config)
+    tokens = frame_tokens(params, config, dataset, normalize.compute_norm_stats(dataset))
+    return pathlib.Path(str(tokens.filename))
+
+
+def frame_tokens(
+    params: Params,
+    config: ImitateConfig,
+    dataset: Dataset,
+    norm_stats: dict[str, normalize.NormStats],
+) -> np.memmap:
+    """The tokens of every frame, from a file in the data set's folder if it is there.
 
     Args:
-      params: of the backbone.
-      config: of the backbone.
-      frames: the data set as windows of one step, stride 1: item i is frame i.
-      folder: where the file is kept.
+      params: of the policy.
+      config: of the training.
+      dataset: from `read_dataset`.
+      norm_stats: of that data set.
 
     Returns:
       `[F, N, D]` float32, a read-only memory map.
@@ -44,13 +58,20 @@ def cached_tokens(
     Raises:
       OSError: the disk is full; nothing is left behind.
     """
-    path = folder / f"tokens-{fingerprint(params, config, frames)}.npy"
+    backbone = config.agent.policy.backbone
+    frames = make_windows(config, dataset, norm_stats, window_size=1, action_horizon=1)
+    folder = pathlib.Path(config.dataset) / ".tokens"
+    path = folder / f"tokens-{fingerprint(params['backbone'], backbone, frames)}.npy"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.tmp")
         try:
-            _write(partial, params, config, frames)
+            _write(partial, params["backbone"], backbone, frames)
             os.replace(partial, path)
+        except OSError as error:
+            raise OSError(
+                error.errno, f"{path} could not be written ({error.strerror}); free space."
+            ) from error
         finally:
             partial.unlink(missing_ok=True)
     return np.load(path, mmap_mode="r")
@@ -68,10 +89,16 @@ def fingerprint(params: Params, config: BackboneConfig, frames: Windows) -> str:
 def _write(path: pathlib.Path, params: Params, config: BackboneConfig, frames: Windows) -> None:
     encode = jax.jit(BACKBONES[config.kind].apply, static_argnums=1)
     shape = (len(frames), config.num_tokens, config.token_dim)
-    tokens = np.lib.format.open_memmap(path, "w+", np.float32, shape)
-    for start in track(range(0, len(frames), CHUNK), "cache"):
-        # The last chunk repeats its last frame: one shape, one compilation.
-        rows = np.minimum(np.arange(start, start + CHUNK), len(frames) - 1)
-        encoded = encode(params, config, frames[rows].observation)[:, 0]
-        tokens[start : start + CHUNK] = np.asarray(encoded)[: len(frames) - start]
-    tokens.flush()
+    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+    # Written, not mapped: a full disk kills whoever writes to a memory map.
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for start in track(range(0, len(frames), CHUNK), "cache"):
+            # The last chunk repeats its last frame: one shape, one compilation.
+            rows = np.minimum(np.arange(start, start + CHUNK), len(frames) - 1)
+            encoded = encode(params, config, frames[rows].observation)[:, 0]
+            file.write(np.asarray(encoded, "<f4")[: len(frames) - start].tobytes())
+
+
+if __name__ == "__main__":
+    run(cache, IMITATE, description="Encodes every frame of a data set once.")

@@ -29,6 +29,7 @@ class ImitateConfig:
     backbone_from: str = ""  # run folder whose backbone to start from; empty = random
     frozen_backbone: bool = False  # compute every frame's tokens once, train only the decoder
     stride: int = 1  # environment steps between the ends of two windows of an episode
+    pack: bool = False  # whole episodes side by side in rows of window_size steps, no windows
     gripper: Gripper = "open_positive"  # meaning of the action's last number on disk
     feature_keys: tuple[tuple[str, str], ...] = ()  # our field and its key on disk, where they differ
     gripper_weight: float = 0.01  # of the gripper's loss beside the arm's
@@ -59,7 +60,7 @@ def table_lstm() -> ImitateConfig:
         run_dir="runs/table_lstm",
         backbone_from="runs/pretrain",
         frozen_backbone=True,
-        stride=48,
+        pack=True,
         gripper_weight=0.1,
         agent=AgentConfig(policy.connect(PerceiverConfig(), decoder)),
         loader=LoaderConfig(batch_size=32),
@@ -70,7 +71,7 @@ def table_lstm() -> ImitateConfig:
 
 def table_fc() -> ImitateConfig:
     """Its memoryless baseline: the same data, features and sizes, no recurrence."""
-    return replace(_with_kind(table_lstm(), "fc"), run_dir="runs/table_fc")
+    return replace(with_kind(table_lstm(), "fc"), run_dir="runs/table_fc")
 
 
 def table_jax_state() -> ImitateConfig:
@@ -89,7 +90,7 @@ def table_jax_state() -> ImitateConfig:
     return ImitateConfig(
         dataset="demos/table_jax_state",
         run_dir="runs/table_jax_state",
-        stride=48,
+        pack=True,
         gripper_weight=0.1,
         agent=AgentConfig(policy.connect(StateConfig(token_dim=32), decoder)),
         world=JaxTableConfig(image_size=0),
@@ -99,7 +100,7 @@ def table_jax_state() -> ImitateConfig:
     )
 
 
-def _with_kind(config: ImitateConfig, kind) -> ImitateConfig:
+def with_kind(config: ImitateConfig, kind) -> ImitateConfig:
     """The same training with another kind of decoder."""
     parts = config.agent.policy
     parts = replace(parts, decoder=replace(parts.decoder, kind=kind))

@@ -9,55 +9,42 @@ RUN_DIR` plays the result.
 """
 
 import dataclasses
-import json
 import pathlib
 
 import jax
+import numpy as np
 
-from train.cache import cached_tokens
-from train.command_line import command_line
+from train.cache import frame_tokens
+from train.command_line import run
 from train.configs import IMITATE, ImitateConfig
-from train.loop import fit, open_run
-from vla_jax import checkpoint, losses, optim, policy
+from train.loop import fit, open_run, save_json
+from train.setup import init_params, make_windows, read_dataset
 from vla_jax import config as configs
-from vla_jax.data import lerobot, normalize
-from vla_jax.data.dataset import Dataset
+from vla_jax import losses, optim, plots, policy
+from vla_jax.data import normalize
 from vla_jax.data.loader import make_loader
-from vla_jax.data.windows import WindowConfig, Windows
+from vla_jax.data.packing import Packed
 from vla_jax.types import Batch, Key, Metrics, Params
 from vla_jax.update import init_train_state, make_update
 
 
 def imitate(config: ImitateConfig) -> pathlib.Path:
     """Trains a policy; returns the run's folder."""
-    run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
-    backbone, decoder = config.agent.policy.backbone, config.agent.policy.decoder
+    decoder = config.agent.policy.decoder
 
     # Data: episodes -> windows of W steps, chunks of K actions.
-    needs_images = backbone.kind != "state"
-    dataset = lerobot.read(
-        config.dataset,
-        feature_keys=dict(config.feature_keys) or None,
-        gripper=config.gripper,
-        cameras=None if needs_images else (),
-        image_size=(backbone.image_size,) * 2 if needs_images else None,
-    )
+    dataset = read_dataset(config)
     norm_stats = normalize.compute_norm_stats(dataset)
 
     # Model: a new one, with the eyes of an earlier run if there is one.
     init_key, key = jax.random.split(jax.random.key(config.seed))
-    params = policy.init(init_key, config.agent.policy)
-    if config.backbone_from:
-        folder = pathlib.Path(config.backbone_from) / "checkpoints"
-        params["backbone"] = checkpoint.restore_params(folder)["backbone"]
+    params = init_params(init_key, config)
 
     # A frozen backbone sees every frame once; the decoder then trains on its tokens.
     tokens = None
     optim_config = config.optim
     if config.frozen_backbone:
-        frames = make_windows(config, dataset, norm_stats, window_size=1, stride=1)
-        folder = pathlib.Path(config.dataset) / ".tokens"
-        tokens = cached_tokens(params["backbone"], backbone, frames, folder)
+        tokens = frame_tokens(params, config, dataset, norm_stats)
         freeze = (*optim_config.freeze, "backbone/*")
         optim_config = dataclasses.replace(optim_config, freeze=freeze)
     windows = make_windows(
@@ -65,11 +52,12 @@ def imitate(config: ImitateConfig) -> pathlib.Path:
         dataset,
         norm_stats,
         window_size=decoder.window_size,
+        action_horizon=decoder.action_horizon,
         stride=config.stride,
         tokens=tokens,
     )
     loader = make_loader(
-        windows,
+        Packed(windows) if config.pack else windows,
         config.loader,
         augment=config.augment if tokens is None else None,
         process_index=jax.process_index(),
@@ -83,6 +71,7 @@ def imitate(config: ImitateConfig) -> pathlib.Path:
             config.agent.policy,
             batch.observation,
             batch.timestep_mask,
+            reset=batch.reset,
             tokens=batch.tokens,
             key=key if decoder.dropout else None,
         )
@@ -97,11 +86,12 @@ def imitate(config: ImitateConfig) -> pathlib.Path:
     train_state = init_train_state(params, optimizer, ema=ema_decay is not None)
 
     # What acting needs lies beside the weights, and inside each checkpoint.
-    configs.save(config.agent, run_dir / "agent.json")
-    configs.save(config.world, run_dir / "world.json")
+    run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
+    save_json(configs.to_dict(config.agent), run_dir / "agent.json")
+    save_json(configs.to_dict(config.world), run_dir / "world.json")
     statistics = normalize.to_json(norm_stats)
-    (run_dir / "norm_stats.json").write_text(json.dumps(statistics))
-    fit(
+    save_json(statistics, run_dir / "norm_stats.json")
+    train_state = fit(
         config.loop,
         run_dir,
         update,
@@ -112,32 +102,24 @@ def imitate(config: ImitateConfig) -> pathlib.Path:
         metadata={"config": configs.to_dict(config), "norm_stats": statistics},
         name=run_dir.name,
     )
+    _plot(run_dir, config, train_state.params, windows[[len(windows) - 1]])
     return run_dir
 
 
-def make_windows(
-    config: ImitateConfig,
-    dataset: Dataset,
-    norm_stats: dict[str, normalize.NormStats],
-    *,
-    window_size: int,
-    stride: int,
-    tokens=None,
-) -> Windows:
-    """The data set's windows, as this config's policy wants to see them."""
-    agent = config.agent
-    sizes = WindowConfig(
-        window_size=window_size,
-        action_horizon=agent.policy.decoder.action_horizon,
-        stride=stride,
-        instruction_steps=agent.instruction_steps,
-        max_words=agent.policy.backbone.max_words,
-        vocab_size=agent.policy.backbone.vocab_size,
+def _plot(run_dir: pathlib.Path, config: ImitateConfig, params: Params, batch: Batch) -> None:
+    """Draws the first action of each chunk along one demonstration beside the expert's."""
+    chunk = policy.apply(
+        params,
+        config.agent.policy,
+        batch.observation,
+        batch.timestep_mask,
+        tokens=batch.tokens,
     )
-    return Windows(
-        dataset, sizes, norm_stats=norm_stats, normalization=agent.normalize, tokens=tokens
-    )
+    gripper = 2 * jax.nn.sigmoid(chunk.gripper_logit[..., :1]) - 1
+    real = batch.timestep_mask[0]
+    predicted = np.concatenate([chunk.arm[:, :, 0], gripper], axis=-1)[0, real]
+    plots.actions(run_dir / "actions.png", predicted, batch.action[0, real, 0])
 
 
 if __name__ == "__main__":
-    imitate(command_line(IMITATE, description="Trains a policy on demonstrations."))
+    run(imitate, IMITATE, description="Trains a policy on demonstrations.")

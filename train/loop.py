@@ -1,14 +1,17 @@
 """The loop that every script here shares: batches in, updates, logs, checkpoints, exact resume."""
 
 import contextlib
+import json
+import os
 import pathlib
 import shutil
-import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import optax
+from jax.experimental import multihost_utils
 
 from train.logs import Logs
 from vla_jax import checkpoint, parallel
@@ -79,20 +82,23 @@ def fit(
         stack.callback(loader.close)
         checkpoints = checkpoint.open_checkpoints(directory, keep=config.keep)
         stack.callback(checkpoint.close, checkpoints)
-        logs = stack.enter_context(
-            Logs(
+        logs = None
+        if is_first_process():
+            logs = Logs(
                 run_dir,
                 num_updates=config.num_updates,
                 start=start,
                 name=name,
                 tensorboard=config.tensorboard,
             )
-        )
+            stack.enter_context(logs)
         steps = range(start + 1, config.num_updates + 1)
-        for step, batch in zip(steps, logs.timed(loader), strict=False):  # the loader is endless
+        batches = logs.timed(loader) if logs else loader
+        for step, batch in zip(steps, batches, strict=False):  # the loader is endless
             train_state, metrics = compiled(train_state, parallel.shard_batch(batch, mesh), key)
-            logs.advance(step)
-            if step % config.log_every == 0 or step == config.num_updates:
+            if logs:
+                logs.advance(step)
+            if logs and (step % config.log_every == 0 or step == config.num_updates):
                 logs.write(step, {**metrics, "learning_rate": schedule(step - 1)})
             if step % config.save_every == 0 or step == config.num_updates:
                 position = {"loader": loader.get_state()}
@@ -109,28 +115,49 @@ def open_run(run_dir: str, config: Any, *, overwrite: bool) -> pathlib.Path:
       overwrite: whether to delete what is there.
 
     Raises:
-      SystemExit: the folder holds a run of another config.
+      ValueError: the folder holds a run of another config, or something else.
     """
     path = pathlib.Path(run_dir)
-    if overwrite and path.exists():
-        _delete(path)
-    file = path / "config.json"
-    if file.exists():
-        saved, wanted = configs.load(type(config), file), config
-        if saved != wanted:
-            differing = _differences(configs.to_dict(saved), configs.to_dict(wanted))
-            sys.exit(
-                f"{path} holds a run of another config: {'; '.join(differing)}; choose another "
-                "--run-dir, restore those options, or add --overwrite to start anew."
-            )
-    else:
-        configs.save(config, file)
+    if is_first_process():
+        if overwrite and path.exists():
+            _delete(path)
+        # How a run was begun is no part of what it is.
+        _claim(path / "config.json", replace(config, overwrite=False))
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("run folder")
     return path
+
+
+def save_json(data: Mapping[str, Any], path: pathlib.Path) -> None:
+    """Writes JSON, whole or not at all; with several processes the first one does it."""
+    if is_first_process():
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        os.replace(part, path)
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that writes and tells, if there are several."""
+    return jax.process_index() == 0
+
+
+def _claim(file: pathlib.Path, config: Any) -> None:
+    """Writes the config, or checks that it is the one that is there."""
+    if not file.exists():
+        configs.save(config, file)
+        return
+    saved = configs.load(type(config), file)
+    if saved != config:
+        differing = _differences(configs.to_dict(saved), configs.to_dict(config))
+        raise ValueError(
+            f"{file.parent} holds a run of another config: {'; '.join(differing)}; choose another "
+            "--run-dir, restore those options, or add --overwrite to start anew."
+        )
 
 
 def _delete(path: pathlib.Path) -> None:
     if not (path / "config.json").exists():
-        sys.exit(f"{path} is not a run folder (no config.json); delete it yourself.")
+        raise ValueError(f"{path} is not a run folder (no config.json); delete it yourself.")
     shutil.rmtree(path)
 
 

@@ -1,12 +1,14 @@
 """Demonstrations of a world's own expert, written as a LeRobot v3.0 data set.
 
     python -m train.record --dataset demos/table --num-episodes 2000
+    python -m train.record --preset table_jax --dataset demos/table_jax
 
 The robot is sent the expert's action plus noise while the action without it is recorded: the
 states go astray and the labels show the way back (DART, Laskey et al. 2017, arXiv:1703.09327).
 Episodes that fail are not kept.
 """
 
+import math
 import multiprocessing
 import os
 import pathlib
@@ -14,18 +16,18 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+import jax
 import numpy as np
 from rich.progress import track
 
-from train.command_line import command_line
+from train.command_line import run
 from vla_jax.data import lerobot_writer
 from vla_jax.data.dataset import Episode
-from vla_jax.envs import table
-from vla_jax.envs.table_jax import TableConfig as JaxTableConfig
-from vla_jax.envs.table_mujoco import TableConfig as MujocoTableConfig
-from vla_jax.envs.worlds import WorldConfig, make_simulator
+from vla_jax.envs import table, table_jax, table_mujoco
+from vla_jax.envs.worlds import make_simulator
 
 SHARE = 20  # episodes that a process plays before it hands them over
+CHUNK_BYTES = 64e6  # of the episodes of a JAX world that are played side by side; it needs 4x
 
 
 @dataclass(frozen=True)
@@ -33,34 +35,49 @@ class RecordConfig:
     """What to record."""
 
     dataset: str = "demos/table"  # folder of the data set to write
-    world: WorldConfig = field(default_factory=MujocoTableConfig)
+    world: table_mujoco.TableConfig | table_jax.TableConfig = field(
+        default_factory=table_mujoco.TableConfig
+    )
     num_episodes: int = 2000  # episodes to play; seeds 0, 1, …
     noise: float = 0.25  # standard deviation on the arm's dims, in units of action
-    num_processes: int = 0  # worlds side by side; 0 = one per core
+    num_processes: int = 0  # MuJoCo worlds side by side; 0 = one per core
     overwrite: bool = False  # replace a data set that is there
 
+    def __post_init__(self):
+        """Checks the numbers."""
+        if self.num_episodes < 1 or self.num_processes < 0:
+            raise ValueError(
+                "num_episodes must be >= 1 and num_processes >= 0, got "
+                f"{self.num_episodes} and {self.num_processes}."
+            )
+        if self.noise < 0:
+            raise ValueError(f"noise must be >= 0 units of action, got {self.noise}.")
 
-def table_mujoco() -> RecordConfig:
+
+def mujoco() -> RecordConfig:
     """The MuJoCo table, two cameras of 64 × 64 pixels."""
     return RecordConfig()
 
 
-def table_jax() -> RecordConfig:
-    """Its pure-JAX twin, for machines without OpenGL."""
-    return RecordConfig(world=JaxTableConfig())
+def twin() -> RecordConfig:
+    """Its pure-JAX twin, for machines without OpenGL; --image-size 0 takes seconds."""
+    return RecordConfig(world=table_jax.TableConfig())
 
 
-PRESETS = {"table_mujoco": table_mujoco, "table_jax": table_jax}
+PRESETS = {"table_mujoco": mujoco, "table_jax": twin}
 
 
 def record(config: RecordConfig) -> pathlib.Path:
     """Plays, keeps what succeeded, writes; returns the data set's folder."""
-    probe = make_simulator(config.world)  # what is missing shows itself here, not in a process
-    probe.close()
+    if isinstance(config.world, table_jax.TableConfig):
+        played = _side_by_side(config.world, config)
+    else:
+        make_simulator(config.world).close()  # what is missing shows itself here, not in a process
+        played = _in_processes(config)
     return lerobot_writer.write(
         config.dataset,
-        _successes(config),
-        fps=probe.control_hz,
+        _successes(played, config.num_episodes),
+        fps=table.CONTROL_HZ,
         robot_type=config.world.kind,
         names={
             "action": table.ACTION_NAMES,
@@ -92,26 +109,60 @@ def demonstrate(simulator, seed: int, noise: float) -> Episode | None:
     return Episode(stacked, np.stack(actions), simulator.instruction)
 
 
-def _successes(config: RecordConfig) -> Iterator[Episode]:
+def _successes(played: Iterable[Episode | None], num_episodes: int) -> Iterator[Episode]:
+    kept = 0
+    for episode in track(played, "record", num_episodes):
+        if episode is not None:
+            kept += 1
+            yield episode
+    print(f"kept {kept} of {num_episodes} episodes", file=sys.stderr)
+
+
+def _side_by_side(world: table_jax.TableConfig, config: RecordConfig) -> Iterator[Episode | None]:
+    """Plays a chunk of episodes at once; chunk n is that of key n."""
+    env = table_jax.make(world)
+    numbers = 4 * (table.STATE_SIZE + table.PROPRIO_SIZE + len(table.ACTION_NAMES))
+    episode_bytes = world.max_steps * (6 * world.image_size**2 + numbers)
+    chunk = min(config.num_episodes, max(1, int(CHUNK_BYTES / episode_bytes)))
+    for number in range(math.ceil(config.num_episodes / chunk)):
+        demonstrations = jax.device_get(
+            table_jax.collect(env, jax.random.key(number), chunk, noise=config.noise)
+        )
+        for index in range(min(chunk, config.num_episodes - number * chunk)):
+            yield _episode(env.instructions, demonstrations, index)
+
+
+def _episode(
+    instructions: tuple[str, ...], demonstrations: table_jax.Demonstrations, index: int
+) -> Episode | None:
+    if not demonstrations.success[index]:
+        return None
+    steps = slice(int(demonstrations.length[index]))
+    parts = demonstrations.observation._asdict()
+    return Episode(
+        {name: part[index, steps] for name, part in parts.items() if part is not None},
+        np.asarray(demonstrations.action[index, steps]),
+        instructions[int(demonstrations.instruction[index])],
+    )
+
+
+def _in_processes(config: RecordConfig) -> Iterator[Episode | None]:
+    """Plays in several processes, each with a simulator of its own."""
     starts = range(0, config.num_episodes, SHARE)
     jobs = [
         (config.world, range(start, min(start + SHARE, config.num_episodes)), config.noise)
         for start in starts
     ]
-    kept = 0
-    for episodes in track(_in_processes(jobs, config.num_processes), "record", len(jobs)):
-        for episode in episodes:
-            if episode is not None:
-                kept += 1
-                yield episode
-    print(f"kept {kept} of {config.num_episodes} episodes", file=sys.stderr)
-
-
-def _in_processes(jobs: list, num_processes: int) -> Iterable[list[Episode | None]]:
-    num_processes = num_processes or os.cpu_count() or 1
+    num_processes = config.num_processes or os.cpu_count() or 1
     # spawn: a fork of a process that runs JAX threads may hang.
-    with multiprocessing.get_context("spawn").Pool(num_processes) as pool:
-        yield from pool.imap(_play, jobs)
+    with multiprocessing.get_context("spawn").Pool(num_processes, _stay_on_cpu) as pool:
+        for episodes in pool.imap(_play, jobs):
+            yield from episodes
+
+
+def _stay_on_cpu() -> None:
+    """Keeps the processes off the GPU, most of whose memory the first one would take."""
+    jax.config.update("jax_platforms", "cpu")
 
 
 _SIMULATORS: dict = {}  # of this process: building one takes longer than playing an episode
@@ -125,4 +176,4 @@ def _play(job) -> list[Episode | None]:
 
 
 if __name__ == "__main__":
-    print(record(command_line(PRESETS, description="Records demonstrations.")))
+    run(record, PRESETS, description="Records demonstrations.")

@@ -6,7 +6,7 @@ policy, turns chunks into one action and that action back into the robot's units
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,9 +17,8 @@ from vla_jax.data.normalize import NormalizeConfig, NormStats
 from vla_jax.data.windows import ALWAYS
 from vla_jax.execution import ExecutionConfig
 from vla_jax.policy import PolicyConfig
+from vla_jax.streaming import Mode
 from vla_jax.types import Array, Observation, Params
-
-Mode = Literal["refresh", "periodic", "persistent"]
 
 
 @dataclass(frozen=True)

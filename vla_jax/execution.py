@@ -146,33 +146,23 @@ def step(
     return ExecutionState(plan, gripper), action
 
 
-def check_stride(
-    config: ExecutionConfig,
-    decoder_kind: str,
-    *,
-    train_stride: int = 1,
-    call_stride: int | None = None,
-) -> None:
-    """Warns where a decoder with memory may see frames at another stride than in training.
+def check_stride(config: ExecutionConfig, decoder_kind: str) -> None:
+    """Warns where a decoder with memory executes more than one action of a chunk.
 
-    `step` is made to be called with a new chunk at every environment step; then the memory sees
-    every frame, whatever the `exec_horizon`, and `call_stride=1` says so. Whoever saves time by
+    Windows hold consecutive frames, so the memory was trained at stride 1, and `step` is made to
+    be called at every environment step, whatever the `exec_horizon`. Whoever saves time by
     predicting only when a chunk is used up shows the memory every `exec_horizon`-th frame.
 
     Args:
       config: how chunks become actions.
       decoder_kind: `kind` of the decoder's config; "fc" has no memory and is never warned of.
-      train_stride: environment steps between two frames of a training window.
-      call_stride: environment steps between two calls of the policy; None means not known, at
-        worst `exec_horizon`.
     """
-    stride = config.exec_horizon if call_stride is None else call_stride
-    if decoder_kind != "fc" and stride != train_stride:
+    if config.exec_horizon > 1 and decoder_kind != "fc":
         warnings.warn(
-            f"exec_horizon = {config.exec_horizon} with a decoder of kind '{decoder_kind}' that "
-            f"was trained on frames {train_stride} environment steps apart: called every {stride} "
-            f"steps it would remember what it never saw; call it every {train_stride}, chunks are "
-            "kept all the same.",
+            f"exec_horizon is {config.exec_horizon}, but a memory of kind '{decoder_kind}' was "
+            "trained on every frame: step the policy at every environment step all the same, "
+            f"since one that sees each {config.exec_horizon}th frame remembers what it never "
+            "learnt to.",
             stacklevel=2,
         )
 

@@ -4,6 +4,8 @@
     chunk = policy.apply(params, config, observation, timestep_mask)      # a window, to train
     state = policy.init_stream(params, config, batch_size)                # on the robot
     state, chunk = policy.step(params, config, state, observation)
+
+The chunks of the two ways are the same.
 """
 
 import dataclasses
@@ -16,6 +18,7 @@ from vla_jax import decoders, streaming
 from vla_jax.backbones.family import BACKBONES, BackboneConfig
 from vla_jax.backbones.perceiver import PerceiverConfig
 from vla_jax.decoders import DecoderConfig
+from vla_jax.streaming import Mode
 from vla_jax.types import ActionChunk, Array, Key, Observation, Params
 
 
@@ -67,6 +70,7 @@ def apply(
     observation: Observation,
     timestep_mask: Array | None = None,
     *,
+    reset: Array | None = None,
     tokens: Array | None = None,
     key: Key | None = None,
 ) -> ActionChunk:
@@ -77,6 +81,7 @@ def apply(
       config: the same.
       observation: `[B, W, ...]`; not looked at where `tokens` are given.
       timestep_mask: `[B, W]`, True where the step is real; None means everywhere.
+      reset: `[B, W]`, True where a new episode starts; None means nowhere.
       tokens: `[B, W, N, D]` that `encode` gave earlier, for a frozen backbone.
       key: for dropout, consumed; None means no dropout.
 
@@ -86,7 +91,12 @@ def apply(
     if tokens is None:
         tokens = encode(params, config, observation)
     return decoders.apply(
-        params["decoder"], config.decoder, tokens, timestep_mask=timestep_mask, key=key
+        params["decoder"],
+        config.decoder,
+        tokens,
+        timestep_mask=timestep_mask,
+        reset=reset,
+        key=key,
     )
 
 
@@ -95,7 +105,7 @@ def init_stream(
     config: PolicyConfig,
     batch_size: int,
     *,
-    mode: str = "refresh",
+    mode: Mode = "refresh",
     window_size: int | None = None,
 ) -> Any:
     """What the decoder remembers before the first step; see `streaming.init`."""

@@ -39,6 +39,7 @@ class Batch(NamedTuple):
     timestep_mask: Array  # [B, W] bool, True where the step is real (False = left padding)
     action: Array  # [B, W, K, A] float32, arm in [-1, 1], gripper +1 open / -1 closed
     action_mask: Array  # [B, W, K] bool, True where the target action exists
+    reset: Array | None = None  # [B, W] bool, True where an episode starts; None = nowhere
 
 
 class ActionChunk(NamedTuple):

@@ -17,7 +17,7 @@ class Words(nn.Module):
 
     @nn.compact
     def __call__(self, instruction: Array) -> Array:
-        """Embeds, adds the place in the sentence, mixes each word, and takes the mean."""
+        """Embeds, adds the place in the sentence, mixes each word, and adds up."""
         embed = nn.Embed(self.vocab_size, self.token_dim, dtype=jnp.dtype(self.dtype), name="embed")
         place = self.param("place", nn.initializers.normal(1.0), (self.max_words, self.token_dim))
         silence = self.param("silence", nn.initializers.normal(1.0), (self.token_dim,))
@@ -28,6 +28,6 @@ class Words(nn.Module):
         )
         words = jnp.tanh(nn.Dense(self.token_dim, dtype=jnp.dtype(self.dtype), name="mix")(words))
         count = visible.sum(-2)
-        mean = (words * visible).sum(-2) / jnp.maximum(count, 1)
-        silence = repeat(silence, "D -> B D", B=instruction.shape[0]).astype(mean.dtype)
-        return jnp.where(count > 0, mean, silence)
+        told = (words * visible).sum(-2) / jnp.sqrt(jnp.maximum(count, 1))
+        silence = repeat(silence, "D -> B D", B=instruction.shape[0]).astype(told.dtype)
+        return jnp.where(count > 0, told, silence)

@@ -22,15 +22,16 @@ def flatten(
     Raises:
       ValueError: a part is missing, has another shape, or an image is not uint8.
     """
-    lead: tuple[int, ...] | None = None
-    parts = {}
-    for name, shape in shapes.items():
-        part = getattr(observation, name)
+    parts = {name: getattr(observation, name) for name in shapes}
+    for name, part in parts.items():
         if part is None:
             raise ValueError(
                 f"observation.{name} is missing; this backbone needs {', '.join(shapes)}."
             )
-        lead = part.shape[: -len(shape)] if lead is None else lead
+    first, last_axes = next(iter(shapes.items()))
+    lead = parts[first].shape[: -len(last_axes)]
+    for name, shape in shapes.items():
+        part = parts[name]
         if part.shape != (*lead, *shape):
             wanted = ", ".join(map(str, (*lead, *shape)))
             raise ValueError(
@@ -39,5 +40,5 @@ def flatten(
             )
         if name.startswith("image_") and part.dtype != jnp.uint8:
             raise ValueError(f"{name} must be uint8 in 0 … 255, got {part.dtype}; convert it.")
-        parts[name] = part.reshape(-1, *shape) if lead else part[None]
-    return parts, lead or ()
+        parts[name] = part.reshape(-1, *shape)
+    return parts, lead

@@ -9,15 +9,15 @@ Source: the latents are Jaegle et al. 2021, "Perceiver" (arXiv:2103.03206), §3.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
 
 from vla_jax.backbones.language import Words
+from vla_jax.backbones.parts import flatten
 from vla_jax.types import Array, Key, Observation, Params
 
 
@@ -29,9 +29,12 @@ class PerceiverConfig:
     image_size: int = 64  # pixels, both cameras
     patch_size: int = 8  # pixels; patches overlap by half where `overlap` is on
     overlap: bool = True  # each patch is read with half of its neighbours
-    num_latents: int = 16  # visual tokens
-    token_dim: int = 64  # D, features of a token
+    width: int = 64  # features of a patch and a latent, inside
     num_heads: int = 4  # attention heads
+    num_latents: int = 8  # visual tokens
+    token_dim: int = (
+        16  # D, features of a token; few of them make a decoder learn from few episodes
+    )
     patch_layers: int = 0  # self-attention layers over the patches (a ViT), slow on a CPU
     latent_layers: int = 1  # self-attention layers over the latents
     proprio_dim: int = 8  # P, numbers of the robot's own state
@@ -46,9 +49,9 @@ class PerceiverConfig:
                 f"image_size must be a multiple of patch_size {self.patch_size}, "
                 f"got {self.image_size}."
             )
-        if self.token_dim % self.num_heads:
+        if self.width % self.num_heads:
             raise ValueError(
-                f"token_dim must be a multiple of num_heads {self.num_heads}, got {self.token_dim}."
+                f"width must be a multiple of num_heads {self.num_heads}, got {self.width}."
             )
 
     @property
@@ -60,13 +63,13 @@ class PerceiverConfig:
 def init(key: Key, config: PerceiverConfig) -> Params:
     """Random params; `key` is consumed."""
     size = config.image_size
-    blank = Observation(
-        image_primary=jnp.zeros((1, size, size, 3), jnp.uint8),
-        image_wrist=jnp.zeros((1, size, size, 3), jnp.uint8),
-        proprio=jnp.zeros((1, config.proprio_dim)),
-        instruction=jnp.zeros((1, config.max_words), jnp.int32),
-    )
-    return Perceiver(config).init(key, blank)["params"]
+    blank = {
+        "image_primary": jnp.zeros((1, size, size, 3), jnp.uint8),
+        "image_wrist": jnp.zeros((1, size, size, 3), jnp.uint8),
+        "proprio": jnp.zeros((1, config.proprio_dim)),
+        "instruction": jnp.zeros((1, config.max_words), jnp.int32),
+    }
+    return dict(Perceiver(config).init(key, blank)["params"])
 
 
 def apply(params: Params, config: PerceiverConfig, observation: Observation) -> jax.Array:
@@ -82,38 +85,18 @@ def apply(params: Params, config: PerceiverConfig, observation: Observation) -> 
       Tokens `[..., N, D]` float32.
 
     Raises:
-      ValueError: a part is missing, or the pictures have another size.
+      ValueError: a part is missing or has another size.
     """
-    _check(config, observation)
-    lead = observation.proprio.shape[:-1]
-    parts = Observation(
-        *(
-            observation._asdict()[name].reshape(-1, *observation._asdict()[name].shape[len(lead) :])
-            if name in _PARTS
-            else None
-            for name in Observation._fields
-        )
-    )
-    tokens = Perceiver(config).apply({"params": params}, parts)
+    picture = (config.image_size, config.image_size, 3)
+    shapes = {
+        "image_primary": picture,
+        "image_wrist": picture,
+        "proprio": (config.proprio_dim,),
+        "instruction": (config.max_words,),
+    }
+    parts, lead = flatten(observation, shapes)
+    tokens: Any = Perceiver(config).apply({"params": params}, parts)
     return tokens.astype(jnp.float32).reshape(*lead, *tokens.shape[1:])
-
-
-_PARTS = ("image_primary", "image_wrist", "proprio", "instruction")
-
-
-def _check(config: PerceiverConfig, observation: Observation) -> None:
-    parts = observation._asdict()
-    for name in _PARTS:
-        if parts[name] is None:
-            raise ValueError(f"observation.{name} is missing; this backbone needs {_PARTS}.")
-    for name in _PARTS[:2]:
-        chex.assert_type(parts[name], jnp.uint8)
-        if parts[name].shape[-3:] != (config.image_size, config.image_size, 3):
-            raise ValueError(
-                f"{name} must be [..., {config.image_size}, {config.image_size}, 3], got "
-                f"{parts[name].shape}; resize the pictures or set image_size."
-            )
-    chex.assert_axis_dimension(parts["proprio"], -1, config.proprio_dim)
 
 
 class Perceiver(nn.Module):
@@ -122,25 +105,25 @@ class Perceiver(nn.Module):
     config: PerceiverConfig
 
     @nn.compact
-    def __call__(self, observation: Observation) -> jax.Array:
-        """Tokens `[B, N, D]` of observations `[B, ...]`."""
+    def __call__(self, parts: dict[str, Array]) -> jax.Array:
+        """Tokens `[B, N, D]` of the parts of an observation `[B, ...]`."""
         config = self.config
-        D = config.token_dim
-        patches = [
-            self.patches(getattr(observation, name), name)
-            for name in ("image_primary", "image_wrist")
-        ]
-        patches = nn.LayerNorm(dtype=jnp.dtype(config.dtype))(jnp.concatenate(patches, axis=1))
-        latents = self.param("latents", nn.initializers.normal(1.0), (config.num_latents, D))
+        width, dtype = config.width, jnp.dtype(config.dtype)
+        patches = [self.patches(parts[name], name) for name in ("image_primary", "image_wrist")]
+        patches = nn.LayerNorm(dtype=dtype)(jnp.concatenate(patches, axis=1))
+        latents = self.param("latents", nn.initializers.normal(1.0), (config.num_latents, width))
         latents = repeat(latents, "N D -> B N D", B=patches.shape[0])
         seen = attention(config, "look")(latents.astype(config.dtype), patches)
-        own = nn.Dense(D, dtype=jnp.dtype(config.dtype), name="proprio")(observation.proprio)
-        tokens = MLP(D, config.dtype)(jnp.concatenate([seen, own[:, None]], axis=1))
+        own = nn.Dense(width, dtype=dtype, name="proprio")(parts["proprio"])
+        tokens = MLP(width, config.dtype)(jnp.concatenate([seen, own[:, None]], axis=1))
         for _ in range(config.latent_layers):
             tokens = Mixer(config)(tokens)
-        tokens = nn.LayerNorm(dtype=jnp.dtype(config.dtype))(tokens)
-        words = Words(config.vocab_size, config.max_words, D, config.dtype, name="words")
-        return jnp.concatenate([tokens, words(observation.instruction)[:, None]], axis=1)
+        tokens = nn.LayerNorm(dtype=dtype)(tokens)
+        tokens = nn.Dense(config.token_dim, dtype=dtype, name="narrow")(tokens)
+        words = Words(
+            config.vocab_size, config.max_words, config.token_dim, config.dtype, name="words"
+        )
+        return jnp.concatenate([tokens, words(parts["instruction"])[:, None]], axis=1)
 
     def patches(self, image: Array, name: str) -> jax.Array:
         """Features `[B, patches, D]` of one camera's picture."""
@@ -157,9 +140,9 @@ class Perceiver(nn.Module):
                 [x[:, :-1, :-1], x[:, 1:, :-1], x[:, :-1, 1:], x[:, 1:, 1:]], axis=-1
             )
         x = rearrange(x, "B h w F -> B (h w) F")
-        x = nn.Dense(config.token_dim, dtype=jnp.dtype(config.dtype), name=f"{name}_embed")(x)
+        x = nn.Dense(config.width, dtype=jnp.dtype(config.dtype), name=f"{name}_embed")(x)
         x = x + self.place(x, f"{name}_place_in")
-        x = nn.Dense(config.token_dim, dtype=jnp.dtype(config.dtype), name=f"{name}_mix")(nn.gelu(x))
+        x = nn.Dense(config.width, dtype=jnp.dtype(config.dtype), name=f"{name}_mix")(nn.gelu(x))
         for _ in range(config.patch_layers):
             x = Mixer(config)(x)
         return x + self.place(x, f"{name}_place_out")
@@ -172,14 +155,16 @@ class Perceiver(nn.Module):
 class MLP(nn.Module):
     """`x + W₂ gelu(W₁ norm(x))`."""
 
-    token_dim: int
+    width: int
     dtype: str
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Same shape."""
-        h = nn.Dense(2 * self.token_dim, dtype=jnp.dtype(self.dtype))(nn.LayerNorm(dtype=jnp.dtype(self.dtype))(x))
-        return x + nn.Dense(self.token_dim, dtype=jnp.dtype(self.dtype))(nn.gelu(h))
+        h = nn.Dense(2 * self.width, dtype=jnp.dtype(self.dtype))(
+            nn.LayerNorm(dtype=jnp.dtype(self.dtype))(x)
+        )
+        return x + nn.Dense(self.width, dtype=jnp.dtype(self.dtype))(nn.gelu(h))
 
 
 class Mixer(nn.Module):
@@ -192,11 +177,11 @@ class Mixer(nn.Module):
         """Same shape."""
         h = nn.LayerNorm(dtype=jnp.dtype(self.config.dtype))(x)
         x = x + attention(self.config)(h, h)
-        return MLP(self.config.token_dim, self.config.dtype)(x)
+        return MLP(self.config.width, self.config.dtype)(x)
 
 
 def attention(config: PerceiverConfig, name: str | None = None) -> nn.MultiHeadDotProductAttention:
     """Multi-head attention of the config's sizes."""
     return nn.MultiHeadDotProductAttention(
-        config.num_heads, qkv_features=config.token_dim, dtype=jnp.dtype(config.dtype), name=name
+        config.num_heads, qkv_features=config.width, dtype=jnp.dtype(config.dtype), name=name
     )

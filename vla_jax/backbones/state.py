@@ -1,15 +1,15 @@
 """No picture at all: the simulator's state, the robot's own and the instruction as tokens."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from vla_jax.backbones.language import Words
-from vla_jax.types import Key, Observation, Params
+from vla_jax.backbones.parts import flatten
+from vla_jax.types import Array, Key, Observation, Params
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class StateConfig:
 
 def init(key: Key, config: StateConfig) -> Params:
     """Random params; `key` is consumed."""
-    blank = Observation(
-        proprio=jnp.zeros((1, config.proprio_dim)),
-        environment_state=jnp.zeros((1, config.state_dim)),
-        instruction=jnp.zeros((1, config.max_words), jnp.int32),
-    )
-    return State(config).init(key, blank)["params"]
+    blank = {
+        "environment_state": jnp.zeros((1, config.state_dim)),
+        "proprio": jnp.zeros((1, config.proprio_dim)),
+        "instruction": jnp.zeros((1, config.max_words), jnp.int32),
+    }
+    return dict(State(config).init(key, blank)["params"])
 
 
 def apply(params: Params, config: StateConfig, observation: Observation) -> jax.Array:
@@ -53,21 +53,16 @@ def apply(params: Params, config: StateConfig, observation: Observation) -> jax.
       Tokens `[..., 3, D]` float32.
 
     Raises:
-      ValueError: a part is missing.
+      ValueError: a part is missing or has another size.
     """
-    for name in ("environment_state", "proprio", "instruction"):
-        if getattr(observation, name) is None:
-            raise ValueError(f"observation.{name} is missing; the state backbone needs it.")
-    chex.assert_axis_dimension(observation.environment_state, -1, config.state_dim)
-    chex.assert_axis_dimension(observation.proprio, -1, config.proprio_dim)
-    lead = observation.proprio.shape[:-1]
-    flat = Observation(
-        proprio=observation.proprio.reshape(-1, config.proprio_dim),
-        environment_state=observation.environment_state.reshape(-1, config.state_dim),
-        instruction=observation.instruction.reshape(-1, observation.instruction.shape[-1]),
-    )
-    tokens = State(config).apply({"params": params}, flat)
-    return tokens.astype(jnp.float32).reshape(*lead, 3, config.token_dim)
+    shapes = {
+        "environment_state": (config.state_dim,),
+        "proprio": (config.proprio_dim,),
+        "instruction": (config.max_words,),
+    }
+    parts, lead = flatten(observation, shapes)
+    tokens: Any = State(config).apply({"params": params}, parts)
+    return tokens.astype(jnp.float32).reshape(*lead, *tokens.shape[1:])
 
 
 class State(nn.Module):
@@ -76,8 +71,8 @@ class State(nn.Module):
     config: StateConfig
 
     @nn.compact
-    def __call__(self, observation: Observation) -> jax.Array:
-        """Tokens `[B, 3, D]` of observations `[B, ...]`."""
+    def __call__(self, parts: dict[str, Array]) -> jax.Array:
+        """Tokens `[B, 3, D]` of the parts of an observation `[B, ...]`."""
         config = self.config
         state = nn.Dense(config.token_dim, dtype=jnp.dtype(config.dtype), name="environment_state")
         proprio = nn.Dense(config.token_dim, dtype=jnp.dtype(config.dtype), name="proprio")
@@ -86,9 +81,9 @@ class State(nn.Module):
         )
         return jnp.stack(
             [
-                state(observation.environment_state),
-                proprio(observation.proprio),
-                words(observation.instruction),
+                state(parts["environment_state"]),
+                proprio(parts["proprio"]),
+                words(parts["instruction"]),
             ],
             axis=-2,
         )

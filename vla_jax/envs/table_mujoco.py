@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -39,13 +39,18 @@ class TableConfig:
         """Refuses sizes that make no table."""
         if self.image_size < 0:
             raise ValueError(f"image_size must be >= 0 pixels, got {self.image_size}.")
+        if self.step_size <= 0 or self.turn_size <= 0:
+            raise ValueError(
+                "step_size and turn_size must be > 0 (metres, radians per step), got "
+                f"{self.step_size} and {self.turn_size}."
+            )
         if not 0 <= self.rotated_share <= 1:
             raise ValueError(f"rotated_share must be in [0, 1], got {self.rotated_share}.")
         if self.max_steps < 1:
             raise ValueError(f"max_steps must be >= 1, got {self.max_steps}.")
 
 
-def import_mujoco():
+def import_mujoco() -> Any:
     """Imports mujoco with a rendering backend that works without a screen.
 
     Raises:
@@ -67,7 +72,8 @@ def import_mujoco():
 
 _NO_OPENGL = (
     "mujoco found no OpenGL to draw with (MUJOCO_GL={}: {}); run apt-get install libegl1 "
-    "libopengl0 libgl1-mesa-dri, or use --world table_jax, which needs none."
+    "libopengl0 libgl1-mesa-dri, or use --world table_jax (of train.record: --preset table_jax), "
+    "which needs none."
 )
 
 
@@ -87,9 +93,7 @@ class TableMujoco:
         self._joints = [int(model.joint(c).qposadr[0]) for c in table.COLOURS]
         self._bodies = [int(model.body(c).id) for c in table.COLOURS]
         self._block_geoms = {int(model.geom(c).id): i for i, c in enumerate(table.COLOURS)}
-        self._hand_geoms = {
-            int(model.geom(g).id) for g in ("palm", "left_finger", "right_finger")
-        }
+        self._hand_geoms = {int(model.geom(g).id) for g in ("palm", "left_finger", "right_finger")}
         self._renderers = {}
         if config.image_size:
             self._render("primary", config.image_size)  # a missing OpenGL shows itself here
@@ -104,9 +108,9 @@ class TableMujoco:
         self._mujoco.mj_resetData(model, data)
         plate, blocks, yaws = sample_layout(rng, self.config.rotated_share)
         centre = np.array(table_scene.TABLE_CENTRE)
-        model.body("plate").pos[:] = centre + [*plate, 0]
+        model.body("plate").pos[:] = centre + np.array([*plate, 0])
         for address, xy, yaw in zip(self._joints, blocks, yaws, strict=True):
-            data.qpos[address : address + 3] = centre + [*xy, table.BLOCK_HALF_SIZE[2]]
+            data.qpos[address : address + 3] = centre + np.array([*xy, table.BLOCK_HALF_SIZE[2]])
             data.qpos[address + 3 : address + 7] = [np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)]
         self._goal = np.array([*rng.uniform(-0.06, 0.06, 2), rng.uniform(0.16, 0.20), 0, 0, 0])
         data.qpos[:7] = self._solve(np.array(table_scene.HOME), self._goal, iterations=30)

@@ -1,9 +1,10 @@
 """The MuJoCo table as MJCF text: an arm of capsules, four blocks, a plate, two cameras.
 
 Primitives only, so that nothing has to be downloaded. The floor is a box since MuJoCo cuts an
-infinite plane into so many pieces that it took 8/9 of the time to draw the scene. The joint frames and limits are the
-Franka Emika Panda's Denavit-Hartenberg parameters (Franka Control Interface documentation,
-"Denavit–Hartenberg parameters"); bodies are capsules of our own. Units: metres, radians, seconds.
+infinite plane into so many pieces that it took 8/9 of the time to draw the scene. The joint frames
+and limits are the Franka Emika Panda's Denavit-Hartenberg parameters (Franka Control Interface
+documentation, "Denavit–Hartenberg parameters"); bodies are capsules of our own. Units: metres,
+radians, seconds.
 """
 
 COLOURS = {
@@ -104,7 +105,7 @@ def mjcf() -> str:
   <statistic extent="1" center="{x} {y} 0.1"/>
   <visual>
     <headlight ambient="0.45 0.45 0.45" diffuse="0.45 0.45 0.45" specular="0 0 0"/>
-    <quality shadowsize="2048" offsamples="4" numslices="16" numstacks="8"/>
+    <quality shadowsize="2048" offsamples="0" numslices="16" numstacks="8"/>
     <global offwidth="640" offheight="640"/>
     <map znear="0.02" zfar="20"/>
   </visual>

@@ -1,0 +1,206 @@
+"""The laws of a backbone, over the whole family."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vla_jax.backbones.family import BACKBONES
+from vla_jax.backbones.perceiver import Perceiver, PerceiverConfig
+from vla_jax.backbones.state import StateConfig
+from vla_jax.data import text
+from vla_jax.types import Observation
+
+B, S, VOCAB = 3, 4, 64
+CONFIGS = {
+    "perceiver": PerceiverConfig(
+        image_size=16,
+        width=16,
+        num_latents=2,
+        token_dim=8,
+        num_heads=2,
+        vocab_size=VOCAB,
+        max_words=S,
+    ),
+    "state": StateConfig(token_dim=8, vocab_size=VOCAB, max_words=S),
+}
+PARTS = {
+    "perceiver": ("image_primary", "image_wrist", "proprio", "instruction"),
+    "state": ("environment_state", "proprio", "instruction"),
+}
+each = pytest.mark.parametrize("kind", BACKBONES)
+
+
+def test_every_backbone_is_tested_here():
+    assert CONFIGS.keys() == PARTS.keys() == BACKBONES.keys()
+
+
+def observe(kind, lead=(B,), seed=0):
+    """Random parts with an instruction of two words."""
+    random = np.random.default_rng(seed)
+    pictures = random.integers(0, 256, (2, *lead, 16, 16, 3), np.uint8)
+    instruction = np.zeros((*lead, S), np.int32)
+    instruction[..., :2] = random.integers(1, VOCAB, (*lead, 2))
+    parts = Observation(
+        image_primary=pictures[0],
+        image_wrist=pictures[1],
+        proprio=random.normal(size=(*lead, 8)).astype(np.float32),
+        environment_state=random.normal(size=(*lead, 22)).astype(np.float32),
+        instruction=instruction,
+    )
+    return Observation(**{name: getattr(parts, name) for name in PARTS[kind]})
+
+
+@functools.cache
+def params(kind):
+    return jax.jit(BACKBONES[kind].init, static_argnums=1)(jax.random.key(0), CONFIGS[kind])
+
+
+@functools.cache
+def compiled(kind):
+    return jax.jit(BACKBONES[kind].apply, static_argnums=1)
+
+
+def encode(kind, observation, config=None):
+    return compiled(kind)(params(kind), config or CONFIGS[kind], observation)
+
+
+@each
+@pytest.mark.parametrize("lead", [(B,), (2, B), ()])
+def test_tokens_have_the_leading_axes_of_the_observation(kind, lead):
+    config = CONFIGS[kind]
+    tokens = jax.eval_shape(
+        functools.partial(BACKBONES[kind].apply, config=config),
+        params(kind),
+        observation=observe(kind, lead),
+    )
+    assert tokens.shape == (*lead, config.num_tokens, config.token_dim)
+    assert tokens.dtype == jnp.float32
+
+
+@each
+def test_vmap_is_a_loop_and_jit_is_no_jit(kind):
+    observation, backbone = observe(kind), BACKBONES[kind]
+    together = encode(kind, observation)
+    apply = functools.partial(backbone.apply, params(kind), CONFIGS[kind])
+    np.testing.assert_allclose(apply(observation), together, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(jax.vmap(apply))(observation), together, atol=1e-5)
+    for i in range(B):
+        alone = jax.tree.map(lambda part, i=i: part[i], observation)
+        np.testing.assert_allclose(encode(kind, alone), together[i], atol=1e-5)
+
+
+@each
+def test_every_part_and_the_order_of_the_words_can_be_seen(kind):
+    observation = observe(kind)
+    tokens = encode(kind, observation)
+    other = observe(kind, seed=1)
+    for name in PARTS[kind]:
+        changed = encode(kind, observation._replace(**{name: getattr(other, name)}))
+        assert np.abs(changed - tokens).max() > 1e-3, name
+    swapped = observation.instruction[:, [1, 0, 2, 3]]
+    assert np.abs(encode(kind, observation._replace(instruction=swapped)) - tokens).max() > 1e-3
+
+
+@each
+def test_an_empty_instruction_is_the_learned_silence(kind):
+    unspoken = observe(kind)._replace(instruction=np.zeros((B, S), np.int32))
+    tokens = encode(kind, unspoken)
+    silence = params(kind)["words"]["silence"]
+    np.testing.assert_allclose(tokens[:, -1], np.tile(silence, (B, 1)), atol=1e-6)
+
+
+@each
+def test_words_that_training_never_saw_are_words_like_others(kind):
+    sentences = ("touch the red block", "zzyzx über 触る 7", "?!")
+    ids = np.stack([text.tokenize(s, max_words=S, vocab_size=VOCAB) for s in sentences])
+    tokens = encode(kind, observe(kind)._replace(instruction=ids))[:, -1]
+    assert np.all(np.isfinite(tokens))
+    assert np.abs(tokens[0] - tokens[1]).max() > 1e-3
+    np.testing.assert_allclose(tokens[2], params(kind)["words"]["silence"], atol=1e-6)
+
+
+@each
+def test_the_gradient_reaches_every_param(kind):
+    observation = observe(kind)
+    observation.instruction[0] = 0  # silence is a param too
+
+    def loss_fn(params):
+        weights = jax.random.normal(jax.random.key(1), (B, 1, CONFIGS[kind].token_dim))
+        tokens = BACKBONES[kind].apply(params, CONFIGS[kind], observation)
+        return jnp.sum(weights * tokens * tokens)
+
+    grads = jax.jit(jax.grad(loss_fn))(params(kind))
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        name = jax.tree_util.keystr(path)
+        if not name.endswith("['key']['bias']"):  # softmax does not see what all keys share
+            assert np.abs(grad).max() > 0, name
+
+
+@each
+def test_bfloat16_computes_nearly_the_same_and_gives_float32(kind):
+    rough = dataclasses.replace(CONFIGS[kind], dtype="bfloat16")
+    observation = observe(kind)
+    tokens, exact = encode(kind, observation, rough), encode(kind, observation)
+    assert tokens.dtype == jnp.float32
+    shapes = jax.eval_shape(lambda key: BACKBONES[kind].init(key, rough), jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+    difference = np.abs(tokens - exact)
+    assert 0 < difference.max() < 0.15 * np.abs(exact).max()
+
+
+@each
+def test_a_missing_part_is_one_sentence(kind):
+    for name in PARTS[kind]:
+        observation = observe(kind)._replace(**{name: None})
+        with pytest.raises(ValueError, match=rf"^observation\.{name} is missing; .*{name}"):
+            BACKBONES[kind].apply(params(kind), CONFIGS[kind], observation)
+
+
+@each
+def test_a_part_of_another_size_is_one_sentence(kind):
+    for name in PARTS[kind]:
+        cut = getattr(observe(kind), name)[..., :-1]
+        with pytest.raises(ValueError, match=rf"must be \[.*\], got \[{B}.*same leading axes"):
+            BACKBONES[kind].apply(
+                params(kind), CONFIGS[kind], observe(kind)._replace(**{name: cut})
+            )
+
+
+def test_a_picture_that_is_not_uint8_is_one_sentence():
+    observation = observe("perceiver")
+    scaled = observation._replace(image_wrist=observation.image_wrist / np.float32(255))
+    with pytest.raises(ValueError, match="image_wrist must be uint8 in 0 … 255, got float32"):
+        BACKBONES["perceiver"].apply(params("perceiver"), CONFIGS["perceiver"], scaled)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"image_size": 60}, "image_size must be a multiple of patch_size 8, got 60"),
+        ({"num_heads": 3}, "width must be a multiple of num_heads 3, got 64"),
+    ],
+)
+def test_a_perceiver_that_does_not_divide_is_refused(fields, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        PerceiverConfig(**fields)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_the_perceiver_looks_at_every_pixel_of_both_pictures(overlap):
+    config = dataclasses.replace(CONFIGS["perceiver"], overlap=overlap)
+    init = jax.jit(BACKBONES["perceiver"].init, static_argnums=1)
+    weights = init(jax.random.key(0), config)
+    pictures = np.random.default_rng(0).uniform(0, 255, (2, 1, 16, 16, 3)).astype(np.float32)
+    observation = observe("perceiver", (1,))
+
+    def loss_fn(pictures):
+        seen = observation._replace(image_primary=pictures[0], image_wrist=pictures[1])
+        parts = {name: getattr(seen, name) for name in PARTS["perceiver"]}
+        return jnp.sum(jnp.sin(3 * Perceiver(config).apply({"params": weights}, parts)))
+
+    grads = jax.jit(jax.grad(loss_fn))(pictures)
+    assert np.all(np.abs(grads).max(axis=-1) > 0)

@@ -1,0 +1,110 @@
+"""The shape of the repository: who may import whom, and how large a file may grow."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+FLOORS = (  # a file imports only from files above it
+    "types", "config", "cells", "recurrence", "heads", "decoders", "streaming", "execution",
+    "losses", "optim",
+    "data.dataset", "data.text", "data.augment", "data.normalize", "data.windows", "data.packing",
+    "data.loader", "data.frames", "data.lerobot_layout", "data.lerobot", "data.lerobot_stats",
+    "data.lerobot_shards", "data.lerobot_writer",
+    "backbones.parts", "backbones.language", "backbones.perceiver", "backbones.state",
+    "backbones.family",
+    "policy", "agent",
+    "envs.table", "envs.table_scene", "envs.table_expert", "envs.table_mujoco",
+    "envs.table_jax_paint", "envs.table_jax", "envs.gymnasium", "envs.simulate", "envs.worlds",
+    "update", "parallel", "checkpoint", "runs",
+    "rollout", "results", "film", "plots", "report", "players", "progress", "evaluate",
+)  # fmt: skip
+SCRIPTS = (
+    "command_line", "logs", "loop", "record", "pretrain", "configs", "setup", "cache", "imitate",
+    "demo",
+)  # fmt: skip
+FILES = sorted(
+    path for folder in ("vla_jax", "train", "tests") for path in (ROOT / folder).rglob("*.py")
+)
+ORDER = [f"vla_jax.{name}" for name in FLOORS] + [f"train.{name}" for name in SCRIPTS]
+
+
+def module(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported(path):
+    """Every dotted name that the file imports, wherever in the file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path} has a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def own_modules(path):
+    """The files of ours that a file imports."""
+    for name in imported(path):
+        while name and name not in ORDER:
+            name = name.rpartition(".")[0]
+        if name:
+            yield name
+
+
+def library(folder=""):
+    return [path for path in FILES if module(path).startswith(f"vla_jax{folder}")]
+
+
+def test_every_file_has_its_floor():
+    ours = {module(path) for path in FILES if path.parts[len(ROOT.parts)] != "tests"}
+    packages = {"vla_jax", "vla_jax.data", "vla_jax.backbones", "vla_jax.envs", "train"}
+    assert ours - packages == set(ORDER)
+    assert len(ORDER) == len(set(ORDER))
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_a_file_imports_only_from_files_above_it(name):
+    path = ROOT / f"{name.replace('.', '/')}.py"
+    below = [other for other in own_modules(path) if ORDER.index(other) >= ORDER.index(name)]
+    assert not below, f"{name} imports {below}, not above it in FLOORS"
+
+
+def test_the_data_files_are_numpy_only():
+    foreign = {
+        module(path): name
+        for path in library(".data")
+        for name in imported(path)
+        if name.partition(".")[0] in ("jax", "jaxlib", "flax", "optax")
+    }
+    assert not foreign
+
+
+def test_torch_is_imported_nowhere():
+    used = [module(p) for p in FILES for name in imported(p) if name.partition(".")[0] == "torch"]
+    assert not used
+
+
+HEAVY = ("mujoco", "gymnasium", "grain", "pyarrow", "av", "PIL", "matplotlib", "tensorboardX")
+
+
+@pytest.mark.parametrize("path", library(), ids=module)
+def test_what_an_extra_brings_is_imported_where_it_is_used(path):
+    top = ast.Module([n for n in ast.parse(path.read_text()).body], [])
+    names = [
+        alias.name if isinstance(node, ast.Import) else node.module
+        for node in top.body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    ]
+    assert not [name for name in names if name.partition(".")[0] in HEAVY]
+
+
+def test_no_file_of_the_library_is_longer_than_400_lines():
+    long = {module(p): n for p in FILES if (n := len(p.read_text().splitlines())) > 400}
+    assert not {name for name in long if not name.startswith("tests")}
+
+
+def test_no_file_is_a_drawer_for_everything():
+    assert not [p for p in FILES if p.stem in ("utils", "util", "helpers", "helper", "common")]

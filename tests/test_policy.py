@@ -1,0 +1,133 @@
+"""From observations to chunks: a window at once, or a stream, are the same policy."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from vla_jax import optim, policy
+from vla_jax.backbones.perceiver import PerceiverConfig
+from vla_jax.backbones.state import StateConfig
+from vla_jax.decoders import DecoderConfig
+from vla_jax.policy import PolicyConfig
+from vla_jax.types import Observation
+from vla_jax.update import init_train_state, make_update
+
+B, T, W, S = 2, 7, 3, 4
+BACKBONES = {
+    "perceiver": PerceiverConfig(
+        image_size=16, width=16, num_latents=2, token_dim=8, num_heads=2, vocab_size=64, max_words=S
+    ),
+    "state": StateConfig(token_dim=8, vocab_size=64, max_words=S),
+}
+DECODER = DecoderConfig(
+    kind="lstm",
+    window_size=W,
+    action_horizon=2,
+    hidden_size=6,
+    num_layers=1,
+    pooling="none",
+    head_sizes=(8,),
+)
+CONFIGS = {name: policy.connect(backbone, DECODER) for name, backbone in BACKBONES.items()}
+each = pytest.mark.parametrize("name", CONFIGS)
+
+
+def observe(name, seed=0):
+    random = np.random.default_rng(seed)
+    parts = {
+        "proprio": random.normal(size=(B, T, 8)).astype(np.float32),
+        "instruction": random.integers(0, 64, (B, T, S)).astype(np.int32),
+    }
+    if name == "perceiver":
+        for camera in ("image_primary", "image_wrist"):
+            parts[camera] = random.integers(0, 256, (B, T, 16, 16, 3), np.uint8)
+    else:
+        parts["environment_state"] = random.normal(size=(B, T, 22)).astype(np.float32)
+    return Observation(**parts)
+
+
+def at(observation, steps):
+    return jax.tree.map(lambda part: part[:, steps], observation)
+
+
+@functools.cache
+def params(name):
+    return jax.jit(policy.init, static_argnums=1)(jax.random.key(0), CONFIGS[name])
+
+
+apply = jax.jit(policy.apply, static_argnums=1)
+
+
+def assert_close(one, other):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, other)
+
+
+@each
+def test_streamed_is_windowed_from_observations_on(name):
+    config, observation = CONFIGS[name], observe(name)
+    step = jax.jit(policy.step, static_argnums=1)
+    state = policy.init_stream(params(name), config, B)
+    for t in range(T):
+        state, chunk = step(params(name), config, state, at(observation, t))
+        if t >= W - 1:
+            window = apply(params(name), config, at(observation, slice(t + 1 - W, t + 1)))
+            assert_close(chunk, jax.tree.map(lambda part: part[:, -1], window))
+
+
+@each
+def test_tokens_that_were_encoded_before_give_the_same_chunks(name):
+    config, observation = CONFIGS[name], at(observe(name), slice(W))
+    tokens = policy.encode(params(name), config, observation)
+    assert tokens.shape == (B, W, config.backbone.num_tokens, 8)
+    blind = Observation()
+    assert_close(
+        apply(params(name), config, blind, tokens=tokens), apply(params(name), config, observation)
+    )
+
+
+def test_a_reset_inside_a_window_starts_an_episode_there():
+    config, observation = CONFIGS["state"], observe("state")
+    reset = np.zeros((B, T), bool)
+    reset[:, 4] = True
+    together = apply(params("state"), config, observation, reset=reset)
+    alone = apply(params("state"), config, at(observation, slice(4, T)))
+    assert_close(jax.tree.map(lambda part: part[:, 4:], together), alone)
+
+
+@each
+def test_connect_makes_the_decoder_fit_the_backbone(name):
+    backbone, config = BACKBONES[name], CONFIGS[name]
+    assert config.backbone == backbone
+    assert config.decoder.num_tokens == backbone.num_tokens
+    assert config.decoder.token_dim == backbone.token_dim
+    assert config.decoder.hidden_size == DECODER.hidden_size
+
+
+def test_a_decoder_that_does_not_fit_is_refused():
+    with pytest.raises(
+        ValueError, match=r"decoder must expect .* \[3, 8\], got .* use policy\.connect"
+    ):
+        PolicyConfig(BACKBONES["state"], DECODER)
+
+
+@pytest.mark.parametrize("frozen", ["backbone", "decoder"])
+def test_a_frozen_half_stays_as_it_was_to_the_bit_and_the_other_moves(frozen):
+    config, observation = CONFIGS["state"], at(observe("state"), slice(W))
+    optim_config = optim.OptimConfig(warmup_steps=0, freeze=(f"{frozen}/*",))
+    optimizer = optim.make_optimizer(optim_config, 4, params("state"))
+
+    def loss_fn(params, batch, key):
+        del key
+        chunk = policy.apply(params, config, batch)
+        return (chunk.arm**2).mean() + (chunk.gripper_logit**2).mean(), {}
+
+    update = jax.jit(make_update(loss_fn, optimizer, freeze=optim_config.freeze))
+    train_state = init_train_state(params("state"), optimizer)
+    for _ in range(2):
+        train_state, _ = update(train_state, observation, jax.random.key(0))
+    for half in ("backbone", "decoder"):
+        before, after = params("state")[half], train_state.params[half]
+        same = jax.tree.leaves(jax.tree.map(np.array_equal, before, after))
+        assert all(same) == (half == frozen)

@@ -1,0 +1,151 @@
+"""The whole road on a laptop: demonstrations, eyes, memory, evaluation, one page to look at.
+
+    python -m train.demo                             # the MuJoCo table from pictures
+    python -m train.demo --world table_jax           # its JAX twin, without OpenGL
+    python -m train.demo --preset table_jax_state    # LSTM, GRU, RNN, none: 2 minutes, no pictures
+
+Every step is one of the other scripts, with a preset; what is finished is not done again.
+"""
+
+import pathlib
+import time
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from train import configs
+from train.command_line import command_line
+from train.configs import ImitateConfig
+from train.imitate import imitate
+from train.pretrain import PretrainConfig, pretrain
+from train.record import RecordConfig, record
+from vla_jax import report, results
+from vla_jax.envs.worlds import WORLDS, WorldConfig
+from vla_jax.evaluate import EvaluateConfig, evaluate
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """What to show."""
+
+    show: Literal["pictures", "state"] = "pictures"  # what the policies see
+    world: Literal["table_mujoco", "table_jax"] = "table_mujoco"  # where
+    run_dir: str = "runs/demo"  # folder to write to
+    dataset: str = "demos/table"  # folder of the demonstrations
+    num_demonstrations: int = 8000  # episodes to record
+    num_episodes: int = 150  # unseen episodes to evaluate each policy on
+    num_films: int = 6  # episodes to film per policy
+
+
+def table() -> DemoConfig:
+    """Pictures and words to actions: LSTM against memoryless on the MuJoCo table, 12 minutes."""
+    return DemoConfig()
+
+
+def table_jax_state() -> DemoConfig:
+    """From the state of the JAX twin: LSTM, GRU, RNN against memoryless, 2 minutes."""
+    return DemoConfig(
+        show="state",
+        world="table_jax",
+        run_dir="runs/demo_state",
+        dataset="demos/table_jax_state",
+        num_demonstrations=16000,
+        num_episodes=600,
+        num_films=0,
+    )
+
+
+PRESETS = {"table": table, "table_jax_state": table_jax_state}
+console = Console(stderr=True)
+
+
+def demo(config: DemoConfig) -> pathlib.Path:
+    """Does everything; returns the page."""
+    began = time.perf_counter()
+    run_dir = pathlib.Path(config.run_dir)
+    world = WORLDS[config.world](image_size=64 if config.show == "pictures" else 0)
+    dataset = pathlib.Path(config.dataset)
+    if not (dataset / "meta" / "info.json").exists():
+        console.rule(f"demonstrations: {config.num_demonstrations} episodes by the expert")
+        record(RecordConfig(str(dataset), world, num_episodes=config.num_demonstrations))
+    runs = _train_on_pictures if config.show == "pictures" else _train_on_state
+    evaluations = _evaluate(config, runs(config, world))
+    page = report.write_index(run_dir, evaluations=evaluations, title="vla_jax demo")
+    _show(evaluations, time.perf_counter() - began, page)
+    return page
+
+
+def _train_on_pictures(config: DemoConfig, world: WorldConfig) -> dict:
+    """Policies by name, with the options of each one's evaluation."""
+    run_dir = pathlib.Path(config.run_dir)
+    console.rule("pre-training: the encoder learns to see, from the simulator's block positions")
+    eyes = pretrain(PretrainConfig(dataset=config.dataset, run_dir=str(run_dir / "pretrain")))
+    trained = {}
+    for name, preset in (("lstm", configs.table_lstm), ("memoryless", configs.table_fc)):
+        console.rule(f"imitation: {name}")
+        base = replace(preset(), dataset=config.dataset, world=world, backbone_from=str(eyes))
+        trained[name] = imitate(replace(base, run_dir=str(run_dir / name)))
+    return {
+        "LSTM, window spans the episode": (trained["lstm"], {"mode": "refresh"}),
+        "LSTM, carry never reset": (trained["lstm"], {"mode": "persistent"}),
+        "LSTM, last 4 steps only": (trained["lstm"], {"mode": "refresh", "window_size": 4}),
+        "memoryless (FC)": (trained["memoryless"], {}),
+        "expert that ignores the colour": (
+            trained["lstm"], {"reference": "expert_ignoring_colour"},
+        ),
+    }  # fmt: skip
+
+
+def _train_on_state(config: DemoConfig, world: WorldConfig) -> dict:
+    run_dir = pathlib.Path(config.run_dir)
+    trained = {}
+    for kind in ("lstm", "gru", "rnn", "fc"):
+        console.rule(f"imitation: {kind}")
+        base: ImitateConfig = configs.with_kind(configs.table_jax_state(), kind)
+        base = replace(base, dataset=config.dataset, world=world)
+        trained[kind] = imitate(replace(base, run_dir=str(run_dir / kind)))
+    names = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN", "fc": "memoryless (FC)"}
+    return {
+        name: (trained[kind], {} if kind == "fc" else {"mode": "persistent"})
+        for kind, name in names.items()
+    } | {
+        "expert that ignores the colour": (
+            trained["lstm"], {"reference": "expert_ignoring_colour"},
+        )
+    }  # fmt: skip
+
+
+def _evaluate(config: DemoConfig, policies: dict) -> dict[str, pathlib.Path]:
+    console.rule(f"evaluation: {config.num_episodes} unseen episodes each")
+    evaluations = {}
+    for name, (run, options) in policies.items():
+        films = 0 if "reference" in options else config.num_films
+        chosen = EvaluateConfig(
+            name=_folder(name), num_episodes=config.num_episodes, num_films=films, **options
+        )
+        evaluate(run, chosen, console=console)
+        evaluations[name] = run / "evaluation" / _folder(name)
+    return evaluations
+
+
+def _folder(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-").replace("--", "-")
+
+
+def _show(evaluations: dict[str, pathlib.Path], seconds: float, page: pathlib.Path) -> None:
+    table = Table(title="success on unseen layouts, instruction shown at the first step only")
+    for column in ("policy", "mean over tasks", "95 % interval", "touch", "lift", "place"):
+        table.add_column(column)
+    for name, folder in evaluations.items():
+        summary = report.read_evaluation(folder).summary
+        tasks = [results.percent(summary.tasks[task].rate) for task in ("touch", "lift", "place")]
+        mean = results.percent(summary.task_mean)
+        table.add_row(name, mean, results.percent_interval(summary.task_mean_interval), *tasks)
+    Console().print(table)
+    print(f"{seconds / 60:.1f} minutes; open {page}")
+
+
+if __name__ == "__main__":
+    demo(command_line(PRESETS, description="Shows the whole road, from demonstrations to films."))

@@ -1,0 +1,78 @@
+"""What a config asks for before any training: the data, the params, the windows.
+
+`train.imitate` and `train.cache` begin alike, so that the one finds the other's file.
+"""
+
+import pathlib
+
+import jax
+import numpy as np
+
+from train.configs import ImitateConfig
+from vla_jax import checkpoint, policy
+from vla_jax.data import lerobot
+from vla_jax.data.dataset import Dataset
+from vla_jax.data.normalize import NormStats
+from vla_jax.data.windows import WindowConfig, Windows
+from vla_jax.types import Key, Params
+
+
+def read_dataset(config: ImitateConfig) -> Dataset:
+    """The demonstrations, without pictures where the backbone looks at none."""
+    backbone = config.agent.policy.backbone
+    size = None if backbone.kind == "state" else (backbone.image_size, backbone.image_size)
+    return lerobot.read(
+        config.dataset,
+        feature_keys=dict(config.feature_keys) or None,
+        gripper=config.gripper,
+        cameras=() if size is None else None,
+        image_size=size,
+    )
+
+
+def init_params(key: Key, config: ImitateConfig) -> Params:
+    """Random params, with the backbone of an earlier run if there is one; `key` is consumed.
+
+    Raises:
+      FileNotFoundError: the earlier run has no checkpoint.
+      ValueError: its backbone has other sizes.
+    """
+    params = policy.init(key, config.agent.policy)
+    if config.backbone_from:
+        saved = checkpoint.restore_params(pathlib.Path(config.backbone_from) / "checkpoints")
+        _check_same_sizes(saved.get("backbone"), params["backbone"], config.backbone_from)
+        params["backbone"] = saved["backbone"]
+    return params
+
+
+def make_windows(
+    config: ImitateConfig,
+    dataset: Dataset,
+    norm_stats: dict[str, NormStats],
+    *,
+    window_size: int,
+    action_horizon: int,
+    stride: int = 1,
+    tokens: np.ndarray | None = None,
+) -> Windows:
+    """The data set's windows, as this config's policy wants to see them."""
+    agent = config.agent
+    sizes = WindowConfig(
+        window_size=window_size,
+        action_horizon=action_horizon,
+        stride=stride,
+        instruction_steps=agent.instruction_steps,
+        max_words=agent.policy.backbone.max_words,
+        vocab_size=agent.policy.backbone.vocab_size,
+    )
+    return Windows(
+        dataset, sizes, norm_stats=norm_stats, normalization=agent.normalize, tokens=tokens
+    )
+
+
+def _check_same_sizes(found: Params | None, wanted: Params, run_dir: str) -> None:
+    if jax.tree.map(np.shape, found) != jax.tree.map(np.shape, wanted):
+        raise ValueError(
+            f"the backbone of {run_dir} has other sizes than this config's; give both the same "
+            "options, or pre-train again."
+        )

@@ -1,0 +1,99 @@
+"""Whole episodes side by side in rows of `W` steps, so that little of a batch is padding.
+
+A recurrence that is reset where an episode starts sees no difference between an episode of its
+own row and one that shares a row (the law "reset = separate episodes"), but short episodes no
+longer cost `W` steps each.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from vla_jax.data.dataset import episode_starts
+from vla_jax.data.windows import ALWAYS, Windows, take
+from vla_jax.types import Batch, Observation
+
+
+class Packed:
+    """A source for `make_loader`, like `Windows`; item i is row i.
+
+    An episode longer than `W` is cut into pieces of `W` steps, each with a carry of its own.
+    Nothing changes after construction.
+    """
+
+    def __init__(self, windows: Windows) -> None:
+        """Packs the episodes of `windows` into rows of its `window_size`."""
+        self.windows = windows
+        self.frame, self.step, self.mask = pack(
+            windows.dataset.episode_ends, windows.config.window_size
+        )
+        self.identity = {**windows.identity, "stride": "packed"}
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.frame)
+
+    def __getitem__(self, index: Any) -> Batch:
+        """The row at an index, or the batch of rows at an array of indices."""
+        windows, config = self.windows, self.windows.config
+        dataset = windows.dataset
+        rows, steps, mask = self.frame[index], self.step[index], self.mask[index]
+        episode = np.searchsorted(dataset.episode_ends, rows, side="right")
+        ends = dataset.episode_ends[episode]
+        targets = rows[..., None] + np.arange(config.action_horizon)
+        action_mask = mask[..., None] & (targets < ends[..., None])
+        action = take(dataset.columns["action"], np.minimum(targets, ends[..., None] - 1))
+        visible = (config.instruction_steps == ALWAYS) | (steps < config.instruction_steps)
+        sources = dataset.columns if windows.tokens is not None else {
+            **dataset.columns, **dataset.frames
+        }  # fmt: skip
+        return Batch(
+            observation=Observation(
+                **{name: take(source, rows) for name, source in sources.items() if name != "action"},
+                instruction=windows.instructions[episode] * visible[..., None],
+            ),
+            tokens=None if windows.tokens is None else take(windows.tokens, rows),
+            timestep_mask=mask,
+            action=action * action_mask[..., None],
+            action_mask=action_mask,
+            reset=mask & (steps % config.window_size == 0),
+        )
+
+
+def pack(episode_ends: np.ndarray, row_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Places pieces of episodes in rows: longest first, each in the fullest row that has room.
+
+    Args:
+      episode_ends: `[E]`, exclusive.
+      row_size: W, steps of a row.
+
+    Returns:
+      frame `[R, W]` of the data set, step `[R, W]` within its episode, mask `[R, W]` True where
+      the place is taken.
+    """
+    pieces = [
+        (start + first, first, min(row_size, end - start - first))
+        for start, end in zip(episode_starts(episode_ends), episode_ends, strict=True)
+        for first in range(0, end - start, row_size)
+    ]
+    rows: list[list] = []
+    with_room: list[list[int]] = [[] for _ in range(row_size + 1)]  # rows by the room they have
+    for piece in sorted(pieces, key=lambda piece: -piece[2]):
+        room = next((r for r in range(piece[2], row_size + 1) if with_room[r]), None)
+        row = len(rows) if room is None else with_room[room].pop()
+        if room is None:
+            rows.append([])
+            room = row_size
+        rows[row].append(piece)
+        with_room[room - piece[2]].append(row)
+    frame, step = np.zeros((2, len(rows), row_size), np.int64)
+    mask = np.zeros(frame.shape, bool)
+    for row, row_pieces in enumerate(rows):
+        place = 0
+        for start, first, length in row_pieces:
+            places = slice(place, place + length)
+            frame[row, places] = np.arange(start, start + length)
+            step[row, places] = np.arange(first, first + length)
+            mask[row, places] = True
+            place += length
+    return frame, step, mask
