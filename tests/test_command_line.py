@@ -1,12 +1,19 @@
 """The command line: flat options over a preset; mistakes end in one message and exit code 2."""
 
 import dataclasses
+import os
+import pathlib
 import re
+import subprocess
+import sys
+import warnings
 from typing import Literal
 
 import pytest
 
-from train.command_line import command_line
+from train.command_line import command_line, run
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +126,7 @@ def test_help_shows_the_presets_and_the_comment_of_every_field(capsys):
 
 MISTAKES = {
     "preset": (("--preset", "stat"), "unknown preset 'stat'.*Did you mean 'state'"),
-    "option": (("--windw-size", "3"), "--window-size INT"),
+    "option": (("--windw-size", "3"), "Unrecognized options: --windw-size.*--window-size INT"),
     "value": (("--seed", "x"), "invalid literal for int"),
     "range": (("--window-size", "0"), "window_size must be positive, got 0"),
     "other member": (("--hidden-size", "3"), "Unrecognized options: --hidden-size"),
@@ -127,10 +134,87 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("argv", "sentence"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_ends_with_code_2_and_says_what_is_wrong(argv, sentence, capsys):
+def test_a_mistake_ends_with_code_2_and_one_line_that_says_what_is_wrong(argv, sentence, capsys):
     with pytest.raises(SystemExit) as stopped:
         parse(*argv)
     assert stopped.value.code == 2
-    told = " ".join(capsys.readouterr().err.replace("│", "").split())
-    assert re.search(sentence, told)
-    assert "Traceback" not in told
+    told = capsys.readouterr().err
+    assert re.match(f"error: .*{sentence}", told)
+    assert told.count("\n") == 1
+
+
+def start(function, *argv):
+    run(function, {"images": images}, argv, description="Imitates.")
+
+
+@pytest.fixture(autouse=True)
+def plain_warnings(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    monkeypatch.delenv("VLA_JAX_TRACEBACK", raising=False)
+
+
+def test_run_calls_the_script_with_the_config_and_prints_what_it_returns(capsys):
+    start(lambda config: f"runs/{config.seed}", "--seed", "3")
+    assert capsys.readouterr().out == "runs/3\n"
+
+
+@pytest.mark.parametrize("kind", [ValueError, TypeError, OSError, ImportError, RuntimeError])
+def test_an_error_of_the_script_is_one_line_and_code_2(kind, capsys):
+    def script(config):
+        raise kind("dataset is missing;\n  record one.")
+
+    with pytest.raises(SystemExit) as stopped:
+        start(script)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: dataset is missing; record one.\n"
+
+
+def test_the_traceback_comes_back_on_demand(monkeypatch):
+    def script(config):
+        raise ValueError("deep inside")
+
+    monkeypatch.setenv("VLA_JAX_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="deep inside"):
+        start(script)
+
+
+def test_ctrl_c_is_silent_and_code_130(capsys):
+    def script(config):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        start(script)
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_a_warning_of_the_script_is_one_line(capsys):
+    def script(config):
+        print(warnings.formatwarning("left out 1 episode", UserWarning, "a.py", 1))
+
+    start(script)
+    assert capsys.readouterr().out.startswith("warning: left out 1 episode\n")
+
+
+@pytest.mark.parametrize(
+    ("module", "argv", "sentence"),
+    [
+        ("record", ("--num-episodes", "0"), "num_episodes must be >= 1"),
+        ("pretrain", ("--dataset", "nowhere"), "nowhere"),
+        ("imitate", ("--dataset", "nowhere"), "nowhere"),
+        ("cache", ("--dataset", "nowhere"), "nowhere"),
+        ("imitate", ("--preset", "table_lsmt"), "unknown preset .* Did you mean 'table_lstm'"),
+    ],
+)
+def test_every_script_tells_a_mistake_in_one_line(module, argv, sentence, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", f"train.{module}", *argv],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert re.match(f"error: .*{sentence}", done.stderr)
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

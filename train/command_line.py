@@ -8,8 +8,11 @@ stands in `--help`, which lists every option with the comment behind its field.
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import inspect
+import io
+import itertools
 import os
 import re
 import sys
@@ -82,13 +85,22 @@ def command_line(
     parser.add_argument("--preset", default=next(iter(presets)))
     known, rest = parser.parse_known_args(argv)
     if known.preset not in presets:
-        _stop(f"unknown preset '{known.preset}'; {configs.did_you_mean(known.preset, presets)}")
+        _stop(
+            f"error: unknown preset '{known.preset}'; {configs.did_you_mean(known.preset, presets)}"
+        )
     default = presets[known.preset]()
-    chosen = tyro.cli(
-        _flat_class(default, "", ambiguous=_ambiguous(default)),
-        description=f"{description}\n\n{_preset_list(presets, known.preset)}",
-        args=rest,
-    )
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            chosen = tyro.cli(
+                _flat_class(default, "", ambiguous=_ambiguous(default)),
+                description=f"{description}\n\n{_preset_list(presets, known.preset)}",
+                args=rest,
+            )
+    except SystemExit as stopped:
+        if stopped.code:
+            _stop(_one_line(told.getvalue()))
+        raise
     return configs.from_dict(type(default), configs.to_dict(chosen))
 
 
@@ -154,6 +166,14 @@ def _preset_list(presets: Mapping[str, Callable[[], Any]], chosen: str) -> str:
 
 def _first_line(preset: Callable[[], Any]) -> str:
     return (inspect.getdoc(preset) or "").partition("\n")[0]
+
+
+def _one_line(box: str) -> str:
+    """Returns what tyro tells in a box of several lines, drawn in Unicode or in ASCII."""
+    lines = [line.strip("│| ") for line in box.splitlines()]
+    is_rule = re.compile("[─-]{10}").search
+    parts = [" ".join(group) for rule, group in itertools.groupby(lines, is_rule) if not rule]
+    return f"error: {'. '.join(part for part in parts if part and 'full helptext' not in part)}"
 
 
 def _stop(message: str) -> NoReturn:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from train import configs
-from train.command_line import command_line
+from train.command_line import run
 from train.configs import ImitateConfig
 from train.imitate import imitate
 from train.pretrain import PretrainConfig, pretrain
@@ -148,4 +148,4 @@ def _show(evaluations: dict[str, pathlib.Path], seconds: float, page: pathlib.Pa
 
 
 if __name__ == "__main__":
-    demo(command_line(PRESETS, description="Shows the whole road, from demonstrations to films."))
+    run(demo, PRESETS, description="Shows the whole road, from demonstrations to films.")

@@ -17,7 +17,7 @@ import numpy as np
 from train.cache import frame_tokens
 from train.command_line import run
 from train.configs import IMITATE, ImitateConfig
-from train.loop import fit, open_run, save_json
+from train.loop import fit, is_first_process, open_run, save_json
 from train.setup import init_params, make_windows, read_dataset
 from vla_jax import config as configs
 from vla_jax import losses, optim, plots, policy
@@ -102,13 +102,15 @@ def imitate(config: ImitateConfig) -> pathlib.Path:
         metadata={"config": configs.to_dict(config), "norm_stats": statistics},
         name=run_dir.name,
     )
-    _plot(run_dir, config, train_state.params, windows[[len(windows) - 1]])
+    if is_first_process():
+        _plot(run_dir, config, train_state.params, windows[[len(windows) - 1]])
     return run_dir
 
 
 def _plot(run_dir: pathlib.Path, config: ImitateConfig, params: Params, batch: Batch) -> None:
     """Draws the first action of each chunk along one demonstration beside the expert's."""
-    chunk = policy.apply(
+    apply = jax.jit(policy.apply, static_argnums=1)
+    chunk = apply(
         params,
         config.agent.policy,
         batch.observation,
@@ -118,7 +120,7 @@ def _plot(run_dir: pathlib.Path, config: ImitateConfig, params: Params, batch: B
     gripper = 2 * jax.nn.sigmoid(chunk.gripper_logit[..., :1]) - 1
     real = batch.timestep_mask[0]
     predicted = np.concatenate([chunk.arm[:, :, 0], gripper], axis=-1)[0, real]
-    plots.actions(run_dir / "actions.png", predicted, batch.action[0, real, 0])
+    plots.actions(run_dir / "actions.png", predicted, np.asarray(batch.action)[0, real, 0])
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """The loop that every script here shares: batches in, updates, logs, checkpoints, exact resume."""
 
 import contextlib
+import ctypes
 import json
 import os
 import pathlib
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +21,8 @@ from vla_jax import config as configs
 from vla_jax.data.loader import Loader
 from vla_jax.types import Key
 from vla_jax.update import TrainState, Update
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # names of malloc.h
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ def fit(
     Returns:
       The state after the last update, in the host's memory.
     """
+    _keep_freed_memory()
     directory = run_dir / "checkpoints"
     if checkpoint.latest_step(directory) is not None:
         train_state, saved = checkpoint.restore(directory, train_state)
@@ -106,6 +111,19 @@ def fit(
     return jax.device_get(train_state)
 
 
+def _keep_freed_memory() -> None:
+    """Has glibc keep what XLA frees.
+
+    On a CPU every update otherwise gives megabytes back to the kernel and faults them in again,
+    which was up to a third of the time of a small training.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not every libc has it
+        if mallopt:
+            for parameter, value in ((_M_MMAP_THRESHOLD, 1 << 25), (_M_TRIM_THRESHOLD, 1 << 30)):
+                mallopt(parameter, value)
+
+
 def open_run(run_dir: str, config: Any, *, overwrite: bool) -> pathlib.Path:
     """The run's folder, new, or an earlier one of the very same config, to be resumed.
 
@@ -121,8 +139,7 @@ def open_run(run_dir: str, config: Any, *, overwrite: bool) -> pathlib.Path:
     if is_first_process():
         if overwrite and path.exists():
             _delete(path)
-        # How a run was begun is no part of what it is.
-        _claim(path / "config.json", replace(config, overwrite=False))
+        _claim(path / "config.json", config)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("run folder")
     return path
@@ -146,7 +163,9 @@ def _claim(file: pathlib.Path, config: Any) -> None:
     if not file.exists():
         configs.save(config, file)
         return
-    saved = configs.load(type(config), file)
+    # Where a run lies, and how it was begun, is no part of what it is.
+    here = {"run_dir": config.run_dir, "overwrite": config.overwrite}
+    saved = replace(configs.load(type(config), file), **here)
     if saved != config:
         differing = _differences(configs.to_dict(saved), configs.to_dict(config))
         raise ValueError(

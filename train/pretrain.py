@@ -93,7 +93,9 @@ def pretrain(config: PretrainConfig) -> pathlib.Path:
     backbone = config.backbone
     size, outputs = backbone.num_tokens * backbone.token_dim, len(norm_stats[config.target].mean)
     params = {
-        "backbone": BACKBONES[backbone.kind].init(backbone_key, backbone),
+        "backbone": jax.jit(BACKBONES[backbone.kind].init, static_argnums=1)(
+            backbone_key, backbone
+        ),
         "readout": {
             "kernel": jax.random.normal(readout_key, (size, outputs)) / size**0.5,
             "bias": jnp.zeros(outputs),

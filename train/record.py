@@ -5,6 +5,8 @@
 
 The robot is sent the expert's action plus noise while the action without it is recorded: the
 states go astray and the labels show the way back (DART, Laskey et al. 2017, arXiv:1703.09327).
+On the MuJoCo table short bursts of random actions come on top, so that there are missed grasps and
+lost blocks to learn from: without them a policy that once misses never tries again.
 Episodes that fail are not kept.
 """
 
@@ -26,6 +28,7 @@ from vla_jax.data.dataset import Episode
 from vla_jax.envs import table, table_jax, table_mujoco
 from vla_jax.envs.worlds import make_simulator
 
+BURST = 3  # steps of random actions, gripper too: enough to miss a grasp or lose a block
 SHARE = 20  # episodes that a process plays before it hands them over
 CHUNK_BYTES = 64e6  # of the episodes of a JAX world that are played side by side; it needs 4x
 
@@ -40,6 +43,7 @@ class RecordConfig:
     )
     num_episodes: int = 2000  # episodes to play; seeds 0, 1, …
     noise: float = 0.25  # standard deviation on the arm's dims, in units of action
+    disturbance: float = 0.05  # probability per step that a burst of random actions starts
     num_processes: int = 0  # MuJoCo worlds side by side; 0 = one per core
     overwrite: bool = False  # replace a data set that is there
 
@@ -52,6 +56,8 @@ class RecordConfig:
             )
         if self.noise < 0:
             raise ValueError(f"noise must be >= 0 units of action, got {self.noise}.")
+        if not 0 <= self.disturbance <= 1:
+            raise ValueError(f"disturbance must be in [0, 1] per step, got {self.disturbance}.")
 
 
 def mujoco() -> RecordConfig:
@@ -88,17 +94,20 @@ def record(config: RecordConfig) -> pathlib.Path:
     )
 
 
-def demonstrate(simulator, seed: int, noise: float) -> Episode | None:
+def demonstrate(simulator, seed: int, noise: float, disturbance: float) -> Episode | None:
     """One episode of the expert; None where it failed."""
     observation = simulator.reset(seed)
     rng = np.random.default_rng([seed, 1])  # another stream than the layout's
-    observations, actions = [], []
+    observations, actions, burst = [], [], 0
     while True:
         action = simulator.expert()
         observations.append(observation)
         actions.append(action)
+        burst = BURST if rng.uniform() < disturbance else burst - 1
         sent = action.copy()
         sent[:-1] += rng.normal(0, noise, len(action) - 1)
+        if burst > 0:
+            sent = np.append(rng.uniform(-1, 1, len(action) - 1), rng.choice([-1.0, 1.0]))
         step = simulator.step(sent)
         observation = step.observation
         if step.terminated or step.truncated:
@@ -149,10 +158,7 @@ def _episode(
 def _in_processes(config: RecordConfig) -> Iterator[Episode | None]:
     """Plays in several processes, each with a simulator of its own."""
     starts = range(0, config.num_episodes, SHARE)
-    jobs = [
-        (config.world, range(start, min(start + SHARE, config.num_episodes)), config.noise)
-        for start in starts
-    ]
+    jobs = [(config, range(start, min(start + SHARE, config.num_episodes))) for start in starts]
     num_processes = config.num_processes or os.cpu_count() or 1
     # spawn: a fork of a process that runs JAX threads may hang.
     with multiprocessing.get_context("spawn").Pool(num_processes, _stay_on_cpu) as pool:
@@ -169,10 +175,11 @@ _SIMULATORS: dict = {}  # of this process: building one takes longer than playin
 
 
 def _play(job) -> list[Episode | None]:
-    world, seeds, noise = job
-    if world not in _SIMULATORS:
-        _SIMULATORS[world] = make_simulator(world)
-    return [demonstrate(_SIMULATORS[world], seed, noise) for seed in seeds]
+    config, seeds = job
+    if config.world not in _SIMULATORS:
+        _SIMULATORS[config.world] = make_simulator(config.world)
+    simulator = _SIMULATORS[config.world]
+    return [demonstrate(simulator, seed, config.noise, config.disturbance) for seed in seeds]
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ def init_params(key: Key, config: ImitateConfig) -> Params:
       FileNotFoundError: the earlier run has no checkpoint.
       ValueError: its backbone has other sizes.
     """
-    params = policy.init(key, config.agent.policy)
+    # jit: one compilation in place of one for each kind and shape of param.
+    params = jax.jit(policy.init, static_argnums=1)(key, config.agent.policy)
     if config.backbone_from:
         saved = checkpoint.restore_params(pathlib.Path(config.backbone_from) / "checkpoints")
         _check_same_sizes(saved.get("backbone"), params["backbone"], config.backbone_from)

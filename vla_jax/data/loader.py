@@ -13,6 +13,7 @@ import numpy as np
 
 from vla_jax.data import augment as augmentation
 from vla_jax.data.augment import AugmentConfig
+from vla_jax.data.packing import Packed
 from vla_jax.data.windows import Windows
 from vla_jax.types import Batch
 
@@ -96,7 +97,7 @@ class Loader:
 
 
 def make_loader(
-    source: Windows,
+    source: Windows | Packed,
     config: LoaderConfig,
     *,
     augment: AugmentConfig | None = None,
@@ -110,7 +111,7 @@ def make_loader(
     processes is left out of that epoch.
 
     Args:
-      source: the windows.
+      source: the windows, or the rows of packed episodes.
       config: batch size over all processes, seed, workers.
       augment: image augmentation; None means none.
       process_index: this process, 0 … process_count - 1.
@@ -163,7 +164,7 @@ def _start(dataset: Any, config: LoaderConfig, num_batches: int) -> Any:
     return iter(batches)
 
 
-def _read(source: Windows, indices: np.ndarray) -> Batch:
+def _read(source: Windows | Packed, indices: np.ndarray) -> Batch:
     return source[indices]
 
 
@@ -172,7 +173,10 @@ def _augment(config: AugmentConfig, batch: Batch, rng: np.random.Generator) -> B
 
 
 def _pipeline(
-    source: Windows, config: LoaderConfig, augment: AugmentConfig | None, process_count: int
+    source: Windows | Packed,
+    config: LoaderConfig,
+    augment: AugmentConfig | None,
+    process_count: int,
 ) -> dict[str, Any]:
     """All that decides which batches come, flat and JSON-able."""
     changes = asdict(augment) if augment else {}

@@ -44,12 +44,14 @@ class Packed:
         action_mask = mask[..., None] & (targets < ends[..., None])
         action = take(dataset.columns["action"], np.minimum(targets, ends[..., None] - 1))
         visible = (config.instruction_steps == ALWAYS) | (steps < config.instruction_steps)
-        sources = dataset.columns if windows.tokens is not None else {
-            **dataset.columns, **dataset.frames
-        }  # fmt: skip
+        sources = {**dataset.columns}
+        if windows.tokens is None:
+            sources |= dataset.frames
         return Batch(
             observation=Observation(
-                **{name: take(source, rows) for name, source in sources.items() if name != "action"},
+                **{
+                    name: take(source, rows) for name, source in sources.items() if name != "action"
+                },
                 instruction=windows.instructions[episode] * visible[..., None],
             ),
             tokens=None if windows.tokens is None else take(windows.tokens, rows),

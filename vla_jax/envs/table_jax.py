@@ -38,7 +38,7 @@ class TableConfig:
     step_size: float = 0.03  # metres per unit of action and step
     turn_size: float = 0.2  # radians per unit of action and step
     rotated_share: float = 0.5  # share of layouts in which every block is turned
-    max_steps: int = 48  # environment steps until truncation
+    max_steps: int = 64  # environment steps until truncation
 
     def __post_init__(self):
         """Refuses sizes that make no table."""

@@ -1,0 +1,86 @@
+import numpy as np
+import pytest
+
+from vla_jax import decoders
+from vla_jax.data import normalize
+from vla_jax.data.dataset import Episode, from_episodes
+from vla_jax.data.packing import Packed, pack
+from vla_jax.data.windows import WindowConfig, Windows
+
+W, K = 8, 3
+LENGTHS = (3, 8, 5, 2, 11, 1, 4)
+
+
+@pytest.fixture(scope="module")
+def windows():
+    rng = np.random.default_rng(0)
+    episodes = [
+        Episode(
+            {"proprio": rng.normal(size=(length, 2)).astype(np.float32)},
+            rng.uniform(-1, 1, (length, 7)).astype(np.float32),
+            f"take {index}",
+        )
+        for index, length in enumerate(LENGTHS)
+    ]
+    dataset = from_episodes(episodes, fps=10)
+    tokens = rng.normal(size=(sum(LENGTHS), 2, 4)).astype(np.float32)
+    config = WindowConfig(window_size=W, action_horizon=K, stride=W)
+    return Windows(dataset, config, norm_stats=normalize.compute_norm_stats(dataset), tokens=tokens)
+
+
+def test_every_step_is_in_exactly_one_place():
+    ends = np.cumsum(LENGTHS)
+    frame, step, mask = pack(ends, W)
+    assert sorted(frame[mask]) == list(range(ends[-1]))
+    starts = np.concatenate([[0], ends[:-1]])
+    assert np.array_equal(frame[mask] - step[mask], np.repeat(starts, LENGTHS)[frame[mask]])
+
+
+def test_rows_are_nearly_full():
+    lengths = np.random.default_rng(1).integers(1, 33, 500)
+    mask = pack(np.cumsum(lengths), 32)[2]
+    assert mask.mean() > 0.97
+
+
+def test_the_chunk_mask_counts_the_real_targets(windows):
+    packed = Packed(windows)
+    batch = packed[np.arange(len(packed))]
+    expected = sum(min(K, length - t) for length in LENGTHS for t in range(length))
+    assert batch.action_mask.sum() == expected
+    assert not batch.action[~batch.action_mask].any()
+
+
+def test_the_instruction_is_visible_at_the_first_step_of_an_episode_alone(windows):
+    packed = Packed(windows)
+    batch = packed[np.arange(len(packed))]
+    shown = (batch.observation.instruction > 0).any(-1)
+    assert np.array_equal(shown & batch.timestep_mask, (packed.step == 0) & packed.mask)
+
+
+def test_an_episode_in_a_shared_row_decodes_as_in_a_window_of_its_own(windows, key):
+    config = decoders.DecoderConfig(
+        kind="lstm", token_dim=4, num_tokens=2, window_size=W, action_horizon=K,
+        hidden_size=8, num_layers=1, head_sizes=(8,),
+    )  # fmt: skip
+    params = decoders.init(key, config)
+    packed = Packed(windows)
+    rows, alone = packed[np.arange(len(packed))], windows[np.arange(len(windows))]
+
+    def arms(batch, reset):
+        chunk = decoders.apply(
+            params, config, batch.tokens, timestep_mask=batch.timestep_mask, reset=reset
+        )
+        return np.asarray(chunk.arm)[batch.timestep_mask]
+
+    together, separate = arms(rows, rows.reset), arms(alone, None)
+    order = np.argsort(packed.frame[packed.mask])
+    starts = np.concatenate([[0], np.cumsum(LENGTHS)[:-1]])
+    index = windows.index
+    steps = index[:, 1, None] + np.arange(1 - W, 1)
+    frames = (starts[index[:, 0], None] + steps)[alone.timestep_mask]
+    # An episode longer than W is cut at other places by the two, so compare those that fit.
+    fits = np.repeat(np.array(LENGTHS) <= W, LENGTHS)
+    by_frame = {frame: arm for frame, arm in zip(frames, separate, strict=True)}
+    for frame, arm in enumerate(together[order]):
+        if fits[frame]:
+            np.testing.assert_allclose(arm, by_frame[frame], atol=1e-6)

@@ -1,0 +1,122 @@
+"""Demonstrations on disk: only what succeeded, and the expert's own action."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from train import record as module
+from train.record import RecordConfig, record
+from vla_jax.data import lerobot
+from vla_jax.envs import table_jax, table_mujoco
+
+TWIN = table_jax.TableConfig(image_size=0, max_steps=20)
+
+
+def test_the_jax_table_is_recorded_as_it_was_played(tmp_path, capsys):
+    config = RecordConfig(str(tmp_path / "demos"), TWIN, num_episodes=12)
+    assert record(config) == tmp_path / "demos"
+    data = lerobot.read(config.dataset, cameras=())
+    played = table_jax.collect(table_jax.make(TWIN), jax.random.key(0), 12)
+    success = np.array(played.success)
+    assert 0 < success.sum() < 12  # 20 steps are too few for some tasks
+    assert f"kept {success.sum()} of 12 episodes" in capsys.readouterr().err
+    lengths = np.array(played.length)[success]
+    np.testing.assert_array_equal(np.diff(data.episode_ends, prepend=0), lengths)
+    for name, expected in [
+        ("action", played.action),
+        ("proprio", played.observation.proprio),
+        ("environment_state", played.observation.environment_state),
+    ]:
+        steps = [np.array(e)[:n] for e, n in zip(expected[success], lengths, strict=True)]
+        np.testing.assert_allclose(data.columns[name], np.concatenate(steps), atol=1e-6)
+        assert len(data.names[name]) == data.columns[name].shape[1]
+    sentences = table_jax.make(TWIN).instructions
+    assert data.instructions == tuple(sentences[i] for i in np.array(played.instruction)[success])
+    assert data.fps == 10
+
+
+def test_chunks_bound_the_memory_and_no_episode_comes_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_BYTES", 5 * 20 * 4 * 37)  # five episodes of 20 steps
+    config = RecordConfig(str(tmp_path / "demos"), TWIN, num_episodes=12)
+    chunks = []
+    collect = table_jax.collect
+
+    def counted(env, key, num_episodes, *, noise):
+        chunks.append(num_episodes)
+        return collect(env, key, num_episodes, noise=noise)
+
+    monkeypatch.setattr(table_jax, "collect", counted)
+    episodes = list(module._side_by_side(TWIN, config))
+    assert chunks == [5, 5, 5]
+    assert len(episodes) == 12
+    first = [e.observation["environment_state"][0].tobytes() for e in episodes if e]
+    assert len(set(first)) == len(first)
+
+
+def test_pictures_are_recorded_where_there_are_some(tmp_path):
+    world = dataclasses.replace(TWIN, image_size=16)
+    record(RecordConfig(str(tmp_path / "demos"), world, num_episodes=4))
+    data = lerobot.read(tmp_path / "demos")
+    assert {name: frames.shape[1:] for name, frames in data.frames.items()} == {
+        "image_primary": (16, 16, 3),
+        "image_wrist": (16, 16, 3),
+    }
+
+
+def test_mujoco_is_recorded_in_processes_and_is_what_one_process_plays(tmp_path):
+    world = table_mujoco.TableConfig(image_size=0)
+    config = RecordConfig(str(tmp_path / "demos"), world, num_episodes=3, num_processes=1)
+    record(config)
+    data = lerobot.read(tmp_path / "demos", cameras=())
+    simulator = table_mujoco.TableMujoco(world)
+    played = [
+        module.demonstrate(simulator, seed, config.noise, config.disturbance) for seed in range(3)
+    ]
+    episodes = [episode for episode in played if episode]
+    assert data.instructions == tuple(e.instruction for e in episodes)
+    actions = np.concatenate([e.action for e in episodes])
+    np.testing.assert_allclose(data.columns["action"], actions, atol=1e-6)
+
+
+def test_a_disturbance_moves_the_robot_elsewhere_than_the_labels_say():
+    simulator = table_mujoco.TableMujoco(table_mujoco.TableConfig(image_size=0))
+
+    def share_astray(disturbance):  # of steps: the tool moves against what the label says
+        played = [module.demonstrate(simulator, seed, 0.0, disturbance) for seed in range(8)]
+        off = []
+        for episode in filter(None, played):
+            moved = np.diff(episode.observation["proprio"][:, :2], axis=0) / 0.03
+            off.append((moved * episode.action[:-1, :2]).min(axis=1) < -0.1)
+        return np.concatenate(off).mean()
+
+    assert share_astray(0.0) < 0.02
+    assert share_astray(0.1) > 0.05
+
+
+def test_an_episode_that_fails_is_not_kept():
+    simulator = table_mujoco.TableMujoco(table_mujoco.TableConfig(image_size=0, max_steps=2))
+    assert module.demonstrate(simulator, seed=0, noise=0.0, disturbance=0.0) is None
+
+
+def test_a_data_set_that_is_there_is_not_replaced_unless_asked(tmp_path):
+    config = RecordConfig(str(tmp_path / "demos"), TWIN, num_episodes=12)
+    record(config)
+    with pytest.raises(FileExistsError, match="exists; choose another folder or overwrite it"):
+        record(config)
+    assert record(dataclasses.replace(config, overwrite=True)) == tmp_path / "demos"
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"num_episodes": 0}, "num_episodes must be >= 1 .* got 0 and 0"),
+        ({"num_processes": -1}, "num_processes >= 0, got 2000 and -1"),
+        ({"noise": -0.1}, "noise must be >= 0 units of action, got -0.1"),
+        ({"disturbance": 1.5}, r"disturbance must be in \[0, 1\] per step, got 1.5"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(fields, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        RecordConfig(**fields)

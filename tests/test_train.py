@@ -1,0 +1,273 @@
+"""The whole road in small: demonstrations, eyes, tokens, imitation, and what interrupts it."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import tiny_demos
+
+from train import loop
+from train.cache import cache
+from train.imitate import imitate
+from train.logs import read_metrics
+from train.pretrain import pretrain
+from train.setup import init_params
+from vla_jax import checkpoint, optim
+from vla_jax.backbones.state import StateConfig
+from vla_jax.config import load
+from vla_jax.runs import load_run
+from vla_jax.update import init_train_state
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def demos(tmp_path_factory):
+    return tiny_demos.write(tmp_path_factory.mktemp("demos") / "table")
+
+
+@pytest.fixture(scope="module")
+def eyes(demos, tmp_path_factory):
+    return pretrain(tiny_demos.pretraining(demos, tmp_path_factory.mktemp("runs") / "eyes"))
+
+
+@pytest.fixture(scope="module")
+def trained(demos, tmp_path_factory):
+    return imitate(tiny_demos.imitation(demos, tmp_path_factory.mktemp("runs") / "state"))
+
+
+def train_state(run_dir, *, step=None):
+    """The saved state, params and optimiser and average, of a run on the state."""
+    config = tiny_demos.imitation("", run_dir)
+    params = init_params(jax.random.key(0), config)
+    optimizer = optim.make_optimizer(config.optim, config.loop.num_updates, params)
+    like = init_train_state(params, optimizer, ema=True)
+    return checkpoint.restore(run_dir / "checkpoints", like, step=step)[0]
+
+
+def assert_same_bits(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_pretraining_moves_the_eyes_and_keeps_what_acting_needs(eyes):
+    losses = [line["loss"] for line in read_metrics(eyes / "metrics.jsonl")]
+    assert len(losses) == 2
+    assert np.all(np.isfinite(losses))
+    params = checkpoint.restore_params(eyes / "checkpoints")
+    assert params.keys() == {"backbone", "readout"}
+    assert params["readout"]["kernel"].shape == (4 * 8, 22)
+    assert json.loads((eyes / "norm_stats.json").read_text()).keys() >= {"environment_state"}
+
+
+def test_the_eyes_can_look_for_another_column(demos, tmp_path):
+    config = dataclasses.replace(tiny_demos.pretraining(demos, tmp_path), target="action")
+    params = checkpoint.restore_params(pretrain(config) / "checkpoints")
+    assert params["readout"]["bias"].shape == (7,)
+
+
+def test_a_run_folder_is_all_that_is_needed_to_act(trained):
+    run = load_run(trained)
+    assert run.agent == tiny_demos.imitation("", "").agent
+    assert json.loads((trained / "world.json").read_text())["kind"] == "table_jax"
+    steps = [line["step"] for line in read_metrics(trained / "metrics.jsonl")]
+    assert steps == [1, 2, 3, 4]
+    assert (trained / "actions.png").stat().st_size > 0
+
+
+def test_resumed_is_uninterrupted_to_the_bit(demos, trained, tmp_path):
+    run_dir = shutil.copytree(trained, tmp_path / "resumed")
+    shutil.rmtree(run_dir / "checkpoints" / "4")
+    assert int(train_state(run_dir).num_updates) == 2
+    imitate(tiny_demos.imitation(demos, run_dir))
+    whole, resumed = train_state(trained), train_state(run_dir)
+    assert int(resumed.num_updates) == 4
+    assert_same_bits(whole, resumed)
+    told = [read_metrics(folder / "metrics.jsonl") for folder in (trained, run_dir)]
+    for one, other in zip(*told, strict=True):
+        assert {k: one[k] for k in ("step", "loss", "grad_norm")} == {
+            k: other[k] for k in ("step", "loss", "grad_norm")
+        }
+
+
+def test_a_finished_run_is_left_as_it_is(demos, trained):
+    before = train_state(trained)
+    imitate(tiny_demos.imitation(demos, trained))
+    assert_same_bits(before, train_state(trained))
+
+
+def test_a_frozen_backbone_stays_as_it_was_pre_trained_to_the_bit(demos, eyes, tmp_path):
+    config = tiny_demos.imitation(
+        demos,
+        tmp_path / "run",
+        backbone=tiny_demos.EYES,
+        backbone_from=str(eyes),
+        frozen_backbone=True,
+    )
+    file = cache(config)
+    before = file.stat()
+    run_dir = imitate(config)
+    assert file.stat().st_mtime_ns == before.st_mtime_ns  # used, not written again
+    assert list(file.parent.iterdir()) == [file]
+    params = checkpoint.restore_params(run_dir / "checkpoints")
+    pretrained = checkpoint.restore_params(eyes / "checkpoints")
+    assert_same_bits(params["backbone"], pretrained["backbone"])
+    first = init_params(jax.random.split(jax.random.key(0))[0], config)["decoder"]
+    moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), first, params["decoder"])
+    assert all(jax.tree.leaves(moved))
+
+
+def test_end_to_end_training_moves_the_backbone_too(demos, eyes, tmp_path):
+    config = tiny_demos.imitation(
+        demos, tmp_path / "run", backbone=tiny_demos.EYES, backbone_from=str(eyes), pack=True
+    )
+    params = checkpoint.restore_params(imitate(config) / "checkpoints")
+    pretrained = checkpoint.restore_params(eyes / "checkpoints")["backbone"]
+    for name in ("latents", "image_primary_embed", "words"):
+        same = jax.tree.map(np.array_equal, params["backbone"][name], pretrained[name])
+        assert not all(jax.tree.leaves(same)), name
+
+
+def test_another_config_in_the_same_folder_is_one_sentence_that_names_the_field(demos, trained):
+    config = tiny_demos.imitation(demos, trained, gripper_weight=0.5)
+    with pytest.raises(
+        ValueError, match=r"another config: gripper_weight was 0\.01 and is 0\.5; .*--overwrite"
+    ):
+        imitate(config)
+    assert checkpoint.latest_step(trained / "checkpoints") == 4
+
+
+def test_overwrite_starts_anew_and_its_run_can_be_resumed_without_it(tmp_path):
+    config = tiny_demos.imitation("demos", tmp_path / "run")
+    folder = loop.open_run(config.run_dir, config, overwrite=False)
+    (folder / "left").touch()
+    other = dataclasses.replace(config, seed=1, overwrite=True)
+    loop.open_run(config.run_dir, other, overwrite=True)
+    assert not (folder / "left").exists()
+    loop.open_run(config.run_dir, dataclasses.replace(other, overwrite=False), overwrite=False)
+    assert load(type(config), folder / "config.json").seed == 1
+
+
+def test_a_folder_that_is_no_run_is_never_deleted(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    config = tiny_demos.imitation("demos", tmp_path)
+    with pytest.raises(ValueError, match=r"is not a run folder \(no config\.json\)"):
+        loop.open_run(config.run_dir, config, overwrite=True)
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_only_the_first_process_writes_and_tells(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    loop.open_run(str(tmp_path / "run"), tiny_demos.imitation("demos", "run"), overwrite=False)
+    loop.save_json({"a": 1}, tmp_path / "a.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_data_set_leaves_no_run_behind(tmp_path):
+    config = tiny_demos.imitation(tmp_path / "nowhere", tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        imitate(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_target_that_the_data_lack_is_one_sentence(demos, tmp_path):
+    config = tiny_demos.pretraining(demos, tmp_path)
+    with pytest.raises(ValueError, match=r"target must be a column of .* got 'state'; choose"):
+        pretrain(dataclasses.replace(config, target="state"))
+
+
+@pytest.mark.parametrize("backbone", [StateConfig(), dataclasses.replace(tiny_demos.EYES, width=8)])
+def test_a_backbone_of_other_sizes_is_one_sentence(eyes, backbone):
+    config = tiny_demos.imitation("", "", backbone=backbone, backbone_from=str(eyes))
+    with pytest.raises(ValueError, match=r"backbone of .*eyes has other sizes than this config's"):
+        init_params(jax.random.key(0), config)
+
+
+def test_num_updates_below_one_are_refused():
+    with pytest.raises(ValueError, match="save_every must be at least 1, got 0"):
+        loop.LoopConfig(save_every=0)
+
+
+# --- the command line, and kill -9 ------------------------------------------------------------
+
+
+def environment():
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+def start(module, *options):
+    """Starts `python -m train.…` in the repository's root."""
+    command = [sys.executable, "-m", f"train.{module}", *map(str, options)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=pipe, stderr=pipe, text=True
+    )
+
+
+def small_run(demos, run_dir):
+    return start(
+        "imitate",
+        *("--preset", "table_jax_state", "--dataset", demos, "--run-dir", run_dir),
+        *("--window-size", 6, "--hidden-size", 8, "--head-sizes", 8, "--batch-size", 8),
+        *("--num-updates", 300, "--save-every", 10, "--log-every", 10, "--warmup-steps", 5),
+        *("--dropout", 0.1),
+    )
+
+
+def kill_while_training(process, run_dir, seconds):
+    """Kills -9 some time after the first new updates, and before the last."""
+    lines = run_dir / "metrics.jsonl"
+    before = lines.stat().st_ino if lines.exists() else None
+    start = checkpoint.latest_step(run_dir / "checkpoints") or 0
+
+    def trains():  # the loop begins by replacing the file, cut to what was saved
+        replaced = lines.exists() and lines.stat().st_ino != before
+        return replaced and any(line["step"] > start for line in read_metrics(lines))
+
+    while process.poll() is None and not trains():
+        time.sleep(0.01)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGKILL)
+    _, told = process.communicate()
+    assert process.returncode == -signal.SIGKILL, told
+
+
+@pytest.mark.slow
+def test_killed_five_times_is_uninterrupted_to_the_bit(demos, tmp_path):
+    seconds = [random.uniform(0, 0.25) for _ in range(5)]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    with small_run(demos, whole) as uninterrupted:
+        reached = []
+        for pause in seconds:
+            kill_while_training(small_run(demos, killed), killed, pause)
+            reached.append(checkpoint.latest_step(killed / "checkpoints") or 0)
+        for process in (small_run(demos, killed), uninterrupted):
+            _, told = process.communicate()
+            assert process.returncode == 0, told
+    print(f"killed {seconds} s into the updates, with checkpoints of {reached}")
+    assert 0 < reached[-1] < 300, reached
+    assert_same_bits(*(saved(folder) for folder in (whole, killed)))
+    told = [read_metrics(folder / "metrics.jsonl") for folder in (whole, killed)]
+    steps = [[(line["step"], line["loss"]) for line in lines] for lines in told]
+    assert steps[0] == steps[1]
+
+
+def saved(run_dir):
+    """Everything in the last checkpoint."""
+    step = checkpoint.latest_step(run_dir / "checkpoints")
+    tree, metadata = checkpoint._stored(run_dir.absolute() / "checkpoints" / str(step))
+    path = run_dir.absolute() / "checkpoints" / str(step)
+    return checkpoint._load(path, checkpoint._as_numpy(tree)), metadata["loader"]
