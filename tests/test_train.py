@@ -222,7 +222,7 @@ def small_run(demos, run_dir):
         "imitate",
         *("--preset", "table_jax_state", "--dataset", demos, "--run-dir", run_dir),
         *("--window-size", 6, "--hidden-size", 8, "--head-sizes", 8, "--batch-size", 8),
-        *("--num-updates", 300, "--save-every", 10, "--log-every", 10, "--warmup-steps", 5),
+        *("--num-updates", 1500, "--save-every", 20, "--log-every", 10, "--warmup-steps", 5),
         *("--dropout", 0.1),
     )
 
@@ -247,7 +247,7 @@ def kill_while_training(process, run_dir, seconds):
 
 @pytest.mark.slow
 def test_killed_five_times_is_uninterrupted_to_the_bit(demos, tmp_path):
-    seconds = [random.uniform(0, 0.25) for _ in range(5)]
+    seconds = [random.uniform(0.2, 0.8) for _ in range(5)]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     with small_run(demos, whole) as uninterrupted:
         reached = []
@@ -258,7 +258,7 @@ def test_killed_five_times_is_uninterrupted_to_the_bit(demos, tmp_path):
             _, told = process.communicate()
             assert process.returncode == 0, told
     print(f"killed {seconds} s into the updates, with checkpoints of {reached}")
-    assert 0 < reached[-1] < 300, reached
+    assert 0 < reached[-1] < 1500, reached
     assert_same_bits(*(saved(folder) for folder in (whole, killed)))
     told = [read_metrics(folder / "metrics.jsonl") for folder in (whole, killed)]
     steps = [[(line["step"], line["loss"]) for line in lines] for lines in told]

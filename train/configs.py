@@ -48,7 +48,7 @@ def table_lstm() -> ImitateConfig:
     decoder = DecoderConfig(
         kind="lstm",
         window_size=64,
-        action_horizon=4,
+        action_horizon=2,
         hidden_size=128,
         num_layers=1,
         pooling="none",
@@ -62,14 +62,15 @@ def table_lstm() -> ImitateConfig:
         gripper_weight=0.1,
         agent=AgentConfig(policy.connect(PerceiverConfig(), decoder)),
         loader=LoaderConfig(batch_size=32),
-        optim=OptimConfig(learning_rate=3e-3, end_factor=0.01, weight_decay=0.1, ema_decay=0.999),
-        loop=LoopConfig(num_updates=3500, save_every=500),
+        optim=OptimConfig(learning_rate=3e-3, end_factor=0.01, weight_decay=0.2, ema_decay=0.999),
+        loop=LoopConfig(num_updates=5000, save_every=1000),
     )
 
 
 def table_fc() -> ImitateConfig:
     """Its memoryless baseline: the same data, features and sizes, no recurrence."""
-    return replace(with_kind(table_lstm(), "fc"), run_dir="runs/table_fc")
+    config = with_kind(table_lstm(), "fc")
+    return replace(config, run_dir="runs/table_fc", loop=replace(config.loop, num_updates=3000))
 
 
 def table_jax_state() -> ImitateConfig:

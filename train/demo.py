@@ -35,8 +35,8 @@ class DemoConfig:
     run_dir: str = "runs/demo"  # folder to write to
     dataset: str = "demos/table"  # folder of the demonstrations
     num_demonstrations: int = 8000  # episodes to record
-    num_episodes: int = 150  # unseen episodes to evaluate each policy on
-    num_films: int = 6  # episodes to film per policy
+    num_episodes: int = 120  # unseen episodes to evaluate each policy on
+    num_films: int = 4  # episodes to film of a policy that is filmed
 
 
 def table() -> DemoConfig:
@@ -120,13 +120,16 @@ def _train_on_state(config: DemoConfig, world: WorldConfig) -> dict:
 def _evaluate(config: DemoConfig, policies: dict) -> dict[str, pathlib.Path]:
     console.rule(f"evaluation: {config.num_episodes} unseen episodes each")
     evaluations = {}
-    for name, (run, options) in policies.items():
-        films = 0 if "reference" in options else config.num_films
+    for name, (folder, options) in policies.items():
+        filmed = "reference" not in options and "persistent" not in options.values()
         chosen = EvaluateConfig(
-            name=_folder(name), num_episodes=config.num_episodes, num_films=films, **options
+            name=_folder(name),
+            num_episodes=config.num_episodes,
+            num_films=config.num_films * filmed,
+            **options,
         )
-        evaluate(run, chosen, console=console)
-        evaluations[name] = run / "evaluation" / _folder(name)
+        evaluate(folder, chosen, console=console)
+        evaluations[name] = folder / "evaluation" / _folder(name)
     return evaluations
 
 

@@ -5,9 +5,8 @@
 
 The robot is sent the expert's action plus noise while the action without it is recorded: the
 states go astray and the labels show the way back (DART, Laskey et al. 2017, arXiv:1703.09327).
-On the MuJoCo table short bursts of random actions come on top, so that there are missed grasps and
-lost blocks to learn from: without them a policy that once misses never tries again.
-Episodes that fail are not kept.
+With `--disturbance 0.05` bursts of random actions come on top on the MuJoCo table: missed grasps
+and lost blocks, and the way back from them; such data want a longer training.
 """
 
 import math
@@ -43,7 +42,7 @@ class RecordConfig:
     )
     num_episodes: int = 2000  # episodes to play; seeds 0, 1, …
     noise: float = 0.25  # standard deviation on the arm's dims, in units of action
-    disturbance: float = 0.05  # probability per step that a burst of random actions starts
+    disturbance: float = 0.0  # probability per step that a burst of random actions starts
     num_processes: int = 0  # MuJoCo worlds side by side; 0 = one per core
     overwrite: bool = False  # replace a data set that is there
 
