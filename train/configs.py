@@ -93,7 +93,7 @@ def table_jax_state() -> ImitateConfig:
         world=JaxTableConfig(image_size=0),
         loader=LoaderConfig(batch_size=48),
         optim=OptimConfig(learning_rate=4e-3, end_factor=0.01),
-        loop=LoopConfig(num_updates=1000, save_every=1000),
+        loop=LoopConfig(num_updates=1300, save_every=1300),
     )
 
 
