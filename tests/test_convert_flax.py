@@ -258,13 +258,37 @@ def linen_layers(*sizes, cell="rnn"):
         ([], "got no cell in"),
         (linen_layers((D, H)) + linen_layers((H, H), cell="gru"), "of one family, .* got gru, rnn"),
         ([linen_layers((D, H))[0], tuple(linen_layers((H, H), (H, H)))], r"in \[1, 2\] directions"),
-        (linen_layers((D, H), (D, H)), r"kernels of layers_1, forward, must be \[\[5, 5\], "),
-        (linen_layers((D, H), (H, D)), r"layers_1, .* got \[\[5, 4\], \[4, 4\]\]; give them from"),
+        (linen_layers((D, H), (D, H)), r"kernels of layers_1/forward must be \[\[5, 5\], "),
+        (linen_layers((D, H), (H, D)), r"layers_1/forward .* got \[\[5, 4\], \[4, 4\]\]; give all"),
     ],
 )
 def test_layers_that_do_not_fit_are_one_sentence(layers, sentence):
     with pytest.raises(ValueError, match=sentence):
         convert.from_flax_stack(layers)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"cell": "gru", "num_layers": 1}, "kernels of layers_1/forward must be absent, got"),
+        ({"cell": "gru", "num_layers": 3}, "kernels of layers_2/forward must be .*, got none"),
+        ({"cell": "lstm"}, r"kernels of layers_0/forward must be \[\[4, 20\], \[5, 20\]\], got"),
+    ],
+)
+def test_a_stack_of_another_config_is_one_sentence(fields, sentence, key):
+    params = recurrence.init(key, RecurrenceConfig("gru", 2, H), D)
+    with pytest.raises(ValueError, match=sentence):
+        convert.to_flax_stack(
+            RecurrenceConfig(**{"hidden_size": H, "num_layers": 2, **fields}), params
+        )
+
+
+def test_a_cell_of_another_kind_is_one_sentence(key):
+    params = cells.GRU.init(key, D, 4)  # 3 · 4 columns can be parted in four as well
+    with pytest.raises(
+        ValueError, match=r"those of one cell 'lstm', got input_bias \[12\], .*; of"
+    ):
+        convert.to_flax("lstm", params)
 
 
 def test_the_documented_way_runs():

@@ -86,6 +86,19 @@ def test_a_cell_in_bfloat16_keeps_params_carries_and_outputs_in_float32(key):
     assert_close(results, expected, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("lstmm", H), "unknown cell 'lstmm'; .* Did you mean 'lstm'"),
+        (("lstm", 0), "hidden_size must be at least 1, got 0"),
+        (("lstm", H, "float16"), "unknown dtype 'float16'"),
+    ],
+)
+def test_a_wrong_cell_is_one_sentence(arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        linen.Cell(*arguments)
+
+
 @each_cell
 def test_the_recurrence_is_the_pure_one(cell, key):
     config = RecurrenceConfig(cell, num_layers=2, hidden_size=H, bidirectional=True)

@@ -17,7 +17,7 @@ From NNX, through Flax's bridge, with a batch of inputs to make the params for:
 
 from collections.abc import Callable
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -34,9 +34,13 @@ from vla_jax.types import ActionChunk, Array, Key, Params
 class Cell(nn.RNNCellBase):
     """A cell of `cells.CELLS`; its carry is the cell's own, such as `LSTMCarry(hidden, cell)`."""
 
-    cell: str  # name in `cells.CELLS`
+    cell: Literal["rnn", "lstm", "gru"]  # name in `cells.CELLS`
     hidden_size: int  # H
-    dtype: str = "float32"  # of the factors of matrix products
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the factors of matrix products
+
+    def __post_init__(self):
+        RecurrenceConfig(self.cell, hidden_size=self.hidden_size, dtype=self.dtype)  # has checks
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, carry: Any, inputs: Array) -> tuple[Any, jax.Array]:

@@ -100,9 +100,11 @@ def to_flax(cell: CellName, params: Params, style: Style = "linen") -> Params:
       `nnx.update(cell, ...)` takes.
 
     Raises:
-      ValueError: a cell that this style does not have, or a GRU with an `hn` bias for NNX.
+      ValueError: a cell that this style does not have, params of another cell, or a GRU with an
+        `hn` bias for NNX.
     """
     layout = _layout(cell, style)
+    _check_cell(cell, params)
     if (cell, style) == ("gru", "nnx") and np.any(np.split(params["recurrent_bias"], 3)[2]):
         raise ValueError(
             "style='nnx' needs a recurrent bias of zero for gate n, which NNX's GRUCell has not, "
@@ -158,7 +160,7 @@ def from_flax_stack(
         hidden_size=first["recurrent_kernel"].shape[0],
         bidirectional=directions == {2},
     )
-    _check_fit(config, params, first["input_kernel"].shape[0])
+    _check_stack(config, params)
     return config, params
 
 
@@ -173,8 +175,9 @@ def to_flax_stack(
       style: see `to_flax`.
 
     Raises:
-      ValueError: see `to_flax`.
+      ValueError: params of another config; and see `to_flax`.
     """
+    _check_stack(config, params)
 
     def convert(layer: int, direction: str) -> Params:
         return to_flax(config.cell, params[f"layers_{layer}"][direction], style)
@@ -232,21 +235,48 @@ def _check_dtype(leaves: Mapping[str, np.ndarray]) -> None:
         )
 
 
-def _check_fit(config: RecurrenceConfig, params: Params, input_size: int) -> None:
+def _check_cell(cell: CellName, params: Params) -> None:
+    """Raises a ValueError unless these are the four params of this cell."""
+    given = {name: np.shape(leaf) for name, leaf in params.items()}
+    input_size = given.get("input_kernel", ())[:1]
+    hidden_size = given.get("recurrent_kernel", ())[:1]
+    width = tuple(CELLS[cell].num_gates * size for size in hidden_size)
+    expected = {
+        "input_kernel": input_size + width,
+        "recurrent_kernel": hidden_size + width,
+        "input_bias": width,
+        "recurrent_bias": width,
+    }
+    if given != expected:
+        listed = ", ".join(f"{name} {list(shape)}" for name, shape in sorted(given.items())[:12])
+        raise ValueError(
+            f"params must be those of one cell '{cell}', got {listed or 'none'}; of a recurrence, "
+            "choose `to_flax_stack`."
+        )
+
+
+def _check_stack(config: RecurrenceConfig, params: Params) -> None:
+    """Raises a ValueError unless the layers are those of the config and fit on one another."""
+    input_size = params["layers_0"]["forward"]["input_kernel"].shape[0]
     template = jax.eval_shape(
         lambda key: recurrence.init(key, config, input_size), jax.random.key(0)
     )
-    for name, layer in template.items():
-        for direction, expected in layer.items():
-            wanted, got = (
-                [list(tree[leaf].shape) for leaf in ("input_kernel", "recurrent_kernel")]
-                for tree in (expected, params[name][direction])
+    wanted, got = _kernels(template), _kernels(params)
+    for place in sorted(wanted | got):
+        if wanted.get(place) != got.get(place):
+            raise ValueError(
+                f"layers must fit the config and one another: kernels of {place} must be "
+                f"{wanted.get(place, 'absent')}, got {got.get(place, 'none')}; give all layers "
+                "from below, of one hidden size."
             )
-            if wanted != got:
-                raise ValueError(
-                    f"layers must fit on one another: kernels of {name}, {direction}, must be "
-                    f"{wanted}, got {got}; give them from below, all of one hidden size."
-                )
+
+
+def _kernels(params: Params) -> dict[str, list[list[int]]]:
+    return {
+        f"{name}/{direction}": [list(own[x].shape) for x in ("input_kernel", "recurrent_kernel")]
+        for name, layer in params.items()
+        for direction, own in layer.items()
+    }
 
 
 def _layout(cell: CellName, style: Style) -> Layout:
