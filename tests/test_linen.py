@@ -87,6 +87,23 @@ def test_a_cell_in_bfloat16_keeps_params_carries_and_outputs_in_float32(key):
 
 
 @pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (nn.RNN(linen.Cell("gru", H)), (B, T, D)),
+        (linen.Recurrence(RecurrenceConfig("gru", num_layers=2, hidden_size=H)), (B, T, D)),
+        (linen.Decoder(DECODERS["gru-attention"]), (B, T, N, D)),
+    ],
+    ids=["cell", "recurrence", "decoder"],
+)
+def test_params_are_drawn_from_the_key(module, shape):
+    init = jax.jit(lambda number: module.init(jax.random.key(number), jnp.zeros(shape)))
+    one, same, other = init(0), init(0), init(1)
+    assert_close(one, same, atol=0)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert not np.array_equal(a, b) or not np.any(a)  # biases of the heads start at zero
+
+
+@pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (("lstmm", H), "unknown cell 'lstmm'; .* Did you mean 'lstm'"),

@@ -137,7 +137,7 @@ def from_flax_stack(
     Raises:
       ValueError: no layers, or cells that are not of one family or do not fit on one another.
     """
-    pairs = [layer if isinstance(layer, tuple) else (layer,) for layer in layers]
+    pairs = [(layer,) if isinstance(layer, Mapping) else tuple(layer) for layer in layers]
     cells = [[from_flax(params) for params in pair] for pair in pairs]
     names = sorted({name for pair in cells for name, _ in pair})
     directions = {len(pair) for pair in cells}
