@@ -1,0 +1,300 @@
+"""PyTorch's RNN, LSTM and GRU are ours: outputs, carries, gradients, streaming, files."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from vla_jax import convert, recurrence
+from vla_jax.recurrence import RecurrenceConfig
+
+torch.set_num_threads(1)
+
+B, T, D, H = 4, 6, 3, 5
+LENGTHS = np.array([6, 2, 4, 1])
+MODULES: dict[str, Any] = {"rnn": torch.nn.RNN, "lstm": torch.nn.LSTM, "gru": torch.nn.GRU}
+
+each_cell = pytest.mark.parametrize("cell", MODULES)
+each_module = pytest.mark.parametrize(
+    ("cell", "num_layers", "bidirectional"),
+    [(cell, n, both) for cell in MODULES for n in (1, 2, 3) for both in (False, True)],
+)
+
+apply = jax.jit(recurrence.apply, static_argnames="config")
+step = jax.jit(recurrence.step, static_argnames="config")
+
+
+def make_module(cell, num_layers=1, bidirectional=False, **kwargs):
+    torch.manual_seed(0)
+    return MODULES[cell](D, H, num_layers, batch_first=True, bidirectional=bidirectional, **kwargs)
+
+
+def draw(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def leaf(array):
+    return torch.from_numpy(array).requires_grad_()
+
+
+def our_carry(config, hidden, cell):
+    """PyTorch's `[L · directions, B, H]` as ours."""
+    zeros = recurrence.zero_carry(config, np.zeros((B, 1)))
+    directions = [(name, direction) for name in zeros for direction in zeros[name]]
+    carry: dict[str, Any] = {name: {} for name in zeros}
+    for place, (name, direction) in enumerate(directions):
+        kept = type(zeros[name][direction])
+        carry[name][direction] = kept(*(x[place] for x in (hidden, cell)[: len(kept._fields)]))
+    return carry
+
+
+def assert_close(one, other):
+    """To 1e-6 of the largest number of each array, and at least of 1.
+
+    The outputs are of order 1. A gradient is summed over batch and time, and float32 has 6e-8 of
+    it to a rounding.
+    """
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * max(1.0, np.abs(b).max()))
+
+
+def assert_same_bytes(one, other):
+    assert list(one) == list(other)
+    for name, array in one.items():
+        expected = np.asarray(other[name])
+        assert array.shape == expected.shape
+        assert array.dtype == expected.dtype
+        assert array.tobytes() == expected.tobytes()
+
+
+def run_torch(module, inputs, hidden, cell):
+    """Outputs and carry of padded rows, packed as PyTorch's users pack them."""
+    packed = pack_padded_sequence(
+        inputs, torch.from_numpy(LENGTHS), batch_first=True, enforce_sorted=False
+    )
+    lstm = isinstance(module, torch.nn.LSTM)
+    outputs, last = module(packed, (hidden, cell) if lstm else hidden)
+    outputs, _ = pad_packed_sequence(outputs, batch_first=True, total_length=T)
+    return outputs, last if lstm else (last,)
+
+
+@each_module
+def test_outputs_carries_and_gradients_are_those_of_pytorch(cell, num_layers, bidirectional):
+    module = make_module(cell, num_layers, bidirectional)
+    config, params = convert.from_torch(module.state_dict())
+    places = num_layers * (1 + bidirectional)
+    x, hidden, memory = draw(0, B, T, D), draw(1, places, B, H), draw(2, places, B, H)
+    weights, last_weights = draw(3, B, T, H * (1 + bidirectional)), draw(4, places, B, H)
+
+    given = [leaf(array) for array in (x, hidden, memory)]
+    outputs, last = run_torch(module, *given)
+    loss = (outputs * torch.from_numpy(weights)).sum()
+    (loss + sum((part * torch.from_numpy(last_weights)).sum() for part in last)).backward()
+
+    mask = np.arange(T) < LENGTHS[:, None]
+    carry = our_carry(config, hidden, memory)
+    carry_weights = our_carry(config, last_weights, last_weights)
+
+    @jax.jit
+    @jax.grad
+    def gradients(arguments):
+        params, x, carry = arguments
+        last, outputs = recurrence.apply(params, config, x, mask=mask, carry=carry)
+        ends = jax.tree.map(lambda part, weight: (part * weight).sum(), last, carry_weights)
+        return (outputs * weights).sum() + sum(jax.tree.leaves(ends))
+
+    ours = apply(params, config, x, mask=mask, carry=carry)
+    theirs = [part.detach().numpy() for part in (outputs, *last)]
+    expected_last = our_carry(config, theirs[1], theirs[-1])
+    assert_close(ours, (expected_last, theirs[0]))
+    by_params, by_inputs, by_carry = gradients((params, x, carry))
+    expected = {name: p.grad.numpy() for name, p in module.named_parameters()}
+    assert_close(convert.to_torch(config, by_params), expected)
+    grads = [None if part.grad is None else part.grad.numpy() for part in given]
+    assert_close(by_inputs, grads[0])
+    assert_close(by_carry, our_carry(config, *grads[1:]))
+
+
+@each_module
+def test_there_and_back_is_the_same_file(cell, num_layers, bidirectional):
+    module = make_module(cell, num_layers, bidirectional)
+    config, params = convert.from_torch(module.state_dict())
+    assert config == RecurrenceConfig(cell, num_layers, H, bidirectional=bidirectional)
+    tensors = convert.to_torch(config, params)
+    assert_same_bytes(tensors, module.state_dict())
+    other = MODULES[cell](D, H, num_layers, bidirectional=bidirectional)
+    other.load_state_dict({name: torch.from_numpy(x) for name, x in tensors.items()})
+    assert_same_bytes(tensors, other.state_dict())
+
+
+@each_cell
+def test_back_and_there_are_the_same_params(cell, key):
+    config = RecurrenceConfig(cell, num_layers=2, hidden_size=H, bidirectional=True)
+    params = recurrence.init(key, config, D)
+    again, converted = convert.from_torch(convert.to_torch(config, params))
+    assert again == config
+    assert jax.tree.structure(converted) == jax.tree.structure(params)
+    assert jax.tree.all(jax.tree.map(np.array_equal, converted, params))
+
+
+@each_cell
+def test_streamed_is_pytorchs_module_fed_one_step_at_a_time(cell):
+    module = make_module(cell, num_layers=2)
+    config, params = convert.from_torch(module.state_dict())
+    x, state = draw(0, B, T, D), None
+    carry = recurrence.zero_carry(config, x)
+    for t in range(T):
+        carry, output = step(params, config, carry, x[:, t])
+        with torch.no_grad():
+            expected, state = module(torch.from_numpy(x[:, t : t + 1]), state)
+        assert_close(output, expected[:, 0])
+    hidden, memory = state if cell == "lstm" else (state, state)
+    assert_close(carry, our_carry(config, hidden.numpy(), memory.numpy()))
+
+
+@each_cell
+def test_a_module_without_biases_has_biases_of_zero_and_gets_its_own_file_back(cell):
+    module = make_module(cell, 2, True, bias=False)
+    config, params = convert.from_torch(module.state_dict())
+    x = draw(0, B, T, D)
+    with torch.no_grad():
+        expected, _ = module(torch.from_numpy(x))
+    assert_close(apply(params, config, x)[1], expected)
+    assert not any(
+        np.any(x) for name, x in convert.to_torch(config, params).items() if name.startswith("bias")
+    )
+    assert_same_bytes(convert.to_torch(config, params, bias=False), module.state_dict())
+
+
+def test_a_part_of_a_larger_module_is_named_by_its_prefix():
+    model = torch.nn.ModuleDict({"rnn": make_module("gru"), "head": torch.nn.Linear(H, 2)})
+    config, params = convert.from_torch(model.state_dict(), prefix="rnn.")
+    own = {name: x for name, x in model.state_dict().items() if name.startswith("rnn.")}
+    assert_same_bytes(convert.to_torch(config, params, prefix="rnn."), own)
+
+
+@each_cell
+def test_what_is_converted_is_a_copy(cell):
+    """An optimizer of PyTorch changes its tensors in place."""
+    module = make_module(cell)
+    config, params = convert.from_torch(module.state_dict())
+    before = jax.tree.map(np.array, params)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, before))
+    tensors = convert.to_torch(config, params)
+    for array in tensors.values():
+        array[...] = 0.0
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, before))
+
+
+def without(name, tensors):
+    return {own: tensor for own, tensor in tensors.items() if own != name}
+
+
+WRONG = {
+    "nothing": (lambda given: {}, "'weight_ih_l0' must be a matrix .* got none among ;"),
+    "another prefix": (
+        lambda given: {f"rnn.{name}": tensor for name, tensor in given.items()},
+        "'weight_ih_l0' must be .* got none among rnn.weight_ih_l0, .*; `prefix` is what stands",
+    ),
+    "not a matrix": (
+        lambda given: given | {"weight_hh_l0": np.zeros(3, np.float32)},
+        r"'weight_hh_l0' must be a matrix .* got \[3\] among",
+    ),
+    "another cell": (
+        lambda given: given | {"weight_hh_l0": np.zeros((2 * H, H), np.float32)},
+        r"weight_hh_l0 must have 1, 3 or 4 times as many rows .* got \[10, 5\]",
+    ),
+    "no units": (
+        lambda given: given | {"weight_hh_l0": np.zeros((0, 0), np.float32)},
+        r"weight_hh_l0 must have 1, 3 or 4 times as many rows .* got \[0, 0\]",
+    ),
+    "missing": (
+        lambda given: without("bias_hh_l1", given),
+        "tensors must be all those of one recurrence .* got missing: bias_hh_l1; give the whole",
+    ),
+    "a layer in one direction": (
+        lambda given: given | {"weight_ih_l0_reverse": np.zeros((4 * H, D), np.float32)},
+        "missing: weight_hh_l0_reverse, bias_ih_l0_reverse, .*; of another shape: weight_ih_l1 "
+        r"\[20, 10\] \(got \[20, 5\]\)",
+    ),
+    "a layer left out": (
+        lambda given: {name.replace("l1", "l2"): tensor for name, tensor in given.items()},
+        "missing: weight_ih_l1, .*; left over: weight_ih_l2",
+    ),
+    "left over": (
+        lambda given: given | {f"head.{number}": np.zeros(1) for number in range(10)},
+        "left over: head.0, .* head.7 and 2 more;",
+    ),
+    "misshapen": (
+        lambda given: given | {"bias_ih_l0": np.zeros(3, np.float32)},
+        r"of another shape: bias_ih_l0 \[20\] \(got \[3\]\)",
+    ),
+    "half precision": (
+        lambda given: given | {"bias_ih_l0": given["bias_ih_l0"].bfloat16()},
+        "not float32: bias_ih_l0;",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_tensors_are_one_sentence(wrong):
+    change, sentence = WRONG[wrong]
+    with pytest.raises(ValueError, match=sentence):
+        convert.from_torch(change(dict(make_module("lstm", 2).state_dict())))
+
+
+def test_projections_are_refused():
+    module = make_module("lstm", proj_size=2)
+    with pytest.raises(ValueError, match=r"proj_size must be 0, got .* \(weight_hr_l0\); there is"):
+        convert.from_torch(module.state_dict())
+
+
+def test_biases_that_are_not_zero_are_not_left_out(key):
+    config = RecurrenceConfig("gru", hidden_size=H)
+    params = recurrence.init(key, config, D)
+    with pytest.raises(ValueError, match="needs biases of zero, got others in bias_ih_l0, bias_hh"):
+        convert.to_torch(config, params, bias=False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"num_layers": 2}, "params must be .* missing: weight_ih_l1"),
+        ({"cell": "gru"}, r"params must be .* of another shape: weight_ih_l0 \[15, 3\]"),
+        ({"bidirectional": True}, "params must be .* missing: weight_ih_l0_reverse"),
+    ],
+)
+def test_params_of_another_config_are_one_sentence(fields, sentence, key):
+    params = recurrence.init(key, RecurrenceConfig(hidden_size=H), D)
+    with pytest.raises(ValueError, match=sentence):
+        convert.to_torch(RecurrenceConfig(**{"hidden_size": H, **fields}), params)
+
+
+def test_more_params_than_the_config_has_are_one_sentence(key):
+    params = recurrence.init(key, RecurrenceConfig(hidden_size=H, num_layers=2), D)
+    with pytest.raises(ValueError, match="left over: layers_1/forward/input_kernel, "):
+        convert.to_torch(RecurrenceConfig(hidden_size=H), params)
+
+
+def test_the_documented_way_runs():
+    """docs: From torch.nn and Flax."""
+    tokens = jnp.asarray(draw(0, B, T, D))
+    module = make_module("lstm", num_layers=2)
+
+    config, params = convert.from_torch(module.state_dict())
+    carry, outputs = recurrence.apply(params, config, tokens)
+    tensors = convert.to_torch(config, params)
+    module.load_state_dict({name: torch.from_numpy(x) for name, x in tensors.items()})
+
+    with torch.no_grad():
+        expected, _ = module(torch.from_numpy(np.array(tokens)))
+    assert_close(outputs, expected)
+    assert carry["layers_1"]["forward"].cell.shape == (B, H)

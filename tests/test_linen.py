@@ -1,0 +1,258 @@
+"""The Flax modules are the pure functions, with the same params; Flax's loops and NNX take them."""
+
+import flax.errors
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from vla_jax import cells, decoders, linen, recurrence, streaming
+from vla_jax.decoders import DecoderConfig
+from vla_jax.recurrence import RecurrenceConfig
+
+B, T, D, H, N = 3, 6, 4, 5, 2
+LENGTHS = np.array([6, 2, 4])
+MASK = np.arange(T) < LENGTHS[:, None]
+SIZES = {"token_dim": D, "num_tokens": N, "window_size": 4, "action_horizon": 2}
+SIZES |= {"hidden_size": H, "num_layers": 2, "head_sizes": (6,)}
+
+DECODERS = {
+    "lstm": DecoderConfig("lstm", **SIZES),
+    "gru-attention": DecoderConfig("gru", pooling="attention", **SIZES),
+    "rnn": DecoderConfig("rnn", **SIZES),
+    "fc": DecoderConfig("fc", **SIZES),
+}
+each_decoder = pytest.mark.parametrize("config", DECODERS.values(), ids=DECODERS)
+each_cell = pytest.mark.parametrize("cell", cells.CELLS)
+
+
+def draw(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def assert_close(one, other, atol=1e-6):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol), one, other)
+
+
+def assert_same_tree(one, other):
+    """The same paths, shapes and dtypes, in plain dicts."""
+    shapes = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (one, other)]
+    assert shapes[0] == shapes[1]
+
+
+def assert_all_differ(params):
+    """No two leaves of one shape were drawn alike."""
+    leaves = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params) if np.any(leaf)]
+    assert len(set(leaves)) == len(leaves)
+
+
+@each_cell
+def test_a_cell_under_flaxs_loop_is_the_recurrence(cell, key):
+    inputs, run = draw(0, B, T, D), nn.RNN(linen.Cell(cell, H), return_carry=True)
+    params = run.init(key, inputs)["params"]
+    assert_same_tree(params["cell"], cells.CELLS[cell].init(key, D, H))
+    assert_all_differ(params)
+    assert all(np.abs(leaf).max() <= H**-0.5 for leaf in jax.tree.leaves(params))
+    last, outputs = jax.jit(run.apply)({"params": params}, inputs, seq_lengths=LENGTHS)
+    config, stack = RecurrenceConfig(cell, hidden_size=H), {"layers_0": {"forward": params["cell"]}}
+    expected_last, expected = recurrence.apply(stack, config, inputs, mask=MASK)
+    assert_close(jnp.where(MASK[..., None], outputs, 0.0), expected)
+    assert_close(last, expected_last["layers_0"]["forward"])
+
+
+@each_cell
+@pytest.mark.parametrize("lead", [(), (B,), (2, B)])
+def test_a_cell_takes_any_batch_axes(cell, lead, key):
+    module, inputs = linen.Cell(cell, H), draw(0, *lead, D)
+    carry = module.initialize_carry(key, inputs.shape)
+    variables = module.init(key, carry, inputs)
+    following, outputs = module.apply(variables, carry, inputs)
+    assert {leaf.shape for leaf in jax.tree.leaves((carry, following, outputs))} == {(*lead, H)}
+    assert not any(np.any(leaf) for leaf in carry)
+    rows = jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), (carry, inputs))
+    _, expected = cells.CELLS[cell].step(variables["params"], *rows)
+    assert_close(outputs.reshape(-1, H), expected)
+
+
+def test_a_cell_in_bfloat16_keeps_params_carries_and_outputs_in_float32(key):
+    module, inputs = linen.Cell("gru", H, dtype="bfloat16"), draw(0, B, D)
+    carry = module.initialize_carry(key, inputs.shape)
+    results, variables = module.init_with_output(key, carry, inputs)
+    leaves = jax.tree.leaves((results, variables))
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
+    expected = cells.GRU.step(variables["params"], carry, inputs, dtype="bfloat16")
+    assert_close(results, expected, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (nn.RNN(linen.Cell("gru", H)), (B, T, D)),
+        (linen.Recurrence(RecurrenceConfig("gru", num_layers=2, hidden_size=H)), (B, T, D)),
+        (linen.Decoder(DECODERS["gru-attention"]), (B, T, N, D)),
+    ],
+    ids=["cell", "recurrence", "decoder"],
+)
+def test_params_are_drawn_from_the_key(module, shape):
+    init = jax.jit(lambda number: module.init(jax.random.key(number), jnp.zeros(shape)))
+    one, same, other = init(0), init(0), init(1)
+    assert_close(one, same, atol=0)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert not np.array_equal(a, b) or not np.any(a)  # biases of the heads start at zero
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("lstmm", H), "unknown cell 'lstmm'; .* Did you mean 'lstm'"),
+        (("lstm", 0), "hidden_size must be at least 1, got 0"),
+        (("lstm", H, "float16"), "unknown dtype 'float16'"),
+    ],
+)
+def test_a_wrong_cell_is_one_sentence(arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        linen.Cell(*arguments)
+
+
+@each_cell
+def test_the_recurrence_is_the_pure_one(cell, key):
+    config = RecurrenceConfig(cell, num_layers=2, hidden_size=H, bidirectional=True)
+    module, inputs, reset = linen.Recurrence(config), draw(0, B, T, D), np.zeros((B, T), bool)
+    reset[:, 3] = True
+    params = module.init(key, inputs)["params"]
+    assert_same_tree(params, recurrence.init(key, config, D))
+    assert_all_differ(params)
+    carry = jax.tree.map(lambda leaf: draw(1, *leaf.shape), recurrence.zero_carry(config, inputs))
+    given = {"mask": MASK, "reset": reset, "carry": carry}
+    results = module.apply({"params": params}, inputs, **given)
+    assert_close(results, recurrence.apply(params, config, inputs, **given))
+
+
+@each_cell
+def test_the_recurrence_steps(cell, key):
+    config = RecurrenceConfig(cell, num_layers=2, hidden_size=H)
+    module, inputs, reset = linen.Recurrence(config), draw(0, B, D), np.array([True, False, False])
+    carry = jax.tree.map(lambda leaf: draw(1, *leaf.shape), recurrence.zero_carry(config, inputs))
+    variables = module.init(key, carry, inputs, method="step")
+    results = module.apply(variables, carry, inputs, reset=reset, method="step")
+    assert_close(results, recurrence.step(variables["params"], config, carry, inputs, reset=reset))
+
+
+@each_decoder
+def test_the_decoder_is_the_pure_one(config, key):
+    module, tokens = linen.Decoder(config), draw(0, B, T, N, D)
+    params = module.init(key, tokens)["params"]
+    assert_same_tree(params, decoders.init(key, config))
+    assert_all_differ(params)
+    reset, token_mask = np.zeros((B, T), bool), np.ones((B, T, N), bool)
+    reset[:, 3], token_mask[:, 1, 0] = True, False
+    given = {"timestep_mask": MASK, "token_mask": token_mask, "reset": reset}
+    chunk = jax.jit(module.apply)({"params": params}, tokens, **given)
+    assert_close(chunk, decoders.apply(params, config, tokens, **given))
+
+
+@each_decoder
+def test_the_decoder_streams(config, key):
+    module, tokens = linen.Decoder(config), draw(0, B, T, N, D)
+    variables = module.init(key, tokens)
+    state = streaming.init(variables["params"], config, B, mode="periodic")
+    assert_same_tree(variables, module.init(key, state, tokens[:, 0], method="step"))
+    expected_state, reset = state, np.array([True, False, False])
+    for t in range(2):
+        given = {"token_mask": np.array([[True, False]] * B), "reset": reset}
+        state, chunk = module.apply(variables, state, tokens[:, t], **given, method="step")
+        expected_state, expected = streaming.step(
+            variables["params"], config, expected_state, tokens[:, t], **given
+        )
+        assert_close((state, chunk), (expected_state, expected))
+
+
+@pytest.mark.parametrize(
+    ("module", "inputs"),
+    [
+        (linen.Recurrence(RecurrenceConfig(num_layers=2, hidden_size=H, dropout=0.5)), (B, T, D)),
+        (linen.Decoder(DecoderConfig(dropout=0.5, **SIZES)), (B, T, N, D)),
+    ],
+    ids=["recurrence", "decoder"],
+)
+def test_dropout_takes_an_rng_and_only_when_it_is_asked_for(module, inputs, key):
+    inputs = draw(0, *inputs)
+    variables = module.init(key, inputs)
+
+    def run(number, deterministic=False):
+        rngs = {"dropout": jax.random.key(number)}
+        results = module.apply(variables, inputs, deterministic=deterministic, rngs=rngs)
+        return jax.tree.leaves(results)[-1]
+
+    plain = jax.tree.leaves(module.apply(variables, inputs))[-1]
+    assert_close(run(0, deterministic=True), plain, atol=0)
+    assert_close(run(0), run(0), atol=0)
+    for other in (plain, run(1)):
+        assert np.abs(run(0) - other).max() > 1e-3
+    with pytest.raises(flax.errors.InvalidRngError, match="dropout"):
+        module.apply(variables, inputs, deterministic=False)
+
+
+def test_params_of_another_size_are_refused_by_flax(key):
+    module, config = linen.Recurrence(RecurrenceConfig(hidden_size=H)), RecurrenceConfig("gru")
+    params = recurrence.init(key, config, D)
+    with pytest.raises(flax.errors.ScopeParamShapeError):
+        module.apply({"params": params}, draw(0, B, T, D))
+
+
+class Policy(nn.Module):
+    """A model of somebody else, with our decoder in it."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, images):
+        tokens = nn.Dense(D, name="encoder")(images)
+        return linen.Decoder(self.config, name="decoder")(tokens)
+
+
+def test_the_decoder_trains_inside_a_model_of_modules(key):
+    config, images = DECODERS["lstm"], draw(0, B, T, N, 7)
+    model = Policy(config)
+    variables = model.init(key, images)
+    own = variables["params"]
+    tokens = images @ np.asarray(own["encoder"]["kernel"]) + np.asarray(own["encoder"]["bias"])
+    chunk = model.apply(variables, images)
+    assert_close(chunk, decoders.apply(own["decoder"], config, tokens))
+
+    def total(variables):
+        return jnp.square(model.apply(variables, images).arm).sum()
+
+    gradients = jax.jit(jax.grad(total))(variables)["params"]
+    assert_same_tree(gradients["decoder"], own["decoder"])
+    assert np.any(gradients["encoder"]["kernel"])
+    assert np.any(gradients["decoder"]["recurrence"]["layers_0"]["forward"]["input_kernel"])
+
+
+@each_decoder
+def test_the_documented_bridge_to_nnx_runs(config, key):
+    tokens = draw(0, B, T, N, D)
+
+    decoder = nnx.bridge.ToNNX(linen.Decoder(config), rngs=nnx.Rngs(0)).lazy_init(tokens)
+    params = nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
+    assert_close(decoder(tokens), decoders.apply(params, config, tokens))
+
+    params = decoders.init(key, config)
+    nnx.update(decoder, params)
+    assert_close(decoder(tokens), decoders.apply(params, config, tokens))
+    state = streaming.init(params, config, B)
+    assert_close(
+        decoder.step(state, tokens[:, 0]), streaming.step(params, config, state, tokens[:, 0])
+    )
+    gradients = nnx.grad(lambda model: model(tokens).arm.sum())(decoder)
+    expected = jax.grad(lambda params: decoders.apply(params, config, tokens).arm.sum())(params)
+    assert_close(nnx.to_pure_dict(gradients), expected, atol=1e-5)
+
+
+def test_dropout_of_nnx_draws_anew_at_every_call():
+    tokens, module = draw(0, B, T, N, D), linen.Decoder(DecoderConfig(dropout=0.5, **SIZES))
+    decoder = nnx.bridge.ToNNX(module, rngs=nnx.Rngs(0, dropout=1)).lazy_init(tokens)
+    one, other = (decoder(tokens, deterministic=False).arm for _ in range(2))
+    assert np.abs(one - other).max() > 1e-3

@@ -1,0 +1,304 @@
+"""Flax's recurrent cells, Linen's and NNX's, to ours and back.
+
+    Flax                             Linen, NNX                       ours
+    LSTMCell, OptimizedLSTMCell      ii if ig io, hi hf hg ho         lstm
+    GRUCell                          ir iz in, hr hz hn               gru
+    SimpleCell                       i, h                             rnn
+
+(NNX writes `if_` for `if`; its OptimizedLSTMCell, GRUCell and SimpleCell keep all gates together
+in `dense_i` and `dense_h`.) Flax has one bias where we and PyTorch have two, but for `hn` of
+Linen's GRUCell, which stays apart.
+
+- Flax → ours → Flax gives the same bytes: the bias becomes our input bias, the recurrent one is
+  zero.
+- Ours → Flax computes the same to float32 rounding (1e-6): the two biases are summed. It does not
+  train the same: two biases of a gate get the same gradient each, so that under Adam their sum
+  moves twice as fast as one bias does.
+- NNX's GRUCell has no `hn` bias at all: a GRU of ours fits only while that bias is zero.
+
+Not in the params, and not read: `gate_fn`, `activation_fn` and `SimpleCell(residual=True)`; the
+defaults are what we have.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vla_jax import recurrence
+from vla_jax.cells import CELLS
+from vla_jax.config import did_you_mean
+from vla_jax.recurrence import RecurrenceConfig
+from vla_jax.types import Params
+
+CellName = Literal["rnn", "lstm", "gru"]
+Style = Literal["linen", "nnx", "nnx_optimized"]
+
+
+class Layout(NamedTuple):
+    """Which submodules of a Flax cell hold our gates, each as many of them as the others."""
+
+    inputs: tuple[str, ...]  # with the kernels of the inputs, in the order of our gates
+    recurrent: tuple[str, ...]  # with those of the carry
+    biased: tuple[str, ...]  # with a bias too
+
+
+_LSTM_RECURRENT = ("hi", "hf", "hg", "ho")
+_JOINED = (("dense_i",), ("dense_h",))
+
+LAYOUTS: dict[tuple[CellName, Style], Layout] = {  # (our cell, style) -> layout
+    ("lstm", "linen"): Layout(("ii", "if", "ig", "io"), _LSTM_RECURRENT, _LSTM_RECURRENT),
+    ("lstm", "nnx"): Layout(("ii", "if_", "ig", "io"), _LSTM_RECURRENT, _LSTM_RECURRENT),
+    ("lstm", "nnx_optimized"): Layout(*_JOINED, ("dense_h",)),
+    ("gru", "linen"): Layout(("ir", "iz", "in"), ("hr", "hz", "hn"), ("ir", "iz", "in", "hn")),
+    ("gru", "nnx"): Layout(*_JOINED, ("dense_i",)),
+    ("rnn", "linen"): Layout(("i",), ("h",), ("i",)),
+    ("rnn", "nnx"): Layout(*_JOINED, ("dense_i",)),
+}
+
+
+def from_flax(params: Mapping[str, Any]) -> tuple[CellName, Params]:
+    """Returns the name in `cells.CELLS` and the params of the cell that does the same.
+
+    Args:
+      params: of one cell, float32: Linen's `variables["params"]` (of an `nn.RNN` what lies below
+        "cell", or in the module around it below "LSTMCell_0" and its like), or NNX's
+        `nnx.state(cell, nnx.Param)`.
+
+    Returns:
+      Name, and `{"input_kernel", "recurrent_kernel", "input_bias", "recurrent_bias"}`.
+
+    Raises:
+      ValueError: params of something else, or not float32.
+    """
+    leaves = dict(_leaves(params))
+    cell, layout = _recognise(leaves)
+    pairs = list(zip(layout.inputs, layout.recurrent, strict=True))
+    biases = [_two_biases(leaves.get(f"{i}.bias"), leaves.get(f"{h}.bias")) for i, h in pairs]
+    parts = {
+        "input_kernel": [leaves[f"{i}.kernel"] for i, _ in pairs],
+        "recurrent_kernel": [leaves[f"{h}.kernel"] for _, h in pairs],
+        "input_bias": [first for first, _ in biases],
+        "recurrent_bias": [second for _, second in biases],
+    }
+    return cell, {name: jnp.array(np.concatenate(part, axis=-1)) for name, part in parts.items()}
+
+
+def to_flax(cell: CellName, params: Params, style: Style = "linen") -> Params:
+    """Returns the params of the Flax cell that does the same.
+
+    Args:
+      cell: name in `cells.CELLS`.
+      params: of that cell, from its `init`.
+      style: "linen" for every cell of Linen, "nnx" for those of NNX but its OptimizedLSTMCell,
+        which is "nnx_optimized".
+
+    Returns:
+      `{"ii": {"kernel": ...}, ...}`: Linen's `variables["params"]`, or what
+      `nnx.update(cell, ...)` takes.
+
+    Raises:
+      ValueError: a cell that this style does not have, params of another cell, or a GRU with an
+        `hn` bias for NNX.
+    """
+    layout = _layout(cell, style)
+    _check_cell(cell, params)
+    if (cell, style) == ("gru", "nnx") and np.any(np.split(params["recurrent_bias"], 3)[2]):
+        raise ValueError(
+            "style='nnx' needs a recurrent bias of zero for gate n, which NNX's GRUCell has not, "
+            "got another; choose style='linen'."
+        )
+    parts = {name: np.split(leaf, len(layout.inputs), axis=-1) for name, leaf in params.items()}
+    converted: Params = {}
+    for gate, (i, h) in enumerate(zip(layout.inputs, layout.recurrent, strict=True)):
+        converted[i] = {"kernel": jnp.array(parts["input_kernel"][gate])}
+        converted[h] = {"kernel": jnp.array(parts["recurrent_kernel"][gate])}
+        first, second = parts["input_bias"][gate], parts["recurrent_bias"][gate]
+        biased = [module for module in (i, h) if module in layout.biased]
+        biases = (first, second) if len(biased) == 2 else (_one_bias(first, second),)
+        for module, bias in zip(biased, biases, strict=True):
+            converted[module]["bias"] = jnp.array(bias)
+    return converted
+
+
+def from_flax_stack(
+    layers: Sequence[Mapping[str, Any] | tuple[Mapping[str, Any], Mapping[str, Any]]],
+) -> tuple[RecurrenceConfig, Params]:
+    """Returns the config and params of a recurrence of Flax cells one on top of the other.
+
+    Args:
+      layers: params of one cell each, or the pair (forward, backward) of each layer, from below.
+
+    Returns:
+      The config, its `dropout` 0, and params as from `recurrence.init`.
+
+    Raises:
+      ValueError: no layers, or cells that are not of one family or do not fit on one another.
+    """
+    pairs = [(layer,) if isinstance(layer, Mapping) else tuple(layer) for layer in layers]
+    cells = [[from_flax(params) for params in pair] for pair in pairs]
+    names = sorted({name for pair in cells for name, _ in pair})
+    directions = {len(pair) for pair in cells}
+    if len(names) != 1 or len(directions) != 1:
+        raise ValueError(
+            "layers must be cells of one family, each in the same directions, got "
+            f"{', '.join(names) or 'no cell'} in {sorted(directions)} directions; give one cell, "
+            "or a pair of them, for every layer."
+        )
+    params = {
+        f"layers_{layer}": dict(
+            zip(("forward", "backward"), (own for _, own in pair), strict=False)
+        )
+        for layer, pair in enumerate(cells)
+    }
+    first = params["layers_0"]["forward"]
+    config = RecurrenceConfig(
+        cell=cells[0][0][0],
+        num_layers=len(layers),
+        hidden_size=first["recurrent_kernel"].shape[0],
+        bidirectional=directions == {2},
+    )
+    _check_stack(config, params)
+    return config, params
+
+
+def to_flax_stack(
+    config: RecurrenceConfig, params: Params, style: Style = "linen"
+) -> list[Params | tuple[Params, Params]]:
+    """Returns the params of the Flax cells of a recurrence, as `from_flax_stack` takes them.
+
+    Args:
+      config: of the recurrence.
+      params: from `recurrence.init`.
+      style: see `to_flax`.
+
+    Raises:
+      ValueError: params of another config; and see `to_flax`.
+    """
+    _check_stack(config, params)
+
+    def convert(layer: int, direction: str) -> Params:
+        return to_flax(config.cell, params[f"layers_{layer}"][direction], style)
+
+    if config.bidirectional:
+        numbers = range(config.num_layers)
+        return [(convert(layer, "forward"), convert(layer, "backward")) for layer in numbers]
+    return [convert(layer, "forward") for layer in range(config.num_layers)]
+
+
+def _leaves(params: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    """Gives "module.leaf" and array, of dicts and NNX's states alike."""
+    for name, value in params.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", np.asarray(value)
+
+
+def _recognise(leaves: Mapping[str, np.ndarray]) -> tuple[CellName, Layout]:
+    """Returns the cell and layout that have leaves of these names and shapes."""
+    given = {name: leaf.shape for name, leaf in leaves.items()}
+    for (cell, _), layout in LAYOUTS.items():
+        if given == _shapes(CELLS[cell].num_gates, layout, given):
+            _check_dtype(leaves)
+            return cell, layout
+    listed = ", ".join(f"{name} {list(shape)}" for name, shape in sorted(given.items())[:12])
+    raise ValueError(
+        "params must be those of one LSTMCell, OptimizedLSTMCell, GRUCell or SimpleCell of Flax, "
+        f"got {listed or 'none'}; of an `nn.RNN`, give those of its cell, such as "
+        "params['cell'] or params['LSTMCell_0']."
+    )
+
+
+def _shapes(
+    num_gates: int, layout: Layout, given: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of a cell of this layout, its D and H taken from those given."""
+    input_size = given.get(f"{layout.inputs[0]}.kernel", ())[:1]
+    hidden_size = given.get(f"{layout.recurrent[0]}.kernel", ())[:1]
+    width = tuple(num_gates // len(layout.inputs) * size for size in hidden_size)
+    return {
+        **{f"{module}.kernel": input_size + width for module in layout.inputs},
+        **{f"{module}.kernel": hidden_size + width for module in layout.recurrent},
+        **{f"{module}.bias": width for module in layout.biased},
+    }
+
+
+def _check_dtype(leaves: Mapping[str, np.ndarray]) -> None:
+    others = sorted(name for name, leaf in leaves.items() if leaf.dtype != np.float32)
+    if others:
+        raise ValueError(
+            f"params must be float32, got {leaves[others[0]].dtype} in {', '.join(others)}; "
+            "convert them with `jax.tree.map(jnp.float32, params)`."
+        )
+
+
+def _check_cell(cell: CellName, params: Params) -> None:
+    """Raises a ValueError unless these are the four params of this cell."""
+    given = {name: np.shape(leaf) for name, leaf in params.items()}
+    input_size = given.get("input_kernel", ())[:1]
+    hidden_size = given.get("recurrent_kernel", ())[:1]
+    width = tuple(CELLS[cell].num_gates * size for size in hidden_size)
+    expected = {
+        "input_kernel": input_size + width,
+        "recurrent_kernel": hidden_size + width,
+        "input_bias": width,
+        "recurrent_bias": width,
+    }
+    if given != expected:
+        listed = ", ".join(f"{name} {list(shape)}" for name, shape in sorted(given.items())[:12])
+        raise ValueError(
+            f"params must be those of one cell '{cell}', got {listed or 'none'}; of a recurrence, "
+            "choose `to_flax_stack`."
+        )
+
+
+def _check_stack(config: RecurrenceConfig, params: Params) -> None:
+    """Raises a ValueError unless the layers are those of the config and fit on one another."""
+    input_size = params["layers_0"]["forward"]["input_kernel"].shape[0]
+    template = jax.eval_shape(
+        lambda key: recurrence.init(key, config, input_size), jax.random.key(0)
+    )
+    wanted, got = _kernels(template), _kernels(params)
+    for place in sorted(wanted | got):
+        if wanted.get(place) != got.get(place):
+            raise ValueError(
+                f"layers must fit the config and one another: kernels of {place} must be "
+                f"{wanted.get(place, 'absent')}, got {got.get(place, 'none')}; give all layers "
+                "from below, of one hidden size."
+            )
+
+
+def _kernels(params: Params) -> dict[str, list[list[int]]]:
+    return {
+        f"{name}/{direction}": [list(own[x].shape) for x in ("input_kernel", "recurrent_kernel")]
+        for name, layer in params.items()
+        for direction, own in layer.items()
+    }
+
+
+def _layout(cell: CellName, style: Style) -> Layout:
+    known = [own_style for own_cell, own_style in LAYOUTS if own_cell == cell]
+    if not known:
+        cells = sorted({own_cell for own_cell, _ in LAYOUTS})
+        raise ValueError(f"unknown cell '{cell}'; {did_you_mean(cell, cells)}")
+    if style not in known:
+        raise ValueError(f"unknown style '{style}' of {cell}; {did_you_mean(style, known)}")
+    return LAYOUTS[cell, style]
+
+
+def _two_biases(
+    first: np.ndarray | None, second: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the inputs' and the carry's bias of a gate that has either or both."""
+    if first is not None and second is not None:
+        return first, second
+    one = np.asarray(second if first is None else first)
+    return one, np.zeros_like(one)
+
+
+def _one_bias(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    # Where there is nothing to add, nothing is added: −0 + 0 would be 0, another byte.
+    return np.where(second == 0, first, first + second)
