@@ -71,7 +71,6 @@ def from_robovlms(
     report = report_robovlms(tensors, config)
     inside = set(head.values())
     check(report, [name for name in report.left_over if name in inside], allow_missing)
-    _warn(report)
     params: dict[tuple[str, ...], Any] = {}
     if report.missing:
         params |= flatten_dict(decoders.init(jax.random.key(0) if key is None else key, config))
@@ -79,6 +78,7 @@ def from_robovlms(
         if name in head:
             array = _float32(head[name], tensors[head[name]])
             params[place.path] = jnp.array(array.T if place.is_turned else array)
+    _warn(report)
     return config, unflatten_dict(params)
 
 
