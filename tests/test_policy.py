@@ -114,7 +114,7 @@ def test_a_decoder_that_does_not_fit_is_refused():
 
 
 def test_a_decoder_for_any_number_of_tokens_fits_every_backbone_of_its_token_dim():
-    decoder = dataclasses.replace(CONFIGS["state"].decoder, num_tokens=0)
+    decoder = dataclasses.replace(CONFIGS["state"].decoder, num_tokens=0, pooling="max")
     assert PolicyConfig(BACKBONES["state"], decoder).decoder.num_tokens == 0
     with pytest.raises(ValueError, match="decoder must expect the backbone's tokens"):
         PolicyConfig(BACKBONES["state"], dataclasses.replace(decoder, token_dim=9))

@@ -148,7 +148,7 @@ def _theirs(array: Array, place: Place) -> np.ndarray:
 
 
 def _shape(tensor: Any) -> Shape:
-    return tuple(int(size) for size in tensor.shape)
+    return tuple(np.shape(tensor))
 
 
 def _float32(name: str, tensor: Any) -> np.ndarray:
