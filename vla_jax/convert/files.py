@@ -65,7 +65,7 @@ def write(path: Path, content: TensorFile, *, overwrite: bool = False) -> None:
     Raises:
       FileExistsError: `path` is there, and `overwrite` is False.
       ImportError: a PyTorch file, and torch is not installed.
-      ValueError: another suffix.
+      ValueError: another suffix, or tensors of a dtype that the format lacks.
     """
     path = pathlib.Path(path)
     _check_suffix(path)
@@ -81,12 +81,16 @@ def write(path: Path, content: TensorFile, *, overwrite: bool = False) -> None:
         else:
             _write_torch(part, content)
         os.replace(part, path)  # a kill in mid-write must not leave half a file
+    except (safetensors.SafetensorError, AttributeError) as error:  # of torch, by a dtype's name
+        raise ValueError(
+            f"{path} cannot hold these tensors ({error}); choose another suffix."
+        ) from error
     finally:
         part.unlink(missing_ok=True)
 
 
 def as_numpy(tensor: Any) -> np.ndarray:
-    """Returns an array as NumPy's; of a torch tensor on any device, in any dtype, too."""
+    """Returns an array of NumPy, JAX or torch as NumPy's."""
     if not hasattr(tensor, "detach"):
         return np.asarray(tensor)
     flat = tensor.detach().cpu().contiguous().reshape(-1)
@@ -100,10 +104,11 @@ def _read_safetensors(path: pathlib.Path) -> TensorFile:
         with safetensors.safe_open(path, "np") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return TensorFile(tensors, metadata=file.metadata() or {})
-    except (
-        safetensors.SafetensorError,
-        AttributeError,
-    ) as error:  # the latter: NumPy lacks a dtype
+    except AttributeError as error:  # of NumPy, by the dtype's name
+        raise ValueError(
+            f"{path} has a dtype that NumPy lacks ({error}); save it again."
+        ) from error
+    except safetensors.SafetensorError as error:
         raise ValueError(
             f"{path} is not a safetensors file, or a truncated one ({error}); copy it again."
         ) from error
@@ -132,10 +137,12 @@ def _state_dict(path: pathlib.Path, content: Any) -> tuple[str, Mapping[str, Any
                 return container, content[container]
         if all(isinstance(value, _torch().Tensor) for value in content.values()):
             return "", content
-    held = listed([str(name) for name in content]) if isinstance(content, Mapping) else content
+        held = f"entries {listed([str(name) for name in content])}"
+    else:
+        held = f"a {type(content).__name__}"
     raise ValueError(
         f"{path} must hold tensors by name, or such a dict as {' or '.join(CONTAINERS)}, got "
-        f"{type(content).__name__} of {held}; save the state_dict alone."
+        f"{held}; save the state_dict alone."
     )
 
 
