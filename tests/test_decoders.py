@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from vla_jax import decoders, losses, streaming
+from vla_jax import convert, decoders, losses, streaming
 from vla_jax.decoders import DecoderConfig
 
 B, W, N, D, K, H = 2, 5, 4, 3, 2, 6
@@ -45,43 +44,18 @@ def assert_close(one, other, atol=1e-6):
 # --- RoboVLMs ---------------------------------------------------------------------------------
 
 
-def robovlms_name(path):
-    """Name of a tensor of ours in RoboVLMs' `state_dict`."""
-    *where, leaf = path
-    layer = int(next(part for part in where if part.startswith("layers_")).removeprefix("layers_"))
-    if where[0] == "recurrence":
-        side = {"input": "ih", "recurrent": "hh"}[leaf.split("_")[0]]
-        what = "weight" if leaf.endswith("kernel") else "bias"
-        return f"act_head.rnn.{what}_{side}_l{layer}"
-    mlp = {"arm": "actions.mlp", "gripper": "gripper.mlp"}.get(where[1], "mlp")
-    return f"act_head.{mlp}.{2 * layer}.{'weight' if leaf == 'kernel' else 'bias'}"
-
-
 def read_golden(path):
     """Returns the decoder's config, its params, and the stored arrays."""
     case = json.loads(safe_open(path, "np").metadata()["case"])
     random = np.random.RandomState(case["seed"])
     weights = {
-        name: random.uniform(-1, 1, shape) * (0.3 if len(shape) == 1 else shape[1] ** -0.5)
+        name: (
+            random.uniform(-1, 1, shape) * (0.3 if len(shape) == 1 else shape[1] ** -0.5)
+        ).astype(np.float32)
         for name, shape in sorted(case["shapes"].items())
     }
-    config = DecoderConfig(
-        kind="lstm" if case["kind"] == "LSTMDecoder" else "fc",
-        token_dim=case["in_features"],
-        num_tokens=case["tokens"] if case["down_sample"] == "pooling" else 1,
-        window_size=case["window_size"],
-        action_horizon=case["fwd_pred_next_n"],
-        hidden_size=case["hidden_size"],
-        num_layers=case["num_layers"],
-        pooling="max" if case["down_sample"] == "pooling" else "none",
-    )
-    shapes = flatten_dict(jax.eval_shape(lambda key: decoders.init(key, config), jax.random.key(0)))
-    assert {robovlms_name(path) for path in shapes} == set(weights)
-    params = {path: weights[robovlms_name(path)].T.astype(np.float32) for path in shapes}
-    assert {path: leaf.shape for path, leaf in params.items()} == {
-        path: leaf.shape for path, leaf in shapes.items()
-    }
-    return config, unflatten_dict(params), load_file(path)
+    config, params = convert.from_robovlms(weights, window_size=case["window_size"])
+    return config, params, load_file(path)
 
 
 @pytest.fixture(params=["lstm_pooling", "lstm_none", "fc_pooling"])
@@ -112,16 +86,15 @@ def test_losses_and_gradients_are_robovlms(original, masked):
         assert_close(metrics[name], stored[f"out.{name}{masked}"], 1e-5)
     assert_close(by_tokens, stored[f"out.grad_tokens{masked}"], 1e-6)
     if masked:
-        assert_params_gradient(by_params, stored)
+        assert_params_gradient(convert.to_robovlms(config, by_params), stored)
 
 
 def assert_params_gradient(by_params, stored):
     norms = {}
-    for path, leaf in flatten_dict(by_params).items():
-        name = robovlms_name(path)
+    for name, leaf in by_params.items():
         norms[f"out.grad_norm.{name}"] = np.linalg.norm(leaf)
         if f"out.grad.{name}" in stored:
-            assert_close(leaf.T, stored[f"out.grad.{name}"], 1e-6)
+            assert_close(leaf, stored[f"out.grad.{name}"], 1e-6)
     expected = {name: x for name, x in stored.items() if name.startswith("out.grad_norm.")}
     assert set(norms) == set(expected)
     for name, norm in norms.items():
@@ -182,6 +155,15 @@ def test_none_joins_all_tokens():
     tokens = draw(0, B, W, N, D)
     pooled = decoders.pool({}, configured(pooling="none"), tokens)
     assert_close(pooled, tokens.reshape(B, W, N * D), 0)
+
+
+@pytest.mark.parametrize("pooling", ["max", "mean", "attention"])
+def test_a_decoder_for_any_number_of_tokens_does_what_one_for_that_number_does(pooling, key):
+    anything, tokens = configured(pooling=pooling, num_tokens=0, num_latents=2), draw(0, B, W, 7, D)
+    seven = dataclasses.replace(anything, num_tokens=7)
+    params = decoders.init(key, anything)
+    assert_close(params, decoders.init(key, seven), 0)
+    assert_close(apply(params, anything, tokens), apply(params, seven, tokens), 0)
 
 
 @pytest.mark.parametrize("pooling", ["max", "mean", "attention"])
@@ -301,6 +283,15 @@ def test_tokens_of_another_size_are_one_sentence(shape, key):
         decoders.apply(params, SMALL, np.zeros(shape, np.float32))
 
 
+@pytest.mark.parametrize(
+    ("pooling", "num_tokens", "least"), [("max", 1, 2), ("mean", 1, 2), ("attention", 0, 1)]
+)
+def test_any_number_of_tokens_is_enough_for_every_latent(pooling, num_tokens, least, key):
+    config = configured(pooling=pooling, num_tokens=0, num_latents=2)
+    with pytest.raises(ValueError, match=rf"tokens must be \[B, W, N, D\] with N ≥ {least} and D"):
+        decoders.apply(decoders.init(key, config), config, draw(0, B, W, num_tokens, D))
+
+
 @pytest.mark.parametrize("wrong", [{"timestep_mask": (B, W + 1)}, {"token_mask": (B, W)}])
 @pytest.mark.parametrize("kind", ["lstm", "fc"])
 def test_masks_of_another_size_are_refused_at_the_door(wrong, kind, key):
@@ -316,6 +307,8 @@ def test_masks_of_another_size_are_refused_at_the_door(wrong, kind, key):
         ({"kind": "lsm"}, "unknown kind 'lsm'; .* Did you mean 'lstm'"),
         ({"pooling": "avg"}, "unknown pooling 'avg'; choose from max, mean, attention, none"),
         ({"token_dim": 0}, "token_dim must be at least 1, got 0"),
+        ({"num_tokens": -1}, "num_tokens must be at least 0, got -1"),
+        ({"num_tokens": 0, "pooling": "none"}, "num_tokens must be at least 1, got 0"),
         ({"window_size": 0}, "window_size must be at least 1, got 0"),
         ({"action_dim": 1}, "action_dim must be at least 2"),
         ({"num_latents": 9}, "num_latents must be at most num_tokens = 4 with pooling='max'"),

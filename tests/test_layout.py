@@ -17,9 +17,13 @@ FLOORS = (  # a file imports only from files above it
     "policy", "agent",
     "envs.table", "envs.table_scene", "envs.table_expert", "envs.table_mujoco",
     "envs.table_jax_paint", "envs.table_jax", "envs.gymnasium", "envs.simulate", "envs.worlds",
-    "update", "parallel", "checkpoint", "runs",
+    "update", "parallel", "checkpoint",
+    "convert.report", "convert.files", "convert.robovlms_names", "convert.robovlms_sizes",
+    "convert.robovlms", "convert.torch_rnn", "convert.flax_cells", "convert.folder",
+    "convert.__main__",
+    "runs",
     "rollout", "results", "film", "plots", "report", "players", "progress", "evaluate",
-    "convert.torch_rnn", "convert.flax_cells", "linen",
+    "linen",
 )  # fmt: skip
 SCRIPTS = (
     "command_line", "logs", "loop", "record", "pretrain", "configs", "setup", "cache", "imitate",

@@ -1,5 +1,6 @@
 """From observations to chunks: a window at once, or a stream, are the same policy."""
 
+import dataclasses
 import functools
 
 import jax
@@ -110,6 +111,13 @@ def test_a_decoder_that_does_not_fit_is_refused():
         ValueError, match=r"decoder must expect .* \[3, 8\], got .* use policy\.connect"
     ):
         PolicyConfig(BACKBONES["state"], DECODER)
+
+
+def test_a_decoder_for_any_number_of_tokens_fits_every_backbone_of_its_token_dim():
+    decoder = dataclasses.replace(CONFIGS["state"].decoder, num_tokens=0, pooling="max")
+    assert PolicyConfig(BACKBONES["state"], decoder).decoder.num_tokens == 0
+    with pytest.raises(ValueError, match="decoder must expect the backbone's tokens"):
+        PolicyConfig(BACKBONES["state"], dataclasses.replace(decoder, token_dim=9))
 
 
 @pytest.mark.parametrize("frozen", ["backbone", "decoder"])

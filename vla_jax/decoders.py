@@ -29,12 +29,13 @@ class DecoderConfig:
 
     kind: Kind = "lstm"  # cell of the recurrence, or "fc" for no memory
     token_dim: int = 256  # D, features of a token; the backbone's
-    num_tokens: int = 1  # N, tokens per step; the backbone's
+    num_tokens: int = 1  # N, tokens per step; the backbone's; 0 = any number, where it is pooled
     window_size: int = 16  # W, steps it is trained on, and remembers in streaming mode "refresh"
     action_horizon: int = 10  # K, actions of a chunk
     action_dim: int = 7  # A, the last of which is the gripper
     hidden_size: int = 1024  # H, units of a recurrent layer, features that the heads get
     num_layers: int = 4  # L, recurrent layers
+    num_heads: int = 8  # M, attention heads of kind "gpt"
     pooling: Pooling = "max"  # how N tokens become `num_latents`; "none" keeps and joins them all
     num_latents: int = 1  # vectors that are left of a step's tokens, joined to one
     head_sizes: tuple[int, ...] = (1024, 512, 256)  # hidden layers of the arm's and gripper's MLP
@@ -47,15 +48,16 @@ class DecoderConfig:
             value = getattr(self, name)
             if value not in known:
                 raise ValueError(f"unknown {name} '{value}'; {did_you_mean(value, known)}")
-        sizes = ("token_dim", "num_tokens", "window_size", "action_horizon", "num_latents")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        least_tokens = 1 if self.pooling == "none" else 0
+        sizes = ("token_dim", "window_size", "action_horizon", "num_latents")
+        for name, least in (("num_tokens", least_tokens), *((name, 1) for name in sizes)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
         if self.action_dim < 2:
             raise ValueError(
                 f"action_dim must be at least 2 (arm, gripper), got {self.action_dim}."
             )
-        if self.pooling in ("max", "mean") and self.num_latents > self.num_tokens:
+        if 0 < self.num_tokens < _least_tokens(self):
             raise ValueError(
                 f"num_latents must be at most num_tokens = {self.num_tokens} with "
                 f"pooling='{self.pooling}', got {self.num_latents}; choose pooling='attention'."
@@ -224,7 +226,7 @@ def pool(
         latents = _attend(params["pooling"]["queries"], tokens, mask)
     else:
         reduce = _max if config.pooling == "max" else _mean
-        bins = _bins(config.num_tokens, config.num_latents)
+        bins = _bins(tokens.shape[-2], config.num_latents)
         latents = jnp.stack([reduce(tokens[..., b, :], mask[..., b]) for b in bins], axis=-2)
     return latents.reshape(*latents.shape[:-2], -1)
 
@@ -237,12 +239,20 @@ def check_tokens(config: DecoderConfig, tokens: Array, axes: str) -> None:
       tokens: what a user gave.
       axes: their axes in words, such as "[B, W, N, D]".
     """
-    expected = (config.num_tokens, config.token_dim)
-    if tokens.ndim != axes.count(",") + 1 or tokens.shape[-2:] != expected:
+    least = config.num_tokens or _least_tokens(config)
+    most = config.num_tokens or math.inf
+    fits = tokens.ndim == axes.count(",") + 1 and tokens.shape[-1] == config.token_dim
+    if not fits or not least <= tokens.shape[-2] <= most:
+        expected = f"= {least}" if config.num_tokens else f"≥ {least}"
         raise ValueError(
-            f"tokens must be {axes} with N = {expected[0]} and D = {expected[1]}, got "
+            f"tokens must be {axes} with N {expected} and D = {config.token_dim}, got "
             f"{tokens.shape}; check num_tokens and token_dim of the decoder config."
         )
+
+
+def _least_tokens(config: DecoderConfig) -> int:
+    """The fewest tokens that can be shared out to `num_latents` bins."""
+    return config.num_latents if config.pooling in ("max", "mean") else 1
 
 
 def _bins(num_tokens: int, num_latents: int) -> list[slice]:

@@ -34,7 +34,7 @@ class PolicyConfig:
     def __post_init__(self):
         """Checks that the decoder expects the backbone's tokens."""
         given = (self.backbone.num_tokens, self.backbone.token_dim)
-        expected = (self.decoder.num_tokens, self.decoder.token_dim)
+        expected = (self.decoder.num_tokens or given[0], self.decoder.token_dim)  # 0 = any number
         if given != expected:
             raise ValueError(
                 f"decoder must expect the backbone's tokens [{given[0]}, {given[1]}], got "

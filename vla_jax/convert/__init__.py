@@ -1,13 +1,35 @@
-"""Foreign weights to ours and back; what is converted in and out again is the same file."""
+"""Foreign weights to ours and back; what is converted in and out again is the same.
 
+    config, params = convert.from_robovlms(tensors, window_size=8)     # a policy head of RoboVLMs
+    config, params = convert.from_torch(module.state_dict())           # torch.nn.RNN, LSTM, GRU
+    cell, params = convert.from_flax(params)                           # a cell of Linen or NNX
+
+and `to_robovlms`, `to_torch`, `to_flax` for the way back. `python -m vla_jax.convert SRC DST` does
+it with files.
+"""
+
+from vla_jax.convert.files import TensorFile, read, write
 from vla_jax.convert.flax_cells import from_flax, from_flax_stack, to_flax, to_flax_stack
+from vla_jax.convert.folder import read_folder, read_params, write_folder
+from vla_jax.convert.report import Report
+from vla_jax.convert.robovlms import from_robovlms, report_robovlms, to_robovlms
 from vla_jax.convert.torch_rnn import from_torch, to_torch
 
 __all__ = [
+    "Report",
+    "TensorFile",
     "from_flax",
     "from_flax_stack",
+    "from_robovlms",
     "from_torch",
+    "read",
+    "read_folder",
+    "read_params",
+    "report_robovlms",
     "to_flax",
     "to_flax_stack",
+    "to_robovlms",
     "to_torch",
+    "write",
+    "write_folder",
 ]

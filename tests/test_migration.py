@@ -1,0 +1,46 @@
+"""docs/migration.md: its commands and its code run."""
+
+import pathlib
+import re
+import shlex
+
+import numpy as np
+import pytest
+from robovlms_heads import their_head
+
+from vla_jax import convert
+from vla_jax.convert.__main__ import main
+from vla_jax.decoders import DecoderConfig
+from vla_jax.optim import OptimConfig
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGE = (ROOT / "docs/migration.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.filterwarnings("ignore:.*beside the head are left over")
+def test_the_commands_and_the_code_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tensors = {f"model.{name}": x for name, x in their_head("lstm").items()}
+    tensors["model.action_token"] = np.ones(6, np.float32)
+    convert.write("policy.ckpt", convert.TensorFile(tensors))
+    commands = re.findall(r"^python -m vla_jax\.convert (.*)$", PAGE, re.MULTILINE)
+    assert len(commands) == 4
+    for line in commands:
+        main(shlex.split(line))
+    names: dict = {}
+    exec(re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)[1], names)
+    assert names["chunk"].arm.shape == (3, 2, 6)
+    assert set(names["tensors"]) == set(their_head("lstm"))
+    assert names["config"].window_size == 8
+
+
+def test_every_name_of_ours_in_the_tables_exists():
+    for owner in (DecoderConfig, OptimConfig):
+        fields = set(owner.__dataclass_fields__)
+        named = set(re.findall(rf"`{owner.__name__}\.(\w+)`", PAGE))
+        assert named
+        assert named <= fields
+
+
+def test_the_readme_links_it():
+    assert "(docs/migration.md)" in (ROOT / "README.md").read_text(encoding="utf-8")

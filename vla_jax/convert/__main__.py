@@ -1,0 +1,116 @@
+"""A foreign checkpoint to ours, and back.
+
+    python -m vla_jax.convert kosmos_ph_calvin_abcd.pt converted --window-size 8
+    python -m vla_jax.convert converted again.pt
+
+The first makes a folder: `decoder.json`, the params, and what they have no place for. The second
+makes the foreign file again from such a folder: the same tensors, byte for byte.
+"""
+
+import pathlib
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import jax
+from rich.console import Console
+
+from vla_jax.convert import files, report
+from vla_jax.convert.folder import check_target, is_folder, read_folder, write_folder
+from vla_jax.convert.robovlms import from_robovlms, report_robovlms
+from vla_jax.decoders import DecoderConfig
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """What the shapes of a file do not say, and what it may lack."""
+
+    window_size: int | None = None  # W, in steps; None = a GPT's positions, 8 of another kind
+    pooling: Literal["max", "none"] = "max"  # RoboVLMs' down_sample: pooling, none
+    num_latents: int = 1  # RoboVLMs' latent
+    num_heads: int = 8  # attention heads of a GPT
+    allow_missing: tuple[str, ...] = ()  # globs of names that may be missing, and are drawn
+    overwrite: bool = False  # replace DST
+
+
+def convert(src: str, dst: str, config: ConvertConfig) -> None:
+    """Converts a file to a folder, or a folder of an earlier conversion to a file.
+
+    Args:
+      src: `.pt`, `.pth`, `.ckpt`, `.safetensors`, or a folder.
+      dst: what to write.
+      config: what the file does not say.
+
+    Raises:
+      OSError: `src` is missing, `dst` is there, or cannot be written.
+      ImportError: torch is needed and missing.
+      ValueError: `src` is not such a file or folder, or its tensors are not those of a head.
+    """
+    if is_folder(src):
+        files.write(dst, read_folder(src), overwrite=config.overwrite)
+    elif pathlib.Path(src).is_dir():
+        raise ValueError(f"{src} holds no conversion.json; name a file, or a folder made here.")
+    else:
+        _from_file(src, dst, config)
+
+
+def _from_file(src: str, dst: str, config: ConvertConfig) -> None:
+    if pathlib.Path(dst).suffix in files.SUFFIXES:
+        raise ValueError(f"{dst} must be a folder's name where SRC is a file; drop the suffix.")
+    check_target(dst, overwrite=config.overwrite)  # now, since a large file takes its time
+    source = files.read(src)
+    decoder, params = from_robovlms(
+        source.tensors,
+        window_size=config.window_size,
+        pooling=config.pooling,
+        num_latents=config.num_latents,
+        num_heads=config.num_heads,
+        allow_missing=config.allow_missing,
+    )
+    told = report_robovlms(source.tensors, decoder)._replace(ignored=source.ignored)
+    write_folder(dst, source, decoder, params, told, overwrite=config.overwrite)
+    Console().print(report.table(told))
+    print(_describe(decoder, sum(leaf.size for leaf in jax.tree.leaves(params))))
+
+
+def _describe(decoder: DecoderConfig, num_params: int) -> str:
+    return (
+        f"{decoder.kind}, {decoder.num_layers} layers of {decoder.hidden_size} on tokens of "
+        f"{decoder.token_dim}, {decoder.action_horizon} actions of {decoder.action_dim}, "
+        f"window {decoder.window_size}, {num_params:,} parameters"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; whatever is wrong is told in a line, with exit code 1."""
+    import tyro
+
+    def command(
+        src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")],
+        dst: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")],
+        config: Annotated[ConvertConfig, tyro.conf.arg(name="")] = ConvertConfig(),
+    ) -> None:
+        """Converts a foreign checkpoint to a folder of ours, and such a folder back.
+
+        Args:
+          src: .pt, .pth, .ckpt or .safetensors, or the folder of an earlier conversion.
+          dst: folder to make, or file to make again.
+          config: what the file does not say.
+        """
+        convert(src, dst, config)
+        print(dst)
+
+    try:
+        tyro.cli(command, args=argv)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; nothing was written")
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    main()
