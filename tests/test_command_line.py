@@ -32,6 +32,7 @@ class StateConfig:
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     kind: Literal["lstm", "gru"] = "lstm"  # cell
+    head: Literal["one", "two"] = "one"  # what comes out
     window_size: int = 8  # environment steps
     max_dropout: float = 1.0  # share of units
     dropout: float = 0.1  # share of units
@@ -106,8 +107,9 @@ def test_an_option_that_two_parts_have_carries_the_name_of_its_part():
     assert (chosen.policy.decoder.max_dropout, chosen.max_dropout) == (0.3, 0.4)
 
 
-def test_a_kind_with_a_choice_is_an_option_of_its_part():
-    assert parse("--decoder.kind", "gru").policy.decoder.kind == "gru"
+def test_a_kind_or_head_with_a_choice_is_an_option_of_its_part():
+    decoder = parse("--decoder.kind", "gru", "--decoder.head", "two").policy.decoder
+    assert (decoder.kind, decoder.head) == ("gru", "two")
 
 
 def test_help_shows_the_presets_and_the_comment_of_every_field(capsys):

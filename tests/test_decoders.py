@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 from vla_jax import convert, decoders, losses, streaming
 from vla_jax.decoders import DecoderConfig
+from vla_jax.types import BinChunk
 
 B, W, N, D, K, H = 2, 5, 4, 3, 2, 6
 SMALL = DecoderConfig(
@@ -215,6 +216,34 @@ def test_a_padded_window_is_a_cut_one_and_an_action_comes_out_everywhere(kind, p
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_bins_come_out_everywhere_and_differ_from_numbers_in_the_heads_alone(kind, key):
+    config, tokens = configured(kind=kind, head="discrete", num_bins=16), draw(0, B, W, N, D)
+    params, numbers = decoders.init(key, config), decoders.init(key, configured(kind=kind))
+    mask = np.tile(np.arange(W) >= 2, (B, 1))
+    prediction = apply(params, config, tokens, timestep_mask=mask)
+    assert isinstance(prediction, BinChunk)
+    assert prediction.logits.shape == (B, W, K, 7, 16)
+    assert_close(prediction.logits[:, 2:], apply(params, config, tokens[:, 2:]).logits)
+    assert params.pop("heads").keys() == {"bins"}
+    assert numbers.pop("heads").keys() == {"arm", "gripper"}
+    assert_close(params, numbers, 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_param_learns_from_bins_and_stays_finite(kind, key):
+    config = configured(kind=kind, pooling="none", head="discrete", num_bins=16)
+    tokens = draw(0, B, W, N, D)
+    action, mask = np.tanh(draw(1, B, W, K, 7)), np.ones((B, W, K), bool)
+    action[0], mask[0] = np.nan, False
+
+    def loss_fn(params):
+        return losses.action_loss(decoders.apply(params, config, tokens), action, mask)[0]
+
+    gradient = jax.jit(jax.grad(loss_fn))(decoders.init(key, config))
+    assert all(np.isfinite(leaf).all() and leaf.any() for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_only_a_decoder_with_memory_depends_on_earlier_frames(kind, key):
     config = configured(kind=kind)
     params, tokens = decoders.init(key, config), draw(0, B, W, N, D)
@@ -306,6 +335,8 @@ def test_masks_of_another_size_are_refused_at_the_door(wrong, kind, key):
     [
         ({"kind": "lsm"}, "unknown kind 'lsm'; .* Did you mean 'lstm'"),
         ({"pooling": "avg"}, "unknown pooling 'avg'; choose from max, mean, attention, none"),
+        ({"head": "bins"}, "unknown head 'bins'; choose from continuous, discrete"),
+        ({"num_bins": 2}, "num_bins must be at least 3 .* got 2"),
         ({"token_dim": 0}, "token_dim must be at least 1, got 0"),
         ({"num_tokens": -1}, "num_tokens must be at least 0, got -1"),
         ({"num_tokens": 0, "pooling": "none"}, "num_tokens must be at least 1, got 0"),

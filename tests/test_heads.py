@@ -2,8 +2,10 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from vla_jax import heads
+from vla_jax.types import ActionChunk, BinChunk
 
 H, K, A = 5, 3, 4
 
@@ -40,6 +42,40 @@ def test_the_arm_is_chunk_major_and_bounded_and_the_gripper_is_a_logit(key):
     assert np.abs(chunk.arm).max() <= 1 < np.abs(chunk.gripper_logit).max()
 
 
+def test_logits_are_chunk_major_then_by_action_dim_then_by_bin(key):
+    params = heads.init(key, H, K, A, (8,), num_bins=5)
+    prediction = heads.apply(params, features(), K, num_bins=5)
+    expected = mlp_by_hand(params["bins"], features()).reshape(2, 6, K, A, 5)
+    assert isinstance(prediction, BinChunk)
+    np.testing.assert_allclose(prediction.logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("num_bins", "middle"), [(3, []), (16, [7]), (5, [])])
+def test_the_likeliest_bin_moves_the_arm_and_the_balance_of_bins_the_gripper(num_bins, middle):
+    logits = np.random.default_rng(0).normal(size=(50, K, A, num_bins)).astype(np.float32)
+    chunk = heads.actions(BinChunk(logits))
+    edges = np.linspace(-1, 1, num_bins)
+    centres = np.append((edges[:-1] + edges[1:]) / 2, (edges[-2] + edges[-1]) / 2)
+    assert np.flatnonzero(centres == 0).tolist() == middle
+    np.testing.assert_allclose(chunk.arm, centres[logits[..., :-1, :].argmax(-1)], atol=1e-6)
+    weights = np.exp(logits[..., -1, :].astype(np.float64))
+    is_open, is_closed = weights[..., centres > 0].sum(-1), weights[..., centres < 0].sum(-1)
+    np.testing.assert_allclose(chunk.gripper_logit, np.log(is_open / is_closed), atol=1e-5)
+
+
+def test_a_certain_gripper_has_a_finite_logit():
+    logits = np.zeros((2, 1, 2, 16), np.float32)
+    logits[0, ..., -1], logits[1, ..., 0] = 1e4, 1e4
+    logit = heads.actions(BinChunk(logits)).gripper_logit
+    np.testing.assert_allclose(logit[:, 0], [1e4, -1e4], rtol=1e-3)
+
+
+def test_actions_of_numbers_are_the_numbers(key):
+    chunk = heads.apply(heads.init(key, H, K, A, (8,)), features(), K)
+    assert heads.actions(chunk) is chunk
+    assert isinstance(chunk, ActionChunk)
+
+
 def test_kernels_are_xavier_uniform_and_biases_zero(key):
     layer = heads.init_mlp(key, (100, 50))["layers_0"]
     bound = np.sqrt(6 / 150)
@@ -48,9 +84,13 @@ def test_kernels_are_xavier_uniform_and_biases_zero(key):
     assert not layer["bias"].any()
 
 
-def test_bfloat16_products_give_float32_actions(key):
-    params = heads.init(key, H, K, A, (8,))
-    half, full = (heads.apply(params, features(), K, dtype=d) for d in ("bfloat16", "float32"))
+@pytest.mark.parametrize("num_bins", [None, 5])
+def test_bfloat16_products_give_float32_predictions(num_bins, key):
+    params = heads.init(key, H, K, A, (8,), num_bins=num_bins)
+    half, full = (
+        heads.apply(params, features(), K, num_bins=num_bins, dtype=d)
+        for d in ("bfloat16", "float32")
+    )
     for one, other in zip(half, full, strict=True):
         assert one.dtype == jnp.float32
         np.testing.assert_allclose(one, other, atol=0.05)

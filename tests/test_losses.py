@@ -6,19 +6,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
 from vla_jax import losses
-from vla_jax.types import ActionChunk
+from vla_jax.types import ActionChunk, BinChunk
 
-B, W, K, A = 4, 3, 2, 4
+B, W, K, A, V = 4, 3, 2, 4, 9
+
+each_head = pytest.mark.parametrize("head", ["continuous", "discrete"])
 
 
-def draw_batch():
+def draw_batch(head="continuous"):
     random = np.random.default_rng(0)
     arm = random.uniform(-1, 1, (B, W, K, A - 1)).astype(np.float32)
     chunk = ActionChunk(arm, random.normal(size=(B, W, K)).astype(np.float32))
+    if head == "discrete":
+        chunk = BinChunk(random.normal(size=(B, W, K, A, V)).astype(np.float32))
     action = random.uniform(-3, 3, (B, W, K, A)).astype(np.float32)  # Huber's two branches
     action[..., -1] = np.sign(action[..., -1])
     mask = random.random((B, W, K)) < 0.6
@@ -59,8 +64,47 @@ def test_the_gripper_weighs_a_hundredth_unless_told():
     assert_close(loss, metrics["loss_arm"] + 0.01 * metrics["loss_gripper"], 1e-7)
 
 
-def test_an_all_masked_batch_gives_zero_with_zero_gradient():
-    chunk, action, mask = draw_batch()
+def test_the_loss_of_bins_is_torchs_cross_entropy_with_the_bins_of_the_real_targets():
+    prediction, action, mask = draw_batch("discrete")
+    edges = np.linspace(-1, 1, V)
+    bins = np.digitize(np.clip(action, -1, 1), edges) - 1
+    ignored = np.where(mask[..., None], bins, -100)
+    logits = torch.from_numpy(prediction.logits).requires_grad_()
+    expected = torch.nn.functional.cross_entropy(
+        logits.reshape(-1, V), torch.from_numpy(ignored).reshape(-1), ignore_index=-100
+    )
+    expected.backward()
+    value_and_grad = jax.value_and_grad(losses.action_loss, has_aux=True)
+    (loss, metrics), gradient = value_and_grad(prediction, action, mask)
+    assert_close(loss, expected.item())
+    assert_close(gradient.logits, logits.grad)
+    likeliest = prediction.logits.argmax(-1)
+    centres = (edges[:-1] + edges[1:]) / 2
+    arm = centres[np.minimum(likeliest[..., :-1], V - 2)]
+    weights = np.exp(prediction.logits[..., -1, :])
+    says_open = weights[..., V // 2 :].sum(-1) > weights[..., : V // 2].sum(-1)
+    by_hand = {
+        "loss_bins": expected.item(),
+        "acc_arm": (likeliest == bins)[..., :-1][mask].mean(),
+        "acc_gripper": (says_open == (action[..., -1] > 0))[mask].mean(),
+        "arm_l1": np.abs(arm - action[..., :-1])[mask].mean(),
+    }
+    assert_close(metrics, by_hand)
+
+
+def test_bins_of_what_was_said_have_no_loss_and_full_marks():
+    _, action, mask = draw_batch("discrete")
+    bins = np.digitize(np.clip(action, -1, 1), np.linspace(-1, 1, V)) - 1
+    said = BinChunk(100 * np.eye(V, dtype=np.float32)[bins])
+    _, metrics = losses.action_loss(said, np.clip(action, -1, 1), mask)
+    assert_close(metrics["loss_bins"], 0)
+    assert metrics["acc_arm"] == metrics["acc_gripper"] == 1
+    assert 0 < metrics["arm_l1"] <= 1 / (V - 1)
+
+
+@each_head
+def test_an_all_masked_batch_gives_zero_with_zero_gradient(head):
+    chunk, action, mask = draw_batch(head)
     value_and_grad = jax.value_and_grad(losses.action_loss, has_aux=True)
     (loss, metrics), gradient = value_and_grad(chunk, action, np.zeros_like(mask))
     assert loss == 0
@@ -68,8 +112,9 @@ def test_an_all_masked_batch_gives_zero_with_zero_gradient():
     assert not any(leaf.any() for leaf in gradient)
 
 
-def test_what_is_masked_may_hold_anything():
-    chunk, action, mask = draw_batch()
+@each_head
+def test_what_is_masked_may_hold_anything(head):
+    chunk, action, mask = draw_batch(head)
     value_and_grad = jax.value_and_grad(losses.action_loss, has_aux=True)
     expected = value_and_grad(chunk, action, mask)
     for anything in (np.nan, np.inf, -7.0):
@@ -111,16 +156,17 @@ def test_bfloat16_predictions_give_a_float32_loss():
 
 
 def parameter_loss(scale, chunk, action, mask, axis_name=None):
-    chunk = ActionChunk(chunk.arm * scale, chunk.gripper_logit * scale)
+    chunk = jax.tree.map(lambda part: part * scale, chunk)
     return losses.action_loss(chunk, action, mask, axis_name=axis_name)
 
 
 GRADIENT = partial(jax.value_and_grad, has_aux=True)
 
 
+@each_head
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_a_sharded_batch_under_jit_gives_what_the_whole_one_gives(axis_type):
-    batch = draw_batch()
+def test_a_sharded_batch_under_jit_gives_what_the_whole_one_gives(axis_type, head):
+    batch = draw_batch(head)
     expected = GRADIENT(parameter_loss)(0.7, *batch)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(axis_type,))
     with jax.set_mesh(mesh):
@@ -128,9 +174,10 @@ def test_a_sharded_batch_under_jit_gives_what_the_whole_one_gives(axis_type):
         assert_close(jax.jit(GRADIENT(parameter_loss))(0.7, *shared), expected)
 
 
-def test_a_sharded_batch_under_pmap_gives_what_the_whole_one_gives():
+@each_head
+def test_a_sharded_batch_under_pmap_gives_what_the_whole_one_gives(head):
     """Devices hold unequal shares of the real targets, one of them none."""
-    batch = draw_batch()
+    batch = draw_batch(head)
     (loss, metrics), gradient = GRADIENT(parameter_loss)(0.7, *batch)
 
     def share(scale, chunk, action, mask):
@@ -145,10 +192,55 @@ def test_a_sharded_batch_under_pmap_gives_what_the_whole_one_gives():
         assert_close(own, ((loss, metrics), gradient))
 
 
-@pytest.mark.parametrize("part", ["arm", "gripper_logit"])
-def test_a_chunk_of_another_shape_is_refused_at_the_door(part):
+def draw_sentences():
+    random = np.random.default_rng(1)
+    logits = random.normal(size=(B, W, V)).astype(np.float32)
+    return logits, random.integers(0, V, (B, W)), random.random((B, W)) < 0.6
+
+
+def test_a_language_models_loss_is_torchs_when_its_caller_shifts():
+    logits, ids, mask = draw_sentences()
+    labels = np.where(mask, ids, -100)
+    theirs = torch.from_numpy(logits).requires_grad_()
+    expected = torch.nn.functional.cross_entropy(
+        theirs[:, :-1].reshape(-1, V), torch.from_numpy(labels)[:, 1:].reshape(-1)
+    )
+    expected.backward()
+
+    def loss_fn(logits):
+        return losses.token_loss(logits[..., :-1, :], labels[..., 1:], labels[..., 1:] != -100)
+
+    (loss, metrics), gradient = jax.value_and_grad(loss_fn, has_aux=True)(logits)
+    assert_close(loss, expected.item())
+    assert_close(gradient, theirs.grad)
+    right = (logits.argmax(-1)[:, :-1] == ids[:, 1:])[mask[:, 1:]].mean()
+    assert_close(metrics, {"loss_tokens": loss, "acc_tokens": right})
+
+
+def test_sentences_without_a_real_token_give_zero_with_zero_gradient():
+    logits, ids, mask = draw_sentences()
+    value_and_grad = jax.value_and_grad(losses.token_loss, has_aux=True)
+    (loss, metrics), gradient = value_and_grad(logits, ids, np.zeros_like(mask))
+    assert loss == metrics["acc_tokens"] == 0
+    assert not gradient.any()
+
+
+def test_sentences_on_many_devices_give_what_they_give_on_one():
+    batch = draw_sentences()
+    shares = jax.tree.map(lambda leaf: leaf[:, None], batch)
+    mapped = jax.pmap(partial(losses.token_loss, axis_name="data"), "data")(*shares)
+    for device in range(4):
+        own = jax.tree.map(lambda leaf, device=device: leaf[device], mapped)
+        assert_close(own, losses.token_loss(*batch))
+
+
+@pytest.mark.parametrize(
+    ("head", "part"),
+    [("continuous", "arm"), ("continuous", "gripper_logit"), ("discrete", "logits")],
+)
+def test_a_chunk_of_another_shape_is_refused_at_the_door(head, part):
     """A gripper logit [..., 1] would otherwise broadcast against all targets."""
-    chunk, action, mask = draw_batch()
+    chunk, action, mask = draw_batch(head)
     wrong = chunk._replace(**{part: getattr(chunk, part)[..., None]})
     with pytest.raises(AssertionError, match="assert_shape"):
         losses.action_loss(wrong, action, mask)

@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from vla_jax import decoders, streaming
+from vla_jax import decoders, heads, streaming
 from vla_jax.decoders import DecoderConfig
 
 B, T, W, N, D, K = 3, 14, 4, 2, 3, 2
@@ -15,7 +15,7 @@ each_kind = pytest.mark.parametrize("kind", ["rnn", "lstm", "gru", "fc"])
 each_mode = pytest.mark.parametrize("mode", ["refresh", "periodic", "persistent"])
 
 
-def configured(kind):
+def configured(kind, head="continuous"):
     return DecoderConfig(
         kind=kind,
         token_dim=D,
@@ -24,6 +24,8 @@ def configured(kind):
         action_horizon=K,
         hidden_size=5,
         num_layers=2,
+        head=head,
+        num_bins=16,
         head_sizes=(8,),
     )
 
@@ -74,9 +76,10 @@ def windowed(params, config, tokens, starts, mode, window_size):
             first = first_remembered(mode, start, t, window_size)
             windows[row, t, T - 1 - t + first :] = tokens[row, first : t + 1]
             mask[row, t, T - 1 - t + first :] = True
-    chunk = jax.jit(decoders.apply, static_argnames="config")(
+    prediction = jax.jit(decoders.apply, static_argnames="config")(
         params, config, windows.reshape(B * T, T, N, D), timestep_mask=mask.reshape(B * T, T)
     )
+    chunk = heads.actions(prediction)
     return jax.tree.map(lambda leaf: leaf[:, -1].reshape(B, T, *leaf.shape[2:]), chunk)
 
 
@@ -95,8 +98,9 @@ def test_streamed_is_windowed(kind, mode, key):
 
 @each_kind
 @each_mode
-def test_streamed_is_windowed_when_every_robot_starts_episodes_of_its_own(kind, mode, key):
-    config, tokens = configured(kind), draw_tokens()
+@pytest.mark.parametrize("head", ["continuous", "discrete"])
+def test_streamed_is_windowed_when_every_robot_starts_episodes_of_its_own(kind, mode, head, key):
+    config, tokens = configured(kind, head), draw_tokens()
     params = decoders.init(key, config)
     streamed = stream(params, config, tokens, reset=resets(), mode=mode)
     assert_close(streamed, windowed(params, config, tokens, STARTS, mode, W))

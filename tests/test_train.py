@@ -18,6 +18,8 @@ import tiny_demos
 
 from train import loop
 from train.cache import cache
+from train.command_line import command_line
+from train.configs import IMITATE
 from train.imitate import imitate
 from train.logs import read_metrics
 from train.pretrain import pretrain
@@ -25,6 +27,7 @@ from train.setup import init_params
 from vla_jax import checkpoint, optim
 from vla_jax.backbones.state import StateConfig
 from vla_jax.config import load
+from vla_jax.evaluate import EvaluateConfig, evaluate
 from vla_jax.runs import load_run
 from vla_jax.update import init_train_state
 
@@ -217,11 +220,31 @@ def start(module, *options):
     )
 
 
+def small(demos, run_dir):
+    """Options of a small policy on the state."""
+    return (
+        *("--preset", "table_jax_state", "--dataset", demos, "--run-dir", run_dir),
+        *("--window-size", 6, "--hidden-size", 8, "--head-sizes", 8, "--batch-size", 8),
+    )
+
+
+def test_a_discrete_head_learns_from_the_command_line_and_its_run_acts(demos, tmp_path):
+    options = ("--decoder.head", "discrete", "--num-bins", 16, "--max-steps", 8)
+    loop = ("--num-updates", 60, "--save-every", 60, "--log-every", 20, "--warmup-steps", 0)
+    argv = [str(word) for word in (*small(demos, tmp_path / "run"), *options, *loop)]
+    run_dir = imitate(command_line(IMITATE, argv, description="Trains."))
+    told = read_metrics(run_dir / "metrics.jsonl")
+    assert [line["loss"] for line in told] == [line["loss_bins"] for line in told]
+    assert told[-1]["loss"] < 0.9 * np.log(16)  # that of a guess
+    assert (run_dir / "actions.png").stat().st_size > 0
+    assert load_run(run_dir).params["decoder"]["heads"].keys() == {"bins"}
+    assert evaluate(run_dir, EvaluateConfig(num_episodes=2, num_films=0)).total.episodes == 2
+
+
 def small_run(demos, run_dir):
     return start(
         "imitate",
-        *("--preset", "table_jax_state", "--dataset", demos, "--run-dir", run_dir),
-        *("--window-size", 6, "--hidden-size", 8, "--head-sizes", 8, "--batch-size", 8),
+        *small(demos, run_dir),
         *("--num-updates", 1500, "--save-every", 20, "--log-every", 10, "--warmup-steps", 5),
         *("--dropout", 0.1),
     )

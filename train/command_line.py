@@ -68,7 +68,8 @@ def command_line(
     """Returns the config that the user asked for, or ends the program with one clear message.
 
     An option has the bare name of its field (`--window-size`); only where two parts of the config
-    have a field of that name, and for `kind`, does it carry the part's name (`--decoder.dropout`).
+    have a field of that name, and for `kind` and `head`, which say nothing without it, does it
+    carry the part's name (`--decoder.dropout`).
     Which of several config classes stands in a union is the preset's choice.
 
     Args:
@@ -144,9 +145,9 @@ def _comment(cls: type, name: str) -> str:
 
 
 def _ambiguous(config: Any) -> set[str]:
-    """Returns the names that occur in more than one part; `kind` says nothing without its part."""
+    """Returns the names that occur in more than one part, and those too vague without theirs."""
     counts = collections.Counter(_leaf_names(config))
-    return {"kind", *(name for name, count in counts.items() if count > 1)}
+    return {"kind", "head", *(name for name, count in counts.items() if count > 1)}
 
 
 def _leaf_names(config: Any) -> Iterator[str]:

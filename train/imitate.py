@@ -20,7 +20,7 @@ from train.configs import IMITATE, ImitateConfig
 from train.loop import fit, is_first_process, open_run, save_json
 from train.setup import init_params, make_windows, read_dataset
 from vla_jax import config as configs
-from vla_jax import losses, optim, plots, policy
+from vla_jax import heads, losses, optim, plots, policy
 from vla_jax.data import normalize
 from vla_jax.data.loader import make_loader
 from vla_jax.data.packing import Packed
@@ -64,9 +64,10 @@ def imitate(config: ImitateConfig) -> pathlib.Path:
         process_count=jax.process_count(),
     )
 
-    # Update: Huber on the arm, cross-entropy on the gripper, at every position of the window.
+    # Update: Huber on the arm, cross-entropy on the gripper (or on the bins of both), at every
+    # position of the window.
     def loss_fn(params: Params, batch: Batch, key: Key) -> tuple[jax.Array, Metrics]:
-        chunk = policy.apply(
+        prediction = policy.apply(
             params,
             config.agent.policy,
             batch.observation,
@@ -76,7 +77,7 @@ def imitate(config: ImitateConfig) -> pathlib.Path:
             key=key if decoder.dropout else None,
         )
         return losses.action_loss(
-            chunk, batch.action, batch.action_mask, gripper_weight=config.gripper_weight
+            prediction, batch.action, batch.action_mask, gripper_weight=config.gripper_weight
         )
 
     num_updates = config.loop.num_updates
@@ -110,13 +111,14 @@ def imitate(config: ImitateConfig) -> pathlib.Path:
 def _plot(run_dir: pathlib.Path, config: ImitateConfig, params: Params, batch: Batch) -> None:
     """Draws the first action of each chunk along one demonstration beside the expert's."""
     apply = jax.jit(policy.apply, static_argnums=1)
-    chunk = apply(
+    prediction = apply(
         params,
         config.agent.policy,
         batch.observation,
         batch.timestep_mask,
         tokens=batch.tokens,
     )
+    chunk = heads.actions(prediction)
     gripper = 2 * jax.nn.sigmoid(chunk.gripper_logit[..., :1]) - 1
     real = batch.timestep_mask[0]
     predicted = np.concatenate([chunk.arm[:, :, 0], gripper], axis=-1)[0, real]

@@ -1,6 +1,6 @@
 """Tokens to action chunks over a window: pooled, run through a recurrence, given to the heads.
 
-    tokens [B, W, N, D] → pool → [B, W, D'] → recurrence → [B, W, H] → heads → ActionChunk
+    tokens [B, W, N, D] → pool → [B, W, D'] → recurrence → [B, W, H] → heads → Prediction
 
 `kind="fc"` puts an MLP in the recurrence's place and remembers nothing: the baseline. Actions
 come out at every position of the window; `streaming` gives the same ones step by step.
@@ -14,13 +14,14 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from vla_jax import heads, recurrence
+from vla_jax import action_tokens, heads, recurrence
 from vla_jax.config import did_you_mean
 from vla_jax.recurrence import Carry, RecurrenceConfig
-from vla_jax.types import ActionChunk, Array, Key, Params
+from vla_jax.types import Array, Key, Params, Prediction
 
 Kind = Literal["rnn", "lstm", "gru", "fc"]
 Pooling = Literal["max", "mean", "attention", "none"]
+Head = Literal["continuous", "discrete"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,14 +39,16 @@ class DecoderConfig:
     num_heads: int = 8  # M, attention heads of kind "gpt"
     pooling: Pooling = "max"  # how N tokens become `num_latents`; "none" keeps and joins them all
     num_latents: int = 1  # vectors that are left of a step's tokens, joined to one
-    head_sizes: tuple[int, ...] = (1024, 512, 256)  # hidden layers of the arm's and gripper's MLP
+    head: Head = "continuous"  # numbers (arm, gripper logit), or "discrete": bins of each number
+    num_bins: int = 256  # V, bins of a number from -1 to 1; of head "discrete"
+    head_sizes: tuple[int, ...] = (1024, 512, 256)  # hidden layers of each MLP of the heads
     dropout: float = 0.0  # probability of dropping an output between two recurrent layers
     remat_chunk: int = 0  # steps whose gates are computed again for the gradient; 0 = keep all
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the factors of matrix products
 
     def __post_init__(self):
-        for name, known in (("kind", get_args(Kind)), ("pooling", get_args(Pooling))):
-            value = getattr(self, name)
+        for name, choices in (("kind", Kind), ("pooling", Pooling), ("head", Head)):
+            value, known = getattr(self, name), get_args(choices)
             if value not in known:
                 raise ValueError(f"unknown {name} '{value}'; {did_you_mean(value, known)}")
         least_tokens = 1 if self.pooling == "none" else 0
@@ -62,6 +65,7 @@ class DecoderConfig:
                 f"num_latents must be at most num_tokens = {self.num_tokens} with "
                 f"pooling='{self.pooling}', got {self.num_latents}; choose pooling='attention'."
             )
+        action_tokens.check_num_bins(self.num_bins)
         recurrence_config(self)  # has checks of its own
 
 
@@ -94,7 +98,12 @@ def init(key: Key, config: DecoderConfig) -> Params:
     size, hidden = pooled_size(config), config.hidden_size
     params: Params = {
         "heads": heads.init(
-            heads_key, hidden, config.action_horizon, config.action_dim, config.head_sizes
+            heads_key,
+            hidden,
+            config.action_horizon,
+            config.action_dim,
+            config.head_sizes,
+            num_bins=_num_bins(config),
         )
     }
     if config.kind == "fc":
@@ -117,8 +126,8 @@ def apply(
     reset: Array | None = None,
     carry: Carry | None = None,
     key: Key | None = None,
-) -> ActionChunk:
-    """Returns the action chunk that is predicted at every position.
+) -> Prediction:
+    """Returns what is predicted at every position: action chunks, or bins of them.
 
     Args:
       params: from `init`.
@@ -131,8 +140,8 @@ def apply(
       key: consumed, for dropout; None means no dropout.
 
     Returns:
-      Arm `[B, W, K, A-1]` in (-1, 1), gripper logit `[B, W, K]`, float32. At masked steps they
-      are those of zero features.
+      Arm `[B, W, K, A-1]` in (-1, 1), gripper logit `[B, W, K]`; of head "discrete" logits
+      `[B, W, K, A, V]`; float32. At masked steps they are those of zero features.
 
     Raises:
       ValueError: `tokens` are not `[B, W, N, D]` with the config's N and D.
@@ -149,7 +158,18 @@ def apply(
         carry=carry,
         key=key,
     )
-    return heads.apply(params["heads"], hidden, config.action_horizon, dtype=config.dtype)
+    return predict(params, config, hidden)
+
+
+def predict(params: Params, config: DecoderConfig, features: Array) -> Prediction:
+    """Returns what the heads make of `features [..., H]`, as `apply` does at every position."""
+    return heads.apply(
+        params["heads"],
+        features,
+        config.action_horizon,
+        num_bins=_num_bins(config),
+        dtype=config.dtype,
+    )
 
 
 def features(
@@ -253,6 +273,10 @@ def check_tokens(config: DecoderConfig, tokens: Array, axes: str) -> None:
 def _least_tokens(config: DecoderConfig) -> int:
     """The fewest tokens that can be shared out to `num_latents` bins."""
     return config.num_latents if config.pooling in ("max", "mean") else 1
+
+
+def _num_bins(config: DecoderConfig) -> int | None:
+    return config.num_bins if config.head == "discrete" else None
 
 
 def _bins(num_tokens: int, num_latents: int) -> list[slice]:

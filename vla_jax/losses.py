@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vla_jax.types import ActionChunk, Array, Metrics
+from vla_jax import action_tokens, heads
+from vla_jax.types import ActionChunk, Array, BinChunk, Metrics, Prediction
 
 
 def masked_mean(values: Array, mask: Array, *, axis_name: str | None = None) -> jax.Array:
@@ -37,7 +38,7 @@ def masked_mean(values: Array, mask: Array, *, axis_name: str | None = None) -> 
 
 
 def action_loss(
-    chunk: ActionChunk,
+    prediction: Prediction,
     action: Array,
     action_mask: Array,
     *,
@@ -48,36 +49,94 @@ def action_loss(
 
         loss = Huber₁(arm) + gripper_weight · BCE(gripper_logit, gripper > 0)
 
+    Of bins it is the cross-entropy with the bin that each of the A numbers lies in, all of the
+    same weight, the gripper's included.
+
+        loss = −log softmax(logits)[encode(action)]
+
     Args:
-      chunk: prediction, arm `[..., K, A-1]`, gripper logit `[..., K]`.
+      prediction: arm `[..., K, A-1]`, gripper logit `[..., K]`; or logits `[..., K, A, V]`.
       action: targets `[..., K, A]`, arm in [-1, 1], gripper +1 open / -1 closed.
       action_mask: `[..., K]`, True where the target exists; the others may hold anything.
-      gripper_weight: factor of the gripper's term.
+      gripper_weight: factor of the gripper's term; bins have no such term.
       axis_name: mapped axis to sum over; None means that the batch is whole.
 
     Returns:
-      Loss `[]` float32, and metrics `loss_arm`, `loss_gripper` (without its weight),
-      `acc_gripper` in [0, 1], `arm_l1` (mean absolute error, in the arm's normalised units).
+      Loss `[]` float32, and metrics. Of both: `acc_gripper` in [0, 1] (open or closed, as told)
+      and `arm_l1` (mean absolute error of the decoded arm, in its normalised units). Of numbers:
+      `loss_arm`, `loss_gripper` (without its weight). Of bins: `loss_bins`, `acc_arm` in [0, 1]
+      (the likeliest bin is the right one).
 
-    Source: Li et al. 2024, RoboVLMs (arXiv:2412.14058), with its weight 0.01.
+    Source: Li et al. 2024, RoboVLMs (arXiv:2412.14058), with its weight 0.01; `DiscreteDecoder`.
     """
-    chex.assert_shape(chunk.arm, (*action.shape[:-1], action.shape[-1] - 1))
-    chex.assert_shape([chunk.gripper_logit, action_mask], action.shape[:-1])
-    chunk = jax.tree.map(lambda part: jnp.asarray(part, jnp.float32), chunk)
+    chex.assert_shape(action_mask, action.shape[:-1])
+    prediction = jax.tree.map(lambda part: jnp.asarray(part, jnp.float32), prediction)
     # The selection comes before the loss: the gradient through a NaN target would be NaN.
     target = jnp.where(jnp.asarray(action_mask)[..., None], action, 0.0)
-    arm, is_open = target[..., :-1], target[..., -1] > 0
-    huber = optax.losses.huber_loss(chunk.arm, arm, delta=1.0)
-    entropy = optax.losses.sigmoid_binary_cross_entropy(
-        chunk.gripper_logit, is_open.astype(jnp.float32)
-    )
-    terms = {
-        "loss_arm": huber,
-        "loss_gripper": entropy,
-        "acc_gripper": (chunk.gripper_logit > 0) == is_open,
-        "arm_l1": jnp.abs(chunk.arm - arm),
-    }
+    is_discrete = isinstance(prediction, BinChunk)
+    terms = _bin_terms(prediction, target) if is_discrete else _chunk_terms(prediction, target)
+    terms |= _decoded_terms(heads.actions(prediction), target)
     metrics = {
         name: masked_mean(term, action_mask, axis_name=axis_name) for name, term in terms.items()
     }
+    if is_discrete:
+        return metrics["loss_bins"], metrics
     return metrics["loss_arm"] + gripper_weight * metrics["loss_gripper"], metrics
+
+
+def token_loss(
+    logits: Array, ids: Array, mask: Array, *, axis_name: str | None = None
+) -> tuple[jax.Array, Metrics]:
+    """Returns the cross-entropy of tokens, over the real ones.
+
+        loss = −log softmax(logits)[ids]
+
+    `logits[..., s, :]` are those for `ids[..., s]`: nothing is shifted here. A language model's
+    logits at s speak of the token at s + 1; its caller gives `logits[..., :-1, :]`,
+    `ids[..., 1:]` and `mask[..., 1:]`.
+
+    Args:
+      logits: `[..., S, V]`.
+      ids: targets `[..., S]`, integers in [0, V) where they are real, anything elsewhere.
+      mask: `[..., S]`, True where the target is real (PyTorch: where it is not -100).
+      axis_name: mapped axis to sum over; None means that the batch is whole.
+
+    Returns:
+      Loss `[]` float32, and metrics `loss_tokens`, the same, and `acc_tokens` in [0, 1].
+    """
+    chex.assert_shape(logits, (*ids.shape, None))
+    chex.assert_shape(mask, ids.shape)
+    logits, ids = jnp.asarray(logits, jnp.float32), jnp.where(mask, ids, 0)
+    terms = {
+        "loss_tokens": optax.losses.softmax_cross_entropy_with_integer_labels(logits, ids),
+        "acc_tokens": jnp.argmax(logits, axis=-1) == ids,
+    }
+    metrics = {name: masked_mean(term, mask, axis_name=axis_name) for name, term in terms.items()}
+    return metrics["loss_tokens"], metrics
+
+
+def _chunk_terms(chunk: ActionChunk, target: jax.Array) -> Metrics:
+    chex.assert_shape(chunk.arm, (*target.shape[:-1], target.shape[-1] - 1))
+    chex.assert_shape(chunk.gripper_logit, target.shape[:-1])
+    is_open = (target[..., -1] > 0).astype(jnp.float32)
+    return {
+        "loss_arm": optax.losses.huber_loss(chunk.arm, target[..., :-1], delta=1.0),
+        "loss_gripper": optax.losses.sigmoid_binary_cross_entropy(chunk.gripper_logit, is_open),
+    }
+
+
+def _bin_terms(chunk: BinChunk, target: jax.Array) -> Metrics:
+    chex.assert_shape(chunk.logits, (*target.shape, None))
+    bins = action_tokens.encode(target, chunk.logits.shape[-1])
+    likeliest = jnp.argmax(chunk.logits[..., :-1, :], axis=-1)
+    return {
+        "loss_bins": optax.losses.softmax_cross_entropy_with_integer_labels(chunk.logits, bins),
+        "acc_arm": likeliest == bins[..., :-1],
+    }
+
+
+def _decoded_terms(chunk: ActionChunk, target: jax.Array) -> Metrics:
+    return {
+        "acc_gripper": (chunk.gripper_logit > 0) == (target[..., -1] > 0),
+        "arm_l1": jnp.abs(chunk.arm - target[..., :-1]),
+    }

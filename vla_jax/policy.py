@@ -19,7 +19,7 @@ from vla_jax.backbones.family import BACKBONES, BackboneConfig
 from vla_jax.backbones.perceiver import PerceiverConfig
 from vla_jax.decoders import DecoderConfig
 from vla_jax.streaming import Mode
-from vla_jax.types import ActionChunk, Array, Key, Observation, Params
+from vla_jax.types import ActionChunk, Array, Key, Observation, Params, Prediction
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ def apply(
     reset: Array | None = None,
     tokens: Array | None = None,
     key: Key | None = None,
-) -> ActionChunk:
-    """Action chunks at every position of a window.
+) -> Prediction:
+    """Action chunks (of a discrete head: bins) at every position of a window.
 
     Args:
       params: from `init`.

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from vla_jax import heads, recurrence
 from vla_jax.config import did_you_mean
-from vla_jax.decoders import DecoderConfig, check_tokens, pool, recurrence_config
+from vla_jax.decoders import DecoderConfig, check_tokens, pool, predict, recurrence_config
 from vla_jax.recurrence import Carry
 from vla_jax.types import ActionChunk, Array, Params
 
@@ -127,7 +127,7 @@ def step(
         state, features = _persistent(params, config, state, pooled, reset)
     else:
         features = heads.apply_mlp(params["mlp"], pooled, dtype=config.dtype)
-    return state, heads.apply(params["heads"], features, config.action_horizon, dtype=config.dtype)
+    return state, heads.actions(predict(params, config, features))
 
 
 def _check_init(
