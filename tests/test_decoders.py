@@ -1,7 +1,7 @@
 """The decoders against RoboVLMs' own heads, pooling by hand, and the laws of a window.
 
-`golden/*.safetensors` hold what RoboVLMs' `LSTMDecoder` and `FCDecoder` (PyTorch, float32) gave
-on random weights and inputs; the weights follow from the seed in the file.
+`golden/*.safetensors` hold what RoboVLMs' `LSTMDecoder`, `GPTDecoder` and `FCDecoder` (PyTorch,
+float32) gave on random weights and inputs; the weights follow from the seed in the file.
 """
 
 import dataclasses
@@ -26,10 +26,11 @@ SMALL = DecoderConfig(
     action_horizon=K,
     hidden_size=H,
     num_layers=2,
+    num_heads=3,
     head_sizes=(8,),
 )
 POOLINGS = ("max", "mean", "attention", "none")
-KINDS = ("rnn", "lstm", "gru", "fc")
+KINDS = ("rnn", "lstm", "gru", "fc", "gpt")
 
 apply = jax.jit(decoders.apply, static_argnames="config")
 
@@ -45,9 +46,34 @@ def assert_close(one, other, atol=1e-6):
 # --- RoboVLMs ---------------------------------------------------------------------------------
 
 
+GPT_NAMES = {
+    "position_embedding": "wpe.weight",
+    "attention_norm": "ln_1",
+    "attention/qkv": "attn.c_attn",
+    "attention/output": "attn.c_proj",
+    "mlp_norm": "ln_2",
+    "mlp/layers_0": "mlp.c_fc",
+    "mlp/layers_1": "mlp.c_proj",
+    "output_norm": "ln_f",
+}
+
+
+def gpt_name(path):
+    """Name of a tensor of ours in Hugging Face's `GPT2Model`."""
+    if len(path) == 1:
+        return GPT_NAMES[path[0]]
+    *where, leaf = path
+    block = ""
+    if where[0].startswith("layers_"):
+        block = f"h.{where.pop(0).removeprefix('layers_')}."
+    return f"{block}{GPT_NAMES['/'.join(where)]}.{'bias' if leaf == 'bias' else 'weight'}"
+
+
 def robovlms_name(path):
     """Name of a tensor of ours in RoboVLMs' `state_dict`."""
     *where, leaf = path
+    if path[0] == "transformer":
+        return f"act_head.gpt.{gpt_name(path[1:])}"
     layer = int(next(part for part in where if part.startswith("layers_")).removeprefix("layers_"))
     if where[0] == "recurrence":
         side = {"input": "ih", "recurrent": "hh"}[leaf.split("_")[0]]
@@ -55,6 +81,11 @@ def robovlms_name(path):
         return f"act_head.rnn.{what}_{side}_l{layer}"
     mlp = {"arm": "actions.mlp", "gripper": "gripper.mlp"}.get(where[1], "mlp")
     return f"act_head.{mlp}.{2 * layer}.{'weight' if leaf == 'kernel' else 'bias'}"
+
+
+def as_ours(path, weight):
+    """PyTorch's `nn.Linear` and `nn.LSTM` keep `[out, in]`; GPT-2's `Conv1D` keeps `[in, out]`."""
+    return weight if path[0] == "transformer" else weight.T
 
 
 def read_golden(path):
@@ -65,26 +96,29 @@ def read_golden(path):
         name: random.uniform(-1, 1, shape) * (0.3 if len(shape) == 1 else shape[1] ** -0.5)
         for name, shape in sorted(case["shapes"].items())
     }
+    blocks = {name.split(".")[3] for name in case["shapes"] if ".gpt.h." in name}
     config = DecoderConfig(
-        kind="lstm" if case["kind"] == "LSTMDecoder" else "fc",
+        kind=case["kind"].removesuffix("Decoder").lower(),
         token_dim=case["in_features"],
         num_tokens=case["tokens"] if case["down_sample"] == "pooling" else 1,
         window_size=case["window_size"],
         action_horizon=case["fwd_pred_next_n"],
         hidden_size=case["hidden_size"],
-        num_layers=case["num_layers"],
+        num_layers=len(blocks) or case["num_layers"],
         pooling="max" if case["down_sample"] == "pooling" else "none",
     )
     shapes = flatten_dict(jax.eval_shape(lambda key: decoders.init(key, config), jax.random.key(0)))
     assert {robovlms_name(path) for path in shapes} == set(weights)
-    params = {path: weights[robovlms_name(path)].T.astype(np.float32) for path in shapes}
+    params = {
+        path: as_ours(path, weights[robovlms_name(path)]).astype(np.float32) for path in shapes
+    }
     assert {path: leaf.shape for path, leaf in params.items()} == {
         path: leaf.shape for path, leaf in shapes.items()
     }
     return config, unflatten_dict(params), load_file(path)
 
 
-@pytest.fixture(params=["lstm_pooling", "lstm_none", "fc_pooling"])
+@pytest.fixture(params=["lstm_pooling", "lstm_none", "fc_pooling", "gpt_pooling"])
 def original(request, golden):
     return read_golden(golden / f"{request.param}.safetensors")
 
@@ -121,14 +155,14 @@ def assert_params_gradient(by_params, stored):
         name = robovlms_name(path)
         norms[f"out.grad_norm.{name}"] = np.linalg.norm(leaf)
         if f"out.grad.{name}" in stored:
-            assert_close(leaf.T, stored[f"out.grad.{name}"], 1e-6)
+            assert_close(as_ours(path, leaf), stored[f"out.grad.{name}"], 1e-6)
     expected = {name: x for name, x in stored.items() if name.startswith("out.grad_norm.")}
     assert set(norms) == set(expected)
     for name, norm in norms.items():
         np.testing.assert_allclose(norm, expected[name], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("name", ["lstm_pooling", "lstm_none"])
+@pytest.mark.parametrize("name", ["lstm_pooling", "lstm_none", "gpt_pooling"])
 def test_refresh_streaming_is_robovlms_far_past_the_window(name, golden):
     config, params, stored = read_golden(golden / f"{name}.safetensors")
     tokens = stored["in.stream_tokens"]
@@ -241,7 +275,7 @@ def test_only_a_decoder_with_memory_depends_on_earlier_frames(kind, key):
     assert np.array_equal(one, two) == (kind == "fc")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["rnn", "lstm", "gru", "fc"])
 def test_features_go_on_from_the_carry_of_the_window_before(kind, key):
     config = configured(kind=kind)
     params, tokens = decoders.init(key, config), draw(0, B, 6, N, D)
@@ -251,11 +285,13 @@ def test_features_go_on_from_the_carry_of_the_window_before(kind, key):
     assert_close(np.concatenate([first, second], axis=1), whole)
 
 
-def test_a_reset_inside_the_window_is_a_new_episode(key):
-    params, tokens = decoders.init(key, SMALL), draw(0, B, W, N, D)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reset_inside_the_window_is_a_new_episode(kind, key):
+    config = configured(kind=kind)
+    params, tokens = decoders.init(key, config), draw(0, B, W, N, D)
     reset = np.tile(np.arange(W) == 2, (B, 1))
-    chunk = apply(params, SMALL, tokens, reset=reset)
-    cut = apply(params, SMALL, tokens[:, 2:])
+    chunk = apply(params, config, tokens, reset=reset)
+    cut = apply(params, config, tokens[:, 2:])
     assert_close(jax.tree.map(lambda leaf: leaf[:, 2:], chunk), cut)
 
 
@@ -281,12 +317,29 @@ def test_bfloat16_products_give_float32_actions_and_gradients(kind, key):
     assert dtypes == {jnp.dtype("float32")}
 
 
-def test_dropout_needs_a_key(key):
-    config = configured(dropout=0.5)
+@pytest.mark.parametrize("kind", ["lstm", "gpt"])
+def test_dropout_needs_a_key(kind, key):
+    config = configured(kind=kind, dropout=0.5)
     params, tokens = decoders.init(key, config), draw(0, B, W, N, D)
-    plain = apply(params, SMALL, tokens)
+    plain = apply(params, configured(kind=kind), tokens)
     assert_close(apply(params, config, tokens), plain, 0)
     assert np.abs(apply(params, config, tokens, key=key).arm - plain.arm).max() > 1e-4
+
+
+@pytest.mark.parametrize("num_latents", [1, 2])
+def test_a_gpt_projects_what_is_not_of_its_size(num_latents, key):
+    """D' = 3 features of a pooled step meet H = 6, which are 2 latents of them."""
+    config = configured(kind="gpt", num_latents=num_latents)
+    params, pooled = decoders.init(key, config), draw(0, B, W, decoders.pooled_size(config))
+    projected = decoders.project(params, config, pooled)
+    if decoders.pooled_size(config) == H:
+        assert "projection" not in params
+        assert_close(projected, pooled, 0)
+    else:
+        kernel = np.asarray(params["projection"]["kernel"], np.float64)
+        params["projection"]["bias"] = draw(1, H)
+        projected = decoders.project(params, config, pooled)
+        assert_close(projected, pooled @ kernel + draw(1, H))
 
 
 # --- wrong input ------------------------------------------------------------------------------
@@ -302,12 +355,29 @@ def test_tokens_of_another_size_are_one_sentence(shape, key):
 
 
 @pytest.mark.parametrize("wrong", [{"timestep_mask": (B, W + 1)}, {"token_mask": (B, W)}])
-@pytest.mark.parametrize("kind", ["lstm", "fc"])
+@pytest.mark.parametrize("kind", ["lstm", "fc", "gpt"])
 def test_masks_of_another_size_are_refused_at_the_door(wrong, kind, key):
     config = configured(kind=kind)
     masks = {name: np.ones(shape, bool) for name, shape in wrong.items()}
     with pytest.raises(AssertionError, match="assert_shape"):
         decoders.apply(decoders.init(key, config), config, draw(0, B, W, N, D), **masks)
+
+
+def test_a_carry_for_a_gpt_is_one_sentence(key):
+    config, tokens = configured(kind="gpt"), draw(0, B, W, N, D)
+    params = decoders.init(key, config)
+    carry, _ = decoders.features(params, config, tokens)
+    with pytest.raises(
+        ValueError, match=r"carry must be None for a decoder of kind 'gpt', .* dict"
+    ):
+        decoders.features(params, config, tokens, carry=carry)
+
+
+def test_a_window_longer_than_the_positions_of_a_gpt_is_one_sentence(key):
+    config = configured(kind="gpt")
+    params = decoders.init(key, config)
+    with pytest.raises(ValueError, match="at most its 5 positions, got 6 steps; cut it, or train"):
+        decoders.apply(params, config, draw(0, B, W + 1, N, D))
 
 
 @pytest.mark.parametrize(
@@ -320,6 +390,7 @@ def test_masks_of_another_size_are_refused_at_the_door(wrong, kind, key):
         ({"action_dim": 1}, "action_dim must be at least 2"),
         ({"num_latents": 9}, "num_latents must be at most num_tokens = 4 with pooling='max'"),
         ({"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
+        ({"kind": "gpt", "num_heads": 4}, "hidden_size must be a multiple of num_heads = 4, got 6"),
     ],
 )
 def test_a_wrong_config_is_one_sentence(fields, sentence):
