@@ -223,6 +223,18 @@ def test_masked_tokens_are_as_if_they_were_not_there(kind, mode, key):
     assert_close(one, two)
 
 
+@each_kind_and_mode
+def test_a_new_episode_forgets_a_broken_frame_too(kind, mode, key):
+    config, tokens = configured(kind), draw_tokens()
+    params, reset = decoders.init(key, config), np.zeros((B, T), bool)
+    reset[:, 3] = True
+    broken = tokens.copy()
+    broken[:, 2] = np.nan
+    one, two = (stream(params, config, x, reset=reset, mode=mode) for x in (tokens, broken))
+    assert np.isnan(two.arm[:, 2]).any()
+    assert_close(*(jax.tree.map(lambda leaf: leaf[:, 3:], chunks) for chunks in (one, two)))
+
+
 @pytest.mark.parametrize("kind", ["lstm", "gpt"])
 def test_a_robot_does_not_see_the_others(kind, key):
     config, tokens = configured(kind), draw_tokens()

@@ -186,14 +186,15 @@ def test_a_step_goes_on_from_the_cache_of_a_window():
     assert_close(output, outputs[rows, lengths])
 
 
-def test_a_step_neither_sees_nor_keeps_what_lies_past_it():
-    params, inputs, position = draw_params(), draw(0, B, H), np.zeros(B, int)
-    shapes = transformer.init_cache(CONFIG, B, T)
-    other = jax.tree.map(lambda leaf: draw(7, *leaf.shape), shapes)
-    fresh, used = (step(params, CONFIG, cache, inputs, position) for cache in (shapes, other))
-    assert_close(used[1], fresh[1])
-    first = [jax.tree.map(lambda leaf: leaf[:, 0], cache) for cache in (fresh[0], used[0])]
-    assert_close(*first)
+def test_a_step_forgets_what_lies_past_it_even_if_it_is_nan():
+    params, inputs, position = draw_params(), draw(0, B, 2, H), np.array([0, 1, 1])
+    cache = transformer.init_cache(CONFIG, B, T)
+    cache, _ = step(params, CONFIG, cache, inputs[:, 0], np.zeros(B, int))
+    later = (np.arange(T) >= position[:, None])[..., None, None]
+    poisoned = jax.tree.map(lambda leaf: np.where(later, np.nan, leaf), cache)
+    one, other = (step(params, CONFIG, c, inputs[:, 1], position) for c in (cache, poisoned))
+    assert_close(other[1], one[1])
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(other))
 
 
 # --- numbers ----------------------------------------------------------------------------------

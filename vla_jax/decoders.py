@@ -43,7 +43,7 @@ class DecoderConfig:
     pooling: Pooling = "max"  # how N tokens become `num_latents`; "none" keeps and joins them all
     num_latents: int = 1  # vectors that are left of a step's tokens, joined to one
     head_sizes: tuple[int, ...] = (1024, 512, 256)  # hidden layers of the arm's and gripper's MLP
-    dropout: float = 0.0  # probability, between two recurrent layers; of "gpt", all over GPT-2
+    dropout: float = 0.0  # probability: between two recurrent layers, or in GPT-2's three places
     remat_chunk: int = 0  # steps whose gates are computed again for the gradient; 0 = keep all
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the factors of matrix products
 

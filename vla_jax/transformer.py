@@ -2,8 +2,8 @@
 
 `apply` runs a window, `step` one time step with a cache of keys and values. It takes vectors in
 place of words, so there is no word embedding; the rest is GPT-2: learned positions, norms before
-attention and MLP (ε = 10⁻⁵) and after the last layer, GELU by tanh. `M` is the attention heads,
-`E` the features of a head, H = M·E.
+attention and MLP (ε = 10⁻⁵) and after the last layer, GELU by tanh. M attention heads have E
+features each, H = M·E.
 
 - A step whose `mask` is False is seen by no other and gives zeros, and positions count real steps
   alone, so that a window padded on the left or the right does what it does without the padding.
@@ -138,7 +138,7 @@ def apply(
     _check(config, inputs, mask, reset)
     real = jnp.ones(inputs.shape[:2], bool) if mask is None else jnp.asarray(mask)
     starts = jnp.zeros(inputs.shape[:2], bool) if reset is None else jnp.asarray(reset)
-    inputs = jnp.where(real[..., None], inputs, 0.0)  # no weight is small enough for a NaN
+    inputs = jnp.where(real[..., None], inputs, 0.0)  # a weight of 0 would not silence a NaN
     position, visible = _positions(real, starts), _visible(real, starts)
     cache, outputs = _run(params, config, inputs, position, visible, key=key)
     return cache, jnp.where(real[..., None], outputs, 0.0)
@@ -149,7 +149,7 @@ def step(
 ) -> tuple[Cache, jax.Array]:
     """Returns the cache with one more step in it, and the output of that step, without dropout.
 
-    What the cache holds from `position` on is neither seen nor kept: position 0 is a new episode.
+    What the cache holds from `position` on is forgotten: position 0 is a new episode.
 
     Args:
       params: from `init`.
@@ -223,9 +223,15 @@ def _project(
 
 
 def _write(cache: KeysValues, fresh: KeysValues, position: jax.Array) -> KeysValues:
-    """Returns the cache with those of the steps at `position [B, T]`."""
+    """Returns the cache with those of the step at `position [B, 1]`, and zeros after it."""
     rows = jnp.arange(position.shape[0])[:, None]
-    return jax.tree.map(lambda old, new: old.at[rows, position].set(new), cache, fresh)
+    kept = jnp.arange(cache.keys.shape[1])[None] < position
+
+    def write(old: jax.Array, new: jax.Array) -> jax.Array:
+        # A weight of 0 would not silence a NaN that an earlier episode has left.
+        return jnp.where(kept[..., None, None], old, 0).at[rows, position].set(new)
+
+    return jax.tree.map(write, cache, fresh)
 
 
 def _attend(
