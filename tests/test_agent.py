@@ -84,6 +84,17 @@ def test_a_reset_is_a_new_episode(raw, mode):
     np.testing.assert_allclose(again, play(config, later)[:, :2], atol=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["refresh", "periodic"])
+def test_a_reset_is_a_new_episode_for_an_agent_that_looks_back_over_a_window_too(raw, mode):
+    decoder = dataclasses.replace(tiny_run.DECODER, kind="gpt", window_size=2)
+    parts = policy.connect(tiny_run.AGENT.policy.backbone, decoder)
+    config = dataclasses.replace(tiny_run.AGENT, policy=parts, mode=mode)
+    params = policy.init(jax.random.key(0), parts)
+    later = jax.tree.map(lambda x: np.roll(x, -3, axis=1), raw)
+    again = play(config, raw, resets=(0, 3), params=params)[:, 3:]  # after a window and one step
+    np.testing.assert_allclose(again, play(config, later, params=params)[:, :1], atol=1e-6)
+
+
 def test_robots_of_a_batch_reset_alone(raw):
     agent = agents.make_agent(tiny_run.AGENT, tiny_run.norm_stats())
     params, state = tiny_run.params(), None

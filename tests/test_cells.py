@@ -181,3 +181,13 @@ def test_a_scan_from_the_zero_carry_runs_on_a_sharded_batch(cell, key):
         partial(run, cell), mesh=mesh, in_specs=(everywhere, spec), out_specs=spec
     )
     assert_close(jax.jit(mapped)(params, inputs), expected)
+
+
+def test_dropping_zeroes_a_share_and_keeps_the_mean(key):
+    inputs = draw(0, 100, 100) + 3.0
+    dropped = np.asarray(cells.drop(key, jnp.asarray(inputs), 0.2))
+    kept = dropped != 0
+    np.testing.assert_allclose(kept.mean(), 0.8, atol=0.02)
+    assert_close(dropped[kept], inputs[kept] / 0.8, 1e-5)
+    assert_close(cells.drop(None, jnp.asarray(inputs), 0.2), inputs, 0)
+    assert_close(cells.drop(key, jnp.asarray(inputs), 0.0), inputs, 0)

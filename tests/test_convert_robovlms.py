@@ -250,7 +250,6 @@ def test_a_head_of_other_actions_is_read_off_too():
     assert (config.action_horizon, config.action_dim) == (3, 10)
 
 
-@pytest.mark.skipif("gpt" not in KINDS, reason="no transformer")
 def test_buffers_of_old_gpt_files_are_no_weights():
     theirs = their_head("gpt")
     buffers = {

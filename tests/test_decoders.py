@@ -1,7 +1,7 @@
 """The decoders against RoboVLMs' own heads, pooling by hand, and the laws of a window.
 
-`golden/*.safetensors` hold what RoboVLMs' `LSTMDecoder` and `FCDecoder` (PyTorch, float32) gave
-on random weights and inputs; the weights follow from the seed in the file.
+`golden/*.safetensors` hold what RoboVLMs' `LSTMDecoder`, `GPTDecoder` and `FCDecoder` (PyTorch,
+float32) gave on random weights and inputs; the weights follow from the seed in the file.
 """
 
 import dataclasses
@@ -26,10 +26,11 @@ SMALL = DecoderConfig(
     action_horizon=K,
     hidden_size=H,
     num_layers=2,
+    num_heads=3,
     head_sizes=(8,),
 )
 POOLINGS = ("max", "mean", "attention", "none")
-KINDS = ("rnn", "lstm", "gru", "fc")
+KINDS = ("rnn", "lstm", "gru", "fc", "gpt")
 
 apply = jax.jit(decoders.apply, static_argnames="config")
 
@@ -59,7 +60,7 @@ def read_golden(path):
     return config, params, load_file(path)
 
 
-@pytest.fixture(params=["lstm_pooling", "lstm_none", "fc_pooling"])
+@pytest.fixture(params=["lstm_pooling", "lstm_none", "fc_pooling", "gpt_pooling"])
 def original(request, golden):
     return read_golden(golden / f"{request.param}.safetensors")
 
@@ -102,7 +103,7 @@ def assert_params_gradient(by_params, stored):
         np.testing.assert_allclose(norm, expected[name], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("name", ["lstm_pooling", "lstm_none"])
+@pytest.mark.parametrize("name", ["lstm_pooling", "lstm_none", "gpt_pooling"])
 def test_refresh_streaming_is_robovlms_far_past_the_window(name, golden):
     config, params, stored = read_golden(golden / f"{name}.safetensors")
     tokens = stored["in.stream_tokens"]
@@ -252,7 +253,7 @@ def test_only_a_decoder_with_memory_depends_on_earlier_frames(kind, key):
     assert np.array_equal(one, two) == (kind == "fc")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["rnn", "lstm", "gru", "fc"])
 def test_features_go_on_from_the_carry_of_the_window_before(kind, key):
     config = configured(kind=kind)
     params, tokens = decoders.init(key, config), draw(0, B, 6, N, D)
@@ -262,11 +263,13 @@ def test_features_go_on_from_the_carry_of_the_window_before(kind, key):
     assert_close(np.concatenate([first, second], axis=1), whole)
 
 
-def test_a_reset_inside_the_window_is_a_new_episode(key):
-    params, tokens = decoders.init(key, SMALL), draw(0, B, W, N, D)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reset_inside_the_window_is_a_new_episode(kind, key):
+    config = configured(kind=kind)
+    params, tokens = decoders.init(key, config), draw(0, B, W, N, D)
     reset = np.tile(np.arange(W) == 2, (B, 1))
-    chunk = apply(params, SMALL, tokens, reset=reset)
-    cut = apply(params, SMALL, tokens[:, 2:])
+    chunk = apply(params, config, tokens, reset=reset)
+    cut = apply(params, config, tokens[:, 2:])
     assert_close(jax.tree.map(lambda leaf: leaf[:, 2:], chunk), cut)
 
 
@@ -292,12 +295,29 @@ def test_bfloat16_products_give_float32_actions_and_gradients(kind, key):
     assert dtypes == {jnp.dtype("float32")}
 
 
-def test_dropout_needs_a_key(key):
-    config = configured(dropout=0.5)
+@pytest.mark.parametrize("kind", ["lstm", "gpt"])
+def test_dropout_needs_a_key(kind, key):
+    config = configured(kind=kind, dropout=0.5)
     params, tokens = decoders.init(key, config), draw(0, B, W, N, D)
-    plain = apply(params, SMALL, tokens)
+    plain = apply(params, configured(kind=kind), tokens)
     assert_close(apply(params, config, tokens), plain, 0)
     assert np.abs(apply(params, config, tokens, key=key).arm - plain.arm).max() > 1e-4
+
+
+@pytest.mark.parametrize("num_latents", [1, 2])
+def test_a_gpt_projects_what_is_not_of_its_size(num_latents, key):
+    """D' = 3 features of a pooled step meet H = 6, which are 2 latents of them."""
+    config = configured(kind="gpt", num_latents=num_latents)
+    params, pooled = decoders.init(key, config), draw(0, B, W, decoders.pooled_size(config))
+    projected = decoders.project(params, config, pooled)
+    if decoders.pooled_size(config) == H:
+        assert "projection" not in params
+        assert_close(projected, pooled, 0)
+    else:
+        kernel = np.asarray(params["projection"]["kernel"], np.float64)
+        params["projection"]["bias"] = draw(1, H)
+        projected = decoders.project(params, config, pooled)
+        assert_close(projected, pooled @ kernel + draw(1, H))
 
 
 # --- wrong input ------------------------------------------------------------------------------
@@ -322,12 +342,29 @@ def test_any_number_of_tokens_is_enough_for_every_latent(pooling, num_tokens, le
 
 
 @pytest.mark.parametrize("wrong", [{"timestep_mask": (B, W + 1)}, {"token_mask": (B, W)}])
-@pytest.mark.parametrize("kind", ["lstm", "fc"])
+@pytest.mark.parametrize("kind", ["lstm", "fc", "gpt"])
 def test_masks_of_another_size_are_refused_at_the_door(wrong, kind, key):
     config = configured(kind=kind)
     masks = {name: np.ones(shape, bool) for name, shape in wrong.items()}
     with pytest.raises(AssertionError, match="assert_shape"):
         decoders.apply(decoders.init(key, config), config, draw(0, B, W, N, D), **masks)
+
+
+def test_a_carry_for_a_gpt_is_one_sentence(key):
+    config, tokens = configured(kind="gpt"), draw(0, B, W, N, D)
+    params = decoders.init(key, config)
+    carry, _ = decoders.features(params, config, tokens)
+    with pytest.raises(
+        ValueError, match=r"carry must be None for a decoder of kind 'gpt', .* dict"
+    ):
+        decoders.features(params, config, tokens, carry=carry)
+
+
+def test_a_window_longer_than_the_positions_of_a_gpt_is_one_sentence(key):
+    config = configured(kind="gpt")
+    params = decoders.init(key, config)
+    with pytest.raises(ValueError, match="at most its 5 positions, got 6 steps; cut it, or train"):
+        decoders.apply(params, config, draw(0, B, W + 1, N, D))
 
 
 @pytest.mark.parametrize(
@@ -344,6 +381,7 @@ def test_masks_of_another_size_are_refused_at_the_door(wrong, kind, key):
         ({"action_dim": 1}, "action_dim must be at least 2"),
         ({"num_latents": 9}, "num_latents must be at most num_tokens = 4 with pooling='max'"),
         ({"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
+        ({"kind": "gpt", "num_heads": 4}, "hidden_size must be a multiple of num_heads = 4, got 6"),
     ],
 )
 def test_a_wrong_config_is_one_sentence(fields, sentence):

@@ -131,7 +131,7 @@ def test_the_first_action_of_an_episode_has_no_gripper_to_hold():
     assert grip(config, [1.0, -0.1, -0.1], [True, False, True]) == [1, 1, -1]
 
 
-@pytest.mark.parametrize("kind", ["rnn", "lstm", "gru"])
+@pytest.mark.parametrize("kind", ["rnn", "lstm", "gru", "gpt"])
 def test_more_than_one_action_of_a_chunk_under_a_memory_is_warned_of(kind):
     config = ExecutionConfig(kind="receding_horizon", exec_horizon=3)
     with pytest.warns(UserWarning, match=f"exec_horizon is 3, .* kind '{kind}' .* every frame"):

@@ -7,8 +7,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = (  # a file imports only from files above it
-    "types", "config", "action_tokens", "cells", "recurrence", "heads", "decoders", "streaming",
-    "execution", "losses", "optim",
+    "types", "config", "action_tokens", "cells", "recurrence", "transformer", "heads", "decoders",
+    "streaming_gpt", "streaming", "execution", "losses", "optim",
     "data.dataset", "data.text", "data.augment", "data.normalize", "data.windows", "data.packing",
     "data.loader", "data.frames", "data.lerobot_layout", "data.lerobot", "data.lerobot_stats",
     "data.lerobot_shards", "data.lerobot_writer",

@@ -57,9 +57,10 @@ def test_the_instruction_is_visible_at_the_first_step_of_an_episode_alone(window
     assert np.array_equal(shown & batch.timestep_mask, (packed.step == 0) & packed.mask)
 
 
-def test_an_episode_in_a_shared_row_decodes_as_in_a_window_of_its_own(windows, key):
+@pytest.mark.parametrize("kind", ["lstm", "gpt"])
+def test_an_episode_in_a_shared_row_decodes_as_in_a_window_of_its_own(kind, windows, key):
     config = decoders.DecoderConfig(
-        kind="lstm", token_dim=4, num_tokens=2, window_size=W, action_horizon=K,
+        kind=kind, token_dim=4, num_tokens=2, window_size=W, action_horizon=K,
         hidden_size=8, num_layers=1, head_sizes=(8,),
     )  # fmt: skip
     params = decoders.init(key, config)

@@ -31,6 +31,7 @@ DECODER = DecoderConfig(
     pooling="none",
     head_sizes=(8,),
 )
+GPT = dataclasses.replace(DECODER, kind="gpt", num_heads=2)
 CONFIGS = {name: policy.connect(backbone, DECODER) for name, backbone in BACKBONES.items()}
 each = pytest.mark.parametrize("name", CONFIGS)
 
@@ -54,8 +55,12 @@ def at(observation, steps):
 
 
 @functools.cache
+def init(config):
+    return jax.jit(policy.init, static_argnums=1)(jax.random.key(0), config)
+
+
 def params(name):
-    return jax.jit(policy.init, static_argnums=1)(jax.random.key(0), CONFIGS[name])
+    return init(CONFIGS[name])
 
 
 apply = jax.jit(policy.apply, static_argnums=1)
@@ -65,15 +70,17 @@ def assert_close(one, other):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, other)
 
 
-@each
-def test_streamed_is_windowed_from_observations_on(name):
-    config, observation = CONFIGS[name], observe(name)
+@pytest.mark.parametrize(
+    ("name", "decoder"), [("perceiver", DECODER), ("state", DECODER), ("state", GPT)]
+)
+def test_streamed_is_windowed_from_observations_on(name, decoder):
+    config, observation = policy.connect(BACKBONES[name], decoder), observe(name)
     step = jax.jit(policy.step, static_argnums=1)
-    state = policy.init_stream(params(name), config, B)
+    state = policy.init_stream(init(config), config, B)
     for t in range(T):
-        state, chunk = step(params(name), config, state, at(observation, t))
+        state, chunk = step(init(config), config, state, at(observation, t))
         if t >= W - 1:
-            window = apply(params(name), config, at(observation, slice(t + 1 - W, t + 1)))
+            window = apply(init(config), config, at(observation, slice(t + 1 - W, t + 1)))
             assert_close(chunk, jax.tree.map(lambda part: part[:, -1], window))
 
 

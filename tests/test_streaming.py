@@ -11,8 +11,14 @@ from vla_jax.decoders import DecoderConfig
 B, T, W, N, D, K = 3, 14, 4, 2, 3, 2
 STARTS = ([0], [0, 5], [0, 3, 4, 12])  # frames at which the episodes of each robot start
 
-each_kind = pytest.mark.parametrize("kind", ["rnn", "lstm", "gru", "fc"])
-each_mode = pytest.mark.parametrize("mode", ["refresh", "periodic", "persistent"])
+KINDS = ("rnn", "lstm", "gru", "fc", "gpt")
+MODES = ("refresh", "periodic", "persistent")
+
+each_mode = pytest.mark.parametrize("mode", MODES)
+each_kind_and_mode = pytest.mark.parametrize(
+    ("kind", "mode"),
+    [(kind, mode) for kind in KINDS for mode in MODES if (kind, mode) != ("gpt", "persistent")],
+)
 
 
 def configured(kind, head="continuous"):
@@ -22,10 +28,11 @@ def configured(kind, head="continuous"):
         num_tokens=N,
         window_size=W,
         action_horizon=K,
-        hidden_size=5,
+        hidden_size=6,
         num_layers=2,
         head=head,
         num_bins=16,
+        num_heads=2,
         head_sizes=(8,),
     )
 
@@ -66,18 +73,19 @@ def first_remembered(mode, start, t, window_size):
 def windowed(params, config, tokens, starts, mode, window_size):
     """Returns what `decoders.apply` gives at the end of the frames that are remembered.
 
-    One batch of windows that end at frame t, left-padded to T frames.
+    One batch of windows that end at frame t, left-padded to the most that is remembered.
     """
-    windows = np.zeros((B, T, T, N, D), np.float32)
-    mask = np.zeros((B, T, T), bool)
+    size = T if mode == "persistent" else min(window_size, T)
+    windows = np.zeros((B, T, size, N, D), np.float32)
+    mask = np.zeros((B, T, size), bool)
     for row in range(B):
         for t in range(T):
             start = max(s for s in starts[row] if s <= t)
             first = first_remembered(mode, start, t, window_size)
-            windows[row, t, T - 1 - t + first :] = tokens[row, first : t + 1]
-            mask[row, t, T - 1 - t + first :] = True
+            windows[row, t, size - 1 - t + first :] = tokens[row, first : t + 1]
+            mask[row, t, size - 1 - t + first :] = True
     prediction = jax.jit(decoders.apply, static_argnames="config")(
-        params, config, windows.reshape(B * T, T, N, D), timestep_mask=mask.reshape(B * T, T)
+        params, config, windows.reshape(B * T, size, N, D), timestep_mask=mask.reshape(B * T, size)
     )
     chunk = heads.actions(prediction)
     return jax.tree.map(lambda leaf: leaf[:, -1].reshape(B, T, *leaf.shape[2:]), chunk)
@@ -87,8 +95,7 @@ def assert_close(one, other):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), one, other)
 
 
-@each_kind
-@each_mode
+@each_kind_and_mode
 def test_streamed_is_windowed(kind, mode, key):
     config, tokens = configured(kind), draw_tokens()
     params = decoders.init(key, config)
@@ -96,8 +103,7 @@ def test_streamed_is_windowed(kind, mode, key):
     assert_close(streamed, windowed(params, config, tokens, [[0]] * B, mode, W))
 
 
-@each_kind
-@each_mode
+@each_kind_and_mode
 @pytest.mark.parametrize("head", ["continuous", "discrete"])
 def test_streamed_is_windowed_when_every_robot_starts_episodes_of_its_own(kind, mode, head, key):
     config, tokens = configured(kind, head), draw_tokens()
@@ -106,19 +112,25 @@ def test_streamed_is_windowed_when_every_robot_starts_episodes_of_its_own(kind, 
     assert_close(streamed, windowed(params, config, tokens, STARTS, mode, W))
 
 
-@each_mode
-@pytest.mark.parametrize("window_size", [1, 6, 20])
-def test_a_window_other_than_in_training_is_as_exact(mode, window_size, key):
-    config, tokens = configured("gru"), draw_tokens()
+@pytest.mark.parametrize(
+    ("kind", "mode", "window_size"),
+    [("gru", mode, size) for mode in MODES for size in (1, 6, 20)]
+    + [("gpt", mode, size) for mode in ("refresh", "periodic") for size in (1, 3)],
+)
+def test_a_window_other_than_in_training_is_as_exact(kind, mode, window_size, key):
+    config, tokens = configured(kind), draw_tokens()
     params = decoders.init(key, config)
     streamed = stream(params, config, tokens, reset=resets(), mode=mode, window_size=window_size)
     assert_close(streamed, windowed(params, config, tokens, STARTS, mode, window_size))
 
 
-@each_mode
-def test_modes_forget_what_they_should(mode, key):
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [*(("lstm", mode) for mode in MODES), ("gpt", "refresh"), ("gpt", "periodic")],
+)
+def test_modes_forget_what_they_should(kind, mode, key):
     """The first frame is changed; who still remembers it at the last?"""
-    config, tokens = configured("lstm"), draw_tokens()
+    config, tokens = configured(kind), draw_tokens()
     params = decoders.init(key, config)
     other = np.concatenate([-tokens[:, :1], tokens[:, 1:]], axis=1)
     one, two = (stream(params, config, x, mode=mode) for x in (tokens, other))
@@ -127,8 +139,7 @@ def test_modes_forget_what_they_should(mode, key):
     assert remembers[W:].any() == remembers[W:].all() == (mode == "persistent")
 
 
-@each_mode
-@pytest.mark.parametrize("kind", ["lstm", "fc"])
+@each_kind_and_mode
 def test_the_state_never_grows_and_may_be_donated(kind, mode, key):
     config, tokens = configured(kind), draw_tokens()
     params = decoders.init(key, config)
@@ -157,30 +168,89 @@ def test_the_type_of_the_state_is_the_mode(mode, state_type, key):
     assert type(state) is streaming.MemorylessState
 
 
-@each_mode
-def test_masked_tokens_are_as_if_they_were_not_there(mode, key):
-    config, tokens = configured("rnn"), draw_tokens()
+@pytest.mark.parametrize(
+    ("mode", "state_type"),
+    [("refresh", streaming.GPTRefreshState), ("periodic", streaming.GPTPeriodicState)],
+)
+def test_the_type_of_the_state_of_a_gpt_is_the_mode_too(mode, state_type, key):
+    gpt = configured("gpt")
+    assert type(streaming.init(decoders.init(key, gpt), gpt, B, mode=mode)) is state_type
+
+
+def poisoned(tree):
+    return jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), tree)
+
+
+def test_a_gpt_goes_on_from_its_cache_while_all_robots_are_in_their_first_window(key):
+    """The frames kept for later are poisoned; past the window the cache is, and they count."""
+    config, tokens = configured("gpt"), draw_tokens()
+    params = decoders.init(key, config)
+    expected = stream(params, config, tokens)
+    step = jax.jit(streaming.step, static_argnames="config")
+    state = streaming.init(params, config, B)
+    for t in range(T):
+        harmed = {"inputs": poisoned(state.inputs)} if t < W else {"cache": poisoned(state.cache)}
+        _, chunk = step(params, config, state._replace(**harmed), tokens[:, t])
+        assert_close(chunk, jax.tree.map(lambda leaf, t=t: leaf[:, t], expected))
+        state, _ = step(params, config, state, tokens[:, t])
+
+
+def test_an_old_robot_fills_the_caches_of_the_young_who_go_on_from_them_when_it_starts_anew(key):
+    config, tokens = configured("gpt"), draw_tokens()
+    params, reset = decoders.init(key, config), np.zeros((B, T), bool)
+    starts = ([0, 6], [0, 5], [0, 4])
+    for row, frames in enumerate(starts):
+        reset[row, frames] = True
+    streamed = stream(params, config, tokens, reset=reset)
+    assert_close(streamed, windowed(params, config, tokens, starts, "refresh", W))
+    # At frame 6 the last old robot starts anew: the two others go on from what it has filled.
+    step = jax.jit(streaming.step, static_argnames="config")
+    state = streaming.init(params, config, B)
+    for t in range(6):
+        state, _ = step(params, config, state, tokens[:, t], reset=reset[:, t])
+    harmed = state._replace(inputs=poisoned(state.inputs))
+    _, chunk = step(params, config, harmed, tokens[:, 6], reset=reset[:, 6])
+    assert_close(chunk, jax.tree.map(lambda leaf: leaf[:, 6], streamed))
+
+
+@each_kind_and_mode
+def test_masked_tokens_are_as_if_they_were_not_there(kind, mode, key):
+    config, tokens = configured(kind), draw_tokens()
     params = decoders.init(key, config)
     state = streaming.init(params, config, B, mode=mode)
     mask = np.tile([True, False], (B, 1))
     changed = np.where(mask[..., None], tokens[:, 0], 9.0)
+    step = jax.jit(streaming.step, static_argnames="config")
     one, two = (
-        streaming.step(params, config, state, frame, token_mask=mask)
-        for frame in (tokens[:, 0], changed)
+        step(params, config, state, frame, token_mask=mask) for frame in (tokens[:, 0], changed)
     )
     assert_close(one, two)
 
 
-def test_a_robot_does_not_see_the_others(key):
-    config, tokens = configured("lstm"), draw_tokens()
+@each_kind_and_mode
+def test_a_new_episode_forgets_a_broken_frame_too(kind, mode, key):
+    config, tokens = configured(kind), draw_tokens()
+    params, reset = decoders.init(key, config), np.zeros((B, T), bool)
+    reset[:, 3] = True
+    broken = tokens.copy()
+    broken[:, 2] = np.nan
+    one, two = (stream(params, config, x, reset=reset, mode=mode) for x in (tokens, broken))
+    assert np.isnan(two.arm[:, 2]).any()
+    assert_close(*(jax.tree.map(lambda leaf: leaf[:, 3:], chunks) for chunks in (one, two)))
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gpt"])
+def test_a_robot_does_not_see_the_others(kind, key):
+    config, tokens = configured(kind), draw_tokens()
     params = decoders.init(key, config)
     other = np.concatenate([tokens[:1], draw_tokens(1)[1:]])
     one, two = (stream(params, config, x, reset=resets()) for x in (tokens, other))
     assert_close(one.arm[0], two.arm[0])
 
 
-def test_a_scan_of_steps_is_a_loop_of_steps(key):
-    config, tokens = configured("lstm"), draw_tokens()
+@pytest.mark.parametrize("kind", ["lstm", "gpt"])
+def test_a_scan_of_steps_is_a_loop_of_steps(kind, key):
+    config, tokens = configured(kind), draw_tokens()
     params = decoders.init(key, config)
     frames = (np.swapaxes(tokens, 0, 1), resets().T)
 
@@ -206,6 +276,19 @@ def test_a_wrong_start_is_one_sentence(changes, sentence, key):
     arguments = {"config": config, "batch_size": B, **changes}
     with pytest.raises(ValueError, match=sentence):
         streaming.init(decoders.init(key, config), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"mode": "persistent"}, "mode must be 'refresh' or 'periodic' .* end at window_size = 4"),
+        ({"window_size": 5}, "window_size must be at most 4 for a decoder of kind 'gpt', .* got 5"),
+    ],
+)
+def test_more_than_the_positions_of_a_gpt_is_one_sentence(options, sentence, key):
+    config = configured("gpt")
+    with pytest.raises(ValueError, match=sentence):
+        streaming.init(decoders.init(key, config), config, B, **options)
 
 
 def test_tokens_of_a_window_are_refused_by_a_step(key):

@@ -19,7 +19,7 @@ import tiny_demos
 from train import loop
 from train.cache import cache
 from train.command_line import command_line
-from train.configs import IMITATE
+from train.configs import IMITATE, with_kind
 from train.imitate import imitate
 from train.logs import read_metrics
 from train.pretrain import pretrain
@@ -28,6 +28,7 @@ from vla_jax import checkpoint, optim
 from vla_jax.backbones.state import StateConfig
 from vla_jax.config import load
 from vla_jax.evaluate import EvaluateConfig, evaluate
+from vla_jax.results import read_outcomes
 from vla_jax.runs import load_run
 from vla_jax.update import init_train_state
 
@@ -138,6 +139,23 @@ def test_end_to_end_training_moves_the_backbone_too(demos, eyes, tmp_path):
     for name in ("latents", "image_primary_embed", "words"):
         same = jax.tree.map(np.array_equal, params["backbone"][name], pretrained[name])
         assert not all(jax.tree.leaves(same)), name
+
+
+def test_a_gpt_trains_on_packed_episodes_and_plays_past_its_window(demos, tmp_path):
+    config = with_kind(tiny_demos.imitation(demos, tmp_path / "run", pack=True), "gpt")
+    config = dataclasses.replace(config, loop=loop.LoopConfig(2, log_every=1, save_every=2))
+    run_dir = imitate(config)
+    losses = [line["loss"] for line in read_metrics(run_dir / "metrics.jsonl")]
+    assert len(losses) == 2
+    assert np.all(np.isfinite(losses))
+    first = init_params(jax.random.split(jax.random.key(0))[0], config)["decoder"]
+    params = checkpoint.restore_params(run_dir / "checkpoints")["decoder"]
+    moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), first, params)
+    assert all(jax.tree.leaves(moved))
+    summary = evaluate(run_dir, EvaluateConfig(num_episodes=2, num_simulators=2, num_films=0))
+    outcomes = read_outcomes(run_dir / "evaluation" / "refresh-6" / "episodes.jsonl")
+    assert summary.total.episodes == len(outcomes) == 2
+    assert max(outcome.num_steps for outcome in outcomes) > config.agent.policy.decoder.window_size
 
 
 def test_another_config_in_the_same_folder_is_one_sentence_that_names_the_field(demos, trained):

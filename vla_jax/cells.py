@@ -74,6 +74,22 @@ def affine(inputs: Array, kernel: Array, bias: Array, *, dtype: str = "float32")
     return product + jnp.broadcast_to(bias, product.shape)
 
 
+def drop(key: Key | None, inputs: jax.Array, rate: float) -> jax.Array:
+    """Returns the inputs with some set to zero, and the others scaled up to the same mean.
+
+    Args:
+      key: consumed; None means that none is dropped.
+      inputs: any shape.
+      rate: probability of being dropped, in [0, 1).
+
+    Source: Srivastava et al. 2014, dropout, as `torch.nn.Dropout` has it.
+    """
+    if key is None or rate == 0.0:
+        return inputs
+    kept = jax.random.bernoulli(key, 1.0 - rate, inputs.shape)
+    return jnp.where(kept, inputs / (1.0 - rate), 0.0)
+
+
 def project(params: Params, inputs: Array, *, dtype: str = "float32") -> jax.Array:
     """Returns the inputs' share of the gates, the half of a step that does not need the carry.
 

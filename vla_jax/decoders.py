@@ -1,25 +1,29 @@
-"""Tokens to action chunks over a window: pooled, run through a recurrence, given to the heads.
+"""Tokens to action chunks over a window: pooled, run through a trunk, given to the heads.
 
-    tokens [B, W, N, D] → pool → [B, W, D'] → recurrence → [B, W, H] → heads → Prediction
+    tokens [B, W, N, D] → pool → [B, W, D'] → trunk → [B, W, H] → heads → Prediction
 
-`kind="fc"` puts an MLP in the recurrence's place and remembers nothing: the baseline. Actions
-come out at every position of the window; `streaming` gives the same ones step by step.
+The trunk is a recurrence ("rnn", "lstm", "gru"), a transformer that looks back over the window
+("gpt"), or an MLP that remembers nothing, the baseline ("fc"). Actions come out at every position
+of the window; `streaming` gives the same ones step by step.
 """
 
 import dataclasses
 import math
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from vla_jax import action_tokens, heads, recurrence
+from vla_jax import action_tokens, heads, recurrence, transformer
+from vla_jax.cells import CELLS, affine
 from vla_jax.config import did_you_mean
 from vla_jax.recurrence import Carry, RecurrenceConfig
+from vla_jax.transformer import TransformerConfig
 from vla_jax.types import Array, Key, Params, Prediction
 
-Kind = Literal["rnn", "lstm", "gru", "fc"]
+Kind = Literal["rnn", "lstm", "gru", "fc", "gpt"]
 Pooling = Literal["max", "mean", "attention", "none"]
 Head = Literal["continuous", "discrete"]
 
@@ -28,21 +32,21 @@ Head = Literal["continuous", "discrete"]
 class DecoderConfig:
     """A decoder; the defaults are RoboVLMs' but for the sizes of its inputs and outputs."""
 
-    kind: Kind = "lstm"  # cell of the recurrence, or "fc" for no memory
+    kind: Kind = "lstm"  # cell of the recurrence, "gpt" for a transformer, "fc" for no memory
     token_dim: int = 256  # D, features of a token; the backbone's
     num_tokens: int = 1  # N, tokens per step; the backbone's; 0 = any number, where it is pooled
     window_size: int = 16  # W, steps it is trained on, and remembers in streaming mode "refresh"
     action_horizon: int = 10  # K, actions of a chunk
     action_dim: int = 7  # A, the last of which is the gripper
-    hidden_size: int = 1024  # H, units of a recurrent layer, features that the heads get
-    num_layers: int = 4  # L, recurrent layers
+    hidden_size: int = 1024  # H, units of a layer, features that the heads get
+    num_layers: int = 4  # L, layers of the recurrence or the transformer (RoboVLMs' has 8)
     num_heads: int = 8  # M, attention heads of kind "gpt"
     pooling: Pooling = "max"  # how N tokens become `num_latents`; "none" keeps and joins them all
     num_latents: int = 1  # vectors that are left of a step's tokens, joined to one
     head: Head = "continuous"  # numbers (arm, gripper logit), or "discrete": bins of each number
     num_bins: int = 256  # V, bins of a number from -1 to 1; of head "discrete"
     head_sizes: tuple[int, ...] = (1024, 512, 256)  # hidden layers of each MLP of the heads
-    dropout: float = 0.0  # probability of dropping an output between two recurrent layers
+    dropout: float = 0.0  # probability: between two recurrent layers, or in GPT-2's three places
     remat_chunk: int = 0  # steps whose gates are computed again for the gradient; 0 = keep all
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the factors of matrix products
 
@@ -67,16 +71,38 @@ class DecoderConfig:
             )
         action_tokens.check_num_bins(self.num_bins)
         recurrence_config(self)  # has checks of its own
+        if self.kind == "gpt":
+            transformer_config(self)
+
+
+class Trunk(NamedTuple):
+    """A family member: what stands between pooling and heads."""
+
+    name: str  # of its params
+    init: Callable[[Key, DecoderConfig], Params]
+    apply: Callable[..., tuple[Carry, jax.Array]]  # see `features`, with pooled for tokens
 
 
 def recurrence_config(config: DecoderConfig) -> RecurrenceConfig:
-    """Returns the config of the recurrence inside (of `kind="fc"`: of an LSTM in its place)."""
+    """Returns the config of the recurrence inside (of the other kinds: of an LSTM instead)."""
     return RecurrenceConfig(
-        cell="lstm" if config.kind == "fc" else config.kind,
+        cell="lstm" if config.kind in ("fc", "gpt") else config.kind,
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
         dropout=config.dropout,
         remat_chunk=config.remat_chunk,
+        dtype=config.dtype,
+    )
+
+
+def transformer_config(config: DecoderConfig) -> TransformerConfig:
+    """Returns the config of the transformer inside, which has a position for each step."""
+    return TransformerConfig(
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        hidden_size=config.hidden_size,
+        num_positions=config.window_size,
+        dropout=config.dropout,
         dtype=config.dtype,
     )
 
@@ -88,28 +114,27 @@ def pooled_size(config: DecoderConfig) -> int:
 
 
 def init(key: Key, config: DecoderConfig) -> Params:
-    """Returns `{"recurrence" (or "mlp"), "heads", "pooling" (where it has params)}`.
+    """Returns `{"recurrence" (or what the kind has), "heads", "pooling" (where it has params)}`.
+
+    Kind "fc" has "mlp" in place of "recurrence"; "gpt" has "transformer", and "projection" where
+    a pooled step has not H features already.
 
     Args:
       key: consumed.
       config: sizes and kind.
     """
-    pooling_key, memory_key, heads_key = jax.random.split(key, 3)
-    size, hidden = pooled_size(config), config.hidden_size
+    pooling_key, trunk_key, heads_key = jax.random.split(key, 3)
     params: Params = {
+        **TRUNKS[config.kind].init(trunk_key, config),
         "heads": heads.init(
             heads_key,
-            hidden,
+            config.hidden_size,
             config.action_horizon,
             config.action_dim,
             config.head_sizes,
             num_bins=_num_bins(config),
-        )
+        ),
     }
-    if config.kind == "fc":
-        params["mlp"] = heads.init_mlp(memory_key, (size, max(size // 2, 1), hidden))
-    else:
-        params["recurrence"] = recurrence.init(memory_key, recurrence_config(config), size)
     if config.pooling == "attention":
         shape = (config.num_latents, config.token_dim)
         params["pooling"] = {"queries": jax.random.normal(pooling_key, shape)}
@@ -132,11 +157,11 @@ def apply(
     Args:
       params: from `init`.
       config: the one that `init` was given.
-      tokens: `[B, W, N, D]`; W may be any number of steps here.
+      tokens: `[B, W, N, D]`; W may be any number of steps here, of "gpt" at most the config's.
       timestep_mask: `[B, W]`, True where the step is real; None means everywhere.
       token_mask: `[B, W, N]`, True where the token is real; None means everywhere.
       reset: `[B, W]`, True where a new episode starts; None means nowhere.
-      carry: of the recurrence before the first step; None means zeros.
+      carry: of the recurrence before the first step; None means zeros. Of "gpt" always None.
       key: consumed, for dropout; None means no dropout.
 
     Returns:
@@ -144,9 +169,10 @@ def apply(
       `[B, W, K, A, V]`; float32. At masked steps they are those of zero features.
 
     Raises:
-      ValueError: `tokens` are not `[B, W, N, D]` with the config's N and D.
+      ValueError: `tokens` are not `[B, W, N, D]` with the config's N and D, or for "gpt" there is
+        a carry or a longer window.
 
-    Source: Li et al. 2024, RoboVLMs (arXiv:2412.14058), `LSTMDecoder` and `FCDecoder`.
+    Source: Li et al. 2024, RoboVLMs (arXiv:2412.14058), `LSTMDecoder`, `GPTDecoder`, `FCDecoder`.
     """
     _, hidden = features(
         params,
@@ -188,34 +214,27 @@ def features(
     Args:
       params: from `init`.
       config: the one that `init` was given.
-      tokens: `[B, W, N, D]`; W may be any number of steps here.
+      tokens: `[B, W, N, D]`; W may be any number of steps here, of "gpt" at most the config's.
       timestep_mask: `[B, W]`, True where the step is real; None means everywhere.
       token_mask: `[B, W, N]`, True where the token is real; None means everywhere.
       reset: `[B, W]`, True where a new episode starts; None means nowhere.
-      carry: of the recurrence before the first step; None means zeros.
+      carry: of the recurrence before the first step; None means zeros. Of "gpt" always None.
       key: consumed, for dropout; None means no dropout.
 
     Returns:
-      The carry (of `kind="fc"`: an empty dict), and features `[B, W, H]`, float32, zeros at
-      masked steps.
+      The carry (of kinds "fc" and "gpt": an empty dict), and features `[B, W, H]`, float32, zeros
+      at masked steps.
 
     Raises:
-      ValueError: `tokens` are not `[B, W, N, D]` with the config's N and D.
+      ValueError: `tokens` are not `[B, W, N, D]` with the config's N and D, or for "gpt" there is
+        a carry or a longer window.
     """
     check_tokens(config, tokens, "[B, W, N, D]")
     if timestep_mask is not None:
         chex.assert_shape(timestep_mask, tokens.shape[:2])
     pooled = pool(params, config, tokens, token_mask=token_mask)
-    if config.kind == "fc":
-        return {}, _keep(heads.apply_mlp(params["mlp"], pooled, dtype=config.dtype), timestep_mask)
-    return recurrence.apply(
-        params["recurrence"],
-        recurrence_config(config),
-        pooled,
-        mask=timestep_mask,
-        reset=reset,
-        carry=carry,
-        key=key,
+    return TRUNKS[config.kind].apply(
+        params, config, pooled, mask=timestep_mask, reset=reset, carry=carry, key=key
     )
 
 
@@ -249,6 +268,14 @@ def pool(
         bins = _bins(tokens.shape[-2], config.num_latents)
         latents = jnp.stack([reduce(tokens[..., b, :], mask[..., b]) for b in bins], axis=-2)
     return latents.reshape(*latents.shape[:-2], -1)
+
+
+def project(params: Params, config: DecoderConfig, pooled: Array) -> jax.Array:
+    """Returns what the transformer of kind "gpt" gets of `pooled [..., D']`: `[..., H]` float32."""
+    if "projection" not in params:
+        return jnp.asarray(pooled)
+    projection = params["projection"]
+    return affine(pooled, projection["kernel"], projection["bias"], dtype=config.dtype)
 
 
 def check_tokens(config: DecoderConfig, tokens: Array, axes: str) -> None:
@@ -304,3 +331,65 @@ def _attend(queries: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array
 
 def _keep(values: jax.Array, mask: Array | None) -> jax.Array:
     return values if mask is None else jnp.where(mask[..., None], values, 0.0)
+
+
+def _init_recurrence(key: Key, config: DecoderConfig) -> Params:
+    return {"recurrence": recurrence.init(key, recurrence_config(config), pooled_size(config))}
+
+
+def _apply_recurrence(
+    params: Params, config: DecoderConfig, pooled: jax.Array, *, mask, reset, carry, key
+) -> tuple[Carry, jax.Array]:
+    return recurrence.apply(
+        params["recurrence"],
+        recurrence_config(config),
+        pooled,
+        mask=mask,
+        reset=reset,
+        carry=carry,
+        key=key,
+    )
+
+
+def _init_mlp(key: Key, config: DecoderConfig) -> Params:
+    size = pooled_size(config)
+    return {"mlp": heads.init_mlp(key, (size, max(size // 2, 1), config.hidden_size))}
+
+
+def _apply_mlp(
+    params: Params, config: DecoderConfig, pooled: jax.Array, *, mask, reset, carry, key
+) -> tuple[Carry, jax.Array]:
+    del reset, carry, key  # nothing is remembered, nothing dropped
+    return {}, _keep(heads.apply_mlp(params["mlp"], pooled, dtype=config.dtype), mask)
+
+
+def _init_transformer(key: Key, config: DecoderConfig) -> Params:
+    projection_key, transformer_key = jax.random.split(key)
+    params = {"transformer": transformer.init(transformer_key, transformer_config(config))}
+    sizes = (pooled_size(config), config.hidden_size)
+    if sizes[0] != sizes[1]:
+        params["projection"] = heads.init_mlp(projection_key, sizes)["layers_0"]
+    return params
+
+
+def _apply_transformer(
+    params: Params, config: DecoderConfig, pooled: jax.Array, *, mask, reset, carry, key
+) -> tuple[Carry, jax.Array]:
+    if carry is not None:
+        raise ValueError(
+            "carry must be None for a decoder of kind 'gpt', which looks at its window and carries "
+            f"nothing, got {type(carry).__name__}; give the whole window, or use streaming."
+        )
+    inputs = project(params, config, pooled)
+    _, features = transformer.apply(
+        params["transformer"], transformer_config(config), inputs, mask=mask, reset=reset, key=key
+    )
+    return {}, features
+
+
+_RECURRENCE = Trunk("recurrence", _init_recurrence, _apply_recurrence)
+TRUNKS = {
+    **dict.fromkeys(CELLS, _RECURRENCE),
+    "fc": Trunk("mlp", _init_mlp, _apply_mlp),
+    "gpt": Trunk("transformer", _init_transformer, _apply_transformer),
+}

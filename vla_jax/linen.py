@@ -28,7 +28,7 @@ from vla_jax.cells import CELLS
 from vla_jax.decoders import DecoderConfig
 from vla_jax.recurrence import Carry, RecurrenceConfig
 from vla_jax.streaming import State
-from vla_jax.types import ActionChunk, Array, Key, Params
+from vla_jax.types import ActionChunk, Array, Key, Params, Prediction
 
 
 class Cell(nn.RNNCellBase):
@@ -147,8 +147,8 @@ class Decoder(nn.Module):
         reset: Array | None = None,
         carry: Carry | None = None,
         deterministic: bool = True,
-    ) -> ActionChunk:
-        """Returns the action chunk that is predicted at every position.
+    ) -> Prediction:
+        """Returns what is predicted at every position: action chunks, or bins of them.
 
         Args:
           tokens: `[B, W, N, D]`; W may be any number of steps here.
@@ -159,7 +159,8 @@ class Decoder(nn.Module):
           deterministic: False drops outputs between layers, and takes an rng named "dropout".
 
         Returns:
-          Arm `[B, W, K, A-1]` in (-1, 1), gripper logit `[B, W, K]`, float32.
+          Arm `[B, W, K, A-1]` in (-1, 1), gripper logit `[B, W, K]`; of head "discrete" logits
+          `[B, W, K, A, V]`; float32.
         """
         return decoders.apply(
             self._params(),

@@ -18,7 +18,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from vla_jax.cells import CELLS
+from vla_jax.cells import CELLS, drop
 from vla_jax.config import did_you_mean
 from vla_jax.types import Array, Key, Params
 
@@ -128,8 +128,8 @@ def apply(
     mask, reset = (None if flags is None else _swap(flags) for flags in (mask, reset))
     outputs, last = _swap(inputs), {}
     for layer, name in enumerate(_layers(config)):
-        if layer > 0 and config.dropout > 0.0 and key is not None:
-            outputs = _drop(jax.random.fold_in(key, layer), outputs, config.dropout)
+        if layer > 0 and key is not None:
+            outputs = drop(jax.random.fold_in(key, layer), outputs, config.dropout)
         last[name], outputs = _run_layer(params[name], config, carry[name], outputs, mask, reset)
     return last, _swap(outputs)
 
@@ -246,11 +246,6 @@ def _cut(steps: Array, *, chunk: int) -> jax.Array:
     missing = -steps.shape[0] % chunk
     filled = jnp.pad(steps, [(0, missing)] + [(0, 0)] * (steps.ndim - 1))
     return filled.reshape(-1, chunk, *steps.shape[1:])
-
-
-def _drop(key: Key, inputs: jax.Array, rate: float) -> jax.Array:
-    kept = jax.random.bernoulli(key, 1.0 - rate, inputs.shape)
-    return jnp.where(kept, inputs / (1.0 - rate), 0.0)
 
 
 def _swap(steps: Array) -> jax.Array:

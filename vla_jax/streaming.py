@@ -6,9 +6,10 @@
 - `periodic`: the carry is zeroed every W frames: cheap, with memories of 1 … W frames.
 - `persistent`: the carry is never zeroed but by `reset`: memory of the whole episode.
 
-While an episode is not longer than W frames all three are the same. The type of the state is the
-mode; every array of it leads with the axis `B`, and every row has its own age, so robots of one
-batch start their episodes when they like. A state may be donated to `step`.
+While an episode is not longer than W frames all three are the same. A decoder of kind "gpt" has
+no carry but caches (see `streaming_gpt`), and no positions for "persistent". The type of the state
+is the mode; every array of it leads with the axis `B`, and every row has its own age, so robots of
+one batch start their episodes when they like. A state may be donated to `step`.
 """
 
 from typing import Literal, NamedTuple, get_args
@@ -17,10 +18,18 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from vla_jax import heads, recurrence
+from vla_jax import heads, recurrence, streaming_gpt
 from vla_jax.config import did_you_mean
-from vla_jax.decoders import DecoderConfig, check_tokens, pool, predict, recurrence_config
+from vla_jax.decoders import (
+    TRUNKS,
+    DecoderConfig,
+    check_tokens,
+    pool,
+    predict,
+    recurrence_config,
+)
 from vla_jax.recurrence import Carry
+from vla_jax.streaming_gpt import GPTPeriodicState, GPTRefreshState
 from vla_jax.types import ActionChunk, Array, Params
 
 Mode = Literal["refresh", "periodic", "persistent"]
@@ -51,7 +60,14 @@ class MemorylessState(NamedTuple):
     """Nothing: what a decoder without memory remembers, in every mode."""
 
 
-State = RefreshState | PeriodicState | PersistentState | MemorylessState
+State = (
+    RefreshState
+    | PeriodicState
+    | PersistentState
+    | MemorylessState
+    | GPTRefreshState
+    | GPTPeriodicState
+)
 
 
 def init(
@@ -69,15 +85,19 @@ def init(
       config: of the decoder.
       batch_size: B, robots that act together.
       mode: what is forgotten, and when.
-      window_size: W, in frames; None means that of the config.
+      window_size: W, in frames; None means that of the config, which is the largest for "gpt".
 
     Raises:
-      ValueError: an unknown mode, a size below 1, or params of another kind of decoder.
+      ValueError: an unknown mode, a size below 1, params of another kind of decoder, or what
+        takes more positions than a "gpt" has.
     """
     window_size = config.window_size if window_size is None else window_size
     _check_init(params, config, batch_size, mode, window_size)
     if config.kind == "fc":
         return MemorylessState()
+    if config.kind == "gpt":
+        begin = streaming_gpt.init_refresh if mode == "refresh" else streaming_gpt.init_periodic
+        return begin(config, batch_size, window_size)
     carry = recurrence.zero_carry(recurrence_config(config), jnp.zeros((batch_size, 1)))
     age = jnp.zeros((batch_size,), jnp.int32)
     if mode == "persistent":
@@ -112,31 +132,25 @@ def step(
     Raises:
       ValueError: `tokens` are not `[B, N, D]` with the config's N and D.
 
-    Source: mode "refresh" has the behaviour of RoboVLMs' `LSTMDecoder` at inference.
+    Source: mode "refresh" has the behaviour of RoboVLMs' `LSTMDecoder` and `GPTDecoder` at
+    inference.
     """
     check_tokens(config, tokens, "[B, N, D]")
     reset = jnp.zeros(tokens.shape[:1], bool) if reset is None else jnp.asarray(reset)
     chex.assert_shape(reset, tokens.shape[:1])
     chex.assert_tree_shape_prefix(state, tokens.shape[:1])
     pooled = pool(params, config, tokens, token_mask=token_mask)
-    if isinstance(state, RefreshState):
-        state, features = _refresh(params, config, state, pooled, reset)
-    elif isinstance(state, PeriodicState):
-        state, features = _periodic(params, config, state, pooled, reset)
-    elif isinstance(state, PersistentState):
-        state, features = _persistent(params, config, state, pooled, reset)
-    else:
-        features = heads.apply_mlp(params["mlp"], pooled, dtype=config.dtype)
+    state, features = _STEPS[type(state)](params, config, state, pooled, reset)
     return state, heads.actions(predict(params, config, features))
 
 
 def _check_init(
     params: Params, config: DecoderConfig, batch_size: int, mode: str, window_size: int
 ) -> None:
-    memory = "mlp" if config.kind == "fc" else "recurrence"
-    if memory not in params:
+    trunk = TRUNKS[config.kind].name
+    if trunk not in params:
         raise ValueError(
-            f"params must have '{memory}' for a decoder of kind '{config.kind}', got "
+            f"params must have '{trunk}' for a decoder of kind '{config.kind}', got "
             f"{sorted(params)}; use the config they were trained with."
         )
     if mode not in get_args(Mode):
@@ -144,6 +158,18 @@ def _check_init(
     for name, size in (("batch_size", batch_size), ("window_size", window_size)):
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}.")
+    if config.kind != "gpt":
+        return
+    if mode == "persistent":
+        raise ValueError(
+            "mode must be 'refresh' or 'periodic' for a decoder of kind 'gpt', whose positions "
+            f"end at window_size = {config.window_size}, got 'persistent'; choose one of them."
+        )
+    if window_size > config.window_size:
+        raise ValueError(
+            f"window_size must be at most {config.window_size} for a decoder of kind 'gpt', which "
+            f"has learned no later position, got {window_size}; train with a larger window_size."
+        )
 
 
 def _refresh(
@@ -180,3 +206,20 @@ def _persistent(
         params["recurrence"], recurrence_config(config), state.carry, pooled, reset=reset
     )
     return PersistentState(carry), features
+
+
+def _memoryless(
+    params: Params, config: DecoderConfig, state: MemorylessState, pooled: jax.Array, reset: Array
+) -> tuple[MemorylessState, jax.Array]:
+    del reset
+    return state, heads.apply_mlp(params["mlp"], pooled, dtype=config.dtype)
+
+
+_STEPS = {
+    RefreshState: _refresh,
+    PeriodicState: _periodic,
+    PersistentState: _persistent,
+    MemorylessState: _memoryless,
+    GPTRefreshState: streaming_gpt.refresh,
+    GPTPeriodicState: streaming_gpt.periodic,
+}

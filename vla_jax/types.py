@@ -4,8 +4,8 @@ Axes (upper case in every docstring):
 `B` batch · `T` time of any length · `W` steps of a window · `K` steps of an action chunk ·
 `A` action dims (7 = 6 arm + 1 gripper) · `P` proprio dims · `N` tokens per step ·
 `D` features of a token · `H` hidden units · `G` gates (4 LSTM, 3 GRU, 1 RNN) · `L` layers ·
-`S` words of an instruction · `V` bins or vocabulary · `F` frames of a data set ·
-`h w c` pixels, always last.
+`M` attention heads · `E` features of a head · `S` words of an instruction ·
+`V` bins or vocabulary · `F` frames of a data set · `h w c` pixels, always last.
 
 Records are `NamedTuple`s: they are pytrees, they stack, and `None` marks what is absent.
 """
