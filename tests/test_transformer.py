@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from flax.traverse_util import flatten_dict
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from vla_jax import transformer
 from vla_jax.transformer import TransformerConfig
@@ -158,6 +159,16 @@ def test_vmap_is_a_loop_and_jit_is_no_jit():
     mapped = jax.vmap(lambda x, r: transformer.apply(params, CONFIG, x[None], reset=r[None]))
     one_each = jax.tree.map(lambda leaf: leaf[:, 0], mapped(inputs, reset))
     assert_close(one_each, (cache, outputs))
+
+
+def test_a_sharded_batch_gives_what_a_whole_one_gives(key):
+    config = dataclasses.replace(CONFIG, dropout=0.5)
+    params, inputs, mask = draw_params(), draw(0, 4, T, H), np.tile(np.arange(T) > 0, (4, 1))
+    expected = apply(params, config, inputs, mask=mask, key=key)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    sharded = jax.device_put((inputs, mask), rows)
+    assert_close(apply(params, config, sharded[0], mask=sharded[1], key=key), expected)
 
 
 # --- the cache --------------------------------------------------------------------------------
