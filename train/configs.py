@@ -31,7 +31,7 @@ class ImitateConfig:
     stride: int = 1  # environment steps between the ends of two windows of an episode
     pack: bool = False  # whole episodes side by side in rows of window_size steps, no windows
     gripper: Gripper = "open_positive"  # meaning of the action's last number on disk
-    action_bounds: tuple[float, float] | None = None  # of the arm; None = those of the data
+    action_bounds: tuple[float, float] | None = None  # of the arm, data units; None = the data's
     feature_keys: tuple[tuple[str, str], ...] = ()  # our field and the key on disk, if they differ
     gripper_weight: float = 0.01  # of the gripper's loss beside the arm's
     agent: AgentConfig = AgentConfig()
