@@ -131,6 +131,58 @@ def test_the_first_action_of_an_episode_has_no_gripper_to_hold():
     assert grip(config, [1.0, -0.1, -0.1], [True, False, True]) == [1, 1, -1]
 
 
+def as_logits(commands):
+    return [float(command) for command in commands]
+
+
+@pytest.mark.parametrize(
+    ("gripper_steps", "sent"),
+    [
+        (1, [0, 0, 1, 0, -1, 1, 0, 0, -1]),
+        (2, [0, 0, 1, 1, -1, -1, 0, 0, -1]),  # the wish of step 5 is not heard
+        (3, [0, 0, 1, 1, 1, 1, 1, 1, -1]),  # that of step 4 is not
+    ],
+)
+def test_a_change_of_the_gripper_is_repeated_and_nothing_else_is_heard(gripper_steps, sent):
+    config = ExecutionConfig(gripper_rule="repeat_change", gripper_steps=gripper_steps)
+    assert grip(config, as_logits([-1, -1, 1, 1, -1, 1, 1, 1, -1])) == sent
+
+
+@pytest.mark.parametrize(
+    ("gripper_steps", "sent"),
+    [(1, [1, -1, 1, 1, 1, -1]), (2, [-1, -1, -1, 1, 1, -1]), (3, [-1, -1, -1, -1, 1, -1])],
+)
+def test_a_late_gripper_opens_after_as_many_wishes_in_a_row_and_closes_at_once(gripper_steps, sent):
+    config = ExecutionConfig(gripper_rule="open_late", gripper_steps=gripper_steps)
+    assert grip(config, as_logits([1, -1, 1, 1, 1, -1])) == sent
+
+
+@pytest.mark.parametrize("rule", ["repeat_change", "open_late"])
+def test_a_reset_forgets_what_the_gripper_was_doing(rule):
+    config = ExecutionConfig(gripper_rule=rule, gripper_steps=3)
+    wishes, fresh = as_logits([-1, 1, 1, 1, 1, -1, 1]), as_logits([1, 1, -1, 1])
+    reset = [False, False, False, True, False, False, False]
+    assert grip(config, wishes, reset)[3:] == grip(config, fresh)
+    assert grip(config, wishes)[3:] != grip(config, fresh)
+
+
+def test_hysteresis_decides_what_is_wanted_before_the_rule_decides_what_is_sent():
+    config = ExecutionConfig(
+        gripper_rule="open_late", gripper_steps=2, gripper_hysteresis=0.5, gripper_threshold=1.0
+    )
+    assert grip(config, [1.6, 0.6, 0.4, 1.4, 1.6, 1.4]) == [-1, 1, -1, -1, -1, 1]
+
+
+@pytest.mark.parametrize("rule", ["repeat_change", "open_late"])
+def test_robots_of_a_batch_grip_alone(rule):
+    config = ExecutionConfig(gripper_rule=rule, gripper_steps=2)
+    chunks, reset = draw_chunks(3), resets(4, 7)
+    together = run(config, chunks, reset, jax.jit(execution.step, static_argnums=0))[..., -1]
+    for row in range(B):
+        logits = chunks.gripper_logit[row, :, 0].tolist()
+        assert together[row].tolist() == grip(config, logits, reset[row].tolist())
+
+
 @pytest.mark.parametrize("kind", ["rnn", "lstm", "gru", "gpt"])
 def test_more_than_one_action_of_a_chunk_under_a_memory_is_warned_of(kind):
     config = ExecutionConfig(kind="receding_horizon", exec_horizon=3)
@@ -153,6 +205,9 @@ def test_nothing_is_warned_of_where_no_frame_can_be_missed(exec_horizon, kind):
         ({"exec_horizon": 0}, "exec_horizon must be at least 1, got 0"),
         ({"exec_horizon": 2}, "exec_horizon must be 1 with kind='first', got 2"),
         ({"gripper_hysteresis": -1.0}, "gripper_hysteresis must be 0 or more logits, got -1.0"),
+        ({"gripper_rule": "late"}, "unknown gripper_rule 'late'; .* Did you mean 'open_late'"),
+        ({"gripper_steps": 0}, "gripper_steps must be at least 1, got 0"),
+        ({"gripper_steps": 2}, "gripper_steps must be 1 with gripper_rule='as_wanted', got 2"),
     ],
 )
 def test_a_wrong_config_is_one_sentence(fields, sentence):

@@ -7,14 +7,15 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = (  # a file imports only from files above it
-    "types", "config", "action_tokens", "cells", "recurrence", "transformer", "heads", "decoders",
-    "streaming_gpt", "streaming", "execution", "losses", "optim",
-    "data.dataset", "data.text", "data.augment", "data.normalize", "data.windows", "data.packing",
+    "types", "config", "rotations", "action_tokens", "cells", "recurrence", "transformer", "heads",
+    "decoders", "streaming_gpt", "streaming", "execution", "losses", "optim",
+    "data.dataset", "data.gripper", "data.tool_frame", "data.text", "data.augment",
+    "data.normalize", "data.windows", "data.packing",
     "data.loader", "data.frames", "data.lerobot_layout", "data.lerobot", "data.lerobot_stats",
     "data.lerobot_shards", "data.lerobot_writer",
     "backbones.parts", "backbones.language", "backbones.perceiver", "backbones.state",
     "backbones.family",
-    "policy", "agent",
+    "policy", "agent", "robovlms",
     "envs.table", "envs.table_scene", "envs.table_expert", "envs.table_mujoco",
     "envs.table_jax_paint", "envs.table_jax", "envs.gymnasium", "envs.simulate", "envs.worlds",
     "update", "parallel", "checkpoint",

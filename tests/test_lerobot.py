@@ -261,41 +261,6 @@ def test_the_fingerprint_changes_with_the_content_and_survives_a_copy(written, r
     assert lerobot.read(root).fingerprint != before
 
 
-@pytest.mark.parametrize(
-    ("gripper", "values", "expected"),
-    [
-        ("open_positive", [-1, 0.5, 1], [-1, 0.5, 1]),
-        ("closed_positive", [-1, 0.5, 1], [1, -0.5, -1]),
-        ("open_one_closed_zero", [0, 0.75, 1], [-1, 0.5, 1]),
-        ("closed_one_open_zero", [0, 0.75, 1], [1, -0.5, -1]),
-    ],
-)
-def test_the_declared_gripper_becomes_plus_one_open(gripper, values, expected):
-    action = np.stack([np.array([5, 6, 7]), np.array(values)], axis=1).astype(np.float32)
-    converted = lerobot.gripper_to_open_positive(action, gripper)
-    np.testing.assert_array_equal(converted, np.stack([[5, 6, 7], expected], axis=1))
-
-
-@pytest.mark.parametrize(
-    ("gripper", "values"),
-    [
-        ("open_positive", [0, 1]),
-        ("closed_positive", [0.0, 0.08]),
-        ("open_one_closed_zero", [-1, 1]),
-        ("closed_one_open_zero", [0, 2]),
-    ],
-)
-def test_gripper_values_that_the_declared_meaning_does_not_allow_are_refused(gripper, values):
-    action = np.array(values, np.float32)[:, None]
-    with pytest.raises(ValueError, match=f"gripper declared as '{gripper}' must lie in"):
-        lerobot.gripper_to_open_positive(action, gripper)
-
-
-def test_an_unknown_gripper_is_refused():
-    with pytest.raises(ValueError, match=r"gripper must be one of .*got 'open'"):
-        lerobot.gripper_to_open_positive(np.ones((2, 2)), "open")
-
-
 def test_a_missing_folder_or_info_is_refused(root):
     with pytest.raises(FileNotFoundError, match=r"must hold meta/info\.json, which is missing"):
         lerobot.read(root.with_name("elsewhere"))

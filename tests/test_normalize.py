@@ -64,6 +64,78 @@ def test_each_method_is_its_equation(column, stats):
     np.testing.assert_array_equal(normalize.normalize(x, s, "none"), x)
 
 
+def test_quantiles_are_bounds_q99_of_rlds(column, stats):
+    low, high = np.percentile(column.reshape(-1, 4), [1, 99], axis=0)[:, :2]
+    x = column[..., :2]
+    y = np.clip(2 * (x - low) / (high - low + 1e-8) - 1, -1, 1)
+    ours = normalize.normalize(column, stats, "quantiles")[..., :2]
+    np.testing.assert_allclose(ours, y, atol=1e-5)
+    back = normalize.denormalize(
+        normalize.normalize(column, stats, "quantiles"), stats, "quantiles"
+    )
+    np.testing.assert_allclose(back[..., :2], 0.5 * (y + 1) * (high - low) + low, atol=2e-5)
+
+
+@pytest.mark.parametrize("method", ["bounds", "quantiles"])
+@pytest.mark.parametrize("high", [0.65, np.array([0.65, 2, 3, 4])])
+def test_given_bounds_clip_and_scale_whatever_the_data(method, high, column):
+    fixed = normalize.fixed_bounds(-0.65, high, 4)
+    y = normalize.normalize(column, fixed, method)
+    middle, half = (high - 0.65) / 2, (high + 0.65) / 2
+    np.testing.assert_allclose(y, np.clip((column - middle) / half, -1, 1), atol=1e-6)
+    inside = np.clip(column, -0.65, high)
+    np.testing.assert_allclose(normalize.denormalize(y, fixed, method), inside, atol=1e-6)
+
+
+def test_given_bounds_survive_json_and_must_be_in_order():
+    fixed = normalize.fixed_bounds(-1, 2, 3)
+    again = normalize.from_json(json.loads(json.dumps(normalize.to_json({"action": fixed}))))
+    np.testing.assert_array_equal(again["action"].max, [2, 2, 2])
+    assert again["action"].count == 0
+    with pytest.raises(ValueError, match="low must be below high in every dimension"):
+        normalize.fixed_bounds(1, [2, 1, 2], 3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("mu", [0.0, 10.0, 255.0])
+def test_an_action_there_and_back_is_identity_inside_the_bounds(method, mu, column, stats):
+    low, high = (stats.q01, stats.q99) if method == "quantiles" else (stats.min, stats.max)
+    inside = np.where(high > low, np.clip(column, low, high), column)
+    inside[..., -1] = np.sign(column[..., 0])  # a gripper
+    config = normalize.NormalizeConfig(action=method, action_mu=mu)
+    y = normalize.normalize_action(inside, stats, config)
+    np.testing.assert_array_equal(y[..., -1], inside[..., -1])
+    back = normalize.denormalize_action(y, stats, config)
+    np.testing.assert_allclose(back, inside, rtol=1e-5, atol=3e-5)
+
+
+def test_the_mu_law_is_its_equation_and_keeps_signs_and_ends():
+    fixed, x = normalize.fixed_bounds(-1, 1, 2), np.linspace(-1, 1, 41, dtype=np.float32)
+    action = np.stack([x, x], axis=1)
+    config = normalize.NormalizeConfig(action_mu=255.0)
+    y = normalize.normalize_action(action, fixed, config)
+    expected = np.sign(x) * np.log(1 + 255 * np.abs(x)) / np.log(256)
+    np.testing.assert_allclose(y[:, 0], expected, atol=1e-6)
+    np.testing.assert_array_equal(y[:, 1], x)
+    assert y[[0, 20, 40], 0].tolist() == [-1, 0, 1]
+
+
+def test_a_column_of_actions_is_companded_as_an_agent_expands_it(column, stats):
+    config = normalize.NormalizeConfig(action_mu=255.0)
+    grips = np.sign(column[..., :1])
+    action = np.concatenate([column[..., :3], grips], axis=-1).reshape(100, 4)
+    stats = normalize.compute(action)
+    y = normalize.normalize_column("action", action, stats, config)
+    assert y.dtype == np.float32
+    back = jax.jit(lambda y: normalize.denormalize_action(y, stats, config))(jnp.asarray(y))
+    np.testing.assert_allclose(back, action, atol=1e-4)
+
+
+def test_a_negative_mu_is_refused():
+    with pytest.raises(ValueError, match=r"action_mu must be 0 \(none\) or more, got -1"):
+        normalize.NormalizeConfig(action_mu=-1)
+
+
 @pytest.mark.parametrize("method", ["bounds", "quantiles", "mean_std"])
 def test_a_constant_dimension_gives_zero_and_inverts_to_the_constant(method, column, stats):
     assert not normalize.normalize(column + 7, stats, method)[..., 2].any()

@@ -18,7 +18,7 @@ from rich.progress import track
 
 from train.command_line import run
 from train.configs import IMITATE, ImitateConfig
-from train.setup import init_params, make_windows, read_dataset
+from train.setup import compute_norm_stats, init_params, make_windows, read_dataset
 from vla_jax import config as configs
 from vla_jax.backbones.family import BACKBONES, BackboneConfig
 from vla_jax.data import normalize
@@ -34,7 +34,7 @@ def cache(config: ImitateConfig) -> pathlib.Path:
     dataset = read_dataset(config)
     key, _ = jax.random.split(jax.random.key(config.seed))
     params = init_params(key, config)
-    tokens = frame_tokens(params, config, dataset, normalize.compute_norm_stats(dataset))
+    tokens = frame_tokens(params, config, dataset, compute_norm_stats(config, dataset))
     return pathlib.Path(str(tokens.filename))
 
 

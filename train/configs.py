@@ -11,7 +11,7 @@ from vla_jax.agent import AgentConfig
 from vla_jax.backbones.perceiver import PerceiverConfig
 from vla_jax.backbones.state import StateConfig
 from vla_jax.data.augment import AugmentConfig
-from vla_jax.data.lerobot import Gripper
+from vla_jax.data.gripper import Gripper
 from vla_jax.data.loader import LoaderConfig
 from vla_jax.decoders import DecoderConfig, Kind
 from vla_jax.envs.table_jax import TableConfig as JaxTableConfig
@@ -31,6 +31,7 @@ class ImitateConfig:
     stride: int = 1  # environment steps between the ends of two windows of an episode
     pack: bool = False  # whole episodes side by side in rows of window_size steps, no windows
     gripper: Gripper = "open_positive"  # meaning of the action's last number on disk
+    action_bounds: tuple[float, float] | None = None  # of the arm, data units; None = the data's
     feature_keys: tuple[tuple[str, str], ...] = ()  # our field and the key on disk, if they differ
     gripper_weight: float = 0.01  # of the gripper's loss beside the arm's
     agent: AgentConfig = AgentConfig()

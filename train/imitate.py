@@ -18,7 +18,7 @@ from train.cache import frame_tokens
 from train.command_line import run
 from train.configs import IMITATE, ImitateConfig
 from train.loop import fit, is_first_process, open_run, save_json
-from train.setup import init_params, make_windows, read_dataset
+from train.setup import compute_norm_stats, init_params, make_windows, read_dataset
 from vla_jax import config as configs
 from vla_jax import heads, losses, optim, plots, policy
 from vla_jax.data import normalize
@@ -34,7 +34,7 @@ def imitate(config: ImitateConfig) -> pathlib.Path:
 
     # Data: episodes -> windows of W steps, chunks of K actions.
     dataset = read_dataset(config)
-    norm_stats = normalize.compute_norm_stats(dataset)
+    norm_stats = compute_norm_stats(config, dataset)
 
     # Model: a new one, with the eyes of an earlier run if there is one.
     init_key, key = jax.random.split(jax.random.key(config.seed))

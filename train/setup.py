@@ -10,24 +10,36 @@ import numpy as np
 
 from train.configs import ImitateConfig
 from vla_jax import checkpoint, policy
-from vla_jax.data import lerobot
+from vla_jax.data import lerobot, normalize
 from vla_jax.data.dataset import Dataset
 from vla_jax.data.normalize import NormStats
+from vla_jax.data.tool_frame import in_tool_frame
 from vla_jax.data.windows import WindowConfig, Windows
 from vla_jax.types import Key, Params
 
 
 def read_dataset(config: ImitateConfig) -> Dataset:
-    """The demonstrations, without pictures where the backbone looks at none."""
+    """The demonstrations in the policy's frame, without pictures where it looks at none."""
     backbone = config.agent.policy.backbone
     size = None if backbone.kind == "state" else (backbone.image_size, backbone.image_size)
-    return lerobot.read(
+    dataset = lerobot.read(
         config.dataset,
         feature_keys=dict(config.feature_keys) or None,
         gripper=config.gripper,
         cameras=() if size is None else None,
         image_size=size,
     )
+    tool_frame = config.agent.tool_frame
+    return dataset if tool_frame is None else in_tool_frame(dataset, tool_frame)
+
+
+def compute_norm_stats(config: ImitateConfig, dataset: Dataset) -> dict[str, NormStats]:
+    """Statistics of every column, with the bounds that the config gives the actions, if any."""
+    norm_stats = normalize.compute_norm_stats(dataset)
+    if config.action_bounds is not None:
+        dim = dataset.columns["action"].shape[1]
+        norm_stats["action"] = normalize.fixed_bounds(*config.action_bounds, dim)
+    return norm_stats
 
 
 def init_params(key: Key, config: ImitateConfig) -> Params:

@@ -1,7 +1,7 @@
 """From what a robot sees to what it does: all that stands between a policy and a world.
 
 An agent normalises the robot's state, hides the instruction after its first steps, streams the
-policy, turns chunks into one action and that action back into the robot's units.
+policy, turns chunks into one action and that action back into the robot's units and frame.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from vla_jax import execution, policy
+from vla_jax import execution, policy, rotations
 from vla_jax.data import normalize, text
 from vla_jax.data.normalize import NormalizeConfig, NormStats
 from vla_jax.data.windows import ALWAYS
 from vla_jax.execution import ExecutionConfig
 from vla_jax.policy import PolicyConfig
+from vla_jax.rotations import ToolFrame
 from vla_jax.streaming import Mode
 from vla_jax.types import Array, Observation, Params
 
@@ -30,6 +31,7 @@ class AgentConfig:
     execution: ExecutionConfig = ExecutionConfig()
     mode: Mode = "refresh"  # what the decoder remembers: last W steps, since W·n, everything
     instruction_steps: int = 1  # first steps that show the instruction; -1 = always
+    tool_frame: ToolFrame | None = None  # the policy speaks in the tool's frame; None = the data's
 
 
 class AgentState(NamedTuple):
@@ -54,7 +56,8 @@ def make_agent(
 
     `step(params, state, observation, reset) -> (state, action [B, A])` takes raw observations
     `[B, ...]` with word ids of the whole instruction at every step, `reset [B]` True where an
-    episode starts, and gives actions in the robot's units, gripper +1 open / -1 closed.
+    episode starts, and gives actions in the robot's units, gripper +1 open / -1 closed. With a
+    `tool_frame` the raw proprio holds the tool's orientation, whether the policy sees it or not.
 
     Args:
       config: how to act.
@@ -89,9 +92,10 @@ def make_agent(
         seen = _prepare(config, norm_stats, observation, age)
         stream, chunk = policy.step(params, config.policy, state.stream, seen, reset=reset)
         executed, action = execution.step(config.execution, state.execution, chunk, reset=reset)
-        action = normalize.denormalize(
-            action, norm_stats["action"], config.normalize.action, gripper=True
-        )
+        action = normalize.denormalize_action(action, norm_stats["action"], config.normalize)
+        if config.tool_frame is not None:
+            orientation = rotations.read_orientation(observation.proprio, config.tool_frame)
+            action = rotations.to_world_frame(action, jnp.asarray(orientation), config.tool_frame)
         return AgentState(stream, executed, age + 1), action
 
     return Agent(init, step)

@@ -7,9 +7,15 @@ The policy predicts a chunk at every environment step, since a memory must see e
 - `receding_horizon`: `exec_horizon` actions of a chunk, then those of the newest one.
 - `temporal_ensemble`: the weighted mean of all chunks that speak of this step (ACT).
 
-The gripper is sent as +1 or -1 exactly: it opens when its logit exceeds
-`gripper_threshold + gripper_hysteresis`, closes at `gripper_threshold - gripper_hysteresis` and
-below, and stays as it is in between.
+The gripper is wanted open or closed, +1 or -1 exactly: open when its logit exceeds
+`gripper_threshold + gripper_hysteresis`, closed at `gripper_threshold - gripper_hysteresis` and
+below, as before in between. `gripper_rule` says what is sent:
+
+- `as_wanted`: +1 or -1.
+- `repeat_change`: only changes, +1 opens, -1 closes, 0 leaves it; each is sent for
+  `gripper_steps` steps, during which no other change is heard (SIMPLER's Google robot).
+- `open_late`: +1 from the `gripper_steps`-th step in a row on that wants it open, else -1
+  (SIMPLER's WidowX); every episode starts closed.
 """
 
 import dataclasses
@@ -24,6 +30,7 @@ from vla_jax.config import did_you_mean
 from vla_jax.types import ActionChunk, Array
 
 Kind = Literal["first", "receding_horizon", "temporal_ensemble"]
+GripperRule = Literal["as_wanted", "repeat_change", "open_late"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +44,8 @@ class ExecutionConfig:
     )
     gripper_threshold: float = 0.0  # logit above which the gripper opens; 0 = probability 0.5
     gripper_hysteresis: float = 0.0  # logits around the threshold in which it stays as it is
+    gripper_rule: GripperRule = "as_wanted"  # what is sent of what is wanted of the gripper
+    gripper_steps: int = 1  # environment steps: of "repeat_change" sent, of "open_late" waited
 
     def __post_init__(self):
         if self.kind not in get_args(Kind):
@@ -55,6 +64,19 @@ class ExecutionConfig:
             raise ValueError(
                 f"gripper_hysteresis must be 0 or more logits, got {self.gripper_hysteresis}."
             )
+        self._check_gripper_rule()
+
+    def _check_gripper_rule(self):
+        rule, known = self.gripper_rule, get_args(GripperRule)
+        if rule not in known:
+            raise ValueError(f"unknown gripper_rule '{rule}'; {did_you_mean(rule, known)}")
+        if self.gripper_steps < 1:
+            raise ValueError(f"gripper_steps must be at least 1, got {self.gripper_steps}.")
+        if self.gripper_steps > 1 and rule == "as_wanted":
+            raise ValueError(
+                f"gripper_steps must be 1 with gripper_rule='as_wanted', got "
+                f"{self.gripper_steps}; choose gripper_rule='repeat_change' or 'open_late'."
+            )
 
 
 class RecedingPlan(NamedTuple):
@@ -72,11 +94,19 @@ class EnsemblePlan(NamedTuple):
     count: jax.Array  # [B, K], how many chunks speak of that step
 
 
+class GripperState(NamedTuple):
+    """What the gripper does."""
+
+    wanted: jax.Array  # [B] at the last step, +1 open / -1 closed, 0 before the first action
+    change: jax.Array  # [B] that "repeat_change" sent last, +1 opens, -1 closes, 0 none
+    steps: jax.Array  # [B] int32, for which it still will; with "open_late" those waited
+
+
 class ExecutionState(NamedTuple):
     """What is remembered between two actions; all zeros at the start of an episode."""
 
     plan: RecedingPlan | EnsemblePlan | None  # None with kind "first"
-    gripper: jax.Array  # [B] what was sent last, +1 open / -1 closed, 0 before the first action
+    gripper: GripperState
 
 
 def init(
@@ -109,7 +139,8 @@ def init(
     elif config.kind == "temporal_ensemble":
         weight, count = jnp.zeros((2, batch_size, action_horizon))
         plan = EnsemblePlan(chunk(), weight, count)
-    return ExecutionState(plan, jnp.zeros((batch_size,)))
+    wanted, change = jnp.zeros((2, batch_size))
+    return ExecutionState(plan, GripperState(wanted, change, jnp.zeros((batch_size,), jnp.int32)))
 
 
 def step(
@@ -128,12 +159,13 @@ def step(
       reset: `[B]`, True where an episode starts; None means nowhere.
 
     Returns:
-      The state, and the action `[B, A]`: arm clipped to [-1, 1], gripper +1 open / -1 closed.
+      The state, and the action `[B, A]`: arm clipped to [-1, 1], gripper +1 open / -1 closed (0
+      is no change, with "repeat_change").
 
     Source: Zhao et al. 2023, ACT (arXiv:2304.13705), section IV, for "temporal_ensemble".
     """
     chex.assert_shape(chunk.arm, (*chunk.gripper_logit.shape, None))
-    chex.assert_shape(chunk.gripper_logit, (state.gripper.shape[0], None))
+    chex.assert_shape(chunk.gripper_logit, (state.gripper.wanted.shape[0], None))
     if reset is not None:
         state = _restart(state, reset)
     plan, now = state.plan, _first(chunk)
@@ -141,8 +173,8 @@ def step(
         plan, now = _recede(config, plan, chunk)
     elif isinstance(plan, EnsemblePlan):
         plan, now = _ensemble(config, plan, chunk)
-    gripper = _switch(config, state.gripper, now.gripper_logit)
-    action = jnp.concatenate([jnp.clip(now.arm, -1.0, 1.0), gripper[:, None]], axis=-1)
+    gripper, sent = _grip(config, state.gripper, now.gripper_logit)
+    action = jnp.concatenate([jnp.clip(now.arm, -1.0, 1.0), sent[:, None]], axis=-1)
     return ExecutionState(plan, gripper), action
 
 
@@ -186,6 +218,24 @@ def _ensemble(
     weight = plan.weight + new
     now = ActionChunk(total.arm[:, 0] / weight[:, :1], total.gripper_logit[:, 0] / weight[:, 0])
     return jax.tree.map(_shift, EnsemblePlan(total, weight, plan.count + 1.0)), now
+
+
+def _grip(
+    config: ExecutionConfig, state: GripperState, logit: Array
+) -> tuple[GripperState, jax.Array]:
+    """Returns the state after this step, and what is sent `[B]`."""
+    wanted = _switch(config, state.wanted, logit)
+    if config.gripper_rule == "repeat_change":
+        new = jnp.where(state.wanted == 0.0, 0.0, (wanted - state.wanted) / 2)
+        change = jnp.where(state.steps > 0, state.change, new)
+        left = jnp.where(new != 0.0, config.gripper_steps - 1, 0)
+        steps = jnp.where(state.steps > 0, state.steps - 1, left)
+        return GripperState(wanted, change, steps), change
+    if config.gripper_rule == "open_late":
+        steps = jnp.where(wanted > 0.0, state.steps + 1, 0)
+        sent = jnp.where(steps >= config.gripper_steps, 1.0, -1.0)
+        return GripperState(wanted, state.change, steps), sent
+    return state._replace(wanted=wanted), wanted
 
 
 def _switch(config: ExecutionConfig, before: jax.Array, logit: Array) -> jax.Array:

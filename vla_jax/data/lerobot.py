@@ -2,7 +2,7 @@
 
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 
@@ -19,16 +19,10 @@ from vla_jax.data.dataset import (
     finite_episodes,
 )
 from vla_jax.data.frames import Segment
+from vla_jax.data.gripper import Gripper, gripper_to_open_positive
 from vla_jax.data.lerobot_layout import DATA_PATH, INFO_PATH, TASKS_PATH, VIDEO_PATH
 
 TIME_TOLERANCE = 1e-3  # seconds; timestamps are float32
-
-Gripper = Literal[
-    "open_positive",  # +1 open, -1 closed: the library's own
-    "closed_positive",  # +1 closed, -1 open
-    "open_one_closed_zero",  # 1 open, 0 closed
-    "closed_one_open_zero",  # 1 closed, 0 open
-]
 
 
 def read(
@@ -103,36 +97,6 @@ def read(
         fingerprint=_fingerprint(root, numbers, lengths, instructions, segments, image_size),
         names={name: layout.dimension_names(info, keys[name]) for name in numbers},
     )
-
-
-def gripper_to_open_positive(action: np.ndarray, gripper: Gripper) -> np.ndarray:
-    """Actions `[F, A]` with the gripper as +1 open, -1 closed.
-
-    Args:
-      action: `[F, A]`, gripper last.
-      gripper: what its numbers mean.
-
-    Returns:
-      A copy; values between the two ends stay between them.
-
-    Raises:
-      ValueError: unknown meaning, or values that it does not allow.
-    """
-    if gripper not in get_args(Gripper):
-        raise ValueError(f"gripper must be one of {get_args(Gripper)}, got {gripper!r}.")
-    values = action[:, -1]
-    low, high = float(values.min()), float(values.max())
-    from_zero = gripper in ("open_one_closed_zero", "closed_one_open_zero")
-    least = 0 if from_zero else -1
-    halfway = not from_zero and low >= 0 and low < 0.5  # 0 … 1 where -1 … 1 was declared
-    if low < least - 1e-3 or high > 1 + 1e-3 or halfway:
-        raise ValueError(
-            f"gripper declared as {gripper!r} must lie in [{least}, 1], got values from {low:g} "
-            f"to {high:g}; declare another of {get_args(Gripper)}."
-        )
-    signed = 2 * values - 1 if from_zero else values
-    opened = signed if gripper.startswith("open") else -signed
-    return np.concatenate([action[:, :-1], opened[:, None]], axis=1)
 
 
 def _read_table(path: pathlib.Path, columns: Sequence[str] | None = None) -> Any:

@@ -1,9 +1,10 @@
 """Normalisation: statistics of a column, the map to about [-1, 1], and its inverse.
 
-Written with array operators only, so that the same functions serve NumPy data, one observation
-at acting time, and JAX arrays inside `jit`.
+Written with array operators, and functions that NumPy and JAX both have, so that the same
+functions serve NumPy data, one observation at acting time, and JAX arrays inside `jit`.
 """
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,11 +39,14 @@ class NormalizeConfig:
     action: Method = "bounds"  # the arm; the gripper is left alone
     proprio: Method = "mean_std"  # robot's own state
     environment_state: Method = "mean_std"  # what only a simulator knows
+    action_mu: float = 0.0  # μ of the μ-law on the normalised arm, such as 255; 0 = none
 
     def __post_init__(self) -> None:
         """Checks the methods."""
         for name in ("action", "proprio", "environment_state"):
             _check_method(name, getattr(self, name))
+        if self.action_mu < 0:
+            raise ValueError(f"action_mu must be 0 (none) or more, got {self.action_mu}.")
 
 
 def compute(column: np.ndarray) -> NormStats:
@@ -56,6 +60,26 @@ def compute(column: np.ndarray) -> NormStats:
 def compute_norm_stats(dataset: Dataset) -> dict[str, NormStats]:
     """Statistics of every numeric column; images are never touched."""
     return {name: compute(column) for name, column in dataset.columns.items()}
+
+
+def fixed_bounds(low: Any, high: Any, dim: int) -> NormStats:
+    """Statistics that "bounds" and "quantiles" read as the given limits, whatever the data.
+
+    Args:
+      low: what becomes -1, a number or one for each dimension `[D]`.
+      high: what becomes 1, likewise.
+      dim: D, the gripper included; where it is left alone its limits do not matter.
+
+    Returns:
+      Statistics of no frames, their mean in the middle and their std half the width.
+
+    Raises:
+      ValueError: a limit is not below the other.
+    """
+    low, high = (np.broadcast_to(np.asarray(end, np.float32), dim) for end in (low, high))
+    if not np.all(low < high):
+        raise ValueError(f"low must be below high in every dimension, got {low} and {high}.")
+    return NormStats((low + high) / 2, (high - low) / 2, low, high, low, high, count=0)
 
 
 def normalize(x: Array, stats: NormStats, method: Method, *, gripper: bool = False) -> Array:
@@ -103,6 +127,44 @@ def denormalize(y: Array, stats: NormStats, method: Method, *, gripper: bool = F
     return y * scale + centre
 
 
+def normalize_action(action: Array, stats: NormStats, config: NormalizeConfig) -> Array:
+    """Actions as a policy learns them: normalised, then companded if the config says so.
+
+        y = sign(x) · ln(1 + μ |x|) / ln(1 + μ)        x: the normalised arm
+
+    The gripper is left alone.
+
+    Args:
+      action: `[..., A]` in the units of the data.
+      stats: of the actions.
+      config: the method and μ.
+
+    Returns:
+      `[..., A]`.
+
+    Raises:
+      ValueError: `action` and `stats` differ in size.
+    """
+    return _compand(normalize(action, stats, config.action, gripper=True), config.action_mu)
+
+
+def denormalize_action(action: Array, stats: NormStats, config: NormalizeConfig) -> Array:
+    """Inverse of `normalize_action` inside its bounds.
+
+    Args:
+      action: `[..., A]`, as a policy gives it.
+      stats: those that `normalize_action` used.
+      config: the one that `normalize_action` used.
+
+    Returns:
+      `[..., A]` in the units of the data.
+
+    Raises:
+      ValueError: `action` and `stats` differ in size.
+    """
+    return denormalize(_expand(action, config.action_mu), stats, config.action, gripper=True)
+
+
 def count_clipped(
     x: np.ndarray, stats: NormStats, method: Method, *, gripper: bool = False
 ) -> float:
@@ -131,7 +193,7 @@ def normalize_column(
     """
     method, gripper = getattr(config, name), name == "action"
     share = count_clipped(column, stats, method, gripper=gripper)
-    y = normalize(column, stats, method, gripper=gripper)
+    y = normalize_action(column, stats, config) if gripper else normalize(column, stats, method)
     if gripper and method == "none":  # an arm that ends in tanh reaches no further
         share, y = float((np.abs(y) > 1 + 1e-5).mean()), y.clip(-1, 1)
     if share > (QUANTILE_SHARE * 1.25 if method == "quantiles" else 0):
@@ -176,6 +238,22 @@ def _stats_from_json(name: str, fields: Mapping[str, Any]) -> NormStats:
             f"{ {f: a.shape for f, a in arrays.items()} }; write them with normalize.to_json."
         )
     return NormStats(**arrays, count=int(fields["count"]))
+
+
+def _compand(action: Array, mu: float) -> Array:
+    if not mu:
+        return action
+    xp, arm = action.__array_namespace__(), action[..., :-1]
+    arm = xp.sign(arm) * xp.log1p(mu * xp.abs(arm)) / math.log1p(mu)
+    return xp.concat([arm, action[..., -1:]], axis=-1)
+
+
+def _expand(action: Array, mu: float) -> Array:
+    if not mu:
+        return action
+    xp, arm = action.__array_namespace__(), action[..., :-1]
+    arm = xp.sign(arm) * xp.expm1(math.log1p(mu) * xp.abs(arm)) / mu
+    return xp.concat([arm, action[..., -1:]], axis=-1)
 
 
 def _affine(

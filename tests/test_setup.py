@@ -1,0 +1,47 @@
+"""What a training makes of a data set before it begins."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import tiny_demos
+
+from train.setup import compute_norm_stats, make_windows, read_dataset
+from vla_jax.data import normalize
+from vla_jax.data.tool_frame import in_tool_frame
+from vla_jax.rotations import ToolFrame
+
+FRAME = ToolFrame(orientation=(5, 6, 3), radians=0.1)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    demos = tiny_demos.write(tmp_path_factory.mktemp("demos") / "table")
+    return tiny_demos.imitation(demos, "")
+
+
+def test_by_default_actions_stay_and_bounds_are_those_of_the_data(config):
+    dataset = read_dataset(config)
+    found, expected = compute_norm_stats(config, dataset), normalize.compute_norm_stats(dataset)
+    assert normalize.to_json(found) == normalize.to_json(expected)
+    np.testing.assert_array_equal(found["action"].max, dataset.columns["action"].max(axis=0))
+
+
+def test_an_agent_of_the_tools_frame_learns_from_actions_in_that_frame(config):
+    agent = dataclasses.replace(config.agent, tool_frame=FRAME)
+    turned = read_dataset(dataclasses.replace(config, agent=agent))
+    expected = in_tool_frame(read_dataset(config), FRAME)
+    assert turned.fingerprint == expected.fingerprint
+    np.testing.assert_array_equal(turned.columns["action"], expected.columns["action"])
+
+
+def test_given_bounds_are_those_that_a_window_is_cut_at(config):
+    config = dataclasses.replace(config, action_bounds=(-0.25, 0.25))
+    dataset = read_dataset(config)
+    norm_stats = compute_norm_stats(config, dataset)
+    with pytest.warns(UserWarning, match="values of action lie outside"):
+        windows = make_windows(config, dataset, norm_stats, window_size=1, action_horizon=1)
+    action = windows[np.arange(len(windows))].action[:, 0, 0]
+    raw = dataset.columns["action"]
+    np.testing.assert_allclose(action[:, :6], np.clip(raw[:, :6] / 0.25, -1, 1), atol=1e-6)
+    np.testing.assert_array_equal(action[:, 6], raw[:, 6])

@@ -1,0 +1,46 @@
+"""What the last number of an action means in other people's data, and the library's own meaning."""
+
+from typing import Literal, get_args
+
+import numpy as np
+
+Gripper = Literal[
+    "open_positive",  # +1 open, -1 closed: the library's own, and CALVIN's
+    "closed_positive",  # +1 closed, -1 open
+    "open_one_closed_zero",  # 1 open, 0 closed
+    "closed_one_open_zero",  # 1 closed, 0 open
+    "open_one_else_closed",  # 1 open, anything else closed: RoboVLMs' reading of Open X-Embodiment
+]
+
+
+def gripper_to_open_positive(action: np.ndarray, gripper: Gripper) -> np.ndarray:
+    """Actions `[F, A]` with the gripper as +1 open, -1 closed.
+
+    Args:
+      action: `[F, A]`, gripper last.
+      gripper: what its numbers mean.
+
+    Returns:
+      A copy; values between the two ends stay between them, but for "open_one_else_closed".
+
+    Raises:
+      ValueError: unknown meaning, or values that it does not allow.
+    """
+    if gripper not in get_args(Gripper):
+        raise ValueError(f"gripper must be one of {get_args(Gripper)}, got {gripper!r}.")
+    values = action[:, -1]
+    low, high = float(values.min()), float(values.max())
+    from_zero = gripper in ("open_one_closed_zero", "closed_one_open_zero")
+    least = 0 if from_zero else -1
+    signs = gripper in ("open_positive", "closed_positive")
+    halfway = signs and low >= 0 and low < 0.5  # 0 … 1 where -1 … 1 was declared
+    if low < least - 1e-3 or high > 1 + 1e-3 or halfway:
+        raise ValueError(
+            f"gripper declared as {gripper!r} must lie in [{least}, 1], got values from {low:g} "
+            f"to {high:g}; declare another of {get_args(Gripper)}."
+        )
+    signed = 2 * values - 1 if from_zero else values
+    if gripper == "open_one_else_closed":
+        signed = np.where(values == 1, values, -np.ones_like(values))
+    opened = signed if gripper.startswith("open") else -signed
+    return np.concatenate([action[:, :-1], opened[:, None]], axis=1)
