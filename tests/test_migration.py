@@ -4,10 +4,12 @@ import pathlib
 import re
 import shlex
 
+import jax
 import numpy as np
 import pytest
 from robovlms_heads import their_head
 
+from train.configs import ImitateConfig
 from vla_jax import convert
 from vla_jax.convert.__main__ import main
 from vla_jax.decoders import DecoderConfig
@@ -15,6 +17,7 @@ from vla_jax.optim import OptimConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = (ROOT / "docs/migration.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
 @pytest.mark.filterwarnings("ignore:.*beside the head are left over")
@@ -28,14 +31,23 @@ def test_the_commands_and_the_code_run(tmp_path, monkeypatch):
     for line in commands:
         main(shlex.split(line))
     names: dict = {}
-    exec(re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)[1], names)
+    exec(BLOCKS[0], names)
     assert names["chunk"].arm.shape == (3, 2, 6)
     assert set(names["tensors"]) == set(their_head("lstm"))
     assert names["config"].window_size == 8
 
 
+@pytest.mark.parametrize("block", BLOCKS[1:], ids=["torch", "flax", "linen"])
+def test_the_blocks_on_torch_and_flax_run(block):
+    names: dict = {}
+    exec(block, names)
+    leaves = jax.tree.leaves(names["params"])
+    assert leaves
+    assert all(np.isfinite(leaf).all() for leaf in leaves)
+
+
 def test_every_name_of_ours_in_the_tables_exists():
-    for owner in (DecoderConfig, OptimConfig):
+    for owner in (DecoderConfig, OptimConfig, ImitateConfig):
         fields = set(owner.__dataclass_fields__)
         named = set(re.findall(rf"`{owner.__name__}\.(\w+)`", PAGE))
         assert named
