@@ -147,7 +147,12 @@ def apply(
         carry=carry,
         key=key,
     )
-    return heads.apply(params["heads"], hidden, config.action_horizon, dtype=config.dtype)
+    return predict(params, config, hidden)
+
+
+def predict(params: Params, config: DecoderConfig, features: Array) -> ActionChunk:
+    """Returns what the heads make of `features [..., H]`, as `apply` does at every position."""
+    return heads.apply(params["heads"], features, config.action_horizon, dtype=config.dtype)
 
 
 def features(
