@@ -92,9 +92,10 @@ def torch_logits(features, words):
     )
     begun = np.concatenate([np.zeros_like(words[..., :1]), words[..., :-1]], -1).reshape(-1, S)
     inputs = torch.nn.functional.embedding(torch.tensor(begun), weights["embedding"])
-    first = torch.tensor(features).reshape(1, -1, H) @ weights["carry"]["kernel"]
+    summary = torch.tensor(features).reshape(-1, H) @ weights["summary"]["kernel"]
+    summary = torch.tanh(summary + weights["summary"]["bias"])
     with torch.no_grad():
-        hidden, _ = gru(inputs, torch.tanh(first + weights["carry"]["bias"]))
+        hidden, _ = gru(inputs + summary[:, None], summary[None])
         logits = hidden @ weights["output"]["kernel"] + weights["output"]["bias"]
     return logits.reshape(B, W, S, V).numpy()
 
@@ -116,9 +117,9 @@ def test_a_word_is_said_without_looking_at_it_or_at_those_behind():
 
 def loud(params):
     """Params whose greedy words differ from step to step, and end at different places."""
-    louder = {"kernel": 30 * params["carry"]["kernel"], "bias": params["carry"]["bias"]}
+    louder = {"kernel": 30 * params["summary"]["kernel"], "bias": params["summary"]["bias"]}
     output = {**params["output"], "bias": params["output"]["bias"].at[0].set(0.35)}
-    return {**params, "carry": louder, "output": output}
+    return {**params, "summary": louder, "output": output}
 
 
 def test_greedy_words_are_the_likeliest_after_those_said_before_up_to_the_end():

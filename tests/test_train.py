@@ -27,7 +27,6 @@ from vla_jax.auxiliary import AuxiliaryConfig
 from vla_jax.backbones.state import StateConfig
 from vla_jax.config import load
 from vla_jax.data.normalize import compute_norm_stats
-from vla_jax.data.packing import Packed
 from vla_jax.loss_terms import LossWeights
 from vla_jax.runs import load_run
 from vla_jax.update import init_train_state
@@ -162,15 +161,16 @@ def overfitting(demos, run_dir):
         backbone=StateConfig(token_dim=16, vocab_size=256),
         pack=True,
         auxiliary=AuxiliaryConfig(forward_horizon=2, caption=True, caption_size=32),
-        loss=LossWeights(forward=1.0, caption=1.0),
+        loss=LossWeights(caption=1.0),
     )
     parts = config.agent.policy
-    decoder = dataclasses.replace(parts.decoder, window_size=24, hidden_size=64, dropout=0.0)
+    decoder = dataclasses.replace(parts.decoder, window_size=8, hidden_size=64, dropout=0.0)
     return dataclasses.replace(
         config,
         agent=dataclasses.replace(config.agent, policy=dataclasses.replace(parts, decoder=decoder)),
+        loader=dataclasses.replace(config.loader, batch_size=16),
         optim=dataclasses.replace(config.optim, ema_decay=None, end_factor=0.01),
-        loop=dataclasses.replace(config.loop, num_updates=160, save_every=150),
+        loop=dataclasses.replace(config.loop, num_updates=240, save_every=230),
     )
 
 
@@ -184,25 +184,25 @@ def test_both_auxiliary_losses_fall_and_the_memory_says_what_it_was_told(demos, 
     told = read_metrics(overfitted / "metrics.jsonl")
     for name in ("loss_forward_tokens", "loss_caption"):
         assert told[-1][name] < 0.2 * told[0][name], name
-    assert told[-1]["acc_caption"] == 1.0
     params = checkpoint.restore_params(overfitted / "checkpoints")
     dataset = read_dataset(config)
     windows = make_windows(
-        config, dataset, compute_norm_stats(dataset), window_size=24, action_horizon=1
+        config, dataset, compute_norm_stats(dataset), window_size=8, action_horizon=1
     )
-    batch = Packed(windows)[np.arange(8)]
+    batch = windows[np.arange(len(windows))]
     _, features = policy.features(
         params, config.agent.policy, batch.observation, batch.timestep_mask, reset=batch.reset
     )
     said = captions.say(params["auxiliary"]["caption"], features, max_words=12)
     wanted = np.asarray(captions.told(batch))
-    assert len(np.unique(wanted[batch.timestep_mask], axis=0)) > 3
-    np.testing.assert_array_equal(said[batch.timestep_mask], wanted[batch.timestep_mask])
+    knows = (wanted > 0).any(-1)
+    assert len(np.unique(wanted[knows], axis=0)) > 3
+    np.testing.assert_array_equal(said[knows], wanted[knows])
 
 
 def test_with_auxiliary_heads_resumed_is_uninterrupted_to_the_bit(demos, overfitted, tmp_path):
     run_dir = shutil.copytree(overfitted, tmp_path / "resumed")
-    shutil.rmtree(run_dir / "checkpoints" / "160")
+    shutil.rmtree(run_dir / "checkpoints" / "240")
     imitate(overfitting(demos, run_dir))
     assert_same_bits(*(saved(folder) for folder in (overfitted, run_dir)))
 

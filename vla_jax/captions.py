@@ -1,12 +1,11 @@
 """The instruction told from the memory's features, word by word: a head that never acts.
 
-    features [..., H] → carry of a GRU → word, word, …, end
+    features [..., H] → summary [..., E] → GRU → word, word, …, end
 
 The instruction is visible at an episode's first steps only. A memory from which it can be told
 at every step has kept it: that is what the head is for.
 
-`params["embedding"] [V, E]`, `"carry"` (features to the first carry `[H, E]`), `"recurrence"`
-(the GRU) and `"output"` (`[E, V]`); ids are those of `data.text`, and id 0 is the end.
+Word ids are those of `data.text`; id 0 behind the words is the end.
 """
 
 import chex
@@ -23,7 +22,7 @@ from vla_jax.types import Array, Batch, Key, Metrics, Params
 
 
 def init(key: Key, feature_size: int, size: int, vocab_size: int) -> Params:
-    """Returns random params.
+    """Returns `{"embedding" [V, E], "summary" [H, E], "recurrence" (a GRU), "output" [E, V]}`.
 
     Args:
       key: consumed.
@@ -34,7 +33,7 @@ def init(key: Key, feature_size: int, size: int, vocab_size: int) -> Params:
     keys = jax.random.split(key, 4)
     return {
         "embedding": jax.random.normal(keys[0], (vocab_size, size)),
-        "carry": heads.init_mlp(keys[1], (feature_size, size))["layers_0"],
+        "summary": heads.init_mlp(keys[1], (feature_size, size))["layers_0"],
         "recurrence": recurrence.init(keys[2], _gru(size), size),
         "output": heads.init_mlp(keys[3], (size, vocab_size))["layers_0"],
     }
@@ -43,9 +42,11 @@ def init(key: Key, feature_size: int, size: int, vocab_size: int) -> Params:
 def apply(params: Params, features: Array, words: Array) -> jax.Array:
     """Returns the logits of each word, given the true ones before it (teacher forcing).
 
-        c₁ = GRU(tanh(features · W + b), 0),    cₛ = GRU(cₛ₋₁, wordₛ₋₁),    logitsₛ = cₛ · U + u
+        c₀ = tanh(features · W + b),    cₛ = GRU(cₛ₋₁, wordₛ₋₁ + c₀),    logitsₛ = cₛ · U + u
 
-    They are B·W·S·V numbers, the largest array of a training where V is in the thousands.
+    with id 0 before the first word. The features are there at each word, for a GRU soon forgets
+    its first carry. The logits are B·W·S·V numbers, the largest array of a training where V is in
+    the thousands.
 
     Args:
       params: from `init`.
@@ -54,12 +55,17 @@ def apply(params: Params, features: Array, words: Array) -> jax.Array:
 
     Returns:
       `[B, W, S, V]` float32.
+
+    Source: Cho et al. 2014 (arXiv:1406.1078), section 2.2, whose decoder sees its summary at each
+    word.
     """
     chex.assert_rank([features, words], 3)
     chex.assert_equal_shape_prefix([features, words], 2)
-    inputs = rearrange(params["embedding"][_word_before(words)], "B W S E -> (B W) S E")
-    carry = _first_carry(params, rearrange(features, "B W H -> (B W) H"))
-    _, hidden = recurrence.apply(params["recurrence"], _gru(inputs.shape[-1]), inputs, carry=carry)
+    summary = _summary(params, rearrange(features, "B W H -> (B W) H"))
+    before = rearrange(_word_before(words), "B W S -> (B W) S")
+    inputs = jnp.asarray(params["embedding"])[before] + summary[:, None]
+    gru, carry = _gru(summary.shape[-1]), _first_carry(summary)
+    _, hidden = recurrence.apply(params["recurrence"], gru, inputs, carry=carry)
     return affine(hidden, **params["output"]).reshape(*words.shape, -1)
 
 
@@ -74,18 +80,20 @@ def say(params: Params, features: Array, *, max_words: int) -> jax.Array:
     Returns:
       Word ids `[..., S]` int32, 0 behind the last word.
     """
-    gru = _gru(params["embedding"].shape[-1])
+    summary = _summary(params, features)
+    gru = _gru(summary.shape[-1])
+    embedding = jnp.asarray(params["embedding"])  # restored params are NumPy's: no tracer as index
 
     def say_one(state, _):
         carry, word, ended = state
-        inputs = params["embedding"][word]
+        inputs = embedding[word] + summary
         carry, hidden = recurrence.step(params["recurrence"], gru, carry, inputs)
         likeliest = jnp.argmax(affine(hidden, **params["output"]), axis=-1).astype(jnp.int32)
         word = jnp.where(ended, 0, likeliest)
         return (carry, word, word == 0), word
 
     nothing = jnp.zeros(features.shape[:-1], jnp.int32)
-    state = (_first_carry(params, features), nothing, jnp.zeros(nothing.shape, bool))
+    state = (_first_carry(summary), nothing, jnp.zeros(nothing.shape, bool))
     _, words = jax.lax.scan(say_one, state, length=max_words)
     return jnp.moveaxis(words, 0, -1)
 
@@ -144,8 +152,12 @@ def _gru(size: int) -> RecurrenceConfig:
     return RecurrenceConfig(cell="gru", hidden_size=size)
 
 
-def _first_carry(params: Params, features: Array) -> recurrence.Carry:
-    return {"layers_0": {"forward": GRUCarry(jnp.tanh(affine(features, **params["carry"])))}}
+def _summary(params: Params, features: Array) -> jax.Array:
+    return jnp.tanh(affine(features, **params["summary"]))
+
+
+def _first_carry(summary: jax.Array) -> recurrence.Carry:
+    return {"layers_0": {"forward": GRUCarry(summary)}}
 
 
 def _word_before(words: Array) -> jax.Array:
