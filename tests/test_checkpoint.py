@@ -190,6 +190,14 @@ def test_a_checkpoint_of_another_shape_is_told_with_the_path(head, sentence, sav
         checkpoint.restore(directory, make_state().replace(params=other))
 
 
+def test_parts_that_nobody_asks_for_are_not_read(saved):
+    directory, state = saved
+    wanted = {"head": make_params()["head"]}
+    params = checkpoint.restore_params(directory, wanted)
+    assert params.keys() == wanted.keys() < make_params().keys()
+    assert_same(params["head"], state.params["head"])
+
+
 @pytest.mark.parametrize("pattern", ["state/d/*", "state/_METADATA", "_CHECKPOINT_METADATA"])
 def test_a_damaged_checkpoint_is_told_and_the_one_before_still_reads(pattern, tmp_path, caplog):
     save_all(tmp_path, [1, 2], make_state())

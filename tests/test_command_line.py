@@ -12,6 +12,7 @@ from typing import Literal
 import pytest
 
 from train.command_line import command_line, run
+from train.configs import IMITATE
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -105,6 +106,17 @@ def test_an_option_that_two_parts_have_carries_the_name_of_its_part():
     assert (chosen.backbone.dropout, chosen.decoder.dropout) == (0.3, 0.4)
     chosen = parse("--decoder.max-dropout", "0.3", "--max-dropout", "0.4")
     assert (chosen.policy.decoder.max_dropout, chosen.max_dropout) == (0.3, 0.4)
+
+
+def test_all_options_of_some_parts_carry_the_name_of_the_part():
+    chosen = command_line(
+        IMITATE,
+        ["--preset", "table_jax_state", "--gripper", "closed_positive", "--loss.gripper", "0.3",
+         "--loss.kl", "2", "--auxiliary.caption", "--auxiliary.forward-horizon", "1"],
+        description="Imitates.",
+    )  # fmt: skip
+    assert (chosen.gripper, chosen.loss.gripper, chosen.loss.kl) == ("closed_positive", 0.3, 2.0)
+    assert (chosen.auxiliary.caption, chosen.auxiliary.forward_horizon) == (True, 1)
 
 
 def test_a_kind_or_head_with_a_choice_is_an_option_of_its_part():

@@ -250,3 +250,48 @@ def test_a_mask_of_another_shape_is_refused_at_the_door():
     _, action, mask = draw_batch()
     with pytest.raises(AssertionError, match="assert_tree_shape_prefix"):
         losses.masked_mean(action, mask[:, :1])
+
+
+def draw_logits():
+    random = np.random.default_rng(1)
+    logits, reference = random.normal(0, 3, (2, B, W, K, 5)).astype(np.float32)
+    mask = random.random((B, W)) < 0.6
+    mask[0] = False
+    return logits, reference, mask
+
+
+def test_the_distance_to_a_reference_policy_and_its_gradient_are_torchs():
+    logits, reference, mask = draw_logits()
+    distance, gradient = jax.value_and_grad(losses.categorical_kl)(logits, reference, mask)
+    policy = torch.tensor(logits, requires_grad=True)
+    expected = (
+        torch.nn.functional.kl_div(
+            torch.tensor(reference).log_softmax(-1),
+            policy.log_softmax(-1),
+            reduction="none",
+            log_target=True,
+        )
+        .sum(-1)[mask]
+        .mean()
+    )
+    expected.backward()
+    assert policy.grad is not None
+    assert_close(distance, expected.item(), 1e-5)
+    assert_close(gradient, policy.grad.numpy())
+
+
+def test_a_policy_is_no_distance_from_itself_and_its_reference_gets_no_gradient():
+    logits, reference, mask = draw_logits()
+    assert_close(losses.categorical_kl(logits, logits, mask), 0.0)
+    assert losses.categorical_kl(logits, reference, mask) > 0
+    assert not jax.grad(losses.categorical_kl, 1)(logits, reference, mask).any()
+
+
+def test_policies_that_are_masked_may_hold_anything():
+    logits, reference, mask = draw_logits()
+    spoilt = [np.where(mask[..., None, None], part, np.nan) for part in (logits, reference)]
+    value_and_grad = jax.value_and_grad(losses.categorical_kl)
+    assert_close(value_and_grad(*spoilt, mask), value_and_grad(logits, reference, mask), 0)
+    distance, gradient = value_and_grad(*spoilt, np.zeros_like(mask))
+    assert distance == 0
+    assert not gradient.any()

@@ -11,8 +11,10 @@ from robovlms_heads import their_head
 
 from train.configs import ImitateConfig
 from vla_jax import convert
+from vla_jax.auxiliary import AuxiliaryConfig
 from vla_jax.convert.__main__ import main
 from vla_jax.decoders import DecoderConfig
+from vla_jax.loss_terms import LossWeights
 from vla_jax.optim import OptimConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -47,7 +49,7 @@ def test_the_blocks_on_torch_and_flax_run(block):
 
 
 def test_every_name_of_ours_in_the_tables_exists():
-    for owner in (DecoderConfig, OptimConfig, ImitateConfig):
+    for owner in (DecoderConfig, OptimConfig, ImitateConfig, LossWeights, AuxiliaryConfig):
         fields = set(owner.__dataclass_fields__)
         named = set(re.findall(rf"`{owner.__name__}\.(\w+)`", PAGE))
         assert named

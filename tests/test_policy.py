@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from vla_jax import optim, policy
+from vla_jax import decoders, optim, policy
 from vla_jax.backbones.perceiver import PerceiverConfig
 from vla_jax.backbones.state import StateConfig
 from vla_jax.decoders import DecoderConfig
@@ -93,6 +93,16 @@ def test_tokens_that_were_encoded_before_give_the_same_chunks(name):
     assert_close(
         apply(params(name), config, blind, tokens=tokens), apply(params(name), config, observation)
     )
+
+
+@each
+def test_features_are_what_lies_between_tokens_and_chunks(name):
+    config, observation = CONFIGS[name], at(observe(name), slice(W))
+    tokens, features = policy.features(params(name), config, observation)
+    assert_close(tokens, policy.encode(params(name), config, observation))
+    assert features.shape == (B, W, DECODER.hidden_size)
+    chunk = decoders.predict(params(name)["decoder"], config.decoder, features)
+    assert_close(chunk, apply(params(name), config, observation))
 
 
 def test_a_reset_inside_a_window_starts_an_episode_there():

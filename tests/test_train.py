@@ -23,11 +23,14 @@ from train.configs import IMITATE, with_kind
 from train.imitate import imitate
 from train.logs import read_metrics
 from train.pretrain import pretrain
-from train.setup import init_params
-from vla_jax import checkpoint, optim
+from train.setup import init_params, make_windows, read_dataset
+from vla_jax import captions, checkpoint, optim, policy
+from vla_jax.auxiliary import AuxiliaryConfig
 from vla_jax.backbones.state import StateConfig
 from vla_jax.config import load
+from vla_jax.data.normalize import compute_norm_stats
 from vla_jax.evaluate import EvaluateConfig, evaluate
+from vla_jax.loss_terms import LossWeights
 from vla_jax.results import read_outcomes
 from vla_jax.runs import load_run
 from vla_jax.update import init_train_state
@@ -116,6 +119,7 @@ def test_a_frozen_backbone_stays_as_it_was_pre_trained_to_the_bit(demos, eyes, t
         backbone=tiny_demos.EYES,
         backbone_from=str(eyes),
         frozen_backbone=True,
+        auxiliary=AuxiliaryConfig(forward_horizon=2, caption=True, caption_size=8),
     )
     file = cache(config)
     before = file.stat()
@@ -125,16 +129,25 @@ def test_a_frozen_backbone_stays_as_it_was_pre_trained_to_the_bit(demos, eyes, t
     params = checkpoint.restore_params(run_dir / "checkpoints")
     pretrained = checkpoint.restore_params(eyes / "checkpoints")
     assert_same_bits(params["backbone"], pretrained["backbone"])
-    first = init_params(jax.random.split(jax.random.key(0))[0], config)["decoder"]
-    moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), first, params["decoder"])
-    assert all(jax.tree.leaves(moved))
+    first = init_params(jax.random.split(jax.random.key(0))[0], config)
+    for part in ("decoder", "auxiliary"):
+        moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), first[part], params[part])
+        assert all(jax.tree.leaves(moved))
 
 
 def test_end_to_end_training_moves_the_backbone_too(demos, eyes, tmp_path):
     config = tiny_demos.imitation(
-        demos, tmp_path / "run", backbone=tiny_demos.EYES, backbone_from=str(eyes), pack=True
+        demos,
+        tmp_path / "run",
+        backbone=tiny_demos.EYES,
+        backbone_from=str(eyes),
+        pack=True,
+        auxiliary=AuxiliaryConfig(forward_horizon=1, forward_target="pixels"),
     )
-    params = checkpoint.restore_params(imitate(config) / "checkpoints")
+    run_dir = imitate(config)
+    told = read_metrics(run_dir / "metrics.jsonl")[-1]
+    assert told.keys() >= {"loss_forward_image_primary", "loss_forward_image_wrist"}
+    params = checkpoint.restore_params(run_dir / "checkpoints")
     pretrained = checkpoint.restore_params(eyes / "checkpoints")["backbone"]
     for name in ("latents", "image_primary_embed", "words"):
         same = jax.tree.map(np.array_equal, params["backbone"][name], pretrained[name])
@@ -158,10 +171,83 @@ def test_a_gpt_trains_on_packed_episodes_and_plays_past_its_window(demos, tmp_pa
     assert max(outcome.num_steps for outcome in outcomes) > config.agent.policy.decoder.window_size
 
 
+# --- auxiliary heads --------------------------------------------------------------------------
+
+
+def overfitting(demos, run_dir):
+    """Both heads on, whole episodes, a memory that is large enough for what was said."""
+    config = tiny_demos.imitation(
+        demos,
+        run_dir,
+        backbone=StateConfig(token_dim=16, vocab_size=256),
+        pack=True,
+        auxiliary=AuxiliaryConfig(forward_horizon=2, caption=True, caption_size=32),
+        loss=LossWeights(caption=1.0),
+    )
+    parts = config.agent.policy
+    decoder = dataclasses.replace(parts.decoder, window_size=8, hidden_size=64, dropout=0.0)
+    return dataclasses.replace(
+        config,
+        agent=dataclasses.replace(config.agent, policy=dataclasses.replace(parts, decoder=decoder)),
+        loader=dataclasses.replace(config.loader, batch_size=16),
+        optim=dataclasses.replace(config.optim, ema_decay=None, end_factor=0.01),
+        loop=dataclasses.replace(config.loop, num_updates=240, save_every=230),
+    )
+
+
+@pytest.fixture(scope="module")
+def overfitted(demos, tmp_path_factory):
+    return imitate(overfitting(demos, tmp_path_factory.mktemp("runs") / "auxiliary"))
+
+
+def test_both_auxiliary_losses_fall_and_the_memory_says_what_it_was_told(demos, overfitted):
+    config = overfitting(demos, overfitted)
+    told = read_metrics(overfitted / "metrics.jsonl")
+    for name in ("loss_forward_tokens", "loss_caption"):
+        assert told[-1][name] < 0.2 * told[0][name], name
+    params = checkpoint.restore_params(overfitted / "checkpoints")
+    dataset = read_dataset(config)
+    windows = make_windows(
+        config, dataset, compute_norm_stats(dataset), window_size=8, action_horizon=1
+    )
+    batch = windows[np.arange(len(windows))]
+    _, features = policy.features(
+        params, config.agent.policy, batch.observation, batch.timestep_mask, reset=batch.reset
+    )
+    said = captions.say(params["auxiliary"]["caption"], features, max_words=12)
+    wanted = np.asarray(captions.told(batch))
+    knows = (wanted > 0).any(-1)
+    assert len(np.unique(wanted[knows], axis=0)) > 3
+    np.testing.assert_array_equal(said[knows], wanted[knows])
+
+
+def test_with_auxiliary_heads_resumed_is_uninterrupted_to_the_bit(demos, overfitted, tmp_path):
+    run_dir = shutil.copytree(overfitted, tmp_path / "resumed")
+    shutil.rmtree(run_dir / "checkpoints" / "240")
+    imitate(overfitting(demos, run_dir))
+    assert_same_bits(*(saved(folder) for folder in (overfitted, run_dir)))
+
+
+def test_acting_reads_what_acts_and_leaves_the_auxiliary_heads_where_they_are(overfitted):
+    run = load_run(overfitted)
+    assert run.params.keys() == {"backbone", "decoder"}
+    assert checkpoint.restore_params(overfitted / "checkpoints").keys() == {
+        "backbone", "decoder", "auxiliary"
+    }  # fmt: skip
+
+
+def test_auxiliary_heads_leave_the_first_params_of_the_policy_as_they_are():
+    config = tiny_demos.imitation("", "")
+    more = dataclasses.replace(config, auxiliary=AuxiliaryConfig(caption=True))
+    plain, params = (init_params(jax.random.key(0), each) for each in (config, more))
+    assert plain.keys() == {"backbone", "decoder"}
+    assert_same_bits(plain, {part: params[part] for part in plain})
+
+
 def test_another_config_in_the_same_folder_is_one_sentence_that_names_the_field(demos, trained):
-    config = tiny_demos.imitation(demos, trained, gripper_weight=0.5)
+    config = tiny_demos.imitation(demos, trained, loss=LossWeights(gripper=0.5))
     with pytest.raises(
-        ValueError, match=r"another config: gripper_weight was 0\.01 and is 0\.5; .*--overwrite"
+        ValueError, match=r"another config: loss\.gripper was 0\.01 and is 0\.5; .*--overwrite"
     ):
         imitate(config)
     assert checkpoint.latest_step(trained / "checkpoints") == 4

@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 from vla_jax import config as configs
 
 Config = TypeVar("Config")
+NAMED_PARTS = ("loss", "auxiliary")  # parts whose options always carry their name
 TRACEBACK = "VLA_JAX_TRACEBACK"  # environment variable that brings the whole traceback back
 
 
@@ -69,7 +70,8 @@ def command_line(
 
     An option has the bare name of its field (`--window-size`); only where two parts of the config
     have a field of that name, and for `kind` and `head`, which say nothing without it, does it
-    carry the part's name (`--decoder.dropout`).
+    carry the part's name (`--decoder.dropout`). So do all options of the parts `loss` and
+    `auxiliary`, whose names alone say too little.
     Which of several config classes stands in a union is the preset's choice.
 
     Args:
@@ -110,7 +112,7 @@ def _flat_class(config: Any, part: str, *, ambiguous: Container[str]) -> type:
 
     Its defaults are the config's values, each union is narrowed to the member that the config
     holds (tyro would make sub-commands of it), and options are flat; those of `ambiguous` name
-    begin with `part`.
+    and of `NAMED_PARTS` begin with `part`.
     """
     import tyro
 
@@ -124,7 +126,8 @@ def _flat_class(config: Any, part: str, *, ambiguous: Container[str]) -> type:
         elif _fixed(kind):
             marker = tyro.conf.Suppress
         else:
-            flag = f"{part}.{name}" if part and name in ambiguous else name
+            dotted = part in NAMED_PARTS or (part and name in ambiguous)
+            flag = f"{part}.{name}" if dotted else name
             marker = tyro.conf.arg(name=flag, help=about, prefix_name=False)
         fields.append((name, Annotated[kind, marker], dataclasses.field(default=value)))
     return dataclasses.make_dataclass(cls.__name__, fields, bases=(cls,), frozen=True)

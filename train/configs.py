@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from train.loop import LoopConfig
 from vla_jax import policy
 from vla_jax.agent import AgentConfig
+from vla_jax.auxiliary import AuxiliaryConfig
 from vla_jax.backbones.perceiver import PerceiverConfig
 from vla_jax.backbones.state import StateConfig
 from vla_jax.data.augment import AugmentConfig
@@ -17,6 +18,7 @@ from vla_jax.decoders import DecoderConfig, Kind
 from vla_jax.envs.table_jax import TableConfig as JaxTableConfig
 from vla_jax.envs.table_mujoco import TableConfig as MujocoTableConfig
 from vla_jax.envs.worlds import WorldConfig
+from vla_jax.loss_terms import LossWeights
 from vla_jax.optim import OptimConfig
 
 
@@ -33,7 +35,8 @@ class ImitateConfig:
     gripper: Gripper = "open_positive"  # meaning of the action's last number on disk
     action_bounds: tuple[float, float] | None = None  # of the arm, data units; None = the data's
     feature_keys: tuple[tuple[str, str], ...] = ()  # our field and the key on disk, if they differ
-    gripper_weight: float = 0.01  # of the gripper's loss beside the arm's
+    loss: LossWeights = LossWeights()  # factor of each term beside the arm's
+    auxiliary: AuxiliaryConfig = AuxiliaryConfig()  # heads that only train; none by default
     agent: AgentConfig = AgentConfig()
     world: WorldConfig = field(default_factory=MujocoTableConfig)  # where it will be evaluated
     loader: LoaderConfig = LoaderConfig()
@@ -42,6 +45,18 @@ class ImitateConfig:
     loop: LoopConfig = LoopConfig()
     seed: int = 0  # of the params and the dropout
     overwrite: bool = False  # delete a run that is there
+
+    def __post_init__(self):
+        """Checks that every auxiliary head can be trained, and is."""
+        if self.auxiliary.forward_horizon and self.auxiliary.forward_target == "pixels":
+            _check_pictures(self)
+        heads = {"forward": self.auxiliary.forward_horizon > 0, "caption": self.auxiliary.caption}
+        for name, is_on in heads.items():
+            if is_on and getattr(self.loss, name) == 0:
+                raise ValueError(
+                    f"loss.{name} must be above 0 where its auxiliary head is on, got 0; raise "
+                    "it, or leave the head off."
+                )
 
 
 def table_lstm() -> ImitateConfig:
@@ -65,7 +80,7 @@ def table_lstm() -> ImitateConfig:
         backbone_from="runs/pretrain",
         frozen_backbone=True,
         pack=True,
-        gripper_weight=0.1,
+        loss=LossWeights(gripper=0.1),
         agent=AgentConfig(policy.connect(PerceiverConfig(), decoder)),
         loader=LoaderConfig(batch_size=32),
         optim=OptimConfig(learning_rate=3e-3, end_factor=0.01, weight_decay=0.2, ema_decay=0.999),
@@ -100,7 +115,7 @@ def table_jax_state() -> ImitateConfig:
         dataset="demos/table_jax_state",
         run_dir="runs/table_jax_state",
         pack=True,
-        gripper_weight=0.1,
+        loss=LossWeights(gripper=0.1),
         agent=AgentConfig(policy.connect(StateConfig(token_dim=32), decoder)),
         world=JaxTableConfig(image_size=0),
         loader=LoaderConfig(batch_size=48),
@@ -133,7 +148,7 @@ def gpu_end_to_end() -> ImitateConfig:
     return ImitateConfig(
         run_dir="runs/gpu_end_to_end",
         pack=True,
-        gripper_weight=0.1,
+        loss=LossWeights(gripper=0.1),
         agent=AgentConfig(policy.connect(backbone, decoder)),
         loader=LoaderConfig(batch_size=64, num_threads=8, prefetch=8),
         augment=AugmentConfig(shift=3, brightness=0.1, contrast=0.1),
@@ -149,6 +164,22 @@ def with_kind(config: ImitateConfig, kind: Kind) -> ImitateConfig:
     parts = config.agent.policy
     parts = replace(parts, decoder=replace(parts.decoder, kind=kind))
     return replace(config, agent=replace(config.agent, policy=parts))
+
+
+def _check_pictures(config: ImitateConfig) -> None:
+    """Raises a ValueError unless training will see pictures that can be cut into patches."""
+    backbone, size = config.agent.policy.backbone, config.auxiliary.forward_patch_size
+    if config.frozen_backbone or backbone.kind == "state":
+        raise ValueError(
+            "auxiliary.forward_target 'pixels' needs pictures in the batch, got backbone "
+            f"'{backbone.kind}' with frozen_backbone {config.frozen_backbone}; choose 'tokens', "
+            "or train a backbone that sees, not frozen."
+        )
+    if backbone.image_size % size:
+        raise ValueError(
+            f"auxiliary.forward_patch_size must divide image_size {backbone.image_size}, "
+            f"got {size}."
+        )
 
 
 IMITATE = {

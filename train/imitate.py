@@ -1,7 +1,7 @@
 """Behaviour cloning on windows of demonstrations.
 
     python -m train.imitate --preset table_lstm --dataset demos/table --backbone-from runs/pretrain
-    python -m train.imitate --preset table_lstm --kind gru --window-size 16 --run-dir runs/gru
+    python -m train.imitate --preset table_lstm --decoder.kind gru --run-dir runs/gru
     python -m train.imitate --preset gpu_end_to_end
 
 The same command resumes a run that was interrupted, to the bit. `python -m vla_jax.evaluate
@@ -10,6 +10,7 @@ RUN_DIR` plays the result.
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,20 +20,19 @@ from train.command_line import run
 from train.configs import IMITATE, ImitateConfig
 from train.loop import fit, is_first_process, open_run, save_json
 from train.setup import compute_norm_stats, init_params, make_windows, read_dataset
+from vla_jax import auxiliary, captions, decoders, heads, loss_terms, losses, optim, plots, policy
 from vla_jax import config as configs
-from vla_jax import heads, losses, optim, plots, policy
 from vla_jax.data import normalize
 from vla_jax.data.loader import make_loader
+from vla_jax.data.normalize import NormStats
 from vla_jax.data.packing import Packed
 from vla_jax.types import Batch, Key, Metrics, Params
-from vla_jax.update import init_train_state, make_update
+from vla_jax.update import LossFn, init_train_state, make_update
 
 
 def imitate(config: ImitateConfig) -> pathlib.Path:
     """Trains a policy; returns the run's folder."""
-    decoder = config.agent.policy.decoder
-
-    # Data: episodes -> windows of W steps, chunks of K actions.
+    # Data: episodes, and the statistics that acting needs too.
     dataset = read_dataset(config)
     norm_stats = compute_norm_stats(config, dataset)
 
@@ -41,12 +41,14 @@ def imitate(config: ImitateConfig) -> pathlib.Path:
     params = init_params(init_key, config)
 
     # A frozen backbone sees every frame once; the decoder then trains on its tokens.
-    tokens = None
-    optim_config = config.optim
+    tokens, optim_config = None, config.optim
     if config.frozen_backbone:
         tokens = frame_tokens(params, config, dataset, norm_stats)
         freeze = (*optim_config.freeze, "backbone/*")
         optim_config = dataclasses.replace(optim_config, freeze=freeze)
+
+    # Batches: episodes -> windows of W steps, chunks of K actions.
+    decoder = config.agent.policy.decoder
     windows = make_windows(
         config,
         dataset,
@@ -64,34 +66,16 @@ def imitate(config: ImitateConfig) -> pathlib.Path:
         process_count=jax.process_count(),
     )
 
-    # Update: Huber on the arm, cross-entropy on the gripper (or on the bins of both), at every
-    # position of the window.
-    def loss_fn(params: Params, batch: Batch, key: Key) -> tuple[jax.Array, Metrics]:
-        prediction = policy.apply(
-            params,
-            config.agent.policy,
-            batch.observation,
-            batch.timestep_mask,
-            reset=batch.reset,
-            tokens=batch.tokens,
-            key=key if decoder.dropout else None,
-        )
-        return losses.action_loss(
-            prediction, batch.action, batch.action_mask, gripper_weight=config.gripper_weight
-        )
-
+    # Update: the gradient of `make_loss` below, through the optimiser.
     num_updates = config.loop.num_updates
     optimizer = optim.make_optimizer(optim_config, num_updates, params)
-    ema_decay = optim_config.ema_decay
-    update = make_update(loss_fn, optimizer, ema_decay=ema_decay, freeze=optim_config.freeze)
+    ema_decay, freeze = optim_config.ema_decay, optim_config.freeze
+    update = make_update(make_loss(config), optimizer, ema_decay=ema_decay, freeze=freeze)
     train_state = init_train_state(params, optimizer, ema=ema_decay is not None)
 
-    # What acting needs lies beside the weights, and inside each checkpoint.
-    run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
-    save_json(configs.to_dict(config.agent), run_dir / "agent.json")
-    save_json(configs.to_dict(config.world), run_dir / "world.json")
-    statistics = normalize.to_json(norm_stats)
-    save_json(statistics, run_dir / "norm_stats.json")
+    # Loop, from the last checkpoint on if there is one.
+    run_dir, metadata = _open(config, norm_stats)
+    schedule = optim.make_schedule(optim_config, num_updates)
     train_state = fit(
         config.loop,
         run_dir,
@@ -99,13 +83,62 @@ def imitate(config: ImitateConfig) -> pathlib.Path:
         train_state,
         loader,
         key,
-        schedule=optim.make_schedule(optim_config, num_updates),
-        metadata={"config": configs.to_dict(config), "norm_stats": statistics},
+        schedule=schedule,
+        metadata=metadata,
         name=run_dir.name,
     )
     if is_first_process():
         _plot(run_dir, config, train_state.params, windows[[len(windows) - 1]])
     return run_dir
+
+
+def make_loss(config: ImitateConfig) -> LossFn:
+    """What an update descends: `loss_fn(params, batch, key) -> (loss, metrics)`.
+
+    Huber on the arm, cross-entropy on the gripper (or on the bins of both), at every position of
+    the window; and the terms of the auxiliary heads, where there are any.
+    """
+    parts = config.agent.policy
+
+    def loss_fn(params: Params, batch: Batch, key: Key) -> tuple[jax.Array, Metrics]:
+        tokens, features = policy.features(
+            params,
+            parts,
+            batch.observation,
+            batch.timestep_mask,
+            reset=batch.reset,
+            tokens=batch.tokens,
+            key=key if parts.decoder.dropout else None,
+        )
+        prediction = decoders.predict(params["decoder"], parts.decoder, features)
+        loss, metrics = losses.action_loss(
+            prediction, batch.action, batch.action_mask, gripper_weight=config.loss.gripper
+        )
+        if not auxiliary.is_on(config.auxiliary):
+            return loss, metrics
+        guesses = auxiliary.apply(
+            params["auxiliary"], config.auxiliary, features, captions.told(batch)
+        )
+        terms, accuracy = auxiliary.loss(guesses, config.auxiliary, batch, tokens)
+        auxiliary_loss, told = loss_terms.total(terms, config.loss)
+        return loss + auxiliary_loss, {**metrics, **told, **accuracy}
+
+    return loss_fn
+
+
+def _open(
+    config: ImitateConfig, norm_stats: dict[str, NormStats]
+) -> tuple[pathlib.Path, dict[str, Any]]:
+    """The run's folder, and what each checkpoint holds beside the weights.
+
+    What acting needs lies in both, so that either is enough.
+    """
+    run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
+    save_json(configs.to_dict(config.agent), run_dir / "agent.json")
+    save_json(configs.to_dict(config.world), run_dir / "world.json")
+    statistics = normalize.to_json(norm_stats)
+    save_json(statistics, run_dir / "norm_stats.json")
+    return run_dir, {"config": configs.to_dict(config), "norm_stats": statistics}
 
 
 def _plot(run_dir: pathlib.Path, config: ImitateConfig, params: Params, batch: Batch) -> None:

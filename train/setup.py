@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from train.configs import ImitateConfig
-from vla_jax import checkpoint, policy
+from vla_jax import auxiliary, checkpoint, policy
 from vla_jax.data import lerobot, normalize
 from vla_jax.data.dataset import Dataset
 from vla_jax.data.normalize import NormStats
@@ -45,6 +45,9 @@ def compute_norm_stats(config: ImitateConfig, dataset: Dataset) -> dict[str, Nor
 def init_params(key: Key, config: ImitateConfig) -> Params:
     """Random params, with the backbone of an earlier run if there is one; `key` is consumed.
 
+    `{"backbone", "decoder"}`, and `"auxiliary"` where there are auxiliary heads; the first two do
+    not depend on whether there are.
+
     Raises:
       FileNotFoundError: the earlier run has no checkpoint.
       ValueError: its backbone has other sizes.
@@ -55,6 +58,9 @@ def init_params(key: Key, config: ImitateConfig) -> Params:
         saved = checkpoint.restore_params(pathlib.Path(config.backbone_from) / "checkpoints")
         _check_same_sizes(saved.get("backbone"), params["backbone"], config.backbone_from)
         params["backbone"] = saved["backbone"]
+    if auxiliary.is_on(config.auxiliary):
+        # 2: policy.init draws from the parts 0 and 1 of the key.
+        params["auxiliary"] = _init_auxiliary(jax.random.fold_in(key, 2), config)
     return params
 
 
@@ -80,6 +86,20 @@ def make_windows(
     )
     return Windows(
         dataset, sizes, norm_stats=norm_stats, normalization=agent.normalize, tokens=tokens
+    )
+
+
+def _init_auxiliary(key: Key, config: ImitateConfig) -> Params:
+    parts = config.agent.policy
+    frame_sizes: dict[str, int] = {"tokens": parts.backbone.num_tokens * parts.backbone.token_dim}
+    if config.auxiliary.forward_target == "pixels" and parts.backbone.kind != "state":
+        frame_sizes = {name: 3 * parts.backbone.image_size**2 for name in auxiliary.CAMERAS}
+    return auxiliary.init(
+        key,
+        config.auxiliary,
+        feature_size=parts.decoder.hidden_size,
+        frame_sizes=frame_sizes,
+        vocab_size=parts.backbone.vocab_size,
     )
 
 

@@ -173,7 +173,9 @@ def restore_params(
 
     Args:
       directory: folder of the steps, of a training or from `export_params`.
-      like: params of the same structure to check against; None means no check.
+      like: params of the same structure to check against, and the parts to read; what the saved
+        ones have beside them (heads that only train) is left where it is. None means no check,
+        and everything.
       step: which one; None means the latest.
       ema: whether to read the slow average in place of the params.
 
@@ -187,6 +189,7 @@ def restore_params(
     if saved is None:
         raise ValueError(f"{path} holds no {field}; train with ema_decay, or read params.")
     if like is not None:
+        saved = {part: saved[part] for part in like if part in saved}
         _check_same(saved, like, path)
     return _load(path, {field: _as_numpy(saved)})[field]
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from vla_jax import action_tokens, heads
+from vla_jax.loss_terms import LossWeights
 from vla_jax.types import ActionChunk, Array, BinChunk, Metrics, Prediction
 
 
@@ -42,7 +43,7 @@ def action_loss(
     action: Array,
     action_mask: Array,
     *,
-    gripper_weight: float = 0.01,
+    gripper_weight: float = LossWeights.gripper,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Returns the loss of behaviour cloning and its parts.
@@ -113,6 +114,38 @@ def token_loss(
     }
     metrics = {name: masked_mean(term, mask, axis_name=axis_name) for name, term in terms.items()}
     return metrics["loss_tokens"], metrics
+
+
+def categorical_kl(
+    logits: Array, reference_logits: Array, mask: Array, *, axis_name: str | None = None
+) -> jax.Array:
+    """Returns how far a discrete policy has moved from a reference, as for fine-tuning.
+
+        KL(π ‖ ρ) = Σᵥ π(v) (log π(v) − log ρ(v)),    mean over what is kept
+
+    The reference gets no gradient.
+
+    Args:
+      logits: of the policy π, `[..., V]`.
+      reference_logits: of the reference ρ, `[..., V]`.
+      mask: the leading axes of `[...]`, True where the policies are compared; the others may hold
+        anything.
+      axis_name: mapped axis to sum over; None means that the batch is whole.
+
+    Returns:
+      `[]` float32, at least 0.
+    """
+    chex.assert_equal_shape([logits, reference_logits])
+    chex.assert_tree_shape_prefix(logits, mask.shape)
+    trailing = (1,) * (logits.ndim - mask.ndim)
+    kept = jnp.reshape(mask, mask.shape + trailing)
+    # The selection comes before the softmax: the gradient through a NaN would be NaN.
+    log_policy, log_reference = (
+        jax.nn.log_softmax(jnp.where(kept, jnp.asarray(part, jnp.float32), 0.0))
+        for part in (logits, jax.lax.stop_gradient(reference_logits))
+    )
+    distance = jnp.sum(jnp.exp(log_policy) * (log_policy - log_reference), axis=-1)
+    return masked_mean(distance, mask, axis_name=axis_name)
 
 
 def _chunk_terms(chunk: ActionChunk, target: jax.Array) -> Metrics:

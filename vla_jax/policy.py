@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from vla_jax import decoders, streaming
 from vla_jax.backbones.family import BACKBONES, BackboneConfig
@@ -88,9 +89,41 @@ def apply(
     Returns:
       Chunks `[B, W, K, …]`.
     """
+    _, hidden = features(
+        params, config, observation, timestep_mask, reset=reset, tokens=tokens, key=key
+    )
+    return decoders.predict(params["decoder"], config.decoder, hidden)
+
+
+def features(
+    params: Params,
+    config: PolicyConfig,
+    observation: Observation,
+    timestep_mask: Array | None = None,
+    *,
+    reset: Array | None = None,
+    tokens: Array | None = None,
+    key: Key | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """What lies between observations and chunks, for other heads than the actions'.
+
+    `decoders.predict(params["decoder"], config.decoder, features)` makes chunks of the features.
+
+    Args:
+      params: as for `apply`, and so are the others.
+      config: the same.
+      observation: `[B, W, ...]`.
+      timestep_mask: `[B, W]`.
+      reset: `[B, W]`.
+      tokens: `[B, W, N, D]`.
+      key: for dropout, consumed.
+
+    Returns:
+      Tokens `[B, W, N, D]`, those given or the backbone's, and the memory's features `[B, W, H]`.
+    """
     if tokens is None:
         tokens = encode(params, config, observation)
-    return decoders.apply(
+    _, hidden = decoders.features(
         params["decoder"],
         config.decoder,
         tokens,
@@ -98,6 +131,7 @@ def apply(
         reset=reset,
         key=key,
     )
+    return jnp.asarray(tokens), hidden
 
 
 def init_stream(

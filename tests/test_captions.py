@@ -1,0 +1,184 @@
+"""What was said is told again: the words that count, the GRU against PyTorch's, greedy words."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from vla_jax import captions
+from vla_jax.types import Batch, Observation
+
+B, W, S, H, E, V = 2, 5, 4, 3, 6, 8
+PARAMS = captions.init(jax.random.key(0), H, E, V)
+apply, say = jax.jit(captions.apply), jax.jit(captions.say, static_argnames="max_words")
+
+
+def draw_words(seed, *shape):
+    """Sentences of 1 to S words, 0 behind them."""
+    random = np.random.default_rng(seed)
+    length = random.integers(1, S + 1, (*shape, 1))
+    words = random.integers(1, V, (*shape, S)) * (np.arange(S) < length)
+    return words.astype(np.int32)
+
+
+def draw_features(seed=0):
+    return np.random.default_rng(seed).normal(size=(B, W, H)).astype(np.float32)
+
+
+def batch_of(instruction, timestep_mask, reset=None):
+    observation = Observation(instruction=instruction)
+    nothing = np.zeros((*timestep_mask.shape, 1, 1), np.float32)
+    return Batch(observation, None, timestep_mask, nothing, nothing[..., 0] > 0, reset)
+
+
+def assert_close(one, other, atol=1e-6):
+    np.testing.assert_allclose(one, other, rtol=0, atol=atol)
+
+
+# --- the words that can be known --------------------------------------------------------------
+
+
+def remembered(instruction, timestep_mask, reset):
+    """The same in words: who hears, remembers until a new episode starts."""
+    words = np.zeros_like(instruction)
+    for row in range(len(words)):
+        heard = np.zeros(S, np.int32)
+        for t in range(words.shape[1]):
+            if reset[row, t]:
+                heard = np.zeros(S, np.int32)
+            if timestep_mask[row, t] and instruction[row, t].any():
+                heard = instruction[row, t]
+            if timestep_mask[row, t]:
+                words[row, t] = heard
+    return words
+
+
+def test_a_step_knows_the_latest_words_that_were_visible_since_the_last_reset():
+    random = np.random.default_rng(0)
+    shape = (200, 9)
+    instruction = draw_words(1, *shape) * (random.random((*shape, 1)) < 0.3)
+    mask, reset = random.random(shape) < 0.7, random.random(shape) < 0.2
+    expected = remembered(instruction, mask, reset)
+    assert 0.2 < (expected > 0).any(-1).mean() < 0.8
+    np.testing.assert_array_equal(captions.told(batch_of(instruction, mask, reset)), expected)
+    never = np.zeros_like(reset)
+    expected = remembered(instruction, mask, never)
+    for reset in (None, never):
+        np.testing.assert_array_equal(captions.told(batch_of(instruction, mask, reset)), expected)
+
+
+def test_a_batch_without_words_is_one_sentence():
+    with pytest.raises(ValueError, match=r"observation\.instruction must be in the batch.*None"):
+        captions.told(batch_of(None, np.ones((B, W), bool)))
+
+
+# --- the GRU that says them -------------------------------------------------------------------
+
+
+def torch_logits(features, words):
+    weights = jax.tree.map(lambda leaf: torch.tensor(np.asarray(leaf)), PARAMS)
+    cell = weights["recurrence"]["layers_0"]["forward"]
+    gru = torch.nn.GRU(E, E, batch_first=True)
+    gru.load_state_dict(
+        {
+            "weight_ih_l0": cell["input_kernel"].T,
+            "weight_hh_l0": cell["recurrent_kernel"].T,
+            "bias_ih_l0": cell["input_bias"],
+            "bias_hh_l0": cell["recurrent_bias"],
+        }
+    )
+    begun = np.concatenate([np.zeros_like(words[..., :1]), words[..., :-1]], -1).reshape(-1, S)
+    inputs = torch.nn.functional.embedding(torch.tensor(begun), weights["embedding"])
+    summary = torch.tensor(features).reshape(-1, H) @ weights["summary"]["kernel"]
+    summary = torch.tanh(summary + weights["summary"]["bias"])
+    with torch.no_grad():
+        hidden, _ = gru(inputs + summary[:, None], summary[None])
+        logits = hidden @ weights["output"]["kernel"] + weights["output"]["bias"]
+    return logits.reshape(B, W, S, V).numpy()
+
+
+def test_the_logits_are_those_of_a_gru_of_torchs():
+    features, words = draw_features(), draw_words(2, B, W)
+    assert_close(apply(PARAMS, features, words), torch_logits(features, words), 1e-5)
+
+
+def test_a_word_is_said_without_looking_at_it_or_at_those_behind():
+    features, words, other = draw_features(), draw_words(2, B, W), draw_words(3, B, W)
+    logits = apply(PARAMS, features, words)
+    for place in range(S):
+        mixed = np.concatenate([words[..., :place], other[..., place:]], axis=-1)
+        changed = apply(PARAMS, features, mixed)
+        np.testing.assert_array_equal(changed[..., : place + 1, :], logits[..., : place + 1, :])
+    assert np.abs(np.asarray(changed - apply(PARAMS, features, other))).max() > 1e-3
+
+
+def loud(params):
+    """Params whose greedy words differ from step to step, and end at different places."""
+    louder = {"kernel": 30 * params["summary"]["kernel"], "bias": params["summary"]["bias"]}
+    output = {**params["output"], "bias": params["output"]["bias"].at[0].set(0.35)}
+    return {**params, "summary": louder, "output": output}
+
+
+def test_greedy_words_are_the_likeliest_after_those_said_before_up_to_the_end():
+    params, features = loud(PARAMS), draw_features()
+    words = np.zeros((B, W, S), np.int32)
+    for place in range(S):
+        likeliest = np.argmax(apply(params, features, words), axis=-1)[..., place]
+        ended = (words[..., :place] == 0).any(-1)
+        words[..., place] = np.where(ended, 0, likeliest)
+    assert len(np.unique(words.reshape(-1, S), axis=0)) > 2
+    assert (words[..., -1] == 0).any()
+    assert (words[..., -1] > 0).any()
+    np.testing.assert_array_equal(say(params, features, max_words=S), words)
+    np.testing.assert_array_equal(say(params, features[:, 0], max_words=S), words[:, 0])
+    assert say(params, features, max_words=S).dtype == jnp.int32
+
+
+# --- the loss ---------------------------------------------------------------------------------
+
+
+def test_the_loss_is_the_cross_entropy_of_the_words_and_of_the_end_behind_them():
+    words = draw_words(4, B, W)
+    words[0, 2:] = 0  # steps at which nothing is known
+    logits = np.random.default_rng(0).normal(size=(B, W, S, V)).astype(np.float32)
+    entropy, right = [], []
+    for sentence, scores in zip(words.reshape(-1, S), logits.reshape(-1, S, V), strict=True):
+        length = np.count_nonzero(sentence)
+        places = range(min(length + 1, S)) if length else ()
+        for place in places:
+            probability = np.exp(scores[place]) / np.exp(scores[place]).sum()
+            entropy.append(-np.log(probability[sentence[place]]))
+            right.append(scores[place].argmax() == sentence[place])
+    loss, metrics = captions.loss(logits, words)
+    assert_close(loss, np.mean(entropy), 1e-5)
+    assert_close(metrics["acc_caption"], np.mean(right))
+
+
+def test_where_nothing_was_said_there_is_no_loss_and_no_gradient():
+    features, words = draw_features(), np.zeros((B, W, S), np.int32)
+
+    def loss_fn(params, features):
+        return captions.loss(captions.apply(params, features, words), words)
+
+    (loss, metrics), gradient = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(PARAMS, features)
+    assert loss == metrics["acc_caption"] == 0
+    assert not any(leaf.any() for leaf in jax.tree.leaves(gradient))
+
+
+def test_the_gradient_reaches_the_features_of_the_steps_that_know_something():
+    words = draw_words(5, B, W)
+    words[:, 1] = 0
+    loss_fn = partial(captions.loss, words=words)
+    slope = jax.grad(lambda features: loss_fn(captions.apply(PARAMS, features, words))[0])
+    reached = np.any(slope(draw_features()) != 0, axis=-1)
+    np.testing.assert_array_equal(reached, (words > 0).any(-1))
+
+
+def test_words_of_another_shape_are_refused_at_the_door():
+    with pytest.raises(AssertionError, match="assert_equal_shape"):
+        captions.apply(PARAMS, draw_features(), draw_words(0, B, W + 1))
+    with pytest.raises(AssertionError, match="assert_shape"):
+        captions.loss(np.zeros((B, W, S, V)), draw_words(0, B, W)[..., :1])
