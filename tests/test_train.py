@@ -17,6 +17,7 @@ import pytest
 import tiny_demos
 
 from train import loop
+from train import pretrain as pretrain_script
 from train.cache import cache
 from train.command_line import command_line
 from train.configs import IMITATE, with_kind
@@ -72,7 +73,7 @@ def test_pretraining_moves_the_eyes_and_keeps_what_acting_needs(eyes):
     assert np.all(np.isfinite(losses))
     params = checkpoint.restore_params(eyes / "checkpoints")
     assert params.keys() == {"backbone", "readout"}
-    assert params["readout"]["kernel"].shape == (4 * 8, 22)
+    assert params["readout"]["kernel"].shape == (4 * 8, 22 + 14)  # positions twice, see `targets`
     assert json.loads((eyes / "norm_stats.json").read_text()).keys() >= {"environment_state"}
 
 
@@ -284,6 +285,28 @@ def test_a_missing_data_set_leaves_no_run_behind(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         imitate(config)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_targets_are_the_column_and_what_lies_within_reach_of_the_tool(demos, tmp_path):
+    config = dataclasses.replace(tiny_demos.pretraining(demos, tmp_path), reach=0.05)
+    dataset = pretrain_script.read_dataset(config)
+    norm_stats = compute_norm_stats(dataset)
+    make_targets, num_targets = pretrain_script.targets(config, dataset, norm_stats)
+    frames = np.arange(5)
+    batch = pretrain_script.make_frames(config, dataset, norm_stats)[frames]
+    column, stats = dataset.columns["environment_state"][frames], norm_stats["environment_state"]
+    tool = dataset.columns["proprio"][frames, :3]
+    blocks = column[:, :20].reshape(5, 4, 5)[..., :3] - tool[:, None]
+    plate = column[:, 20:] - tool[:, :2]
+    near = np.tanh(np.concatenate([blocks.reshape(5, 12), plate], axis=1) / 0.05)
+    constant = stats.std == 0
+    expected = np.concatenate([(column - stats.mean) / np.where(constant, 1, stats.std), near], 1)
+    assert num_targets == expected.shape[1] == 36
+    np.testing.assert_allclose(make_targets(batch)[:, 0], expected, rtol=0, atol=1e-4)
+    make_targets, num_targets = pretrain_script.targets(
+        dataclasses.replace(config, reach=0.0), dataset, norm_stats
+    )
+    assert num_targets == make_targets(batch).shape[-1] == 22
 
 
 def test_a_target_that_the_data_lack_is_one_sentence(demos, tmp_path):

@@ -6,14 +6,20 @@ The target is a column of the demonstrations, here the simulator's block positio
 (`environment_state`). A linear readout from the tokens must find them, so that a recurrent
 decoder on the frozen tokens need not look for them itself. The readout is thrown away. The words'
 embedding stays random: nothing in these targets would teach it, only make sentences alike.
+
+A second target says the same as seen from the tool, and falls silent beyond `reach`: an error of
+a centimetre, small on the table, is large between the fingers, where the camera on the hand sees
+it well.
 """
 
 import pathlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from einops import rearrange
 
@@ -25,8 +31,9 @@ from vla_jax.backbones.family import BACKBONES
 from vla_jax.backbones.perceiver import PerceiverConfig
 from vla_jax.data import lerobot, normalize
 from vla_jax.data.augment import AugmentConfig
+from vla_jax.data.dataset import Dataset
 from vla_jax.data.loader import LoaderConfig, make_loader
-from vla_jax.data.normalize import NormalizeConfig
+from vla_jax.data.normalize import NormalizeConfig, NormStats
 from vla_jax.data.windows import WindowConfig, Windows
 from vla_jax.optim import OptimConfig
 from vla_jax.types import Array, Batch, Key, Metrics, Params
@@ -40,6 +47,7 @@ class PretrainConfig:
     dataset: str = "demos/table"  # folder of a LeRobot v3.0 data set
     run_dir: str = "runs/pretrain"  # folder to write to
     target: Literal["environment_state", "proprio", "action"] = "environment_state"
+    reach: float = 0.04  # m from the tool within which things are told finely; 0 = not at all
     backbone: PerceiverConfig = PerceiverConfig()
     normalize: NormalizeConfig = NormalizeConfig()  # method of each column
     augment: AugmentConfig = AugmentConfig()
@@ -60,60 +68,36 @@ PRESETS = {"table": table}
 
 def pretrain(config: PretrainConfig) -> pathlib.Path:
     """Trains; returns the run's folder, whose params are `{"backbone", "readout"}`."""
-    size = config.backbone.image_size
-    dataset = lerobot.read(config.dataset, image_size=(size, size))
+    # Data: single frames.
+    dataset = read_dataset(config)
     norm_stats = normalize.compute_norm_stats(dataset)
-    if config.target not in norm_stats:
-        raise ValueError(
-            f"target must be a column of {config.dataset}, got '{config.target}'; "
-            f"{configs.did_you_mean(config.target, norm_stats)}"
-        )
-    frames = Windows(
-        dataset,
-        WindowConfig(
-            window_size=1,
-            vocab_size=config.backbone.vocab_size,
-            max_words=config.backbone.max_words,
-        ),
-        norm_stats=norm_stats,
-        normalization=config.normalize,
-    )
     loader = make_loader(
-        frames,
+        make_frames(config, dataset, norm_stats),
         config.loader,
         augment=config.augment,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    statistics = normalize.to_json(norm_stats)
-    run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
-    save_json(statistics, run_dir / "norm_stats.json")
 
-    backbone_key, readout_key, key = jax.random.split(jax.random.key(config.seed), 3)
-    backbone = config.backbone
-    size, outputs = backbone.num_tokens * backbone.token_dim, len(norm_stats[config.target].mean)
-    params = {
-        "backbone": jax.jit(BACKBONES[backbone.kind].init, static_argnums=1)(
-            backbone_key, backbone
-        ),
-        "readout": {
-            "kernel": jax.random.normal(readout_key, (size, outputs)) / size**0.5,
-            "bias": jnp.zeros(outputs),
-        },
-    }
+    # Targets: the column, and what of it lies near the tool.
+    make_targets, num_targets = targets(config, dataset, norm_stats)
+
+    # Model, loss, update.
+    params_key, key = jax.random.split(jax.random.key(config.seed))
+    params = init_params(params_key, config.backbone, num_targets)
 
     def loss_fn(params: Params, batch: Batch, key: Key) -> tuple[jax.Array, Metrics]:
         del key  # nothing is random
-        tokens = BACKBONES[backbone.kind].apply(params["backbone"], backbone, batch.observation)
-        features = rearrange(tokens, "B W N D -> B W (N D)")
-        predicted = features @ params["readout"]["kernel"] + params["readout"]["bias"][None, None]
-        wanted = target(batch, config.target)
-        mask = batch.timestep_mask
+        predicted = read_out(params, config.backbone, batch)
+        wanted, mask = make_targets(batch), batch.timestep_mask
         loss = losses.masked_mean(optax.losses.huber_loss(predicted, wanted, delta=1.0), mask)
         return loss, {"l1": losses.masked_mean(jnp.abs(predicted - wanted), mask)}
 
     num_updates = config.loop.num_updates
     optimizer = optim.make_optimizer(config.optim, num_updates, params)
+    statistics = normalize.to_json(norm_stats)
+    run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
+    save_json(statistics, run_dir / "norm_stats.json")
     fit(
         config.loop,
         run_dir,
@@ -128,8 +112,80 @@ def pretrain(config: PretrainConfig) -> pathlib.Path:
     return run_dir
 
 
+def read_dataset(config: PretrainConfig) -> Dataset:
+    """The demonstrations; says so in one sentence where they lack the target."""
+    size = config.backbone.image_size
+    dataset = lerobot.read(config.dataset, image_size=(size, size))
+    if config.target not in dataset.columns:
+        raise ValueError(
+            f"target must be a column of {config.dataset}, got '{config.target}'; "
+            f"{configs.did_you_mean(config.target, dataset.columns)}"
+        )
+    return dataset
+
+
+def make_frames(
+    config: PretrainConfig, dataset: Dataset, norm_stats: dict[str, NormStats]
+) -> Windows:
+    """Windows of one step."""
+    backbone = config.backbone
+    sizes = WindowConfig(
+        window_size=1, vocab_size=backbone.vocab_size, max_words=backbone.max_words
+    )
+    return Windows(dataset, sizes, norm_stats=norm_stats, normalization=config.normalize)
+
+
+def init_params(key: Key, backbone: PerceiverConfig, num_targets: int) -> Params:
+    """Random params `{"backbone", "readout"}`; `key` is consumed."""
+    backbone_key, readout_key = jax.random.split(key)
+    size = backbone.num_tokens * backbone.token_dim
+    init = jax.jit(BACKBONES[backbone.kind].init, static_argnums=1)
+    return {
+        "backbone": init(backbone_key, backbone),
+        "readout": {
+            "kernel": jax.random.normal(readout_key, (size, num_targets)) / size**0.5,
+            "bias": jnp.zeros(num_targets),
+        },
+    }
+
+
+def read_out(params: Params, backbone: PerceiverConfig, batch: Batch) -> jax.Array:
+    """What a linear map finds in each frame's tokens, `[B, W, targets]`."""
+    tokens = BACKBONES[backbone.kind].apply(params["backbone"], backbone, batch.observation)
+    features = rearrange(tokens, "B W N D -> B W (N D)")
+    return features @ params["readout"]["kernel"] + params["readout"]["bias"][None, None]
+
+
+def targets(
+    config: PretrainConfig, dataset: Dataset, norm_stats: dict[str, NormStats]
+) -> tuple[Callable[[Batch], jax.Array], int]:
+    """A function that gives what must be found `[B, W, targets]`, and how many numbers that is.
+
+    The column comes first, normalised. Where its numbers are positions by name (`red.x`) and
+    proprio has the tool's (`x`), there follow tanh((position - tool) / reach).
+    """
+    names = dataset.names.get(config.target, ()) if config.reach else ()
+    axes = {axis: index for index, axis in enumerate(dataset.names.get("proprio", ()))}
+    places = [(index, axes[name.partition(".")[2]]) for index, name in enumerate(names)
+              if name.partition(".")[2] in axes]  # fmt: skip
+
+    def make_targets(batch: Batch) -> jax.Array:
+        column = target(batch, config.target)
+        if not places:
+            return jnp.asarray(column)
+        things, tool = (
+            normalize.denormalize(part, norm_stats[name], getattr(config.normalize, name))
+            for part, name in ((column, config.target), (target(batch, "proprio"), "proprio"))
+        )
+        of_things, of_tool = np.array(places).T
+        near = jnp.tanh((things[..., of_things] - tool[..., of_tool]) / config.reach)
+        return jnp.concatenate([column, near], axis=-1)
+
+    return make_targets, len(norm_stats[config.target].mean) + len(places)
+
+
 def target(batch: Batch, name: str) -> Array:
-    """What the readout must find `[B, W, …]`; of an action chunk, the first action."""
+    """A column of the batch `[B, W, …]`; of an action chunk, the first action."""
     return batch.action[:, :, 0] if name == "action" else getattr(batch.observation, name)
 
 
