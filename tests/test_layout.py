@@ -7,7 +7,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = (  # a file imports only from files above it
-    "types", "config", "cells", "recurrence", "heads", "decoders", "streaming", "execution",
+    "types", "config", "cells", "bptt", "recurrence", "heads", "decoders", "streaming", "execution",
     "losses", "optim",
     "data.dataset", "data.text", "data.augment", "data.normalize", "data.windows", "data.packing",
     "data.loader", "data.frames", "data.lerobot_layout", "data.lerobot", "data.lerobot_stats",
