@@ -112,7 +112,7 @@ def test_the_input_product_may_be_taken_for_all_steps_at_once(cell, key):
     projected = cell.project(params, inputs)
     for t in range(T):
         expected = cell.step(params, carry, inputs[:, t])
-        carry, outputs = cell.advance(params, carry, projected[:, t])
+        carry, outputs = cell.combine(carry, projected[:, t], cell.recur(params, carry))
         assert_close((carry, outputs), expected)
 
 

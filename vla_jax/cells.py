@@ -1,10 +1,12 @@
 """Recurrent cells as pure functions: RNN, LSTM, GRU.
 
 A cell is one step, `step(params, carry, inputs) -> (carry, outputs)`: bind `params` and it is the
-body of `jax.lax.scan`. It comes in two halves, so that the product with the inputs, which does
-not wait for the carry, can be taken for all steps at once before the scan:
+body of `jax.lax.scan`. It comes in three parts: two products, of which that with the inputs does
+not wait for the carry and can be taken for all steps at once before the scan, and the gates:
 
-    step(params, carry, inputs) = advance(params, carry, project(params, inputs))
+    step(params, carry, inputs) = combine(carry, project(params, inputs), recur(params, carry))
+
+All weights are in the products, none in `combine`; `bptt` builds its backward pass on that.
 
 Every cell has the same four params, in PyTorch's and cuDNN's layout transposed: `input_kernel`
 `[D, G·H]`, `recurrent_kernel` `[H, G·H]`, `input_bias` and `recurrent_bias` `[G·H]`. Gates lie on
@@ -50,7 +52,8 @@ class Cell(NamedTuple):
     init: Callable[[Key, int, int], Params]  # (key, input_size, hidden_size) -> params
     zero_carry: Callable[[Array, int], Any]  # (like [B, ...], hidden_size) -> carry [B, H]
     project: Callable[..., jax.Array]  # (params, inputs [..., D], *, dtype) -> [..., G·H]
-    advance: Callable[..., tuple[Any, jax.Array]]  # (params, carry, projected, *, dtype)
+    recur: Callable[..., jax.Array]  # (params, carry, *, dtype) -> [..., G·H]
+    combine: Callable[..., tuple[Any, jax.Array]]  # (carry, projected, recurrent)
     step: Callable[..., tuple[Any, jax.Array]]  # (params, carry, inputs [..., D], *, dtype)
 
 
@@ -106,77 +109,82 @@ def project(params: Params, inputs: Array, *, dtype: str = "float32") -> jax.Arr
     return affine(inputs, params["input_kernel"], params["input_bias"], dtype=dtype)
 
 
-def rnn_advance(
-    params: Params, carry: RNNCarry, projected: Array, *, dtype: str = "float32"
-) -> tuple[RNNCarry, jax.Array]:
-    """Returns the next carry and output of a plain RNN.
+def recur(params: Params, carry: Any, *, dtype: str = "float32") -> jax.Array:
+    """Returns the carry's share of the gates.
 
-        hₜ = tanh(pₜ + hₜ₋₁ · R + b)
+        q = h · R + b
 
     Args:
-      params: from `RNN.init`.
-      carry: `[..., H]`.
-      projected: `[..., H]` from `project`.
+      params: of any cell.
+      carry: of the same cell, `[..., H]`.
       dtype: of the factors of the product.
+
+    Returns:
+      `[..., G·H]` float32.
+    """
+    kernel, bias = params["recurrent_kernel"], params["recurrent_bias"]
+    return affine(carry.hidden, kernel, bias, dtype=dtype)
+
+
+def rnn_combine(carry: RNNCarry, projected: Array, recurrent: Array) -> tuple[RNNCarry, jax.Array]:
+    """Returns the next carry and output of a plain RNN.
+
+        hₜ = tanh(pₜ + qₜ)
+
+    Args:
+      carry: `[..., H]`; only its share `recurrent` matters.
+      projected: p, `[..., H]` from `project`.
+      recurrent: q, `[..., H]` from `recur`.
 
     Source: Elman 1990, as `torch.nn.RNN` has it.
     """
-    hidden = jnp.tanh(projected + _recurrent(params, carry.hidden, dtype))
+    hidden = jnp.tanh(projected + recurrent)
     return RNNCarry(hidden), hidden
 
 
-def lstm_advance(
-    params: Params, carry: LSTMCarry, projected: Array, *, dtype: str = "float32"
+def lstm_combine(
+    carry: LSTMCarry, projected: Array, recurrent: Array
 ) -> tuple[LSTMCarry, jax.Array]:
     """Returns the next carry and output of an LSTM.
 
-        i, f, g, o = pₜ + hₜ₋₁ · R + b
+        i, f, g, o = pₜ + qₜ
         cₜ = σ(f) cₜ₋₁ + σ(i) tanh(g)
         hₜ = σ(o) tanh(cₜ)
 
     Args:
-      params: from `LSTM.init`.
       carry: `[..., H]`.
-      projected: `[..., 4·H]` from `project`.
-      dtype: of the factors of the product.
+      projected: p, `[..., 4·H]` from `project`.
+      recurrent: q, `[..., 4·H]` from `recur`.
 
     Source: Gers et al. 2000, as `torch.nn.LSTM` has it.
     """
-    gates = projected + _recurrent(params, carry.hidden, dtype)
-    i, f, g, o = jnp.split(gates, 4, axis=-1)
+    i, f, g, o = jnp.split(projected + recurrent, 4, axis=-1)
     cell = jax.nn.sigmoid(f) * carry.cell + jax.nn.sigmoid(i) * jnp.tanh(g)
     hidden = jax.nn.sigmoid(o) * jnp.tanh(cell)
     return LSTMCarry(hidden, cell), hidden
 
 
-def gru_advance(
-    params: Params, carry: GRUCarry, projected: Array, *, dtype: str = "float32"
-) -> tuple[GRUCarry, jax.Array]:
+def gru_combine(carry: GRUCarry, projected: Array, recurrent: Array) -> tuple[GRUCarry, jax.Array]:
     """Returns the next carry and output of a GRU.
 
-        r, z = σ(pₜ + hₜ₋₁ · R + b)       n = tanh(pₜ + r (hₜ₋₁ · R + b))
+        r, z = σ(pₜ + qₜ)       n = tanh(pₜ + r qₜ)
         hₜ = (1 − z) n + z hₜ₋₁
 
     Args:
-      params: from `GRU.init`.
       carry: `[..., H]`.
-      projected: `[..., 3·H]` from `project`.
-      dtype: of the factors of the product.
+      projected: p, `[..., 3·H]` from `project`.
+      recurrent: q, `[..., 3·H]` from `recur`.
 
     Source: Cho et al. 2014 (arXiv:1406.1078v1), as `torch.nn.GRU` and cuDNN have it: `r` scales
     the recurrent product with its bias, not the carry.
     """
     input_r, input_z, input_n = jnp.split(projected, 3, axis=-1)
-    hidden_r, hidden_z, hidden_n = jnp.split(_recurrent(params, carry.hidden, dtype), 3, axis=-1)
+    hidden_r, hidden_z, hidden_n = jnp.split(recurrent, 3, axis=-1)
     r = jax.nn.sigmoid(input_r + hidden_r)
     z = jax.nn.sigmoid(input_z + hidden_z)
     n = jnp.tanh(input_n + r * hidden_n)
     hidden = (1.0 - z) * n + z * carry.hidden
     return GRUCarry(hidden), hidden
-
-
-def _recurrent(params: Params, hidden: Array, dtype: str) -> jax.Array:
-    return affine(hidden, params["recurrent_kernel"], params["recurrent_bias"], dtype=dtype)
 
 
 def _init(key: Key, input_size: int, hidden_size: int, *, num_gates: int) -> Params:
@@ -204,23 +212,25 @@ def _zero_carry(like: Array, hidden_size: int, *, carry_type: Any) -> Any:
     return carry_type(*(zeros() for _ in carry_type._fields))  # apart, so that both can be donated
 
 
-def _make_cell(num_gates: int, carry_type: Any, advance: Callable[..., Any]) -> Cell:
+def _make_cell(num_gates: int, carry_type: Any, combine: Callable[..., Any]) -> Cell:
     def step(
         params: Params, carry: Any, inputs: Array, *, dtype: str = "float32"
     ) -> tuple[Any, jax.Array]:
-        return advance(params, carry, project(params, inputs, dtype=dtype), dtype=dtype)
+        projected = project(params, inputs, dtype=dtype)
+        return combine(carry, projected, recur(params, carry, dtype=dtype))
 
     return Cell(
         num_gates=num_gates,
         init=partial(_init, num_gates=num_gates),
         zero_carry=partial(_zero_carry, carry_type=carry_type),
         project=project,
-        advance=advance,
+        recur=recur,
+        combine=combine,
         step=step,
     )
 
 
-RNN = _make_cell(1, RNNCarry, rnn_advance)
-LSTM = _make_cell(4, LSTMCarry, lstm_advance)
-GRU = _make_cell(3, GRUCarry, gru_advance)
+RNN = _make_cell(1, RNNCarry, rnn_combine)
+LSTM = _make_cell(4, LSTMCarry, lstm_combine)
+GRU = _make_cell(3, GRUCarry, gru_combine)
 CELLS = {"rnn": RNN, "lstm": LSTM, "gru": GRU}

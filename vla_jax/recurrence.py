@@ -18,6 +18,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from vla_jax import bptt
 from vla_jax.cells import CELLS, drop
 from vla_jax.config import did_you_mean
 from vla_jax.types import Array, Key, Params
@@ -35,6 +36,7 @@ class RecurrenceConfig:
     dropout: float = 0.0  # probability of dropping an output between two layers
     bidirectional: bool = False  # whether a second pass runs from the end to the start
     remat_chunk: int = 0  # steps whose gates are computed again for the gradient; 0 = keep all
+    implementation: Literal["bptt", "scan"] = "bptt"  # backward pass by hand, or JAX's own
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the factors of matrix products
 
     def __post_init__(self):
@@ -162,7 +164,7 @@ def step(
     chex.assert_axis_dimension(inputs, -1, _input_size(params))
     cell, outputs, following = CELLS[config.cell], jnp.asarray(inputs), {}
     for name in _layers(config):
-        before = _clear(carry[name]["forward"], reset)
+        before = bptt.clear(carry[name]["forward"], reset)
         after, outputs = cell.step(params[name]["forward"], before, outputs, dtype=config.dtype)
         following[name] = {"forward": after}
     return following, outputs
@@ -193,40 +195,27 @@ def _scan(
 ) -> tuple[Any, jax.Array]:
     """Runs a cell over `inputs [T, B, D]`, with the inputs' product taken for all steps first."""
     cell = CELLS[config.cell]
-    body = partial(_masked_step, partial(cell.advance, params, dtype=config.dtype))
-    steps = (cell.project(params, inputs, dtype=config.dtype), mask, reset)
+    scan = bptt.plain_scan if config.implementation == "scan" else bptt.scan
+    projected = cell.project(params, inputs, dtype=config.dtype)
+
+    def run(carry: Any, steps: Any) -> tuple[Any, jax.Array]:
+        projected, mask, reset = steps
+        return scan(
+            cell, params, carry, projected,
+            mask=mask, reset=reset, reverse=reverse, dtype=config.dtype,
+        )  # fmt: skip
+
     if not config.remat_chunk:
-        return jax.lax.scan(body, carry, steps, reverse=reverse)
+        return run(carry, (projected, mask, reset))
 
     # Between chunks only the carry is kept; within one the gates are computed again. Two nested
     # scans, the outer over chunks: a masked step more or less at the end changes nothing.
     num_steps = inputs.shape[0]
-    chunks = jax.tree.map(partial(_cut, chunk=config.remat_chunk), _with_mask(steps))
-
-    @partial(jax.checkpoint, prevent_cse=False)
-    def run_chunk(carry: Any, chunk: Any) -> tuple[Any, jax.Array]:
-        return jax.lax.scan(body, carry, chunk, reverse=reverse)
-
+    steps = _with_mask((projected, mask, reset))
+    chunks = jax.tree.map(partial(_cut, chunk=config.remat_chunk), steps)
+    run_chunk = jax.checkpoint(run, prevent_cse=False)
     carry, outputs = jax.lax.scan(run_chunk, carry, chunks, reverse=reverse)
     return carry, outputs.reshape(-1, *outputs.shape[2:])[:num_steps]
-
-
-def _masked_step(advance: Any, carry: Any, step: Any) -> tuple[Any, jax.Array]:
-    projected, mask, reset = step
-    carry = _clear(carry, reset)
-    following, outputs = advance(carry, projected)
-    if mask is None:
-        return following, outputs
-    kept = mask[:, None]
-    following = jax.tree.map(partial(jnp.where, kept), following, carry)
-    return following, jnp.where(kept, outputs, 0.0)
-
-
-def _clear(carry: Any, reset: Array | None) -> Any:
-    """Returns the carry with zeros where `reset` is True."""
-    if reset is None:
-        return carry
-    return jax.tree.map(lambda kept: jnp.where(reset[..., None], 0.0, kept), carry)
 
 
 def _episode_ends(reset: Array | None) -> Array | None:

@@ -1,0 +1,169 @@
+"""Law 3: the backward pass written by hand is the one that JAX derives, whatever the case."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+from jax.test_util import check_grads
+
+from vla_jax import bptt, cells, recurrence
+from vla_jax.recurrence import RecurrenceConfig
+
+B, T, D, H = 4, 7, 3, 5
+FLAGS = {
+    "whole": {},
+    "mask": {"mask": True},
+    "reset": {"reset": True},
+    "mask-reset": {"mask": True, "reset": True},
+}
+each_cell = pytest.mark.parametrize("name", cells.CELLS)
+
+
+def draw(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def draw_flags(which):
+    random = np.random.default_rng(5)
+    return {flag: random.uniform(size=(T, B)) < 0.6 for flag in which}
+
+
+def draw_case(name, key):
+    cell = cells.CELLS[name]
+    zeros = cell.zero_carry(jnp.zeros((B, 1)), H)
+    carry = type(zeros)(*(draw(seed, B, H) for seed in range(len(zeros))))
+    return cell, cell.init(key, D, H), carry, draw(9, T, B, cell.num_gates * H)
+
+
+def loss(scan, cell, flags, params, carry, projected, *, reverse=False, dtype="float32"):
+    """Weighs every output and carry differently, so that no two errors cancel out."""
+    carry, outputs = scan(cell, params, carry, projected, reverse=reverse, dtype=dtype, **flags)
+    weighed = jax.tree.map(
+        lambda leaf: jnp.sum(jnp.sin(leaf) * draw(3, *leaf.shape)), (carry, outputs)
+    )
+    return sum(jax.tree.leaves(weighed))
+
+
+def gradients(name, key, flags, **options):
+    """By params, initial carry and inputs: by hand, and as JAX derives them."""
+    cell, *arguments = draw_case(name, key)
+    return [
+        jax.jit(jax.grad(partial(loss, scan, cell, flags, **options), argnums=(0, 1, 2)))(
+            *arguments
+        )
+        for scan in (bptt.scan, bptt.plain_scan)
+    ]
+
+
+def assert_close(one, other, atol=2e-6):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol), one, other)
+
+
+@each_cell
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("which", FLAGS.values(), ids=FLAGS)
+def test_the_gradients_are_those_that_jax_derives(name, which, reverse, key):
+    by_hand, derived = gradients(name, key, draw_flags(which), reverse=reverse)
+    assert_close(by_hand, derived)
+    assert np.abs(derived[0]["recurrent_kernel"]).max() > 0.1  # else nothing was compared
+
+
+@each_cell
+def test_bfloat16_products_give_the_gradients_of_float32_but_for_rounding(name, key):
+    flags = draw_flags(FLAGS["mask-reset"])
+    by_hand, derived = gradients(name, key, flags, dtype="bfloat16")
+    exact = gradients(name, key, flags)[1]
+    for ours, theirs, right in zip(*map(jax.tree.leaves, (by_hand, derived, exact)), strict=True):
+        assert ours.dtype == jnp.float32
+        error = np.abs(ours - right).max()
+        assert error <= 2 * np.abs(theirs - right).max() + 1e-6  # as good as what JAX derives
+        assert error <= 0.03 * np.abs(right).max() + 1e-6
+
+
+@each_cell
+def test_the_outputs_and_the_carry_are_the_same(name, key):
+    cell, *arguments = draw_case(name, key)
+    flags = draw_flags(FLAGS["mask-reset"])
+    results = [
+        jax.jit(partial(scan, cell, **flags))(*arguments) for scan in (bptt.scan, bptt.plain_scan)
+    ]
+    assert_close(*results, atol=0)
+
+
+@each_cell
+def test_the_gradients_are_those_of_differences(name, key):
+    cell, *arguments = draw_case(name, key)
+    flags = draw_flags(FLAGS["mask-reset"])
+    check_grads(partial(loss, bptt.scan, cell, flags), arguments, 1, ["rev"], rtol=0.02)
+
+
+@each_cell
+def test_the_derivative_can_be_derived_again(name, key):
+    cell, params, carry, projected = draw_case(name, key)
+
+    def penalty(scan, projected):
+        by_inputs = jax.grad(partial(loss, scan, cell, {}, params, carry))(projected)
+        return jnp.sum(by_inputs**2)
+
+    by_hand, derived = (
+        jax.jit(jax.grad(partial(penalty, scan)))(projected)
+        for scan in (bptt.scan, bptt.plain_scan)
+    )
+    assert_close(by_hand, derived, atol=1e-5)
+
+
+def test_forward_mode_is_refused_by_hand_and_there_with_implementation_scan(key):
+    config = RecurrenceConfig(cell="gru", hidden_size=H)
+    inputs = draw(0, B, T, D)
+    params = recurrence.init(key, config, D)
+
+    def outputs(implementation, inputs):
+        chosen = RecurrenceConfig(cell="gru", hidden_size=H, implementation=implementation)
+        return recurrence.apply(params, chosen, inputs)[1]
+
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(partial(outputs, "bptt"), (inputs,), (inputs,))
+    tangent = jax.jvp(partial(outputs, "scan"), (inputs,), (inputs,))[1]
+    _, pull = jax.vjp(partial(outputs, "bptt"), inputs)
+    ones = jnp.ones_like(tangent)  # ⟨1, J x⟩ = ⟨Jᵀ 1, x⟩
+    assert float(jnp.sum(tangent)) == pytest.approx(float(jnp.sum(pull(ones)[0] * inputs)), 1e-4)
+
+
+@each_cell
+def test_vmap_is_a_loop(name, key):
+    cell, params, carry, projected = draw_case(name, key)
+    stacked = np.stack([projected, 2 * projected])
+    gradient = jax.grad(partial(loss, bptt.scan, cell, draw_flags(FLAGS["mask"]), params, carry))
+    mapped = jax.jit(jax.vmap(gradient))(stacked)
+    assert_close(mapped, np.stack([jax.jit(gradient)(each) for each in stacked]))
+
+
+@each_cell
+def test_on_many_devices_the_gradients_are_the_same(name, key):
+    cell, params, carry, projected = draw_case(name, key)
+    flags = draw_flags(FLAGS["mask-reset"])
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    rows, steps = PartitionSpec("data"), PartitionSpec(None, "data")
+
+    @jax.jit
+    @partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), rows, steps, steps, steps),
+        out_specs=(PartitionSpec(), steps),
+    )
+    def on_devices(params, carry, projected, mask, reset):
+        def local(params, projected):
+            _, outputs = bptt.scan(cell, params, carry, projected, mask=mask, reset=reset)
+            return jax.lax.psum(jnp.sum(outputs**2), "data")
+
+        return jax.grad(local, argnums=(0, 1))(params, projected)
+
+    def whole(params, projected):
+        return jnp.sum(bptt.plain_scan(cell, params, carry, projected, **flags)[1] ** 2)
+
+    expected = jax.jit(jax.grad(whole, argnums=(0, 1)))(params, projected)
+    assert_close(on_devices(params, carry, projected, flags["mask"], flags["reset"]), expected)

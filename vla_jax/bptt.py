@@ -1,0 +1,159 @@
+"""A cell over time, and its backward pass written by hand: back-propagation through time.
+
+What JAX derives from a scan adds the gradient of the recurrent kernel up step by step, one
+`[H, G·H]` product and one sum of that size each. Here the backward scan gives only the deltas
+δₜ = ∂loss/∂qₜ of the recurrent products qₜ = hₜ₋₁ · R + b; one product over all steps follows:
+
+    ∂loss/∂hₜ₋₁ = δₜ · Rᵀ + (the gates' share)      ∂loss/∂R = Σₜ hₜ₋₁ᵀ · δₜ      ∂loss/∂b = Σₜ δₜ
+
+The gates' share comes from `jax.vjp` of the cell's `combine`, which holds no weights, so that one
+backward pass serves every cell.
+
+Source: Appleyard et al. 2016, "Optimizing Performance of Recurrent Neural Networks on GPUs"
+(arXiv:1604.01946), §3, whose grouping of the weight gradients this is.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vla_jax.cells import Cell, affine
+from vla_jax.types import Array, Params
+
+
+def scan(
+    cell: Cell,
+    params: Params,
+    carry: Any,
+    projected: Array,
+    *,
+    mask: Array | None = None,
+    reset: Array | None = None,
+    reverse: bool = False,
+    dtype: str = "float32",
+) -> tuple[Any, jax.Array]:
+    """Returns what `plain_scan` does, with the hand-written backward pass.
+
+    Its derivative may be derived again by `jax.grad`; forward mode (`jax.jvp`, `jax.hessian`) is
+    for `plain_scan`, since JAX refuses it for any hand-written backward pass.
+
+    Args:
+      cell: member of `cells.CELLS`.
+      params: from its `init`.
+      carry: before the first step, `[B, H]`.
+      projected: the inputs' share of the gates, `[T, B, G·H]`, from the cell's `project`.
+      mask: `[T, B]`, True where the step is real; None means everywhere.
+      reset: `[T, B]`, True where a new episode starts; None means nowhere.
+      reverse: whether time runs from the last step to the first.
+      dtype: of the factors of the products, in the backward pass too.
+
+    Returns:
+      The carry after the last step, and outputs `[T, B, H]`, float32, zeros at masked steps.
+    """
+    # Inside shard_map the weights are the same on all devices and the data are not; the rule below
+    # gives each device's share of their gradient. This zero, made of the data, tells JAX so, and
+    # it adds the shares up. Elsewhere it is compiled away.
+    zero = jnp.zeros_like(jnp.sum(projected))
+    kernel, bias = params["recurrent_kernel"] + zero, params["recurrent_bias"] + zero
+    return _scan(cell.combine, reverse, dtype, kernel, bias, carry, projected, mask, reset)
+
+
+def plain_scan(
+    cell: Cell,
+    params: Params,
+    carry: Any,
+    projected: Array,
+    *,
+    mask: Array | None = None,
+    reset: Array | None = None,
+    reverse: bool = False,
+    dtype: str = "float32",
+) -> tuple[Any, jax.Array]:
+    """Returns the same with the backward pass that JAX derives; arguments as those of `scan`."""
+    kernel, bias = params["recurrent_kernel"], params["recurrent_bias"]
+    (carry, outputs), _ = _run(
+        cell.combine, reverse, dtype, kernel, bias, carry, projected, mask, reset
+    )
+    return carry, outputs
+
+
+def clear(carry: Any, reset: Array | None) -> Any:
+    """Returns the carry with zeros where `reset` is True.
+
+    Args:
+      carry: leaves `[..., H]`.
+      reset: `[...]`; None means nowhere.
+    """
+    if reset is None:
+        return carry
+    return jax.tree.map(lambda kept: jnp.where(reset[..., None], 0.0, kept), carry)
+
+
+def _masked(
+    combine: Callable[..., Any], mask: Array | None, carry: Any, projected: Array, recurrent: Array
+) -> tuple[Any, jax.Array]:
+    following, outputs = combine(carry, projected, recurrent)
+    if mask is None:
+        return following, outputs
+    kept = mask[:, None]
+    following = jax.tree.map(partial(jnp.where, kept), following, carry)
+    return following, jnp.where(kept, outputs, 0.0)
+
+
+def _run(combine, reverse, dtype, kernel, bias, carry, projected, mask, reset):
+    """Returns `(carry, outputs)`, and of every step the carry it started from and its q."""
+
+    def body(carry: Any, step: Any) -> tuple[Any, Any]:
+        projected, mask, reset = step
+        carry = clear(carry, reset)
+        recurrent = affine(carry.hidden, kernel, bias, dtype=dtype)
+        following, outputs = _masked(combine, mask, carry, projected, recurrent)
+        return following, (outputs, carry, recurrent)
+
+    carry, (outputs, started, recurrent) = jax.lax.scan(
+        body, carry, (projected, mask, reset), reverse=reverse
+    )
+    return (carry, outputs), (started, recurrent)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _scan(combine, reverse, dtype, kernel, bias, carry, projected, mask, reset):
+    return _run(combine, reverse, dtype, kernel, bias, carry, projected, mask, reset)[0]
+
+
+def _scan_forward(combine, reverse, dtype, kernel, bias, carry, projected, mask, reset):
+    result, kept = _run(combine, reverse, dtype, kernel, bias, carry, projected, mask, reset)
+    return result, (kernel, *kept, projected, mask, reset)
+
+
+def _scan_backward(combine, reverse, dtype, saved, cotangents):
+    kernel, started, recurrent, projected, mask, reset = saved
+
+    def body(by_carry: Any, step: Any) -> tuple[Any, Any]:
+        started, projected, recurrent, mask, reset, by_outputs = step
+        gates = partial(_masked, combine, mask)
+        _, pull = jax.vjp(gates, started, projected, recurrent)
+        by_started, by_projected, delta = pull((by_carry, by_outputs))
+        by_hidden = by_started.hidden + _product("bg,hg->bh", delta, kernel, dtype)
+        return clear(by_started._replace(hidden=by_hidden), reset), (by_projected, delta)
+
+    by_carry, by_outputs = cotangents
+    steps = (started, projected, recurrent, mask, reset, by_outputs)
+    by_carry, (by_projected, deltas) = jax.lax.scan(body, by_carry, steps, reverse=not reverse)
+    by_kernel = _product("tbh,tbg->hg", started.hidden, deltas, dtype)
+    return by_kernel, jnp.sum(deltas, axis=(0, 1)), by_carry, by_projected, None, None
+
+
+def _product(axes: str, one: Array, other: Array, dtype: str) -> jax.Array:
+    return jnp.einsum(
+        axes,
+        jnp.asarray(one, dtype),
+        jnp.asarray(other, dtype),
+        preferred_element_type=jnp.float32,
+    )
+
+
+_scan.defvjp(_scan_forward, _scan_backward)
