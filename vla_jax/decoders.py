@@ -16,15 +16,15 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from vla_jax import action_tokens, heads, recurrence, transformer
+from vla_jax import action_tokens, heads, pooling, recurrence, transformer
 from vla_jax.cells import CELLS, affine
 from vla_jax.config import did_you_mean
+from vla_jax.pooling import Pooling
 from vla_jax.recurrence import Carry, RecurrenceConfig
 from vla_jax.transformer import TransformerConfig
 from vla_jax.types import Array, Key, Params, Prediction
 
 Kind = Literal["rnn", "lstm", "gru", "fc", "gpt"]
-Pooling = Literal["max", "mean", "attention", "none"]
 Head = Literal["continuous", "discrete"]
 
 
@@ -241,33 +241,11 @@ def features(
 def pool(
     params: Params, config: DecoderConfig, tokens: Array, *, token_mask: Array | None = None
 ) -> jax.Array:
-    """Returns one vector per step.
-
-    "max" and "mean" share N tokens out to `num_latents` bins, ⌊iN/n⌋ … ⌈(i+1)N/n⌉, as PyTorch's
-    adaptive pooling does; "attention" takes `num_latents` learned queries, softmax(q·k/√D);
-    "none" joins all tokens. What has no real token gives zeros.
-
-    Args:
-      params: from `init`.
-      config: the one that `init` was given.
-      tokens: `[..., N, D]`.
-      token_mask: `[..., N]`, True where the token is real; None means everywhere.
-
-    Returns:
-      `[..., D']` float32, D' from `pooled_size`.
-    """
-    mask = jnp.ones(tokens.shape[:-1], bool) if token_mask is None else jnp.asarray(token_mask)
-    chex.assert_shape(mask, tokens.shape[:-1])
-    tokens = _keep(jnp.asarray(tokens, jnp.float32), mask)
-    if config.pooling == "none":
-        latents = tokens
-    elif config.pooling == "attention":
-        latents = _attend(params["pooling"]["queries"], tokens, mask)
-    else:
-        reduce = _max if config.pooling == "max" else _mean
-        bins = _bins(tokens.shape[-2], config.num_latents)
-        latents = jnp.stack([reduce(tokens[..., b, :], mask[..., b]) for b in bins], axis=-2)
-    return latents.reshape(*latents.shape[:-2], -1)
+    """Returns one vector `[..., D']` per step, of `tokens [..., N, D]`; see `pooling.pool`."""
+    queries = params["pooling"]["queries"] if config.pooling == "attention" else None
+    return pooling.pool(
+        tokens, config.pooling, config.num_latents, mask=token_mask, queries=queries
+    )
 
 
 def project(params: Params, config: DecoderConfig, pooled: Array) -> jax.Array:
@@ -304,29 +282,6 @@ def _least_tokens(config: DecoderConfig) -> int:
 
 def _num_bins(config: DecoderConfig) -> int | None:
     return config.num_bins if config.head == "discrete" else None
-
-
-def _bins(num_tokens: int, num_latents: int) -> list[slice]:
-    edges = [(i * num_tokens, (i + 1) * num_tokens) for i in range(num_latents)]
-    return [slice(start // num_latents, -(-stop // num_latents)) for start, stop in edges]
-
-
-def _max(tokens: jax.Array, mask: jax.Array) -> jax.Array:
-    highest = jnp.max(jnp.where(mask[..., None], tokens, -jnp.inf), axis=-2)
-    return _keep(highest, jnp.any(mask, axis=-1))
-
-
-def _mean(tokens: jax.Array, mask: jax.Array) -> jax.Array:
-    count = jnp.maximum(jnp.sum(mask, axis=-1), 1)
-    return jnp.sum(tokens, axis=-2) / count[..., None]
-
-
-def _attend(queries: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-    scores = jnp.einsum("...nd,qd->...qn", tokens, queries) / math.sqrt(tokens.shape[-1])
-    kept = mask[..., None, :]
-    # The lowest number, not −∞: a softmax over −∞ alone would be NaN.
-    weights = jax.nn.softmax(jnp.where(kept, scores, jnp.finfo(scores.dtype).min), axis=-1)
-    return jnp.einsum("...qn,...nd->...qd", jnp.where(kept, weights, 0.0), tokens)
 
 
 def _keep(values: jax.Array, mask: Array | None) -> jax.Array:
