@@ -217,6 +217,7 @@ def test_a_warning_of_the_script_is_one_line(capsys):
         ("pretrain", ("--dataset", "nowhere"), "nowhere"),
         ("imitate", ("--dataset", "nowhere"), "nowhere"),
         ("cache", ("--dataset", "nowhere"), "nowhere"),
+        ("benchmark", ("--works", "recurrences"), "works.*recurrence"),
         ("imitate", ("--preset", "table_lsmt"), "unknown preset .* Did you mean 'table_lstm'"),
     ],
 )

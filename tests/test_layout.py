@@ -29,7 +29,7 @@ FLOORS = (  # a file imports only from files above it
 )  # fmt: skip
 SCRIPTS = (
     "command_line", "logs", "loop", "record", "pretrain", "configs", "setup", "cache", "imitate",
-    "demo",
+    "demo", "timing", "peers", "works", "benchmark",
 )  # fmt: skip
 FILES = sorted(
     path for folder in ("vla_jax", "train", "tests") for path in (ROOT / folder).rglob("*.py")
@@ -94,9 +94,10 @@ def test_the_data_files_are_numpy_only():
     assert not foreign
 
 
-def test_torch_is_imported_only_in_tests_and_where_foreign_weights_are_converted():
+def test_torch_is_imported_only_in_tests_converters_and_the_benchmarks_peers():
     used = [module(p) for p in FILES for name in imported(p) if name.partition(".")[0] == "torch"]
-    assert not [name for name in used if not name.startswith(("tests.", "vla_jax.convert."))]
+    allowed = ("tests.", "vla_jax.convert.", "train.peers")
+    assert not [name for name in used if not name.startswith(allowed)]
 
 
 HEAVY = (
@@ -104,7 +105,7 @@ HEAVY = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("path", library(), ids=module)
+@pytest.mark.parametrize("path", [*library(), ROOT / "train/peers.py"], ids=module)
 def test_what_an_extra_brings_is_imported_where_it_is_used(path):
     top = [name for node in ast.parse(path.read_text()).body for name in names_of(node)]
     assert not [name for name in top if name.partition(".")[0] in HEAVY]

@@ -62,11 +62,22 @@ def test_actions_show_prediction_and_expert(tmp_path):
     assert (picture(tmp_path / "a.png") == [0x00, 0x72, 0xB2]).all(-1).sum() > 500
 
 
+def test_growth_shows_every_axis_beside_its_arithmetic(tmp_path):
+    points = [(4.0, (1.0, 2.0, 3.0), 2.0), (8.0, (2.0, 3.0, 5.0), 4.0)]
+    plots.growth(tmp_path / "a.png", {"W": points})
+    plots.growth(tmp_path / "b.png", {"W": points, "H": points})
+    a, b = (picture(tmp_path / f"{name}.png") for name in "ab")
+    assert b.shape[1] > a.shape[1]
+    assert (a == [0x00, 0x72, 0xB2]).all(-1).sum() > 100
+
+
 def test_what_cannot_be_drawn_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="must be at least one line, got none"):
         plots.training(tmp_path / "a.png", [])
     with pytest.raises(ValueError, match="must hold at least one policy, got none"):
         plots.success(tmp_path / "a.png", {})
+    with pytest.raises(ValueError, match=r"curves for .* must be at least one, got none"):
+        plots.growth(tmp_path / "a.png", {})
     with pytest.raises(ValueError, match=r"must be \[T, 7\] with one T, got \(3, 7\) and \(4, 7\)"):
         plots.actions(tmp_path / "a.png", np.zeros((3, 7)), np.zeros((4, 7)))
     assert not list(tmp_path.iterdir())

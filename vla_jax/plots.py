@@ -143,6 +143,43 @@ def actions(
     _write(figure, path, title)
 
 
+def growth(
+    path: Path,
+    curves: Mapping[str, Sequence[tuple[float, Sequence[float], float]]],
+    *,
+    title: str = "",
+) -> None:
+    """Draws how long something takes along each axis, beside what its arithmetic foretells.
+
+    Args:
+      path: PNG to write.
+      curves: axis to points, each its size, the least, middle and greatest time in ms, and the
+        time that arithmetic foretells, in ms.
+      title: above the panels.
+
+    Raises:
+      ValueError: there are no curves.
+      ImportError: matplotlib is missing.
+    """
+    if not curves:
+        raise ValueError(f"curves for {path} must be at least one, got none.")
+    figure = _figure(3.0 * len(curves) + 0.6, 3.2)
+    panels = _panels(figure, 1, len(curves), sharex=False)
+    for axes, (name, points) in zip(panels, curves.items(), strict=True):
+        sizes = [size for size, _, _ in points]
+        least, middle, greatest = np.array([times for _, times, _ in points]).T
+        foretold = [time for _, _, time in points]
+        axes.fill_between(sizes, least, greatest, color=COLOURS[0], alpha=0.2, linewidth=0)
+        axes.plot(sizes, middle, color=COLOURS[0], marker="o", markersize=3, label="measured")
+        axes.plot(sizes, foretold, color=_INK, linestyle="--", linewidth=1, label="arithmetic")
+        axes.set(xscale="log", yscale="log", xlabel=name)
+        axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
+        axes.minorticks_off()
+    panels[0].set_ylabel("time / ms")
+    panels[0].legend(frameon=False, fontsize=8)
+    _write(figure, path, title)
+
+
 def _rates(summary: Summary, tasks: Sequence[str]) -> list[tuple[float, float, float]]:
     """Rate, low, high in per cent, of each task and of their mean; NaN where unknown."""
     blank = Rate(0, 0, None, (0.0, 1.0), None, 0)
@@ -188,8 +225,8 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
-def _panels(figure: Any, rows: int, columns: int) -> list[Any]:
-    panels = list(figure.subplots(rows, columns, squeeze=False, sharex=True).flat)
+def _panels(figure: Any, rows: int, columns: int, *, sharex: bool = True) -> list[Any]:
+    panels = list(figure.subplots(rows, columns, squeeze=False, sharex=sharex).flat)
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(_FAINT)

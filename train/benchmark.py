@@ -1,0 +1,195 @@
+"""Ours beside the peers that are installed: the same work, checked to be the same, timed in turns.
+
+    python -m train.benchmark                                # everything
+    python -m train.benchmark --works recurrence head        # some of it
+    python -m train.benchmark --small                        # seconds: does it run here?
+
+Flax's and PyTorch's RNNs, RoboVLMs' head written in PyTorch, a plain scan, and the window run again
+at every step: all get the same weights, and no ratio is told before their outputs and gradients
+agree with ours. Let it have the machine to itself; what else runs shows in the spread.
+"""
+
+import importlib.metadata
+import os
+import pathlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from train import peers, timing, works
+from train.command_line import run
+from train.loop import save_json
+from train.timing import Row, Spread
+from train.works import Memory
+from vla_jax import plots
+
+Work = Literal["recurrence", "head", "streaming", "memory", "growth"]
+WORKS: tuple[Work, ...] = get_args(Work)
+WIDTH = 130  # characters of a line that no terminal bounds
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """What to measure."""
+
+    works: tuple[Work, ...] = WORKS  # which of them, in this order
+    rounds: int = 15  # times that each peer runs
+    small: bool = False  # tiny sizes, which say nothing about speed
+    run_dir: str = "runs/benchmark"  # folder of the plot and the figures
+    json: str = ""  # file of the figures; empty = benchmark.json in run_dir
+
+    def __post_init__(self):
+        """Checks the numbers."""
+        if self.rounds < 1:
+            raise ValueError(f"rounds must be at least 1, got {self.rounds}.")
+        if not self.works:
+            raise ValueError(f"works must be at least one of {', '.join(WORKS)}, got none.")
+
+
+def robovlms() -> BenchmarkConfig:
+    """The sizes of RoboVLMs' head: four layers of 1024."""
+    return BenchmarkConfig()
+
+
+PRESETS = {"robovlms": robovlms}
+
+
+def benchmark(config: BenchmarkConfig) -> pathlib.Path:
+    """Measures and shows; returns the file of the figures."""
+    sizes, console = works.SMALL if config.small else works.LARGE, _console()
+    rows: list[Row] = []
+    memory: list[Memory] = []
+
+    # The peers multiply in float32, not in a GPU's TF32; so do we.
+    with jax.default_matmul_precision("float32"):
+        ceiling = timing.measure_ceiling(sizes.product, config.rounds)
+        about = {
+            "machine": machine(),
+            "left_out": [reason for reason in [peers.torch_is_missing()] if reason],
+            "small": config.small,
+            "rounds": config.rounds,
+            "ceiling_gflops": ceiling,
+        }
+        console.print(_introduction(about))
+        for work in config.works:
+            if work == "memory":
+                memory = works.measure_memory(sizes)
+                console.print(_memory_table(memory))
+                continue
+            measured = []
+            for contest in works.CONTESTS[work](sizes):
+                timing.check(contest)
+                measured += timing.measure(contest, config.rounds, ceiling)
+            console.print(_table(work, measured))
+            rows += measured
+
+    # The figures come before the plot, which may lack its extra.
+    file = pathlib.Path(config.json or pathlib.Path(config.run_dir) / "benchmark.json")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figures = {"rows": [_plain(row) for row in rows], "memory": [m._asdict() for m in memory]}
+    save_json({**about, **figures}, file)
+    if "growth" in config.works:
+        plot = pathlib.Path(config.run_dir) / "growth.png"
+        plots.growth(plot, _curves(rows), title="LSTM, forward and backward")
+    return file
+
+
+def machine() -> dict[str, Any]:
+    """What the figures are measured on, and how busy it was before."""
+    versions = {name: _version(name) for name in ("jax", "jaxlib", "flax", "torch")}
+    return {
+        "device": jax.devices()[0].device_kind,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "load": round(os.getloadavg()[0], 2),  # processes that wanted a core, of the last minute
+        "versions": {name: version for name, version in versions.items() if version},
+    }  # fmt: skip
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _console() -> Console:
+    """The terminal; in a file, lines wide enough for the tables."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=WIDTH)
+
+
+def _introduction(about: dict[str, Any]) -> str:
+    on = about["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in on["versions"].items())
+    lines = [
+        f"{on['device']}, {on['cores']} cores, load {on['load']}; {versions}",
+        f"one large float32 product: {about['ceiling_gflops']:.0f} GFLOP/s",
+        *(f"left out: {reason}" for reason in about["left_out"]),
+    ]
+    if on["load"] > on["cores"] / 2:
+        # PyTorch's threads suffer most: they wait for each other without giving up their core.
+        lines.append("other programs are running: the figures are not to be trusted")
+    if about["small"]:
+        lines.append("tiny sizes: the figures say nothing about speed")
+    return "\n".join(lines)
+
+
+def _table(work: str, rows: Sequence[Row]) -> Table:
+    shown = Table(title=f"{work}: median (min – max) of the rounds")
+    for name in ("case", "who", "ms", "time over ours", "GFLOP/s", "of ceiling", "weights read"):
+        shown.add_column(name, justify="left" if name in ("case", "who") else "right")
+    case = ""
+    for row in rows:
+        if row.case != case:
+            shown.add_section()
+        shown.add_row(
+            "" if row.case == case else row.case,
+            row.peer,
+            _spread(row.ms, 1),
+            _spread(row.ratio, 2),
+            f"{row.gflops:.1f}",
+            f"{100 * row.share_of_ceiling:.0f} %",
+            f"{row.weight_bytes / 1e6:.1f} MB",
+        )
+        case = row.case
+    return shown
+
+
+def _memory_table(memory: Sequence[Memory]) -> Table:
+    shown = Table(title="memory: peak of a training step beside its arguments and results")
+    for name in ("case", "remat_chunk", "MB", "of that without"):
+        shown.add_column(name, justify="left" if name == "case" else "right")
+    for m in memory:
+        chunk, megabytes = str(m.remat_chunk), f"{m.temp_bytes / 1e6:.1f}"
+        shown.add_row(m.case, chunk, megabytes, f"{100 * m.share:.0f} %")
+    return shown
+
+
+def _spread(spread: Spread, digits: int) -> str:
+    return f"{spread.median:.{digits}f} ({spread.min:.{digits}f} – {spread.max:.{digits}f})"
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    return {**row._asdict(), "ms": row.ms._asdict(), "ratio": row.ratio._asdict()}
+
+
+def _curves(rows: Sequence[Row]) -> dict[str, list[tuple[float, Spread, float]]]:
+    """Axis -> (its size, ms, ms that grow as the arithmetic does from the smallest size on)."""
+    curves: dict[str, list[tuple[float, Spread, float]]] = {}
+    for row in rows:
+        if row.work == "growth":
+            axis, size = row.case.split()
+            curves.setdefault(axis, []).append((float(size), row.ms, row.gflops * row.ms.median))
+    for axis, points in curves.items():
+        _, first, flop = points[0]
+        curves[axis] = [(x, ms, first.median * own / flop) for x, ms, own in points]
+    return curves
+
+
+if __name__ == "__main__":
+    run(benchmark, PRESETS, description="Measures ours beside the peers that are installed.")
