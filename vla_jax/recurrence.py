@@ -193,25 +193,25 @@ def _run_layer(
 def _scan(
     params: Params, config: RecurrenceConfig, carry: Any, inputs, mask, reset, *, reverse: bool
 ) -> tuple[Any, jax.Array]:
-    """Runs a cell over `inputs [T, B, D]`, with the inputs' product taken for all steps first."""
+    """Runs a cell over `inputs [T, B, D]`, the inputs' product first, for all steps (of a chunk)."""
     cell = CELLS[config.cell]
     scan = bptt.plain_scan if config.implementation == "scan" else bptt.scan
-    projected = cell.project(params, inputs, dtype=config.dtype)
 
     def run(carry: Any, steps: Any) -> tuple[Any, jax.Array]:
-        projected, mask, reset = steps
+        inputs, mask, reset = steps
+        projected = cell.project(params, inputs, dtype=config.dtype)
         return scan(
             cell, params, carry, projected,
             mask=mask, reset=reset, reverse=reverse, dtype=config.dtype,
         )  # fmt: skip
 
     if not config.remat_chunk:
-        return run(carry, (projected, mask, reset))
+        return run(carry, (inputs, mask, reset))
 
     # Between chunks only the carry is kept; within one the gates are computed again. Two nested
     # scans, the outer over chunks: a masked step more or less at the end changes nothing.
     num_steps = inputs.shape[0]
-    steps = _with_mask((projected, mask, reset))
+    steps = _with_mask((inputs, mask, reset))
     chunks = jax.tree.map(partial(_cut, chunk=config.remat_chunk), steps)
     run_chunk = jax.checkpoint(run, prevent_cse=False)
     carry, outputs = jax.lax.scan(run_chunk, carry, chunks, reverse=reverse)
@@ -226,8 +226,8 @@ def _episode_ends(reset: Array | None) -> Array | None:
 
 
 def _with_mask(steps: Any) -> Any:
-    projected, mask, reset = steps
-    return projected, jnp.ones(projected.shape[:2], bool) if mask is None else mask, reset
+    inputs, mask, reset = steps
+    return inputs, jnp.ones(inputs.shape[:2], bool) if mask is None else mask, reset
 
 
 def _cut(steps: Array, *, chunk: int) -> jax.Array:
