@@ -118,6 +118,17 @@ def test_a_column_without_statistics_is_hidden_from_the_policy(raw):
         play(tiny_run.AGENT, raw, norm_stats=stats)
 
 
+def test_a_way_to_act_that_the_decoder_has_not_is_refused_before_any_training():
+    decoder = dataclasses.replace(tiny_run.DECODER, kind="gpt", num_heads=2)
+    parts = policy.connect(tiny_run.AGENT.policy.backbone, decoder)
+    with pytest.raises(
+        ValueError, match=r"mode must be 'refresh' or 'periodic' .* got 'persistent'; choose"
+    ):
+        dataclasses.replace(tiny_run.AGENT, policy=parts, mode="persistent")
+    with pytest.raises(ValueError, match=r"unknown mode 'persistant'; .* Did you mean 'persist"):
+        dataclasses.replace(tiny_run.AGENT, mode="persistant")
+
+
 def test_an_agent_without_statistics_of_the_action_is_refused():
     stats = {"proprio": normalize.compute(np.zeros((2, 8)))}
     with pytest.raises(ValueError, match=r"norm_stats must have 'action', got \['proprio'\]"):

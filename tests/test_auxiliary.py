@@ -204,6 +204,10 @@ def test_there_are_params_only_for_what_is_on():
 
 MISTAKES = {
     "horizon": ({"forward_horizon": -1}, r"auxiliary\.forward_horizon must be at least 0, got -1"),
+    "sizes": (
+        {"forward_sizes": (8, 0)},
+        r"auxiliary\.forward_sizes must be at least 1 each, got \(8, 0\)",
+    ),
     "target": (
         {"forward_target": "pixel"},
         r"unknown auxiliary\.forward_target 'pixel'; .* Did you mean 'pixels'",
@@ -247,6 +251,18 @@ TRAININGS = {  # what is refused before any training
             "backbone": tiny_demos.EYES,
         },
         "forward_patch_size must divide image_size 16, got 5",
+    ),
+    "beyond the window": (
+        {"auxiliary": AuxiliaryConfig(forward_horizon=6)},
+        r"auxiliary\.forward_horizon must be below window_size = 6, got 6; no step",
+    ),
+    "a kl weight": (
+        {"loss": LossWeights(kl=2.0)},
+        r"loss\.kl must stay 0\.05, for no term of this training has it, got 2\.0; add the term",
+    ),
+    "a cotrain weight": (
+        {"loss": LossWeights(cotrain=0.0)},
+        r"loss\.cotrain must stay 0\.05, for no term .* got 0\.0",
     ),
     "no forward weight": (
         {"auxiliary": TOKENS, "loss": LossWeights(forward=0)},

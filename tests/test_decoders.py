@@ -6,6 +6,7 @@ float32) gave on random weights and inputs; the weights follow from the seed in 
 
 import dataclasses
 import json
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from safetensors.numpy import load_file
 
 from vla_jax import convert, decoders, losses, streaming
 from vla_jax.decoders import DecoderConfig
+from vla_jax.streaming import Mode
 from vla_jax.types import BinChunk
 
 B, W, N, D, K, H = 2, 5, 4, 3, 2, 6
@@ -103,14 +105,23 @@ def assert_params_gradient(by_params, stored):
         np.testing.assert_allclose(norm, expected[name], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("name", ["lstm_pooling", "lstm_none", "gpt_pooling"])
-def test_refresh_streaming_is_robovlms_far_past_the_window(name, golden):
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        *((name, mode) for name in ("lstm_pooling", "lstm_none") for mode in get_args(Mode)),
+        ("gpt_pooling", "refresh"),
+        ("gpt_pooling", "periodic"),
+    ],
+)
+def test_streaming_is_robovlms_in_refresh_far_past_the_window_else_up_to_its_end(
+    name, mode, golden
+):
     config, params, stored = read_golden(golden / f"{name}.safetensors")
     tokens = stored["in.stream_tokens"]
     step = jax.jit(streaming.step, static_argnames="config")
-    state = streaming.init(params, config, tokens.shape[0])
+    state = streaming.init(params, config, tokens.shape[0], mode=mode)
     assert tokens.shape[1] > 2 * config.window_size
-    for t in range(tokens.shape[1]):
+    for t in range(tokens.shape[1] if mode == "refresh" else config.window_size):
         state, chunk = step(params, config, state, tokens[:, t])
         assert_close(chunk.arm, stored["out.stream_arm"][:, t], 1e-5)
         assert_close(chunk.gripper_logit[..., None], stored["out.stream_gripper"][:, t], 1e-5)
@@ -381,6 +392,12 @@ def test_a_window_longer_than_the_positions_of_a_gpt_is_one_sentence(key):
         ({"action_dim": 1}, "action_dim must be at least 2"),
         ({"num_latents": 9}, "num_latents must be at most num_tokens = 4 with pooling='max'"),
         ({"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
+        ({"kind": "fc", "hidden_size": 0}, "hidden_size must be at least 1, got 0"),
+        ({"kind": "gpt", "num_layers": 0}, "num_layers must be at least 1, got 0"),
+        ({"kind": "fc", "dtype": "float16"}, "unknown dtype 'float16'; .* Did you mean"),
+        ({"kind": "fc", "dropout": 0.1}, "dropout must be 0 for .* kind 'fc', .* got 0.1"),
+        ({"kind": "gpt", "dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"kind": "gru", "remat_chunk": -1}, "remat_chunk must be a number of steps .* got -1"),
         ({"kind": "gpt", "num_heads": 4}, "hidden_size must be a multiple of num_heads = 4, got 6"),
     ],
 )

@@ -234,6 +234,100 @@ def test_sentences_on_many_devices_give_what_they_give_on_one():
         assert_close(own, losses.token_loss(*batch))
 
 
+VOCABULARY = {"vocab_size": 60, "num_special": 3, "offset": 4}  # V of the logits is 64
+SPOKEN = 24  # words, actions of A numbers, words again
+
+
+def draw_spoken_actions(num_bins=V):
+    """Logits `[B, S, V]` that are right now and then, and labels with -100 where none is real."""
+    random = np.random.default_rng(2)
+    labels = random.integers(0, 20, (B, SPOKEN))
+    bins = random.integers(0, num_bins, (B, 3 * A))
+    bins[0, :2] = 0, num_bins - 1
+    labels[:, 8 : 8 + 3 * A] = 60 - 3 - 4 - (bins + 1)
+    labels[:, :5] = labels[-1, 8:16] = -100  # the prompt; two actions that are not there
+    logits = random.normal(size=(B, SPOKEN, 64)).astype(np.float32)
+    right = np.argwhere((random.random(labels.shape) < 0.6) & (labels >= 0))
+    for row, place in right[right[:, 1] > 0]:
+        logits[row, place - 1, labels[row, place]] += 9  # said one place before
+    return logits, labels
+
+
+def by_their_discrete_decoder(logits, labels, num_bins=V):
+    """Its arithmetic in PyTorch and NumPy: shift, all words' cross-entropy, tokens in sevens."""
+    logits, labels = torch.from_numpy(logits)[:, :-1], torch.from_numpy(labels)[:, 1:]
+    loss = torch.nn.functional.cross_entropy(
+        logits.reshape(-1, 64), labels.reshape(-1), ignore_index=-100
+    )
+    last = 60 - 3 - 4
+    spoken = (labels > last - (num_bins + 1)) & (labels < last)
+    said, label = logits.argmax(-1)[spoken].numpy(), labels[spoken].numpy()
+    edges = np.linspace(-1, 1, num_bins)
+    centres = (edges[:-1] + edges[1:]) / 2
+    decoded = [centres[np.clip(last - ids - 1, 0, num_bins - 2)] for ids in (said, label)]
+    right = (said == label).reshape(-1, A)
+    return {
+        "loss_tokens": loss.item(),
+        "action_l1": np.abs(decoded[0] - decoded[1]).mean(),
+        "acc_arm": right[:, :-1].mean(),
+        "acc_gripper": right[:, -1].mean(),
+    }
+
+
+def spoken_loss(logits, labels, axis_name=None):
+    ids = labels[..., 1:]
+    return losses.action_token_loss(
+        logits[..., :-1, :],
+        ids,
+        ids != -100,
+        **VOCABULARY,
+        action_dim=A,
+        num_bins=V,
+        axis_name=axis_name,
+    )
+
+
+def test_the_loss_of_spoken_actions_is_that_of_robovlms_discrete_decoder():
+    logits, labels = draw_spoken_actions()
+    loss, metrics = spoken_loss(logits, labels)
+    expected = by_their_discrete_decoder(logits, labels)
+    assert metrics.pop("acc_tokens") > 0
+    assert_close(metrics, expected)
+    assert_close(loss, expected["loss_tokens"])
+    assert 0.3 < expected["acc_arm"] != expected["acc_gripper"] > 0.3
+    assert expected["action_l1"] > 0.1
+
+
+def test_the_gradient_of_spoken_actions_is_that_of_every_real_token_words_included():
+    logits, labels = draw_spoken_actions()
+    slope = jax.grad(lambda logits: spoken_loss(logits, labels)[0])(logits)
+    np.testing.assert_array_equal((slope != 0).any(-1)[:, :-1], labels[:, 1:] != -100)
+
+
+def test_spoken_actions_that_are_right_have_full_marks():
+    _, labels = draw_spoken_actions()
+    said = np.roll(np.eye(64, dtype=np.float32)[np.maximum(labels, 0)], -1, axis=1)
+    _, metrics = spoken_loss(100 * said, labels)
+    assert metrics["acc_arm"] == metrics["acc_gripper"] == metrics["acc_tokens"] == 1
+    assert metrics["action_l1"] == 0
+
+
+def test_where_no_action_is_spoken_the_metrics_are_zero():
+    logits, labels = draw_spoken_actions()
+    for silent in (np.minimum(labels, 19), np.full_like(labels, -100)):
+        _, metrics = spoken_loss(logits, silent)
+        assert metrics["action_l1"] == metrics["acc_arm"] == metrics["acc_gripper"] == 0
+
+
+def test_spoken_actions_on_many_devices_give_what_they_give_on_one():
+    batch = draw_spoken_actions()
+    shares = jax.tree.map(lambda leaf: leaf[:, None], batch)
+    mapped = jax.pmap(partial(spoken_loss, axis_name="data"), "data")(*shares)
+    for device in range(4):
+        own = jax.tree.map(lambda leaf, device=device: leaf[device], mapped)
+        assert_close(own, spoken_loss(*batch))
+
+
 @pytest.mark.parametrize(
     ("head", "part"),
     [("continuous", "arm"), ("continuous", "gripper_logit"), ("discrete", "logits")],

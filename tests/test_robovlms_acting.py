@@ -165,15 +165,9 @@ def test_calvin_gets_the_commands_of_their_wrapper(mu, params, observation, chun
     np.testing.assert_allclose(sent, theirs, atol=1e-6)
 
 
-def tool_stats(limit):
-    """Statistics in CALVIN's units for actions within ±`limit` metres and radians."""
-    limits = np.array([50 * limit] * 3 + [20 * limit] * 3 + [1.0])
-    return normalize.fixed_bounds(-limits, limits, 7)
-
-
 def test_calvin_in_the_tools_frame_gets_the_commands_of_their_wrapper(params, observation, chunks):
     config, units = robovlms.calvin(POLICY, tool_frame=True), np.array([50] * 3 + [20] * 3 + [1])
-    sent = ours(config, tool_stats(0.65), params, observation) / units
+    sent = ours(config, robovlms.calvin_tool_stats(), params, observation) / units
     obs = observation.proprio.astype(np.float64)
     theirs = every_step(lambda row, t: their_calvin(at(chunks, row, t), obs[row, t])) / units
     # Theirs jumps by a whole turn where an angle crosses ±π; ours goes the short way.
@@ -275,12 +269,12 @@ def test_an_agent_in_the_tools_frame_needs_the_robots_own_state(params, observat
     beyond = dataclasses.replace(config.tool_frame, orientation=(13, 14, 15))
     config = dataclasses.replace(config, tool_frame=beyond)
     with pytest.raises(ValueError, match=r"orientation in its columns \(13, 14, 15\), got 15"):
-        ours(config, tool_stats(0.1), params, observation)
+        ours(config, robovlms.calvin_tool_stats(0.1), params, observation)
 
 
 def test_what_is_learnt_in_the_tools_frame_is_sent_in_the_worlds(params, observation, chunks):
     """An expert's own action, as a label, acts as the expert did."""
-    config, stats = robovlms.calvin(POLICY, tool_frame=True), tool_stats(0.1)
+    config, stats = robovlms.calvin(POLICY, tool_frame=True), robovlms.calvin_tool_stats(0.1)
     expert = np.random.default_rng(5).uniform(-0.5, 0.5, (T, 7)).astype(np.float32)
     expert[:, 6] = np.sign(expert[:, 6])
     orientation = observation.proprio[0, :, 3:6]

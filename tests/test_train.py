@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_demos
+from robovlms_heads import their_head
 
 from train import loop
 from train import pretrain as pretrain_script
@@ -25,7 +26,7 @@ from train.imitate import imitate
 from train.logs import read_metrics
 from train.pretrain import pretrain
 from train.setup import init_params, make_windows, read_dataset
-from vla_jax import captions, checkpoint, optim, policy
+from vla_jax import captions, checkpoint, convert, optim, policy
 from vla_jax.auxiliary import AuxiliaryConfig
 from vla_jax.backbones.state import StateConfig
 from vla_jax.config import load
@@ -320,6 +321,51 @@ def test_a_backbone_of_other_sizes_is_one_sentence(eyes, backbone):
     config = tiny_demos.imitation("", "", backbone=backbone, backbone_from=str(eyes))
     with pytest.raises(ValueError, match=r"backbone of .*eyes has other sizes than this config's"):
         init_params(jax.random.key(0), config)
+
+
+# --- a decoder to start from -------------------------------------------------------------------
+
+
+def write_converted(folder, **sizes):
+    """A head of RoboVLMs' that fits the small policy on the state, converted."""
+    head = their_head("lstm", in_features=8 * 3, hidden=8, layers=1, sizes=(8,), **sizes)
+    decoder, params = convert.from_robovlms(head, window_size=6)
+    told = convert.report_robovlms(head, decoder)
+    convert.write_folder(folder, convert.TensorFile(head), decoder, params, told)
+    return params
+
+
+def test_a_training_starts_from_the_decoder_of_a_conversion_or_of_a_run(trained, tmp_path):
+    given = {
+        tmp_path / "head": write_converted(tmp_path / "head"),
+        trained: checkpoint.restore_params(trained / "checkpoints")["decoder"],
+    }
+    fresh = init_params(jax.random.key(0), tiny_demos.imitation("", ""))
+    for folder, decoder in given.items():
+        config = tiny_demos.imitation("", "", decoder_from=str(folder))
+        params = init_params(jax.random.key(0), config)
+        assert_same_bits(params["decoder"], decoder)
+        assert_same_bits(params["backbone"], fresh["backbone"])
+
+
+def test_a_converted_head_is_trained_on_goes_back_and_moved(demos, tmp_path):
+    write_converted(tmp_path / "head")
+    options = {"decoder_from": str(tmp_path / "head")}
+    run = load_run(imitate(tiny_demos.imitation(demos, tmp_path / "run", **options)))
+    back = convert.to_robovlms(run.agent.policy.decoder, run.params["decoder"])
+    first = their_head("lstm", in_features=8 * 3, hidden=8, layers=1, sizes=(8,))
+    assert back.keys() == first.keys()
+    for name, tensor in back.items():
+        assert 0 < np.abs(tensor - first[name]).max() < 0.1, name
+
+
+def test_a_decoder_of_other_sizes_is_one_sentence(eyes, tmp_path):
+    write_converted(tmp_path / "head", chunk=3)
+    sentence = r"decoder of .*head has other sizes .* heads/arm/layers_1/bias is \(18,\), expected"
+    for folder, told in ((tmp_path / "head", sentence), (eyes, "decoder of .* is missing, exp")):
+        config = tiny_demos.imitation("", "", decoder_from=str(folder))
+        with pytest.raises(ValueError, match=told):
+            init_params(jax.random.key(0), config)
 
 
 def test_num_updates_below_one_are_refused():

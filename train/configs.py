@@ -29,6 +29,7 @@ class ImitateConfig:
     dataset: str = "demos/table"  # folder of a LeRobot v3.0 data set
     run_dir: str = "runs/imitate"  # folder to write to
     backbone_from: str = ""  # run folder whose backbone to start from; empty = random
+    decoder_from: str = ""  # run folder, or one that vla_jax.convert made; empty = random
     frozen_backbone: bool = False  # compute every frame's tokens once, train only the decoder
     stride: int = 1  # environment steps between the ends of two windows of an episode
     pack: bool = False  # whole episodes side by side in rows of window_size steps, no windows
@@ -50,13 +51,13 @@ class ImitateConfig:
         """Checks that every auxiliary head can be trained, and is."""
         if self.auxiliary.forward_horizon and self.auxiliary.forward_target == "pixels":
             _check_pictures(self)
-        heads = {"forward": self.auxiliary.forward_horizon > 0, "caption": self.auxiliary.caption}
-        for name, is_on in heads.items():
-            if is_on and getattr(self.loss, name) == 0:
-                raise ValueError(
-                    f"loss.{name} must be above 0 where its auxiliary head is on, got 0; raise "
-                    "it, or leave the head off."
-                )
+        window_size = self.agent.policy.decoder.window_size
+        if self.auxiliary.forward_horizon >= window_size:
+            raise ValueError(
+                f"auxiliary.forward_horizon must be below window_size = {window_size}, got "
+                f"{self.auxiliary.forward_horizon}; no step further ahead is in a window."
+            )
+        _check_weights(self)
 
 
 def table_lstm() -> ImitateConfig:
@@ -180,6 +181,24 @@ def _check_pictures(config: ImitateConfig) -> None:
             f"auxiliary.forward_patch_size must divide image_size {backbone.image_size}, "
             f"got {size}."
         )
+
+
+def _check_weights(config: ImitateConfig) -> None:
+    """Raises a ValueError where a head gets no gradient, or a weight was given to no term."""
+    heads = {"forward": config.auxiliary.forward_horizon > 0, "caption": config.auxiliary.caption}
+    for name, is_on in heads.items():
+        if is_on and getattr(config.loss, name) == 0:
+            raise ValueError(
+                f"loss.{name} must be above 0 where its auxiliary head is on, got 0; raise "
+                "it, or leave the head off."
+            )
+    for name in ("cotrain", "kl"):
+        weight, default = getattr(config.loss, name), getattr(LossWeights(), name)
+        if weight != default:
+            raise ValueError(
+                f"loss.{name} must stay {default}, for no term of this training has it, got "
+                f"{weight}; add the term to make_loss in train/imitate.py first."
+            )
 
 
 IMITATE = {

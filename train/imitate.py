@@ -111,17 +111,14 @@ def make_loss(config: ImitateConfig) -> LossFn:
             key=key if parts.decoder.dropout else None,
         )
         prediction = decoders.predict(params["decoder"], parts.decoder, features)
-        loss, metrics = losses.action_loss(
-            prediction, batch.action, batch.action_mask, gripper_weight=config.loss.gripper
-        )
-        if not auxiliary.is_on(config.auxiliary):
-            return loss, metrics
-        guesses = auxiliary.apply(
-            params["auxiliary"], config.auxiliary, features, captions.told(batch)
-        )
-        terms, accuracy = auxiliary.loss(guesses, config.auxiliary, batch, tokens)
-        auxiliary_loss, told = loss_terms.total(terms, config.loss)
-        return loss + auxiliary_loss, {**metrics, **told, **accuracy}
+        terms, metrics = losses.action_terms(prediction, batch.action, batch.action_mask)
+        if auxiliary.is_on(config.auxiliary):
+            words = captions.told(batch) if config.auxiliary.caption else None
+            guesses = auxiliary.apply(params["auxiliary"], config.auxiliary, features, words)
+            more, accuracy = auxiliary.loss(guesses, config.auxiliary, batch, tokens)
+            terms, metrics = terms | more, metrics | accuracy
+        loss, told = loss_terms.total(terms, config.loss)
+        return loss, {**told, **metrics}
 
     return loss_fn
 

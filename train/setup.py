@@ -10,6 +10,7 @@ import numpy as np
 
 from train.configs import ImitateConfig
 from vla_jax import auxiliary, checkpoint, policy
+from vla_jax.convert.folder import is_folder, read_params
 from vla_jax.data import lerobot, normalize
 from vla_jax.data.dataset import Dataset
 from vla_jax.data.normalize import NormStats
@@ -43,21 +44,22 @@ def compute_norm_stats(config: ImitateConfig, dataset: Dataset) -> dict[str, Nor
 
 
 def init_params(key: Key, config: ImitateConfig) -> Params:
-    """Random params, with the backbone of an earlier run if there is one; `key` is consumed.
+    """Random params, with the backbone and decoder of earlier runs if any; `key` is consumed.
 
     `{"backbone", "decoder"}`, and `"auxiliary"` where there are auxiliary heads; the first two do
     not depend on whether there are.
 
     Raises:
-      FileNotFoundError: the earlier run has no checkpoint.
-      ValueError: its backbone has other sizes.
+      FileNotFoundError: an earlier run has no checkpoint.
+      ValueError: its backbone or decoder has other sizes.
     """
     # jit: one compilation in place of one for each kind and shape of param.
     params = jax.jit(policy.init, static_argnums=1)(key, config.agent.policy)
-    if config.backbone_from:
-        saved = checkpoint.restore_params(pathlib.Path(config.backbone_from) / "checkpoints")
-        _check_same_sizes(saved.get("backbone"), params["backbone"], config.backbone_from)
-        params["backbone"] = saved["backbone"]
+    for part, folder in (("backbone", config.backbone_from), ("decoder", config.decoder_from)):
+        if folder:
+            saved = _read_part(part, folder)
+            _check_same_sizes(part, saved, params[part], folder)
+            params[part] = saved
     if auxiliary.is_on(config.auxiliary):
         # 2: policy.init draws from the parts 0 and 1 of the key.
         params["auxiliary"] = _init_auxiliary(jax.random.fold_in(key, 2), config)
@@ -103,9 +105,26 @@ def _init_auxiliary(key: Key, config: ImitateConfig) -> Params:
     )
 
 
-def _check_same_sizes(found: Params | None, wanted: Params, run_dir: str) -> None:
-    if jax.tree.map(np.shape, found) != jax.tree.map(np.shape, wanted):
-        raise ValueError(
-            f"the backbone of {run_dir} has other sizes than this config's; give both the same "
-            "options, or pre-train again."
-        )
+def _read_part(part: str, folder: str) -> Params:
+    if part == "decoder" and is_folder(folder):
+        return read_params(folder)[1]
+    return checkpoint.restore_params(pathlib.Path(folder) / "checkpoints").get(part, {})
+
+
+def _check_same_sizes(part: str, found: Params, wanted: Params, folder: str) -> None:
+    sizes, expected = _sizes(found), _sizes(wanted)
+    for name in sorted({*sizes, *expected}):
+        if sizes.get(name) != expected.get(name):
+            raise ValueError(
+                f"the {part} of {folder} has other sizes than this config's: {name} is "
+                f"{sizes.get(name, 'missing')}, expected {expected.get(name, 'nothing')}; give "
+                "both the same options, or train it again."
+            )
+
+
+def _sizes(params: Params) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.shape(leaf)
+        for path, leaf in leaves
+    }

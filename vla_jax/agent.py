@@ -18,7 +18,7 @@ from vla_jax.data.windows import ALWAYS
 from vla_jax.execution import ExecutionConfig
 from vla_jax.policy import PolicyConfig
 from vla_jax.rotations import ToolFrame
-from vla_jax.streaming import Mode
+from vla_jax.streaming import Mode, check_mode
 from vla_jax.types import Array, Observation, Params
 
 
@@ -32,6 +32,9 @@ class AgentConfig:
     mode: Mode = "refresh"  # what the decoder remembers: last W steps, since W·n, everything
     instruction_steps: int = 1  # first steps that show the instruction; -1 = always
     tool_frame: ToolFrame | None = None  # the policy speaks in the tool's frame; None = the data's
+
+    def __post_init__(self):
+        check_mode(self.policy.decoder, self.mode)
 
 
 class AgentState(NamedTuple):

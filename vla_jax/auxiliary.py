@@ -52,6 +52,10 @@ class AuxiliaryConfig:
                 raise ValueError(
                     f"auxiliary.{name} must be at least {smallest}, got {getattr(self, name)}."
                 )
+        if min(self.forward_sizes, default=1) < 1:
+            raise ValueError(
+                f"auxiliary.forward_sizes must be at least 1 each, got {self.forward_sizes}."
+            )
 
 
 class AuxiliaryPrediction(NamedTuple):

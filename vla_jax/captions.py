@@ -11,12 +11,11 @@ Word ids are those of `data.text`; id 0 behind the words is the end.
 import chex
 import jax
 import jax.numpy as jnp
-import optax
 from einops import rearrange
 
 from vla_jax import heads, recurrence
 from vla_jax.cells import GRUCarry, affine
-from vla_jax.losses import masked_mean
+from vla_jax.losses import token_loss
 from vla_jax.recurrence import RecurrenceConfig
 from vla_jax.types import Array, Batch, Key, Metrics, Params
 
@@ -111,12 +110,9 @@ def loss(logits: Array, words: Array, *, axis_name: str | None = None) -> tuple[
     Returns:
       Loss `[]` float32, and `acc_caption` in [0, 1], the share of words that are the likeliest.
     """
-    chex.assert_shape(logits, (*words.shape, None))
     counts = (words > 0) | (_word_before(words) > 0)
-    entropy = optax.losses.softmax_cross_entropy_with_integer_labels(logits, words)
-    right = jnp.argmax(logits, axis=-1) == words
-    accuracy = masked_mean(right, counts, axis_name=axis_name)
-    return masked_mean(entropy, counts, axis_name=axis_name), {"acc_caption": accuracy}
+    loss, metrics = token_loss(logits, words, counts, axis_name=axis_name)
+    return loss, {"acc_caption": metrics["acc_tokens"]}
 
 
 def told(batch: Batch) -> jax.Array:

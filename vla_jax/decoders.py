@@ -10,7 +10,7 @@ of the window; `streaming` gives the same ones step by step.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 import chex
 import jax
@@ -26,6 +26,7 @@ from vla_jax.types import Array, Key, Params, Prediction
 
 Kind = Literal["rnn", "lstm", "gru", "fc", "gpt"]
 Head = Literal["continuous", "discrete"]
+Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ class DecoderConfig:
     action_horizon: int = 10  # K, actions of a chunk
     action_dim: int = 7  # A, the last of which is the gripper
     hidden_size: int = 1024  # H, units of a layer, features that the heads get
-    num_layers: int = 4  # L, layers of the recurrence or the transformer (RoboVLMs' has 8)
+    num_layers: int = 4  # L, of the recurrence or the transformer (RoboVLMs' has 8); not of "fc"
     num_heads: int = 8  # M, attention heads of kind "gpt"
     pooling: Pooling = "max"  # how N tokens become `num_latents`; "none" keeps and joins them all
     num_latents: int = 1  # vectors that are left of a step's tokens, joined to one
@@ -47,16 +48,18 @@ class DecoderConfig:
     num_bins: int = 256  # V, bins of a number from -1 to 1; of head "discrete"
     head_sizes: tuple[int, ...] = (1024, 512, 256)  # hidden layers of each MLP of the heads
     dropout: float = 0.0  # probability: between two recurrent layers, or in GPT-2's three places
-    remat_chunk: int = 0  # steps whose gates are computed again for the gradient; 0 = keep all
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the factors of matrix products
+    remat_chunk: int = 0  # recurrent steps computed again for the gradient; 0 = keep all
+    dtype: Dtype = "float32"  # of the factors of matrix products
 
     def __post_init__(self):
-        for name, choices in (("kind", Kind), ("pooling", Pooling), ("head", Head)):
+        literals = {"kind": Kind, "pooling": Pooling, "head": Head, "dtype": Dtype}
+        for name, choices in literals.items():
             value, known = getattr(self, name), get_args(choices)
             if value not in known:
                 raise ValueError(f"unknown {name} '{value}'; {did_you_mean(value, known)}")
         least_tokens = 1 if self.pooling == "none" else 0
         sizes = ("token_dim", "window_size", "action_horizon", "num_latents")
+        sizes += ("hidden_size", "num_layers")
         for name, least in (("num_tokens", least_tokens), *((name, 1) for name in sizes)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
@@ -70,23 +73,22 @@ class DecoderConfig:
                 f"pooling='{self.pooling}', got {self.num_latents}; choose pooling='attention'."
             )
         action_tokens.check_num_bins(self.num_bins)
-        recurrence_config(self)  # has checks of its own
-        if self.kind == "gpt":
-            transformer_config(self)
+        TRUNKS[self.kind].check(self)
 
 
 class Trunk(NamedTuple):
     """A family member: what stands between pooling and heads."""
 
     name: str  # of its params
+    check: Callable[[DecoderConfig], object]  # raises a ValueError unless it can be made so
     init: Callable[[Key, DecoderConfig], Params]
     apply: Callable[..., tuple[Carry, jax.Array]]  # see `features`, with pooled for tokens
 
 
 def recurrence_config(config: DecoderConfig) -> RecurrenceConfig:
-    """Returns the config of the recurrence inside (of the other kinds: of an LSTM instead)."""
+    """Returns the config of the recurrence inside, for kinds "rnn", "lstm", "gru"."""
     return RecurrenceConfig(
-        cell="lstm" if config.kind in ("fc", "gpt") else config.kind,
+        cell=cast(Literal["rnn", "lstm", "gru"], config.kind),
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
         dropout=config.dropout,
@@ -306,6 +308,14 @@ def _apply_recurrence(
     )
 
 
+def _check_mlp(config: DecoderConfig) -> None:
+    if config.dropout != 0.0:
+        raise ValueError(
+            f"dropout must be 0 for a decoder of kind 'fc', which drops nothing, got "
+            f"{config.dropout}."
+        )
+
+
 def _init_mlp(key: Key, config: DecoderConfig) -> Params:
     size = pooled_size(config)
     return {"mlp": heads.init_mlp(key, (size, max(size // 2, 1), config.hidden_size))}
@@ -342,9 +352,9 @@ def _apply_transformer(
     return {}, features
 
 
-_RECURRENCE = Trunk("recurrence", _init_recurrence, _apply_recurrence)
+_RECURRENCE = Trunk("recurrence", recurrence_config, _init_recurrence, _apply_recurrence)
 TRUNKS = {
     **dict.fromkeys(CELLS, _RECURRENCE),
-    "fc": Trunk("mlp", _init_mlp, _apply_mlp),
-    "gpt": Trunk("transformer", _init_transformer, _apply_transformer),
+    "fc": Trunk("mlp", _check_mlp, _init_mlp, _apply_mlp),
+    "gpt": Trunk("transformer", transformer_config, _init_transformer, _apply_transformer),
 }

@@ -151,16 +151,20 @@ class Decoder(nn.Module):
         """Returns what is predicted at every position: action chunks, or bins of them.
 
         Args:
-          tokens: `[B, W, N, D]`; W may be any number of steps here.
+          tokens: `[B, W, N, D]`; W may be any number of steps here, of "gpt" at most the config's.
           timestep_mask: `[B, W]`, True where the step is real; None means everywhere.
           token_mask: `[B, W, N]`, True where the token is real; None means everywhere.
           reset: `[B, W]`, True where a new episode starts; None means nowhere.
-          carry: of the recurrence before the first step; None means zeros.
-          deterministic: False drops outputs between layers, and takes an rng named "dropout".
+          carry: of the recurrence before the first step; None means zeros. Of "gpt" always None.
+          deterministic: False drops as `DecoderConfig.dropout` says, by an rng named "dropout".
 
         Returns:
           Arm `[B, W, K, A-1]` in (-1, 1), gripper logit `[B, W, K]`; of head "discrete" logits
           `[B, W, K, A, V]`; float32.
+
+        Raises:
+          ValueError: `tokens` are not `[B, W, N, D]` with the config's N and D, or for "gpt" there
+            is a carry or a longer window.
         """
         return decoders.apply(
             self._params(),

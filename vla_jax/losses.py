@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from vla_jax import action_tokens, heads
-from vla_jax.loss_terms import LossWeights
+from vla_jax.loss_terms import TERMS, LossWeights, total
 from vla_jax.types import ActionChunk, Array, BinChunk, Metrics, Prediction
 
 
@@ -70,19 +70,38 @@ def action_loss(
 
     Source: Li et al. 2024, RoboVLMs (arXiv:2412.14058), with its weight 0.01; `DiscreteDecoder`.
     """
+    terms, metrics = action_terms(prediction, action, action_mask, axis_name=axis_name)
+    loss, told = total(terms, LossWeights(gripper=gripper_weight))
+    return loss, {**told, **metrics}
+
+
+def action_terms(
+    prediction: Prediction, action: Array, action_mask: Array, *, axis_name: str | None = None
+) -> tuple[dict[str, jax.Array], Metrics]:
+    """Returns the terms of `action_loss` without a weight, for `loss_terms.total` with others.
+
+    Args:
+      prediction: as for `action_loss`.
+      action: as for `action_loss`.
+      action_mask: as for `action_loss`.
+      axis_name: as for `action_loss`.
+
+    Returns:
+      `arm` and `gripper`, or `bins`, `[]` float32; and the metrics that are no loss.
+    """
     chex.assert_shape(action_mask, action.shape[:-1])
     prediction = jax.tree.map(lambda part: jnp.asarray(part, jnp.float32), prediction)
     # The selection comes before the loss: the gradient through a NaN target would be NaN.
     target = jnp.where(jnp.asarray(action_mask)[..., None], action, 0.0)
     is_discrete = isinstance(prediction, BinChunk)
-    terms = _bin_terms(prediction, target) if is_discrete else _chunk_terms(prediction, target)
-    terms |= _decoded_terms(heads.actions(prediction), target)
-    metrics = {
-        name: masked_mean(term, action_mask, axis_name=axis_name) for name, term in terms.items()
+    found = _bin_terms(prediction, target) if is_discrete else _chunk_terms(prediction, target)
+    found |= _decoded_terms(heads.actions(prediction), target)
+    means = {
+        name: masked_mean(values, action_mask, axis_name=axis_name)
+        for name, values in found.items()
     }
-    if is_discrete:
-        return metrics["loss_bins"], metrics
-    return metrics["loss_arm"] + gripper_weight * metrics["loss_gripper"], metrics
+    terms = {name: mean for name, mean in means.items() if name in TERMS}
+    return terms, {name: mean for name, mean in means.items() if name not in TERMS}
 
 
 def token_loss(
@@ -114,6 +133,62 @@ def token_loss(
     }
     metrics = {name: masked_mean(term, mask, axis_name=axis_name) for name, term in terms.items()}
     return metrics["loss_tokens"], metrics
+
+
+def action_token_loss(
+    logits: Array,
+    ids: Array,
+    mask: Array,
+    *,
+    vocab_size: int,
+    action_dim: int = 7,
+    num_bins: int = 256,
+    num_special: int = 0,
+    offset: int = 10,
+    axis_name: str | None = None,
+) -> tuple[jax.Array, Metrics]:
+    """Returns the cross-entropy of a language model that speaks actions, and how well it acts.
+
+    `token_loss` over all real tokens, words included, shifted by the caller as there. The metrics
+    are of the tokens that stand for a bin: in each row `[S]` they are counted off in groups of A,
+    the last of a group being the gripper's.
+
+    Args:
+      logits: `[..., S, V]`.
+      ids: targets `[..., S]`, as for `token_loss`; `action_tokens.to_token_ids` makes those of
+        actions.
+      mask: `[..., S]`, True where the target is real (RoboVLMs: where it is not -100).
+      vocab_size: of the tokenizer, as `to_token_ids` was given it; V may be larger.
+      action_dim: A, the tokens of one action.
+      num_bins: bins of a number.
+      num_special: as `to_token_ids` was given it.
+      offset: as `to_token_ids` was given it.
+      axis_name: mapped axis to sum over; None means that the batch is whole.
+
+    Returns:
+      Loss `[]` float32, and metrics: those of `token_loss`; `action_l1`, the mean absolute error
+      of all A numbers after decoding, in [0, 2]; `acc_arm` and `acc_gripper` in [0, 1], the share
+      of their tokens that are the likeliest of all V.
+
+    Source: Li et al. 2024, RoboVLMs (arXiv:2412.14058), `DiscreteDecoder.loss`.
+    """
+    loss, metrics = token_loss(logits, ids, mask, axis_name=axis_name)
+    told, said = (
+        action_tokens.from_token_ids(each, vocab_size, num_special=num_special, offset=offset)
+        for each in (ids, jnp.argmax(logits, axis=-1))
+    )
+    is_action = mask & (told >= 0) & (told < num_bins)
+    is_gripper = jnp.cumsum(is_action, axis=-1) % action_dim == 0
+    centres = (action_tokens.decode(bins, num_bins) for bins in (told, said))
+    terms = {
+        "action_l1": (jnp.abs(jnp.subtract(*centres)), is_action),
+        "acc_arm": (told == said, is_action & ~is_gripper),
+        "acc_gripper": (told == said, is_action & is_gripper),
+    }
+    return loss, metrics | {
+        name: masked_mean(values, kept, axis_name=axis_name)
+        for name, (values, kept) in terms.items()
+    }
 
 
 def categorical_kl(
@@ -153,8 +228,8 @@ def _chunk_terms(chunk: ActionChunk, target: jax.Array) -> Metrics:
     chex.assert_shape(chunk.gripper_logit, target.shape[:-1])
     is_open = (target[..., -1] > 0).astype(jnp.float32)
     return {
-        "loss_arm": optax.losses.huber_loss(chunk.arm, target[..., :-1], delta=1.0),
-        "loss_gripper": optax.losses.sigmoid_binary_cross_entropy(chunk.gripper_logit, is_open),
+        "arm": optax.losses.huber_loss(chunk.arm, target[..., :-1], delta=1.0),
+        "gripper": optax.losses.sigmoid_binary_cross_entropy(chunk.gripper_logit, is_open),
     }
 
 
@@ -163,7 +238,7 @@ def _bin_terms(chunk: BinChunk, target: jax.Array) -> Metrics:
     bins = action_tokens.encode(target, chunk.logits.shape[-1])
     likeliest = jnp.argmax(chunk.logits[..., :-1, :], axis=-1)
     return {
-        "loss_bins": optax.losses.softmax_cross_entropy_with_integer_labels(chunk.logits, bins),
+        "bins": optax.losses.softmax_cross_entropy_with_integer_labels(chunk.logits, bins),
         "acc_arm": likeliest == bins[..., :-1],
     }
 

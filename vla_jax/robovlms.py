@@ -40,8 +40,8 @@ def calvin(policy: PolicyConfig, *, tool_frame: bool = False, mu: float = 0.0) -
     Args:
       policy: what acts.
       tool_frame: the policy was trained on actions in the tool's frame; proprio is then CALVIN's
-        `robot_obs`. Their `tcp_rel` has another scale and the inverse rotation, and no released
-        checkpoint uses it.
+        `robot_obs`, and `calvin_tool_stats` the statistics of a head of theirs. Their `tcp_rel`
+        has another scale and the inverse rotation, and no released checkpoint uses it.
       mu: μ of the μ-law, their `mu_val` where `use_mu_law` is set; 0 = none.
     """
     return AgentConfig(
@@ -56,6 +56,20 @@ def calvin(policy: PolicyConfig, *, tool_frame: bool = False, mu: float = 0.0) -
 def calvin_stats(limit: float = LIMIT, *, action_dim: int = 7) -> NormStats:
     """Statistics of CALVIN's actions, clipped to ±`limit`."""
     return fixed_bounds(-limit, limit, action_dim)
+
+
+def calvin_tool_stats(limit: float = LIMIT) -> NormStats:
+    """Statistics of CALVIN's actions in the tool's frame, for `calvin(policy, tool_frame=True)`.
+
+    Their wrapper takes such actions to be metres and radians within ±`limit` and multiplies them
+    by 50 and 20 (its branch `raw_calvin=False`); in CALVIN's units that is ±50 · `limit` of the
+    position, ±20 · `limit` of the angles.
+
+    Args:
+      limit: at which their actions were clipped, metres and radians.
+    """
+    high = np.array([50 * limit] * 3 + [20 * limit] * 3 + [1.0])
+    return fixed_bounds(-high, high, 7)
 
 
 def simpler(policy: PolicyConfig, robot: Robot, *, gripper_steps: int = 2) -> AgentConfig:

@@ -144,6 +144,17 @@ def step(
     return state, heads.actions(predict(params, config, features))
 
 
+def check_mode(config: DecoderConfig, mode: str) -> None:
+    """Raises a ValueError unless there is such a mode, and the decoder can stream in it."""
+    if mode not in get_args(Mode):
+        raise ValueError(f"unknown mode '{mode}'; {did_you_mean(mode, get_args(Mode))}")
+    if config.kind == "gpt" and mode == "persistent":
+        raise ValueError(
+            "mode must be 'refresh' or 'periodic' for a decoder of kind 'gpt', whose positions "
+            f"end at window_size = {config.window_size}, got 'persistent'; choose one of them."
+        )
+
+
 def _check_init(
     params: Params, config: DecoderConfig, batch_size: int, mode: str, window_size: int
 ) -> None:
@@ -153,19 +164,11 @@ def _check_init(
             f"params must have '{trunk}' for a decoder of kind '{config.kind}', got "
             f"{sorted(params)}; use the config they were trained with."
         )
-    if mode not in get_args(Mode):
-        raise ValueError(f"unknown mode '{mode}'; {did_you_mean(mode, get_args(Mode))}")
+    check_mode(config, mode)
     for name, size in (("batch_size", batch_size), ("window_size", window_size)):
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}.")
-    if config.kind != "gpt":
-        return
-    if mode == "persistent":
-        raise ValueError(
-            "mode must be 'refresh' or 'periodic' for a decoder of kind 'gpt', whose positions "
-            f"end at window_size = {config.window_size}, got 'persistent'; choose one of them."
-        )
-    if window_size > config.window_size:
+    if config.kind == "gpt" and window_size > config.window_size:
         raise ValueError(
             f"window_size must be at most {config.window_size} for a decoder of kind 'gpt', which "
             f"has learned no later position, got {window_size}; train with a larger window_size."
