@@ -193,7 +193,7 @@ def _run_layer(
 def _scan(
     params: Params, config: RecurrenceConfig, carry: Any, inputs, mask, reset, *, reverse: bool
 ) -> tuple[Any, jax.Array]:
-    """Runs a cell over `inputs [T, B, D]`, the inputs' product first, for all steps (of a chunk)."""
+    """Runs a cell over `inputs [T, B, D]`, the inputs' product first, of all steps (of a chunk)."""
     cell = CELLS[config.cell]
     scan = bptt.plain_scan if config.implementation == "scan" else bptt.scan
 
