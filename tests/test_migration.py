@@ -7,10 +7,12 @@ import shlex
 import jax
 import numpy as np
 import pytest
+import tiny_run
 from robovlms_heads import their_head
 
-from train.configs import ImitateConfig
-from vla_jax import convert
+from train.command_line import command_line
+from train.configs import IMITATE, ImitateConfig
+from vla_jax import convert, decoders
 from vla_jax.auxiliary import AuxiliaryConfig
 from vla_jax.convert.__main__ import main
 from vla_jax.decoders import DecoderConfig
@@ -20,6 +22,7 @@ from vla_jax.optim import OptimConfig
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = (ROOT / "docs/migration.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+THERE, BACK, SPOKEN, *OTHERS = BLOCKS
 
 
 @pytest.mark.filterwarnings("ignore:.*beside the head are left over")
@@ -33,13 +36,47 @@ def test_the_commands_and_the_code_run(tmp_path, monkeypatch):
     for line in commands:
         main(shlex.split(line))
     names: dict = {}
-    exec(BLOCKS[0], names)
+    exec(THERE, names)
     assert names["chunk"].arm.shape == (3, 2, 6)
     assert set(names["tensors"]) == set(their_head("lstm"))
     assert names["config"].window_size == 8
 
 
-@pytest.mark.parametrize("block", BLOCKS[1:], ids=["torch", "flax", "linen"])
+def test_the_options_of_a_training_from_a_released_head_give_a_decoder_of_its_sizes():
+    found = re.search(r"^python -m train\.imitate (.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    assert found
+    argv = shlex.split(found[1].replace("\\\n", ""))
+    config = command_line(IMITATE, argv, description="Imitates.")
+    decoder = config.agent.policy.decoder
+    params = jax.eval_shape(lambda key: decoders.init(key, decoder), jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 41_210_950
+    assert (decoder.kind, decoder.window_size, decoder.dropout) == ("lstm", 8, 0)
+    assert (config.decoder_from, config.pack) == ("converted", False)
+
+
+def test_what_a_run_learnt_goes_back_into_their_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_run.write(tmp_path / "runs/fine")
+    head = their_head("lstm", in_features=8, hidden=8, layers=1, sizes=(8,))
+    tensors = {f"model.{name}": x for name, x in head.items()} | {"model.eyes": np.ones(6)}
+    convert.write("policy.ckpt", convert.TensorFile(tensors))
+    exec(BACK, {})
+    fine = convert.read("fine.ckpt").tensors
+    assert list(fine) == list(tensors)
+    config, params = convert.from_robovlms({n: x for n, x in fine.items() if "head" in n})
+    assert config.hidden_size == 8
+    jax.tree.map(np.testing.assert_array_equal, params, tiny_run.params(10)["decoder"])
+    np.testing.assert_array_equal(fine["model.eyes"], tensors["model.eyes"])
+
+
+def test_the_block_on_spoken_actions_runs():
+    names: dict = {}
+    exec(SPOKEN, names)
+    np.testing.assert_allclose(names["loss"], np.log(32064), rtol=1e-5)
+    assert names["metrics"]["action_l1"] > 0
+
+
+@pytest.mark.parametrize("block", OTHERS, ids=["torch", "flax", "linen"])
 def test_the_blocks_on_torch_and_flax_run(block):
     names: dict = {}
     exec(block, names)

@@ -68,7 +68,7 @@ def action_loss(
       `loss_arm`, `loss_gripper` (without its weight). Of bins: `loss_bins`, `acc_arm` in [0, 1]
       (the likeliest bin is the right one).
 
-    Source: Li et al. 2024, RoboVLMs (arXiv:2412.14058), with its weight 0.01; `DiscreteDecoder`.
+    Source: Li et al. 2024, RoboVLMs (arXiv:2412.14058), with its weight 0.01; the bins are ours.
     """
     terms, metrics = action_terms(prediction, action, action_mask, axis_name=axis_name)
     loss, told = total(terms, LossWeights(gripper=gripper_weight))
