@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import tiny_demos
 
+from train.imitate import make_loss
+from train.setup import init_params
 from vla_jax import auxiliary, captions
 from vla_jax.auxiliary import AuxiliaryConfig, AuxiliaryPrediction
 from vla_jax.loss_terms import LossWeights
@@ -198,6 +200,22 @@ def test_there_are_params_only_for_what_is_on():
     assert params(AuxiliaryConfig(caption=True, caption_size=5)).keys() == {"caption"}
     assert params(BOTH).keys() == {"forward", "caption"}
     assert all(auxiliary.is_on(config) for config in (TOKENS, AuxiliaryConfig(caption=True)))
+
+
+def test_a_training_sums_every_term_and_needs_words_only_to_give_them_back():
+    config = tiny_demos.imitation("", "", auxiliary=TOKENS, loss=LossWeights(gripper=0.5))
+    batch, _ = draw_batch(cameras=())
+    batch = batch._replace(
+        observation=Observation(),
+        tokens=np.random.default_rng(1).normal(size=(B, W, 3, 8)).astype(np.float32),
+        action=np.ones((B, W, 2, 7), np.float32),
+        action_mask=np.ones((B, W, 2), bool),
+    )
+    key = jax.random.key(0)
+    loss, told = make_loss(config)(init_params(key, config), batch, key)
+    terms = (told["loss_arm"], told["loss_gripper"], told["loss_forward_tokens"])
+    assert all(term > 0 for term in terms)
+    assert_close(loss, np.dot([1, 0.5, 0.05], terms))
 
 
 # --- mistakes ---------------------------------------------------------------------------------
