@@ -13,7 +13,7 @@ from vla_jax.convert.flax_cells import from_flax, from_flax_stack, to_flax, to_f
 from vla_jax.convert.folder import read_folder, read_params, write_folder
 from vla_jax.convert.report import Report
 from vla_jax.convert.robovlms import from_robovlms, report_robovlms, to_robovlms
-from vla_jax.convert.torch_rnn import from_torch, to_torch
+from vla_jax.convert.torch_rnn import from_torch, report_torch, to_torch
 
 __all__ = [
     "Report",
@@ -26,6 +26,7 @@ __all__ = [
     "read_folder",
     "read_params",
     "report_robovlms",
+    "report_torch",
     "to_flax",
     "to_flax_stack",
     "to_robovlms",
