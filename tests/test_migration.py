@@ -7,6 +7,7 @@ import shlex
 import jax
 import numpy as np
 import pytest
+import torch
 from robovlms_heads import their_head
 
 from train.configs import ImitateConfig
@@ -22,20 +23,24 @@ PAGE = (ROOT / "docs/migration.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
-@pytest.mark.filterwarnings("ignore:.*beside the head are left over")
+@pytest.mark.filterwarnings("ignore:.*beside the head are left over", "ignore:.*drawn at random")
+@pytest.mark.filterwarnings("ignore:window_size 8 is assumed")
 def test_the_commands_and_the_code_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tensors = {f"model.{name}": x for name, x in their_head("lstm").items()}
     tensors["model.action_token"] = np.ones(6, np.float32)
     convert.write("policy.ckpt", convert.TensorFile(tensors))
+    model = torch.nn.ModuleDict({"encoder": torch.nn.ModuleDict({"rnn": torch.nn.GRU(3, 5)})})
+    torch.save(model.state_dict(), "model.pt")
     commands = re.findall(r"^python -m vla_jax\.convert (.*)$", PAGE, re.MULTILINE)
-    assert len(commands) == 4
+    assert len(commands) == 6
     for line in commands:
         main(shlex.split(line))
     names: dict = {}
     exec(BLOCKS[0], names)
     assert names["chunk"].arm.shape == (3, 2, 6)
     assert set(names["tensors"]) == set(their_head("lstm"))
+    assert convert.read_recurrence("encoder")[0].cell == "gru"
     assert names["config"].window_size == 8
 
 
