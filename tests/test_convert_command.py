@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,7 +20,9 @@ from vla_jax.convert.__main__ import main
 ROOT = pathlib.Path(__file__).parents[1]
 PREFIX = "model."
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*became float32", "ignore:.*beside the head are left over"
+    "ignore:.*became float32",
+    "ignore:.*beside the head are left over",
+    "ignore:window_size 8 is assumed",
 )
 
 
@@ -95,13 +98,101 @@ def test_what_is_allowed_to_be_missing_is_drawn_and_written_at_the_end(tmp_path,
     tensors = {name: x for name, x in checkpoint_of().items() if "gripper" not in name}
     write(tmp_path / "a.pt", tensors)
     src, out, again = (str(tmp_path / name) for name in ("a.pt", "out", "b.pt"))
-    main([src, out, "--allow-missing", "act_head.gripper.*", "act_head.x"])
-    assert "missing, drawn" in capsys.readouterr().out
+    with pytest.warns(UserWarning, match="6 tensors are missing and drawn at random: act_head.gr"):
+        main([src, out, "--allow-missing", "act_head.gripper.*", "act_head.x"])
+    told = capsys.readouterr().out
+    assert "missing, drawn" in told
+    assert len([name for name in their_head("lstm") if "gripper" in name and name in told]) == 6
     main([out, again])
     back = convert.read(again).tensors
     assert_same({name: back[name] for name in tensors}, tensors)
     assert all(name.startswith("model.act_head.gripper.") for name in list(back)[len(tensors) :])
     assert len(back) == len(tensors) + 6
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_line_says_where_trained_params_lose_digits_on_the_way_back(dtype, tmp_path):
+    write(tmp_path / "a.pt", checkpoint_of(dtype=jnp.dtype(dtype)))
+    main([str(tmp_path / "a.pt"), str(tmp_path / "out")])
+    decoder, params = convert.read_params(tmp_path / "out")
+    source = convert.read(tmp_path / "a.pt")
+    report = convert.report_robovlms(source.tensors, decoder)
+    params["recurrence"]["layers_0"]["forward"]["input_bias"] += 1e-5
+    params["heads"]["arm"]["layers_0"]["bias"] += 1e30  # more than float16 has
+    params["heads"]["gripper"]["layers_0"]["bias"][0] = np.nan  # which it has
+    convert.write_folder(tmp_path / "out", source, decoder, params, report, overwrite=True)
+    names = "model.act_head.actions.mlp.0.bias, model.act_head.rnn.bias_ih_l0"
+    with pytest.warns(UserWarning, match=f"2 tensors lose digits in the file's {dtype}: {names};"):
+        main([str(tmp_path / "out"), str(tmp_path / "b.pt")])
+
+
+# --- recurrences of torch.nn ------------------------------------------------------------------
+
+
+def module_file(path, make=torch.nn.LSTM, prefix="", **options):
+    """A torch.nn recurrence, in a model of more where it has a prefix."""
+    torch.manual_seed(0)
+    tensors = {prefix + name: x for name, x in make(3, 5, 2, **options).state_dict().items()}
+    if prefix:
+        tensors = {"first": torch.arange(3)} | tensors | {"head.weight": torch.ones(2, 5)}
+    convert.write(path, TensorFile({name: x.numpy() for name, x in tensors.items()}))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("prefix", ["", "encoder.rnn."])
+@pytest.mark.parametrize("make", [torch.nn.RNN, torch.nn.GRU, torch.nn.LSTM])
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True, "bias": False}])
+def test_a_torch_recurrence_goes_there_and_back(options, make, prefix, suffix, tmp_path, capsys):
+    source, folder, again = (tmp_path / name for name in (f"a{suffix}", "out", f"b{suffix}"))
+    module_file(source, make, prefix, **options)
+    main([str(source), str(folder), *(["--prefix", prefix] if prefix else [])])
+    told = capsys.readouterr().out
+    assert f"{make.__name__.lower()}, 2 layers of 5" in told
+    assert ("left over" in told) == bool(prefix)
+    config, params = convert.read_recurrence(folder)
+    tensors = convert.read(source).tensors
+    expected, own = convert.from_torch(tensors, prefix=prefix)
+    assert config == expected
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, own))
+    main([str(folder), str(again)])
+    assert capsys.readouterr().out.startswith(f"{len(tensors)} tensors, ")
+    assert_same(convert.read(again).tensors, tensors)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_torch_recurrence_in_half_precision_goes_there_and_back(dtype, tmp_path):
+    half = torch.nn.GRU(3, 5).to(getattr(torch, dtype)).state_dict()
+    torch.save({"state_dict": half}, tmp_path / "a.pt")
+    main([str(tmp_path / "a.pt"), str(tmp_path / "out")])
+    main([str(tmp_path / "out"), str(tmp_path / "b.pt")])
+    assert_same(*(convert.read(tmp_path / name).tensors for name in ("a.pt", "b.pt")))
+
+
+def test_biases_that_a_file_had_not_come_back_once_they_are_trained(tmp_path):
+    module_file(tmp_path / "a.pt", bias=False)
+    source = convert.read(tmp_path / "a.pt")
+    config, params = convert.from_torch(source.tensors)
+    report = convert.report_torch(source.tensors, config)
+    params["layers_1"]["forward"]["input_bias"] += 1.0
+    convert.write_folder(tmp_path / "out", source, config, params, report)
+    back = convert.read_folder(tmp_path / "out").tensors
+    assert list(back) == [*source.tensors, "bias_ih_l1"]
+    assert (back["bias_ih_l1"] == 1.0).all()
+
+
+def test_a_torch_recurrence_that_is_not_whole_or_gets_a_heads_options_is_one_line(tmp_path, capsys):
+    module_file(tmp_path / "a.pt", prefix="rnn.")
+    out, argv = tmp_path / "out", [tmp_path / "a.pt", tmp_path / "out", "--prefix"]
+    assert "got 'lstm.' and first, rnn.weight_ih_l0" in fails([*argv, "lstm."], capsys)
+    told = fails([*argv, "rnn.", "--window-size", "8"], capsys)
+    assert "takes --prefix and --overwrite alone" in told
+    tensors = convert.read(tmp_path / "a.pt").tensors
+    write(tmp_path / "b.pt", {name: tensors[name] for name in list(tensors)[::2]})
+    assert "missing" in fails([tmp_path / "b.pt", out, "--prefix", "rnn."], capsys)
+    assert not out.exists()
+
+
+# --- what does not fit ------------------------------------------------------------------------
 
 
 def fails(argv, capsys):
@@ -170,6 +261,14 @@ def test_a_kill_while_writing_leaves_the_folder_of_before(tmp_path, monkeypatch)
         main([*argv, "7", "--overwrite"])
     assert convert.read_params(tmp_path / "out")[0].window_size == 6
     assert {path.name for path in tmp_path.iterdir()} == {"a.pt", "out"}
+
+
+def test_the_help_names_the_command_and_what_is_converted_in_code_alone(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "usage: python -m vla_jax.convert [-h]" in told
+    assert "vla_jax.convert.from_flax" in told
 
 
 def test_the_command_runs_and_says_what_it_did_in_lines(tmp_path):

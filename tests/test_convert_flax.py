@@ -224,13 +224,39 @@ OTHER = {
 
 @pytest.mark.parametrize("other", OTHER)
 def test_params_of_something_else_are_one_sentence(other):
-    with pytest.raises(ValueError, match=r"those of one LSTMCell, .* got .*; of an `nn.RNN`"):
+    remedy = "give variables" if other == "variables" else "of an `nn.RNN`"
+    with pytest.raises(ValueError, match=rf"those of one LSTMCell, .* got \d+ .*; {remedy}"):
         convert.from_flax(OTHER[other])
 
 
-def test_half_precision_is_refused():
-    params = jax.tree.map(jnp.bfloat16, flax_params(nn.SimpleCell, "linen"))
-    with pytest.raises(ValueError, match=r"must be float32, got bfloat16 in h\.kernel, i\.b"):
+@each_flax_cell
+def test_what_is_missing_left_over_or_misshapen_is_told_of_the_cell_it_is_nearest(
+    cell, style, flax_cell
+):
+    params = flax_params(flax_cell, style)
+    module = next(name for name in params if "bias" in params[name])
+    bias = params[module].pop("bias")
+    with pytest.raises(ValueError, match=rf"got 1 missing: {module}\.bias; of an"):
+        convert.from_flax(params)
+    params[module]["bias"] = np.append(bias, bias)
+    with pytest.raises(ValueError, match=rf"got 1 of another shape: {module}\.bias \(expected"):
+        convert.from_flax(params)
+    params[module] |= {"bias": bias, "scale": bias}
+    with pytest.raises(ValueError, match=rf"got 1 left over: {module}\.scale; of an"):
+        convert.from_flax(params)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_becomes_float32_and_a_line_says_so(dtype):
+    half = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), flax_params(nn.SimpleCell, "linen"))
+    with pytest.warns(UserWarning, match=f"3 tensors became float32, from {dtype}"):
+        name, params = convert.from_flax(half)
+    assert_same_bytes(convert.to_flax(name, params), jax.tree.map(np.float32, half))
+
+
+def test_double_precision_is_refused():
+    params = jax.tree.map(np.float64, flax_params(nn.SimpleCell, "linen"))
+    with pytest.raises(ValueError, match=r"\w\.kernel must be floating .* got float64; save it"):
         convert.from_flax(params)
 
 
@@ -258,8 +284,8 @@ def linen_layers(*sizes, cell="rnn"):
         ([], "got no cell in"),
         (linen_layers((D, H)) + linen_layers((H, H), cell="gru"), "of one family, .* got gru, rnn"),
         ([linen_layers((D, H))[0], tuple(linen_layers((H, H), (H, H)))], r"in \[1, 2\] directions"),
-        (linen_layers((D, H), (D, H)), r"kernels of layers_1/forward must be \[\[5, 5\], "),
-        (linen_layers((D, H), (H, D)), r"layers_1/forward .* got \[\[5, 4\], \[4, 4\]\]; give all"),
+        (linen_layers((D, H), (D, H)), r"layers_1/forward/input_kernel \(expected \[5, 5\], got"),
+        (linen_layers((D, H), (H, D)), r"layers_1/forward.* got \[4, 4\]\).*; give all"),
     ],
 )
 def test_layers_that_do_not_fit_are_one_sentence(layers, sentence):
@@ -270,9 +296,9 @@ def test_layers_that_do_not_fit_are_one_sentence(layers, sentence):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"cell": "gru", "num_layers": 1}, "kernels of layers_1/forward must be absent, got"),
-        ({"cell": "gru", "num_layers": 3}, "kernels of layers_2/forward must be .*, got none"),
-        ({"cell": "lstm"}, r"kernels of layers_0/forward must be \[\[4, 20\], \[5, 20\]\], got"),
+        ({"cell": "gru", "num_layers": 1}, "4 left over: layers_1/forward/input_kernel"),
+        ({"cell": "gru", "num_layers": 3}, "4 missing: layers_2/forward/input_bias"),
+        ({"cell": "lstm"}, r"layers_0/forward/input_kernel \(expected \[4, 20\], got"),
     ],
 )
 def test_a_stack_of_another_config_is_one_sentence(fields, sentence, key):
@@ -283,10 +309,18 @@ def test_a_stack_of_another_config_is_one_sentence(fields, sentence, key):
         )
 
 
+def test_a_stack_of_nothing_or_the_wrong_way_round_is_one_sentence(key):
+    config = RecurrenceConfig("gru", 1, H)
+    with pytest.raises(ValueError, match="one recurrence, got 4 missing: layers_0/forward/input_b"):
+        convert.to_flax_stack(config, {})
+    with pytest.raises(ValueError, match="config must be a RecurrenceConfig, got a dict"):
+        convert.to_flax_stack({}, config)  # pyright: ignore[reportArgumentType]
+
+
 def test_a_cell_of_another_kind_is_one_sentence(key):
     params = cells.GRU.init(key, D, 4)  # 3 · 4 columns can be parted in four as well
     with pytest.raises(
-        ValueError, match=r"those of one cell 'lstm', got input_bias \[12\], .*; of"
+        ValueError, match=r"one cell 'lstm', got 4 of another shape: input_kernel .*; of"
     ):
         convert.to_flax("lstm", params)
 

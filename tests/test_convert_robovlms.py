@@ -15,6 +15,7 @@ from vla_jax.convert.robovlms_names import places_of
 from vla_jax.decoders import DecoderConfig
 
 KINDS = get_args(decoders.Kind)
+pytestmark = pytest.mark.filterwarnings("ignore:window_size 8 is assumed")
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -114,7 +115,7 @@ def test_params_do_not_share_memory_with_the_tensors():
     assert_same(convert.to_robovlms(config, params), before)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_other_dtypes_become_float32_and_a_line_says_so(dtype):
     theirs = their_head("lstm")
     tensors = {name: torch.from_numpy(x).to(getattr(torch, dtype)) for name, x in theirs.items()}
@@ -123,6 +124,19 @@ def test_other_dtypes_become_float32_and_a_line_says_so(dtype):
     expected = {name: tensor.to(torch.float32).numpy() for name, tensor in tensors.items()}
     assert_same(convert.to_robovlms(config, params), sort(expected))
     assert convert.report_robovlms(tensors, config).cast == dict.fromkeys(theirs, dtype)
+
+
+def test_a_window_size_that_nothing_says_is_assumed_aloud():
+    with pytest.warns(UserWarning, match="window_size 8 is assumed, .* give the run's"):
+        config, _ = convert.from_robovlms(their_head("lstm"))
+    assert config.window_size == 8
+
+
+@pytest.mark.filterwarnings("error")
+@each_kind
+def test_a_window_size_that_is_said_is_no_matter_for_a_line(kind):
+    size = {} if kind == "gpt" else {"window_size": 8}
+    convert.from_robovlms(their_head(kind, window_size=8), num_heads=2, **size)
 
 
 # --- what does not fit ------------------------------------------------------------------------
@@ -156,15 +170,82 @@ def expect(sentence, tensors, **options):
 def test_every_missing_tensor_is_told(kind):
     theirs = their_head(kind)
     for name in theirs:
-        told = rf"{re.escape(name)} is missing|1 missing: {re.escape(name)};"
+        told = rf"missing( or have other axes)?: {re.escape(name)};"
         expect(told, without(theirs, name), num_heads=2)
 
 
+HALVES = {
+    "first": lambda names: names[: len(names) // 2],
+    "last": lambda names: names[len(names) // 2 :],
+    "even": lambda names: names[::2],
+    "odd": lambda names: names[1::2],
+}
+
+
 @each_kind
-@pytest.mark.parametrize("start", [0, 1])
-def test_half_of_a_head_is_refused(kind, start):
-    theirs = their_head(kind)
-    expect("missing", {name: theirs[name] for name in list(theirs)[start::2]})
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("order", [list, sorted])
+def test_half_of_a_head_is_refused_with_the_name_of_all_that_is_missing(kind, half, order):
+    theirs = their_head(kind, layers=1, in_features=4)
+    kept = HALVES[half](order(theirs))
+    with pytest.raises(ValueError, match="missing") as caught:
+        convert.from_robovlms({name: theirs[name] for name in kept}, num_heads=2)
+    told = str(caught.value)
+    assert "\n" not in told
+    trunk = ("act_head.rnn.", "act_head.gpt.", "act_head.mlp.")
+    if not any(name.startswith(trunk) for name in kept):  # its names follow from its kind
+        assert "the kind" in told
+        assert "act_head.rnn., gpt. or mlp." in told
+        theirs = {name: x for name, x in theirs.items() if not name.startswith(trunk)}
+    if not any(name.startswith(("act_head.actions.", "act_head.gripper.")) for name in kept):
+        theirs = {name: x for name, x in theirs.items() if ".mlp.4." not in name}  # nor its depth
+    assert [name for name in theirs if name not in kept and name not in told] == []
+    assert [name for name in kept if re.search(rf"{re.escape(name)}[,;]", told)] == []
+
+
+SAID_BY_OTHERS = {  # what is left of a head -> what sizes can be read off all the same
+    "lstm": r"rnn\.weight_ih_l\d|rnn\.bias_hh_l1|(actions|gripper)\.mlp\.\d\.weight",
+    "gru": r"rnn\.weight_ih_l0|rnn\.bias_hh_l1|(actions|gripper)\.mlp\.\d\.weight",
+    "gpt": r"gpt\.h\.[01]\.ln_2\.bias|gpt\.wpe\.weight|fc\.weight|gripper\.mlp\.\d\.weight",
+    "fc": r"mlp\.0\.weight|mlp\.2\.bias|actions\.mlp\.\d\.bias|gripper\.mlp\.4\.weight",
+}
+
+
+@pytest.mark.parametrize("kind", SAID_BY_OTHERS)
+def test_sizes_are_read_off_any_tensor_so_that_what_is_allowed_to_be_missing_may_be(kind):
+    whole = their_head(kind, chunk=3)
+    kept = re.compile(rf"act_head\.(?:{SAID_BY_OTHERS[kind]})")
+    theirs = {name: x for name, x in whole.items() if kept.fullmatch(name)}
+    expected, _ = convert.from_robovlms(whole, num_heads=2)
+    expect(f"{len(whole) - len(theirs)} missing: act_head", theirs, num_heads=2)
+    with pytest.warns(UserWarning, match="are missing and drawn at random"):
+        config, params = convert.from_robovlms(theirs, num_heads=2, allow_missing="*")
+    assert config == expected
+    back = convert.to_robovlms(config, params)
+    assert list(back) == sorted(whole)
+    assert_same({name: back[name] for name in theirs}, theirs)
+
+
+@pytest.mark.parametrize(
+    ("lacking", "unknown"),
+    [
+        (r"rnn\.weight_ih_l0", "the number of inputs"),
+        (r"rnn\.weight.*|\w+\.mlp\.0\.weight", "the number of inputs and hidden_size"),
+        (r"\w+\.mlp\..*", "head_sizes and action_horizon"),
+        (r"\w+\.mlp\.4\..*", "action_horizon"),
+        (r"\w+\.mlp\.0\..*|\w+\.mlp\.2\.weight", "head_sizes"),
+    ],
+)
+def test_a_size_that_no_tensor_says_is_never_drawn(lacking, unknown):
+    theirs = their_head("lstm")
+    gone = [name for name in theirs if re.fullmatch(rf"act_head\.(?:{lacking})", name)]
+    with pytest.raises(ValueError, match=f"^{unknown} cannot be read off .* missing") as caught:
+        convert.from_robovlms(without(theirs, *gone), allow_missing="*")
+    told = str(caught.value)
+    if lacking == r"\w+\.mlp\..*":  # nothing says how deep they are
+        gone = [name for name in gone if ".mlp.4." not in name]
+    assert [name for name in gone if name not in told] == []
+    assert "\n" not in told
 
 
 @each_kind
@@ -178,10 +259,10 @@ def test_what_is_left_over_inside_the_head_is_refused(kind):
 MISSHAPEN = {
     "a bias": ({"act_head.rnn.bias_hh_l1": (9,)}, r"bias_hh_l1 \(expected \[16\], got \[9\]\)"),
     "a chunk": ({"act_head.actions.mlp.4.weight": (13, 8)}, r"expected \[12, 8\], got \[13, 8\]"),
-    "a rank": ({"act_head.rnn.weight_ih_l0": (16,)}, "weight_ih_l0 is missing, or not a matrix"),
+    "a rank": ({"act_head.rnn.weight_ih_l0": (16,)}, "missing or have other axes: .*weight_ih_l0;"),
     "gates": (
         {"act_head.rnn.weight_hh_l0": (20, 4)},
-        r"1, 3 or 4 times as many rows as columns, got \[20, 4\]",
+        r"1, 3 or 4 times as many rows as columns .*, got \[20, 4\]",
     ),
 }
 
@@ -199,7 +280,7 @@ WRONG = {
     "no trunk": (
         {"act_head.actions.mlp.0.bias": np.zeros(2)},
         {},
-        r"act_head must have rnn\., gpt\. or mlp\.",
+        r"the kind and .* missing .* act_head\.rnn\., gpt\. or mlp\.",
     ),
     "twice": (
         their_head("fc") | {"model.act_head.mlp.0.bias": np.zeros(3)},
@@ -209,7 +290,12 @@ WRONG = {
     "integers": (
         their_head("fc") | {"act_head.mlp.0.bias": np.zeros(3, np.int8)},
         {},
-        "act_head.mlp.0.bias must be floating point, got int8",
+        "act_head.mlp.0.bias must be floating point of 32 or 16 bits, got int8",
+    ),
+    "doubles": (
+        their_head("fc") | {"act_head.mlp.0.bias": np.zeros(3)},
+        {},
+        r"mlp.0.bias must be .* got float64; save it as float32 \(`module.float\(\)`",
     ),
     "latents": (their_head("lstm"), {"num_latents": 4}, "num_latents must divide .* 6 inputs"),
     "pooling": (their_head("lstm"), {"pooling": "mean"}, "pooling must be 'max' or 'none'"),
@@ -228,18 +314,29 @@ def test_what_may_be_missing_is_drawn_from_the_key(part, chunk):
     mlp = [name for name in theirs if part in name]
     rest = without(theirs, *mlp)
     expect("6 missing: act_head", rest)
-    glob = (f"act_head.{part}.*",)
-    config, params = convert.from_robovlms(rest, allow_missing=glob)
+    told = ", ".join(sorted(mlp))
+    options: list[dict] = [{"allow_missing": g} for g in (f"act_head.{part}.*", [f"*{part}*"])]
+    options.append(options[0] | {"key": jax.random.key(1)})
+    converted = []
+    for option in options:
+        with pytest.warns(UserWarning, match="drawn at random") as caught:
+            converted.append(convert.from_robovlms(rest, window_size=8, **option))
+        (warning,) = caught
+        assert str(warning.message) == f"6 tensors are missing and drawn at random: {told}"
+    config = converted[0][0]
     assert (config.action_horizon, config.action_dim) == (2, 7)
-    back = convert.to_robovlms(config, params)
+    back, again, other = (convert.to_robovlms(*each) for each in converted)
     assert_same({name: back[name] for name in rest}, rest)
-    again = convert.to_robovlms(*convert.from_robovlms(rest, allow_missing=glob))
     assert_same(again, back)
-    other = convert.from_robovlms(rest, allow_missing=glob, key=jax.random.key(1))
     weights = [name for name in mlp if name.endswith("weight")]
     for name in weights:
         assert back[name].std() > 0
-        assert (back[name] != convert.to_robovlms(*other)[name]).any()
+        assert (back[name] != other[name]).any()
+
+
+def test_a_string_is_one_glob_and_not_its_letters():
+    rest = {name: x for name, x in their_head("lstm").items() if "gripper" not in name}
+    expect("6 missing: act_head.gripper.mlp.0.bias, ", rest, allow_missing="act_head.actions.*")
 
 
 def test_a_head_of_other_actions_is_read_off_too():
@@ -273,5 +370,13 @@ def test_robovlms_has_no_other_pooling(pooling):
 def test_params_of_another_config_are_refused():
     _, params = convert.from_robovlms(their_head("lstm"))
     config, _ = convert.from_robovlms(their_head("lstm", chunk=3))
-    with pytest.raises(ValueError, match="params must be those of the config, got others at heads"):
+    with pytest.raises(
+        ValueError, match=r"must be those of the config, got 4 of another shape: heads"
+    ):
         convert.to_robovlms(config, params)
+
+
+def test_a_config_and_params_the_wrong_way_round_are_one_sentence():
+    config, params = convert.from_robovlms(their_head("lstm"))
+    with pytest.raises(ValueError, match="config must be a DecoderConfig, got a dict; it comes"):
+        convert.to_robovlms(params, config)  # pyright: ignore[reportArgumentType]

@@ -199,14 +199,17 @@ def without(name, tensors):
 
 
 WRONG = {
-    "nothing": (lambda given: {}, "'weight_ih_l0' must be a matrix .* got none among ;"),
+    "nothing": (
+        lambda given: {},
+        "input_size and hidden_size cannot .*: weight_ih_l0, weight_hh_l0, bias_ih_l0, bias_hh",
+    ),
     "another prefix": (
         lambda given: {f"rnn.{name}": tensor for name, tensor in given.items()},
-        "'weight_ih_l0' must be .* got none among rnn.weight_ih_l0, .*; `prefix` is what stands",
+        "missing .*; `prefix` is what stands before the names, got '' and rnn.weight_ih_l0, ",
     ),
     "not a matrix": (
         lambda given: given | {"weight_hh_l0": np.zeros(3, np.float32)},
-        r"'weight_hh_l0' must be a matrix .* got \[3\] among",
+        r"of another shape: weight_hh_l0 \(expected \[20, 5\], got \[3\]\)",
     ),
     "another cell": (
         lambda given: given | {"weight_hh_l0": np.zeros((2 * H, H), np.float32)},
@@ -214,32 +217,32 @@ WRONG = {
     ),
     "no units": (
         lambda given: given | {"weight_hh_l0": np.zeros((0, 0), np.float32)},
-        r"weight_hh_l0 must have 1, 3 or 4 times as many rows .* got \[0, 0\]",
+        r"of another shape: weight_hh_l0 \(expected \[20, 5\], got \[0, 0\]\)",
     ),
     "missing": (
         lambda given: without("bias_hh_l1", given),
-        "tensors must be all those of one recurrence .* got missing: bias_hh_l1; give the whole",
+        "must be all those of one torch.nn.RNN, .* got 1 missing: bias_hh_l1; give the whole",
     ),
     "a layer in one direction": (
         lambda given: given | {"weight_ih_l0_reverse": np.zeros((4 * H, D), np.float32)},
-        "missing: weight_hh_l0_reverse, bias_ih_l0_reverse, .*; of another shape: weight_ih_l1 "
-        r"\[20, 10\] \(got \[20, 5\]\)",
+        "7 missing: weight_hh_l0_reverse, bias_ih_l0_reverse, .*; 1 of another shape: weight_ih_l1 "
+        r"\(expected \[20, 10\], got \[20, 5\]\)",
     ),
     "a layer left out": (
         lambda given: {name.replace("l1", "l2"): tensor for name, tensor in given.items()},
-        "missing: weight_ih_l1, .*; left over: weight_ih_l2",
+        "4 missing: weight_ih_l1, weight_hh_l1, bias_ih_l1, bias_hh_l1; give",
     ),
     "left over": (
         lambda given: given | {f"head.{number}": np.zeros(1) for number in range(10)},
-        "left over: head.0, .* head.7 and 2 more;",
+        "10 left over: head.0, .* head.5 and 4 more;",
     ),
     "misshapen": (
         lambda given: given | {"bias_ih_l0": np.zeros(3, np.float32)},
-        r"of another shape: bias_ih_l0 \[20\] \(got \[3\]\)",
+        r"of another shape: bias_ih_l0 \(expected \[20\], got \[3\]\)",
     ),
-    "half precision": (
-        lambda given: given | {"bias_ih_l0": given["bias_ih_l0"].bfloat16()},
-        "not float32: bias_ih_l0;",
+    "double precision": (
+        lambda given: given | {"bias_ih_l0": given["bias_ih_l0"].double()},
+        "bias_ih_l0 must be floating point of 32 or 16 bits, got float64; save it as float32",
     ),
 }
 
@@ -249,6 +252,38 @@ def test_wrong_tensors_are_one_sentence(wrong):
     change, sentence = WRONG[wrong]
     with pytest.raises(ValueError, match=sentence):
         convert.from_torch(change(dict(make_module("lstm", 2).state_dict())))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_becomes_float32_and_a_line_says_so(dtype):
+    module = make_module("gru", 2).to(dtype)
+    with pytest.warns(UserWarning, match=f"8 tensors became float32, from {str(dtype)[6:]}"):
+        config, params = convert.from_torch(module.state_dict())
+    assert_same_bytes(convert.to_torch(config, params), module.float().state_dict())
+
+
+def test_parameters_that_want_a_gradient_are_read_too():
+    module = make_module("lstm")
+    config, params = convert.from_torch(dict(module.named_parameters()))
+    assert_same_bytes(convert.to_torch(config, params), module.state_dict())
+
+
+def test_every_tensor_is_in_one_part_of_the_report():
+    given = {f"rnn.{name}": x for name, x in make_module("gru").state_dict().items()}
+    config, _ = convert.from_torch(given, prefix="rnn.")
+    given["head"] = given.pop("rnn.bias_hh_l0")
+    given["rnn.bias_ih_l0"] = given["rnn.bias_ih_l0"][:4]
+    report = convert.report_torch(given, config, prefix="rnn.")
+    assert list(report.used) == ["rnn.weight_ih_l0", "rnn.weight_hh_l0"]
+    assert report.missing == {"rnn.bias_hh_l0": (15,)}
+    assert report.left_over == {"head": (15,)}
+    assert report.misshapen == {"rnn.bias_ih_l0": ((15,), (4,))}
+
+
+def test_a_config_and_params_the_wrong_way_round_are_one_sentence():
+    config, params = convert.from_torch(make_module("gru").state_dict())
+    with pytest.raises(ValueError, match="config must be a RecurrenceConfig, got a dict; it comes"):
+        convert.to_torch(params, config)  # pyright: ignore[reportArgumentType]
 
 
 def test_projections_are_refused():
@@ -267,9 +302,9 @@ def test_biases_that_are_not_zero_are_not_left_out(key):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"num_layers": 2}, "params must be .* missing: weight_ih_l1"),
-        ({"cell": "gru"}, r"params must be .* of another shape: weight_ih_l0 \[15, 3\]"),
-        ({"bidirectional": True}, "params must be .* missing: weight_ih_l0_reverse"),
+        ({"num_layers": 2}, "params must be .* missing: layers_1/forward/input_b"),
+        ({"cell": "gru"}, r"of another shape: layers_0/.*kernel \(expected \[3, 15\],"),
+        ({"bidirectional": True}, "params must be .* missing: layers_0/backward/input_b"),
     ],
 )
 def test_params_of_another_config_are_one_sentence(fields, sentence, key):

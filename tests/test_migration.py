@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
+import torch
 from robovlms_heads import their_head
 
 from train.command_line import command_line
@@ -25,20 +26,24 @@ BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 THERE, BACK, SPOKEN, *OTHERS = BLOCKS
 
 
-@pytest.mark.filterwarnings("ignore:.*beside the head are left over")
+@pytest.mark.filterwarnings("ignore:.*beside the head are left over", "ignore:.*drawn at random")
+@pytest.mark.filterwarnings("ignore:window_size 8 is assumed")
 def test_the_commands_and_the_code_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tensors = {f"model.{name}": x for name, x in their_head("lstm").items()}
     tensors["model.action_token"] = np.ones(6, np.float32)
     convert.write("policy.ckpt", convert.TensorFile(tensors))
+    model = torch.nn.ModuleDict({"encoder": torch.nn.ModuleDict({"rnn": torch.nn.GRU(3, 5)})})
+    torch.save(model.state_dict(), "model.pt")
     commands = re.findall(r"^python -m vla_jax\.convert (.*)$", PAGE, re.MULTILINE)
-    assert len(commands) == 4
+    assert len(commands) == 6
     for line in commands:
         main(shlex.split(line))
     names: dict = {}
     exec(THERE, names)
     assert names["chunk"].arm.shape == (3, 2, 6)
     assert set(names["tensors"]) == set(their_head("lstm"))
+    assert convert.read_recurrence("encoder")[0].cell == "gru"
     assert names["config"].window_size == 8
 
 
@@ -63,7 +68,8 @@ def test_what_a_run_learnt_goes_back_into_their_checkpoint(tmp_path, monkeypatch
     exec(BACK, {})
     fine = convert.read("fine.ckpt").tensors
     assert list(fine) == list(tensors)
-    config, params = convert.from_robovlms({n: x for n, x in fine.items() if "head" in n})
+    head = {name: x for name, x in fine.items() if "head" in name}
+    config, params = convert.from_robovlms(head, window_size=8)
     assert config.hidden_size == 8
     jax.tree.map(np.testing.assert_array_equal, params, tiny_run.params(10)["decoder"])
     np.testing.assert_array_equal(fine["model.eyes"], tensors["model.eyes"])

@@ -85,7 +85,7 @@ def table_lstm() -> ImitateConfig:
         agent=AgentConfig(policy.connect(PerceiverConfig(), decoder)),
         loader=LoaderConfig(batch_size=32),
         optim=OptimConfig(learning_rate=3e-3, end_factor=0.01, weight_decay=0.2, ema_decay=0.999),
-        loop=LoopConfig(num_updates=5000, save_every=1000),
+        loop=LoopConfig(num_updates=3500, save_every=700),
     )
 
 

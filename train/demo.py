@@ -34,7 +34,7 @@ class DemoConfig:
     world: Literal["table_mujoco", "table_jax"] = "table_mujoco"  # where
     run_dir: str = "runs/demo"  # folder to write to
     dataset: str = "demos/table"  # folder of the demonstrations
-    num_demonstrations: int = 8000  # episodes to record
+    num_demonstrations: int = 5000  # episodes to record
     num_episodes: int = 120  # unseen episodes to evaluate each policy on
     # The presets were chosen on the seeds from 1,000,000, the default of `evaluate`; what is
     # reported comes from others, or it would flatter.

@@ -5,15 +5,15 @@
     cell, params = convert.from_flax(params)                           # a cell of Linen or NNX
 
 and `to_robovlms`, `to_torch`, `to_flax` for the way back. `python -m vla_jax.convert SRC DST` does
-it with files.
+it with files of the first two.
 """
 
 from vla_jax.convert.files import TensorFile, read, write
 from vla_jax.convert.flax_cells import from_flax, from_flax_stack, to_flax, to_flax_stack
-from vla_jax.convert.folder import read_folder, read_params, write_folder
+from vla_jax.convert.folder import read_folder, read_params, read_recurrence, write_folder
 from vla_jax.convert.report import Report
 from vla_jax.convert.robovlms import from_robovlms, report_robovlms, to_robovlms
-from vla_jax.convert.torch_rnn import from_torch, to_torch
+from vla_jax.convert.torch_rnn import from_torch, report_torch, to_torch
 
 __all__ = [
     "Report",
@@ -25,7 +25,9 @@ __all__ = [
     "read",
     "read_folder",
     "read_params",
+    "read_recurrence",
     "report_robovlms",
+    "report_torch",
     "to_flax",
     "to_flax_stack",
     "to_robovlms",

@@ -1,10 +1,12 @@
 """A foreign checkpoint to ours, and back.
 
     python -m vla_jax.convert kosmos_ph_calvin_abcd.pt converted --window-size 8
+    python -m vla_jax.convert model.pt converted --prefix encoder.rnn.
     python -m vla_jax.convert converted again.pt
 
-The first makes a folder: `decoder.json`, the params, and what they have no place for. The second
-makes the foreign file again from such a folder: the same tensors, byte for byte.
+The first two make a folder, of RoboVLMs' policy head and of a `torch.nn.LSTM`, `GRU` or `RNN`: a
+config, the params, and what they have no place for. The third makes the foreign file again from
+such a folder: the same tensors, byte for byte.
 """
 
 import pathlib
@@ -12,15 +14,20 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 from rich.console import Console
 
 from vla_jax.convert import files, report
+from vla_jax.convert.files import TensorFile
 from vla_jax.convert.folder import check_target, is_folder, read_folder, write_folder
+from vla_jax.convert.report import Report
 from vla_jax.convert.robovlms import from_robovlms, report_robovlms
+from vla_jax.convert.torch_rnn import from_torch, report_torch
 from vla_jax.decoders import DecoderConfig
+from vla_jax.recurrence import RecurrenceConfig
+from vla_jax.types import Params
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,7 @@ class ConvertConfig:
     num_latents: int = 1  # RoboVLMs' latent
     num_heads: int = 8  # attention heads of a GPT
     allow_missing: tuple[str, ...] = ()  # globs of names that may be missing, and are drawn
+    prefix: str = ""  # what stands before the names of a torch.nn.LSTM, GRU or RNN
     overwrite: bool = False  # replace DST
 
 
@@ -46,10 +54,13 @@ def convert(src: str, dst: str, config: ConvertConfig) -> None:
     Raises:
       OSError: `src` is missing, `dst` is there, or cannot be written.
       ImportError: torch is needed and missing.
-      ValueError: `src` is not such a file or folder, or its tensors are not those of a head.
+      ValueError: `src` is not such a file or folder, or its tensors are not those of a head
+        or a recurrence.
     """
     if is_folder(src):
-        files.write(dst, read_folder(src), overwrite=config.overwrite)
+        content = read_folder(src)
+        files.write(dst, content, overwrite=config.overwrite)
+        print(f"{len(content.tensors)} tensors, {_count(content.tensors):,} numbers written")
     elif pathlib.Path(src).is_dir():
         raise ValueError(f"{src} holds no conversion.json; name a file, or a folder made here.")
     else:
@@ -61,6 +72,17 @@ def _from_file(src: str, dst: str, config: ConvertConfig) -> None:
         raise ValueError(f"{dst} must be a folder's name where SRC is a file; drop the suffix.")
     check_target(dst, overwrite=config.overwrite)  # now, since a large file takes its time
     source = files.read(src)
+    is_torch = config.prefix or "weight_ih_l0" in source.tensors
+    ours, params, told = (_from_torch if is_torch else _from_robovlms)(source, config)
+    told = told._replace(ignored=source.ignored)
+    write_folder(dst, source, ours, params, told, prefix=config.prefix, overwrite=config.overwrite)
+    Console().print(report.table(told))
+    print(f"{_describe(ours)}, {_count(params):,} parameters")
+
+
+def _from_robovlms(
+    source: TensorFile, config: ConvertConfig
+) -> tuple[DecoderConfig, Params, Report]:
     decoder, params = from_robovlms(
         source.tensors,
         window_size=config.window_size,
@@ -69,18 +91,35 @@ def _from_file(src: str, dst: str, config: ConvertConfig) -> None:
         num_heads=config.num_heads,
         allow_missing=config.allow_missing,
     )
-    told = report_robovlms(source.tensors, decoder)._replace(ignored=source.ignored)
-    write_folder(dst, source, decoder, params, told, overwrite=config.overwrite)
-    Console().print(report.table(told))
-    print(_describe(decoder, sum(leaf.size for leaf in jax.tree.leaves(params))))
+    return decoder, params, report_robovlms(source.tensors, decoder)
 
 
-def _describe(decoder: DecoderConfig, num_params: int) -> str:
+def _from_torch(
+    source: TensorFile, config: ConvertConfig
+) -> tuple[RecurrenceConfig, Params, Report]:
+    own = ConvertConfig(prefix=config.prefix, overwrite=config.overwrite)
+    if config != own:
+        raise ValueError(
+            "a torch.nn.LSTM, GRU or RNN takes --prefix and --overwrite alone, got options of "
+            "RoboVLMs' heads; leave them out."
+        )
+    recurrence, params = from_torch(source.tensors, prefix=config.prefix)
+    return recurrence, params, report_torch(source.tensors, recurrence, prefix=config.prefix)
+
+
+def _describe(config: DecoderConfig | RecurrenceConfig) -> str:
+    if isinstance(config, RecurrenceConfig):
+        both = " in both directions" if config.bidirectional else ""
+        return f"{config.cell}, {config.num_layers} layers of {config.hidden_size}{both}"
     return (
-        f"{decoder.kind}, {decoder.num_layers} layers of {decoder.hidden_size} on tokens of "
-        f"{decoder.token_dim}, {decoder.action_horizon} actions of {decoder.action_dim}, "
-        f"window {decoder.window_size}, {num_params:,} parameters"
+        f"{config.kind}, {config.num_layers} layers of {config.hidden_size} on tokens of "
+        f"{config.token_dim}, {config.action_horizon} actions of {config.action_dim}, "
+        f"window {config.window_size}"
     )
+
+
+def _count(tensors: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tensors))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -94,6 +133,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     ) -> None:
         """Converts a foreign checkpoint to a folder of ours, and such a folder back.
 
+        A checkpoint is RoboVLMs' policy head, or a torch.nn.LSTM, GRU or RNN. Flax has no such
+        files: its trees are converted in code, by vla_jax.convert.from_flax.
+
         Args:
           src: .pt, .pth, .ckpt or .safetensors, or the folder of an earlier conversion.
           dst: folder to make, or file to make again.
@@ -103,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(dst)
 
     try:
-        tyro.cli(command, args=argv)
+        tyro.cli(command, args=argv, prog="python -m vla_jax.convert")
     except KeyboardInterrupt:
         sys.exit("interrupted; nothing was written")
     except (ValueError, OSError, ImportError, RuntimeError) as error:

@@ -5,18 +5,20 @@
 their names, order, dtypes and bytes.
 """
 
+import contextlib
 import os
 import pathlib
+import pickletools
 import re
 import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
+from vla_jax.convert.arrays import as_numpy
 from vla_jax.convert.report import listed
 
 Path = str | os.PathLike[str]
@@ -89,16 +91,6 @@ def write(path: Path, content: TensorFile, *, overwrite: bool = False) -> None:
         part.unlink(missing_ok=True)
 
 
-def as_numpy(tensor: Any) -> np.ndarray:
-    """Returns an array of NumPy, JAX or torch as NumPy's."""
-    if not hasattr(tensor, "detach"):
-        return np.asarray(tensor)
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    dtype = jnp.dtype(str(flat.dtype).removeprefix("torch."))
-    # By its bytes: torch makes no NumPy array of a bfloat16, which NumPy has from JAX.
-    return flat.view(_torch().uint8).numpy().view(dtype).reshape(tensor.shape)
-
-
 def _read_safetensors(path: pathlib.Path) -> TensorFile:
     try:
         with safetensors.safe_open(path, "np") as file:
@@ -147,10 +139,11 @@ def _state_dict(path: pathlib.Path, content: Any) -> tuple[str, Mapping[str, Any
 
 
 def _why_unreadable(path: pathlib.Path, error: Exception) -> str:
-    refused = re.search(r"GLOBAL (\S+)", str(error))
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    refused = found[1] if found else _first_global(path)
     if refused:
         return (
-            f"{path} wants to load {refused[1]}, which can run code; nothing of it was run: "
+            f"{path} wants to load {refused}, which can run code; nothing of it was run: "
             "if you trust who made it, load it in PyTorch and save its state_dict alone."
         )
     with path.open("rb") as file:
@@ -163,8 +156,26 @@ def _why_unreadable(path: pathlib.Path, error: Exception) -> str:
     )
 
 
+def _first_global(path: pathlib.Path) -> str | None:
+    """Returns what a bare pickle would load first, None where it is no such file.
+
+    Its opcodes are only listed, and nothing is run.
+    """
+    strings: list[str] = []
+    with path.open("rb") as file, contextlib.suppress(ValueError):
+        for opcode, value, _ in pickletools.genops(file):
+            if opcode.name in ("GLOBAL", "INST"):
+                return str(value).replace(" ", ".")
+            if opcode.name == "STACK_GLOBAL":
+                return ".".join(strings[-2:])
+            if isinstance(value, str):
+                strings.append(value)
+    return None
+
+
 def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0].partition(". ")[0]
+    line = next(iter(str(error).splitlines()), "").partition(". ")[0]
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
 def _write_torch(path: pathlib.Path, content: TensorFile) -> None:

@@ -23,13 +23,14 @@ defaults are what we have.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vla_jax import recurrence
 from vla_jax.cells import CELLS
 from vla_jax.config import did_you_mean
+from vla_jax.convert.arrays import as_float32
+from vla_jax.convert.report import Report, Shape, check, compare, warn
+from vla_jax.convert.sizes import check_params
 from vla_jax.recurrence import RecurrenceConfig
 from vla_jax.types import Params
 
@@ -63,18 +64,28 @@ def from_flax(params: Mapping[str, Any]) -> tuple[CellName, Params]:
     """Returns the name in `cells.CELLS` and the params of the cell that does the same.
 
     Args:
-      params: of one cell, float32: Linen's `variables["params"]` (of an `nn.RNN` what lies below
+      params: of one cell: Linen's `variables["params"]` (of an `nn.RNN` what lies below
         "cell", or in the module around it below "LSTMCell_0" and its like), or NNX's
-        `nnx.state(cell, nnx.Param)`.
+        `nnx.state(cell, nnx.Param)`. float16 and bfloat16 become float32, and one warning says so.
 
     Returns:
       Name, and `{"input_kernel", "recurrent_kernel", "input_bias", "recurrent_bias"}`.
 
     Raises:
-      ValueError: params of something else, or not float32.
+      ValueError: params of something else, or not floating point of 32 or 16 bits.
     """
-    leaves = dict(_leaves(params))
-    cell, layout = _recognise(leaves)
+    given = dict(_leaves(params))
+    cell, layout, report = _recognise(given)
+    check(
+        report,
+        "params must be those of one LSTMCell, OptimizedLSTMCell, GRUCell or SimpleCell of Flax",
+        "give variables['params']"
+        if "params" in params
+        else "of an `nn.RNN`, give those of its cell, such as params['cell'] or "
+        "params['LSTMCell_0']",
+    )
+    leaves = {name: as_float32(name, leaf) for name, leaf in given.items()}
+    warn(report)
     pairs = list(zip(layout.inputs, layout.recurrent, strict=True))
     biases = [_two_biases(leaves.get(f"{i}.bias"), leaves.get(f"{h}.bias")) for i, h in pairs]
     parts = {
@@ -160,7 +171,7 @@ def from_flax_stack(
         hidden_size=first["recurrent_kernel"].shape[0],
         bidirectional=directions == {2},
     )
-    _check_stack(config, params)
+    check_params(config, params)
     return config, params
 
 
@@ -177,7 +188,7 @@ def to_flax_stack(
     Raises:
       ValueError: params of another config; and see `to_flax`.
     """
-    _check_stack(config, params)
+    check_params(config, params)
 
     def convert(layer: int, direction: str) -> Params:
         return to_flax(config.cell, params[f"layers_{layer}"][direction], style)
@@ -188,7 +199,7 @@ def to_flax_stack(
     return [convert(layer, "forward") for layer in range(config.num_layers)]
 
 
-def _leaves(params: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, np.ndarray]]:
+def _leaves(params: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
     """Gives "module.leaf" and array, of dicts and NNX's states alike."""
     for name, value in params.items():
         if isinstance(value, Mapping):
@@ -197,24 +208,17 @@ def _leaves(params: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, n
             yield f"{above}{name}", np.asarray(value)
 
 
-def _recognise(leaves: Mapping[str, np.ndarray]) -> tuple[CellName, Layout]:
-    """Returns the cell and layout that have leaves of these names and shapes."""
+def _recognise(leaves: Mapping[str, np.ndarray]) -> tuple[CellName, Layout, Report]:
+    """Returns the cell and layout that fit best, and how they fit."""
     given = {name: leaf.shape for name, leaf in leaves.items()}
-    for (cell, _), layout in LAYOUTS.items():
-        if given == _shapes(CELLS[cell].num_gates, layout, given):
-            _check_dtype(leaves)
-            return cell, layout
-    listed = ", ".join(f"{name} {list(shape)}" for name, shape in sorted(given.items())[:12])
-    raise ValueError(
-        "params must be those of one LSTMCell, OptimizedLSTMCell, GRUCell or SimpleCell of Flax, "
-        f"got {listed or 'none'}; of an `nn.RNN`, give those of its cell, such as "
-        "params['cell'] or params['LSTMCell_0']."
-    )
+    found: list[tuple[CellName, Layout, Report]] = [
+        (cell, layout, compare(_shapes(CELLS[cell].num_gates, layout, given), leaves))
+        for (cell, _), layout in LAYOUTS.items()
+    ]
+    return max(found, key=lambda each: len(each[2].used))
 
 
-def _shapes(
-    num_gates: int, layout: Layout, given: Mapping[str, tuple[int, ...]]
-) -> dict[str, tuple[int, ...]]:
+def _shapes(num_gates: int, layout: Layout, given: Mapping[str, Shape]) -> dict[str, Shape]:
     """Returns the shapes of a cell of this layout, its D and H taken from those given."""
     input_size = given.get(f"{layout.inputs[0]}.kernel", ())[:1]
     hidden_size = given.get(f"{layout.recurrent[0]}.kernel", ())[:1]
@@ -226,20 +230,12 @@ def _shapes(
     }
 
 
-def _check_dtype(leaves: Mapping[str, np.ndarray]) -> None:
-    others = sorted(name for name, leaf in leaves.items() if leaf.dtype != np.float32)
-    if others:
-        raise ValueError(
-            f"params must be float32, got {leaves[others[0]].dtype} in {', '.join(others)}; "
-            "convert them with `jax.tree.map(jnp.float32, params)`."
-        )
-
-
 def _check_cell(cell: CellName, params: Params) -> None:
     """Raises a ValueError unless these are the four params of this cell."""
-    given = {name: np.shape(leaf) for name, leaf in params.items()}
-    input_size = given.get("input_kernel", ())[:1]
-    hidden_size = given.get("recurrent_kernel", ())[:1]
+    given = dict(_leaves(params))
+    shapes = {name: leaf.shape for name, leaf in given.items()}
+    input_size = shapes.get("input_kernel", ())[:1]
+    hidden_size = shapes.get("recurrent_kernel", ())[:1]
     width = tuple(CELLS[cell].num_gates * size for size in hidden_size)
     expected = {
         "input_kernel": input_size + width,
@@ -247,36 +243,11 @@ def _check_cell(cell: CellName, params: Params) -> None:
         "input_bias": width,
         "recurrent_bias": width,
     }
-    if given != expected:
-        listed = ", ".join(f"{name} {list(shape)}" for name, shape in sorted(given.items())[:12])
-        raise ValueError(
-            f"params must be those of one cell '{cell}', got {listed or 'none'}; of a recurrence, "
-            "choose `to_flax_stack`."
-        )
-
-
-def _check_stack(config: RecurrenceConfig, params: Params) -> None:
-    """Raises a ValueError unless the layers are those of the config and fit on one another."""
-    input_size = params["layers_0"]["forward"]["input_kernel"].shape[0]
-    template = jax.eval_shape(
-        lambda key: recurrence.init(key, config, input_size), jax.random.key(0)
+    check(
+        compare(expected, given),
+        f"params must be those of one cell '{cell}'",
+        "of a recurrence, choose `to_flax_stack`",
     )
-    wanted, got = _kernels(template), _kernels(params)
-    for place in sorted(wanted | got):
-        if wanted.get(place) != got.get(place):
-            raise ValueError(
-                f"layers must fit the config and one another: kernels of {place} must be "
-                f"{wanted.get(place, 'absent')}, got {got.get(place, 'none')}; give all layers "
-                "from below, of one hidden size."
-            )
-
-
-def _kernels(params: Params) -> dict[str, list[list[int]]]:
-    return {
-        f"{name}/{direction}": [list(own[x].shape) for x in ("input_kernel", "recurrent_kernel")]
-        for name, layer in params.items()
-        for direction, own in layer.items()
-    }
 
 
 def _layout(cell: CellName, style: Style) -> Layout:

@@ -1,25 +1,35 @@
 """Sizes of RoboVLMs' policy heads, read off the names and shapes of their tensors."""
 
-import math
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
-from vla_jax.convert.report import Shape, listed
-from vla_jax.convert.robovlms_names import HEAD, MLPS
+from vla_jax.convert import torch_rnn
+from vla_jax.convert.report import Shape
+from vla_jax.convert.robovlms_names import HEAD, MLPS, places_of
+from vla_jax.convert.sizes import check_known, count_layers, read_size
 from vla_jax.decoders import DecoderConfig, Kind
 
 _WINDOW_SIZE = 8  # W of most of RoboVLMs' runs; only a GPT's is in its file
 
 
 class _Trunk(NamedTuple):
-    """What the shapes between the tokens and the MLPs of the actions say."""
+    """What the shapes between the tokens and the MLPs of the actions say; None: they do not."""
 
-    kind: Kind
-    input_size: int  # D', features of a step after pooling
-    hidden_size: int  # H
-    num_layers: int  # L
+    kind: Kind | None
+    input_size: int | None  # D', features of a step after pooling
+    hidden_size: int | None  # H
+    num_layers: int = 1  # L
     window_size: int | None = None  # W
+
+
+class _Actions(NamedTuple):
+    """What the shapes of the MLPs of the actions say; None: they do not."""
+
+    head_sizes: tuple[int | None, ...]
+    action_horizon: int | None  # K
+    action_dim: int  # A
 
 
 def read_config(
@@ -34,7 +44,7 @@ def read_config(
     """Returns the config of a head.
 
     Args:
-      shapes: of its tensors, by their names without prefix.
+      shapes: of its tensors, by their names without prefix; a size is read off any that has it.
       window_size: as for `from_robovlms`, and so are the others.
       pooling: "max" or "none".
       num_tokens: N.
@@ -43,110 +53,132 @@ def read_config(
       num_heads: M.
 
     Raises:
-      ValueError: a tensor that sizes are read off is missing, or an argument contradicts them.
+      ValueError: all tensors that say a size are missing, or an argument contradicts them.
     """
-    trunk = _read_trunk(shapes)
-    widths, action_horizon, action_dim = _read_actions(shapes, action_dim)
+    trunk, actions = _read_trunk(shapes), _read_actions(shapes, action_dim)
     num_vectors = (num_tokens or num_latents) if pooling == "none" else num_latents
-    if num_vectors < 1 or trunk.input_size % num_vectors:
+    hidden_size = trunk.hidden_size or num_heads
+    # A size that is not known becomes one that fits: the names of all tensors follow from it.
+    input_size = trunk.input_size or num_vectors * (hidden_size + 1)
+    if num_vectors < 1 or input_size % num_vectors:
         raise ValueError(
-            f"num_latents must divide the head's {trunk.input_size} inputs, got {num_vectors}; "
+            f"num_latents must divide the head's {input_size} inputs, got {num_vectors}; "
             "give the run's 'latent'."
         )
+    config = DecoderConfig(
+        kind=trunk.kind or "fc",
+        token_dim=input_size // num_vectors,
+        num_tokens=num_vectors if pooling == "none" else num_tokens,
+        window_size=_window_size(trunk, window_size),
+        action_horizon=actions.action_horizon or 1,
+        action_dim=actions.action_dim,
+        hidden_size=hidden_size,
+        num_layers=trunk.num_layers,
+        num_heads=num_heads,
+        pooling=pooling,
+        num_latents=num_latents,
+        head_sizes=tuple(size or 1 for size in actions.head_sizes),
+    )
+    _check_known(shapes, config, trunk, actions)
+    return config
+
+
+def _check_known(
+    shapes: Mapping[str, Shape], config: DecoderConfig, trunk: _Trunk, actions: _Actions
+) -> None:
+    known = {
+        "the kind": trunk.kind,
+        "the number of inputs": trunk.input_size,
+        "hidden_size": trunk.hidden_size,
+        "head_sizes": all(actions.head_sizes),
+        "action_horizon": actions.action_horizon,
+    }
+    expected = {name: place.theirs for name, place in places_of(config).items()}
+    if trunk.kind is None:
+        expected = {name: s for name, s in expected.items() if not name.startswith("mlp.")}
+        expected["rnn., gpt. or mlp."] = (0,)
+    check_known(
+        [name for name, value in known.items() if not value],
+        {HEAD + name: shape for name, shape in expected.items()},
+        {HEAD + name: shape for name, shape in shapes.items()},
+        "convert a whole checkpoint of LSTMDecoder, GPTDecoder or FCDecoder",
+    )
+
+
+def _window_size(trunk: _Trunk, window_size: int | None) -> int:
     if window_size and trunk.window_size and window_size != trunk.window_size:
         raise ValueError(
             f"window_size must be the {trunk.window_size} positions of the GPT, got {window_size}; "
             "leave it out, and stream with a smaller one."
         )
-    return DecoderConfig(
-        kind=trunk.kind,
-        token_dim=trunk.input_size // num_vectors,
-        num_tokens=num_vectors if pooling == "none" else num_tokens,
-        window_size=trunk.window_size or _WINDOW_SIZE if window_size is None else window_size,
-        action_horizon=action_horizon,
-        action_dim=action_dim,
-        hidden_size=trunk.hidden_size,
-        num_layers=trunk.num_layers,
-        num_heads=num_heads,
-        pooling=pooling,
-        num_latents=num_latents,
-        head_sizes=widths,
-    )
+    known = trunk.window_size if window_size is None else window_size
+    if known is None:
+        warnings.warn(
+            f"window_size {_WINDOW_SIZE} is assumed, which the tensors do not say; give the run's",
+            stacklevel=4,
+        )
+        return _WINDOW_SIZE
+    return known
 
 
 def _read_trunk(shapes: Mapping[str, Shape]) -> _Trunk:
+    outer = read_size(shapes, 1, r"(?:actions|gripper)\.mlp\.0\.weight")  # H, as the MLPs get it
     for part, read in (("rnn.", _read_rnn), ("gpt.", _read_gpt), ("mlp.", _read_fc)):
         if any(name.startswith(part) for name in shapes):
-            return read(shapes)
-    raise ValueError(
-        f"act_head must have rnn., gpt. or mlp. beside its actions, got {listed(list(shapes))}; "
-        "convert a checkpoint of LSTMDecoder, GPTDecoder or FCDecoder."
+            return read(shapes, outer)
+    return _Trunk(None, None, outer)
+
+
+def _read_rnn(shapes: Mapping[str, Shape], outer: int | None) -> _Trunk:
+    own = {n.removeprefix("rnn."): shape for n, shape in shapes.items() if n.startswith("rnn.")}
+    sizes = torch_rnn.read_sizes(own, outer)
+    kind = sizes.cell or "lstm"  # all have the same names; where no gates are known, nor is H or D'
+    return _Trunk(kind, sizes.input_size, sizes.hidden_size, sizes.num_layers)
+
+
+def _read_gpt(shapes: Mapping[str, Shape], outer: int | None) -> _Trunk:
+    layer = r"gpt\.h\.\d+\."
+    rows = (  # GPT-2's own products are [in, out]
+        rf"gpt\.ln_f\.\w+|{layer}(?:ln_\d\.\w+|(?:attn|mlp)\.c_proj\.bias)",
+        rf"{layer}(?:attn\.c_attn|mlp\.c_fc)\.weight",
+        r"fc\.\w+",
     )
-
-
-def _read_rnn(shapes: Mapping[str, Shape]) -> _Trunk:
-    rows, hidden_size = _matrix(shapes, r"rnn\.weight_hh_l\d+")
-    kinds: dict[float, Kind] = {1: "rnn", 3: "gru", 4: "lstm"}  # by gates
-    if rows / hidden_size not in kinds:
-        raise ValueError(
-            f"act_head.rnn.weight_hh must have 1, 3 or 4 times as many rows as columns, got "
-            f"{[rows, hidden_size]}; a recurrence with a projection is not supported."
-        )
-    input_size = _matrix(shapes, r"rnn\.weight_ih_l0")[1]
-    return _Trunk(
-        kinds[rows / hidden_size], input_size, hidden_size, _count(shapes, r"rnn\.\w+_l(\d+)")
+    hidden_size = (
+        read_size(shapes, 1, r"gpt\.wpe\.weight", rf"{layer}(?:attn|mlp)\.c_proj\.weight")
+        or read_size(shapes, 0, *rows)
+        or outer
     )
-
-
-def _read_gpt(shapes: Mapping[str, Shape]) -> _Trunk:
-    window_size, hidden_size = _matrix(shapes, r"gpt\.wpe\.weight")
     has_projection = any(name.startswith("fc.") for name in shapes)
-    input_size = _matrix(shapes, r"fc\.weight")[1] if has_projection else hidden_size
-    num_layers = _count(shapes, r"gpt\.h\.(\d+)\..*")
+    input_size = read_size(shapes, 1, r"fc\.weight") if has_projection else hidden_size
+    num_layers = count_layers(shapes, r"gpt\.h\.(\d+)\..*")
+    window_size = read_size(shapes, 0, r"gpt\.wpe\.weight")
     return _Trunk("gpt", input_size, hidden_size, num_layers, window_size)
 
 
-def _read_fc(shapes: Mapping[str, Shape]) -> _Trunk:
-    hidden_size = _matrix(shapes, r"mlp\.2\.weight")[0]
-    return _Trunk("fc", _matrix(shapes, r"mlp\.0\.weight")[1], hidden_size, 1)
+def _read_fc(shapes: Mapping[str, Shape], outer: int | None) -> _Trunk:
+    hidden_size = read_size(shapes, 0, r"mlp\.2\.(?:weight|bias)") or outer
+    return _Trunk("fc", read_size(shapes, 1, r"mlp\.0\.weight"), hidden_size)
 
 
-def _read_actions(shapes: Mapping[str, Shape], action_dim: int) -> tuple[tuple[int, ...], int, int]:
-    """Returns the hidden layers of the two MLPs, K, and A (that given, where one is missing)."""
-    arm, gripper = (_rows(shapes, mlp) for mlp in MLPS.values())
-    last = max({**arm, **gripper}, default=0)
-    rows = {**gripper, **arm}
-    lacking = [layer for layer in range(last) if layer not in rows]
-    if not rows or lacking:
-        names = listed([f"{HEAD}{MLPS['arm']}.{2 * layer}" for layer in lacking or [0]])
-        raise ValueError(f"{names} is missing, and its sizes with it; convert a whole checkpoint.")
-    arm_rows, action_horizon = arm.get(last), gripper.get(last)
-    if action_horizon is None:
-        action_horizon = rows[last] // max(action_dim - 1, 1)
-    elif arm_rows is not None:
-        action_dim = arm_rows // max(action_horizon, 1) + 1
-    return tuple(rows[layer] for layer in range(last)), action_horizon, action_dim
+def _read_actions(shapes: Mapping[str, Shape], action_dim: int) -> _Actions:
+    """Reads the two MLPs, whose odd layers are ReLUs."""
+    arm, gripper = (re.escape(name) for name in MLPS.values())
+    both = rf"(?:{arm}|{gripper})"
 
+    def outputs(mlp: str, layer: int) -> int | None:
+        return read_size(shapes, 0, rf"{mlp}\.{2 * layer}\.(?:weight|bias)")
 
-def _rows(shapes: Mapping[str, Shape], mlp: str) -> dict[int, int]:
-    """Returns the outputs of each layer of an MLP, whose odd layers are ReLUs."""
-    pattern = re.compile(rf"{re.escape(mlp)}\.(\d+)\.(?:weight|bias)")
-    found = ((pattern.fullmatch(name), shape) for name, shape in shapes.items())
-    return {int(m[1]) // 2: shape[0] for m, shape in found if m and shape and int(m[1]) % 2 == 0}
-
-
-def _matrix(shapes: Mapping[str, Shape], pattern: str) -> tuple[int, int]:
-    """Returns the shape of the first matrix of that name."""
-    for name, shape in shapes.items():
-        if re.fullmatch(pattern, name) and len(shape) == 2 and math.prod(shape):
-            return shape[0], shape[1]
-    name = pattern.replace("\\", "").replace("d+", "0")
-    raise ValueError(
-        f"{HEAD}{name} is missing, or not a matrix, and sizes are read off it; convert a whole "
-        "checkpoint."
+    last = count_layers(shapes, rf"{both}\.(\d+)\.(?:weight|bias)") // 2
+    head_sizes = tuple(
+        outputs(both, layer) or read_size(shapes, 1, rf"{both}\.{2 * layer + 2}\.weight")
+        for layer in range(last)
     )
-
-
-def _count(shapes: Mapping[str, Shape], pattern: str) -> int:
-    found = (re.fullmatch(pattern, name) for name in shapes)
-    return 1 + max(int(match[1]) for match in found if match)
+    arm_size, action_horizon = outputs(arm, last), outputs(gripper, last)
+    num_numbers = max(action_dim - 1, 1)
+    if action_horizon is None and arm_size and arm_size % num_numbers == 0:
+        return _Actions(head_sizes, arm_size // num_numbers, action_dim)
+    if action_horizon is None or (arm_size == action_horizon and num_numbers > 1):
+        return _Actions((*head_sizes, arm_size), None, action_dim)  # the last there is is hidden
+    if arm_size is not None:
+        action_dim = arm_size // action_horizon + 1
+    return _Actions(head_sizes, action_horizon, action_dim)

@@ -10,19 +10,26 @@ transposed: there and back again gives the same bytes, and both train alike. Thr
 in a state dict: `dropout`; `batch_first` (here the batch always leads); and the `nonlinearity` of
 a plain RNN, which must be tanh.
 
-Tensors are anything that `numpy.asarray` reads; PyTorch itself is not needed.
+Tensors are those of NumPy, JAX or PyTorch; PyTorch itself is not needed.
 """
 
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vla_jax import recurrence
+from vla_jax.convert.arrays import as_float32
+from vla_jax.convert.report import Report, Shape, check, compare, listed, warn
+from vla_jax.convert.sizes import (
+    check_known,
+    check_params,
+    count_layers,
+    read_size,
+    recurrence_shapes,
+)
 from vla_jax.recurrence import RecurrenceConfig
 from vla_jax.types import Params
 
@@ -34,16 +41,26 @@ LEAVES = {  # ours -> PyTorch's, in the order of its state dict
 }
 # rows of weight_hh over its columns -> cell
 CELLS: dict[float, Literal["rnn", "gru", "lstm"]] = {1: "rnn", 3: "gru", 4: "lstm"}
-NAME = re.compile(r"(?:weight|bias)_(?:ih|hh)_l(\d+)(_reverse)?")
-SHOWN = 8  # names of each list in an error
+NAME = r"(?:weight|bias)_(?:ih|hh)_l(\d+)(_reverse)?"
+
+
+class Sizes(NamedTuple):
+    """What the names and shapes of a PyTorch recurrence say; None: they do not."""
+
+    cell: Literal["rnn", "gru", "lstm"] | None
+    input_size: int | None  # D
+    hidden_size: int | None  # H
+    num_layers: int  # L
+    bidirectional: bool
 
 
 def from_torch(tensors: Mapping[str, Any], *, prefix: str = "") -> tuple[RecurrenceConfig, Params]:
     """Returns the config and params of a recurrence that does what the PyTorch module does.
 
     Args:
-      tensors: state dict of a `torch.nn.RNN`, `LSTM` or `GRU`, float32; without biases where it
-        was made with `bias=False`, which become zeros.
+      tensors: state dict of a `torch.nn.RNN`, `LSTM` or `GRU`; without biases where it was made
+        with `bias=False`, which become zeros. float16 and bfloat16 become float32, and one
+        warning says so.
       prefix: what stands before the names, such as "encoder.rnn."; tensors without it are left
         alone.
 
@@ -51,23 +68,26 @@ def from_torch(tensors: Mapping[str, Any], *, prefix: str = "") -> tuple[Recurre
       The config, its `dropout` 0, and params as from `recurrence.init`.
 
     Raises:
-      ValueError: tensors are missing, left over, of another shape or dtype, or of an LSTM with
-        `proj_size`.
+      ValueError: tensors are missing, left over, of another shape, not floating point of 32 or 16
+        bits, or of an LSTM with `proj_size`.
     """
-    tensors = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(prefix)
-    }
-    config, input_size = _sizes(tensors, prefix)
-    shapes = _shapes(config, input_size)
-    if not any(name.startswith("bias") for name in tensors):
-        biases = {name: shape for name, shape in shapes.items() if name.startswith("bias")}
-        tensors |= {name: np.zeros(shape, np.float32) for name, shape in biases.items()}
-    _check(tensors, shapes, "tensors")
-    # A copy: on a CPU an array of JAX may lie in the memory of the tensor, which may yet change.
-    flat = {path: jnp.array(np.asarray(tensors[name]).T) for path, name in _names(config).items()}
-    return config, traverse_util.unflatten_dict(flat)
+    config, input_size = _read_config(tensors, prefix)
+    report = report_torch(tensors, config, prefix=prefix)
+    check(
+        report,
+        "the tensors must be all those of one torch.nn.RNN, LSTM or GRU",
+        "give the whole of it and nothing else",
+        left_over=[name for name in report.left_over if name.startswith(prefix)],
+    )
+    params = {}
+    shapes, names = recurrence_shapes(config, input_size), _names(config)
+    for path, shape in shapes.items():
+        name = prefix + names[path]
+        array = as_float32(name, tensors[name]) if name in tensors else np.zeros(shape, np.float32)
+        # A copy: on a CPU an array of JAX may lie in the memory of the tensor, which may change.
+        params[path] = jnp.array(array.T)
+    warn(report)
+    return config, unflatten_dict(params, sep="/")
 
 
 def to_torch(
@@ -89,102 +109,118 @@ def to_torch(
     Raises:
       ValueError: params of another config, or biases that are to be left out and are not zero.
     """
-    names = _names(config)
-    flat = traverse_util.flatten_dict(params)
+    check_params(config, params)
+    flat = flatten_dict(params, sep="/")
     tensors = {
-        names.get(path, "/".join(path)): np.array(np.asarray(leaf).T, order="C")
-        for path, leaf in flat.items()
+        name: np.array(as_float32(path, flat[path]).T, order="C")
+        for path, name in _names(config).items()
     }
-    _check(tensors, _shapes(config, _matrix(tensors, "weight_ih_l0", "")[1]), "params")
-    kept = [name for name in names.values() if bias or not name.startswith("bias")]
+    kept = [name for name in tensors if bias or not name.startswith("bias")]
     nonzero = [name for name in tensors if name not in kept and tensors[name].any()]
     if nonzero:
         raise ValueError(
-            f"bias=False needs biases of zero, got others in {_listed(nonzero)}; leave them in."
+            f"bias=False needs biases of zero, got others in {listed(nonzero)}; leave them in."
         )
     return {prefix + name: tensors[name] for name in kept}
 
 
-def _names(config: RecurrenceConfig) -> dict[tuple[str, str, str], str]:
+def report_torch(
+    tensors: Mapping[str, Any], config: RecurrenceConfig, *, prefix: str = ""
+) -> Report:
+    """Returns what `from_torch` makes of each tensor.
+
+    Args:
+      tensors: as for `from_torch`.
+      config: what it gave.
+      prefix: as for `from_torch`.
+    """
+    has_bias = any(name.startswith(f"{prefix}bias") for name in tensors)
+    input_size = read_sizes(_own_shapes(tensors, prefix)).input_size or 1
+    shapes = recurrence_shapes(config, input_size)
+    expected = {
+        prefix + name: shapes[path][::-1]
+        for path, name in _names(config).items()
+        if has_bias or not name.startswith("bias")
+    }
+    return compare(expected, tensors)
+
+
+def read_sizes(shapes: Mapping[str, Shape], hidden_size: int | None = None) -> Sizes:
+    """Returns the sizes of a PyTorch recurrence, each read off any tensor that says it.
+
+    Args:
+      shapes: of the tensors, by their names without prefix.
+      hidden_size: H, where it is known from elsewhere.
+
+    Raises:
+      ValueError: the tensors are of another cell.
+    """
+    both = any(name.endswith("_reverse") for name in shapes if re.fullmatch(NAME, name))
+    matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2}
+    inner = read_size(matrices, 1, r"weight_ih_l[1-9]\d*(_reverse)?")
+    joined = inner // (1 + both) if inner else hidden_size
+    hidden_size = read_size(matrices, 1, r"weight_hh_l\d+(_reverse)?") or joined
+    rows = read_size(matrices, 0, r"weight_hh_\w+", r"weight_ih_\w+") or read_size(
+        shapes, 0, r"bias_[ih]h_\w+"
+    )
+    if hidden_size and rows and rows / hidden_size not in CELLS:
+        raise ValueError(
+            "weight_hh_l0 must have 1, 3 or 4 times as many rows as columns (RNN, GRU, LSTM), got "
+            f"[{rows}, {hidden_size}]; only these three can be read, without projection."
+        )
+    return Sizes(
+        cell=CELLS[rows / hidden_size] if hidden_size and rows else None,
+        input_size=read_size(matrices, 1, r"weight_ih_l0(_reverse)?"),
+        hidden_size=hidden_size,
+        num_layers=count_layers(shapes, NAME),
+        bidirectional=both,
+    )
+
+
+def _read_config(tensors: Mapping[str, Any], prefix: str) -> tuple[RecurrenceConfig, int]:
+    """Returns the config, and D."""
+    shapes = _own_shapes(tensors, prefix)
+    projected = [name for name in shapes if name.startswith("weight_hr_")]
+    if projected:
+        raise ValueError(
+            f"proj_size must be 0, got an LSTM with projections ({listed(projected)}); there is "
+            "no such cell here."
+        )
+    sizes = read_sizes(shapes)
+    config = RecurrenceConfig(
+        cell=sizes.cell or "lstm",  # where it is not known, for the names alone
+        num_layers=sizes.num_layers,
+        hidden_size=sizes.hidden_size or 1,
+        bidirectional=sizes.bidirectional,
+    )
+    known = {"input_size": sizes.input_size, "hidden_size": sizes.hidden_size}
+    input_size = sizes.input_size or 1
+    expected = recurrence_shapes(config, input_size)
+    check_known(
+        [name for name, size in known.items() if not size],
+        {name: expected[path] for path, name in _names(config).items()},
+        shapes,
+        f"`prefix` is what stands before the names, got '{prefix}' and {listed(list(tensors))}",
+    )
+    return config, input_size
+
+
+def _own_shapes(tensors: Mapping[str, Any], prefix: str) -> dict[str, Shape]:
+    return {
+        name.removeprefix(prefix): tuple(np.shape(tensor))
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+def _names(config: RecurrenceConfig) -> dict[str, str]:
     """Returns path in our params -> name of PyTorch's, in the order of its state dict."""
     directions = (
         {"forward": "", "backward": "_reverse"} if config.bidirectional else {"forward": ""}
     )
     return {
-        (f"layers_{layer}", direction, ours): f"{theirs}_l{layer}{suffix}"
+        f"layers_{layer}/{direction}/{ours}": f"{theirs}_l{layer}{suffix}"
         for layer in range(config.num_layers)
         for direction, suffix in directions.items()
         for ours, theirs in LEAVES.items()
     }
-
-
-def _shapes(config: RecurrenceConfig, input_size: int) -> dict[str, tuple[int, ...]]:
-    """Returns name -> shape of every tensor that the PyTorch module has."""
-    params = jax.eval_shape(lambda key: recurrence.init(key, config, input_size), jax.random.key(0))
-    return {
-        name: params[layer][direction][leaf].shape[::-1]
-        for (layer, direction, leaf), name in _names(config).items()
-    }
-
-
-def _sizes(tensors: Mapping[str, Any], prefix: str) -> tuple[RecurrenceConfig, int]:
-    """Returns what names and shapes say: the config, and D."""
-    projected = [name for name in tensors if name.startswith("weight_hr_")]
-    if projected:
-        raise ValueError(
-            f"proj_size must be 0, got an LSTM with projections ({_listed(projected)}); there is "
-            "no such cell here."
-        )
-    _, input_size = _matrix(tensors, "weight_ih_l0", prefix)
-    rows, hidden_size = _matrix(tensors, "weight_hh_l0", prefix)
-    if rows / max(hidden_size, 1) not in CELLS:
-        raise ValueError(
-            "weight_hh_l0 must have 1, 3 or 4 times as many rows as columns (RNN, GRU, LSTM), got "
-            f"[{rows}, {hidden_size}]; only these three can be read."
-        )
-    found = [match for match in map(NAME.fullmatch, tensors) if match]
-    config = RecurrenceConfig(
-        cell=CELLS[rows // hidden_size],
-        num_layers=len({match[1] for match in found}),
-        hidden_size=hidden_size,
-        bidirectional=any(match[2] for match in found),
-    )
-    return config, input_size
-
-
-def _matrix(tensors: Mapping[str, Any], name: str, prefix: str) -> tuple[int, int]:
-    shape = tuple(np.shape(tensors[name])) if name in tensors else ()
-    if len(shape) != 2:
-        raise ValueError(
-            f"'{prefix}{name}' must be a matrix of a torch.nn.RNN, LSTM or GRU, got "
-            f"{f'{list(shape)}' if name in tensors else 'none'} among {_listed(tensors)}; "
-            "`prefix` is what stands before the names."
-        )
-    return shape[0], shape[1]
-
-
-def _check(tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
-    """Raises a ValueError that lists what is missing, left over, of another shape or dtype."""
-    both = [name for name in shapes if name in tensors]
-    faults = {
-        "missing": [name for name in shapes if name not in tensors],
-        "left over": [name for name in tensors if name not in shapes],
-        "of another shape": [
-            f"{name} {list(shapes[name])} (got {list(np.shape(tensors[name]))})"
-            for name in both
-            if tuple(np.shape(tensors[name])) != shapes[name]
-        ],
-        "not float32": [name for name in both if not str(tensors[name].dtype).endswith("float32")],
-    }
-    listed = "; ".join(f"{fault}: {_listed(names)}" for fault, names in faults.items() if names)
-    if listed:
-        raise ValueError(
-            f"{what} must be all those of one recurrence in float32, got {listed}; give the whole "
-            "of it and nothing else."
-        )
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
