@@ -2,7 +2,7 @@
 
     python -m train.demo                             # the MuJoCo table from pictures
     python -m train.demo --world table_jax           # its JAX twin, without OpenGL
-    python -m train.demo --preset table_jax_state    # LSTM, GRU, RNN, none: 2 minutes, no pictures
+    python -m train.demo --preset table_jax_state    # LSTM, GRU, RNN, none: 3 minutes, no pictures
 
 Every step is one of the other scripts, with a preset; what is finished is not done again.
 """
@@ -48,7 +48,7 @@ def table() -> DemoConfig:
 
 
 def table_jax_state() -> DemoConfig:
-    """From the state of the JAX twin: LSTM, GRU, RNN against memoryless, 2 minutes."""
+    """From the state of the JAX twin: LSTM, GRU, RNN against memoryless, 3 minutes."""
     return DemoConfig(
         show="state",
         world="table_jax",

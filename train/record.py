@@ -6,7 +6,7 @@
 The robot is sent the expert's action plus noise while the action without it is recorded: the
 states go astray and the labels show the way back (DART, Laskey et al. 2017, arXiv:1703.09327).
 With `--disturbance 0.05` bursts of random actions come on top on the MuJoCo table: missed grasps
-and lost blocks, and the way back from them; such data want a longer training.
+and lost blocks, and the way back from them.
 """
 
 import math
