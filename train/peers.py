@@ -175,14 +175,15 @@ def torch_head(
         optimizer.step()
         return loss
 
+    def as_ours(tensors: dict[str, Any]) -> Params:
+        return convert.from_robovlms(tensors, window_size=config.window_size)[1]
+
     def moment(name: str) -> Params:
-        moments = {path: optimizer.state[leaf][name] for path, leaf in weights.items()}
-        return convert.from_robovlms(moments)[1]
+        return as_ours({path: optimizer.state[leaf][name] for path, leaf in weights.items()})
 
     def read(loss: Any) -> dict[str, Any]:
-        _, trained = convert.from_robovlms(head.state_dict())
         moments = {"mean": moment("exp_avg"), "square": moment("exp_avg_sq")}
-        return {"loss": loss.item(), "params": trained, **moments}
+        return {"loss": loss.item(), "params": as_ours(head.state_dict()), **moments}
 
     return Peer("RoboVLMs (PyTorch)", run, read, weight_bytes)
 
