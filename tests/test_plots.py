@@ -42,7 +42,7 @@ def test_a_training_shows_its_loss_and_other_metrics_beside_it(tmp_path):
 
 def test_a_loss_below_zero_is_drawn_too(tmp_path):
     plots.training(tmp_path / "a.png", metrics(factor=-1.0))
-    picture(tmp_path / "a.png")
+    assert (picture(tmp_path / "a.png") == [0x00, 0x72, 0xB2]).all(-1).sum() > 50  # the line
 
 
 def test_success_shows_every_policy_and_reference(tmp_path):

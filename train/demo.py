@@ -36,8 +36,8 @@ class DemoConfig:
     dataset: str = "demos/table"  # folder of the demonstrations
     num_demonstrations: int = 5000  # episodes to record
     num_episodes: int = 120  # unseen episodes to evaluate each policy on
-    # The presets were chosen on the seeds from 1,000,000, the default of `evaluate`; what is
-    # reported comes from others, or it would flatter.
+    # Choose settings on other seeds, such as those of `evaluate`, which start at 1,000,000: a
+    # figure from the seeds that a setting was chosen on would flatter it.
     first_seed: int = 2_000_000  # of these episodes
     num_films: int = 4  # episodes to film of a policy that is filmed
 

@@ -10,7 +10,7 @@ The gates' share comes from `jax.vjp` of the cell's `combine`, which holds no we
 backward pass serves every cell.
 
 Source: Appleyard et al. 2016, "Optimizing Performance of Recurrent Neural Networks on GPUs"
-(arXiv:1604.01946), §3, whose grouping of the weight gradients this is.
+(arXiv:1604.01946), whose grouping of the weight gradients this is.
 """
 
 from collections.abc import Callable
