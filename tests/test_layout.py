@@ -19,6 +19,7 @@ FLOORS = (  # a file imports only from files above it
     "policy", "agent", "robovlms",
     "envs.table", "envs.table_scene", "envs.table_expert", "envs.table_mujoco",
     "envs.table_jax_paint", "envs.table_jax", "envs.gymnasium", "envs.simulate", "envs.worlds",
+    "rl.returns", "rl.exploration", "rl.policy_gradient", "rl.sarsa",
     "update", "parallel", "checkpoint",
     "convert.arrays", "convert.report", "convert.sizes", "convert.files", "convert.torch_rnn",
     "convert.robovlms_names", "convert.robovlms_sizes", "convert.robovlms", "convert.flax_cells",
@@ -72,7 +73,7 @@ def library(folder=""):
 def test_every_file_has_its_floor():
     ours = {module(path) for path in FILES if path.parts[len(ROOT.parts)] != "tests"}
     packages = {"vla_jax", "vla_jax.data", "vla_jax.backbones", "vla_jax.envs"}
-    packages |= {"vla_jax.convert", "train"}
+    packages |= {"vla_jax.convert", "vla_jax.rl", "train"}
     assert ours - packages == set(ORDER)
     assert len(ORDER) == len(set(ORDER))
 
