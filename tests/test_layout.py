@@ -19,7 +19,9 @@ FLOORS = (  # a file imports only from files above it
     "policy", "agent", "robovlms",
     "envs.table", "envs.table_scene", "envs.table_expert", "envs.table_mujoco",
     "envs.table_jax_paint", "envs.table_jax", "envs.gymnasium", "envs.simulate", "envs.worlds",
-    "rl.returns", "rl.exploration", "rl.policy_gradient", "rl.sarsa",
+    "envs.grid", "envs.cartpole", "envs.hidden",
+    "rl.returns", "rl.exploration", "rl.policy_gradient", "rl.sarsa", "rl.worlds", "rl.network",
+    "rl.actor",
     "update", "parallel", "checkpoint",
     "convert.arrays", "convert.report", "convert.sizes", "convert.files", "convert.torch_rnn",
     "convert.robovlms_names", "convert.robovlms_sizes", "convert.robovlms", "convert.flax_cells",
@@ -30,7 +32,8 @@ FLOORS = (  # a file imports only from files above it
 )  # fmt: skip
 SCRIPTS = (
     "command_line", "logs", "loop", "record", "pretrain", "configs", "setup", "cache", "imitate",
-    "demo", "timing", "peers", "works", "benchmark",
+    "demo", "timing", "peers", "works", "benchmark", "learner", "learn", "sarsa",
+    "reinforce", "tabular", "grid_gymnasium", "throughput",
 )  # fmt: skip
 FILES = sorted(
     path for folder in ("vla_jax", "train", "tests") for path in (ROOT / folder).rglob("*.py")

@@ -16,7 +16,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -42,6 +42,7 @@ class Logs:
         start: int = 0,
         name: str = "train",
         tensorboard: bool = False,
+        shown: Sequence[str] = ("loss",),
         console: Console | None = None,
     ):
         """Opens the logs of a training that has done `start` of `num_updates` updates.
@@ -55,6 +56,7 @@ class Logs:
           start: updates done already.
           name: what the bar is about.
           tensorboard: whether to write event files too.
+          shown: names of the metrics beside the bar.
           console: where the bar goes; None means stderr.
 
         Raises:
@@ -65,7 +67,7 @@ class Logs:
         self._scalars = _tensorboard_writer(path.parent, start) if tensorboard else None
         _rewrite(path, [line for line in read_metrics(path) if line["step"] <= start])
         self._lines = path.open("a", encoding="utf-8", buffering=1)  # a line is on disk at once
-        self._name, self._num_updates = name, num_updates
+        self._name, self._num_updates, self._shown = name, num_updates, shown
         self._last_step, self._last_time, self._waited = start, time.perf_counter(), 0.0
         self._console = console or Console(stderr=True)
         self._bar = _make_bar(self._console)
@@ -116,10 +118,8 @@ class Logs:
         self._last_step, self._last_time, self._waited = step, now, 0.0
 
     def _tell(self, step: int, values: Mapping[str, float]) -> None:
-        told = (
-            f"loss {values.get('loss', float('nan')):.4f}  "
-            f"{values['steps_per_second']:.1f} steps/s  data {values['data_wait']:.0%}"
-        )
+        shown = "  ".join(f"{name} {values.get(name, float('nan')):.4f}" for name in self._shown)
+        told = f"{shown}  {values['steps_per_second']:.1f} steps/s  data {values['data_wait']:.0%}"
         self._bar.update(self._task, completed=step, told=told)
         share, last_share = (s * PLAIN_LINES // self._num_updates for s in (step, self._last_step))
         if not self._console.is_terminal and share > last_share:

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from vla_jax.envs import table
-from vla_jax.results import Rate, Summary
+from vla_jax.results import Rate, Summary, mean_interval
 
 Path = str | os.PathLike[str]
+Curve = tuple[np.ndarray, np.ndarray]  # places on the x axis [N], values [N, S] of S seeds
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 _INK, _FAINT = "#30343b", "#d9dce1"
 _DASHES = ("--", ":", "-.")
@@ -140,6 +141,42 @@ def actions(
         axes.set_axis_off()
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    _write(figure, path, title)
+
+
+def curves(
+    path: Path,
+    curves: Mapping[str, Curve],
+    *,
+    labels: tuple[str, str],
+    goal: float | None = None,
+    title: str = "",
+) -> None:
+    """Draws the mean over trainings that differ in their seed alone, with its 95 % interval.
+
+    Args:
+      path: PNG to write.
+      curves: name to curve.
+      labels: of the x and y axes.
+      goal: drawn as a line across; None means none.
+      title: above the curves.
+
+    Raises:
+      ValueError: there are no curves.
+      ImportError: matplotlib is missing.
+    """
+    if not curves:
+        raise ValueError(f"curves for {path} must be at least one, got none.")
+    figure = _figure(5.6, 3.6)
+    (axes,) = _panels(figure, 1, 1)
+    for (name, (places, values)), colour in zip(curves.items(), _cycle(len(curves)), strict=True):
+        low, high = np.array([mean_interval(of_seeds) for of_seeds in values]).T
+        axes.fill_between(places, low, high, color=colour, alpha=0.2, linewidth=0)
+        axes.plot(places, np.mean(values, axis=1), color=colour, label=name, linewidth=1.6)
+    if goal is not None:
+        axes.axhline(goal, color=_INK, linestyle="--", linewidth=1)
+    axes.set(xlabel=labels[0], ylabel=labels[1])
+    axes.legend(frameon=False, fontsize=8)
     _write(figure, path, title)
 
 

@@ -81,6 +81,22 @@ class Env(NamedTuple):
     max_steps: int  # environment steps until truncation
 
 
+class World(NamedTuple):
+    """A world of pure functions to learn in from reward alone; what it shows is one array.
+
+    Apart from `Env`, whose robots have words, cameras and a demonstrator, none of which is here,
+    and whose actions are seven numbers, where here one of `num_actions` is chosen.
+    """
+
+    reset: Callable[[Key], tuple[Any, Array]]  # key -> (world_state, first observation)
+    step: Callable[[Any, Array], tuple[Any, Transition]]  # (world_state, action [] int) -> ...
+    draw: Callable[[Any], Array]  # world_state -> picture [h, w, 3] uint8 for people
+    observation_shape: tuple[int, ...]  # [D] float32, or [h, w, c] uint8
+    velocities: tuple[int, ...]  # which of the D numbers are speeds; empty for pictures
+    num_actions: int
+    max_steps: int  # environment steps until truncation
+
+
 class SimulatorStep(NamedTuple):
     """What one step of a Python simulator gives back."""
 

@@ -42,7 +42,7 @@ def epsilon_greedy_probability(q: Array, epsilon: Array | float) -> jax.Array:
     """
     best = jnp.asarray(q == jnp.max(q, axis=-1, keepdims=True), jnp.float32)
     greedy = best / jnp.sum(best, axis=-1, keepdims=True)
-    return epsilon / q.shape[-1] + (1.0 - epsilon) * greedy
+    return jnp.asarray(epsilon / q.shape[-1] + (1.0 - epsilon) * greedy)
 
 
 def decayed_epsilon(num_updates: Array, start: float, end: float, decay_updates: int) -> jax.Array:

@@ -32,7 +32,7 @@ def discounted_returns(reward: Array, discount: Array, last_value: Array | float
     Source: Sutton and Barto 2018, "Reinforcement Learning", equation 3.9.
     """
     _check(reward, discount)
-    return _accumulate(jnp.asarray(reward), jnp.asarray(discount), last_value)
+    return _accumulate(reward, discount, last_value)
 
 
 def lambda_returns(
@@ -93,16 +93,17 @@ def advantages(
     return _accumulate(error, discount * jnp.broadcast_to(lambda_, reward.shape), 0.0)
 
 
-def _accumulate(terms: jax.Array, factors: jax.Array, last: Array | float) -> jax.Array:
+def _accumulate(terms: Array, factors: Array, last: Array | float) -> jax.Array:
     """Returns xₜ = termₜ + factorₜ xₜ₊₁ for all t, with x_T = last."""
 
-    def step(following: jax.Array, at: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def step(following: Array, at: tuple[Array, Array]) -> tuple[Array, Array]:
         term, factor = at
-        sum_ = term + factor * following
-        return sum_, sum_
+        total = term + factor * following
+        return total, total
 
-    start = jnp.asarray(last, jnp.float32) + 0.0 * terms[0]  # sharded and typed as the terms are
-    return jax.lax.scan(step, start, (terms, factors), reverse=True)[1]
+    start = jnp.asarray(last, jnp.float32) + 0.0 * terms[0]  # sharded as the terms are
+    _, totals = jax.lax.scan(step, start, (terms, factors), reverse=True)
+    return jnp.asarray(totals)
 
 
 def _check(reward: Array, *others: Array) -> None:

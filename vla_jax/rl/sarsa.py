@@ -48,7 +48,7 @@ def sarsa_error(
     """
     _check(q, action, next_q, next_action)
     target = lambda_returns(reward, discount, _taken(next_q, next_action), lambda_)
-    return jax.lax.stop_gradient(target) - _taken(q, action)
+    return jnp.asarray(jax.lax.stop_gradient(target) - _taken(q, action))
 
 
 def expected_sarsa_error(
@@ -78,11 +78,11 @@ def expected_sarsa_error(
     chex.assert_equal_shape([next_q, probability])
     mean = jnp.sum(probability * next_q, axis=-1)
     target = lambda_returns(reward, discount, mean, 0.0)
-    return jax.lax.stop_gradient(target) - _taken(q, action)
+    return jnp.asarray(jax.lax.stop_gradient(target) - _taken(q, action))
 
 
 def _taken(q: Array, action: Array) -> jax.Array:
-    return jnp.take_along_axis(q, action[:, None], axis=-1)[:, 0]
+    return jnp.take_along_axis(jnp.asarray(q), action[:, None], axis=-1)[:, 0]
 
 
 def _check(q: Array, action: Array, next_q: Array, *others: Array) -> None:

@@ -1,0 +1,102 @@
+"""CartPole step by step beside Gymnasium's, and both worlds with their velocities hidden."""
+
+import gymnasium
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vla_jax.envs import cartpole, grid, hidden
+from vla_jax.envs.cartpole import CartPoleConfig
+from vla_jax.envs.grid import GridConfig
+
+step = jax.jit(cartpole.make(CartPoleConfig()).step)
+
+
+def state_of(numbers, num_steps=0):
+    return cartpole.CartPoleState(*jnp.float32(jnp.array(numbers)), jnp.int32(num_steps))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_it_moves_as_gymnasiums(seed):
+    env, random = gymnasium.make("CartPole-v1"), np.random.default_rng(seed)
+    observation, _ = env.reset(seed=seed)
+    terminated, state = False, state_of(observation)
+    while not terminated:
+        # Set anew at every step, since ours is float32 and chaos would do the rest.
+        state = state_of(env.unwrapped.state, state.num_steps)
+        action = int(random.integers(2))
+        observation, reward, terminated, truncated, _ = env.step(action)
+        state, transition = step(state, jnp.int32(action))
+        np.testing.assert_allclose(transition.observation, observation, atol=2e-6)
+        told = (transition.reward, transition.terminated, transition.truncated)
+        assert told == (reward, terminated, truncated)
+
+
+@pytest.mark.parametrize("numbers", [[2.39, 3, 0, 0], [-2.39, -3, 0, 0], [0, 0, 0.209, 1]])
+def test_it_ends_at_gymnasiums_bounds(numbers):
+    env = gymnasium.make("CartPole-v1").unwrapped
+    env.reset(seed=0)
+    for scale in (0.9, 1.0):
+        env.state = np.array(numbers) * scale
+        _, transition = step(state_of(env.state), jnp.int32(0))
+        assert transition.terminated == env.step(0)[2] == (scale == 1.0)
+        env.steps_beyond_terminated = None
+
+
+def test_time_runs_out_at_500_and_that_is_success():
+    _, before = step(state_of([0, 0, 0, 0], 498), jnp.int32(0))
+    _, after = step(state_of([0, 0, 0, 0], 499), jnp.int32(0))
+    assert gymnasium.make("CartPole-v1").spec.max_episode_steps == 500
+    assert (before.truncated, before.success) == (False, False)
+    assert (after.truncated, after.terminated, after.success) == (True, False, True)
+
+
+def test_it_starts_near_the_top():
+    keys = jax.random.split(jax.random.key(0), 1000)
+    _, observation = jax.vmap(cartpole.make(CartPoleConfig()).reset)(keys)
+    np.testing.assert_allclose(observation.min(axis=0), -0.05, atol=1e-3)
+    np.testing.assert_allclose(observation.max(axis=0), 0.05, atol=1e-3)
+
+
+def test_the_picture_shows_which_way_the_pole_leans():
+    left, right = (np.asarray(cartpole.draw(state_of([0, 0, a, 0]))) for a in (-0.2, 0.2))
+    pole = [213, 94, 0]
+    assert np.argwhere((left == pole).all(-1))[:, 1].mean() < 79
+    assert np.argwhere((right == pole).all(-1))[:, 1].mean() > 81
+
+
+def test_a_wrong_action_is_one_sentence():
+    with pytest.raises(ValueError, match=r"one whole number, 0 \(left\) or 1 \(right\), got float"):
+        step(state_of([0, 0, 0, 0]), jnp.float32(1))
+
+
+def test_no_steps_are_refused():
+    with pytest.raises(ValueError, match="max_steps must be >= 1, got 0"):
+        CartPoleConfig(max_steps=0)
+
+
+@pytest.mark.parametrize(
+    ("world", "kept"),
+    [
+        (cartpole.make(CartPoleConfig()), [0, 2]),
+        (grid.make(GridConfig(num_obstacles=1)), [0, 1, 3, 4, 5, 7]),
+    ],
+    ids=["cartpole", "grid"],
+)
+def test_hidden_velocities_are_not_seen_and_nothing_else_changes(world, kept, key):
+    blind = hidden.hide_velocities(world)
+    state, first = world.reset(key)
+    same, seen = blind.reset(key)
+    np.testing.assert_array_equal(seen, first[np.array(kept)])
+    state, transition = world.step(state, jnp.int32(1))
+    same, other = blind.step(same, jnp.int32(1))
+    jax.tree.map(np.testing.assert_array_equal, state, same)
+    np.testing.assert_array_equal(other.observation, transition.observation[np.array(kept)])
+    assert blind.observation_shape == other.observation.shape
+    assert (other.reward, other.terminated) == (transition.reward, transition.terminated)
+
+
+def test_what_has_no_velocities_cannot_hide_them():
+    with pytest.raises(ValueError, match="must name features to hide, got none"):
+        hidden.hide_velocities(grid.make(GridConfig(observation="pixels")))

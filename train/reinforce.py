@@ -1,0 +1,180 @@
+"""REINFORCE with a baseline: a policy learnt from the reward of many worlds at once.
+
+    python -m train.reinforce                                # CartPole-v1, 16 seeds
+    python -m train.reinforce --preset cartpole_hidden       # velocities hidden: a GRU
+    python -m train.reinforce --preset cartpole_hidden --network.kind fc --run-dir runs/blind
+
+Actor and learner are one compiled program. The same command resumes a run that was interrupted.
+"""
+
+import pathlib
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from train.command_line import run
+from train.learn import learn, show
+from train.learner import Learner, SeedsConfig, make_learner
+from train.loop import LoopConfig, open_run
+from vla_jax.envs.cartpole import CartPoleConfig
+from vla_jax.envs.grid import GridConfig
+from vla_jax.optim import OptimConfig
+from vla_jax.rl import actor, exploration, network, worlds
+from vla_jax.rl.actor import Policy, Rollout
+from vla_jax.rl.network import NetworkConfig
+from vla_jax.rl.policy_gradient import baseline_loss, entropy_loss, reinforce_loss
+from vla_jax.rl.returns import advantages
+from vla_jax.rl.worlds import WorldConfig
+from vla_jax.types import Array, Key, Metrics, Params
+
+_SMALL = 1e-6  # keeps a batch without any difference from being divided by zero
+
+
+@dataclass(frozen=True)
+class ReinforceConfig:
+    """One training by REINFORCE, of many seeds."""
+
+    run_dir: str = "runs/reinforce"  # folder to write to
+    world: WorldConfig = CartPoleConfig()
+    hide_velocities: bool = False  # leave the speeds out of what the agent sees
+    network: NetworkConfig = NetworkConfig()
+    gamma: float = 0.99  # γ, worth of a reward one step later
+    trace_decay: float = 0.95  # λ of the advantages; 1 = REINFORCE's own return less baseline
+    entropy_weight: float = 0.01  # of the entropy's term in the loss
+    baseline_weight: float = 0.5  # of the baseline's term, whose returns are scaled by 1 − γ
+    seeds: SeedsConfig = SeedsConfig(solved_by="return", solved_at=475.0)
+    optim: OptimConfig = OptimConfig(learning_rate=3e-3, weight_decay=0.0)
+    loop: LoopConfig = LoopConfig(num_updates=1500, save_every=500)
+    seed: int = 0
+    overwrite: bool = False  # delete a run that is there
+
+    def __post_init__(self):
+        """Checks the shares and the weights."""
+        if not 0 <= self.gamma < 1 or not 0 <= self.trace_decay <= 1:
+            raise ValueError(
+                "gamma must be in [0, 1) and trace_decay in [0, 1], got "
+                f"{self.gamma} and {self.trace_decay}."
+            )
+        for name in ("entropy_weight", "baseline_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}.")
+
+
+def train(config: ReinforceConfig) -> pathlib.Path:
+    """Trains policies; returns the run's folder."""
+    run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
+    learner = make_reinforce(config)
+    learnt = learn(config.seeds, config.loop, run_dir, learner, config.seed, name=run_dir.name)
+    show(config.seeds, run_dir, learnt)
+    return run_dir
+
+
+def make_reinforce(config: ReinforceConfig) -> Learner:
+    """REINFORCE with a baseline as a `Learner`."""
+    world = worlds.make(config.world, hide_velocities=config.hide_velocities)
+
+    def explore(params: Params, num_updates: jax.Array) -> Policy:
+        return make_policy(params, config.network)
+
+    return make_learner(
+        world,
+        config.network,
+        {"logits": world.num_actions, "value": 1},
+        config.seeds,
+        config.optim,
+        config.loop.num_updates,
+        loss_fn=partial(_loss, config),
+        explore=explore,
+        exploit=partial(make_policy, net=config.network, greedy=True),
+    )
+
+
+def make_policy(params: Params, net: NetworkConfig, *, greedy: bool = False) -> Policy:
+    """Returns the policy of a network, which draws its actions, or takes the most probable."""
+
+    def policy(carry: Any, observation: Any, reset: Any, key: Key) -> tuple[Any, jax.Array]:
+        carry, outputs = network.step(params, net, carry, observation, reset)
+        if greedy:
+            return carry, jnp.argmax(outputs["logits"], axis=-1)
+        return carry, exploration.sample(key, jax.nn.softmax(outputs["logits"]))
+
+    return policy
+
+
+def _loss(
+    config: ReinforceConfig, params: Params, batch: tuple[Rollout, jax.Array], key: Key
+) -> tuple[jax.Array, Metrics]:
+    """REINFORCE's loss over a rollout, the baseline's, the entropy's; through time."""
+    rollout, _ = batch
+    _, outputs = network.apply(
+        params, config.network, rollout.carry, rollout.observation, rollout.reset
+    )
+    logits, value = outputs["logits"][:, :-1], outputs["value"][..., 0]
+    # With rewards times 1 − γ a return lies where rewards do, so that one learning rate serves.
+    reward = (1.0 - config.gamma) * rollout.reward
+    advantage = jax.vmap(advantages)(
+        reward,
+        actor.discounts(rollout, config.gamma),
+        value[:, :-1],
+        value[:, 1:],
+        actor.lambdas(rollout, config.trace_decay),
+    )
+    weight = jnp.asarray(rollout.mask, jnp.float32)
+    terms = {
+        "reinforce": _mean(
+            reinforce_loss, logits, rollout.action, _scaled(advantage, weight), weight
+        ),
+        "baseline": _mean(baseline_loss, value[:, :-1], advantage + value[:, :-1], weight),
+        "entropy": _mean(entropy_loss, logits, weight),
+    }
+    loss = (
+        terms["reinforce"]
+        + config.baseline_weight * terms["baseline"]
+        + config.entropy_weight * terms["entropy"]
+    )
+    return loss, {f"loss_{name}": term for name, term in terms.items()}
+
+
+def _mean(function: Any, *of_episodes: Array) -> jax.Array:
+    return jnp.mean(jax.vmap(function)(*of_episodes))
+
+
+def _scaled(advantage: Array, weight: Array) -> Array:
+    """Returns the advantages of the steps that count, scaled to a mean square of 1."""
+    square = jnp.sum(weight * jnp.square(advantage)) / jnp.sum(weight)
+    return advantage / (jnp.sqrt(square) + _SMALL)
+
+
+def cartpole() -> ReinforceConfig:
+    """CartPole-v1, without memory."""
+    return ReinforceConfig(run_dir="runs/reinforce_cartpole")
+
+
+def cartpole_hidden() -> ReinforceConfig:
+    """CartPole-v1 with velocities hidden: a GRU has to see how fast things move."""
+    return replace(
+        cartpole(),
+        run_dir="runs/reinforce_cartpole_hidden",
+        hide_velocities=True,
+        network=NetworkConfig(kind="gru"),
+    )
+
+
+def grid() -> ReinforceConfig:
+    """The 5 × 5 grid with three moving obstacles."""
+    return replace(
+        cartpole(),
+        run_dir="runs/reinforce_grid",
+        world=GridConfig(),
+        gamma=0.95,
+        seeds=SeedsConfig(),
+    )
+
+
+REINFORCE = {"cartpole": cartpole, "cartpole_hidden": cartpole_hidden, "grid": grid}
+
+if __name__ == "__main__":
+    run(train, REINFORCE, description="Trains policies from reward.")

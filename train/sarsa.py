@@ -1,0 +1,167 @@
+"""Deep SARSA: values of actions, learnt from the reward of thousands of worlds at once.
+
+    python -m train.sarsa                                    # the grid with moving obstacles
+    python -m train.sarsa --preset grid_hidden               # velocities hidden: memory is needed
+    python -m train.sarsa --preset cartpole --num-seeds 4
+
+Actor and learner are one compiled program. The same command resumes a run that was interrupted.
+"""
+
+import pathlib
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from train.command_line import run
+from train.learn import learn, show
+from train.learner import Learner, SeedsConfig, make_learner
+from train.loop import LoopConfig, open_run
+from vla_jax.envs.cartpole import CartPoleConfig
+from vla_jax.envs.grid import GridConfig
+from vla_jax.optim import OptimConfig
+from vla_jax.rl import actor, exploration, network, worlds
+from vla_jax.rl.actor import Policy, Rollout
+from vla_jax.rl.network import NetworkConfig
+from vla_jax.rl.sarsa import expected_sarsa_error, sarsa_error
+from vla_jax.rl.worlds import WorldConfig
+from vla_jax.types import Key, Metrics, Params
+
+
+@dataclass(frozen=True)
+class SarsaConfig:
+    """One training by Deep SARSA, of many seeds."""
+
+    run_dir: str = "runs/sarsa"  # folder to write to
+    world: WorldConfig = GridConfig()
+    hide_velocities: bool = False  # leave the speeds out of what the agent sees
+    network: NetworkConfig = NetworkConfig(object_size=4, object_sizes=(32, 32), hidden_sizes=(64,))
+    gamma: float = 0.95  # γ, worth of a reward one step later
+    trace_decay: float = 0.5  # λ, from one step (0) to the whole rollout (1)
+    expected: bool = False  # Expected SARSA: the mean over the next action, not the one taken
+    start_epsilon: float = 1.0  # share of trials at first
+    end_epsilon: float = 0.02  # share of trials in the end
+    decay_updates: int = 300  # updates until then
+    seeds: SeedsConfig = SeedsConfig()
+    optim: OptimConfig = OptimConfig(
+        learning_rate=3e-3, end_factor=0.02, weight_decay=0.0, ema_decay=0.99
+    )
+    loop: LoopConfig = LoopConfig(num_updates=2000, save_every=500)
+    seed: int = 0
+    overwrite: bool = False  # delete a run that is there
+
+    def __post_init__(self):
+        """Checks the shares."""
+        for name in ("gamma", "trace_decay", "start_epsilon", "end_epsilon"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
+        if self.decay_updates < 1:
+            raise ValueError(f"decay_updates must be at least 1, got {self.decay_updates}.")
+        if self.expected and self.trace_decay:
+            raise ValueError(
+                f"trace_decay must be 0 with expected, got {self.trace_decay}; choose one of them."
+            )
+
+
+def train(config: SarsaConfig) -> pathlib.Path:
+    """Trains Q-functions; returns the run's folder."""
+    run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
+    learner = make_sarsa(config)
+    learnt = learn(config.seeds, config.loop, run_dir, learner, config.seed, name=run_dir.name)
+    show(config.seeds, run_dir, learnt)
+    return run_dir
+
+
+def make_sarsa(config: SarsaConfig) -> Learner:
+    """Deep SARSA as a `Learner`."""
+    world = worlds.make(config.world, hide_velocities=config.hide_velocities)
+
+    def explore(params: Params, num_updates: jax.Array) -> Policy:
+        return make_policy(params, config.network, _epsilon(config, num_updates))
+
+    return make_learner(
+        world,
+        config.network,
+        {"q": world.num_actions},
+        config.seeds,
+        config.optim,
+        config.loop.num_updates,
+        loss_fn=partial(_loss, config),
+        explore=explore,
+        exploit=partial(make_policy, net=config.network, epsilon=0.0),
+    )
+
+
+def make_policy(params: Params, net: NetworkConfig, epsilon: Any) -> Policy:
+    """Returns the ε-greedy policy of a Q-network; greedy where `epsilon` is 0."""
+
+    def policy(carry, observation, reset, key):
+        carry, outputs = network.step(params, net, carry, observation, reset)
+        probability = exploration.epsilon_greedy_probability(outputs["q"], epsilon)
+        return carry, exploration.sample(key, probability)
+
+    return policy
+
+
+def _epsilon(config: SarsaConfig, num_updates: jax.Array) -> jax.Array:
+    return exploration.decayed_epsilon(
+        num_updates, config.start_epsilon, config.end_epsilon, config.decay_updates
+    )
+
+
+def _loss(
+    config: SarsaConfig, params: Params, batch: tuple[Rollout, jax.Array], key: Key
+) -> tuple[jax.Array, Metrics]:
+    """Half the mean of SARSA's squared errors over a rollout, back-propagated through time."""
+    rollout, num_updates = batch
+    epsilon = _epsilon(config, num_updates)
+    _, outputs = network.apply(
+        params, config.network, rollout.carry, rollout.observation, rollout.reset
+    )
+    q, next_q = outputs["q"][:, :-1], outputs["q"][:, 1:]
+    taken = (q, rollout.action, rollout.reward, actor.discounts(rollout, config.gamma), next_q)
+    probability = exploration.epsilon_greedy_probability(next_q, epsilon)
+    if config.expected:
+        error = jax.vmap(expected_sarsa_error)(*taken, probability)
+    else:
+        last = exploration.sample(key, probability[:, -1:])  # what will be done is not known yet
+        next_action = jnp.concatenate([rollout.action[:, 1:], last], axis=1)
+        lambda_ = actor.lambdas(rollout, config.trace_decay)
+        error = jax.vmap(sarsa_error)(*taken, next_action, lambda_)
+    loss = jnp.mean(jnp.where(rollout.mask, jnp.square(error), 0.0)) / 2
+    return loss, {"q": jnp.mean(q), "epsilon": epsilon}
+
+
+def grid() -> SarsaConfig:
+    """The 5 × 5 grid with three moving obstacles, 16 seeds side by side."""
+    return SarsaConfig(run_dir="runs/sarsa_grid")
+
+
+def grid_hidden() -> SarsaConfig:
+    """The same grid with velocities hidden: a GRU has to see where the obstacles go."""
+    return replace(
+        grid(),
+        run_dir="runs/sarsa_grid_hidden",
+        hide_velocities=True,
+        network=NetworkConfig(kind="gru", object_size=3, object_sizes=(32, 32), hidden_sizes=(64,)),
+    )
+
+
+def cartpole() -> SarsaConfig:
+    """CartPole-v1."""
+    return replace(
+        grid(),
+        run_dir="runs/sarsa_cartpole",
+        world=CartPoleConfig(),
+        network=NetworkConfig(),
+        gamma=0.99,
+        seeds=SeedsConfig(solved_by="return", solved_at=475.0),
+    )
+
+
+SARSA = {"grid": grid, "grid_hidden": grid_hidden, "cartpole": cartpole}
+
+if __name__ == "__main__":
+    run(train, SARSA, description="Trains Q-functions from reward.")
