@@ -32,7 +32,7 @@ FLOORS = (  # a file imports only from files above it
 )  # fmt: skip
 SCRIPTS = (
     "command_line", "logs", "loop", "record", "pretrain", "configs", "setup", "cache", "imitate",
-    "demo", "timing", "peers", "works", "benchmark", "learner", "learn", "sarsa",
+    "demo", "timing", "peers", "works", "benchmark", "learner", "learn", "watch", "sarsa",
     "reinforce", "tabular", "grid_gymnasium", "throughput",
 )  # fmt: skip
 FILES = sorted(

@@ -71,6 +71,17 @@ def test_growth_shows_every_axis_beside_its_arithmetic(tmp_path):
     assert (a == [0x00, 0x72, 0xB2]).all(-1).sum() > 100
 
 
+def test_curves_show_each_mean_its_interval_and_the_goal(tmp_path):
+    places, spread = np.arange(5.0), np.linspace(-0.2, 0.2, 8)
+    curve = (places, 0.5 + 0.05 * places[:, None] + spread[None])
+    plots.curves(tmp_path / "a.png", {"one": curve}, labels=("steps", "success"))
+    plots.curves(tmp_path / "b.png", {"one": curve}, labels=("steps", "success"), goal=0.9)
+    a, b = (picture(tmp_path / f"{name}.png") for name in "ab")
+    assert (a == [0x00, 0x72, 0xB2]).all(-1).sum() > 200  # the mean
+    assert (a == [0xCC, 0xE3, 0xF0]).all(-1).sum() > 1000  # a fifth of that colour: the interval
+    assert (a != b).any()
+
+
 def test_what_cannot_be_drawn_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="must be at least one line, got none"):
         plots.training(tmp_path / "a.png", [])
@@ -78,6 +89,8 @@ def test_what_cannot_be_drawn_is_one_sentence(tmp_path):
         plots.success(tmp_path / "a.png", {})
     with pytest.raises(ValueError, match=r"curves for .* must be at least one, got none"):
         plots.growth(tmp_path / "a.png", {})
+    with pytest.raises(ValueError, match=r"curves for .* must be at least one, got none"):
+        plots.curves(tmp_path / "a.png", {}, labels=("", ""))
     with pytest.raises(ValueError, match=r"must be \[T, 7\] with one T, got \(3, 7\) and \(4, 7\)"):
         plots.actions(tmp_path / "a.png", np.zeros((3, 7)), np.zeros((4, 7)))
     assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 import json
 import math
+from statistics import NormalDist, mean, stdev
 
 import pytest
 from rich.console import Console
@@ -120,3 +121,12 @@ def test_a_damaged_file_of_outcomes_is_one_sentence(tmp_path):
     path.write_text('{"seed": 1}\n')
     with pytest.raises(ValueError, match="must hold outcomes of episodes"):
         results.read_outcomes(path)
+
+
+def test_the_interval_of_a_mean_over_seeds_is_that_of_its_standard_error():
+    values = NormalDist(5, 2).samples(400, seed=0)
+    low, high = results.mean_interval(values)
+    half = 1.96 * stdev(values) / math.sqrt(400)
+    assert math.isclose(low, mean(values) - half, abs_tol=0.03)
+    assert math.isclose(high, mean(values) + half, abs_tol=0.03)
+    assert results.mean_interval([0.5]) == (0.5, 0.5)

@@ -179,10 +179,7 @@ def _scalars(metrics: Metrics, config: SeedsConfig, step: int) -> dict[str, floa
 
 def _check_finite(metrics: Metrics, step: int) -> None:
     """Raises before anything is saved that came of a number that is none."""
-    remedies = {
-        "reward": "mend the world",
-        "loss": "lower the learning rate",
-    }
+    remedies = {"reward": "mend the world", "loss": "lower the learning rate"}
     for name, remedy in remedies.items():
         bad = np.flatnonzero(~np.isfinite(np.asarray(metrics[name])))
         if bad.size:

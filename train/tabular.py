@@ -182,5 +182,7 @@ def default() -> TabularConfig:
     return TabularConfig(deep=replace(deep, loop=replace(deep.loop, num_updates=1000)))
 
 
+TABULAR = {"default": default}
+
 if __name__ == "__main__":
-    run(compare, {"default": default}, description="Deep SARSA beside a table.")
+    run(compare, TABULAR, description="Deep SARSA beside a table.")

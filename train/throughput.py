@@ -120,5 +120,7 @@ def default() -> ThroughputConfig:
     return ThroughputConfig()
 
 
+THROUGHPUT = {"default": default}
+
 if __name__ == "__main__":
-    run(measure, {"default": default}, description="Measures steps per second on the grid.")
+    run(measure, THROUGHPUT, description="Measures steps per second on the grid.")
