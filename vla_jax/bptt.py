@@ -6,7 +6,7 @@ What JAX derives from a scan adds the gradient of the recurrent kernel up step b
 
     ∂loss/∂hₜ₋₁ = δₜ · Rᵀ + (the gates' share)      ∂loss/∂R = Σₜ hₜ₋₁ᵀ · δₜ      ∂loss/∂b = Σₜ δₜ
 
-The gates' share comes from `jax.vjp` of the cell's `combine`, which holds no weights, so that one
+The gates' share comes from `jax.vjp` of the cell's `combine`, which holds no kernel, so that one
 backward pass serves every cell.
 
 Source: Appleyard et al. 2016, "Optimizing Performance of Recurrent Neural Networks on GPUs"
@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vla_jax.cells import Cell, affine
+from vla_jax.cells import Cell, affine, gains
 from vla_jax.types import Array, Params
 
 
@@ -57,8 +57,8 @@ def scan(
     # gives each device's share of their gradient. This zero, made of the data, tells JAX so, and
     # it adds the shares up. Elsewhere it is compiled away.
     zero = jnp.zeros_like(jnp.sum(projected))
-    kernel, bias = params["recurrent_kernel"] + zero, params["recurrent_bias"] + zero
-    return _scan(cell.combine, reverse, dtype, kernel, bias, carry, projected, mask, reset)
+    weights = jax.tree.map(lambda leaf: leaf + zero, _weights(params))
+    return _scan(cell.combine, reverse, dtype, weights, carry, projected, mask, reset)
 
 
 def plain_scan(
@@ -73,11 +73,8 @@ def plain_scan(
     dtype: str = "float32",
 ) -> tuple[Any, jax.Array]:
     """Returns the same with the backward pass that JAX derives; arguments as those of `scan`."""
-    kernel, bias = params["recurrent_kernel"], params["recurrent_bias"]
-    (carry, outputs), _ = _run(
-        cell.combine, reverse, dtype, kernel, bias, carry, projected, mask, reset
-    )
-    return carry, outputs
+    weights = _weights(params)
+    return _run(cell.combine, reverse, dtype, weights, carry, projected, mask, reset)[0]
 
 
 def clear(carry: Any, reset: Array | None) -> Any:
@@ -92,10 +89,15 @@ def clear(carry: Any, reset: Array | None) -> Any:
     return jax.tree.map(lambda kept: jnp.where(reset[..., None], 0.0, kept), carry)
 
 
+def _weights(params: Params) -> tuple[Array, Array, Params]:
+    """What the scan uses of a cell's params: kernel, bias, gains."""
+    return params["recurrent_kernel"], params["recurrent_bias"], gains(params)
+
+
 def _masked(
-    combine: Callable[..., Any], mask: Array | None, carry: Any, projected: Array, recurrent: Array
+    combine: Callable[..., Any], mask: Array | None, gains: Params, carry: Any, projected, recurrent
 ) -> tuple[Any, jax.Array]:
-    following, outputs = combine(carry, projected, recurrent)
+    following, outputs = combine(gains, carry, projected, recurrent)
     if mask is None:
         return following, outputs
     kept = mask[:, None]
@@ -103,14 +105,15 @@ def _masked(
     return following, jnp.where(kept, outputs, 0.0)
 
 
-def _run(combine, reverse, dtype, kernel, bias, carry, projected, mask, reset):
+def _run(combine, reverse, dtype, weights, carry, projected, mask, reset):
     """Returns `(carry, outputs)`, and of every step the carry it started from and its q."""
+    kernel, bias, gains = weights
 
     def body(carry: Any, step: Any) -> tuple[Any, Any]:
         projected, mask, reset = step
         carry = clear(carry, reset)
         recurrent = affine(carry.hidden, kernel, bias, dtype=dtype)
-        following, outputs = _masked(combine, mask, carry, projected, recurrent)
+        following, outputs = _masked(combine, mask, gains, carry, projected, recurrent)
         return following, (outputs, carry, recurrent)
 
     carry, (outputs, started, recurrent) = jax.lax.scan(
@@ -120,31 +123,36 @@ def _run(combine, reverse, dtype, kernel, bias, carry, projected, mask, reset):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _scan(combine, reverse, dtype, kernel, bias, carry, projected, mask, reset):
-    return _run(combine, reverse, dtype, kernel, bias, carry, projected, mask, reset)[0]
+def _scan(combine, reverse, dtype, weights, carry, projected, mask, reset):
+    return _run(combine, reverse, dtype, weights, carry, projected, mask, reset)[0]
 
 
-def _scan_forward(combine, reverse, dtype, kernel, bias, carry, projected, mask, reset):
-    result, kept = _run(combine, reverse, dtype, kernel, bias, carry, projected, mask, reset)
-    return result, (kernel, *kept, projected, mask, reset)
+def _scan_forward(combine, reverse, dtype, weights, carry, projected, mask, reset):
+    result, kept = _run(combine, reverse, dtype, weights, carry, projected, mask, reset)
+    return result, (weights, *kept, projected, mask, reset)
 
 
 def _scan_backward(combine, reverse, dtype, saved, cotangents):
-    kernel, started, recurrent, projected, mask, reset = saved
+    (kernel, _, gains), started, recurrent, projected, mask, reset = saved
 
-    def body(by_carry: Any, step: Any) -> tuple[Any, Any]:
+    def body(by_later: Any, step: Any) -> tuple[Any, Any]:
+        by_carry, by_gains = by_later
         started, projected, recurrent, mask, reset, by_outputs = step
         gates = partial(_masked, combine, mask)
-        _, pull = jax.vjp(gates, started, projected, recurrent)
-        by_started, by_projected, delta = pull((by_carry, by_outputs))
+        _, pull = jax.vjp(gates, gains, started, projected, recurrent)
+        more, by_started, by_projected, delta = pull((by_carry, by_outputs))
         by_hidden = by_started.hidden + _product("bg,hg->bh", delta, kernel, dtype)
-        return clear(by_started._replace(hidden=by_hidden), reset), (by_projected, delta)
+        by_carry = clear(by_started._replace(hidden=by_hidden), reset)
+        return (by_carry, jax.tree.map(jnp.add, by_gains, more)), (by_projected, delta)
 
     by_carry, by_outputs = cotangents
     steps = (started, projected, recurrent, mask, reset, by_outputs)
-    by_carry, (by_projected, deltas) = jax.lax.scan(body, by_carry, steps, reverse=not reverse)
+    (by_carry, by_gains), (by_projected, deltas) = jax.lax.scan(
+        body, (by_carry, jax.tree.map(jnp.zeros_like, gains)), steps, reverse=not reverse
+    )
     by_kernel = _product("tbh,tbg->hg", started.hidden, deltas, dtype)
-    return by_kernel, jnp.sum(deltas, axis=(0, 1)), by_carry, by_projected, None, None
+    by_weights = by_kernel, jnp.sum(deltas, axis=(0, 1)), by_gains
+    return by_weights, by_carry, by_projected, None, None
 
 
 def _product(axes: str, one: Array, other: Array, dtype: str) -> jax.Array:

@@ -4,9 +4,11 @@ A cell is one step, `step(params, carry, inputs) -> (carry, outputs)`: bind `par
 body of `jax.lax.scan`. It comes in three parts: two products, of which that with the inputs does
 not wait for the carry and can be taken for all steps at once before the scan, and the gates:
 
-    step(params, carry, inputs) = combine(carry, project(params, inputs), recur(params, carry))
+    p, q = project(params, inputs), recur(params, carry)
+    step(params, carry, inputs) = combine(gains(params), carry, p, q)
 
-All weights are in the products, none in `combine`; `bptt` builds its backward pass on that.
+All kernels are in the products, none in `combine`; `bptt` builds its backward pass on that. The
+`gains` are vectors at most, such as the scales of a normalisation; these three cells have none.
 
 Every cell has the same four params, in PyTorch's and cuDNN's layout transposed: `input_kernel`
 `[D, G·H]`, `recurrent_kernel` `[H, G·H]`, `input_bias` and `recurrent_bias` `[G·H]`. Gates lie on
@@ -24,6 +26,8 @@ import jax
 import jax.numpy as jnp
 
 from vla_jax.types import Array, Key, Params
+
+PRODUCTS = ("input_kernel", "recurrent_kernel", "input_bias", "recurrent_bias")
 
 
 class RNNCarry(NamedTuple):
@@ -53,7 +57,7 @@ class Cell(NamedTuple):
     zero_carry: Callable[[Array, int], Any]  # (like [B, ...], hidden_size) -> carry [B, H]
     project: Callable[..., jax.Array]  # (params, inputs [..., D], *, dtype) -> [..., G·H]
     recur: Callable[..., jax.Array]  # (params, carry, *, dtype) -> [..., G·H]
-    combine: Callable[..., tuple[Any, jax.Array]]  # (carry, projected, recurrent)
+    combine: Callable[..., tuple[Any, jax.Array]]  # (gains, carry, projected, recurrent)
     step: Callable[..., tuple[Any, jax.Array]]  # (params, carry, inputs [..., D], *, dtype)
 
 
@@ -126,12 +130,20 @@ def recur(params: Params, carry: Any, *, dtype: str = "float32") -> jax.Array:
     return affine(carry.hidden, kernel, bias, dtype=dtype)
 
 
-def rnn_combine(carry: RNNCarry, projected: Array, recurrent: Array) -> tuple[RNNCarry, jax.Array]:
+def gains(params: Params) -> Params:
+    """Returns those params of a cell that are in neither of the two products."""
+    return {name: leaf for name, leaf in params.items() if name not in PRODUCTS}
+
+
+def rnn_combine(
+    gains: Params, carry: RNNCarry, projected: Array, recurrent: Array
+) -> tuple[RNNCarry, jax.Array]:
     """Returns the next carry and output of a plain RNN.
 
         hₜ = tanh(pₜ + qₜ)
 
     Args:
+      gains: none.
       carry: `[..., H]`; only its share `recurrent` matters.
       projected: p, `[..., H]` from `project`.
       recurrent: q, `[..., H]` from `recur`.
@@ -143,7 +155,7 @@ def rnn_combine(carry: RNNCarry, projected: Array, recurrent: Array) -> tuple[RN
 
 
 def lstm_combine(
-    carry: LSTMCarry, projected: Array, recurrent: Array
+    gains: Params, carry: LSTMCarry, projected: Array, recurrent: Array
 ) -> tuple[LSTMCarry, jax.Array]:
     """Returns the next carry and output of an LSTM.
 
@@ -152,6 +164,7 @@ def lstm_combine(
         hₜ = σ(o) tanh(cₜ)
 
     Args:
+      gains: none.
       carry: `[..., H]`.
       projected: p, `[..., 4·H]` from `project`.
       recurrent: q, `[..., 4·H]` from `recur`.
@@ -164,13 +177,16 @@ def lstm_combine(
     return LSTMCarry(hidden, cell), hidden
 
 
-def gru_combine(carry: GRUCarry, projected: Array, recurrent: Array) -> tuple[GRUCarry, jax.Array]:
+def gru_combine(
+    gains: Params, carry: GRUCarry, projected: Array, recurrent: Array
+) -> tuple[GRUCarry, jax.Array]:
     """Returns the next carry and output of a GRU.
 
         r, z = σ(pₜ + qₜ)       n = tanh(pₜ + r qₜ)
         hₜ = (1 − z) n + z hₜ₋₁
 
     Args:
+      gains: none.
       carry: `[..., H]`.
       projected: p, `[..., 3·H]` from `project`.
       recurrent: q, `[..., 3·H]` from `recur`.
@@ -217,7 +233,7 @@ def _make_cell(num_gates: int, carry_type: Any, combine: Callable[..., Any]) -> 
         params: Params, carry: Any, inputs: Array, *, dtype: str = "float32"
     ) -> tuple[Any, jax.Array]:
         projected = project(params, inputs, dtype=dtype)
-        return combine(carry, projected, recur(params, carry, dtype=dtype))
+        return combine(gains(params), carry, projected, recur(params, carry, dtype=dtype))
 
     return Cell(
         num_gates=num_gates,

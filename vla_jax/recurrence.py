@@ -23,6 +23,7 @@ from vla_jax.cells import CELLS, drop
 from vla_jax.config import did_you_mean
 from vla_jax.types import Array, Key, Params
 
+SCANS = {"auto": bptt.scan, "bptt": bptt.scan, "scan": bptt.plain_scan}  # by hand, JAX's own
 Carry = dict[str, dict[str, Any]]  # layer -> direction -> carry of a cell
 
 
@@ -36,7 +37,7 @@ class RecurrenceConfig:
     dropout: float = 0.0  # probability of dropping an output between two layers
     bidirectional: bool = False  # whether a second pass runs from the end to the start
     remat_chunk: int = 0  # steps whose gates are computed again for the gradient; 0 = keep all
-    implementation: Literal["bptt", "scan"] = "bptt"  # backward pass by hand, or JAX's own
+    implementation: Literal["auto", "bptt", "scan"] = "auto"  # key of `SCANS`; "auto" = "bptt"
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the factors of matrix products
 
     def __post_init__(self):
@@ -50,6 +51,11 @@ class RecurrenceConfig:
         if self.remat_chunk < 0:
             raise ValueError(
                 f"remat_chunk must be a number of steps or 0 for none, got {self.remat_chunk}."
+            )
+        if self.implementation not in SCANS:
+            raise ValueError(
+                f"unknown implementation '{self.implementation}'; "
+                f"{did_you_mean(self.implementation, SCANS)}"
             )
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(
@@ -194,8 +200,7 @@ def _scan(
     params: Params, config: RecurrenceConfig, carry: Any, inputs, mask, reset, *, reverse: bool
 ) -> tuple[Any, jax.Array]:
     """Runs a cell over `inputs [T, B, D]`, the inputs' product first, of all steps (of a chunk)."""
-    cell = CELLS[config.cell]
-    scan = bptt.plain_scan if config.implementation == "scan" else bptt.scan
+    cell, scan = CELLS[config.cell], SCANS[config.implementation]
 
     def run(carry: Any, steps: Any) -> tuple[Any, jax.Array]:
         inputs, mask, reset = steps
