@@ -367,6 +367,13 @@ def test_robovlms_has_no_other_pooling(pooling):
         convert.to_robovlms(config, {})
 
 
+@pytest.mark.parametrize("kind", ["layer_norm_lstm", "min_gru"])
+def test_robovlms_has_no_other_cell(kind):
+    config = DecoderConfig(kind, token_dim=6, hidden_size=4)
+    with pytest.raises(ValueError, match=f"cell must be one that PyTorch has .* got '{kind}'"):
+        convert.to_robovlms(config, {})
+
+
 def test_params_of_another_config_are_refused():
     _, params = convert.from_robovlms(their_head("lstm"))
     config, _ = convert.from_robovlms(their_head("lstm", chunk=3))

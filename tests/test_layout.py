@@ -7,9 +7,9 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = (  # a file imports only from files above it
-    "types", "config", "rotations", "action_tokens", "cells", "bptt", "recurrence", "transformer",
-    "heads", "pooling", "decoders", "streaming_gpt", "streaming", "execution", "loss_terms",
-    "losses", "captions", "auxiliary", "optim",
+    "types", "config", "rotations", "action_tokens", "cells", "bptt", "associative",
+    "recurrence", "truncated", "transformer", "heads", "pooling", "decoders", "streaming_gpt",
+    "streaming", "execution", "loss_terms", "losses", "captions", "auxiliary", "optim",
     "data.dataset", "data.gripper", "data.tool_frame", "data.text", "data.augment",
     "data.normalize", "data.windows", "data.packing",
     "data.loader", "data.frames", "data.lerobot_layout", "data.lerobot", "data.lerobot_stats",
@@ -29,7 +29,8 @@ FLOORS = (  # a file imports only from files above it
 )  # fmt: skip
 SCRIPTS = (
     "command_line", "logs", "loop", "record", "pretrain", "configs", "setup", "cache", "imitate",
-    "demo", "timing", "peers", "works", "benchmark",
+    "demo", "timing", "peers", "works", "benchmark", "memory_tasks",
+    "memory",
 )  # fmt: skip
 FILES = sorted(
     path for folder in ("vla_jax", "train", "tests") for path in (ROOT / folder).rglob("*.py")

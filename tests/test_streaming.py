@@ -1,5 +1,7 @@
 """Law 1: streamed = windowed, over every kind of decoder and every mode, far past the window."""
 
+from typing import get_args
+
 import chex
 import jax
 import numpy as np
@@ -11,7 +13,7 @@ from vla_jax.decoders import DecoderConfig
 B, T, W, N, D, K = 3, 14, 4, 2, 3, 2
 STARTS = ([0], [0, 5], [0, 3, 4, 12])  # frames at which the episodes of each robot start
 
-KINDS = ("rnn", "lstm", "gru", "fc", "gpt")
+KINDS = get_args(decoders.Kind)
 MODES = ("refresh", "periodic", "persistent")
 
 each_mode = pytest.mark.parametrize("mode", MODES)

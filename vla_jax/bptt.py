@@ -53,6 +53,10 @@ def scan(
     Returns:
       The carry after the last step, and outputs `[T, B, H]`, float32, zeros at masked steps.
     """
+    if "recurrent_kernel" not in params:  # no product to take out of the scan: JAX's own is best
+        return plain_scan(
+            cell, params, carry, projected, mask=mask, reset=reset, reverse=reverse, dtype=dtype
+        )
     # Inside shard_map the weights are the same on all devices and the data are not; the rule below
     # gives each device's share of their gradient. This zero, made of the data, tells JAX so, and
     # it adds the shares up. Elsewhere it is compiled away.
@@ -89,9 +93,9 @@ def clear(carry: Any, reset: Array | None) -> Any:
     return jax.tree.map(lambda kept: jnp.where(reset[..., None], 0.0, kept), carry)
 
 
-def _weights(params: Params) -> tuple[Array, Array, Params]:
-    """What the scan uses of a cell's params: kernel, bias, gains."""
-    return params["recurrent_kernel"], params["recurrent_bias"], gains(params)
+def _weights(params: Params) -> tuple[Array | None, Array | None, Params]:
+    """What the scan uses of a cell's params: kernel and bias, where it has them, and gains."""
+    return params.get("recurrent_kernel"), params.get("recurrent_bias"), gains(params)
 
 
 def _masked(
@@ -112,7 +116,7 @@ def _run(combine, reverse, dtype, weights, carry, projected, mask, reset):
     def body(carry: Any, step: Any) -> tuple[Any, Any]:
         projected, mask, reset = step
         carry = clear(carry, reset)
-        recurrent = affine(carry.hidden, kernel, bias, dtype=dtype)
+        recurrent = None if kernel is None else affine(carry.hidden, kernel, bias, dtype=dtype)
         following, outputs = _masked(combine, mask, gains, carry, projected, recurrent)
         return following, (outputs, carry, recurrent)
 

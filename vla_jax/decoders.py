@@ -2,9 +2,9 @@
 
     tokens [B, W, N, D] → pool → [B, W, D'] → trunk → [B, W, H] → heads → Prediction
 
-The trunk is a recurrence ("rnn", "lstm", "gru"), a transformer that looks back over the window
-("gpt"), or an MLP that remembers nothing, the baseline ("fc"). Actions come out at every position
-of the window; `streaming` gives the same ones step by step.
+The trunk is a recurrence of any cell ("lstm", "gru", "rnn", …), a transformer that looks back over
+the window ("gpt"), or an MLP that remembers nothing, the baseline ("fc"). Actions come out at every
+position of the window; `streaming` gives the same ones step by step.
 """
 
 import dataclasses
@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 
 from vla_jax import action_tokens, heads, pooling, recurrence, transformer
-from vla_jax.cells import CELLS, affine
+from vla_jax.cells import CELLS, CellName, affine
 from vla_jax.config import did_you_mean
 from vla_jax.pooling import Pooling
 from vla_jax.recurrence import Carry, RecurrenceConfig
 from vla_jax.transformer import TransformerConfig
 from vla_jax.types import Array, Key, Params, Prediction
 
-Kind = Literal["rnn", "lstm", "gru", "fc", "gpt"]
+Kind = Literal["rnn", "lstm", "gru", "layer_norm_lstm", "min_gru", "fc", "gpt"]
 Head = Literal["continuous", "discrete"]
 Dtype = Literal["float32", "bfloat16"]
 
@@ -86,9 +86,9 @@ class Trunk(NamedTuple):
 
 
 def recurrence_config(config: DecoderConfig) -> RecurrenceConfig:
-    """Returns the config of the recurrence inside, for kinds "rnn", "lstm", "gru"."""
+    """Returns the config of the recurrence inside, for the kinds that are cells."""
     return RecurrenceConfig(
-        cell=cast(Literal["rnn", "lstm", "gru"], config.kind),
+        cell=cast(CellName, config.kind),
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
         dropout=config.dropout,

@@ -18,12 +18,17 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from vla_jax import bptt
-from vla_jax.cells import CELLS, drop
+from vla_jax import associative, bptt
+from vla_jax.cells import CELLS, CellName, drop
 from vla_jax.config import did_you_mean
 from vla_jax.types import Array, Key, Params
 
-SCANS = {"auto": bptt.scan, "bptt": bptt.scan, "scan": bptt.plain_scan}  # by hand, JAX's own
+SCANS = {
+    "auto": bptt.scan,
+    "bptt": bptt.scan,  # backward pass by hand
+    "scan": bptt.plain_scan,  # JAX's own
+    "associative": associative.scan,  # no loop, for cells that are linear in their carry
+}
 Carry = dict[str, dict[str, Any]]  # layer -> direction -> carry of a cell
 
 
@@ -31,13 +36,15 @@ Carry = dict[str, dict[str, Any]]  # layer -> direction -> carry of a cell
 class RecurrenceConfig:
     """A stack of recurrent layers."""
 
-    cell: Literal["rnn", "lstm", "gru"] = "lstm"  # name in `cells.CELLS`
+    cell: CellName = "lstm"  # key of `cells.CELLS`
     num_layers: int = 1  # L, one on top of the other
     hidden_size: int = 256  # H, units of each layer and direction
     dropout: float = 0.0  # probability of dropping an output between two layers
+    residual: bool = False  # whether each layer but the first adds its inputs to its outputs
     bidirectional: bool = False  # whether a second pass runs from the end to the start
     remat_chunk: int = 0  # steps whose gates are computed again for the gradient; 0 = keep all
-    implementation: Literal["auto", "bptt", "scan"] = "auto"  # key of `SCANS`; "auto" = "bptt"
+    # key of `SCANS`; "auto" = "bptt"
+    implementation: Literal["auto", "bptt", "scan", "associative"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the factors of matrix products
 
     def __post_init__(self):
@@ -57,6 +64,8 @@ class RecurrenceConfig:
                 f"unknown implementation '{self.implementation}'; "
                 f"{did_you_mean(self.implementation, SCANS)}"
             )
+        if self.implementation == "associative":
+            associative.check(CELLS[self.cell])
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(
                 f"unknown dtype '{self.dtype}'; {did_you_mean(self.dtype, ('float32', 'bfloat16'))}"
@@ -136,9 +145,12 @@ def apply(
     mask, reset = (None if flags is None else _swap(flags) for flags in (mask, reset))
     outputs, last = _swap(inputs), {}
     for layer, name in enumerate(_layers(config)):
+        below = outputs
         if layer > 0 and key is not None:
-            outputs = drop(jax.random.fold_in(key, layer), outputs, config.dropout)
+            outputs = drop(jax.random.fold_in(key, layer), below, config.dropout)
         last[name], outputs = _run_layer(params[name], config, carry[name], outputs, mask, reset)
+        if layer > 0 and config.residual:
+            outputs = below + outputs
     return last, _swap(outputs)
 
 
@@ -166,12 +178,17 @@ def step(
       ValueError: the recurrence runs in both directions, so there is no single step of it.
     """
     if config.bidirectional:
-        raise ValueError("step needs bidirectional=False, got True; use `apply` on the sequence.")
+        raise ValueError(
+            "step needs bidirectional=False, got True: the backward direction starts in the "
+            "future, which is not there yet; use `apply` on the whole sequence."
+        )
     chex.assert_axis_dimension(inputs, -1, _input_size(params))
     cell, outputs, following = CELLS[config.cell], jnp.asarray(inputs), {}
-    for name in _layers(config):
-        before = bptt.clear(carry[name]["forward"], reset)
-        after, outputs = cell.step(params[name]["forward"], before, outputs, dtype=config.dtype)
+    for layer, name in enumerate(_layers(config)):
+        before, below = bptt.clear(carry[name]["forward"], reset), outputs
+        after, outputs = cell.step(params[name]["forward"], before, below, dtype=config.dtype)
+        if layer > 0 and config.residual:
+            outputs = below + outputs
         following[name] = {"forward": after}
     return following, outputs
 
