@@ -53,6 +53,7 @@ class Cell(NamedTuple):
     """A family member: what `recurrence` needs to know of a cell."""
 
     num_gates: int  # G
+    adds: bool  # whether `combine` sees the sum of projected and recurrent only
     init: Callable[[Key, int, int], Params]  # (key, input_size, hidden_size) -> params
     zero_carry: Callable[[Array, int], Any]  # (like [B, ...], hidden_size) -> carry [B, H]
     project: Callable[..., jax.Array]  # (params, inputs [..., D], *, dtype) -> [..., G·H]
@@ -228,7 +229,7 @@ def _zero_carry(like: Array, hidden_size: int, *, carry_type: Any) -> Any:
     return carry_type(*(zeros() for _ in carry_type._fields))  # apart, so that both can be donated
 
 
-def _make_cell(num_gates: int, carry_type: Any, combine: Callable[..., Any]) -> Cell:
+def _make_cell(num_gates: int, adds: bool, carry_type: Any, combine: Callable[..., Any]) -> Cell:
     def step(
         params: Params, carry: Any, inputs: Array, *, dtype: str = "float32"
     ) -> tuple[Any, jax.Array]:
@@ -237,6 +238,7 @@ def _make_cell(num_gates: int, carry_type: Any, combine: Callable[..., Any]) -> 
 
     return Cell(
         num_gates=num_gates,
+        adds=adds,
         init=partial(_init, num_gates=num_gates),
         zero_carry=partial(_zero_carry, carry_type=carry_type),
         project=project,
@@ -246,7 +248,7 @@ def _make_cell(num_gates: int, carry_type: Any, combine: Callable[..., Any]) -> 
     )
 
 
-RNN = _make_cell(1, RNNCarry, rnn_combine)
-LSTM = _make_cell(4, LSTMCarry, lstm_combine)
-GRU = _make_cell(3, GRUCarry, gru_combine)
+RNN = _make_cell(1, True, RNNCarry, rnn_combine)
+LSTM = _make_cell(4, True, LSTMCarry, lstm_combine)
+GRU = _make_cell(3, False, GRUCarry, gru_combine)
 CELLS = {"rnn": RNN, "lstm": LSTM, "gru": GRU}
