@@ -120,7 +120,7 @@ def faster_layout(batch_size: int, hidden_size: int) -> Layout:
       hidden_size: H.
     """
     known = isinstance(batch_size, int)  # not the symbol of an export
-    whole = known and batch_size % 8 == 0 and hidden_size >= 1024
+    whole = known and batch_size % 8 == 0 and batch_size <= 64 and hidden_size >= 1024
     return "columns" if whole and jax.default_backend() == "cpu" else "rows"
 
 

@@ -62,7 +62,20 @@ class Cell(NamedTuple):
     step: Callable[..., tuple[Any, jax.Array]]  # (params, carry, inputs [..., D], *, dtype)
 
 
-def affine(inputs: Array, kernel: Array, bias: Array, *, dtype: str = "float32") -> jax.Array:
+class Turned(NamedTuple):
+    """A kernel turned over, for steps whose rows lie in columns; see `streaming.lay_out`."""
+
+    kernel: Array  # [E, D]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the kernel it was, `[D, E]`."""
+        return self.kernel.shape[::-1]
+
+
+def affine(
+    inputs: Array, kernel: Array | Turned, bias: Array, *, dtype: str = "float32"
+) -> jax.Array:
     """Returns `inputs · kernel + bias` in float32.
 
     Args:
@@ -76,9 +89,13 @@ def affine(inputs: Array, kernel: Array, bias: Array, *, dtype: str = "float32")
     """
     # The cast stands here, inside the scan, so that the gradients of the steps are summed in
     # float32; outside of it they would be summed in `dtype`.
-    product = jnp.matmul(
-        jnp.asarray(inputs, dtype), jnp.asarray(kernel, dtype), preferred_element_type=jnp.float32
-    )
+    inputs = jnp.asarray(inputs, dtype)
+    if isinstance(kernel, Turned):
+        turned = jnp.asarray(kernel.kernel, dtype)
+        product = jnp.einsum("ed,...d->...e", turned, inputs, preferred_element_type=jnp.float32)
+    else:
+        kernel = jnp.asarray(kernel, dtype)
+        product = jnp.matmul(inputs, kernel, preferred_element_type=jnp.float32)
     return product + jnp.broadcast_to(bias, product.shape)
 
 

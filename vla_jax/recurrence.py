@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from vla_jax import bptt
-from vla_jax.cells import CELLS, drop
+from vla_jax.cells import CELLS, Turned, drop
 from vla_jax.config import did_you_mean
 from vla_jax.types import Array, Key, Params
 
@@ -129,6 +129,9 @@ def apply(
     Returns:
       The carry (of the backward direction: at the first step), and outputs `[B, T, H]`, float32;
       in both directions `[B, T, 2·H]`, forward first.
+
+    Raises:
+      ValueError: the kernels are turned over, for `step` alone.
     """
     _check(params, inputs, mask, reset)
     carry = zero_carry(config, inputs) if carry is None else carry
@@ -260,6 +263,11 @@ def _input_size(params: Params) -> int:
 
 
 def _check(params: Params, inputs: Array, mask: Array | None, reset: Array | None) -> None:
+    if isinstance(params["layers_0"]["forward"]["input_kernel"], Turned):
+        raise ValueError(
+            "params must be as from `init`, got kernels turned over; those of `lay_out` are for "
+            "single steps."
+        )
     chex.assert_shape(inputs, (None, None, _input_size(params)))
     for flags in (mask, reset):
         if flags is not None:
