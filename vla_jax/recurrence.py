@@ -18,12 +18,14 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from vla_jax import bptt
+from vla_jax import bptt, cudnn
 from vla_jax.cells import CELLS, Turned, drop
 from vla_jax.config import did_you_mean
 from vla_jax.types import Array, Key, Params
 
-SCANS = {"auto": bptt.scan, "bptt": bptt.scan, "scan": bptt.plain_scan}  # by hand, JAX's own
+# "bptt": backward pass by hand; "scan": JAX's own; "cudnn": NVIDIA's LSTM; "auto": "bptt".
+Implementation = Literal["auto", "bptt", "scan", "cudnn"]
+SCANS = {"auto": bptt.scan, "bptt": bptt.scan, "scan": bptt.plain_scan}
 Carry = dict[str, dict[str, Any]]  # layer -> direction -> carry of a cell
 
 
@@ -37,7 +39,7 @@ class RecurrenceConfig:
     dropout: float = 0.0  # probability of dropping an output between two layers
     bidirectional: bool = False  # whether a second pass runs from the end to the start
     remat_chunk: int = 0  # steps whose gates are computed again for the gradient; 0 = keep all
-    implementation: Literal["auto", "bptt", "scan"] = "auto"  # key of `SCANS`; "auto" = "bptt"
+    implementation: Implementation = "auto"  # of time, see there
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the factors of matrix products
 
     def __post_init__(self):
@@ -52,11 +54,14 @@ class RecurrenceConfig:
             raise ValueError(
                 f"remat_chunk must be a number of steps or 0 for none, got {self.remat_chunk}."
             )
-        if self.implementation not in SCANS:
+        known = (*SCANS, "cudnn")
+        if self.implementation not in known:
             raise ValueError(
                 f"unknown implementation '{self.implementation}'; "
-                f"{did_you_mean(self.implementation, SCANS)}"
+                f"{did_you_mean(self.implementation, known)}"
             )
+        if self.implementation == "cudnn":
+            _check_cudnn(self)
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(
                 f"unknown dtype '{self.dtype}'; {did_you_mean(self.dtype, ('float32', 'bfloat16'))}"
@@ -131,11 +136,14 @@ def apply(
       in both directions `[B, T, 2·H]`, forward first.
 
     Raises:
-      ValueError: the kernels are turned over, for `step` alone.
+      ValueError: the kernels are turned over, for `step` alone; or implementation "cudnn" has no
+        GPU, or gets a mask or reset, which it does not know.
     """
     _check(params, inputs, mask, reset)
     carry = zero_carry(config, inputs) if carry is None else carry
     chex.assert_tree_shape_prefix(carry, (inputs.shape[0],))
+    if config.implementation == "cudnn":
+        return _apply_cudnn(params, config, carry, inputs, mask, reset)
     mask, reset = (None if flags is None else _swap(flags) for flags in (mask, reset))
     outputs, last = _swap(inputs), {}
     for layer, name in enumerate(_layers(config)):
@@ -177,6 +185,33 @@ def step(
         after, outputs = cell.step(params[name]["forward"], before, outputs, dtype=config.dtype)
         following[name] = {"forward": after}
     return following, outputs
+
+
+def _apply_cudnn(
+    params: Params, config: RecurrenceConfig, carry: Carry, inputs: Array, mask, reset
+) -> tuple[Carry, jax.Array]:
+    if mask is not None or reset is not None:
+        raise ValueError(
+            "mask and reset must be None with implementation 'cudnn', which knows neither; choose "
+            "'auto'."
+        )
+    places = [(name, direction) for name in _layers(config) for direction in _directions(config)]
+    own, carries = ([tree[name][way] for name, way in places] for tree in (params, carry))
+    last, outputs = cudnn.lstm(own, carries, inputs, bidirectional=config.bidirectional)
+    following: Carry = {name: {} for name in _layers(config)}
+    for (name, direction), after in zip(places, last, strict=True):
+        following[name][direction] = after
+    return following, outputs
+
+
+def _check_cudnn(config: RecurrenceConfig) -> None:
+    needed = {"cell": "lstm", "dropout": 0.0, "remat_chunk": 0, "dtype": "float32"}
+    for name, value in needed.items():
+        if getattr(config, name) != value:
+            raise ValueError(
+                f"{name} must be {value!r} with implementation 'cudnn', got "
+                f"{getattr(config, name)!r}; choose implementation 'auto'."
+            )
 
 
 def _run_layer(
