@@ -7,6 +7,7 @@ Source: `jax.experimental.rnn`; Appleyard et al. 2016 (arXiv:1604.01946).
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ def lstm(
             "'auto'."
         )
     batch_size, num_steps, input_size = inputs.shape
-    outputs, hidden, cell = rnn.lstm(
+    results: Any = rnn.lstm(
         jnp.asarray(inputs, jnp.float32),
         jnp.stack([carry.hidden for carry in carries]),
         jnp.stack([carry.cell for carry in carries]),
@@ -51,6 +52,7 @@ def lstm(
         dropout=0.0,
         bidirectional=bidirectional,
     )
+    outputs, hidden, cell = results
     return [LSTMCarry(hidden[place], cell[place]) for place in range(len(cells))], outputs
 
 
