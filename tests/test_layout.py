@@ -7,9 +7,10 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = (  # a file imports only from files above it
-    "types", "config", "rotations", "action_tokens", "cells", "bptt", "associative",
-    "recurrence", "truncated", "transformer", "heads", "pooling", "decoders", "streaming_gpt",
-    "streaming", "execution", "loss_terms", "losses", "captions", "auxiliary", "optim",
+    "types", "config", "rotations", "action_tokens", "gates", "cells", "bptt", "associative",
+    "cudnn", "recurrence", "truncated", "transformer", "heads", "pooling", "decoders",
+    "streaming_gpt", "streaming", "execution", "loss_terms", "losses", "captions", "auxiliary",
+    "optim",
     "data.dataset", "data.gripper", "data.tool_frame", "data.text", "data.augment",
     "data.normalize", "data.windows", "data.packing",
     "data.loader", "data.frames", "data.lerobot_layout", "data.lerobot", "data.lerobot_stats",

@@ -140,7 +140,7 @@ def learn(config: MemoryConfig, name: str, cell: CellName, length: int) -> tuple
     task, net, began = TASKS[name], _net(config, cell), time.perf_counter()
     init_key, data_key, test_key = jax.random.split(jax.random.key(config.seed), 3)
     num_steps = task.num_steps(length)
-    params = init(init_key, net, task, span=num_steps * config.spread_gates)
+    params = init(init_key, net, task, span=_span(config, num_steps))
     state, errors = (params, _optimizer(config).init(params)), []
     for block in range(_num_blocks(config, name)):
         key = jax.random.fold_in(data_key, block)
@@ -157,7 +157,7 @@ def learn_windows(config: MemoryConfig, cell: CellName) -> list[float]:
     """Trains one net for each window, all at once; returns their shares of wrong answers."""
     task, net, delay = TASKS["recall"], _net(config, cell), config.window_delay
     init_key, data_key, test_key = jax.random.split(jax.random.key(config.seed), 3)
-    params = init(init_key, net, task, span=task.num_steps(delay) * config.spread_gates)
+    params = init(init_key, net, task, span=_span(config, task.num_steps(delay)))
     state, windows = (params, _optimizer(config).init(params)), jnp.array(config.windows)
     state = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(windows)), state)
 
@@ -177,7 +177,7 @@ def reach(config: MemoryConfig, cell: CellName, params: Params) -> dict[str, lis
     task, net, length = TASKS["adding"], _net(config, cell), config.adding[-1]
     init_key, _, key = jax.random.split(jax.random.key(config.seed), 3)
     trials = task.draw(key, config.batch_size, length)
-    begin = init(init_key, net, task, span=length * config.spread_gates)
+    begin = init(init_key, net, task, span=_span(config, length))
     nets = {"before": begin, "after": params}
     if cell == "rnn":
         own = begin["recurrence"]["layers_0"]["forward"]
@@ -315,6 +315,10 @@ def _chunk_loss(
 
 def _net(config: MemoryConfig, cell: CellName) -> RecurrenceConfig:
     return RecurrenceConfig(cell, hidden_size=config.hidden_size)
+
+
+def _span(config: MemoryConfig, num_steps: int) -> int:
+    return num_steps if config.spread_gates else 0
 
 
 def _optimizer(config: MemoryConfig) -> optax.GradientTransformation:

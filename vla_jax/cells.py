@@ -2,7 +2,8 @@
 
 A cell is one step, `step(params, carry, inputs) -> (carry, outputs)`: bind `params` and it is the
 body of `jax.lax.scan`. It comes in three parts: two products, of which that with the inputs does
-not wait for the carry and can be taken for all steps at once before the scan, and the gates:
+not wait for the carry and can be taken for all steps at once before the scan, and the gates, whose
+equations stand in `gates`:
 
     p, q = project(params, inputs), recur(params, carry)
     step(params, carry, inputs) = combine(gains(params), carry, p, q)
@@ -26,42 +27,29 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from vla_jax.gates import (
+    GRUCarry,
+    LSTMCarry,
+    MinGRUCarry,
+    RNNCarry,
+    gru_combine,
+    layer_norm_lstm_combine,
+    lstm_combine,
+    min_gru_coefficients,
+    min_gru_combine,
+    rnn_combine,
+)
 from vla_jax.types import Array, Key, Params
 
 PRODUCTS = ("input_kernel", "recurrent_kernel", "input_bias", "recurrent_bias")
-EPSILON = 1e-5  # added to a variance before its root
 CellName = Literal["rnn", "lstm", "gru", "layer_norm_lstm", "min_gru"]  # keys of `CELLS`
-
-
-class RNNCarry(NamedTuple):
-    """What an RNN hands to its next step."""
-
-    hidden: Array  # [..., H] float32, also the output
-
-
-class LSTMCarry(NamedTuple):
-    """What an LSTM hands to its next step."""
-
-    hidden: Array  # [..., H] float32, also the output
-    cell: Array  # [..., H] float32
-
-
-class GRUCarry(NamedTuple):
-    """What a GRU hands to its next step."""
-
-    hidden: Array  # [..., H] float32, also the output
-
-
-class MinGRUCarry(NamedTuple):
-    """What a minGRU hands to its next step."""
-
-    hidden: Array  # [..., H] float32, also the output
 
 
 class Cell(NamedTuple):
     """A family member: what `recurrence` needs to know of a cell."""
 
     num_gates: int  # G
+    adds: bool  # whether `combine` sees the sum of projected and recurrent only
     init: Callable[[Key, int, int], Params]  # (key, input_size, hidden_size) -> params
     zero_carry: Callable[[Array, int], Any]  # (like [B, ...], hidden_size) -> carry [B, H]
     project: Callable[..., jax.Array]  # (params, inputs [..., D], *, dtype) -> [..., G·H]
@@ -72,7 +60,20 @@ class Cell(NamedTuple):
     coefficients: Callable[[Array], tuple[jax.Array, jax.Array]] | None = None
 
 
-def affine(inputs: Array, kernel: Array, bias: Array, *, dtype: str = "float32") -> jax.Array:
+class Turned(NamedTuple):
+    """A kernel turned over, for steps whose rows lie in columns; see `streaming.lay_out`."""
+
+    kernel: Array  # [E, D]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the kernel it was, `[D, E]`."""
+        return self.kernel.shape[::-1]
+
+
+def affine(
+    inputs: Array, kernel: Array | Turned, bias: Array, *, dtype: str = "float32"
+) -> jax.Array:
     """Returns `inputs · kernel + bias` in float32.
 
     Args:
@@ -86,9 +87,13 @@ def affine(inputs: Array, kernel: Array, bias: Array, *, dtype: str = "float32")
     """
     # The cast stands here, inside the scan, so that the gradients of the steps are summed in
     # float32; outside of it they would be summed in `dtype`.
-    product = jnp.matmul(
-        jnp.asarray(inputs, dtype), jnp.asarray(kernel, dtype), preferred_element_type=jnp.float32
-    )
+    inputs = jnp.asarray(inputs, dtype)
+    if isinstance(kernel, Turned):
+        turned = jnp.asarray(kernel.kernel, dtype)
+        product = jnp.einsum("ed,...d->...e", turned, inputs, preferred_element_type=jnp.float32)
+    else:
+        kernel = jnp.asarray(kernel, dtype)
+        product = jnp.matmul(inputs, kernel, preferred_element_type=jnp.float32)
     return product + jnp.broadcast_to(bias, product.shape)
 
 
@@ -148,146 +153,6 @@ def gains(params: Params) -> Params:
     return {name: leaf for name, leaf in params.items() if name not in PRODUCTS}
 
 
-def rnn_combine(
-    gains: Params, carry: RNNCarry, projected: Array, recurrent: Array
-) -> tuple[RNNCarry, jax.Array]:
-    """Returns the next carry and output of a plain RNN.
-
-        hₜ = tanh(pₜ + qₜ)
-
-    Args:
-      gains: none.
-      carry: `[..., H]`; only its share `recurrent` matters.
-      projected: p, `[..., H]` from `project`.
-      recurrent: q, `[..., H]` from `recur`.
-
-    Source: Elman 1990, as `torch.nn.RNN` has it.
-    """
-    hidden = jnp.tanh(projected + recurrent)
-    return RNNCarry(hidden), hidden
-
-
-def lstm_combine(
-    gains: Params, carry: LSTMCarry, projected: Array, recurrent: Array
-) -> tuple[LSTMCarry, jax.Array]:
-    """Returns the next carry and output of an LSTM.
-
-        i, f, g, o = pₜ + qₜ
-        cₜ = σ(f) cₜ₋₁ + σ(i) tanh(g)
-        hₜ = σ(o) tanh(cₜ)
-
-    Args:
-      gains: none.
-      carry: `[..., H]`.
-      projected: p, `[..., 4·H]` from `project`.
-      recurrent: q, `[..., 4·H]` from `recur`.
-
-    Source: Gers et al. 2000, as `torch.nn.LSTM` has it.
-    """
-    i, f, g, o = jnp.split(projected + recurrent, 4, axis=-1)
-    cell = jax.nn.sigmoid(f) * carry.cell + jax.nn.sigmoid(i) * jnp.tanh(g)
-    hidden = jax.nn.sigmoid(o) * jnp.tanh(cell)
-    return LSTMCarry(hidden, cell), hidden
-
-
-def gru_combine(
-    gains: Params, carry: GRUCarry, projected: Array, recurrent: Array
-) -> tuple[GRUCarry, jax.Array]:
-    """Returns the next carry and output of a GRU.
-
-        r, z = σ(pₜ + qₜ)       n = tanh(pₜ + r qₜ)
-        hₜ = (1 − z) n + z hₜ₋₁
-
-    Args:
-      gains: none.
-      carry: `[..., H]`.
-      projected: p, `[..., 3·H]` from `project`.
-      recurrent: q, `[..., 3·H]` from `recur`.
-
-    Source: Cho et al. 2014 (arXiv:1406.1078v1), as `torch.nn.GRU` and cuDNN have it: `r` scales
-    the recurrent product with its bias, not the carry.
-    """
-    input_r, input_z, input_n = jnp.split(projected, 3, axis=-1)
-    hidden_r, hidden_z, hidden_n = jnp.split(recurrent, 3, axis=-1)
-    r = jax.nn.sigmoid(input_r + hidden_r)
-    z = jax.nn.sigmoid(input_z + hidden_z)
-    n = jnp.tanh(input_n + r * hidden_n)
-    hidden = (1.0 - z) * n + z * carry.hidden
-    return GRUCarry(hidden), hidden
-
-
-def layer_norm_lstm_combine(
-    gains: Params, carry: LSTMCarry, projected: Array, recurrent: Array
-) -> tuple[LSTMCarry, jax.Array]:
-    """Returns the next carry and output of an LSTM whose gates and cell are normalised.
-
-        LN(x) = (x − mean(x)) / √(var(x) + 1e-5)
-        i, f, g, o = α LN(pₜ) + β LN(qₜ) + b
-        cₜ = σ(f) cₜ₋₁ + σ(i) tanh(g)
-        hₜ = σ(o) tanh(γ LN(cₜ) + d)
-
-    Each of the two products is normalised over all 4·H numbers of a row; what is handed on is cₜ
-    itself, not its normalised form. The paper has a bias in each LN and one more beside, which
-    act as their sum alone: here they are one, b. The products keep their own biases, as that of
-    the inputs does in the authors' code: without one the first step would normalise q = 0, where
-    LN is steepest.
-
-    Args:
-      gains: α `input_scale`, β `recurrent_scale`, b `gate_bias`, `[4·H]`; γ `cell_scale`,
-        d `cell_bias`, `[H]`.
-      carry: `[..., H]`.
-      projected: p, `[..., 4·H]` from `project`.
-      recurrent: q, `[..., 4·H]` from `recur`.
-
-    Source: Ba et al. 2016, "Layer Normalization" (arXiv:1607.06450), equations 20–22, with ε and
-    scales of 1 to begin with as in github.com/ryankiros/layer-norm.
-    """
-    inputs = _normalise(projected, gains["input_scale"], gains["gate_bias"])
-    gates = inputs + _normalise(recurrent, gains["recurrent_scale"])
-    i, f, g, o = jnp.split(gates, 4, axis=-1)
-    cell = jax.nn.sigmoid(f) * carry.cell + jax.nn.sigmoid(i) * jnp.tanh(g)
-    shown = _normalise(cell, gains["cell_scale"], gains["cell_bias"])
-    hidden = jax.nn.sigmoid(o) * jnp.tanh(shown)
-    return LSTMCarry(hidden, cell), hidden
-
-
-def min_gru_combine(
-    gains: Params, carry: MinGRUCarry, projected: Array, recurrent: None
-) -> tuple[MinGRUCarry, jax.Array]:
-    """Returns the next carry and output of a minGRU, whose gates do not see the carry.
-
-        z = σ(pₜ)       n = pₜ
-        hₜ = (1 − z) hₜ₋₁ + z n
-
-    Args:
-      gains: none.
-      carry: `[..., H]`.
-      projected: p, `[..., 2·H]` from `project`, in the order z, n.
-      recurrent: none.
-
-    Source: Feng et al. 2024, "Were RNNs All We Needed?" (arXiv:2410.01201), section 3.1, the form
-    without logarithms, in which n has no activation.
-    """
-    decay, added = min_gru_coefficients(projected)
-    hidden = decay * carry.hidden + added
-    return MinGRUCarry(hidden), hidden
-
-
-def min_gru_coefficients(projected: Array) -> tuple[jax.Array, jax.Array]:
-    """Returns a and b of hₜ = aₜ hₜ₋₁ + bₜ, each `[..., H]`, of `projected [..., 2·H]`."""
-    update, candidate = jnp.split(projected, 2, axis=-1)
-    z = jax.nn.sigmoid(update)
-    return 1.0 - z, z * candidate
-
-
-def _normalise(inputs: Any, scale: Array, bias: Array | None = None) -> jax.Array:
-    """Returns `inputs [..., E]` with mean 0 and variance 1 along E, scaled and shifted by `[E]`."""
-    centred = inputs - jnp.mean(inputs, axis=-1, keepdims=True)
-    root = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + EPSILON)
-    scaled = centred * root * jnp.broadcast_to(scale, centred.shape)
-    return scaled if bias is None else scaled + jnp.broadcast_to(bias, scaled.shape)
-
-
 def _init(key: Key, input_size: int, hidden_size: int, *, num_gates: int) -> Params:
     """Returns params drawn from U(−1/√H, 1/√H), biases included, as PyTorch draws them."""
     width = num_gates * hidden_size
@@ -332,6 +197,7 @@ def _zero_carry(like: Array, hidden_size: int, *, carry_type: Any) -> Any:
 
 def _make_cell(
     num_gates: int,
+    adds: bool,
     carry_type: Any,
     combine: Callable[..., Any],
     *,
@@ -346,6 +212,7 @@ def _make_cell(
 
     return Cell(
         num_gates=num_gates,
+        adds=adds,
         init=init or partial(_init, num_gates=num_gates),
         zero_carry=partial(_zero_carry, carry_type=carry_type),
         project=project,
@@ -356,12 +223,14 @@ def _make_cell(
     )
 
 
-RNN = _make_cell(1, RNNCarry, rnn_combine)
-LSTM = _make_cell(4, LSTMCarry, lstm_combine)
-GRU = _make_cell(3, GRUCarry, gru_combine)
-LAYER_NORM_LSTM = _make_cell(4, LSTMCarry, layer_norm_lstm_combine, init=_init_layer_norm_lstm)
+RNN = _make_cell(1, True, RNNCarry, rnn_combine)
+LSTM = _make_cell(4, True, LSTMCarry, lstm_combine)
+GRU = _make_cell(3, False, GRUCarry, gru_combine)
+LAYER_NORM_LSTM = _make_cell(
+    4, False, LSTMCarry, layer_norm_lstm_combine, init=_init_layer_norm_lstm
+)
 MIN_GRU = _make_cell(
-    2, MinGRUCarry, min_gru_combine, init=_init_min_gru, coefficients=min_gru_coefficients
+    2, True, MinGRUCarry, min_gru_combine, init=_init_min_gru, coefficients=min_gru_coefficients
 )
 CELLS = {
     "rnn": RNN,

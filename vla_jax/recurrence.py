@@ -18,16 +18,19 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from vla_jax import associative, bptt
-from vla_jax.cells import CELLS, CellName, drop
+from vla_jax import associative, bptt, cudnn
+from vla_jax.cells import CELLS, CellName, Turned, drop
 from vla_jax.config import did_you_mean
 from vla_jax.types import Array, Key, Params
 
+# "bptt": backward pass by hand; "scan": JAX's own; "cudnn": NVIDIA's LSTM; "associative": no loop,
+# for cells that are linear in their carry; "auto": "bptt".
+Implementation = Literal["auto", "bptt", "scan", "associative", "cudnn"]
 SCANS = {
     "auto": bptt.scan,
-    "bptt": bptt.scan,  # backward pass by hand
-    "scan": bptt.plain_scan,  # JAX's own
-    "associative": associative.scan,  # no loop, for cells that are linear in their carry
+    "bptt": bptt.scan,
+    "scan": bptt.plain_scan,
+    "associative": associative.scan,
 }
 Carry = dict[str, dict[str, Any]]  # layer -> direction -> carry of a cell
 
@@ -43,8 +46,7 @@ class RecurrenceConfig:
     residual: bool = False  # whether each layer but the first adds its inputs to its outputs
     bidirectional: bool = False  # whether a second pass runs from the end to the start
     remat_chunk: int = 0  # steps whose gates are computed again for the gradient; 0 = keep all
-    # key of `SCANS`; "auto" = "bptt"
-    implementation: Literal["auto", "bptt", "scan", "associative"] = "auto"
+    implementation: Implementation = "auto"  # of time, see there
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the factors of matrix products
 
     def __post_init__(self):
@@ -59,13 +61,16 @@ class RecurrenceConfig:
             raise ValueError(
                 f"remat_chunk must be a number of steps or 0 for none, got {self.remat_chunk}."
             )
-        if self.implementation not in SCANS:
+        known = (*SCANS, "cudnn")
+        if self.implementation not in known:
             raise ValueError(
                 f"unknown implementation '{self.implementation}'; "
-                f"{did_you_mean(self.implementation, SCANS)}"
+                f"{did_you_mean(self.implementation, known)}"
             )
         if self.implementation == "associative":
             associative.check(CELLS[self.cell])
+        if self.implementation == "cudnn":
+            _check_cudnn(self)
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(
                 f"unknown dtype '{self.dtype}'; {did_you_mean(self.dtype, ('float32', 'bfloat16'))}"
@@ -138,10 +143,16 @@ def apply(
     Returns:
       The carry (of the backward direction: at the first step), and outputs `[B, T, H]`, float32;
       in both directions `[B, T, 2·H]`, forward first.
+
+    Raises:
+      ValueError: the kernels are turned over, for `step` alone; or implementation "cudnn" has no
+        GPU, or gets a mask or reset, which it does not know.
     """
     _check(params, inputs, mask, reset)
     carry = zero_carry(config, inputs) if carry is None else carry
     chex.assert_tree_shape_prefix(carry, (inputs.shape[0],))
+    if config.implementation == "cudnn":
+        return _apply_cudnn(params, config, carry, inputs, mask, reset)
     mask, reset = (None if flags is None else _swap(flags) for flags in (mask, reset))
     outputs, last = _swap(inputs), {}
     for layer, name in enumerate(_layers(config)):
@@ -191,6 +202,35 @@ def step(
             outputs = below + outputs
         following[name] = {"forward": after}
     return following, outputs
+
+
+def _apply_cudnn(
+    params: Params, config: RecurrenceConfig, carry: Carry, inputs: Array, mask, reset
+) -> tuple[Carry, jax.Array]:
+    if mask is not None or reset is not None:
+        raise ValueError(
+            "mask and reset must be None with implementation 'cudnn', which knows neither; choose "
+            "'auto'."
+        )
+    places = [(name, direction) for name in _layers(config) for direction in _directions(config)]
+    own, carries = ([tree[name][way] for name, way in places] for tree in (params, carry))
+    last, outputs = cudnn.lstm(own, carries, inputs, bidirectional=config.bidirectional)
+    following: Carry = {name: {} for name in _layers(config)}
+    for (name, direction), after in zip(places, last, strict=True):
+        following[name][direction] = after
+    return following, outputs
+
+
+def _check_cudnn(config: RecurrenceConfig) -> None:
+    needed = {
+        "cell": "lstm", "dropout": 0.0, "residual": False, "remat_chunk": 0, "dtype": "float32",
+    }  # fmt: skip
+    for name, value in needed.items():
+        if getattr(config, name) != value:
+            raise ValueError(
+                f"{name} must be {value!r} with implementation 'cudnn', got "
+                f"{getattr(config, name)!r}; choose implementation 'auto'."
+            )
 
 
 def _run_layer(
@@ -277,6 +317,11 @@ def _input_size(params: Params) -> int:
 
 
 def _check(params: Params, inputs: Array, mask: Array | None, reset: Array | None) -> None:
+    if isinstance(params["layers_0"]["forward"]["input_kernel"], Turned):
+        raise ValueError(
+            "params must be as from `init`, got kernels turned over; those of `lay_out` are for "
+            "single steps."
+        )
     chex.assert_shape(inputs, (None, None, _input_size(params)))
     for flags in (mask, reset):
         if flags is not None:
