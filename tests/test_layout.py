@@ -8,11 +8,11 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = (  # a file imports only from files above it
     "types", "config", "rotations", "action_tokens", "gates", "cells", "bptt", "associative",
-    "cudnn", "recurrence", "truncated", "transformer", "heads", "pooling", "decoders",
-    "streaming_gpt", "streaming", "execution", "loss_terms", "losses", "captions", "auxiliary",
-    "optim",
+    "cudnn", "recurrence", "truncated", "transformer", "heads", "attention", "seq2seq",
+    "scheduled_sampling", "search", "pooling", "decoders", "streaming_gpt", "streaming",
+    "execution", "loss_terms", "losses", "captions", "auxiliary", "optim",
     "data.dataset", "data.gripper", "data.tool_frame", "data.text", "data.augment",
-    "data.normalize", "data.windows", "data.packing",
+    "data.normalize", "data.windows", "data.packing", "data.scan", "data.buckets",
     "data.loader", "data.frames", "data.lerobot_layout", "data.lerobot", "data.lerobot_stats",
     "data.lerobot_shards", "data.lerobot_writer",
     "backbones.parts", "backbones.language", "backbones.perceiver", "backbones.state",
@@ -30,8 +30,7 @@ FLOORS = (  # a file imports only from files above it
 )  # fmt: skip
 SCRIPTS = (
     "command_line", "logs", "loop", "record", "pretrain", "configs", "setup", "cache", "imitate",
-    "demo", "timing", "peers", "works", "benchmark", "memory_tasks",
-    "memory",
+    "demo", "seq2seq", "timing", "peers", "works", "benchmark", "memory_tasks", "memory",
 )  # fmt: skip
 FILES = sorted(
     path for folder in ("vla_jax", "train", "tests") for path in (ROOT / folder).rglob("*.py")

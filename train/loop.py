@@ -7,9 +7,9 @@ import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import optax
@@ -18,11 +18,30 @@ from jax.experimental import multihost_utils
 from train.logs import Logs
 from vla_jax import checkpoint, parallel
 from vla_jax import config as configs
-from vla_jax.data.loader import Loader
 from vla_jax.types import Key
 from vla_jax.update import TrainState, Update
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # names of malloc.h
+
+
+class Batches(Protocol):
+    """Endless batches with a position, as `data.loader.Loader` gives them."""
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches."""
+        ...
+
+    def get_state(self) -> dict[str, Any]:
+        """The position, JSON-able."""
+        ...
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues at a position."""
+        ...
+
+    def close(self) -> None:
+        """Ends what is open."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -48,7 +67,7 @@ def fit(
     run_dir: pathlib.Path,
     update: Update,
     train_state: TrainState,
-    loader: Loader,
+    loader: Batches,
     key: Key,
     *,
     schedule: optax.Schedule,

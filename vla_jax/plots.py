@@ -1,4 +1,4 @@
-"""Pictures of numbers: a training, success per task, predicted actions beside an expert's.
+"""Pictures of numbers: a training, success per task, actions beside an expert's, attention.
 
 Needs the extra `plots` (matplotlib). Colours are Okabe and Ito's, which the colour-blind tell
 apart; every function writes one PNG.
@@ -231,6 +231,42 @@ def curves(path: Path, panels: Sequence[Panel], *, columns: int = 3, title: str 
         handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False,
         fontsize=8,
     )  # fmt: skip
+    _write(figure, path, title)
+
+
+def attention(
+    path: Path,
+    weights: np.ndarray,
+    source: Sequence[str],
+    target: Sequence[str],
+    *,
+    title: str = "",
+) -> None:
+    """Draws where a decoder looked at each step: the darker, the more.
+
+    Args:
+      path: PNG to write.
+      weights: `[T, S]` in [0, 1].
+      source: names of the S positions.
+      target: names of the T steps.
+      title: above the map.
+
+    Raises:
+      ValueError: there are not S and T names.
+      ImportError: matplotlib is missing.
+    """
+    if weights.shape != (len(target), len(source)):
+        raise ValueError(
+            f"weights must be [{len(target)}, {len(source)}] for as many names, got "
+            f"{weights.shape}; cut the padding off."
+        )
+    figure = _figure(2.4 + 0.55 * len(source), 1.4 + 0.24 * len(target))
+    (axes,) = _panels(figure, 1, 1)
+    image = axes.imshow(weights, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    axes.set_xticks(range(len(source)), source, rotation=40, ha="right")
+    axes.set_yticks(range(len(target)), target)
+    axes.grid(visible=False)
+    figure.colorbar(image, ax=axes, label="weight", shrink=0.6)
     _write(figure, path, title)
 
 
