@@ -11,7 +11,7 @@ FLOORS = (  # a file imports only from files above it
     "transformer", "heads", "pooling", "decoders", "streaming_gpt", "streaming",
     "execution", "loss_terms", "losses", "captions", "auxiliary", "optim",
     "data.dataset", "data.gripper", "data.tool_frame", "data.text", "data.augment",
-    "data.normalize", "data.windows", "data.packing",
+    "augment", "data.normalize", "data.windows", "data.packing",
     "data.loader", "data.frames", "data.lerobot_layout", "data.lerobot", "data.lerobot_stats",
     "data.lerobot_shards", "data.lerobot_writer",
     "backbones.parts", "backbones.language", "backbones.perceiver", "backbones.state",

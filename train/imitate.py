@@ -20,7 +20,18 @@ from train.command_line import run
 from train.configs import IMITATE, ImitateConfig
 from train.loop import fit, is_first_process, open_run, save_json
 from train.setup import compute_norm_stats, init_params, make_windows, read_dataset
-from vla_jax import auxiliary, captions, decoders, heads, loss_terms, losses, optim, plots, policy
+from vla_jax import (
+    augment,
+    auxiliary,
+    captions,
+    decoders,
+    heads,
+    loss_terms,
+    losses,
+    optim,
+    plots,
+    policy,
+)
 from vla_jax import config as configs
 from vla_jax.data import normalize
 from vla_jax.data.loader import make_loader
@@ -61,7 +72,7 @@ def imitate(config: ImitateConfig) -> pathlib.Path:
     loader = make_loader(
         Packed(windows) if config.pack else windows,
         config.loader,
-        augment=config.augment if tokens is None else None,
+        augment=config.augment if tokens is None and config.augment_on == "host" else None,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
@@ -101,6 +112,10 @@ def make_loss(config: ImitateConfig) -> LossFn:
     parts = config.agent.policy
 
     def loss_fn(params: Params, batch: Batch, key: Key) -> tuple[jax.Array, Metrics]:
+        if config.augment_on == "device":
+            augment_key, key = jax.random.split(key)
+            changed = augment.apply(augment_key, batch.observation, config.augment)
+            batch = batch._replace(observation=changed)
         tokens, features = policy.features(
             params,
             parts,
