@@ -28,8 +28,8 @@ FLOORS = (  # a file imports only from files above it
     "linen",
 )  # fmt: skip
 SCRIPTS = (
-    "command_line", "logs", "loop", "record", "pretrain", "configs", "setup", "cache", "imitate",
-    "demo", "timing", "peers", "works", "benchmark",
+    "command_line", "logs", "malloc", "loop", "record", "pretrain", "configs", "setup", "cache",
+    "imitate", "demo", "timing", "peers", "ours", "works", "path", "benchmark",
 )  # fmt: skip
 FILES = sorted(
     path for folder in ("vla_jax", "train", "tests") for path in (ROOT / folder).rglob("*.py")

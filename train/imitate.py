@@ -34,9 +34,10 @@ from vla_jax import (
 )
 from vla_jax import config as configs
 from vla_jax.data import normalize
-from vla_jax.data.loader import make_loader
+from vla_jax.data.loader import Loader, make_loader
 from vla_jax.data.normalize import NormStats
 from vla_jax.data.packing import Packed
+from vla_jax.data.windows import Windows
 from vla_jax.types import Batch, Key, Metrics, Params
 from vla_jax.update import LossFn, init_train_state, make_update
 
@@ -69,13 +70,7 @@ def imitate(config: ImitateConfig) -> pathlib.Path:
         stride=config.stride,
         tokens=tokens,
     )
-    loader = make_loader(
-        Packed(windows) if config.pack else windows,
-        config.loader,
-        augment=config.augment if tokens is None and config.augment_on == "host" else None,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    loader = make_batches(config, windows)
 
     # Update: the gradient of `make_loss` below, through the optimiser.
     num_updates = config.loop.num_updates
@@ -101,6 +96,18 @@ def imitate(config: ImitateConfig) -> pathlib.Path:
     if is_first_process():
         _plot(run_dir, config, train_state.params, windows[[len(windows) - 1]])
     return run_dir
+
+
+def make_batches(config: ImitateConfig, windows: Windows) -> Loader:
+    """Endless batches of this process, with pictures changed here where it is the host's part."""
+    on_host = windows.tokens is None and config.augment_on == "host"
+    return make_loader(
+        Packed(windows) if config.pack else windows,
+        config.loader,
+        augment=config.augment if on_host else None,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
 
 
 def make_loss(config: ImitateConfig) -> LossFn:
