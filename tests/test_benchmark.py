@@ -78,7 +78,8 @@ def test_small_runs_all_works_and_writes_every_figure(tmp_path, capsys):
         assert set(found) == set(path.Figure._fields)
         assert found["what"] in shown
         assert np.isfinite([*found["value"].values()]).all()
-    assert 0 < value(figures, "memory", "share") < 100
+    for part in ("recurrence", "training step"):
+        assert 0 < value(figures, "memory", f"{part}, share") < 100
     assert value(figures, "start", "first update, cache empty") > 0
     assert value(figures, "checkpoints", "until it is on disk") > 0
     cases = {found["case"] for found in figures["figures"] if found["work"] == "loader"}

@@ -10,24 +10,25 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from train import ours
+from train import ours, peers
 from train.configs import ImitateConfig, gpu_end_to_end
 from train.imitate import make_batches, make_loss
 from train.setup import compute_norm_stats, init_params, make_windows
 from train.timing import Contest, Spread, check, spread
 from train.works import Sizes
-from vla_jax import checkpoint, optim, parallel
+from vla_jax import checkpoint, optim, parallel, recurrence
 from vla_jax import config as configs
 from vla_jax.data import dataset
 from vla_jax.data.dataset import Dataset, Episode
 from vla_jax.data.loader import Loader
+from vla_jax.decoders import DecoderConfig, recurrence_config
 from vla_jax.types import Batch, Metrics
 from vla_jax.update import init_train_state, make_update
 
@@ -45,26 +46,46 @@ class Figure(NamedTuple):
 
 
 def memory(sizes: Sizes) -> Iterator[Figure]:
-    """What a training step needs beside its arguments and results, without remat and with it.
+    """What is needed beside arguments and results, without remat and with chunks of √T steps.
 
-    A chunk of √T steps keeps least: its own steps, and a carry per chunk.
+    Of the recurrence forward and backward, and of the training step around it. That both give the
+    same gradients is checked on the recurrence: a head's ReLU may turn a rounding error into more.
 
     Raises:
-      ValueError: the two train otherwise.
+      ValueError: the gradients differ.
     """
     batch_size, lengths = sizes.long
     for num_steps in lengths:
-        config = replace(sizes.decoder, window_size=num_steps)
-        params, tokens, action = ours.draw_demonstrations(config, batch_size)
-        case, contestants, needed = ours.decoder_case(config, batch_size), [], []
-        for chunk in (0, math.isqrt(num_steps)):
-            config, name = replace(config, remat_chunk=chunk), f"remat_chunk {chunk}"
-            update, begin = ours.compile_update(config, params, tokens, action)
-            contestants.append(ours.run_head(name, update, begin(params), tokens, action, 0))
-            needed.append(update.memory_analysis().temp_size_in_bytes)
-            yield _figure("memory", case, name, [needed[-1] / 1e6], "MB")
-        check(Contest("memory", case, 0.0, contestants))
-        yield _figure("memory", case, "share", [100 * needed[1] / needed[0]], "%")
+        decoder = replace(sizes.decoder, window_size=num_steps)
+        remat = replace(decoder, remat_chunk=math.isqrt(num_steps))
+        case = f"{ours.decoder_case(decoder, batch_size)}, remat_chunk {remat.remat_chunk}"
+        _check_alike(case, (decoder, remat), batch_size)
+        for what, needed in (("recurrence", _recurrence_bytes), ("training step", _step_bytes)):
+            without, with_remat = needed(decoder, batch_size), needed(remat, batch_size)
+            yield _figure("memory", case, f"{what} without remat", [without / 1e6], "MB")
+            yield _figure("memory", case, f"{what} with remat", [with_remat / 1e6], "MB")
+            yield _figure("memory", case, f"{what}, share", [100 * with_remat / without], "%")
+
+
+def _check_alike(case: str, decoders: Sequence[DecoderConfig], batch_size: int) -> None:
+    kinds = [recurrence_config(decoder) for decoder in decoders]
+    drawn = ours.draw_sequence(kinds[0], batch_size, decoders[0].window_size)
+    contestants = [
+        ours.run_recurrence(f"remat_chunk {kind.remat_chunk}", kind, *drawn) for kind in kinds
+    ]
+    check(Contest("memory", case, 0.0, contestants))
+
+
+def _recurrence_bytes(decoder: DecoderConfig, batch_size: int) -> int:
+    config = recurrence_config(decoder)
+    drawn = ours.draw_sequence(config, batch_size, decoder.window_size)
+    run = peers.both_ways(lambda own, inputs: recurrence.apply(own, config, inputs)[1])
+    return run.lower(*drawn).compile().memory_analysis().temp_size_in_bytes
+
+
+def _step_bytes(decoder: DecoderConfig, batch_size: int) -> int:
+    update, _ = ours.compile_update(decoder, *ours.draw_demonstrations(decoder, batch_size))
+    return update.memory_analysis().temp_size_in_bytes
 
 
 # What a fresh process does until its first update is done.
