@@ -112,7 +112,8 @@ def test_the_input_product_may_be_taken_for_all_steps_at_once(cell, key):
     projected = cell.project(params, inputs)
     for t in range(T):
         expected = cell.step(params, carry, inputs[:, t])
-        carry, outputs = cell.combine(carry, projected[:, t], cell.recur(params, carry))
+        recurrent = cell.recur(params, carry)
+        carry, outputs = cell.combine(cells.gains(params), carry, projected[:, t], recurrent)
         assert_close((carry, outputs), expected)
 
 

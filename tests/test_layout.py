@@ -7,8 +7,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = (  # a file imports only from files above it
-    "types", "config", "rotations", "action_tokens", "cells", "bptt", "recurrence", "transformer",
-    "heads", "attention", "seq2seq", "scheduled_sampling", "search",
+    "types", "config", "rotations", "action_tokens", "cells", "bptt", "cudnn", "recurrence",
+    "transformer", "heads", "attention", "seq2seq", "scheduled_sampling", "search",
     "pooling", "decoders", "streaming_gpt", "streaming", "execution", "loss_terms",
     "losses", "captions", "auxiliary", "optim",
     "data.dataset", "data.gripper", "data.tool_frame", "data.text", "data.augment",

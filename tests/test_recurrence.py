@@ -306,6 +306,7 @@ def test_params_and_carries_have_the_same_paths(key):
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"remat_chunk": -1}, "remat_chunk must be .* got -1"),
         ({"dtype": "float16"}, "unknown dtype 'float16'; choose from float32, bfloat16"),
+        ({"implementation": "bpt"}, "unknown implementation .bpt.; .* Did you mean .bptt."),
     ],
 )
 def test_a_wrong_config_is_one_sentence(fields, sentence):

@@ -1,11 +1,14 @@
 """Law 1: streamed = windowed, over every kind of decoder and every mode, far past the window."""
 
+import dataclasses
+
 import chex
 import jax
 import numpy as np
 import pytest
 
 from vla_jax import decoders, heads, streaming
+from vla_jax.cells import Turned
 from vla_jax.decoders import DecoderConfig
 
 B, T, W, N, D, K = 3, 14, 4, 2, 3, 2
@@ -101,6 +104,42 @@ def test_streamed_is_windowed(kind, mode, key):
     params = decoders.init(key, config)
     streamed = stream(params, config, tokens, mode=mode)
     assert_close(streamed, windowed(params, config, tokens, [[0]] * B, mode, W))
+
+
+def lay_out(monkeypatch, params, config, mode, batch_size=B):
+    """Lays out as at sizes where a CPU is faster with it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming.bptt, "faster_layout", lambda batch_size, hidden_size: "columns")
+        state = streaming.init(params, config, batch_size, mode=mode)
+        return streaming.lay_out(params, config, state)
+
+
+@pytest.mark.parametrize("kind", ["rnn", "lstm", "gru"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_params_that_are_laid_out_give_the_same(kind, dtype, key, monkeypatch):
+    config, tokens = dataclasses.replace(configured(kind), dtype=dtype), draw_tokens()
+    params = decoders.init(key, config)
+    laid_out = lay_out(monkeypatch, params, config, "refresh")
+    assert isinstance(laid_out["recurrence"]["layers_1"]["forward"]["recurrent_kernel"], Turned)
+    one, two = (stream(own, config, tokens, reset=resets()) for own in (params, laid_out))
+    assert_close(one, two)
+
+
+@each_kind_and_mode
+def test_nothing_is_laid_out_where_nothing_is_gained(kind, mode, key, monkeypatch):
+    config = configured(kind)
+    params = decoders.init(key, config)
+    if mode != "refresh" or kind in ("fc", "gpt"):
+        assert lay_out(monkeypatch, params, config, mode) is params
+    small = streaming.init(params, config, B, mode=mode)
+    assert streaming.lay_out(params, config, small) is params
+
+
+def test_params_that_are_laid_out_are_for_steps_alone(key, monkeypatch):
+    config = configured("lstm")
+    laid_out = lay_out(monkeypatch, decoders.init(key, config), config, "refresh")
+    with pytest.raises(ValueError, match="params must be as from `init`, got kernels turned over"):
+        decoders.apply(laid_out, config, draw_tokens())
 
 
 @each_kind_and_mode

@@ -243,10 +243,12 @@ def _compile_update(
 
 def _our_stream(config: DecoderConfig, params: Params, frames: Array) -> Peer:
     step = jax.jit(streaming.step, static_argnums=1, donate_argnums=2)
+    state = streaming.init(params, config, frames.shape[1])
+    laid_out = streaming.lay_out(params, config, state)
     return _streamed(
         "ours, refresh",
-        lambda state, frame: step(params, config, state, frame),
-        streaming.init(params, config, frames.shape[1]),
+        lambda state, frame: step(laid_out, config, state, frame),
+        state,
         frames,
         config.window_size,
         _decoder_bytes(params, 1),

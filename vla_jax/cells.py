@@ -4,9 +4,11 @@ A cell is one step, `step(params, carry, inputs) -> (carry, outputs)`: bind `par
 body of `jax.lax.scan`. It comes in three parts: two products, of which that with the inputs does
 not wait for the carry and can be taken for all steps at once before the scan, and the gates:
 
-    step(params, carry, inputs) = combine(carry, project(params, inputs), recur(params, carry))
+    p, q = project(params, inputs), recur(params, carry)
+    step(params, carry, inputs) = combine(gains(params), carry, p, q)
 
-All weights are in the products, none in `combine`; `bptt` builds its backward pass on that.
+All kernels are in the products, none in `combine`; `bptt` builds its backward pass on that. The
+`gains` are vectors at most, such as the scales of a normalisation; these three cells have none.
 
 Every cell has the same four params, in PyTorch's and cuDNN's layout transposed: `input_kernel`
 `[D, G·H]`, `recurrent_kernel` `[H, G·H]`, `input_bias` and `recurrent_bias` `[G·H]`. Gates lie on
@@ -24,6 +26,8 @@ import jax
 import jax.numpy as jnp
 
 from vla_jax.types import Array, Key, Params
+
+PRODUCTS = ("input_kernel", "recurrent_kernel", "input_bias", "recurrent_bias")
 
 
 class RNNCarry(NamedTuple):
@@ -49,15 +53,29 @@ class Cell(NamedTuple):
     """A family member: what `recurrence` needs to know of a cell."""
 
     num_gates: int  # G
+    adds: bool  # whether `combine` sees the sum of projected and recurrent only
     init: Callable[[Key, int, int], Params]  # (key, input_size, hidden_size) -> params
     zero_carry: Callable[[Array, int], Any]  # (like [B, ...], hidden_size) -> carry [B, H]
     project: Callable[..., jax.Array]  # (params, inputs [..., D], *, dtype) -> [..., G·H]
     recur: Callable[..., jax.Array]  # (params, carry, *, dtype) -> [..., G·H]
-    combine: Callable[..., tuple[Any, jax.Array]]  # (carry, projected, recurrent)
+    combine: Callable[..., tuple[Any, jax.Array]]  # (gains, carry, projected, recurrent)
     step: Callable[..., tuple[Any, jax.Array]]  # (params, carry, inputs [..., D], *, dtype)
 
 
-def affine(inputs: Array, kernel: Array, bias: Array, *, dtype: str = "float32") -> jax.Array:
+class Turned(NamedTuple):
+    """A kernel turned over, for steps whose rows lie in columns; see `streaming.lay_out`."""
+
+    kernel: Array  # [E, D]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the kernel it was, `[D, E]`."""
+        return self.kernel.shape[::-1]
+
+
+def affine(
+    inputs: Array, kernel: Array | Turned, bias: Array, *, dtype: str = "float32"
+) -> jax.Array:
     """Returns `inputs · kernel + bias` in float32.
 
     Args:
@@ -71,9 +89,13 @@ def affine(inputs: Array, kernel: Array, bias: Array, *, dtype: str = "float32")
     """
     # The cast stands here, inside the scan, so that the gradients of the steps are summed in
     # float32; outside of it they would be summed in `dtype`.
-    product = jnp.matmul(
-        jnp.asarray(inputs, dtype), jnp.asarray(kernel, dtype), preferred_element_type=jnp.float32
-    )
+    inputs = jnp.asarray(inputs, dtype)
+    if isinstance(kernel, Turned):
+        turned = jnp.asarray(kernel.kernel, dtype)
+        product = jnp.einsum("ed,...d->...e", turned, inputs, preferred_element_type=jnp.float32)
+    else:
+        kernel = jnp.asarray(kernel, dtype)
+        product = jnp.matmul(inputs, kernel, preferred_element_type=jnp.float32)
     return product + jnp.broadcast_to(bias, product.shape)
 
 
@@ -126,12 +148,20 @@ def recur(params: Params, carry: Any, *, dtype: str = "float32") -> jax.Array:
     return affine(carry.hidden, kernel, bias, dtype=dtype)
 
 
-def rnn_combine(carry: RNNCarry, projected: Array, recurrent: Array) -> tuple[RNNCarry, jax.Array]:
+def gains(params: Params) -> Params:
+    """Returns those params of a cell that are in neither of the two products."""
+    return {name: leaf for name, leaf in params.items() if name not in PRODUCTS}
+
+
+def rnn_combine(
+    gains: Params, carry: RNNCarry, projected: Array, recurrent: Array
+) -> tuple[RNNCarry, jax.Array]:
     """Returns the next carry and output of a plain RNN.
 
         hₜ = tanh(pₜ + qₜ)
 
     Args:
+      gains: none.
       carry: `[..., H]`; only its share `recurrent` matters.
       projected: p, `[..., H]` from `project`.
       recurrent: q, `[..., H]` from `recur`.
@@ -143,7 +173,7 @@ def rnn_combine(carry: RNNCarry, projected: Array, recurrent: Array) -> tuple[RN
 
 
 def lstm_combine(
-    carry: LSTMCarry, projected: Array, recurrent: Array
+    gains: Params, carry: LSTMCarry, projected: Array, recurrent: Array
 ) -> tuple[LSTMCarry, jax.Array]:
     """Returns the next carry and output of an LSTM.
 
@@ -152,6 +182,7 @@ def lstm_combine(
         hₜ = σ(o) tanh(cₜ)
 
     Args:
+      gains: none.
       carry: `[..., H]`.
       projected: p, `[..., 4·H]` from `project`.
       recurrent: q, `[..., 4·H]` from `recur`.
@@ -164,13 +195,16 @@ def lstm_combine(
     return LSTMCarry(hidden, cell), hidden
 
 
-def gru_combine(carry: GRUCarry, projected: Array, recurrent: Array) -> tuple[GRUCarry, jax.Array]:
+def gru_combine(
+    gains: Params, carry: GRUCarry, projected: Array, recurrent: Array
+) -> tuple[GRUCarry, jax.Array]:
     """Returns the next carry and output of a GRU.
 
         r, z = σ(pₜ + qₜ)       n = tanh(pₜ + r qₜ)
         hₜ = (1 − z) n + z hₜ₋₁
 
     Args:
+      gains: none.
       carry: `[..., H]`.
       projected: p, `[..., 3·H]` from `project`.
       recurrent: q, `[..., 3·H]` from `recur`.
@@ -212,15 +246,16 @@ def _zero_carry(like: Array, hidden_size: int, *, carry_type: Any) -> Any:
     return carry_type(*(zeros() for _ in carry_type._fields))  # apart, so that both can be donated
 
 
-def _make_cell(num_gates: int, carry_type: Any, combine: Callable[..., Any]) -> Cell:
+def _make_cell(num_gates: int, adds: bool, carry_type: Any, combine: Callable[..., Any]) -> Cell:
     def step(
         params: Params, carry: Any, inputs: Array, *, dtype: str = "float32"
     ) -> tuple[Any, jax.Array]:
         projected = project(params, inputs, dtype=dtype)
-        return combine(carry, projected, recur(params, carry, dtype=dtype))
+        return combine(gains(params), carry, projected, recur(params, carry, dtype=dtype))
 
     return Cell(
         num_gates=num_gates,
+        adds=adds,
         init=partial(_init, num_gates=num_gates),
         zero_carry=partial(_zero_carry, carry_type=carry_type),
         project=project,
@@ -230,7 +265,7 @@ def _make_cell(num_gates: int, carry_type: Any, combine: Callable[..., Any]) -> 
     )
 
 
-RNN = _make_cell(1, RNNCarry, rnn_combine)
-LSTM = _make_cell(4, LSTMCarry, lstm_combine)
-GRU = _make_cell(3, GRUCarry, gru_combine)
+RNN = _make_cell(1, True, RNNCarry, rnn_combine)
+LSTM = _make_cell(4, True, LSTMCarry, lstm_combine)
+GRU = _make_cell(3, False, GRUCarry, gru_combine)
 CELLS = {"rnn": RNN, "lstm": LSTM, "gru": GRU}

@@ -20,7 +20,7 @@ from vla_jax import action_tokens, heads, pooling, recurrence, transformer
 from vla_jax.cells import CELLS, affine
 from vla_jax.config import did_you_mean
 from vla_jax.pooling import Pooling
-from vla_jax.recurrence import Carry, RecurrenceConfig
+from vla_jax.recurrence import Carry, Implementation, RecurrenceConfig
 from vla_jax.transformer import TransformerConfig
 from vla_jax.types import Array, Key, Params, Prediction
 
@@ -49,6 +49,7 @@ class DecoderConfig:
     head_sizes: tuple[int, ...] = (1024, 512, 256)  # hidden layers of each MLP of the heads
     dropout: float = 0.0  # probability: between two recurrent layers, or in GPT-2's three places
     remat_chunk: int = 0  # recurrent steps computed again for the gradient; 0 = keep all
+    implementation: Implementation = "auto"  # of the recurrence, see there
     dtype: Dtype = "float32"  # of the factors of matrix products
 
     def __post_init__(self):
@@ -93,6 +94,7 @@ def recurrence_config(config: DecoderConfig) -> RecurrenceConfig:
         hidden_size=config.hidden_size,
         dropout=config.dropout,
         remat_chunk=config.remat_chunk,
+        implementation=config.implementation,
         dtype=config.dtype,
     )
 

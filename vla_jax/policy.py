@@ -148,6 +148,11 @@ def init_stream(
     )
 
 
+def lay_out(params: Params, config: PolicyConfig, state: Any) -> Params:
+    """Params with which `step` gives the same faster, where it can; see `streaming.lay_out`."""
+    return {**params, "decoder": streaming.lay_out(params["decoder"], config.decoder, state)}
+
+
 def step(
     params: Params,
     config: PolicyConfig,
@@ -159,7 +164,7 @@ def step(
     """One time step.
 
     Args:
-      params: from `init`.
+      params: from `init` or `lay_out`.
       config: the same.
       state: from `init_stream` or the step before.
       observation: `[B, ...]`.

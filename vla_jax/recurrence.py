@@ -18,11 +18,14 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from vla_jax import bptt
-from vla_jax.cells import CELLS, drop
+from vla_jax import bptt, cudnn
+from vla_jax.cells import CELLS, Turned, drop
 from vla_jax.config import did_you_mean
 from vla_jax.types import Array, Key, Params
 
+# "bptt": backward pass by hand; "scan": JAX's own; "cudnn": NVIDIA's LSTM; "auto": "bptt".
+Implementation = Literal["auto", "bptt", "scan", "cudnn"]
+SCANS = {"auto": bptt.scan, "bptt": bptt.scan, "scan": bptt.plain_scan}
 Carry = dict[str, dict[str, Any]]  # layer -> direction -> carry of a cell
 
 
@@ -36,7 +39,7 @@ class RecurrenceConfig:
     dropout: float = 0.0  # probability of dropping an output between two layers
     bidirectional: bool = False  # whether a second pass runs from the end to the start
     remat_chunk: int = 0  # steps whose gates are computed again for the gradient; 0 = keep all
-    implementation: Literal["bptt", "scan"] = "bptt"  # backward pass by hand, or JAX's own
+    implementation: Implementation = "auto"  # of time, see there
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the factors of matrix products
 
     def __post_init__(self):
@@ -51,6 +54,14 @@ class RecurrenceConfig:
             raise ValueError(
                 f"remat_chunk must be a number of steps or 0 for none, got {self.remat_chunk}."
             )
+        known = (*SCANS, "cudnn")
+        if self.implementation not in known:
+            raise ValueError(
+                f"unknown implementation '{self.implementation}'; "
+                f"{did_you_mean(self.implementation, known)}"
+            )
+        if self.implementation == "cudnn":
+            _check_cudnn(self)
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(
                 f"unknown dtype '{self.dtype}'; {did_you_mean(self.dtype, ('float32', 'bfloat16'))}"
@@ -123,10 +134,16 @@ def apply(
     Returns:
       The carry (of the backward direction: at the first step), and outputs `[B, T, H]`, float32;
       in both directions `[B, T, 2·H]`, forward first.
+
+    Raises:
+      ValueError: the kernels are turned over, for `step` alone; or implementation "cudnn" has no
+        GPU, or gets a mask or reset, which it does not know.
     """
     _check(params, inputs, mask, reset)
     carry = zero_carry(config, inputs) if carry is None else carry
     chex.assert_tree_shape_prefix(carry, (inputs.shape[0],))
+    if config.implementation == "cudnn":
+        return _apply_cudnn(params, config, carry, inputs, mask, reset)
     mask, reset = (None if flags is None else _swap(flags) for flags in (mask, reset))
     outputs, last = _swap(inputs), {}
     for layer, name in enumerate(_layers(config)):
@@ -170,6 +187,33 @@ def step(
     return following, outputs
 
 
+def _apply_cudnn(
+    params: Params, config: RecurrenceConfig, carry: Carry, inputs: Array, mask, reset
+) -> tuple[Carry, jax.Array]:
+    if mask is not None or reset is not None:
+        raise ValueError(
+            "mask and reset must be None with implementation 'cudnn', which knows neither; choose "
+            "'auto'."
+        )
+    places = [(name, direction) for name in _layers(config) for direction in _directions(config)]
+    own, carries = ([tree[name][way] for name, way in places] for tree in (params, carry))
+    last, outputs = cudnn.lstm(own, carries, inputs, bidirectional=config.bidirectional)
+    following: Carry = {name: {} for name in _layers(config)}
+    for (name, direction), after in zip(places, last, strict=True):
+        following[name][direction] = after
+    return following, outputs
+
+
+def _check_cudnn(config: RecurrenceConfig) -> None:
+    needed = {"cell": "lstm", "dropout": 0.0, "remat_chunk": 0, "dtype": "float32"}
+    for name, value in needed.items():
+        if getattr(config, name) != value:
+            raise ValueError(
+                f"{name} must be {value!r} with implementation 'cudnn', got "
+                f"{getattr(config, name)!r}; choose implementation 'auto'."
+            )
+
+
 def _run_layer(
     params: Params, config: RecurrenceConfig, carry: dict[str, Any], inputs, mask, reset
 ) -> tuple[dict[str, Any], jax.Array]:
@@ -194,8 +238,7 @@ def _scan(
     params: Params, config: RecurrenceConfig, carry: Any, inputs, mask, reset, *, reverse: bool
 ) -> tuple[Any, jax.Array]:
     """Runs a cell over `inputs [T, B, D]`, the inputs' product first, of all steps (of a chunk)."""
-    cell = CELLS[config.cell]
-    scan = bptt.plain_scan if config.implementation == "scan" else bptt.scan
+    cell, scan = CELLS[config.cell], SCANS[config.implementation]
 
     def run(carry: Any, steps: Any) -> tuple[Any, jax.Array]:
         inputs, mask, reset = steps
@@ -255,6 +298,11 @@ def _input_size(params: Params) -> int:
 
 
 def _check(params: Params, inputs: Array, mask: Array | None, reset: Array | None) -> None:
+    if isinstance(params["layers_0"]["forward"]["input_kernel"], Turned):
+        raise ValueError(
+            "params must be as from `init`, got kernels turned over; those of `lay_out` are for "
+            "single steps."
+        )
     chex.assert_shape(inputs, (None, None, _input_size(params)))
     for flags in (mask, reset):
         if flags is not None:
