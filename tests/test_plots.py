@@ -71,6 +71,14 @@ def test_growth_shows_every_axis_beside_its_arithmetic(tmp_path):
     assert (a == [0x00, 0x72, 0xB2]).all(-1).sum() > 100
 
 
+def test_attention_is_darkest_where_the_weight_is(tmp_path):
+    source, target = ("jump", "left"), ("I_TURN_LEFT", "I_JUMP", "end")
+    for name, weights in (("a", np.eye(3, 2)), ("b", np.zeros((3, 2)))):
+        plots.attention(tmp_path / f"{name}.png", weights, source, target, title="jump left")
+    a, b = (picture(tmp_path / f"{name}.png").astype(int) for name in "ab")
+    assert (a.sum(axis=-1) < b.sum(axis=-1) - 200).sum() > 1000
+
+
 def test_what_cannot_be_drawn_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="must be at least one line, got none"):
         plots.training(tmp_path / "a.png", [])
@@ -80,6 +88,10 @@ def test_what_cannot_be_drawn_is_one_sentence(tmp_path):
         plots.growth(tmp_path / "a.png", {})
     with pytest.raises(ValueError, match=r"must be \[T, 7\] with one T, got \(3, 7\) and \(4, 7\)"):
         plots.actions(tmp_path / "a.png", np.zeros((3, 7)), np.zeros((4, 7)))
+    with pytest.raises(
+        ValueError, match=r"weights must be \[3, 2\] for as many names, got \(2, 3\)"
+    ):
+        plots.attention(tmp_path / "a.png", np.zeros((2, 3)), "ab", "abc")
     assert not list(tmp_path.iterdir())
 
 

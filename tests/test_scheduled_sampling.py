@@ -23,6 +23,12 @@ schedule_and_run = jax.jit(
 )
 
 
+init = jax.jit(seq2seq.init, static_argnums=1)
+encode = jax.jit(seq2seq.encode, static_argnums=1)
+force = jax.jit(seq2seq.teacher_forcing, static_argnums=1)
+run_free = jax.jit(scheduled_sampling.free_running, static_argnums=(1, 3), static_argnames="choose")
+
+
 def given(kind, seed, steps):
     rng = np.random.default_rng(seed)
     if kind == "tokens":
@@ -31,8 +37,8 @@ def given(kind, seed, steps):
 
 
 def setup(config):
-    params = seq2seq.init(jax.random.key(0), config)
-    memory = seq2seq.encode(params, config, given(config.source, 0, S))
+    params = init(jax.random.key(0), config)
+    memory = encode(params, config, given(config.source, 0, S))
     return params, memory, given(config.target, 1, T)
 
 
@@ -55,22 +61,22 @@ def test_the_schedules_are_their_equations(i):
 def test_told_always_is_teacher_forcing(config, key):
     params, memory, targets = setup(config)
     told = schedule_and_run(params, config, memory, targets, 1.0, key)
-    assert_close(told, seq2seq.teacher_forcing(params, config, memory, targets))
+    assert_close(told, force(params, config, memory, targets))
 
 
 @each_config
 def test_told_never_is_free_running(config, key):
     params, memory, targets = setup(config)
     told = schedule_and_run(params, config, memory, targets, 0.0, key)
-    alone, _ = scheduled_sampling.free_running(params, config, memory, T)
+    alone, _ = run_free(params, config, memory, T)
     assert_close(told, alone)
 
 
 @each_config
 def test_told_its_own_outputs_a_decoder_does_what_it_does_alone(config):
     params, memory, _ = setup(config)
-    alone, said = scheduled_sampling.free_running(params, config, memory, T)
-    assert_close(seq2seq.teacher_forcing(params, config, memory, said), alone)
+    alone, said = run_free(params, config, memory, T)
+    assert_close(force(params, config, memory, said), alone)
 
 
 def test_a_coin_is_thrown_for_every_row_and_step(key):
@@ -97,10 +103,9 @@ def test_drawn_ids_follow_the_logits(key):
 def test_drawing_needs_a_key_and_each_step_draws_anew(key):
     config = CONFIGS["tokens"]
     params, memory, _ = setup(config)
-    run = scheduled_sampling.free_running
     with pytest.raises(ValueError, match="key must be given where outputs are drawn, got None"):
-        run(params, config, memory, T, choose=scheduled_sampling.drawn)
-    _, said = run(params, config, memory, T, choose=scheduled_sampling.drawn, key=key)
+        run_free(params, config, memory, T, choose=scheduled_sampling.drawn)
+    _, said = run_free(params, config, memory, T, choose=scheduled_sampling.drawn, key=key)
     assert len({tuple(row) for row in said.tolist()}) > B // 2
 
 
@@ -112,6 +117,6 @@ def test_a_choice_of_ones_own_turns_outputs_into_what_is_eaten():
     def sent(outputs, key):
         return np.tanh(1.0) * outputs
 
-    alone, said = scheduled_sampling.free_running(params, config, memory, T, choose=sent)
+    alone, said = run_free(params, config, memory, T, choose=sent)
     assert_close(said, np.tanh(1.0) * alone.outputs)
-    assert_close(seq2seq.teacher_forcing(params, config, memory, said), alone)
+    assert_close(force(params, config, memory, said), alone)

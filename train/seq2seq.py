@@ -48,8 +48,10 @@ class ScanConfig:
     width_step: int = 8  # targets are padded to multiples of it, each compiled once
     own_share: float = 0.0  # share of steps that eat their own output, reached at the end
     model: Seq2SeqConfig = Seq2SeqConfig()
-    optim: OptimConfig = OptimConfig()
-    loop: LoopConfig = LoopConfig()
+    optim: OptimConfig = OptimConfig(
+        learning_rate=2e-3, end_factor=0.01, b2=0.99, weight_decay=0.0, ema_decay=0.999
+    )
+    loop: LoopConfig = LoopConfig(num_updates=4500, save_every=1500)
     seed: int = 0  # of the params, the dropout, the shuffling and the split
     overwrite: bool = False  # delete a run that is there
 
@@ -69,20 +71,12 @@ class Told(NamedTuple):
 
 def attention() -> ScanConfig:
     """An LSTM in both directions, attention, an LSTM."""
-    return ScanConfig(
-        model=_model(score="general"),
-        optim=OptimConfig(learning_rate=3e-3, end_factor=0.01, weight_decay=0.0, b2=0.99),
-        loop=LoopConfig(num_updates=4000, save_every=1000),
-    )
+    return ScanConfig(model=_model(score="general"))
 
 
 def bottleneck() -> ScanConfig:
     """The same without attention: one vector must hold the whole command."""
-    return ScanConfig(
-        model=_model(score="none"),
-        optim=OptimConfig(learning_rate=3e-3, end_factor=0.01, weight_decay=0.0, b2=0.99),
-        loop=LoopConfig(num_updates=4000, save_every=1000),
-    )
+    return ScanConfig(model=_model(score="none"))
 
 
 PRESETS = {"attention": attention, "bottleneck": bottleneck}
@@ -104,7 +98,8 @@ def train(config: ScanConfig) -> pathlib.Path:
     params = jax.jit(seq2seq.init, static_argnums=1)(params_key, config.model)
     num_updates = config.loop.num_updates
     optimizer = optim.make_optimizer(config.optim, num_updates, params)
-    update = with_count(make_update(make_loss(config), optimizer))
+    ema_decay = config.optim.ema_decay
+    update = with_count(make_update(make_loss(config), optimizer, ema_decay=ema_decay))
 
     # Loop, from the last checkpoint on if there is one.
     run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
@@ -113,7 +108,7 @@ def train(config: ScanConfig) -> pathlib.Path:
         config.loop,
         run_dir,
         update,
-        init_train_state(params, optimizer),
+        init_train_state(params, optimizer, ema=ema_decay is not None),
         loader,
         key,
         schedule=optim.make_schedule(config.optim, num_updates),
@@ -124,11 +119,12 @@ def train(config: ScanConfig) -> pathlib.Path:
 
     # Test: every command written greedily.
     if is_first_process():
-        result = test(train_state.params, config.model, test_pairs)
+        params = train_state.params if ema_decay is None else train_state.ema_params
+        result = test(params, config.model, test_pairs)
         save_json(
             {"split": config.split, "train_seconds": seconds, **result}, run_dir / "test.json"
         )
-        draw(run_dir, train_state.params, config.model)
+        draw(run_dir, params, config.model)
         print(f"{config.split}: exact match {result['exact_match']:.2%} of {result['commands']}")
     return run_dir
 
@@ -216,7 +212,11 @@ def draw(run_dir: pathlib.Path, params: Params, model: Seq2SeqConfig) -> None:
 
 def _model(**changes: Any) -> Seq2SeqConfig:
     return Seq2SeqConfig(
-        source_size=1 + len(scan.WORDS), target_size=1 + len(scan.ACTIONS), embed_size=64, **changes
+        source_size=1 + len(scan.WORDS),
+        target_size=1 + len(scan.ACTIONS),
+        embed_size=64,
+        dropout=0.1,
+        **changes,
     )
 
 

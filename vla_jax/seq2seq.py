@@ -73,6 +73,10 @@ class Seq2SeqConfig:
             raise ValueError(
                 "feed_context must be False with score 'none', got True; choose a score."
             )
+        if self.bidirectional and self.score == "dot":
+            raise ValueError(
+                "bidirectional must be False with score 'dot', got True; choose 'general'."
+            )
         encoder_config(self)  # checks the rest
 
 
