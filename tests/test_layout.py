@@ -9,8 +9,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = (  # a file imports only from files above it
     "types", "config", "rotations", "action_tokens", "cells", "bptt", "cudnn", "recurrence",
     "transformer", "heads", "attention", "seq2seq", "scheduled_sampling", "search",
-    "pooling", "decoders", "streaming_gpt", "streaming", "execution", "loss_terms",
-    "losses", "captions", "auxiliary", "optim",
+    "chunk_writer", "pooling", "decoder_config", "decoders", "streaming_gpt", "streaming_seen",
+    "streaming", "execution", "loss_terms", "losses", "captions", "auxiliary", "optim",
     "data.dataset", "data.gripper", "data.tool_frame", "data.text", "data.augment",
     "data.normalize", "data.windows", "data.packing", "data.scan", "data.buckets",
     "data.loader", "data.frames", "data.lerobot_layout", "data.lerobot", "data.lerobot_stats",

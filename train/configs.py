@@ -14,12 +14,13 @@ from vla_jax.backbones.state import StateConfig
 from vla_jax.data.augment import AugmentConfig
 from vla_jax.data.gripper import Gripper
 from vla_jax.data.loader import LoaderConfig
-from vla_jax.decoders import DecoderConfig, Kind
+from vla_jax.decoder_config import DecoderConfig, Kind
 from vla_jax.envs.table_jax import TableConfig as JaxTableConfig
 from vla_jax.envs.table_mujoco import TableConfig as MujocoTableConfig
 from vla_jax.envs.worlds import WorldConfig
 from vla_jax.loss_terms import LossWeights
 from vla_jax.optim import OptimConfig
+from vla_jax.scheduled_sampling import SamplingConfig
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class ImitateConfig:
     gripper: Gripper = "open_positive"  # meaning of the action's last number on disk
     action_bounds: tuple[float, float] | None = None  # of the arm, data units; None = the data's
     feature_keys: tuple[tuple[str, str], ...] = ()  # our field and the key on disk, if they differ
+    sampling: SamplingConfig = SamplingConfig()  # what head "autoregressive" is told of the truth
     loss: LossWeights = LossWeights()  # factor of each term beside the arm's
     auxiliary: AuxiliaryConfig = AuxiliaryConfig()  # heads that only train; none by default
     agent: AgentConfig = AgentConfig()
@@ -58,6 +60,12 @@ class ImitateConfig:
                 f"{self.auxiliary.forward_horizon}; no step further ahead is in a window."
             )
         _check_weights(self)
+        head = self.agent.policy.decoder.head
+        if self.sampling != SamplingConfig() and head != "autoregressive":
+            raise ValueError(
+                f"sampling must be left as it is for head '{head}', which is told no actions, got "
+                f"schedule '{self.sampling.schedule}'; choose head 'autoregressive'."
+            )
 
 
 def table_lstm() -> ImitateConfig:
