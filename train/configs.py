@@ -4,6 +4,7 @@ A preset's docstring says what it is, what to expect, how long it takes and on w
 """
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from train.loop import LoopConfig
 from vla_jax import policy
@@ -133,6 +134,27 @@ def table_jax_state() -> ImitateConfig:
     )
 
 
+def table_jax_encoder_decoder() -> ImitateConfig:
+    """The same, its LSTM read by another that writes two actions one by one."""
+    config = with_decoder(table_jax_state(), head="autoregressive", action_horizon=2)
+    slope = 1.0 / config.loop.num_updates
+    return replace(
+        config,
+        run_dir="runs/table_jax_encoder_decoder",
+        sampling=SamplingConfig("linear", slope=slope),
+    )
+
+
+def table_jax_gpt() -> ImitateConfig:
+    """The same with a transformer of two layers in place of the LSTM."""
+    config = with_decoder(table_jax_state(), kind="gpt", num_layers=2, num_heads=4)
+    return replace(
+        config,
+        run_dir="runs/table_jax_gpt",
+        optim=replace(config.optim, learning_rate=1e-3),
+    )
+
+
 def gpu_end_to_end() -> ImitateConfig:
     """Pictures to actions in one training on one GPU of 24 GB or more; not measured yet.
 
@@ -170,8 +192,13 @@ def gpu_end_to_end() -> ImitateConfig:
 
 def with_kind(config: ImitateConfig, kind: Kind) -> ImitateConfig:
     """The same training with another kind of decoder."""
+    return with_decoder(config, kind=kind)
+
+
+def with_decoder(config: ImitateConfig, **changes: Any) -> ImitateConfig:
+    """The same training with a decoder of which some fields have changed."""
     parts = config.agent.policy
-    parts = replace(parts, decoder=replace(parts.decoder, kind=kind))
+    parts = replace(parts, decoder=replace(parts.decoder, **changes))
     return replace(config, agent=replace(config.agent, policy=parts))
 
 
@@ -213,5 +240,7 @@ IMITATE = {
     "table_lstm": table_lstm,
     "table_fc": table_fc,
     "table_jax_state": table_jax_state,
+    "table_jax_encoder_decoder": table_jax_encoder_decoder,
+    "table_jax_gpt": table_jax_gpt,
     "gpu_end_to_end": gpu_end_to_end,
 }

@@ -2,8 +2,8 @@
 
 The features of the last steps lie in a ring: attention does not ask for their order. It has room
 for as many as the head was trained to look back at, or for the window, where that is shorter. The
-ring is cleared with the carry; in mode "refresh" each of the W carries has features of its own, so
-it holds those of all.
+ring is cleared with the carry; in mode "refresh" each of the W carries has features of its own, and
+the ring holds those of all of them: W times as much.
 """
 
 from typing import Any, NamedTuple
