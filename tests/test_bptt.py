@@ -37,7 +37,9 @@ def draw_case(name, key):
     cell = cells.CELLS[name]
     zeros = cell.zero_carry(jnp.zeros((B, 1)), H)
     carry = type(zeros)(*(draw(seed, B, H) for seed in range(len(zeros))))
-    return cell, cell.init(key, D, H), carry, draw(9, T, B, cell.num_gates * H)
+    params = cell.init(key, D, H)
+    params |= {path: leaf + draw(7, *leaf.shape) / 4 for path, leaf in cells.gains(params).items()}
+    return cell, params, carry, draw(9, T, B, cell.num_gates * H)
 
 
 def loss(scan, cell, flags, params, carry, projected, **options):
@@ -61,7 +63,12 @@ def gradients(name, key, flags, layout, **options):
 
 
 def assert_close(one, other, atol=2e-6):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol), one, other)
+    """To `atol`, or to that share of the largest number of the array where it is above 1."""
+
+    def compare(a, b):
+        np.testing.assert_allclose(a, b, rtol=0, atol=atol * max(1.0, np.abs(b).max(initial=0.0)))
+
+    jax.tree.map(compare, one, other)
 
 
 @each_cell
@@ -71,7 +78,9 @@ def test_the_gradients_are_those_that_jax_derives(name, layout, which, reverse, 
     flags = draw_flags(FLAGS[which])
     by_hand, derived = gradients(name, key, flags, layout, reverse=reverse)
     assert_close(by_hand, derived)
-    assert np.abs(derived[0]["recurrent_kernel"]).max() > 0.1  # else nothing was compared
+    by_params, *others = derived  # else nothing was compared:
+    used = [by_params[path] for path in by_params if path not in ("input_kernel", "input_bias")]
+    assert all(np.abs(leaf).max() > 0.01 for leaf in jax.tree.leaves((used, others)))
 
 
 @each_cell

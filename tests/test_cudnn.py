@@ -88,7 +88,13 @@ def test_masks_and_resets_are_refused(flags, key):
 
 @pytest.mark.parametrize(
     "change",
-    [{"cell": "gru"}, {"dropout": 0.1}, {"remat_chunk": 4}, {"dtype": "bfloat16"}],
+    [
+        {"cell": "gru"},
+        {"dropout": 0.1},
+        {"residual": True},
+        {"remat_chunk": 4},
+        {"dtype": "bfloat16"},
+    ],
     ids=str,
 )
 def test_what_it_cannot_compute_is_refused(change):

@@ -71,6 +71,21 @@ def test_growth_shows_every_axis_beside_its_arithmetic(tmp_path):
     assert (a == [0x00, 0x72, 0xB2]).all(-1).sum() > 100
 
 
+def test_curves_keep_their_colour_over_panels_and_levels_lie_across(tmp_path):
+    one = plots.Panel("one", "x", "y", {"a": ([1, 2], [0.1, 0.2]), "b": ([1, 2], [0.3, 0.1])})
+    two = plots.Panel("two", "x", "y", {"b": ([1, 2], [1.0, 9.0])}, {"chance": 3.0}, log="xy")
+    plots.curves(tmp_path / "a.png", [one])
+    plots.curves(tmp_path / "b.png", [two])
+    plots.curves(tmp_path / "c.png", [one, two, one], columns=2)
+    a, b, c = (picture(tmp_path / f"{name}.png") for name in "abc")
+    blue, orange = [0x00, 0x72, 0xB2], [0xE6, 0x9F, 0x00]
+    assert (a == blue).all(-1).sum() > 100
+    assert (a == orange).all(-1).sum() > 100
+    assert not (b == orange).all(-1).any()  # alone, it is the first of all
+    assert (c[:, c.shape[1] // 2 :] == orange).all(-1).sum() > 100  # the right half holds two
+    assert c.shape[0] > 1.5 * a.shape[0]
+
+
 def test_attention_is_darkest_where_the_weight_is(tmp_path):
     source, target = ("jump", "left"), ("I_TURN_LEFT", "I_JUMP", "end")
     for name, weights in (("a", np.eye(3, 2)), ("b", np.zeros((3, 2)))):
@@ -86,6 +101,8 @@ def test_what_cannot_be_drawn_is_one_sentence(tmp_path):
         plots.success(tmp_path / "a.png", {})
     with pytest.raises(ValueError, match=r"curves for .* must be at least one, got none"):
         plots.growth(tmp_path / "a.png", {})
+    with pytest.raises(ValueError, match=r"panels for .* must be at least one, got none"):
+        plots.curves(tmp_path / "a.png", [])
     with pytest.raises(ValueError, match=r"must be \[T, 7\] with one T, got \(3, 7\) and \(4, 7\)"):
         plots.actions(tmp_path / "a.png", np.zeros((3, 7)), np.zeros((4, 7)))
     with pytest.raises(

@@ -1,6 +1,7 @@
 """Law 1: streamed = windowed, over every kind of decoder and every mode, far past the window."""
 
 import dataclasses
+from typing import get_args
 
 import chex
 import jax
@@ -8,14 +9,14 @@ import numpy as np
 import pytest
 
 from vla_jax import decoders, heads, streaming
-from vla_jax.cells import Turned
-from vla_jax.decoders import DecoderConfig
+from vla_jax.cells import CELLS, Turned
+from vla_jax.decoder_config import DecoderConfig, Kind
 
 B, T, W, N, D, K = 3, 14, 4, 2, 3, 2
 STARTS = ([0], [0, 5], [0, 3, 4, 12])  # frames at which the episodes of each robot start
 
 WRITER = "encoder_decoder"  # an LSTM, and a head that looks back at what it gave
-KINDS = ("rnn", "lstm", "gru", "fc", "gpt", WRITER)
+KINDS = (*get_args(Kind), WRITER)
 MODES = ("refresh", "periodic", "persistent")
 
 KINDS_AND_MODES = [
@@ -118,13 +119,13 @@ def lay_out(monkeypatch, params, config, mode, batch_size=B):
         return streaming.lay_out(params, config, state)
 
 
-@pytest.mark.parametrize("kind", ["rnn", "lstm", "gru", WRITER])
+@pytest.mark.parametrize("kind", [*CELLS, WRITER])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_params_that_are_laid_out_give_the_same(kind, dtype, key, monkeypatch):
     config, tokens = dataclasses.replace(configured(kind), dtype=dtype), draw_tokens()
     params = decoders.init(key, config)
     laid_out = lay_out(monkeypatch, params, config, "refresh")
-    assert isinstance(laid_out["recurrence"]["layers_1"]["forward"]["recurrent_kernel"], Turned)
+    assert isinstance(laid_out["recurrence"]["layers_1"]["forward"]["input_kernel"], Turned)
     one, two = (stream(own, config, tokens, reset=resets()) for own in (params, laid_out))
     assert_close(one, two)
 

@@ -74,6 +74,10 @@ def scan(
     Returns:
       The carry after the last step, and outputs `[T, B, H]`, float32, zeros at masked steps.
     """
+    if "recurrent_kernel" not in params:  # no product to take out of the scan: JAX's own is best
+        return plain_scan(
+            cell, params, carry, projected, mask=mask, reset=reset, reverse=reverse, dtype=dtype
+        )
     # Inside shard_map the weights are the same on all devices and the data are not; the rule below
     # gives each device's share of their gradient. This zero, made of the data, tells JAX so, and
     # it adds the shares up. Elsewhere it is compiled away.
@@ -124,9 +128,9 @@ def faster_layout(batch_size: int, hidden_size: int) -> Layout:
     return "columns" if whole and jax.default_backend() == "cpu" else "rows"
 
 
-def _weights(params: Params) -> tuple[Array, Array, Params]:
-    """What the scan uses of a cell's params: kernel, bias, gains."""
-    return params["recurrent_kernel"], params["recurrent_bias"], gains(params)
+def _weights(params: Params) -> tuple[Array | None, Array | None, Params]:
+    """What the scan uses of a cell's params: kernel and bias, where it has them, and gains."""
+    return params.get("recurrent_kernel"), params.get("recurrent_bias"), gains(params)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -137,16 +141,19 @@ def _scan(how, weights, carry, projected, mask, reset):
 def _run(how, weights, carry, projected, mask, reset):
     """Returns `(carry, outputs)`, and of every step the carry it started from and its gates."""
     kernel, bias, gains = weights
-    kernel = jnp.asarray(kernel, how.dtype)
-    if how.layout == "columns":
-        kernel, bias = kernel.T, bias[:, None]
+    if kernel is not None:
+        kernel = jnp.asarray(kernel, how.dtype)
+        if how.layout == "columns":
+            kernel, bias = kernel.T, bias[:, None]
 
     def body(carry: Any, step: Any) -> tuple[Any, Any]:
         projected, mask, reset = step
         carry = _clear(how, carry, reset)
-        recurrent = _times(how, carry.hidden, kernel)
-        recurrent += jnp.broadcast_to(bias, recurrent.shape)
-        gates = (projected + recurrent,) if how.cell.adds else (projected, recurrent)
+        gates = (projected,)
+        if kernel is not None:
+            recurrent = _times(how, carry.hidden, kernel)
+            recurrent += jnp.broadcast_to(bias, recurrent.shape)
+            gates = (projected + recurrent,) if how.cell.adds else (projected, recurrent)
         following, outputs = _combine(how, mask, gains, carry, gates)
         return following, (outputs, carry, gates)
 

@@ -4,14 +4,14 @@ import dataclasses
 from typing import Literal, cast, get_args
 
 from vla_jax import action_tokens
-from vla_jax.cells import CELLS
+from vla_jax.cells import CELLS, CellName
 from vla_jax.config import did_you_mean
 from vla_jax.pooling import Pooling
 from vla_jax.recurrence import Implementation, RecurrenceConfig
 from vla_jax.seq2seq import AnyScore, Seq2SeqConfig
 from vla_jax.transformer import TransformerConfig
 
-Kind = Literal["rnn", "lstm", "gru", "fc", "gpt"]
+Kind = Literal["rnn", "lstm", "gru", "layer_norm_lstm", "min_gru", "fc", "gpt"]
 Head = Literal["continuous", "discrete", "autoregressive"]
 Dtype = Literal["float32", "bfloat16"]
 
@@ -75,9 +75,9 @@ class DecoderConfig:
 
 
 def recurrence_config(config: DecoderConfig) -> RecurrenceConfig:
-    """Returns the config of the recurrence inside, for kinds "rnn", "lstm", "gru"."""
+    """Returns the config of the recurrence inside, for the kinds that are cells."""
     return RecurrenceConfig(
-        cell=cast(Literal["rnn", "lstm", "gru"], config.kind),
+        cell=cast(CellName, config.kind),
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
         dropout=config.dropout,
@@ -108,7 +108,7 @@ def writer_config(config: DecoderConfig) -> Seq2SeqConfig:
         target="vectors",
         target_size=config.action_dim,
         embed_size=size,
-        cell=cast(Literal["rnn", "lstm", "gru"], config.kind),
+        cell=cast(CellName, config.kind),
         hidden_size=size,
         bidirectional=False,
         score=config.score,

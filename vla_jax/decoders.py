@@ -2,10 +2,10 @@
 
     tokens [B, W, N, D] → pool → [B, W, D'] → trunk → [B, W, H] → heads → Prediction
 
-The trunk is a recurrence ("rnn", "lstm", "gru"), a transformer that looks back over the window
-("gpt"), or an MLP that remembers nothing, the baseline ("fc"). Actions come out at every position
-of the window; `streaming` gives the same ones step by step. The heads see the features of their
-own step, but for head "autoregressive", which looks back at those before: an encoder-decoder.
+The trunk is a recurrence of any cell ("lstm", "gru", "rnn", …), a transformer that looks back over
+the window ("gpt"), or an MLP that remembers nothing, the baseline ("fc"). Actions come out at every
+position of the window; `streaming` gives the same ones step by step. The heads see the features of
+their own step, but for head "autoregressive", which looks back at those before: an encoder-decoder.
 """
 
 import math

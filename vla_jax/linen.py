@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from vla_jax import decoders, recurrence, streaming
-from vla_jax.cells import CELLS
+from vla_jax.cells import CELLS, CellName
 from vla_jax.chunk_writer import Told
 from vla_jax.decoders import DecoderConfig
 from vla_jax.recurrence import Carry, RecurrenceConfig
@@ -35,7 +35,7 @@ from vla_jax.types import ActionChunk, Array, Key, Params, Prediction
 class Cell(nn.RNNCellBase):
     """A cell of `cells.CELLS`; its carry is the cell's own, such as `LSTMCarry(hidden, cell)`."""
 
-    cell: Literal["rnn", "lstm", "gru"]  # name in `cells.CELLS`
+    cell: CellName  # key of `cells.CELLS`
     hidden_size: int  # H
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the factors of matrix products
 

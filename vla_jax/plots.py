@@ -7,7 +7,8 @@ apart; every function writes one PNG.
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from itertools import cycle
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +20,18 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 _INK, _FAINT = "#30343b", "#d9dce1"
 _DASHES = ("--", ":", "-.")
 _NOT_DRAWN = ("step", "steps_per_second", "data_wait", "grad_norm", "learning_rate")
+
+
+class Panel(NamedTuple):
+    """What `curves` draws in one of its panels."""
+
+    title: str
+    x_label: str
+    y_label: str
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]  # name -> x, y
+    levels: Mapping[str, float] = {}  # name -> y of a line across
+    log: str = ""  # axes with a logarithmic scale: "x", "y", "xy"
+    y_range: tuple[float, float] | None = None
 
 
 def training(path: Path, metrics: Sequence[Mapping[str, float]], *, title: str = "") -> None:
@@ -177,6 +190,47 @@ def growth(
         axes.minorticks_off()
     panels[0].set_ylabel("time / ms")
     panels[0].legend(frameon=False, fontsize=8)
+    _write(figure, path, title)
+
+
+def curves(path: Path, panels: Sequence[Panel], *, columns: int = 3, title: str = "") -> None:
+    """Draws panels of curves; one that is in several panels has the same colour in all.
+
+    Args:
+      path: PNG to write.
+      panels: what to draw, from the left to the right and down.
+      columns: panels side by side.
+      title: above the panels.
+
+    Raises:
+      ValueError: there are no panels.
+      ImportError: matplotlib is missing.
+    """
+    if not panels:
+        raise ValueError(f"panels for {path} must be at least one, got none.")
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = _figure(max(4.2 * columns, 5.0), 3.1 * rows + 0.5)
+    names = list(dict.fromkeys(name for panel in panels for name in panel.curves))
+    colours = dict(zip(names, _cycle(len(names)), strict=True))
+    drawn = _panels(figure, rows, columns, sharex=False)
+    handles = {}
+    for axes, panel in zip(drawn, panels, strict=False):
+        for name, (x, y) in panel.curves.items():
+            (handles[name],) = axes.plot(x, y, color=colours[name], linewidth=1.6)
+        for (name, level), dashes in zip(panel.levels.items(), cycle(_DASHES), strict=False):
+            axes.axhline(level, color=_INK, linestyle=dashes, linewidth=1)
+            where = {"xy": (1.0, level), "xycoords": ("axes fraction", "data")}
+            axes.annotate(name, **where, ha="right", va="bottom", fontsize=7, color=_INK)
+        axes.set(xlabel=panel.x_label, ylabel=panel.y_label, ylim=panel.y_range)
+        axes.set(**{f"{axis}scale": "log" for axis in panel.log})
+        axes.set_title(panel.title, fontsize=9, loc="left", color=_INK)
+    for axes in drawn[len(panels) :]:
+        axes.set_axis_off()
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False,
+        fontsize=8,
+    )  # fmt: skip
     _write(figure, path, title)
 
 

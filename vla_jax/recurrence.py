@@ -18,14 +18,20 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from vla_jax import bptt, cudnn
-from vla_jax.cells import CELLS, Turned, drop
+from vla_jax import associative, bptt, cudnn
+from vla_jax.cells import CELLS, CellName, Turned, drop
 from vla_jax.config import did_you_mean
 from vla_jax.types import Array, Key, Params
 
-# "bptt": backward pass by hand; "scan": JAX's own; "cudnn": NVIDIA's LSTM; "auto": "bptt".
-Implementation = Literal["auto", "bptt", "scan", "cudnn"]
-SCANS = {"auto": bptt.scan, "bptt": bptt.scan, "scan": bptt.plain_scan}
+# "bptt": backward pass by hand; "scan": JAX's own; "cudnn": NVIDIA's LSTM; "associative": no loop,
+# for cells that are linear in their carry; "auto": "bptt".
+Implementation = Literal["auto", "bptt", "scan", "associative", "cudnn"]
+SCANS = {
+    "auto": bptt.scan,
+    "bptt": bptt.scan,
+    "scan": bptt.plain_scan,
+    "associative": associative.scan,
+}
 Carry = dict[str, dict[str, Any]]  # layer -> direction -> carry of a cell
 
 
@@ -33,10 +39,11 @@ Carry = dict[str, dict[str, Any]]  # layer -> direction -> carry of a cell
 class RecurrenceConfig:
     """A stack of recurrent layers."""
 
-    cell: Literal["rnn", "lstm", "gru"] = "lstm"  # name in `cells.CELLS`
+    cell: CellName = "lstm"  # key of `cells.CELLS`
     num_layers: int = 1  # L, one on top of the other
     hidden_size: int = 256  # H, units of each layer and direction
     dropout: float = 0.0  # probability of dropping an output between two layers
+    residual: bool = False  # whether each layer but the first adds its inputs to its outputs
     bidirectional: bool = False  # whether a second pass runs from the end to the start
     remat_chunk: int = 0  # steps whose gates are computed again for the gradient; 0 = keep all
     implementation: Implementation = "auto"  # of time, see there
@@ -60,6 +67,8 @@ class RecurrenceConfig:
                 f"unknown implementation '{self.implementation}'; "
                 f"{did_you_mean(self.implementation, known)}"
             )
+        if self.implementation == "associative":
+            associative.check(CELLS[self.cell])
         if self.implementation == "cudnn":
             _check_cudnn(self)
         if self.dtype not in ("float32", "bfloat16"):
@@ -147,9 +156,12 @@ def apply(
     mask, reset = (None if flags is None else _swap(flags) for flags in (mask, reset))
     outputs, last = _swap(inputs), {}
     for layer, name in enumerate(_layers(config)):
+        below = outputs
         if layer > 0 and key is not None:
-            outputs = drop(jax.random.fold_in(key, layer), outputs, config.dropout)
+            outputs = drop(jax.random.fold_in(key, layer), below, config.dropout)
         last[name], outputs = _run_layer(params[name], config, carry[name], outputs, mask, reset)
+        if layer > 0 and config.residual:
+            outputs = below + outputs
     return last, _swap(outputs)
 
 
@@ -177,12 +189,17 @@ def step(
       ValueError: the recurrence runs in both directions, so there is no single step of it.
     """
     if config.bidirectional:
-        raise ValueError("step needs bidirectional=False, got True; use `apply` on the sequence.")
+        raise ValueError(
+            "step needs bidirectional=False, got True: the backward direction starts in the "
+            "future, which is not there yet; use `apply` on the whole sequence."
+        )
     chex.assert_axis_dimension(inputs, -1, _input_size(params))
     cell, outputs, following = CELLS[config.cell], jnp.asarray(inputs), {}
-    for name in _layers(config):
-        before = bptt.clear(carry[name]["forward"], reset)
-        after, outputs = cell.step(params[name]["forward"], before, outputs, dtype=config.dtype)
+    for layer, name in enumerate(_layers(config)):
+        before, below = bptt.clear(carry[name]["forward"], reset), outputs
+        after, outputs = cell.step(params[name]["forward"], before, below, dtype=config.dtype)
+        if layer > 0 and config.residual:
+            outputs = below + outputs
         following[name] = {"forward": after}
     return following, outputs
 
@@ -205,7 +222,9 @@ def _apply_cudnn(
 
 
 def _check_cudnn(config: RecurrenceConfig) -> None:
-    needed = {"cell": "lstm", "dropout": 0.0, "remat_chunk": 0, "dtype": "float32"}
+    needed = {
+        "cell": "lstm", "dropout": 0.0, "residual": False, "remat_chunk": 0, "dtype": "float32",
+    }  # fmt: skip
     for name, value in needed.items():
         if getattr(config, name) != value:
             raise ValueError(

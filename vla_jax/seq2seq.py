@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from vla_jax import attention, heads, recurrence
 from vla_jax.attention import AttentionConfig, Source
-from vla_jax.cells import affine, drop
+from vla_jax.cells import CellName, affine, drop
 from vla_jax.config import did_you_mean
 from vla_jax.recurrence import Carry, RecurrenceConfig
 from vla_jax.types import Array, Key, Params
@@ -45,7 +45,7 @@ class Seq2SeqConfig:
     target: Kind = "tokens"  # what is written
     target_size: int = 32  # V ids, the end's 0 among them; or A features
     embed_size: int = 128  # E, features of a source position and of a target step that come in
-    cell: Literal["rnn", "lstm", "gru"] = "lstm"  # name in `cells.CELLS`, of both
+    cell: CellName = "lstm"  # key of `cells.CELLS`, of both
     num_layers: int = 1  # L, of both
     hidden_size: int = 128  # H, units of each layer and direction
     bidirectional: bool = True  # whether the encoder also reads from the end to the start
