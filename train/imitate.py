@@ -21,6 +21,7 @@ from train.configs import IMITATE, ImitateConfig
 from train.loop import fit, is_first_process, open_run, save_json
 from train.setup import compute_norm_stats, init_params, make_windows, read_dataset
 from vla_jax import (
+    augment,
     auxiliary,
     captions,
     decoders,
@@ -35,9 +36,10 @@ from vla_jax import (
 from vla_jax import config as configs
 from vla_jax.chunk_writer import Told
 from vla_jax.data import normalize
-from vla_jax.data.loader import make_loader
+from vla_jax.data.loader import Loader, make_loader
 from vla_jax.data.normalize import NormStats
 from vla_jax.data.packing import Packed
+from vla_jax.data.windows import Windows
 from vla_jax.types import Batch, Key, Metrics, Params
 from vla_jax.update import Counted, LossFn, init_train_state, make_update, with_count
 
@@ -70,13 +72,7 @@ def imitate(config: ImitateConfig) -> pathlib.Path:
         stride=config.stride,
         tokens=tokens,
     )
-    loader = make_loader(
-        Packed(windows) if config.pack else windows,
-        config.loader,
-        augment=config.augment if tokens is None else None,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    loader = make_batches(config, windows)
 
     # Update: the gradient of `make_loss` below, through the optimiser.
     num_updates = config.loop.num_updates
@@ -105,6 +101,18 @@ def imitate(config: ImitateConfig) -> pathlib.Path:
     return run_dir
 
 
+def make_batches(config: ImitateConfig, windows: Windows) -> Loader:
+    """Endless batches of this process, with pictures changed here where it is the host's part."""
+    on_host = windows.tokens is None and config.augment_on == "host"
+    return make_loader(
+        Packed(windows) if config.pack else windows,
+        config.loader,
+        augment=config.augment if on_host else None,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
 def make_loss(config: ImitateConfig) -> LossFn:
     """What an update descends: `loss_fn(params, counted, key) -> (loss, metrics)`.
 
@@ -116,6 +124,10 @@ def make_loss(config: ImitateConfig) -> LossFn:
 
     def loss_fn(params: Params, counted: Counted, key: Key) -> tuple[jax.Array, Metrics]:
         batch: Batch = counted.batch
+        if config.augment_on == "device":
+            augment_key, key = jax.random.split(key)
+            changed = augment.apply(augment_key, batch.observation, config.augment)
+            batch = batch._replace(observation=changed)
         trunk_key, head_key = jax.random.split(key)
         tokens, features = policy.features(
             params,

@@ -16,6 +16,7 @@ from vla_jax.recurrence import RecurrenceConfig
 from vla_jax.types import Array, Key, Params
 
 NUM_SYMBOLS = 8  # V, of delayed recall
+TINY = 1e-30  # below it a gradient has vanished
 
 
 class Trials(NamedTuple):
@@ -202,6 +203,9 @@ def gradient_norms(params: Params, config: RecurrenceConfig, trials: Trials) -> 
         last, _ = jax.lax.scan(body, carry, (inputs, pushes))
         return jnp.sum(heads.apply_mlp(params["readout"], last.hidden))
 
-    leaves = jax.tree.leaves(jax.grad(answer)(nothing))
-    norms = jnp.sqrt(sum(jnp.mean(jnp.sum(jnp.square(leaf), -1), -1) for leaf in leaves))
+    gradient = jnp.concatenate(jax.tree.leaves(jax.grad(answer)(nothing)), axis=-1)
+    # What explodes is taken as a share of its largest number, lest its square be infinite.
+    largest = jnp.max(jnp.abs(gradient), axis=(1, 2))
+    shares = gradient / jnp.maximum(largest, TINY)[:, None, None]
+    norms = largest * jnp.sqrt(jnp.mean(jnp.sum(jnp.square(shares), axis=-1), axis=-1))
     return norms / norms[-1]

@@ -21,7 +21,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from vla_jax.types import Array, Params
 
@@ -94,9 +93,12 @@ def apply(
 
 
 def _cut(steps: Array, *, chunk_size: int, burn_in: int) -> jax.Array:
-    num_steps = steps.shape[1]
+    batch_size, num_steps, *rest = steps.shape
     missing = -num_steps % chunk_size
-    filled = jnp.pad(steps, [(0, 0), (burn_in, missing)] + [(0, 0)] * (steps.ndim - 2))
-    starts = np.arange(0, num_steps + missing, chunk_size)
-    taken = starts[:, None] + np.arange(burn_in + chunk_size)
-    return jnp.moveaxis(filled[:, taken], 1, 0)
+    filled = jnp.pad(steps, [(0, 0), (0, missing)] + [(0, 0)] * len(rest))
+    own = jnp.moveaxis(filled.reshape(batch_size, -1, chunk_size, *rest), 1, 0)
+    if not burn_in:
+        return own
+    ends = own[:, :, chunk_size - burn_in :]
+    before = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
+    return jnp.concatenate([before, own], axis=2)
