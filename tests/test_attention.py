@@ -89,6 +89,31 @@ def test_many_queries_at_once_are_one_after_the_other(score):
 
 
 @each_score
+def test_rows_that_share_a_source_are_rows_that_have_a_copy_each(score):
+    config, params = make(score)
+    query, memory = draw(1, 2 * B, T, H), draw(2, B, S, D)
+    mask = np.random.default_rng(3).random((2 * B, S)) < 0.6
+    shared = attention.prepare(params, config, memory)._replace(mask=mask)
+    found = attention.apply(params, config, query, shared)
+    assert_close(found, attend(params, config, query, np.repeat(memory, 2, axis=0), mask))
+    one = attention.apply(params, config, query[:, 0], shared)
+    assert_close(one, jax.tree.map(lambda part: part[:, 0], found))
+
+
+@pytest.mark.parametrize("reach", [1, 2, 9])
+def test_looking_back_is_over_the_last_real_steps_of_the_episode(reach):
+    rng = np.random.default_rng(0)
+    mask, reset = rng.random((8, 7)) < 0.7, rng.random((8, 7)) < 0.2
+    expected = np.zeros((8, 7, 7), bool)
+    for b in range(8):
+        for t in np.flatnonzero(mask[b]):
+            start = max([0, *np.flatnonzero(reset[b, : t + 1])])
+            real = [s for s in range(start, t + 1) if mask[b, s]]
+            expected[b, t, real[-reach:]] = True
+    np.testing.assert_array_equal(attention.looking_back(mask, reset, reach), expected)
+
+
+@each_score
 @pytest.mark.parametrize("real", [[0, 1, 2], [2, 3, 4], [1, 3]])
 def test_padded_is_cut_and_weights_sum_to_1_over_what_is_real(score, real):
     config, params = make(score)
@@ -149,6 +174,14 @@ def test_a_dot_of_two_sizes_is_one_sentence(key):
         ValueError, match=r"must be that of the query, 4, .* got 8; choose 'general'"
     ):
         attention.init(key, AttentionConfig(score="dot"), 4, 8)
+
+
+def test_rows_that_cannot_share_the_sources_are_refused_at_the_door():
+    config, params = make("general")
+    source = attention.prepare(params, config, draw(2, B, S, D))
+    source = source._replace(mask=np.ones((B + 1, S), bool))
+    with pytest.raises(AssertionError, match="divisible"):
+        attention.apply(params, config, draw(1, B + 1, H), source)
 
 
 def test_a_mask_of_another_size_is_refused_at_the_door():

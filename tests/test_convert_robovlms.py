@@ -12,9 +12,9 @@ from robovlms_heads import SIZES, assert_same, their_head, their_shapes
 
 from vla_jax import convert, decoders
 from vla_jax.convert.robovlms_names import places_of
-from vla_jax.decoders import DecoderConfig
+from vla_jax.decoder_config import DecoderConfig, Kind
 
-KINDS = get_args(decoders.Kind)
+KINDS = get_args(Kind)
 pytestmark = pytest.mark.filterwarnings("ignore:window_size 8 is assumed")
 each_kind = pytest.mark.parametrize("kind", KINDS)
 

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from vla_jax import convert, decoders, losses, streaming
-from vla_jax.decoders import DecoderConfig
+from vla_jax.decoder_config import DecoderConfig, Kind
 from vla_jax.streaming import Mode
 from vla_jax.types import BinChunk
 
@@ -32,7 +32,7 @@ SMALL = DecoderConfig(
     head_sizes=(8,),
 )
 POOLINGS = ("max", "mean", "attention", "none")
-KINDS = get_args(decoders.Kind)
+KINDS = get_args(Kind)
 
 apply = jax.jit(decoders.apply, static_argnames="config")
 

@@ -9,8 +9,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = (  # a file imports only from files above it
     "types", "config", "rotations", "action_tokens", "gates", "cells", "bptt", "associative",
     "cudnn", "recurrence", "truncated", "transformer", "heads", "attention", "seq2seq",
-    "scheduled_sampling", "search", "pooling", "decoders", "streaming_gpt", "streaming",
-    "execution", "loss_terms", "losses", "captions", "auxiliary", "optim",
+    "scheduled_sampling", "search", "chunk_writer", "pooling", "decoder_config", "decoders",
+    "streaming_gpt", "streaming_seen", "streaming", "execution", "loss_terms", "losses",
+    "captions", "auxiliary", "optim",
     "data.dataset", "data.gripper", "data.tool_frame", "data.text", "data.augment",
     "augment", "data.normalize", "data.windows", "data.packing", "data.scan", "data.buckets",
     "data.loader", "data.frames", "data.lerobot_layout", "data.lerobot", "data.lerobot_stats",

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from vla_jax import cells, decoders, linen, recurrence, streaming
+from vla_jax.chunk_writer import Told
 from vla_jax.decoders import DecoderConfig
 from vla_jax.recurrence import RecurrenceConfig
 
@@ -23,6 +24,7 @@ DECODERS = {
     "gru-attention": DecoderConfig("gru", pooling="attention", **SIZES),
     "rnn": DecoderConfig("rnn", **SIZES),
     "fc": DecoderConfig("fc", **SIZES),
+    "encoder-decoder": DecoderConfig("lstm", head="autoregressive", **SIZES),
 }
 each_decoder = pytest.mark.parametrize("config", DECODERS.values(), ids=DECODERS)
 each_cell = pytest.mark.parametrize("cell", cells.CELLS)
@@ -151,6 +153,14 @@ def test_the_decoder_is_the_pure_one(config, key):
     given = {"timestep_mask": MASK, "token_mask": token_mask, "reset": reset}
     chunk = jax.jit(module.apply)({"params": params}, tokens, **given)
     assert_close(chunk, decoders.apply(params, config, tokens, **given))
+
+
+def test_the_decoder_is_told_what_the_pure_one_is_told(key):
+    config, tokens = DECODERS["encoder-decoder"], draw(0, B, T, N, D)
+    told = Told(np.tanh(draw(1, B, T, 2, 7)), np.ones((B, T, 2), bool))
+    params = decoders.init(key, config)
+    chunk = linen.Decoder(config).apply({"params": params}, tokens, told=told)
+    assert_close(chunk, decoders.apply(params, config, tokens, told=told))
 
 
 @each_decoder

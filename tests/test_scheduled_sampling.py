@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from vla_jax import scheduled_sampling, seq2seq
+from vla_jax.scheduled_sampling import SamplingConfig
 from vla_jax.seq2seq import Seq2SeqConfig
 
 B, S, T, V = 64, 4, 5, 7
@@ -55,6 +56,35 @@ def test_the_schedules_are_their_equations(i):
     inverse_sigmoid = scheduled_sampling.inverse_sigmoid(i, k=50.0)
     by_hand = 50 / (50 + np.exp(min(i / 50, 700)))
     assert inverse_sigmoid == pytest.approx(by_hand, abs=1e-6)
+
+
+@pytest.mark.parametrize("i", [0, 70])
+def test_a_config_is_a_schedule_with_its_numbers(i):
+    numbers = {"slope": 0.01, "least": 0.4, "base": 0.98, "k": 20.0}
+    expected = {
+        "linear": scheduled_sampling.linear(i, slope=0.01, least=0.4),
+        "exponential": scheduled_sampling.exponential(i, base=0.98),
+        "inverse_sigmoid": scheduled_sampling.inverse_sigmoid(i, k=20.0),
+    }
+    for name, rate in expected.items():
+        config = SamplingConfig(name, **numbers)
+        assert float(scheduled_sampling.rate(config, i)) == pytest.approx(float(rate))
+    assert scheduled_sampling.rate(SamplingConfig(**numbers), i) is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"schedule": "lineal"}, r"unknown schedule 'lineal'; .* Did you mean 'linear'"),
+        ({"slope": -0.1}, r"slope must be in \[0, 1\], got -0.1"),
+        ({"least": 1.1}, r"least must be in \[0, 1\], got 1.1"),
+        ({"base": 2.0}, r"base must be in \[0, 1\], got 2.0"),
+        ({"k": 0.5}, r"k must be at least 1, got 0.5"),
+    ],
+)
+def test_a_wrong_config_is_one_sentence(fields, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        SamplingConfig(**fields)
 
 
 @each_config

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import get_args
 
 import jax
 import numpy as np
@@ -16,11 +17,11 @@ import pytest
 import tiny_demos
 from robovlms_heads import their_head
 
-from train import loop
+from train import demo, loop
 from train import pretrain as pretrain_script
 from train.cache import cache
 from train.command_line import command_line
-from train.configs import IMITATE, with_kind
+from train.configs import IMITATE, with_decoder, with_kind
 from train.imitate import imitate
 from train.logs import read_metrics
 from train.pretrain import pretrain
@@ -35,6 +36,7 @@ from vla_jax.evaluate import EvaluateConfig, evaluate
 from vla_jax.loss_terms import LossWeights
 from vla_jax.results import read_outcomes
 from vla_jax.runs import load_run
+from vla_jax.scheduled_sampling import SamplingConfig
 from vla_jax.update import init_train_state
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -194,6 +196,51 @@ def test_a_gpt_trains_on_packed_episodes_and_plays_past_its_window(demos, tmp_pa
     outcomes = read_outcomes(run_dir / "evaluation" / "refresh-6" / "episodes.jsonl")
     assert summary.total.episodes == len(outcomes) == 2
     assert max(outcome.num_steps for outcome in outcomes) > config.agent.policy.decoder.window_size
+
+
+def test_an_encoder_decoder_is_told_less_and_less_resumes_to_the_bit_and_plays(demos, tmp_path):
+    always = with_decoder(
+        tiny_demos.imitation(demos, tmp_path / "always", pack=True),
+        head="autoregressive",
+        dropout=0.0,
+    )
+    config = dataclasses.replace(
+        always, run_dir=str(tmp_path / "run"), sampling=SamplingConfig("linear", slope=0.25)
+    )
+    run_dir = imitate(config)
+    losses = [line["loss"] for line in read_metrics(run_dir / "metrics.jsonl")]
+    assert len(losses) == 4
+    assert np.all(np.isfinite(losses))
+    whole = checkpoint.restore_params(run_dir / "checkpoints")
+    shutil.rmtree(run_dir / "checkpoints" / "4")
+    imitate(config)
+    assert_same_bits(whole, checkpoint.restore_params(run_dir / "checkpoints"))
+    told = [line["loss"] for line in read_metrics(imitate(always) / "metrics.jsonl")]
+    assert losses[0] == pytest.approx(told[0], abs=1e-5)  # the rate begins at 1
+    assert losses[-1] != told[-1]
+    options = EvaluateConfig(num_episodes=2, num_simulators=2, num_films=0, mode="persistent")
+    assert evaluate(run_dir, options).total.episodes == 2
+
+
+def test_a_schedule_for_a_head_that_is_told_nothing_is_one_sentence():
+    with pytest.raises(ValueError, match="sampling must be left as it is for head 'continuous'"):
+        tiny_demos.imitation("", "", sampling=SamplingConfig("linear"))
+
+
+@pytest.mark.parametrize("decoder", get_args(demo.Decoder))
+def test_every_decoder_of_the_demo_has_its_preset_on_the_same_data(decoder):
+    config, base = demo._state_preset(decoder), IMITATE["table_jax_state"]()
+    same = ("dataset", "world", "loader", "pack", "loss", "seed")
+    assert all(getattr(config, name) == getattr(base, name) for name in same)
+    assert config.loop.num_updates == base.loop.num_updates
+    chosen = config.agent.policy.decoder
+    kinds = {"encoder_decoder": ("lstm", "autoregressive")}
+    assert (chosen.kind, chosen.head) == kinds.get(decoder, (decoder, "continuous"))
+
+
+def test_a_demo_of_nothing_is_one_sentence():
+    with pytest.raises(ValueError, match="decoders must name at least one, got none"):
+        demo.DemoConfig(decoders=())
 
 
 # --- auxiliary heads --------------------------------------------------------------------------

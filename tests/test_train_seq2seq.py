@@ -16,6 +16,7 @@ from train.loop import LoopConfig
 from vla_jax import checkpoint, scheduled_sampling, seq2seq
 from vla_jax.data import scan
 from vla_jax.search import Written
+from vla_jax.update import Counted
 
 MEANING = dict(scan.commands())
 
@@ -91,7 +92,7 @@ def test_the_share_of_own_outputs_rises_with_the_updates():
         log_probs = jax.nn.log_softmax(decoded.outputs)
         each = jnp.take_along_axis(log_probs, rows.target[..., None], axis=-1)[..., 0]
         expected = float(-each[seq2seq.target_mask(rows.target)].mean())
-        loss, _ = loss_fn(params, script.Told(rows, jnp.int32(count)), key)
+        loss, _ = loss_fn(params, Counted(rows, jnp.int32(count)), key)
         assert loss == pytest.approx(expected, abs=1e-5)
 
 

@@ -30,7 +30,7 @@ from vla_jax.data.dataset import Dataset, Episode
 from vla_jax.data.loader import Loader
 from vla_jax.decoders import DecoderConfig, recurrence_config
 from vla_jax.types import Batch, Metrics
-from vla_jax.update import init_train_state, make_update
+from vla_jax.update import init_train_state, make_update, with_count
 
 NUM_UPDATES = 6  # timed beside the saving
 
@@ -230,7 +230,8 @@ def _compile_training(config: ImitateConfig) -> Callable[[Batch], Metrics]:
     params = init_params(key, config)
     settings = replace(config.optim, freeze=freeze)
     optimizer = optim.make_optimizer(settings, config.loop.num_updates, params)
-    update = parallel.jit_update(make_update(make_loss(config), optimizer, freeze=freeze), mesh)
+    update = with_count(make_update(make_loss(config), optimizer, freeze=freeze))
+    update = parallel.jit_update(update, mesh)
     state = parallel.replicate(init_train_state(params, optimizer), mesh)
 
     def train(batch: Batch) -> Metrics:

@@ -13,7 +13,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,12 +25,12 @@ from vla_jax import config as configs
 from vla_jax import losses, optim, plots, scheduled_sampling, search, seq2seq
 from vla_jax.data import scan
 from vla_jax.data.buckets import Buckets
-from vla_jax.data.scan import Ids, Pair, Split
+from vla_jax.data.scan import Pair, Split
 from vla_jax.optim import OptimConfig
 from vla_jax.search import Written
 from vla_jax.seq2seq import Seq2SeqConfig
 from vla_jax.types import Array, Key, Metrics, Params
-from vla_jax.update import LossFn, TrainState, Update, init_train_state, make_update
+from vla_jax.update import Counted, LossFn, init_train_state, make_update, with_count
 
 LONGEST = 64  # steps after which a row that has not ended is cut; 48 actions are the most
 EVALUATE_ROWS = 512  # written at a time
@@ -60,13 +60,6 @@ class ScanConfig:
         for name in ("holdout", "own_share"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
-
-
-class Told(NamedTuple):
-    """What the loss sees."""
-
-    rows: Ids
-    num_updates: jax.Array  # [] int32
 
 
 def attention() -> ScanConfig:
@@ -142,13 +135,13 @@ def make_loss(config: ScanConfig) -> LossFn:
     """What an update descends: cross-entropy of the actions and the end behind them."""
     model = config.model
 
-    def loss_fn(params: Params, told: Told, key: Key) -> tuple[jax.Array, Metrics]:
-        source, target = told.rows
+    def loss_fn(params: Params, counted: Counted, key: Key) -> tuple[jax.Array, Metrics]:
+        source, target = counted.batch
         encoder_key, decoder_key = jax.random.split(key)
         memory = seq2seq.encode(params, model, source, mask=source > 0, key=encoder_key)
         if config.own_share:
             slope = config.own_share / config.loop.num_updates
-            rate = scheduled_sampling.linear(told.num_updates, slope=slope)
+            rate = scheduled_sampling.linear(counted.num_updates, slope=slope)
             decoded = scheduled_sampling.scheduled_sampling(
                 params, model, memory, target, rate, decoder_key
             )
@@ -157,15 +150,6 @@ def make_loss(config: ScanConfig) -> LossFn:
         return losses.token_loss(decoded.outputs, target, seq2seq.target_mask(target))
 
     return loss_fn
-
-
-def with_count(update: Update) -> Update:
-    """An update whose loss is told the number of updates done, which schedules follow."""
-
-    def told(train_state: TrainState, rows: Ids, key: Key) -> tuple[TrainState, Metrics]:
-        return update(train_state, Told(rows, train_state.num_updates), key)
-
-    return told
 
 
 @partial(jax.jit, static_argnums=1)

@@ -46,7 +46,7 @@ class Source(NamedTuple):
 
     keys: Array  # [B, S, E], what a query is compared with
     values: Array  # [B, S, D], what the mean is taken of
-    mask: Array  # [B, S] bool, True where the position is real
+    mask: Array  # [B, S] bool, True where the position is real; or [R·B, S], see `apply`
 
 
 def init(key: Key, config: AttentionConfig, query_size: int, memory_size: int) -> Params:
@@ -109,25 +109,56 @@ def apply(
 
     Weights are 0 where the source is masked; where nothing of it is real, the context is 0 too.
 
+    R rows one after the other may look at the same source, each with a mask of its own; the source
+    is not copied for it. So may all steps of a window at what lies before each of them.
+
     Args:
       params: from `init`.
       config: the one that `init` was given.
-      query: `[B, H]`, or `[B, T, H]` for many steps at once.
-      source: from `prepare`.
+      query: `[B, H]`, or `[B, T, H]` for many steps at once; or with R·B in the place of B.
+      source: from `prepare`; its mask with as many rows as the query.
 
     Returns:
-      Context `[B, D]` and weights `[B, S]`; or `[B, T, D]` and `[B, T, S]`; float32.
+      Context `[B, D]` and weights `[B, S]`; or `[B, T, D]` and `[B, T, S]`; float32; rows as
+      those of the query.
     """
     chex.assert_rank(query, {2, 3})
-    chex.assert_equal_shape_prefix([query, source.keys], 1)
-    steps = query if query.ndim == 3 else query[:, None]
-    kept = source.mask[:, None]
-    scores = _SCORES[config.score](params, config, jnp.asarray(steps, jnp.float32), source.keys)
+    chex.assert_equal_shape_prefix([query, source.mask], 1)
+    num_sources, num_positions = source.keys.shape[:2]
+    chex.assert_is_divisible(query.shape[0], num_sources)
+    steps = jnp.asarray(query if query.ndim == 3 else query[:, None], jnp.float32)
+    rows, kept = steps.shape[:2], source.mask[:, None]
+    # The rows of a source are joined, as if they were steps of one.
+    joined = steps.reshape(num_sources, -1, steps.shape[-1])
+    scores = _SCORES[config.score](params, config, joined, source.keys)
+    scores = scores.reshape(*rows, num_positions)
     # The lowest number, not −∞: a softmax over −∞ alone would be NaN.
     weights = jax.nn.softmax(jnp.where(kept, scores, jnp.finfo(scores.dtype).min), axis=-1)
     weights = jnp.where(kept, weights, 0.0)
-    context = _product("bts,bsd->btd", weights, source.values, config.dtype)
+    joined = weights.reshape(num_sources, -1, num_positions)
+    context = _product("bts,bsd->btd", joined, source.values, config.dtype)
+    context = context.reshape(*rows, -1)
     return (context, weights) if query.ndim == 3 else (context[:, 0], weights[:, 0])
+
+
+def looking_back(mask: Array, reset: Array, reach: int) -> jax.Array:
+    """Returns what each step of a window may look at: `[B, T, T]`, by the looking, the looked at.
+
+    The last real steps of its episode up to itself, `reach` of them at most. A step that is not
+    real looks at nothing.
+
+    Args:
+      mask: `[B, T]`, True where the step is real.
+      reset: `[B, T]`, True where a new episode starts, on a masked step too.
+      reach: steps that are looked at.
+    """
+    chex.assert_equal_shape([mask, reset])
+    real, starts = jnp.asarray(mask), jnp.asarray(reset)
+    number, episode, time = jnp.cumsum(real, axis=1), jnp.cumsum(starts, axis=1), real.shape[1]
+    is_same = episode[:, :, None] == episode[:, None, :]
+    is_near = number[:, :, None] - number[:, None, :] < reach
+    is_past = jnp.broadcast_to(jnp.tri(time, dtype=bool), is_same.shape)
+    return is_same & is_near & is_past & real[:, :, None] & real[:, None, :]
 
 
 def _shapes(config: AttentionConfig, query_size: int, memory_size: int) -> dict[str, Any]:

@@ -89,10 +89,18 @@ def apply(
     Returns:
       Chunks `[B, W, K, …]`.
     """
+    trunk_key, head_key = (None, None) if key is None else jax.random.split(key)
     _, hidden = features(
-        params, config, observation, timestep_mask, reset=reset, tokens=tokens, key=key
+        params, config, observation, timestep_mask, reset=reset, tokens=tokens, key=trunk_key
     )
-    return decoders.predict(params["decoder"], config.decoder, hidden)
+    return decoders.predict(
+        params["decoder"],
+        config.decoder,
+        hidden,
+        timestep_mask=timestep_mask,
+        reset=reset,
+        key=head_key,
+    )
 
 
 def features(
@@ -107,7 +115,7 @@ def features(
 ) -> tuple[jax.Array, jax.Array]:
     """What lies between observations and chunks, for other heads than the actions'.
 
-    `decoders.predict(params["decoder"], config.decoder, features)` makes chunks of the features.
+    `decoders.predict(params["decoder"], config.decoder, features, ...)` makes chunks of them.
 
     Args:
       params: as for `apply`, and so are the others.

@@ -8,17 +8,61 @@ Source: Bengio et al. 2015, "Scheduled Sampling for Sequence Prediction with Rec
 Networks" (arXiv:1506.03099).
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
 from vla_jax import seq2seq
+from vla_jax.config import did_you_mean
 from vla_jax.seq2seq import Decoded, Memory, Seq2SeqConfig
 from vla_jax.types import Array, Key, Params
 
 Choose = Callable[[Array, Key | None], jax.Array]  # (outputs [B, V or A], key) -> what is said
+
+
+Schedule = Literal["always", "linear", "exponential", "inverse_sigmoid"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How often a decoder is told the truth, as its training goes on."""
+
+    schedule: Schedule = "always"  # how the probability falls; "always" is teacher forcing
+    slope: float = 1e-3  # of "linear": fall per update
+    least: float = 0.0  # of "linear": probability that stays
+    base: float = 0.999  # of "exponential": share of the probability that an update leaves
+    k: float = 100.0  # of "inverse_sigmoid", in updates; half of it is gone after k ln k
+
+    def __post_init__(self):
+        known = get_args(Schedule)
+        if self.schedule not in known:
+            raise ValueError(
+                f"unknown schedule '{self.schedule}'; {did_you_mean(self.schedule, known)}"
+            )
+        for name in ("slope", "least", "base"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
+        if self.k < 1:
+            raise ValueError(f"k must be at least 1, got {self.k}.")
+
+
+def rate(config: SamplingConfig, num_updates: Array | int) -> jax.Array | None:
+    """Returns the probability of being told the truth, None for always.
+
+    Args:
+      config: the schedule and its numbers.
+      num_updates: `[]`, updates done.
+    """
+    if config.schedule == "linear":
+        return linear(num_updates, slope=config.slope, least=config.least)
+    if config.schedule == "exponential":
+        return exponential(num_updates, base=config.base)
+    if config.schedule == "inverse_sigmoid":
+        return inverse_sigmoid(num_updates, k=config.k)
+    return None
 
 
 def linear(num_updates: Array | int, *, slope: float, least: float = 0.0) -> jax.Array:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from vla_jax import attention, heads, recurrence
 from vla_jax.attention import AttentionConfig, Source
-from vla_jax.cells import affine, drop
+from vla_jax.cells import CellName, affine, drop
 from vla_jax.config import did_you_mean
 from vla_jax.recurrence import Carry, RecurrenceConfig
 from vla_jax.types import Array, Key, Params
@@ -45,7 +45,7 @@ class Seq2SeqConfig:
     target: Kind = "tokens"  # what is written
     target_size: int = 32  # V ids, the end's 0 among them; or A features
     embed_size: int = 128  # E, features of a source position and of a target step that come in
-    cell: Literal["rnn", "lstm", "gru"] = "lstm"  # name in `cells.CELLS`, of both
+    cell: CellName = "lstm"  # key of `cells.CELLS`, of both
     num_layers: int = 1  # L, of both
     hidden_size: int = 128  # H, units of each layer and direction
     bidirectional: bool = True  # whether the encoder also reads from the end to the start
@@ -118,6 +118,12 @@ def decoder_config(config: Seq2SeqConfig) -> RecurrenceConfig:
     return dataclasses.replace(encoder_config(config), bidirectional=False)
 
 
+def attention_config(config: Seq2SeqConfig) -> AttentionConfig:
+    """Returns the config of the attention, where there is any."""
+    score: Any = config.score
+    return AttentionConfig(score=score, size=config.score_size, dtype=config.dtype)
+
+
 def init(key: Key, config: Seq2SeqConfig) -> Params:
     """Returns `{"source", "encoder", "target", "start", "decoder", "output"}`, and more.
 
@@ -142,7 +148,7 @@ def init(key: Key, config: Seq2SeqConfig) -> Params:
     if config.bidirectional:
         params["bridge"] = _init_bridge(keys[6], config)
     if config.score != "none":
-        params["attention"] = attention.init(keys[7], _attention(config), H, D)
+        params["attention"] = attention.init(keys[7], attention_config(config), H, D)
         params["combine"] = _init_affine(keys[8], H + D, H)
     return params
 
@@ -180,7 +186,7 @@ def encode(
         carry = _bridge(params["bridge"], carry, config.dtype)
     if config.score == "none":
         return Memory(carry, None)
-    looked_at = attention.prepare(params["attention"], _attention(config), states, mask=mask)
+    looked_at = attention.prepare(params["attention"], attention_config(config), states, mask=mask)
     return Memory(carry, looked_at)
 
 
@@ -309,7 +315,7 @@ def _look(
     if config.score != "none":
         looked_at = _looked_at(memory)
         context, weights = attention.apply(
-            params["attention"], _attention(config), hidden, looked_at
+            params["attention"], attention_config(config), hidden, looked_at
         )
         both = jnp.concatenate([hidden, context], axis=-1)
         hidden = jnp.tanh(affine(both, **params["combine"], dtype=config.dtype))
@@ -368,11 +374,6 @@ def _init_embedding(key: Key, kind: str, size: int, embed_size: int) -> Params:
 
 def _init_affine(key: Key, input_size: int, output_size: int) -> Params:
     return heads.init_mlp(key, (input_size, output_size))["layers_0"]
-
-
-def _attention(config: Seq2SeqConfig) -> AttentionConfig:
-    score: Any = config.score
-    return AttentionConfig(score=score, size=config.score_size, dtype=config.dtype)
 
 
 def _split(key: Key | None, num: int) -> Any:
