@@ -12,7 +12,7 @@ FLOORS = (  # a file imports only from files above it
     "scheduled_sampling", "search", "pooling", "decoders", "streaming_gpt", "streaming",
     "execution", "loss_terms", "losses", "captions", "auxiliary", "optim",
     "data.dataset", "data.gripper", "data.tool_frame", "data.text", "data.augment",
-    "data.normalize", "data.windows", "data.packing", "data.scan", "data.buckets",
+    "augment", "data.normalize", "data.windows", "data.packing", "data.scan", "data.buckets",
     "data.loader", "data.frames", "data.lerobot_layout", "data.lerobot", "data.lerobot_stats",
     "data.lerobot_shards", "data.lerobot_writer",
     "backbones.parts", "backbones.language", "backbones.perceiver", "backbones.state",
@@ -29,8 +29,9 @@ FLOORS = (  # a file imports only from files above it
     "linen",
 )  # fmt: skip
 SCRIPTS = (
-    "command_line", "logs", "loop", "record", "pretrain", "configs", "setup", "cache", "imitate",
-    "demo", "seq2seq", "timing", "peers", "works", "benchmark", "memory_tasks", "memory",
+    "command_line", "logs", "malloc", "loop", "record", "pretrain", "configs", "setup", "cache",
+    "imitate", "demo", "seq2seq", "timing", "peers", "ours", "works", "path", "benchmark",
+    "memory_tasks", "memory",
 )  # fmt: skip
 FILES = sorted(
     path for folder in ("vla_jax", "train", "tests") for path in (ROOT / folder).rglob("*.py")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import random
 import shutil
@@ -30,6 +29,7 @@ from vla_jax import captions, checkpoint, convert, optim, policy
 from vla_jax.auxiliary import AuxiliaryConfig
 from vla_jax.backbones.state import StateConfig
 from vla_jax.config import load
+from vla_jax.data.augment import AugmentConfig
 from vla_jax.data.normalize import compute_norm_stats
 from vla_jax.evaluate import EvaluateConfig, evaluate
 from vla_jax.loss_terms import LossWeights
@@ -135,6 +135,29 @@ def test_a_frozen_backbone_stays_as_it_was_pre_trained_to_the_bit(demos, eyes, t
     for part in ("decoder", "auxiliary"):
         moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), first[part], params[part])
         assert all(jax.tree.leaves(moved))
+
+
+def test_pictures_changed_on_the_device_resume_to_the_bit(demos, tmp_path):
+    seeing = dict(backbone=tiny_demos.EYES, augment_on="device")
+    config = tiny_demos.imitation(demos, tmp_path / "whole", **seeing)
+    config = dataclasses.replace(config, augment=AugmentConfig(shift=2, brightness=0.2))
+    whole = imitate(config)
+    resumed = shutil.copytree(whole, tmp_path / "resumed")
+    shutil.rmtree(resumed / "checkpoints" / "4")
+    imitate(dataclasses.replace(config, run_dir=str(resumed)))
+    assert_same_bits(*(checkpoint.restore_params(run / "checkpoints") for run in (whole, resumed)))
+    plain = imitate(tiny_demos.imitation(demos, tmp_path / "plain", **seeing))
+    first = [read_metrics(run / "metrics.jsonl")[0]["loss"] for run in (whole, plain)]
+    assert first[0] != first[1]
+
+
+def test_the_eyes_too_may_see_pictures_that_the_device_has_changed(demos, eyes, tmp_path):
+    config = tiny_demos.pretraining(demos, tmp_path / "run")
+    changed = pretrain(
+        dataclasses.replace(config, augment=AugmentConfig(shift=2), augment_on="device")
+    )
+    first = [read_metrics(run / "metrics.jsonl")[0]["loss"] for run in (eyes, changed)]
+    assert first[0] != first[1]
 
 
 def test_end_to_end_training_moves_the_backbone_too(demos, eyes, tmp_path):
@@ -376,21 +399,11 @@ def test_num_updates_below_one_are_refused():
 # --- the command line, and kill -9 ------------------------------------------------------------
 
 
-def environment():
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-
-
 def start(module, *options):
     """Starts `python -m train.…` in the repository's root."""
     command = [sys.executable, "-m", f"train.{module}", *map(str, options)]
     pipe = subprocess.PIPE
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=pipe, stderr=pipe, text=True
-    )
+    return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
 
 
 def small(demos, run_dir):

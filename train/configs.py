@@ -4,6 +4,7 @@ A preset's docstring says what it is, what to expect, how long it takes and on w
 """
 
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from train.loop import LoopConfig
 from vla_jax import policy
@@ -42,6 +43,7 @@ class ImitateConfig:
     world: WorldConfig = field(default_factory=MujocoTableConfig)  # where it will be evaluated
     loader: LoaderConfig = LoaderConfig()
     augment: AugmentConfig = AugmentConfig()
+    augment_on: Literal["host", "device"] = "host"  # in the loader's threads, or in the update
     optim: OptimConfig = OptimConfig()
     loop: LoopConfig = LoopConfig()
     seed: int = 0  # of the params and the dropout
@@ -153,6 +155,7 @@ def gpu_end_to_end() -> ImitateConfig:
         agent=AgentConfig(policy.connect(backbone, decoder)),
         loader=LoaderConfig(batch_size=64, num_threads=8, prefetch=8),
         augment=AugmentConfig(shift=3, brightness=0.1, contrast=0.1),
+        augment_on="device",
         optim=OptimConfig(
             learning_rate=5e-4, warmup_steps=1000, weight_decay=0.05, ema_decay=0.999
         ),

@@ -20,12 +20,24 @@ from train.command_line import run
 from train.configs import IMITATE, ImitateConfig
 from train.loop import fit, is_first_process, open_run, save_json
 from train.setup import compute_norm_stats, init_params, make_windows, read_dataset
-from vla_jax import auxiliary, captions, decoders, heads, loss_terms, losses, optim, plots, policy
+from vla_jax import (
+    augment,
+    auxiliary,
+    captions,
+    decoders,
+    heads,
+    loss_terms,
+    losses,
+    optim,
+    plots,
+    policy,
+)
 from vla_jax import config as configs
 from vla_jax.data import normalize
-from vla_jax.data.loader import make_loader
+from vla_jax.data.loader import Loader, make_loader
 from vla_jax.data.normalize import NormStats
 from vla_jax.data.packing import Packed
+from vla_jax.data.windows import Windows
 from vla_jax.types import Batch, Key, Metrics, Params
 from vla_jax.update import LossFn, init_train_state, make_update
 
@@ -58,13 +70,7 @@ def imitate(config: ImitateConfig) -> pathlib.Path:
         stride=config.stride,
         tokens=tokens,
     )
-    loader = make_loader(
-        Packed(windows) if config.pack else windows,
-        config.loader,
-        augment=config.augment if tokens is None else None,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    loader = make_batches(config, windows)
 
     # Update: the gradient of `make_loss` below, through the optimiser.
     num_updates = config.loop.num_updates
@@ -92,6 +98,18 @@ def imitate(config: ImitateConfig) -> pathlib.Path:
     return run_dir
 
 
+def make_batches(config: ImitateConfig, windows: Windows) -> Loader:
+    """Endless batches of this process, with pictures changed here where it is the host's part."""
+    on_host = windows.tokens is None and config.augment_on == "host"
+    return make_loader(
+        Packed(windows) if config.pack else windows,
+        config.loader,
+        augment=config.augment if on_host else None,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
 def make_loss(config: ImitateConfig) -> LossFn:
     """What an update descends: `loss_fn(params, batch, key) -> (loss, metrics)`.
 
@@ -101,6 +119,10 @@ def make_loss(config: ImitateConfig) -> LossFn:
     parts = config.agent.policy
 
     def loss_fn(params: Params, batch: Batch, key: Key) -> tuple[jax.Array, Metrics]:
+        if config.augment_on == "device":
+            augment_key, key = jax.random.split(key)
+            changed = augment.apply(augment_key, batch.observation, config.augment)
+            batch = batch._replace(observation=changed)
         tokens, features = policy.features(
             params,
             parts,
