@@ -52,7 +52,9 @@ def test_the_reference_of_the_packed_params_is_ours(key):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+@pytest.mark.skipif(
+    jax.default_backend() != "gpu", reason="needs an NVIDIA GPU: JAX_PLATFORMS=cuda,cpu"
+)
 @each_way
 def test_on_a_gpu_outputs_carries_and_gradients_are_ours(bidirectional, key):
     inputs = draw(B, T, D)

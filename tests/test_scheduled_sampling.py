@@ -94,6 +94,14 @@ def test_told_always_is_teacher_forcing(config, key):
     assert_close(told, force(params, config, memory, targets))
 
 
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+@each_config
+def test_a_target_of_one_step_is_told_nothing(config, rate, key):
+    params, memory, targets = setup(config)
+    told = schedule_and_run(params, config, memory, targets[:, :1], rate, key)
+    assert_close(told, force(params, config, memory, targets[:, :1]))
+
+
 @each_config
 def test_told_never_is_free_running(config, key):
     params, memory, targets = setup(config)

@@ -260,8 +260,12 @@ def _train(
         params, opt_state, carry, target = training
         loss = partial(_chunk_loss, config=config, task=task, net=net)
         grads, (carry, error) = jax.grad(loss, has_aux=True)(params, carry, chunk, target)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state, carry, target), error
+        updates, moved = optimizer.update(grads, opt_state, params)
+        # A chunk without the answer has no gradient, but Adam's momentum would move on.
+        is_told = jnp.any(chunk["is_last"][:, config.burn_in :])
+        after, before = (optax.apply_updates(params, updates), moved), (params, opt_state)
+        after = jax.tree.map(partial(jnp.where, is_told), after, before)
+        return (*after, carry, target), error
 
     def update(state: tuple, number: Array) -> tuple[tuple, jax.Array]:
         trials = task.draw(jax.random.fold_in(key, number), config.batch_size, length)

@@ -54,8 +54,7 @@ def memory(sizes: Sizes) -> Iterator[Figure]:
     Raises:
       ValueError: the gradients differ.
     """
-    batch_size, lengths = sizes.long
-    for num_steps in lengths:
+    for batch_size, num_steps in sizes.long:
         decoder = replace(sizes.decoder, window_size=num_steps)
         remat = replace(decoder, remat_chunk=math.isqrt(num_steps))
         case = f"{ours.decoder_case(decoder, batch_size)}, remat_chunk {remat.remat_chunk}"

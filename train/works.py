@@ -27,9 +27,9 @@ class Sizes(NamedTuple):
     windows: tuple[int, ...]  # W of streaming
     robots: tuple[int, ...]  # B of streaming
     layouts: tuple[tuple[int, ...], tuple[int, ...]]  # every H and every B of layout
-    long: tuple[int, tuple[int, ...]]  # B and every T of memory
+    long: tuple[tuple[int, int], ...]  # (B, T) of memory
     growth: dict[str, tuple[int, ...]]  # axis -> its sizes; the other axes are those of head
-    starts: int  # processes of compile, cold and warm each
+    starts: int  # processes of start, cold and warm each
     imitation: ImitateConfig  # of loader
     updates: tuple[int, int]  # of loader, from tokens and from pictures
     product: int  # rows and columns of the factors that show the ceiling
@@ -42,7 +42,7 @@ LARGE = Sizes(
     windows=(8, 16, 32),
     robots=(1, 8),
     layouts=((256, 1024), (5, 8, 12, 16, 24, 32, 64)),
-    long=(16, (16, 64, 256)),
+    long=((16, 16), (16, 64), (16, 256), (64, 256)),
     growth={
         "W": (6, 12, 24, 48, 96),
         "H": (128, 256, 512, 1024),
@@ -68,7 +68,7 @@ SMALL = Sizes(
     windows=(2,),
     robots=(2,),
     layouts=((8,), (2, 8)),
-    long=(2, (64,)),
+    long=((2, 64),),
     growth={"W": (3, 6)},
     starts=1,
     imitation=ImitateConfig(

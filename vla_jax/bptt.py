@@ -10,8 +10,8 @@ The gates' share comes from `jax.vjp` of the cell's `combine`, which holds no ke
 backward pass serves every cell.
 
 Inside the scan the arrays of a step lie in "rows" `[B, H]` or in "columns" `[H, B]`: on a CPU, XLA
-multiplies some shapes up to 1.5 times as fast as `[G·H, H] · [H, B]` (`faster_layout`). Either way
-the kernel is turned over once, before one of the two scans: inside, that would be slow.
+multiplies some shapes faster as `[G·H, H] · [H, B]` (see `faster_layout`). Either way the kernel is
+turned over once, before one of the two scans: inside, that would be slow.
 
 Source: Appleyard et al. 2016, "Optimizing Performance of Recurrent Neural Networks on GPUs"
 (arXiv:1604.01946), whose grouping of the weight gradients this is.

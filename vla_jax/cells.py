@@ -11,10 +11,11 @@ equations stand in `gates`:
 All kernels are in the products, none in `combine`; `bptt` builds its backward pass on that. The
 `gains` are vectors at most, such as the scales of a normalisation; most cells have none.
 
-Every cell has the same four params, in PyTorch's and cuDNN's layout transposed: `input_kernel`
-`[D, G·H]`, `recurrent_kernel` `[H, G·H]`, `input_bias` and `recurrent_bias` `[G·H]`. Gates lie on
-the last axis: LSTM `i f g o`; GRU `r z n`, with the reset after the recurrent product. The two
-biases of a gate are kept apart as they are there: Adam moves them twice as fast as one would.
+Every cell but the minGRU has these four params, in PyTorch's and cuDNN's layout transposed:
+`input_kernel` `[D, G·H]`, `recurrent_kernel` `[H, G·H]`, `input_bias` and `recurrent_bias` `[G·H]`;
+the LayerNorm-LSTM has gains beside them. Gates lie on the last axis: LSTM `i f g o`; GRU `r z n`,
+with the reset after the recurrent product. The two biases of a gate are kept apart as they are
+there: Adam moves them twice as fast as one would.
 A minGRU, gates `z n`, has no recurrent product; it is linear in its carry (see `associative`).
 
 Carries and gates are float32; `dtype` is that of the factors of the products alone.

@@ -178,7 +178,7 @@ def scheduled_sampling(
     """
     coin_key, key = jax.random.split(key)
     told = jnp.swapaxes(seq2seq.embed(params, config, targets[:, :-1]), 0, 1)
-    told = jnp.concatenate([jnp.zeros_like(told[:1]), told])
+    told = jnp.pad(told, [(1, 0), (0, 0), (0, 0)])  # the first step is told nothing
     coins = jax.random.bernoulli(coin_key, rate, told.shape[:2]).at[0].set(False)
     keys = jax.random.split(key, len(told))
     return _run(params, config, memory, choose, (told, coins, keys), len(told))[0]

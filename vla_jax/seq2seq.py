@@ -49,9 +49,7 @@ class Seq2SeqConfig:
     num_layers: int = 1  # L, of both
     hidden_size: int = 128  # H, units of each layer and direction
     bidirectional: bool = True  # whether the encoder also reads from the end to the start
-    score: Literal["additive", "dot", "general", "scaled_dot", "none"] = (
-        "additive"  # none = no attention
-    )
+    score: AnyScore = "additive"  # how a step looks at the source; "none" = no attention
     score_size: int = 128  # features in which "additive" and "scaled_dot" compare
     feed_context: bool = False  # whether a step eats the context of the step before
     dropout: float = 0.0  # probability, of what comes in, between layers, and before the output
