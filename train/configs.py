@@ -136,7 +136,10 @@ def table_jax_state() -> ImitateConfig:
 
 
 def table_jax_encoder_decoder() -> ImitateConfig:
-    """The same, its LSTM read by another that writes two actions one by one."""
+    """The same, its LSTM read by another that writes two actions one by one.
+
+    99.3 % [97, 100] of 300 unseen episodes; an LSTM with chunks of two as well had 97.6 % [95, 99].
+    """
     config = with_decoder(table_jax_state(), head="autoregressive", action_horizon=2)
     slope = 1.0 / config.loop.num_updates
     return replace(
@@ -147,7 +150,7 @@ def table_jax_encoder_decoder() -> ImitateConfig:
 
 
 def table_jax_gpt() -> ImitateConfig:
-    """The same with a transformer of two layers in place of the LSTM."""
+    """The same with a transformer of two layers in place of the LSTM; not measured yet."""
     config = with_decoder(table_jax_state(), kind="gpt", num_layers=2, num_heads=4)
     return replace(
         config,

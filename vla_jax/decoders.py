@@ -91,7 +91,7 @@ def apply(
 
     Raises:
       ValueError: `tokens` are not `[B, W, N, D]` with the config's N and D, or for "gpt" there is
-        a carry or a longer window.
+        a carry or a longer window; another head is told, or `told.rate` has no key.
 
     Source: Li et al. 2024, RoboVLMs (arXiv:2412.14058), `LSTMDecoder`, `GPTDecoder`, `FCDecoder`.
     """
@@ -134,7 +134,7 @@ def predict(
       key: consumed, as for `apply`.
 
     Raises:
-      ValueError: another head is told the actions, which it would not hear.
+      ValueError: another head is told, which would not hear it, or `told.rate` has no key.
     """
     if config.head == "autoregressive":
         visible = attention.looking_back(
