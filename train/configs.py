@@ -63,7 +63,7 @@ class ImitateConfig:
             )
         _check_weights(self)
         head = self.agent.policy.decoder.head
-        if self.sampling != SamplingConfig() and head != "autoregressive":
+        if self.sampling.schedule != "always" and head != "autoregressive":
             raise ValueError(
                 f"sampling must be left as it is for head '{head}', which is told no actions, got "
                 f"schedule '{self.sampling.schedule}'; choose head 'autoregressive'."
