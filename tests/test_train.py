@@ -483,8 +483,8 @@ def small_run(demos, run_dir):
     )
 
 
-def kill_while_training(process, run_dir, seconds):
-    """Kills -9 some time after the first new updates, and before the last."""
+def kill_while_training(process, run_dir, seconds, *, once_saved=False):
+    """Kills -9 some time after the first new updates (and a checkpoint), and before the last."""
     lines = run_dir / "metrics.jsonl"
     before = lines.stat().st_ino if lines.exists() else None
     start = checkpoint.latest_step(run_dir / "checkpoints") or 0
@@ -496,6 +496,9 @@ def kill_while_training(process, run_dir, seconds):
     while process.poll() is None and not trains():
         time.sleep(0.01)
     time.sleep(seconds)
+    while once_saved and process.poll() is None:  # a busy machine may not have saved any yet
+        once_saved = not checkpoint.latest_step(run_dir / "checkpoints")
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     _, told = process.communicate()
     assert process.returncode == -signal.SIGKILL, told
@@ -507,8 +510,9 @@ def test_killed_five_times_is_uninterrupted_to_the_bit(demos, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     with small_run(demos, whole) as uninterrupted:
         reached = []
-        for pause in seconds:
-            kill_while_training(small_run(demos, killed), killed, pause)
+        for number, pause in enumerate(seconds):
+            last = number == len(seconds) - 1
+            kill_while_training(small_run(demos, killed), killed, pause, once_saved=last)
             reached.append(checkpoint.latest_step(killed / "checkpoints") or 0)
         for process in (small_run(demos, killed), uninterrupted):
             _, told = process.communicate()
