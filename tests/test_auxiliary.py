@@ -15,6 +15,7 @@ from vla_jax import auxiliary, captions
 from vla_jax.auxiliary import AuxiliaryConfig, AuxiliaryPrediction
 from vla_jax.loss_terms import LossWeights
 from vla_jax.types import Batch, Observation
+from vla_jax.update import Counted
 
 B, W, F, N, D, H, S, V = 3, 6, 2, 2, 3, 4, 3, 7
 SIZE, PATCH = 4, 2  # pixels
@@ -212,7 +213,7 @@ def test_a_training_sums_every_term_and_needs_words_only_to_give_them_back():
         action_mask=np.ones((B, W, 2), bool),
     )
     key = jax.random.key(0)
-    loss, told = make_loss(config)(init_params(key, config), batch, key)
+    loss, told = make_loss(config)(init_params(key, config), Counted(batch, jnp.array(0)), key)
     terms = (told["loss_arm"], told["loss_gripper"], told["loss_forward_tokens"])
     assert all(term > 0 for term in terms)
     assert_close(loss, np.dot([1, 0.5, 0.05], terms))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from train import benchmark, peers, timing, works
+from train import benchmark, ours, path, peers, timing, works
 from train.benchmark import BenchmarkConfig
 from train.timing import Contest, Peer
 from vla_jax import convert
@@ -48,6 +48,12 @@ def who(figures, work):
     return {row["peer"] for row in figures["rows"] if row["work"] == work}
 
 
+def value(figures, work, what):
+    """The median of one of the figures."""
+    (found,) = (f for f in figures["figures"] if (f["work"], f["what"]) == (work, what))
+    return found["value"]["median"]
+
+
 def test_small_runs_all_works_and_writes_every_figure(tmp_path, capsys):
     file = tmp_path / "figures" / "all.json"
     figures = measured(tmp_path, *benchmark.WORKS, file=str(file), rounds=2)
@@ -67,8 +73,17 @@ def test_small_runs_all_works_and_writes_every_figure(tmp_path, capsys):
     assert {row["case"] for row in figures["rows"] if row["work"] == "growth"} == {
         f"{axis} {size}" for axis, sizes in works.SMALL.growth.items() for size in sizes
     }
-    without, with_remat = figures["memory"]
-    assert 0 < with_remat["temp_bytes"] < without["temp_bytes"]
+    assert who(figures, "layout") == {"rows, chosen", "columns"}
+    for found in figures["figures"]:
+        assert set(found) == set(path.Figure._fields)
+        assert found["what"] in shown
+        assert np.isfinite([*found["value"].values()]).all()
+    for part in ("recurrence", "training step"):
+        assert 0 < value(figures, "memory", f"{part}, share") < 100
+    assert value(figures, "start", "first update, cache empty") > 0
+    assert value(figures, "checkpoints", "until it is on disk") > 0
+    cases = {found["case"] for found in figures["figures"] if found["work"] == "loader"}
+    assert len(cases) == 4
     assert figures["left_out"] == []
     assert set(figures["machine"]) == {"device", "cores", "load", "versions"}
     assert figures["machine"]["device"] in shown
@@ -91,7 +106,7 @@ def test_a_recurrence_with_another_weight_is_caught(tmp_path, monkeypatch, capsy
     corrupt("to_torch", monkeypatch, "weight_hh_l1", lambda kernel: kernel * np.float32(1.01))
     with pytest.raises(ValueError, match=r"torch\.nn\.LSTM computes something else than ours in"):
         measured(tmp_path, "recurrence")
-    assert "time over ours" not in capsys.readouterr().out
+    assert "time over the first" not in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 
@@ -152,7 +167,7 @@ def test_a_training_step_counts_three_products_per_kernel():
     """The issue's own figure: 4 × LSTM 1024, B 5, T 12 are 12.1 GFLOP."""
     kernels = {"input_kernel": jnp.zeros((1024, 4096)), "recurrent_kernel": jnp.zeros((1024, 4096))}
     params = {f"layers_{n}": {"forward": {**kernels, "input_bias": jnp.zeros(9)}} for n in range(4)}
-    assert works._recurrence_flop(params, 5 * 12) == pytest.approx(12.1e9, rel=0.01)
+    assert ours.recurrence_flop(params, 5 * 12) == pytest.approx(12.1e9, rel=0.01)
     once = 4 * 4 * 1024 * 4096
     assert peers.recurrent_bytes(params, 12) == 13 * once
     assert peers.recurrent_bytes(params, 12, hoisted=False) == 24 * once

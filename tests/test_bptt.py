@@ -20,6 +20,8 @@ FLAGS = {
     "mask-reset": {"mask": True, "reset": True},
 }
 each_cell = pytest.mark.parametrize("name", cells.CELLS)
+each_layout = pytest.mark.parametrize("layout", ["rows", "columns"])
+LAID_OUT = [*(("rows", which) for which in FLAGS), ("columns", "mask-reset")]
 
 
 def draw(seed, *shape):
@@ -35,47 +37,58 @@ def draw_case(name, key):
     cell = cells.CELLS[name]
     zeros = cell.zero_carry(jnp.zeros((B, 1)), H)
     carry = type(zeros)(*(draw(seed, B, H) for seed in range(len(zeros))))
-    return cell, cell.init(key, D, H), carry, draw(9, T, B, cell.num_gates * H)
+    params = cell.init(key, D, H)
+    params |= {path: leaf + draw(7, *leaf.shape) / 4 for path, leaf in cells.gains(params).items()}
+    return cell, params, carry, draw(9, T, B, cell.num_gates * H)
 
 
-def loss(scan, cell, flags, params, carry, projected, *, reverse=False, dtype="float32"):
+def loss(scan, cell, flags, params, carry, projected, **options):
     """Weighs every output and carry differently, so that no two errors cancel out."""
-    carry, outputs = scan(cell, params, carry, projected, reverse=reverse, dtype=dtype, **flags)
+    carry, outputs = scan(cell, params, carry, projected, **flags, **options)
     weighed = jax.tree.map(
         lambda leaf: jnp.sum(jnp.sin(leaf) * draw(3, *leaf.shape)), (carry, outputs)
     )
     return sum(jax.tree.leaves(weighed))
 
 
-def gradients(name, key, flags, **options):
+def gradients(name, key, flags, layout, **options):
     """By params, initial carry and inputs: by hand, and as JAX derives them."""
     cell, *arguments = draw_case(name, key)
     return [
         jax.jit(jax.grad(partial(loss, scan, cell, flags, **options), argnums=(0, 1, 2)))(
             *arguments
         )
-        for scan in (bptt.scan, bptt.plain_scan)
+        for scan in (partial(bptt.scan, layout=layout), bptt.plain_scan)
     ]
 
 
 def assert_close(one, other, atol=2e-6):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol), one, other)
+    """To `atol`, or to that share of the largest number of the array where it is above 1."""
+
+    def compare(a, b):
+        np.testing.assert_allclose(a, b, rtol=0, atol=atol * max(1.0, np.abs(b).max(initial=0.0)))
+
+    jax.tree.map(compare, one, other)
 
 
 @each_cell
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize("which", FLAGS.values(), ids=FLAGS)
-def test_the_gradients_are_those_that_jax_derives(name, which, reverse, key):
-    by_hand, derived = gradients(name, key, draw_flags(which), reverse=reverse)
+@pytest.mark.parametrize(("layout", "which"), LAID_OUT)
+def test_the_gradients_are_those_that_jax_derives(name, layout, which, reverse, key):
+    flags = draw_flags(FLAGS[which])
+    by_hand, derived = gradients(name, key, flags, layout, reverse=reverse)
     assert_close(by_hand, derived)
-    assert np.abs(derived[0]["recurrent_kernel"]).max() > 0.1  # else nothing was compared
+    by_params, *others = derived  # else nothing was compared:
+    used = [by_params[path] for path in by_params if path not in ("input_kernel", "input_bias")]
+    assert all(np.abs(leaf).max() > 0.01 for leaf in jax.tree.leaves((used, others)))
 
 
 @each_cell
-def test_bfloat16_products_give_the_gradients_of_float32_but_for_rounding(name, key):
+@each_layout
+def test_bfloat16_products_give_the_gradients_of_float32_but_for_rounding(name, layout, key):
     flags = draw_flags(FLAGS["mask-reset"])
-    by_hand, derived = gradients(name, key, flags, dtype="bfloat16")
-    exact = gradients(name, key, flags)[1]
+    by_hand, derived = gradients(name, key, flags, layout, dtype="bfloat16")
+    exact = gradients(name, key, flags, layout)[1]
     for ours, theirs, right in zip(*map(jax.tree.leaves, (by_hand, derived, exact)), strict=True):
         assert ours.dtype == jnp.float32
         error = np.abs(ours - right).max()
@@ -87,10 +100,17 @@ def test_bfloat16_products_give_the_gradients_of_float32_but_for_rounding(name, 
 def test_the_outputs_and_the_carry_are_the_same(name, key):
     cell, *arguments = draw_case(name, key)
     flags = draw_flags(FLAGS["mask-reset"])
-    results = [
-        jax.jit(partial(scan, cell, **flags))(*arguments) for scan in (bptt.scan, bptt.plain_scan)
-    ]
-    assert_close(*results, atol=0)
+    rows, columns, plain = (
+        jax.jit(partial(scan, cell, **flags))(*arguments)
+        for scan in (bptt.scan, partial(bptt.scan, layout="columns"), bptt.plain_scan)
+    )
+    assert_close(rows, plain, atol=0)
+    assert_close(columns, plain, atol=1e-6)
+
+
+def test_the_layout_is_in_columns_where_a_cpu_multiplies_them_faster():
+    chosen = {size: bptt.faster_layout(*size) for size in [(5, 1024), (8, 1024), (8, 128)]}
+    assert chosen == {(5, 1024): "rows", (8, 1024): "columns", (8, 128): "rows"}
 
 
 @each_cell

@@ -1,6 +1,7 @@
 """The cells against equations by hand, Flax's own cells, and the laws of a step."""
 
 from functools import partial
+from typing import get_args
 
 import flax.linen as nn
 import jax
@@ -26,6 +27,13 @@ def draw_carry(cell, batch_size=B):
     return type(zeros)(*(draw(seed, batch_size, H) for seed in range(len(zeros))))
 
 
+def draw_params(cell, input_size=D):
+    """Params as from `init`, with gains that are not all alike."""
+    params = cell.init(jax.random.key(0), input_size, H)
+    drawn = {name: leaf + draw(7, *leaf.shape) for name, leaf in cells.gains(params).items()}
+    return {**params, **drawn}
+
+
 def assert_close(one, other, atol=1e-6):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol), one, other)
 
@@ -34,9 +42,16 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
+def normalise(x):
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+
+
 def step_by_hand(name, params, carry, inputs):
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     x = inputs @ params["input_kernel"] + params["input_bias"]
+    if name == "min_gru":
+        z, n = np.split(x, 2, axis=-1)
+        return cells.MinGRUCarry((1 - sigmoid(z)) * carry.hidden + sigmoid(z) * n)
     h = carry.hidden @ params["recurrent_kernel"] + params["recurrent_bias"]
     if name == "rnn":
         return cells.RNNCarry(np.tanh(x + h))
@@ -44,15 +59,25 @@ def step_by_hand(name, params, carry, inputs):
         i, f, g, o = np.split(x + h, 4, axis=-1)
         cell = sigmoid(f) * carry.cell + sigmoid(i) * np.tanh(g)
         return cells.LSTMCarry(sigmoid(o) * np.tanh(cell), cell)
+    if name == "layer_norm_lstm":
+        x, h = params["input_scale"] * normalise(x), params["recurrent_scale"] * normalise(h)
+        i, f, g, o = np.split(x + h + params["gate_bias"], 4, axis=-1)
+        cell = sigmoid(f) * carry.cell + sigmoid(i) * np.tanh(g)
+        shown = params["cell_scale"] * normalise(cell) + params["cell_bias"]
+        return cells.LSTMCarry(sigmoid(o) * np.tanh(shown), cell)
     (xr, xz, xn), (hr, hz, hn) = np.split(x, 3, axis=-1), np.split(h, 3, axis=-1)
     z, n = sigmoid(xz + hz), np.tanh(xn + sigmoid(xr + hr) * hn)
     return cells.GRUCarry((1 - z) * n + z * carry.hidden)
 
 
+def test_every_name_of_a_cell_is_a_cell():
+    assert get_args(cells.CellName) == tuple(cells.CELLS)
+
+
 @pytest.mark.parametrize("name", cells.CELLS)
-def test_a_step_is_what_the_equations_give(name, key):
+def test_a_step_is_what_the_equations_give(name):
     cell, inputs = cells.CELLS[name], draw(9, B, D)
-    params, carry = cell.init(key, D, H), draw_carry(cell)
+    params, carry = draw_params(cell), draw_carry(cell)
     following, outputs = cell.step(params, carry, inputs)
     assert_close(following, step_by_hand(name, params, carry, inputs))
     assert_close(outputs, following.hidden)
@@ -92,17 +117,40 @@ def test_a_step_is_what_flax_gives(name, flax_cell, key):
 def test_params_are_drawn_as_pytorch_draws_them(cell, key):
     params = cell.init(key, D, 100)
     width = cell.num_gates * 100
-    shapes = {name: leaf.shape for name, leaf in params.items()}
-    assert shapes == {
-        "input_kernel": (D, width),
-        "recurrent_kernel": (100, width),
-        "input_bias": (width,),
-        "recurrent_bias": (width,),
-    }
-    for leaf in params.values():  # U(-0.1, 0.1) has a standard deviation of 0.1 / sqrt(3)
+    expected = {"input_kernel": (D, width), "input_bias": (width,)}
+    if cell is not cells.MIN_GRU:  # its gates do not see the carry
+        expected |= {"recurrent_kernel": (100, width), "recurrent_bias": (width,)}
+    drawn = {name: leaf for name, leaf in params.items() if name in cells.PRODUCTS}
+    assert {name: leaf.shape for name, leaf in drawn.items()} == expected
+    for leaf in drawn.values():  # U(-0.1, 0.1) has a standard deviation of 0.1 / sqrt(3)
         assert np.abs(leaf).max() <= 0.1
         assert np.std(leaf) == pytest.approx(0.1 / np.sqrt(3), rel=0.15)
-    assert not np.array_equal(params["input_bias"], params["recurrent_bias"])
+    assert len({leaf.tobytes() for leaf in map(np.asarray, drawn.values())}) == len(drawn)
+
+
+def test_gains_begin_as_if_they_were_not_there(key):
+    for name, cell in cells.CELLS.items():
+        for path, leaf in cells.gains(cell.init(key, D, H)).items():
+            assert np.array_equal(leaf, np.full(leaf.shape, float(path.endswith("scale"))))
+            assert name == "layer_norm_lstm"
+
+
+def test_layer_normalisation_forgets_the_size_of_each_product(key):
+    """Equations 20–22: only the direction of a product counts; ε matters little at this size."""
+    cell, inputs = cells.LAYER_NORM_LSTM, draw(9, B, D)
+    params, carry = cell.init(key, D, H), draw_carry(cell)
+    larger = {
+        path: 50.0 * leaf if path in cells.PRODUCTS else leaf for path, leaf in params.items()
+    }
+    assert_close(cell.step(larger, carry, inputs), cell.step(params, carry, inputs), atol=1e-3)
+
+
+def test_a_linear_cell_says_how_its_carry_goes_on(key):
+    cell, inputs = cells.MIN_GRU, draw(9, B, D)
+    params, carry = cell.init(key, D, H), draw_carry(cell)
+    decay, added = cell.coefficients(cell.project(params, inputs))
+    assert_close(decay * carry.hidden + added, cell.step(params, carry, inputs)[1])
+    assert ((decay > 0) & (decay < 1)).all()
 
 
 @each_cell
@@ -112,7 +160,8 @@ def test_the_input_product_may_be_taken_for_all_steps_at_once(cell, key):
     projected = cell.project(params, inputs)
     for t in range(T):
         expected = cell.step(params, carry, inputs[:, t])
-        carry, outputs = cell.combine(carry, projected[:, t], cell.recur(params, carry))
+        recurrent = cell.recur(params, carry)
+        carry, outputs = cell.combine(cells.gains(params), carry, projected[:, t], recurrent)
         assert_close((carry, outputs), expected)
 
 
@@ -125,8 +174,8 @@ def test_jit_and_vmap_change_nothing(cell, key):
 
 
 @each_cell
-def test_gradients_are_those_of_finite_differences(cell, key):
-    params, carry, inputs = cell.init(key, D, H), draw_carry(cell), draw(9, B, D)
+def test_gradients_are_those_of_finite_differences(cell):
+    params, carry, inputs = draw_params(cell), draw_carry(cell), draw(9, B, D)
     check_grads(cell.step, (params, carry, inputs), order=1, modes=["rev"], rtol=2e-2, atol=1e-3)
 
 

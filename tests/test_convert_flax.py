@@ -264,6 +264,7 @@ def test_double_precision_is_refused():
     ("cell", "style", "sentence"),
     [
         ("lstmm", "linen", "unknown cell 'lstmm'; .* Did you mean 'lstm'"),
+        ("min_gru", "linen", "unknown cell 'min_gru'; choose from gru, lstm, rnn"),
         ("gru", "nnx_optimized", "unknown style 'nnx_optimized' of gru; choose from linen, nnx"),
         ("gru", "nnx", "needs a recurrent bias of zero for gate n, .* choose style='linen'"),
     ],

@@ -2,7 +2,6 @@
 
 import math
 import re
-from typing import get_args
 
 import jax
 import numpy as np
@@ -12,9 +11,9 @@ from robovlms_heads import SIZES, assert_same, their_head, their_shapes
 
 from vla_jax import convert, decoders
 from vla_jax.convert.robovlms_names import places_of
-from vla_jax.decoders import DecoderConfig
+from vla_jax.decoder_config import DecoderConfig
 
-KINDS = get_args(decoders.Kind)
+KINDS = ("rnn", "lstm", "gru", "fc", "gpt")  # those of RoboVLMs; another cell is refused
 pytestmark = pytest.mark.filterwarnings("ignore:window_size 8 is assumed")
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -364,6 +363,13 @@ def test_buffers_of_old_gpt_files_are_no_weights():
 def test_robovlms_has_no_other_pooling(pooling):
     config = DecoderConfig(token_dim=6, hidden_size=4, pooling=pooling)
     with pytest.raises(ValueError, match=f"pooling must be 'max' or 'none', got '{pooling}'"):
+        convert.to_robovlms(config, {})
+
+
+@pytest.mark.parametrize("kind", ["layer_norm_lstm", "min_gru"])
+def test_robovlms_has_no_other_cell(kind):
+    config = DecoderConfig(kind, token_dim=6, hidden_size=4)
+    with pytest.raises(ValueError, match=f"cell must be one that PyTorch has .* got '{kind}'"):
         convert.to_robovlms(config, {})
 
 

@@ -302,6 +302,23 @@ def test_biases_that_are_not_zero_are_not_left_out(key):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
+        (
+            {"cell": "min_gru"},
+            r"must be one that PyTorch has \(rnn, gru, lstm\), got 'min_gru'",
+        ),
+        ({"cell": "layer_norm_lstm"}, "cell must be one that PyTorch has .* got 'layer_norm_lstm'"),
+        ({"residual": True}, "residual must be False, got True: the layers of torch.nn.RNN"),
+    ],
+)
+def test_what_pytorch_does_not_have_is_one_sentence(fields, sentence, key):
+    config = RecurrenceConfig(hidden_size=H, **fields)
+    with pytest.raises(ValueError, match=sentence):
+        convert.to_torch(config, recurrence.init(key, config, D))
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
         ({"num_layers": 2}, "params must be .* missing: layers_1/forward/input_b"),
         ({"cell": "gru"}, r"of another shape: layers_0/.*kernel \(expected \[3, 15\],"),
         ({"bidirectional": True}, "params must be .* missing: layers_0/backward/input_b"),

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from vla_jax import convert, decoders, losses, streaming
-from vla_jax.decoders import DecoderConfig
+from vla_jax.decoder_config import DecoderConfig, Kind
 from vla_jax.streaming import Mode
 from vla_jax.types import BinChunk
 
@@ -32,7 +32,7 @@ SMALL = DecoderConfig(
     head_sizes=(8,),
 )
 POOLINGS = ("max", "mean", "attention", "none")
-KINDS = ("rnn", "lstm", "gru", "fc", "gpt")
+KINDS = get_args(Kind)
 
 apply = jax.jit(decoders.apply, static_argnames="config")
 
@@ -264,7 +264,7 @@ def test_only_a_decoder_with_memory_depends_on_earlier_frames(kind, key):
     assert np.array_equal(one, two) == (kind == "fc")
 
 
-@pytest.mark.parametrize("kind", ["rnn", "lstm", "gru", "fc"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "gpt"])
 def test_features_go_on_from_the_carry_of_the_window_before(kind, key):
     config = configured(kind=kind)
     params, tokens = decoders.init(key, config), draw(0, B, 6, N, D)

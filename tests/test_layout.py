@@ -7,11 +7,13 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = (  # a file imports only from files above it
-    "types", "config", "rotations", "action_tokens", "cells", "bptt", "recurrence", "transformer",
-    "heads", "pooling", "decoders", "streaming_gpt", "streaming", "execution", "loss_terms",
-    "losses", "captions", "auxiliary", "optim",
+    "types", "config", "rotations", "action_tokens", "gates", "cells", "bptt", "associative",
+    "cudnn", "recurrence", "truncated", "transformer", "heads", "attention", "seq2seq",
+    "scheduled_sampling", "search", "chunk_writer", "pooling", "decoder_config", "decoders",
+    "streaming_gpt", "streaming_seen", "streaming", "execution", "loss_terms", "losses",
+    "captions", "auxiliary", "optim",
     "data.dataset", "data.gripper", "data.tool_frame", "data.text", "data.augment",
-    "data.normalize", "data.windows", "data.packing",
+    "augment", "data.normalize", "data.windows", "data.packing", "data.scan", "data.buckets",
     "data.loader", "data.frames", "data.lerobot_layout", "data.lerobot", "data.lerobot_stats",
     "data.lerobot_shards", "data.lerobot_writer",
     "backbones.parts", "backbones.language", "backbones.perceiver", "backbones.state",
@@ -31,9 +33,10 @@ FLOORS = (  # a file imports only from files above it
     "linen",
 )  # fmt: skip
 SCRIPTS = (
-    "command_line", "logs", "loop", "record", "pretrain", "configs", "setup", "cache", "imitate",
-    "demo", "timing", "peers", "works", "benchmark", "learner", "learn", "watch", "sarsa",
-    "reinforce", "tabular", "grid_gymnasium", "throughput",
+    "command_line", "logs", "malloc", "loop", "record", "pretrain", "configs", "setup", "cache",
+    "imitate", "demo", "seq2seq", "timing", "peers", "ours", "works", "path", "benchmark",
+    "memory_tasks", "memory", "learner", "learn", "watch", "sarsa", "reinforce", "tabular",
+    "grid_gymnasium", "throughput",
 )  # fmt: skip
 FILES = sorted(
     path for folder in ("vla_jax", "train", "tests") for path in (ROOT / folder).rglob("*.py")

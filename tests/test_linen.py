@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from vla_jax import cells, decoders, linen, recurrence, streaming
+from vla_jax.chunk_writer import Told
 from vla_jax.decoders import DecoderConfig
 from vla_jax.recurrence import RecurrenceConfig
 
@@ -23,6 +24,7 @@ DECODERS = {
     "gru-attention": DecoderConfig("gru", pooling="attention", **SIZES),
     "rnn": DecoderConfig("rnn", **SIZES),
     "fc": DecoderConfig("fc", **SIZES),
+    "encoder-decoder": DecoderConfig("lstm", head="autoregressive", **SIZES),
 }
 each_decoder = pytest.mark.parametrize("config", DECODERS.values(), ids=DECODERS)
 each_cell = pytest.mark.parametrize("cell", cells.CELLS)
@@ -43,8 +45,8 @@ def assert_same_tree(one, other):
 
 
 def assert_all_differ(params):
-    """No two leaves of one shape were drawn alike."""
-    leaves = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params) if np.any(leaf)]
+    """No two leaves of one shape were drawn alike; those of zeros or ones were not drawn."""
+    leaves = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params) if np.ptp(leaf)]
     assert len(set(leaves)) == len(leaves)
 
 
@@ -54,7 +56,7 @@ def test_a_cell_under_flaxs_loop_is_the_recurrence(cell, key):
     params = run.init(key, inputs)["params"]
     assert_same_tree(params["cell"], cells.CELLS[cell].init(key, D, H))
     assert_all_differ(params)
-    assert all(np.abs(leaf).max() <= H**-0.5 for leaf in jax.tree.leaves(params))
+    assert all(np.abs(leaf).max() <= H**-0.5 for leaf in jax.tree.leaves(params) if np.ptp(leaf))
     last, outputs = jax.jit(run.apply)({"params": params}, inputs, seq_lengths=LENGTHS)
     config, stack = RecurrenceConfig(cell, hidden_size=H), {"layers_0": {"forward": params["cell"]}}
     expected_last, expected = recurrence.apply(stack, config, inputs, mask=MASK)
@@ -151,6 +153,14 @@ def test_the_decoder_is_the_pure_one(config, key):
     given = {"timestep_mask": MASK, "token_mask": token_mask, "reset": reset}
     chunk = jax.jit(module.apply)({"params": params}, tokens, **given)
     assert_close(chunk, decoders.apply(params, config, tokens, **given))
+
+
+def test_the_decoder_is_told_what_the_pure_one_is_told(key):
+    config, tokens = DECODERS["encoder-decoder"], draw(0, B, T, N, D)
+    told = Told(np.tanh(draw(1, B, T, 2, 7)), np.ones((B, T, 2), bool))
+    params = decoders.init(key, config)
+    chunk = linen.Decoder(config).apply({"params": params}, tokens, told=told)
+    assert_close(chunk, decoders.apply(params, config, tokens, told=told))
 
 
 @each_decoder

@@ -1,5 +1,7 @@
 """The optimiser against AdamW written out in NumPy, and its choices by path."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,6 +57,9 @@ def descend_by_hand(config, grads_list, *, frozen=()):
     square = {path: np.zeros_like(params[path]) for path in trained}
     for n, grads in enumerate(grads_list):
         grads = {path: flat(grads)[path] for path in trained}
+        if config.max_grad_value is not None:
+            limits = -config.max_grad_value, config.max_grad_value
+            grads = {path: np.clip(g, *limits) for path, g in grads.items()}
         norm = np.sqrt(sum(np.sum(np.square(g)) for g in grads.values()))
         for path in trained:
             g = grads[path] * min(1.0, config.max_grad_norm / norm)
@@ -95,6 +100,15 @@ def test_three_updates_are_those_of_clipped_adamw_by_hand():
     config = OptimConfig(learning_rate=0.1, warmup_steps=2, weight_decay=0.3, max_grad_norm=0.5)
     grads = [make_grads(seed) for seed in range(3)]
     assert_close(descend(config, grads), descend_by_hand(config, grads))
+
+
+def test_each_number_of_a_gradient_may_be_cut_before_the_norm_is():
+    """Cut to ±0.3 the gradients are still longer than 0.5, so that the order counts."""
+    config = OptimConfig(learning_rate=0.1, warmup_steps=2, max_grad_value=0.3, max_grad_norm=0.5)
+    grads = [make_grads(seed) for seed in range(3)]
+    assert_close(descend(config, grads), descend_by_hand(config, grads))
+    uncut = descend(dataclasses.replace(config, max_grad_value=None), grads)
+    assert np.abs(uncut[KERNEL] - descend(config, grads)[KERNEL]).max() > 1e-3
 
 
 def test_frozen_params_stay_and_have_no_state_and_no_part_in_the_clipped_norm():
@@ -178,6 +192,7 @@ OUT_OF_RANGE = {
     "b2": -0.1,
     "weight_decay": -1.0,
     "max_grad_norm": 0.0,
+    "max_grad_value": 0.0,
     "accumulation_steps": 0,
     "ema_decay": 1.0,
 }

@@ -71,15 +71,36 @@ def test_growth_shows_every_axis_beside_its_arithmetic(tmp_path):
     assert (a == [0x00, 0x72, 0xB2]).all(-1).sum() > 100
 
 
-def test_curves_show_each_mean_its_interval_and_the_goal(tmp_path):
-    places, spread = np.arange(5.0), np.linspace(-0.2, 0.2, 8)
-    curve = (places, 0.5 + 0.05 * places[:, None] + spread[None])
-    plots.curves(tmp_path / "a.png", {"one": curve}, labels=("steps", "success"))
-    plots.curves(tmp_path / "b.png", {"one": curve}, labels=("steps", "success"), goal=0.9)
-    a, b = (picture(tmp_path / f"{name}.png") for name in "ab")
+def test_curves_of_several_seeds_show_the_mean_and_its_interval(tmp_path):
+    spread = np.linspace(-0.2, 0.2, 8)
+    curve = (np.arange(5.0), 0.5 + 0.05 * np.arange(5.0)[:, None] + spread[None])
+    plots.curves(tmp_path / "a.png", [plots.Panel("", "steps", "success", {"one": curve})])
+    a = picture(tmp_path / "a.png")
     assert (a == [0x00, 0x72, 0xB2]).all(-1).sum() > 200  # the mean
     assert (a == [0xCC, 0xE3, 0xF0]).all(-1).sum() > 1000  # a fifth of that colour: the interval
-    assert (a != b).any()
+
+
+def test_curves_keep_their_colour_over_panels_and_levels_lie_across(tmp_path):
+    one = plots.Panel("one", "x", "y", {"a": ([1, 2], [0.1, 0.2]), "b": ([1, 2], [0.3, 0.1])})
+    two = plots.Panel("two", "x", "y", {"b": ([1, 2], [1.0, 9.0])}, {"chance": 3.0}, log="xy")
+    plots.curves(tmp_path / "a.png", [one])
+    plots.curves(tmp_path / "b.png", [two])
+    plots.curves(tmp_path / "c.png", [one, two, one], columns=2)
+    a, b, c = (picture(tmp_path / f"{name}.png") for name in "abc")
+    blue, orange = [0x00, 0x72, 0xB2], [0xE6, 0x9F, 0x00]
+    assert (a == blue).all(-1).sum() > 100
+    assert (a == orange).all(-1).sum() > 100
+    assert not (b == orange).all(-1).any()  # alone, it is the first of all
+    assert (c[:, c.shape[1] // 2 :] == orange).all(-1).sum() > 100  # the right half holds two
+    assert c.shape[0] > 1.5 * a.shape[0]
+
+
+def test_attention_is_darkest_where_the_weight_is(tmp_path):
+    source, target = ("jump", "left"), ("I_TURN_LEFT", "I_JUMP", "end")
+    for name, weights in (("a", np.eye(3, 2)), ("b", np.zeros((3, 2)))):
+        plots.attention(tmp_path / f"{name}.png", weights, source, target, title="jump left")
+    a, b = (picture(tmp_path / f"{name}.png").astype(int) for name in "ab")
+    assert (a.sum(axis=-1) < b.sum(axis=-1) - 200).sum() > 1000
 
 
 def test_what_cannot_be_drawn_is_one_sentence(tmp_path):
@@ -89,10 +110,14 @@ def test_what_cannot_be_drawn_is_one_sentence(tmp_path):
         plots.success(tmp_path / "a.png", {})
     with pytest.raises(ValueError, match=r"curves for .* must be at least one, got none"):
         plots.growth(tmp_path / "a.png", {})
-    with pytest.raises(ValueError, match=r"curves for .* must be at least one, got none"):
-        plots.curves(tmp_path / "a.png", {}, labels=("", ""))
+    with pytest.raises(ValueError, match=r"panels for .* must be at least one, got none"):
+        plots.curves(tmp_path / "a.png", [])
     with pytest.raises(ValueError, match=r"must be \[T, 7\] with one T, got \(3, 7\) and \(4, 7\)"):
         plots.actions(tmp_path / "a.png", np.zeros((3, 7)), np.zeros((4, 7)))
+    with pytest.raises(
+        ValueError, match=r"weights must be \[3, 2\] for as many names, got \(2, 3\)"
+    ):
+        plots.attention(tmp_path / "a.png", np.zeros((2, 3)), "ab", "abc")
     assert not list(tmp_path.iterdir())
 
 

@@ -19,11 +19,18 @@ KINDS = {
     "both": {"bidirectional": True},
     "both-remat": {"bidirectional": True, "remat_chunk": 3},
 }
-each_config = pytest.mark.parametrize(
-    "config",
-    [RecurrenceConfig(cell=c, hidden_size=H, **k) for c in cells.CELLS for k in KINDS.values()],
-    ids=[f"{cell}-{kind}" for cell in cells.CELLS for kind in KINDS],
-)
+LINEAR = {"both": {**KINDS["both"], "num_layers": 2}, "remat": KINDS["both-remat"]}
+CONFIGS = {
+    f"{cell}-{kind}": RecurrenceConfig(cell=cell, hidden_size=H, **fields)
+    for cell in cells.CELLS
+    for kind, fields in KINDS.items()
+} | {
+    f"min_gru-associative-{kind}": RecurrenceConfig(
+        "min_gru", hidden_size=H, implementation="associative", **fields
+    )
+    for kind, fields in LINEAR.items()
+}
+each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 each_cell = pytest.mark.parametrize("cell", cells.CELLS)
 
 apply = jax.jit(recurrence.apply, static_argnames="config")
@@ -71,8 +78,9 @@ def test_a_sequence_is_one_step_after_the_other_and_one_layer_after_the_other(
 
 
 @each_cell
-def test_streamed_is_the_whole_sequence(cell, key):
-    config = RecurrenceConfig(cell=cell, num_layers=2, hidden_size=H)
+@pytest.mark.parametrize("residual", [False, True])
+def test_streamed_is_the_whole_sequence(cell, residual, key):
+    config = RecurrenceConfig(cell=cell, num_layers=2, hidden_size=H, residual=residual)
     params, inputs, reset = recurrence.init(key, config, D), draw(0, B, T, D), flags(3)
     reset[1] = False
     carry = draw_carry(config)
@@ -256,6 +264,31 @@ def test_bfloat16_products_keep_carries_and_outputs_in_float32(cell, key):
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
+def test_a_residual_adds_what_came_in_to_what_goes_out_above_the_first_layer(bidirectional, key):
+    config = RecurrenceConfig(num_layers=3, hidden_size=H, bidirectional=bidirectional)
+    adding = dataclasses.replace(config, residual=True)
+    params, mask = recurrence.init(key, config, 2 * H), ~flags(0, 4)
+    carry, expected = draw_carry(config), draw(0, B, T, 2 * H)
+    last, outputs = apply(params, adding, expected, mask=mask, carry=carry)
+    alone = dataclasses.replace(config, num_layers=1)
+    for layer, name in enumerate(params):
+        one = {"layers_0": params[name]}
+        own, above = apply(one, alone, expected, mask=mask, carry={"layers_0": carry[name]})
+        expected = above if layer == 0 else expected + above
+        assert_close(last[name], own["layers_0"])
+    assert_close(outputs, expected)
+    assert not outputs[~mask].any()
+
+
+def test_with_a_residual_what_is_dropped_for_a_layer_still_passes_by_it(key):
+    config = RecurrenceConfig(num_layers=2, hidden_size=H, residual=True, dropout=0.9)
+    params, inputs = recurrence.init(key, config, D), draw(0, B, T, D)
+    params["layers_1"] = jax.tree.map(jnp.zeros_like, params["layers_1"])  # gives nothing but zeros
+    first = apply(params, dataclasses.replace(config, num_layers=1), inputs)[1]
+    assert_close(apply(params, config, inputs, key=key)[1], first, atol=0)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
 def test_dropout_acts_between_layers_alone_and_only_with_a_key(bidirectional, key):
     config = RecurrenceConfig(num_layers=2, hidden_size=H, bidirectional=bidirectional)
     dropping = dataclasses.replace(config, dropout=0.5)
@@ -306,6 +339,11 @@ def test_params_and_carries_have_the_same_paths(key):
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"remat_chunk": -1}, "remat_chunk must be .* got -1"),
         ({"dtype": "float16"}, "unknown dtype 'float16'; choose from float32, bfloat16"),
+        (
+            {"cell": "gru", "implementation": "associative"},
+            "implementation='associative' needs a cell that is linear in its carry, .* 'min_gru'",
+        ),
+        ({"implementation": "bpt"}, "unknown implementation .bpt.; .* Did you mean .bptt."),
     ],
 )
 def test_a_wrong_config_is_one_sentence(fields, sentence):
@@ -316,7 +354,7 @@ def test_a_wrong_config_is_one_sentence(fields, sentence):
 def test_a_bidirectional_recurrence_has_no_single_step(key):
     config = RecurrenceConfig(hidden_size=H, bidirectional=True)
     params, carry = recurrence.init(key, config, D), recurrence.zero_carry(config, jnp.ones((B, D)))
-    with pytest.raises(ValueError, match="step needs bidirectional=False, got True"):
+    with pytest.raises(ValueError, match=r"step needs bidirectional=False, got True: .* future"):
         recurrence.step(params, config, carry, draw(0, B, D))
 
 

@@ -1,27 +1,35 @@
 """Law 1: streamed = windowed, over every kind of decoder and every mode, far past the window."""
 
+import dataclasses
+from typing import get_args
+
 import chex
 import jax
 import numpy as np
 import pytest
 
 from vla_jax import decoders, heads, streaming
-from vla_jax.decoders import DecoderConfig
+from vla_jax.cells import CELLS, Turned
+from vla_jax.decoder_config import DecoderConfig, Kind
 
 B, T, W, N, D, K = 3, 14, 4, 2, 3, 2
 STARTS = ([0], [0, 5], [0, 3, 4, 12])  # frames at which the episodes of each robot start
 
-KINDS = ("rnn", "lstm", "gru", "fc", "gpt")
+WRITER = "encoder_decoder"  # an LSTM, and a head that looks back at what it gave
+KINDS = (*get_args(Kind), WRITER)
 MODES = ("refresh", "periodic", "persistent")
 
+KINDS_AND_MODES = [
+    (kind, mode) for kind in KINDS for mode in MODES if (kind, mode) != ("gpt", "persistent")
+]
+
 each_mode = pytest.mark.parametrize("mode", MODES)
-each_kind_and_mode = pytest.mark.parametrize(
-    ("kind", "mode"),
-    [(kind, mode) for kind in KINDS for mode in MODES if (kind, mode) != ("gpt", "persistent")],
-)
+each_kind_and_mode = pytest.mark.parametrize(("kind", "mode"), KINDS_AND_MODES)
 
 
 def configured(kind, head="continuous"):
+    if kind == WRITER:
+        kind, head = "lstm", "autoregressive"
     return DecoderConfig(
         kind=kind,
         token_dim=D,
@@ -103,8 +111,50 @@ def test_streamed_is_windowed(kind, mode, key):
     assert_close(streamed, windowed(params, config, tokens, [[0]] * B, mode, W))
 
 
+def lay_out(monkeypatch, params, config, mode, batch_size=B):
+    """Lays out as at sizes where a CPU is faster with it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming.bptt, "faster_layout", lambda batch_size, hidden_size: "columns")
+        state = streaming.init(params, config, batch_size, mode=mode)
+        return streaming.lay_out(params, config, state)
+
+
+@pytest.mark.parametrize("kind", [*CELLS, WRITER])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_params_that_are_laid_out_give_the_same(kind, dtype, key, monkeypatch):
+    config, tokens = dataclasses.replace(configured(kind), dtype=dtype), draw_tokens()
+    params = decoders.init(key, config)
+    laid_out = lay_out(monkeypatch, params, config, "refresh")
+    assert isinstance(laid_out["recurrence"]["layers_1"]["forward"]["input_kernel"], Turned)
+    one, two = (stream(own, config, tokens, reset=resets()) for own in (params, laid_out))
+    assert_close(one, two)
+
+
 @each_kind_and_mode
-@pytest.mark.parametrize("head", ["continuous", "discrete"])
+def test_nothing_is_laid_out_where_nothing_is_gained(kind, mode, key, monkeypatch):
+    config = configured(kind)
+    params = decoders.init(key, config)
+    if mode != "refresh" or kind in ("fc", "gpt"):
+        assert lay_out(monkeypatch, params, config, mode) is params
+    small = streaming.init(params, config, B, mode=mode)
+    assert streaming.lay_out(params, config, small) is params
+
+
+def test_params_that_are_laid_out_are_for_steps_alone(key, monkeypatch):
+    config = configured("lstm")
+    laid_out = lay_out(monkeypatch, decoders.init(key, config), config, "refresh")
+    with pytest.raises(ValueError, match="params must be as from `init`, got kernels turned over"):
+        decoders.apply(laid_out, config, draw_tokens())
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "head"),
+    [
+        *((kind, mode, "continuous") for kind, mode in KINDS_AND_MODES),
+        *((kind, mode, "discrete") for kind, mode in KINDS_AND_MODES if kind != WRITER),
+        *((cell, "refresh", "autoregressive") for cell in ("rnn", "gru")),
+    ],
+)
 def test_streamed_is_windowed_when_every_robot_starts_episodes_of_its_own(kind, mode, head, key):
     config, tokens = configured(kind, head), draw_tokens()
     params = decoders.init(key, config)
@@ -115,6 +165,7 @@ def test_streamed_is_windowed_when_every_robot_starts_episodes_of_its_own(kind, 
 @pytest.mark.parametrize(
     ("kind", "mode", "window_size"),
     [("gru", mode, size) for mode in MODES for size in (1, 6, 20)]
+    + [(WRITER, mode, size) for mode in MODES for size in (1, 6)]
     + [("gpt", mode, size) for mode in ("refresh", "periodic") for size in (1, 3)],
 )
 def test_a_window_other_than_in_training_is_as_exact(kind, mode, window_size, key):
@@ -126,7 +177,10 @@ def test_a_window_other_than_in_training_is_as_exact(kind, mode, window_size, ke
 
 @pytest.mark.parametrize(
     ("kind", "mode"),
-    [*(("lstm", mode) for mode in MODES), ("gpt", "refresh"), ("gpt", "periodic")],
+    [
+        *((kind, mode) for kind in ("lstm", WRITER) for mode in MODES),
+        *(("gpt", mode) for mode in ("refresh", "periodic")),
+    ],
 )
 def test_modes_forget_what_they_should(kind, mode, key):
     """The first frame is changed; who still remembers it at the last?"""
@@ -175,6 +229,22 @@ def test_the_type_of_the_state_is_the_mode(mode, state_type, key):
 def test_the_type_of_the_state_of_a_gpt_is_the_mode_too(mode, state_type, key):
     gpt = configured("gpt")
     assert type(streaming.init(decoders.init(key, gpt), gpt, B, mode=mode)) is state_type
+
+
+@pytest.mark.parametrize(
+    ("mode", "state_type", "shape"),
+    [
+        ("refresh", streaming.RefreshState, (B, W, W, 6)),
+        ("periodic", streaming.PeriodicState, (B, W, 6)),
+        ("persistent", streaming.PersistentState, (B, W, 6)),
+    ],
+)
+def test_a_head_that_looks_back_keeps_what_each_carry_gave(mode, state_type, shape, key):
+    config = configured(WRITER)
+    state = streaming.init(decoders.init(key, config), config, B, mode=mode)
+    assert type(state) is streaming.SeenState
+    assert type(state.memory) is state_type
+    assert state.seen.shape == shape
 
 
 def poisoned(tree):

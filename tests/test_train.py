@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import random
 import shutil
@@ -10,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import get_args
 
 import jax
 import numpy as np
@@ -17,11 +17,11 @@ import pytest
 import tiny_demos
 from robovlms_heads import their_head
 
-from train import loop
+from train import demo, loop
 from train import pretrain as pretrain_script
 from train.cache import cache
 from train.command_line import command_line
-from train.configs import IMITATE, with_kind
+from train.configs import IMITATE, with_decoder, with_kind
 from train.imitate import imitate
 from train.logs import read_metrics
 from train.pretrain import pretrain
@@ -30,11 +30,13 @@ from vla_jax import captions, checkpoint, convert, optim, policy
 from vla_jax.auxiliary import AuxiliaryConfig
 from vla_jax.backbones.state import StateConfig
 from vla_jax.config import load
+from vla_jax.data.augment import AugmentConfig
 from vla_jax.data.normalize import compute_norm_stats
 from vla_jax.evaluate import EvaluateConfig, evaluate
 from vla_jax.loss_terms import LossWeights
 from vla_jax.results import read_outcomes
 from vla_jax.runs import load_run
+from vla_jax.scheduled_sampling import SamplingConfig
 from vla_jax.update import init_train_state
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -137,6 +139,29 @@ def test_a_frozen_backbone_stays_as_it_was_pre_trained_to_the_bit(demos, eyes, t
         assert all(jax.tree.leaves(moved))
 
 
+def test_pictures_changed_on_the_device_resume_to_the_bit(demos, tmp_path):
+    seeing = dict(backbone=tiny_demos.EYES, augment_on="device")
+    config = tiny_demos.imitation(demos, tmp_path / "whole", **seeing)
+    config = dataclasses.replace(config, augment=AugmentConfig(shift=2, brightness=0.2))
+    whole = imitate(config)
+    resumed = shutil.copytree(whole, tmp_path / "resumed")
+    shutil.rmtree(resumed / "checkpoints" / "4")
+    imitate(dataclasses.replace(config, run_dir=str(resumed)))
+    assert_same_bits(*(checkpoint.restore_params(run / "checkpoints") for run in (whole, resumed)))
+    plain = imitate(tiny_demos.imitation(demos, tmp_path / "plain", **seeing))
+    first = [read_metrics(run / "metrics.jsonl")[0]["loss"] for run in (whole, plain)]
+    assert first[0] != first[1]
+
+
+def test_the_eyes_too_may_see_pictures_that_the_device_has_changed(demos, eyes, tmp_path):
+    config = tiny_demos.pretraining(demos, tmp_path / "run")
+    changed = pretrain(
+        dataclasses.replace(config, augment=AugmentConfig(shift=2), augment_on="device")
+    )
+    first = [read_metrics(run / "metrics.jsonl")[0]["loss"] for run in (eyes, changed)]
+    assert first[0] != first[1]
+
+
 def test_end_to_end_training_moves_the_backbone_too(demos, eyes, tmp_path):
     config = tiny_demos.imitation(
         demos,
@@ -171,6 +196,51 @@ def test_a_gpt_trains_on_packed_episodes_and_plays_past_its_window(demos, tmp_pa
     outcomes = read_outcomes(run_dir / "evaluation" / "refresh-6" / "episodes.jsonl")
     assert summary.total.episodes == len(outcomes) == 2
     assert max(outcome.num_steps for outcome in outcomes) > config.agent.policy.decoder.window_size
+
+
+def test_an_encoder_decoder_is_told_less_and_less_resumes_to_the_bit_and_plays(demos, tmp_path):
+    always = with_decoder(
+        tiny_demos.imitation(demos, tmp_path / "always", pack=True),
+        head="autoregressive",
+        dropout=0.0,
+    )
+    config = dataclasses.replace(
+        always, run_dir=str(tmp_path / "run"), sampling=SamplingConfig("linear", slope=0.25)
+    )
+    run_dir = imitate(config)
+    losses = [line["loss"] for line in read_metrics(run_dir / "metrics.jsonl")]
+    assert len(losses) == 4
+    assert np.all(np.isfinite(losses))
+    whole = checkpoint.restore_params(run_dir / "checkpoints")
+    shutil.rmtree(run_dir / "checkpoints" / "4")
+    imitate(config)
+    assert_same_bits(whole, checkpoint.restore_params(run_dir / "checkpoints"))
+    told = [line["loss"] for line in read_metrics(imitate(always) / "metrics.jsonl")]
+    assert losses[0] == pytest.approx(told[0], abs=1e-5)  # the rate begins at 1
+    assert losses[-1] != told[-1]
+    options = EvaluateConfig(num_episodes=2, num_simulators=2, num_films=0, mode="persistent")
+    assert evaluate(run_dir, options).total.episodes == 2
+
+
+def test_a_schedule_for_a_head_that_is_told_nothing_is_one_sentence():
+    with pytest.raises(ValueError, match="sampling must be left as it is for head 'continuous'"):
+        tiny_demos.imitation("", "", sampling=SamplingConfig("linear"))
+
+
+@pytest.mark.parametrize("decoder", get_args(demo.Decoder))
+def test_every_decoder_of_the_demo_has_its_preset_on_the_same_data(decoder):
+    config, base = demo._state_preset(decoder), IMITATE["table_jax_state"]()
+    same = ("dataset", "world", "loader", "pack", "loss", "seed")
+    assert all(getattr(config, name) == getattr(base, name) for name in same)
+    assert config.loop.num_updates == base.loop.num_updates
+    chosen = config.agent.policy.decoder
+    kinds = {"encoder_decoder": ("lstm", "autoregressive")}
+    assert (chosen.kind, chosen.head) == kinds.get(decoder, (decoder, "continuous"))
+
+
+def test_a_demo_of_nothing_is_one_sentence():
+    with pytest.raises(ValueError, match="decoders must name at least one, got none"):
+        demo.DemoConfig(decoders=())
 
 
 # --- auxiliary heads --------------------------------------------------------------------------
@@ -376,21 +446,11 @@ def test_num_updates_below_one_are_refused():
 # --- the command line, and kill -9 ------------------------------------------------------------
 
 
-def environment():
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-
-
 def start(module, *options):
     """Starts `python -m train.…` in the repository's root."""
     command = [sys.executable, "-m", f"train.{module}", *map(str, options)]
     pipe = subprocess.PIPE
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=pipe, stderr=pipe, text=True
-    )
+    return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
 
 
 def small(demos, run_dir):
@@ -423,8 +483,8 @@ def small_run(demos, run_dir):
     )
 
 
-def kill_while_training(process, run_dir, seconds):
-    """Kills -9 some time after the first new updates, and before the last."""
+def kill_while_training(process, run_dir, seconds, *, once_saved=False):
+    """Kills -9 some time after the first new updates (and a checkpoint), and before the last."""
     lines = run_dir / "metrics.jsonl"
     before = lines.stat().st_ino if lines.exists() else None
     start = checkpoint.latest_step(run_dir / "checkpoints") or 0
@@ -436,6 +496,9 @@ def kill_while_training(process, run_dir, seconds):
     while process.poll() is None and not trains():
         time.sleep(0.01)
     time.sleep(seconds)
+    while once_saved and process.poll() is None:  # a busy machine may not have saved any yet
+        once_saved = not checkpoint.latest_step(run_dir / "checkpoints")
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     _, told = process.communicate()
     assert process.returncode == -signal.SIGKILL, told
@@ -447,8 +510,9 @@ def test_killed_five_times_is_uninterrupted_to_the_bit(demos, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     with small_run(demos, whole) as uninterrupted:
         reached = []
-        for pause in seconds:
-            kill_while_training(small_run(demos, killed), killed, pause)
+        for number, pause in enumerate(seconds):
+            last = number == len(seconds) - 1
+            kill_while_training(small_run(demos, killed), killed, pause, once_saved=last)
             reached.append(checkpoint.latest_step(killed / "checkpoints") or 0)
         for process in (small_run(demos, killed), uninterrupted):
             _, told = process.communicate()

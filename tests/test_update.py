@@ -102,3 +102,18 @@ def test_a_decay_without_an_average_or_the_other_way_round_is_told(decay):
     state = update.init_train_state(make_params(), optax.sgd(RATE), ema=decay is None)
     with pytest.raises(ValueError, match=f"ema_decay is {decay}, but ema_params are"):
         step(state, BATCH, jax.random.key(0))
+
+
+def test_a_loss_can_follow_the_number_of_updates_done():
+    def counted_loss_fn(params, counted, key):
+        loss, metrics = loss_fn(params, counted.batch, key)
+        return loss, {**metrics, "done": counted.num_updates}
+
+    optimizer = optax.sgd(RATE)
+    step = jax.jit(update.with_count(update.make_update(counted_loss_fn, optimizer)))
+    state, history = update.init_train_state(make_params(), optimizer), []
+    for _ in range(3):
+        state, metrics = step(state, BATCH, jax.random.key(7))
+        history.append(int(metrics["done"]))
+    assert history == [0, 1, 2]
+    jax.tree.map(np.testing.assert_array_equal, state.params, run(3)[0].params)

@@ -2,6 +2,7 @@
 
     python -m train.benchmark                                # everything
     python -m train.benchmark --works recurrence head        # some of it
+    python -m train.benchmark --works start checkpoints      # the rest of a training's path
     python -m train.benchmark --small                        # seconds: does it run here?
 
 Flax's and PyTorch's RNNs, RoboVLMs' head written in PyTorch, a plain scan, and the window run again
@@ -20,14 +21,18 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from train import peers, timing, works
+from train import path, peers, timing, works
 from train.command_line import run
 from train.loop import save_json
+from train.malloc import keep_freed_memory
+from train.path import Figure
 from train.timing import Row, Spread
-from train.works import Memory
 from vla_jax import plots
 
-Work = Literal["recurrence", "head", "streaming", "memory", "growth"]
+Work = Literal[
+    "recurrence", "head", "streaming", "growth", "layout",
+    "memory", "start", "checkpoints", "loader",
+]  # fmt: skip
 WORKS: tuple[Work, ...] = get_args(Work)
 WIDTH = 130  # characters of a line that no terminal bounds
 
@@ -39,6 +44,7 @@ class BenchmarkConfig:
     works: tuple[Work, ...] = WORKS  # which of them, in this order
     rounds: int = 15  # times that each peer runs
     small: bool = False  # tiny sizes, which say nothing about speed
+    keep_freed_memory: bool = True  # as in our trainings, for everybody in this process
     run_dir: str = "runs/benchmark"  # folder of the plot and the figures
     json: str = ""  # file of the figures; empty = benchmark.json in run_dir
 
@@ -62,7 +68,9 @@ def benchmark(config: BenchmarkConfig) -> pathlib.Path:
     """Measures and shows; returns the file of the figures."""
     sizes, console = works.SMALL if config.small else works.LARGE, _console()
     rows: list[Row] = []
-    memory: list[Memory] = []
+    figures: list[Figure] = []
+    if config.keep_freed_memory:
+        keep_freed_memory()
 
     # The peers multiply in float32, not in a GPU's TF32; so do we.
     with jax.default_matmul_precision("float32"):
@@ -71,14 +79,16 @@ def benchmark(config: BenchmarkConfig) -> pathlib.Path:
             "machine": machine(),
             "left_out": [reason for reason in [peers.torch_is_missing()] if reason],
             "small": config.small,
+            "keep_freed_memory": config.keep_freed_memory,
             "rounds": config.rounds,
             "ceiling_gflops": ceiling,
         }
         console.print(_introduction(about))
         for work in config.works:
-            if work == "memory":
-                memory = works.measure_memory(sizes)
-                console.print(_memory_table(memory))
+            if work in path.FIGURES:
+                found = list(path.FIGURES[work](sizes))
+                console.print(_figure_table(work, found))
+                figures += found
                 continue
             measured = []
             for contest in works.CONTESTS[work](sizes):
@@ -90,8 +100,8 @@ def benchmark(config: BenchmarkConfig) -> pathlib.Path:
     # The figures come before the plot, which may lack its extra.
     file = pathlib.Path(config.json or pathlib.Path(config.run_dir) / "benchmark.json")
     file.parent.mkdir(parents=True, exist_ok=True)
-    figures = {"rows": [_plain(row) for row in rows], "memory": [m._asdict() for m in memory]}
-    save_json({**about, **figures}, file)
+    told = {"rows": [_plain(row) for row in rows], "figures": [_plain(found) for found in figures]}
+    save_json({**about, **told}, file)
     if "growth" in config.works:
         plot = pathlib.Path(config.run_dir) / "growth.png"
         plots.growth(plot, _curves(rows), title="LSTM, forward and backward")
@@ -129,6 +139,7 @@ def _introduction(about: dict[str, Any]) -> str:
     lines = [
         f"{on['device']}, {on['cores']} cores, load {on['load']}; {versions}",
         f"one large float32 product: {about['ceiling_gflops']:.0f} GFLOP/s",
+        "freed memory is " + ("kept" if about["keep_freed_memory"] else "the C library's business"),
         *(f"left out: {reason}" for reason in about["left_out"]),
     ]
     if on["load"] > on["cores"] / 2:
@@ -141,8 +152,10 @@ def _introduction(about: dict[str, Any]) -> str:
 
 def _table(work: str, rows: Sequence[Row]) -> Table:
     shown = Table(title=f"{work}: median (min – max) of the rounds")
-    for name in ("case", "who", "ms", "time over ours", "GFLOP/s", "of ceiling", "weights read"):
-        shown.add_column(name, justify="left" if name in ("case", "who") else "right")
+    for name in ("case", "who"):
+        shown.add_column(name)
+    for name in ("ms", "time over the first", "GFLOP/s", "of ceiling", "weights read"):
+        shown.add_column(name, justify="right")
     case = ""
     for row in rows:
         if row.case != case:
@@ -160,22 +173,32 @@ def _table(work: str, rows: Sequence[Row]) -> Table:
     return shown
 
 
-def _memory_table(memory: Sequence[Memory]) -> Table:
-    shown = Table(title="memory: peak of a training step beside its arguments and results")
-    for name in ("case", "remat_chunk", "MB", "of that without"):
-        shown.add_column(name, justify="left" if name == "case" else "right")
-    for m in memory:
-        chunk, megabytes = str(m.remat_chunk), f"{m.temp_bytes / 1e6:.1f}"
-        shown.add_row(m.case, chunk, megabytes, f"{100 * m.share:.0f} %")
+def _figure_table(work: str, figures: Sequence[Figure]) -> Table:
+    shown = Table(title=f"{work}: median (min – max) where there are several")
+    for name in ("case", "what", "", "unit"):
+        shown.add_column(name, justify="right" if not name else "left")
+    case = ""
+    for figure in figures:
+        if figure.case != case:
+            shown.add_section()
+        told = "" if figure.case == case else figure.case
+        shown.add_row(told, figure.what, _spread(figure.value, 2), figure.unit)
+        case = figure.case
     return shown
 
 
 def _spread(spread: Spread, digits: int) -> str:
-    return f"{spread.median:.{digits}f} ({spread.min:.{digits}f} – {spread.max:.{digits}f})"
+    middle = f"{spread.median:.{digits}f}"
+    if spread.min == spread.max:
+        return middle
+    return f"{middle} ({spread.min:.{digits}f} – {spread.max:.{digits}f})"
 
 
-def _plain(row: Row) -> dict[str, Any]:
-    return {**row._asdict(), "ms": row.ms._asdict(), "ratio": row.ratio._asdict()}
+def _plain(record: Row | Figure) -> dict[str, Any]:
+    return {
+        name: value._asdict() if isinstance(value, Spread) else value
+        for name, value in record._asdict().items()
+    }
 
 
 def _curves(rows: Sequence[Row]) -> dict[str, list[tuple[float, Spread, float]]]:

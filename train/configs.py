@@ -4,6 +4,7 @@ A preset's docstring says what it is, what to expect, how long it takes and on w
 """
 
 from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from train.loop import LoopConfig
 from vla_jax import policy
@@ -14,12 +15,13 @@ from vla_jax.backbones.state import StateConfig
 from vla_jax.data.augment import AugmentConfig
 from vla_jax.data.gripper import Gripper
 from vla_jax.data.loader import LoaderConfig
-from vla_jax.decoders import DecoderConfig, Kind
+from vla_jax.decoder_config import DecoderConfig, Kind
 from vla_jax.envs.table_jax import TableConfig as JaxTableConfig
 from vla_jax.envs.table_mujoco import TableConfig as MujocoTableConfig
 from vla_jax.envs.worlds import WorldConfig
 from vla_jax.loss_terms import LossWeights
 from vla_jax.optim import OptimConfig
+from vla_jax.scheduled_sampling import SamplingConfig
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,14 @@ class ImitateConfig:
     gripper: Gripper = "open_positive"  # meaning of the action's last number on disk
     action_bounds: tuple[float, float] | None = None  # of the arm, data units; None = the data's
     feature_keys: tuple[tuple[str, str], ...] = ()  # our field and the key on disk, if they differ
+    sampling: SamplingConfig = SamplingConfig()  # what head "autoregressive" is told of the truth
     loss: LossWeights = LossWeights()  # factor of each term beside the arm's
     auxiliary: AuxiliaryConfig = AuxiliaryConfig()  # heads that only train; none by default
     agent: AgentConfig = AgentConfig()
     world: WorldConfig = field(default_factory=MujocoTableConfig)  # where it will be evaluated
     loader: LoaderConfig = LoaderConfig()
     augment: AugmentConfig = AugmentConfig()
+    augment_on: Literal["host", "device"] = "host"  # in the loader's threads, or in the update
     optim: OptimConfig = OptimConfig()
     loop: LoopConfig = LoopConfig()
     seed: int = 0  # of the params and the dropout
@@ -58,6 +62,12 @@ class ImitateConfig:
                 f"{self.auxiliary.forward_horizon}; no step further ahead is in a window."
             )
         _check_weights(self)
+        head = self.agent.policy.decoder.head
+        if self.sampling.schedule != "always" and head != "autoregressive":
+            raise ValueError(
+                f"sampling must be left as it is for head '{head}', which is told no actions, got "
+                f"schedule '{self.sampling.schedule}'; choose head 'autoregressive'."
+            )
 
 
 def table_lstm() -> ImitateConfig:
@@ -125,6 +135,30 @@ def table_jax_state() -> ImitateConfig:
     )
 
 
+def table_jax_encoder_decoder() -> ImitateConfig:
+    """The same, its LSTM read by another that writes two actions one by one.
+
+    99.3 % [97, 100] of 300 unseen episodes; an LSTM with chunks of two as well had 97.6 % [95, 99].
+    """
+    config = with_decoder(table_jax_state(), head="autoregressive", action_horizon=2)
+    slope = 1.0 / config.loop.num_updates
+    return replace(
+        config,
+        run_dir="runs/table_jax_encoder_decoder",
+        sampling=SamplingConfig("linear", slope=slope),
+    )
+
+
+def table_jax_gpt() -> ImitateConfig:
+    """The same with a transformer of two layers in place of the LSTM; not measured yet."""
+    config = with_decoder(table_jax_state(), kind="gpt", num_layers=2, num_heads=4)
+    return replace(
+        config,
+        run_dir="runs/table_jax_gpt",
+        optim=replace(config.optim, learning_rate=1e-3),
+    )
+
+
 def gpu_end_to_end() -> ImitateConfig:
     """Pictures to actions in one training on one GPU of 24 GB or more; not measured yet.
 
@@ -153,6 +187,7 @@ def gpu_end_to_end() -> ImitateConfig:
         agent=AgentConfig(policy.connect(backbone, decoder)),
         loader=LoaderConfig(batch_size=64, num_threads=8, prefetch=8),
         augment=AugmentConfig(shift=3, brightness=0.1, contrast=0.1),
+        augment_on="device",
         optim=OptimConfig(
             learning_rate=5e-4, warmup_steps=1000, weight_decay=0.05, ema_decay=0.999
         ),
@@ -162,8 +197,13 @@ def gpu_end_to_end() -> ImitateConfig:
 
 def with_kind(config: ImitateConfig, kind: Kind) -> ImitateConfig:
     """The same training with another kind of decoder."""
+    return with_decoder(config, kind=kind)
+
+
+def with_decoder(config: ImitateConfig, **changes: Any) -> ImitateConfig:
+    """The same training with a decoder of which some fields have changed."""
     parts = config.agent.policy
-    parts = replace(parts, decoder=replace(parts.decoder, kind=kind))
+    parts = replace(parts, decoder=replace(parts.decoder, **changes))
     return replace(config, agent=replace(config.agent, policy=parts))
 
 
@@ -205,5 +245,7 @@ IMITATE = {
     "table_lstm": table_lstm,
     "table_fc": table_fc,
     "table_jax_state": table_jax_state,
+    "table_jax_encoder_decoder": table_jax_encoder_decoder,
+    "table_jax_gpt": table_jax_gpt,
     "gpu_end_to_end": gpu_end_to_end,
 }

@@ -3,6 +3,7 @@
     python -m train.demo                             # the MuJoCo table from pictures
     python -m train.demo --world table_jax           # its JAX twin, without OpenGL
     python -m train.demo --preset table_jax_state    # LSTM, GRU, RNN, none: 3 minutes, no pictures
+    python -m train.demo --preset table_jax_family   # GPT and encoder-decoder too
 
 Every step is one of the other scripts, with a preset; what is finished is not done again.
 """
@@ -10,7 +11,7 @@ Every step is one of the other scripts, with a preset; what is finished is not d
 import pathlib
 import time
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from rich.console import Console
 from rich.table import Table
@@ -24,6 +25,16 @@ from train.record import RecordConfig, record
 from vla_jax import report, results
 from vla_jax.envs.worlds import WORLDS, WorldConfig
 from vla_jax.evaluate import EvaluateConfig, evaluate
+
+Decoder = Literal["lstm", "gru", "rnn", "encoder_decoder", "gpt", "fc"]
+SHOWN = {  # by decoder: its name in the table, and what it remembers there
+    "lstm": ("LSTM", "persistent"),
+    "gru": ("GRU", "persistent"),
+    "rnn": ("RNN", "persistent"),
+    "encoder_decoder": ("encoder-decoder", "persistent"),
+    "gpt": ("GPT", "refresh"),
+    "fc": ("memoryless (FC)", None),
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,12 @@ class DemoConfig:
     # figure from the seeds that a setting was chosen on would flatter it.
     first_seed: int = 2_000_000  # of these episodes
     num_films: int = 4  # episodes to film of a policy that is filmed
+    decoders: tuple[Decoder, ...] = ("lstm", "gru", "rnn", "fc")  # what is compared on the state
+
+    def __post_init__(self):
+        """Checks that something is compared."""
+        if not self.decoders:
+            raise ValueError("decoders must name at least one, got none; leave the option out.")
 
 
 def table() -> DemoConfig:
@@ -60,7 +77,16 @@ def table_jax_state() -> DemoConfig:
     )
 
 
-PRESETS = {"table": table, "table_jax_state": table_jax_state}
+def table_jax_family() -> DemoConfig:
+    """The same with every decoder there is, an encoder-decoder and a GPT among them."""
+    return replace(table_jax_state(), decoders=get_args(Decoder))
+
+
+PRESETS = {
+    "table": table,
+    "table_jax_state": table_jax_state,
+    "table_jax_family": table_jax_family,
+}
 console = Console(stderr=True)
 
 
@@ -103,21 +129,23 @@ def _train_on_pictures(config: DemoConfig, world: WorldConfig) -> dict:
 
 def _train_on_state(config: DemoConfig, world: WorldConfig) -> dict:
     run_dir = pathlib.Path(config.run_dir)
-    trained = {}
-    for kind in ("lstm", "gru", "rnn", "fc"):
-        console.rule(f"imitation: {kind}")
-        base: ImitateConfig = configs.with_kind(configs.table_jax_state(), kind)
-        base = replace(base, dataset=config.dataset, world=world)
-        trained[kind] = imitate(replace(base, run_dir=str(run_dir / kind)))
-    names = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN", "fc": "memoryless (FC)"}
-    return {
-        name: (trained[kind], {} if kind == "fc" else {"mode": "persistent"})
-        for kind, name in names.items()
-    } | {
-        "expert that ignores the colour": (
-            trained["lstm"], {"reference": "expert_ignoring_colour"},
-        )
-    }  # fmt: skip
+    evaluations = {}
+    for decoder in config.decoders:
+        console.rule(f"imitation: {decoder}")
+        base = replace(_state_preset(decoder), dataset=config.dataset, world=world)
+        trained = imitate(replace(base, run_dir=str(run_dir / decoder)))
+        name, mode = SHOWN[decoder]
+        evaluations[name] = (trained, {"mode": mode} if mode else {})
+    expert = (run_dir / config.decoders[0], {"reference": "expert_ignoring_colour"})
+    return evaluations | {"expert that ignores the colour": expert}
+
+
+def _state_preset(decoder: Decoder) -> ImitateConfig:
+    if decoder == "encoder_decoder":
+        return configs.table_jax_encoder_decoder()
+    if decoder == "gpt":
+        return configs.table_jax_gpt()
+    return configs.with_kind(configs.table_jax_state(), decoder)
 
 
 def _evaluate(config: DemoConfig, policies: dict) -> dict[str, pathlib.Path]:

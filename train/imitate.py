@@ -20,14 +20,28 @@ from train.command_line import run
 from train.configs import IMITATE, ImitateConfig
 from train.loop import fit, is_first_process, open_run, save_json
 from train.setup import compute_norm_stats, init_params, make_windows, read_dataset
-from vla_jax import auxiliary, captions, decoders, heads, loss_terms, losses, optim, plots, policy
+from vla_jax import (
+    augment,
+    auxiliary,
+    captions,
+    decoders,
+    heads,
+    loss_terms,
+    losses,
+    optim,
+    plots,
+    policy,
+    scheduled_sampling,
+)
 from vla_jax import config as configs
+from vla_jax.chunk_writer import Told
 from vla_jax.data import normalize
-from vla_jax.data.loader import make_loader
+from vla_jax.data.loader import Loader, make_loader
 from vla_jax.data.normalize import NormStats
 from vla_jax.data.packing import Packed
+from vla_jax.data.windows import Windows
 from vla_jax.types import Batch, Key, Metrics, Params
-from vla_jax.update import LossFn, init_train_state, make_update
+from vla_jax.update import Counted, LossFn, init_train_state, make_update, with_count
 
 
 def imitate(config: ImitateConfig) -> pathlib.Path:
@@ -58,19 +72,14 @@ def imitate(config: ImitateConfig) -> pathlib.Path:
         stride=config.stride,
         tokens=tokens,
     )
-    loader = make_loader(
-        Packed(windows) if config.pack else windows,
-        config.loader,
-        augment=config.augment if tokens is None else None,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    loader = make_batches(config, windows)
 
     # Update: the gradient of `make_loss` below, through the optimiser.
     num_updates = config.loop.num_updates
     optimizer = optim.make_optimizer(optim_config, num_updates, params)
     ema_decay, freeze = optim_config.ema_decay, optim_config.freeze
     update = make_update(make_loss(config), optimizer, ema_decay=ema_decay, freeze=freeze)
+    update = with_count(update)
     train_state = init_train_state(params, optimizer, ema=ema_decay is not None)
 
     # Loop, from the last checkpoint on if there is one.
@@ -92,15 +101,34 @@ def imitate(config: ImitateConfig) -> pathlib.Path:
     return run_dir
 
 
+def make_batches(config: ImitateConfig, windows: Windows) -> Loader:
+    """Endless batches of this process, with pictures changed here where it is the host's part."""
+    on_host = windows.tokens is None and config.augment_on == "host"
+    return make_loader(
+        Packed(windows) if config.pack else windows,
+        config.loader,
+        augment=config.augment if on_host else None,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
 def make_loss(config: ImitateConfig) -> LossFn:
-    """What an update descends: `loss_fn(params, batch, key) -> (loss, metrics)`.
+    """What an update descends: `loss_fn(params, counted, key) -> (loss, metrics)`.
 
     Huber on the arm, cross-entropy on the gripper (or on the bins of both), at every position of
-    the window; and the terms of the auxiliary heads, where there are any.
+    the window; and the terms of the auxiliary heads, where there are any. A head "autoregressive"
+    is told the true actions, as often as `config.sampling` has it.
     """
     parts = config.agent.policy
 
-    def loss_fn(params: Params, batch: Batch, key: Key) -> tuple[jax.Array, Metrics]:
+    def loss_fn(params: Params, counted: Counted, key: Key) -> tuple[jax.Array, Metrics]:
+        batch: Batch = counted.batch
+        if config.augment_on == "device":
+            augment_key, key = jax.random.split(key)
+            changed = augment.apply(augment_key, batch.observation, config.augment)
+            batch = batch._replace(observation=changed)
+        trunk_key, head_key = jax.random.split(key)
         tokens, features = policy.features(
             params,
             parts,
@@ -108,17 +136,29 @@ def make_loss(config: ImitateConfig) -> LossFn:
             batch.timestep_mask,
             reset=batch.reset,
             tokens=batch.tokens,
-            key=key if parts.decoder.dropout else None,
+            key=trunk_key if parts.decoder.dropout else None,
         )
-        prediction = decoders.predict(params["decoder"], parts.decoder, features)
+        told = None
+        if parts.decoder.head == "autoregressive":
+            rate = scheduled_sampling.rate(config.sampling, counted.num_updates)
+            told = Told(batch.action, batch.action_mask, rate)
+        prediction = decoders.predict(
+            params["decoder"],
+            parts.decoder,
+            features,
+            timestep_mask=batch.timestep_mask,
+            reset=batch.reset,
+            told=told,
+            key=head_key,
+        )
         terms, metrics = losses.action_terms(prediction, batch.action, batch.action_mask)
         if auxiliary.is_on(config.auxiliary):
             words = captions.told(batch) if config.auxiliary.caption else None
             guesses = auxiliary.apply(params["auxiliary"], config.auxiliary, features, words)
             more, accuracy = auxiliary.loss(guesses, config.auxiliary, batch, tokens)
             terms, metrics = terms | more, metrics | accuracy
-        loss, told = loss_terms.total(terms, config.loss)
-        return loss, {**told, **metrics}
+        loss, by_term = loss_terms.total(terms, config.loss)
+        return loss, {**by_term, **metrics}
 
     return loss_fn
 

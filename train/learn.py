@@ -218,13 +218,10 @@ def read_curve(run_dir: pathlib.Path, name: str) -> plots.Curve:
 def show(config: SeedsConfig, run_dir: pathlib.Path, learnt: Learnt) -> None:
     """Draws the curve, and tells and keeps what came of the seeds (`report.json`)."""
     name = config.solved_by
-    plots.curves(
-        run_dir / "curve.png",
-        {run_dir.name: read_curve(run_dir, name)},
-        labels=("environment steps of each seed", name),
-        goal=config.solved_at,
-        title=f"{run_dir.name}: {config.num_seeds} seeds, mean and 95 % interval",
-    )
+    title = f"{config.num_seeds} seeds, mean and 95 % interval"
+    curve, goal = {run_dir.name: read_curve(run_dir, name)}, {"solved": config.solved_at}
+    panel = plots.Panel(title, "environment steps of each seed", name, curve, goal)
+    plots.curves(run_dir / "curve.png", [panel])
     report = {"env_steps": learnt.env_steps, "num_updates": learnt.num_updates.tolist()}
     for metric, values in learnt.report.items():
         low, high = results.mean_interval(values)

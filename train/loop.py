@@ -1,28 +1,44 @@
 """The loop that every script here shares: batches in, updates, logs, checkpoints, exact resume."""
 
 import contextlib
-import ctypes
 import json
 import os
 import pathlib
 import shutil
-import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import optax
 from jax.experimental import multihost_utils
 
 from train.logs import Logs
+from train.malloc import keep_freed_memory
 from vla_jax import checkpoint, parallel
 from vla_jax import config as configs
-from vla_jax.data.loader import Loader
 from vla_jax.types import Key
 from vla_jax.update import TrainState, Update
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # names of malloc.h
+
+class Batches(Protocol):
+    """Endless batches with a position, as `data.loader.Loader` gives them."""
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches."""
+        ...
+
+    def get_state(self) -> dict[str, Any]:
+        """The position, JSON-able."""
+        ...
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues at a position."""
+        ...
+
+    def close(self) -> None:
+        """Ends what is open."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -48,7 +64,7 @@ def fit(
     run_dir: pathlib.Path,
     update: Update,
     train_state: TrainState,
-    loader: Loader,
+    loader: Batches,
     key: Key,
     *,
     schedule: optax.Schedule,
@@ -74,7 +90,7 @@ def fit(
     Returns:
       The state after the last update, in the host's memory.
     """
-    _keep_freed_memory()
+    keep_freed_memory()
     directory = run_dir / "checkpoints"
     if checkpoint.latest_step(directory) is not None:
         train_state, saved = checkpoint.restore(directory, train_state)
@@ -109,19 +125,6 @@ def fit(
                 position = {"loader": loader.get_state()}
                 checkpoint.save(checkpoints, step, train_state, metadata | position)
     return jax.device_get(train_state)
-
-
-def _keep_freed_memory() -> None:
-    """Has glibc keep what XLA frees.
-
-    On a CPU every update otherwise gives megabytes back to the kernel and faults them in again,
-    which was up to a third of the time of a small training.
-    """
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not every libc has it
-        if mallopt:
-            for parameter, value in ((_M_MMAP_THRESHOLD, 1 << 25), (_M_TRIM_THRESHOLD, 1 << 30)):
-                mallopt(parameter, value)
 
 
 def open_run(run_dir: str, config: Any, *, overwrite: bool) -> pathlib.Path:

@@ -25,8 +25,8 @@ from einops import rearrange
 
 from train.command_line import run
 from train.loop import LoopConfig, fit, open_run, save_json
+from vla_jax import augment, losses, optim
 from vla_jax import config as configs
-from vla_jax import losses, optim
 from vla_jax.backbones.family import BACKBONES
 from vla_jax.backbones.perceiver import PerceiverConfig
 from vla_jax.data import lerobot, normalize
@@ -51,6 +51,7 @@ class PretrainConfig:
     backbone: PerceiverConfig = PerceiverConfig()
     normalize: NormalizeConfig = NormalizeConfig()  # method of each column
     augment: AugmentConfig = AugmentConfig()
+    augment_on: Literal["host", "device"] = "host"  # in the loader's threads, or in the update
     loader: LoaderConfig = LoaderConfig(batch_size=64)
     optim: OptimConfig = OptimConfig(learning_rate=5e-3, end_factor=0.01, freeze=("*/words/*",))
     loop: LoopConfig = LoopConfig(num_updates=3000, save_every=1000)
@@ -74,7 +75,7 @@ def pretrain(config: PretrainConfig) -> pathlib.Path:
     loader = make_loader(
         make_frames(config, dataset, norm_stats),
         config.loader,
-        augment=config.augment,
+        augment=config.augment if config.augment_on == "host" else None,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
@@ -87,7 +88,9 @@ def pretrain(config: PretrainConfig) -> pathlib.Path:
     params = init_params(params_key, config.backbone, num_targets)
 
     def loss_fn(params: Params, batch: Batch, key: Key) -> tuple[jax.Array, Metrics]:
-        del key  # nothing is random
+        if config.augment_on == "device":
+            changed = augment.apply(key, batch.observation, config.augment)
+            batch = batch._replace(observation=changed)
         predicted = read_out(params, config.backbone, batch)
         wanted, mask = make_targets(batch), batch.timestep_mask
         loss = losses.masked_mean(optax.losses.huber_loss(predicted, wanted, delta=1.0), mask)

@@ -82,12 +82,10 @@ def compare(config: TabularConfig) -> pathlib.Path:
         )
     found = {"network": np.array(network), "table": np.array(table)}
     save_json({name: values.tolist() for name, values in found.items()}, run_dir / "report.json")
-    plots.curves(
-        run_dir / "obstacles.png",
-        {name: (np.array(config.obstacles), values) for name, values in found.items()},
-        labels=("obstacles", "success"),
-        title=f"{config.deep.seeds.num_seeds} seeds, mean and 95 % interval",
-    )
+    title = f"{config.deep.seeds.num_seeds} seeds, mean and 95 % interval"
+    curves = {name: (config.obstacles, values) for name, values in found.items()}
+    panel = plots.Panel(title, "obstacles", "success", curves)
+    plots.curves(run_dir / "obstacles.png", [panel])
     return run_dir
 
 

@@ -1,63 +1,80 @@
-"""Recurrent cells as pure functions: RNN, LSTM, GRU.
+"""Recurrent cells as pure functions: RNN, LSTM, GRU, LSTM with layer normalisation, minGRU.
 
 A cell is one step, `step(params, carry, inputs) -> (carry, outputs)`: bind `params` and it is the
 body of `jax.lax.scan`. It comes in three parts: two products, of which that with the inputs does
-not wait for the carry and can be taken for all steps at once before the scan, and the gates:
+not wait for the carry and can be taken for all steps at once before the scan, and the gates, whose
+equations stand in `gates`:
 
-    step(params, carry, inputs) = combine(carry, project(params, inputs), recur(params, carry))
+    p, q = project(params, inputs), recur(params, carry)
+    step(params, carry, inputs) = combine(gains(params), carry, p, q)
 
-All weights are in the products, none in `combine`; `bptt` builds its backward pass on that.
+All kernels are in the products, none in `combine`; `bptt` builds its backward pass on that. The
+`gains` are vectors at most, such as the scales of a normalisation; most cells have none.
 
-Every cell has the same four params, in PyTorch's and cuDNN's layout transposed: `input_kernel`
-`[D, G·H]`, `recurrent_kernel` `[H, G·H]`, `input_bias` and `recurrent_bias` `[G·H]`. Gates lie on
-the last axis: LSTM `i f g o`; GRU `r z n`, with the reset after the recurrent product. The two
-biases of a gate are kept apart as they are there: Adam moves them twice as fast as one would.
+Every cell but the minGRU has these four params, in PyTorch's and cuDNN's layout transposed:
+`input_kernel` `[D, G·H]`, `recurrent_kernel` `[H, G·H]`, `input_bias` and `recurrent_bias` `[G·H]`;
+the LayerNorm-LSTM has gains beside them. Gates lie on the last axis: LSTM `i f g o`; GRU `r z n`,
+with the reset after the recurrent product. The two biases of a gate are kept apart as they are
+there: Adam moves them twice as fast as one would.
+A minGRU, gates `z n`, has no recurrent product; it is linear in its carry (see `associative`).
 
 Carries and gates are float32; `dtype` is that of the factors of the products alone.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from vla_jax.gates import (
+    GRUCarry,
+    LSTMCarry,
+    MinGRUCarry,
+    RNNCarry,
+    gru_combine,
+    layer_norm_lstm_combine,
+    lstm_combine,
+    min_gru_coefficients,
+    min_gru_combine,
+    rnn_combine,
+)
 from vla_jax.types import Array, Key, Params
 
-
-class RNNCarry(NamedTuple):
-    """What an RNN hands to its next step."""
-
-    hidden: Array  # [..., H] float32, also the output
-
-
-class LSTMCarry(NamedTuple):
-    """What an LSTM hands to its next step."""
-
-    hidden: Array  # [..., H] float32, also the output
-    cell: Array  # [..., H] float32
-
-
-class GRUCarry(NamedTuple):
-    """What a GRU hands to its next step."""
-
-    hidden: Array  # [..., H] float32, also the output
+PRODUCTS = ("input_kernel", "recurrent_kernel", "input_bias", "recurrent_bias")
+CellName = Literal["rnn", "lstm", "gru", "layer_norm_lstm", "min_gru"]  # keys of `CELLS`
 
 
 class Cell(NamedTuple):
     """A family member: what `recurrence` needs to know of a cell."""
 
     num_gates: int  # G
+    adds: bool  # whether `combine` sees the sum of projected and recurrent only
     init: Callable[[Key, int, int], Params]  # (key, input_size, hidden_size) -> params
     zero_carry: Callable[[Array, int], Any]  # (like [B, ...], hidden_size) -> carry [B, H]
     project: Callable[..., jax.Array]  # (params, inputs [..., D], *, dtype) -> [..., G·H]
-    recur: Callable[..., jax.Array]  # (params, carry, *, dtype) -> [..., G·H]
-    combine: Callable[..., tuple[Any, jax.Array]]  # (carry, projected, recurrent)
+    recur: Callable[..., jax.Array | None]  # (params, carry, *, dtype) -> [..., G·H]; None: none
+    combine: Callable[..., tuple[Any, jax.Array]]  # (gains, carry, projected, recurrent)
     step: Callable[..., tuple[Any, jax.Array]]  # (params, carry, inputs [..., D], *, dtype)
+    # projected -> (a, b) with hₜ = aₜ hₜ₋₁ + bₜ, where the cell is linear in its carry
+    coefficients: Callable[[Array], tuple[jax.Array, jax.Array]] | None = None
 
 
-def affine(inputs: Array, kernel: Array, bias: Array, *, dtype: str = "float32") -> jax.Array:
+class Turned(NamedTuple):
+    """A kernel turned over, for steps whose rows lie in columns; see `streaming.lay_out`."""
+
+    kernel: Array  # [E, D]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the kernel it was, `[D, E]`."""
+        return self.kernel.shape[::-1]
+
+
+def affine(
+    inputs: Array, kernel: Array | Turned, bias: Array, *, dtype: str = "float32"
+) -> jax.Array:
     """Returns `inputs · kernel + bias` in float32.
 
     Args:
@@ -71,9 +88,13 @@ def affine(inputs: Array, kernel: Array, bias: Array, *, dtype: str = "float32")
     """
     # The cast stands here, inside the scan, so that the gradients of the steps are summed in
     # float32; outside of it they would be summed in `dtype`.
-    product = jnp.matmul(
-        jnp.asarray(inputs, dtype), jnp.asarray(kernel, dtype), preferred_element_type=jnp.float32
-    )
+    inputs = jnp.asarray(inputs, dtype)
+    if isinstance(kernel, Turned):
+        turned = jnp.asarray(kernel.kernel, dtype)
+        product = jnp.einsum("ed,...d->...e", turned, inputs, preferred_element_type=jnp.float32)
+    else:
+        kernel = jnp.asarray(kernel, dtype)
+        product = jnp.matmul(inputs, kernel, preferred_element_type=jnp.float32)
     return product + jnp.broadcast_to(bias, product.shape)
 
 
@@ -109,8 +130,8 @@ def project(params: Params, inputs: Array, *, dtype: str = "float32") -> jax.Arr
     return affine(inputs, params["input_kernel"], params["input_bias"], dtype=dtype)
 
 
-def recur(params: Params, carry: Any, *, dtype: str = "float32") -> jax.Array:
-    """Returns the carry's share of the gates.
+def recur(params: Params, carry: Any, *, dtype: str = "float32") -> jax.Array | None:
+    """Returns the carry's share of the gates, or None of a cell without a recurrent kernel.
 
         q = h · R + b
 
@@ -122,69 +143,15 @@ def recur(params: Params, carry: Any, *, dtype: str = "float32") -> jax.Array:
     Returns:
       `[..., G·H]` float32.
     """
+    if "recurrent_kernel" not in params:
+        return None
     kernel, bias = params["recurrent_kernel"], params["recurrent_bias"]
     return affine(carry.hidden, kernel, bias, dtype=dtype)
 
 
-def rnn_combine(carry: RNNCarry, projected: Array, recurrent: Array) -> tuple[RNNCarry, jax.Array]:
-    """Returns the next carry and output of a plain RNN.
-
-        hₜ = tanh(pₜ + qₜ)
-
-    Args:
-      carry: `[..., H]`; only its share `recurrent` matters.
-      projected: p, `[..., H]` from `project`.
-      recurrent: q, `[..., H]` from `recur`.
-
-    Source: Elman 1990, as `torch.nn.RNN` has it.
-    """
-    hidden = jnp.tanh(projected + recurrent)
-    return RNNCarry(hidden), hidden
-
-
-def lstm_combine(
-    carry: LSTMCarry, projected: Array, recurrent: Array
-) -> tuple[LSTMCarry, jax.Array]:
-    """Returns the next carry and output of an LSTM.
-
-        i, f, g, o = pₜ + qₜ
-        cₜ = σ(f) cₜ₋₁ + σ(i) tanh(g)
-        hₜ = σ(o) tanh(cₜ)
-
-    Args:
-      carry: `[..., H]`.
-      projected: p, `[..., 4·H]` from `project`.
-      recurrent: q, `[..., 4·H]` from `recur`.
-
-    Source: Gers et al. 2000, as `torch.nn.LSTM` has it.
-    """
-    i, f, g, o = jnp.split(projected + recurrent, 4, axis=-1)
-    cell = jax.nn.sigmoid(f) * carry.cell + jax.nn.sigmoid(i) * jnp.tanh(g)
-    hidden = jax.nn.sigmoid(o) * jnp.tanh(cell)
-    return LSTMCarry(hidden, cell), hidden
-
-
-def gru_combine(carry: GRUCarry, projected: Array, recurrent: Array) -> tuple[GRUCarry, jax.Array]:
-    """Returns the next carry and output of a GRU.
-
-        r, z = σ(pₜ + qₜ)       n = tanh(pₜ + r qₜ)
-        hₜ = (1 − z) n + z hₜ₋₁
-
-    Args:
-      carry: `[..., H]`.
-      projected: p, `[..., 3·H]` from `project`.
-      recurrent: q, `[..., 3·H]` from `recur`.
-
-    Source: Cho et al. 2014 (arXiv:1406.1078v1), as `torch.nn.GRU` and cuDNN have it: `r` scales
-    the recurrent product with its bias, not the carry.
-    """
-    input_r, input_z, input_n = jnp.split(projected, 3, axis=-1)
-    hidden_r, hidden_z, hidden_n = jnp.split(recurrent, 3, axis=-1)
-    r = jax.nn.sigmoid(input_r + hidden_r)
-    z = jax.nn.sigmoid(input_z + hidden_z)
-    n = jnp.tanh(input_n + r * hidden_n)
-    hidden = (1.0 - z) * n + z * carry.hidden
-    return GRUCarry(hidden), hidden
+def gains(params: Params) -> Params:
+    """Returns those params of a cell that are in neither of the two products."""
+    return {name: leaf for name, leaf in params.items() if name not in PRODUCTS}
 
 
 def _init(key: Key, input_size: int, hidden_size: int, *, num_gates: int) -> Params:
@@ -203,6 +170,23 @@ def _init(key: Key, input_size: int, hidden_size: int, *, num_gates: int) -> Par
     }
 
 
+def _init_layer_norm_lstm(key: Key, input_size: int, hidden_size: int) -> Params:
+    gates, units = jnp.zeros(4 * hidden_size), jnp.zeros(hidden_size)
+    return {
+        **_init(key, input_size, hidden_size, num_gates=4),
+        "input_scale": gates + 1.0,
+        "recurrent_scale": gates + 1.0,
+        "gate_bias": gates,
+        "cell_scale": units + 1.0,
+        "cell_bias": units,
+    }
+
+
+def _init_min_gru(key: Key, input_size: int, hidden_size: int) -> Params:
+    params = _init(key, input_size, hidden_size, num_gates=2)
+    return {name: params[name] for name in ("input_kernel", "input_bias")}
+
+
 def _zero_carry(like: Array, hidden_size: int, *, carry_type: Any) -> Any:
     def zeros() -> jax.Array:
         # Made of the data, they share its sharding, which a scan on an explicit mesh insists on.
@@ -212,25 +196,47 @@ def _zero_carry(like: Array, hidden_size: int, *, carry_type: Any) -> Any:
     return carry_type(*(zeros() for _ in carry_type._fields))  # apart, so that both can be donated
 
 
-def _make_cell(num_gates: int, carry_type: Any, combine: Callable[..., Any]) -> Cell:
+def _make_cell(
+    num_gates: int,
+    adds: bool,
+    carry_type: Any,
+    combine: Callable[..., Any],
+    *,
+    init: Callable[[Key, int, int], Params] | None = None,
+    coefficients: Callable[[Array], tuple[jax.Array, jax.Array]] | None = None,
+) -> Cell:
     def step(
         params: Params, carry: Any, inputs: Array, *, dtype: str = "float32"
     ) -> tuple[Any, jax.Array]:
         projected = project(params, inputs, dtype=dtype)
-        return combine(carry, projected, recur(params, carry, dtype=dtype))
+        return combine(gains(params), carry, projected, recur(params, carry, dtype=dtype))
 
     return Cell(
         num_gates=num_gates,
-        init=partial(_init, num_gates=num_gates),
+        adds=adds,
+        init=init or partial(_init, num_gates=num_gates),
         zero_carry=partial(_zero_carry, carry_type=carry_type),
         project=project,
         recur=recur,
         combine=combine,
         step=step,
+        coefficients=coefficients,
     )
 
 
-RNN = _make_cell(1, RNNCarry, rnn_combine)
-LSTM = _make_cell(4, LSTMCarry, lstm_combine)
-GRU = _make_cell(3, GRUCarry, gru_combine)
-CELLS = {"rnn": RNN, "lstm": LSTM, "gru": GRU}
+RNN = _make_cell(1, True, RNNCarry, rnn_combine)
+LSTM = _make_cell(4, True, LSTMCarry, lstm_combine)
+GRU = _make_cell(3, False, GRUCarry, gru_combine)
+LAYER_NORM_LSTM = _make_cell(
+    4, False, LSTMCarry, layer_norm_lstm_combine, init=_init_layer_norm_lstm
+)
+MIN_GRU = _make_cell(
+    2, True, MinGRUCarry, min_gru_combine, init=_init_min_gru, coefficients=min_gru_coefficients
+)
+CELLS = {
+    "rnn": RNN,
+    "lstm": LSTM,
+    "gru": GRU,
+    "layer_norm_lstm": LAYER_NORM_LSTM,
+    "min_gru": MIN_GRU,
+}

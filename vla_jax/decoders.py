@@ -2,117 +2,41 @@
 
     tokens [B, W, N, D] → pool → [B, W, D'] → trunk → [B, W, H] → heads → Prediction
 
-The trunk is a recurrence ("rnn", "lstm", "gru"), a transformer that looks back over the window
-("gpt"), or an MLP that remembers nothing, the baseline ("fc"). Actions come out at every position
-of the window; `streaming` gives the same ones step by step.
+The trunk is a recurrence of any cell ("lstm", "gru", "rnn", …), a transformer that looks back over
+the window ("gpt"), or an MLP that remembers nothing, the baseline ("fc"). Actions come out at every
+position of the window; `streaming` gives the same ones step by step. The heads see the features of
+their own step, but for head "autoregressive", which looks back at those before: an encoder-decoder.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, cast, get_args
+from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from vla_jax import action_tokens, heads, pooling, recurrence, transformer
+from vla_jax import attention, chunk_writer, heads, pooling, recurrence, transformer
 from vla_jax.cells import CELLS, affine
-from vla_jax.config import did_you_mean
-from vla_jax.pooling import Pooling
-from vla_jax.recurrence import Carry, RecurrenceConfig
-from vla_jax.transformer import TransformerConfig
+from vla_jax.chunk_writer import Told
+from vla_jax.decoder_config import (
+    DecoderConfig,
+    least_tokens,
+    pooled_size,
+    recurrence_config,
+    transformer_config,
+    writer_config,
+)
+from vla_jax.recurrence import Carry
 from vla_jax.types import Array, Key, Params, Prediction
-
-Kind = Literal["rnn", "lstm", "gru", "fc", "gpt"]
-Head = Literal["continuous", "discrete"]
-Dtype = Literal["float32", "bfloat16"]
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """A decoder; the defaults are RoboVLMs' but for the sizes of its inputs and outputs."""
-
-    kind: Kind = "lstm"  # cell of the recurrence, "gpt" for a transformer, "fc" for no memory
-    token_dim: int = 256  # D, features of a token; the backbone's
-    num_tokens: int = 1  # N, tokens per step; the backbone's; 0 = any number, where it is pooled
-    window_size: int = 16  # W, steps it is trained on, and remembers in streaming mode "refresh"
-    action_horizon: int = 10  # K, actions of a chunk
-    action_dim: int = 7  # A, the last of which is the gripper
-    hidden_size: int = 1024  # H, units of a layer, features that the heads get
-    num_layers: int = 4  # L, of the recurrence or the transformer (RoboVLMs' has 8); not of "fc"
-    num_heads: int = 8  # M, attention heads of kind "gpt"
-    pooling: Pooling = "max"  # how N tokens become `num_latents`; "none" keeps and joins them all
-    num_latents: int = 1  # vectors that are left of a step's tokens, joined to one
-    head: Head = "continuous"  # numbers (arm, gripper logit), or "discrete": bins of each number
-    num_bins: int = 256  # V, bins of a number from -1 to 1; of head "discrete"
-    head_sizes: tuple[int, ...] = (1024, 512, 256)  # hidden layers of each MLP of the heads
-    dropout: float = 0.0  # probability: between two recurrent layers, or in GPT-2's three places
-    remat_chunk: int = 0  # recurrent steps computed again for the gradient; 0 = keep all
-    dtype: Dtype = "float32"  # of the factors of matrix products
-
-    def __post_init__(self):
-        literals = {"kind": Kind, "pooling": Pooling, "head": Head, "dtype": Dtype}
-        for name, choices in literals.items():
-            value, known = getattr(self, name), get_args(choices)
-            if value not in known:
-                raise ValueError(f"unknown {name} '{value}'; {did_you_mean(value, known)}")
-        least_tokens = 1 if self.pooling == "none" else 0
-        sizes = ("token_dim", "window_size", "action_horizon", "num_latents")
-        sizes += ("hidden_size", "num_layers")
-        for name, least in (("num_tokens", least_tokens), *((name, 1) for name in sizes)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
-        if self.action_dim < 2:
-            raise ValueError(
-                f"action_dim must be at least 2 (arm, gripper), got {self.action_dim}."
-            )
-        if 0 < self.num_tokens < _least_tokens(self):
-            raise ValueError(
-                f"num_latents must be at most num_tokens = {self.num_tokens} with "
-                f"pooling='{self.pooling}', got {self.num_latents}; choose pooling='attention'."
-            )
-        action_tokens.check_num_bins(self.num_bins)
-        TRUNKS[self.kind].check(self)
 
 
 class Trunk(NamedTuple):
     """A family member: what stands between pooling and heads."""
 
     name: str  # of its params
-    check: Callable[[DecoderConfig], object]  # raises a ValueError unless it can be made so
     init: Callable[[Key, DecoderConfig], Params]
     apply: Callable[..., tuple[Carry, jax.Array]]  # see `features`, with pooled for tokens
-
-
-def recurrence_config(config: DecoderConfig) -> RecurrenceConfig:
-    """Returns the config of the recurrence inside, for kinds "rnn", "lstm", "gru"."""
-    return RecurrenceConfig(
-        cell=cast(Literal["rnn", "lstm", "gru"], config.kind),
-        num_layers=config.num_layers,
-        hidden_size=config.hidden_size,
-        dropout=config.dropout,
-        remat_chunk=config.remat_chunk,
-        dtype=config.dtype,
-    )
-
-
-def transformer_config(config: DecoderConfig) -> TransformerConfig:
-    """Returns the config of the transformer inside, which has a position for each step."""
-    return TransformerConfig(
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-        hidden_size=config.hidden_size,
-        num_positions=config.window_size,
-        dropout=config.dropout,
-        dtype=config.dtype,
-    )
-
-
-def pooled_size(config: DecoderConfig) -> int:
-    """Returns D', the features that `pool` leaves of a step."""
-    num_vectors = config.num_tokens if config.pooling == "none" else config.num_latents
-    return num_vectors * config.token_dim
 
 
 def init(key: Key, config: DecoderConfig) -> Params:
@@ -128,14 +52,7 @@ def init(key: Key, config: DecoderConfig) -> Params:
     pooling_key, trunk_key, heads_key = jax.random.split(key, 3)
     params: Params = {
         **TRUNKS[config.kind].init(trunk_key, config),
-        "heads": heads.init(
-            heads_key,
-            config.hidden_size,
-            config.action_horizon,
-            config.action_dim,
-            config.head_sizes,
-            num_bins=_num_bins(config),
-        ),
+        "heads": _init_heads(heads_key, config),
     }
     if config.pooling == "attention":
         shape = (config.num_latents, config.token_dim)
@@ -152,6 +69,7 @@ def apply(
     token_mask: Array | None = None,
     reset: Array | None = None,
     carry: Carry | None = None,
+    told: Told | None = None,
     key: Key | None = None,
 ) -> Prediction:
     """Returns what is predicted at every position: action chunks, or bins of them.
@@ -164,7 +82,8 @@ def apply(
       token_mask: `[B, W, N]`, True where the token is real; None means everywhere.
       reset: `[B, W]`, True where a new episode starts; None means nowhere.
       carry: of the recurrence before the first step; None means zeros. Of "gpt" always None.
-      key: consumed, for dropout; None means no dropout.
+      told: the true actions, that head "autoregressive" learns from; None means it is told its own.
+      key: consumed, for dropout, and for `told.rate`; None means no dropout.
 
     Returns:
       Arm `[B, W, K, A-1]` in (-1, 1), gripper logit `[B, W, K]`; of head "discrete" logits
@@ -172,10 +91,11 @@ def apply(
 
     Raises:
       ValueError: `tokens` are not `[B, W, N, D]` with the config's N and D, or for "gpt" there is
-        a carry or a longer window.
+        a carry or a longer window; another head is told, or `told.rate` has no key.
 
     Source: Li et al. 2024, RoboVLMs (arXiv:2412.14058), `LSTMDecoder`, `GPTDecoder`, `FCDecoder`.
     """
+    trunk_key, head_key = (None, None) if key is None else jax.random.split(key)
     _, hidden = features(
         params,
         config,
@@ -184,13 +104,59 @@ def apply(
         token_mask=token_mask,
         reset=reset,
         carry=carry,
-        key=key,
+        key=trunk_key,
     )
-    return predict(params, config, hidden)
+    return predict(
+        params, config, hidden, timestep_mask=timestep_mask, reset=reset, told=told, key=head_key
+    )
 
 
-def predict(params: Params, config: DecoderConfig, features: Array) -> Prediction:
-    """Returns what the heads make of `features [..., H]`, as `apply` does at every position."""
+def predict(
+    params: Params,
+    config: DecoderConfig,
+    features: Array,
+    *,
+    timestep_mask: Array | None = None,
+    reset: Array | None = None,
+    told: Told | None = None,
+    key: Key | None = None,
+) -> Prediction:
+    """Returns what the heads make of the features of a window, as `apply` does.
+
+    Args:
+      params: from `init`.
+      config: the one that `init` was given.
+      features: `[B, W, H]` from `features`; or `[..., H]`, but for head "autoregressive", which
+        alone needs what follows.
+      timestep_mask: `[B, W]`, as for `apply`.
+      reset: `[B, W]`, as for `apply`.
+      told: as for `apply`.
+      key: consumed, as for `apply`.
+
+    Raises:
+      ValueError: another head is told, which would not hear it, or `told.rate` has no key.
+    """
+    if config.head == "autoregressive":
+        visible = attention.looking_back(
+            jnp.ones(features.shape[:2], bool) if timestep_mask is None else timestep_mask,
+            jnp.zeros(features.shape[:2], bool) if reset is None else reset,
+            config.window_size,
+        )
+        return chunk_writer.apply(
+            params["heads"],
+            writer_config(config),
+            features,
+            features,
+            visible,
+            config.action_horizon,
+            told=told,
+            key=key,
+        )[0]
+    if told is not None:
+        raise ValueError(
+            f"told must be None for head '{config.head}', whose actions do not wait for one "
+            "another, got actions; leave it out, or choose head 'autoregressive'."
+        )
     return heads.apply(
         params["heads"],
         features,
@@ -266,7 +232,7 @@ def check_tokens(config: DecoderConfig, tokens: Array, axes: str) -> None:
       tokens: what a user gave.
       axes: their axes in words, such as "[B, W, N, D]".
     """
-    least = config.num_tokens or _least_tokens(config)
+    least = config.num_tokens or least_tokens(config)
     most = config.num_tokens or math.inf
     fits = tokens.ndim == axes.count(",") + 1 and tokens.shape[-1] == config.token_dim
     if not fits or not least <= tokens.shape[-2] <= most:
@@ -277,9 +243,17 @@ def check_tokens(config: DecoderConfig, tokens: Array, axes: str) -> None:
         )
 
 
-def _least_tokens(config: DecoderConfig) -> int:
-    """The fewest tokens that can be shared out to `num_latents` bins."""
-    return config.num_latents if config.pooling in ("max", "mean") else 1
+def _init_heads(key: Key, config: DecoderConfig) -> Params:
+    if config.head == "autoregressive":
+        return chunk_writer.init(key, writer_config(config))
+    return heads.init(
+        key,
+        config.hidden_size,
+        config.action_horizon,
+        config.action_dim,
+        config.head_sizes,
+        num_bins=_num_bins(config),
+    )
 
 
 def _num_bins(config: DecoderConfig) -> int | None:
@@ -306,14 +280,6 @@ def _apply_recurrence(
         carry=carry,
         key=key,
     )
-
-
-def _check_mlp(config: DecoderConfig) -> None:
-    if config.dropout != 0.0:
-        raise ValueError(
-            f"dropout must be 0 for a decoder of kind 'fc', which drops nothing, got "
-            f"{config.dropout}."
-        )
 
 
 def _init_mlp(key: Key, config: DecoderConfig) -> Params:
@@ -352,9 +318,9 @@ def _apply_transformer(
     return {}, features
 
 
-_RECURRENCE = Trunk("recurrence", recurrence_config, _init_recurrence, _apply_recurrence)
+_RECURRENCE = Trunk("recurrence", _init_recurrence, _apply_recurrence)
 TRUNKS = {
     **dict.fromkeys(CELLS, _RECURRENCE),
-    "fc": Trunk("mlp", _check_mlp, _init_mlp, _apply_mlp),
-    "gpt": Trunk("transformer", transformer_config, _init_transformer, _apply_transformer),
+    "fc": Trunk("mlp", _init_mlp, _apply_mlp),
+    "gpt": Trunk("transformer", _init_transformer, _apply_transformer),
 }

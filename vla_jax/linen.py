@@ -24,7 +24,8 @@ import jax
 import jax.numpy as jnp
 
 from vla_jax import decoders, recurrence, streaming
-from vla_jax.cells import CELLS
+from vla_jax.cells import CELLS, CellName
+from vla_jax.chunk_writer import Told
 from vla_jax.decoders import DecoderConfig
 from vla_jax.recurrence import Carry, RecurrenceConfig
 from vla_jax.streaming import State
@@ -34,7 +35,7 @@ from vla_jax.types import ActionChunk, Array, Key, Params, Prediction
 class Cell(nn.RNNCellBase):
     """A cell of `cells.CELLS`; its carry is the cell's own, such as `LSTMCarry(hidden, cell)`."""
 
-    cell: Literal["rnn", "lstm", "gru"]  # name in `cells.CELLS`
+    cell: CellName  # key of `cells.CELLS`
     hidden_size: int  # H
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the factors of matrix products
 
@@ -146,6 +147,7 @@ class Decoder(nn.Module):
         token_mask: Array | None = None,
         reset: Array | None = None,
         carry: Carry | None = None,
+        told: Told | None = None,
         deterministic: bool = True,
     ) -> Prediction:
         """Returns what is predicted at every position: action chunks, or bins of them.
@@ -156,6 +158,8 @@ class Decoder(nn.Module):
           token_mask: `[B, W, N]`, True where the token is real; None means everywhere.
           reset: `[B, W]`, True where a new episode starts; None means nowhere.
           carry: of the recurrence before the first step; None means zeros. Of "gpt" always None.
+          told: the true actions, that head "autoregressive" learns from, without a rate; None means
+            it is told its own.
           deterministic: False drops as `DecoderConfig.dropout` says, by an rng named "dropout".
 
         Returns:
@@ -174,6 +178,7 @@ class Decoder(nn.Module):
             token_mask=token_mask,
             reset=reset,
             carry=carry,
+            told=told,
             key=_dropout_key(self, self.config.dropout, deterministic),
         )
 

@@ -28,7 +28,8 @@ class OptimConfig:
     b1: float = 0.9  # decay of Adam's mean, per optimiser step
     b2: float = 0.95  # decay of Adam's mean square, per optimiser step
     weight_decay: float = 1e-4  # share of a kernel taken off per unit of learning rate
-    max_grad_norm: float = 1.0  # longer gradients are scaled down to this global norm
+    max_grad_value: float | None = None  # each number of a gradient is cut to ± this; None = not
+    max_grad_norm: float = 1.0  # then, longer gradients are scaled down to this global norm
     accumulation_steps: int = 1  # updates (batches) whose mean gradient makes one optimiser step
     ema_decay: float | None = None  # of the averaged params, per update; None = no average
     freeze: tuple[str, ...] = ()  # path globs of params that stay as they are
@@ -42,6 +43,8 @@ class OptimConfig:
         _check("b1", self.b1, 0 <= self.b1 < 1, "in [0, 1)")
         _check("b2", self.b2, 0 <= self.b2 < 1, "in [0, 1)")
         _check("weight_decay", self.weight_decay, self.weight_decay >= 0, "0 or more")
+        value = self.max_grad_value
+        _check("max_grad_value", value, value is None or value > 0, "None or above 0")
         _check("max_grad_norm", self.max_grad_norm, self.max_grad_norm > 0, "above 0")
         _check("accumulation_steps", self.accumulation_steps, self.accumulation_steps >= 1, ">= 1")
         _check("ema_decay", self.ema_decay, 0 <= (self.ema_decay or 0) < 1, "None or in [0, 1)")
@@ -98,7 +101,9 @@ def make_optimizer(
 
     every = config.accumulation_steps
     schedule = make_schedule(config, num_updates)
+    value = config.max_grad_value
     train = optax.chain(
+        *([] if value is None else [optax.clip(value)]),
         optax.clip_by_global_norm(config.max_grad_norm),
         optax.adamw(
             lambda step: schedule(step * every),  # the chain counts optimiser steps, not updates

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vla_jax import policy
 from vla_jax.agent import Agent, AgentConfig, make_agent, read_instruction
 from vla_jax.data.normalize import NormStats
 from vla_jax.envs import table
@@ -55,13 +56,14 @@ def make_player(
 
     def make_act(num_simulators: int) -> Act:
         state = agent.init(params, num_simulators)
+        laid_out = policy.lay_out(params, config.policy, state.stream)
 
         def act(sights: list[Sight]) -> np.ndarray:
             nonlocal state
             # Always as many rows, so that nothing is compiled again when few episodes are left.
             rows = [*sights, *[sights[0]] * (num_simulators - len(sights))]
             reset = np.array([sight.step == 0 for sight in rows])
-            state, actions = step(params, state, _observe(rows, words), reset)
+            state, actions = step(laid_out, state, _observe(rows, words), reset)
             return np.asarray(actions)[: len(sights)]
 
         return act

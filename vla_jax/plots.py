@@ -1,4 +1,4 @@
-"""Pictures of numbers: a training, success per task, predicted actions beside an expert's.
+"""Pictures of numbers: a training, success per task, actions beside an expert's, attention.
 
 Needs the extra `plots` (matplotlib). Colours are Okabe and Ito's, which the colour-blind tell
 apart; every function writes one PNG.
@@ -7,7 +7,8 @@ apart; every function writes one PNG.
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from itertools import cycle
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,11 +16,23 @@ from vla_jax.envs import table
 from vla_jax.results import Rate, Summary, mean_interval
 
 Path = str | os.PathLike[str]
-Curve = tuple[np.ndarray, np.ndarray]  # places on the x axis [N], values [N, S] of S seeds
+Curve = tuple[Sequence[float] | np.ndarray, Sequence[float] | np.ndarray]  # x [N], y [N] or [N, S]
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 _INK, _FAINT = "#30343b", "#d9dce1"
 _DASHES = ("--", ":", "-.")
 _NOT_DRAWN = ("step", "steps_per_second", "data_wait", "grad_norm", "learning_rate")
+
+
+class Panel(NamedTuple):
+    """What `curves` draws in one of its panels."""
+
+    title: str
+    x_label: str
+    y_label: str
+    curves: Mapping[str, Curve]  # name -> x, y; of several seeds their mean and its 95 % interval
+    levels: Mapping[str, float] = {}  # name -> y of a line across
+    log: str = ""  # axes with a logarithmic scale: "x", "y", "xy"
+    y_range: tuple[float, float] | None = None
 
 
 def training(path: Path, metrics: Sequence[Mapping[str, float]], *, title: str = "") -> None:
@@ -144,42 +157,6 @@ def actions(
     _write(figure, path, title)
 
 
-def curves(
-    path: Path,
-    curves: Mapping[str, Curve],
-    *,
-    labels: tuple[str, str],
-    goal: float | None = None,
-    title: str = "",
-) -> None:
-    """Draws the mean over trainings that differ in their seed alone, with its 95 % interval.
-
-    Args:
-      path: PNG to write.
-      curves: name to curve.
-      labels: of the x and y axes.
-      goal: drawn as a line across; None means none.
-      title: above the curves.
-
-    Raises:
-      ValueError: there are no curves.
-      ImportError: matplotlib is missing.
-    """
-    if not curves:
-        raise ValueError(f"curves for {path} must be at least one, got none.")
-    figure = _figure(5.6, 3.6)
-    (axes,) = _panels(figure, 1, 1)
-    for (name, (places, values)), colour in zip(curves.items(), _cycle(len(curves)), strict=True):
-        low, high = np.array([mean_interval(of_seeds) for of_seeds in values]).T
-        axes.fill_between(places, low, high, color=colour, alpha=0.2, linewidth=0)
-        axes.plot(places, np.mean(values, axis=1), color=colour, label=name, linewidth=1.6)
-    if goal is not None:
-        axes.axhline(goal, color=_INK, linestyle="--", linewidth=1)
-    axes.set(xlabel=labels[0], ylabel=labels[1])
-    axes.legend(frameon=False, fontsize=8)
-    _write(figure, path, title)
-
-
 def growth(
     path: Path,
     curves: Mapping[str, Sequence[tuple[float, Sequence[float], float]]],
@@ -214,6 +191,92 @@ def growth(
         axes.minorticks_off()
     panels[0].set_ylabel("time / ms")
     panels[0].legend(frameon=False, fontsize=8)
+    _write(figure, path, title)
+
+
+def curves(path: Path, panels: Sequence[Panel], *, columns: int = 3, title: str = "") -> None:
+    """Draws panels of curves; one that is in several panels has the same colour in all.
+
+    Args:
+      path: PNG to write.
+      panels: what to draw, from the left to the right and down.
+      columns: panels side by side.
+      title: above the panels.
+
+    Raises:
+      ValueError: there are no panels.
+      ImportError: matplotlib is missing.
+    """
+    if not panels:
+        raise ValueError(f"panels for {path} must be at least one, got none.")
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = _figure(max(4.2 * columns, 5.0), 3.1 * rows + 0.5)
+    names = list(dict.fromkeys(name for panel in panels for name in panel.curves))
+    colours = dict(zip(names, _cycle(len(names)), strict=True))
+    drawn = _panels(figure, rows, columns, sharex=False)
+    handles = {}
+    for axes, panel in zip(drawn, panels, strict=False):
+        for name, (x, y) in panel.curves.items():
+            handles[name] = _draw_curve(axes, np.asarray(x), np.asarray(y), colours[name])
+        for (name, level), dashes in zip(panel.levels.items(), cycle(_DASHES), strict=False):
+            axes.axhline(level, color=_INK, linestyle=dashes, linewidth=1)
+            where = {"xy": (1.0, level), "xycoords": ("axes fraction", "data")}
+            axes.annotate(name, **where, ha="right", va="bottom", fontsize=7, color=_INK)
+        axes.set(xlabel=panel.x_label, ylabel=panel.y_label, ylim=panel.y_range)
+        axes.set(**{f"{axis}scale": "log" for axis in panel.log})
+        axes.set_title(panel.title, fontsize=9, loc="left", color=_INK)
+    for axes in drawn[len(panels) :]:
+        axes.set_axis_off()
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False,
+        fontsize=8,
+    )  # fmt: skip
+    _write(figure, path, title)
+
+
+def _draw_curve(axes: Any, x: np.ndarray, y: np.ndarray, colour: str) -> Any:
+    if y.ndim == 2:
+        low, high = np.array([mean_interval(of_seeds) for of_seeds in y]).T
+        axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+        y = y.mean(axis=1)
+    (line,) = axes.plot(x, y, color=colour, linewidth=1.6)
+    return line
+
+
+def attention(
+    path: Path,
+    weights: np.ndarray,
+    source: Sequence[str],
+    target: Sequence[str],
+    *,
+    title: str = "",
+) -> None:
+    """Draws where a decoder looked at each step: the darker, the more.
+
+    Args:
+      path: PNG to write.
+      weights: `[T, S]` in [0, 1].
+      source: names of the S positions.
+      target: names of the T steps.
+      title: above the map.
+
+    Raises:
+      ValueError: there are not S and T names.
+      ImportError: matplotlib is missing.
+    """
+    if weights.shape != (len(target), len(source)):
+        raise ValueError(
+            f"weights must be [{len(target)}, {len(source)}] for as many names, got "
+            f"{weights.shape}; cut the padding off."
+        )
+    figure = _figure(2.4 + 0.55 * len(source), 1.4 + 0.24 * len(target))
+    (axes,) = _panels(figure, 1, 1)
+    image = axes.imshow(weights, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    axes.set_xticks(range(len(source)), source, rotation=40, ha="right")
+    axes.set_yticks(range(len(target)), target)
+    axes.grid(visible=False)
+    figure.colorbar(image, ax=axes, label="weight", shrink=0.6)
     _write(figure, path, title)
 
 

@@ -89,10 +89,18 @@ def apply(
     Returns:
       Chunks `[B, W, K, …]`.
     """
+    trunk_key, head_key = (None, None) if key is None else jax.random.split(key)
     _, hidden = features(
-        params, config, observation, timestep_mask, reset=reset, tokens=tokens, key=key
+        params, config, observation, timestep_mask, reset=reset, tokens=tokens, key=trunk_key
     )
-    return decoders.predict(params["decoder"], config.decoder, hidden)
+    return decoders.predict(
+        params["decoder"],
+        config.decoder,
+        hidden,
+        timestep_mask=timestep_mask,
+        reset=reset,
+        key=head_key,
+    )
 
 
 def features(
@@ -107,7 +115,7 @@ def features(
 ) -> tuple[jax.Array, jax.Array]:
     """What lies between observations and chunks, for other heads than the actions'.
 
-    `decoders.predict(params["decoder"], config.decoder, features)` makes chunks of the features.
+    `decoders.predict(params["decoder"], config.decoder, features, ...)` makes chunks of them.
 
     Args:
       params: as for `apply`, and so are the others.
@@ -148,6 +156,11 @@ def init_stream(
     )
 
 
+def lay_out(params: Params, config: PolicyConfig, state: Any) -> Params:
+    """Params with which `step` gives the same faster, where it can; see `streaming.lay_out`."""
+    return {**params, "decoder": streaming.lay_out(params["decoder"], config.decoder, state)}
+
+
 def step(
     params: Params,
     config: PolicyConfig,
@@ -159,7 +172,7 @@ def step(
     """One time step.
 
     Args:
-      params: from `init`.
+      params: from `init` or `lay_out`.
       config: the same.
       state: from `init_stream` or the step before.
       observation: `[B, ...]`.

@@ -18,11 +18,20 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from vla_jax import bptt
-from vla_jax.cells import CELLS, drop
+from vla_jax import associative, bptt, cudnn
+from vla_jax.cells import CELLS, CellName, Turned, drop
 from vla_jax.config import did_you_mean
 from vla_jax.types import Array, Key, Params
 
+# "bptt": backward pass by hand; "scan": JAX's own; "cudnn": NVIDIA's LSTM; "associative": no loop,
+# for cells that are linear in their carry; "auto": "bptt".
+Implementation = Literal["auto", "bptt", "scan", "associative", "cudnn"]
+SCANS = {
+    "auto": bptt.scan,
+    "bptt": bptt.scan,
+    "scan": bptt.plain_scan,
+    "associative": associative.scan,
+}
 Carry = dict[str, dict[str, Any]]  # layer -> direction -> carry of a cell
 
 
@@ -30,13 +39,14 @@ Carry = dict[str, dict[str, Any]]  # layer -> direction -> carry of a cell
 class RecurrenceConfig:
     """A stack of recurrent layers."""
 
-    cell: Literal["rnn", "lstm", "gru"] = "lstm"  # name in `cells.CELLS`
+    cell: CellName = "lstm"  # key of `cells.CELLS`
     num_layers: int = 1  # L, one on top of the other
     hidden_size: int = 256  # H, units of each layer and direction
     dropout: float = 0.0  # probability of dropping an output between two layers
+    residual: bool = False  # whether each layer but the first adds its inputs to its outputs
     bidirectional: bool = False  # whether a second pass runs from the end to the start
     remat_chunk: int = 0  # steps whose gates are computed again for the gradient; 0 = keep all
-    implementation: Literal["bptt", "scan"] = "bptt"  # backward pass by hand, or JAX's own
+    implementation: Implementation = "auto"  # of time, see there
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the factors of matrix products
 
     def __post_init__(self):
@@ -51,6 +61,16 @@ class RecurrenceConfig:
             raise ValueError(
                 f"remat_chunk must be a number of steps or 0 for none, got {self.remat_chunk}."
             )
+        known = (*SCANS, "cudnn")
+        if self.implementation not in known:
+            raise ValueError(
+                f"unknown implementation '{self.implementation}'; "
+                f"{did_you_mean(self.implementation, known)}"
+            )
+        if self.implementation == "associative":
+            associative.check(CELLS[self.cell])
+        if self.implementation == "cudnn":
+            _check_cudnn(self)
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(
                 f"unknown dtype '{self.dtype}'; {did_you_mean(self.dtype, ('float32', 'bfloat16'))}"
@@ -123,16 +143,25 @@ def apply(
     Returns:
       The carry (of the backward direction: at the first step), and outputs `[B, T, H]`, float32;
       in both directions `[B, T, 2·H]`, forward first.
+
+    Raises:
+      ValueError: the kernels are turned over, for `step` alone; or implementation "cudnn" has no
+        GPU, or gets a mask or reset, which it does not know.
     """
     _check(params, inputs, mask, reset)
     carry = zero_carry(config, inputs) if carry is None else carry
     chex.assert_tree_shape_prefix(carry, (inputs.shape[0],))
+    if config.implementation == "cudnn":
+        return _apply_cudnn(params, config, carry, inputs, mask, reset)
     mask, reset = (None if flags is None else _swap(flags) for flags in (mask, reset))
     outputs, last = _swap(inputs), {}
     for layer, name in enumerate(_layers(config)):
+        below = outputs
         if layer > 0 and key is not None:
-            outputs = drop(jax.random.fold_in(key, layer), outputs, config.dropout)
+            outputs = drop(jax.random.fold_in(key, layer), below, config.dropout)
         last[name], outputs = _run_layer(params[name], config, carry[name], outputs, mask, reset)
+        if layer > 0 and config.residual:
+            outputs = below + outputs
     return last, _swap(outputs)
 
 
@@ -160,14 +189,48 @@ def step(
       ValueError: the recurrence runs in both directions, so there is no single step of it.
     """
     if config.bidirectional:
-        raise ValueError("step needs bidirectional=False, got True; use `apply` on the sequence.")
+        raise ValueError(
+            "step needs bidirectional=False, got True: the backward direction starts in the "
+            "future, which is not there yet; use `apply` on the whole sequence."
+        )
     chex.assert_axis_dimension(inputs, -1, _input_size(params))
     cell, outputs, following = CELLS[config.cell], jnp.asarray(inputs), {}
-    for name in _layers(config):
-        before = bptt.clear(carry[name]["forward"], reset)
-        after, outputs = cell.step(params[name]["forward"], before, outputs, dtype=config.dtype)
+    for layer, name in enumerate(_layers(config)):
+        before, below = bptt.clear(carry[name]["forward"], reset), outputs
+        after, outputs = cell.step(params[name]["forward"], before, below, dtype=config.dtype)
+        if layer > 0 and config.residual:
+            outputs = below + outputs
         following[name] = {"forward": after}
     return following, outputs
+
+
+def _apply_cudnn(
+    params: Params, config: RecurrenceConfig, carry: Carry, inputs: Array, mask, reset
+) -> tuple[Carry, jax.Array]:
+    if mask is not None or reset is not None:
+        raise ValueError(
+            "mask and reset must be None with implementation 'cudnn', which knows neither; choose "
+            "'auto'."
+        )
+    places = [(name, direction) for name in _layers(config) for direction in _directions(config)]
+    own, carries = ([tree[name][way] for name, way in places] for tree in (params, carry))
+    last, outputs = cudnn.lstm(own, carries, inputs, bidirectional=config.bidirectional)
+    following: Carry = {name: {} for name in _layers(config)}
+    for (name, direction), after in zip(places, last, strict=True):
+        following[name][direction] = after
+    return following, outputs
+
+
+def _check_cudnn(config: RecurrenceConfig) -> None:
+    needed = {
+        "cell": "lstm", "dropout": 0.0, "residual": False, "remat_chunk": 0, "dtype": "float32",
+    }  # fmt: skip
+    for name, value in needed.items():
+        if getattr(config, name) != value:
+            raise ValueError(
+                f"{name} must be {value!r} with implementation 'cudnn', got "
+                f"{getattr(config, name)!r}; choose implementation 'auto'."
+            )
 
 
 def _run_layer(
@@ -194,8 +257,7 @@ def _scan(
     params: Params, config: RecurrenceConfig, carry: Any, inputs, mask, reset, *, reverse: bool
 ) -> tuple[Any, jax.Array]:
     """Runs a cell over `inputs [T, B, D]`, the inputs' product first, of all steps (of a chunk)."""
-    cell = CELLS[config.cell]
-    scan = bptt.plain_scan if config.implementation == "scan" else bptt.scan
+    cell, scan = CELLS[config.cell], SCANS[config.implementation]
 
     def run(carry: Any, steps: Any) -> tuple[Any, jax.Array]:
         inputs, mask, reset = steps
@@ -255,6 +317,11 @@ def _input_size(params: Params) -> int:
 
 
 def _check(params: Params, inputs: Array, mask: Array | None, reset: Array | None) -> None:
+    if isinstance(params["layers_0"]["forward"]["input_kernel"], Turned):
+        raise ValueError(
+            "params must be as from `init`, got kernels turned over; those of `lay_out` are for "
+            "single steps."
+        )
     chex.assert_shape(inputs, (None, None, _input_size(params)))
     for flags in (mask, reset):
         if flags is not None:

@@ -7,18 +7,22 @@
 - `persistent`: the carry is never zeroed but by `reset`: memory of the whole episode.
 
 While an episode is not longer than W frames all three are the same. A decoder of kind "gpt" has
-no carry but caches (see `streaming_gpt`), and no positions for "persistent". The type of the state
-is the mode; every array of it leads with the axis `B`, and every row has its own age, so robots of
-one batch start their episodes when they like. A state may be donated to `step`.
+no carry but caches (see `streaming_gpt`), and no positions for "persistent"; one with head
+"autoregressive" also keeps the features that it looks back at (see `streaming_seen`). The type of
+the state is the mode; every array of it leads with the axis `B`, and every row has its own age, so
+robots of one batch start their episodes when they like. A state may be donated to `step`.
 """
 
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple, get_args
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from vla_jax import heads, recurrence, streaming_gpt
+from vla_jax import bptt, heads, recurrence, streaming_gpt, streaming_seen
+from vla_jax.cells import Turned
 from vla_jax.config import did_you_mean
 from vla_jax.decoders import (
     TRUNKS,
@@ -30,6 +34,7 @@ from vla_jax.decoders import (
 )
 from vla_jax.recurrence import Carry
 from vla_jax.streaming_gpt import GPTPeriodicState, GPTRefreshState
+from vla_jax.streaming_seen import SeenState
 from vla_jax.types import ActionChunk, Array, Params
 
 Mode = Literal["refresh", "periodic", "persistent"]
@@ -67,6 +72,7 @@ State = (
     | MemorylessState
     | GPTRefreshState
     | GPTPeriodicState
+    | SeenState
 )
 
 
@@ -98,13 +104,32 @@ def init(
     if config.kind == "gpt":
         begin = streaming_gpt.init_refresh if mode == "refresh" else streaming_gpt.init_periodic
         return begin(config, batch_size, window_size)
-    carry = recurrence.zero_carry(recurrence_config(config), jnp.zeros((batch_size, 1)))
-    age = jnp.zeros((batch_size,), jnp.int32)
-    if mode == "persistent":
-        return PersistentState(carry)
-    if mode == "periodic":
-        return PeriodicState(carry, age, jnp.full((batch_size,), window_size, jnp.int32))
-    return RefreshState(jax.tree.map(lambda h: jnp.repeat(h[:, None], window_size, 1), carry), age)
+    memory = _init_memory(config, batch_size, mode, window_size)
+    if config.head == "autoregressive":
+        lasts = config.window_size if mode == "persistent" else window_size
+        return streaming_seen.init(config, memory, lasts)
+    return memory
+
+
+def lay_out(params: Params, config: DecoderConfig, state: State) -> Params:
+    """Returns params with which `step` gives the same faster, where it can: kernels turned over.
+
+    They are for `step` on such states alone. On a CPU, in mode "refresh" and at sizes where it
+    helps, the kernels of the recurrence are copied as `[G·H, D]` and read as they lie, once a step.
+
+    Args:
+      params: of the decoder, from `decoders.init`.
+      config: of the decoder.
+      state: from `init`.
+    """
+    if isinstance(state, SeenState):
+        state = state.memory
+    if not isinstance(state, RefreshState):
+        return params
+    batch_size, window_size, hidden_size = jax.tree.leaves(state.carry)[0].shape
+    if bptt.faster_layout(batch_size * window_size, hidden_size) == "rows":
+        return params
+    return {**params, "recurrence": _turn_over(params["recurrence"], config.dtype)}
 
 
 def step(
@@ -119,7 +144,7 @@ def step(
     """Returns the state after one frame, and the chunk that is predicted there.
 
     Args:
-      params: of the decoder, from `decoders.init`.
+      params: of the decoder, from `decoders.init` or `lay_out`.
       config: of the decoder.
       state: from `init` or the step before.
       tokens: of one frame, `[B, N, D]`.
@@ -140,6 +165,8 @@ def step(
     chex.assert_shape(reset, tokens.shape[:1])
     chex.assert_tree_shape_prefix(state, tokens.shape[:1])
     pooled = pool(params, config, tokens, token_mask=token_mask)
+    if isinstance(state, SeenState):
+        return _look_back(params, config, state, pooled, reset)
     state, features = _STEPS[type(state)](params, config, state, pooled, reset)
     return state, heads.actions(predict(params, config, features))
 
@@ -175,20 +202,79 @@ def _check_init(
         )
 
 
+def _init_memory(
+    config: DecoderConfig, batch_size: int, mode: Mode, window_size: int
+) -> RefreshState | PeriodicState | PersistentState:
+    carry = recurrence.zero_carry(recurrence_config(config), jnp.zeros((batch_size, 1)))
+    age = jnp.zeros((batch_size,), jnp.int32)
+    if mode == "persistent":
+        return PersistentState(carry)
+    if mode == "periodic":
+        return PeriodicState(carry, age, jnp.full((batch_size,), window_size, jnp.int32))
+    return RefreshState(jax.tree.map(lambda h: jnp.repeat(h[:, None], window_size, 1), carry), age)
+
+
+def _look_back(
+    params: Params, config: DecoderConfig, state: SeenState, pooled: jax.Array, reset: Array
+) -> tuple[SeenState, ActionChunk]:
+    memory, _ = _STEPS[type(state.memory)](params, config, state.memory, pooled, reset)
+    age = jnp.where(reset, 0, state.age)
+    life, slot = age, None
+    if isinstance(memory, PeriodicState):
+        life = age % memory.window_size
+    if isinstance(memory, RefreshState):
+        slot = _oldest(age, jax.tree.leaves(memory.carry)[0].shape[1])
+    state = state._replace(age=age + 1)
+    return streaming_seen.step(params, config, state, memory, life=life, slot=slot)
+
+
+def _oldest(age: jax.Array, window_size: int) -> jax.Array:
+    """Returns which of the W carries has lived longest, of frame number `age` of the episode."""
+    return jnp.where(age < window_size, 0, (age + 1) % window_size)
+
+
 def _refresh(
     params: Params, config: DecoderConfig, state: RefreshState, pooled: jax.Array, reset: Array
 ) -> tuple[RefreshState, jax.Array]:
     window_size = jax.tree.leaves(state.carry)[0].shape[1]
     age = jnp.where(reset, 0, state.age)
     starts = (age % window_size)[:, None] == jnp.arange(window_size)[None]
-    # The frame is [B, 1, D'] against carries [B, W, H]: its product with the input kernel of the
-    # first layer is taken once and shared by all of them.
-    carry, outputs = recurrence.step(
-        params["recurrence"], recurrence_config(config), state.carry, pooled[:, None], reset=starts
-    )
-    oldest = jnp.where(age < window_size, 0, (age + 1) % window_size)
+    one = partial(recurrence.step, params["recurrence"], recurrence_config(config))
+    if _is_turned(params["recurrence"]):
+        carry, outputs = _step_in_columns(one, state.carry, pooled, starts)
+    else:
+        # The frame is [B, 1, D'] against carries [B, W, H]: its product with the input kernel of
+        # the first layer is taken once and shared by all of them.
+        carry, outputs = one(state.carry, pooled[:, None], reset=starts)
+    oldest = _oldest(age, window_size)
     features = jnp.take_along_axis(outputs, oldest[:, None, None], axis=1)[:, 0]
     return RefreshState(carry, age + 1), features
+
+
+def _step_in_columns(
+    one: Callable[..., Any], carry: Carry, pooled: jax.Array, starts: jax.Array
+) -> tuple[Carry, jax.Array]:
+    """Runs `one` step with the features of the carries on the first axis: `[H, B, W]`."""
+
+    def slots(carry: Carry, inputs: jax.Array, reset: jax.Array) -> tuple[Carry, jax.Array]:
+        along = jax.vmap(lambda own, start: one(own, inputs, reset=start), (-1, 0), -1)
+        return along(carry, reset)
+
+    columns = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, -1, 0), carry)
+    results = jax.vmap(slots, (1, 1, 0), 1)(columns, pooled.T, starts)
+    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, -1), results)
+
+
+def _turn_over(params: Params, dtype: str) -> Params:
+    def turn(path: Any, leaf: Array) -> Array | Turned:
+        is_kernel = path[-1].key.endswith("kernel")
+        return Turned(jnp.asarray(leaf, dtype).T.copy()) if is_kernel else leaf
+
+    return jax.tree_util.tree_map_with_path(turn, params)
+
+
+def _is_turned(params: Params) -> bool:
+    return isinstance(params["layers_0"]["forward"]["input_kernel"], Turned)
 
 
 def _periodic(

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from vla_jax import transformer
-from vla_jax.decoders import DecoderConfig, project, transformer_config
+from vla_jax.decoder_config import DecoderConfig, transformer_config
+from vla_jax.decoders import project
 from vla_jax.transformer import Cache
 from vla_jax.types import Array, Params
 

@@ -5,7 +5,7 @@ one device or many.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -26,6 +26,13 @@ class TrainState:
     params: Params
     opt_state: optax.OptState
     ema_params: Params | None  # slow average of params, None where it is switched off
+
+
+class Counted(NamedTuple):
+    """A batch for a loss that changes as the training goes on."""
+
+    batch: Any
+    num_updates: jax.Array  # [] int32, updates done before this one
 
 
 Update = Callable[[TrainState, Any, Key], tuple[TrainState, Metrics]]
@@ -93,6 +100,19 @@ def make_update(
         return TrainState(count + 1, params, opt_state, ema_params), metrics
 
     return update
+
+
+def with_count(update: Update) -> Update:
+    """Returns an update whose loss gets `Counted(batch, num_updates)` in place of the batch.
+
+    Args:
+      update: from `make_update`.
+    """
+
+    def counted(train_state: TrainState, batch: Any, key: Key) -> tuple[TrainState, Metrics]:
+        return update(train_state, Counted(batch, train_state.num_updates), key)
+
+    return counted
 
 
 def _next_ema(train_state: TrainState, params: Params, decay: float | None) -> Params | None:

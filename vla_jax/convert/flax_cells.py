@@ -21,7 +21,7 @@ defaults are what we have.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -191,7 +191,7 @@ def to_flax_stack(
     check_params(config, params)
 
     def convert(layer: int, direction: str) -> Params:
-        return to_flax(config.cell, params[f"layers_{layer}"][direction], style)
+        return to_flax(cast(CellName, config.cell), params[f"layers_{layer}"][direction], style)
 
     if config.bidirectional:
         numbers = range(config.num_layers)

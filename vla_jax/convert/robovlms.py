@@ -14,11 +14,13 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vla_jax import decoders
+from vla_jax.cells import CELLS
 from vla_jax.convert.arrays import as_float32
 from vla_jax.convert.report import Report, check, compare, warn
 from vla_jax.convert.robovlms_names import HEAD, Place, find_head, places_of
 from vla_jax.convert.robovlms_sizes import read_config
 from vla_jax.convert.sizes import check_config
+from vla_jax.convert.torch_rnn import check_cell
 from vla_jax.decoders import DecoderConfig
 from vla_jax.types import Key, Params
 
@@ -110,10 +112,12 @@ def to_robovlms(config: DecoderConfig, params: Params) -> dict[str, np.ndarray]:
       Name to float32 array, sorted by name.
 
     Raises:
-      ValueError: RoboVLMs has no names for the decoder's pooling or head, or the params are of
-        another config.
+      ValueError: RoboVLMs has no names for the decoder's cell, pooling or head, or the params are
+        of another config.
     """
     check_config(config, DecoderConfig)
+    if config.kind in CELLS:
+        check_cell(config.kind)
     _check_pooling(config.pooling)
     ours: dict[str, Any] = flatten_dict(params, sep="/")
     places = places_of(config)

@@ -9,7 +9,7 @@ from vla_jax.convert import torch_rnn
 from vla_jax.convert.report import Shape
 from vla_jax.convert.robovlms_names import HEAD, MLPS, places_of
 from vla_jax.convert.sizes import check_known, count_layers, read_size
-from vla_jax.decoders import DecoderConfig, Kind
+from vla_jax.decoder_config import DecoderConfig, Kind
 
 _WINDOW_SIZE = 8  # W of most of RoboVLMs' runs; only a GPT's is in its file
 

@@ -107,9 +107,16 @@ def to_torch(
       Name -> array, in PyTorch's order, each with memory of its own.
 
     Raises:
-      ValueError: params of another config, or biases that are to be left out and are not zero.
+      ValueError: params of another config, a cell or a residual that PyTorch has not, or biases
+        that are to be left out and are not zero.
     """
     check_params(config, params)
+    check_cell(config.cell)
+    if config.residual:
+        raise ValueError(
+            "residual must be False, got True: the layers of torch.nn.RNN, LSTM and GRU add "
+            "nothing to their outputs; convert the layers one by one."
+        )
     flat = flatten_dict(params, sep="/")
     tensors = {
         name: np.array(as_float32(path, flat[path]).T, order="C")
@@ -122,6 +129,15 @@ def to_torch(
             f"bias=False needs biases of zero, got others in {listed(nonzero)}; leave them in."
         )
     return {prefix + name: tensors[name] for name in kept}
+
+
+def check_cell(cell: str) -> None:
+    """Raises a ValueError unless PyTorch has such a cell."""
+    if cell not in CELLS.values():
+        raise ValueError(
+            f"cell must be one that PyTorch has ({', '.join(CELLS.values())}), got '{cell}'; it "
+            "stays here."
+        )
 
 
 def report_torch(

@@ -1,10 +1,18 @@
-"""Image augmentation in NumPy: one random shift, brightness and contrast per window."""
+"""Image augmentation in NumPy: one random shift, brightness and contrast per window.
+
+`vla_jax.augment` is the same inside `jit`.
+"""
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from vla_jax.types import Batch
+
+# Steps per unit of brightness and contrast. Of such numbers every product and sum below is exact
+# in float32, so that the same change gives the same picture whoever computes it.
+GRAIN = 4096
 
 
 @dataclass(frozen=True)
@@ -24,6 +32,15 @@ class AugmentConfig:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
 
 
+class Change(NamedTuple):
+    """What happens to one camera's pictures of one window, the same at all its steps."""
+
+    down: Any  # pixels
+    right: Any  # pixels
+    brightness: Any  # added to pixels in [0, 1]
+    contrast: Any  # factor about grey
+
+
 def apply(batch: Batch, config: AugmentConfig, rng: np.random.Generator) -> Batch:
     """The batch with its images changed; each window and camera draws once for all its steps.
 
@@ -35,36 +52,34 @@ def apply(batch: Batch, config: AugmentConfig, rng: np.random.Generator) -> Batc
     Returns:
       A batch of the same shapes and dtypes.
     """
+    if config == AugmentConfig():
+        return batch
     changed = {
-        name: np.stack([_change(window, config, rng) for window in images])
+        name: np.stack([change(window, draw(config, rng)) for window in images])
         for name in ("image_primary", "image_wrist")
         if (images := getattr(batch.observation, name)) is not None
     }
     return batch._replace(observation=batch.observation._replace(**changed))
 
 
-def random_shift(images: np.ndarray, pixels: int, rng: np.random.Generator) -> np.ndarray:
-    """Images `[W, h, w, 3]` moved by up to `pixels`, all alike, edges repeated.
+def draw(config: AugmentConfig, rng: np.random.Generator) -> Change:
+    """A change within the ranges of `config`; `rng` is advanced."""
+    down, right = rng.integers(-config.shift, config.shift + 1, 2)
+    brightness = rng.uniform(-config.brightness, config.brightness)
+    contrast = rng.uniform(1 - config.contrast, 1 + config.contrast)
+    return Change(down, right, *(np.rint(np.array([brightness, contrast]) * GRAIN) / GRAIN))
 
-    Source: Yarats et al. 2021, DrQ-v2 (arXiv:2107.09645), section 3.1.
+
+def change(images: np.ndarray, by: Change) -> np.ndarray:
+    """Images `[W, h, w, 3]` uint8, moved with their edges repeated, in another light.
+
+    A pixel x in [0, 1] becomes `contrast · (x - ½) + ½ + brightness`, within [0, 1].
+
+    Source: the shift is that of Yarats et al. 2021, DrQ-v2 (arXiv:2107.09645), section 3.1.
     """
-    down, right = rng.integers(-pixels, pixels + 1, 2)
     h, w = images.shape[1:3]
-    rows = np.clip(np.arange(h) - down, 0, h - 1)
-    columns = np.clip(np.arange(w) - right, 0, w - 1)
-    return images[:, rows[:, None], columns]
-
-
-def random_light(
-    images: np.ndarray, brightness: float, contrast: float, rng: np.random.Generator
-) -> np.ndarray:
-    """Images `[W, h, w, 3]` uint8 with one brightness and contrast for all: `c (x - ½) + ½ + b`."""
-    b, c = rng.uniform(-brightness, brightness), rng.uniform(1 - contrast, 1 + contrast)
-    levels = np.linspace(0, 1, 256)
-    changed = np.clip(c * (levels - 0.5) + 0.5 + b, 0, 1) * 255
-    return np.rint(changed).astype(np.uint8)[images]
-
-
-def _change(images: np.ndarray, config: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
-    shifted = random_shift(images, config.shift, rng)
-    return random_light(shifted, config.brightness, config.contrast, rng)
+    rows = np.clip(np.arange(h) - by.down, 0, h - 1)
+    columns = np.clip(np.arange(w) - by.right, 0, w - 1)
+    levels = by.contrast * (np.arange(256) - 127.5) + (127.5 + 255 * by.brightness)
+    lit = np.rint(np.clip(levels, 0, 255)).astype(np.uint8)
+    return lit[images[:, rows[:, None], columns]]

@@ -1,0 +1,95 @@
+"""Law: all steps at once = one after the other, outputs and gradients, for every linear cell."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vla_jax import associative, bptt, cells
+
+B, T, H = 4, 11, 5  # steps that no power of two divides
+LINEAR = {name: cell for name, cell in cells.CELLS.items() if cell.coefficients is not None}
+FLAGS = {"whole": (), "mask": ("mask",), "reset": ("reset",), "mask-reset": ("mask", "reset")}
+each_cell = pytest.mark.parametrize("cell", LINEAR.values(), ids=LINEAR)
+
+
+def draw(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def draw_case(cell, which=("mask", "reset")):
+    """Flags, carry, and the inputs' share of the gates."""
+    random = np.random.default_rng(5)
+    flags = {flag: random.uniform(size=(T, B)) < 0.6 for flag in which}
+    for flag in flags:
+        flags[flag][:, 0] = flag == "mask"  # one row keeps its first carry to the end
+    carry = type(cell.zero_carry(jnp.zeros((B, 1)), H))(draw(0, B, H))
+    return flags, carry, draw(9, T, B, cell.num_gates * H)
+
+
+def weighed(scan, cell, flags, reverse, carry, projected):
+    """A number that every output and carry moves differently, and what it is made of."""
+    results = scan(cell, {}, carry, projected, reverse=reverse, **flags)
+    terms = jax.tree.map(lambda leaf: jnp.sum(jnp.sin(leaf) * draw(3, *leaf.shape)), results)
+    return sum(jax.tree.leaves(terms)), results
+
+
+def assert_close(one, other, tolerance=2e-6):
+    def compare(a, b):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+    jax.tree.map(compare, one, other)
+
+
+def test_there_is_a_linear_cell():
+    assert "min_gru" in LINEAR
+
+
+@each_cell
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("which", FLAGS.values(), ids=FLAGS)
+def test_outputs_carry_and_gradients_are_those_of_the_loop(cell, which, reverse):
+    flags, *arguments = draw_case(cell, which)
+    ours, looped = (
+        jax.jit(
+            jax.value_and_grad(partial(weighed, scan, cell, flags, reverse), (0, 1), has_aux=True)
+        )(*arguments)
+        for scan in (associative.scan, bptt.plain_scan)
+    )
+    assert_close(ours, looped)
+    assert all(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(looped))
+
+
+@each_cell
+def test_what_is_masked_may_be_nan(cell):
+    flags, carry, projected = draw_case(cell)
+    unreal = np.where(flags["mask"][..., None], projected, np.nan)
+    expected = associative.scan(cell, {}, carry, projected, **flags)
+    assert_close(associative.scan(cell, {}, carry, unreal, **flags), expected, 0)
+
+
+@each_cell
+def test_a_sequence_of_one_step_is_a_step(cell):
+    _, carry, projected = draw_case(cell)
+    last, outputs = associative.scan(cell, {}, carry, projected[:1])
+    expected = cell.combine({}, carry, projected[0], None)
+    assert_close((last, outputs[0]), expected)
+
+
+def test_joining_two_steps_is_doing_one_after_the_other_and_any_grouping_serves():
+    """An operator that is not associative would be taken without a word, and give wrong numbers."""
+    first, second, third = ((draw(i, H), draw(i + 10, H)) for i in range(3))
+    join = associative._join
+    assert_close(join(join(first, second), third), join(first, join(second, third)))
+    hidden = draw(20, H)
+    decay, added = join(first, second)
+    after = second[0] * (first[0] * hidden + first[1]) + second[1]
+    assert_close(decay * hidden + added, after)
+
+
+@pytest.mark.parametrize("name", cells.CELLS.keys() - LINEAR.keys())
+def test_a_cell_whose_gates_see_the_carry_is_refused(name):
+    with pytest.raises(ValueError, match="needs a cell that is linear in its carry, such as"):
+        associative.check(cells.CELLS[name])

@@ -1,0 +1,105 @@
+"""NVIDIA's LSTM: the packing against JAX's own unpacking and reference, the call on a GPU."""
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental import rnn
+
+from vla_jax import cudnn, recurrence
+from vla_jax.recurrence import RecurrenceConfig
+
+B, T, D, H, L = 3, 5, 4, 6, 3
+each_way = pytest.mark.parametrize("bidirectional", [False, True], ids=["forward", "both-ways"])
+
+
+def configured(bidirectional, implementation="auto"):
+    return RecurrenceConfig(
+        "lstm", L, H, bidirectional=bidirectional, implementation=implementation
+    )
+
+
+def draw(*shape):
+    return np.random.default_rng(1).normal(size=shape).astype(np.float32)
+
+
+def cells_of(params, bidirectional):
+    ways = ("forward", "backward") if bidirectional else ("forward",)
+    return [params[f"layers_{layer}"][way] for layer in range(L) for way in ways]
+
+
+@each_way
+def test_the_packed_params_are_what_jax_unpacks(bidirectional, key):
+    cells = cells_of(recurrence.init(key, configured(bidirectional), D), bidirectional)
+    packed = cudnn.pack(cells)
+    assert packed.shape == (rnn.get_num_params_in_lstm(D, H, L, bidirectional),)
+    names = ("input_kernel", "recurrent_kernel", "input_bias", "recurrent_bias")
+    unpacked = rnn.unpack_lstm_weights(packed, D, H, L, bidirectional)
+    for name, found in zip(names, unpacked, strict=True):
+        for place, cell in enumerate(cells):
+            np.testing.assert_array_equal(np.asarray(found[place]).T, cell[name])
+
+
+def test_the_reference_of_the_packed_params_is_ours(key):
+    config, inputs = configured(bidirectional=False), draw(B, T, D)
+    params = recurrence.init(key, config, D)
+    weights = rnn.unpack_lstm_weights(cudnn.pack(cells_of(params, False)), D, H, L, False)
+    zeros, lengths = np.zeros((L, B, H), np.float32), np.full((B,), T, np.int32)
+    expected, *_ = rnn.lstm_ref(
+        inputs, zeros, zeros, *weights, lengths, D, H, L, 0.0, False
+    )  # fmt: skip
+    _, outputs = recurrence.apply(params, config, inputs)
+    np.testing.assert_allclose(outputs, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    jax.default_backend() != "gpu", reason="needs an NVIDIA GPU: JAX_PLATFORMS=cuda,cpu"
+)
+@each_way
+def test_on_a_gpu_outputs_carries_and_gradients_are_ours(bidirectional, key):
+    inputs = draw(B, T, D)
+    params = recurrence.init(key, configured(bidirectional), D)
+
+    def loss(params, implementation):
+        config = configured(bidirectional, implementation)
+        carry, outputs = recurrence.apply(params, config, inputs)
+        return sum(jax.numpy.sum(jax.numpy.sin(leaf)) for leaf in jax.tree.leaves((carry, outputs)))
+
+    with jax.default_matmul_precision("highest"):
+        theirs, ours = (
+            jax.value_and_grad(loss)(params, implementation) for implementation in ("cudnn", "bptt")
+        )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), theirs, ours)
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there it runs")
+def test_without_a_gpu_it_is_refused_in_one_sentence(key):
+    config = configured(bidirectional=False, implementation="cudnn")
+    params = recurrence.init(key, config, D)
+    with pytest.raises(ValueError, match="'cudnn' needs an NVIDIA GPU, got cpu; choose 'auto'"):
+        recurrence.apply(params, config, draw(B, T, D))
+
+
+@pytest.mark.parametrize("flags", ["mask", "reset"])
+def test_masks_and_resets_are_refused(flags, key):
+    config = configured(bidirectional=False, implementation="cudnn")
+    params = recurrence.init(key, config, D)
+    with pytest.raises(ValueError, match="mask and reset must be None with implementation 'cudnn'"):
+        recurrence.apply(params, config, draw(B, T, D), **{flags: np.ones((B, T), bool)})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cell": "gru"},
+        {"dropout": 0.1},
+        {"residual": True},
+        {"remat_chunk": 4},
+        {"dtype": "bfloat16"},
+    ],
+    ids=str,
+)
+def test_what_it_cannot_compute_is_refused(change):
+    (name,) = change
+    with pytest.raises(ValueError, match=f"{name} must be .* with implementation 'cudnn', got"):
+        RecurrenceConfig(**{"cell": "lstm", "implementation": "cudnn", **change})

@@ -1,0 +1,160 @@
+"""Schedules by hand; told always = teacher forcing, told never = free running."""
+
+import jax
+import numpy as np
+import pytest
+
+from vla_jax import scheduled_sampling, seq2seq
+from vla_jax.scheduled_sampling import SamplingConfig
+from vla_jax.seq2seq import Seq2SeqConfig
+
+B, S, T, V = 64, 4, 5, 7
+SIZES = {"source_size": V, "target_size": V, "embed_size": 6, "hidden_size": 8, "score_size": 4}
+CONFIGS = {
+    "tokens": Seq2SeqConfig(**SIZES),
+    "tokens-bottleneck": Seq2SeqConfig(**SIZES, score="none", cell="gru"),
+    "vectors-feed-context": Seq2SeqConfig(
+        **SIZES, source="vectors", target="vectors", feed_context=True
+    ),
+}
+each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+schedule_and_run = jax.jit(
+    scheduled_sampling.scheduled_sampling, static_argnums=1, static_argnames="choose"
+)
+
+
+init = jax.jit(seq2seq.init, static_argnums=1)
+encode = jax.jit(seq2seq.encode, static_argnums=1)
+force = jax.jit(seq2seq.teacher_forcing, static_argnums=1)
+run_free = jax.jit(scheduled_sampling.free_running, static_argnums=(1, 3), static_argnames="choose")
+
+
+def given(kind, seed, steps):
+    rng = np.random.default_rng(seed)
+    if kind == "tokens":
+        return rng.integers(1, V, (B, steps))
+    return rng.normal(size=(B, steps, V)).astype(np.float32)
+
+
+def setup(config):
+    params = init(jax.random.key(0), config)
+    memory = encode(params, config, given(config.source, 0, S))
+    return params, memory, given(config.target, 1, T)
+
+
+def assert_close(one, other, atol=1e-6):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol), one, other)
+
+
+@pytest.mark.parametrize("i", [0, 1, 10, 100, 1000, 100_000])
+def test_the_schedules_are_their_equations(i):
+    linear = scheduled_sampling.linear(i, slope=0.004, least=0.1)
+    assert linear == pytest.approx(max(0.1, 1 - 0.004 * i), abs=1e-6)
+    exponential = scheduled_sampling.exponential(i, base=0.99)
+    assert exponential == pytest.approx(0.99**i, abs=1e-6)
+    inverse_sigmoid = scheduled_sampling.inverse_sigmoid(i, k=50.0)
+    by_hand = 50 / (50 + np.exp(min(i / 50, 700)))
+    assert inverse_sigmoid == pytest.approx(by_hand, abs=1e-6)
+
+
+@pytest.mark.parametrize("i", [0, 70])
+def test_a_config_is_a_schedule_with_its_numbers(i):
+    numbers = {"slope": 0.01, "least": 0.4, "base": 0.98, "k": 20.0}
+    expected = {
+        "linear": scheduled_sampling.linear(i, slope=0.01, least=0.4),
+        "exponential": scheduled_sampling.exponential(i, base=0.98),
+        "inverse_sigmoid": scheduled_sampling.inverse_sigmoid(i, k=20.0),
+    }
+    for name, rate in expected.items():
+        config = SamplingConfig(name, **numbers)
+        assert float(scheduled_sampling.rate(config, i)) == pytest.approx(float(rate))
+    assert scheduled_sampling.rate(SamplingConfig(**numbers), i) is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"schedule": "lineal"}, r"unknown schedule 'lineal'; .* Did you mean 'linear'"),
+        ({"slope": -0.1}, r"slope must be in \[0, 1\], got -0.1"),
+        ({"least": 1.1}, r"least must be in \[0, 1\], got 1.1"),
+        ({"base": 2.0}, r"base must be in \[0, 1\], got 2.0"),
+        ({"k": 0.5}, r"k must be at least 1, got 0.5"),
+    ],
+)
+def test_a_wrong_config_is_one_sentence(fields, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        SamplingConfig(**fields)
+
+
+@each_config
+def test_told_always_is_teacher_forcing(config, key):
+    params, memory, targets = setup(config)
+    told = schedule_and_run(params, config, memory, targets, 1.0, key)
+    assert_close(told, force(params, config, memory, targets))
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+@each_config
+def test_a_target_of_one_step_is_told_nothing(config, rate, key):
+    params, memory, targets = setup(config)
+    told = schedule_and_run(params, config, memory, targets[:, :1], rate, key)
+    assert_close(told, force(params, config, memory, targets[:, :1]))
+
+
+@each_config
+def test_told_never_is_free_running(config, key):
+    params, memory, targets = setup(config)
+    told = schedule_and_run(params, config, memory, targets, 0.0, key)
+    alone, _ = run_free(params, config, memory, T)
+    assert_close(told, alone)
+
+
+@each_config
+def test_told_its_own_outputs_a_decoder_does_what_it_does_alone(config):
+    params, memory, _ = setup(config)
+    alone, said = run_free(params, config, memory, T)
+    assert_close(force(params, config, memory, said), alone)
+
+
+def test_a_coin_is_thrown_for_every_row_and_step(key):
+    config = CONFIGS["tokens"]
+    params, memory, targets = setup(config)
+    mixed, told, alone = (
+        schedule_and_run(params, config, memory, targets, rate, key).outputs[:, 1]
+        for rate in (0.3, 1.0, 0.0)
+    )
+    is_told, is_alone = (np.abs(mixed - other).max(axis=1) < 1e-6 for other in (told, alone))
+    assert (is_told | is_alone).all()
+    assert 0.1 < is_told[~is_alone].sum() / B < 0.5
+    other_key = schedule_and_run(params, config, memory, targets, 0.3, jax.random.key(1))
+    assert np.abs(other_key.outputs[:, 1] - mixed).max() > 1e-3
+
+
+def test_drawn_ids_follow_the_logits(key):
+    logits = np.log(np.tile([0.1, 0.2, 0.7], (4000, 1)))
+    share = np.bincount(scheduled_sampling.drawn(logits, key)) / 4000
+    assert_close(share, np.array([0.1, 0.2, 0.7]), atol=0.03)
+    np.testing.assert_array_equal(scheduled_sampling.likeliest(logits), np.full(4000, 2))
+
+
+def test_drawing_needs_a_key_and_each_step_draws_anew(key):
+    config = CONFIGS["tokens"]
+    params, memory, _ = setup(config)
+    with pytest.raises(ValueError, match="key must be given where outputs are drawn, got None"):
+        run_free(params, config, memory, T, choose=scheduled_sampling.drawn)
+    _, said = run_free(params, config, memory, T, choose=scheduled_sampling.drawn, key=key)
+    assert len({tuple(row) for row in said.tolist()}) > B // 2
+
+
+def test_a_choice_of_ones_own_turns_outputs_into_what_is_eaten():
+    """As a policy sends tanh of its outputs, and eats what it has sent."""
+    config = CONFIGS["vectors-feed-context"]
+    params, memory, _ = setup(config)
+
+    def sent(outputs, key):
+        return np.tanh(1.0) * outputs
+
+    alone, said = run_free(params, config, memory, T, choose=sent)
+    assert_close(said, np.tanh(1.0) * alone.outputs)
+    assert_close(force(params, config, memory, said), alone)
