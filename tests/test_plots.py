@@ -75,9 +75,10 @@ def test_curves_of_several_seeds_show_the_mean_and_its_interval(tmp_path):
     spread = np.linspace(-0.2, 0.2, 8)
     curve = (np.arange(5.0), 0.5 + 0.05 * np.arange(5.0)[:, None] + spread[None])
     plots.curves(tmp_path / "a.png", [plots.Panel("", "steps", "success", {"one": curve})])
-    a = picture(tmp_path / "a.png")
+    a = picture(tmp_path / "a.png").astype(int)
     assert (a == [0x00, 0x72, 0xB2]).all(-1).sum() > 200  # the mean
-    assert (a == [0xCC, 0xE3, 0xF0]).all(-1).sum() > 1000  # a fifth of that colour: the interval
+    fifth = [0xCC, 0xE3, 0xF0]  # of that colour, rounded somehow: the interval
+    assert (abs(a - fifth) <= 1).all(-1).sum() > 1000
 
 
 def test_curves_keep_their_colour_over_panels_and_levels_lie_across(tmp_path):
