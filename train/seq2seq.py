@@ -4,9 +4,10 @@
     python -m train.seq2seq --split addprim_jump --run-dir runs/jump
     python -m train.seq2seq --preset bottleneck --run-dir runs/bottleneck
 
-It trains by teacher forcing, writes the test part greedily, and counts a command as understood
-where all its actions and its end are right. The same command resumes a run that was interrupted,
-to the bit. Choose settings with `--holdout 0.1`, not on the test part.
+It trains by teacher forcing (or by scheduled sampling: `--sampling.schedule`), writes the test part
+greedily, and counts a command as understood where all its actions and its end are right. The same
+command resumes a run that was interrupted, to the bit. Choose settings with `--holdout 0.1`, not on
+the test part.
 """
 
 import pathlib
@@ -27,6 +28,7 @@ from vla_jax.data import scan
 from vla_jax.data.buckets import Buckets
 from vla_jax.data.scan import Pair, Split
 from vla_jax.optim import OptimConfig
+from vla_jax.scheduled_sampling import SamplingConfig
 from vla_jax.search import Written
 from vla_jax.seq2seq import Seq2SeqConfig
 from vla_jax.types import Array, Key, Metrics, Params
@@ -46,7 +48,7 @@ class ScanConfig:
     run_dir: str = "runs/seq2seq"  # folder to write to
     batch_size: int = 128  # B, commands per update
     width_step: int = 8  # targets are padded to multiples of it, each compiled once
-    own_share: float = 0.0  # share of steps that eat their own output, reached at the end
+    sampling: SamplingConfig = SamplingConfig()  # how often the decoder is told the truth
     model: Seq2SeqConfig = Seq2SeqConfig()
     optim: OptimConfig = OptimConfig(
         learning_rate=2e-3, end_factor=0.01, b2=0.99, weight_decay=0.0, ema_decay=0.999
@@ -56,16 +58,15 @@ class ScanConfig:
     overwrite: bool = False  # delete a run that is there
 
     def __post_init__(self):
-        """Checks the shares."""
-        for name in ("holdout", "own_share"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
+        """Checks the share."""
+        if not 0.0 <= self.holdout < 1.0:
+            raise ValueError(f"holdout must be in [0, 1), got {self.holdout}.")
 
 
 def attention() -> ScanConfig:
     """An LSTM in both directions, attention, an LSTM.
 
-    99.9 % of 1,673 commands held out of the split "simple", 11 minutes of one core's time.
+    99.8 % of the split "simple" in 6 minutes on 2 CPU cores.
     """
     return ScanConfig(model=_model(score="general"))
 
@@ -139,14 +140,13 @@ def make_loss(config: ScanConfig) -> LossFn:
         source, target = counted.batch
         encoder_key, decoder_key = jax.random.split(key)
         memory = seq2seq.encode(params, model, source, mask=source > 0, key=encoder_key)
-        if config.own_share:
-            slope = config.own_share / config.loop.num_updates
-            rate = scheduled_sampling.linear(counted.num_updates, slope=slope)
+        rate = scheduled_sampling.rate(config.sampling, counted.num_updates)
+        if rate is None:
+            decoded = seq2seq.teacher_forcing(params, model, memory, target, key=decoder_key)
+        else:
             decoded = scheduled_sampling.scheduled_sampling(
                 params, model, memory, target, rate, decoder_key
             )
-        else:
-            decoded = seq2seq.teacher_forcing(params, model, memory, target, key=decoder_key)
         return losses.token_loss(decoded.outputs, target, seq2seq.target_mask(target))
 
     return loss_fn
