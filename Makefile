@@ -9,7 +9,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m train.demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
