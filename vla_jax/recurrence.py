@@ -11,6 +11,7 @@ Sequences are batch-major `[B, T, D]` outside and time-major inside.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from vla_jax import associative, bptt, cudnn
-from vla_jax.cells import CELLS, CellName, Turned, drop
+from vla_jax.cells import CELLS, CellName, Turned
 from vla_jax.config import did_you_mean
 from vla_jax.types import Array, Key, Params
 
@@ -45,7 +46,7 @@ class RecurrenceConfig:
     dropout: float = 0.0  # probability of dropping an output between two layers
     residual: bool = False  # whether each layer but the first adds its inputs to its outputs
     bidirectional: bool = False  # whether a second pass runs from the end to the start
-    remat_chunk: int = 0  # steps whose gates are computed again for the gradient; 0 = keep all
+    remat_chunk: int = 0  # steps of which all is computed again for the gradient; 0 = keep all
     implementation: Implementation = "auto"  # of time, see there
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the factors of matrix products
 
@@ -154,14 +155,12 @@ def apply(
     if config.implementation == "cudnn":
         return _apply_cudnn(params, config, carry, inputs, mask, reset)
     mask, reset = (None if flags is None else _swap(flags) for flags in (mask, reset))
-    outputs, last = _swap(inputs), {}
-    for layer, name in enumerate(_layers(config)):
-        below = outputs
-        if layer > 0 and key is not None:
-            outputs = drop(jax.random.fold_in(key, layer), below, config.dropout)
-        last[name], outputs = _run_layer(params[name], config, carry[name], outputs, mask, reset)
-        if layer > 0 and config.residual:
-            outputs = below + outputs
+    run = partial(_run_stack, params, config)
+    steps = (_swap(inputs), mask, reset, _draw_kept(config, key, inputs.shape))
+    if config.remat_chunk and not config.bidirectional:
+        last, outputs = _run_in_chunks(run, config.remat_chunk, carry, steps)
+    else:
+        last, outputs = run(carry, steps)
     return last, _swap(outputs)
 
 
@@ -233,6 +232,36 @@ def _check_cudnn(config: RecurrenceConfig) -> None:
             )
 
 
+def _draw_kept(config: RecurrenceConfig, key: Key | None, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Returns what dropout leaves of the inputs of each layer but the first, `[T, B, H]` bool."""
+    if key is None or config.dropout == 0.0:
+        return {}
+    size = len(_directions(config)) * config.hidden_size
+    return {
+        name: jax.random.bernoulli(
+            jax.random.fold_in(key, layer), 1.0 - config.dropout, (shape[1], shape[0], size)
+        )
+        for layer, name in enumerate(_layers(config))
+        if layer > 0
+    }
+
+
+def _run_stack(
+    params: Params, config: RecurrenceConfig, carry: Carry, steps: Any
+) -> tuple[Carry, jax.Array]:
+    """Runs all layers over steps: `inputs [T, B, D]`, `mask` and `reset [T, B]`, what is kept."""
+    outputs, mask, reset, kept = steps
+    last: Carry = {}
+    for layer, name in enumerate(_layers(config)):
+        below = outputs
+        if name in kept:
+            outputs = jnp.where(kept[name], below / (1.0 - config.dropout), 0.0)
+        last[name], outputs = _run_layer(params[name], config, carry[name], outputs, mask, reset)
+        if layer > 0 and config.residual:
+            outputs = below + outputs
+    return last, outputs
+
+
 def _run_layer(
     params: Params, config: RecurrenceConfig, carry: dict[str, Any], inputs, mask, reset
 ) -> tuple[dict[str, Any], jax.Array]:
@@ -240,41 +269,48 @@ def _run_layer(
     last, outputs = {}, []
     for direction in _directions(config):
         backward = direction == "backward"
-        last[direction], hidden = _scan(
-            params[direction],
-            config,
-            carry[direction],
-            inputs,
-            mask,
-            _episode_ends(reset) if backward else reset,
-            reverse=backward,
-        )
+        steps = (inputs, mask, _episode_ends(reset) if backward else reset)
+        run = partial(_run_cell, params[direction], config, reverse=backward)
+        if config.remat_chunk and config.bidirectional:  # the layer above needs all of this one
+            ended = _run_in_chunks(
+                run, config.remat_chunk, carry[direction], steps, reverse=backward
+            )
+        else:
+            ended = run(carry[direction], steps)
+        last[direction], hidden = ended
         outputs.append(hidden)
     return last, jnp.concatenate(outputs, axis=-1)
 
 
-def _scan(
-    params: Params, config: RecurrenceConfig, carry: Any, inputs, mask, reset, *, reverse: bool
+def _run_cell(
+    params: Params, config: RecurrenceConfig, carry: Any, steps: Any, *, reverse: bool
 ) -> tuple[Any, jax.Array]:
-    """Runs a cell over `inputs [T, B, D]`, the inputs' product first, of all steps (of a chunk)."""
+    """Runs a cell over `inputs [T, B, D]`, the inputs' product of all steps first."""
     cell, scan = CELLS[config.cell], SCANS[config.implementation]
+    inputs, mask, reset = steps
+    projected = cell.project(params, inputs, dtype=config.dtype)
+    return scan(
+        cell, params, carry, projected,
+        mask=mask, reset=reset, reverse=reverse, dtype=config.dtype,
+    )  # fmt: skip
 
-    def run(carry: Any, steps: Any) -> tuple[Any, jax.Array]:
-        inputs, mask, reset = steps
-        projected = cell.project(params, inputs, dtype=config.dtype)
-        return scan(
-            cell, params, carry, projected,
-            mask=mask, reset=reset, reverse=reverse, dtype=config.dtype,
-        )  # fmt: skip
 
-    if not config.remat_chunk:
-        return run(carry, (inputs, mask, reset))
+def _run_in_chunks(
+    run: Callable[[Any, Any], tuple[Any, jax.Array]],
+    chunk: int,
+    carry: Any,
+    steps: tuple[Any, ...],
+    *,
+    reverse: bool = False,
+) -> tuple[Any, jax.Array]:
+    """Does what `run(carry, steps)` does, and keeps for the gradient but the carries in between.
 
-    # Between chunks only the carry is kept; within one the gates are computed again. Two nested
-    # scans, the outer over chunks: a masked step more or less at the end changes nothing.
+    Two nested scans, the outer over chunks. A masked step more or less at the end changes nothing.
+    """
+    inputs, mask, *others = steps
     num_steps = inputs.shape[0]
-    steps = _with_mask((inputs, mask, reset))
-    chunks = jax.tree.map(partial(_cut, chunk=config.remat_chunk), steps)
+    mask = jnp.ones(inputs.shape[:2], bool) if mask is None else mask
+    chunks = jax.tree.map(partial(_cut, chunk=chunk), (inputs, mask, *others))
     run_chunk = jax.checkpoint(run, prevent_cse=False)
     carry, outputs = jax.lax.scan(run_chunk, carry, chunks, reverse=reverse)
     return carry, outputs.reshape(-1, *outputs.shape[2:])[:num_steps]
@@ -285,11 +321,6 @@ def _episode_ends(reset: Array | None) -> Array | None:
     if reset is None:
         return None
     return jnp.concatenate([reset[1:], jnp.zeros_like(reset[:1])])
-
-
-def _with_mask(steps: Any) -> Any:
-    inputs, mask, reset = steps
-    return inputs, jnp.ones(inputs.shape[:2], bool) if mask is None else mask, reset
 
 
 def _cut(steps: Array, *, chunk: int) -> jax.Array:
