@@ -78,7 +78,7 @@ def learn(
         )
     keys = make_keys(seed, config.num_seeds)
     state, step = first_state(run_dir, jax.jit(jax.vmap(learner.init))(keys.init))
-    state, keys = jax.device_put(state, _shardings(mesh)), parallel.replicate(keys, mesh)
+    state = jax.device_put(state, _shardings(mesh))
     compiled = _compile(config, learner, mesh)
 
     def run(state: LearnState, num_updates: int) -> tuple[LearnState, Metrics]:
