@@ -1,6 +1,5 @@
 """Acting without a pause: ends, new episodes and memory; and the networks that act."""
 
-from dataclasses import replace
 from functools import partial
 
 import jax
@@ -144,20 +143,6 @@ def test_a_stretch_is_one_step_after_the_other_across_episodes(kind, object_size
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), carry, last)
 
 
-@pytest.mark.parametrize("kind", ["gru", "lstm"])
-def test_units_remember_for_as_many_steps_as_asked_for(kind, key):
-    """Where all else is zero a unit's carry shrinks by σ(b), and lives 1 / (1 − σ(b)) steps."""
-    config = NetworkConfig(kind=kind, hidden_sizes=(8,), memory_size=5, memory_steps=17)
-    usual = network.init(key, replace(config, memory_steps=0), (4,), HEADS)
-    changed = network.init(key, config, (4,), HEADS)
-    params = jax.tree.map(jnp.subtract, changed, usual)
-    seen, reset = np.ones((B, 4), np.float32), np.zeros(B, bool)
-    full = jax.tree.map(jnp.ones_like, network.zero_carry(config, seen))
-    carry, _ = network.step(params, config, full, seen, reset)
-    kept = jax.tree.leaves(carry)[-1][0]  # of an LSTM the cell
-    np.testing.assert_allclose(1 / (1 - kept), [2, 6, 10, 14, 18], rtol=1e-4)
-
-
 def test_the_order_of_objects_does_not_matter(key):
     config = NetworkConfig(object_size=3, object_sizes=(8,), hidden_sizes=(8,))
     params = network.init(key, config, (12,), HEADS)
@@ -185,7 +170,6 @@ def test_pictures_are_scaled_to_one(key):
     [
         ({"kind": "lstn"}, "unknown kind 'lstn'; .* Did you mean 'lstm'"),
         ({"hidden_sizes": ()}, "hidden_sizes must hold at least one width"),
-        ({"memory_steps": 9}, "memory_steps must be >= 0, and above 0 kind .* got 9 with 'fc'"),
         ({"object_size": 2, "object_sizes": ()}, "object_size must be >= 0, and above 0"),
     ],
 )

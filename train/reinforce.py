@@ -200,13 +200,19 @@ def grid() -> ReinforceConfig:
         cartpole(),
         run_dir="runs/reinforce_grid",
         world=GridConfig(),
+        network=NetworkConfig(object_size=4, object_sizes=(32, 32), hidden_sizes=(64,)),
         gamma=0.95,
         seeds=SeedsConfig(),
     )
 
 
 def table() -> ReinforceConfig:
-    """The JAX table: touch the block that is asked for, one of eleven choices at a time."""
+    """The JAX table: touch the block that is asked for, one of eleven choices at a time.
+
+    Success 97.2 % [96.2, 97.9] over 4 seeds of 2 million environment steps, about 2 minutes on
+    2 CPU cores. The reward is shaped: for success alone (`--shaping 0`) it is 28 % after 600
+    updates, where it is 87 % with shaping.
+    """
     return replace(
         cartpole(),
         run_dir="runs/reinforce_table",

@@ -36,7 +36,6 @@ class NetworkConfig:
     object_sizes: tuple[int, ...] = (64, 64)  # widths of the MLP that reads each object alike
     hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the MLP
     memory_size: int = 64  # H, units of the recurrence, where there is one
-    memory_steps: int = 0  # steps that a GRU's or LSTM's units remember at first, at most; 0 = few
 
     def __post_init__(self):
         """Checks the kind and the sizes."""
@@ -47,11 +46,6 @@ class NetworkConfig:
             raise ValueError(
                 "hidden_sizes must hold at least one width and all be >= 1, memory_size too, got "
                 f"{self.hidden_sizes} and {self.memory_size}."
-            )
-        if self.memory_steps < 0 or (self.memory_steps and self.kind not in ("gru", "lstm")):
-            raise ValueError(
-                "memory_steps must be >= 0, and above 0 kind 'gru' or 'lstm', got "
-                f"{self.memory_steps} with '{self.kind}'."
             )
         if self.object_size < 0 or (self.object_size and not self.object_sizes):
             raise ValueError(
@@ -88,7 +82,7 @@ def init(
     params["mlp"] = init_mlp(mlp_key, (width, *config.hidden_sizes))
     width = config.hidden_sizes[-1]
     if config.kind != "fc":
-        params["recurrence"] = _init_memory(memory_key, config, width)
+        params["recurrence"] = recurrence.init(memory_key, _memory(config), width)
         width = config.memory_size
     for (name, size), head_key in zip(heads.items(), head_keys, strict=True):
         head = init_mlp(head_key, (width, size))
@@ -151,22 +145,6 @@ def step(
             params["recurrence"], _memory(config), carry, hidden, reset=reset
         )
     return carry, _heads(params, hidden)
-
-
-def _init_memory(key: Key, config: NetworkConfig, width: int) -> Params:
-    """Returns the recurrence's params; its units keep things for 1, 2, … `memory_steps` steps.
-
-    A gate that lets σ(b) of a unit pass keeps it for 1 / (1 − σ(b)) = 1 + exp b steps.
-
-    Source: Tallec and Ollivier 2018, "Can recurrent neural networks warp time?".
-    """
-    params = recurrence.init(key, _memory(config), width)
-    if config.memory_steps:
-        cell, units = params["layers_0"]["forward"], config.memory_size
-        steps = jnp.linspace(1.0, config.memory_steps, units)
-        keeps = slice(units, 2 * units)  # z of a GRU and f of an LSTM are both the second gate
-        cell["input_bias"] = cell["input_bias"].at[keeps].add(jnp.log(steps))
-    return params
 
 
 def _encode(params: Params, config: NetworkConfig, observation: Array, num_axes: int) -> jax.Array:
