@@ -185,4 +185,4 @@ def test_objects_that_do_not_fit_are_refused(key):
 
 def test_a_world_is_made_by_its_config():
     assert worlds.make(GridConfig(num_obstacles=2)).observation_shape == (12,)
-    assert worlds.make(worlds.CartPoleConfig(), hide_velocities=True).observation_shape == (2,)
+    assert worlds.make(worlds.CartPoleConfig(), partially_observed=True).observation_shape == (2,)

@@ -1,4 +1,4 @@
-"""CartPole step by step beside Gymnasium's, and both worlds with their velocities hidden."""
+"""CartPole step by step beside Gymnasium's."""
 
 import gymnasium
 import jax
@@ -6,9 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vla_jax.envs import cartpole, grid, hidden
+from vla_jax.envs import cartpole
 from vla_jax.envs.cartpole import CartPoleConfig
-from vla_jax.envs.grid import GridConfig
 
 step = jax.jit(cartpole.make(CartPoleConfig()).step)
 
@@ -74,29 +73,3 @@ def test_a_wrong_action_is_one_sentence():
 def test_no_steps_are_refused():
     with pytest.raises(ValueError, match="max_steps must be >= 1, got 0"):
         CartPoleConfig(max_steps=0)
-
-
-@pytest.mark.parametrize(
-    ("world", "kept"),
-    [
-        (cartpole.make(CartPoleConfig()), [0, 2]),
-        (grid.make(GridConfig(num_obstacles=1)), [0, 1, 3, 4, 5, 7]),
-    ],
-    ids=["cartpole", "grid"],
-)
-def test_hidden_velocities_are_not_seen_and_nothing_else_changes(world, kept, key):
-    blind = hidden.hide_velocities(world)
-    state, first = world.reset(key)
-    same, seen = blind.reset(key)
-    np.testing.assert_array_equal(seen, first[np.array(kept)])
-    state, transition = world.step(state, jnp.int32(1))
-    same, other = blind.step(same, jnp.int32(1))
-    jax.tree.map(np.testing.assert_array_equal, state, same)
-    np.testing.assert_array_equal(other.observation, transition.observation[np.array(kept)])
-    assert blind.observation_shape == other.observation.shape
-    assert (other.reward, other.terminated) == (transition.reward, transition.terminated)
-
-
-def test_what_has_no_velocities_cannot_hide_them():
-    with pytest.raises(ValueError, match="must name features to hide, got none"):
-        hidden.hide_velocities(grid.make(GridConfig(observation="pixels")))

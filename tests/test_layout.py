@@ -21,7 +21,7 @@ FLOORS = (  # a file imports only from files above it
     "policy", "agent", "robovlms",
     "envs.table", "envs.table_scene", "envs.table_expert", "envs.table_mujoco",
     "envs.table_jax_paint", "envs.table_jax", "envs.gymnasium", "envs.simulate", "envs.worlds",
-    "envs.grid", "envs.cartpole", "envs.hidden",
+    "envs.grid", "envs.cartpole", "envs.table_choices", "envs.hidden",
     "rl.returns", "rl.exploration", "rl.policy_gradient", "rl.sarsa", "rl.worlds", "rl.network",
     "rl.actor",
     "update", "parallel", "checkpoint",
@@ -35,8 +35,8 @@ FLOORS = (  # a file imports only from files above it
 SCRIPTS = (
     "command_line", "logs", "malloc", "loop", "record", "pretrain", "configs", "setup", "cache",
     "imitate", "demo", "seq2seq", "timing", "peers", "ours", "works", "path", "benchmark",
-    "memory_tasks", "memory", "learner", "learn", "watch", "sarsa", "reinforce", "tabular",
-    "grid_gymnasium", "throughput",
+    "memory_tasks", "memory", "learner", "learn", "host_actor", "host_learn", "watch", "sarsa",
+    "reinforce", "tabular", "grid_gymnasium", "throughput",
 )  # fmt: skip
 FILES = sorted(
     path for folder in ("vla_jax", "train", "tests") for path in (ROOT / folder).rglob("*.py")

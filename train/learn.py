@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from train.learner import Learner, LearnState, SeedsConfig, acting_params
 from train.logs import Logs, read_metrics
-from train.loop import LoopConfig, save_json
+from train.loop import LoopConfig, is_first_process, save_json
 from vla_jax import checkpoint, parallel, plots, results
 from vla_jax.types import Key, Metrics, Params
 
@@ -71,40 +71,84 @@ def learn(
         last checkpoint is as it was.
     """
     mesh = parallel.make_mesh(loop.num_devices or None)
-    parts = jax.random.split(jax.random.key(seed), len(Keys._fields))
-    keys = Keys(*(jax.random.split(part, config.num_seeds) for part in parts))
-    state, step = _first_state(config, run_dir / "checkpoints", learner, keys, mesh)
-    run = _compile(config, learner, mesh)
-    with contextlib.ExitStack() as stack:
-        checkpoints = checkpoint.open_checkpoints(run_dir / "checkpoints", keep=loop.keep)
-        stack.callback(checkpoint.close, checkpoints)
-        logs = stack.enter_context(_open_logs(config, loop, run_dir, step, name))
-        while not _is_done(loop, state, step):
-            before, step = step, min(step + loop.log_every, loop.num_updates)
-            state, metrics = run(state, keys, step - before)
-            _check_finite(metrics, step)
-            logs.advance(step)
-            logs.write(step, _scalars(metrics, config, step))
-            if _is_done(loop, state, step) or step // loop.save_every > before // loop.save_every:
-                checkpoint.save(checkpoints, step, state, {"name": name})
-    return _report(config, learner, state, keys)
-
-
-def _first_state(
-    config: SeedsConfig, directory: pathlib.Path, learner: Learner, keys: Keys, mesh: Mesh
-) -> tuple[LearnState, int]:
-    """The state of all seeds before the first update, or as it was saved; and updates done."""
     if config.num_worlds % mesh.size:
         raise ValueError(
             f"num_worlds {config.num_worlds} cannot be shared out over {mesh.size} devices; "
             f"choose a multiple of {mesh.size}."
         )
-    init, step = jax.jit(jax.vmap(learner.init)), 0
-    if (latest := checkpoint.latest_step(directory)) is not None:
-        state, step = checkpoint.restore(directory, jax.eval_shape(init, keys.init))[0], latest
-    else:
-        state = init(keys.init)
-    return jax.device_put(state, _shardings(mesh)), step
+    keys = make_keys(seed, config.num_seeds)
+    state, step = first_state(run_dir, jax.jit(jax.vmap(learner.init))(keys.init))
+    state = jax.device_put(state, _shardings(mesh))
+    compiled = _compile(config, learner, mesh)
+
+    def run(state: LearnState, num_updates: int) -> tuple[LearnState, Metrics]:
+        return compiled(state, keys, num_updates)
+
+    state = keep_learning(config, loop, run_dir, run, state, step, name=name)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    evaluate = jax.jit(jax.vmap(learner.report), out_shardings=everywhere)
+    return make_learnt(config, state, evaluate(acting_params(state), keys.report))
+
+
+def make_keys(seed: int, num_seeds: int) -> Keys:
+    """Returns the keys of a training, `[S]` each."""
+    parts = jax.random.split(jax.random.key(seed), len(Keys._fields))
+    return Keys(*(jax.random.split(part, num_seeds) for part in parts))
+
+
+def first_state(run_dir: pathlib.Path, state: LearnState) -> tuple[LearnState, int]:
+    """Returns the state as it was saved last, or else the one given; and updates done.
+
+    Args:
+      run_dir: folder of the run.
+      state: before the first update.
+    """
+    directory = run_dir / "checkpoints"
+    if (latest := checkpoint.latest_step(directory)) is None:
+        return state, 0
+    return checkpoint.restore(directory, state)[0], latest
+
+
+def keep_learning(
+    config: SeedsConfig,
+    loop: LoopConfig,
+    run_dir: pathlib.Path,
+    run: Callable[[LearnState, int], tuple[LearnState, Metrics]],
+    state: LearnState,
+    step: int,
+    *,
+    name: str,
+) -> LearnState:
+    """Returns the state at the end; logs and saves on the way.
+
+    Args:
+      config: when to stop.
+      loop: length, and what to keep.
+      run_dir: folder of the run.
+      run: does so many updates and an evaluation, whose metrics are `[S]`.
+      state: after `step` updates.
+      step: updates done.
+      name: what the progress bar is about.
+
+    Raises:
+      ValueError: as `learn`.
+    """
+    with contextlib.ExitStack() as stack:
+        checkpoints = checkpoint.open_checkpoints(run_dir / "checkpoints", keep=loop.keep)
+        stack.callback(checkpoint.close, checkpoints)
+        logs = None
+        if is_first_process():
+            logs = stack.enter_context(_open_logs(config, loop, run_dir, step, name))
+        while not _is_done(loop, state, step):
+            before, step = step, min(step + loop.log_every, loop.num_updates)
+            state, metrics = run(state, step - before)
+            _check_finite(metrics, step)
+            if logs:
+                logs.advance(step)
+                logs.write(step, _scalars(metrics, config, step))
+            if _is_done(loop, state, step) or step // loop.save_every > before // loop.save_every:
+                checkpoint.save(checkpoints, step, state, {"name": name})
+    return state
 
 
 def _shardings(mesh: Mesh) -> LearnState:
@@ -151,7 +195,7 @@ def _update(learner: Learner, key: Key, state: LearnState) -> tuple[LearnState, 
 
 
 def _is_done(loop: LoopConfig, state: LearnState, step: int) -> bool:
-    return step >= loop.num_updates or bool(jnp.all(state.solved))
+    return step >= loop.num_updates or bool(np.all(np.asarray(state.solved)))
 
 
 def _open_logs(
@@ -189,13 +233,18 @@ def _check_finite(metrics: Metrics, step: int) -> None:
             )
 
 
-def _report(config: SeedsConfig, learner: Learner, state: LearnState, keys: Keys) -> Learnt:
-    params = acting_params(state)
-    found = jax.jit(jax.vmap(learner.report))(params, keys.report)
+def make_learnt(config: SeedsConfig, state: LearnState, found: Metrics) -> Learnt:
+    """Returns what came of a training.
+
+    Args:
+      config: worlds and steps of an update.
+      state: of all seeds, at the end.
+      found: how they do on fresh episodes, `[S]`.
+    """
     num_updates = np.asarray(state.train_state.num_updates)
     env_steps = int(num_updates.sum()) * config.num_steps * config.num_worlds
     return Learnt(
-        jax.device_get(params),
+        jax.device_get(acting_params(state)),
         {name: np.asarray(values) for name, values in found.items()},
         num_updates,
         env_steps,

@@ -1,13 +1,13 @@
 """An algorithm that learns from reward, of one seed: rollout, update, evaluation.
 
 `make_learner` is all that Deep SARSA and REINFORCE have in common; what they differ in comes in as
-functions: how they act, and what they descend.
+an `Algorithm`: how they act, and what they descend.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from vla_jax import optim
 from vla_jax.optim import OptimConfig
 from vla_jax.rl import actor, network
-from vla_jax.rl.actor import Actor, Policy
+from vla_jax.rl.actor import Actor, Policy, Rollout
 from vla_jax.rl.network import NetworkConfig
 from vla_jax.types import Key, Metrics, Params, World
-from vla_jax.update import LossFn, TrainState, init_train_state, make_update
+from vla_jax.update import LossFn, TrainState, Update, init_train_state, make_update
 
 
 class LearnState(NamedTuple):
@@ -27,6 +27,16 @@ class LearnState(NamedTuple):
     train_state: TrainState
     actor: Actor  # the worlds, and where each one is
     solved: jax.Array  # [] bool; from then on nothing is learnt
+
+
+class Algorithm(NamedTuple):
+    """What tells one algorithm from another, whatever the worlds; of one seed."""
+
+    network: NetworkConfig
+    heads: Callable[[int], Mapping[str, int]]  # number of actions -> heads, name to width
+    loss_fn: LossFn  # (params, (rollout, updates done), key) -> (loss, metrics)
+    explore: Callable[[Params, jax.Array], Policy]  # (params, updates done) -> acting to learn
+    exploit: Callable[[Params], Policy]  # params -> acting as well as it can
 
 
 class Learner(NamedTuple):
@@ -62,61 +72,41 @@ class SeedsConfig:
 
 def make_learner(
     world: World,
-    net: NetworkConfig,
-    heads: Mapping[str, int],
+    algorithm: Algorithm,
     seeds: SeedsConfig,
     optim_config: OptimConfig,
     num_updates: int,
-    *,
-    loss_fn: LossFn,
-    explore: Callable[[Params, jax.Array], Policy],
-    exploit: Callable[[Params], Policy],
 ) -> Learner:
-    """Returns an algorithm as a `Learner`.
+    """Returns an algorithm in a world as a `Learner`.
 
     Args:
       world: to learn in.
-      net: sizes of the network.
-      heads: its heads, name to width.
+      algorithm: how to act, and what to descend.
       seeds: worlds, steps, and episodes of an evaluation.
       optim_config: of the optimiser; with `ema_decay` it is the average that is evaluated.
       num_updates: length of the training.
-      loss_fn: `(params, (rollout, updates done), key) -> (loss, metrics)`.
-      explore: `(params, updates done)` -> how it acts while it learns.
-      exploit: `params` -> how it acts when it has learnt.
     """
-
-    def init_params(key: Key) -> Params:
-        return network.init(key, net, world.observation_shape, heads)
-
-    def zero_carry(batch_size: int):
-        return network.zero_carry(net, jnp.zeros((batch_size, 1)))
-
-    ema_decay = optim_config.ema_decay
-    shapes = jax.eval_shape(init_params, jax.random.key(0))
-    optimizer = optim.make_optimizer(optim_config, num_updates, shapes)
-    update_params = make_update(loss_fn, optimizer, ema_decay=ema_decay)
+    init_params, update_params = make_training(
+        algorithm, world.observation_shape, world.num_actions, optim_config, num_updates
+    )
 
     def init(key: Key) -> LearnState:
         params_key, actor_key = jax.random.split(key)
-        return LearnState(
-            init_train_state(init_params(params_key), optimizer, ema=ema_decay is not None),
-            actor.start(world, actor_key, seeds.num_worlds, zero_carry(seeds.num_worlds)),
-            jnp.zeros((), bool),
-        )
+        carry = zero_carry(algorithm, seeds.num_worlds)
+        first = actor.start(world, actor_key, seeds.num_worlds, carry)
+        return LearnState(init_params(params_key), first, jnp.zeros((), bool))
 
     def update(state: LearnState, key: Key) -> tuple[LearnState, Metrics]:
         act_key, learn_key = jax.random.split(key)
         before = state.train_state
-        policy = explore(before.params, before.num_updates)
+        policy = algorithm.explore(before.params, before.num_updates)
         following, rollout = actor.unroll(world, policy, state.actor, act_key, seeds.num_steps)
-        train_state, metrics = update_params(before, (rollout, before.num_updates), learn_key)
-        reward = jnp.mean(rollout.reward)
-        return LearnState(train_state, following, state.solved), {**metrics, "reward": reward}
+        train_state, metrics = update_params(before, rollout, learn_key)
+        return LearnState(train_state, following, state.solved), metrics
 
     def evaluate(num_episodes: int, params: Params, key: Key) -> Metrics:
-        carry = zero_carry(num_episodes)
-        return actor.episode_metrics(actor.play(world, exploit(params), key, num_episodes, carry))
+        policy, carry = algorithm.exploit(params), zero_carry(algorithm, num_episodes)
+        return actor.episode_metrics(actor.play(world, policy, key, num_episodes, carry))
 
     return Learner(
         init,
@@ -124,6 +114,46 @@ def make_learner(
         partial(evaluate, seeds.eval_episodes),
         partial(evaluate, seeds.report_episodes),
     )
+
+
+def make_training(
+    algorithm: Algorithm,
+    observation_shape: tuple[int, ...],
+    num_actions: int,
+    optim_config: OptimConfig,
+    num_updates: int,
+) -> tuple[Callable[[Key], TrainState], Update]:
+    """Returns the state before the first update, by key, and one update by a rollout.
+
+    Args:
+      algorithm: what to descend.
+      observation_shape: of one observation.
+      num_actions: to choose from.
+      optim_config: of the optimiser.
+      num_updates: length of the training.
+    """
+    heads, ema_decay = algorithm.heads(num_actions), optim_config.ema_decay
+
+    def init_params(key: Key) -> Params:
+        return network.init(key, algorithm.network, observation_shape, heads)
+
+    shapes = jax.eval_shape(init_params, jax.random.key(0))
+    optimizer = optim.make_optimizer(optim_config, num_updates, shapes)
+    update_params = make_update(algorithm.loss_fn, optimizer, ema_decay=ema_decay)
+
+    def init(key: Key) -> TrainState:
+        return init_train_state(init_params(key), optimizer, ema=ema_decay is not None)
+
+    def update(state: TrainState, rollout: Rollout, key: Key) -> tuple[TrainState, Metrics]:
+        state, metrics = update_params(state, (rollout, state.num_updates), key)
+        return state, {**metrics, "reward": jnp.mean(rollout.reward)}
+
+    return init, update
+
+
+def zero_carry(algorithm: Algorithm, batch_size: int) -> Any:
+    """Returns the carry of its network before the first step, `[B, ...]`."""
+    return network.zero_carry(algorithm.network, jnp.zeros((batch_size, 1)))
 
 
 def acting_params(state: LearnState) -> Params:

@@ -3,8 +3,10 @@
     python -m train.reinforce                                # CartPole-v1, 16 seeds
     python -m train.reinforce --preset cartpole_hidden       # velocities hidden: a GRU
     python -m train.reinforce --preset cartpole_hidden --network.kind fc --run-dir runs/blind
+    python -m train.reinforce --preset gymnasium --env-id Acrobot-v1
 
-Actor and learner are one compiled program. The same command resumes a run that was interrupted.
+Actor and learner are one compiled program, but for Gymnasium (`host_learn.py`). The same command
+resumes a run that was interrupted.
 """
 
 import pathlib
@@ -15,21 +17,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from train import host_learn
 from train.command_line import run
-from train.learn import learn, show
-from train.learner import Learner, SeedsConfig, make_learner
-from train.loop import LoopConfig, open_run
+from train.learn import Learnt, learn, show
+from train.learner import Algorithm, Learner, SeedsConfig, make_learner
+from train.loop import LoopConfig, is_first_process, open_run
 from train.watch import watch
 from vla_jax import film
 from vla_jax.envs.cartpole import CartPoleConfig
 from vla_jax.envs.grid import GridConfig
+from vla_jax.envs.table_choices import TableChoicesConfig
 from vla_jax.optim import OptimConfig
 from vla_jax.rl import actor, exploration, network, worlds
 from vla_jax.rl.actor import Policy, Rollout
 from vla_jax.rl.network import NetworkConfig
 from vla_jax.rl.policy_gradient import baseline_loss, entropy_loss, reinforce_loss
 from vla_jax.rl.returns import advantages
-from vla_jax.rl.worlds import WorldConfig
+from vla_jax.rl.worlds import GymnasiumConfig, WorldConfig
 from vla_jax.types import Array, Key, Metrics, Params
 
 _SMALL = 1e-6  # keeps a batch without any difference from being divided by zero
@@ -41,7 +45,7 @@ class ReinforceConfig:
 
     run_dir: str = "runs/reinforce"  # folder to write to
     world: WorldConfig = CartPoleConfig()
-    hide_velocities: bool = False  # leave the speeds out of what the agent sees
+    partially_observed: bool = False  # no speeds, the instruction at the first step only
     network: NetworkConfig = NetworkConfig()
     gamma: float = 0.99  # γ, worth of a reward one step later
     trace_decay: float = 0.95  # λ of the advantages; 1 = REINFORCE's own return less baseline
@@ -54,7 +58,8 @@ class ReinforceConfig:
     overwrite: bool = False  # delete a run that is there
 
     def __post_init__(self):
-        """Checks the shares and the weights."""
+        """Checks that something can be hidden, and the shares and the weights."""
+        worlds.check(self.world, partially_observed=self.partially_observed)
         if not 0 <= self.gamma < 1 or not 0 <= self.trace_decay <= 1:
             raise ValueError(
                 "gamma must be in [0, 1) and trace_decay in [0, 1], got "
@@ -69,34 +74,46 @@ def train(config: ReinforceConfig) -> pathlib.Path:
     """Trains policies; returns the run's folder."""
     film.check_packages()
     run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
-    learner = make_reinforce(config)
-    learnt = learn(config.seeds, config.loop, run_dir, learner, config.seed, name=run_dir.name)
-    show(config.seeds, run_dir, learnt)
-    params = jax.tree.map(lambda leaf: leaf[0], learnt.params)  # of the first seed
-    watch(
-        run_dir / "episodes.mp4",
-        worlds.make(config.world, hide_velocities=config.hide_velocities),
-        make_policy(params, config.network, greedy=True),
-        network.zero_carry(config.network, jnp.zeros((1, 1))),
-        jax.random.key(config.seed),
-    )
+    learnt = _learn(config, run_dir)
+    if is_first_process():
+        show(config.seeds, run_dir, learnt)
+    if is_first_process() and not isinstance(config.world, GymnasiumConfig):
+        params = jax.tree.map(lambda leaf: leaf[0], learnt.params)  # of the first seed
+        watch(
+            run_dir / "episodes.mp4",
+            worlds.make(config.world, partially_observed=config.partially_observed),
+            make_policy(params, config.network, greedy=True),
+            network.zero_carry(config.network, jnp.zeros((1, 1))),
+            jax.random.key(config.seed),
+        )
     return run_dir
+
+
+def _learn(config: ReinforceConfig, run_dir: pathlib.Path) -> Learnt:
+    """In one program with its worlds, or beside environments that Python steps."""
+    same = config.seeds, config.loop, run_dir
+    if isinstance(config.world, GymnasiumConfig):
+        taught = config.world, make_algorithm(config), config.optim
+        return host_learn.learn(*same, *taught, config.seed, name=run_dir.name)
+    return learn(*same, make_reinforce(config), config.seed, name=run_dir.name)
 
 
 def make_reinforce(config: ReinforceConfig) -> Learner:
     """REINFORCE with a baseline as a `Learner`."""
-    world = worlds.make(config.world, hide_velocities=config.hide_velocities)
+    world = worlds.make(config.world, partially_observed=config.partially_observed)
+    algorithm = make_algorithm(config)
+    return make_learner(world, algorithm, config.seeds, config.optim, config.loop.num_updates)
+
+
+def make_algorithm(config: ReinforceConfig) -> Algorithm:
+    """REINFORCE with a baseline, whatever the worlds."""
 
     def explore(params: Params, num_updates: jax.Array) -> Policy:
         return make_policy(params, config.network)
 
-    return make_learner(
-        world,
+    return Algorithm(
         config.network,
-        {"logits": world.num_actions, "value": 1},
-        config.seeds,
-        config.optim,
-        config.loop.num_updates,
+        heads=lambda num_actions: {"logits": num_actions, "value": 1},
         loss_fn=partial(_loss, config),
         explore=explore,
         exploit=partial(make_policy, net=config.network, greedy=True),
@@ -172,7 +189,7 @@ def cartpole_hidden() -> ReinforceConfig:
     return replace(
         cartpole(),
         run_dir="runs/reinforce_cartpole_hidden",
-        hide_velocities=True,
+        partially_observed=True,
         network=NetworkConfig(kind="gru"),
     )
 
@@ -183,12 +200,54 @@ def grid() -> ReinforceConfig:
         cartpole(),
         run_dir="runs/reinforce_grid",
         world=GridConfig(),
+        network=NetworkConfig(object_size=4, object_sizes=(32, 32), hidden_sizes=(64,)),
         gamma=0.95,
         seeds=SeedsConfig(),
     )
 
 
-REINFORCE = {"cartpole": cartpole, "cartpole_hidden": cartpole_hidden, "grid": grid}
+def table() -> ReinforceConfig:
+    """The JAX table: touch the block that is asked for, one of eleven choices at a time.
+
+    Success 97.2 % [96.2, 97.9] over 4 seeds of 2 million environment steps, about 2 minutes on
+    2 CPU cores. The reward is shaped: for success alone (`--shaping 0`) it is 28 % after 600
+    updates, where it is 87 % with shaping.
+    """
+    return replace(
+        cartpole(),
+        run_dir="runs/reinforce_table",
+        world=TableChoicesConfig(shaping=2.0),
+        network=NetworkConfig(hidden_sizes=(128, 128)),
+        gamma=0.97,
+        seeds=SeedsConfig(num_seeds=4),
+        loop=LoopConfig(num_updates=1000, save_every=500),
+    )
+
+
+def table_hidden() -> ReinforceConfig:
+    """The same, told at the first step only which block it is: a GRU has to remember it."""
+    return replace(
+        table(),
+        run_dir="runs/reinforce_table_hidden",
+        partially_observed=True,
+        network=NetworkConfig(kind="gru", hidden_sizes=(128,), memory_size=128),
+    )
+
+
+def gymnasium() -> ReinforceConfig:
+    """Any Gymnasium environment with a few actions, stepped in Python: --env-id; one seed."""
+    seeds = replace(cartpole().seeds, num_seeds=1, num_worlds=16, eval_episodes=32)
+    return replace(
+        cartpole(),
+        run_dir="runs/reinforce_gymnasium",
+        world=GymnasiumConfig(),
+        seeds=seeds,
+        loop=LoopConfig(num_updates=600, save_every=100),
+    )
+
+
+PRESETS = (cartpole, cartpole_hidden, grid, table, table_hidden, gymnasium)
+REINFORCE = {preset.__name__: preset for preset in PRESETS}
 
 if __name__ == "__main__":
     run(train, REINFORCE, description="Trains policies from reward.")

@@ -3,8 +3,10 @@
     python -m train.sarsa                                    # the grid with moving obstacles
     python -m train.sarsa --preset grid_hidden               # velocities hidden: memory is needed
     python -m train.sarsa --preset cartpole --num-seeds 4
+    python -m train.sarsa --preset gymnasium --env-id CartPole-v1
 
-Actor and learner are one compiled program. The same command resumes a run that was interrupted.
+Actor and learner are one compiled program, but for Gymnasium (`host_learn.py`). The same command
+resumes a run that was interrupted.
 """
 
 import pathlib
@@ -15,10 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from train import host_learn
 from train.command_line import run
-from train.learn import learn, show
-from train.learner import Learner, SeedsConfig, make_learner
-from train.loop import LoopConfig, open_run
+from train.learn import Learnt, learn, show
+from train.learner import Algorithm, Learner, SeedsConfig, make_learner
+from train.loop import LoopConfig, is_first_process, open_run
 from train.watch import watch
 from vla_jax import film
 from vla_jax.envs.cartpole import CartPoleConfig
@@ -28,7 +31,7 @@ from vla_jax.rl import actor, exploration, network, worlds
 from vla_jax.rl.actor import Policy, Rollout
 from vla_jax.rl.network import NetworkConfig
 from vla_jax.rl.sarsa import expected_sarsa_error, sarsa_error
-from vla_jax.rl.worlds import WorldConfig
+from vla_jax.rl.worlds import GymnasiumConfig, WorldConfig
 from vla_jax.types import Key, Metrics, Params
 
 
@@ -38,7 +41,7 @@ class SarsaConfig:
 
     run_dir: str = "runs/sarsa"  # folder to write to
     world: WorldConfig = GridConfig()
-    hide_velocities: bool = False  # leave the speeds out of what the agent sees
+    partially_observed: bool = False  # no speeds, the instruction at the first step only
     network: NetworkConfig = NetworkConfig(object_size=4, object_sizes=(32, 32), hidden_sizes=(64,))
     gamma: float = 0.95  # γ, worth of a reward one step later
     trace_decay: float = 0.5  # λ, from one step (0) to the whole rollout (1)
@@ -55,7 +58,8 @@ class SarsaConfig:
     overwrite: bool = False  # delete a run that is there
 
     def __post_init__(self):
-        """Checks the shares."""
+        """Checks that something can be hidden, and the shares."""
+        worlds.check(self.world, partially_observed=self.partially_observed)
         for name in ("gamma", "trace_decay", "start_epsilon", "end_epsilon"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
@@ -71,34 +75,46 @@ def train(config: SarsaConfig) -> pathlib.Path:
     """Trains Q-functions; returns the run's folder."""
     film.check_packages()
     run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
-    learner = make_sarsa(config)
-    learnt = learn(config.seeds, config.loop, run_dir, learner, config.seed, name=run_dir.name)
-    show(config.seeds, run_dir, learnt)
-    params = jax.tree.map(lambda leaf: leaf[0], learnt.params)  # of the first seed
-    watch(
-        run_dir / "episodes.mp4",
-        worlds.make(config.world, hide_velocities=config.hide_velocities),
-        make_policy(params, config.network, epsilon=0.0),
-        network.zero_carry(config.network, jnp.zeros((1, 1))),
-        jax.random.key(config.seed),
-    )
+    learnt = _learn(config, run_dir)
+    if is_first_process():
+        show(config.seeds, run_dir, learnt)
+    if is_first_process() and not isinstance(config.world, GymnasiumConfig):
+        params = jax.tree.map(lambda leaf: leaf[0], learnt.params)  # of the first seed
+        watch(
+            run_dir / "episodes.mp4",
+            worlds.make(config.world, partially_observed=config.partially_observed),
+            make_policy(params, config.network, epsilon=0.0),
+            network.zero_carry(config.network, jnp.zeros((1, 1))),
+            jax.random.key(config.seed),
+        )
     return run_dir
+
+
+def _learn(config: SarsaConfig, run_dir: pathlib.Path) -> Learnt:
+    """In one program with its worlds, or beside environments that Python steps."""
+    same = config.seeds, config.loop, run_dir
+    if isinstance(config.world, GymnasiumConfig):
+        taught = config.world, make_algorithm(config), config.optim
+        return host_learn.learn(*same, *taught, config.seed, name=run_dir.name)
+    return learn(*same, make_sarsa(config), config.seed, name=run_dir.name)
 
 
 def make_sarsa(config: SarsaConfig) -> Learner:
     """Deep SARSA as a `Learner`."""
-    world = worlds.make(config.world, hide_velocities=config.hide_velocities)
+    world = worlds.make(config.world, partially_observed=config.partially_observed)
+    algorithm = make_algorithm(config)
+    return make_learner(world, algorithm, config.seeds, config.optim, config.loop.num_updates)
+
+
+def make_algorithm(config: SarsaConfig) -> Algorithm:
+    """Deep SARSA, whatever the worlds."""
 
     def explore(params: Params, num_updates: jax.Array) -> Policy:
         return make_policy(params, config.network, _epsilon(config, num_updates))
 
-    return make_learner(
-        world,
+    return Algorithm(
         config.network,
-        {"q": world.num_actions},
-        config.seeds,
-        config.optim,
-        config.loop.num_updates,
+        heads=lambda num_actions: {"q": num_actions},
         loss_fn=partial(_loss, config),
         explore=explore,
         exploit=partial(make_policy, net=config.network, epsilon=0.0),
@@ -159,7 +175,7 @@ def grid_hidden() -> SarsaConfig:
     return replace(
         grid(),
         run_dir="runs/sarsa_grid_hidden",
-        hide_velocities=True,
+        partially_observed=True,
         network=NetworkConfig(kind="gru", object_size=3, object_sizes=(32, 32), hidden_sizes=(64,)),
     )
 
@@ -176,7 +192,14 @@ def cartpole() -> SarsaConfig:
     )
 
 
-SARSA = {"grid": grid, "grid_hidden": grid_hidden, "cartpole": cartpole}
+def gymnasium() -> SarsaConfig:
+    """Any Gymnasium environment with a few actions, stepped in Python: --env-id; one seed."""
+    seeds = replace(cartpole().seeds, num_seeds=1, num_worlds=16, eval_episodes=32)
+    return replace(cartpole(), run_dir="runs/sarsa_gymnasium", world=GymnasiumConfig(), seeds=seeds)
+
+
+PRESETS = (grid, grid_hidden, cartpole, gymnasium)
+SARSA = {preset.__name__: preset for preset in PRESETS}
 
 if __name__ == "__main__":
     run(train, SARSA, description="Trains Q-functions from reward.")

@@ -45,7 +45,7 @@ class TabularConfig:
 
     def __post_init__(self):
         """Checks the worlds and the table."""
-        if not isinstance(self.deep.world, GridConfig) or self.deep.hide_velocities:
+        if not isinstance(self.deep.world, GridConfig) or self.deep.partially_observed:
             raise ValueError("deep.world must be a grid, nothing hidden; a table knows no other.")
         if not self.obstacles or min(self.obstacles) < 1:
             raise ValueError(f"obstacles must hold numbers >= 1, got {self.obstacles}.")

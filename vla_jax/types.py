@@ -95,6 +95,7 @@ class World(NamedTuple):
     velocities: tuple[int, ...]  # which of the D numbers are speeds; empty for pictures
     num_actions: int
     max_steps: int  # environment steps until truncation
+    instruction: tuple[int, ...] = ()  # which of the D numbers tell what is asked for
 
 
 class SimulatorStep(NamedTuple):

@@ -1,4 +1,4 @@
-"""Any Gymnasium environment with continuous actions, behind `types.Simulator`.
+"""Any Gymnasium environment: with continuous actions, behind `types.Simulator`; with choices, bare.
 
 Needs the extra `gym`; what an environment needs beyond it is the environment's own affair.
 """
@@ -57,16 +57,40 @@ def make(
     if isinstance(env, str):
         env = _make_env(gymnasium, env, "rgb_array" if image_size else None)
     name = env.spec.id if env.spec else type(env.unwrapped).__name__
-    limits = [max_steps, env.spec.max_episode_steps if env.spec else None]
-    known = [limit for limit in limits if limit is not None]
-    if not known or min(known) < 1:
-        raise ValueError(f"max_steps of {name} must be >= 1, got {max_steps}; give a number.")
-    _check_spaces(gymnasium, env, name)
-    env = gymnasium.wrappers.TimeLimit(env, min(known))
-    simulator = GymnasiumSimulator(env, name, instruction, image_size, min(known), success)
+    limit = _limit(env, name, max_steps)
+    _check_box(gymnasium, env, name)
+    _check_observation(env, name)
+    env = gymnasium.wrappers.TimeLimit(env, limit)
+    simulator = GymnasiumSimulator(env, name, instruction, image_size, limit, success)
     if image_size:
         _try_to_draw(gymnasium, env, name)
     return simulator
+
+
+def make_choices(env_id: str, *, max_steps: int | None = None) -> Any:
+    """A `gymnasium.Env` in which one of a few actions is chosen, and what is seen is a vector.
+
+    Args:
+      env_id: of a registered environment.
+      max_steps: as for `make`.
+
+    Returns:
+      The environment, with a `Discrete` of actions and a `Box` `[D]` of observations.
+
+    Raises:
+      ImportError: gymnasium, or a package that the environment needs, is missing.
+      ValueError: an unknown id, or an environment that doesn't fit.
+    """
+    gymnasium = _import_gymnasium()
+    env = _make_env(gymnasium, env_id, None)
+    limit = _limit(env, env_id, max_steps)
+    if not isinstance(env.action_space, gymnasium.spaces.Discrete):
+        raise ValueError(
+            f"action_space of {env_id} must be Discrete, got {env.action_space}; register the "
+            "environment with a gymnasium.ActionWrapper around it that has a few actions to choose."
+        )
+    _check_observation(env, env_id)
+    return gymnasium.wrappers.FlattenObservation(gymnasium.wrappers.TimeLimit(env, limit))
 
 
 class GymnasiumSimulator:
@@ -132,14 +156,24 @@ def _import_gymnasium():
 
 def _make_env(gymnasium, env_id: str, render_mode: str | None):
     try:
-        return gymnasium.make(env_id, render_mode=render_mode)
+        # An environment that never draws need not know what a render_mode is.
+        return gymnasium.make(env_id, **({"render_mode": render_mode} if render_mode else {}))
     except gymnasium.error.UnregisteredEnv as error:  # its message names the nearest id
         raise ValueError(f"env {env_id!r} is not registered in gymnasium: {error}") from error
     except (ImportError, gymnasium.error.DependencyNotInstalled) as error:
         raise ImportError(f"{env_id} needs a package that is missing: {error}") from error
 
 
-def _check_spaces(gymnasium, env, name: str) -> None:
+def _limit(env, name: str, max_steps: int | None) -> int:
+    """Environment steps until truncation: the caller's, or the environment's own."""
+    limits = [max_steps, env.spec.max_episode_steps if env.spec else None]
+    known = [limit for limit in limits if limit is not None]
+    if not known or min(known) < 1:
+        raise ValueError(f"max_steps of {name} must be >= 1, got {max_steps}; give a number.")
+    return min(known)
+
+
+def _check_box(gymnasium, env, name: str) -> None:
     box = env.action_space
     if not isinstance(box, gymnasium.spaces.Box):
         raise ValueError(
@@ -151,6 +185,9 @@ def _check_spaces(gymnasium, env, name: str) -> None:
             f"action_space of {name} must have finite bounds, got {box}; use "
             "gymnasium.wrappers.RescaleAction or a Box with bounds."
         )
+
+
+def _check_observation(env, name: str) -> None:
     if not env.observation_space.is_np_flattenable:
         raise ValueError(
             f"observation_space of {name} must be of fixed size, got {env.observation_space}; "

@@ -18,7 +18,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from vla_jax.types import Array, Key, World
+from vla_jax.types import Array, Key, Transition, World
 
 # (carry, observation [B, ...], reset [B], key) -> (carry, action [B] int32)
 Policy = Callable[[Any, Array, Array, Key], tuple[Any, Array]]
@@ -27,7 +27,7 @@ Policy = Callable[[Any, Array, Array, Key], tuple[Any, Array]]
 class Actor(NamedTuple):
     """What goes on from one rollout to the next."""
 
-    world_state: Any  # [B, ...]
+    world_state: Any  # [B, ...]; {} where the worlds themselves remember
     observation: Array  # [B, ...], the next that the policy will see
     reset: Array  # [B] bool, True where it is the first of an episode
     ended: Array  # [B] bool, True where it is the last of one
@@ -84,11 +84,22 @@ def unroll(
 
     chex.assert_equal_shape_prefix([actor.observation, actor.ended], 1)
     last, steps = jax.lax.scan(step, actor, jax.random.split(key, num_steps))
+    return last, join(steps, actor, last)
+
+
+def join(steps: Rollout, first: Actor, last: Actor) -> Rollout:
+    """Returns single steps as one rollout.
+
+    Args:
+      steps: those that `record` gave, stacked, `[T, B, ...]`.
+      first: the actor before them.
+      last: the actor after them.
+    """
     steps = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), steps)
-    return last, steps._replace(
+    return steps._replace(
         observation=_append(steps.observation, last.observation),
         reset=_append(steps.reset, last.reset),
-        carry=actor.carry,
+        carry=first.carry,
     )
 
 
@@ -104,6 +115,21 @@ def advance(world: World, actor: Actor, action: Array, key: Key) -> tuple[Actor,
     world_state, transition = jax.vmap(world.step)(actor.world_state, action)
     fresh = jax.vmap(world.reset)(jax.random.split(key, action.shape[0]))
     world_state, observation = choose(actor.ended, fresh, (world_state, transition.observation))
+    return record(actor, action, world_state, transition._replace(observation=observation))
+
+
+def record(
+    actor: Actor, action: Array, world_state: Any, transition: Transition
+) -> tuple[Actor, Rollout]:
+    """Returns the actor after a step that the worlds have done, and that step, `[B, ...]`.
+
+    Args:
+      actor: before the step, but for the carry, which is after it.
+      action: `[B]` int32.
+      world_state: after the step, or of a new episode where one had ended.
+      transition: of the step; where an episode had ended, its observation is the first of the
+        new one, and nothing else of it counts.
+    """
     mask = ~actor.ended
     reward = jnp.where(mask, transition.reward, 0.0)
     terminated, truncated = mask & transition.terminated, mask & transition.truncated
@@ -113,8 +139,9 @@ def advance(world: World, actor: Actor, action: Array, key: Key) -> tuple[Actor,
         mask & transition.success, return_, None,
     )  # fmt: skip
     following = Actor(
-        world_state, observation, actor.ended, terminated | truncated, return_, actor.carry
-    )
+        world_state, transition.observation, actor.ended, terminated | truncated, return_,
+        actor.carry,
+    )  # fmt: skip
     return following, taken
 
 

@@ -1,14 +1,51 @@
 """The worlds that an agent learns in from reward, by the `kind` of their config."""
 
-from vla_jax.envs import cartpole, grid, hidden
+from dataclasses import dataclass
+from typing import Literal
+
+from vla_jax.envs import cartpole, grid, hidden, table_choices
 from vla_jax.envs.cartpole import CartPoleConfig
 from vla_jax.envs.grid import GridConfig
+from vla_jax.envs.table_choices import TableChoicesConfig
 from vla_jax.types import World
 
-WorldConfig = GridConfig | CartPoleConfig
+
+@dataclass(frozen=True)
+class GymnasiumConfig:
+    """Any registered Gymnasium environment with a few actions to choose from; Python steps it."""
+
+    kind: Literal["gymnasium"] = "gymnasium"
+    env_id: str = "CartPole-v1"
+    max_steps: int = 0  # environment steps until truncation; 0 = the environment's own
 
 
-def make(config: WorldConfig, *, hide_velocities: bool = False) -> World:
-    """Returns the world of a config; without the speeds in what it shows, if asked for."""
-    world = grid.make(config) if isinstance(config, GridConfig) else cartpole.make(config)
-    return hidden.hide_velocities(world) if hide_velocities else world
+WorldConfig = GridConfig | CartPoleConfig | TableChoicesConfig | GymnasiumConfig
+
+
+def check(config: WorldConfig, *, partially_observed: bool) -> None:
+    """Refuses to hide what Gymnasium shows: nothing tells which of its numbers are speeds."""
+    if partially_observed and isinstance(config, GymnasiumConfig):
+        raise ValueError(
+            "partially_observed must be False in a Gymnasium environment, got True; register one "
+            "with a gymnasium.ObservationWrapper around it."
+        )
+
+
+def make(config: WorldConfig, *, partially_observed: bool = False) -> World:
+    """Returns the world of a config; with less to see, if asked for (`hidden.hide`).
+
+    Raises:
+      ValueError: the world is none of pure functions, or has nothing to hide.
+    """
+    if isinstance(config, GridConfig):
+        world = grid.make(config)
+    elif isinstance(config, CartPoleConfig):
+        world = cartpole.make(config)
+    elif isinstance(config, TableChoicesConfig):
+        world = table_choices.make(config)
+    else:
+        raise ValueError(
+            f"world must be one of pure functions, got {config.env_id} of Gymnasium; use "
+            "train.host_learn, which steps it in Python."
+        )
+    return hidden.hide(world) if partially_observed else world
