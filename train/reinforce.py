@@ -195,12 +195,15 @@ def cartpole_hidden() -> ReinforceConfig:
 
 
 def grid() -> ReinforceConfig:
-    """The 5 × 5 grid with three moving obstacles."""
+    """The 5 × 5 grid with three moving obstacles.
+
+    Success 78.0 % [76.3, 79.5] over 4 seeds after 1,500 updates, where Deep SARSA has 97 %; a
+    network that reads the objects alike, as SARSA's does, comes to 32 %.
+    """
     return replace(
         cartpole(),
         run_dir="runs/reinforce_grid",
         world=GridConfig(),
-        network=NetworkConfig(object_size=4, object_sizes=(32, 32), hidden_sizes=(64,)),
         gamma=0.95,
         seeds=SeedsConfig(),
     )
@@ -225,7 +228,11 @@ def table() -> ReinforceConfig:
 
 
 def table_hidden() -> ReinforceConfig:
-    """The same, told at the first step only which block it is: a GRU has to remember it."""
+    """The same, told at the first step only which block it is: a GRU has to remember it.
+
+    Not learnt yet: 25 % after 850 updates, which is touching any block, and 23 % without memory
+    (`--network.kind fc`); larger steps, longer rollouts, an LSTM and more shaping did not help.
+    """
     return replace(
         table(),
         run_dir="runs/reinforce_table_hidden",
@@ -235,7 +242,10 @@ def table_hidden() -> ReinforceConfig:
 
 
 def gymnasium() -> ReinforceConfig:
-    """Any Gymnasium environment with a few actions, stepped in Python: --env-id; one seed."""
+    """Any Gymnasium environment with a few actions, stepped in Python: --env-id; one seed.
+
+    CartPole-v1: return 500 after 300 updates of 512 environment steps, in 36 seconds.
+    """
     seeds = replace(cartpole().seeds, num_seeds=1, num_worlds=16, eval_episodes=32)
     return replace(
         cartpole(),

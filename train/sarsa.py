@@ -171,7 +171,10 @@ def grid() -> SarsaConfig:
 
 
 def grid_hidden() -> SarsaConfig:
-    """The same grid with velocities hidden: a GRU has to see where the obstacles go."""
+    """The same grid with velocities hidden: a GRU has to see where the obstacles go.
+
+    97.4 % [96.6, 98.6] of fresh episodes over 4 seeds, after 1,200 updates at most.
+    """
     return replace(
         grid(),
         run_dir="runs/sarsa_grid_hidden",
@@ -181,7 +184,10 @@ def grid_hidden() -> SarsaConfig:
 
 
 def cartpole() -> SarsaConfig:
-    """CartPole-v1."""
+    """CartPole-v1: learnt by some seeds and not by others.
+
+    Return 377 [286, 469] over 4 seeds after 2,000 updates, from 273 to 500; REINFORCE is steadier.
+    """
     return replace(
         grid(),
         run_dir="runs/sarsa_cartpole",
