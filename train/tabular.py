@@ -84,7 +84,7 @@ def compare(config: TabularConfig) -> pathlib.Path:
     save_json({name: values.tolist() for name, values in found.items()}, run_dir / "report.json")
     title = f"{config.deep.seeds.num_seeds} seeds, mean and 95 % interval"
     curves = {name: (config.obstacles, values) for name, values in found.items()}
-    panel = plots.Panel(title, "obstacles", "success", curves)
+    panel = plots.Panel(title, "obstacles", "success", curves, y_range=(0, 1.05))
     plots.curves(run_dir / "obstacles.png", [panel])
     return run_dir
 
