@@ -7,7 +7,7 @@ functions: how they act, and what they descend.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from vla_jax import optim
 from vla_jax.optim import OptimConfig
 from vla_jax.rl import actor, network
-from vla_jax.rl.actor import Actor, Policy
+from vla_jax.rl.actor import Policy
 from vla_jax.rl.network import NetworkConfig
 from vla_jax.types import Key, Metrics, Params, World
 from vla_jax.update import LossFn, TrainState, init_train_state, make_update
@@ -25,7 +25,7 @@ class LearnState(NamedTuple):
     """All that learning changes, of one seed."""
 
     train_state: TrainState
-    actor: Actor  # the worlds, and where each one is
+    actor: Any  # the worlds [B, ...], and where each one is
     solved: jax.Array  # [] bool; from then on nothing is learnt
 
 

@@ -4,10 +4,13 @@
     python -m train.reinforce --preset cartpole_hidden       # velocities hidden: a GRU
     python -m train.reinforce --preset cartpole_hidden --network.kind fc --run-dir runs/blind
 
+    python -m train.reinforce --init-from RUN_DIR            # a cloned policy: train/finetune.py
+
 Actor and learner are one compiled program. The same command resumes a run that was interrupted.
 """
 
 import pathlib
+import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from train.command_line import run
+from train.finetune import FINETUNE, finetune
 from train.learn import learn, show
 from train.learner import Learner, SeedsConfig, make_learner
 from train.loop import LoopConfig, open_run
@@ -191,4 +195,8 @@ def grid() -> ReinforceConfig:
 REINFORCE = {"cartpole": cartpole, "cartpole_hidden": cartpole_hidden, "grid": grid}
 
 if __name__ == "__main__":
-    run(train, REINFORCE, description="Trains policies from reward.")
+    # A cloned policy brings its own world and sizes, and so other options.
+    if any(word.startswith(("--init-from", "--init_from")) for word in sys.argv[1:]):
+        run(finetune, FINETUNE, description="Goes on training a cloned policy from reward.")
+    else:
+        run(train, REINFORCE, description="Trains policies from reward.")
