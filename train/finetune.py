@@ -1,23 +1,21 @@
 """From cloning to reward: the policy of a run of `train.imitate` goes on learning in closed loop.
 
     python -m train.reinforce --init-from runs/table_jax_state
+    python -m vla_jax.evaluate runs/finetune
 
-REINFORCE on whole episodes of the JAX table: the policy streams as it will act, with noise on what
-it does; every layout is tried several times, and a try counts by how much better it went than the
-others on that layout. A divergence from the cloned policy, at what is seen on the way, keeps what
-was known. The run's folder holds the policy that came of it, and is read like one of
-`train.imitate`.
+REINFORCE with a baseline on whole episodes of the JAX table. The policy streams as it will act,
+with noise on what it does; a value head on its features foretells how well that will go. A
+divergence from the cloned policy, at all that is seen, keeps what was known. The run's folder
+holds the policy that came of it, and is read like one of `train.imitate`.
 
-Source: tries of one start held against each other, Tan et al. 2025, "Interactive Post-Training for
-Vision-Language-Action Models" (arXiv:2505.17016); the divergence, Jaques et al. 2017, "Sequence
-Tutor" (arXiv:1611.02796).
+Source: the divergence, Jaques et al. 2017, "Sequence Tutor" (arXiv:1611.02796).
 """
 
 import pathlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,22 +26,24 @@ from train.learner import Learner, LearnState, SeedsConfig
 from train.loop import LoopConfig, open_run, save_json
 from vla_jax import checkpoint, optim, plots, results
 from vla_jax import config as configs
-from vla_jax.agent import AgentConfig, make_agent, read_instruction
+from vla_jax.agent import make_agent, read_instruction
 from vla_jax.data import normalize
 from vla_jax.envs import table_jax
+from vla_jax.heads import apply_mlp, init_mlp
 from vla_jax.optim import OptimConfig
 from vla_jax.players import make_player
 from vla_jax.results import Summary
 from vla_jax.rl import episodes, gaussian
 from vla_jax.rl.episodes import Tries
 from vla_jax.rl.gaussian import NoiseConfig
-from vla_jax.rl.policy_gradient import leave_one_out, score_loss
+from vla_jax.rl.policy_gradient import baseline_loss, scale, score_loss
+from vla_jax.rl.returns import advantages
 from vla_jax.rollout import run_env
 from vla_jax.runs import Run, load_run
 from vla_jax.types import Array, Env, Key, Metrics, Params
-from vla_jax.update import init_train_state, make_update
+from vla_jax.update import LossFn, init_train_state, make_update
 
-LEARNING = "learning"  # folder inside the run's with metrics and checkpoints of all seeds
+LEARNING = "learning"  # folder inside the run's: metrics and checkpoints of all seeds
 
 
 @dataclass(frozen=True)
@@ -52,227 +52,259 @@ class FinetuneConfig:
 
     init_from: str = ""  # run folder of train.imitate whose policy goes on learning
     run_dir: str = "runs/finetune"  # folder to write to
-    num_tries: int = 8  # of each layout between two updates; the others are a try's baseline
-    kl_weight: float = 0.03  # of the divergence from the cloned policy, in successes per nat
     noise: NoiseConfig = NoiseConfig()
+    gamma: float = 0.95  # γ, worth of a success one step later
+    trace_decay: float = 0.9  # λ of the advantages; 1 = REINFORCE's own return less baseline
+    kl_weight: float = 0.15  # β of the divergence from the cloned policy, per nat
+    baseline_weight: float = 0.5  # of the baseline's term in the loss
+    value_sizes: tuple[int, ...] = (128,)  # hidden layers of the baseline
     seeds: SeedsConfig = SeedsConfig(num_seeds=1, num_worlds=256, num_steps=32)
     optim: OptimConfig = OptimConfig(
-        learning_rate=3e-4, warmup_steps=10, weight_decay=0.0, freeze=("backbone/*",)
+        learning_rate=5e-4,
+        weight_decay=0.0,
+        b2=0.99,
+        ema_decay=0.95,
+        freeze=("backbone/*",),
+        lr_factors=(("value/*", 6.0),),
     )
-    loop: LoopConfig = LoopConfig(num_updates=300, log_every=20, save_every=100)
+    loop: LoopConfig = LoopConfig(num_updates=600, log_every=40, save_every=200)
     num_episodes: int = 600  # unseen layouts that both policies are held against each other on
     first_seed: int = 2_000_000  # of these; choose settings on others
     seed: int = 0
     overwrite: bool = False  # delete a run that is there
 
     def __post_init__(self):
-        """Checks the counts and the weight."""
-        if self.num_tries < 2 or self.seeds.num_worlds % self.num_tries:
+        """Checks the shares, the weights and the count."""
+        if not 0 <= self.gamma <= 1 or not 0 <= self.trace_decay <= 1:
             raise ValueError(
-                "num_tries must be at least 2 and divide num_worlds = "
-                f"{self.seeds.num_worlds}, got {self.num_tries}."
+                f"gamma and trace_decay must be in [0, 1], got {self.gamma} and {self.trace_decay}."
             )
-        if self.kl_weight < 0:
-            raise ValueError(f"kl_weight must be >= 0, got {self.kl_weight}.")
+        for name in ("kl_weight", "baseline_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}.")
         if self.num_episodes < 1:
             raise ValueError(f"num_episodes must be at least 1, got {self.num_episodes}.")
 
 
-class Place(NamedTuple):
-    """Where a policy learns."""
+class Cloned(NamedTuple):
+    """A cloned policy, in the world that it was cloned for."""
 
-    world: table_jax.TableConfig
+    run: Run
     env: Env
     instructions: Array  # [num instructions, S] word ids of the world's sentences
 
 
 def finetune(config: FinetuneConfig) -> pathlib.Path:
     """Goes on training a cloned policy; returns the run's folder."""
-    # The policy as it was cloned, and the world it was cloned for.
-    cloned = load_run(config.init_from)
-    place = read_place(cloned)
-    episodes.check_memory(cloned.agent, config.seeds.num_steps)
-    if pathlib.Path(config.run_dir).resolve() == cloned.folder.resolve():
-        raise ValueError(f"run_dir must be another folder than init_from, got {config.run_dir}.")
+    # The policy as it was cloned, and its world.
+    cloned = read_cloned(config.init_from)
+    episodes.check_memory(cloned.run.agent, config.seeds.num_steps)
+    if pathlib.Path(config.run_dir).resolve() == cloned.run.folder.resolve():
+        raise ValueError(
+            f"run_dir must be another folder than init_from, got {config.run_dir}; rename it."
+        )
     run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
 
     # Rollout, update, rollout, …; all seeds at once.
-    learner = make_finetune(config, cloned, place)
+    learner = make_finetune(config, cloned)
     learnt = learn(
         config.seeds, config.loop, run_dir / LEARNING, learner, config.seed, name=run_dir.name
     )
 
     # The policy of the first seed, held against the cloned one.
-    params = jax.tree.map(lambda leaf: leaf[0], learnt.params)
-    _export(config, run_dir, cloned, params, int(learnt.num_updates[0]))
+    params = {part: jax.tree.map(lambda leaf: leaf[0], learnt.params[part]) for part in _PARTS}
+    _export(config, run_dir, cloned.run, params, int(learnt.num_updates[0]))
     seeds = range(config.first_seed, config.first_seed + config.num_episodes)
-    before, after = (_play(cloned.agent, cloned, p, place, seeds) for p in (cloned.params, params))
+    before, after = (_play(cloned, p, seeds) for p in (cloned.run.params, params))
     _show(config, run_dir, learnt, before, after)
     return run_dir
 
 
-def read_place(run: Run) -> Place:
-    """The world that a run's policy was cloned for.
+_PARTS = ("backbone", "decoder")  # of the params that act; "value" only trains
+
+
+def read_cloned(run_dir: str) -> Cloned:
+    """A cloned policy with its world.
 
     Raises:
-      ValueError: it is not the JAX table.
+      FileNotFoundError: the folder, or one of its files, is missing.
+      ValueError: its world is not the JAX table.
     """
+    run = load_run(run_dir)
     if not isinstance(run.world, table_jax.TableConfig):
         found = "an unknown world" if run.world is None else f"world '{run.world.kind}'"
         raise ValueError(
-            f"init_from must be a run for world 'table_jax', which a policy can learn in, got "
-            f"{found} in {run.folder}; clone a policy for that one."
+            f"init_from must be a run for world 'table_jax', in which a policy can learn, got "
+            f"{found} in {run_dir}; clone a policy for that one."
         )
-    world = replace(run.world, image_size=getattr(run.agent.policy.backbone, "image_size", 0))
-    env = table_jax.make(world)
+    image_size = getattr(run.agent.policy.backbone, "image_size", 0)
+    env = table_jax.make(replace(run.world, image_size=image_size))
     words = [read_instruction(run.agent, sentence) for sentence in env.instructions]
-    return Place(world, env, jnp.stack(words))
+    return Cloned(run, env, jnp.stack(words))
 
 
-def make_finetune(config: FinetuneConfig, cloned: Run, place: Place) -> Learner:
+def make_finetune(config: FinetuneConfig, cloned: Cloned) -> Learner:
     """The fine-tuning of a cloned policy as a `Learner`."""
-    loop, ema_decay = config.loop, config.optim.ema_decay
-    optimizer = optim.make_optimizer(config.optim, loop.num_updates, cloned.params)
-    loss_fn = make_loss(config, cloned.agent, cloned.params)
+    run, seeds, ema_decay = cloned.run, config.seeds, config.optim.ema_decay
+    sizes = (run.agent.policy.decoder.hidden_size, *config.value_sizes, 1)
+
+    def init_params(key: Key) -> Params:
+        return {**jax.tree.map(jnp.asarray, run.params), "value": init_mlp(key, sizes)}
+
+    shapes = jax.eval_shape(init_params, jax.random.key(0))
+    optimizer = optim.make_optimizer(config.optim, config.loop.num_updates, shapes)
+    loss_fn = make_loss(config, run)
     update_params = make_update(loss_fn, optimizer, ema_decay=ema_decay, freeze=config.optim.freeze)
 
     def init(key: Key) -> LearnState:
-        del key  # every seed starts from the cloned policy
-        params = jax.tree.map(jnp.asarray, cloned.params)
-        train_state = init_train_state(params, optimizer, ema=ema_decay is not None)
-        return LearnState(train_state, jnp.arange(config.seeds.num_worlds), jnp.zeros((), bool))
+        train_state = init_train_state(init_params(key), optimizer, ema=ema_decay is not None)
+        # Every rollout starts worlds anew: all that one has of its own is its number.
+        return LearnState(train_state, jnp.arange(seeds.num_worlds), jnp.zeros((), bool))
 
     def update(state: LearnState, key: Key) -> tuple[LearnState, Metrics]:
         play_key, learn_key = jax.random.split(key)
-        tries = _try(config, cloned, place, state.train_state.params, play_key, state.actor)
+        tries = _try(config, cloned, state.train_state.params, play_key, state.actor)
         train_state, metrics = update_params(state.train_state, tries, learn_key)
         reward = jnp.mean(jnp.sum(tries.reward, axis=1))  # of an episode
         return state._replace(train_state=train_state), {**metrics, "reward": reward}
 
-    evaluate = make_evaluate(cloned, place)
+    evaluate = make_evaluate(cloned)
     return Learner(
         init,
         update,
-        partial(evaluate, config.seeds.eval_episodes),
-        partial(evaluate, config.seeds.report_episodes),
+        partial(evaluate, seeds.eval_episodes),
+        partial(evaluate, seeds.report_episodes),
     )
 
 
-def make_loss(config: FinetuneConfig, agent: AgentConfig, reference: Params):
+def make_loss(config: FinetuneConfig, run: Run) -> LossFn:
     """What an update descends: `loss_fn(params, tries, key) -> (loss, metrics)`.
 
-    L = −1/BT Σ Âᵢ log π(aᵢₜ | sᵢₜ) + β · 1/BT Σ KL(π(· | sᵢₜ) ‖ π₀(· | sᵢₜ))
+        L = mean over steps of −Â log π(a | s) + β KL(π(· | s) ‖ π₀(· | s)) + c (G − v(s))²
+
+    Args:
+      config: β, c, and those of the advantages Â.
+      run: of the cloned policy π₀.
     """
 
     def loss_fn(params: Params, tries: Tries, key: Key) -> tuple[jax.Array, Metrics]:
-        del key
+        del key  # there is no dropout: the policy is learnt as it acts
         weight = jnp.asarray(tries.mask, jnp.float32)
-        return_ = jnp.sum(tries.reward, axis=1).reshape(-1, config.num_tries)
-        advantage = jax.vmap(leave_one_out)(return_).reshape(-1, 1)
-        mean = episodes.means(agent, params, tries.seen)
+        mean, features = episodes.means(run.agent, params, tries.seen)
+        reference, _ = episodes.means(run.agent, run.params, tries.seen)
+        # The policy's features are not bent towards foretelling: they are what it acts on.
+        features = jax.lax.stop_gradient(features)
+        value = apply_mlp(params["value"], features)[..., 0]
+        advantage = _advantages(config, tries, value)
         chosen = gaussian.log_probability(mean, tries.trial, config.noise)
-        before = jax.lax.stop_gradient(episodes.means(agent, reference, tries.seen))
-        divergence = jnp.mean(weight * gaussian.kl_divergence(mean, before, config.noise))
-        score = jnp.mean(
-            jax.vmap(score_loss)(chosen, jnp.broadcast_to(advantage, chosen.shape), weight)
+        terms = {
+            "reinforce": _mean(score_loss, chosen, scale(advantage, weight), weight),
+            "kl": jnp.mean(weight * gaussian.kl_divergence(mean, reference, config.noise)),
+            "baseline": _mean(baseline_loss, value, advantage + value, weight),
+        }
+        loss = (
+            terms["reinforce"]
+            + config.kl_weight * terms["kl"]
+            + config.baseline_weight * terms["baseline"]
         )
-        loss = score + config.kl_weight * divergence
-        return loss, {"loss_reinforce": score, "loss_kl": divergence}
+        return loss, {f"loss_{name}": term for name, term in terms.items()}
 
     return loss_fn
 
 
-def _try(
-    config: FinetuneConfig, cloned: Run, place: Place, params: Params, key: Key, worlds: Array
-) -> Tries:
-    """One episode of each of the worlds `[B]`; `num_tries` in a row have the same layout."""
+def _advantages(config: FinetuneConfig, tries: Tries, value: Array) -> jax.Array:
+    """How much better each step went than foretold `[B, T]`; no reward follows the last one."""
+    goes_on = jnp.pad(tries.mask[:, 1:], ((0, 0), (0, 1)))
+    following = jnp.pad(value[:, 1:], ((0, 0), (0, 1)))
+    of_episodes = jax.vmap(partial(advantages, lambda_=config.trace_decay))
+    return of_episodes(tries.reward, config.gamma * goes_on, value, following)
+
+
+def _mean(function: Callable[..., jax.Array], *of_episodes: Array) -> jax.Array:
+    return jnp.mean(jax.vmap(function)(*of_episodes))
+
+
+def _try(config: FinetuneConfig, cloned: Cloned, params: Params, key: Key, worlds: Array) -> Tries:
+    """One episode of each of the worlds `[B]`."""
     layout_key, noise_key = jax.random.split(key)
     fold_in = jax.vmap(jax.random.fold_in, (None, 0))
     return episodes.play(
-        cloned.agent,
-        cloned.norm_stats,
+        cloned.run.agent,
+        cloned.run.norm_stats,
         params,
-        place.env,
-        place.instructions,
+        cloned.env,
+        cloned.instructions,
         config.noise,
-        fold_in(layout_key, worlds // config.num_tries),
+        fold_in(layout_key, worlds),
         fold_in(noise_key, worlds),
         num_steps=config.seeds.num_steps,
     )
 
 
-def make_evaluate(cloned: Run, place: Place) -> Callable[[int, Params, Key], Metrics]:
+def make_evaluate(cloned: Cloned) -> Callable[[int, Params, Key], Metrics]:
     """Returns `evaluate(num_episodes, params, key)`: how often it succeeds, per task too."""
-    agent = make_agent(cloned.agent, cloned.norm_stats)
-    names = sorted(set(place.env.tasks))
-    task_of = jnp.array([names.index(task) for task in place.env.tasks])
+    env, agent = cloned.env, make_agent(cloned.run.agent, cloned.run.norm_stats)
+    names = sorted(set(env.tasks))
+    task_of = jnp.array([names.index(task) for task in env.tasks])
 
     def evaluate(num_episodes: int, params: Params, key: Key) -> Metrics:
         keys = jax.random.split(key, num_episodes)
-        played = run_env(agent, params, place.env, place.instructions, keys)
-        of_task = task_of[played.instruction_index][:, None] == jnp.arange(len(names))[None]
-        rates = jnp.mean(played.success[:, None], axis=0, where=of_task)
+        played = run_env(agent, params, env, cloned.instructions, keys)
+        task = task_of[played.instruction_index]
         mean = jnp.mean(played.success)  # the table's reward is 1 for success, so it is the return
-        by_task = {f"success_{name}": rates[i] for i, name in enumerate(names)}
+        by_task = {
+            f"success_{name}": jnp.mean(played.success, where=task == i)
+            for i, name in enumerate(names)
+        }
         return {"success": mean, "return": mean, **by_task}
 
     return evaluate
 
 
 def _export(
-    config: FinetuneConfig, run_dir: pathlib.Path, cloned: Run, params: Params, num_updates: int
+    config: FinetuneConfig, run_dir: pathlib.Path, run: Run, params: Params, num_updates: int
 ) -> None:
     """Writes what `train.imitate` writes, so that the folder is read as one of its own."""
-    statistics = normalize.to_json(cloned.norm_stats)
-    save_json(configs.to_dict(cloned.agent), run_dir / "agent.json")
-    save_json(configs.to_dict(cloned.world), run_dir / "world.json")
+    statistics = normalize.to_json(run.norm_stats)
+    save_json(configs.to_dict(run.agent), run_dir / "agent.json")
+    save_json(configs.to_dict(run.world), run_dir / "world.json")
     save_json(statistics, run_dir / "norm_stats.json")
     metadata = {"config": configs.to_dict(config), "norm_stats": statistics}
+    state: dict[str, Any] = {"params": params, "ema_params": None}
     checkpoints = checkpoint.open_checkpoints(run_dir / "checkpoints", keep=1)
-    state = {"params": params, "ema_params": None}
-    checkpoint.save(checkpoints, cloned.step + num_updates, state, metadata)
+    checkpoint.save(checkpoints, run.step + num_updates, state, metadata)
     checkpoint.close(checkpoints)
 
 
-def _play(
-    agent: AgentConfig, run: Run, params: Params, place: Place, seeds: Sequence[int]
-) -> Summary:
-    player = make_player(agent, run.norm_stats, params)
-    return results.summarize(player.play_env(place.env, seeds))
+def _play(cloned: Cloned, params: Params, seeds: Sequence[int]) -> Summary:
+    player = make_player(cloned.run.agent, cloned.run.norm_stats, params)
+    return results.summarize(player.play_env(cloned.env, seeds))
 
 
 def _show(
-    config: FinetuneConfig,
-    run_dir: pathlib.Path,
-    learnt: Learnt,
-    before: Summary,
-    after: Summary,
+    config: FinetuneConfig, run_dir: pathlib.Path, learnt: Learnt, before: Summary, after: Summary
 ) -> None:
     """Draws the curve, and tells and keeps what came of it (`report.json`)."""
-    steps, success = read_curve(run_dir / LEARNING, "success")
+    curve = {run_dir.name: read_curve(run_dir / LEARNING, "success")}
     title = f"{config.seeds.num_seeds} seeds, mean and 95 % interval"
     levels = {"cloned": before.total.rate or 0.0}
-    panel = plots.Panel(
-        title, "environment steps of each seed", "success", {run_dir.name: (steps, success)}, levels
-    )
+    panel = plots.Panel(title, "environment steps of each seed", "success", curve, levels)
     plots.curves(run_dir / "curve.png", [panel])
-    save_json(
-        {
-            "env_steps": learnt.env_steps,
-            "num_updates": learnt.num_updates.tolist(),
-            "success": learnt.report["success"].tolist(),
-            "cloned": results.to_json(before),
-            "finetuned": results.to_json(after),
-        },
-        run_dir / "report.json",
-    )
+    report = {
+        "env_steps": learnt.env_steps,
+        "num_updates": learnt.num_updates.tolist(),
+        "success_of_seeds": learnt.report["success"].tolist(),
+        "cloned": results.to_json(before),
+        "finetuned": results.to_json(after),
+    }
+    save_json(report, run_dir / "report.json")
     for name, summary in (("cloned", before), ("fine-tuned", after)):
-        Console().print(results.table(summary, title=f"{name}, same unseen layouts"))
+        Console().print(results.table(summary, title=f"{name}, the same unseen layouts"))
 
 
-def table() -> FinetuneConfig:
-    """A policy of `train.imitate --preset table_jax_state`."""
+def table_jax_state() -> FinetuneConfig:
+    """A policy that acts from the state of the JAX table."""
     return FinetuneConfig()
 
 
-FINETUNE = {"table_jax_state": table}
+FINETUNE = {"table_jax_state": table_jax_state}

@@ -31,12 +31,10 @@ from vla_jax.optim import OptimConfig
 from vla_jax.rl import actor, exploration, network, worlds
 from vla_jax.rl.actor import Policy, Rollout
 from vla_jax.rl.network import NetworkConfig
-from vla_jax.rl.policy_gradient import baseline_loss, entropy_loss, reinforce_loss
+from vla_jax.rl.policy_gradient import baseline_loss, entropy_loss, reinforce_loss, scale
 from vla_jax.rl.returns import advantages
 from vla_jax.rl.worlds import WorldConfig
 from vla_jax.types import Array, Key, Metrics, Params
-
-_SMALL = 1e-6  # keeps a batch without any difference from being divided by zero
 
 
 @dataclass(frozen=True)
@@ -140,7 +138,7 @@ def _loss(
     weight = jnp.asarray(rollout.mask, jnp.float32)
     terms = {
         "reinforce": _mean(
-            reinforce_loss, logits, rollout.action, _scaled(advantage, weight), weight
+            reinforce_loss, logits, rollout.action, scale(advantage, weight), weight
         ),
         "baseline": _mean(baseline_loss, value[:, :-1], advantage + value[:, :-1], weight),
         "entropy": _mean(entropy_loss, logits, weight),
@@ -155,12 +153,6 @@ def _loss(
 
 def _mean(function: Any, *of_episodes: Array) -> jax.Array:
     return jnp.mean(jax.vmap(function)(*of_episodes))
-
-
-def _scaled(advantage: Array, weight: Array) -> Array:
-    """Returns the advantages of the steps that count, scaled to a mean square of 1."""
-    square = jnp.sum(weight * jnp.square(advantage)) / jnp.sum(weight)
-    return advantage / (jnp.sqrt(square) + _SMALL)
 
 
 def cartpole() -> ReinforceConfig:

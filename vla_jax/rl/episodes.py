@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vla_jax import agent, execution, policy
+from vla_jax import agent, decoders, execution, policy
 from vla_jax.agent import AgentConfig, AgentState, make_agent
 from vla_jax.data.normalize import NormStats
 from vla_jax.heads import actions
@@ -84,6 +84,7 @@ def play(
         told = observations._replace(instruction=instructions[index])
         reset = jnp.full(alive.shape, t == 0)
         agent_state, seen, now = agent.plan(config, norm_stats, params, agent_state, told, reset)
+        now = _around_threshold(config, now)
         keys = jax.vmap(jax.random.fold_in, (0, None))(noise_keys, t)
         trial = jax.vmap(gaussian.sample, (0, 0, None))(keys, now, noise)
         agent_state, action = agent.send(
@@ -100,7 +101,7 @@ def play(
     return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), tries)
 
 
-def means(config: AgentConfig, params: Params, seen: Observation) -> ActionChunk:
+def means(config: AgentConfig, params: Params, seen: Observation) -> tuple[ActionChunk, jax.Array]:
     """What an agent wants at every step of episodes, with a gradient for the params.
 
     Args:
@@ -109,16 +110,19 @@ def means(config: AgentConfig, params: Params, seen: Observation) -> ActionChunk
       seen: `[B, T, ...]`, whole episodes from their first step on.
 
     Returns:
-      Arm `[B, T, A-1]`, gripper logit `[B, T]`: those around which `play` tried.
+      Arm `[B, T, A-1]` and gripper logit `[B, T]`, around which `play` tried, and the memory's
+      features `[B, T, H]`.
     """
     decoder = config.policy.decoder
-    chunks = actions(policy.apply(params, config.policy, seen))
+    _, features = policy.features(params, config.policy, seen)
+    chunks = actions(decoders.predict(params["decoder"], decoder, features))
     state = execution.init(
         config.execution, len(chunks.arm), decoder.action_horizon, decoder.action_dim
     )
     by_time = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), chunks)
     _, now = jax.lax.scan(lambda *step: execution.plan(config.execution, *step), state, by_time)
-    return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), now)
+    now = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), now)
+    return _around_threshold(config, now), features
 
 
 def _cheapest(config: AgentConfig) -> AgentConfig:
@@ -126,3 +130,8 @@ def _cheapest(config: AgentConfig) -> AgentConfig:
     if config.policy.decoder.kind == "gpt":
         return config
     return dataclasses.replace(config, mode="persistent")
+
+
+def _around_threshold(config: AgentConfig, now: ActionChunk) -> ActionChunk:
+    """The logit from where the gripper opens on: a trial errs as often to either side."""
+    return now._replace(gripper_logit=now.gripper_logit - config.execution.gripper_threshold)

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 from vla_jax.types import Array
 
+_SMALL = 1e-6  # keeps a batch without any difference from being divided by zero
+
 
 def reinforce_loss(logits: Array, action: Array, advantage: Array, weight: Array) -> jax.Array:
     """Returns a loss whose gradient is REINFORCE's estimate of −∇J.
@@ -53,25 +55,19 @@ def score_loss(log_probability: Array, advantage: Array, weight: Array) -> jax.A
     return -jnp.mean(weight * jax.lax.stop_gradient(advantage) * log_probability)
 
 
-def leave_one_out(return_: Array) -> jax.Array:
-    """Returns how much better each try went than the mean of the others.
+def scale(advantage: Array, weight: Array) -> jax.Array:
+    """Returns advantages whose mean square is 1 over the steps that count, in a whole batch.
 
-        Âᵢ = Gᵢ − 1/(N − 1) Σ_{j ≠ i} Gⱼ
-
-    The others tell nothing of what this one drew, so the gradient keeps its mean.
+    Then an entropy or a divergence beside them weighs as much at the end of a training, when all
+    goes as foretold, as at its start.
 
     Args:
-      return_: G `[N]`, of tries that all began alike; N is at least 2.
-
-    Returns:
-      `[N]` float32.
-
-    Source: Kool et al. 2019, "Buy 4 REINFORCE Samples, Get a Baseline for Free!".
+      advantage: Â, of any shape.
+      weight: w, of the same.
     """
-    chex.assert_rank(return_, 1)
-    return_ = jnp.asarray(return_)
-    others = (jnp.sum(return_) - return_) / (return_.shape[0] - 1)
-    return return_ - others
+    chex.assert_equal_shape([advantage, weight])
+    square = jnp.sum(weight * jnp.square(advantage)) / jnp.sum(weight)
+    return advantage / (jnp.sqrt(square) + _SMALL)
 
 
 def entropy(logits: Array) -> jax.Array:
