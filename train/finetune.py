@@ -1,7 +1,14 @@
-"""From cloning to reward: the policy of a run of `train.imitate` goes on learning in closed loop.
+r"""From cloning to reward: the policy of a run of `train.imitate` goes on learning in closed loop.
 
-    python -m train.reinforce --init-from runs/table_jax_state
+    python -m train.record --preset table_jax --image-size 0 --num-episodes 8000 --dataset demos/8k
+    python -m train.imitate --preset table_jax_state --dataset demos/8k --run-dir runs/cloned \
+        --hidden-size 64 --head-sizes 64 --num-updates 1000 --save-every 1000
+    python -m train.reinforce --init-from runs/cloned
     python -m vla_jax.evaluate runs/finetune
+
+A small LSTM, cloned for a minute, succeeds on 69.3 % [66, 73] of 600 unseen layouts, and on 89.1 %
+[86, 91] of the same ones after 8 million steps of the world, in about 5 minutes on 2 cores: touch
+from 98 to 99 %, lift from 57 to 85 %, place from 53 to 82 % (one seed).
 
 REINFORCE with a baseline on whole episodes of the JAX table. The policy streams as it will act,
 with noise on what it does; a value head on its features foretells how well that will go. A
@@ -19,10 +26,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 
 from train.learn import Learnt, learn, read_curve
 from train.learner import Learner, LearnState, SeedsConfig
+from train.logs import read_metrics
 from train.loop import LoopConfig, open_run, save_json
 from vla_jax import checkpoint, optim, plots, results
 from vla_jax import config as configs
@@ -44,6 +53,7 @@ from vla_jax.types import Array, Env, Key, Metrics, Params
 from vla_jax.update import LossFn, init_train_state, make_update
 
 LEARNING = "learning"  # folder inside the run's: metrics and checkpoints of all seeds
+_PARTS = ("backbone", "decoder")  # of the params that act; "value" only trains
 
 
 @dataclass(frozen=True)
@@ -53,21 +63,21 @@ class FinetuneConfig:
     init_from: str = ""  # run folder of train.imitate whose policy goes on learning
     run_dir: str = "runs/finetune"  # folder to write to
     noise: NoiseConfig = NoiseConfig()
-    gamma: float = 0.95  # γ, worth of a success one step later
+    gamma: float = 0.97  # γ, worth of a success one step later
     trace_decay: float = 0.9  # λ of the advantages; 1 = REINFORCE's own return less baseline
-    kl_weight: float = 0.15  # β of the divergence from the cloned policy, per nat
+    kl_weight: float = 0.05  # β of the divergence from the cloned policy, per nat
     baseline_weight: float = 0.5  # of the baseline's term in the loss
     value_sizes: tuple[int, ...] = (128,)  # hidden layers of the baseline
-    seeds: SeedsConfig = SeedsConfig(num_seeds=1, num_worlds=256, num_steps=32)
+    seeds: SeedsConfig = SeedsConfig(num_seeds=1, num_worlds=512, num_steps=32)
     optim: OptimConfig = OptimConfig(
-        learning_rate=5e-4,
+        learning_rate=1e-3,
         weight_decay=0.0,
         b2=0.99,
-        ema_decay=0.95,
+        ema_decay=0.98,
         freeze=("backbone/*",),
-        lr_factors=(("value/*", 6.0),),
+        lr_factors=(("value/*", 3.0),),
     )
-    loop: LoopConfig = LoopConfig(num_updates=600, log_every=40, save_every=200)
+    loop: LoopConfig = LoopConfig(num_updates=500, log_every=25, save_every=100)
     num_episodes: int = 600  # unseen layouts that both policies are held against each other on
     first_seed: int = 2_000_000  # of these; choose settings on others
     seed: int = 0
@@ -118,9 +128,6 @@ def finetune(config: FinetuneConfig) -> pathlib.Path:
     before, after = (_play(cloned, p, seeds) for p in (cloned.run.params, params))
     _show(config, run_dir, learnt, before, after)
     return run_dir
-
-
-_PARTS = ("backbone", "decoder")  # of the params that act; "value" only trains
 
 
 def read_cloned(run_dir: str) -> Cloned:
@@ -217,7 +224,7 @@ def _advantages(config: FinetuneConfig, tries: Tries, value: Array) -> jax.Array
     goes_on = jnp.pad(tries.mask[:, 1:], ((0, 0), (0, 1)))
     following = jnp.pad(value[:, 1:], ((0, 0), (0, 1)))
     of_episodes = jax.vmap(partial(advantages, lambda_=config.trace_decay))
-    return of_episodes(tries.reward, config.gamma * goes_on, value, following)
+    return jnp.asarray(of_episodes(tries.reward, config.gamma * goes_on, value, following))
 
 
 def _mean(function: Callable[..., jax.Array], *of_episodes: Array) -> jax.Array:
@@ -285,11 +292,7 @@ def _show(
     config: FinetuneConfig, run_dir: pathlib.Path, learnt: Learnt, before: Summary, after: Summary
 ) -> None:
     """Draws the curve, and tells and keeps what came of it (`report.json`)."""
-    curve = {run_dir.name: read_curve(run_dir / LEARNING, "success")}
-    title = f"{config.seeds.num_seeds} seeds, mean and 95 % interval"
-    levels = {"cloned": before.total.rate or 0.0}
-    panel = plots.Panel(title, "environment steps of each seed", "success", curve, levels)
-    plots.curves(run_dir / "curve.png", [panel])
+    plots.curves(run_dir / "curve.png", _panels(run_dir, config.seeds, before))
     report = {
         "env_steps": learnt.env_steps,
         "num_updates": learnt.num_updates.tolist(),
@@ -300,6 +303,26 @@ def _show(
     save_json(report, run_dir / "report.json")
     for name, summary in (("cloned", before), ("fine-tuned", after)):
         Console().print(results.table(summary, title=f"{name}, the same unseen layouts"))
+
+
+def _panels(run_dir: pathlib.Path, seeds: SeedsConfig, before: Summary) -> list[plots.Panel]:
+    """The mean success with the cloned policy's as a line across, and that of each task."""
+    metrics = read_metrics(run_dir / LEARNING / "metrics.jsonl")
+    steps = np.array([line["env_steps"] for line in metrics])
+    tasks = {
+        task: (steps, np.array([line[f"success_{task}"] for line in metrics]))
+        for task in before.tasks
+    }
+    title = (
+        f"mean over {seeds.num_seeds} seeds, 95 % interval" if seeds.num_seeds > 1 else "one seed"
+    )
+    curve = {"all tasks": read_curve(run_dir / LEARNING, "success")}
+    levels = {"cloned": before.total.rate or 0.0}
+    label = "environment steps of each seed"
+    return [
+        plots.Panel(title, label, "success", curve, levels),
+        plots.Panel("each task", label, "success", tasks),
+    ]
 
 
 def table_jax_state() -> FinetuneConfig:

@@ -21,7 +21,7 @@ class NoiseConfig:
     """How far trials stray."""
 
     arm_std: float = 0.15  # σ on each of the arm's numbers, in the policy's units of [-1, 1]
-    gripper_temperature: float = 1.0  # τ; the higher, the more often the gripper errs
+    gripper_temperature: float = 1.5  # τ; the higher, the more often the gripper errs
 
     def __post_init__(self):
         """Checks the sizes."""

@@ -67,7 +67,7 @@ def scale(advantage: Array, weight: Array) -> jax.Array:
     """
     chex.assert_equal_shape([advantage, weight])
     square = jnp.sum(weight * jnp.square(advantage)) / jnp.sum(weight)
-    return advantage / (jnp.sqrt(square) + _SMALL)
+    return jnp.asarray(advantage) / (jnp.sqrt(square) + _SMALL)
 
 
 def entropy(logits: Array) -> jax.Array:
