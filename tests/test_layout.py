@@ -23,7 +23,7 @@ FLOORS = (  # a file imports only from files above it
     "envs.table_jax_paint", "envs.table_jax", "envs.gymnasium", "envs.simulate", "envs.worlds",
     "envs.grid", "envs.cartpole", "envs.table_choices", "envs.hidden",
     "rl.returns", "rl.exploration", "rl.policy_gradient", "rl.sarsa", "rl.worlds", "rl.network",
-    "rl.actor",
+    "rl.actor", "rl.gaussian", "rl.episodes",
     "update", "parallel", "checkpoint",
     "convert.arrays", "convert.report", "convert.sizes", "convert.files", "convert.torch_rnn",
     "convert.robovlms_names", "convert.robovlms_sizes", "convert.robovlms", "convert.flax_cells",
@@ -36,7 +36,7 @@ SCRIPTS = (
     "command_line", "logs", "malloc", "loop", "record", "pretrain", "configs", "setup", "cache",
     "imitate", "demo", "seq2seq", "timing", "peers", "ours", "works", "path", "benchmark",
     "memory_tasks", "memory", "learner", "learn", "host_actor", "host_learn", "watch", "sarsa",
-    "reinforce", "tabular", "grid_gymnasium", "throughput",
+    "finetune", "reinforce", "tabular", "grid_gymnasium", "throughput",
 )  # fmt: skip
 FILES = sorted(
     path for folder in ("vla_jax", "train", "tests") for path in (ROOT / folder).rglob("*.py")

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from vla_jax import optim
 from vla_jax.optim import OptimConfig
 from vla_jax.rl import actor, network
-from vla_jax.rl.actor import Actor, Policy, Rollout
+from vla_jax.rl.actor import Policy, Rollout
 from vla_jax.rl.network import NetworkConfig
 from vla_jax.types import Key, Metrics, Params, World
 from vla_jax.update import LossFn, TrainState, Update, init_train_state, make_update
@@ -25,7 +25,7 @@ class LearnState(NamedTuple):
     """All that learning changes, of one seed."""
 
     train_state: TrainState
-    actor: Actor  # the worlds, and where each one is
+    actor: Any  # the worlds [B, ...], and where each one is
     solved: jax.Array  # [] bool; from then on nothing is learnt
 
 

@@ -4,12 +4,14 @@
     python -m train.reinforce --preset cartpole_hidden       # velocities hidden: a GRU
     python -m train.reinforce --preset cartpole_hidden --network.kind fc --run-dir runs/blind
     python -m train.reinforce --preset gymnasium --env-id Acrobot-v1
+    python -m train.reinforce --init-from RUN_DIR            # a cloned policy: train/finetune.py
 
 Actor and learner are one compiled program, but for Gymnasium (`host_learn.py`). The same command
 resumes a run that was interrupted.
 """
 
 import pathlib
+import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,6 +21,7 @@ import jax.numpy as jnp
 
 from train import host_learn
 from train.command_line import run
+from train.finetune import FINETUNE, finetune
 from train.learn import Learnt, learn, show
 from train.learner import Algorithm, Learner, SeedsConfig, make_learner
 from train.loop import LoopConfig, is_first_process, open_run
@@ -31,12 +34,10 @@ from vla_jax.optim import OptimConfig
 from vla_jax.rl import actor, exploration, network, worlds
 from vla_jax.rl.actor import Policy, Rollout
 from vla_jax.rl.network import NetworkConfig
-from vla_jax.rl.policy_gradient import baseline_loss, entropy_loss, reinforce_loss
+from vla_jax.rl.policy_gradient import baseline_loss, entropy_loss, reinforce_loss, scale
 from vla_jax.rl.returns import advantages
 from vla_jax.rl.worlds import GymnasiumConfig, WorldConfig
 from vla_jax.types import Array, Key, Metrics, Params
-
-_SMALL = 1e-6  # keeps a batch without any difference from being divided by zero
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def _loss(
     weight = jnp.asarray(rollout.mask, jnp.float32)
     terms = {
         "reinforce": _mean(
-            reinforce_loss, logits, rollout.action, _scaled(advantage, weight), weight
+            reinforce_loss, logits, rollout.action, scale(advantage, weight), weight
         ),
         "baseline": _mean(baseline_loss, value[:, :-1], advantage + value[:, :-1], weight),
         "entropy": _mean(entropy_loss, logits, weight),
@@ -168,12 +169,6 @@ def _loss(
 
 def _mean(function: Any, *of_episodes: Array) -> jax.Array:
     return jnp.mean(jax.vmap(function)(*of_episodes))
-
-
-def _scaled(advantage: Array, weight: Array) -> Array:
-    """Returns the advantages of the steps that count, scaled to a mean square of 1."""
-    square = jnp.sum(weight * jnp.square(advantage)) / jnp.sum(weight)
-    return advantage / (jnp.sqrt(square) + _SMALL)
 
 
 def cartpole() -> ReinforceConfig:
@@ -260,4 +255,8 @@ PRESETS = (cartpole, cartpole_hidden, grid, table, table_hidden, gymnasium)
 REINFORCE = {preset.__name__: preset for preset in PRESETS}
 
 if __name__ == "__main__":
-    run(train, REINFORCE, description="Trains policies from reward.")
+    # A cloned policy brings its own world and sizes, and so other options.
+    if any(word.startswith(("--init-from", "--init_from")) for word in sys.argv[1:]):
+        run(finetune, FINETUNE, description="Goes on training a cloned policy from reward.")
+    else:
+        run(train, REINFORCE, description="Trains policies from reward.")

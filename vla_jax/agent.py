@@ -19,7 +19,7 @@ from vla_jax.execution import ExecutionConfig
 from vla_jax.policy import PolicyConfig
 from vla_jax.rotations import ToolFrame
 from vla_jax.streaming import Mode, check_mode
-from vla_jax.types import Array, Observation, Params
+from vla_jax.types import ActionChunk, Array, Observation, Params
 
 
 @dataclass(frozen=True)
@@ -91,17 +91,63 @@ def make_agent(
     def step(
         params: Params, state: AgentState, observation: Observation, reset: Array
     ) -> tuple[AgentState, Array]:
-        age = jnp.where(reset, 0, state.age)
-        seen = _prepare(config, norm_stats, observation, age)
-        stream, chunk = policy.step(params, config.policy, state.stream, seen, reset=reset)
-        executed, action = execution.step(config.execution, state.execution, chunk, reset=reset)
-        action = normalize.denormalize_action(action, norm_stats["action"], config.normalize)
-        if config.tool_frame is not None:
-            orientation = rotations.read_orientation(observation.proprio, config.tool_frame)
-            action = rotations.to_world_frame(action, jnp.asarray(orientation), config.tool_frame)
-        return AgentState(stream, executed, age + 1), action
+        state, _, now = plan(config, norm_stats, params, state, observation, reset)
+        return send(config, norm_stats, state, observation, now)
 
     return Agent(init, step)
+
+
+def plan(
+    config: AgentConfig,
+    norm_stats: Mapping[str, NormStats],
+    params: Params,
+    state: AgentState,
+    observation: Observation,
+    reset: Array,
+) -> tuple[AgentState, Observation, ActionChunk]:
+    """The first half of an agent's step, up to what it wants done now.
+
+    Args:
+      config: as for `make_agent`.
+      norm_stats: likewise.
+      params: of the policy.
+      state: from `Agent.init` or `send`.
+      observation: `[B, ...]`, raw.
+      reset: `[B]`, True where an episode starts.
+
+    Returns:
+      The state, what the policy was shown of the observation `[B, ...]`, and one action in the
+      policy's own units: arm `[B, A-1]`, gripper logit `[B]`.
+    """
+    age = jnp.where(reset, 0, state.age)
+    seen = _prepare(config, norm_stats, observation, age)
+    stream, chunk = policy.step(params, config.policy, state.stream, seen, reset=reset)
+    executed, now = execution.plan(config.execution, state.execution, chunk, reset=reset)
+    return AgentState(stream, executed, age + 1), seen, now
+
+
+def send(
+    config: AgentConfig,
+    norm_stats: Mapping[str, NormStats],
+    state: AgentState,
+    observation: Observation,
+    now: ActionChunk,
+) -> tuple[AgentState, Array]:
+    """The second half: the action `[B, A]` in the robot's units and frame.
+
+    Args:
+      config: as for `make_agent`.
+      norm_stats: likewise.
+      state: from `plan`.
+      observation: `[B, ...]`, raw.
+      now: from `plan`, or what is tried in its place.
+    """
+    executed, action = execution.send(config.execution, state.execution, now)
+    action = normalize.denormalize_action(action, norm_stats["action"], config.normalize)
+    if config.tool_frame is not None:
+        orientation = rotations.read_orientation(observation.proprio, config.tool_frame)
+        action = rotations.to_world_frame(action, jnp.asarray(orientation), config.tool_frame)
+    return state._replace(execution=executed), action
 
 
 def _prepare(

@@ -164,18 +164,53 @@ def step(
 
     Source: Zhao et al. 2023, ACT (arXiv:2304.13705), section IV, for "temporal_ensemble".
     """
+    state, now = plan(config, state, chunk, reset=reset)
+    return send(config, state, now)
+
+
+def plan(
+    config: ExecutionConfig,
+    state: ExecutionState,
+    chunk: ActionChunk,
+    *,
+    reset: Array | None = None,
+) -> tuple[ExecutionState, ActionChunk]:
+    """The first half of `step`: what all chunks so far want done now.
+
+    Args:
+      config: as for `step`, and so are the others.
+      state: from `init`, `send` or, where nothing is sent, the `plan` before.
+      chunk: arm `[B, K, A-1]`, gripper logit `[B, K]`.
+      reset: `[B]`.
+
+    Returns:
+      The state, and one action: arm `[B, A-1]`, gripper logit `[B]`.
+    """
     chex.assert_shape(chunk.arm, (*chunk.gripper_logit.shape, None))
     chex.assert_shape(chunk.gripper_logit, (state.gripper.wanted.shape[0], None))
     if reset is not None:
         state = _restart(state, reset)
-    plan, now = state.plan, _first(chunk)
-    if isinstance(plan, RecedingPlan):
-        plan, now = _recede(config, plan, chunk)
-    elif isinstance(plan, EnsemblePlan):
-        plan, now = _ensemble(config, plan, chunk)
+    planned, now = state.plan, _first(chunk)
+    if isinstance(planned, RecedingPlan):
+        planned, now = _recede(config, planned, chunk)
+    elif isinstance(planned, EnsemblePlan):
+        planned, now = _ensemble(config, planned, chunk)
+    return state._replace(plan=planned), now
+
+
+def send(
+    config: ExecutionConfig, state: ExecutionState, now: ActionChunk
+) -> tuple[ExecutionState, jax.Array]:
+    """The second half of `step`: the action `[B, A]` that is sent for what is wanted done now.
+
+    Args:
+      config: as for `step`.
+      state: from `plan`.
+      now: from `plan`, or what is tried in its place.
+    """
     gripper, sent = _grip(config, state.gripper, now.gripper_logit)
     action = jnp.concatenate([jnp.clip(now.arm, -1.0, 1.0), sent[:, None]], axis=-1)
-    return ExecutionState(plan, gripper), action
+    return state._replace(gripper=gripper), action
 
 
 def check_stride(config: ExecutionConfig, decoder_kind: str) -> None:

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 from vla_jax.types import Array
 
+_SMALL = 1e-6  # keeps a batch without any difference from being divided by zero
+
 
 def reinforce_loss(logits: Array, action: Array, advantage: Array, weight: Array) -> jax.Array:
     """Returns a loss whose gradient is REINFORCE's estimate of −∇J.
@@ -31,7 +33,41 @@ def reinforce_loss(logits: Array, action: Array, advantage: Array, weight: Array
     """
     _check(logits, action, advantage, weight)
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), action[:, None], axis=-1)[:, 0]
-    return -jnp.mean(weight * jax.lax.stop_gradient(advantage) * chosen)
+    return score_loss(chosen, advantage, weight)
+
+
+def score_loss(log_probability: Array, advantage: Array, weight: Array) -> jax.Array:
+    """Returns REINFORCE's loss of a policy of any kind.
+
+        L = −1/T Σₜ wₜ Âₜ log π(aₜ | sₜ)
+
+    Args:
+      log_probability: log π(aₜ | sₜ) `[T]`, of the actions that were taken.
+      advantage: Â `[T]`; no gradient flows into it.
+      weight: w `[T]`.
+
+    Returns:
+      `[]` float32.
+
+    Source: as for `reinforce_loss`.
+    """
+    chex.assert_equal_shape([log_probability, advantage, weight])
+    return -jnp.mean(weight * jax.lax.stop_gradient(advantage) * log_probability)
+
+
+def scale(advantage: Array, weight: Array) -> jax.Array:
+    """Returns advantages whose mean square is 1 over the steps that count, in a whole batch.
+
+    Then an entropy or a divergence beside them weighs as much at the end of a training, when all
+    goes as foretold, as at its start.
+
+    Args:
+      advantage: Â, of any shape.
+      weight: w, of the same.
+    """
+    chex.assert_equal_shape([advantage, weight])
+    square = jnp.sum(weight * jnp.square(advantage)) / jnp.sum(weight)
+    return jnp.asarray(advantage) / (jnp.sqrt(square) + _SMALL)
 
 
 def entropy(logits: Array) -> jax.Array:

@@ -1,0 +1,115 @@
+"""Trials in closed loop: what a window gives again is what was streamed, and ends are ends."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_run
+
+from vla_jax import policy
+from vla_jax.agent import make_agent, read_instruction
+from vla_jax.envs import table_jax
+from vla_jax.execution import ExecutionConfig
+from vla_jax.rl import episodes
+from vla_jax.rl.gaussian import NoiseConfig
+from vla_jax.rollout import run_env
+
+B, T = 6, 4  # T = window_size: nothing is forgotten
+ENV = table_jax.make(tiny_run.WORLD)
+WORDS = jnp.stack([read_instruction(tiny_run.AGENT, text) for text in ENV.instructions])
+ALMOST_NONE = NoiseConfig(arm_std=1e-7, gripper_temperature=1e-7)
+EXECUTIONS = {
+    "first": ExecutionConfig(),
+    "ensemble": ExecutionConfig(kind="temporal_ensemble", gripper_threshold=0.3),
+}
+
+
+def agent_of(execution="first", **decoder):
+    parts = tiny_run.AGENT.policy
+    parts = dataclasses.replace(parts, decoder=dataclasses.replace(parts.decoder, **decoder))
+    return dataclasses.replace(tiny_run.AGENT, policy=parts, execution=EXECUTIONS[execution])
+
+
+def play(agent, params, env, noise):
+    keys = jax.random.split(jax.random.key(1), (2, B))
+    return episodes.play(
+        agent, tiny_run.norm_stats(), params, env, WORDS, noise, *keys, num_steps=T
+    )
+
+
+@pytest.fixture(scope="module")
+def played():
+    """Tries with noise, by the tiny policy."""
+    return jax.jit(partial(play, agent_of(), env=ENV, noise=NoiseConfig(0.5)))(tiny_run.params())
+
+
+@pytest.mark.parametrize(
+    ("execution", "kind"), [("first", "lstm"), ("ensemble", "gru"), ("first", "gpt")]
+)
+def test_a_window_gives_again_what_was_streamed(execution, kind):
+    agent = agent_of(execution, kind=kind)
+    params = policy.init(jax.random.key(2), agent.policy)
+
+    @jax.jit
+    def both(params):
+        tries = play(agent, params, ENV, ALMOST_NONE)
+        return tries, episodes.means(agent, params, tries.seen)[0]
+
+    tries, mean = both(params)
+    np.testing.assert_allclose(tries.trial.arm, mean.arm, atol=1e-5)
+    decided = np.abs(mean.gripper_logit) > 1e-5
+    np.testing.assert_array_equal(tries.trial.opens[decided], mean.gripper_logit[decided] > 0)
+    assert np.abs(np.diff(mean.arm, axis=1)).max() > 1e-4  # what is seen changes what is wanted
+
+
+def test_noise_is_as_large_as_it_is_said_to_be(played):
+    mean, _ = jax.jit(partial(episodes.means, agent_of()))(tiny_run.params(), played.seen)
+    noise = np.asarray(played.trial.arm - mean.arm) / 0.5
+    assert noise.std() == pytest.approx(1.0, abs=0.2)
+    apart = np.abs(noise[:, None, 1:] - noise[None, :, 1:]).max(axis=(2, 3)) + np.eye(B)
+    assert apart.min() > 0.1  # every world has its own
+
+
+def test_without_noise_it_is_what_the_agent_does(played):
+    """The worlds end as they do under the agent itself: the same hands on the same tables."""
+    env = ENV._replace(max_steps=T)
+
+    def reward(state, action):
+        state, transition = ENV.step(state, action)
+        return state, transition._replace(success=state.tool[0] > 0, reward=state.tool[0])
+
+    env, agent = env._replace(step=reward), agent_of()
+    tries = jax.jit(partial(play, agent, env=env, noise=ALMOST_NONE))(tiny_run.params())
+    keys = jax.random.split(jax.random.key(1), (2, B))[0]
+    plain = make_agent(agent, tiny_run.norm_stats())
+    other = jax.jit(lambda p: run_env(plain, p, env, WORDS, keys))(tiny_run.params())
+    np.testing.assert_array_equal((tries.reward > 0).any(axis=1), other.success)
+    assert 0 < np.sum(other.success) < B
+
+
+def test_nothing_counts_after_the_end(played):
+    assert played.mask.all()  # the tiny world ends after more steps than were played
+
+    def step(state, action):
+        state, transition = ENV.step(state, action)
+        ends = state.num_steps >= 2
+        reward = jnp.where(state.num_steps > 2, jnp.nan, 1.0)
+        return state, transition._replace(terminated=ends, reward=reward)
+
+    agent = partial(play, agent_of(), env=ENV._replace(step=step), noise=ALMOST_NONE)
+    tries = jax.jit(agent)(tiny_run.params())
+    np.testing.assert_array_equal(tries.mask, np.tile([True, True, False, False], (B, 1)))
+    np.testing.assert_array_equal(tries.reward, np.tile([1.0, 1.0, 0.0, 0.0], (B, 1)))
+
+
+def test_an_agent_that_forgets_or_gives_bins_is_refused():
+    episodes.check_memory(agent_of(), T)
+    episodes.check_memory(dataclasses.replace(agent_of(), mode="persistent"), T + 1)
+    episodes.check_memory(agent_of(kind="fc"), T + 1)
+    with pytest.raises(ValueError, match=r"num_steps must be at most the .* = 4, .*got 5;"):
+        episodes.check_memory(agent_of(), T + 1)
+    with pytest.raises(ValueError, match=r"head must be 'continuous' .*got 'discrete';"):
+        episodes.check_memory(agent_of(head="discrete"), T)

@@ -1,0 +1,210 @@
+"""From cloning to reward: it learns, resumes to the bit, and leaves a run that acts."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_run
+
+from train.finetune import FinetuneConfig, finetune, make_finetune, make_loss, read_cloned
+from train.learner import SeedsConfig
+from train.loop import LoopConfig
+from vla_jax import config as configs
+from vla_jax.evaluate import EvaluateConfig, evaluate
+from vla_jax.heads import init_mlp
+from vla_jax.optim import OptimConfig
+from vla_jax.rl.episodes import Tries
+from vla_jax.rl.gaussian import NoiseConfig, Trial
+from vla_jax.runs import load_run
+from vla_jax.types import Observation
+
+SEEDS = SeedsConfig(
+    num_seeds=2, num_worlds=8, num_steps=4, eval_episodes=12, report_episodes=12, solved_at=2.0
+)
+
+
+def config_of(folder, run_dir, **changes):
+    return FinetuneConfig(
+        init_from=str(folder),
+        run_dir=str(run_dir),
+        noise=NoiseConfig(0.5, 1.0),
+        seeds=SEEDS,
+        optim=OptimConfig(
+            learning_rate=0.01, warmup_steps=0, ema_decay=0.5, freeze=("backbone/*",)
+        ),
+        loop=LoopConfig(num_updates=4, log_every=2, save_every=2, num_devices=1),
+        num_episodes=12,
+        **changes,
+    )
+
+
+@pytest.fixture(scope="module")
+def cloned(tmp_path_factory):
+    """Folder of the tiny run."""
+    return tiny_run.write(tmp_path_factory.mktemp("cloned"))
+
+
+@pytest.fixture(scope="module")
+def tuned(cloned, tmp_path_factory):
+    """Folder of a run that went on from it."""
+    return finetune(config_of(cloned, tmp_path_factory.mktemp("tuned") / "run"))
+
+
+def assert_same(found, expected):
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_what_it_leaves_is_a_run_that_acts(cloned, tuned):
+    before, after = load_run(cloned), load_run(tuned)
+    assert (after.agent, after.world, after.step) == (before.agent, before.world, 10 + 4)
+    assert_same(after.norm_stats, before.norm_stats)
+    assert_same(after.params["backbone"], before.params["backbone"])
+    moved = [
+        np.abs(ours - theirs).max()
+        for ours, theirs in zip(
+            jax.tree.leaves(after.params["decoder"]),
+            jax.tree.leaves(before.params["decoder"]),
+            strict=True,
+        )
+    ]
+    assert min(moved) > 0  # every part of the decoder learns
+    summary = evaluate(tuned, EvaluateConfig(num_episodes=6, num_films=0))
+    assert summary.total.episodes == 6
+    assert (tuned / "curve.png").stat().st_size > 1000
+
+
+def test_both_policies_are_held_against_each_other_on_the_same_layouts(tuned):
+    report = json.loads((tuned / "report.json").read_text())
+    tasks = [
+        {name: rate["episodes"] for name, rate in report[policy]["tasks"].items()}
+        for policy in ("cloned", "finetuned")
+    ]
+    assert tasks[0] == tasks[1]
+    assert sum(tasks[0].values()) == 12
+    assert report["env_steps"] == 2 * 4 * 8 * 4  # seeds, updates, worlds, steps
+
+
+def test_resumed_is_uninterrupted_to_the_bit(cloned, tuned, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(tuned, copy)
+    shutil.rmtree(copy / "checkpoints")
+    shutil.rmtree(copy / "learning" / "checkpoints" / "4")
+    finetune(config_of(cloned, copy))
+    assert_same(load_run(copy).params, load_run(tuned).params)
+
+
+def rewarding(env, extra):
+    """The world ends at once, with a reward for a hand that goes to the right, and open."""
+
+    def step(state, action):
+        state, transition = env.step(state, action)
+        reward = jnp.asarray((action[0] > 0.1) & (action[6] > 0), jnp.float32)
+        return state, transition._replace(reward=reward + extra, terminated=jnp.ones((), bool))
+
+    return env._replace(step=step)
+
+
+@pytest.fixture(scope="module")
+def rewards(cloned):
+    """Mean reward of 40 rollouts of a policy that learns, by what is added to the reward."""
+    config = config_of(cloned, "")
+    config = dataclasses.replace(config, seeds=dataclasses.replace(SEEDS, num_worlds=64))
+    config = dataclasses.replace(config, loop=dataclasses.replace(config.loop, num_updates=40))
+    policy = read_cloned(str(cloned))
+    keys = jax.random.split(jax.random.key(1), 40)
+
+    @jax.jit
+    def learn(extra):
+        learner = make_finetune(config, policy._replace(env=rewarding(policy.env, extra)))
+
+        def update(state, key):
+            state, metrics = learner.update(state, key)
+            return state, metrics["reward"]
+
+        return jax.lax.scan(update, learner.init(jax.random.key(0)), keys)[1]
+
+    return learn
+
+
+def test_a_policy_learns_what_is_rewarded(rewards):
+    found = rewards(0.0)
+    assert np.mean(found[:3]) < 0.5
+    assert np.mean(found[-3:]) > 0.8
+
+
+def test_a_reward_that_is_no_number_reaches_the_one_who_tells_of_it(rewards):
+    assert np.isnan(rewards(jnp.nan)[0])  # `learn` stops there, as tests/test_learn.py holds
+
+
+def test_at_the_start_the_cloned_policy_is_no_pull(cloned):
+    config, policy = config_of(cloned, ""), read_cloned(str(cloned))
+    loss_fn = make_loss(config, policy.run)
+    rng = np.random.default_rng(0)
+    seen = Observation(
+        proprio=rng.normal(size=(3, 4, 8)).astype(np.float32),
+        environment_state=rng.normal(size=(3, 4, 22)).astype(np.float32),
+        instruction=rng.integers(0, 256, (3, 4, 12)),
+    )
+    trial = Trial(rng.normal(size=(3, 4, 6)).astype(np.float32), np.ones((3, 4), bool))
+    tries = Tries(seen, trial, np.ones((3, 4), np.float32), np.ones((3, 4), bool))
+
+    @jax.jit
+    @jax.value_and_grad
+    def divergence(params):
+        return loss_fn(params, tries, jax.random.key(0))[1]["loss_kl"]
+
+    params = {**policy.run.params, "value": init_mlp(jax.random.key(0), (8, 128, 1))}
+    value, grads = divergence(params)
+    assert abs(float(value)) < 1e-6
+    jax.tree.map(lambda grad: np.testing.assert_allclose(grad, 0.0, atol=1e-6), grads)
+    params["decoder"] = jax.tree.map(lambda leaf: leaf + 0.1, params["decoder"])
+    assert float(divergence(params)[0]) > 0.01
+
+
+def changed(cloned, tmp_path, name, data):
+    """A copy of a run of which one file holds something else."""
+    copy = tmp_path / "copy"
+    shutil.copytree(cloned, copy)
+    (copy / name).write_text(json.dumps(data))
+    return copy
+
+
+def test_what_cannot_go_on_learning_is_told(cloned, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"run folder .*nowhere is missing; train first"):
+        finetune(config_of(tmp_path / "nowhere", tmp_path / "run"))
+    other = changed(cloned, tmp_path, "world.json", {"kind": "table_mujoco"})
+    with pytest.raises(ValueError, match=r"init_from must be .*'table_jax'.* 'table_mujoco' in"):
+        finetune(config_of(other, tmp_path / "run"))
+    with pytest.raises(ValueError, match="run_dir must be another folder than init_from"):
+        finetune(config_of(cloned, cloned, overwrite=True))
+    long = dataclasses.replace(SEEDS, num_steps=5)
+    with pytest.raises(ValueError, match=r"num_steps must be at most .*window_size = 4"):
+        finetune(dataclasses.replace(config_of(cloned, tmp_path / "run"), seeds=long))
+    assert not (tmp_path / "run").exists()
+    assert load_run(cloned).agent == configs.load(type(tiny_run.AGENT), cloned / "agent.json")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("gamma", 1.5, "gamma and trace_decay must be in"),
+        ("kl_weight", -1.0, "kl_weight must be >= 0, got -1.0"),
+        ("num_episodes", 0, "num_episodes must be at least 1, got 0"),
+    ],
+)
+def test_a_wrong_config_is_one_sentence(field, value, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        FinetuneConfig(**{field: value})
+
+
+def test_the_door_is_that_of_reinforce(tmp_path):
+    words = ["-m", "train.reinforce", "--init-from", str(tmp_path / "nowhere"), "--arm-std", "0.2"]
+    ended = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: run folder")
