@@ -172,14 +172,14 @@ def _mean(function: Any, *of_episodes: Array) -> jax.Array:
 
 
 def cartpole() -> ReinforceConfig:
-    """CartPole-v1, without memory."""
+    """CartPole-v1, without memory: median return 500 over 16 seeds, in less than a minute."""
     return ReinforceConfig(run_dir="runs/reinforce_cartpole")
 
 
 def cartpole_hidden() -> ReinforceConfig:
     """CartPole-v1 with velocities hidden: a GRU has to see how fast things move.
 
-    Return 499.6 over 4 seeds; without memory (`--network.kind fc`) 43.
+    Median return 500 over 16 seeds; without memory (`--network.kind fc`) 43.
     """
     return replace(
         cartpole(),

@@ -164,8 +164,8 @@ def _loss(
 def grid() -> SarsaConfig:
     """The 5 × 5 grid with three moving obstacles, 16 seeds side by side.
 
-    97.3 % [96.8, 97.8] of fresh episodes, 95.3 % in the least of the seeds; after 1,450 updates
-    at most, 3.4 minutes of one core's time in all.
+    97.1 % [96.7, 97.6] of fresh episodes (`--seed 5`), 95.3 % in the least of the seeds, in 2.4
+    minutes on 2 CPU cores.
     """
     return SarsaConfig(run_dir="runs/sarsa_grid")
 
