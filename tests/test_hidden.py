@@ -40,6 +40,7 @@ def test_the_speeds_are_gone_and_the_instruction_is_shown_once_an_episode(name):
     expected[..., once:] *= np.asarray(whole.reset)[..., None]
     np.testing.assert_array_equal(partly.observation, expected)
     assert blind.observation_shape == (len(kept),)
+    assert (world.object_size, blind.object_size) == ((4, 3) if name == "grid" else (0, 0))
     same = partly._replace(observation=whole.observation)
     jax.tree.map(np.testing.assert_array_equal, same, whole)
     told = expected[..., once:].sum(axis=-1)  # one word is one-hot

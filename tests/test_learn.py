@@ -204,6 +204,10 @@ def test_every_script_reads_its_options(presets, argv):
         (partial(SarsaConfig, expected=True), "trace_decay must be 0 with expected, got 0.5"),
         (partial(ReinforceConfig, gamma=1.0), r"gamma must be in \[0, 1\) and trace_decay in"),
         (partial(ReinforceConfig, entropy_weight=-1.0), "entropy_weight must be >= 0, got -1"),
+        (
+            lambda: make_sarsa(SarsaConfig(partially_observed=True)),
+            "object_size must be 0, or the 3 numbers that tell of one thing .* got 4",
+        ),
         (partial(SeedsConfig, num_seeds=0), "num_seeds must be at least 1, got 0"),
         (partial(SeedsConfig, solved_by="fun"), "solved_by must be 'success' or 'return'"),
         (partial(tabular.TabularConfig, obstacles=()), "obstacles must hold numbers >= 1"),

@@ -17,7 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from train.host_actor import EpisodeError, Host, open_envs, play, start, unroll
-from train.learn import Keys, Learnt, first_state, keep_learning, make_keys, make_learnt
+from train.learn import (
+    Keys,
+    Learnt,
+    first_state,
+    keep_learning,
+    make_keys,
+    make_learnt,
+    tell_latest,
+)
 from train.learner import (
     Algorithm,
     LearnState,
@@ -27,14 +35,13 @@ from train.learner import (
     zero_carry,
 )
 from train.loop import LoopConfig
-from vla_jax import checkpoint
 from vla_jax.optim import OptimConfig
 from vla_jax.rl.actor import Actor
 from vla_jax.rl.worlds import GymnasiumConfig
 from vla_jax.types import Array, Key, Metrics, Params
 from vla_jax.update import TrainState, Update
 
-Run = Callable[[LearnState, int], tuple[LearnState, Metrics]]  # how many updates
+Run = Callable[[LearnState, int, int], tuple[LearnState, Metrics]]  # from update, to update
 Evaluate = Callable[[Params, Key, int], Metrics]  # how many episodes -> "return", "success" [1]
 
 
@@ -99,11 +106,7 @@ def _last_checkpoint_told(run_dir: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except EpisodeError as error:
-        latest = checkpoint.latest_step(run_dir / "checkpoints")
-        told = "nothing was saved before"
-        if latest is not None:
-            told = f"the last checkpoint, at update {latest}, is as it was"
-        raise RuntimeError(f"{error}; mend it, {told}.") from error
+        raise RuntimeError(f"{error}; mend it, {tell_latest(run_dir)}.") from error
 
 
 def _make_training(
@@ -150,13 +153,13 @@ def _make_run(
         train_state, metrics = update(before, rollout, learn_key)
         return LearnState(train_state, following, state.solved), metrics
 
-    def run(state: LearnState, num_updates: int) -> tuple[LearnState, Metrics]:
+    def run(state: LearnState, start: int, stop: int) -> tuple[LearnState, Metrics]:
         told = []
-        for _ in range(num_updates):
+        for _ in range(start, stop):
             state, metrics = update_once(state)
             told.append(metrics)
         means = jax.tree.map(lambda *values: np.mean(values, keepdims=True), *told)
-        key = jax.random.fold_in(keys.evaluate, state.train_state.num_updates)
+        key = jax.random.fold_in(keys.evaluate, stop)
         found = evaluate(acting_params(state), key, config.eval_episodes)
         solved = found[config.solved_by] >= config.solved_at
         return state._replace(solved=jnp.all(solved)), {**means, **found, "solved": solved}

@@ -81,8 +81,8 @@ def learn(
     state = jax.device_put(state, _shardings(mesh))
     compiled = _compile(config, learner, mesh)
 
-    def run(state: LearnState, num_updates: int) -> tuple[LearnState, Metrics]:
-        return compiled(state, keys, num_updates)
+    def run(state: LearnState, start: int, stop: int) -> tuple[LearnState, Metrics]:
+        return compiled(state, keys, np.int32(stop), stop - start)
 
     state = keep_learning(config, loop, run_dir, run, state, step, name=name)
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -113,7 +113,7 @@ def keep_learning(
     config: SeedsConfig,
     loop: LoopConfig,
     run_dir: pathlib.Path,
-    run: Callable[[LearnState, int], tuple[LearnState, Metrics]],
+    run: Callable[[LearnState, int, int], tuple[LearnState, Metrics]],
     state: LearnState,
     step: int,
     *,
@@ -125,7 +125,7 @@ def keep_learning(
       config: when to stop.
       loop: length, and what to keep.
       run_dir: folder of the run.
-      run: does so many updates and an evaluation, whose metrics are `[S]`.
+      run: goes from one number of updates to another, and evaluates; its metrics are `[S]`.
       state: after `step` updates.
       step: updates done.
       name: what the progress bar is about.
@@ -141,8 +141,8 @@ def keep_learning(
             logs = stack.enter_context(_open_logs(config, loop, run_dir, step, name))
         while not _is_done(loop, state, step):
             before, step = step, min(step + loop.log_every, loop.num_updates)
-            state, metrics = run(state, step - before)
-            _check_finite(metrics, step)
+            state, metrics = run(state, before, step)
+            _check_finite(metrics, step, run_dir)
             if logs:
                 logs.advance(step)
                 logs.write(step, _scalars(metrics, config, step))
@@ -159,27 +159,36 @@ def _shardings(mesh: Mesh) -> LearnState:
 
 
 def _compile(config: SeedsConfig, learner: Learner, mesh: Mesh) -> Callable[..., Any]:
-    """Returns `run(state, keys, num_updates)`, which donates the state."""
+    """Returns `run(state, keys, stop, num_updates)`, which donates the state."""
     shardings, everywhere = _shardings(mesh), NamedSharding(mesh, PartitionSpec())
     return jax.jit(
         partial(_run_block, config, learner),
-        static_argnums=2,
+        static_argnums=3,
         donate_argnums=0,
-        in_shardings=(shardings, everywhere),
+        in_shardings=(shardings, everywhere, everywhere),
         out_shardings=(shardings, everywhere),
     )
 
 
 def _run_block(
-    config: SeedsConfig, learner: Learner, state: LearnState, keys: Keys, num_updates: int
+    config: SeedsConfig,
+    learner: Learner,
+    state: LearnState,
+    keys: Keys,
+    stop: jax.Array,
+    num_updates: int,
 ) -> tuple[LearnState, Metrics]:
-    """Does `num_updates` updates of every seed, and evaluates it; metrics are `[S]`."""
+    """Does `num_updates` updates of every seed, up to `stop`, and evaluates it; metrics are `[S]`.
+
+    One that has stopped learning is evaluated on fresh episodes too: those at which it stopped
+    were chosen by its success.
+    """
 
     def of_seed(state: LearnState, keys: Keys) -> tuple[LearnState, Metrics]:
         state, metrics = jax.lax.scan(
             lambda state, _: _update(learner, keys.update, state), state, length=num_updates
         )
-        key = jax.random.fold_in(keys.evaluate, state.train_state.num_updates)
+        key = jax.random.fold_in(keys.evaluate, stop)
         found = learner.evaluate(acting_params(state), key)
         solved = state.solved | (found[config.solved_by] >= config.solved_at)
         means = {name: jnp.mean(values) for name, values in metrics.items()}
@@ -221,16 +230,25 @@ def _scalars(metrics: Metrics, config: SeedsConfig, step: int) -> dict[str, floa
     return {**scalars, "env_steps": float(env_steps)}  # of one seed
 
 
-def _check_finite(metrics: Metrics, step: int) -> None:
+def _check_finite(metrics: Metrics, step: int, run_dir: pathlib.Path) -> None:
     """Raises before anything is saved that came of a number that is none."""
-    remedies = {"reward": "mend the world", "loss": "lower the learning rate"}
+    slower = "lower the learning rate"
+    remedies = {"reward": "mend the world", "loss": slower, "grad_norm": slower}
     for name, remedy in remedies.items():
         bad = np.flatnonzero(~np.isfinite(np.asarray(metrics[name])))
         if bad.size:
             raise ValueError(
                 f"{name} must be finite, got {float(metrics[name][bad[0]])} in seed {bad[0]} "
-                f"before update {step}; {remedy}, the last checkpoint is as it was."
+                f"before update {step}; {remedy}, {tell_latest(run_dir)}."
             )
+
+
+def tell_latest(run_dir: pathlib.Path) -> str:
+    """Returns how far a training that fails can go back, in words."""
+    latest = checkpoint.latest_step(run_dir / "checkpoints")
+    if latest is None:
+        return "nothing was saved before"
+    return f"the last checkpoint, at update {latest}, is as it was"
 
 
 def make_learnt(config: SeedsConfig, state: LearnState, found: Metrics) -> Learnt:

@@ -85,7 +85,11 @@ def make_learner(
       seeds: worlds, steps, and episodes of an evaluation.
       optim_config: of the optimiser; with `ema_decay` it is the average that is evaluated.
       num_updates: length of the training.
+
+    Raises:
+      ValueError: the network reads objects of another size than the world shows.
     """
+    _check_objects(world, algorithm.network)
     init_params, update_params = make_training(
         algorithm, world.observation_shape, world.num_actions, optim_config, num_updates
     )
@@ -114,6 +118,14 @@ def make_learner(
         partial(evaluate, seeds.eval_episodes),
         partial(evaluate, seeds.report_episodes),
     )
+
+
+def _check_objects(world: World, net: NetworkConfig) -> None:
+    if net.object_size not in (0, world.object_size):
+        raise ValueError(
+            f"object_size must be 0, or the {world.object_size} numbers that tell of one thing in "
+            f"this world, got {net.object_size}; see --network.object-size."
+        )
 
 
 def make_training(

@@ -2,10 +2,11 @@
 
     python -m train.tabular
 
-Both learn from as many environment steps of the same worlds, and are told the whole state. The
-table has a row for each state where there is room for that many; every obstacle multiplies their
-number by 50, and the table meets most states for the first time, again and again. The network
-knows what is like what. One plot shows the success of both.
+Both learn from as many environment steps of the same worlds. The table has a row for each state
+where there is room for that many; every obstacle multiplies their number by 50, and the table meets
+most states for the first time, again and again. From three obstacles on there is no such room, and
+states share rows. The network sees things as seen from the agent, and knows what is like what. One
+plot shows the success of both.
 """
 
 import pathlib

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from rich.table import Table
+from scipy import special
 
 from vla_jax.rollout import Outcome
 
@@ -79,19 +80,23 @@ def wilson(successes: int, trials: int, confidence: float = 0.95) -> tuple[float
 def mean_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """The interval in which the mean over all seeds lies, with 95 % confidence, from a few.
 
+        x̄ ± t s / √n,    t = 97.5 % quantile of Student's distribution, n − 1 degrees of freedom
+
     Args:
-      values: one per seed, at least one; all equal gives an interval without width.
+      values: one per seed, n of them, at least one; of a single one both ends are its value, for
+        nothing is known of the others.
 
     Returns:
       Low and high.
 
-    Source: Efron 1979, "Bootstrap Methods: Another Look at the Jackknife"; percentiles of the means
-    of 2,000 samples drawn again, the same ones at every call.
+    Source: Student 1908, "The Probable Error of a Mean".
     """
     values = np.asarray(values, np.float64)
-    drawn = np.random.default_rng(0).integers(0, len(values), (2000, len(values)))
-    low, high = np.percentile(values[drawn].mean(axis=1), [2.5, 97.5])
-    return float(low), float(high)
+    if len(values) == 1:
+        return float(values[0]), float(values[0])
+    quantile = special.stdtrit(len(values) - 1, 0.975)
+    half = quantile * values.std(ddof=1) / math.sqrt(len(values))
+    return float(values.mean() - half), float(values.mean() + half)
 
 
 def summarize(outcomes: Iterable[Outcome], *, latency: Latency | None = None) -> Summary:

@@ -96,6 +96,7 @@ class World(NamedTuple):
     num_actions: int
     max_steps: int  # environment steps until truncation
     instruction: tuple[int, ...] = ()  # which of the D numbers tell what is asked for
+    object_size: int = 0  # of each thing, where the D numbers list things alike; 0 = they do not
 
 
 class SimulatorStep(NamedTuple):

@@ -78,6 +78,7 @@ def make(config: GridConfig) -> World:
         velocities=tuple(range(2, features, 4)) if shown else (),
         num_actions=len(ACTIONS),
         max_steps=config.max_steps,
+        object_size=4 if shown else 0,
     )
 
 

@@ -41,5 +41,10 @@ def hide(world: World) -> World:
         return state, transition._replace(observation=seen)
 
     return world._replace(
-        reset=reset, step=step, observation_shape=(len(kept),), velocities=(), instruction=()
+        reset=reset,
+        step=step,
+        observation_shape=(len(kept),),
+        velocities=(),
+        instruction=(),
+        object_size=world.object_size * len(kept) // size,  # each thing has as many speeds
     )

@@ -66,7 +66,7 @@ def scale(advantage: Array, weight: Array) -> jax.Array:
       weight: w, of the same.
     """
     chex.assert_equal_shape([advantage, weight])
-    square = jnp.sum(weight * jnp.square(advantage)) / jnp.sum(weight)
+    square = jnp.sum(weight * jnp.square(advantage)) / jnp.maximum(jnp.sum(weight), _SMALL)
     return jnp.asarray(advantage) / (jnp.sqrt(square) + _SMALL)
 
 
