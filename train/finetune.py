@@ -7,8 +7,8 @@ r"""From cloning to reward: the policy of a run of `train.imitate` goes on learn
     python -m vla_jax.evaluate runs/finetune
 
 A small LSTM, cloned for a minute, succeeds on 69.3 % [66, 73] of 600 unseen layouts, and on 89.1 %
-[86, 91] of the same ones after at most 8 million steps of the world, in about 5 minutes on 2 cores: touch
-from 98 to 99 %, lift from 57 to 85 %, place from 53 to 82 % (one seed).
+[86, 91] of the same ones after at most 8 million steps of the world, in about 5 minutes on 2 cores:
+touch from 98 to 99 %, lift from 57 to 85 %, place from 53 to 82 % (one seed).
 
 REINFORCE with a baseline on whole episodes of the JAX table. The policy streams as it will act,
 with noise on what it does; a value head on its features foretells how well that will go. A
