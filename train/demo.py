@@ -78,7 +78,10 @@ def table_jax_state() -> DemoConfig:
 
 
 def table_jax_family() -> DemoConfig:
-    """The same with every decoder there is, an encoder-decoder and a GPT among them."""
+    """The same with every decoder there is, an encoder-decoder and a GPT among them.
+
+    10 minutes of CPU time; what to expect is in README.
+    """
     return replace(table_jax_state(), decoders=get_args(Decoder))
 
 
