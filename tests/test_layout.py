@@ -35,8 +35,8 @@ FLOORS = (  # a file imports only from files above it
 SCRIPTS = (
     "command_line", "logs", "malloc", "loop", "record", "pretrain", "configs", "setup", "cache",
     "imitate", "demo", "seq2seq", "timing", "peers", "ours", "works", "path", "benchmark",
-    "memory_tasks", "memory", "learner", "learn", "host_actor", "host_learn", "watch", "sarsa",
-    "finetune", "reinforce", "tabular", "grid_gymnasium", "throughput",
+    "memory_tasks", "memory", "learner", "learn", "host_actor", "host_learn", "watch",
+    "from_reward", "sarsa", "finetune", "reinforce", "tabular", "grid_gymnasium", "throughput",
 )  # fmt: skip
 FILES = sorted(
     path for folder in ("vla_jax", "train", "tests") for path in (ROOT / folder).rglob("*.py")

@@ -6,7 +6,7 @@
     python -m train.sarsa --preset gymnasium --env-id CartPole-v1
 
 Actor and learner are one compiled program, but for Gymnasium (`host_learn.py`). The same command
-resumes a run that was interrupted.
+resumes a run that was interrupted, to the bit, but for Gymnasium's, which starts new episodes.
 """
 
 import pathlib
@@ -17,13 +17,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from train import host_learn
+from train import from_reward
 from train.command_line import run
-from train.learn import Learnt, learn, show
-from train.learner import Algorithm, Learner, SeedsConfig, make_learner
-from train.loop import LoopConfig, is_first_process, open_run
-from train.watch import watch
-from vla_jax import film
+from train.learner import Algorithm, Learner, SeedsConfig
+from train.loop import LoopConfig
 from vla_jax.envs.cartpole import CartPoleConfig
 from vla_jax.envs.grid import GridConfig
 from vla_jax.optim import OptimConfig
@@ -73,37 +70,12 @@ class SarsaConfig:
 
 def train(config: SarsaConfig) -> pathlib.Path:
     """Trains Q-functions; returns the run's folder."""
-    film.check_packages()
-    run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
-    learnt = _learn(config, run_dir)
-    if is_first_process():
-        show(config.seeds, run_dir, learnt)
-    if is_first_process() and not isinstance(config.world, GymnasiumConfig):
-        params = jax.tree.map(lambda leaf: leaf[0], learnt.params)  # of the first seed
-        watch(
-            run_dir / "episodes.mp4",
-            worlds.make(config.world, partially_observed=config.partially_observed),
-            make_policy(params, config.network, epsilon=0.0),
-            network.zero_carry(config.network, jnp.zeros((1, 1))),
-            jax.random.key(config.seed),
-        )
-    return run_dir
-
-
-def _learn(config: SarsaConfig, run_dir: pathlib.Path) -> Learnt:
-    """In one program with its worlds, or beside environments that Python steps."""
-    same = config.seeds, config.loop, run_dir
-    if isinstance(config.world, GymnasiumConfig):
-        taught = config.world, make_algorithm(config), config.optim
-        return host_learn.learn(*same, *taught, config.seed, name=run_dir.name)
-    return learn(*same, make_sarsa(config), config.seed, name=run_dir.name)
+    return from_reward.train_from_reward(config, make_algorithm(config))
 
 
 def make_sarsa(config: SarsaConfig) -> Learner:
     """Deep SARSA as a `Learner`."""
-    world = worlds.make(config.world, partially_observed=config.partially_observed)
-    algorithm = make_algorithm(config)
-    return make_learner(world, algorithm, config.seeds, config.optim, config.loop.num_updates)
+    return from_reward.make(config, make_algorithm(config))
 
 
 def make_algorithm(config: SarsaConfig) -> Algorithm:

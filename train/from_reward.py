@@ -1,0 +1,71 @@
+"""One training from reward, whatever the algorithm and the world: learn, tell, show a film."""
+
+import pathlib
+from typing import Protocol
+
+import jax
+
+from train import host_learn
+from train.learn import Learnt, learn, show
+from train.learner import Algorithm, Learner, SeedsConfig, make_learner, zero_carry
+from train.loop import LoopConfig, is_first_process, open_run
+from train.watch import watch
+from vla_jax import film
+from vla_jax.optim import OptimConfig
+from vla_jax.rl import worlds
+from vla_jax.rl.worlds import GymnasiumConfig, WorldConfig
+
+
+class Training(Protocol):
+    """What the configs of all algorithms hold; dataclasses, field by field as there."""
+
+    @property
+    def run_dir(self) -> str: ...  # noqa: D102
+    @property
+    def world(self) -> WorldConfig: ...  # noqa: D102
+    @property
+    def partially_observed(self) -> bool: ...  # noqa: D102
+    @property
+    def seeds(self) -> SeedsConfig: ...  # noqa: D102
+    @property
+    def optim(self) -> OptimConfig: ...  # noqa: D102
+    @property
+    def loop(self) -> LoopConfig: ...  # noqa: D102
+    @property
+    def seed(self) -> int: ...  # noqa: D102
+    @property
+    def overwrite(self) -> bool: ...  # noqa: D102
+
+
+def train_from_reward(config: Training, algorithm: Algorithm) -> pathlib.Path:
+    """Trains all seeds; returns the run's folder."""
+    film.check_packages()
+    run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
+    learnt = _learn(config, algorithm, run_dir)
+    if is_first_process():
+        show(config.seeds, run_dir, learnt)
+    if is_first_process() and not isinstance(config.world, GymnasiumConfig):
+        params = jax.tree.map(lambda leaf: leaf[0], learnt.params)  # of the first seed
+        watch(
+            run_dir / "episodes.mp4",
+            worlds.make(config.world, partially_observed=config.partially_observed),
+            algorithm.exploit(params),
+            zero_carry(algorithm, 1),
+            jax.random.key(config.seed),
+        )
+    return run_dir
+
+
+def make(config: Training, algorithm: Algorithm) -> Learner:
+    """The algorithm in the config's world as a `Learner`."""
+    world = worlds.make(config.world, partially_observed=config.partially_observed)
+    return make_learner(world, algorithm, config.seeds, config.optim, config.loop.num_updates)
+
+
+def _learn(config: Training, algorithm: Algorithm, run_dir: pathlib.Path) -> Learnt:
+    """In one program with its worlds, or beside environments that Python steps."""
+    same = config.seeds, config.loop, run_dir
+    if isinstance(config.world, GymnasiumConfig):
+        taught = config.world, algorithm, config.optim
+        return host_learn.learn(*same, *taught, config.seed, name=run_dir.name)
+    return learn(*same, make(config, algorithm), config.seed, name=run_dir.name)
