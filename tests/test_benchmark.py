@@ -73,7 +73,7 @@ def test_small_runs_all_works_and_writes_every_figure(tmp_path, capsys):
     assert {row["case"] for row in figures["rows"] if row["work"] == "growth"} == {
         f"{axis} {size}" for axis, sizes in works.SMALL.growth.items() for size in sizes
     }
-    assert who(figures, "layout") == {"rows, chosen", "columns"}
+    assert who(figures, "products") == {"turned over, chosen", "as it lies"}
     for found in figures["figures"]:
         assert set(found) == set(path.Figure._fields)
         assert found["what"] in shown
@@ -155,7 +155,7 @@ def test_peers_take_turns_and_ratios_are_those_of_each_round(monkeypatch):
 
     monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
     ours, theirs = timing.measure(contest(run_of("a"), run_of("b")), 2, ceiling=2.0)
-    assert order == ["a", "b"] * 3  # the first of each warms up
+    assert order == ["a", "a", "b", "b"] * 2  # the second of each turn is timed
     assert ours.ms == (1000, 1500, 2000)
     assert ours.ratio == (1, 1, 1)
     assert theirs.ratio == (2, 3, 4)

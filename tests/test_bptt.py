@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 from jax.test_util import check_grads
 
-from vla_jax import bptt, cells, recurrence
+from vla_jax import bptt, cells, products, recurrence
 from vla_jax.recurrence import RecurrenceConfig
 
 B, T, D, H = 4, 7, 3, 5
@@ -20,8 +20,8 @@ FLAGS = {
     "mask-reset": {"mask": True, "reset": True},
 }
 each_cell = pytest.mark.parametrize("name", cells.CELLS)
-each_layout = pytest.mark.parametrize("layout", ["rows", "columns"])
-LAID_OUT = [*(("rows", which) for which in FLAGS), ("columns", "mask-reset")]
+each_size = pytest.mark.parametrize("size", ["small", "large"], indirect=True)  # as the kernel is taken to be
+SIZES = [*(("small", which) for which in FLAGS), ("large", "mask-reset")]
 
 
 def draw(seed, *shape):
@@ -51,14 +51,21 @@ def loss(scan, cell, flags, params, carry, projected, **options):
     return sum(jax.tree.leaves(weighed))
 
 
-def gradients(name, key, flags, layout, **options):
+@pytest.fixture
+def size(request, monkeypatch):
+    """Has kernels of a few numbers multiplied as those of millions are, where it is "large"."""
+    if request.param == "large":
+        monkeypatch.setattr(products, "LARGE", 1)
+
+
+def gradients(name, key, flags, **options):
     """By params, initial carry and inputs: by hand, and as JAX derives them."""
     cell, *arguments = draw_case(name, key)
     return [
         jax.jit(jax.grad(partial(loss, scan, cell, flags, **options), argnums=(0, 1, 2)))(
             *arguments
         )
-        for scan in (partial(bptt.scan, layout=layout), bptt.plain_scan)
+        for scan in (bptt.scan, bptt.plain_scan)
     ]
 
 
@@ -73,10 +80,11 @@ def assert_close(one, other, atol=2e-6):
 
 @each_cell
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize(("layout", "which"), LAID_OUT)
-def test_the_gradients_are_those_that_jax_derives(name, layout, which, reverse, key):
+@pytest.mark.parametrize(("size", "which"), SIZES, indirect=["size"])
+@pytest.mark.usefixtures("size")
+def test_the_gradients_are_those_that_jax_derives(name, which, reverse, key):
     flags = draw_flags(FLAGS[which])
-    by_hand, derived = gradients(name, key, flags, layout, reverse=reverse)
+    by_hand, derived = gradients(name, key, flags, reverse=reverse)
     assert_close(by_hand, derived)
     by_params, *others = derived  # else nothing was compared:
     used = [by_params[path] for path in by_params if path not in ("input_kernel", "input_bias")]
@@ -84,11 +92,12 @@ def test_the_gradients_are_those_that_jax_derives(name, layout, which, reverse, 
 
 
 @each_cell
-@each_layout
-def test_bfloat16_products_give_the_gradients_of_float32_but_for_rounding(name, layout, key):
+@each_size
+@pytest.mark.usefixtures("size")
+def test_bfloat16_products_give_the_gradients_of_float32_but_for_rounding(name, key):
     flags = draw_flags(FLAGS["mask-reset"])
-    by_hand, derived = gradients(name, key, flags, layout, dtype="bfloat16")
-    exact = gradients(name, key, flags, layout)[1]
+    by_hand, derived = gradients(name, key, flags, dtype="bfloat16")
+    exact = gradients(name, key, flags)[1]
     for ours, theirs, right in zip(*map(jax.tree.leaves, (by_hand, derived, exact)), strict=True):
         assert ours.dtype == jnp.float32
         error = np.abs(ours - right).max()
@@ -100,17 +109,11 @@ def test_bfloat16_products_give_the_gradients_of_float32_but_for_rounding(name, 
 def test_the_outputs_and_the_carry_are_the_same(name, key):
     cell, *arguments = draw_case(name, key)
     flags = draw_flags(FLAGS["mask-reset"])
-    rows, columns, plain = (
+    by_hand, plain = (
         jax.jit(partial(scan, cell, **flags))(*arguments)
-        for scan in (bptt.scan, partial(bptt.scan, layout="columns"), bptt.plain_scan)
+        for scan in (bptt.scan, bptt.plain_scan)
     )
-    assert_close(rows, plain, atol=0)
-    assert_close(columns, plain, atol=1e-6)
-
-
-def test_the_layout_is_in_columns_where_a_cpu_multiplies_them_faster():
-    chosen = {size: bptt.faster_layout(*size) for size in [(5, 1024), (8, 1024), (8, 128)]}
-    assert chosen == {(5, 1024): "rows", (8, 1024): "columns", (8, 128): "rows"}
+    assert_close(by_hand, plain, atol=0)
 
 
 @each_cell

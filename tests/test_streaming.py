@@ -8,9 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from vla_jax import decoders, heads, streaming
-from vla_jax.cells import CELLS, Turned
+from vla_jax import decoders, heads, products, streaming
+from vla_jax.cells import CELLS
 from vla_jax.decoder_config import DecoderConfig, Kind
+from vla_jax.products import Turned
 
 B, T, W, N, D, K = 3, 14, 4, 2, 3, 2
 STARTS = ([0], [0, 5], [0, 3, 4, 12])  # frames at which the episodes of each robot start
@@ -114,7 +115,7 @@ def test_streamed_is_windowed(kind, mode, key):
 def lay_out(monkeypatch, params, config, mode, batch_size=B):
     """Lays out as at sizes where a CPU is faster with it."""
     with monkeypatch.context() as patch:
-        patch.setattr(streaming.bptt, "faster_layout", lambda batch_size, hidden_size: "columns")
+        patch.setattr(products, "LARGE", 30)  # numbers: kernels, not biases
         state = streaming.init(params, config, batch_size, mode=mode)
         return streaming.lay_out(params, config, state)
 

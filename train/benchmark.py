@@ -30,7 +30,7 @@ from train.timing import Row, Spread
 from vla_jax import plots
 
 Work = Literal[
-    "recurrence", "head", "streaming", "growth", "layout",
+    "recurrence", "head", "streaming", "growth", "products",
     "memory", "start", "checkpoints", "loader",
 ]  # fmt: skip
 WORKS: tuple[Work, ...] = get_args(Work)

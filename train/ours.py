@@ -14,8 +14,9 @@ import optax
 
 from train import peers
 from train.timing import Peer
-from vla_jax import bptt, cells, decoders, losses, recurrence, streaming
+from vla_jax import cells, decoders, losses, products, recurrence, streaming
 from vla_jax.decoders import DecoderConfig
+from vla_jax.products import Turned
 from vla_jax.recurrence import RecurrenceConfig
 from vla_jax.types import Array, Params, Prediction
 
@@ -35,26 +36,32 @@ def run_recurrence(
     )
 
 
-def run_scan(layout: bptt.Layout, params: Params, projected: Array, cotangent: Array) -> Peer:
-    """One LSTM layer behind its input product, forward and backward, in one layout.
+def run_products(name: str, kernel: Array, deltas: Array, *, as_it_lies: bool) -> Peer:
+    """What a backward scan does with its kernel: at each step `kernelᵀ` times what came before.
 
     Args:
-      layout: of the arrays inside the scan.
-      params: recurrent kernel and bias.
-      projected: `[T, B, 4·H]`.
-      cotangent: `[T, B, H]`.
+      name: of this way.
+      kernel: `[H, G·H]`.
+      deltas: of every step, `[T, B, G·H]`.
+      as_it_lies: whether the kernel is read as it lies, or turned over before the first step.
     """
-    num_steps, batch_size, hidden_size = cotangent.shape
-    carry = cells.LSTM.zero_carry(cotangent[0], hidden_size)
-    both_ways = peers.both_ways(
-        lambda own, x: bptt.scan(cells.LSTM, own, carry, x, layout=layout)[1]
-    )
-    chosen = layout == bptt.faster_layout(batch_size, hidden_size)
+
+    @jax.jit
+    def run(kernel: Array, deltas: Array) -> jax.Array:
+        turned = Turned(kernel) if as_it_lies else kernel.T
+
+        def body(by_hidden: Array, delta: Array) -> tuple[jax.Array, jax.Array]:
+            delta = delta * jnp.tile(by_hidden, delta.shape[-1] // by_hidden.shape[-1])
+            by_hidden = jnp.tanh(products.times(delta, turned))
+            return by_hidden, by_hidden
+
+        return jax.lax.scan(body, jnp.ones((deltas.shape[1], len(kernel))), deltas)[1]
+
     return Peer(
-        f"{layout}, chosen" if chosen else layout,
-        lambda: jax.block_until_ready(both_ways(params, projected, cotangent)),
-        lambda results: dict(zip(("outputs", "by_params", "by_inputs"), results, strict=True)),
-        2 * peers.FLOAT * num_steps * params["recurrent_kernel"].size,
+        f"{name}, chosen" if as_it_lies == products.is_large(kernel) else name,
+        lambda: jax.block_until_ready(run(kernel, deltas)),
+        lambda outputs: {"outputs": outputs},
+        peers.FLOAT * len(deltas) * kernel.size,
     )
 
 
@@ -165,14 +172,11 @@ def draw_sequence(
     return params, jax.random.normal(keys[1], shape), jax.random.normal(keys[2], shape)
 
 
-def draw_scan(hidden_size: int, batch_size: int, num_steps: int) -> tuple[Params, Array, Array]:
-    """Recurrent params of an LSTM, its projected inputs `[T, B, 4·H]`, a gradient `[T, B, H]`."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    params = cells.LSTM.init(keys[0], 1, hidden_size)
-    params = {name: params[name] for name in ("recurrent_kernel", "recurrent_bias")}
-    shape = (num_steps, batch_size, hidden_size)
-    projected = jax.random.normal(keys[1], (*shape[:2], 4 * hidden_size))
-    return params, projected, jax.random.normal(keys[2], shape)
+def draw_products(hidden_size: int, batch_size: int, num_steps: int) -> tuple[Array, Array]:
+    """The recurrent kernel `[H, 4·H]` of an LSTM, and deltas `[T, B, 4·H]`."""
+    keys = jax.random.split(jax.random.key(0))
+    kernel = cells.LSTM.init(keys[0], 1, hidden_size)["recurrent_kernel"]
+    return kernel, jax.random.normal(keys[1], (num_steps, batch_size, 4 * hidden_size))
 
 
 def draw_demonstrations(

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 TOLERANCE = 1e-4  # ‖theirs - ours‖ / ‖ours‖ of each result
-PAUSE = 0.02  # s before each run: the threads of the one before may still be spinning
+PAUSE = 0.02  # s before each turn: the threads of the one before may still be spinning
 
 
 class Peer(NamedTuple):
@@ -78,15 +78,13 @@ def check(contest: Contest) -> None:
 
 
 def measure(contest: Contest, rounds: int, ceiling: float) -> list[Row]:
-    """Times the peers in turns, A B A B, after one run of each.
+    """Times the peers in turns, A B A B.
 
     Args:
       contest: whose peers are known to agree.
       rounds: times that each peer runs.
       ceiling: GFLOP/s of one large product.
     """
-    for peer in contest.peers:
-        peer.run()
     ms = 1e3 * np.array([[_time(peer.run) for peer in contest.peers] for _ in range(rounds)])
     rows = []
     for peer, own in zip(contest.peers, ms.T, strict=True):
@@ -116,7 +114,9 @@ def spread(values: np.ndarray) -> Spread:
 
 
 def _time(run: Callable[[], Any]) -> float:
+    """Of the second of two runs: as in a training, the caches hold what the run before left."""
     time.sleep(PAUSE)
+    run()
     began = time.perf_counter()
     run()
     return time.perf_counter() - began

@@ -26,7 +26,7 @@ class Sizes(NamedTuple):
     sequences: tuple[tuple[int, int], ...]  # (B, T) of recurrence
     windows: tuple[int, ...]  # W of streaming
     robots: tuple[int, ...]  # B of streaming
-    layouts: tuple[tuple[int, ...], tuple[int, ...]]  # every H and every B of layout
+    products: tuple[tuple[int, ...], tuple[int, ...]]  # every H and every B of products
     long: tuple[tuple[int, int], ...]  # (B, T) of memory
     growth: dict[str, tuple[int, ...]]  # axis -> its sizes; the other axes are those of head
     starts: int  # processes of start, cold and warm each
@@ -41,7 +41,7 @@ LARGE = Sizes(
     sequences=((5, 12), (32, 16)),
     windows=(8, 16, 32),
     robots=(1, 8),
-    layouts=((256, 1024), (5, 8, 12, 16, 24, 32, 64)),
+    products=((128, 256, 512, 1024), (1, 5, 8, 16, 32, 64, 128)),
     long=((16, 16), (16, 64), (16, 256), (64, 256)),
     growth={
         "W": (6, 12, 24, 48, 96),
@@ -67,7 +67,7 @@ SMALL = Sizes(
     sequences=((2, 3),),
     windows=(2,),
     robots=(2,),
-    layouts=((8,), (2, 8)),
+    products=((8,), (2, 8)),
     long=((2, 64),),
     growth={"W": (3, 6)},
     starts=1,
@@ -162,17 +162,20 @@ def growth(sizes: Sizes) -> Iterator[Contest]:
             )
 
 
-def layouts(sizes: Sizes) -> Iterator[Contest]:
-    """One LSTM layer with either layout of its arrays; the one that `bptt` chooses says so."""
+def products(sizes: Sizes) -> Iterator[Contest]:
+    """A step's product with the transposed kernel; the way that is taken says that it is."""
     num_steps = sizes.decoder.window_size
-    for hidden_size in sizes.layouts[0]:
-        for batch_size in sizes.layouts[1]:
-            drawn = ours.draw_scan(hidden_size, batch_size, num_steps)
-            flop = ours.recurrence_flop(drawn[0], batch_size * num_steps)
-            contestants = [ours.run_scan(layout, *drawn) for layout in ("rows", "columns")]
+    for hidden_size in sizes.products[0]:
+        for batch_size in sizes.products[1]:
+            kernel, deltas = ours.draw_products(hidden_size, batch_size, num_steps)
+            contestants = [
+                ours.run_products("turned over", kernel, deltas, as_it_lies=False),
+                ours.run_products("as it lies", kernel, deltas, as_it_lies=True),
+            ]
             yield Contest(
-                "layout", f"H {hidden_size}, B {batch_size}, T {num_steps}", flop, contestants
-            )
+                "products", f"H {hidden_size}, B {batch_size}, T {num_steps}",
+                2 * batch_size * num_steps * kernel.size, contestants,
+            )  # fmt: skip
 
 
 CONTESTS: dict[str, Callable[[Sizes], Iterator[Contest]]] = {
@@ -180,5 +183,5 @@ CONTESTS: dict[str, Callable[[Sizes], Iterator[Contest]]] = {
     "head": heads,
     "streaming": streams,
     "growth": growth,
-    "layout": layouts,
+    "products": products,
 }

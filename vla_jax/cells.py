@@ -40,6 +40,7 @@ from vla_jax.gates import (
     min_gru_combine,
     rnn_combine,
 )
+from vla_jax.products import Turned, times
 from vla_jax.types import Array, Key, Params
 
 PRODUCTS = ("input_kernel", "recurrent_kernel", "input_bias", "recurrent_bias")
@@ -61,17 +62,6 @@ class Cell(NamedTuple):
     coefficients: Callable[[Array], tuple[jax.Array, jax.Array]] | None = None
 
 
-class Turned(NamedTuple):
-    """A kernel turned over, for steps whose rows lie in columns; see `streaming.lay_out`."""
-
-    kernel: Array  # [E, D]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """That of the kernel it was, `[D, E]`."""
-        return self.kernel.shape[::-1]
-
-
 def affine(
     inputs: Array, kernel: Array | Turned, bias: Array, *, dtype: str = "float32"
 ) -> jax.Array:
@@ -86,15 +76,7 @@ def affine(
     Returns:
       `[..., E]` float32.
     """
-    # The cast stands here, inside the scan, so that the gradients of the steps are summed in
-    # float32; outside of it they would be summed in `dtype`.
-    inputs = jnp.asarray(inputs, dtype)
-    if isinstance(kernel, Turned):
-        turned = jnp.asarray(kernel.kernel, dtype)
-        product = jnp.einsum("ed,...d->...e", turned, inputs, preferred_element_type=jnp.float32)
-    else:
-        kernel = jnp.asarray(kernel, dtype)
-        product = jnp.matmul(inputs, kernel, preferred_element_type=jnp.float32)
+    product = times(inputs, kernel, dtype=dtype)
     return product + jnp.broadcast_to(bias, product.shape)
 
 

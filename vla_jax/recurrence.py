@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 
 from vla_jax import associative, bptt, cudnn
-from vla_jax.cells import CELLS, CellName, Turned
+from vla_jax.cells import CELLS, CellName
 from vla_jax.config import did_you_mean
+from vla_jax.products import Turned
 from vla_jax.types import Array, Key, Params
 
 # "bptt": backward pass by hand; "scan": JAX's own; "cudnn": NVIDIA's LSTM; "associative": no loop,
@@ -347,8 +348,12 @@ def _input_size(params: Params) -> int:
     return params["layers_0"]["forward"]["input_kernel"].shape[0]
 
 
+def _is_turned(leaf: Any) -> bool:
+    return isinstance(leaf, Turned)
+
+
 def _check(params: Params, inputs: Array, mask: Array | None, reset: Array | None) -> None:
-    if isinstance(params["layers_0"]["forward"]["input_kernel"], Turned):
+    if any(map(_is_turned, jax.tree.leaves(params, is_leaf=_is_turned))):
         raise ValueError(
             "params must be as from `init`, got kernels turned over; those of `lay_out` are for "
             "single steps."

@@ -13,16 +13,13 @@ the state is the mode; every array of it leads with the axis `B`, and every row 
 robots of one batch start their episodes when they like. A state may be donated to `step`.
 """
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from vla_jax import bptt, heads, recurrence, streaming_gpt, streaming_seen
-from vla_jax.cells import Turned
+from vla_jax import heads, products, recurrence, streaming_gpt, streaming_seen
 from vla_jax.config import did_you_mean
 from vla_jax.decoders import (
     TRUNKS,
@@ -32,6 +29,7 @@ from vla_jax.decoders import (
     predict,
     recurrence_config,
 )
+from vla_jax.products import Turned
 from vla_jax.recurrence import Carry
 from vla_jax.streaming_gpt import GPTPeriodicState, GPTRefreshState
 from vla_jax.streaming_seen import SeenState
@@ -124,10 +122,11 @@ def lay_out(params: Params, config: DecoderConfig, state: State) -> Params:
     """
     if isinstance(state, SeenState):
         state = state.memory
-    if not isinstance(state, RefreshState):
+    if not isinstance(state, RefreshState) or jax.default_backend() != "cpu":
         return params
-    batch_size, window_size, hidden_size = jax.tree.leaves(state.carry)[0].shape
-    if bptt.faster_layout(batch_size * window_size, hidden_size) == "rows":
+    batch_size, window_size, _ = jax.tree.leaves(state.carry)[0].shape
+    large = any(products.is_large(leaf) for leaf in jax.tree.leaves(params["recurrence"]))
+    if not large or batch_size * window_size >= products.MANY:
         return params
     return {**params, "recurrence": _turn_over(params["recurrence"], config.dtype)}
 
@@ -239,42 +238,22 @@ def _refresh(
     window_size = jax.tree.leaves(state.carry)[0].shape[1]
     age = jnp.where(reset, 0, state.age)
     starts = (age % window_size)[:, None] == jnp.arange(window_size)[None]
-    one = partial(recurrence.step, params["recurrence"], recurrence_config(config))
-    if _is_turned(params["recurrence"]):
-        carry, outputs = _step_in_columns(one, state.carry, pooled, starts)
-    else:
-        # The frame is [B, 1, D'] against carries [B, W, H]: its product with the input kernel of
-        # the first layer is taken once and shared by all of them.
-        carry, outputs = one(state.carry, pooled[:, None], reset=starts)
+    # The frame is [B, 1, D'] against carries [B, W, H]: its product with the input kernel of the
+    # first layer is taken once and shared by all of them.
+    carry, outputs = recurrence.step(
+        params["recurrence"], recurrence_config(config), state.carry, pooled[:, None], reset=starts
+    )
     oldest = _oldest(age, window_size)
     features = jnp.take_along_axis(outputs, oldest[:, None, None], axis=1)[:, 0]
     return RefreshState(carry, age + 1), features
 
 
-def _step_in_columns(
-    one: Callable[..., Any], carry: Carry, pooled: jax.Array, starts: jax.Array
-) -> tuple[Carry, jax.Array]:
-    """Runs `one` step with the features of the carries on the first axis: `[H, B, W]`."""
-
-    def slots(carry: Carry, inputs: jax.Array, reset: jax.Array) -> tuple[Carry, jax.Array]:
-        along = jax.vmap(lambda own, start: one(own, inputs, reset=start), (-1, 0), -1)
-        return along(carry, reset)
-
-    columns = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, -1, 0), carry)
-    results = jax.vmap(slots, (1, 1, 0), 1)(columns, pooled.T, starts)
-    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, -1), results)
-
-
 def _turn_over(params: Params, dtype: str) -> Params:
     def turn(path: Any, leaf: Array) -> Array | Turned:
-        is_kernel = path[-1].key.endswith("kernel")
+        is_kernel = path[-1].key.endswith("kernel") and products.is_large(leaf)
         return Turned(jnp.asarray(leaf, dtype).T.copy()) if is_kernel else leaf
 
     return jax.tree_util.tree_map_with_path(turn, params)
-
-
-def _is_turned(params: Params) -> bool:
-    return isinstance(params["layers_0"]["forward"]["input_kernel"], Turned)
 
 
 def _periodic(
