@@ -20,7 +20,9 @@ FLAGS = {
     "mask-reset": {"mask": True, "reset": True},
 }
 each_cell = pytest.mark.parametrize("name", cells.CELLS)
-each_size = pytest.mark.parametrize("size", ["small", "large"], indirect=True)  # as the kernel is taken to be
+each_size = pytest.mark.parametrize(
+    "size", ["small", "large"], indirect=True
+)  # as the kernel is taken to be
 SIZES = [*(("small", which) for which in FLAGS), ("large", "mask-reset")]
 
 
@@ -51,10 +53,10 @@ def loss(scan, cell, flags, params, carry, projected, **options):
     return sum(jax.tree.leaves(weighed))
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def size(request, monkeypatch):
     """Has kernels of a few numbers multiplied as those of millions are, where it is "large"."""
-    if request.param == "large":
+    if getattr(request, "param", "small") == "large":
         monkeypatch.setattr(products, "LARGE", 1)
 
 
@@ -81,7 +83,6 @@ def assert_close(one, other, atol=2e-6):
 @each_cell
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize(("size", "which"), SIZES, indirect=["size"])
-@pytest.mark.usefixtures("size")
 def test_the_gradients_are_those_that_jax_derives(name, which, reverse, key):
     flags = draw_flags(FLAGS[which])
     by_hand, derived = gradients(name, key, flags, reverse=reverse)
@@ -93,7 +94,6 @@ def test_the_gradients_are_those_that_jax_derives(name, which, reverse, key):
 
 @each_cell
 @each_size
-@pytest.mark.usefixtures("size")
 def test_bfloat16_products_give_the_gradients_of_float32_but_for_rounding(name, key):
     flags = draw_flags(FLAGS["mask-reset"])
     by_hand, derived = gradients(name, key, flags, dtype="bfloat16")
@@ -110,8 +110,7 @@ def test_the_outputs_and_the_carry_are_the_same(name, key):
     cell, *arguments = draw_case(name, key)
     flags = draw_flags(FLAGS["mask-reset"])
     by_hand, plain = (
-        jax.jit(partial(scan, cell, **flags))(*arguments)
-        for scan in (bptt.scan, bptt.plain_scan)
+        jax.jit(partial(scan, cell, **flags))(*arguments) for scan in (bptt.scan, bptt.plain_scan)
     )
     assert_close(by_hand, plain, atol=0)
 
@@ -124,6 +123,7 @@ def test_the_gradients_are_those_of_differences(name, key):
 
 
 @each_cell
+@each_size
 def test_the_derivative_can_be_derived_again(name, key):
     cell, params, carry, projected = draw_case(name, key)
 
@@ -136,6 +136,26 @@ def test_the_derivative_can_be_derived_again(name, key):
         for scan in (bptt.scan, bptt.plain_scan)
     )
     assert_close(by_hand, derived, atol=1e-5)
+
+
+def test_a_large_kernel_is_never_turned_over(key, monkeypatch):
+    cell, hidden_size = cells.LSTM, 48  # so that its kernel is the one array of its shape
+    params = cell.init(key, D, hidden_size)
+    carry = cell.zero_carry(jnp.zeros((B, 1)), hidden_size)
+    projected = draw(9, T, B, 4 * hidden_size)
+
+    def copies():
+        """Lines of the compiled program that copy or transpose a kernel."""
+        gradient = jax.grad(partial(loss, bptt.scan, cell, {}), argnums=(0, 1, 2))
+        program = jax.jit(lambda *args: gradient(*args)).lower(params, carry, projected).compile()
+        shapes = (f"f32[{hidden_size},{4 * hidden_size}]", f"f32[{4 * hidden_size},{hidden_size}]")
+        lines = [line.split("metadata")[0] for line in program.as_text().splitlines()]
+        moves = [line for line in lines if " transpose(" in line or " copy(" in line]
+        return [line for line in moves if any(f"= {shape}" in line for shape in shapes)]
+
+    assert copies()  # of a small one
+    monkeypatch.setattr(products, "LARGE", 1)
+    assert copies() == []
 
 
 def test_forward_mode_is_refused_by_hand_and_there_with_implementation_scan(key):
@@ -156,6 +176,7 @@ def test_forward_mode_is_refused_by_hand_and_there_with_implementation_scan(key)
 
 
 @each_cell
+@each_size
 def test_vmap_is_a_loop(name, key):
     cell, params, carry, projected = draw_case(name, key)
     stacked = np.stack([projected, 2 * projected])
@@ -165,6 +186,7 @@ def test_vmap_is_a_loop(name, key):
 
 
 @each_cell
+@each_size
 def test_on_many_devices_the_gradients_are_the_same(name, key):
     cell, params, carry, projected = draw_case(name, key)
     flags = draw_flags(FLAGS["mask-reset"])

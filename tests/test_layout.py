@@ -7,8 +7,9 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = (  # a file imports only from files above it
-    "types", "config", "rotations", "action_tokens", "gates", "products", "cells", "bptt", "associative",
-    "cudnn", "recurrence", "truncated", "transformer", "heads", "attention", "seq2seq",
+    "types", "config", "rotations", "action_tokens", "gates", "products", "cells", "bptt",
+    "associative", "cudnn", "recurrence", "truncated", "transformer", "heads", "attention",
+    "seq2seq",
     "scheduled_sampling", "search", "chunk_writer", "pooling", "decoder_config", "decoders",
     "streaming_gpt", "streaming_seen", "streaming", "execution", "loss_terms", "losses",
     "captions", "auxiliary", "optim",

@@ -32,7 +32,7 @@ def kernel(way, monkeypatch):
 @each_rows
 def test_it_is_the_product(rows, kernel):
     inputs = draw(*rows, D)
-    product = jax.jit(products.times)(inputs, kernel)
+    product = jax.jit(lambda inputs, kernel: products.times(inputs, kernel))(inputs, kernel)
     assert product.dtype == jnp.float32
     np.testing.assert_allclose(product, inputs @ draw(D, E), rtol=0, atol=1e-5)
 
@@ -74,3 +74,18 @@ def test_the_batch_may_stay_open_in_an_export(kernel):
     inputs = jax.ShapeDtypeStruct((size, D), jnp.float32)
     exported = export.export(jax.jit(lambda inputs: products.times(inputs, kernel)))(inputs)
     np.testing.assert_allclose(exported.call(draw(3, D)), draw(3, D) @ draw(D, E), atol=1e-5)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a matter of XLA on CPUs")
+def test_the_compiled_product_is_turned_as_it_was_told(monkeypatch):
+    monkeypatch.setattr(products, "LARGE", 1)
+
+    def dots(kernel):
+        program = jax.jit(lambda inputs: products.times(inputs, kernel)).lower(draw(4, D)).compile()
+        return [line for line in program.as_text().splitlines() if " dot(" in line]
+
+    (dot,) = dots(jnp.asarray(draw(D, E)))
+    assert f"= f32[4,{E}]" in dot
+    assert "lhs_contracting_dims={0}" in dot  # the inputs are [D, 4]
+    (dot,) = dots(Turned(jnp.asarray(draw(E, D))))
+    assert f"= f32[{E},4]" in dot

@@ -139,6 +139,7 @@ def test_nothing_is_laid_out_where_nothing_is_gained(kind, mode, key, monkeypatc
         assert lay_out(monkeypatch, params, config, mode) is params
     small = streaming.init(params, config, B, mode=mode)
     assert streaming.lay_out(params, config, small) is params
+    assert lay_out(monkeypatch, params, config, mode, batch_size=products.MANY) is params
 
 
 def test_params_that_are_laid_out_are_for_steps_alone(key, monkeypatch):

@@ -42,7 +42,7 @@ class BenchmarkConfig:
     """What to measure."""
 
     works: tuple[Work, ...] = WORKS  # which of them, in this order
-    rounds: int = 15  # times that each peer runs
+    rounds: int = 15  # turns of each peer
     small: bool = False  # tiny sizes, which say nothing about speed
     keep_freed_memory: bool = True  # as in our trainings, for everybody in this process
     run_dir: str = "runs/benchmark"  # folder of the plot and the figures

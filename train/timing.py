@@ -82,7 +82,7 @@ def measure(contest: Contest, rounds: int, ceiling: float) -> list[Row]:
 
     Args:
       contest: whose peers are known to agree.
-      rounds: times that each peer runs.
+      rounds: turns of each peer; it runs twice in each, and the second is timed.
       ceiling: GFLOP/s of one large product.
     """
     ms = 1e3 * np.array([[_time(peer.run) for peer in contest.peers] for _ in range(rounds)])

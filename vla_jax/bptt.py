@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from vla_jax import products
-from vla_jax.cells import Cell, gains
+from vla_jax.cells import Cell, affine, gains
 from vla_jax.types import Array, Params
 
 
@@ -120,8 +120,7 @@ def _run(how, weights, carry, projected, mask, reset):
         carry = clear(carry, reset)
         gates = (projected,)
         if kernel is not None:
-            recurrent = products.times(carry.hidden, kernel, dtype=how.dtype)
-            recurrent += jnp.broadcast_to(bias, recurrent.shape)
+            recurrent = affine(carry.hidden, kernel, bias, dtype=how.dtype)
             gates = (projected + recurrent,) if how.cell.adds else (projected, recurrent)
         following, outputs = _combine(how, mask, gains, carry, gates)
         return following, (outputs, carry, gates)
@@ -138,7 +137,7 @@ def _scan_forward(how, weights, carry, projected, mask, reset):
 
 def _scan_backward(how, saved, cotangents):
     (kernel, _, gains), started, gates, mask, reset = saved
-    turned = products.transpose(jnp.asarray(kernel, how.dtype))
+    turned = products.transpose(kernel)
 
     def body(by_later: Any, step: Any) -> tuple[Any, Any]:
         by_carry, by_gains = by_later

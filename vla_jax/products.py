@@ -1,8 +1,8 @@
 """The products of a recurrent step: few rows, one large kernel, again and again.
 
-A GPU multiplies by a kernel and by its transpose equally fast. On a CPU, XLA is slow with few rows
-to the left of a large kernel, `rows · kernel`, and up to three times as fast with the kernel to the
-left, `kernelᵀ · rowsᵀ`, as long as that transposed kernel is there and need not be made. Figures:
+On a CPU, XLA multiplies few rows by a large kernel fast only where the factors lie as it likes, and
+by the transpose of a kernel slowly, since it makes that transpose first. Here both are told so that
+a kernel is read as it lies; other devices get the plain product. Figures:
 `python -m train.benchmark --works products`.
 """
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from vla_jax.types import Array
 
 LARGE = 2**20  # numbers in a kernel, 4 MB: more than the cache of one core holds
-FEW = 24  # rows up to which it pays to turn them over
+FEW = 24  # rows up to which it pays to turn these over
 MANY = 200  # rows from which on it no longer matters which factor comes first
 
 
@@ -56,8 +56,8 @@ def times(inputs: Array, kernel: Array | Turned, *, dtype: str = "float32") -> j
 def transpose(kernel: Array) -> Array | Turned:
     """Returns `kernelᵀ` `[D, E]` for many products in sequence.
 
-    A small kernel is turned over, a large one is read as it lies: to turn it over would take as
-    long as a dozen steps.
+    A small kernel is turned over, a large one is read as it lies: to turn it over takes as long as
+    a dozen steps of five rows.
 
     Args:
       kernel: `[E, D]`.
@@ -66,7 +66,7 @@ def transpose(kernel: Array) -> Array | Turned:
 
 
 def is_large(kernel: Array) -> bool:
-    """Whether a CPU is faster with a kernel `[D, E]` of this size to the left of a product."""
+    """Whether a CPU cares how a kernel `[D, E]` of this size lies."""
     return kernel.size >= LARGE
 
 
@@ -78,8 +78,8 @@ def _kernel_last(inputs: jax.Array, turned: jax.Array) -> jax.Array:
     return _plain(inputs, turned.T)
 
 
-# What XLA does with a product on a CPU depends on how its factors lie. The barriers keep it from
-# turning over again what is turned over here, and the kernel with it.
+# XLA would fold the transposes of the small factor and of the result into the product, which undoes
+# what is meant here; the barriers keep them where they stand.
 
 
 def _inputs_turned(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -89,12 +89,13 @@ def _inputs_turned(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def _kernel_first(inputs: jax.Array, turned: jax.Array) -> jax.Array:
     *leading, size = inputs.shape
-    rows = inputs.reshape(math.prod(leading), size)
+    num_rows = math.prod(leading)
+    rows = inputs.reshape(num_rows, size)
     if _num_rows(inputs) > 1:
-        rows = jnp.pad(rows, ((0, -len(rows) % 4), (0, 0)))  # whole groups of four are faster
+        rows = jnp.pad(rows, ((0, -num_rows % 4), (0, 0)))  # whole groups of four are faster
     columns = jnp.einsum("ed,bd->eb", turned, rows, preferred_element_type=jnp.float32)
     product = jax.lax.optimization_barrier(columns).T
-    return product[: math.prod(leading)].reshape(*leading, len(turned))
+    return product[:num_rows].reshape(*leading, len(turned))
 
 
 def _num_rows(inputs: jax.Array) -> int:

@@ -13,7 +13,7 @@ the state is the mode; every array of it leads with the axis `B`, and every row 
 robots of one batch start their episodes when they like. A state may be donated to `step`.
 """
 
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import chex
 import jax
@@ -112,8 +112,9 @@ def init(
 def lay_out(params: Params, config: DecoderConfig, state: State) -> Params:
     """Returns params with which `step` gives the same faster, where it can: kernels turned over.
 
-    They are for `step` on such states alone. On a CPU, in mode "refresh" and at sizes where it
-    helps, the kernels of the recurrence are copied as `[G·H, D]` and read as they lie, once a step.
+    They are for `step` on such states alone. Where a CPU is JAX's default, in mode "refresh" and
+    with few rows B · W, large kernels of the recurrence are copied as `[G·H, D]` and read as they
+    lie, once a step.
 
     Args:
       params: of the decoder, from `decoders.init`.
@@ -249,11 +250,12 @@ def _refresh(
 
 
 def _turn_over(params: Params, dtype: str) -> Params:
-    def turn(path: Any, leaf: Array) -> Array | Turned:
-        is_kernel = path[-1].key.endswith("kernel") and products.is_large(leaf)
-        return Turned(jnp.asarray(leaf, dtype).T.copy()) if is_kernel else leaf
+    def turn(leaf: Array | Turned) -> Array | Turned:
+        if isinstance(leaf, Turned) or not products.is_large(leaf):
+            return leaf
+        return Turned(jnp.asarray(leaf, dtype).T)
 
-    return jax.tree_util.tree_map_with_path(turn, params)
+    return jax.tree.map(turn, params, is_leaf=lambda leaf: isinstance(leaf, Turned))
 
 
 def _periodic(
