@@ -14,7 +14,7 @@ import optax
 
 from train import peers
 from train.timing import Peer
-from vla_jax import cells, decoders, losses, recurrence, streaming
+from vla_jax import cells, decoders, losses, products, recurrence, streaming
 from vla_jax.decoders import DecoderConfig
 from vla_jax.recurrence import RecurrenceConfig
 from vla_jax.types import Array, Params, Prediction
@@ -36,39 +36,33 @@ def run_recurrence(
 
 
 def run_products(
-    name: str,
-    times: Callable[[Array, Any], jax.Array],
-    taken: Callable[[Array], Any],
-    kernel: Array,
-    inputs: Array,
+    name: str, transposed: Callable[[Array], Any], kernel: Array, deltas: Array
 ) -> Peer:
-    """What a scan does with its kernel: a product at each step, of what the step before gave.
+    """What a backward scan does with its kernel: δ · kernelᵀ at each step, and δ depends on it.
 
     Args:
       name: of this way.
-      times: `(inputs [B, D], taken(kernel)) -> [B, E]`.
-      taken: what is made of the kernel before the first step.
-      kernel: `[D, E]`, or `[E, D]` where its transpose is taken.
-      inputs: of every step, `[T, B, D]`.
+      transposed: what is made of the kernel before the first step.
+      kernel: `[H, G·H]`.
+      deltas: of every step, `[T, B, G·H]`.
     """
-    num_features = inputs.shape[-1]
 
     @jax.jit
-    def run(kernel: Array, inputs: Array) -> jax.Array:
-        factor = taken(kernel)
+    def run(kernel: Array, deltas: Array) -> jax.Array:
+        factor = transposed(kernel)
 
-        def body(before: Array, own: Array) -> tuple[jax.Array, jax.Array]:
-            product = jnp.tanh(times(own + before, factor))
-            many = jnp.tile(product, (1, -(-num_features // product.shape[-1])))
-            return many[:, :num_features], product
+        def body(by_hidden: Array, delta: Array) -> tuple[jax.Array, jax.Array]:
+            delta = delta + jnp.tile(by_hidden, delta.shape[-1] // by_hidden.shape[-1])
+            by_hidden = jnp.tanh(products.times(delta, factor))
+            return by_hidden, by_hidden
 
-        return jax.lax.scan(body, jnp.zeros_like(inputs[0]), inputs)[1]
+        return jax.lax.scan(body, jnp.zeros((deltas.shape[1], len(kernel))), deltas)[1]
 
     return Peer(
         name,
-        lambda: jax.block_until_ready(run(kernel, inputs)),
+        lambda: jax.block_until_ready(run(kernel, deltas)),
         lambda outputs: {"outputs": outputs},
-        peers.FLOAT * len(inputs) * kernel.size,
+        peers.FLOAT * len(deltas) * kernel.size,
     )
 
 
@@ -179,12 +173,11 @@ def draw_sequence(
     return params, jax.random.normal(keys[1], shape), jax.random.normal(keys[2], shape)
 
 
-def draw_products(hidden_size: int, batch_size: int, num_steps: int) -> tuple[Array, Array, Array]:
-    """The recurrent kernel `[H, 4·H]` of an LSTM, hidden `[T, B, H]`, deltas `[T, B, 4·H]`."""
+def draw_products(hidden_size: int, batch_size: int, num_steps: int) -> tuple[Array, Array]:
+    """The recurrent kernel `[H, 4·H]` of an LSTM, and deltas `[T, B, 4·H]`."""
     keys = jax.random.split(jax.random.key(0))
     kernel = cells.LSTM.init(keys[0], 1, hidden_size)["recurrent_kernel"]
-    deltas = jax.random.normal(keys[1], (num_steps, batch_size, 4 * hidden_size))
-    return kernel, deltas[..., :hidden_size], deltas
+    return kernel, jax.random.normal(keys[1], (num_steps, batch_size, 4 * hidden_size))
 
 
 def draw_demonstrations(
