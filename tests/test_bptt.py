@@ -20,9 +20,8 @@ FLAGS = {
     "mask-reset": {"mask": True, "reset": True},
 }
 each_cell = pytest.mark.parametrize("name", cells.CELLS)
-each_size = pytest.mark.parametrize(
-    "size", ["small", "large"], indirect=True
-)  # as the kernel is taken to be
+# As which the kernel is multiplied; see `size`.
+each_size = pytest.mark.parametrize("size", ["small", "large"], indirect=True)
 SIZES = [*(("small", which) for which in FLAGS), ("large", "mask-reset")]
 
 
