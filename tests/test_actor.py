@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vla_jax.envs import grid
+from vla_jax.envs import discrete_worlds, grid
 from vla_jax.envs.grid import GridConfig
-from vla_jax.rl import actor, network, worlds
+from vla_jax.rl import actor, network
 from vla_jax.rl.network import NetworkConfig
 from vla_jax.types import Transition, World
 
@@ -184,5 +184,7 @@ def test_objects_that_do_not_fit_are_refused(key):
 
 
 def test_a_world_is_made_by_its_config():
-    assert worlds.make(GridConfig(num_obstacles=2)).observation_shape == (12,)
-    assert worlds.make(worlds.CartPoleConfig(), partially_observed=True).observation_shape == (2,)
+    assert discrete_worlds.make(GridConfig(num_obstacles=2)).observation_shape == (12,)
+    assert discrete_worlds.make(
+        discrete_worlds.CartPoleConfig(), partially_observed=True
+    ).observation_shape == (2,)

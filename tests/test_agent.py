@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import tiny_run
 
-from vla_jax import agent as agents
-from vla_jax import policy
+from vla_jax.acting import agent as agents
 from vla_jax.data import normalize
 from vla_jax.data.windows import ALWAYS
+from vla_jax.policies import policy
 from vla_jax.types import Observation
 
 B, T = 2, 4  # T = window_size: a streamed step sees what a window sees

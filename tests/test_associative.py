@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vla_jax import associative, bptt, cells
+from vla_jax.nn import associative, bptt, cells
 
 B, T, H = 4, 11, 5  # steps that no power of two divides
 LINEAR = {name: cell for name, cell in cells.CELLS.items() if cell.coefficients is not None}

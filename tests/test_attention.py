@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from vla_jax import attention
-from vla_jax.attention import AttentionConfig
+from vla_jax.nn import attention
+from vla_jax.nn.attention import AttentionConfig
 
 B, S, T, H, D, E = 3, 5, 2, 4, 4, 6
 SCORES = ("additive", "dot", "general", "scaled_dot")

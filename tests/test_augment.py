@@ -6,15 +6,15 @@ import jax
 import numpy as np
 import pytest
 
-from vla_jax import augment as on_device
-from vla_jax.data import augment
-from vla_jax.data.augment import AugmentConfig, Change
+from vla_jax.data import image_augment
+from vla_jax.data.image_augment import AugmentConfig, Change
+from vla_jax.training import device_augment as on_device
 from vla_jax.types import Batch, Observation
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 8, 3), np.uint8)
 ALL_LEVELS = np.arange(3 * 256, dtype=np.uint8).reshape(4, 8, 8, 3)
 WIDE = AugmentConfig(shift=3, brightness=0.2, contrast=0.2)
-EITHER = pytest.mark.parametrize("change", [augment.change, jax.jit(on_device.change)])
+EITHER = pytest.mark.parametrize("change", [image_augment.change, jax.jit(on_device.change)])
 
 
 def make_batch(**images):
@@ -24,7 +24,9 @@ def make_batch(**images):
 
 def host(config, seed, **images):
     """Observation after the loader's augmentation."""
-    return augment.apply(make_batch(**images), config, np.random.default_rng(seed)).observation
+    return image_augment.apply(
+        make_batch(**images), config, np.random.default_rng(seed)
+    ).observation
 
 
 _device = jax.jit(on_device.apply, static_argnums=2)
@@ -54,27 +56,27 @@ def test_light_is_its_equation(change):
 
 
 def test_the_same_draw_gives_the_same_picture_to_the_bit_on_either():
-    draws = [augment.draw(WIDE, np.random.default_rng(seed)) for seed in range(100)]
+    draws = [image_augment.draw(WIDE, np.random.default_rng(seed)) for seed in range(100)]
     by = Change(*np.array(draws, np.float32).T)
     by = by._replace(down=by.down.astype(int), right=by.right.astype(int))
     changed = jax.jit(jax.vmap(on_device.change, (None, 0)))(ALL_LEVELS, by)
-    expected = [augment.change(ALL_LEVELS, draw) for draw in draws]
+    expected = [image_augment.change(ALL_LEVELS, draw) for draw in draws]
     np.testing.assert_array_equal(changed, np.stack(expected))
 
 
 def test_draws_fill_their_ranges_on_either():
     rng = np.random.default_rng(0)
-    of_host = Change(*np.array([augment.draw(WIDE, rng) for _ in range(400)]).T)
+    of_host = Change(*np.array([image_augment.draw(WIDE, rng) for _ in range(400)]).T)
     keys = jax.random.split(jax.random.key(0), 400)
     of_device = jax.jit(jax.vmap(partial(on_device.draw, config=WIDE)))(keys)
     for by in (of_host, of_device):
         for pixels in (by.down, by.right):
             assert set(np.asarray(pixels, int).tolist()) == set(range(-3, 4))
         for light, middle in ((by.brightness, 0.0), (by.contrast, 1.0)):
-            assert np.all(np.abs(light - middle) <= 0.2 + 1 / augment.GRAIN)
+            assert np.all(np.abs(light - middle) <= 0.2 + 1 / image_augment.GRAIN)
             assert np.ptp(light) > 0.38
             assert abs(np.mean(light) - middle) < 0.03
-            steps = np.asarray(light, np.float64) * augment.GRAIN
+            steps = np.asarray(light, np.float64) * image_augment.GRAIN
             np.testing.assert_array_equal(steps, np.rint(steps))
 
 
@@ -101,7 +103,7 @@ def test_no_change_is_asked_for_and_none_is_made(apply):
 def test_the_change_that_zero_ranges_draw_is_none(change):
     still = AugmentConfig()
     drawn = on_device.draw(jax.random.key(3), still)
-    assert drawn == augment.draw(still, np.random.default_rng(3)) == (0, 0, 0, 1)
+    assert drawn == image_augment.draw(still, np.random.default_rng(3)) == (0, 0, 0, 1)
     np.testing.assert_array_equal(change(ALL_LEVELS, drawn), ALL_LEVELS)
 
 

@@ -11,11 +11,11 @@ import tiny_demos
 
 from train.imitate import make_loss
 from train.setup import init_params
-from vla_jax import auxiliary, captions
-from vla_jax.auxiliary import AuxiliaryConfig, AuxiliaryPrediction
-from vla_jax.loss_terms import LossWeights
+from vla_jax.training import auxiliary, captions
+from vla_jax.training.auxiliary import AuxiliaryConfig, AuxiliaryPrediction
+from vla_jax.training.loss_terms import LossWeights
+from vla_jax.training.update import Counted
 from vla_jax.types import Batch, Observation
-from vla_jax.update import Counted
 
 B, W, F, N, D, H, S, V = 3, 6, 2, 2, 3, 4, 3, 7
 SIZE, PATCH = 4, 2  # pixels

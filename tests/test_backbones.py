@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vla_jax.backbones.family import BACKBONES
+from vla_jax.backbones import word_hashing
+from vla_jax.backbones.backbone import BACKBONES
 from vla_jax.backbones.perceiver import Perceiver, PerceiverConfig
 from vla_jax.backbones.state import StateConfig
-from vla_jax.data import text
 from vla_jax.types import Observation
 
 B, S, VOCAB = 3, 4, 64
@@ -116,7 +116,7 @@ def test_an_empty_instruction_is_the_learned_silence(kind):
 @each
 def test_words_that_training_never_saw_are_words_like_others(kind):
     sentences = ("touch the red block", "zzyzx über 触る 7", "?!")
-    ids = np.stack([text.tokenize(s, max_words=S, vocab_size=VOCAB) for s in sentences])
+    ids = np.stack([word_hashing.tokenize(s, max_words=S, vocab_size=VOCAB) for s in sentences])
     tokens = encode(kind, observe(kind)._replace(instruction=ids))[:, -1]
     assert np.all(np.isfinite(tokens))
     assert np.abs(tokens[0] - tokens[1]).max() > 1e-3

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from train import benchmark, ours, path, peers, timing, works
-from train.benchmark import BenchmarkConfig
-from train.timing import Contest, Peer
+from train.benchmark import __main__, baselines, cases, jax_runs, system, timing
+from train.benchmark.__main__ import BenchmarkConfig
+from train.benchmark.timing import Contest, Peer
 from vla_jax import convert
 
 RECURRENCES = {"ours", "ours, plain scan", "flax.linen.RNN", "flax.nnx.RNN"}
@@ -30,9 +30,9 @@ def one_thread():
 def measured(tmp_path, *chosen, file="", rounds=1):
     """The figures of tiny works, as the file has them."""
     config = BenchmarkConfig(
-        works=chosen, rounds=rounds, small=True, run_dir=str(tmp_path / "run"), json=file
+        cases=chosen, rounds=rounds, small=True, run_dir=str(tmp_path / "run"), json=file
     )
-    return json.loads(benchmark.benchmark(config).read_text())
+    return json.loads(__main__.benchmark(config).read_text())
 
 
 def peer(name, results, lacks=()):
@@ -56,7 +56,7 @@ def value(figures, work, what):
 
 def test_small_runs_all_works_and_writes_every_figure(tmp_path, capsys):
     file = tmp_path / "figures" / "all.json"
-    figures = measured(tmp_path, *benchmark.WORKS, file=str(file), rounds=2)
+    figures = measured(tmp_path, *__main__.WORKS, file=str(file), rounds=2)
     assert file.exists()
     shown = capsys.readouterr().out
     for row in figures["rows"]:
@@ -71,19 +71,19 @@ def test_small_runs_all_works_and_writes_every_figure(tmp_path, capsys):
     assert who(figures, "head") == {"ours", "RoboVLMs (PyTorch)"}
     assert who(figures, "streaming") == STREAMS
     assert {row["case"] for row in figures["rows"] if row["work"] == "growth"} == {
-        f"{axis} {size}" for axis, sizes in works.SMALL.growth.items() for size in sizes
+        f"{axis} {size}" for axis, sizes in cases.SMALL.growth.items() for size in sizes
     }
     assert who(figures, "products") == {"turned over", "as it lies"}
     for found in figures["figures"]:
-        assert set(found) == set(path.Figure._fields)
+        assert set(found) == set(system.Figure._fields)
         assert found["what"] in shown
         assert np.isfinite([*found["value"].values()]).all()
     for part in ("recurrence", "training step"):
         assert 0 < value(figures, "memory", f"{part}, share") < 100
     assert value(figures, "start", "first update, cache empty") > 0
     assert value(figures, "checkpoints", "until it is on disk") > 0
-    cases = {found["case"] for found in figures["figures"] if found["work"] == "loader"}
-    assert len(cases) == 4
+    found_cases = {found["case"] for found in figures["figures"] if found["work"] == "loader"}
+    assert len(found_cases) == 4
     assert figures["left_out"] == []
     assert set(figures["machine"]) == {"device", "cores", "load", "versions"}
     assert figures["machine"]["device"] in shown
@@ -167,15 +167,15 @@ def test_a_training_step_counts_three_products_per_kernel():
     """The issue's own figure: 4 × LSTM 1024, B 5, T 12 are 12.1 GFLOP."""
     kernels = {"input_kernel": jnp.zeros((1024, 4096)), "recurrent_kernel": jnp.zeros((1024, 4096))}
     params = {f"layers_{n}": {"forward": {**kernels, "input_bias": jnp.zeros(9)}} for n in range(4)}
-    assert ours.recurrence_flop(params, 5 * 12) == pytest.approx(12.1e9, rel=0.01)
+    assert jax_runs.recurrence_flop(params, 5 * 12) == pytest.approx(12.1e9, rel=0.01)
     once = 4 * 4 * 1024 * 4096
-    assert peers.recurrent_bytes(params, 12) == 13 * once
-    assert peers.recurrent_bytes(params, 12, hoisted=False) == 24 * once
+    assert baselines.recurrent_bytes(params, 12) == 13 * once
+    assert baselines.recurrent_bytes(params, 12, hoisted=False) == 24 * once
 
 
 def test_a_missing_pytorch_is_named_and_the_others_are_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: None)
     figures = measured(tmp_path, "head")
     assert who(figures, "head") == {"ours"}
     assert figures["left_out"] == ["PyTorch is not installed: pip install 'vla-jax[torch]'"]
@@ -186,7 +186,7 @@ def test_a_missing_pytorch_is_named_and_the_others_are_measured(tmp_path, monkey
     ("fields", "sentence"),
     [
         ({"rounds": 0}, "rounds must be at least 1, got 0"),
-        ({"works": ()}, "works must be at least one of recurrence, .*, got none"),
+        ({"cases": ()}, "cases must be at least one of recurrence, .*, got none"),
     ],
 )
 def test_a_mistake_is_one_sentence(fields, sentence):

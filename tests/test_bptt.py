@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 from jax.test_util import check_grads
 
-from vla_jax import bptt, cells, products, recurrence
-from vla_jax.recurrence import RecurrenceConfig
+from vla_jax.nn import bptt, cells, matmul, recurrence
+from vla_jax.nn.recurrence import RecurrenceConfig
 
 B, T, D, H = 4, 7, 3, 5
 FLAGS = {
@@ -56,7 +56,7 @@ def loss(scan, cell, flags, params, carry, projected, **options):
 def size(request, monkeypatch):
     """Has kernels of a few numbers multiplied as those of millions are, where it is "large"."""
     if getattr(request, "param", "small") == "large":
-        monkeypatch.setattr(products, "LARGE", 1)
+        monkeypatch.setattr(matmul, "LARGE", 1)
 
 
 def gradients(name, key, flags, **options):
@@ -153,7 +153,7 @@ def test_a_large_kernel_is_never_turned_over(key, monkeypatch):
         return [line for line in moves if any(f"= {shape}" in line for shape in shapes)]
 
     assert copies()  # of a small one
-    monkeypatch.setattr(products, "LARGE", 1)
+    monkeypatch.setattr(matmul, "LARGE", 1)
     assert copies() == []
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vla_jax.data.buckets import Buckets
-from vla_jax.data.scan import Ids
+from vla_jax.data.scan_commands import Ids
 
 F, K, B, STEP = 50, 11, 4, 4
 LENGTHS = np.random.default_rng(0).integers(0, K, F)

@@ -11,8 +11,8 @@ import tiny_demos
 
 from train import cache
 from train.setup import init_params, make_windows, read_dataset
-from vla_jax import policy
 from vla_jax.data import normalize
+from vla_jax.policies import policy
 
 
 @pytest.fixture(scope="module")

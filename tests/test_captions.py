@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from vla_jax import captions
+from vla_jax.training import captions
 from vla_jax.types import Batch, Observation
 
 B, W, S, H, E, V = 2, 5, 4, 3, 6, 8

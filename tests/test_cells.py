@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 from jax.test_util import check_grads
 
-from vla_jax import cells
+from vla_jax.nn import cells, layers
 
 B, D, H, T = 4, 3, 5, 6
 
@@ -195,7 +195,7 @@ def test_gradients_of_bfloat16_products_are_summed_over_time_in_float32():
 
     def total(kernel):
         def add(carry, weight):
-            return carry, weight * cells.affine(jnp.ones(1), kernel, jnp.zeros(1), dtype="bfloat16")
+            return carry, weight * layers.dense(jnp.ones(1), kernel, jnp.zeros(1), dtype="bfloat16")
 
         return jax.lax.scan(add, 0.0, weights)[1].sum()
 
@@ -234,9 +234,9 @@ def test_a_scan_from_the_zero_carry_runs_on_a_sharded_batch(cell, key):
 
 def test_dropping_zeroes_a_share_and_keeps_the_mean(key):
     inputs = draw(0, 100, 100) + 3.0
-    dropped = np.asarray(cells.drop(key, jnp.asarray(inputs), 0.2))
+    dropped = np.asarray(layers.dropout(key, jnp.asarray(inputs), 0.2))
     kept = dropped != 0
     np.testing.assert_allclose(kept.mean(), 0.8, atol=0.02)
     assert_close(dropped[kept], inputs[kept] / 0.8, 1e-5)
-    assert_close(cells.drop(None, jnp.asarray(inputs), 0.2), inputs, 0)
-    assert_close(cells.drop(key, jnp.asarray(inputs), 0.0), inputs, 0)
+    assert_close(layers.dropout(None, jnp.asarray(inputs), 0.2), inputs, 0)
+    assert_close(layers.dropout(key, jnp.asarray(inputs), 0.0), inputs, 0)

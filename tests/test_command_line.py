@@ -11,8 +11,8 @@ from typing import Literal
 
 import pytest
 
-from train.command_line import command_line, run
 from train.configs import IMITATE
+from vla_jax.command_line import command_line, run
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -218,7 +218,7 @@ def test_a_warning_of_the_script_is_one_line(capsys):
         ("pretrain", ("--dataset", "nowhere"), "nowhere"),
         ("imitate", ("--dataset", "nowhere"), "nowhere"),
         ("cache", ("--dataset", "nowhere"), "nowhere"),
-        ("benchmark", ("--works", "recurrences"), "works.*recurrence"),
+        ("benchmark", ("--cases", "recurrences"), "works.*recurrence"),
         ("imitate", ("--preset", "table_lsmt"), "unknown preset .* Did you mean 'table_lstm'"),
     ],
 )

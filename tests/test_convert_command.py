@@ -13,9 +13,11 @@ import pytest
 import torch
 from robovlms_heads import assert_same, their_head
 
-from vla_jax import checkpoint, config, convert, decoders
+from vla_jax import config, convert
 from vla_jax.convert import TensorFile
 from vla_jax.convert.__main__ import main
+from vla_jax.policies import decoders
+from vla_jax.training import checkpoint
 
 ROOT = pathlib.Path(__file__).parents[1]
 PREFIX = "model."

@@ -10,8 +10,9 @@ import optax
 import pytest
 from flax import nnx
 
-from vla_jax import cells, convert, recurrence
-from vla_jax.recurrence import RecurrenceConfig
+from vla_jax import convert
+from vla_jax.nn import cells, recurrence
+from vla_jax.nn.recurrence import RecurrenceConfig
 
 B, T, D, H = 3, 6, 4, 5
 LENGTHS = np.array([6, 2, 4])

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from vla_jax import convert, recurrence
-from vla_jax.recurrence import RecurrenceConfig
+from vla_jax import convert
+from vla_jax.nn import recurrence
+from vla_jax.nn.recurrence import RecurrenceConfig
 
 torch.set_num_threads(1)
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from jax.experimental import rnn
 
-from vla_jax import cudnn, recurrence
-from vla_jax.recurrence import RecurrenceConfig
+from vla_jax.nn import cudnn, recurrence
+from vla_jax.nn.recurrence import RecurrenceConfig
 
 B, T, D, H, L = 3, 5, 4, 6, 3
 each_way = pytest.mark.parametrize("bidirectional", [False, True], ids=["forward", "both-ways"])

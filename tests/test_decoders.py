@@ -15,9 +15,11 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from vla_jax import convert, decoders, losses, streaming
-from vla_jax.decoder_config import DecoderConfig, Kind
-from vla_jax.streaming import Mode
+from vla_jax import convert
+from vla_jax.policies import decoders, streaming
+from vla_jax.policies.decoder_config import DecoderConfig, Kind
+from vla_jax.policies.streaming import Mode
+from vla_jax.training import losses
 from vla_jax.types import BinChunk
 
 B, W, N, D, K, H = 2, 5, 4, 3, 2, 6

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import tiny_run
 
-from vla_jax import policy
-from vla_jax.agent import make_agent, read_instruction
-from vla_jax.envs import table_jax
-from vla_jax.execution import ExecutionConfig
+from vla_jax.acting.agent import make_agent, read_instruction
+from vla_jax.acting.rollout import run_env
+from vla_jax.actions.execution import ExecutionConfig
+from vla_jax.envs.table import jax_env
+from vla_jax.policies import policy
 from vla_jax.rl import episodes
 from vla_jax.rl.gaussian import NoiseConfig
-from vla_jax.rollout import run_env
 
 B, T = 6, 4  # T = window_size: nothing is forgotten
-ENV = table_jax.make(tiny_run.WORLD)
+ENV = jax_env.make(tiny_run.WORLD)
 WORDS = jnp.stack([read_instruction(tiny_run.AGENT, text) for text in ENV.instructions])
 ALMOST_NONE = NoiseConfig(arm_std=1e-7, gripper_temperature=1e-7)
 EXECUTIONS = {

@@ -10,10 +10,12 @@ import tiny_run
 from rich.console import Console
 
 from vla_jax import evaluate as module
-from vla_jax import results, runs
-from vla_jax.envs import simulate, table_jax
+from vla_jax import runs
+from vla_jax.envs import simulate
+from vla_jax.envs.table import jax_env
 from vla_jax.envs.worlds import GymnasiumConfig
 from vla_jax.evaluate import EvaluateConfig, evaluate, main
+from vla_jax.evaluation import results
 
 CONFIG = EvaluateConfig(num_episodes=5, num_films=1, num_simulators=2)
 
@@ -50,7 +52,7 @@ def crashing(monkeypatch, seeds):
                 raise OSError("the cable came off")
             return super().step(action)
 
-    monkeypatch.setattr(module, "make_simulator", lambda world: Crashing(table_jax.make(world)))
+    monkeypatch.setattr(module, "make_simulator", lambda world: Crashing(jax_env.make(world)))
 
 
 def test_an_evaluation_leaves_outcomes_films_and_a_summary(folder):

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from vla_jax import execution
-from vla_jax.execution import ExecutionConfig
+from vla_jax.actions import execution
+from vla_jax.actions.execution import ExecutionConfig
 from vla_jax.types import ActionChunk
 
 B, T, K, A = 2, 9, 3, 4

@@ -13,15 +13,15 @@ import pytest
 import tiny_run
 
 from train.finetune import FinetuneConfig, finetune, make_finetune, make_loss, read_cloned
-from train.learner import SeedsConfig
-from train.loop import LoopConfig
 from vla_jax import config as configs
 from vla_jax.evaluate import EvaluateConfig, evaluate
-from vla_jax.heads import init_mlp
-from vla_jax.optim import OptimConfig
+from vla_jax.nn.layers import init_mlp
 from vla_jax.rl.episodes import Tries
 from vla_jax.rl.gaussian import NoiseConfig, Trial
+from vla_jax.rl.learner import SeedsConfig
 from vla_jax.runs import load_run
+from vla_jax.training.loop import LoopConfig
+from vla_jax.training.optim import OptimConfig
 from vla_jax.types import Observation
 
 SEEDS = SeedsConfig(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.grid_gymnasium import GridEnv
+from train.benchmark.grid_gymnasium import GridEnv
 from vla_jax.envs import grid
 from vla_jax.envs.grid import GridConfig
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vla_jax.data.gripper import gripper_to_open_positive
+from vla_jax.actions.gripper import gripper_to_open_positive
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vla_jax import heads
+from vla_jax.nn import layers
+from vla_jax.policies import heads
 from vla_jax.types import ActionChunk, BinChunk
 
 H, K, A = 5, 3, 4
@@ -23,9 +24,9 @@ def mlp_by_hand(params, x):
 
 
 def test_an_mlp_has_relu_between_its_layers_and_none_after_the_last(key):
-    params = heads.init_mlp(key, (H, 8, 6, 2))
+    params = layers.init_mlp(key, (H, 8, 6, 2))
     params["layers_1"]["bias"] += 0.3
-    outputs = heads.apply_mlp(params, features())
+    outputs = layers.apply_mlp(params, features())
     np.testing.assert_allclose(outputs, mlp_by_hand(params, features()), atol=1e-6)
     assert np.min(outputs) < 0
 
@@ -77,7 +78,7 @@ def test_actions_of_numbers_are_the_numbers(key):
 
 
 def test_kernels_are_xavier_uniform_and_biases_zero(key):
-    layer = heads.init_mlp(key, (100, 50))["layers_0"]
+    layer = layers.init_dense(key, 100, 50)
     bound = np.sqrt(6 / 150)
     assert 0.98 * bound < np.abs(layer["kernel"]).max() <= bound
     np.testing.assert_allclose(np.std(layer["kernel"]), bound / np.sqrt(3), rtol=0.05)

@@ -1,52 +1,34 @@
 """The shape of the repository: who may import whom, and how large a file may grow."""
 
 import ast
+import graphlib
 import pathlib
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-FLOORS = (  # a file imports only from files above it
-    "types", "config", "rotations", "action_tokens", "gates", "products", "cells", "bptt",
-    "associative", "cudnn", "recurrence", "truncated", "transformer", "heads", "attention",
-    "seq2seq",
-    "scheduled_sampling", "search", "chunk_writer", "pooling", "decoder_config", "decoders",
-    "streaming_gpt", "streaming_seen", "streaming", "execution", "loss_terms", "losses",
-    "captions", "auxiliary", "optim",
-    "data.dataset", "data.gripper", "data.tool_frame", "data.text", "data.augment",
-    "augment", "data.normalize", "data.windows", "data.packing", "data.scan", "data.buckets",
-    "data.loader", "data.frames", "data.lerobot_layout", "data.lerobot", "data.lerobot_stats",
-    "data.lerobot_shards", "data.lerobot_writer",
-    "backbones.parts", "backbones.language", "backbones.perceiver", "backbones.state",
-    "backbones.family",
-    "policy", "agent", "robovlms",
-    "envs.table", "envs.table_scene", "envs.table_expert", "envs.table_mujoco",
-    "envs.table_jax_paint", "envs.table_jax", "envs.gymnasium", "envs.simulate", "envs.worlds",
-    "envs.grid", "envs.cartpole", "envs.table_choices", "envs.hidden",
-    "rl.returns", "rl.exploration", "rl.policy_gradient", "rl.sarsa", "rl.worlds", "rl.network",
-    "rl.actor", "rl.gaussian", "rl.episodes",
-    "update", "parallel", "checkpoint",
-    "convert.arrays", "convert.report", "convert.sizes", "convert.files", "convert.torch_rnn",
-    "convert.robovlms_names", "convert.robovlms_sizes", "convert.robovlms", "convert.flax_cells",
-    "convert.folder", "convert.__main__",
-    "runs",
-    "rollout", "results", "film", "plots", "report", "players", "progress", "evaluate",
-    "linen",
-)  # fmt: skip
-SCRIPTS = (
-    "command_line", "logs", "malloc", "loop", "record", "pretrain", "configs", "setup", "cache",
-    "imitate", "demo", "seq2seq", "timing", "peers", "ours", "works", "path", "benchmark",
-    "memory_tasks", "memory", "learner", "learn", "host_actor", "host_learn", "watch",
-    "from_reward", "sarsa", "finetune", "reinforce", "tabular", "grid_gymnasium", "throughput",
+LAYERS = (  # a file imports only from layers above its own, and within one without a circle
+    "types", "files", "config", "trees", "command_line",
+    "nn", "actions", "envs", "data", "backbones", "policies", "training", "acting", "runs",
+    "convert", "evaluation", "rl", "serving",
+    "evaluate",
 )  # fmt: skip
 FILES = sorted(
     path for folder in ("vla_jax", "train", "tests") for path in (ROOT / folder).rglob("*.py")
 )
-ORDER = [f"vla_jax.{name}" for name in FLOORS] + [f"train.{name}" for name in SCRIPTS]
+HEAVY = (
+    "torch", "mujoco", "gymnasium", "grain", "pyarrow", "av", "PIL", "matplotlib", "tensorboardX",
+)  # fmt: skip
 
 
-def module(path):
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+def module(path, root=ROOT):
+    return ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+
+
+def layer(name):
+    """Position of a module's layer in `LAYERS`; scripts lie below all of the library."""
+    package, _, rest = name.partition(".")
+    return len(LAYERS) if package == "train" else LAYERS.index(rest.partition(".")[0])
 
 
 def names_of(node):
@@ -64,32 +46,58 @@ def imported(path):
         yield from names_of(node)
 
 
-def own_modules(path):
-    """The files of ours that a file imports."""
-    for name in imported(path):
-        while name and name not in ORDER:
-            name = name.rpartition(".")[0]
-        if name:
-            yield name
+def import_graph(root=ROOT):
+    """Module -> the modules of this repository that it imports."""
+    paths = [path for folder in ("vla_jax", "train") for path in (root / folder).rglob("*.py")]
+    graph = {module(path, root): set() for path in paths}
+    for path in paths:
+        for name in imported(path):
+            while name and name not in graph:
+                name = name.rpartition(".")[0]
+            if name:
+                graph[module(path, root)].add(name)
+    return graph
+
+
+def upward_imports(graph):
+    """Imports `(from, to)` of a layer below the importing file's own.
+
+    The package `vla_jax` itself is left out: it imports the public functions lazily.
+    """
+    return [
+        (name, other)
+        for name, others in graph.items()
+        for other in others
+        if name != "vla_jax" and other not in ("vla_jax", "train") and layer(other) > layer(name)
+    ]
 
 
 def library(folder=""):
     return [path for path in FILES if module(path).startswith(f"vla_jax{folder}")]
 
 
-def test_every_file_has_its_floor():
-    ours = {module(path) for path in FILES if path.parts[len(ROOT.parts)] != "tests"}
-    packages = {"vla_jax", "vla_jax.data", "vla_jax.backbones", "vla_jax.envs"}
-    packages |= {"vla_jax.convert", "vla_jax.rl", "train"}
-    assert ours - packages == set(ORDER)
-    assert len(ORDER) == len(set(ORDER))
+def test_no_file_imports_from_a_layer_below_its_own():
+    assert not upward_imports(import_graph())
 
 
-@pytest.mark.parametrize("name", ORDER)
-def test_a_file_imports_only_from_files_above_it(name):
-    path = ROOT / f"{name.replace('.', '/')}.py"
-    below = [other for other in own_modules(path) if ORDER.index(other) >= ORDER.index(name)]
-    assert not below, f"{name} imports {below}, not above it in FLOORS"
+def test_no_import_goes_in_a_circle():
+    graph = {name: others - {"vla_jax"} for name, others in import_graph().items()}
+    graphlib.TopologicalSorter(graph).prepare()  # raises a CycleError that names the circle
+
+
+def test_a_planted_upward_import_is_found(tmp_path):
+    (tmp_path / "vla_jax/nn").mkdir(parents=True)
+    (tmp_path / "vla_jax/policies").mkdir()
+    (tmp_path / "vla_jax/nn/cells.py").write_text("from vla_jax.policies import policy\n")
+    (tmp_path / "vla_jax/policies/policy.py").write_text("from vla_jax.nn import matmul\n")
+    (tmp_path / "vla_jax/nn/matmul.py").write_text("")
+    found = upward_imports(import_graph(tmp_path))
+    assert found == [("vla_jax.nn.cells", "vla_jax.policies.policy")]
+
+
+def test_no_two_files_share_a_name():
+    names = [p.stem for p in FILES if p.parts[len(ROOT.parts)] != "tests" and p.stem[0] != "_"]
+    assert not {name for name in names if names.count(name) > 1}
 
 
 def test_the_data_files_are_numpy_only():
@@ -104,23 +112,18 @@ def test_the_data_files_are_numpy_only():
 
 def test_torch_is_imported_only_in_tests_converters_and_the_benchmarks_peers():
     used = [module(p) for p in FILES for name in imported(p) if name.partition(".")[0] == "torch"]
-    allowed = ("tests.", "vla_jax.convert.", "train.peers")
+    allowed = ("tests.", "vla_jax.convert.", "train.benchmark.baselines")
     assert not [name for name in used if not name.startswith(allowed)]
 
 
-HEAVY = (
-    "torch", "mujoco", "gymnasium", "grain", "pyarrow", "av", "PIL", "matplotlib", "tensorboardX",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("path", [*library(), ROOT / "train/peers.py"], ids=module)
+@pytest.mark.parametrize("path", [*library(), ROOT / "train/benchmark/baselines.py"], ids=module)
 def test_what_an_extra_brings_is_imported_where_it_is_used(path):
     top = [name for node in ast.parse(path.read_text()).body for name in names_of(node)]
     assert not [name for name in top if name.partition(".")[0] in HEAVY]
 
 
 def test_no_file_of_the_library_is_longer_than_400_lines():
-    lengths = {module(p): len(p.read_text().splitlines()) for p in FILES if module(p) in ORDER}
+    lengths = {module(p): len(p.read_text().splitlines()) for p in FILES if "tests" not in p.parts}
     assert not {name: length for name, length in lengths.items() if length > 400}
 
 

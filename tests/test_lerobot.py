@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vla_jax.data import lerobot, lerobot_shards, lerobot_writer, normalize
+from vla_jax.data import normalize
 from vla_jax.data.dataset import Episode
+from vla_jax.data.readers.lerobot import reader, shards, writer
 
 LENGTHS = (7, 3, 12)
 TASKS = ("lift the red block", "touch the blue block", "lift the red block")
@@ -48,7 +49,7 @@ def make_episodes():
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     root = tmp_path_factory.mktemp("written") / "data"
-    return lerobot_writer.write(root, make_episodes(), fps=10, names=NAMES, robot_type="table")
+    return writer.write(root, make_episodes(), fps=10, names=NAMES, robot_type="table")
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def data_path(root):
 
 
 def test_numbers_come_back_exactly_and_images_within_40_db(written):
-    data = lerobot.read(written)
+    data = reader.read(written)
     episodes = list(make_episodes())
     for name in ("proprio", "environment_state", "action"):
         expected = [{**e.observation, "action": e.action}[name] for e in episodes]
@@ -209,7 +210,7 @@ def test_statistics_are_those_of_numpy(written):
 
 def test_norm_stats_never_touch_a_video(root):
     shutil.rmtree(root / "videos")
-    data = lerobot.read(root, cameras=())
+    data = reader.read(root, cameras=())
     assert data.frames == {}
     expected = np.concatenate([episode.action for episode in make_episodes()])
     stats = normalize.compute_norm_stats(data)["action"]
@@ -217,13 +218,13 @@ def test_norm_stats_never_touch_a_video(root):
 
 
 def test_large_files_are_split_and_read_back_in_order(tmp_path, monkeypatch, written):
-    monkeypatch.setattr(lerobot_shards, "DATA_MB", -1)
-    monkeypatch.setattr(lerobot_shards, "VIDEO_MB", -1)
-    monkeypatch.setattr(lerobot_shards, "CHUNK_FILES", 2)
-    split = lerobot_writer.write(tmp_path / "split", make_episodes(), fps=10)
+    monkeypatch.setattr(shards, "DATA_MB", -1)
+    monkeypatch.setattr(shards, "VIDEO_MB", -1)
+    monkeypatch.setattr(shards, "CHUNK_FILES", 2)
+    split = writer.write(tmp_path / "split", make_episodes(), fps=10)
     assert (split / "data/chunk-001/file-000.parquet").exists()
     assert (split / "videos/observation.images.wrist/chunk-001/file-000.mp4").exists()
-    one, many = lerobot.read(written), lerobot.read(split)
+    one, many = reader.read(written), reader.read(split)
     for name in one.columns:
         np.testing.assert_array_equal(one.columns[name], many.columns[name])
     for name in CAMERAS:
@@ -232,7 +233,7 @@ def test_large_files_are_split_and_read_back_in_order(tmp_path, monkeypatch, wri
 
 
 def test_only_what_is_asked_for_is_read(written):
-    data = lerobot.read(written, cameras=("image_wrist",), columns=("proprio",))
+    data = reader.read(written, cameras=("image_wrist",), columns=("proprio",))
     assert set(data.frames) == {"image_wrist"}
     assert set(data.columns) == {"proprio", "action"}
 
@@ -245,28 +246,28 @@ def test_other_keys_are_mapped_to_our_fields(root):
     path = root / "meta/episodes/chunk-000/file-000.parquet"
     table = pq.read_table(path)
     pq.write_table(table.rename_columns([n.replace(old, new) for n in table.column_names]), path)
-    data = lerobot.read(root, feature_keys={"image_wrist": new})
+    data = reader.read(root, feature_keys={"image_wrist": new})
     assert set(data.frames) == {"image_primary", "image_wrist"}
     message = "feature must be one of .*'observation.images.hnd', did you mean '.*images.hand'"
     with pytest.raises(ValueError, match=message):
-        lerobot.read(root, feature_keys={"image_wrist": "observation.images.hnd"})
+        reader.read(root, feature_keys={"image_wrist": "observation.images.hnd"})
 
 
 def test_the_fingerprint_changes_with_the_content_and_survives_a_copy(written, root):
-    before = lerobot.read(written).fingerprint
-    assert lerobot.read(root).fingerprint == before
+    before = reader.read(written).fingerprint
+    assert reader.read(root).fingerprint == before
     change_table(
         data_path(root), "observation.environment_state", lambda c: pa.array(c.to_numpy() + 1)
     )
-    assert lerobot.read(root).fingerprint != before
+    assert reader.read(root).fingerprint != before
 
 
 def test_a_missing_folder_or_info_is_refused(root):
     with pytest.raises(FileNotFoundError, match=r"must hold meta/info\.json, which is missing"):
-        lerobot.read(root.with_name("elsewhere"))
+        reader.read(root.with_name("elsewhere"))
     (root / "meta/info.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"must hold meta/info\.json"):
-        lerobot.read(root)
+        reader.read(root)
 
 
 def test_an_interrupted_recording_is_no_data_set_and_is_named(tmp_path):
@@ -275,10 +276,10 @@ def test_an_interrupted_recording_is_no_data_set_and_is_named(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        lerobot_writer.write(tmp_path / "data", interrupted(), fps=10)
+        writer.write(tmp_path / "data", interrupted(), fps=10)
     with pytest.raises(FileNotFoundError, match=r"interrupted \(.*data\.tmp is left over\)"):
-        lerobot.read(tmp_path / "data")
-    lerobot_writer.write(tmp_path / "data", make_episodes(), fps=10)
+        reader.read(tmp_path / "data")
+    writer.write(tmp_path / "data", make_episodes(), fps=10)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
@@ -286,17 +287,17 @@ def test_an_interrupted_recording_is_no_data_set_and_is_named(tmp_path):
 def test_another_version_is_refused(root, version):
     change_info(root, codebase_version=version)
     with pytest.raises(ValueError, match=f"must have LeRobot's version v3.0, got {version}; conv"):
-        lerobot.read(root)
+        reader.read(root)
 
 
 def test_damaged_or_incomplete_info_is_refused(root):
     path = root / "meta/info.json"
     path.write_text(path.read_text()[:100])
     with pytest.raises(ValueError, match=r"info\.json must be JSON"):
-        lerobot.read(root)
+        reader.read(root)
     path.write_text(json.dumps({"codebase_version": "v3.0", "fps": 10}))
     with pytest.raises(ValueError, match=r"info\.json must hold \['features', 'total_episodes'"):
-        lerobot.read(root)
+        reader.read(root)
 
 
 PARQUET = [
@@ -310,7 +311,7 @@ PARQUET = [
 def test_a_missing_parquet_file_is_named(root, name):
     (root / name).unlink()
     with pytest.raises(FileNotFoundError, match=r"\.parquet"):
-        lerobot.read(root)
+        reader.read(root)
 
 
 @pytest.mark.parametrize("name", PARQUET)
@@ -319,50 +320,50 @@ def test_a_truncated_parquet_file_is_named(root, name, kept):
     path = root / name
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
     with pytest.raises(ValueError, match=f"{name} cannot be read, it is damaged or cut short"):
-        lerobot.read(root)
+        reader.read(root)
 
 
 def test_a_missing_column_is_named(root):
     path = data_path(root)
     pq.write_table(pq.read_table(path).drop_columns("timestamp"), path)
     with pytest.raises(ValueError, match=r"must have the columns .*\['timestamp'\] missing"):
-        lerobot.read(root)
+        reader.read(root)
 
 
 def test_a_missing_or_truncated_video_is_named(root):
     path = root / "videos/observation.images.wrist/chunk-000/file-000.mp4"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"images\.wrist/.*mp4 cannot be decoded"):
-        lerobot.read(root)
+        reader.read(root)
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"images\.wrist/.*mp4 is missing"):
-        lerobot.read(root)
+        reader.read(root)
 
 
 def test_a_video_shorter_than_its_episodes_is_named_with_both_counts(root):
     other = root / "videos/observation.images.primary/chunk-000/file-000.mp4"
-    short = lerobot_writer.write(root.with_name("short"), list(make_episodes())[:2], fps=10)
+    short = writer.write(root.with_name("short"), list(make_episodes())[:2], fps=10)
     shutil.copy(short / other.relative_to(root), other)
     with pytest.raises(ValueError, match=r"images\.primary/.*mp4 must hold 22 frames, got 10"):
-        lerobot.read(root)
+        reader.read(root)
 
 
 def test_a_wrong_rate_is_refused(root):
     with pytest.raises(ValueError, match=r"fps of .* must be 30 Hz as asked for, got 10 Hz"):
-        lerobot.read(root, expected_fps=30)
+        reader.read(root, expected_fps=30)
     change_info(root, fps=30)
     with pytest.raises(ValueError, match=r"got 30 Hz in meta/info.json but 10 Hz at frame 1"):
-        lerobot.read(root)
+        reader.read(root)
 
 
 def test_counts_that_contradict_each_other_are_refused(root):
     change_info(root, total_frames=23)
     with pytest.raises(ValueError, match=r"3 episodes with 23 frames .* got 3 with 22"):
-        lerobot.read(root)
+        reader.read(root)
     change_info(root, total_frames=22)
     pq.write_table(pq.read_table(data_path(root)).slice(0, 20), data_path(root))
     with pytest.raises(ValueError, match=r"must hold 22 frames, as many of each .* got 20"):
-        lerobot.read(root)
+        reader.read(root)
 
 
 def test_a_number_missing_from_the_action_is_refused(root):
@@ -372,7 +373,7 @@ def test_a_number_missing_from_the_action_is_refused(root):
         lambda c: pa.array([row[:1] for row in c.to_pylist()], pa.list_(pa.float32())),
     )
     with pytest.raises(ValueError, match=r"'action' must have 2 numbers per frame .* got 1 in"):
-        lerobot.read(root)
+        reader.read(root)
 
 
 def test_not_a_number_is_refused_or_skipped(root):
@@ -383,9 +384,9 @@ def test_not_a_number_is_refused_or_skipped(root):
 
     change_table(data_path(root), "action", spoil)
     with pytest.raises(ValueError, match=r"action must be finite, got NaN .* episode 1 at step 1"):
-        lerobot.read(root)
+        reader.read(root)
     with pytest.warns(UserWarning, match=r"left out 1 of 3 episodes"):
-        data = lerobot.read(root, on_bad="skip")
+        data = reader.read(root, on_bad="skip")
     assert data.episode_ends.tolist() == [7, 19]
     assert data.instructions == (TASKS[0], TASKS[2])
     episodes = list(make_episodes())
@@ -396,39 +397,39 @@ def test_not_a_number_is_refused_or_skipped(root):
 def test_a_task_without_words_is_refused(root):
     change_table(root / "meta/tasks.parquet", "task_index", lambda _: pa.array([0, 7]))
     with pytest.raises(ValueError, match=r"must name every task, got no task_index 1"):
-        lerobot.read(root)
+        reader.read(root)
     table = pq.read_table(root / "meta/tasks.parquet").drop_columns("task")
     pq.write_table(table, root / "meta/tasks.parquet")
     with pytest.raises(ValueError, match="must have the column task_index and one of texts"):
-        lerobot.read(root)
+        reader.read(root)
 
 
 def test_unknown_fields_and_keys_are_refused_with_the_nearest(root):
     with pytest.raises(ValueError, match=r"field must be .*'image_wist', did you mean 'image_w"):
-        lerobot.read(root, cameras=("image_wist",))
+        reader.read(root, cameras=("image_wist",))
     with pytest.raises(ValueError, match=r"'observation\.image\.top', did you mean 'observ"):
-        lerobot.read(root, feature_keys={"image_primary": "observation.image.top"})
+        reader.read(root, feature_keys={"image_primary": "observation.image.top"})
     with pytest.raises(ValueError, match=r"'observation\.state' must be stored as video"):
-        lerobot.read(root, feature_keys={"image_primary": "observation.state"})
+        reader.read(root, feature_keys={"image_primary": "observation.state"})
     with pytest.raises(ValueError, match=r"images\.wrist' must be stored as float32 .* got video"):
-        lerobot.read(root, feature_keys={"proprio": "observation.images.wrist"})
+        reader.read(root, feature_keys={"proprio": "observation.images.wrist"})
 
 
 def test_the_writer_keeps_what_is_there_unless_told(root):
     with pytest.raises(FileExistsError, match="data exists; choose another folder or overwrite"):
-        lerobot_writer.write(root, make_episodes(), fps=10)
-    lerobot_writer.write(root, list(make_episodes())[:1], fps=10, overwrite=True)
-    assert len(lerobot.read(root).instructions) == 1
+        writer.write(root, make_episodes(), fps=10)
+    writer.write(root, list(make_episodes())[:1], fps=10, overwrite=True)
+    assert len(reader.read(root).instructions) == 1
     assert [path.name for path in root.parent.iterdir()] == ["data"]
 
 
 def test_the_writer_refuses_what_no_data_set_can_hold(tmp_path):
     with pytest.raises(ValueError, match="at least one episode, got none"):
-        lerobot_writer.write(tmp_path / "data", [], fps=10)
+        writer.write(tmp_path / "data", [], fps=10)
     episodes = list(make_episodes())
     episodes[1].action[0, 0] = np.nan
     with pytest.raises(ValueError, match="action must be finite, got NaN or infinity in episode 1"):
-        lerobot_writer.write(tmp_path / "data", episodes, fps=10)
+        writer.write(tmp_path / "data", episodes, fps=10)
     assert not (tmp_path / "data").exists()
 
 
@@ -458,7 +459,7 @@ def test_a_full_disk_is_one_sentence_and_the_old_data_set_is_kept(root):
     assert done.returncode == 0, done.stderr
     assert "could not be written" in done.stdout
     assert "nothing that was there before is lost; free space" in done.stdout
-    assert lerobot.read(root).instructions == TASKS
+    assert reader.read(root).instructions == TASKS
 
 
 def test_an_error_of_the_recorder_is_not_taken_for_a_full_disk(tmp_path):
@@ -467,7 +468,7 @@ def test_an_error_of_the_recorder_is_not_taken_for_a_full_disk(tmp_path):
         raise ConnectionResetError("the robot went away")
 
     with pytest.raises(ConnectionResetError, match="the robot went away"):
-        lerobot_writer.write(tmp_path / "data", recorder(), fps=10)
+        writer.write(tmp_path / "data", recorder(), fps=10)
 
 
 def test_images_kept_in_parquet_are_refused(root):
@@ -475,7 +476,7 @@ def test_images_kept_in_parquet_are_refused(root):
     info["features"]["observation.images.wrist"]["dtype"] = "image"
     change_info(root, features=info["features"])
     with pytest.raises(ValueError, match=r"images\.wrist' must be stored as video .* got image"):
-        lerobot.read(root)
+        reader.read(root)
 
 
 @pytest.mark.parametrize("package", ["pyarrow", "av"])
@@ -483,15 +484,15 @@ def test_a_missing_package_is_named_with_its_extra(package, root, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, package, None)
         with pytest.raises(ImportError, match=r"reading .* needs .*pip install 'vla-jax\[data\]'"):
-            lerobot.read(root)
+            reader.read(root)
         with pytest.raises(ImportError, match=r"writing .* needs .*pip install 'vla-jax\[data\]'"):
-            lerobot_writer.write(tmp_path / "new", make_episodes(), fps=10)
+            writer.write(tmp_path / "new", make_episodes(), fps=10)
     assert not (tmp_path / "new").exists()
 
 
 def test_a_data_set_that_lerobot_wrote_is_read(golden, tmp_path):
     """Golden files of lerobot 0.4.4: `LeRobotDataset.create`, `add_frame`, `save_episode`."""
-    data = lerobot.read(
+    data = reader.read(
         golden / "lerobot_0_4_4",
         feature_keys={"image_primary": "observation.images.top"},
         gripper="open_one_closed_zero",

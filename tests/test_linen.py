@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from vla_jax import cells, decoders, linen, recurrence, streaming
-from vla_jax.chunk_writer import Told
-from vla_jax.decoders import DecoderConfig
-from vla_jax.recurrence import RecurrenceConfig
+from vla_jax.nn import cells, recurrence
+from vla_jax.nn.recurrence import RecurrenceConfig
+from vla_jax.policies import decoders, linen, streaming
+from vla_jax.policies.autoregressive_head import Told
+from vla_jax.policies.decoders import DecoderConfig
 
 B, T, D, H, N = 3, 6, 4, 5, 2
 LENGTHS = np.array([6, 2, 4])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vla_jax.data import dataset, loader, normalize
-from vla_jax.data.augment import AugmentConfig
+from vla_jax.data.image_augment import AugmentConfig
 from vla_jax.data.loader import LoaderConfig
 from vla_jax.data.windows import WindowConfig, Windows
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from train import logs
+from vla_jax.training import logs
 
 
 def plain_console():

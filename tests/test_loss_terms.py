@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vla_jax import losses
-from vla_jax.loss_terms import LossWeights, total
+from vla_jax.training import losses
+from vla_jax.training.loss_terms import LossWeights, total
 from vla_jax.types import ActionChunk
 
 WEIGHTS = LossWeights(gripper=0.5, forward=0.25, caption=2.0, cotrain=3.0, kl=0.125)

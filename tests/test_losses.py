@@ -10,7 +10,7 @@ import torch
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
-from vla_jax import losses
+from vla_jax.training import losses
 from vla_jax.types import ActionChunk, BinChunk
 
 B, W, K, A, V = 4, 3, 2, 4, 9

@@ -7,8 +7,8 @@ import pytest
 
 from train import memory_tasks
 from train.memory_tasks import TASKS, Trials
-from vla_jax import cells, recurrence
-from vla_jax.recurrence import RecurrenceConfig
+from vla_jax.nn import cells, recurrence
+from vla_jax.nn.recurrence import RecurrenceConfig
 
 B, H = 400, 6
 

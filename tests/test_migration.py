@@ -11,14 +11,15 @@ import tiny_run
 import torch
 from robovlms_heads import their_head
 
-from train.command_line import command_line
 from train.configs import IMITATE, ImitateConfig
-from vla_jax import convert, decoders
-from vla_jax.auxiliary import AuxiliaryConfig
+from vla_jax import convert
+from vla_jax.command_line import command_line
 from vla_jax.convert.__main__ import main
-from vla_jax.decoders import DecoderConfig
-from vla_jax.loss_terms import LossWeights
-from vla_jax.optim import OptimConfig
+from vla_jax.policies import decoders
+from vla_jax.policies.decoders import DecoderConfig
+from vla_jax.training.auxiliary import AuxiliaryConfig
+from vla_jax.training.loss_terms import LossWeights
+from vla_jax.training.optim import OptimConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = (ROOT / "docs/migration.md").read_text(encoding="utf-8")

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vla_jax import optim
-from vla_jax.optim import OptimConfig
+from vla_jax.training import optim
+from vla_jax.training.optim import OptimConfig
 
 NUM_UPDATES = 20
 KERNEL, BIAS, BACKBONE = "decoder/layer_0/kernel", "decoder/layer_0/bias", "backbone/embed/kernel"

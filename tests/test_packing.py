@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 
-from vla_jax import decoders
 from vla_jax.data import normalize
 from vla_jax.data.dataset import Episode, from_episodes
 from vla_jax.data.packing import Packed, pack
 from vla_jax.data.windows import WindowConfig, Windows
+from vla_jax.policies import decoders
 
 W, K = 8, 3
 LENGTHS = (3, 8, 5, 2, 11, 1, 4)

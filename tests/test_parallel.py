@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vla_jax import checkpoint, optim, parallel, update
-from vla_jax.optim import OptimConfig
+from vla_jax.training import checkpoint, optim, parallel, update
+from vla_jax.training.optim import OptimConfig
 
 OPTIM = OptimConfig(learning_rate=0.01, warmup_steps=2, ema_decay=0.9)
 NUM_UPDATES = 3

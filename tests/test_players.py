@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 import tiny_run
 
-from vla_jax import players
-from vla_jax.envs import simulate, table_jax
-from vla_jax.rollout import Sight, run_simulators
+from vla_jax.acting.rollout import Sight, run_simulators
+from vla_jax.envs import simulate
+from vla_jax.envs.table import jax_env
+from vla_jax.evaluation import players
 
-WORLD = table_jax.TableConfig(image_size=0, max_steps=24)
+WORLD = jax_env.TableConfig(image_size=0, max_steps=24)
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,7 @@ def player():
 
 
 def simulator(world=WORLD):
-    return simulate.EnvSimulator(table_jax.make(world))
+    return simulate.EnvSimulator(jax_env.make(world))
 
 
 def sight(seed, step=0):
@@ -51,7 +52,7 @@ def test_each_act_has_a_memory_of_its_own(player):
 
 
 def test_a_policy_has_the_same_outcomes_in_a_scan_and_step_by_step(player, monkeypatch):
-    env, seeds = table_jax.make(tiny_run.WORLD), range(20, 27)
+    env, seeds = jax_env.make(tiny_run.WORLD), range(20, 27)
     stepped = play(player.make_act(4), seeds, tiny_run.WORLD)
     assert list(player.play_env(env, seeds)) == stepped
     monkeypatch.setattr(players, "_CHUNK", 3)  # the last chunk is not full

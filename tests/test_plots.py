@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vla_jax import plots, results
-from vla_jax.rollout import Outcome
+from vla_jax.acting.rollout import Outcome
+from vla_jax.evaluation import plots, results
 
 
 def summary(**successes):

@@ -7,13 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from vla_jax import decoders, optim, policy
 from vla_jax.backbones.perceiver import PerceiverConfig
 from vla_jax.backbones.state import StateConfig
-from vla_jax.decoders import DecoderConfig
-from vla_jax.policy import PolicyConfig
+from vla_jax.policies import decoders, policy
+from vla_jax.policies.decoders import DecoderConfig
+from vla_jax.policies.policy import PolicyConfig
+from vla_jax.training import optim
+from vla_jax.training.update import init_train_state, make_update
 from vla_jax.types import Observation
-from vla_jax.update import init_train_state, make_update
 
 B, T, W, S = 2, 7, 3, 4
 BACKBONES = {

@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from vla_jax import progress
-from vla_jax.rollout import Outcome
+from vla_jax.acting.rollout import Outcome
+from vla_jax.training import progress
 
 
 def tell_all(console, total, chunk=1):

@@ -8,17 +8,17 @@ import pytest
 
 from train import record as module
 from train.record import RecordConfig, record
-from vla_jax.data import lerobot
-from vla_jax.envs import table_jax, table_mujoco
+from vla_jax.data.readers.lerobot import reader
+from vla_jax.envs.table import jax_env, mujoco_env
 
-TWIN = table_jax.TableConfig(image_size=0, max_steps=20)
+TWIN = jax_env.TableConfig(image_size=0, max_steps=20)
 
 
 def test_the_jax_table_is_recorded_as_it_was_played(tmp_path, capsys):
     config = RecordConfig(str(tmp_path / "demos"), TWIN, num_episodes=12)
     assert record(config) == tmp_path / "demos"
-    data = lerobot.read(config.dataset, cameras=())
-    played = table_jax.collect(table_jax.make(TWIN), jax.random.key(0), 12)
+    data = reader.read(config.dataset, cameras=())
+    played = jax_env.collect(jax_env.make(TWIN), jax.random.key(0), 12)
     success = np.array(played.success)
     assert 0 < success.sum() < 12  # 20 steps are too few for some tasks
     assert f"kept {success.sum()} of 12 episodes" in capsys.readouterr().err
@@ -32,7 +32,7 @@ def test_the_jax_table_is_recorded_as_it_was_played(tmp_path, capsys):
         steps = [np.array(e)[:n] for e, n in zip(expected[success], lengths, strict=True)]
         np.testing.assert_allclose(data.columns[name], np.concatenate(steps), atol=1e-6)
         assert len(data.names[name]) == data.columns[name].shape[1]
-    sentences = table_jax.make(TWIN).instructions
+    sentences = jax_env.make(TWIN).instructions
     assert data.instructions == tuple(sentences[i] for i in np.array(played.instruction)[success])
     assert data.fps == 10
 
@@ -41,13 +41,13 @@ def test_chunks_bound_the_memory_and_no_episode_comes_twice(tmp_path, monkeypatc
     monkeypatch.setattr(module, "CHUNK_BYTES", 5 * 20 * 4 * 37)  # five episodes of 20 steps
     config = RecordConfig(str(tmp_path / "demos"), TWIN, num_episodes=12)
     chunks = []
-    collect = table_jax.collect
+    collect = jax_env.collect
 
     def counted(env, key, num_episodes, *, noise):
         chunks.append(num_episodes)
         return collect(env, key, num_episodes, noise=noise)
 
-    monkeypatch.setattr(table_jax, "collect", counted)
+    monkeypatch.setattr(jax_env, "collect", counted)
     episodes = list(module._side_by_side(TWIN, config))
     assert chunks == [5, 5, 5]
     assert len(episodes) == 12
@@ -58,7 +58,7 @@ def test_chunks_bound_the_memory_and_no_episode_comes_twice(tmp_path, monkeypatc
 def test_pictures_are_recorded_where_there_are_some(tmp_path):
     world = dataclasses.replace(TWIN, image_size=16)
     record(RecordConfig(str(tmp_path / "demos"), world, num_episodes=4))
-    data = lerobot.read(tmp_path / "demos")
+    data = reader.read(tmp_path / "demos")
     assert {name: frames.shape[1:] for name, frames in data.frames.items()} == {
         "image_primary": (16, 16, 3),
         "image_wrist": (16, 16, 3),
@@ -66,11 +66,11 @@ def test_pictures_are_recorded_where_there_are_some(tmp_path):
 
 
 def test_mujoco_is_recorded_in_processes_and_is_what_one_process_plays(tmp_path):
-    world = table_mujoco.TableConfig(image_size=0)
+    world = mujoco_env.TableConfig(image_size=0)
     config = RecordConfig(str(tmp_path / "demos"), world, num_episodes=3, num_processes=1)
     record(config)
-    data = lerobot.read(tmp_path / "demos", cameras=())
-    simulator = table_mujoco.TableMujoco(world)
+    data = reader.read(tmp_path / "demos", cameras=())
+    simulator = mujoco_env.TableMujoco(world)
     played = [
         module.demonstrate(simulator, seed, config.noise, config.disturbance) for seed in range(3)
     ]
@@ -81,7 +81,7 @@ def test_mujoco_is_recorded_in_processes_and_is_what_one_process_plays(tmp_path)
 
 
 def test_a_disturbance_moves_the_robot_elsewhere_than_the_labels_say():
-    simulator = table_mujoco.TableMujoco(table_mujoco.TableConfig(image_size=0))
+    simulator = mujoco_env.TableMujoco(mujoco_env.TableConfig(image_size=0))
 
     def share_astray(disturbance):  # of steps: the tool moves against what the label says
         played = [module.demonstrate(simulator, seed, 0.0, disturbance) for seed in range(8)]
@@ -96,7 +96,7 @@ def test_a_disturbance_moves_the_robot_elsewhere_than_the_labels_say():
 
 
 def test_an_episode_that_fails_is_not_kept():
-    simulator = table_mujoco.TableMujoco(table_mujoco.TableConfig(image_size=0, max_steps=2))
+    simulator = mujoco_env.TableMujoco(mujoco_env.TableConfig(image_size=0, max_steps=2))
     assert module.demonstrate(simulator, seed=0, noise=0.0, disturbance=0.0) is None
 
 

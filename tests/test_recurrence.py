@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from vla_jax import cells, recurrence
-from vla_jax.recurrence import RecurrenceConfig
+from vla_jax.nn import cells, recurrence
+from vla_jax.nn.recurrence import RecurrenceConfig
 
 B, T, D, H = 4, 7, 3, 5
 

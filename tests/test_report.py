@@ -8,9 +8,9 @@ import urllib.parse
 import numpy as np
 import pytest
 
-from vla_jax import film, report, results
-from vla_jax.results import Latency
-from vla_jax.rollout import Outcome
+from vla_jax.acting.rollout import Outcome
+from vla_jax.evaluation import report, results, video
+from vla_jax.evaluation.results import Latency
 
 NASTY = "<script>alert('x')</script>"
 
@@ -26,7 +26,7 @@ def write_evaluation(folder, *, successes=3, settings=None, task="lift"):
         "summary": results.to_json(summary),
     }
     (folder / "summary.json").write_text(json.dumps(data))
-    film.write_mp4(folder / film.file_name(1, task, True), [np.zeros((8, 8, 3), np.uint8)], 10)
+    video.write_mp4(folder / video.file_name(1, task, True), [np.zeros((8, 8, 3), np.uint8)], 10)
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from vla_jax import results
-from vla_jax.results import Latency
-from vla_jax.rollout import Outcome
+from vla_jax.acting.rollout import Outcome
+from vla_jax.evaluation import results
+from vla_jax.evaluation.results import Latency
 
 
 def outcomes(task, successes, failures, crashed=0, first_seed=0):

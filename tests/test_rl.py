@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vla_jax.rl import exploration, policy_gradient, returns, sarsa
+from vla_jax.rl import exploration, policy_gradient, returns, td_errors
 
 GAMMA = 0.9
 
@@ -37,9 +37,9 @@ def ours(of):
         ),
         "entropy_loss": policy_gradient.entropy_loss(logits, weight),
         "epsilon_greedy": probability,
-        "sarsa": sarsa.sarsa_error(*taken, next_action),
-        "sarsa_lambda": sarsa.sarsa_error(*taken, next_action, lambda_),
-        "expected_sarsa": sarsa.expected_sarsa_error(*taken, probability[1:]),
+        "sarsa": td_errors.sarsa_error(*taken, next_action),
+        "sarsa_lambda": td_errors.sarsa_error(*taken, next_action, lambda_),
+        "expected_sarsa": td_errors.expected_sarsa_error(*taken, probability[1:]),
     }
 
 
@@ -150,14 +150,14 @@ def closed_form():
 def chain_error(q, next_action):
     """SARSA's error `[6]` in each state and action."""
     paid = PAID[STATE, ACTION]
-    return sarsa.sarsa_error(q[STATE], ACTION, paid, GOES_ON, q[FOLLOWING], next_action)
+    return td_errors.sarsa_error(q[STATE], ACTION, paid, GOES_ON, q[FOLLOWING], next_action)
 
 
 def test_expected_sarsa_converges_to_the_closed_form_of_a_chain():
     def loss(q):
         probability = POLICY[FOLLOWING]
         paid = PAID[STATE, ACTION]
-        error = sarsa.expected_sarsa_error(
+        error = td_errors.expected_sarsa_error(
             q[STATE], ACTION, paid, GOES_ON, q[FOLLOWING], probability
         )
         return jnp.sum(jnp.square(error)) / 2
@@ -197,7 +197,7 @@ def test_the_target_gives_no_gradient():
     q = jnp.array([[1.0, 2.0], [3.0, 4.0]])
 
     def total(q, next_q):
-        return jnp.sum(jnp.square(sarsa.sarsa_error(q, *taken, next_q, jnp.array([0, 0]))))
+        return jnp.sum(jnp.square(td_errors.sarsa_error(q, *taken, next_q, jnp.array([0, 0]))))
 
     by_q, by_next_q = jax.grad(total, (0, 1))(q, q + 1)
     assert by_q.any()
@@ -245,4 +245,4 @@ def test_an_empty_episode_is_one_sentence():
         returns.advantages(nothing, nothing, nothing, nothing)
     q, action = jnp.zeros((0, 2)), jnp.zeros(0, jnp.int32)
     with pytest.raises(ValueError, match=message):
-        sarsa.sarsa_error(q, action, nothing, nothing, q, action)
+        td_errors.sarsa_error(q, action, nothing, nothing, q, action)

@@ -9,15 +9,16 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from vla_jax import config as configs
-from vla_jax import policy as policies
-from vla_jax import robovlms, rotations
-from vla_jax.agent import AgentConfig, make_agent
+from vla_jax.acting.agent import AgentConfig, make_agent
+from vla_jax.actions import reference_frames
+from vla_jax.actions.gripper import gripper_to_open_positive
 from vla_jax.backbones.state import StateConfig
+from vla_jax.convert.robovlms import acting_presets
 from vla_jax.data import normalize
-from vla_jax.data.gripper import gripper_to_open_positive
 from vla_jax.data.normalize import NormalizeConfig
 from vla_jax.data.windows import ALWAYS
-from vla_jax.decoders import DecoderConfig
+from vla_jax.policies import policy as policies
+from vla_jax.policies.decoders import DecoderConfig
 from vla_jax.types import Observation
 
 B, T, W, K = 2, 40, 4, 3
@@ -159,15 +160,18 @@ def every_step(command):
 
 @pytest.mark.parametrize("mu", [0.0, 255.0])
 def test_calvin_gets_the_commands_of_their_wrapper(mu, params, observation, chunks):
-    config = robovlms.calvin(POLICY, mu=mu)
-    sent = ours(config, robovlms.calvin_stats(), params, observation)
+    config = acting_presets.calvin(POLICY, mu=mu)
+    sent = ours(config, acting_presets.calvin_stats(), params, observation)
     theirs = every_step(lambda row, t: their_calvin(at(chunks, row, t), mu=mu))
     np.testing.assert_allclose(sent, theirs, atol=1e-6)
 
 
 def test_calvin_in_the_tools_frame_gets_the_commands_of_their_wrapper(params, observation, chunks):
-    config, units = robovlms.calvin(POLICY, tool_frame=True), np.array([50] * 3 + [20] * 3 + [1])
-    sent = ours(config, robovlms.calvin_tool_stats(), params, observation) / units
+    config, units = (
+        acting_presets.calvin(POLICY, tool_frame=True),
+        np.array([50] * 3 + [20] * 3 + [1]),
+    )
+    sent = ours(config, acting_presets.calvin_tool_stats(), params, observation) / units
     obs = observation.proprio.astype(np.float64)
     theirs = every_step(lambda row, t: their_calvin(at(chunks, row, t), obs[row, t])) / units
     # Theirs jumps by a whole turn where an angle crosses ±π; ours goes the short way.
@@ -183,9 +187,9 @@ def test_calvin_in_the_tools_frame_gets_the_commands_of_their_wrapper(params, ob
 @pytest.mark.parametrize("robot", ROBOTS)
 def test_simpler_gets_the_commands_of_their_wrapper(robot, steps, params, observation, chunks):
     """With the statistics that the released checkpoints need, for the actions they learnt."""
-    config = robovlms.simpler(POLICY, robot, gripper_steps=steps)
-    stats = robovlms.released_oxe_stats(robovlms.oxe_stats(OXE))
-    sent = robovlms.simpler_command(ours(config, stats, params, observation), robot)
+    config = acting_presets.simpler(POLICY, robot, gripper_steps=steps)
+    stats = acting_presets.released_oxe_stats(acting_presets.oxe_stats(OXE))
+    sent = acting_presets.simpler_command(ours(config, stats, params, observation), robot)
     wrappers, theirs = [TheirSimpler(robot, steps) for _ in range(B)], np.zeros((B, T, 7))
     for row, t in np.ndindex(B, T):
         if RESET[row, t]:
@@ -202,13 +206,13 @@ def test_simpler_gets_the_commands_of_their_wrapper(robot, steps, params, observ
 def test_without_the_second_normalisation_the_whole_range_is_reached(
     robot, params, observation, chunks
 ):
-    config, stats = robovlms.simpler(POLICY, robot), robovlms.oxe_stats(OXE)
+    config, stats = acting_presets.simpler(POLICY, robot), acting_presets.oxe_stats(OXE)
     sent = ours(config, stats, params, observation)
     low, high = stats.q01[:6], stats.q99[:6]
     np.testing.assert_allclose(
         sent[..., :6], low + (chunks.arm[:, :, 0] + 1) / 2 * (high - low), atol=1e-6
     )
-    twice = ours(config, robovlms.released_oxe_stats(stats), params, observation)
+    twice = ours(config, acting_presets.released_oxe_stats(stats), params, observation)
     middle = (low + high) / 2
     np.testing.assert_allclose(twice[..., :6] - middle, 0.65 * (sent[..., :6] - middle), atol=1e-6)
 
@@ -222,20 +226,20 @@ def test_a_policy_learns_the_labels_of_their_data_sets():
     calvin = random.uniform(-1, 1, (100, 7)).astype(np.float32)
     calvin[:, 6] = np.sign(calvin[:, 6])
     theirs = 2 * (np.clip(calvin, -0.65, 0.65) + 0.65) / 1.3 - 1
-    label = learnt(calvin, robovlms.calvin_stats(), robovlms.calvin(POLICY))
+    label = learnt(calvin, acting_presets.calvin_stats(), acting_presets.calvin(POLICY))
     np.testing.assert_allclose(label[:, :6], theirs[:, :6], atol=1e-6)
     np.testing.assert_array_equal(label[:, 6] > 0, (calvin[:, 6] + 1) // 2)
 
 
 def test_the_released_statistics_are_their_two_normalisations_at_once():
-    stats, random = robovlms.oxe_stats(OXE), np.random.default_rng(3)
+    stats, random = acting_presets.oxe_stats(OXE), np.random.default_rng(3)
     action = random.uniform(stats.q01 * 1.2, stats.q99 * 1.2, (200, 7)).astype(np.float32)
     action[:, 6] = random.integers(0, 2, 200)
     once = np.clip(2 * (action - stats.q01) / (stats.q99 - stats.q01 + 1e-8) - 1, -1, 1)
     twice = 2 * (np.clip(once, -0.65, 0.65) + 0.65) / 1.3 - 1
     ours = gripper_to_open_positive(action, "open_one_else_closed")
-    config = robovlms.simpler(POLICY, "widowx")
-    label = learnt(ours, robovlms.released_oxe_stats(stats), config)
+    config = acting_presets.simpler(POLICY, "widowx")
+    label = learnt(ours, acting_presets.released_oxe_stats(stats), config)
     np.testing.assert_allclose(label[:, :6], twice[:, :6], atol=2e-6)
     np.testing.assert_array_equal(label[:, 6] > 0, action[:, 6] == 1)
     by_default = learnt(ours, stats, config)
@@ -244,7 +248,7 @@ def test_the_released_statistics_are_their_two_normalisations_at_once():
 
 
 def test_narrow_bounds_close_their_gripper_for_good_and_not_ours(params, observation, chunks):
-    config, stats = robovlms.calvin(POLICY), robovlms.calvin_stats(0.5)
+    config, stats = acting_presets.calvin(POLICY), acting_presets.calvin_stats(0.5)
     sent = ours(config, stats, params, observation)
     theirs = every_step(lambda row, t: their_calvin(at(chunks, row, t), limit=0.5))
     np.testing.assert_allclose(sent[..., :6], theirs[..., :6], atol=1e-6)
@@ -265,30 +269,36 @@ def test_their_mu_law_skips_the_last_step_of_a_window_and_ours_the_gripper():
 
 
 def test_an_agent_in_the_tools_frame_needs_the_robots_own_state(params, observation):
-    config = robovlms.calvin(POLICY, tool_frame=True)
+    config = acting_presets.calvin(POLICY, tool_frame=True)
     beyond = dataclasses.replace(config.tool_frame, orientation=(13, 14, 15))
     config = dataclasses.replace(config, tool_frame=beyond)
     with pytest.raises(ValueError, match=r"orientation in its columns \(13, 14, 15\), got 15"):
-        ours(config, robovlms.calvin_tool_stats(0.1), params, observation)
+        ours(config, acting_presets.calvin_tool_stats(0.1), params, observation)
 
 
 def test_what_is_learnt_in_the_tools_frame_is_sent_in_the_worlds(params, observation, chunks):
     """An expert's own action, as a label, acts as the expert did."""
-    config, stats = robovlms.calvin(POLICY, tool_frame=True), robovlms.calvin_tool_stats(0.1)
+    config, stats = (
+        acting_presets.calvin(POLICY, tool_frame=True),
+        acting_presets.calvin_tool_stats(0.1),
+    )
     expert = np.random.default_rng(5).uniform(-0.5, 0.5, (T, 7)).astype(np.float32)
     expert[:, 6] = np.sign(expert[:, 6])
     orientation = observation.proprio[0, :, 3:6]
     frame = config.tool_frame
-    label = learnt(rotations.to_tool_frame(expert, orientation, frame), stats, config)
+    label = learnt(reference_frames.to_tool_frame(expert, orientation, frame), stats, config)
     back = normalize.denormalize_action(label, stats, config.normalize)
     np.testing.assert_allclose(
-        rotations.to_world_frame(back, orientation, frame), expert, atol=1e-4
+        reference_frames.to_world_frame(back, orientation, frame), expert, atol=1e-4
     )
 
 
 def test_every_preset_survives_json_and_shows_the_text_at_every_step():
-    presets = [robovlms.calvin(POLICY, tool_frame=True, mu=255.0), robovlms.calvin(POLICY)]
-    presets += [robovlms.simpler(POLICY, robot) for robot in ROBOTS]
+    presets = [
+        acting_presets.calvin(POLICY, tool_frame=True, mu=255.0),
+        acting_presets.calvin(POLICY),
+    ]
+    presets += [acting_presets.simpler(POLICY, robot) for robot in ROBOTS]
     for preset in presets:
         assert configs.from_dict(AgentConfig, configs.to_dict(preset)) == preset
         assert preset.mode == "refresh"
@@ -299,20 +309,22 @@ def test_every_preset_survives_json_and_shows_the_text_at_every_step():
 def test_simpler_takes_rotations_as_vectors():
     action = np.array([1, 2, 3, 0, 0, 0.5, 1], np.float32)
     expected = [1, 2, 3, 0, 0, 0.5]
-    np.testing.assert_allclose(robovlms.simpler_command(action, "widowx"), [*expected, 1])
-    np.testing.assert_allclose(robovlms.simpler_command(action, "google_robot"), [*expected, -2])
+    np.testing.assert_allclose(acting_presets.simpler_command(action, "widowx"), [*expected, 1])
+    np.testing.assert_allclose(
+        acting_presets.simpler_command(action, "google_robot"), [*expected, -2]
+    )
 
 
 def test_wrong_robots_and_statistics_are_one_sentence():
     with pytest.raises(ValueError, match=r"unknown robot 'widow'; .* Did you mean 'widowx'"):
-        robovlms.simpler(POLICY, "widow")
+        acting_presets.simpler(POLICY, "widow")
     with pytest.raises(ValueError, match="unknown robot 'octo'"):
-        robovlms.simpler_command(np.zeros(7), "octo")
+        acting_presets.simpler_command(np.zeros(7), "octo")
     with pytest.raises(ValueError, match=r"action must have the statistics .*'q99'\] missing"):
-        robovlms.oxe_stats({"action": {k: v for k, v in OXE["action"].items() if k != "q99"}})
+        acting_presets.oxe_stats({"action": {k: v for k, v in OXE["action"].items() if k != "q99"}})
     masked = {"action": {**OXE["action"], "mask": [True] * 5 + [False, False]}}
     with pytest.raises(ValueError, match="mask must be true for every number of the arm"):
-        robovlms.oxe_stats(masked)
+        acting_presets.oxe_stats(masked)
     masked["action"]["mask"][5] = True
-    assert robovlms.oxe_stats(masked).count == 0
-    assert robovlms.oxe_stats(OXE).count == 3786400
+    assert acting_presets.oxe_stats(masked).count == 0
+    assert acting_presets.oxe_stats(OXE).count == 3786400

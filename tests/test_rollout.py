@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vla_jax.agent import Agent
-from vla_jax.envs import simulate, table, table_expert, table_jax
-from vla_jax.rollout import Outcome, run_env, run_simulators
+from vla_jax.acting.agent import Agent
+from vla_jax.acting.rollout import Outcome, run_env, run_simulators
+from vla_jax.envs import simulate
+from vla_jax.envs.table import expert, jax_env, rules
 from vla_jax.types import Observation, SimulatorStep
 
-WORLD = table_jax.TableConfig(image_size=0, max_steps=20)
+WORLD = jax_env.TableConfig(image_size=0, max_steps=20)
 
 
 class Countdown:
@@ -133,8 +134,8 @@ def agent_of(choose):
 
     def step(params, state, observation, reset):
         def one(environment_state, proprio, instruction):
-            task, target = jnp.divmod(choose(instruction[0]), table.NUM_BLOCKS)
-            return table_expert.act(
+            task, target = jnp.divmod(choose(instruction[0]), rules.NUM_BLOCKS)
+            return expert.act(
                 environment_state,
                 proprio,
                 task,
@@ -155,7 +156,7 @@ def sometimes_wrong(index):
 
 
 def test_a_scan_over_a_jax_world_gives_the_outcomes_of_its_simulator():
-    env, agent, seeds = table_jax.make(WORLD), agent_of(sometimes_wrong), range(30, 42)
+    env, agent, seeds = jax_env.make(WORLD), agent_of(sometimes_wrong), range(30, 42)
     ids = jnp.arange(len(env.instructions))[:, None]
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
     scanned = jax.jit(lambda keys: run_env(agent, {}, env, ids, keys))(keys)
@@ -179,7 +180,7 @@ def test_a_scan_over_a_jax_world_gives_the_outcomes_of_its_simulator():
 
 
 def test_what_happens_after_the_end_of_an_episode_does_not_count():
-    env, right, wrong = table_jax.make(WORLD), agent_of(lambda i: i), agent_of(lambda i: i ^ 1)
+    env, right, wrong = jax_env.make(WORLD), agent_of(lambda i: i), agent_of(lambda i: i ^ 1)
     ids = jnp.arange(len(env.instructions))[:, None]
     keys = jax.random.split(jax.random.key(3), 16)
     good, bad = (

@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from vla_jax import scheduled_sampling, seq2seq
-from vla_jax.scheduled_sampling import SamplingConfig
-from vla_jax.seq2seq import Seq2SeqConfig
+from vla_jax.nn import scheduled_sampling, seq2seq
+from vla_jax.nn.scheduled_sampling import SamplingConfig
+from vla_jax.nn.seq2seq import Seq2SeqConfig
 
 B, S, T, V = 64, 4, 5, 7
 SIZES = {"source_size": V, "target_size": V, "embed_size": 6, "hidden_size": 8, "score_size": 4}

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vla_jax import scheduled_sampling, search, seq2seq
-from vla_jax.seq2seq import Seq2SeqConfig
+from vla_jax.nn import scheduled_sampling, search, seq2seq
+from vla_jax.nn.seq2seq import Seq2SeqConfig
 
 B, S, T, V = 4, 5, 4, 3
 SIZES = {"source_size": 6, "target_size": V, "embed_size": 6, "hidden_size": 8, "score_size": 4}

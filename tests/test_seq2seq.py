@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from vla_jax import convert, losses, seq2seq
-from vla_jax.seq2seq import Seq2SeqConfig
+from vla_jax import convert
+from vla_jax.nn import seq2seq
+from vla_jax.nn.seq2seq import Seq2SeqConfig
+from vla_jax.training import losses
 
 torch.set_num_threads(1)
 

@@ -7,9 +7,9 @@ import pytest
 import tiny_demos
 
 from train.setup import compute_norm_stats, make_windows, read_dataset
+from vla_jax.actions.reference_frames import ToolFrame
 from vla_jax.data import normalize
 from vla_jax.data.tool_frame import in_tool_frame
-from vla_jax.rotations import ToolFrame
 
 FRAME = ToolFrame(orientation=(5, 6, 3), radians=0.1)
 

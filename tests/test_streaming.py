@@ -8,10 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from vla_jax import decoders, heads, products, streaming
-from vla_jax.cells import CELLS
-from vla_jax.decoder_config import DecoderConfig, Kind
-from vla_jax.products import Turned
+from vla_jax.nn import matmul
+from vla_jax.nn.cells import CELLS
+from vla_jax.nn.matmul import Turned
+from vla_jax.policies import decoders, heads, streaming
+from vla_jax.policies.decoder_config import DecoderConfig, Kind
 
 B, T, W, N, D, K = 3, 14, 4, 2, 3, 2
 STARTS = ([0], [0, 5], [0, 3, 4, 12])  # frames at which the episodes of each robot start
@@ -115,7 +116,7 @@ def test_streamed_is_windowed(kind, mode, key):
 def lay_out(monkeypatch, params, config, mode, batch_size=B):
     """Lays out as at sizes where a CPU is faster with it."""
     with monkeypatch.context() as patch:
-        patch.setattr(products, "LARGE", 30)  # numbers: kernels, not biases
+        patch.setattr(matmul, "LARGE", 30)  # numbers: kernels, not biases
         state = streaming.init(params, config, batch_size, mode=mode)
         return streaming.lay_out(params, config, state)
 
@@ -139,7 +140,7 @@ def test_nothing_is_laid_out_where_nothing_is_gained(kind, mode, key, monkeypatc
         assert lay_out(monkeypatch, params, config, mode) is params
     small = streaming.init(params, config, B, mode=mode)
     assert streaming.lay_out(params, config, small) is params
-    assert lay_out(monkeypatch, params, config, mode, batch_size=products.MANY) is params
+    assert lay_out(monkeypatch, params, config, mode, batch_size=matmul.MANY) is params
 
 
 def test_params_that_are_laid_out_are_for_steps_alone(key, monkeypatch):

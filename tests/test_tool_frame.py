@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from vla_jax import rotations
+from vla_jax.actions import reference_frames
+from vla_jax.actions.reference_frames import ToolFrame
 from vla_jax.data import dataset
 from vla_jax.data.tool_frame import in_tool_frame
-from vla_jax.rotations import ToolFrame
 
 
 def draw(proprio_dim=7):
@@ -27,7 +27,7 @@ def test_every_action_is_turned_by_the_orientation_of_its_own_frame():
     turned = in_tool_frame(data, frame)
     for row in range(8):
         orientation = data.columns["proprio"][row, 3:6]
-        expected = rotations.to_tool_frame(data.columns["action"][row], orientation, frame)
+        expected = reference_frames.to_tool_frame(data.columns["action"][row], orientation, frame)
         np.testing.assert_allclose(turned.columns["action"][row], expected, atol=1e-6)
     np.testing.assert_array_equal(turned.columns["proprio"], data.columns["proprio"])
     assert turned.columns["action"].dtype == np.float32

@@ -17,27 +17,29 @@ import pytest
 import tiny_demos
 from robovlms_heads import their_head
 
-from train import demo, loop
+from train import demo
 from train import pretrain as pretrain_script
 from train.cache import cache
-from train.command_line import command_line
 from train.configs import IMITATE, with_decoder, with_kind
 from train.imitate import imitate
-from train.logs import read_metrics
 from train.pretrain import pretrain
 from train.setup import init_params, make_windows, read_dataset
-from vla_jax import captions, checkpoint, convert, optim, policy
-from vla_jax.auxiliary import AuxiliaryConfig
+from vla_jax import convert
 from vla_jax.backbones.state import StateConfig
+from vla_jax.command_line import command_line
 from vla_jax.config import load
-from vla_jax.data.augment import AugmentConfig
+from vla_jax.data.image_augment import AugmentConfig
 from vla_jax.data.normalize import compute_norm_stats
 from vla_jax.evaluate import EvaluateConfig, evaluate
-from vla_jax.loss_terms import LossWeights
-from vla_jax.results import read_outcomes
+from vla_jax.evaluation.results import read_outcomes
+from vla_jax.nn.scheduled_sampling import SamplingConfig
+from vla_jax.policies import policy
 from vla_jax.runs import load_run
-from vla_jax.scheduled_sampling import SamplingConfig
-from vla_jax.update import init_train_state
+from vla_jax.training import captions, checkpoint, loop, optim
+from vla_jax.training.auxiliary import AuxiliaryConfig
+from vla_jax.training.logs import read_metrics
+from vla_jax.training.loss_terms import LossWeights
+from vla_jax.training.update import init_train_state
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -463,8 +465,8 @@ def small(demos, run_dir):
 
 def test_a_discrete_head_learns_from_the_command_line_and_its_run_acts(demos, tmp_path):
     options = ("--decoder.head", "discrete", "--num-bins", 16, "--max-steps", 8)
-    loop = ("--num-updates", 60, "--save-every", 60, "--log-every", 20, "--warmup-steps", 0)
-    argv = [str(word) for word in (*small(demos, tmp_path / "run"), *options, *loop)]
+    updates = ("--num-updates", 60, "--save-every", 60, "--log-every", 20, "--warmup-steps", 0)
+    argv = [str(word) for word in (*small(demos, tmp_path / "run"), *options, *updates)]
     run_dir = imitate(command_line(IMITATE, argv, description="Trains."))
     told = read_metrics(run_dir / "metrics.jsonl")
     assert [line["loss"] for line in told] == [line["loss_bins"] for line in told]

@@ -10,8 +10,8 @@ import torch
 from flax.traverse_util import flatten_dict
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from vla_jax import transformer
-from vla_jax.transformer import TransformerConfig
+from vla_jax.nn import transformer
+from vla_jax.nn.transformer import TransformerConfig
 
 B, T, H, M, L = 3, 6, 8, 2, 2
 CONFIG = TransformerConfig(num_layers=L, num_heads=M, hidden_size=H, num_positions=T)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vla_jax import cells, recurrence, truncated
-from vla_jax.recurrence import RecurrenceConfig
+from vla_jax.nn import cells, recurrence, truncated
+from vla_jax.nn.recurrence import RecurrenceConfig
 
 B, T, D, H = 3, 10, 2, 4
 each_cell = pytest.mark.parametrize("cell", cells.CELLS)

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from vla_jax import update
+from vla_jax.training import update
 
 RATE = 0.1
 BATCH = np.arange(8, dtype=np.float32).reshape(4, 2)

@@ -5,7 +5,8 @@ import pickle
 import numpy as np
 import pytest
 
-from vla_jax.data import dataset, normalize, text, windows
+from vla_jax.backbones import word_hashing
+from vla_jax.data import dataset, normalize, windows
 from vla_jax.data.windows import WindowConfig, Windows
 
 LENGTHS = (5, 1, 9)
@@ -91,7 +92,7 @@ def test_a_batch_of_windows_is_the_windows_stacked(data):
 @pytest.mark.parametrize("instruction_steps", [1, 3, -1])
 def test_the_instruction_is_visible_at_the_first_steps_of_the_episode(data, instruction_steps):
     config = WindowConfig(window_size=4, instruction_steps=instruction_steps)
-    ids = text.tokenize("lift block 2", max_words=12, vocab_size=2048)
+    ids = word_hashing.tokenize("lift block 2", max_words=12, vocab_size=2048)
     for last in range(9):
         shown = cut(data, config, 2, last).observation.instruction
         for j in range(4):

@@ -4,10 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from vla_jax.envs import table_jax, worlds
+from vla_jax.envs import worlds
 from vla_jax.envs.simulate import EnvSimulator
+from vla_jax.envs.table import jax_env
 
-TABLE = table_jax.TableConfig(image_size=8, max_steps=4)
+TABLE = jax_env.TableConfig(image_size=8, max_steps=4)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def assert_same(got, expected):
 
 
 def test_an_env_as_a_simulator_is_the_env(simulator):
-    env = table_jax.make(TABLE)
+    env = jax_env.make(TABLE)
     reset, step = jax.jit(env.reset), jax.jit(env.step)
     state, observation = reset(jax.random.key(5))
     assert_same(simulator.reset(5), expected_parts(observation))
@@ -69,7 +70,7 @@ def test_the_picture_is_the_outside_camera_enlarged(simulator):
 
 
 def test_a_world_without_pictures_draws_grey():
-    blind = EnvSimulator(table_jax.make(table_jax.TableConfig(image_size=0)))
+    blind = EnvSimulator(jax_env.make(jax_env.TableConfig(image_size=0)))
     blind.reset(0)
     assert np.all(blind.draw(5) == 128)
 

@@ -1,20 +1,20 @@
 """Small demonstrations of the JAX table, and small trainings on them."""
 
 from train.configs import ImitateConfig
-from train.loop import LoopConfig
 from train.pretrain import PretrainConfig
 from train.record import RecordConfig, record
-from vla_jax import policy
-from vla_jax.agent import AgentConfig
+from vla_jax.acting.agent import AgentConfig
 from vla_jax.backbones.perceiver import PerceiverConfig
 from vla_jax.backbones.state import StateConfig
-from vla_jax.data.augment import AugmentConfig
+from vla_jax.data.image_augment import AugmentConfig
 from vla_jax.data.loader import LoaderConfig
-from vla_jax.decoders import DecoderConfig
-from vla_jax.envs import table_jax
-from vla_jax.optim import OptimConfig
+from vla_jax.envs.table import jax_env
+from vla_jax.policies import policy
+from vla_jax.policies.decoders import DecoderConfig
+from vla_jax.training.loop import LoopConfig
+from vla_jax.training.optim import OptimConfig
 
-WORLD = table_jax.TableConfig(image_size=16, max_steps=24)
+WORLD = jax_env.TableConfig(image_size=16, max_steps=24)
 EYES = PerceiverConfig(image_size=16, width=16, num_latents=2, token_dim=8, num_heads=2)
 STATE = StateConfig(token_dim=8)
 DECODER = DecoderConfig(

@@ -5,23 +5,25 @@ import json
 import jax
 import numpy as np
 
-from vla_jax import checkpoint, config, policy
-from vla_jax.agent import AgentConfig
+from vla_jax import config
+from vla_jax.acting.agent import AgentConfig
 from vla_jax.backbones.state import StateConfig
 from vla_jax.data import normalize
-from vla_jax.decoders import DecoderConfig
-from vla_jax.envs import table, table_jax
+from vla_jax.envs.table import jax_env, rules
+from vla_jax.policies import policy
+from vla_jax.policies.decoders import DecoderConfig
+from vla_jax.training import checkpoint
 
 DECODER = DecoderConfig(
     hidden_size=8, num_layers=1, action_horizon=2, window_size=4, head_sizes=(8,)
 )
 AGENT = AgentConfig(policy=policy.connect(StateConfig(token_dim=8, vocab_size=256), DECODER))
-WORLD = table_jax.TableConfig(image_size=0, max_steps=5)
+WORLD = jax_env.TableConfig(image_size=0, max_steps=5)
 
 
 def norm_stats():
     rng = np.random.default_rng(0)
-    sizes = {"action": 7, "proprio": table.PROPRIO_SIZE, "environment_state": table.STATE_SIZE}
+    sizes = {"action": 7, "proprio": rules.PROPRIO_SIZE, "environment_state": rules.STATE_SIZE}
     columns = {name: rng.normal(0.1, 0.4, (50, size)) for name, size in sizes.items()}
     return {name: normalize.compute(column) for name, column in columns.items()}
 

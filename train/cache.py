@@ -16,11 +16,11 @@ import jax
 import numpy as np
 from rich.progress import track
 
-from train.command_line import run
 from train.configs import IMITATE, ImitateConfig
 from train.setup import compute_norm_stats, init_params, make_windows, read_dataset
 from vla_jax import config as configs
-from vla_jax.backbones.family import BACKBONES, BackboneConfig
+from vla_jax.backbones.backbone import BACKBONES, BackboneConfig
+from vla_jax.command_line import run
 from vla_jax.data import normalize
 from vla_jax.data.dataset import Dataset
 from vla_jax.data.windows import Windows

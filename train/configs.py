@@ -6,22 +6,22 @@ A preset's docstring says what it is, what to expect, how long it takes and on w
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from train.loop import LoopConfig
-from vla_jax import policy
-from vla_jax.agent import AgentConfig
-from vla_jax.auxiliary import AuxiliaryConfig
+from vla_jax.acting.agent import AgentConfig
+from vla_jax.actions.gripper import Gripper
 from vla_jax.backbones.perceiver import PerceiverConfig
 from vla_jax.backbones.state import StateConfig
-from vla_jax.data.augment import AugmentConfig
-from vla_jax.data.gripper import Gripper
+from vla_jax.data.image_augment import AugmentConfig
 from vla_jax.data.loader import LoaderConfig
-from vla_jax.decoder_config import DecoderConfig, Kind
-from vla_jax.envs.table_jax import TableConfig as JaxTableConfig
-from vla_jax.envs.table_mujoco import TableConfig as MujocoTableConfig
+from vla_jax.envs.table.jax_env import TableConfig as JaxTableConfig
+from vla_jax.envs.table.mujoco_env import TableConfig as MujocoTableConfig
 from vla_jax.envs.worlds import WorldConfig
-from vla_jax.loss_terms import LossWeights
-from vla_jax.optim import OptimConfig
-from vla_jax.scheduled_sampling import SamplingConfig
+from vla_jax.nn.scheduled_sampling import SamplingConfig
+from vla_jax.policies import policy
+from vla_jax.policies.decoder_config import DecoderConfig, Kind
+from vla_jax.training.auxiliary import AuxiliaryConfig
+from vla_jax.training.loop import LoopConfig
+from vla_jax.training.loss_terms import LossWeights
+from vla_jax.training.optim import OptimConfig
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,14 @@ from rich.console import Console
 from rich.table import Table
 
 from train import configs
-from train.command_line import run
 from train.configs import ImitateConfig
 from train.imitate import imitate
 from train.pretrain import PretrainConfig, pretrain
 from train.record import RecordConfig, record
-from vla_jax import report, results
+from vla_jax.command_line import run
 from vla_jax.envs.worlds import WORLDS, WorldConfig
 from vla_jax.evaluate import EvaluateConfig, evaluate
+from vla_jax.evaluation import report, results
 
 Decoder = Literal["lstm", "gru", "rnn", "encoder_decoder", "gpt", "fc"]
 SHOWN = {  # by decoder: its name in the table, and what it remembers there

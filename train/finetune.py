@@ -29,28 +29,29 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from train.learn import Learnt, learn, read_curve
-from train.learner import Learner, LearnState, SeedsConfig
-from train.logs import read_metrics
-from train.loop import LoopConfig, is_first_process, open_run, save_json
-from vla_jax import checkpoint, optim, plots, results
 from vla_jax import config as configs
-from vla_jax.agent import make_agent, read_instruction
+from vla_jax.acting.agent import make_agent, read_instruction
+from vla_jax.acting.rollout import run_env
 from vla_jax.data import normalize
-from vla_jax.envs import table_jax
-from vla_jax.heads import apply_mlp, init_mlp
-from vla_jax.optim import OptimConfig
-from vla_jax.players import make_player
-from vla_jax.results import Summary
+from vla_jax.envs.table import jax_env
+from vla_jax.evaluation import plots, results
+from vla_jax.evaluation.players import make_player
+from vla_jax.evaluation.results import Summary
+from vla_jax.nn.layers import apply_mlp, init_mlp
 from vla_jax.rl import episodes, gaussian
 from vla_jax.rl.episodes import Tries
 from vla_jax.rl.gaussian import NoiseConfig
+from vla_jax.rl.learner import Learner, LearnState, SeedsConfig
+from vla_jax.rl.learning_loop import Learnt, learn, read_curve
 from vla_jax.rl.policy_gradient import baseline_loss, scale, score_loss
 from vla_jax.rl.returns import advantages
-from vla_jax.rollout import run_env
 from vla_jax.runs import Run, load_run
+from vla_jax.training import checkpoint, optim
+from vla_jax.training.logs import read_metrics
+from vla_jax.training.loop import LoopConfig, is_first_process, open_run, save_json
+from vla_jax.training.optim import OptimConfig
+from vla_jax.training.update import LossFn, init_train_state, make_update
 from vla_jax.types import Array, Env, Key, Metrics, Params
-from vla_jax.update import LossFn, init_train_state, make_update
 
 LEARNING = "learning"  # folder inside the run's: metrics and checkpoints of all seeds
 _PARTS = ("backbone", "decoder")  # of the params that act; "value" only trains
@@ -139,14 +140,14 @@ def read_cloned(run_dir: str) -> Cloned:
       ValueError: its world is not the JAX table.
     """
     run = load_run(run_dir)
-    if not isinstance(run.world, table_jax.TableConfig):
+    if not isinstance(run.world, jax_env.TableConfig):
         found = "an unknown world" if run.world is None else f"world '{run.world.kind}'"
         raise ValueError(
             f"init_from must be a run for world 'table_jax', in which a policy can learn, got "
             f"{found} in {run_dir}; clone a policy for that one."
         )
     image_size = getattr(run.agent.policy.backbone, "image_size", 0)
-    env = table_jax.make(replace(run.world, image_size=image_size))
+    env = jax_env.make(replace(run.world, image_size=image_size))
     words = [read_instruction(run.agent, sentence) for sentence in env.instructions]
     return Cloned(run, env, jnp.stack(words))
 

@@ -5,15 +5,15 @@ from typing import Protocol
 
 import jax
 
-from train import host_learn
-from train.learn import Learnt, learn, show
-from train.learner import Algorithm, Learner, SeedsConfig, make_learner, zero_carry
-from train.loop import LoopConfig, is_first_process, open_run
 from train.watch import watch
-from vla_jax import film
-from vla_jax.optim import OptimConfig
-from vla_jax.rl import worlds
-from vla_jax.rl.worlds import GymnasiumConfig, WorldConfig
+from vla_jax.envs import discrete_worlds
+from vla_jax.envs.discrete_worlds import GymnasiumConfig, WorldConfig
+from vla_jax.evaluation import video
+from vla_jax.rl import gymnasium_loop
+from vla_jax.rl.learner import Algorithm, Learner, SeedsConfig, make_learner, zero_carry
+from vla_jax.rl.learning_loop import Learnt, learn, show
+from vla_jax.training.loop import LoopConfig, is_first_process, open_run
+from vla_jax.training.optim import OptimConfig
 
 
 class Training(Protocol):
@@ -39,7 +39,7 @@ class Training(Protocol):
 
 def train_from_reward(config: Training, algorithm: Algorithm) -> pathlib.Path:
     """Trains all seeds; returns the run's folder."""
-    film.check_packages()
+    video.check_packages()
     run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
     learnt = _learn(config, algorithm, run_dir)
     if is_first_process():
@@ -48,7 +48,7 @@ def train_from_reward(config: Training, algorithm: Algorithm) -> pathlib.Path:
         params = jax.tree.map(lambda leaf: leaf[0], learnt.params)  # of the first seed
         watch(
             run_dir / "episodes.mp4",
-            worlds.make(config.world, partially_observed=config.partially_observed),
+            discrete_worlds.make(config.world, partially_observed=config.partially_observed),
             algorithm.exploit(params),
             zero_carry(algorithm, 1),
             jax.random.key(config.seed),
@@ -58,7 +58,7 @@ def train_from_reward(config: Training, algorithm: Algorithm) -> pathlib.Path:
 
 def make(config: Training, algorithm: Algorithm) -> Learner:
     """The algorithm in the config's world as a `Learner`."""
-    world = worlds.make(config.world, partially_observed=config.partially_observed)
+    world = discrete_worlds.make(config.world, partially_observed=config.partially_observed)
     return make_learner(world, algorithm, config.seeds, config.optim, config.loop.num_updates)
 
 
@@ -67,5 +67,5 @@ def _learn(config: Training, algorithm: Algorithm, run_dir: pathlib.Path) -> Lea
     same = config.seeds, config.loop, run_dir
     if isinstance(config.world, GymnasiumConfig):
         taught = config.world, algorithm, config.optim
-        return host_learn.learn(*same, *taught, config.seed, name=run_dir.name)
+        return gymnasium_loop.learn(*same, *taught, config.seed, name=run_dir.name)
     return learn(*same, make(config, algorithm), config.seed, name=run_dir.name)

@@ -16,32 +16,23 @@ import jax
 import numpy as np
 
 from train.cache import frame_tokens
-from train.command_line import run
 from train.configs import IMITATE, ImitateConfig
-from train.loop import fit, is_first_process, open_run, save_json
 from train.setup import compute_norm_stats, init_params, make_windows, read_dataset
-from vla_jax import (
-    augment,
-    auxiliary,
-    captions,
-    decoders,
-    heads,
-    loss_terms,
-    losses,
-    optim,
-    plots,
-    policy,
-    scheduled_sampling,
-)
 from vla_jax import config as configs
-from vla_jax.chunk_writer import Told
+from vla_jax.command_line import run
 from vla_jax.data import normalize
 from vla_jax.data.loader import Loader, make_loader
 from vla_jax.data.normalize import NormStats
 from vla_jax.data.packing import Packed
 from vla_jax.data.windows import Windows
+from vla_jax.evaluation import plots
+from vla_jax.nn import scheduled_sampling
+from vla_jax.policies import decoders, heads, policy
+from vla_jax.policies.autoregressive_head import Told
+from vla_jax.training import auxiliary, captions, device_augment, loss_terms, losses, optim
+from vla_jax.training.loop import fit, is_first_process, open_run, save_json
+from vla_jax.training.update import Counted, LossFn, init_train_state, make_update, with_count
 from vla_jax.types import Batch, Key, Metrics, Params
-from vla_jax.update import Counted, LossFn, init_train_state, make_update, with_count
 
 
 def imitate(config: ImitateConfig) -> pathlib.Path:
@@ -126,7 +117,7 @@ def make_loss(config: ImitateConfig) -> LossFn:
         batch: Batch = counted.batch
         if config.augment_on == "device":
             augment_key, key = jax.random.split(key)
-            changed = augment.apply(augment_key, batch.observation, config.augment)
+            changed = device_augment.apply(augment_key, batch.observation, config.augment)
             batch = batch._replace(observation=changed)
         trunk_key, head_key = jax.random.split(key)
         tokens, features = policy.features(

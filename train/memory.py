@@ -21,14 +21,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from train.command_line import run
-from train.loop import save_json
 from train.memory_tasks import TASKS, Task, gradient_norms, init, remember
 from vla_jax import config as configs
-from vla_jax import heads, plots, recurrence, truncated
-from vla_jax.cells import CellName
-from vla_jax.plots import Panel
-from vla_jax.recurrence import RecurrenceConfig
+from vla_jax.command_line import run
+from vla_jax.evaluation import plots
+from vla_jax.evaluation.plots import Panel
+from vla_jax.nn import layers, recurrence, truncated
+from vla_jax.nn.cells import CellName
+from vla_jax.nn.recurrence import RecurrenceConfig
+from vla_jax.training.loop import save_json
 from vla_jax.types import Array, Key, Params
 
 NAMES = {
@@ -313,7 +314,7 @@ def _chunk_loss(
     carry, outputs = truncated.apply(model, params, carry, chunk, burn_in=config.burn_in)
     is_last = chunk["is_last"][:, config.burn_in :]
     last = jnp.sum(jnp.where(is_last[..., None], outputs, 0.0), axis=1)
-    loss, error = task.judge(heads.apply_mlp(params["readout"], last), target)
+    loss, error = task.judge(layers.apply_mlp(params["readout"], last), target)
     is_here = jnp.any(is_last)
     return jnp.where(is_here, loss, 0.0), (carry, jnp.where(is_here, error, 0.0))
 

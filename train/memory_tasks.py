@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vla_jax import heads, recurrence
-from vla_jax.cells import CELLS, CellName
-from vla_jax.recurrence import RecurrenceConfig
+from vla_jax.nn import layers, recurrence
+from vla_jax.nn.cells import CELLS, CellName
+from vla_jax.nn.recurrence import RecurrenceConfig
 from vla_jax.types import Array, Key, Params
 
 NUM_SYMBOLS = 8  # V, of delayed recall
@@ -120,7 +120,7 @@ def init(key: Key, config: RecurrenceConfig, task: Task, *, span: int = 0) -> Pa
     if span:
         for layer in params.values():
             layer["forward"] = spread_gates(span_key, config.cell, layer["forward"], span)
-    readout = heads.init_mlp(readout_key, (config.hidden_size, task.output_size))
+    readout = layers.init_mlp(readout_key, (config.hidden_size, task.output_size))
     return {"recurrence": params, "readout": readout}
 
 
@@ -201,7 +201,7 @@ def gradient_norms(params: Params, config: RecurrenceConfig, trials: Trials) -> 
             return jax.tree.map(jnp.add, carry, push), None
 
         last, _ = jax.lax.scan(body, carry, (inputs, pushes))
-        return jnp.sum(heads.apply_mlp(params["readout"], last.hidden))
+        return jnp.sum(layers.apply_mlp(params["readout"], last.hidden))
 
     gradient = jnp.concatenate(jax.tree.leaves(jax.grad(answer)(nothing)), axis=-1)
     # What explodes is taken as a share of its largest number, lest its square be infinite.

@@ -23,21 +23,22 @@ import numpy as np
 import optax
 from einops import rearrange
 
-from train.command_line import run
-from train.loop import LoopConfig, fit, open_run, save_json
-from vla_jax import augment, losses, optim
 from vla_jax import config as configs
-from vla_jax.backbones.family import BACKBONES
+from vla_jax.backbones.backbone import BACKBONES
 from vla_jax.backbones.perceiver import PerceiverConfig
-from vla_jax.data import lerobot, normalize
-from vla_jax.data.augment import AugmentConfig
+from vla_jax.command_line import run
+from vla_jax.data import normalize
 from vla_jax.data.dataset import Dataset
+from vla_jax.data.image_augment import AugmentConfig
 from vla_jax.data.loader import LoaderConfig, make_loader
 from vla_jax.data.normalize import NormalizeConfig, NormStats
+from vla_jax.data.readers.lerobot import reader
 from vla_jax.data.windows import WindowConfig, Windows
-from vla_jax.optim import OptimConfig
+from vla_jax.training import device_augment, losses, optim
+from vla_jax.training.loop import LoopConfig, fit, open_run, save_json
+from vla_jax.training.optim import OptimConfig
+from vla_jax.training.update import init_train_state, make_update
 from vla_jax.types import Array, Batch, Key, Metrics, Params
-from vla_jax.update import init_train_state, make_update
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def pretrain(config: PretrainConfig) -> pathlib.Path:
 
     def loss_fn(params: Params, batch: Batch, key: Key) -> tuple[jax.Array, Metrics]:
         if config.augment_on == "device":
-            changed = augment.apply(key, batch.observation, config.augment)
+            changed = device_augment.apply(key, batch.observation, config.augment)
             batch = batch._replace(observation=changed)
         predicted = read_out(params, config.backbone, batch)
         wanted, mask = make_targets(batch), batch.timestep_mask
@@ -118,7 +119,7 @@ def pretrain(config: PretrainConfig) -> pathlib.Path:
 def read_dataset(config: PretrainConfig) -> Dataset:
     """The demonstrations; says so in one sentence where they lack the target."""
     size = config.backbone.image_size
-    dataset = lerobot.read(config.dataset, image_size=(size, size))
+    dataset = reader.read(config.dataset, image_size=(size, size))
     if config.target not in dataset.columns:
         raise ValueError(
             f"target must be a column of {config.dataset}, got '{config.target}'; "

@@ -21,10 +21,10 @@ import jax
 import numpy as np
 from rich.progress import track
 
-from train.command_line import run
-from vla_jax.data import lerobot_writer
+from vla_jax.command_line import run
 from vla_jax.data.dataset import Episode
-from vla_jax.envs import table, table_jax, table_mujoco
+from vla_jax.data.readers.lerobot import writer
+from vla_jax.envs.table import jax_env, mujoco_env, rules
 from vla_jax.envs.worlds import make_simulator
 
 BURST = 3  # steps of random actions, gripper too: enough to miss a grasp or lose a block
@@ -37,8 +37,8 @@ class RecordConfig:
     """What to record."""
 
     dataset: str = "demos/table"  # folder of the data set to write
-    world: table_mujoco.TableConfig | table_jax.TableConfig = field(
-        default_factory=table_mujoco.TableConfig
+    world: mujoco_env.TableConfig | jax_env.TableConfig = field(
+        default_factory=mujoco_env.TableConfig
     )
     num_episodes: int = 2000  # episodes to play; seeds 0, 1, …
     noise: float = 0.25  # standard deviation on the arm's dims, in units of action
@@ -66,7 +66,7 @@ def mujoco() -> RecordConfig:
 
 def twin() -> RecordConfig:
     """Its pure-JAX twin, for machines without OpenGL; --image-size 0 takes seconds."""
-    return RecordConfig(world=table_jax.TableConfig())
+    return RecordConfig(world=jax_env.TableConfig())
 
 
 PRESETS = {"table_mujoco": mujoco, "table_jax": twin}
@@ -74,20 +74,20 @@ PRESETS = {"table_mujoco": mujoco, "table_jax": twin}
 
 def record(config: RecordConfig) -> pathlib.Path:
     """Plays, keeps what succeeded, writes; returns the data set's folder."""
-    if isinstance(config.world, table_jax.TableConfig):
+    if isinstance(config.world, jax_env.TableConfig):
         played = _side_by_side(config.world, config)
     else:
         make_simulator(config.world).close()  # what is missing shows itself here, not in a process
         played = _in_processes(config)
-    return lerobot_writer.write(
+    return writer.write(
         config.dataset,
         _successes(played, config.num_episodes),
-        fps=table.CONTROL_HZ,
+        fps=rules.CONTROL_HZ,
         robot_type=config.world.kind,
         names={
-            "action": table.ACTION_NAMES,
-            "proprio": table.PROPRIO_NAMES,
-            "environment_state": table.STATE_NAMES,
+            "action": rules.ACTION_NAMES,
+            "proprio": rules.PROPRIO_NAMES,
+            "environment_state": rules.STATE_NAMES,
         },
         overwrite=config.overwrite,
     )
@@ -126,22 +126,22 @@ def _successes(played: Iterable[Episode | None], num_episodes: int) -> Iterator[
     print(f"kept {kept} of {num_episodes} episodes", file=sys.stderr)
 
 
-def _side_by_side(world: table_jax.TableConfig, config: RecordConfig) -> Iterator[Episode | None]:
+def _side_by_side(world: jax_env.TableConfig, config: RecordConfig) -> Iterator[Episode | None]:
     """Plays a chunk of episodes at once; chunk n is that of key n."""
-    env = table_jax.make(world)
-    numbers = 4 * (table.STATE_SIZE + table.PROPRIO_SIZE + len(table.ACTION_NAMES))
+    env = jax_env.make(world)
+    numbers = 4 * (rules.STATE_SIZE + rules.PROPRIO_SIZE + len(rules.ACTION_NAMES))
     episode_bytes = world.max_steps * (6 * world.image_size**2 + numbers)
     chunk = min(config.num_episodes, max(1, int(CHUNK_BYTES / episode_bytes)))
     for number in range(math.ceil(config.num_episodes / chunk)):
         demonstrations = jax.device_get(
-            table_jax.collect(env, jax.random.key(number), chunk, noise=config.noise)
+            jax_env.collect(env, jax.random.key(number), chunk, noise=config.noise)
         )
         for index in range(min(chunk, config.num_episodes - number * chunk)):
             yield _episode(env.instructions, demonstrations, index)
 
 
 def _episode(
-    instructions: tuple[str, ...], demonstrations: table_jax.Demonstrations, index: int
+    instructions: tuple[str, ...], demonstrations: jax_env.Demonstrations, index: int
 ) -> Episode | None:
     if not demonstrations.success[index]:
         return None

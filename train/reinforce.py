@@ -20,20 +20,21 @@ import jax
 import jax.numpy as jnp
 
 from train import from_reward
-from train.command_line import run
 from train.finetune import FINETUNE, finetune
-from train.learner import Algorithm, Learner, SeedsConfig
-from train.loop import LoopConfig
+from vla_jax.command_line import run
+from vla_jax.envs import discrete_worlds
 from vla_jax.envs.cartpole import CartPoleConfig
+from vla_jax.envs.discrete_worlds import GymnasiumConfig, WorldConfig
 from vla_jax.envs.grid import GridConfig
-from vla_jax.envs.table_choices import TableChoicesConfig
-from vla_jax.optim import OptimConfig
-from vla_jax.rl import actor, exploration, network, worlds
+from vla_jax.envs.table.discrete_table import TableChoicesConfig
+from vla_jax.rl import actor, exploration, network
 from vla_jax.rl.actor import Policy, Rollout
+from vla_jax.rl.learner import Algorithm, Learner, SeedsConfig
 from vla_jax.rl.network import NetworkConfig
 from vla_jax.rl.policy_gradient import baseline_loss, entropy_loss, reinforce_loss, scale
 from vla_jax.rl.returns import advantages
-from vla_jax.rl.worlds import GymnasiumConfig, WorldConfig
+from vla_jax.training.loop import LoopConfig
+from vla_jax.training.optim import OptimConfig
 from vla_jax.types import Array, Key, Metrics, Params
 
 
@@ -57,7 +58,7 @@ class ReinforceConfig:
 
     def __post_init__(self):
         """Checks that something can be hidden, and the shares and the weights."""
-        worlds.check(self.world, partially_observed=self.partially_observed)
+        discrete_worlds.check(self.world, partially_observed=self.partially_observed)
         if not 0 <= self.gamma < 1 or not 0 <= self.trace_decay <= 1:
             raise ValueError(
                 "gamma must be in [0, 1) and trace_decay in [0, 1], got "

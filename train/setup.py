@@ -9,13 +9,15 @@ import jax
 import numpy as np
 
 from train.configs import ImitateConfig
-from vla_jax import auxiliary, checkpoint, policy
 from vla_jax.convert.folder import is_folder, read_params
-from vla_jax.data import lerobot, normalize
+from vla_jax.data import normalize
 from vla_jax.data.dataset import Dataset
 from vla_jax.data.normalize import NormStats
+from vla_jax.data.readers.lerobot import reader
 from vla_jax.data.tool_frame import in_tool_frame
 from vla_jax.data.windows import WindowConfig, Windows
+from vla_jax.policies import policy
+from vla_jax.training import auxiliary, checkpoint
 from vla_jax.types import Key, Params
 
 
@@ -23,7 +25,7 @@ def read_dataset(config: ImitateConfig) -> Dataset:
     """The demonstrations in the policy's frame, without pictures where it looks at none."""
     backbone = config.agent.policy.backbone
     size = None if backbone.kind == "state" else (backbone.image_size, backbone.image_size)
-    dataset = lerobot.read(
+    dataset = reader.read(
         config.dataset,
         feature_keys=dict(config.feature_keys) or None,
         gripper=config.gripper,

@@ -18,16 +18,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train.command_line import run
-from train.learn import learn
-from train.loop import open_run, save_json
-from train.sarsa import SarsaConfig, make_sarsa
-from vla_jax import plots, results
+from train.deep_sarsa import SarsaConfig, make_sarsa
+from vla_jax.command_line import run
 from vla_jax.envs import grid
 from vla_jax.envs.grid import GridConfig
+from vla_jax.evaluation import plots, results
 from vla_jax.rl import actor, exploration
 from vla_jax.rl.actor import Actor, Policy
-from vla_jax.rl.sarsa import sarsa_error
+from vla_jax.rl.learning_loop import learn
+from vla_jax.rl.td_errors import sarsa_error
+from vla_jax.training.loop import open_run, save_json
 from vla_jax.types import Key, Metrics, World
 
 _NEVER = 2.0  # a success rate that none has, so that all learn from as many steps

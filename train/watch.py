@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vla_jax import film
+from vla_jax.evaluation import video
 from vla_jax.rl import actor
 from vla_jax.rl.actor import Actor, Policy
 from vla_jax.types import Array, Key, World
@@ -48,4 +48,4 @@ def watch(
     start = actor.start(world, start_key, 1, carry)
     keys = jax.random.split(key, num_steps)
     _, pictures = jax.jit(lambda start: jax.lax.scan(step, start, keys))(start)
-    film.write_mp4(path, list(np.asarray(pictures)), 30 if world.max_steps > _LONG else 4)
+    video.write_mp4(path, list(np.asarray(pictures)), 30 if world.max_steps > _LONG else 4)

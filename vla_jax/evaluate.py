@@ -27,15 +27,16 @@ import numpy as np
 from rich.console import Console
 
 from vla_jax import config as configs
-from vla_jax import film, players, progress, report, results
-from vla_jax.agent import AgentConfig, Mode
-from vla_jax.envs import table_jax
+from vla_jax.acting.agent import AgentConfig, Mode
+from vla_jax.acting.rollout import Act, Sight, Watched, run_simulators
+from vla_jax.actions.execution import Kind
+from vla_jax.envs.table import jax_env
 from vla_jax.envs.worlds import WORLDS, GymnasiumConfig, WorldConfig, make_simulator
-from vla_jax.execution import Kind
-from vla_jax.players import Player, Reference
-from vla_jax.results import Latency, Summary
-from vla_jax.rollout import Act, Sight, Watched, run_simulators
+from vla_jax.evaluation import players, report, results, video
+from vla_jax.evaluation.players import Player, Reference
+from vla_jax.evaluation.results import Latency, Summary
 from vla_jax.runs import Path, Run, load_run, read_json, read_world
+from vla_jax.training import progress
 from vla_jax.types import Simulator
 
 _FILM_SIZE = 320  # pixels along each side
@@ -239,7 +240,7 @@ def _try_out(match: _Match, config: EvaluateConfig) -> _Trial:
     with contextlib.closing(make_simulator(match.world)) as simulator:
         observation = simulator.reset(config.first_seed)
         if config.num_films:
-            film.check_packages()
+            video.check_packages()
             _draw(simulator)
         if match.player is None:
             return _Trial(simulator.control_hz, None)
@@ -261,8 +262,8 @@ def _play(match: _Match, config: EvaluateConfig, seeds: Sequence[int]) -> Iterat
         film_seeds=films,
         draw=_draw,
     )
-    if match.player is not None and isinstance(match.world, table_jax.TableConfig):
-        for outcome in match.player.play_env(table_jax.make(match.world), rest):
+    if match.player is not None and isinstance(match.world, jax_env.TableConfig):
+        for outcome in match.player.play_env(jax_env.make(match.world), rest):
             yield Watched(outcome, [], np.zeros((0, 0)))
         return
     make = functools.partial(make_simulator, match.world)
@@ -271,7 +272,7 @@ def _play(match: _Match, config: EvaluateConfig, seeds: Sequence[int]) -> Iterat
 
 def _painted(world: WorldConfig) -> WorldConfig:
     """The world with pictures to film, where it would paint none for the policy."""
-    if isinstance(world, table_jax.TableConfig) and not world.image_size:
+    if isinstance(world, jax_env.TableConfig) and not world.image_size:
         return dataclasses.replace(world, image_size=_PAINTED_SIZE)
     return world
 
@@ -285,9 +286,9 @@ def _keep(match: _Match, watched: Watched, fps: float) -> None:
     outcome = watched.outcome
     if watched.film and not outcome.error:
         lines = [outcome.instruction, f"{match.folder.name} · seed {outcome.seed}"]
-        path = match.folder / film.file_name(outcome.seed, outcome.task, outcome.success)
-        frames = film.caption(watched.film, [line for line in lines if line], outcome.success)
-        film.write_mp4(path, frames, fps)
+        path = match.folder / video.file_name(outcome.seed, outcome.task, outcome.success)
+        frames = video.caption(watched.film, [line for line in lines if line], outcome.success)
+        video.write_mp4(path, frames, fps)
     results.append_outcome(match.folder / "episodes.jsonl", outcome)
 
 

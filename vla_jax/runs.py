@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 import jax
 
-from vla_jax import checkpoint, policy
 from vla_jax import config as configs
-from vla_jax.agent import AgentConfig
+from vla_jax.acting.agent import AgentConfig
 from vla_jax.data import normalize
 from vla_jax.data.normalize import NormStats
 from vla_jax.envs.worlds import WORLDS, WorldConfig
+from vla_jax.policies import policy
+from vla_jax.training import checkpoint
 from vla_jax.types import Params
 
 Path = str | os.PathLike[str]

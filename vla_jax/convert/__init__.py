@@ -8,12 +8,12 @@ and `to_robovlms`, `to_torch`, `to_flax` for the way back. `python -m vla_jax.co
 it with files of the first two.
 """
 
-from vla_jax.convert.files import TensorFile, read, write
+from vla_jax.convert.conversion_report import Report
 from vla_jax.convert.flax_cells import from_flax, from_flax_stack, to_flax, to_flax_stack
 from vla_jax.convert.folder import read_folder, read_params, read_recurrence, write_folder
-from vla_jax.convert.report import Report
-from vla_jax.convert.robovlms import from_robovlms, report_robovlms, to_robovlms
+from vla_jax.convert.robovlms.checkpoints import from_robovlms, report_robovlms, to_robovlms
 from vla_jax.convert.torch_rnn import from_torch, report_torch, to_torch
+from vla_jax.convert.weight_files import TensorFile, read, write
 
 __all__ = [
     "Report",

@@ -19,14 +19,14 @@ from typing import Annotated, Any, Literal
 import jax
 from rich.console import Console
 
-from vla_jax.convert import files, report
-from vla_jax.convert.files import TensorFile
+from vla_jax.convert import conversion_report, weight_files
+from vla_jax.convert.conversion_report import Report
 from vla_jax.convert.folder import check_target, is_folder, read_folder, write_folder
-from vla_jax.convert.report import Report
-from vla_jax.convert.robovlms import from_robovlms, report_robovlms
+from vla_jax.convert.robovlms.checkpoints import from_robovlms, report_robovlms
 from vla_jax.convert.torch_rnn import from_torch, report_torch
-from vla_jax.decoders import DecoderConfig
-from vla_jax.recurrence import RecurrenceConfig
+from vla_jax.convert.weight_files import TensorFile
+from vla_jax.nn.recurrence import RecurrenceConfig
+from vla_jax.policies.decoders import DecoderConfig
 from vla_jax.types import Params
 
 
@@ -59,7 +59,7 @@ def convert(src: str, dst: str, config: ConvertConfig) -> None:
     """
     if is_folder(src):
         content = read_folder(src)
-        files.write(dst, content, overwrite=config.overwrite)
+        weight_files.write(dst, content, overwrite=config.overwrite)
         print(f"{len(content.tensors)} tensors, {_count(content.tensors):,} numbers written")
     elif pathlib.Path(src).is_dir():
         raise ValueError(f"{src} holds no conversion.json; name a file, or a folder made here.")
@@ -68,15 +68,15 @@ def convert(src: str, dst: str, config: ConvertConfig) -> None:
 
 
 def _from_file(src: str, dst: str, config: ConvertConfig) -> None:
-    if pathlib.Path(dst).suffix in files.SUFFIXES:
+    if pathlib.Path(dst).suffix in weight_files.SUFFIXES:
         raise ValueError(f"{dst} must be a folder's name where SRC is a file; drop the suffix.")
     check_target(dst, overwrite=config.overwrite)  # now, since a large file takes its time
-    source = files.read(src)
+    source = weight_files.read(src)
     is_torch = config.prefix or "weight_ih_l0" in source.tensors
     ours, params, told = (_from_torch if is_torch else _from_robovlms)(source, config)
     told = told._replace(ignored=source.ignored)
     write_folder(dst, source, ours, params, told, prefix=config.prefix, overwrite=config.overwrite)
-    Console().print(report.table(told))
+    Console().print(conversion_report.table(told))
     print(f"{_describe(ours)}, {_count(params):,} parameters")
 
 

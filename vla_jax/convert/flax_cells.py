@@ -26,12 +26,12 @@ from typing import Any, Literal, NamedTuple, cast
 import jax.numpy as jnp
 import numpy as np
 
-from vla_jax.cells import CELLS
 from vla_jax.config import did_you_mean
 from vla_jax.convert.arrays import as_float32
-from vla_jax.convert.report import Report, Shape, check, compare, warn
+from vla_jax.convert.conversion_report import Report, Shape, check, compare, warn
 from vla_jax.convert.sizes import check_params
-from vla_jax.recurrence import RecurrenceConfig
+from vla_jax.nn.cells import CELLS
+from vla_jax.nn.recurrence import RecurrenceConfig
 from vla_jax.types import Params
 
 CellName = Literal["rnn", "lstm", "gru"]

@@ -16,17 +16,18 @@ from collections.abc import Collection, Mapping
 import jax
 import numpy as np
 
-from vla_jax import checkpoint, decoders
 from vla_jax import config as configs
-from vla_jax.convert import files, report
-from vla_jax.convert.files import Path, TensorFile
-from vla_jax.convert.report import Report, listed
-from vla_jax.convert.robovlms import to_robovlms
-from vla_jax.convert.robovlms_names import HEAD, head_name, prefix_of
+from vla_jax.convert import conversion_report, weight_files
+from vla_jax.convert.conversion_report import Report, listed
+from vla_jax.convert.robovlms.checkpoints import to_robovlms
+from vla_jax.convert.robovlms.key_names import HEAD, head_name, prefix_of
 from vla_jax.convert.sizes import check_params
 from vla_jax.convert.torch_rnn import to_torch
-from vla_jax.decoders import DecoderConfig
-from vla_jax.recurrence import RecurrenceConfig
+from vla_jax.convert.weight_files import Path, TensorFile
+from vla_jax.nn.recurrence import RecurrenceConfig
+from vla_jax.policies import decoders
+from vla_jax.policies.decoders import DecoderConfig
+from vla_jax.training import checkpoint
 from vla_jax.types import Params
 
 _DECODER, _RECURRENCE = "decoder.json", "recurrence.json"
@@ -137,7 +138,7 @@ def read_folder(folder: Path) -> TensorFile:
     except (ValueError, KeyError) as error:
         raise ValueError(f"{path} is damaged ({error}); convert the file again.") from error
     left_over = pathlib.Path(folder) / _LEFT_OVER
-    others = dict(files.read(left_over).tensors) if left_over.is_file() else {}
+    others = dict(weight_files.read(left_over).tensors) if left_over.is_file() else {}
     names = [name for name in dtypes if name not in others]
     own = _recurrence(folder, names, prefix) if is_recurrence(folder) else _head(folder, names)
     with np.errstate(over="ignore"):  # what is too large is told below, in a line
@@ -191,7 +192,7 @@ def _fill(
     unused = {*told.left_over, *told.buffers}
     others = {name: array for name, array in source.tensors.items() if name in unused}
     if others:
-        files.write(folder / _LEFT_OVER, TensorFile(others))
+        weight_files.write(folder / _LEFT_OVER, TensorFile(others))
     conversion = {
         "source": {
             "dtypes": {name: array.dtype.name for name, array in source.tensors.items()},
@@ -199,7 +200,7 @@ def _fill(
             "container": source.container,
             "metadata": dict(source.metadata),
         },
-        "report": report.to_json(told),
+        "report": conversion_report.to_json(told),
     }
     text = json.dumps(conversion, indent=2) + "\n"
     (folder / _CONVERSION).write_text(text, encoding="utf-8")

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 from flax.traverse_util import flatten_dict
 
-from vla_jax import recurrence
-from vla_jax.convert.report import Shape, check, compare
-from vla_jax.recurrence import RecurrenceConfig
+from vla_jax.convert.conversion_report import Shape, check, compare
+from vla_jax.nn import recurrence
+from vla_jax.nn.recurrence import RecurrenceConfig
 from vla_jax.types import Params
 
 

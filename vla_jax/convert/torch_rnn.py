@@ -22,7 +22,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vla_jax.convert.arrays import as_float32
-from vla_jax.convert.report import Report, Shape, check, compare, listed, warn
+from vla_jax.convert.conversion_report import Report, Shape, check, compare, listed, warn
 from vla_jax.convert.sizes import (
     check_known,
     check_params,
@@ -30,7 +30,7 @@ from vla_jax.convert.sizes import (
     read_size,
     recurrence_shapes,
 )
-from vla_jax.recurrence import RecurrenceConfig
+from vla_jax.nn.recurrence import RecurrenceConfig
 from vla_jax.types import Params
 
 LEAVES = {  # ours -> PyTorch's, in the order of its state dict

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vla_jax.data.scan import Ids
+from vla_jax.data.scan_commands import Ids
 
 
 class Buckets:

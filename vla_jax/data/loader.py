@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from vla_jax.data import augment as augmentation
-from vla_jax.data.augment import AugmentConfig
+from vla_jax.data import image_augment as augmentation
+from vla_jax.data.image_augment import AugmentConfig
 from vla_jax.data.packing import Packed
 from vla_jax.data.windows import Windows
 from vla_jax.types import Batch

@@ -2,9 +2,9 @@
 
 import dataclasses
 
-from vla_jax import rotations
+from vla_jax.actions import reference_frames
+from vla_jax.actions.reference_frames import ToolFrame
 from vla_jax.data.dataset import Dataset, digest
-from vla_jax.rotations import ToolFrame
 
 
 def in_tool_frame(dataset: Dataset, config: ToolFrame) -> Dataset:
@@ -22,8 +22,8 @@ def in_tool_frame(dataset: Dataset, config: ToolFrame) -> Dataset:
     Raises:
       ValueError: proprio is missing or has fewer columns, or actions have fewer than six numbers.
     """
-    orientation = rotations.read_orientation(dataset.columns.get("proprio"), config)
-    action = rotations.to_tool_frame(dataset.columns["action"], orientation, config)
+    orientation = reference_frames.read_orientation(dataset.columns.get("proprio"), config)
+    action = reference_frames.to_tool_frame(dataset.columns["action"], orientation, config)
     return dataset._replace(
         columns={**dataset.columns, "action": action},
         fingerprint=digest(dataset.fingerprint, dataclasses.asdict(config)),

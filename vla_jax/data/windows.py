@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from vla_jax.data import normalize, text
+from vla_jax.backbones import word_hashing
+from vla_jax.data import normalize
 from vla_jax.data.dataset import Dataset, digest, episode_starts
 from vla_jax.types import Batch, Observation
 
@@ -34,7 +35,9 @@ class WindowConfig:
 
 def instruction_ids(instruction: str, config: WindowConfig) -> np.ndarray:
     """Word ids `[S]` int32 of one instruction."""
-    return text.tokenize(instruction, max_words=config.max_words, vocab_size=config.vocab_size)
+    return word_hashing.tokenize(
+        instruction, max_words=config.max_words, vocab_size=config.vocab_size
+    )
 
 
 def instruction_table(dataset: Dataset, config: WindowConfig) -> np.ndarray:
@@ -44,7 +47,7 @@ def instruction_table(dataset: Dataset, config: WindowConfig) -> np.ndarray:
       ValueError: two words of the data set share an id.
     """
     texts = sorted(set(dataset.instructions))
-    text.check_collisions(texts, config.vocab_size)
+    word_hashing.check_collisions(texts, config.vocab_size)
     ids = {instruction: instruction_ids(instruction, config) for instruction in texts}
     return np.stack([ids[instruction] for instruction in dataset.instructions])
 

@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vla_jax.envs import table
+from vla_jax.envs.table import rules
 from vla_jax.types import Env, SimulatorStep
 
 
 class EnvSimulator:
     """One world of an `Env` as a `types.Simulator`."""
 
-    control_hz = table.CONTROL_HZ
+    control_hz = rules.CONTROL_HZ
 
     def __init__(self, env: Env):
         self._env = env
@@ -47,8 +47,8 @@ class EnvSimulator:
         """The demonstrator's action `[A]`; `target` is another colour of the table to reach for."""
         state = self._state
         if target is not None:
-            task = int(state.instruction) // table.NUM_BLOCKS
-            state = state._replace(instruction=jnp.int32(task * table.NUM_BLOCKS + target))
+            task = int(state.instruction) // rules.NUM_BLOCKS
+            state = state._replace(instruction=jnp.int32(task * rules.NUM_BLOCKS + target))
         return np.asarray(self._expert(state))
 
     def draw(self, size: int = 256) -> np.ndarray:

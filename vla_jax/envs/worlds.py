@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from vla_jax.envs import gymnasium, simulate, table_jax, table_mujoco
+from vla_jax.envs import gymnasium, simulate
+from vla_jax.envs.table import jax_env, mujoco_env
 from vla_jax.types import Simulator
 
 
@@ -18,20 +19,20 @@ class GymnasiumConfig:
     max_steps: int = 0  # environment steps until truncation; 0 = the environment's own
 
 
-WorldConfig = table_mujoco.TableConfig | table_jax.TableConfig | GymnasiumConfig
+WorldConfig = mujoco_env.TableConfig | jax_env.TableConfig | GymnasiumConfig
 WORLDS: dict[str, type] = {
-    "table_mujoco": table_mujoco.TableConfig,
-    "table_jax": table_jax.TableConfig,
+    "table_mujoco": mujoco_env.TableConfig,
+    "table_jax": jax_env.TableConfig,
     "gymnasium": GymnasiumConfig,
 }
 
 
 def make_simulator(config: WorldConfig) -> Simulator:
     """One world of the kind that `config` is of."""
-    if isinstance(config, table_mujoco.TableConfig):
-        return table_mujoco.TableMujoco(config)
-    if isinstance(config, table_jax.TableConfig):
-        return simulate.EnvSimulator(table_jax.make(config))
+    if isinstance(config, mujoco_env.TableConfig):
+        return mujoco_env.TableMujoco(config)
+    if isinstance(config, jax_env.TableConfig):
+        return simulate.EnvSimulator(jax_env.make(config))
     return gymnasium.make(
         config.env_id,
         instruction=config.instruction,

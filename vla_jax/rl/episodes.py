@@ -12,10 +12,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vla_jax import agent, decoders, execution, policy
-from vla_jax.agent import AgentConfig, AgentState, make_agent
+from vla_jax.acting import agent
+from vla_jax.acting.agent import AgentConfig, AgentState, make_agent
+from vla_jax.actions import execution
 from vla_jax.data.normalize import NormStats
-from vla_jax.heads import actions
+from vla_jax.policies import decoders, policy
+from vla_jax.policies.heads import actions
 from vla_jax.rl import gaussian
 from vla_jax.rl.gaussian import NoiseConfig, Trial
 from vla_jax.types import ActionChunk, Array, Env, Key, Observation, Params

@@ -17,11 +17,11 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from vla_jax import recurrence
-from vla_jax.cells import CELLS
 from vla_jax.config import did_you_mean
-from vla_jax.heads import apply_mlp, init_mlp
-from vla_jax.recurrence import RecurrenceConfig
+from vla_jax.nn import recurrence
+from vla_jax.nn.cells import CELLS
+from vla_jax.nn.layers import apply_mlp, init_mlp
+from vla_jax.nn.recurrence import RecurrenceConfig
 from vla_jax.types import Array, Key, Params
 
 Outputs = dict[str, jax.Array]  # name of a head -> [..., E], what init was told of it

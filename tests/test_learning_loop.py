@@ -1,0 +1,220 @@
+"""Learning from reward: resumed = uninterrupted, one device = four, and what goes wrong is told."""
+
+import json
+import re
+import shutil
+from functools import partial
+
+import av
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from train import deep_sarsa, reinforce, tabular
+from train.benchmark import throughput
+from train.deep_sarsa import SarsaConfig, make_sarsa
+from train.reinforce import ReinforceConfig, make_reinforce
+from vla_jax.command_line import command_line
+from vla_jax.envs import discrete_worlds
+from vla_jax.envs.grid import GridConfig
+from vla_jax.rl.learner import SeedsConfig
+from vla_jax.rl.learning_loop import learn, read_curve, show
+from vla_jax.rl.network import NetworkConfig
+from vla_jax.training import checkpoint
+from vla_jax.training.logs import read_metrics
+from vla_jax.training.loop import LoopConfig
+from vla_jax.training.optim import OptimConfig
+
+SEEDS = SeedsConfig(
+    num_seeds=2, num_worlds=8, num_steps=6, eval_episodes=4, report_episodes=6, solved_at=2.0
+)
+PARTS = {
+    "seeds": SEEDS,
+    "optim": OptimConfig(warmup_steps=0, learning_rate=3e-3, ema_decay=0.9),
+    "world": GridConfig(size=3, num_obstacles=1, max_steps=8),
+    "network": NetworkConfig(
+        kind="gru", object_size=4, object_sizes=(8,), hidden_sizes=(8,), memory_size=8
+    ),
+}
+LOOP = LoopConfig(num_updates=4, log_every=2, save_every=2, num_devices=1)
+MAKERS = {"sarsa": (SarsaConfig, make_sarsa), "reinforce": (ReinforceConfig, make_reinforce)}
+LEARNERS = {
+    name: make(config_type(loop=LOOP, **PARTS)) for name, (config_type, make) in MAKERS.items()
+}
+
+
+def run(run_dir, name, *, seeds=SEEDS, loop=LOOP, learner=None):
+    return learn(seeds, loop, run_dir, learner or LEARNERS[name], seed=0, name=name)
+
+
+def metrics_of(run_dir):
+    timing = ("steps_per_second", "data_wait")
+    lines = read_metrics(run_dir / "metrics.jsonl")
+    return [{name: line[name] for name in line if name not in timing} for line in lines]
+
+
+@pytest.fixture(scope="module", params=LEARNERS)
+def whole(request, tmp_path_factory):
+    """Name, folder and result of a training without interruption."""
+    run_dir = tmp_path_factory.mktemp(request.param)
+    return request.param, run_dir, run(run_dir, request.param)
+
+
+def interrupted(run_dir, tmp_path):
+    """A copy of the folder as it was after the second of four updates."""
+    copy = tmp_path / "copy"
+    shutil.copytree(run_dir, copy)
+    shutil.rmtree(copy / "checkpoints" / "4")
+    assert checkpoint.latest_step(copy / "checkpoints") == 2
+    return copy
+
+
+def test_resumed_is_uninterrupted_to_the_bit(whole, tmp_path):
+    name, run_dir, learnt = whole
+    copy = interrupted(run_dir, tmp_path)
+    again = run(copy, name)
+    jax.tree.map(np.testing.assert_array_equal, again, learnt)
+    assert metrics_of(copy) == metrics_of(run_dir)
+
+
+def test_four_devices_are_one(whole, tmp_path):
+    name, _, learnt = whole
+    loop = LoopConfig(num_updates=4, log_every=4, save_every=4, num_devices=4)
+    shared = run(tmp_path, name, loop=loop)
+    close = partial(np.testing.assert_allclose, atol=1e-4)
+    jax.tree.map(close, shared.params, learnt.params)
+
+
+def test_seeds_differ_and_each_has_its_curve(whole, capsys):
+    _, run_dir, learnt = whole
+    kernel = learnt.params["mlp"]["layers_0"]["kernel"]
+    assert np.abs(kernel[0] - kernel[1]).max() > 0.01
+    places, values = read_curve(run_dir, "success")
+    np.testing.assert_array_equal(places, [2 * 8 * 6, 4 * 8 * 6])
+    assert values.shape == (2, 2)
+    show(SEEDS, run_dir, learnt)
+    assert re.search(r"success: mean 0\.\d+ \[.*of 2 seeds", capsys.readouterr().out)
+    report = json.loads((run_dir / "report.json").read_text())
+    assert report["success"]["seeds"] == learnt.report["success"].tolist()
+    assert report["env_steps"] == 2 * 4 * 8 * 6
+    assert (run_dir / "curve.png").stat().st_size > 1000
+
+
+def test_a_seed_that_has_solved_its_world_learns_no_more(tmp_path):
+    seeds = SeedsConfig(**{**vars(SEEDS), "solved_at": -1.0})
+    learnt = run(tmp_path, "sarsa", seeds=seeds)
+    assert learnt.num_updates.tolist() == [2, 2]
+    assert checkpoint.latest_step(tmp_path / "checkpoints") == 2
+
+
+def test_a_reward_that_is_no_number_is_told_and_the_last_checkpoint_stays(
+    whole, tmp_path, monkeypatch
+):
+    name, run_dir, learnt = whole
+    copy, world = interrupted(run_dir, tmp_path), discrete_worlds.make(PARTS["world"])
+
+    def step(state, action):
+        state, transition = world.step(state, action)
+        return state, transition._replace(reward=transition.reward + jnp.nan)
+
+    monkeypatch.setattr(discrete_worlds, "make", lambda config, **_: world._replace(step=step))
+    config_type, make = MAKERS[name]
+    broken = make(config_type(loop=LOOP, **PARTS))
+    before = checkpoint.read_metadata(copy / "checkpoints")
+    with pytest.raises(
+        ValueError, match="reward must be finite, got nan in seed 0 before update 4"
+    ):
+        run(copy, name, learner=broken)
+    assert checkpoint.latest_step(copy / "checkpoints") == 2
+    assert checkpoint.read_metadata(copy / "checkpoints") == before
+    jax.tree.map(np.testing.assert_array_equal, run(copy, name), learnt)  # as if nothing had been
+
+
+def test_worlds_that_cannot_be_shared_out_are_refused(tmp_path):
+    seeds, loop = SeedsConfig(num_worlds=6), LoopConfig(num_devices=4)
+    with pytest.raises(ValueError, match="num_worlds 6 cannot be shared out over 4 devices"):
+        run(tmp_path, "sarsa", seeds=seeds, loop=loop)
+
+
+def test_a_table_learns_a_small_world_and_shares_its_rows_where_it_must(tmp_path):
+    deep = SarsaConfig(
+        loop=LoopConfig(num_updates=400), seeds=SeedsConfig(num_worlds=32, report_episodes=200)
+    )
+    world = GridConfig(size=3, num_obstacles=1, max_steps=20)
+    found = {}
+    for rows in (2**21, 7):
+        train_table = partial(tabular.train_table, tabular.TabularConfig(max_rows=rows), deep)
+        found[rows] = jax.jit(partial(train_table, world))(jax.random.key(0))["success"]
+    assert found[2**21] > 0.9
+    assert found[7] < 0.7
+
+
+@pytest.mark.parametrize(
+    ("train", "config"),
+    [(deep_sarsa.train, SarsaConfig), (reinforce.train, ReinforceConfig)],
+    ids=LEARNERS,
+)
+def test_a_script_leaves_a_curve_a_report_and_a_film(train, config, tmp_path):
+    run_dir = train(config(run_dir=str(tmp_path / "run"), loop=LOOP, **PARTS))
+    left = {path.name for path in run_dir.iterdir()}
+    assert {"config.json", "metrics.jsonl", "curve.png", "report.json", "episodes.mp4"} <= left
+    with av.open(str(run_dir / "episodes.mp4")) as container:
+        pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(pictures) == 200
+    assert pictures[0].shape == (96, 96, 3)
+    assert any((picture != pictures[0]).any() for picture in pictures)
+
+
+def test_the_comparison_draws_both(tmp_path, capsys):
+    deep = SarsaConfig(loop=LOOP, **PARTS)
+    config = tabular.TabularConfig(run_dir=str(tmp_path / "run"), obstacles=(1,), deep=deep)
+    run_dir = tabular.compare(config)
+    assert "1 obstacles, 1,458 states: success" in capsys.readouterr().out
+    report = json.loads((run_dir / "report.json").read_text())
+    assert np.shape(report["network"]) == np.shape(report["table"]) == (1, 2)
+    assert (run_dir / "obstacles.png").stat().st_size > 1000
+
+
+def test_throughput_tells_both_and_their_ratio():
+    config = throughput.ThroughputConfig(num_worlds=16, num_steps=4, loop_steps=50, rounds=1)
+    told = throughput.measure(config)
+    assert re.search(r"16 worlds .* million steps/s; .* thousand; ratio \d+ \(", told)
+
+
+@pytest.mark.parametrize(
+    ("presets", "argv"),
+    [
+        (deep_sarsa.SARSA, ["--trace-decay", "0.1", "--num-obstacles", "4"]),
+        (deep_sarsa.SARSA, ["--preset", "grid_hidden", "--network.kind", "lstm"]),
+        (reinforce.REINFORCE, ["--preset", "cartpole_hidden", "--num-seeds", "3"]),
+        (tabular.TABULAR, ["--obstacles", "1", "2"]),
+        (throughput.THROUGHPUT, ["--num-worlds", "64"]),
+    ],
+)
+def test_every_script_reads_its_options(presets, argv):
+    config = command_line(presets, argv, description="")
+    assert str(argv[-1]) in repr(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (partial(SarsaConfig, gamma=1.5), r"gamma must be in \[0, 1\], got 1.5"),
+        (partial(SarsaConfig, decay_updates=0), "decay_updates must be at least 1, got 0"),
+        (partial(SarsaConfig, expected=True), "trace_decay must be 0 with expected, got 0.5"),
+        (partial(ReinforceConfig, gamma=1.0), r"gamma must be in \[0, 1\) and trace_decay in"),
+        (partial(ReinforceConfig, entropy_weight=-1.0), "entropy_weight must be >= 0, got -1"),
+        (
+            lambda: make_sarsa(SarsaConfig(partially_observed=True)),
+            "object_size must be 0, or the 3 numbers that tell of one thing .* got 4",
+        ),
+        (partial(SeedsConfig, num_seeds=0), "num_seeds must be at least 1, got 0"),
+        (partial(SeedsConfig, solved_by="fun"), "solved_by must be 'success' or 'return'"),
+        (partial(tabular.TabularConfig, obstacles=()), "obstacles must hold numbers >= 1"),
+        (partial(throughput.ThroughputConfig, rounds=0), "rounds must be at least 1, got 0"),
+    ],
+)
+def test_what_makes_no_training_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,77 @@
+"""Learning from reward in two processes is learning in one, and only the first of them writes."""
+
+import pathlib
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from train.reinforce import ReinforceConfig, make_reinforce
+from vla_jax.envs.grid import GridConfig
+from vla_jax.rl.learner import SeedsConfig
+from vla_jax.rl.learning_loop import learn
+from vla_jax.rl.network import NetworkConfig
+from vla_jax.training.logs import read_metrics
+from vla_jax.training.loop import LoopConfig
+from vla_jax.training.optim import OptimConfig
+
+SEEDS = SeedsConfig(
+    num_seeds=2, num_worlds=8, num_steps=6, eval_episodes=4, report_episodes=6, solved_at=2.0
+)
+PROCESS = """
+import sys
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+port, process_id, directory = sys.argv[1:]
+jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(process_id))
+sys.path.append("tests")
+from test_learn_processes import learnt
+first, resumed = (learnt(directory, num_devices=4) for _ in range(2))
+assert first.report["return"].tolist() == resumed.report["return"].tolist()
+jax.distributed.shutdown()
+"""
+
+
+def learnt(directory, num_devices):
+    loop = LoopConfig(num_updates=4, log_every=2, save_every=2, num_devices=num_devices)
+    config = ReinforceConfig(
+        world=GridConfig(size=3, num_obstacles=1, max_steps=8),
+        network=NetworkConfig(kind="gru", hidden_sizes=(8,), memory_size=8),
+        optim=OptimConfig(warmup_steps=0, learning_rate=3e-3),
+        loop=loop,
+    )
+    return learn(SEEDS, loop, pathlib.Path(directory), make_reinforce(config), 0, name="run")
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns_and_the_first_of_them_writes(tmp_path):
+    shared, alone = tmp_path / "shared", tmp_path / "alone"
+    args = [sys.executable, "-c", PROCESS, free_port()]
+    processes = [
+        subprocess.Popen(
+            [*args, str(process_id), str(shared)],
+            cwd=pathlib.Path(__file__).parents[1],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process_id in range(2)
+    ]
+    told = [process.communicate(timeout=240)[1] for process in processes]
+    for process, errors in zip(processes, told, strict=True):
+        assert process.returncode == 0, errors
+    assert ["run 4/4" in errors for errors in told] == [True, False]
+    learnt(alone, num_devices=1)
+    one, other = (read_metrics(folder / "metrics.jsonl") for folder in (shared, alone))
+    assert [line["step"] for line in one] == [2, 4]
+    for name in ("loss", "grad_norm", "reward", "return/00", "success/01"):
+        np.testing.assert_allclose(
+            [line[name] for line in one], [line[name] for line in other], atol=1e-4, err_msg=name
+        )

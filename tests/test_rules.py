@@ -1,0 +1,31 @@
+"""What both tables share says the same thing everywhere."""
+
+import numpy as np
+
+from vla_jax.backbones import word_hashing
+from vla_jax.envs.table import jax_env, mujoco_env, rules, scene
+
+
+def test_each_task_asks_for_each_colour_in_a_sentence_of_its_own():
+    assert len({instruction.text for instruction in rules.INSTRUCTIONS}) == 12
+    for index, (task, colour, sentence) in enumerate(rules.INSTRUCTIONS):
+        assert (rules.TASKS.index(task), colour) == divmod(index, rules.NUM_BLOCKS)
+        assert rules.COLOURS[colour] in sentence.split()
+    word_hashing.check_collisions([i.text for i in rules.INSTRUCTIONS], 2048)
+
+
+def test_every_number_has_a_name():
+    assert len(rules.STATE_NAMES) == len(set(rules.STATE_NAMES)) == rules.STATE_SIZE
+    assert len(rules.PROPRIO_NAMES) == len(set(rules.PROPRIO_NAMES)) == rules.PROPRIO_SIZE
+    assert len(rules.ACTION_NAMES) == 7
+
+
+def test_the_two_tables_have_the_same_sizes_and_options():
+    assert tuple(scene.COLOURS) == rules.COLOURS
+    assert scene.BLOCK_HALF_SIZE == rules.BLOCK_HALF_SIZE
+    sizes = (scene.PLATE_RADIUS, scene.PLATE_HEIGHT, 2 * scene.FINGER_TRAVEL)
+    np.testing.assert_allclose(sizes, (rules.PLATE_RADIUS, rules.PLATE_HEIGHT, rules.MAX_OPENING))
+    seconds = scene.SUBSTEPS * scene.TIMESTEP
+    np.testing.assert_allclose(seconds, 1 / rules.CONTROL_HZ)
+    one, other = vars(jax_env.TableConfig()), vars(mujoco_env.TableConfig())
+    assert one == {**other, "kind": "table_jax"}

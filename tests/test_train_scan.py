@@ -1,0 +1,132 @@
+"""A training on SCAN in small: what it leaves behind, resumed = uninterrupted, how it counts."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from train import scan as script
+from vla_jax.command_line import command_line
+from vla_jax.data import scan_commands
+from vla_jax.nn import scheduled_sampling, seq2seq
+from vla_jax.nn.scheduled_sampling import SamplingConfig
+from vla_jax.nn.search import Written
+from vla_jax.training import checkpoint
+from vla_jax.training.logs import read_metrics
+from vla_jax.training.loop import LoopConfig
+from vla_jax.training.update import Counted
+
+MEANING = dict(scan_commands.commands())
+
+
+def tiny(run_dir, preset="attention", **changes):
+    """One width, so that one update is compiled; a hundred commands held out."""
+    config = script.PRESETS[preset]()
+    small = {
+        "run_dir": str(run_dir),
+        "holdout": 0.006,
+        "batch_size": 8,
+        "width_step": 64,
+        "model": dataclasses.replace(config.model, hidden_size=8, embed_size=8),
+        "optim": dataclasses.replace(config.optim, warmup_steps=1),
+        "loop": LoopConfig(num_updates=4, log_every=1, save_every=2),
+    }
+    return dataclasses.replace(config, **{**small, **changes})
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return script.train(tiny(tmp_path_factory.mktemp("runs") / "scan"))
+
+
+def saved(run_dir):
+    return checkpoint.restore_params(run_dir / "checkpoints")
+
+
+def assert_same_bits(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_a_run_leaves_its_figures_and_its_pictures(trained):
+    result = json.loads((trained / "test.json").read_text())
+    assert result["commands"] == round(0.006 * 16_728)
+    assert 0.0 <= result["exact_match"] <= 1.0
+    assert result["split"] == "simple"
+    told = read_metrics(trained / "metrics.jsonl")
+    assert [line["step"] for line in told] == [1, 2, 3, 4]
+    assert all(np.isfinite(line["loss"]) for line in told)
+    for picture in ("training.png", "attention.png"):
+        assert (trained / picture).stat().st_size > 0
+
+
+def test_resumed_is_uninterrupted_to_the_bit(trained, tmp_path):
+    run_dir = shutil.copytree(trained, tmp_path / "resumed")
+    shutil.rmtree(run_dir / "checkpoints" / "4")
+    script.train(tiny(run_dir))
+    assert checkpoint.latest_step(run_dir / "checkpoints") == 4
+    assert_same_bits(saved(trained), saved(run_dir))
+    one, other = (read_metrics(folder / "metrics.jsonl") for folder in (trained, run_dir))
+    assert [line["loss"] for line in one] == [line["loss"] for line in other]
+
+
+def test_a_bottleneck_has_no_attention_to_draw(tmp_path):
+    run_dir = script.train(tiny(tmp_path / "run", "bottleneck"))
+    assert "attention" not in saved(run_dir)
+    assert (run_dir / "training.png").exists()
+    assert not (run_dir / "attention.png").exists()
+
+
+def test_the_share_of_own_outputs_rises_with_the_updates():
+    config = tiny("", sampling=SamplingConfig("linear", slope=0.125))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.0))
+    key, params = jax.random.key(1), seq2seq.init(jax.random.key(0), config.model)
+    rows = scan_commands.to_ids(scan_commands.commands()[:8])
+    memory = seq2seq.encode(params, config.model, rows.source, mask=rows.source > 0)
+    loss_fn = jax.jit(script.make_loss(config))
+    for count, rate in ((0, 1.0), (4, 0.5)):
+        decoded = scheduled_sampling.scheduled_sampling(
+            params, config.model, memory, rows.target, rate, jax.random.split(key)[1]
+        )
+        log_probs = jax.nn.log_softmax(decoded.outputs)
+        each = jnp.take_along_axis(log_probs, rows.target[..., None], axis=-1)[..., 0]
+        expected = float(-each[seq2seq.target_mask(rows.target)].mean())
+        loss, _ = loss_fn(params, Counted(rows, jnp.int32(count)), key)
+        assert loss == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_command_counts_where_every_action_and_the_end_are_right(monkeypatch):
+    pairs = [
+        scan_commands.Pair(command, MEANING[command]) for command in ("jump", "walk twice", "look")
+    ]
+    answers = ["I_JUMP", "I_WALK", "I_LOOK I_LOOK"]  # right, too short, too long
+
+    def write(params, model, source):
+        ids = scan_commands.to_ids([scan_commands.Pair("", answer) for answer in answers]).target
+        ids = np.resize(np.pad(ids, [(0, 0), (0, 61)]), (len(source), 64))
+        return Written(ids, np.zeros(len(source)), None)
+
+    monkeypatch.setattr(script, "write", write)
+    result = script.test({}, tiny("").model, pairs)
+    assert result["exact_match"] == pytest.approx(1 / 3)
+    assert result["by_actions"] == {1: 0.5, 2: 0.0}
+    assert [wrong["command"] for wrong in result["wrong"]] == ["walk twice", "look"]
+    assert result["wrong"][0]["written"] == "I_WALK"
+
+
+def test_options_have_the_names_of_their_fields():
+    config = command_line(
+        script.PRESETS,
+        ["--preset", "bottleneck", "--split", "length", "--cell", "gru", "--hidden-size", "16"],
+        description="",
+    )
+    assert (config.split, config.model.cell, config.model.hidden_size) == ("length", "gru", 16)
+    assert config.model.score == "none"
+
+
+def test_a_share_outside_of_0_and_1_is_one_sentence():
+    with pytest.raises(ValueError, match=r"holdout must be in \[0, 1\), got 1.0"):
+        script.ScanConfig(holdout=1.0)

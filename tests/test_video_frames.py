@@ -1,0 +1,148 @@
+"""Videos decoded once into memory-mapped images."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import av
+import numpy as np
+import pytest
+
+from vla_jax.data import video_frames
+from vla_jax.data.video_frames import Segment
+
+
+def make_video(path, count=12, size=(16, 24), codec="libx264rgb", seed=0):
+    """A video of smooth frames, each of its own brightness; returns the images."""
+    ramp = np.linspace(0, 60, size[0] * size[1] * 3).reshape(*size, 3)
+    images = np.stack([ramp + 12 * i + seed for i in range(count)]).astype(np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=10, options={"crf": "1"})
+        stream.height, stream.width = size
+        stream.pix_fmt = "rgb24" if codec == "libx264rgb" else "yuv420p"
+        for image in images:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    return images
+
+
+@pytest.mark.parametrize(("codec", "error"), [("libx264rgb", 1.0), ("libx264", 3.0)])
+def test_each_segment_lands_on_its_rows(codec, error, tmp_path):
+    first = make_video(tmp_path / "videos/a.mp4", codec=codec)
+    second = make_video(tmp_path / "videos/b.mp4", codec=codec, seed=60)
+    segments = [
+        Segment(tmp_path / "videos/b.mp4", 2, 3),
+        Segment(tmp_path / "videos/a.mp4", 0, 5),
+        Segment(tmp_path / "videos/a.mp4", 9, 2),
+    ]
+    images = video_frames.read_frames({"image_wrist": segments}, tmp_path)["image_wrist"]
+    expected = np.concatenate([second[2:5], first[0:5], first[9:11]])
+    assert images.dtype == np.uint8
+    assert np.abs(images.astype(int) - expected).mean() < error
+
+
+def test_videos_are_decoded_once_and_again_only_when_they_change(tmp_path, monkeypatch):
+    path = tmp_path / "a.mp4"
+    make_video(path)
+    cameras = {"image_primary": [Segment(path, 0, 12)]}
+    before = video_frames.read_frames(cameras, tmp_path)["image_primary"]
+    assert isinstance(before, np.memmap)
+    assert not before.flags.writeable
+    with monkeypatch.context() as patch:
+        patch.setattr(video_frames, "decode", None)
+        again = video_frames.read_frames(cameras, tmp_path)["image_primary"]
+        np.testing.assert_array_equal(before, again)
+    make_video(path, seed=50)
+    changed = video_frames.read_frames(cameras, tmp_path)["image_primary"]
+    assert np.abs(changed.astype(int) - before).mean() > 40
+
+
+def test_images_are_resized_when_asked(tmp_path):
+    images = make_video(tmp_path / "a.mp4")
+    cameras = {"image_primary": [Segment(tmp_path / "a.mp4", 0, 12)]}
+    small = video_frames.read_frames(cameras, tmp_path, image_size=(8, 12))["image_primary"]
+    assert small.shape == (12, 8, 12, 3)
+    means = images.reshape(12, 8, 2, 12, 2, 3).mean((2, 4))
+    assert np.abs(small - means).mean() < 2
+
+
+def test_no_cameras_give_no_images_and_touch_nothing(tmp_path):
+    assert video_frames.read_frames({}, tmp_path) == {}
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_cache_can_lie_elsewhere_and_does_where_the_data_set_cannot_be_written(
+    tmp_path, monkeypatch
+):
+    root, home = tmp_path / "data", tmp_path / "home"
+    make_video(root / "a.mp4")
+    cameras = {"image_primary": [Segment(root / "a.mp4", 0, 12)]}
+    video_frames.read_frames(cameras, root, cache_dir=tmp_path / "cache")
+    assert len(list((tmp_path / "cache").glob("image_primary-*.npy"))) == 1
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    monkeypatch.setattr(os, "access", lambda path, mode: pathlib.Path(path) != root)
+    with pytest.warns(UserWarning, match="cannot be written; decoded images go to"):
+        video_frames.read_frames(cameras, root)
+    assert len(list(home.glob("vla_jax/frames/*.npy"))) == 1
+    assert not (root / ".frames").exists()
+
+
+def test_a_missing_video_is_named(tmp_path):
+    cameras = {"image_primary": [Segment(tmp_path / "a.mp4", 0, 12)]}
+    with pytest.raises(FileNotFoundError, match=r"video .*a\.mp4 is missing; copy"):
+        video_frames.read_frames(cameras, tmp_path)
+
+
+def test_a_video_with_fewer_frames_than_promised_is_refused_and_leaves_nothing(tmp_path):
+    make_video(tmp_path / "a.mp4")
+    cameras = {"image_primary": [Segment(tmp_path / "a.mp4", 8, 6)]}
+    with pytest.raises(ValueError, match=r"a\.mp4 must hold 14 frames, got 12"):
+        video_frames.read_frames(cameras, tmp_path)
+    assert not list((tmp_path / ".frames").iterdir())
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.9])
+def test_a_truncated_video_is_refused_by_name(kept, tmp_path):
+    path = tmp_path / "a.mp4"
+    make_video(path)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
+    cameras = {"image_primary": [Segment(path, 0, 12)]}
+    with pytest.raises(ValueError, match=r"video .*a\.mp4 cannot be decoded, the file is damaged"):
+        video_frames.read_frames(cameras, tmp_path)
+
+
+def test_a_video_with_damaged_frames_is_refused_by_name(tmp_path):
+    path = tmp_path / "a.mp4"
+    make_video(path)
+    content = bytearray(path.read_bytes())
+    start = content.index(b"mdat") + 4
+    content[start + 900 : start + 2000] = bytes(1100)
+    path.write_bytes(content)
+    cameras = {"image_primary": [Segment(path, 0, 12)]}
+    with pytest.raises(ValueError, match=r"video .*a\.mp4"):
+        video_frames.read_frames(cameras, tmp_path)
+
+
+FULL_DISK = """
+import pathlib, resource, sys
+from vla_jax.data import frames
+root = pathlib.Path(sys.argv[1])
+segments = [frames.Segment(root / "a.mp4", 0, 12)]
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    frames.read_frames({"image_primary": segments}, root)
+except OSError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_is_one_sentence_not_a_crash(tmp_path):
+    make_video(tmp_path / "a.mp4")
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "decoded images need 0 MB in" in done.stdout
+    assert "free space or give another cache_dir" in done.stdout
+    assert not list((tmp_path / ".frames").iterdir())

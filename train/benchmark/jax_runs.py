@@ -1,0 +1,218 @@
+"""How ours does the works of `train.benchmark`, and on what.
+
+All data are arguments of what is compiled, none a constant that a compiler could work out before
+the clock starts.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from train.benchmark import baselines
+from train.benchmark.timing import Peer
+from vla_jax.nn import cells, matmul, recurrence
+from vla_jax.nn.recurrence import RecurrenceConfig
+from vla_jax.policies import decoders, streaming
+from vla_jax.policies.decoders import DecoderConfig
+from vla_jax.training import losses
+from vla_jax.types import Array, Params, Prediction
+
+LEARNING_RATE = 1e-4  # of Adam
+
+
+def run_recurrence(
+    name: str, config: RecurrenceConfig, params: Params, inputs: Array, cotangent: Array
+) -> Peer:
+    """A stack of layers, forward and backward."""
+    both_ways = baselines.both_ways(lambda own, x: recurrence.apply(own, config, x)[1])
+    return Peer(
+        name,
+        lambda: jax.block_until_ready(both_ways(params, inputs, cotangent)),
+        lambda results: dict(zip(("outputs", "by_params", "by_inputs"), results, strict=True)),
+        2 * baselines.recurrent_bytes(params, inputs.shape[1]),
+    )
+
+
+def run_products(
+    name: str, transposed: Callable[[Array], Any], kernel: Array, deltas: Array
+) -> Peer:
+    """What a backward scan does with its kernel: δ · kernelᵀ at each step, and δ depends on it.
+
+    Args:
+      name: of this way.
+      transposed: what is made of the kernel before the first step.
+      kernel: `[H, G·H]`.
+      deltas: of every step, `[T, B, G·H]`.
+    """
+
+    @jax.jit
+    def run(kernel: Array, deltas: Array) -> jax.Array:
+        factor = transposed(kernel)
+
+        def body(by_hidden: Array, delta: Array) -> tuple[jax.Array, jax.Array]:
+            delta = delta + jnp.tile(by_hidden, delta.shape[-1] // by_hidden.shape[-1])
+            by_hidden = jnp.tanh(matmul.times(delta, factor))
+            return by_hidden, by_hidden
+
+        return jax.lax.scan(body, jnp.zeros((deltas.shape[1], len(kernel))), deltas)[1]
+
+    return Peer(
+        name,
+        lambda: jax.block_until_ready(run(kernel, deltas)),
+        lambda outputs: {"outputs": outputs},
+        baselines.FLOAT * len(deltas) * kernel.size,
+    )
+
+
+def run_head(
+    name: str, update: Callable[..., tuple], state: tuple, tokens: Array, action: Array, num_bytes
+) -> Peer:
+    """A training step of the decoder; the state is donated, as in a training."""
+
+    def run() -> tuple:
+        nonlocal state
+        state, loss = jax.block_until_ready(update(state, tokens, action))
+        return state, loss
+
+    def read(results: tuple) -> dict[str, Any]:
+        (trained, (adam, *_)), loss = results
+        return {"loss": loss, "params": trained, "mean": adam.mu, "square": adam.nu}
+
+    return Peer(name, run, read, num_bytes)
+
+
+def compile_update(
+    config: DecoderConfig, params: Params, tokens: Array, action: Array
+) -> tuple[Any, Callable[[Params], tuple]]:
+    """`update(state, tokens, action) -> (state, loss)`, and `begin(params) -> state`."""
+    optimizer = optax.adam(LEARNING_RATE)
+
+    def loss_fn(params: Params, tokens: Array, action: Array) -> jax.Array:
+        mask = jnp.ones(action.shape[:-1], bool)
+        loss, _ = losses.action_loss(decoders.apply(params, config, tokens), action, mask)
+        return loss
+
+    def update(state: tuple, tokens: Array, action: Array) -> tuple:
+        params, opt_state = state
+        loss, grads = jax.value_and_grad(loss_fn)(params, tokens, action)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), loss
+
+    def begin(params: Params) -> tuple:
+        return jax.tree.map(jnp.copy, params), optimizer.init(params)
+
+    jitted = jax.jit(update, donate_argnums=0)
+    return jitted.lower(begin(params), tokens, action).compile(), begin
+
+
+def run_stream(config: DecoderConfig, params: Params, frames: Array) -> Peer:
+    """One step of acting, in mode "refresh", on `frames [F, B, N, D]`."""
+    step = jax.jit(streaming.step, static_argnums=1, donate_argnums=2)
+    state = streaming.init(params, config, frames.shape[1])
+    laid_out = streaming.lay_out(params, config, state)
+    return _streamed(
+        "ours, refresh",
+        lambda state, frame: step(laid_out, config, state, frame),
+        state,
+        frames,
+        config.window_size,
+        decoder_bytes(params, 1),
+    )
+
+
+def run_window_again(config: DecoderConfig, params: Params, frames: Array) -> Peer:
+    """The same by running the last W frames again at every step."""
+
+    @partial(jax.jit, donate_argnums=1)
+    def step(params: Params, window: Array, frame: Array) -> tuple[jax.Array, Prediction]:
+        window = jnp.concatenate([window[:, 1:], frame[:, None]], axis=1)
+        _, features = decoders.features(params, config, window)
+        return window, decoders.predict(params, config, features[:, -1])
+
+    _, batch_size, *token = frames.shape
+    return _streamed(
+        "ours, window again",
+        lambda window, frame: step(params, window, frame),
+        jnp.zeros((batch_size, config.window_size, *token)),
+        frames,
+        config.window_size,
+        decoder_bytes(params, config.window_size),
+    )
+
+
+def _streamed(
+    name: str, step: Callable, state: Any, frames: Array, num_seen: int, num_bytes: int
+) -> Peer:
+    """One step per run, after the first `num_seen` of `frames [F, B, N, D]`; then round again."""
+    listed, time = list(frames), num_seen
+    for frame in listed[:num_seen]:
+        state, _ = step(state, frame)
+
+    def run() -> Prediction:
+        nonlocal state, time
+        state, chunk = jax.block_until_ready(step(state, listed[time % len(listed)]))
+        time += 1
+        return chunk
+
+    return Peer(name, run, lambda chunk: chunk._asdict(), num_bytes)
+
+
+def draw_sequence(
+    config: RecurrenceConfig, batch_size: int, num_steps: int
+) -> tuple[Params, jax.Array, jax.Array]:
+    """Params, inputs `[B, T, H]`, and the gradient `[B, T, H]` that comes from above."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = recurrence.init(keys[0], config, config.hidden_size)
+    if config.cell == "gru":
+        # NNX's GRU has no recurrent bias of gate n, and all shall compute the same.
+        for own in (layer["forward"] for layer in params.values()):
+            own["recurrent_bias"] = own["recurrent_bias"].at[2 * config.hidden_size :].set(0.0)
+    shape = (batch_size, num_steps, config.hidden_size)
+    return params, jax.random.normal(keys[1], shape), jax.random.normal(keys[2], shape)
+
+
+def draw_products(hidden_size: int, batch_size: int, num_steps: int) -> tuple[Array, Array]:
+    """The recurrent kernel `[H, 4·H]` of an LSTM, and deltas `[T, B, 4·H]`."""
+    keys = jax.random.split(jax.random.key(0))
+    kernel = cells.LSTM.init(keys[0], 1, hidden_size)["recurrent_kernel"]
+    return kernel, jax.random.normal(keys[1], (num_steps, batch_size, 4 * hidden_size))
+
+
+def draw_demonstrations(
+    config: DecoderConfig, batch_size: int
+) -> tuple[Params, jax.Array, jax.Array]:
+    """Params, tokens `[B, W, N, D]`, actions `[B, W, K, A]`."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    steps = (batch_size, config.window_size)
+    tokens = jax.random.normal(keys[1], (*steps, config.num_tokens, config.token_dim))
+    shape = (*steps, config.action_horizon, config.action_dim)
+    return (
+        decoders.init(keys[0], config),
+        tokens,
+        jax.random.uniform(keys[2], shape, minval=-1.0),
+    )
+
+
+def decoder_case(config: DecoderConfig, batch_size: int) -> str:
+    """Its sizes, in words."""
+    return f"B {batch_size}, W {config.window_size}, N {config.num_tokens}, H {config.hidden_size}"
+
+
+def recurrence_flop(params: Params, num_rows: int) -> float:
+    """Forward and backward: three products per kernel, two operations per factor."""
+    return 6 * num_rows * num_weights(params)
+
+
+def num_weights(params: Params) -> int:
+    """Numbers in all kernels."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim == 2)
+
+
+def decoder_bytes(params: Params, num_steps: int) -> int:
+    """Bytes of weights that the products of a decoder read on the way forward."""
+    once = baselines.FLOAT * num_weights(params["heads"])
+    return baselines.recurrent_bytes(params["recurrence"], num_steps) + once

@@ -1,0 +1,231 @@
+"""Commands to actions: an encoder-decoder on SCAN, and whether it has understood.
+
+    python -m train.scan --split simple
+    python -m train.scan --split addprim_jump --run-dir runs/jump
+    python -m train.scan --preset bottleneck --run-dir runs/bottleneck
+
+It trains by teacher forcing (or by scheduled sampling: `--sampling.schedule`), writes the test part
+greedily, and counts a command as understood where all its actions and its end are right. The same
+command resumes a run that was interrupted, to the bit. Choose settings with `--holdout 0.1`, not on
+the test part.
+"""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from vla_jax import config as configs
+from vla_jax.command_line import run
+from vla_jax.data import scan_commands
+from vla_jax.data.buckets import Buckets
+from vla_jax.data.scan_commands import Pair, Split
+from vla_jax.evaluation import plots
+from vla_jax.nn import scheduled_sampling, search, seq2seq
+from vla_jax.nn.scheduled_sampling import SamplingConfig
+from vla_jax.nn.search import Written
+from vla_jax.nn.seq2seq import Seq2SeqConfig
+from vla_jax.training import losses, optim
+from vla_jax.training.logs import read_metrics
+from vla_jax.training.loop import LoopConfig, fit, is_first_process, open_run, save_json
+from vla_jax.training.optim import OptimConfig
+from vla_jax.training.update import Counted, LossFn, init_train_state, make_update, with_count
+from vla_jax.types import Array, Key, Metrics, Params
+
+LONGEST = 64  # steps after which a row that has not ended is cut; 48 actions are the most
+EVALUATE_ROWS = 512  # written at a time
+SHOWN = "walk opposite left twice after run around right"  # whose attention is drawn
+
+
+@dataclass(frozen=True)
+class ScanConfig:
+    """One training on SCAN."""
+
+    split: Split = "simple"  # what is trained on, and what is tested
+    holdout: float = 0.0  # share of the training part that is tested in place of the test part
+    run_dir: str = "runs/seq2seq"  # folder to write to
+    batch_size: int = 128  # B, commands per update
+    width_step: int = 8  # targets are padded to multiples of it, each compiled once
+    sampling: SamplingConfig = SamplingConfig()  # how often the decoder is told the truth
+    model: Seq2SeqConfig = Seq2SeqConfig()
+    optim: OptimConfig = OptimConfig(
+        learning_rate=2e-3, end_factor=0.01, b2=0.99, weight_decay=0.0, ema_decay=0.999
+    )
+    loop: LoopConfig = LoopConfig(num_updates=4500, save_every=1500)
+    seed: int = 0  # of the params, the dropout, the shuffling and the split
+    overwrite: bool = False  # delete a run that is there
+
+    def __post_init__(self):
+        """Checks the share."""
+        if not 0.0 <= self.holdout < 1.0:
+            raise ValueError(f"holdout must be in [0, 1), got {self.holdout}.")
+
+
+def attention() -> ScanConfig:
+    """An LSTM in both directions, attention, an LSTM.
+
+    99.8 % of the split "simple" in 6 minutes on 2 CPU cores.
+    """
+    return ScanConfig(model=_model(score="general"))
+
+
+def bottleneck() -> ScanConfig:
+    """The same without attention: one vector must hold the whole command.
+
+    99.0 % of the split "simple" after 3,000 updates.
+    """
+    return ScanConfig(model=_model(score="none"))
+
+
+PRESETS = {"attention": attention, "bottleneck": bottleneck}
+
+
+def train(config: ScanConfig) -> pathlib.Path:
+    """Trains, tests; returns the run's folder."""
+    # Data: pairs of strings, as ids.
+    train_pairs, test_pairs = parts(config)
+    loader = Buckets(
+        scan_commands.to_ids(train_pairs),
+        batch_size=config.batch_size,
+        width_step=config.width_step,
+        seed=config.seed,
+    )
+
+    # Model, loss, update.
+    params_key, key = jax.random.split(jax.random.key(config.seed))
+    params = jax.jit(seq2seq.init, static_argnums=1)(params_key, config.model)
+    num_updates = config.loop.num_updates
+    optimizer = optim.make_optimizer(config.optim, num_updates, params)
+    ema_decay = config.optim.ema_decay
+    update = with_count(make_update(make_loss(config), optimizer, ema_decay=ema_decay))
+
+    # Loop, from the last checkpoint on if there is one.
+    run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
+    train_state = fit(
+        config.loop,
+        run_dir,
+        update,
+        init_train_state(params, optimizer, ema=ema_decay is not None),
+        loader,
+        key,
+        schedule=optim.make_schedule(config.optim, num_updates),
+        metadata={"config": configs.to_dict(config)},
+        name=run_dir.name,
+    )
+
+    # Test: every command written greedily.
+    if is_first_process():
+        params = train_state.ema_params or train_state.params
+        result = test(params, config.model, test_pairs)
+        metrics = read_metrics(run_dir / "metrics.jsonl")
+        result |= {"split": config.split, "train_seconds": seconds(metrics)}
+        save_json(result, run_dir / "test.json")
+        draw(run_dir, params, config.model, metrics)
+        print(f"{config.split}: exact match {result['exact_match']:.2%} of {result['commands']}")
+    return run_dir
+
+
+def parts(config: ScanConfig) -> tuple[list[Pair], list[Pair]]:
+    """What to train on, and what to test on."""
+    train_pairs, test_pairs = scan_commands.split(config.split, seed=config.seed)
+    if config.holdout:
+        return scan_commands.hold_out(train_pairs, config.holdout, seed=config.seed)
+    return train_pairs, test_pairs
+
+
+def make_loss(config: ScanConfig) -> LossFn:
+    """What an update descends: cross-entropy of the actions and the end behind them."""
+    model = config.model
+
+    def loss_fn(params: Params, counted: Counted, key: Key) -> tuple[jax.Array, Metrics]:
+        source, target = counted.batch
+        encoder_key, decoder_key = jax.random.split(key)
+        memory = seq2seq.encode(params, model, source, mask=source > 0, key=encoder_key)
+        rate = scheduled_sampling.rate(config.sampling, counted.num_updates)
+        if rate is None:
+            decoded = seq2seq.teacher_forcing(params, model, memory, target, key=decoder_key)
+        else:
+            decoded = scheduled_sampling.scheduled_sampling(
+                params, model, memory, target, rate, decoder_key
+            )
+        return losses.token_loss(decoded.outputs, target, seq2seq.target_mask(target))
+
+    return loss_fn
+
+
+@partial(jax.jit, static_argnums=1)
+def write(params: Params, model: Seq2SeqConfig, source: Array) -> Written:
+    """What is written for `[B, S]` words, each action the likeliest."""
+    memory = seq2seq.encode(params, model, source, mask=source > 0)
+    return search.greedy(params, model, memory, max_steps=LONGEST)
+
+
+def test(params: Params, model: Seq2SeqConfig, pairs: Sequence[Pair]) -> dict[str, Any]:
+    """The share of commands that were understood, by their actions too, and some that were not."""
+    ids = scan_commands.to_ids(pairs)
+    wanted = np.pad(ids.target, [(0, 0), (0, LONGEST - ids.target.shape[1])])
+    rows = np.resize(np.arange(len(pairs)), (-(-len(pairs) // EVALUATE_ROWS), EVALUATE_ROWS))
+    written = np.concatenate([write(params, model, ids.source[part]).ids for part in rows])
+    written = written[: len(pairs)]
+    right = (written == wanted).all(axis=1)
+    lengths = np.count_nonzero(wanted, axis=1)
+    return {
+        "exact_match": float(right.mean()),
+        "commands": len(pairs),
+        "by_actions": {int(n): float(right[lengths == n].mean()) for n in np.unique(lengths)},
+        "wrong": [
+            {
+                **pairs[i]._asdict(),
+                "written": scan_commands.to_text(written[i], scan_commands.ACTIONS),
+            }
+            for i in np.flatnonzero(~right)[:20]
+        ],
+    }
+
+
+def seconds(metrics: Sequence[Mapping[str, float]]) -> float:
+    """How long the training took, interrupted or not, compilation included."""
+    steps = [0.0, *(line["step"] for line in metrics)]
+    rates = [line["steps_per_second"] for line in metrics]
+    return sum((b - a) / rate for a, b, rate in zip(steps, steps[1:], rates, strict=False))
+
+
+def draw(
+    run_dir: pathlib.Path,
+    params: Params,
+    model: Seq2SeqConfig,
+    metrics: Sequence[Mapping[str, float]],
+) -> None:
+    """Draws the training, and where the decoder looked for one command."""
+    plots.training(run_dir / "training.png", metrics)
+    source = scan_commands.to_ids(
+        [pair for pair in scan_commands.commands() if pair.command == SHOWN]
+    ).source
+    written = jax.device_get(write(params, model, source))
+    if written.weights is not None:
+        actions = [*scan_commands.to_text(written.ids[0], scan_commands.ACTIONS).split(), "end"]
+        plots.attention(
+            run_dir / "attention.png",
+            written.weights[0, : len(actions)],
+            SHOWN.split(),
+            actions,
+            title=SHOWN,
+        )
+
+
+def _model(**changes: Any) -> Seq2SeqConfig:
+    return Seq2SeqConfig(
+        source_size=1 + len(scan_commands.WORDS),
+        target_size=1 + len(scan_commands.ACTIONS),
+        embed_size=64,
+        dropout=0.1,
+        **changes,
+    )
+
+
+if __name__ == "__main__":
+    run(train, PRESETS, description="Trains an encoder-decoder on SCAN.")

@@ -1,0 +1,1 @@
+"""From a robot's observation to the action that is sent; rollouts."""

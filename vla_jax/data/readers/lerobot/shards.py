@@ -1,0 +1,131 @@
+"""MP4 and Parquet files that grow episode by episode, and the next file where one is full."""
+
+import pathlib
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vla_jax.data.readers.lerobot import layout as layout
+
+DATA_MB, VIDEO_MB, CHUNK_FILES = 100, 200, 1000  # lerobot's limits of a file and a folder
+# Measured on 64-pixel scenes with small coloured blocks: 48 dB at 12,000 frames/s and 330 bytes
+# per frame; yuv444p reaches 43 dB, yuv420p 33 dB since it halves the resolution of colour.
+CODEC, CODEC_NAME, PIXELS = "libx264rgb", "h264", "gbrp"
+CODEC_OPTIONS = {"crf": "18", "preset": "veryfast", "g": "10"}
+
+
+class Video(NamedTuple):
+    """An MP4 file that is being written."""
+
+    container: Any
+    stream: Any
+    file_index: int  # counts files of this camera
+    num_frames: int  # encoded so far
+    num_bytes: int  # written so far
+
+
+class Table(NamedTuple):
+    """A Parquet file that is being written."""
+
+    writer: Any
+    path: pathlib.Path
+    file_index: int  # counts files
+
+
+def append_rows(
+    root: pathlib.Path, table: Table | None, columns: Mapping[str, np.ndarray]
+) -> Table:
+    """Writes an episode as one row group; starts a new file where the old one is full.
+
+    Args:
+      root: folder of the data set.
+      table: what the last call gave, None at first.
+      columns: key -> `[T]` or `[T, D]`.
+
+    Returns:
+      The file to go on with; the caller closes its `writer`.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = pa.table({key: _arrow(column) for key, column in columns.items()})
+    if table and table.path.stat().st_size > DATA_MB * 2**20:
+        table.writer.close()
+        table = _next_table(root, rows.schema, table.file_index + 1, pq)
+    table = table or _next_table(root, rows.schema, 0, pq)
+    table.writer.write_table(rows)
+    return table
+
+
+def append_frames(
+    root: pathlib.Path, video: Video | None, key: str, images: np.ndarray, fps: float
+) -> Video:
+    """Encodes an episode; starts a new file where the old one is full.
+
+    Args:
+      root: folder of the data set.
+      video: what the last call gave, None at first.
+      key: the camera's key on disk.
+      images: `[T, h, w, 3]` uint8.
+      fps: frames per second, Hz.
+
+    Returns:
+      The file to go on with; the caller ends it with `close_video`.
+    """
+    import av
+
+    if video and video.num_bytes > VIDEO_MB * 2**20:
+        close_video(video)
+        video = _next_video(root, key, video.file_index + 1, images.shape[1:3], fps)
+    video = video or _next_video(root, key, 0, images.shape[1:3], fps)
+    num_bytes = video.num_bytes
+    for image in images:
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+        packets = video.stream.encode(frame)
+        video.container.mux(packets)
+        num_bytes += sum(packet.size for packet in packets)
+    return video._replace(num_frames=video.num_frames + len(images), num_bytes=num_bytes)
+
+
+def close_video(video: Video) -> None:
+    """Writes what the encoder still holds and ends the file."""
+    video.container.mux(video.stream.encode())
+    video.container.close()
+
+
+def place(file_index: int) -> dict[str, int]:
+    """Chunk (folder) and file of the n-th file of its kind."""
+    return {"chunk_index": file_index // CHUNK_FILES, "file_index": file_index % CHUNK_FILES}
+
+
+def _next_table(root: pathlib.Path, schema: Any, file_index: int, pq: Any) -> Table:
+    path = root / layout.DATA_PATH.format(**place(file_index))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return Table(pq.ParquetWriter(path, schema, compression="snappy"), path, file_index)
+
+
+def _arrow(column: np.ndarray) -> Any:
+    """Numbers for scalars, lists of fixed length for vectors, as lerobot stores them."""
+    import pyarrow as pa
+
+    if column.ndim == 1 or column.shape[1] == 1:
+        return pa.array(column.reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(pa.array(column.reshape(-1)), column.shape[1])
+
+
+def _next_video(
+    root: pathlib.Path, key: str, file_index: int, size: tuple[int, int], fps: float
+) -> Video:
+    import av
+
+    path = root / layout.VIDEO_PATH.format(video_key=key, **place(file_index))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    container = av.open(str(path), "w")
+    rate = Fraction(fps).limit_denominator(1001)
+    stream = container.add_stream(CODEC, rate=rate, options=CODEC_OPTIONS)
+    stream.height, stream.width = size
+    stream.pix_fmt = "rgb24"
+    stream.codec_context.thread_count = 1
+    return Video(container, stream, file_index, 0, 0)

@@ -1,0 +1,1 @@
+"""The table-top world: rules, expert, MuJoCo simulator and JAX environment."""

@@ -1,0 +1,346 @@
+"""The table as pure functions of JAX: thousands of worlds at once, under `jit`, `vmap` and `scan`.
+
+The quasi-static twin of `table_mujoco`: same words, layouts, actions, observations and rules,
+but geometry instead of contact forces. Fingers that come down on a block stop on its top; a block
+that a finger runs into from the side goes along with it; fingers that close around a block hold
+it, if they stand along its short side; what is let go falls straight down. Blocks do not push one
+another. At yaw 0 a block's long axis is x and the fingers close along y.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from vla_jax.envs.table import expert, renderer, rules
+from vla_jax.types import Env, Key, Observation, Transition
+
+_HALF = rules.BLOCK_HALF_SIZE
+_TIP = 0.009  # m, from the tool's centre down to the fingertips
+_FINGER = 0.007  # m, half a finger's thickness
+_FINGER_REACH = 0.010  # m, half a finger's width: a footprint grown by it is where fingers hit
+_FINGER_SPEED = 0.6  # of the whole opening per step
+_GRASP_ALONG, _GRASP_HEIGHT = 0.025, 0.02  # m, how far off a block's centre the fingers may be
+_GRASP_TILT = 0.2  # rad of roll or pitch at which fingers still grasp
+_CANDIDATES = 32  # places tried for each block before the best of them is taken
+
+
+@dataclass(frozen=True)
+class TableConfig:
+    """The table; both cameras give square pictures."""
+
+    kind: Literal["table_jax"] = "table_jax"
+    image_size: int = 64  # pixels; 0 = no pictures (hundreds of times faster)
+    step_size: float = 0.03  # metres per unit of action and step
+    turn_size: float = 0.2  # radians per unit of action and step
+    rotated_share: float = 0.5  # share of layouts in which every block is turned
+    max_steps: int = 64  # environment steps until truncation
+
+    def __post_init__(self):
+        """Refuses sizes that make no table."""
+        if self.image_size < 0:
+            raise ValueError(f"image_size must be >= 0 pixels, got {self.image_size}.")
+        if self.step_size <= 0 or self.turn_size <= 0:
+            raise ValueError(
+                "step_size and turn_size must be > 0 (metres, radians per step), got "
+                f"{self.step_size} and {self.turn_size}."
+            )
+        if not 0 <= self.rotated_share <= 1:
+            raise ValueError(f"rotated_share must be in [0, 1], got {self.rotated_share}.")
+        if self.max_steps < 1:
+            raise ValueError(f"max_steps must be >= 1, got {self.max_steps}.")
+
+
+class TableState(NamedTuple):
+    """All that one world remembers; metres from the table's centre, radians."""
+
+    tool: Array  # [3] x y z of the point between the fingers
+    turns: Array  # [3] roll pitch yaw of the hand; 0 = it points straight down
+    opening: Array  # [] from 0 = closed to 1 = MAX_OPENING
+    blocks: Array  # [4, 3] centres
+    yaws: Array  # [4]
+    held: Array  # [4] bool, the block between the fingers (at most one)
+    plate: Array  # [2] centre
+    instruction: Array  # [] int32 into INSTRUCTIONS
+    num_steps: Array  # [] int32
+
+
+@functools.cache  # the same functions for the same config, so that jit compiles them once
+def make(config: TableConfig) -> Env:
+    """The table as an `Env`.
+
+    Observations are those of `table_mujoco`: `environment_state [22]` and `proprio [8]` (named by
+    `table.STATE_NAMES` and `table.PROPRIO_NAMES`), and two pictures where `image_size > 0`. The
+    instruction is not among them: `instruction_index` gives it, and the caller decides when it is
+    visible.
+    """
+    return Env(
+        reset=functools.partial(_reset, config),
+        step=functools.partial(_step, config),
+        expert=functools.partial(_expert, config),
+        instructions=tuple(instruction.text for instruction in rules.INSTRUCTIONS),
+        tasks=tuple(instruction.task for instruction in rules.INSTRUCTIONS),
+        instruction_index=lambda state: state.instruction,
+        max_steps=config.max_steps,
+    )
+
+
+def _reset(config: TableConfig, key: Key) -> tuple[TableState, Observation]:
+    layout_key, tool_key, instruction_key = jax.random.split(key, 3)
+    plate, places, yaws = sample_layout(config.rotated_share, layout_key)
+    low, high = jnp.array([-0.06, -0.06, 0.16]), jnp.array([0.06, 0.06, 0.20])
+    state = TableState(
+        tool=jax.random.uniform(tool_key, (3,), minval=low, maxval=high),
+        turns=jnp.zeros(3),
+        opening=jnp.ones(()),
+        blocks=jnp.pad(places, ((0, 0), (0, 1)), constant_values=_HALF[2]),
+        yaws=yaws,
+        held=jnp.zeros(rules.NUM_BLOCKS, bool),
+        plate=plate,
+        instruction=jax.random.randint(instruction_key, (), 0, len(rules.INSTRUCTIONS)),
+        num_steps=jnp.zeros((), jnp.int32),
+    )
+    return state, _observe(config, state)
+
+
+def sample_layout(rotated_share: float, key: Key) -> tuple[Array, Array, Array]:
+    """Places of the plate and the blocks, apart from each other.
+
+    One after the other takes the first of a few random places that keeps its distance from those
+    before it (the best of them where none does).
+
+    Args:
+      rotated_share: share of layouts in which every block is turned, in [0, 1].
+      key: consumed.
+
+    Returns:
+      plate `[2]`, blocks `[4, 2]` in metres from the table's centre, yaws `[4]` in radians.
+    """
+    place_key, turned_key, yaw_key = jax.random.split(key, 3)
+    half = rules.LAYOUT_HALF_SIZE
+    shape = (1 + rules.NUM_BLOCKS, _CANDIDATES, 2)
+    candidates = jax.random.uniform(place_key, shape, minval=-half, maxval=half)
+    spacing = jnp.array([rules.PLATE_SPACING] + [rules.LAYOUT_SPACING] * rules.NUM_BLOCKS)
+    points = candidates[0, :1]
+    for i in range(1, len(candidates)):
+        distance = jnp.linalg.norm(candidates[i][:, None] - points[None], axis=-1)
+        room = jnp.min(distance - spacing[None, :i], axis=-1)
+        first = jnp.argmax(jnp.minimum(room, 0))  # all that have room tie at 0
+        points = jnp.concatenate([points, candidates[i, first][None]])
+    turned = jax.random.bernoulli(turned_key, rotated_share)
+    limit = rules.MAX_YAW
+    yaws = jax.random.uniform(yaw_key, (rules.NUM_BLOCKS,), minval=-limit, maxval=limit)
+    return points[0], points[1:], yaws * turned
+
+
+def _step(
+    config: TableConfig, state: TableState, action: Array | np.ndarray
+) -> tuple[TableState, Transition]:
+    if action.shape != (7,):
+        raise ValueError(
+            f"action must be 7 numbers {rules.ACTION_NAMES}, got shape {action.shape}; "
+            "vmap the step over worlds."
+        )
+    action = jnp.clip(action, -1, 1)
+    state, hit = _move(config, state, action[:6])
+    state = _grip(state, action[6] > 0)
+    blocks = state.blocks.at[:, 2].set(
+        jnp.where(state.held, state.blocks[:, 2], _support(state) + _HALF[2])
+    )
+    state = state._replace(blocks=blocks, num_steps=state.num_steps + 1)
+    return state, _judge(config, state, hit | state.held)
+
+
+def _move(config: TableConfig, state: TableState, arm: Array) -> tuple[TableState, Array]:
+    """Moves the hand and what goes along with it; also gives the blocks `[4]` it ran into."""
+    low, high = jnp.array(rules.WORKSPACE_LOW), jnp.array(rules.WORKSPACE_HIGH)
+    limit = jnp.array([rules.MAX_TILT, rules.MAX_TILT, rules.MAX_TOOL_YAW])
+    tool = jnp.clip(state.tool + config.step_size * arm[:3], low, high)
+    turns = jnp.clip(state.turns + config.turn_size * arm[3:], -limit, limit)
+    fingers = _fingers(tool, turns[2], state.opening)
+    over = jnp.any(_covers(state, fingers, _FINGER_REACH), axis=0) & ~state.held
+    top = state.blocks[:, 2] + _HALF[2]
+    from_above = over & (state.tool[2] - _TIP > top - 0.004)
+    hangs = state.tool[2] - state.blocks[:, 2] + _HALF[2]  # what is held, below the tool
+    stops = jnp.where(from_above, top + _TIP, jnp.where(state.held, _support(state) + hangs, 0))
+    tool = tool.at[2].max(jnp.max(stops))
+    hit = over & (tool[2] - _TIP < top + 0.002)
+    pushed = state.blocks.at[:, :2].add((tool - state.tool)[None, :2])
+    pushed = pushed.at[:, :2].set(jnp.clip(pushed[:, :2], low[None, :2], high[None, :2]))
+    blocks = jnp.where((hit & ~from_above)[:, None], pushed, state.blocks)
+    blocks = jnp.where(state.held[:, None], _carried(state, tool, turns[2]), blocks)
+    yaws = jnp.where(state.held, turns[2], state.yaws)
+    return state._replace(tool=tool, turns=turns, blocks=blocks, yaws=yaws), hit
+
+
+def _carried(state: TableState, tool: Array, yaw: Array) -> Array:
+    """Places `[4, 3]` that the blocks would have between the fingers of a hand at `tool`."""
+    centred = _seen_from_hand(state) * jnp.array([[1.0, 0.0]])  # the fingers close along y
+    offset = jnp.concatenate([_rotate(centred, yaw), state.blocks[:, 2:] - state.tool[2]], axis=1)
+    return tool[None] + offset
+
+
+def _grip(state: TableState, opens: Array) -> TableState:
+    """Opens or closes the fingers; closing stops at a block, and holds it if they stand along it.
+
+    A block of length a and width b takes a·|sin θ| + b·|cos θ| of the opening, turned by θ.
+    """
+    local, turn = _seen_from_hand(state), state.yaws - state.turns[2]
+    width = 2 * (_HALF[0] * jnp.abs(jnp.sin(turn)) + _HALF[1] * jnp.abs(jnp.cos(turn)))
+    between = (
+        (jnp.abs(local[:, 0]) < _GRASP_ALONG)
+        & (jnp.abs(local[:, 1]) < state.opening * rules.MAX_OPENING / 2)
+        & (jnp.abs(state.tool[2] - state.blocks[:, 2]) < _GRASP_HEIGHT)
+        & jnp.all(jnp.abs(state.turns[:2]) < _GRASP_TILT)
+    )
+    least = jnp.max(jnp.where(between, jnp.minimum(width / rules.MAX_OPENING, state.opening), 0))
+    closed = jnp.maximum(state.opening - _FINGER_SPEED, least)
+    opened = jnp.minimum(state.opening + _FINGER_SPEED, 1.0)
+    grasped = between & (width < rules.MAX_OPENING) & (closed <= least)
+    # one block at most, and the one that is held already before all others
+    best = jnp.argmax(grasped + 2 * state.held)
+    held = (state.held | grasped) & (jnp.arange(rules.NUM_BLOCKS) == best) & ~opens
+    return state._replace(opening=jnp.where(opens, opened, closed), held=held)
+
+
+def _judge(config: TableConfig, state: TableState, touching: Array) -> Transition:
+    """What the rules say: the task done with the right block, with a wrong one, or not yet."""
+    task, target = jnp.divmod(state.instruction, rules.NUM_BLOCKS)
+    height = state.blocks[:, 2] - _HALF[2]
+    away = jnp.linalg.norm(state.blocks[:, :2] - state.plate[None], axis=-1)
+    lies = (away < rules.PLACE_DISTANCE) & (height < 0.02) & ~touching
+    done = jnp.stack([touching, height > rules.LIFT_HEIGHT, lies])[task]
+    success, terminated = done[target], jnp.any(done)
+    return Transition(
+        observation=_observe(config, state),
+        reward=success.astype(jnp.float32),
+        terminated=terminated,
+        truncated=~terminated & (state.num_steps >= config.max_steps),
+        success=success,
+    )
+
+
+def _observe(config: TableConfig, state: TableState) -> Observation:
+    primary = wrist = None
+    if config.image_size:
+        primary, wrist = renderer.paint(
+            state.tool, state.turns, state.opening, state.blocks, state.yaws, state.plate,
+            image_size=config.image_size,
+        )  # fmt: skip
+    return Observation(primary, wrist, _proprio(state), _environment_state(state))
+
+
+def _environment_state(state: TableState) -> Array:
+    turned = jnp.stack([jnp.sin(2 * state.yaws), jnp.cos(2 * state.yaws)], axis=1)
+    return jnp.append(jnp.concatenate([state.blocks, turned], axis=1), state.plate)
+
+
+def _proprio(state: TableState) -> Array:
+    roll, pitch, yaw = state.turns
+    hand = jnp.stack([jnp.sin(yaw), jnp.cos(yaw), roll, pitch, state.opening])
+    return jnp.concatenate([state.tool, hand])
+
+
+def _expert(config: TableConfig, state: TableState) -> Array:
+    task, target = jnp.divmod(state.instruction, rules.NUM_BLOCKS)
+    return expert.act(
+        _environment_state(state),
+        _proprio(state),
+        task,
+        target,
+        step_size=config.step_size,
+        turn_size=config.turn_size,
+    )
+
+
+def _support(state: TableState) -> Array:
+    """Height `[4]` of what lies under each block: the table, the plate, or another block."""
+    on_plate = jnp.linalg.norm(state.blocks[:, :2] - state.plate[None], axis=-1)
+    ground = jnp.where(on_plate < rules.PLATE_RADIUS, rules.PLATE_HEIGHT, 0.0)
+    over = _covers(state, state.blocks[:, :2], _HALF[1])
+    lower = state.blocks[:, None, 2] - state.blocks[None, :, 2] > 0.75 * 2 * _HALF[2]
+    tops = jnp.where(over & lower, state.blocks[None, :, 2] + _HALF[2], 0.0)
+    return jnp.maximum(ground, jnp.max(tops, axis=1))
+
+
+def _covers(state: TableState, points: Array, margin: float) -> Array:
+    """Whether points `[Q, 2]` lie over the blocks' footprints grown by `margin`: `[Q, 4]` bool."""
+    apart = points[:, None] - state.blocks[None, :, :2]
+    local = jnp.abs(_rotate(apart, -state.yaws[None]))
+    return jnp.all(local < jnp.array(_HALF[:2])[None, None] + margin, axis=-1)
+
+
+def _fingers(tool: Array, yaw: Array, opening: Array) -> Array:
+    """Centres `[2, 2]` of the fingers, seen from above."""
+    reach = opening * rules.MAX_OPENING / 2 + _FINGER
+    sides = jnp.stack([jnp.zeros(2), jnp.array([-1.0, 1.0]) * reach], axis=1)
+    return tool[None, :2] + _rotate(sides, yaw)
+
+
+def _seen_from_hand(state: TableState) -> Array:
+    """Block centres `[4, 2]` in the hand's frame: x along the fingers' width, y across them."""
+    return _rotate(state.blocks[:, :2] - state.tool[None, :2], -state.turns[2])
+
+
+def _rotate(points: Array, angle: Array) -> Array:
+    """Points `[..., 2]` turned by `angle`, radians, which broadcasts against `[...]`."""
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    x, y = points[..., 0], points[..., 1]
+    return jnp.stack([cos * x - sin * y, sin * x + cos * y], axis=-1)
+
+
+class Demonstrations(NamedTuple):
+    """`E` episodes of the expert; what comes after an episode's `length` is not part of it."""
+
+    observation: Observation  # [E, T, ...], before the action
+    action: Array  # [E, T, 7] what the expert wanted, without the noise
+    instruction: Array  # [E] int32 into `env.instructions`
+    length: Array  # [E] int32, steps
+    success: Array  # [E] bool
+
+
+@functools.partial(jax.jit, static_argnames=("env", "num_episodes"))
+def collect(env: Env, key: Key, num_episodes: int, *, noise: float = 0.25) -> Demonstrations:
+    """Demonstrations by the expert, all episodes side by side in one scan.
+
+    The arm is sent the expert's action plus noise, while the action without it is recorded: so
+    the states go astray, and the labels show the way back.
+
+    Args:
+      env: any JAX world.
+      key: consumed.
+      num_episodes: `E`.
+      noise: standard deviation of the noise on the arm's dims, in units of action.
+
+    Returns:
+      Demonstrations `[E, T, ...]` with `T = env.max_steps`, failed ones among them.
+
+    Source: DART (Laskey et al. 2017, https://arxiv.org/abs/1703.09327), its noise kept fixed.
+    """
+    reset_key, noise_key = jax.random.split(key)
+    state, observation = jax.vmap(env.reset)(jax.random.split(reset_key, num_episodes))
+
+    def step(carry, step_key):
+        state, observation, alive = carry
+        action = jax.vmap(env.expert)(state)
+        jitter = noise * jax.random.normal(step_key, action.shape)
+        sent = action + jitter.at[:, -1].set(0)  # the gripper opens and closes as it is told
+        state, transition = jax.vmap(env.step)(state, sent)
+        recorded = observation, action, alive, alive & transition.success
+        goes_on = alive & ~(transition.terminated | transition.truncated)
+        return (state, transition.observation, goes_on), recorded
+
+    carry = (state, observation, jnp.ones(num_episodes, bool))
+    _, recorded = jax.lax.scan(step, carry, jax.random.split(noise_key, env.max_steps))
+    observation, action, alive, success = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), recorded)
+    return Demonstrations(
+        observation=observation,
+        action=action,
+        instruction=jnp.asarray(jax.vmap(env.instruction_index)(state)),
+        length=alive.sum(axis=1),
+        success=jnp.any(success, axis=1),
+    )

@@ -1,0 +1,173 @@
+"""The pictures of the JAX table: rays against boxes, a plate and the table, seen by two cameras.
+
+The cameras stand where those of `table_scene` stand. Shadows are soft and fall straight down:
+they show how high the hand is. Everything is computed on planes `[h, w]`, which XLA fuses into
+one loop over the pixels; arrays `[h, w, 3]` and matrix products made it many times slower.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from vla_jax.envs.table import rules
+
+_COLOURS = ((0.95, 0.20, 0.20), (0.16, 0.74, 0.28), (0.20, 0.40, 0.96), (0.98, 0.85, 0.13))
+_WOOD, _FLOOR, _PLATE, _RIM = (0.80, 0.70, 0.59), (0.86, 0.88, 0.91), (0.98,) * 3, (0.84,) * 3
+_FINGER_SHADE, _PALM_SHADE, _WRIST_SHADE = (0.20, 0.20, 0.22), (0.35, 0.36, 0.40), (0.88, 0.88, 0.9)
+_TABLE_HALF_SIZE = 0.30  # m
+_LIGHT = (0.35, -0.25, 0.90)  # direction towards the lamp
+_AMBIENT = 0.55  # brightness of a side that the lamp doesn't reach
+# position (m, from the table's centre or the tool), right and up of the picture, height (degrees)
+_PRIMARY = ((0.42, 0.0, 0.50), (0.0, 1.0, 0.0), (-0.785, 0.0, 0.62), 38.0)
+_WRIST = ((0.07, 0.0, 0.098), (0.0, -1.0, 0.0), (0.97, 0.0, -0.22), 75.0)
+
+
+class _Boxes(NamedTuple):
+    """All that is a box: blocks, fingers, palm, wrist."""
+
+    centre: Array  # [M, 3] m
+    rotation: Array  # [M, 3, 3] from the box's frame into the table's
+    half_size: Array  # [M, 3] m
+    colour: Array  # [M, 3] in [0, 1]
+
+
+def paint(
+    tool: Array,
+    turns: Array,
+    opening: Array,
+    blocks: Array,
+    yaws: Array,
+    plate: Array,
+    *,
+    image_size: int,
+) -> tuple[Array, Array]:
+    """The table seen from in front of it, and from the hand.
+
+    Args:
+      tool: point between the fingers `[3]`, metres from the table's centre.
+      turns: roll, pitch, yaw of the hand `[3]`, radians.
+      opening: of the fingers `[]`, in [0, 1].
+      blocks: centres `[4, 3]`, metres.
+      yaws: of the blocks `[4]`, radians.
+      plate: centre `[2]`, metres.
+      image_size: pixels along each side.
+
+    Returns:
+      image_primary and image_wrist, each `[h, w, 3]` uint8.
+    """
+    hand = _rotation(*turns)
+    boxes = _boxes(tool, hand, opening, blocks, yaws)
+    cameras = (
+        (jnp.array(_PRIMARY[0]), _rays(_PRIMARY, image_size)),
+        (tool + hand @ jnp.array(_WRIST[0]), _turned(hand, _rays(_WRIST, image_size))),
+    )
+    origins, rays = jax.tree.map(lambda *parts: jnp.stack(parts), *cameras)
+    primary, wrist = jax.vmap(lambda o, r: _look(o, r, boxes, tool, plate))(origins, rays)
+    return primary, wrist
+
+
+def _look(origin, rays, boxes, tool, plate):
+    """What a camera at `origin` sees along `rays`, three planes: `[h, w, 3]` uint8."""
+    image = _ground(origin, rays, boxes, tool, plate)
+    image, _ = jax.lax.scan(lambda i, box: (_draw(i, origin, rays, box), None), image, boxes)
+    return jnp.round(255 * jnp.clip(jnp.stack(image[1:], axis=-1), 0, 1)).astype(jnp.uint8)
+
+
+def _rays(camera: tuple, size: int) -> tuple[np.ndarray, ...]:
+    """Direction x y z of every pixel, planes `[h, w]` in the frame that the camera is given in."""
+    _, right, up, height = camera
+    right, up = np.array(right), np.array(up) / np.linalg.norm(up)
+    half = math.tan(math.radians(height) / 2)
+    steps = half * ((np.arange(size) + 0.5) / size * 2 - 1)
+    rays = steps[None, :, None] * right - steps[:, None, None] * up - np.cross(right, up)
+    return tuple(np.moveaxis(rays, -1, 0).astype(np.float32))
+
+
+def _turned(rotation, planes):
+    """The vectors of three planes, turned by `rotation [3, 3]`."""
+    return tuple(sum(row[j] * planes[j] for j in range(3)) for row in rotation)
+
+
+def _rotation(roll, pitch, yaw) -> Array:
+    """Matrix `[3, 3]`: roll about x, then pitch about y, then yaw about z."""
+    cr, cp, cy = jnp.cos(roll), jnp.cos(pitch), jnp.cos(yaw)
+    sr, sp, sy = jnp.sin(roll), jnp.sin(pitch), jnp.sin(yaw)
+    return jnp.array(
+        [
+            [cy * cp, cy * sp * sr - sy * cr, cy * sp * cr + sy * sr],
+            [sy * cp, sy * sp * sr + cy * cr, sy * sp * cr - cy * sr],
+            [-sp, cp * sr, cp * cr],
+        ]
+    )
+
+
+def _boxes(tool, hand, opening, blocks, yaws) -> _Boxes:
+    reach = opening * rules.MAX_OPENING / 2 + 0.007
+    middle, finger = jnp.zeros(()), (0.010, 0.007, 0.027)
+    parts = jnp.array(
+        [
+            [middle, -reach, 0.018],
+            [middle, reach, 0.018],
+            [middle, middle, 0.073],
+            [middle, middle, 0.155],
+        ]
+    )
+    hands = jnp.broadcast_to(hand, (len(parts), 3, 3))
+    halves = [rules.BLOCK_HALF_SIZE] * rules.NUM_BLOCKS
+    halves += [finger, finger, (0.018, 0.065, 0.022), (0.030, 0.030, 0.060)]
+    shades = (*_COLOURS, _FINGER_SHADE, _FINGER_SHADE, _PALM_SHADE, _WRIST_SHADE)
+    return _Boxes(
+        centre=jnp.concatenate([blocks, tool[None] + parts @ hand.T]),
+        rotation=jnp.concatenate([jax.vmap(_rotation, (None, None, 0))(0.0, 0.0, yaws), hands]),
+        half_size=jnp.array(halves),
+        colour=jnp.array(shades),
+    )
+
+
+def _ground(origin, rays, boxes, tool, plate):
+    """Depth and colour, four planes `[h, w]`, of the table, the plate on it, and the floor."""
+    depth = -origin[2] / jnp.minimum(rays[2], -1e-6)
+    x, y = origin[0] + depth * rays[0], origin[1] + depth * rays[1]
+    on_table = jnp.maximum(jnp.abs(x), jnp.abs(y)) < _TABLE_HALF_SIZE
+    from_plate = (x - plate[0]) ** 2 + (y - plate[1]) ** 2
+    light = _shadow((x - tool[0]) ** 2 + (y - tool[1]) ** 2, 0.04, tool[2])
+    for i in range(rules.NUM_BLOCKS):
+        (cos, _, _), (sin, _, _), _ = boxes.rotation[i]
+        dx, dy = x - boxes.centre[i, 0], y - boxes.centre[i, 1]
+        along = jnp.maximum(jnp.abs(cos * dx + sin * dy) - rules.BLOCK_HALF_SIZE[0], 0)
+        across = jnp.maximum(jnp.abs(cos * dy - sin * dx) - rules.BLOCK_HALF_SIZE[1], 0)
+        height = boxes.centre[i, 2] - rules.BLOCK_HALF_SIZE[2]
+        light *= _shadow(along**2 + across**2, 0.01, height)
+    planes = []
+    for wood, floor, white, rim in zip(_WOOD, _FLOOR, _PLATE, _RIM, strict=True):
+        plane = jnp.where(on_table, wood, floor)
+        plane = jnp.where(from_plate < rules.PLATE_RADIUS**2, rim, plane)
+        planes.append(light * jnp.where(from_plate < (0.8 * rules.PLATE_RADIUS) ** 2, white, plane))
+    return depth, *planes
+
+
+def _shadow(squared_distance, radius, height):
+    """Light left at a distance from what hangs at `height`: a shadow is wider and paler below."""
+    softness = radius + 0.2 * height
+    return 1 - 0.4 / (1 + 6 * height) / (1 + squared_distance / softness**2)
+
+
+def _draw(image, origin, rays, box):
+    """Draws a box over the depth and colour so far, where it is nearer."""
+    depth, *planes = image
+    start, lamp = (origin - box.centre) @ box.rotation, jnp.array(_LIGHT) @ box.rotation
+    enter, leave, side = 0.0, jnp.inf, 0.0
+    for i, direction in enumerate(_turned(box.rotation.T, rays)):
+        inverse = 1 / jnp.where(jnp.abs(direction) < 1e-6, 1e-6, direction)
+        middle, reach = -start[i] * inverse, box.half_size[i] * jnp.abs(inverse)
+        side = jnp.where(middle - reach > enter, -lamp[i] * jnp.sign(inverse), side)
+        enter = jnp.maximum(enter, middle - reach)
+        leave = jnp.minimum(leave, middle + reach)
+    seen = (enter < leave) & (enter > 0) & (enter < depth)
+    light = _AMBIENT + (1 - _AMBIENT) * jnp.maximum(side, 0)
+    planes = (jnp.where(seen, light * c, p) for c, p in zip(box.colour, planes, strict=True))
+    return jnp.where(seen, enter, depth), *planes

@@ -1,0 +1,1 @@
+"""Closed-loop results: reference players, intervals, plots, videos, report pages."""

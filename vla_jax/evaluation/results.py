@@ -1,0 +1,252 @@
+"""How often a policy did what it was told: rates with intervals, per task and in all.
+
+An episode in which the world itself crashed says nothing about the policy: it is counted apart.
+"""
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import NormalDist
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.table import Table
+from scipy import special
+
+from vla_jax.acting.rollout import Outcome
+
+
+class Rate(NamedTuple):
+    """Successes among the episodes of one task, or of all."""
+
+    episodes: int  # that came to an end
+    successes: int
+    rate: float | None  # successes / episodes in [0, 1]; None without episodes
+    interval: tuple[float, float]  # 95 % confidence, Wilson
+    mean_length: float | None  # environment steps; None without episodes
+    crashed: int  # episodes that the world broke off, not among `episodes`
+
+
+class Latency(NamedTuple):
+    """Time of one policy step for one robot, from arrays of the host to arrays of the host."""
+
+    p50: float  # milliseconds
+    p95: float  # milliseconds
+
+
+class Summary(NamedTuple):
+    """What an evaluation found."""
+
+    tasks: dict[str, Rate]  # in alphabetical order
+    total: Rate  # all episodes alike
+    task_mean: float | None  # mean of the tasks' rates, the headline
+    task_mean_interval: tuple[float, float]  # 95 % confidence
+    latency: Latency | None  # None where no policy was asked
+
+
+def wilson(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The interval in which the true rate lies, with the given confidence.
+
+        (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n)
+
+    Args:
+      successes: at most `trials`.
+      trials: n; 0 gives (0, 1).
+      confidence: in (0, 1).
+
+    Returns:
+      Low and high, in [0, 1].
+
+    Raises:
+      ValueError: successes are not in [0, trials], or confidence is not in (0, 1).
+
+    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
+    """
+    if not 0 <= successes <= trials:
+        raise ValueError(f"successes must be in [0, {trials}], got {successes}.")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be in (0, 1), got {confidence}.")
+    if trials == 0:
+        return 0.0, 1.0
+    z, p = NormalDist().inv_cdf((1 + confidence) / 2), successes / trials
+    centre = p + z * z / (2 * trials)
+    half = z * math.sqrt(p * (1 - p) / trials + (z / (2 * trials)) ** 2)
+    scale = 1 + z * z / trials
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+def mean_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """The interval in which the mean over all seeds lies, with 95 % confidence, from a few.
+
+        x̄ ± t s / √n,    t = 97.5 % quantile of Student's distribution, n − 1 degrees of freedom
+
+    Args:
+      values: one per seed, n of them, at least one; of a single one both ends are its value, for
+        nothing is known of the others.
+
+    Returns:
+      Low and high.
+
+    Source: Student 1908, "The Probable Error of a Mean".
+    """
+    values = np.asarray(values, np.float64)
+    if len(values) == 1:
+        return float(values[0]), float(values[0])
+    quantile = special.stdtrit(len(values) - 1, 0.975)
+    half = quantile * values.std(ddof=1) / math.sqrt(len(values))
+    return float(values.mean() - half), float(values.mean() + half)
+
+
+def summarize(outcomes: Iterable[Outcome], *, latency: Latency | None = None) -> Summary:
+    """Rates per task, over all episodes, and their mean over tasks.
+
+    Args:
+      outcomes: one per episode.
+      latency: of the policy's step.
+    """
+    outcomes = list(outcomes)
+    names = sorted({outcome.task for outcome in outcomes})
+    tasks = {name: _rate([o for o in outcomes if o.task == name]) for name in names}
+    mean, interval = _mean([rate for rate in tasks.values() if rate.episodes])
+    return Summary(tasks, _rate(outcomes), mean, interval, latency)
+
+
+def _rate(outcomes: Sequence[Outcome]) -> Rate:
+    ended = [outcome for outcome in outcomes if not outcome.error]
+    count, successes = len(ended), sum(outcome.success for outcome in ended)
+    return Rate(
+        episodes=count,
+        successes=successes,
+        rate=successes / count if count else None,
+        interval=wilson(successes, count),
+        mean_length=sum(outcome.num_steps for outcome in ended) / count if count else None,
+        crashed=len(outcomes) - count,
+    )
+
+
+def _mean(rates: Sequence[Rate]) -> tuple[float | None, tuple[float, float]]:
+    """The mean of independent rates and its interval, from theirs.
+
+    Source: Zou and Donner 2008, "Construction of confidence limits about effect measures".
+    """
+    known = [(rate.rate, *rate.interval) for rate in rates if rate.rate is not None]
+    if not known:
+        return None, (0.0, 1.0)
+    mean = sum(rate for rate, _, _ in known) / len(known)
+    below = math.hypot(*(rate - low for rate, low, _ in known)) / len(known)
+    above = math.hypot(*(high - rate for rate, _, high in known)) / len(known)
+    return mean, (max(0.0, mean - below), min(1.0, mean + above))
+
+
+def to_json(summary: Summary) -> dict[str, Any]:
+    """The summary as dicts, lists and numbers that `json` can write."""
+    return {
+        "tasks": {name: rate._asdict() for name, rate in summary.tasks.items()},
+        "total": summary.total._asdict(),
+        "task_mean": summary.task_mean,
+        "task_mean_interval": list(summary.task_mean_interval),
+        "latency": summary.latency and summary.latency._asdict(),
+    }
+
+
+def from_json(data: Mapping[str, Any]) -> Summary:
+    """The summary that `to_json` turned into `data`."""
+    low, high = data["task_mean_interval"]
+    return Summary(
+        tasks={name: _rate_from_json(fields) for name, fields in data["tasks"].items()},
+        total=_rate_from_json(data["total"]),
+        task_mean=data["task_mean"],
+        task_mean_interval=(low, high),
+        latency=Latency(**data["latency"]) if data["latency"] else None,
+    )
+
+
+def _rate_from_json(fields: Mapping[str, Any]) -> Rate:
+    return Rate(**{**fields, "interval": tuple(fields["interval"])})
+
+
+COLUMNS = ("task", "success", "95 % interval", "episodes", "steps", "crashed")
+
+
+def rows(summary: Summary) -> list[tuple[str, ...]]:
+    """The summary as text, a row per task, then all episodes, then the mean over tasks."""
+    named = [*summary.tasks.items(), ("all episodes", summary.total)]
+    cells = [(name or "–", *_cells(rate)) for name, rate in named]
+    mean, interval = percent(summary.task_mean), percent_interval(summary.task_mean_interval)
+    return [*cells, ("mean over tasks", mean, interval, "", "", "")]
+
+
+def _cells(rate: Rate) -> tuple[str, ...]:
+    steps = "–" if rate.mean_length is None else f"{rate.mean_length:.1f}"
+    counts = f"{rate.successes}/{rate.episodes}"
+    return percent(rate.rate), percent_interval(rate.interval), counts, steps, str(rate.crashed)
+
+
+def percent(rate: float | None) -> str:
+    """A rate for people; a dash where there is none."""
+    return "–" if rate is None else f"{100 * rate:.1f} %"
+
+
+def percent_interval(interval: tuple[float, float]) -> str:
+    """An interval for people."""
+    return f"{100 * interval[0]:.1f} – {100 * interval[1]:.1f} %"
+
+
+def table(summary: Summary, *, title: str = "") -> Table:
+    """The summary for `rich` to print."""
+    drawn = Table(title=title or None)
+    for i, column in enumerate(COLUMNS):
+        drawn.add_column(column, justify="right" if i else "left")
+    *tasks, total, mean = rows(summary)
+    for row in tasks:
+        drawn.add_row(*row)
+    drawn.add_section()
+    drawn.add_row(*total)
+    drawn.add_row(*mean, style="bold")
+    return drawn
+
+
+def markdown(summary: Summary) -> str:
+    """The summary as a Markdown table."""
+    ruler = ("---", *("---:" for _ in COLUMNS[1:]))
+    return "\n".join(f"| {' | '.join(row)} |" for row in (COLUMNS, ruler, *rows(summary)))
+
+
+def read_outcomes(path: str | os.PathLike[str]) -> list[Outcome]:
+    """The outcomes of an `episodes.jsonl`, none where it is missing.
+
+    Raises:
+      ValueError: a line is damaged.
+    """
+    try:
+        return [Outcome(**line) for line in read_lines(path)]
+    except TypeError as error:
+        raise ValueError(
+            f"{path} must hold outcomes of episodes ({error}); delete it to play them again."
+        ) from error
+
+
+def append_outcome(path: str | os.PathLike[str], outcome: Outcome) -> None:
+    """Adds an outcome to an `episodes.jsonl`; it is on the disk when this returns."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(outcome._asdict()) + "\n")
+
+
+def read_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The records of a file with a JSON object per line, none where it is missing.
+
+    What follows the last line feed is left out: a kill had cut it off.
+
+    Raises:
+      ValueError: a line is not JSON.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise ValueError(f"{path} has a damaged line ({error}); delete that line.") from error

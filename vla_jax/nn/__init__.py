@@ -1,0 +1,1 @@
+"""Recurrent cells, the scan over time, attention: arrays in, arrays out."""

@@ -1,0 +1,315 @@
+"""A GPT-2 transformer over time: what came before is looked at again, nothing is carried.
+
+`apply` runs a window, `step` one time step with a cache of keys and values. It takes vectors in
+place of words, so there is no word embedding; the rest is GPT-2: learned positions, norms before
+attention and MLP (ε = 10⁻⁵) and after the last layer, GELU by tanh. M attention heads have E
+features each, H = M·E.
+
+- A step whose `mask` is False is seen by no other and gives zeros, and positions count real steps
+  alone, so that a window padded on the left or the right does what it does without the padding.
+- A step whose `reset` is True begins an episode: positions start at 0, and nothing before is seen.
+
+Norms, softmax and the sums of products are float32; `dtype` is that of the factors of products.
+"""
+
+import dataclasses
+import math
+from typing import Literal, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from vla_jax.config import did_you_mean
+from vla_jax.nn.layers import dense, dropout
+from vla_jax.types import Array, Key, Params
+
+
+class KeysValues(NamedTuple):
+    """What a layer's attention looks at."""
+
+    keys: Array  # [B, T, M, E] in the config's dtype
+    values: Array  # [B, T, M, E] in the config's dtype
+
+
+Cache = dict[str, KeysValues]  # by layer, named as in the params
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """A stack of attention layers."""
+
+    num_layers: int = 8  # L, one on top of the other
+    num_heads: int = 8  # M, attention heads
+    hidden_size: int = 256  # H, features of a step between the layers; M divides it
+    num_positions: int = 16  # learned positions: steps of the longest window
+    dropout: float = 0.0  # probability, of GPT-2's three: embedding, attention, residual
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the factors of matrix products
+
+    def __post_init__(self):
+        for name in ("num_layers", "num_heads", "hidden_size", "num_positions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_heads = {self.num_heads}, got "
+                f"{self.hidden_size}; choose another num_heads."
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}.")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(
+                f"unknown dtype '{self.dtype}'; {did_you_mean(self.dtype, ('float32', 'bfloat16'))}"
+            )
+
+
+def init(key: Key, config: TransformerConfig) -> Params:
+    """Returns `{"position_embedding", "layers_0": {...}, ..., "output_norm"}`.
+
+    Kernels and positions are drawn from N(0, 0.02²), those that write to the residual stream from
+    N(0, 0.02² / 2L); biases are 0, scales 1. `qkv` has queries, keys, values on its last axis.
+
+    Args:
+      key: consumed.
+      config: sizes of the stack.
+
+    Source: Radford et al. 2019, GPT-2, section 2.3, as `GPT2PreTrainedModel._init_weights` of
+    Hugging Face's transformers has it.
+    """
+    position_key, *layer_keys = jax.random.split(key, config.num_layers + 1)
+    shape = (config.num_positions, config.hidden_size)
+    return {
+        "position_embedding": 0.02 * jax.random.normal(position_key, shape),
+        **{
+            name: _init_layer(layer_key, config)
+            for name, layer_key in zip(_layers(config), layer_keys, strict=True)
+        },
+        "output_norm": _init_norm(config.hidden_size),
+    }
+
+
+def init_cache(config: TransformerConfig, batch_size: int, num_steps: int) -> Cache:
+    """Returns an empty cache.
+
+    Args:
+      config: sizes of the stack.
+      batch_size: B.
+      num_steps: T, steps that it has room for, at most the config's positions.
+    """
+    shape = (batch_size, num_steps, config.num_heads, config.hidden_size // config.num_heads)
+
+    def empty() -> jax.Array:
+        return jnp.zeros(shape, config.dtype)
+
+    return {name: KeysValues(empty(), empty()) for name in _layers(config)}
+
+
+def apply(
+    params: Params,
+    config: TransformerConfig,
+    inputs: Array,
+    *,
+    mask: Array | None = None,
+    reset: Array | None = None,
+    key: Key | None = None,
+) -> tuple[Cache, jax.Array]:
+    """Returns the keys and values of all steps, and their outputs.
+
+        h ← x + p;  h ← h + Attention(norm(h));  h ← h + MLP(norm(h));  output = norm(h)
+        Attention = softmax(q·k / √E) v over the real steps of the episode up to now
+
+    Args:
+      params: from `init`.
+      config: the one that `init` was given.
+      inputs: x `[B, T, H]`.
+      mask: `[B, T]`, True where the step is real; None means everywhere.
+      reset: `[B, T]`, True where a new episode starts, on a masked step too; None means nowhere.
+      key: consumed, for dropout; None means no dropout.
+
+    Returns:
+      The cache, which `step` can go on from where all steps of a row are one episode and none
+      before the last real one is masked, and outputs `[B, T, H]`, float32.
+
+    Raises:
+      ValueError: T is larger than the number of positions.
+
+    Source: Radford et al. 2019, GPT-2, as Hugging Face's `GPT2Model` has it.
+    """
+    _check(config, inputs, mask, reset)
+    real = jnp.ones(inputs.shape[:2], bool) if mask is None else jnp.asarray(mask)
+    starts = jnp.zeros(inputs.shape[:2], bool) if reset is None else jnp.asarray(reset)
+    inputs = jnp.where(real[..., None], inputs, 0.0)  # a weight of 0 would not silence a NaN
+    position, visible = _positions(real, starts), _visible(real, starts)
+    cache, outputs = _run(params, config, inputs, position, visible, key=key)
+    return cache, jnp.where(real[..., None], outputs, 0.0)
+
+
+def step(
+    params: Params, config: TransformerConfig, cache: Cache, inputs: Array, position: Array
+) -> tuple[Cache, jax.Array]:
+    """Returns the cache with one more step in it, and the output of that step, without dropout.
+
+    What the cache holds from `position` on is forgotten: position 0 is a new episode.
+
+    Args:
+      params: from `init`.
+      config: the one that `init` was given.
+      cache: `[B, T, M, E]`, that of the steps before.
+      inputs: `[B, H]`.
+      position: `[B]` int32, steps of this episode before this one, below T.
+
+    Returns:
+      The cache, and the output `[B, H]`, float32.
+    """
+    chex.assert_shape(inputs, (None, config.hidden_size))
+    chex.assert_shape(position, inputs.shape[:1])
+    chex.assert_tree_shape_prefix(cache, inputs.shape[:1])
+    position = jnp.asarray(position)[:, None]
+    num_steps = cache["layers_0"].keys.shape[1]
+    visible = (jnp.arange(num_steps)[None] <= position)[:, None]
+    inputs = jnp.asarray(inputs, jnp.float32)[:, None]
+    cache, outputs = _run(params, config, inputs, position, visible, cache=cache)
+    return cache, outputs[:, 0]
+
+
+def _run(
+    params: Params,
+    config: TransformerConfig,
+    inputs: jax.Array,
+    position: jax.Array,
+    visible: jax.Array,
+    *,
+    cache: Cache | None = None,
+    key: Key | None = None,
+) -> tuple[Cache, jax.Array]:
+    """Runs `inputs [B, T, H]` at `position [B, T]`; `visible [B, T, S]` of what each may see."""
+    embedded = inputs + jnp.take(params["position_embedding"], position, axis=0)
+    hidden, filled = dropout(_fold(key, 0), embedded, config.dropout), {}
+    for number, name in enumerate(_layers(config), start=1):
+        layer, layer_key = params[name], _fold(key, number)
+        query, fresh = _project(layer, config, hidden)
+        filled[name] = fresh if cache is None else _write(cache[name], fresh, position)
+        attended = _attend(query, filled[name], visible, config, _fold(layer_key, 0))
+        attended = _dense(layer["attention"]["output"], attended, config)
+        hidden = hidden + dropout(_fold(layer_key, 1), attended, config.dropout)
+        hidden = hidden + dropout(_fold(layer_key, 2), _mlp(layer, config, hidden), config.dropout)
+    return filled, _norm(params["output_norm"], hidden)
+
+
+def _positions(real: jax.Array, starts: jax.Array) -> jax.Array:
+    """Returns `[B, T]`, the number of real steps of the same episode before each."""
+    before = jnp.cumsum(real, axis=1) - real
+    return before - jax.lax.cummax(jnp.where(starts, before, 0), axis=1)
+
+
+def _visible(real: jax.Array, starts: jax.Array) -> jax.Array:
+    """Returns `[B, T, T]`, True where the step of the row may look at that of the column."""
+    episode = jnp.cumsum(starts, axis=1)
+    same = episode[:, :, None] == episode[:, None, :]
+    time = jnp.arange(real.shape[1])
+    age = time[:, None] - time[None, :]
+    # Itself (age 0) even where masked: a softmax over nothing would be NaN.
+    return (same & (age > 0)[None] & real[:, None, :]) | (age == 0)[None]
+
+
+def _project(
+    params: Params, config: TransformerConfig, hidden: jax.Array
+) -> tuple[jax.Array, KeysValues]:
+    """Returns the queries `[B, T, M, E]`, and the keys and values."""
+    qkv = _dense(params["attention"]["qkv"], _norm(params["attention_norm"], hidden), config)
+    parts = qkv.astype(config.dtype).reshape(*qkv.shape[:2], 3, config.num_heads, -1)
+    query, keys, values = (parts[:, :, part] for part in range(3))
+    return query, KeysValues(keys, values)
+
+
+def _write(cache: KeysValues, fresh: KeysValues, position: jax.Array) -> KeysValues:
+    """Returns the cache with those of the step at `position [B, 1]`, and zeros after it."""
+    rows = jnp.arange(position.shape[0])[:, None]
+    kept = jnp.arange(cache.keys.shape[1])[None] < position
+
+    def write(old: jax.Array, new: jax.Array) -> jax.Array:
+        # A weight of 0 would not silence a NaN that an earlier episode has left.
+        return jnp.where(kept[..., None, None], old, 0).at[rows, position].set(new)
+
+    return jax.tree.map(write, cache, fresh)
+
+
+def _attend(
+    query: jax.Array,
+    cache: KeysValues,
+    visible: jax.Array,
+    config: TransformerConfig,
+    key: Key | None,
+) -> jax.Array:
+    """Returns `[B, T, H]`, the values that are seen, weighted."""
+    sum32 = {"preferred_element_type": jnp.float32}
+    scores = jnp.einsum("btme,bsme->bmts", query, cache.keys, **sum32)
+    scores = scores / math.sqrt(query.shape[-1])
+    weights = jax.nn.softmax(jnp.where(visible[:, None], scores, -jnp.inf), axis=-1)
+    weights = dropout(key, weights, config.dropout).astype(config.dtype)
+    attended = jnp.einsum("bmts,bsme->btme", weights, cache.values, **sum32)
+    return attended.reshape(*attended.shape[:2], -1)
+
+
+def _mlp(params: Params, config: TransformerConfig, hidden: jax.Array) -> jax.Array:
+    widened = _dense(params["mlp"]["layers_0"], _norm(params["mlp_norm"], hidden), config)
+    return _dense(params["mlp"]["layers_1"], jax.nn.gelu(widened, approximate=True), config)
+
+
+def _norm(params: Params, hidden: jax.Array) -> jax.Array:
+    centred = hidden - jnp.mean(hidden, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+    scale, bias = (jnp.broadcast_to(params[name], hidden.shape) for name in ("scale", "bias"))
+    return centred * jax.lax.rsqrt(variance + 1e-5) * scale + bias
+
+
+def _dense(params: Params, inputs: jax.Array, config: TransformerConfig) -> jax.Array:
+    return dense(inputs, params["kernel"], params["bias"], dtype=config.dtype)
+
+
+def _init_layer(key: Key, config: TransformerConfig) -> Params:
+    size, residual = config.hidden_size, 0.02 / math.sqrt(2 * config.num_layers)
+    qkv_key, output_key, widen_key, narrow_key = jax.random.split(key, 4)
+    return {
+        "attention_norm": _init_norm(size),
+        "attention": {
+            "qkv": _init_dense(qkv_key, (size, 3 * size), 0.02),
+            "output": _init_dense(output_key, (size, size), residual),
+        },
+        "mlp_norm": _init_norm(size),
+        "mlp": {
+            "layers_0": _init_dense(widen_key, (size, 4 * size), 0.02),
+            "layers_1": _init_dense(narrow_key, (4 * size, size), residual),
+        },
+    }
+
+
+def _init_dense(key: Key, shape: tuple[int, int], deviation: float) -> Params:
+    return {"kernel": deviation * jax.random.normal(key, shape), "bias": jnp.zeros(shape[1:])}
+
+
+def _init_norm(size: int) -> Params:
+    return {"scale": jnp.ones(size), "bias": jnp.zeros(size)}
+
+
+def _fold(key: Key | None, number: int) -> Key | None:
+    return None if key is None else jax.random.fold_in(key, number)
+
+
+def _layers(config: TransformerConfig) -> list[str]:
+    return [f"layers_{layer}" for layer in range(config.num_layers)]
+
+
+def _check(
+    config: TransformerConfig, inputs: Array, mask: Array | None, reset: Array | None
+) -> None:
+    chex.assert_shape(inputs, (None, None, config.hidden_size))
+    for flags in (mask, reset):
+        if flags is not None:
+            chex.assert_shape(flags, inputs.shape[:2])
+            chex.assert_type(flags, bool)
+    if inputs.shape[1] > config.num_positions:
+        raise ValueError(
+            f"a window of a transformer must have at most its {config.num_positions} positions, "
+            f"got {inputs.shape[1]} steps; cut it, or train with a larger window_size."
+        )

@@ -1,0 +1,1 @@
+"""Heads, trunks, decoders and policies, over windows and one step at a time."""

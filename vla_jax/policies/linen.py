@@ -1,0 +1,224 @@
+"""The cells, the recurrence and the decoder as Flax Linen modules, for models made of modules.
+
+Use these to put a part of this library into a model that is written in Flax; where the model is
+yours to write, the pure functions underneath are all you need. A module remembers nothing that
+they do not: its params are the same tree, so that `module.init(...)["params"]` goes into them
+(`streaming.init`, `checkpoint`, `convert`) and what they make goes into `module.apply`.
+
+    encoder → linen.Decoder(config)(tokens)                  in a module of your own
+    nn.RNN(linen.Cell("gru", 512))(inputs)                   our cell under Flax's own loop
+
+From NNX, through Flax's bridge, with a batch of inputs to make the params for:
+
+    decoder = nnx.bridge.ToNNX(linen.Decoder(config), rngs=nnx.Rngs(0)).lazy_init(tokens)
+    params = nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
+    nnx.update(decoder, params)
+"""
+
+from collections.abc import Callable
+from math import prod
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vla_jax.nn import recurrence
+from vla_jax.nn.cells import CELLS, CellName
+from vla_jax.nn.recurrence import Carry, RecurrenceConfig
+from vla_jax.policies import decoders, streaming
+from vla_jax.policies.autoregressive_head import Told
+from vla_jax.policies.decoders import DecoderConfig
+from vla_jax.policies.streaming import State
+from vla_jax.types import ActionChunk, Array, Key, Params, Prediction
+
+
+class Cell(nn.RNNCellBase):
+    """A cell of `cells.CELLS`; its carry is the cell's own, such as `LSTMCarry(hidden, cell)`."""
+
+    cell: CellName  # key of `cells.CELLS`
+    hidden_size: int  # H
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the factors of matrix products
+
+    def __post_init__(self):
+        RecurrenceConfig(self.cell, hidden_size=self.hidden_size, dtype=self.dtype)  # has checks
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, carry: Any, inputs: Array) -> tuple[Any, jax.Array]:
+        """Returns the next carry and the output of one step.
+
+        Args:
+          carry: leaves `[..., H]`.
+          inputs: `[..., D]`.
+
+        Returns:
+          The carry, and the output `[..., H]`, float32.
+        """
+        cell, input_size = CELLS[self.cell], inputs.shape[-1]
+        params = _declare(self, lambda key: cell.init(key, input_size, self.hidden_size))
+        return cell.step(params, carry, inputs, dtype=self.dtype)
+
+    @nn.nowrap
+    def initialize_carry(self, rng: Key, input_shape: tuple[int, ...]) -> Any:
+        """Returns the carry before the first step, zeros `[..., H]`.
+
+        Args:
+          rng: not used; Flax's interface has it.
+          input_shape: of the inputs of one step, `[..., D]`.
+        """
+        del rng
+        lead = input_shape[:-1]
+        carry = CELLS[self.cell].zero_carry(jnp.zeros((prod(lead), 1)), self.hidden_size)
+        return jax.tree.map(lambda leaf: leaf.reshape(*lead, self.hidden_size), carry)
+
+    @property
+    def num_feature_axes(self) -> int:
+        """Axes of an input that are not batch, which `nn.RNN` asks for."""
+        return 1
+
+
+class Recurrence(nn.Module):
+    """A stack of recurrent layers, `recurrence.apply` and `recurrence.step`."""
+
+    config: RecurrenceConfig
+
+    def __call__(
+        self,
+        inputs: Array,
+        *,
+        mask: Array | None = None,
+        reset: Array | None = None,
+        carry: Carry | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Carry, jax.Array]:
+        """Returns the carry after the last step and the outputs of all steps.
+
+        Args:
+          inputs: `[B, T, D]`.
+          mask: `[B, T]`, True where the step is real; None means everywhere.
+          reset: `[B, T]`, True where a new episode starts; None means nowhere.
+          carry: before the first step; None means zeros.
+          deterministic: False drops outputs between layers, and takes an rng named "dropout".
+
+        Returns:
+          The carry, and outputs `[B, T, H]` (`[B, T, 2·H]` in both directions), float32.
+        """
+        return recurrence.apply(
+            self._params(inputs.shape[-1]),
+            self.config,
+            inputs,
+            mask=mask,
+            reset=reset,
+            carry=carry,
+            key=_dropout_key(self, self.config.dropout, deterministic),
+        )
+
+    def step(
+        self, carry: Carry, inputs: Array, *, reset: Array | None = None
+    ) -> tuple[Carry, jax.Array]:
+        """Returns the next carry and the output of one step, without dropout.
+
+        Args:
+          carry: from `recurrence.zero_carry` or the step before.
+          inputs: `[B, D]`.
+          reset: `[B]`, True where a new episode starts; None means nowhere.
+
+        Returns:
+          The carry, and the output `[B, H]`, float32.
+        """
+        params = self._params(inputs.shape[-1])
+        return recurrence.step(params, self.config, carry, inputs, reset=reset)
+
+    @nn.compact
+    def _params(self, input_size: int) -> Params:
+        return _declare(self, lambda key: recurrence.init(key, self.config, input_size))
+
+
+class Decoder(nn.Module):
+    """Tokens to action chunks, `decoders.apply` and `streaming.step`."""
+
+    config: DecoderConfig
+
+    def __call__(
+        self,
+        tokens: Array,
+        *,
+        timestep_mask: Array | None = None,
+        token_mask: Array | None = None,
+        reset: Array | None = None,
+        carry: Carry | None = None,
+        told: Told | None = None,
+        deterministic: bool = True,
+    ) -> Prediction:
+        """Returns what is predicted at every position: action chunks, or bins of them.
+
+        Args:
+          tokens: `[B, W, N, D]`; W may be any number of steps here, of "gpt" at most the config's.
+          timestep_mask: `[B, W]`, True where the step is real; None means everywhere.
+          token_mask: `[B, W, N]`, True where the token is real; None means everywhere.
+          reset: `[B, W]`, True where a new episode starts; None means nowhere.
+          carry: of the recurrence before the first step; None means zeros. Of "gpt" always None.
+          told: the true actions, that head "autoregressive" learns from, without a rate; None means
+            it is told its own.
+          deterministic: False drops as `DecoderConfig.dropout` says, by an rng named "dropout".
+
+        Returns:
+          Arm `[B, W, K, A-1]` in (-1, 1), gripper logit `[B, W, K]`; of head "discrete" logits
+          `[B, W, K, A, V]`; float32.
+
+        Raises:
+          ValueError: `tokens` are not `[B, W, N, D]` with the config's N and D, or for "gpt" there
+            is a carry or a longer window.
+        """
+        return decoders.apply(
+            self._params(),
+            self.config,
+            tokens,
+            timestep_mask=timestep_mask,
+            token_mask=token_mask,
+            reset=reset,
+            carry=carry,
+            told=told,
+            key=_dropout_key(self, self.config.dropout, deterministic),
+        )
+
+    def step(
+        self,
+        state: State,
+        tokens: Array,
+        *,
+        token_mask: Array | None = None,
+        reset: Array | None = None,
+    ) -> tuple[State, ActionChunk]:
+        """Returns the state after one frame, and the chunk that is predicted there.
+
+        Args:
+          state: from `streaming.init(params, config, batch_size, mode=...)` or the step before.
+          tokens: of one frame, `[B, N, D]`.
+          token_mask: `[B, N]`, True where the token is real; None means everywhere.
+          reset: `[B]`, True where this frame is the first of an episode; None means nowhere.
+
+        Returns:
+          The state, and arm `[B, K, A-1]`, gripper logit `[B, K]`.
+        """
+        return streaming.step(
+            self._params(), self.config, state, tokens, token_mask=token_mask, reset=reset
+        )
+
+    @nn.compact
+    def _params(self) -> Params:
+        return _declare(self, lambda key: decoders.init(key, self.config))
+
+
+def _declare(module: nn.Module, init: Callable[[Key], Params]) -> Params:
+    """Returns the module's params, declared so that their tree is that of `init`."""
+    # One param for each subtree: Linen has no name for a tree as a whole.
+    return {
+        name: module.param(name, lambda key, name=name: init(key)[name])
+        for name in jax.eval_shape(init, jax.random.key(0))
+    }
+
+
+def _dropout_key(module: nn.Module, rate: float, deterministic: bool) -> Key | None:
+    return None if deterministic or rate == 0.0 else module.make_rng("dropout")

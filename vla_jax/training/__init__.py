@@ -1,0 +1,1 @@
+"""Losses, optimiser, one update, sharding, checkpoints, the training loop."""

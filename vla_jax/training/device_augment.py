@@ -1,0 +1,62 @@
+"""Image augmentation inside `jit`: the twin of `data.augment`, for the device that trains.
+
+It costs the loader nothing; the device draws and changes a window's pictures where they lie.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from vla_jax.data.image_augment import GRAIN, AugmentConfig, Change
+from vla_jax.types import Array, Key, Observation
+
+
+def apply(key: Key, observation: Observation, config: AugmentConfig) -> Observation:
+    """Returns the observation with its images changed; each window and camera draws once.
+
+    Args:
+      key: consumed.
+      observation: windows with images `[B, W, h, w, 3]` uint8, or none.
+      config: how far.
+
+    Returns:
+      An observation of the same shapes and dtypes.
+    """
+    if config == AugmentConfig():
+        return observation
+    names = ("image_primary", "image_wrist")
+    changed = {
+        name: _change_each(own_key, images, config)
+        for name, own_key in zip(names, jax.random.split(key, len(names)), strict=True)
+        if (images := getattr(observation, name)) is not None
+    }
+    return observation._replace(**changed)
+
+
+def draw(key: Key, config: AugmentConfig) -> Change:
+    """Returns a change within the ranges of `config`, of scalars `[]`; `key` is consumed."""
+    shift_key, light_key = jax.random.split(key)
+    down, right = jax.random.randint(shift_key, (2,), -config.shift, config.shift + 1)
+    ranges = jnp.array([config.brightness, config.contrast])
+    light = jnp.rint(jax.random.uniform(light_key, (2,), minval=-1.0) * ranges * GRAIN) / GRAIN
+    return Change(down, right, light[0], 1 + light[1])
+
+
+def change(images: Array, by: Change) -> jax.Array:
+    """Returns what `data.augment.change` does: images `[W, h, w, 3]` uint8, moved, in other light.
+
+    Args:
+      images: of one window and camera.
+      by: scalars `[]`.
+    """
+    h, w = images.shape[1:3]
+    rows = jnp.clip(jnp.arange(h) - by.down, 0, h - 1)
+    columns = jnp.clip(jnp.arange(w) - by.right, 0, w - 1)
+    moved = jnp.take(jnp.take(images, rows, axis=1), columns, axis=2)
+    levels = by.contrast * (moved.astype(jnp.float32) - 127.5) + (127.5 + 255 * by.brightness)
+    return jnp.rint(jnp.clip(levels, 0, 255)).astype(jnp.uint8)
+
+
+def _change_each(key: Key, images: Array, config: AugmentConfig) -> jax.Array:
+    """Changes windows `[B, W, h, w, 3]`, each by a draw of its own."""
+    changes = jax.vmap(draw, (0, None))(jax.random.split(key, len(images)), config)
+    return jax.vmap(change)(images, changes)

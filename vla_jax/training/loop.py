@@ -1,0 +1,194 @@
+"""The loop that every script here shares: batches in, updates, logs, checkpoints, exact resume."""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import jax
+import optax
+from jax.experimental import multihost_utils
+
+from vla_jax import config as configs
+from vla_jax.training import checkpoint, parallel
+from vla_jax.training.logs import Logs
+from vla_jax.training.malloc import keep_freed_memory
+from vla_jax.training.update import TrainState, Update
+from vla_jax.types import Key
+
+
+class Batches(Protocol):
+    """Endless batches with a position, as `data.loader.Loader` gives them."""
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches."""
+        ...
+
+    def get_state(self) -> dict[str, Any]:
+        """The position, JSON-able."""
+        ...
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues at a position."""
+        ...
+
+    def close(self) -> None:
+        """Ends what is open."""
+        ...
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long to train, and what to keep of it."""
+
+    num_updates: int = 3000  # updates in all
+    log_every: int = 50  # updates between two lines of metrics.jsonl
+    save_every: int = 500  # updates between two checkpoints
+    keep: int = 2  # latest checkpoints that stay
+    num_devices: int = 0  # devices that share a batch; 0 = all
+    tensorboard: bool = False  # event files too
+
+    def __post_init__(self):
+        """Checks the counts."""
+        for name in ("num_updates", "log_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+
+def fit(
+    config: LoopConfig,
+    run_dir: pathlib.Path,
+    update: Update,
+    train_state: TrainState,
+    loader: Batches,
+    key: Key,
+    *,
+    schedule: optax.Schedule,
+    metadata: dict[str, Any],
+    name: str,
+) -> TrainState:
+    """Trains to the end, from the latest checkpoint in `run_dir` if there is one.
+
+    What resumes is the same to the bit as what was never interrupted: the params, the optimiser,
+    the average, the position of the loader; randomness follows from `key` and the update's number.
+
+    Args:
+      config: length of the training, and what to keep.
+      run_dir: folder of the run.
+      update: from `update.make_update`; compiled here.
+      train_state: the state before the first update.
+      loader: endless batches; closed here.
+      key: of all randomness inside the updates.
+      schedule: learning rate by update, for the log.
+      metadata: what to save beside the weights (config, norm_stats).
+      name: what the progress bar is about.
+
+    Returns:
+      The state after the last update, in the host's memory.
+    """
+    keep_freed_memory()
+    directory = run_dir / "checkpoints"
+    if checkpoint.latest_step(directory) is not None:
+        train_state, saved = checkpoint.restore(directory, train_state)
+        loader.set_state(saved["loader"])
+    start = int(train_state.num_updates)
+    mesh = parallel.make_mesh(config.num_devices or None)
+    train_state = parallel.replicate(train_state, mesh)
+    compiled = parallel.jit_update(update, mesh)
+    with contextlib.ExitStack() as stack:
+        stack.callback(loader.close)
+        checkpoints = checkpoint.open_checkpoints(directory, keep=config.keep)
+        stack.callback(checkpoint.close, checkpoints)
+        logs = None
+        if is_first_process():
+            logs = Logs(
+                run_dir,
+                num_updates=config.num_updates,
+                start=start,
+                name=name,
+                tensorboard=config.tensorboard,
+            )
+            stack.enter_context(logs)
+        steps = range(start + 1, config.num_updates + 1)
+        batches = logs.timed(loader) if logs else loader
+        for step, batch in zip(steps, batches, strict=False):  # the loader is endless
+            train_state, metrics = compiled(train_state, parallel.shard_batch(batch, mesh), key)
+            if logs:
+                logs.advance(step)
+            if logs and (step % config.log_every == 0 or step == config.num_updates):
+                logs.write(step, {**metrics, "learning_rate": schedule(step - 1)})
+            if step % config.save_every == 0 or step == config.num_updates:
+                position = {"loader": loader.get_state()}
+                checkpoint.save(checkpoints, step, train_state, metadata | position)
+    return jax.device_get(train_state)
+
+
+def open_run(run_dir: str, config: Any, *, overwrite: bool) -> pathlib.Path:
+    """The run's folder, new, or an earlier one of the very same config, to be resumed.
+
+    Args:
+      run_dir: folder.
+      config: the script's whole config; written to `config.json`.
+      overwrite: whether to delete what is there.
+
+    Raises:
+      ValueError: the folder holds a run of another config, or something else.
+    """
+    path = pathlib.Path(run_dir)
+    if is_first_process():
+        if overwrite and path.exists():
+            _delete(path)
+        _claim(path / "config.json", config)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("run folder")
+    return path
+
+
+def save_json(data: Mapping[str, Any], path: pathlib.Path) -> None:
+    """Writes JSON, whole or not at all; with several processes the first one does it."""
+    if is_first_process():
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        os.replace(part, path)
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that writes and tells, if there are several."""
+    return jax.process_index() == 0
+
+
+def _claim(file: pathlib.Path, config: Any) -> None:
+    """Writes the config, or checks that it is the one that is there."""
+    if not file.exists():
+        configs.save(config, file)
+        return
+    # Where a run lies, and how it was begun, is no part of what it is.
+    here = {"run_dir": config.run_dir, "overwrite": config.overwrite}
+    saved = replace(configs.load(type(config), file), **here)
+    if saved != config:
+        differing = _differences(configs.to_dict(saved), configs.to_dict(config))
+        raise ValueError(
+            f"{file.parent} holds a run of another config: {'; '.join(differing)}; choose another "
+            "--run-dir, restore those options, or add --overwrite to start anew."
+        )
+
+
+def _delete(path: pathlib.Path) -> None:
+    if not (path / "config.json").exists():
+        raise ValueError(f"{path} is not a run folder (no config.json); delete it yourself.")
+    shutil.rmtree(path)
+
+
+def _differences(saved: Any, wanted: Any, path: str = "") -> list[str]:
+    """`name was X and is Y` for every leaf of two configs that differs."""
+    if not (isinstance(saved, dict) and isinstance(wanted, dict)):
+        return [] if saved == wanted else [f"{path} was {saved!r} and is {wanted!r}"]
+    return [
+        line
+        for name in {**saved, **wanted}
+        for line in _differences(saved.get(name), wanted.get(name), f"{path}.{name}".lstrip("."))
+    ]

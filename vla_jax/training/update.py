@@ -1,0 +1,127 @@
+"""The train state and one update: gradient, optimiser, slow average.
+
+`make_update` gives a pure function that is not compiled; `parallel.jit_update` compiles it for
+one device or many.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from vla_jax.training.optim import stop_frozen, update_ema
+from vla_jax.types import Key, Metrics, Params
+
+LossFn = Callable[[Params, Any, Key], tuple[jax.Array, Metrics]]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that training changes; a checkpoint of it is all that a resumed training needs."""
+
+    num_updates: jax.Array  # [] int32, updates done
+    params: Params
+    opt_state: optax.OptState
+    ema_params: Params | None  # slow average of params, None where it is switched off
+
+
+class Counted(NamedTuple):
+    """A batch for a loss that changes as the training goes on."""
+
+    batch: Any
+    num_updates: jax.Array  # [] int32, updates done before this one
+
+
+Update = Callable[[TrainState, Any, Key], tuple[TrainState, Metrics]]
+
+
+def init_train_state(
+    params: Params, optimizer: optax.GradientTransformation, *, ema: bool = False
+) -> TrainState:
+    """Returns the state before the first update.
+
+    Args:
+      params: initial params.
+      optimizer: what `make_update` is given too.
+      ema: whether to keep a slow average of the params.
+    """
+    return TrainState(
+        num_updates=jnp.zeros([], jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        # A copy: buffers are donated to the update, and none may be donated twice.
+        ema_params=jax.tree.map(jnp.copy, params) if ema else None,
+    )
+
+
+def make_update(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    ema_decay: float | None = None,
+    freeze: Sequence[str] = (),
+    axis_name: str | None = None,
+) -> Update:
+    """Returns `update(train_state, batch, key) -> (train_state, metrics)`.
+
+    Randomness comes from `fold_in(key, num_updates)`: the same `key` is given at every update,
+    and a resumed training draws what an uninterrupted one would. The metrics are those of
+    `loss_fn` with `loss` and `grad_norm` (before clipping, frozen leaves apart).
+
+    Args:
+      loss_fn: `(params, batch, key) -> (loss [], metrics)`.
+      optimizer: from `optim.make_optimizer`.
+      ema_decay: decay of the slow average; needs a train state made with `ema=True`.
+      freeze: path globs of the params that get no gradient, the optimiser's.
+      axis_name: mapped axis to average over, for `parallel.pmap_update` alone; every device then
+        draws the same randomness for its share of the batch.
+
+    Raises:
+      ValueError: when it is called, if only one of `ema_decay` and `ema_params` is there.
+    """
+
+    def loss_of(params: Params, batch: Any, key: Key) -> tuple[jax.Array, Metrics]:
+        loss, metrics = loss_fn(stop_frozen(params, freeze), batch, key)
+        return loss.astype(jnp.float32), metrics
+
+    def update(train_state: TrainState, batch: Any, key: Key) -> tuple[TrainState, Metrics]:
+        count, params = train_state.num_updates, train_state.params
+        grad_fn = jax.value_and_grad(loss_of, has_aux=True)
+        (loss, metrics), grads = grad_fn(params, batch, jax.random.fold_in(key, count))
+        if axis_name is not None:
+            loss, metrics, grads = jax.lax.pmean((loss, metrics, grads), axis_name)
+        updates, opt_state = optimizer.update(grads, train_state.opt_state, params)
+        params: Any = optax.apply_updates(params, updates)
+        ema_params = _next_ema(train_state, params, ema_decay)
+        metrics = {**metrics, "loss": loss, "grad_norm": optax.tree.norm(grads)}
+        return TrainState(count + 1, params, opt_state, ema_params), metrics
+
+    return update
+
+
+def with_count(update: Update) -> Update:
+    """Returns an update whose loss gets `Counted(batch, num_updates)` in place of the batch.
+
+    Args:
+      update: from `make_update`.
+    """
+
+    def counted(train_state: TrainState, batch: Any, key: Key) -> tuple[TrainState, Metrics]:
+        return update(train_state, Counted(batch, train_state.num_updates), key)
+
+    return counted
+
+
+def _next_ema(train_state: TrainState, params: Params, decay: float | None) -> Params | None:
+    if (train_state.ema_params is None) != (decay is None):
+        raise ValueError(
+            f"ema_decay is {decay}, but ema_params are "
+            f"{'absent' if train_state.ema_params is None else 'there'}; "
+            "give init_train_state ema=True just where make_update has an ema_decay."
+        )
+    if train_state.ema_params is None or decay is None:
+        return None
+    return update_ema(train_state.ema_params, params, train_state.num_updates, decay=decay)
