@@ -118,7 +118,7 @@ def test_exported_params_are_read_like_a_training(saved, tmp_path):
 
 ONE_DEVICE = """
 import sys, jax, numpy as np
-from vla_jax import checkpoint
+from vla_jax.training import checkpoint
 assert jax.device_count() == 1
 params = checkpoint.restore_params(sys.argv[1])
 total = sum(jax.numpy.asarray(leaf, "float32").sum() for leaf in jax.tree.leaves(params))
@@ -169,14 +169,17 @@ def test_a_checkpoint_that_is_not_there_is_told(saved, tmp_path):
 OTHER_PARAMS = {
     "shape": (
         {"kernel": jnp.zeros((3, 4))},
-        r"kernel: saved float32\[3, 2\], expected float32\[3, 4\]",
+        r"kernel is float32\[3, 2\], expected float32\[3, 4\]",
     ),
     "dtype": (
         {"kernel": jnp.zeros((3, 2), jnp.bfloat16)},
-        "kernel: saved float32.*, expected bfloat16",
+        "kernel is float32.*, expected bfloat16",
     ),
-    "missing": ({}, r"kernel: saved float32\[3, 2\], expected nothing"),
-    "extra": ({"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(2)}, "bias: saved nothing"),
+    "missing": ({}, r"kernel is float32\[3, 2\], expected nothing"),
+    "extra": (
+        {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(2)},
+        "bias is missing, expected float32",
+    ),
 }
 
 
@@ -184,9 +187,9 @@ OTHER_PARAMS = {
 def test_a_checkpoint_of_another_shape_is_told_with_the_path(head, sentence, saved):
     directory, _ = saved
     other = {**make_params(), "head": head}
-    with pytest.raises(ValueError, match=f"differ at head/{sentence}"):
+    with pytest.raises(ValueError, match=f"does not fit the policy: head/{sentence}"):
         checkpoint.restore_params(directory, other)
-    with pytest.raises(ValueError, match="differ at params/head/"):
+    with pytest.raises(ValueError, match="does not fit the policy: params/head/"):
         checkpoint.restore(directory, make_state().replace(params=other))
 
 
@@ -233,7 +236,7 @@ def test_a_full_disk_is_told_once_and_training_and_saving_can_go_on(tmp_path, ca
 
 KILLED = """
 import os, signal, sys, numpy as np
-from vla_jax import checkpoint
+from vla_jax.training import checkpoint
 checkpoints = checkpoint.open_checkpoints(sys.argv[1])
 checkpoint.save(checkpoints, 1, {"x": np.ones(10)}, {"loader": 1})
 checkpoint.wait(checkpoints)

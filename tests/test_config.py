@@ -85,7 +85,7 @@ SLIPS = {
         {"name": "a", "head": 3},
         "head must be a dict of StateConfig's fields, got 3",
     ),
-    "list for a config": ([], "MainConfig must be a dict of MainConfig's fields"),
+    "list for a config": ([], r"must hold a JSON object, got list"),
     "no list": ({"name": "a", "factors": 3}, "factors must be a list, got 3"),
     "wrong item": ({"name": "a", "factors": [["a", "b"]]}, r"factors\[0\]\[1\] must be float"),
     "wrong length": ({"name": "a", "image_size": [1]}, "image_size must have 2 items, got 1"),

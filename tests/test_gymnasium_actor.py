@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vla_jax import trees
 from vla_jax.envs import cartpole
 from vla_jax.envs.cartpole import CartPoleConfig, CartPoleState
 from vla_jax.envs.discrete_worlds import GymnasiumConfig
@@ -92,8 +93,8 @@ def test_it_keeps_the_books_of_the_jax_world_in_cartpole(stack):
     for t in range(T):
         new = CartPoleState(*seen[:, t].T, np.zeros(B, np.int32))
         state = state._replace(
-            world_state=actor.choose(state.reset, new, state.world_state),
-            observation=actor.choose(state.reset, seen[:, t], state.observation),
+            world_state=trees.select(state.reset, new, state.world_state),
+            observation=trees.select(state.reset, seen[:, t], state.observation),
         )
         state, step = advance(world, state, found.action[:, t], jax.random.key(t))
         steps.append(step)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vla_jax import trees
 from vla_jax.training import optim
 from vla_jax.training.optim import OptimConfig
 
@@ -35,7 +36,7 @@ def make_grads(seed):
 
 
 def flat(tree):
-    return dict(zip(optim.tree_paths(tree), map(np.asarray, jax.tree.leaves(tree)), strict=True))
+    return jax.tree.map(np.asarray, trees.leaves_by_path(tree))
 
 
 def descend(config, grads_list):

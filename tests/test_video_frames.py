@@ -127,12 +127,12 @@ def test_a_video_with_damaged_frames_is_refused_by_name(tmp_path):
 
 FULL_DISK = """
 import pathlib, resource, sys
-from vla_jax.data import frames
+from vla_jax.data import video_frames
 root = pathlib.Path(sys.argv[1])
-segments = [frames.Segment(root / "a.mp4", 0, 12)]
+segments = [video_frames.Segment(root / "a.mp4", 0, 12)]
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
-    frames.read_frames({"image_primary": segments}, root)
+    video_frames.read_frames({"image_primary": segments}, root)
 except OSError as error:
     print(error)
 """

@@ -9,7 +9,6 @@ is visible. `train.imitate` makes the file itself where it is missing; the optio
 
 import hashlib
 import json
-import os
 import pathlib
 
 import jax
@@ -24,6 +23,7 @@ from vla_jax.command_line import run
 from vla_jax.data import normalize
 from vla_jax.data.dataset import Dataset
 from vla_jax.data.windows import Windows
+from vla_jax.files import replacing
 from vla_jax.types import Params
 
 CHUNK = 256  # frames that are encoded at once
@@ -63,17 +63,13 @@ def frame_tokens(
     folder = pathlib.Path(config.dataset) / ".tokens"
     path = folder / f"tokens-{fingerprint(params['backbone'], backbone, frames)}.npy"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.tmp")
         try:
-            _write(partial, params["backbone"], backbone, frames)
-            os.replace(partial, path)
+            with replacing(path) as part:
+                _write(part, params["backbone"], backbone, frames)
         except OSError as error:
             raise OSError(
                 error.errno, f"{path} could not be written ({error.strerror}); free space."
             ) from error
-        finally:
-            partial.unlink(missing_ok=True)
     return np.load(path, mmap_mode="r")
 
 

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from train.configs import ImitateConfig
+from vla_jax import trees
 from vla_jax.convert.folder import is_folder, read_params
 from vla_jax.data import normalize
 from vla_jax.data.dataset import Dataset
@@ -113,20 +114,10 @@ def _read_part(part: str, folder: str) -> Params:
     return checkpoint.restore_params(pathlib.Path(folder) / "checkpoints").get(part, {})
 
 
-def _check_same_sizes(part: str, found: Params, wanted: Params, folder: str) -> None:
-    sizes, expected = _sizes(found), _sizes(wanted)
-    for name in sorted({*sizes, *expected}):
-        if sizes.get(name) != expected.get(name):
-            raise ValueError(
-                f"the {part} of {folder} has other sizes than this config's: {name} is "
-                f"{sizes.get(name, 'missing')}, expected {expected.get(name, 'nothing')}; give "
-                "both the same options, or train it again."
-            )
-
-
-def _sizes(params: Params) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): np.shape(leaf)
-        for path, leaf in leaves
-    }
+def _check_same_sizes(part: str, found: Params, expected: Params, folder: str) -> None:
+    difference = trees.first_difference(found, expected)
+    if difference:
+        raise ValueError(
+            f"the {part} of {folder} does not fit this config: {difference}; use the same options "
+            "for both, or train it again."
+        )

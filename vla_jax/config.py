@@ -8,13 +8,13 @@ configs. Where a field may hold one of several configs, each of them has a field
 import contextlib
 import dataclasses
 import difflib
-import json
 import os
-import pathlib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
+
+from vla_jax.files import read_json, write_json
 
 Config = TypeVar("Config")
 
@@ -54,11 +54,7 @@ def save(config: Any, path: str | os.PathLike[str]) -> None:
       config: instance of a dataclass.
       path: file to write; its folder is made where it is missing.
     """
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)  # a kill in mid-write must not leave half a file
+    write_json(path, to_dict(config))
 
 
 def load(cls: type[Config], path: str | os.PathLike[str]) -> Config:
@@ -68,15 +64,7 @@ def load(cls: type[Config], path: str | os.PathLike[str]) -> Config:
       FileNotFoundError: there is no such file.
       ValueError: the file is not JSON, or does not describe a `cls`.
     """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing: expected a {cls.__name__} as JSON; check the run folder."
-        )
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # broken JSON or broken UTF-8
-        raise ValueError(f"{path} is not valid JSON ({error}); restore the file.") from error
+    data = read_json(path, f"a {cls.__name__}")
     try:
         return from_dict(cls, data)
     except ValueError as error:
@@ -92,6 +80,32 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     known = [str(choice) for choice in known]
     nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
     return f"choose from {', '.join(known)}. Did you mean '{''.join(nearest)}'?"
+
+
+def differences(saved: Any, current: Any) -> list[str]:
+    """Returns `PATH was A and is B` for every value that differs, in the order of the fields.
+
+    >>> differences({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}})
+    ['b.c was 2 and is 3']
+
+    Args:
+      saved: nested dicts, as from `to_dict`, or configs; a missing value counts as None.
+      current: the same, to compare with.
+    """
+    return list(_differences(_as_dict(saved), _as_dict(current), ""))
+
+
+def _as_dict(value: Any) -> Any:
+    return to_dict(value) if dataclasses.is_dataclass(value) else value
+
+
+def _differences(saved: Any, current: Any, path: str) -> Iterator[str]:
+    if isinstance(saved, Mapping) and isinstance(current, Mapping):
+        for name in {**saved, **current}:
+            inner = f"{path}.{name}".lstrip(".")
+            yield from _differences(saved.get(name), current.get(name), inner)
+    elif saved != current:
+        yield f"{path} was {saved!r} and is {current!r}"
 
 
 def _plain(value: Any, path: str) -> Any:

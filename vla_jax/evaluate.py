@@ -11,8 +11,6 @@ Everything goes into `RUN_DIR/evaluation/NAME`: a line per episode in `episodes.
 import contextlib
 import dataclasses
 import functools
-import json
-import os
 import pathlib
 import re
 import shlex
@@ -35,7 +33,8 @@ from vla_jax.envs.worlds import WORLDS, GymnasiumConfig, WorldConfig, make_simul
 from vla_jax.evaluation import players, report, results, video
 from vla_jax.evaluation.players import Player, Reference
 from vla_jax.evaluation.results import Latency, Summary
-from vla_jax.runs import Path, Run, load_run, read_json, read_world
+from vla_jax.files import Path, read_json, write_json, write_json_lines
+from vla_jax.runs import Run, load_run, read_world
 from vla_jax.training import progress
 from vla_jax.types import Simulator
 
@@ -130,7 +129,7 @@ def evaluate(
     crashed = next((o.error for o in played.values() if o.error), "")
     if not summary.total.episodes:
         raise RuntimeError(f"the world crashed in every episode, the first time with {crashed}")
-    _write_json(
+    write_json(
         match.folder / "summary.json",
         {
             "command": _command(match.folder.parents[1], config),
@@ -213,26 +212,16 @@ def _open(match: _Match, *, overwrite: bool) -> None:
     if overwrite:
         shutil.rmtree(match.folder, ignore_errors=True)
     if path.is_file():
-        changed = _difference(read_json(path, "settings"), match.settings)
+        changed = configs.differences(read_json(path, "settings"), match.settings)
         if changed:
             raise ValueError(
-                f"{match.folder} was played with other settings: {changed}; choose another "
-                "--name, or --overwrite."
+                f"{match.folder} was played with other settings: {'; '.join(changed)}; choose "
+                "another --name, or --overwrite."
             )
     match.folder.mkdir(parents=True, exist_ok=True)
-    _write_json(path, match.settings)
+    write_json(path, match.settings)
     file = match.folder / "episodes.jsonl"  # without a line that a kill cut in half
-    lines = [json.dumps(outcome._asdict()) + "\n" for outcome in results.read_outcomes(file)]
-    file.write_text("".join(lines), encoding="utf-8")
-
-
-def _difference(old: Any, new: Any, path: str = "") -> str:
-    """The first leaf that differs, in words; empty where none does."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        names = [*old, *(name for name in new if name not in old)]
-        found = (_difference(old.get(n), new.get(n), f"{path}.{n}".strip(".")) for n in names)
-        return next((words for words in found if words), "")
-    return "" if old == new else f"{path} was {old!r} and is {new!r}"
+    write_json_lines(file, [outcome._asdict() for outcome in results.read_outcomes(file)])
 
 
 def _try_out(match: _Match, config: EvaluateConfig) -> _Trial:
@@ -290,12 +279,6 @@ def _keep(match: _Match, watched: Watched, fps: float) -> None:
         frames = video.caption(watched.film, [line for line in lines if line], outcome.success)
         video.write_mp4(path, frames, fps)
     results.append_outcome(match.folder / "episodes.jsonl", outcome)
-
-
-def _write_json(path: pathlib.Path, data: Any) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)  # a kill in mid-write must not leave half a file
 
 
 def _command(run_dir: pathlib.Path, config: EvaluateConfig) -> str:

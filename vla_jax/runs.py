@@ -6,8 +6,6 @@ world.json          where the data came from, if that is a world
 checkpoints/STEP    the params
 """
 
-import json
-import os
 import pathlib
 from typing import Any, NamedTuple
 
@@ -18,11 +16,10 @@ from vla_jax.acting.agent import AgentConfig
 from vla_jax.data import normalize
 from vla_jax.data.normalize import NormStats
 from vla_jax.envs.worlds import WORLDS, WorldConfig
+from vla_jax.files import Path, read_json
 from vla_jax.policies import policy
 from vla_jax.training import checkpoint
 from vla_jax.types import Params
-
-Path = str | os.PathLike[str]
 
 
 class Run(NamedTuple):
@@ -80,21 +77,3 @@ def _restore(directory: pathlib.Path, like: Any, step: int | None) -> Params:
         return checkpoint.restore_params(directory, like, step=step, ema=True)
     except ValueError:  # no average was kept; any other fault is told by the next line
         return checkpoint.restore_params(directory, like, step=step)
-
-
-def read_json(path: pathlib.Path, what: str) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-      FileNotFoundError: there is no such file; says that it should hold `what`.
-      ValueError: the file holds something else.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: expected {what} as JSON; check the folder.")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); restore the file.") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(data).__name__}; restore it.")
-    return data

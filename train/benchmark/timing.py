@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from vla_jax import trees
+
 TOLERANCE = 1e-4  # ‖theirs - ours‖ / ‖ours‖ of each result
 PAUSE = 0.02  # s before each turn: the threads of the one before may still be spinning
 
@@ -123,11 +125,8 @@ def _time(run: Callable[[], Any]) -> float:
 
 
 def _leaves(results: Any) -> dict[str, np.ndarray]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(results)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf, np.float64)
-        for path, leaf in leaves
-    }
+    leaves = trees.leaves_by_path(results)
+    return {path: np.asarray(leaf, np.float64) for path, leaf in leaves.items()}
 
 
 def _is_same(found: np.ndarray, wanted: np.ndarray) -> bool:

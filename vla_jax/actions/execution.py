@@ -20,12 +20,13 @@ below, as before in between. `gripper_rule` says what is sent:
 
 import dataclasses
 import warnings
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import chex
 import jax
 import jax.numpy as jnp
 
+from vla_jax import trees
 from vla_jax.config import did_you_mean
 from vla_jax.types import ActionChunk, Array
 
@@ -237,7 +238,7 @@ def check_stride(config: ExecutionConfig, decoder_kind: str) -> None:
 def _recede(
     config: ExecutionConfig, plan: RecedingPlan, chunk: ActionChunk
 ) -> tuple[RecedingPlan, ActionChunk]:
-    held = _select(plan.age == 0, chunk, plan.chunk)
+    held = trees.select(plan.age == 0, chunk, plan.chunk)
     now = jax.tree.map(lambda steps: jax.vmap(jnp.take, (0, 0, None))(steps, plan.age, 0), held)
     return RecedingPlan(held, (plan.age + 1) % config.exec_horizon), now
 
@@ -284,16 +285,7 @@ def _switch(config: ExecutionConfig, before: jax.Array, logit: Array) -> jax.Arr
 
 
 def _restart(state: ExecutionState, reset: Array) -> ExecutionState:
-    return _select(reset, jax.tree.map(jnp.zeros_like, state), state)
-
-
-def _select(rows: Array, this: Any, other: Any) -> Any:
-    """Returns the rows `[B]` of `this` where True, and those of `other` elsewhere."""
-
-    def pick(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.where(rows.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
-
-    return jax.tree.map(pick, this, other)
+    return trees.select(reset, jax.tree.map(jnp.zeros_like, state), state)
 
 
 def _shift(steps: jax.Array) -> jax.Array:

@@ -7,9 +7,7 @@ left_over.safetensors  the tensors that the params have no place for
 """
 
 import json
-import os
 import pathlib
-import shutil
 import warnings
 from collections.abc import Collection, Mapping
 
@@ -24,6 +22,7 @@ from vla_jax.convert.robovlms.key_names import HEAD, head_name, prefix_of
 from vla_jax.convert.sizes import check_params
 from vla_jax.convert.torch_rnn import to_torch
 from vla_jax.convert.weight_files import Path, TensorFile
+from vla_jax.files import replacing, write_json
 from vla_jax.nn.recurrence import RecurrenceConfig
 from vla_jax.policies import decoders
 from vla_jax.policies.decoders import DecoderConfig
@@ -83,16 +82,9 @@ def write_folder(
     """
     folder = pathlib.Path(folder)
     check_target(folder, overwrite=overwrite)
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
+    with replacing(folder) as part:
+        part.mkdir()
         _fill(part, source, config, params, told, prefix)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(part, folder)  # a kill before this must not leave half a conversion
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def read_params(folder: Path) -> tuple[DecoderConfig, Params]:
@@ -202,8 +194,7 @@ def _fill(
         },
         "report": conversion_report.to_json(told),
     }
-    text = json.dumps(conversion, indent=2) + "\n"
-    (folder / _CONVERSION).write_text(text, encoding="utf-8")
+    write_json(folder / _CONVERSION, conversion)
     saver = checkpoint.open_checkpoints(folder, keep=1)
     checkpoint.save(
         saver, 0, {"params": params}, {pathlib.Path(name).stem: configs.to_dict(config)}

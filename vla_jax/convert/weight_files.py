@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from vla_jax.convert.arrays import as_numpy
 from vla_jax.convert.conversion_report import listed
+from vla_jax.files import replacing
 
 Path = str | os.PathLike[str]
 CONTAINERS = ("state_dict", "model_state_dict")  # of Lightning and RoboVLMs; of others
@@ -73,22 +74,22 @@ def write(path: Path, content: TensorFile, *, overwrite: bool = False) -> None:
     _check_suffix(path)
     if path.is_dir() or (path.exists() and not overwrite):
         raise FileExistsError(f"{path} is there already; choose another name, or --overwrite.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
     try:
-        if path.suffix == ".safetensors":
-            # safetensors writes the memory as it lies, transposed or not.
-            tensors = {name: np.asarray(x, order="C") for name, x in content.tensors.items()}
-            save_file(tensors, part, dict(content.metadata) or None)
-        else:
-            _write_torch(part, content)
-        os.replace(part, path)  # a kill in mid-write must not leave half a file
+        with replacing(path) as part:
+            _write(part, content, path.suffix)
     except (safetensors.SafetensorError, AttributeError) as error:  # of torch, by a dtype's name
         raise ValueError(
             f"{path} cannot hold these tensors ({error}); choose another suffix."
         ) from error
-    finally:
-        part.unlink(missing_ok=True)
+
+
+def _write(path: pathlib.Path, content: TensorFile, suffix: str) -> None:
+    if suffix == ".safetensors":
+        # safetensors writes the memory of an array without regard to its strides.
+        tensors = {name: np.asarray(x, order="C") for name, x in content.tensors.items()}
+        save_file(tensors, path, dict(content.metadata) or None)
+    else:
+        _write_torch(path, content)
 
 
 def _read_safetensors(path: pathlib.Path) -> TensorFile:

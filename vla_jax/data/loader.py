@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from vla_jax.config import differences
 from vla_jax.data import image_augment as augmentation
 from vla_jax.data.image_augment import AugmentConfig
 from vla_jax.data.packing import Packed
@@ -192,11 +193,7 @@ def _pipeline(
 
 
 def _check_pipeline(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    differing = [
-        f"{name} was {saved.get(name)!r} and is {current.get(name)!r}"
-        for name in sorted(saved.keys() | current.keys())
-        if saved.get(name) != current.get(name)
-    ]
+    differing = differences(saved, current)
     if differing:
         raise ValueError(
             f"loader state must come from the same pipeline, but {'; '.join(differing)}; "

@@ -1,5 +1,6 @@
 """Videos decoded once into memory-mapped images that every later run shares."""
 
+import contextlib
 import os
 import pathlib
 import warnings
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vla_jax.data.dataset import digest
+from vla_jax.files import replacing
 
 
 class Segment(NamedTuple):
@@ -54,20 +56,14 @@ def read_frames(
         name: folder / f"{name}-{_fingerprint(segments, root, image_size)}.npy"
         for name, segments in cameras.items()
     }
-    jobs, partials = [], []
-    for name, path in paths.items():
-        if not path.exists():
-            partial = path.with_suffix(f".{os.getpid()}.tmp")
-            images = _create(partial, cameras[name], image_size)
-            jobs += _plan(cameras[name], images)
-            partials.append((partial, path))
-    try:
+    with contextlib.ExitStack() as files:
+        jobs = []
+        for name, path in paths.items():
+            if not path.exists():
+                part = files.enter_context(replacing(path))
+                images = _create(part, cameras[name], image_size)
+                jobs += _plan(cameras[name], images)
         _decode_all(jobs)
-        for partial, path in partials:
-            os.replace(partial, path)
-    finally:
-        for partial, _ in partials:
-            partial.unlink(missing_ok=True)
     return {name: np.load(path, mmap_mode="r") for name, path in paths.items()}
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from vla_jax.evaluation import plots, results
 from vla_jax.evaluation.results import Rate, Summary
+from vla_jax.files import read_json_lines
 
 Path = str | os.PathLike[str]
 
@@ -87,7 +88,7 @@ def write_index(
 
 
 def _draw(run_dir: pathlib.Path, played: Mapping[str, Evaluation]) -> None:
-    metrics = results.read_lines(run_dir / "metrics.jsonl")
+    metrics = read_json_lines(run_dir / "metrics.jsonl")
     if metrics:
         plots.training(run_dir / "training.png", metrics, title="Training")
     bars = {name: e.summary for name, e in played.items() if not e.is_reference}

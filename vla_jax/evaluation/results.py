@@ -3,10 +3,8 @@
 An episode in which the world itself crashed says nothing about the policy: it is counted apart.
 """
 
-import json
 import math
 import os
-import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import NormalDist
 from typing import Any, NamedTuple
@@ -16,6 +14,7 @@ from rich.table import Table
 from scipy import special
 
 from vla_jax.acting.rollout import Outcome
+from vla_jax.files import Path, append_json_line, read_json_lines
 
 
 class Rate(NamedTuple):
@@ -221,32 +220,13 @@ def read_outcomes(path: str | os.PathLike[str]) -> list[Outcome]:
       ValueError: a line is damaged.
     """
     try:
-        return [Outcome(**line) for line in read_lines(path)]
+        return [Outcome(**line) for line in read_json_lines(path)]
     except TypeError as error:
         raise ValueError(
             f"{path} must hold outcomes of episodes ({error}); delete it to play them again."
         ) from error
 
 
-def append_outcome(path: str | os.PathLike[str], outcome: Outcome) -> None:
-    """Adds an outcome to an `episodes.jsonl`; it is on the disk when this returns."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(outcome._asdict()) + "\n")
-
-
-def read_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The records of a file with a JSON object per line, none where it is missing.
-
-    What follows the last line feed is left out: a kill had cut it off.
-
-    Raises:
-      ValueError: a line is not JSON.
-    """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise ValueError(f"{path} has a damaged line ({error}); delete that line.") from error
+def append_outcome(path: Path, outcome: Outcome) -> None:
+    """Appends an outcome to an `episodes.jsonl`; it is on disk when this returns."""
+    append_json_line(path, outcome._asdict())

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from vla_jax.files import replacing
+
 HOLD = 8  # times that the last picture is repeated, with the verdict on it
 _BAR, _INK, _FAINT = (24, 26, 31), (245, 246, 248), (166, 172, 184)
 # Blue and vermilion: told apart by the colour-blind too (Okabe and Ito 2008).
@@ -60,9 +62,11 @@ def write_mp4(path: str | os.PathLike[str], frames: Sequence[np.ndarray], fps: f
     if not len(frames):
         raise ValueError(f"frames of {path} must be at least one picture, got none.")
     av, path = _import_av(), pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with av.open(str(part), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+    options = {"movflags": "+faststart"}
+    with (
+        replacing(path) as part,
+        av.open(str(part), "w", format="mp4", options=options) as container,
+    ):
         stream: Any = container.add_stream("libx264", Fraction(fps).limit_denominator(1000))
         stream.height, stream.width = (size + size % 2 for size in frames[0].shape[:2])
         stream.pix_fmt, stream.options = "yuv420p", {"crf": "20", "preset": "veryfast"}
@@ -70,7 +74,6 @@ def write_mp4(path: str | os.PathLike[str], frames: Sequence[np.ndarray], fps: f
             picture = av.VideoFrame.from_ndarray(_even(frame), format="rgb24")
             container.mux(stream.encode(picture))
         container.mux(stream.encode(None))
-    os.replace(part, path)
 
 
 def check_packages() -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from vla_jax import trees
 from vla_jax.nn import seq2seq
 from vla_jax.nn.scheduled_sampling import likeliest
 from vla_jax.nn.seq2seq import END, DecoderState, Memory, Seq2SeqConfig
@@ -108,7 +109,7 @@ def beam(
         log_prob = _continued(row, jax.nn.log_softmax(decoded.outputs))
         score = log_prob / _penalty(row.length, length_penalty)[:, None]
         beams, ids = _best(score, beam_size)
-        row, weights = jax.tree.map(lambda part: part[beams], (row, decoded.weights))
+        row, weights = trees.gather((row, decoded.weights), beams)
         row = row._replace(log_prob=log_prob[beams, ids])
         return t + 1, _say(params, config, row, t, ids, weights)
 

@@ -18,6 +18,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from vla_jax import trees
 from vla_jax.types import Array, Key, Transition, World
 
 # (carry, observation [B, ...], reset [B], key) -> (carry, action [B] int32)
@@ -114,7 +115,9 @@ def advance(world: World, actor: Actor, action: Array, key: Key) -> tuple[Actor,
     """
     world_state, transition = jax.vmap(world.step)(actor.world_state, action)
     fresh = jax.vmap(world.reset)(jax.random.split(key, action.shape[0]))
-    world_state, observation = choose(actor.ended, fresh, (world_state, transition.observation))
+    world_state, observation = trees.select(
+        actor.ended, fresh, (world_state, transition.observation)
+    )
     return record(actor, action, world_state, transition._replace(observation=observation))
 
 
@@ -143,15 +146,6 @@ def record(
         actor.carry,
     )  # fmt: skip
     return following, taken
-
-
-def choose(flags: Array, one: Any, other: Any) -> Any:
-    """Returns the rows of `one` where `flags [B]` is True, and of `other` elsewhere."""
-
-    def choose_leaf(one: Array, other: Array) -> Array:
-        return jnp.where(flags.reshape(-1, *(1,) * (one.ndim - 1)), one, other)
-
-    return jax.tree.map(choose_leaf, one, other)
 
 
 def discounts(rollout: Rollout, gamma: float) -> jax.Array:

@@ -28,6 +28,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from vla_jax import trees
 from vla_jax.types import Params
 
 Path = str | os.PathLike[str]
@@ -267,20 +268,11 @@ def _as_numpy(tree: Any) -> Any:
 
 def _check_same(saved: Any, like: Any, path: pathlib.Path) -> None:
     """Raises at the first leaf that differs (Orbax would cast another dtype without a word)."""
-    found, expected = _leaves(saved), _leaves(like)
-    for name in [*expected, *found]:
-        if found.get(name) != expected.get(name):
-            raise ValueError(
-                f"{path} and the policy differ at {name}: saved {found.get(name, 'nothing')}, "
-                f"expected {expected.get(name, 'nothing')}; use the config that it was made with."
-            )
-
-
-def _leaves(tree: Any) -> dict[str, str]:
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    difference = trees.first_difference(saved, like)
+    if difference:
+        raise ValueError(
+            f"{path} does not fit the policy: {difference}; use the config that it was saved with."
+        )
 
 
 @contextlib.contextmanager

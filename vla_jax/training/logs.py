@@ -13,7 +13,6 @@ terminal there are at most about twenty plain lines instead, free of control cha
 """
 
 import json
-import os
 import pathlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,6 +21,8 @@ from typing import Any, TypeVar
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from vla_jax.files import Path, read_json_lines, write_json_lines
 
 Item = TypeVar("Item")
 PLAIN_LINES = 20  # over a whole training, where the output is not a terminal
@@ -36,7 +37,7 @@ class Logs:
 
     def __init__(
         self,
-        run_dir: str | os.PathLike[str],
+        run_dir: Path,
         *,
         num_updates: int,
         start: int = 0,
@@ -65,7 +66,7 @@ class Logs:
         path = pathlib.Path(run_dir) / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         self._scalars = _tensorboard_writer(path.parent, start) if tensorboard else None
-        _rewrite(path, [line for line in read_metrics(path) if line["step"] <= start])
+        write_json_lines(path, [line for line in read_metrics(path) if line["step"] <= start])
         self._lines = path.open("a", encoding="utf-8", buffering=1)  # a line is on disk at once
         self._name, self._num_updates, self._shown = name, num_updates, shown
         self._last_step, self._last_time, self._waited = start, time.perf_counter(), 0.0
@@ -128,23 +129,16 @@ class Logs:
             print(line, file=self._console.file, flush=True)
 
 
-def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
-    """Returns the lines of a `metrics.jsonl`, without a last one that a kill cut in half.
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Returns the lines of a `metrics.jsonl`; none if the file is missing.
 
     Args:
-      path: the file; where it is missing there are no lines.
+      path: the file; a last line that a killed program did not finish is ignored.
+
+    Raises:
+      ValueError: a line is not JSON.
     """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]  # a whole line ends in a line feed
-
-
-def _rewrite(path: pathlib.Path, lines: Iterable[Mapping[str, float]]) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    os.replace(part, path)
+    return read_json_lines(path)
 
 
 def _make_bar(console: Console) -> Progress:

@@ -1,8 +1,6 @@
 """The loop that every script here shares: batches in, updates, logs, checkpoints, exact resume."""
 
 import contextlib
-import json
-import os
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping
@@ -14,6 +12,7 @@ import optax
 from jax.experimental import multihost_utils
 
 from vla_jax import config as configs
+from vla_jax.files import write_json
 from vla_jax.training import checkpoint, parallel
 from vla_jax.training.logs import Logs
 from vla_jax.training.malloc import keep_freed_memory
@@ -151,9 +150,7 @@ def open_run(run_dir: str, config: Any, *, overwrite: bool) -> pathlib.Path:
 def save_json(data: Mapping[str, Any], path: pathlib.Path) -> None:
     """Writes JSON, whole or not at all; with several processes the first one does it."""
     if is_first_process():
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-        os.replace(part, path)
+        write_json(path, data)
 
 
 def is_first_process() -> bool:
@@ -170,7 +167,7 @@ def _claim(file: pathlib.Path, config: Any) -> None:
     here = {"run_dir": config.run_dir, "overwrite": config.overwrite}
     saved = replace(configs.load(type(config), file), **here)
     if saved != config:
-        differing = _differences(configs.to_dict(saved), configs.to_dict(config))
+        differing = configs.differences(saved, config)
         raise ValueError(
             f"{file.parent} holds a run of another config: {'; '.join(differing)}; choose another "
             "--run-dir, restore those options, or add --overwrite to start anew."
@@ -181,14 +178,3 @@ def _delete(path: pathlib.Path) -> None:
     if not (path / "config.json").exists():
         raise ValueError(f"{path} is not a run folder (no config.json); delete it yourself.")
     shutil.rmtree(path)
-
-
-def _differences(saved: Any, wanted: Any, path: str = "") -> list[str]:
-    """`name was X and is Y` for every leaf of two configs that differs."""
-    if not (isinstance(saved, dict) and isinstance(wanted, dict)):
-        return [] if saved == wanted else [f"{path} was {saved!r} and is {wanted!r}"]
-    return [
-        line
-        for name in {**saved, **wanted}
-        for line in _differences(saved.get(name), wanted.get(name), f"{path}.{name}".lstrip("."))
-    ]

@@ -6,15 +6,15 @@ one batch; with `accumulation_steps` k the params move at every k-th.
 """
 
 import dataclasses
-import difflib
-import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from vla_jax import trees
 from vla_jax.types import Params
 
 
@@ -93,10 +93,8 @@ def make_optimizer(
     Raises:
       ValueError: a glob matches no path, all params are frozen, or the warm-up is too long.
     """
-    paths = tree_paths(params)
-    for pattern in (*config.freeze, *(pattern for pattern, _ in config.lr_factors)):
-        _check_glob(pattern, paths)
-    if all(_matches(path, config.freeze) for path in paths):
+    trees.check_globs((*config.freeze, *(glob for glob, _ in config.lr_factors)), params)
+    if all(trees.matches(path, config.freeze) for path in trees.leaf_paths(params)):
         raise ValueError(f"freeze = {config.freeze} leaves nothing to train; drop a glob.")
 
     every = config.accumulation_steps
@@ -110,14 +108,18 @@ def make_optimizer(
             b1=config.b1,
             b2=config.b2,
             weight_decay=config.weight_decay,
-            mask=_map_paths(lambda path: path.endswith("kernel")),
+            mask=partial(trees.map_paths, lambda path: path.endswith("kernel")),
         ),
         _scale_by_path(config.lr_factors),
     )
     if every > 1:
         train = optax.MultiSteps(train, every).gradient_transformation()
-    label = _map_paths(lambda path: "frozen" if _matches(path, config.freeze) else "train")
-    return optax.partition({"train": train, "frozen": optax.set_to_zero()}, label)
+
+    def label(path: str) -> str:
+        return "frozen" if trees.matches(path, config.freeze) else "train"
+
+    labels = partial(trees.map_paths, label)
+    return optax.partition({"train": train, "frozen": optax.set_to_zero()}, labels)
 
 
 def stop_frozen(params: Params, freeze: Sequence[str]) -> Params:
@@ -130,7 +132,7 @@ def stop_frozen(params: Params, freeze: Sequence[str]) -> Params:
       params: the tree.
       freeze: path globs, as in `OptimConfig.freeze`.
     """
-    frozen = _map_paths(lambda path: _matches(path, freeze))(params)
+    frozen = trees.map_paths(lambda path: trees.matches(path, freeze), params)
     return jax.tree.map(lambda x, stop: jax.lax.stop_gradient(x) if stop else x, params, frozen)
 
 
@@ -157,32 +159,12 @@ def update_ema(
     )
 
 
-def tree_paths(params: Params) -> list[str]:
-    """Returns the path `a/b/c` of every leaf, in the order of `jax.tree.leaves`."""
-    return [_path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-
-
-def _path_name(path: jax.tree_util.KeyPath) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _map_paths(function: Callable[[str], object]) -> Callable[[Any], Any]:
-    """Returns the map from a tree to one of the same structure with `function(path)` as leaves."""
-    return lambda tree: jax.tree_util.tree_map_with_path(
-        lambda path, _: function(_path_name(path)), tree
-    )
-
-
-def _matches(path: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
-
-
 def _scale_by_path(factors: Sequence[tuple[str, float]]) -> optax.GradientTransformation:
     def factor(path: str) -> float:
-        return next((f for glob, f in reversed(factors) if fnmatch.fnmatchcase(path, glob)), 1.0)
+        return trees.lookup(path, factors[::-1], 1.0)  # the last match counts
 
     def scale(updates: Any, _: Any) -> Any:
-        return jax.tree.map(jnp.multiply, updates, _map_paths(factor)(updates))
+        return jax.tree.map(jnp.multiply, updates, trees.map_paths(factor, updates))
 
     return optax.stateless(scale)
 
@@ -190,18 +172,3 @@ def _scale_by_path(factors: Sequence[tuple[str, float]]) -> optax.GradientTransf
 def _check(name: str, value: object, holds: bool, expected: str) -> None:
     if not holds:
         raise ValueError(f"{name} must be {expected}, got {value}.")
-
-
-def _check_glob(pattern: str, paths: Sequence[str]) -> None:
-    if any(fnmatch.fnmatchcase(path, pattern) for path in paths):
-        return
-    folders = {
-        "/".join([*path.split("/")[:depth], "*"])
-        for path in paths
-        for depth in range(1, path.count("/") + 1)
-    }
-    nearest = difflib.get_close_matches(pattern, [*paths, *sorted(folders)], n=1, cutoff=0.0)
-    raise ValueError(
-        f"no parameter path matches '{pattern}'; did you mean '{''.join(nearest)}'? "
-        "(`*` also crosses `/`)"
-    )

@@ -1,0 +1,136 @@
+"""Files are complete or unchanged, and damaged ones are reported in one sentence."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from vla_jax import files
+
+
+def test_a_file_is_replaced_only_when_the_block_ends(tmp_path):
+    path = tmp_path / "new" / "file.txt"
+    with files.replacing(path) as part:
+        part.write_text("first")
+        assert not path.exists()
+    with files.replacing(path) as part:
+        part.write_text("second")
+        assert path.read_text() == "first"
+    assert path.read_text() == "second"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("make", ["file", "folder", "nothing"])
+def test_an_error_leaves_the_target_unchanged_and_no_temporary_file(make, tmp_path):
+    path = tmp_path / "target"
+    path.write_text("old")
+    with pytest.raises(KeyError), files.replacing(path) as part:
+        if make == "file":
+            part.write_text("half")
+        if make == "folder":
+            part.mkdir()
+            (part / "inner").write_text("half")
+        raise KeyError("in the block")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_replaces_a_folder(tmp_path):
+    folder = tmp_path / "folder"
+    for name in ("old", "new"):
+        with files.replacing(folder) as part:
+            part.mkdir()
+            (part / name).write_text("")
+    assert [path.name for path in folder.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_the_remains_of_a_killed_program_do_not_disturb(tmp_path):
+    path = tmp_path / "file.json"
+    with files.replacing(path) as part:
+        name = part.name
+        part.write_text("{}")
+    (tmp_path / name).mkdir()  # as a killed program with the same process id left it
+    files.write_json(path, {"a": 1})
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_killed_writer_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file.json"
+    files.write_json(path, {"a": 1})
+    script = (
+        "import sys, time\n"
+        "from vla_jax import files\n"
+        "with files.replacing(sys.argv[1]) as part:\n"
+        "    part.write_text('half')\n"
+        "    print('written', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", script, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "written\n"
+        process.send_signal(signal.SIGKILL)
+    assert files.read_json(path, "numbers") == {"a": 1}
+
+
+def test_json_survives_a_round_trip_and_is_readable(tmp_path):
+    data = {"b": [1, 2.5, None, True, "é"], "a": {"c": {}}}
+    files.write_json(tmp_path / "file.json", data)
+    assert files.read_json(tmp_path / "file.json", "numbers") == data
+    assert (tmp_path / "file.json").read_text().endswith("\n}\n")
+
+
+def test_what_json_cannot_hold_leaves_the_file_unchanged(tmp_path):
+    path = tmp_path / "file.json"
+    files.write_json(path, {"a": 1})
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        files.write_json(path, {"a": object()})
+    assert files.read_json(path, "numbers") == {"a": 1}
+
+
+FAULTS = {
+    "truncated": (b'{"a": ', "is not valid JSON"),
+    "not UTF-8": (b"\xff", "is not valid JSON"),
+    "no object": (b"[1]", "must hold a JSON object, got list; restore it"),
+}
+
+
+@pytest.mark.parametrize(("content", "sentence"), FAULTS.values(), ids=FAULTS)
+def test_a_damaged_json_file_is_reported_with_its_name(content, sentence, tmp_path):
+    path = tmp_path / "file.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=sentence) as raised:
+        files.read_json(path, "numbers")
+    assert str(path) in str(raised.value)
+
+
+def test_a_missing_json_file_is_reported_with_its_content(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nix\.json is missing: expected numbers as JSON"):
+        files.read_json(tmp_path / "nix.json", "numbers")
+
+
+def test_json_lines_are_written_appended_and_read(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    files.write_json_lines(path, [{"step": 1}, {"step": 2}])
+    files.append_json_line(path, {"step": 3})
+    assert files.read_json_lines(path) == [{"step": 1}, {"step": 2}, {"step": 3}]
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_a_last_line_without_its_line_feed_is_ignored(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}')
+    assert files.read_json_lines(path) == [{"step": 1}]
+
+
+def test_a_missing_file_of_json_lines_has_no_lines(tmp_path):
+    assert files.read_json_lines(tmp_path / "nix.jsonl") == []
+
+
+def test_a_damaged_line_is_reported(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"step": \n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"lines\.jsonl has a damaged line .*; delete that line"):
+        files.read_json_lines(path)

@@ -1,0 +1,132 @@
+"""Files that are complete or absent: atomic writes, JSON, and JSON lines.
+
+A program that is killed while it writes leaves the previous file as it was. Its temporary file
+(`NAME.PID.part`, beside the target) stays behind and may be deleted.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+Path = str | os.PathLike[str]
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[pathlib.Path]:
+    """Yields a temporary path, which replaces `path` when the block ends without an error.
+
+    The block creates a file or a folder at the temporary path. After an error it is deleted, and
+    `path` is unchanged. Readers never see a partial file; an existing folder is deleted just
+    before the new one takes its name.
+
+    Args:
+      path: file or folder to write; its parent folder is created if necessary.
+
+    Raises:
+      OSError: the parent folder cannot be created, or the replacement fails.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # one per process
+    _delete(part)
+    try:
+        yield part
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(part, path)
+    finally:
+        _delete(part)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes `data` as indented JSON; the file is complete or unchanged.
+
+    Args:
+      path: file to write; its parent folder is created if necessary.
+      data: what `json.dumps` accepts.
+
+    Raises:
+      TypeError: `data` contains something that JSON cannot hold.
+      OSError: the file cannot be written.
+    """
+    text = json.dumps(data, indent=2) + "\n"
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path, content: str) -> dict[str, Any]:
+    """Returns the JSON object in a file.
+
+    Args:
+      path: file to read.
+      content: what the file should hold, as it appears in the error messages.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is not JSON, or holds something other than an object.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: expected {content} as JSON; check the folder.")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # invalid JSON or invalid UTF-8
+        raise ValueError(f"{path} is not valid JSON ({error}); restore the file.") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(data).__name__}; restore it.")
+    return data
+
+
+def write_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Writes one JSON object per line; the file is complete or unchanged.
+
+    Args:
+      path: file to write; its parent folder is created if necessary.
+      records: the lines.
+    """
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def append_json_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Appends one JSON object as a line; the line is on disk when this returns.
+
+    Args:
+      path: file to append to; created if necessary, in an existing folder.
+      record: the line.
+    """
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Returns the objects of a file with one JSON object per line; none if the file is missing.
+
+    Text after the last line feed is ignored: a killed program did not finish that line.
+
+    Args:
+      path: file to read.
+
+    Raises:
+      ValueError: a line is not JSON.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        return []
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise ValueError(f"{path} has a damaged line ({error}); delete that line.") from error
+
+
+def _delete(path: pathlib.Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
