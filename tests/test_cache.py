@@ -71,7 +71,7 @@ def with_instruction_steps(config, steps):
 
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(config):
     changed = with_instruction_steps(config, 3)
-    folder = pathlib.Path(config.dataset) / ".tokens"
+    folder = pathlib.Path(config.dataset.path) / ".tokens"
     before = set(folder.glob("*"))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))

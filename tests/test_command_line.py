@@ -13,6 +13,7 @@ import pytest
 
 from train.configs import IMITATE
 from vla_jax.command_line import command_line, run
+from vla_jax.data.readers.dataset_config import DatasetConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -111,13 +112,20 @@ def test_an_option_that_two_parts_have_carries_the_name_of_its_part():
 def test_all_options_of_some_parts_carry_the_name_of_the_part():
     chosen = command_line(
         IMITATE,
-        ["--preset", "table_jax_state", "--gripper", "closed_positive", "--loss.gripper", "0.3",
-         "--loss.caption", "2", "--auxiliary.caption", "--auxiliary.forward-horizon", "1"],
+        ["--preset", "table_jax_state", "--dataset", "demos/a", "--loss.gripper", "0.3",
+         "--dataset.gripper", "closed_positive", "--loss.caption", "2", "--auxiliary.caption",
+         "--auxiliary.forward-horizon", "1"],
         description="Imitates.",
     )  # fmt: skip
-    assert chosen.gripper == "closed_positive"
+    assert chosen.dataset == DatasetConfig("demos/a", gripper="closed_positive")
     assert (chosen.loss.gripper, chosen.loss.caption) == (0.3, 2.0)
     assert (chosen.auxiliary.caption, chosen.auxiliary.forward_horizon) == (True, 1)
+
+
+def test_the_path_of_a_part_is_set_by_the_name_of_the_part_too():
+    for option in ("--dataset", "--dataset.path"):
+        chosen = command_line(IMITATE, [option, "demos/a"], description="Imitates.")
+        assert chosen.dataset == DatasetConfig("demos/a")
 
 
 def test_a_kind_or_head_with_a_choice_is_an_option_of_its_part():
@@ -218,7 +226,7 @@ def test_a_warning_of_the_script_is_one_line(capsys):
         ("pretrain", ("--dataset", "nowhere"), "nowhere"),
         ("imitate", ("--dataset", "nowhere"), "nowhere"),
         ("cache", ("--dataset", "nowhere"), "nowhere"),
-        ("benchmark", ("--cases", "recurrences"), "works.*recurrence"),
+        ("benchmark", ("--cases", "recurrences"), "cases.*recurrence"),
         ("imitate", ("--preset", "table_lsmt"), "unknown preset .* Did you mean 'table_lstm'"),
     ],
 )

@@ -123,3 +123,19 @@ def test_a_value_that_a_config_may_not_hold_is_told():
 def test_the_nearest_name_is_told():
     sentence = config.did_you_mean("lstmm", ("gru", "lstm"))
     assert sentence == "choose from gru, lstm. Did you mean 'lstm'?"
+
+
+@dataclasses.dataclass(frozen=True)
+class RenamedConfig:
+    num_units: int = 8
+
+    @staticmethod
+    def upgrade(data):
+        return {("num_units" if name == "units" else name): data[name] for name in data}
+
+
+def test_a_class_reads_what_an_earlier_version_of_it_wrote():
+    assert config.from_dict(RenamedConfig, {"units": 3}) == RenamedConfig(3)
+    assert config.from_dict(RenamedConfig, {"num_units": 4}) == RenamedConfig(4)
+    with pytest.raises(ValueError, match="no field 'unit'"):
+        config.from_dict(RenamedConfig, {"unit": 3})

@@ -8,7 +8,8 @@ import pytest
 
 from train import record as module
 from train.record import RecordConfig, record
-from vla_jax.data.readers.lerobot import reader
+from vla_jax.data.readers.dataset_config import DatasetConfig
+from vla_jax.data.readers.reader import read_dataset
 from vla_jax.envs.table import jax_env, mujoco_env
 
 TWIN = jax_env.TableConfig(image_size=0, max_steps=20)
@@ -17,7 +18,7 @@ TWIN = jax_env.TableConfig(image_size=0, max_steps=20)
 def test_the_jax_table_is_recorded_as_it_was_played(tmp_path, capsys):
     config = RecordConfig(str(tmp_path / "demos"), TWIN, num_episodes=12)
     assert record(config) == tmp_path / "demos"
-    data = reader.read(config.dataset, cameras=())
+    data = read_dataset(DatasetConfig(config.dataset), cameras=())
     played = jax_env.collect(jax_env.make(TWIN), jax.random.key(0), 12)
     success = np.array(played.success)
     assert 0 < success.sum() < 12  # 20 steps are too few for some tasks
@@ -58,7 +59,7 @@ def test_chunks_bound_the_memory_and_no_episode_comes_twice(tmp_path, monkeypatc
 def test_pictures_are_recorded_where_there_are_some(tmp_path):
     world = dataclasses.replace(TWIN, image_size=16)
     record(RecordConfig(str(tmp_path / "demos"), world, num_episodes=4))
-    data = reader.read(tmp_path / "demos")
+    data = read_dataset(DatasetConfig(str(tmp_path / "demos")))
     assert {name: frames.shape[1:] for name, frames in data.frames.items()} == {
         "image_primary": (16, 16, 3),
         "image_wrist": (16, 16, 3),
@@ -69,7 +70,7 @@ def test_mujoco_is_recorded_in_processes_and_is_what_one_process_plays(tmp_path)
     world = mujoco_env.TableConfig(image_size=0)
     config = RecordConfig(str(tmp_path / "demos"), world, num_episodes=3, num_processes=1)
     record(config)
-    data = reader.read(tmp_path / "demos", cameras=())
+    data = read_dataset(DatasetConfig(config.dataset), cameras=())
     simulator = mujoco_env.TableMujoco(world)
     played = [
         module.demonstrate(simulator, seed, config.noise, config.disturbance) for seed in range(3)

@@ -327,6 +327,22 @@ def test_another_config_in_the_same_folder_is_one_sentence_that_names_the_field(
     assert checkpoint.latest_step(trained / "checkpoints") == 4
 
 
+def test_a_run_whose_config_names_only_the_folder_of_its_data_set_is_resumed(
+    demos, trained, tmp_path
+):
+    run_dir = shutil.copytree(trained, tmp_path / "old")
+    shutil.rmtree(run_dir / "checkpoints" / "4")
+    saved = json.loads((run_dir / "config.json").read_text())
+    old = {"dataset": str(demos), "gripper": "open_positive", "feature_keys": []}
+    (run_dir / "config.json").write_text(json.dumps({**saved, **old}))
+    imitate(tiny_demos.imitation(demos, run_dir))
+    assert_same_bits(train_state(trained), train_state(run_dir))
+    old["gripper"] = "closed_positive"
+    (run_dir / "config.json").write_text(json.dumps({**saved, **old}))
+    with pytest.raises(ValueError, match=r"dataset\.gripper was 'closed_positive' and is 'open_p"):
+        imitate(tiny_demos.imitation(demos, run_dir))
+
+
 def test_overwrite_starts_anew_and_its_run_can_be_resumed_without_it(tmp_path):
     config = tiny_demos.imitation("demos", tmp_path / "run")
     folder = loop.open_run(config.run_dir, config, overwrite=False)

@@ -8,6 +8,7 @@ from vla_jax.backbones.perceiver import PerceiverConfig
 from vla_jax.backbones.state import StateConfig
 from vla_jax.data.image_augment import AugmentConfig
 from vla_jax.data.loader import LoaderConfig
+from vla_jax.data.readers.dataset_config import DatasetConfig
 from vla_jax.envs.table import jax_env
 from vla_jax.policies import policy
 from vla_jax.policies.decoders import DecoderConfig
@@ -41,14 +42,19 @@ def pretraining(demos, run_dir):
     """Two updates of the eyes."""
     loop = LoopConfig(num_updates=2, log_every=1, save_every=2)
     return PretrainConfig(
-        str(demos), str(run_dir), backbone=EYES, loader=LOADER, optim=OPTIM, loop=loop
+        DatasetConfig(str(demos)),
+        str(run_dir),
+        backbone=EYES,
+        loader=LOADER,
+        optim=OPTIM,
+        loop=loop,
     )
 
 
 def imitation(demos, run_dir, *, backbone=STATE, **options):
     """Four updates of a policy."""
     return ImitateConfig(
-        str(demos),
+        DatasetConfig(str(demos)),
         str(run_dir),
         agent=AgentConfig(policy.connect(backbone, DECODER)),
         world=WORLD,

@@ -60,7 +60,7 @@ def frame_tokens(
     """
     backbone = config.agent.policy.backbone
     frames = make_windows(config, dataset, norm_stats, window_size=1, action_horizon=1)
-    folder = pathlib.Path(config.dataset) / ".tokens"
+    folder = pathlib.Path(config.dataset.path) / ".tokens"
     path = folder / f"tokens-{fingerprint(params['backbone'], backbone, frames)}.npy"
     if not path.exists():
         try:

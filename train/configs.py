@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from vla_jax.acting.agent import AgentConfig
-from vla_jax.actions.gripper import Gripper
 from vla_jax.backbones.perceiver import PerceiverConfig
 from vla_jax.backbones.state import StateConfig
 from vla_jax.data.image_augment import AugmentConfig
 from vla_jax.data.loader import LoaderConfig
+from vla_jax.data.readers.dataset_config import DatasetConfig, upgrade_config
 from vla_jax.envs.table.jax_env import TableConfig as JaxTableConfig
 from vla_jax.envs.table.mujoco_env import TableConfig as MujocoTableConfig
 from vla_jax.envs.worlds import WorldConfig
@@ -28,16 +28,14 @@ from vla_jax.training.optim import OptimConfig
 class ImitateConfig:
     """One training by behaviour cloning."""
 
-    dataset: str = "demos/table"  # folder of a LeRobot v3.0 data set
+    dataset: DatasetConfig = DatasetConfig()  # demonstrations to learn from
     run_dir: str = "runs/imitate"  # folder to write to
     backbone_from: str = ""  # run folder whose backbone to start from; empty = random
     decoder_from: str = ""  # run folder, or one that vla_jax.convert made; empty = random
     frozen_backbone: bool = False  # compute every frame's tokens once, train only the decoder
     stride: int = 1  # environment steps between the ends of two windows of an episode
     pack: bool = False  # whole episodes side by side in rows of window_size steps, no windows
-    gripper: Gripper = "open_positive"  # meaning of the action's last number on disk
     action_bounds: tuple[float, float] | None = None  # of the arm, data units; None = the data's
-    feature_keys: tuple[tuple[str, str], ...] = ()  # our field and the key on disk, if they differ
     sampling: SamplingConfig = SamplingConfig()  # what head "autoregressive" is told of the truth
     loss: LossWeights = LossWeights()  # factor of each term beside the arm's
     auxiliary: AuxiliaryConfig = AuxiliaryConfig()  # heads that only train; none by default
@@ -50,6 +48,8 @@ class ImitateConfig:
     loop: LoopConfig = LoopConfig()
     seed: int = 0  # of the params and the dropout
     overwrite: bool = False  # delete a run that is there
+
+    upgrade = staticmethod(upgrade_config)
 
     def __post_init__(self):
         """Checks that every auxiliary head can be trained, and is."""
@@ -123,7 +123,7 @@ def table_jax_state() -> ImitateConfig:
         head_sizes=(128,),
     )
     return ImitateConfig(
-        dataset="demos/table_jax_state",
+        dataset=DatasetConfig("demos/table_jax_state"),
         run_dir="runs/table_jax_state",
         pack=True,
         loss=LossWeights(gripper=0.1),

@@ -22,6 +22,7 @@ from train.imitate import imitate
 from train.pretrain import PretrainConfig, pretrain
 from train.record import RecordConfig, record
 from vla_jax.command_line import run
+from vla_jax.data.readers.dataset_config import DatasetConfig
 from vla_jax.envs.worlds import WORLDS, WorldConfig
 from vla_jax.evaluate import EvaluateConfig, evaluate
 from vla_jax.evaluation import report, results
@@ -113,11 +114,15 @@ def _train_on_pictures(config: DemoConfig, world: WorldConfig) -> dict:
     """Policies by name, with the options of each one's evaluation."""
     run_dir = pathlib.Path(config.run_dir)
     console.rule("pre-training: the encoder learns to see, from the simulator's block positions")
-    eyes = pretrain(PretrainConfig(dataset=config.dataset, run_dir=str(run_dir / "pretrain")))
+    eyes = pretrain(
+        PretrainConfig(dataset=DatasetConfig(config.dataset), run_dir=str(run_dir / "pretrain"))
+    )
     trained = {}
     for name, preset in (("lstm", configs.table_lstm), ("memoryless", configs.table_fc)):
         console.rule(f"imitation: {name}")
-        base = replace(preset(), dataset=config.dataset, world=world, backbone_from=str(eyes))
+        base = replace(
+            preset(), dataset=DatasetConfig(config.dataset), world=world, backbone_from=str(eyes)
+        )
         trained[name] = imitate(replace(base, run_dir=str(run_dir / name)))
     return {
         "LSTM, window spans the episode": (trained["lstm"], {"mode": "refresh"}),
@@ -135,7 +140,7 @@ def _train_on_state(config: DemoConfig, world: WorldConfig) -> dict:
     evaluations = {}
     for decoder in config.decoders:
         console.rule(f"imitation: {decoder}")
-        base = replace(_state_preset(decoder), dataset=config.dataset, world=world)
+        base = replace(_state_preset(decoder), dataset=DatasetConfig(config.dataset), world=world)
         trained = imitate(replace(base, run_dir=str(run_dir / decoder)))
         name, mode = SHOWN[decoder]
         evaluations[name] = (trained, {"mode": mode} if mode else {})

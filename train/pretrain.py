@@ -32,7 +32,8 @@ from vla_jax.data.dataset import Dataset
 from vla_jax.data.image_augment import AugmentConfig
 from vla_jax.data.loader import LoaderConfig, make_loader
 from vla_jax.data.normalize import NormalizeConfig, NormStats
-from vla_jax.data.readers.lerobot import reader
+from vla_jax.data.readers import reader
+from vla_jax.data.readers.dataset_config import DatasetConfig, upgrade_config
 from vla_jax.data.windows import WindowConfig, Windows
 from vla_jax.training import device_augment, losses, optim
 from vla_jax.training.loop import LoopConfig, fit, open_run, save_json
@@ -45,7 +46,7 @@ from vla_jax.types import Array, Batch, Key, Metrics, Params
 class PretrainConfig:
     """One pre-training of a backbone."""
 
-    dataset: str = "demos/table"  # folder of a LeRobot v3.0 data set
+    dataset: DatasetConfig = DatasetConfig()  # demonstrations with the target as a column
     run_dir: str = "runs/pretrain"  # folder to write to
     target: Literal["environment_state", "proprio", "action"] = "environment_state"
     reach: float = 0.04  # m from the tool within which things are told finely; 0 = not at all
@@ -58,6 +59,8 @@ class PretrainConfig:
     loop: LoopConfig = LoopConfig(num_updates=3000, save_every=1000)
     seed: int = 0  # of the params and the dropout
     overwrite: bool = False  # delete a run that is there
+
+    upgrade = staticmethod(upgrade_config)
 
 
 def table() -> PretrainConfig:
@@ -119,10 +122,10 @@ def pretrain(config: PretrainConfig) -> pathlib.Path:
 def read_dataset(config: PretrainConfig) -> Dataset:
     """The demonstrations; says so in one sentence where they lack the target."""
     size = config.backbone.image_size
-    dataset = reader.read(config.dataset, image_size=(size, size))
+    dataset = reader.read_dataset(config.dataset, image_size=(size, size))
     if config.target not in dataset.columns:
         raise ValueError(
-            f"target must be a column of {config.dataset}, got '{config.target}'; "
+            f"target must be a column of {config.dataset.path}, got '{config.target}'; "
             f"{configs.did_you_mean(config.target, dataset.columns)}"
         )
     return dataset

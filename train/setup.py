@@ -14,7 +14,7 @@ from vla_jax.convert.folder import is_folder, read_params
 from vla_jax.data import normalize
 from vla_jax.data.dataset import Dataset
 from vla_jax.data.normalize import NormStats
-from vla_jax.data.readers.lerobot import reader
+from vla_jax.data.readers import reader
 from vla_jax.data.tool_frame import in_tool_frame
 from vla_jax.data.windows import WindowConfig, Windows
 from vla_jax.policies import policy
@@ -26,12 +26,8 @@ def read_dataset(config: ImitateConfig) -> Dataset:
     """The demonstrations in the policy's frame, without pictures where it looks at none."""
     backbone = config.agent.policy.backbone
     size = None if backbone.kind == "state" else (backbone.image_size, backbone.image_size)
-    dataset = reader.read(
-        config.dataset,
-        feature_keys=dict(config.feature_keys) or None,
-        gripper=config.gripper,
-        cameras=() if size is None else None,
-        image_size=size,
+    dataset = reader.read_dataset(
+        config.dataset, cameras=() if size is None else None, image_size=size
     )
     tool_frame = config.agent.tool_frame
     return dataset if tool_frame is None else in_tool_frame(dataset, tool_frame)

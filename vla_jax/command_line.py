@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 from vla_jax import config as configs
 
 Config = TypeVar("Config")
-NAMED_PARTS = ("loss", "auxiliary")  # parts whose options always carry their name
+NAMED_PARTS = ("loss", "auxiliary", "dataset")  # parts whose options always carry their name
 TRACEBACK = "VLA_JAX_TRACEBACK"  # environment variable that brings the whole traceback back
 
 
@@ -70,8 +70,9 @@ def command_line(
 
     An option has the bare name of its field (`--window-size`); only where two parts of the config
     have a field of that name, and for `kind` and `head`, which say nothing without it, does it
-    carry the part's name (`--decoder.dropout`). So do all options of the parts `loss` and
-    `auxiliary`, whose names alone say too little.
+    carry the part's name (`--decoder.dropout`). So do all options of the parts `loss`,
+    `auxiliary` and `dataset`, whose names alone say too little. The field `path` of a part is
+    set by the part's own name too (`--dataset demos/table`, `--dataset.path demos/table`).
     Which of several config classes stands in a union is the preset's choice.
 
     Args:
@@ -128,7 +129,8 @@ def _flat_class(config: Any, part: str, *, ambiguous: Container[str]) -> type:
         else:
             dotted = part in NAMED_PARTS or (part and name in ambiguous)
             flag = f"{part}.{name}" if dotted else name
-            marker = tyro.conf.arg(name=flag, help=about, prefix_name=False)
+            aliases = [f"--{part}"] if part and name == "path" else None
+            marker = tyro.conf.arg(name=flag, help=about, prefix_name=False, aliases=aliases)
         fields.append((name, Annotated[kind, marker], dataclasses.field(default=value)))
     return dataclasses.make_dataclass(cls.__name__, fields, bases=(cls,), frozen=True)
 

@@ -35,7 +35,9 @@ def from_dict(cls: type[Config], data: Mapping[str, Any]) -> Config:
     """Returns the `cls` that `to_dict` turned into `data`.
 
     Fields that are absent keep their defaults, so that a file outlives a new option; a field
-    that `cls` does not have is an error, so that a misspelt one is never silence.
+    that `cls` does not have is an error, so that a misspelt one is never silence. A class whose
+    fields were renamed or moved has a static method `upgrade(data)`, which returns the fields of
+    an earlier version under their present names.
 
     Args:
       cls: the dataclass to make.
@@ -137,6 +139,7 @@ def _read(annotation: Any, value: Any, path: str) -> Any:
 
 
 def _read_config(cls: Any, data: Any, path: str) -> Any:
+    data = getattr(cls, "upgrade", lambda present: present)(data)
     if not isinstance(data, Mapping):
         raise ValueError(f"{path} must be a dict of {cls.__name__}'s fields, got {_shown(data)}.")
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vla_jax.data.readers.lerobot import layout as layout
+from vla_jax.data.readers.lerobot import layout
 
 DATA_MB, VIDEO_MB, CHUNK_FILES = 100, 200, 1000  # lerobot's limits of a file and a folder
 # Measured on 64-pixel scenes with small coloured blocks: 48 dB at 12,000 frames/s and 330 bytes

@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 
 from vla_jax.data.dataset import CAMERAS, COLUMNS, Episode, check_episode
-from vla_jax.data.readers.lerobot import layout as layout
-from vla_jax.data.readers.lerobot import shards, stats
+from vla_jax.data.readers.lerobot import layout, shards, stats
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

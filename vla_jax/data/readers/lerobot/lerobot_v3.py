@@ -1,60 +1,57 @@
-"""LeRobot v3.0 data sets, read without lerobot: Parquet for numbers, MP4 for images."""
+"""Reader of LeRobot v3.0 data sets, without lerobot: numbers from Parquet, images from MP4."""
 
+import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from vla_jax.actions.gripper import Gripper, gripper_to_open_positive
-from vla_jax.data import video_frames as video_frames
+from vla_jax.actions.gripper import gripper_to_open_positive
+from vla_jax.data import video_frames
 from vla_jax.data.dataset import (
     CAMERAS,
     COLUMNS,
     Dataset,
-    OnBad,
     digest,
     episode_rows,
     episode_starts,
     finite_episodes,
 )
-from vla_jax.data.readers.lerobot import layout as layout
+from vla_jax.data.readers.dataset_config import DatasetConfig
+from vla_jax.data.readers.lerobot import layout
 from vla_jax.data.readers.lerobot.layout import DATA_PATH, INFO_PATH, TASKS_PATH, VIDEO_PATH
 from vla_jax.data.video_frames import Segment
 
 TIME_TOLERANCE = 1e-3  # seconds; timestamps are float32
 
 
+def probe(path: pathlib.Path) -> bool:
+    """Returns whether `path` is a LeRobot data set of version 3."""
+    try:
+        info = json.loads((path / INFO_PATH).read_text(encoding="utf-8"))
+        return str(info["codebase_version"]).startswith("v3.")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def read(
-    root: str | pathlib.Path,
+    config: DatasetConfig,
     *,
-    feature_keys: Mapping[str, str] | None = None,
     cameras: Sequence[str] | None = None,
-    columns: Sequence[str] | None = None,
-    gripper: Gripper = "open_positive",
     image_size: tuple[int, int] | None = None,
-    cache_dir: str | pathlib.Path | None = None,
-    expected_fps: float | None = None,
-    on_bad: OnBad = "error",
 ) -> Dataset:
-    """Reads a LeRobot v3.0 data set; its images are decoded once and memory-mapped.
+    """Reads a LeRobot v3.0 data set.
 
     Args:
-      root: folder that holds `meta/`, `data/` and `videos/`.
-      feature_keys: our field -> key on disk, such as `{"image_primary":
-        "observation.images.top"}`, where it differs from `lerobot_layout.FEATURE_KEYS`; all of
-        them must exist, others are read where they do.
-      cameras: fields of the images to read; None means all that have a key, () none.
-      columns: fields of the numbers to read beside "action"; None means all that have a key.
-      gripper: meaning of the action's last number on disk; the data set read has +1 open,
-        -1 closed.
+      config: `path` is the folder that holds `meta/`, `data/` and `videos/`. `feature_keys` maps
+        our fields to keys on disk where they differ from `layout.FEATURE_KEYS`; these keys must
+        exist, the others are read if they do.
+      cameras: image fields to read; None means all that have a key, () means none.
       image_size: (h, w) in pixels to resize to; None keeps the size on disk.
-      cache_dir: folder for decoded images; None means `root/.frames`.
-      expected_fps: frames per second that the user counts on, Hz; None takes what is there.
-      on_bad: "error" refuses NaN and infinity, "skip" leaves those episodes out and says so.
 
     Returns:
-      The data set.
+      The data set; the gripper is +1 open, -1 closed.
 
     Raises:
       FileNotFoundError: the folder or one of its files is missing.
@@ -63,19 +60,19 @@ def read(
       OSError: no space for the decoded images.
       ImportError: pyarrow or PyAV is missing.
     """
-    root = pathlib.Path(root)
+    root = pathlib.Path(config.path)
     info = layout.read_info(root)
-    layout.check_fps(root, info, expected_fps)
-    keys = layout.feature_keys(root, info, feature_keys, cameras, columns)
+    layout.check_fps(root, info, config.expected_fps)
+    keys = layout.feature_keys(root, info, dict(config.feature_keys), cameras, config.columns)
     episodes = _read_episodes(root, info, [keys[name] for name in CAMERAS if name in keys])
     table = _read_data(root, info, episodes, [keys[name] for name in COLUMNS if name in keys])
     ends = np.cumsum(episodes["length"])
     _check_times(root, info, table, ends)
-    numbers = {name: table[keys[name]] for name in COLUMNS if name in keys}
-    keep = finite_episodes(numbers, ends, on_bad=on_bad)
+    columns = {name: table[keys[name]] for name in COLUMNS if name in keys}
+    keep = finite_episodes(columns, ends, on_bad=config.on_bad)
     rows = episode_rows(ends, keep)
-    numbers = {name: column[rows] for name, column in numbers.items()}
-    numbers["action"] = gripper_to_open_positive(numbers["action"], gripper)
+    columns = {name: column[rows] for name, column in columns.items()}
+    columns["action"] = gripper_to_open_positive(columns["action"], config.gripper)
     tasks = _read_tasks(root)
     task_indices = table["task_index"][episode_starts(ends)[keep]]
     segments = {
@@ -84,18 +81,18 @@ def read(
     instructions = tuple(_task(root, tasks, index) for index in task_indices)
     lengths = np.asarray(episodes["length"])[keep]
     return Dataset(
-        columns=numbers,
+        columns=columns,
         frames=video_frames.read_frames(
             segments,
             root,
-            cache_dir=pathlib.Path(cache_dir) if cache_dir else None,
+            cache_dir=pathlib.Path(config.decoded_dir) if config.decoded_dir else None,
             image_size=image_size,
         ),
         episode_ends=np.cumsum(lengths),
         instructions=instructions,
         fps=float(info["fps"]),
-        fingerprint=_fingerprint(root, numbers, lengths, instructions, segments, image_size),
-        names={name: layout.dimension_names(info, keys[name]) for name in numbers},
+        fingerprint=_fingerprint(root, columns, lengths, instructions, segments, image_size),
+        names={name: layout.dimension_names(info, keys[name]) for name in columns},
     )
 
 
@@ -129,7 +126,7 @@ def _read_table(path: pathlib.Path, columns: Sequence[str] | None = None) -> Any
 def _read_episodes(
     root: pathlib.Path, info: Mapping[str, Any], camera_keys: Sequence[str]
 ) -> dict[str, np.ndarray]:
-    """Length, files and times of every episode, ordered by its index."""
+    """Returns length, files and times of every episode, ordered by episode index."""
     names = ["episode_index", "length", "data/chunk_index", "data/file_index"]
     names += [
         f"videos/{key}/{field}"
@@ -160,7 +157,7 @@ def _read_data(
     episodes: Mapping[str, np.ndarray],
     keys: Sequence[str],
 ) -> dict[str, np.ndarray]:
-    """Columns of all frames, ordered by episode and step; features as float32 `[F, D]`."""
+    """Returns the columns of all frames, ordered by episode and step; features `[F, D]` float32."""
     indices = ["episode_index", "frame_index", "task_index", "timestamp"]
     files = sorted(set(zip(episodes["data/chunk_index"], episodes["data/file_index"], strict=True)))
     paths = [root / layout.file_path(info, "data_path", DATA_PATH, *place) for place in files]
@@ -181,7 +178,7 @@ def _read_data(
 
 
 def _matrix(table: Any, key: str, size: int, path: pathlib.Path) -> np.ndarray:
-    """A column of lists or numbers as float32 `[rows, size]`."""
+    """Returns a column of lists or numbers as float32 `[rows, size]`."""
     column = values = table[key].combine_chunks()
     while hasattr(values, "flatten") and values.type.num_fields:
         values = values.flatten()
@@ -197,7 +194,7 @@ def _matrix(table: Any, key: str, size: int, path: pathlib.Path) -> np.ndarray:
 def _check_times(
     root: pathlib.Path, info: Mapping[str, Any], table: Mapping[str, np.ndarray], ends: np.ndarray
 ) -> None:
-    """Timestamps must be step / fps: a wrong rate would pair images with other actions."""
+    """Checks that timestamps are step / fps: a wrong rate would pair images with other actions."""
     steps = np.arange(ends[-1]) - np.repeat(episode_starts(ends), np.diff(ends, prepend=0))
     times = table["timestamp"].astype(np.float64)
     wrong = np.flatnonzero(np.abs(times - steps / info["fps"]) > TIME_TOLERANCE)
@@ -210,7 +207,7 @@ def _check_times(
 
 
 def _read_tasks(root: pathlib.Path) -> dict[int, str]:
-    """Task index -> instruction. The text is the pandas index, whatever its column is called."""
+    """Returns task index -> instruction; the text is the pandas index, under any column name."""
     table = _read_table(root / TASKS_PATH)
     texts = [name for name in table.column_names if name != "task_index"]
     if len(texts) != 1 or table.num_columns != 2:
@@ -237,7 +234,7 @@ def _segments(
     keep: np.ndarray,
     key: str,
 ) -> list[Segment]:
-    """Where the frames of each kept episode lie in the videos of one camera."""
+    """Returns the video segment of each kept episode for one camera."""
     chunks, files, times = (
         episodes[f"videos/{key}/{field}"][keep]
         for field in ("chunk_index", "file_index", "from_timestamp")
@@ -262,7 +259,7 @@ def _fingerprint(
     segments: Mapping[str, Sequence[Segment]],
     image_size: tuple[int, int] | None,
 ) -> str:
-    """Identity of the content; videos count by name and size, and so survive a copy."""
+    """Returns the identity of the content; videos count by name and size, so copies are equal."""
     videos = {
         name: sorted({(s.path.relative_to(root).as_posix(), s.path.stat().st_size) for s in parts})
         for name, parts in segments.items()

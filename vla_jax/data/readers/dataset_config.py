@@ -1,0 +1,38 @@
+"""Config of a data set on disk, shared by all readers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vla_jax.actions.gripper import Gripper
+from vla_jax.data.dataset import OnBad
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """A data set to read."""
+
+    path: str = "demos/table"  # folder of the data set
+    kind: str | None = None  # format, a key of READERS such as "lerobot_v3"; None = detect it
+    feature_keys: tuple[tuple[str, str], ...] = ()  # pairs (our field, key on disk) that differ
+    columns: tuple[str, ...] | None = None  # numeric fields read beside action; None = all
+    gripper: Gripper = "open_positive"  # meaning of the action's last number on disk
+    expected_fps: float | None = None  # Hz; refuse data of another rate; None = any rate
+    decoded_dir: str | None = None  # folder for decoded images; None = .frames in the data set
+    on_bad: OnBad = "error"  # episodes with NaN or infinity: refuse the data set, or skip them
+
+
+def upgrade_config(data: Any) -> Any:
+    """Converts a saved training config whose `dataset` is still a path to the present fields.
+
+    Such configs were written before `DatasetConfig` existed. They held `gripper` and
+    `feature_keys` beside the path.
+
+    Args:
+      data: a training config as JSON; returned unchanged if its `dataset` is not a string.
+    """
+    if not isinstance(data, Mapping) or not isinstance(data.get("dataset"), str):
+        return data
+    moved = {name: data[name] for name in ("gripper", "feature_keys") if name in data}
+    rest = {name: value for name, value in data.items() if name not in moved}
+    return {**rest, "dataset": {"path": data["dataset"], **moved}}

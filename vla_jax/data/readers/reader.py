@@ -1,0 +1,96 @@
+"""The family of data-set readers, and the function that picks one.
+
+A reader is one file or folder beside this one, and one line in `READERS`.
+"""
+
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+from vla_jax.config import did_you_mean
+from vla_jax.data.dataset import Dataset
+from vla_jax.data.readers.dataset_config import DatasetConfig
+from vla_jax.data.readers.lerobot import lerobot_v3
+
+
+class Read(Protocol):
+    """Signature of a reader's `read`."""
+
+    def __call__(
+        self,
+        config: DatasetConfig,
+        *,
+        cameras: Sequence[str] | None,
+        image_size: tuple[int, int] | None,
+    ) -> Dataset:
+        """Reads a data set; arguments as in `read_dataset`."""
+        ...
+
+
+class Reader(NamedTuple):
+    """One data-set format."""
+
+    probe: Callable[[pathlib.Path], bool]  # True if the path holds this format; cheap, no errors
+    read: Read
+
+
+READERS: dict[str, Reader] = {"lerobot_v3": Reader(lerobot_v3.probe, lerobot_v3.read)}
+
+
+def read_dataset(
+    config: DatasetConfig,
+    *,
+    cameras: Sequence[str] | None = None,
+    image_size: tuple[int, int] | None = None,
+) -> Dataset:
+    """Reads a data set with the reader of its format.
+
+    Args:
+      config: path and format. Where `kind` is None, the reader whose `probe` accepts the path
+        is used.
+      cameras: image fields to read; None means all that the data set has, () means none.
+      image_size: (h, w) in pixels to resize to; None keeps the size on disk.
+
+    Returns:
+      The data set.
+
+    Raises:
+      FileNotFoundError: the path is missing, or a file of the data set.
+      ValueError: unknown kind; no reader or several readers accept the path; damaged data.
+    """
+    path = pathlib.Path(config.path)
+    if config.kind is not None and config.kind not in READERS:
+        raise ValueError(
+            f"dataset.kind is '{config.kind}', which no reader has; "
+            f"{did_you_mean(config.kind, READERS)}"
+        )
+    if not path.exists():
+        partial = path.with_name(path.name + ".tmp")  # written by a recorder until it has finished
+        remedy = (
+            f"its recording was interrupted ({partial} is left over), record it again"
+            if partial.exists()
+            else "record it first or give another path"
+        )
+        raise FileNotFoundError(f"data set {path} is missing; {remedy}.")
+    kind = config.kind or detect_kind(path)
+    return READERS[kind].read(config, cameras=cameras, image_size=image_size)
+
+
+def detect_kind(path: pathlib.Path) -> str:
+    """Returns the kind of the one reader that accepts the path.
+
+    Raises:
+      ValueError: no reader or several readers accept it.
+    """
+    kinds = [kind for kind, reader in READERS.items() if reader.probe(path)]
+    if not kinds:
+        raise ValueError(
+            f"no reader recognises the data set {path} (readers: {', '.join(READERS)}); give "
+            "dataset.kind to be told which part of that format is missing, or convert the data."
+        )
+    if len(kinds) > 1:
+        raise ValueError(
+            f"the data set {path} is recognised by several readers ({', '.join(kinds)}); choose "
+            "one with dataset.kind."
+        )
+    return kinds[0]
