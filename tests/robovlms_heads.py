@@ -1,14 +1,14 @@
-"""Tensors of RoboVLMs' policy heads, by the names and shapes that its classes give them."""
+"""Random tensors of RoboVLMs' policy heads, with the names and shapes of its classes."""
 
 import numpy as np
 
 SIZES = (16, 8)  # hidden layers of the two MLPs (RoboVLMs': 1024, 512, 256)
 
 
-def their_shapes(
+def robovlms_shapes(
     kind, *, in_features=6, hidden=4, layers=2, latent=1, chunk=2, window_size=5, sizes=SIZES
 ):
-    """Name to shape of `LSTMDecoder` (or of a GRU or RNN in it), `FCDecoder`, `GPTDecoder`."""
+    """Name to shape of `LSTMDecoder` (or with a GRU or RNN), `FCDecoder` or `GPTDecoder`."""
     size, width = in_features * latent, hidden * latent
     if kind == "fc":
         shapes = linear("mlp.0", size, size // 2) | linear("mlp.2", size // 2, width)
@@ -37,7 +37,7 @@ def rnn(gates, size, width, layers):
 
 
 def gpt(size, width, layers, window_size):
-    """GPT-2's own `Conv1D` holds its weights as `[in, out]`."""
+    """Tensors of GPT-2, whose `Conv1D` kernels are `[in, out]`."""
     shapes = {"gpt.wpe.weight": (window_size, width)}
     products = {
         "attn.c_attn": (width, 3 * width),
@@ -55,15 +55,15 @@ def gpt(size, width, layers, window_size):
     return shapes | (linear("fc", size, width) if size != width else {})
 
 
-def their_head(kind, seed=0, **sizes):
+def robovlms_head(kind, seed=0, **sizes):
     """Name to random array."""
     random = np.random.default_rng(seed)
-    shapes = their_shapes(kind, **sizes)
+    shapes = robovlms_shapes(kind, **sizes)
     return {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 
 def assert_same(one, other):
-    """Same names in the same order, dtypes and bytes."""
+    """Asserts equal names, order, dtypes and bytes."""
     assert list(one) == list(other)
     for name in one:
         assert one[name].dtype == other[name].dtype, name

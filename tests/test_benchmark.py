@@ -1,4 +1,4 @@
-"""The benchmark tells figures of all works, and none of a peer that computes something else."""
+"""The benchmark measures all cases, and refuses implementations that compute something else."""
 
 import json
 import sys
@@ -10,12 +10,12 @@ import torch
 
 from train.benchmark import __main__, baselines, cases, jax_runs, system, timing
 from train.benchmark.__main__ import BenchmarkConfig
-from train.benchmark.timing import Contest, Peer
+from train.benchmark.timing import Comparison, Implementation
 from vla_jax import convert
 
-RECURRENCES = {"ours", "ours, plain scan", "flax.linen.RNN", "flax.nnx.RNN"}
+RECURRENCES = {"vla_jax", "vla_jax, plain scan", "flax.linen.RNN", "flax.nnx.RNN"}
 RECURRENCES |= {"torch.nn.LSTM", "torch.nn.GRU"}
-STREAMS = {"ours, refresh", "ours, window again", "RoboVLMs (PyTorch), window again"}
+STREAMS = {"vla_jax, refresh", "vla_jax, window re-run", "RoboVLMs (PyTorch), window re-run"}
 
 
 @pytest.fixture(autouse=True)
@@ -28,70 +28,74 @@ def one_thread():
 
 
 def measured(tmp_path, *chosen, file="", rounds=1):
-    """The figures of tiny works, as the file has them."""
+    """Runs cases at tiny sizes and returns the content of the JSON file."""
     config = BenchmarkConfig(
         cases=chosen, rounds=rounds, small=True, run_dir=str(tmp_path / "run"), json=file
     )
     return json.loads(__main__.benchmark(config).read_text())
 
 
-def peer(name, results, lacks=()):
-    """A peer that gives the same results at every run."""
-    return Peer(name, lambda: results, lambda found: found, 0, lacks)
+def implementation(name, results, lacks=()):
+    """An implementation that returns the same results at every run."""
+    return Implementation(name, lambda: results, lambda results: results, 0, lacks)
 
 
-def contest(*contestants):
-    return Contest("work", "case", 1e6, contestants)
+def comparison(*implementations):
+    return Comparison("case", "setting", 1e6, implementations)
 
 
-def who(figures, work):
-    return {row["peer"] for row in figures["rows"] if row["work"] == work}
+def implementations_of(content, case):
+    return {row["implementation"] for row in content["rows"] if row["case"] == case}
 
 
-def value(figures, work, what):
-    """The median of one of the figures."""
-    (found,) = (f for f in figures["figures"] if (f["work"], f["what"]) == (work, what))
-    return found["value"]["median"]
+def median(content, case, quantity):
+    """The median of one measurement."""
+    (value,) = (
+        each["value"]
+        for each in content["measurements"]
+        if (each["case"], each["quantity"]) == (case, quantity)
+    )
+    return value["median"]
 
 
-def test_small_runs_all_works_and_writes_every_figure(tmp_path, capsys):
-    file = tmp_path / "figures" / "all.json"
-    figures = measured(tmp_path, *__main__.WORKS, file=str(file), rounds=2)
+def test_small_runs_all_cases_and_writes_all_measurements(tmp_path, capsys):
+    file = tmp_path / "results" / "all.json"
+    content = measured(tmp_path, *__main__.CASES, file=str(file), rounds=2)
     assert file.exists()
     shown = capsys.readouterr().out
-    for row in figures["rows"]:
+    for row in content["rows"]:
         assert set(row) == set(timing.Row._fields)
-        assert row["case"] in shown
+        assert row["setting"] in shown
         assert row["gflops"] > 0
         assert row["weight_bytes"] > 0
-        assert np.isclose(row["share_of_ceiling"], row["gflops"] / figures["ceiling_gflops"])
+        assert np.isclose(row["fraction_of_peak"], row["gflops"] / content["peak_gflops"])
         for spread in (row["ms"], row["ratio"]):
             assert 0 < spread["min"] <= spread["median"] <= spread["max"]
-    assert who(figures, "recurrence") == RECURRENCES
-    assert who(figures, "head") == {"ours", "RoboVLMs (PyTorch)"}
-    assert who(figures, "streaming") == STREAMS
-    assert {row["case"] for row in figures["rows"] if row["work"] == "growth"} == {
+    assert implementations_of(content, "recurrence") == RECURRENCES
+    assert implementations_of(content, "head") == {"vla_jax", "RoboVLMs (PyTorch)"}
+    assert implementations_of(content, "streaming") == STREAMS
+    assert {row["setting"] for row in content["rows"] if row["case"] == "growth"} == {
         f"{axis} {size}" for axis, sizes in cases.SMALL.growth.items() for size in sizes
     }
-    assert who(figures, "products") == {"turned over", "as it lies"}
-    for found in figures["figures"]:
-        assert set(found) == set(system.Figure._fields)
-        assert found["what"] in shown
-        assert np.isfinite([*found["value"].values()]).all()
+    assert implementations_of(content, "products") == {"transposed in advance", "not transposed"}
+    for measurement in content["measurements"]:
+        assert set(measurement) == set(system.Measurement._fields)
+        assert measurement["quantity"] in shown
+        assert np.isfinite([*measurement["value"].values()]).all()
     for part in ("recurrence", "training step"):
-        assert 0 < value(figures, "memory", f"{part}, share") < 100
-    assert value(figures, "start", "first update, cache empty") > 0
-    assert value(figures, "checkpoints", "until it is on disk") > 0
-    found_cases = {found["case"] for found in figures["figures"] if found["work"] == "loader"}
-    assert len(found_cases) == 4
-    assert figures["left_out"] == []
-    assert set(figures["machine"]) == {"device", "cores", "load", "versions"}
-    assert figures["machine"]["device"] in shown
+        assert 0 < median(content, "memory", f"{part}, with / without") < 100
+    assert median(content, "start", "first update, cache empty") > 0
+    assert median(content, "checkpoints", "until it is on disk") > 0
+    loaders = {each["setting"] for each in content["measurements"] if each["case"] == "loader"}
+    assert len(loaders) == 4
+    assert content["left_out"] == []
+    assert set(content["machine"]) == {"device", "cores", "load", "versions"}
+    assert content["machine"]["device"] in shown
     assert (tmp_path / "run" / "growth.png").stat().st_size > 5000
 
 
 def corrupt(function, monkeypatch, name, change):
-    """Makes `convert.<function>` give one tensor that is not ours."""
+    """Makes `convert.<function>` return one wrong tensor."""
     right = getattr(convert, function)
 
     def wrong(*arguments):
@@ -104,67 +108,73 @@ def corrupt(function, monkeypatch, name, change):
 
 def test_a_recurrence_with_another_weight_is_caught(tmp_path, monkeypatch, capsys):
     corrupt("to_torch", monkeypatch, "weight_hh_l1", lambda kernel: kernel * np.float32(1.01))
-    with pytest.raises(ValueError, match=r"torch\.nn\.LSTM computes something else than ours in"):
+    with pytest.raises(ValueError, match=r"torch\.nn\.LSTM must agree with vla_jax to"):
         measured(tmp_path, "recurrence")
-    assert "time over the first" not in capsys.readouterr().out
+    assert "time / first" not in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 
 def test_a_head_with_another_weight_is_caught(tmp_path, monkeypatch):
     corrupt("to_robovlms", monkeypatch, "act_head.gripper.mlp.2.bias", lambda bias: bias + 1)
-    with pytest.raises(ValueError, match=r"RoboVLMs \(PyTorch\) computes something else"):
+    with pytest.raises(ValueError, match=r"RoboVLMs \(PyTorch\) must agree with vla_jax"):
         measured(tmp_path, "head")
-    with pytest.raises(ValueError, match=r"window again computes something else.*gripper_logit"):
+    with pytest.raises(ValueError, match=r"window re-run must agree with.*gripper_logit"):
         measured(tmp_path, "streaming")
 
 
 OURS = {"outputs": np.ones((2, 3)), "by_params": {"kernel": np.full(4, 2.0)}}
 OTHERS = {
-    "a number that is off": {**OURS, "outputs": np.array([[1, 1, 1], [1, 1, 1.001]])},
-    "a gradient that is not there": {"outputs": OURS["outputs"]},
-    "one too many": {**OURS, "more": np.ones(2)},
+    "a wrong number": {**OURS, "outputs": np.array([[1, 1, 1], [1, 1, 1.001]])},
+    "a missing gradient": {"outputs": OURS["outputs"]},
+    "a result too many": {**OURS, "more": np.ones(2)},
     "another shape": {**OURS, "outputs": np.ones((1, 3))},
     "NaN": {**OURS, "outputs": np.full((2, 3), np.nan)},
 }
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_results_that_differ_are_one_sentence(other):
-    with pytest.raises(ValueError, match=r"theirs computes something else than ours in work, case"):
-        timing.check(contest(peer("ours", OURS), peer("theirs", OTHERS[other])))
+def test_results_that_differ_raise(other):
+    with pytest.raises(
+        ValueError, match=r"theirs must agree with ours to 0\.0001 in case, setting"
+    ):
+        timing.check(
+            comparison(implementation("ours", OURS), implementation("theirs", OTHERS[other]))
+        )
 
 
-def test_nothing_can_agree_with_results_that_are_not_finite():
+def test_results_that_are_not_finite_never_agree():
     broken = {"outputs": np.full(2, np.nan)}
-    with pytest.raises(ValueError, match="computes something else"):
-        timing.check(contest(peer("ours", broken), peer("theirs", broken)))
+    with pytest.raises(ValueError, match="must agree"):
+        timing.check(comparison(implementation("ours", broken), implementation("theirs", broken)))
 
 
-def test_results_that_agree_pass_and_what_a_peer_lacks_is_not_asked_of_it():
+def test_results_that_agree_pass_and_leaves_that_an_implementation_lacks_are_skipped():
     near = {**OURS, "outputs": OURS["outputs"] * (1 + 1e-6)}
-    timing.check(contest(peer("ours", OURS), peer("theirs", near)))
+    timing.check(comparison(implementation("ours", OURS), implementation("theirs", near)))
     part = {"outputs": OURS["outputs"], "by_params": {}}
-    timing.check(contest(peer("ours", OURS), peer("theirs", part, lacks=("kernel",))))
+    timing.check(
+        comparison(implementation("ours", OURS), implementation("theirs", part, lacks=("kernel",)))
+    )
 
 
-def test_peers_take_turns_and_ratios_are_those_of_each_round(monkeypatch):
+def test_implementations_run_in_turns_and_ratios_are_taken_per_round(monkeypatch):
     order, clock = [], iter(np.cumsum([0, 1, 0, 4, 0, 2, 0, 4]))
 
     def run_of(name):
-        return Peer(name, lambda: order.append(name), lambda found: found, 8)
+        return Implementation(name, lambda: order.append(name), lambda results: results, 8)
 
     monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
-    ours, theirs = timing.measure(contest(run_of("a"), run_of("b")), 2, ceiling=2.0)
+    ours, theirs = timing.measure(comparison(run_of("a"), run_of("b")), 2, peak_gflops=2.0)
     assert order == ["a", "a", "b", "b"] * 2  # the second of each turn is timed
     assert ours.ms == (1000, 1500, 2000)
     assert ours.ratio == (1, 1, 1)
     assert theirs.ratio == (2, 3, 4)
     assert theirs.gflops == pytest.approx(1e6 / 4e9)
-    assert theirs.share_of_ceiling == pytest.approx(theirs.gflops / 2)
+    assert theirs.fraction_of_peak == pytest.approx(theirs.gflops / 2)
 
 
 def test_a_training_step_counts_three_products_per_kernel():
-    """The issue's own figure: 4 × LSTM 1024, B 5, T 12 are 12.1 GFLOP."""
+    """4 × LSTM 1024 at B 5, T 12 need 12.1 GFLOP."""
     kernels = {"input_kernel": jnp.zeros((1024, 4096)), "recurrent_kernel": jnp.zeros((1024, 4096))}
     params = {f"layers_{n}": {"forward": {**kernels, "input_bias": jnp.zeros(9)}} for n in range(4)}
     assert jax_runs.recurrence_flop(params, 5 * 12) == pytest.approx(12.1e9, rel=0.01)
@@ -173,12 +183,12 @@ def test_a_training_step_counts_three_products_per_kernel():
     assert baselines.recurrent_bytes(params, 12, hoisted=False) == 24 * once
 
 
-def test_a_missing_pytorch_is_named_and_the_others_are_measured(tmp_path, monkeypatch, capsys):
+def test_a_missing_pytorch_is_reported_and_the_others_are_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: None)
-    figures = measured(tmp_path, "head")
-    assert who(figures, "head") == {"ours"}
-    assert figures["left_out"] == ["PyTorch is not installed: pip install 'vla-jax[torch]'"]
+    content = measured(tmp_path, "head")
+    assert implementations_of(content, "head") == {"vla_jax"}
+    assert content["left_out"] == ["PyTorch is not installed: pip install 'vla-jax[torch]'"]
     assert "left out: PyTorch is not installed" in capsys.readouterr().out
 
 
@@ -189,6 +199,6 @@ def test_a_missing_pytorch_is_named_and_the_others_are_measured(tmp_path, monkey
         ({"cases": ()}, "cases must be at least one of recurrence, .*, got none"),
     ],
 )
-def test_a_mistake_is_one_sentence(fields, sentence):
+def test_a_wrong_config_raises(fields, sentence):
     with pytest.raises(ValueError, match=sentence):
         BenchmarkConfig(**fields)

@@ -1,4 +1,4 @@
-"""Flax's cells, Linen's and NNX's, are ours: outputs, carries, gradients, params there and back."""
+"""Cells of Flax (Linen, NNX) and ours agree: outputs, carries, gradients, params round trip."""
 
 from typing import Any
 
@@ -37,8 +37,8 @@ def draw(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def drawn(params, seed=0):
-    """Params of the same shapes, biases included, which Flax starts at zero."""
+def randomise(params, seed=0):
+    """Random params of the same shapes, biases included, which Flax initialises to zero."""
     leaves, structure = jax.tree.flatten(params)
     return structure.unflatten([0.4 * draw(seed + n, *x.shape) for n, x in enumerate(leaves)])
 
@@ -47,12 +47,12 @@ def flax_params(flax_cell, style):
     if style == "linen":
         cell = flax_cell(H)
         carry = cell.initialize_carry(jax.random.key(0), (B, D))
-        return drawn(cell.init(jax.random.key(0), carry, jnp.zeros((B, D)))["params"])
-    return drawn(nnx.to_pure_dict(nnx.state(flax_cell(D, H, rngs=nnx.Rngs(0)), nnx.Param)))
+        return randomise(cell.init(jax.random.key(0), carry, jnp.zeros((B, D)))["params"])
+    return randomise(nnx.to_pure_dict(nnx.state(flax_cell(D, H, rngs=nnx.Rngs(0)), nnx.Param)))
 
 
 def run_flax(flax_cell, style, params, inputs):
-    """Flax's own loop over padded rows, what it leaves behind the end cut off."""
+    """Runs Flax's loop over padded rows; outputs after the end of a row become zero."""
     if style == "linen":
         run = nn.RNN(flax_cell(H), return_carry=True)
         last, outputs = run.apply({"params": {"cell": params}}, inputs, seq_lengths=LENGTHS)
@@ -72,7 +72,7 @@ def run_ours(cell, params, inputs):
 
 
 def assert_close(one, other):
-    """To 1e-6 of the largest number of each array, and at least of 1."""
+    """Asserts agreement to 1e-6 · max(1, largest number of the array)."""
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         a, b = np.asarray(a), np.asarray(b)
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * max(1.0, np.abs(b).max()))
@@ -86,7 +86,7 @@ def assert_same_bytes(one, other):
 
 
 def with_gradients(run):
-    """Carry, outputs, and the gradients by params and inputs of a weighted sum of them."""
+    """Returns gradients by params and inputs of a weighted sum of carry and outputs, and both."""
 
     def total(params, inputs):
         last, outputs = run(params, inputs)
@@ -97,7 +97,7 @@ def with_gradients(run):
 
 
 @each_flax_cell
-def test_outputs_carries_and_gradients_are_those_of_flax(cell, style, flax_cell):
+def test_outputs_carries_and_gradients_agree_with_flax(cell, style, flax_cell):
     theirs, inputs = flax_params(flax_cell, style), draw(7, B, T, D)
     name, ours = convert.from_flax(theirs)
     assert name == cell
@@ -110,15 +110,15 @@ def test_outputs_carries_and_gradients_are_those_of_flax(cell, style, flax_cell)
     assert_close(results, expected)
     assert_close(by_inputs, expected_by_inputs)
     _, expected_by_params = convert.from_flax(by_theirs)
-    kept_apart = expected_by_params.pop("recurrent_bias")
+    separate_bias = expected_by_params.pop("recurrent_bias")
     bias = by_params.pop("recurrent_bias")
     assert_close(by_params, expected_by_params)
     if (cell, style) == ("gru", "linen"):
-        assert_close(bias[2 * H :], kept_apart[2 * H :])
+        assert_close(bias[2 * H :], separate_bias[2 * H :])
 
 
 @each_flax_cell
-def test_ours_is_flaxs_too(cell, style, flax_cell, key):
+def test_our_params_in_flax_compute_the_same(cell, style, flax_cell, key):
     ours, inputs = cells.CELLS[cell].init(key, D, H), draw(7, B, T, D)
     if (cell, style) == ("gru", "nnx"):
         ours["recurrent_bias"] = ours["recurrent_bias"].at[2 * H :].set(0.0)
@@ -128,7 +128,7 @@ def test_ours_is_flaxs_too(cell, style, flax_cell, key):
 
 
 @each_flax_cell
-def test_there_and_back_are_the_same_bytes(cell, style, flax_cell):
+def test_a_round_trip_of_flax_params_preserves_bytes(cell, style, flax_cell):
     theirs = flax_params(flax_cell, style)
     for module in theirs.values():
         module["kernel"][0, 0] = -0.0
@@ -138,19 +138,19 @@ def test_there_and_back_are_the_same_bytes(cell, style, flax_cell):
 
 
 @each_flax_cell
-def test_there_and_back_of_one_bias_are_the_same_params(cell, style, flax_cell):
+def test_a_round_trip_of_params_with_one_bias_preserves_bytes(cell, style, flax_cell):
     _, ours = convert.from_flax(flax_params(flax_cell, style))
     assert_same_bytes(convert.from_flax(convert.to_flax(cell, ours, style)), (cell, ours))
 
 
-def test_states_of_nnx_are_read_as_they_are():
+def test_nnx_states_are_accepted():
     cell = nnx.OptimizedLSTMCell(D, H, rngs=nnx.Rngs(0))
     name, params = convert.from_flax(nnx.state(cell, nnx.Param))
     assert name == "lstm"
     assert_same_bytes(params["input_kernel"], cell.dense_i.kernel[...])
 
 
-def test_under_adam_two_biases_move_twice_as_far_as_one():
+def test_under_adam_the_sum_of_two_biases_moves_twice_as_far_as_one_bias():
     theirs, inputs = flax_params(nn.LSTMCell, "linen"), draw(7, B, T, D)
 
     def moved(run, params):
@@ -168,7 +168,7 @@ def test_under_adam_two_biases_move_twice_as_far_as_one():
 
 
 class Stack(nn.Module):
-    """Two layers of Flax, in one direction or both."""
+    """Two Flax layers, in one or both directions."""
 
     flax_cell: Any
     both: bool
@@ -185,9 +185,9 @@ class Stack(nn.Module):
 
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("flax_cell", [nn.OptimizedLSTMCell, nn.GRUCell, nn.SimpleCell])
-def test_a_stack_of_flax_is_a_recurrence(flax_cell, both, key):
+def test_a_flax_stack_becomes_a_recurrence(flax_cell, both, key):
     inputs, stack = draw(7, B, T, D), Stack(flax_cell, both)
-    variables = drawn(stack.init(key, inputs))
+    variables = randomise(stack.init(key, inputs))
     named = [variables["params"][f"{flax_cell.__name__}_{n}"] for n in range(4 if both else 2)]
     layers = [(named[0], named[1]), (named[2], named[3])] if both else named
     config, params = convert.from_flax_stack(layers)
@@ -198,7 +198,7 @@ def test_a_stack_of_flax_is_a_recurrence(flax_cell, both, key):
     assert_same_bytes(convert.to_flax_stack(config, params), layers)
 
 
-def test_a_stack_of_nnx_is_a_recurrence():
+def test_an_nnx_stack_becomes_a_recurrence():
     sizes, rngs = (D, H), nnx.Rngs(0)
     layers = [nnx.RNN(nnx.LSTMCell(size, H, rngs=rngs)) for size in sizes]
     expected = inputs = draw(7, B, T, D)
@@ -224,14 +224,14 @@ OTHER = {
 
 
 @pytest.mark.parametrize("other", OTHER)
-def test_params_of_something_else_are_one_sentence(other):
+def test_params_of_other_modules_raise_one_sentence(other):
     remedy = "give variables" if other == "variables" else "of an `nn.RNN`"
     with pytest.raises(ValueError, match=rf"those of one LSTMCell, .* got \d+ .*; {remedy}"):
         convert.from_flax(OTHER[other])
 
 
 @each_flax_cell
-def test_what_is_missing_left_over_or_misshapen_is_told_of_the_cell_it_is_nearest(
+def test_missing_left_over_and_misshapen_tensors_are_named_for_the_most_similar_cell(
     cell, style, flax_cell
 ):
     params = flax_params(flax_cell, style)
@@ -248,9 +248,9 @@ def test_what_is_missing_left_over_or_misshapen_is_told_of_the_cell_it_is_neares
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_becomes_float32_and_a_line_says_so(dtype):
+def test_half_precision_becomes_float32_with_one_warning(dtype):
     half = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), flax_params(nn.SimpleCell, "linen"))
-    with pytest.warns(UserWarning, match=f"3 tensors became float32, from {dtype}"):
+    with pytest.warns(UserWarning, match=f"3 tensors cast from {dtype} to float32"):
         name, params = convert.from_flax(half)
     assert_same_bytes(convert.to_flax(name, params), jax.tree.map(np.float32, half))
 
@@ -270,7 +270,7 @@ def test_double_precision_is_refused():
         ("gru", "nnx", "needs a recurrent bias of zero for gate n, .* choose style='linen'"),
     ],
 )
-def test_what_flax_does_not_have_is_one_sentence(cell, style, sentence, key):
+def test_cells_that_flax_does_not_have_raise_one_sentence(cell, style, sentence, key):
     with pytest.raises(ValueError, match=sentence):
         convert.to_flax(cell, cells.GRU.init(key, D, H), style)
 
@@ -284,13 +284,16 @@ def linen_layers(*sizes, cell="rnn"):
     ("layers", "sentence"),
     [
         ([], "got no cell in"),
-        (linen_layers((D, H)) + linen_layers((H, H), cell="gru"), "of one family, .* got gru, rnn"),
+        (
+            linen_layers((D, H)) + linen_layers((H, H), cell="gru"),
+            "the same cell and .* got gru, rnn",
+        ),
         ([linen_layers((D, H))[0], tuple(linen_layers((H, H), (H, H)))], r"in \[1, 2\] directions"),
         (linen_layers((D, H), (D, H)), r"layers_1/forward/input_kernel \(expected \[5, 5\], got"),
         (linen_layers((D, H), (H, D)), r"layers_1/forward.* got \[4, 4\]\).*; give all"),
     ],
 )
-def test_layers_that_do_not_fit_are_one_sentence(layers, sentence):
+def test_layers_that_do_not_match_raise_one_sentence(layers, sentence):
     with pytest.raises(ValueError, match=sentence):
         convert.from_flax_stack(layers)
 
@@ -303,7 +306,7 @@ def test_layers_that_do_not_fit_are_one_sentence(layers, sentence):
         ({"cell": "lstm"}, r"layers_0/forward/input_kernel \(expected \[4, 20\], got"),
     ],
 )
-def test_a_stack_of_another_config_is_one_sentence(fields, sentence, key):
+def test_a_stack_of_another_config_raises_one_sentence(fields, sentence, key):
     params = recurrence.init(key, RecurrenceConfig("gru", 2, H), D)
     with pytest.raises(ValueError, match=sentence):
         convert.to_flax_stack(
@@ -311,7 +314,7 @@ def test_a_stack_of_another_config_is_one_sentence(fields, sentence, key):
         )
 
 
-def test_a_stack_of_nothing_or_the_wrong_way_round_is_one_sentence(key):
+def test_an_empty_stack_or_swapped_arguments_raise_one_sentence(key):
     config = RecurrenceConfig("gru", 1, H)
     with pytest.raises(ValueError, match="one recurrence, got 4 missing: layers_0/forward/input_b"):
         convert.to_flax_stack(config, {})
@@ -319,15 +322,15 @@ def test_a_stack_of_nothing_or_the_wrong_way_round_is_one_sentence(key):
         convert.to_flax_stack({}, config)  # pyright: ignore[reportArgumentType]
 
 
-def test_a_cell_of_another_kind_is_one_sentence(key):
-    params = cells.GRU.init(key, D, 4)  # 3 · 4 columns can be parted in four as well
+def test_params_of_another_cell_raise_one_sentence(key):
+    params = cells.GRU.init(key, D, 4)  # 3 · 4 columns can be split in four as well
     with pytest.raises(
         ValueError, match=r"one cell 'lstm', got 4 of another shape: input_kernel .*; of"
     ):
         convert.to_flax("lstm", params)
 
 
-def test_the_documented_way_runs():
+def test_the_documented_example_runs():
     """docs: From torch.nn and Flax."""
     inputs, key = jnp.asarray(draw(7, B, T, D)), jax.random.key(0)
     model = nn.RNN(nn.OptimizedLSTMCell(H))

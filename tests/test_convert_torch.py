@@ -1,4 +1,4 @@
-"""PyTorch's RNN, LSTM and GRU are ours: outputs, carries, gradients, streaming, files."""
+"""RNN, LSTM and GRU of PyTorch and ours agree: outputs, carries, gradients, streaming, files."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ def leaf(array):
 
 
 def our_carry(config, hidden, cell):
-    """PyTorch's `[L · directions, B, H]` as ours."""
+    """Converts PyTorch's carry `[L · directions, B, H]` to ours."""
     zeros = recurrence.zero_carry(config, np.zeros((B, 1)))
     directions = [(name, direction) for name in zeros for direction in zeros[name]]
     carry: dict[str, Any] = {name: {} for name in zeros}
@@ -54,10 +54,9 @@ def our_carry(config, hidden, cell):
 
 
 def assert_close(one, other):
-    """To 1e-6 of the largest number of each array, and at least of 1.
+    """Asserts agreement to 1e-6 · max(1, largest number of the array).
 
-    The outputs are of order 1. A gradient is summed over batch and time, and float32 has 6e-8 of
-    it to a rounding.
+    Outputs are of order 1; gradients are sums over batch and time, each rounded to 6e-8.
     """
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         a, b = np.asarray(a), np.asarray(b)
@@ -74,7 +73,7 @@ def assert_same_bytes(one, other):
 
 
 def run_torch(module, inputs, hidden, cell):
-    """Outputs and carry of padded rows, packed as PyTorch's users pack them."""
+    """Returns outputs and carry of padded rows, run as a packed sequence."""
     packed = pack_padded_sequence(
         inputs, torch.from_numpy(LENGTHS), batch_first=True, enforce_sorted=False
     )
@@ -85,7 +84,7 @@ def run_torch(module, inputs, hidden, cell):
 
 
 @each_module
-def test_outputs_carries_and_gradients_are_those_of_pytorch(cell, num_layers, bidirectional):
+def test_outputs_carries_and_gradients_agree_with_pytorch(cell, num_layers, bidirectional):
     module = make_module(cell, num_layers, bidirectional)
     config, params = convert.from_torch(module.state_dict())
     places = num_layers * (1 + bidirectional)
@@ -122,7 +121,7 @@ def test_outputs_carries_and_gradients_are_those_of_pytorch(cell, num_layers, bi
 
 
 @each_module
-def test_there_and_back_is_the_same_file(cell, num_layers, bidirectional):
+def test_a_round_trip_of_tensors_preserves_bytes(cell, num_layers, bidirectional):
     module = make_module(cell, num_layers, bidirectional)
     config, params = convert.from_torch(module.state_dict())
     assert config == RecurrenceConfig(cell, num_layers, H, bidirectional=bidirectional)
@@ -134,7 +133,7 @@ def test_there_and_back_is_the_same_file(cell, num_layers, bidirectional):
 
 
 @each_cell
-def test_back_and_there_are_the_same_params(cell, key):
+def test_a_round_trip_of_params_preserves_them(cell, key):
     config = RecurrenceConfig(cell, num_layers=2, hidden_size=H, bidirectional=True)
     params = recurrence.init(key, config, D)
     again, converted = convert.from_torch(convert.to_torch(config, params))
@@ -144,7 +143,7 @@ def test_back_and_there_are_the_same_params(cell, key):
 
 
 @each_cell
-def test_streamed_is_pytorchs_module_fed_one_step_at_a_time(cell):
+def test_streaming_agrees_with_pytorch_one_step_at_a_time(cell):
     module = make_module(cell, num_layers=2)
     config, params = convert.from_torch(module.state_dict())
     x, state = draw(0, B, T, D), None
@@ -159,7 +158,7 @@ def test_streamed_is_pytorchs_module_fed_one_step_at_a_time(cell):
 
 
 @each_cell
-def test_a_module_without_biases_has_biases_of_zero_and_gets_its_own_file_back(cell):
+def test_a_module_without_biases_gets_zeros_and_a_round_trip_omits_them(cell):
     module = make_module(cell, 2, True, bias=False)
     config, params = convert.from_torch(module.state_dict())
     x = draw(0, B, T, D)
@@ -172,7 +171,7 @@ def test_a_module_without_biases_has_biases_of_zero_and_gets_its_own_file_back(c
     assert_same_bytes(convert.to_torch(config, params, bias=False), module.state_dict())
 
 
-def test_a_part_of_a_larger_module_is_named_by_its_prefix():
+def test_a_prefix_selects_a_part_of_a_larger_module():
     model = torch.nn.ModuleDict({"rnn": make_module("gru"), "head": torch.nn.Linear(H, 2)})
     config, params = convert.from_torch(model.state_dict(), prefix="rnn.")
     own = {name: x for name, x in model.state_dict().items() if name.startswith("rnn.")}
@@ -180,8 +179,8 @@ def test_a_part_of_a_larger_module_is_named_by_its_prefix():
 
 
 @each_cell
-def test_what_is_converted_is_a_copy(cell):
-    """An optimizer of PyTorch changes its tensors in place."""
+def test_a_conversion_copies(cell):
+    """PyTorch optimizers change tensors in place."""
     module = make_module(cell)
     config, params = convert.from_torch(module.state_dict())
     before = jax.tree.map(np.array, params)
@@ -206,7 +205,7 @@ WRONG = {
     ),
     "another prefix": (
         lambda given: {f"rnn.{name}": tensor for name, tensor in given.items()},
-        "missing .*; `prefix` is what stands before the names, got '' and rnn.weight_ih_l0, ",
+        "missing .*; `prefix` must be the prefix of the names, got '' and rnn.weight_ih_l0, ",
     ),
     "not a matrix": (
         lambda given: given | {"weight_hh_l0": np.zeros(3, np.float32)},
@@ -222,7 +221,7 @@ WRONG = {
     ),
     "missing": (
         lambda given: without("bias_hh_l1", given),
-        "must be all those of one torch.nn.RNN, .* got 1 missing: bias_hh_l1; give the whole",
+        "must be all those of one torch.nn.RNN, .* got 1 missing: bias_hh_l1; give its complete",
     ),
     "a layer in one direction": (
         lambda given: given | {"weight_ih_l0_reverse": np.zeros((4 * H, D), np.float32)},
@@ -249,21 +248,21 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_wrong_tensors_are_one_sentence(wrong):
+def test_wrong_tensors_raise_one_sentence(wrong):
     change, sentence = WRONG[wrong]
     with pytest.raises(ValueError, match=sentence):
         convert.from_torch(change(dict(make_module("lstm", 2).state_dict())))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_becomes_float32_and_a_line_says_so(dtype):
+def test_half_precision_becomes_float32_with_one_warning(dtype):
     module = make_module("gru", 2).to(dtype)
-    with pytest.warns(UserWarning, match=f"8 tensors became float32, from {str(dtype)[6:]}"):
+    with pytest.warns(UserWarning, match=f"8 tensors cast from {str(dtype)[6:]} to float32"):
         config, params = convert.from_torch(module.state_dict())
     assert_same_bytes(convert.to_torch(config, params), module.float().state_dict())
 
 
-def test_parameters_that_want_a_gradient_are_read_too():
+def test_parameters_that_require_gradients_are_accepted():
     module = make_module("lstm")
     config, params = convert.from_torch(dict(module.named_parameters()))
     assert_same_bytes(convert.to_torch(config, params), module.state_dict())
@@ -281,19 +280,23 @@ def test_every_tensor_is_in_one_part_of_the_report():
     assert report.misshapen == {"rnn.bias_ih_l0": ((15,), (4,))}
 
 
-def test_a_config_and_params_the_wrong_way_round_are_one_sentence():
+def test_swapped_config_and_params_raise_one_sentence():
     config, params = convert.from_torch(make_module("gru").state_dict())
-    with pytest.raises(ValueError, match="config must be a RecurrenceConfig, got a dict; it comes"):
+    with pytest.raises(
+        ValueError, match="config must be a RecurrenceConfig, got a dict; it is the"
+    ):
         convert.to_torch(params, config)  # pyright: ignore[reportArgumentType]
 
 
 def test_projections_are_refused():
     module = make_module("lstm", proj_size=2)
-    with pytest.raises(ValueError, match=r"proj_size must be 0, got .* \(weight_hr_l0\); there is"):
+    with pytest.raises(
+        ValueError, match=r"proj_size must be 0, got .* \(weight_hr_l0\); vla_jax has"
+    ):
         convert.from_torch(module.state_dict())
 
 
-def test_biases_that_are_not_zero_are_not_left_out(key):
+def test_omitting_nonzero_biases_raises(key):
     config = RecurrenceConfig("gru", hidden_size=H)
     params = recurrence.init(key, config, D)
     with pytest.raises(ValueError, match="needs biases of zero, got others in bias_ih_l0, bias_hh"):
@@ -311,7 +314,7 @@ def test_biases_that_are_not_zero_are_not_left_out(key):
         ({"residual": True}, "residual must be False, got True: the layers of torch.nn.RNN"),
     ],
 )
-def test_what_pytorch_does_not_have_is_one_sentence(fields, sentence, key):
+def test_cells_that_pytorch_does_not_have_raise_one_sentence(fields, sentence, key):
     config = RecurrenceConfig(hidden_size=H, **fields)
     with pytest.raises(ValueError, match=sentence):
         convert.to_torch(config, recurrence.init(key, config, D))
@@ -325,19 +328,19 @@ def test_what_pytorch_does_not_have_is_one_sentence(fields, sentence, key):
         ({"bidirectional": True}, "params must be .* missing: layers_0/backward/input_b"),
     ],
 )
-def test_params_of_another_config_are_one_sentence(fields, sentence, key):
+def test_params_of_another_config_raise_one_sentence(fields, sentence, key):
     params = recurrence.init(key, RecurrenceConfig(hidden_size=H), D)
     with pytest.raises(ValueError, match=sentence):
         convert.to_torch(RecurrenceConfig(**{"hidden_size": H, **fields}), params)
 
 
-def test_more_params_than_the_config_has_are_one_sentence(key):
+def test_more_params_than_the_config_has_raise_one_sentence(key):
     params = recurrence.init(key, RecurrenceConfig(hidden_size=H, num_layers=2), D)
     with pytest.raises(ValueError, match="left over: layers_1/forward/input_kernel, "):
         convert.to_torch(RecurrenceConfig(hidden_size=H), params)
 
 
-def test_the_documented_way_runs():
+def test_the_documented_example_runs():
     """docs: From torch.nn and Flax."""
     tokens = jnp.asarray(draw(0, B, T, D))
     module = make_module("lstm", num_layers=2)

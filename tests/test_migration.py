@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_run
 import torch
-from robovlms_heads import their_head
+from robovlms_heads import robovlms_head
 
 from train.configs import IMITATE, ImitateConfig
 from vla_jax import convert
@@ -31,7 +31,7 @@ THERE, BACK, SPOKEN, *OTHERS = BLOCKS
 @pytest.mark.filterwarnings("ignore:window_size 8 is assumed")
 def test_the_commands_and_the_code_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tensors = {f"model.{name}": x for name, x in their_head("lstm").items()}
+    tensors = {f"model.{name}": x for name, x in robovlms_head("lstm").items()}
     tensors["model.action_token"] = np.ones(6, np.float32)
     convert.write("policy.ckpt", convert.TensorFile(tensors))
     model = torch.nn.ModuleDict({"encoder": torch.nn.ModuleDict({"rnn": torch.nn.GRU(3, 5)})})
@@ -43,7 +43,7 @@ def test_the_commands_and_the_code_run(tmp_path, monkeypatch):
     names: dict = {}
     exec(THERE, names)
     assert names["chunk"].arm.shape == (3, 2, 6)
-    assert set(names["tensors"]) == set(their_head("lstm"))
+    assert set(names["tensors"]) == set(robovlms_head("lstm"))
     assert convert.read_recurrence("encoder")[0].cell == "gru"
     assert names["config"].window_size == 8
 
@@ -63,7 +63,7 @@ def test_the_options_of_a_training_from_a_released_head_give_a_decoder_of_its_si
 def test_what_a_run_learnt_goes_back_into_their_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny_run.write(tmp_path / "runs/fine")
-    head = their_head("lstm", in_features=8, hidden=8, layers=1, sizes=(8,))
+    head = robovlms_head("lstm", in_features=8, hidden=8, layers=1, sizes=(8,))
     tensors = {f"model.{name}": x for name, x in head.items()} | {"model.eyes": np.ones(6)}
     convert.write("policy.ckpt", convert.TensorFile(tensors))
     exec(BACK, {})

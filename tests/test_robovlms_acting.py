@@ -1,4 +1,4 @@
-"""Our agent and RoboVLMs' wrappers, replayed in NumPy, send the same commands."""
+"""Our agent and RoboVLMs' wrappers, re-implemented in NumPy, send the same commands."""
 
 import dataclasses
 import math
@@ -27,11 +27,11 @@ POLICY = policies.connect(
     StateConfig(state_dim=4, proprio_dim=15, token_dim=16, vocab_size=64, max_words=3),
     DecoderConfig(window_size=W, action_horizon=K, hidden_size=16, num_layers=2, head_sizes=(16,)),
 )
-AS_IT_IS = {"proprio": normalize.fixed_bounds(-1, 1, 15)}  # (x - 0) / 1
-AS_IT_IS["environment_state"] = normalize.fixed_bounds(-1, 1, 4)
+IDENTITY = {"proprio": normalize.fixed_bounds(-1, 1, 15)}  # (x - 0) / 1
+IDENTITY["environment_state"] = normalize.fixed_bounds(-1, 1, 4)
 RESET = np.zeros((B, T), bool)
 RESET[:, 0] = RESET[1, 17] = True
-OXE = {  # as in configs/data/oxe_dataset_stats: no two numbers alike
+OXE = {  # as in configs/data/oxe_dataset_stats: all numbers different
     "action": {
         "mean": [0.007, 0.006, -0.013, 0.04, -0.006, 0.001, 0.54],
         "std": [0.069, 0.06, 0.074, 0.156, 0.131, 0.146, 0.49],
@@ -57,29 +57,29 @@ def observation():
 
 @pytest.fixture(scope="module")
 def params():
-    """Random, and wide enough for the gripper to change its mind."""
+    """Random params, large enough for the gripper prediction to change often."""
     return jax.tree.map(lambda leaf: 3 * leaf, policies.init(jax.random.key(3), POLICY))
 
 
 @pytest.fixture(scope="module")
 def chunks(params, observation):
-    """What the head says at every step, `[B, T, K, …]`, in float64."""
+    """Outputs of the head at every step, `[B, T, K, …]`, in float64."""
     step = jax.jit(policies.step, static_argnums=1)
-    state, said = policies.init_stream(params, POLICY, B), []
+    state, outputs = policies.init_stream(params, POLICY, B), []
     for t in range(T):
         now = jax.tree.map(lambda leaf, t=t: leaf[:, t], observation)
         state, chunk = step(params, POLICY, state, now, reset=RESET[:, t])
-        said.append(jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), chunk))
-    said = jax.tree.map(lambda *leaves: np.stack(leaves, axis=1), *said)
-    opens = said.gripper_logit[..., 0] > 0
+        outputs.append(jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), chunk))
+    outputs = jax.tree.map(lambda *leaves: np.stack(leaves, axis=1), *outputs)
+    opens = outputs.gripper_logit[..., 0] > 0
     assert (opens[:, 1:] != opens[:, :-1]).sum(axis=1).min() >= 8
-    assert np.abs(said.arm[:, :, 0]).max() > 0.6
-    return said
+    assert np.abs(outputs.arm[:, :, 0]).max() > 0.6
+    return outputs
 
 
 def ours(config, action_stats, params, observation):
-    """Actions `[B, T, 7]` of our agent."""
-    agent = make_agent(config, {**AS_IT_IS, "action": action_stats})
+    """Returns the actions `[B, T, 7]` of our agent."""
+    agent = make_agent(config, {**IDENTITY, "action": action_stats})
     step, state, actions = jax.jit(agent.step), agent.init(params, B), []
     for t in range(T):
         now = jax.tree.map(lambda leaf, t=t: leaf[:, t], observation)
@@ -89,7 +89,7 @@ def ours(config, action_stats, params, observation):
 
 
 def their_action(arm, gripper_logit, *, limit=0.65, mu=0.0):
-    """One chunk -> their seven numbers before the gripper's last step; it is scaled too."""
+    """Returns the wrapper's action `[7]` for a chunk; the gripper is scaled too, not yet binary."""
     opens = 1 / (1 + np.exp(-gripper_logit)) > 0.5
     action = np.concatenate([arm, opens[:, None].astype(float)], axis=1)[0]
     if mu:
@@ -100,7 +100,7 @@ def their_action(arm, gripper_logit, *, limit=0.65, mu=0.0):
 
 
 def their_calvin(chunk, robot_obs=None, **options):
-    """One command; with `robot_obs` the action is of the tool's frame, in metres and radians."""
+    """Returns one command; with `robot_obs` the action is in the tool's frame, m and rad."""
     action = their_action(*chunk, **options)
     if robot_obs is not None:
         tool = Rotation.from_euler("xyz", robot_obs[3:6])
@@ -113,7 +113,7 @@ def their_calvin(chunk, robot_obs=None, **options):
 
 
 class TheirSimpler:
-    """Their wrapper for SIMPLER, one episode stream."""
+    """RoboVLMs' wrapper for SIMPLER, one robot."""
 
     def __init__(self, robot, steps, *, twice=True):
         self.robot, self.steps, self.twice = robot, steps, twice
@@ -154,19 +154,19 @@ def at(chunks, row, t):
 
 
 def every_step(command):
-    """`[B, T, 7]` of a function of row and step."""
+    """Returns `[B, T, 7]` of a function of row and step."""
     return np.array([[command(row, t) for t in range(T)] for row in range(B)])
 
 
 @pytest.mark.parametrize("mu", [0.0, 255.0])
-def test_calvin_gets_the_commands_of_their_wrapper(mu, params, observation, chunks):
+def test_commands_on_calvin_equal_the_wrappers(mu, params, observation, chunks):
     config = acting_presets.calvin(POLICY, mu=mu)
     sent = ours(config, acting_presets.calvin_stats(), params, observation)
     theirs = every_step(lambda row, t: their_calvin(at(chunks, row, t), mu=mu))
     np.testing.assert_allclose(sent, theirs, atol=1e-6)
 
 
-def test_calvin_in_the_tools_frame_gets_the_commands_of_their_wrapper(params, observation, chunks):
+def test_commands_on_calvin_in_the_tools_frame_equal_the_wrappers(params, observation, chunks):
     config, units = (
         acting_presets.calvin(POLICY, tool_frame=True),
         np.array([50] * 3 + [20] * 3 + [1]),
@@ -174,7 +174,7 @@ def test_calvin_in_the_tools_frame_gets_the_commands_of_their_wrapper(params, ob
     sent = ours(config, acting_presets.calvin_tool_stats(), params, observation) / units
     obs = observation.proprio.astype(np.float64)
     theirs = every_step(lambda row, t: their_calvin(at(chunks, row, t), obs[row, t])) / units
-    # Theirs jumps by a whole turn where an angle crosses ±π; ours goes the short way.
+    # The wrapper's angles jump by 2π where they cross ±π; ours do not.
     jumps = np.round((theirs - sent) / (2 * np.pi)) * (units == 20)
     np.testing.assert_allclose(sent[..., :3], theirs[..., :3], atol=1e-6)
     np.testing.assert_allclose((sent + 2 * np.pi * jumps)[..., 3:6], theirs[..., 3:6], atol=1e-5)
@@ -185,8 +185,8 @@ def test_calvin_in_the_tools_frame_gets_the_commands_of_their_wrapper(params, ob
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
 @pytest.mark.parametrize("robot", ROBOTS)
-def test_simpler_gets_the_commands_of_their_wrapper(robot, steps, params, observation, chunks):
-    """With the statistics that the released checkpoints need, for the actions they learnt."""
+def test_commands_on_simpler_equal_the_wrappers(robot, steps, params, observation, chunks):
+    """Uses the statistics that the released checkpoints need."""
     config = acting_presets.simpler(POLICY, robot, gripper_steps=steps)
     stats = acting_presets.released_oxe_stats(acting_presets.oxe_stats(OXE))
     sent = acting_presets.simpler_command(ours(config, stats, params, observation), robot)
@@ -217,21 +217,21 @@ def test_without_the_second_normalisation_the_whole_range_is_reached(
     np.testing.assert_allclose(twice[..., :6] - middle, 0.65 * (sent[..., :6] - middle), atol=1e-6)
 
 
-def learnt(action, stats, config):
+def normalized(action, stats, config):
     return np.asarray(normalize.normalize_action(action, stats, config.normalize))
 
 
-def test_a_policy_learns_the_labels_of_their_data_sets():
+def test_training_targets_on_calvin_equal_robovlms():
     random = np.random.default_rng(2)
     calvin = random.uniform(-1, 1, (100, 7)).astype(np.float32)
     calvin[:, 6] = np.sign(calvin[:, 6])
     theirs = 2 * (np.clip(calvin, -0.65, 0.65) + 0.65) / 1.3 - 1
-    label = learnt(calvin, acting_presets.calvin_stats(), acting_presets.calvin(POLICY))
+    label = normalized(calvin, acting_presets.calvin_stats(), acting_presets.calvin(POLICY))
     np.testing.assert_allclose(label[:, :6], theirs[:, :6], atol=1e-6)
     np.testing.assert_array_equal(label[:, 6] > 0, (calvin[:, 6] + 1) // 2)
 
 
-def test_the_released_statistics_are_their_two_normalisations_at_once():
+def test_the_released_statistics_combine_both_normalisations():
     stats, random = acting_presets.oxe_stats(OXE), np.random.default_rng(3)
     action = random.uniform(stats.q01 * 1.2, stats.q99 * 1.2, (200, 7)).astype(np.float32)
     action[:, 6] = random.integers(0, 2, 200)
@@ -239,15 +239,15 @@ def test_the_released_statistics_are_their_two_normalisations_at_once():
     twice = 2 * (np.clip(once, -0.65, 0.65) + 0.65) / 1.3 - 1
     ours = gripper_to_open_positive(action, "open_one_else_closed")
     config = acting_presets.simpler(POLICY, "widowx")
-    label = learnt(ours, acting_presets.released_oxe_stats(stats), config)
+    label = normalized(ours, acting_presets.released_oxe_stats(stats), config)
     np.testing.assert_allclose(label[:, :6], twice[:, :6], atol=2e-6)
     np.testing.assert_array_equal(label[:, 6] > 0, action[:, 6] == 1)
-    by_default = learnt(ours, stats, config)
+    by_default = normalized(ours, stats, config)
     np.testing.assert_allclose(by_default[:, :6], once[:, :6], atol=2e-6)
     assert (np.abs(twice[:, :6]) == 1).mean() > (np.abs(by_default[:, :6]) == 1).mean() + 0.2
 
 
-def test_narrow_bounds_close_their_gripper_for_good_and_not_ours(params, observation, chunks):
+def test_narrow_bounds_keep_only_the_wrappers_gripper_closed(params, observation, chunks):
     config, stats = acting_presets.calvin(POLICY), acting_presets.calvin_stats(0.5)
     sent = ours(config, stats, params, observation)
     theirs = every_step(lambda row, t: their_calvin(at(chunks, row, t), limit=0.5))
@@ -256,7 +256,7 @@ def test_narrow_bounds_close_their_gripper_for_good_and_not_ours(params, observa
     np.testing.assert_array_equal(sent[..., 6], np.sign(chunks.gripper_logit[..., 0]))
 
 
-def test_their_mu_law_skips_the_last_step_of_a_window_and_ours_the_gripper():
+def test_robovlms_mu_law_skips_the_last_step_of_a_window_and_ours_the_gripper():
     window = np.random.default_rng(4).uniform(-1, 1, (5, 7)).astype(np.float32)
     theirs = np.sign(window) * np.log1p(255 * np.abs(window)) / np.log1p(255)
     theirs[-1] = window[-1]
@@ -268,7 +268,7 @@ def test_their_mu_law_skips_the_last_step_of_a_window_and_ours_the_gripper():
     np.testing.assert_array_equal(label[:, 6], window[:, 6])
 
 
-def test_an_agent_in_the_tools_frame_needs_the_robots_own_state(params, observation):
+def test_an_agent_in_the_tools_frame_needs_the_orientation_in_proprio(params, observation):
     config = acting_presets.calvin(POLICY, tool_frame=True)
     beyond = dataclasses.replace(config.tool_frame, orientation=(13, 14, 15))
     config = dataclasses.replace(config, tool_frame=beyond)
@@ -276,8 +276,8 @@ def test_an_agent_in_the_tools_frame_needs_the_robots_own_state(params, observat
         ours(config, acting_presets.calvin_tool_stats(0.1), params, observation)
 
 
-def test_what_is_learnt_in_the_tools_frame_is_sent_in_the_worlds(params, observation, chunks):
-    """An expert's own action, as a label, acts as the expert did."""
+def test_actions_in_the_tools_frame_are_sent_in_the_world_frame(params, observation, chunks):
+    """An expert's action, converted to a target and back, is unchanged."""
     config, stats = (
         acting_presets.calvin(POLICY, tool_frame=True),
         acting_presets.calvin_tool_stats(0.1),
@@ -286,14 +286,14 @@ def test_what_is_learnt_in_the_tools_frame_is_sent_in_the_worlds(params, observa
     expert[:, 6] = np.sign(expert[:, 6])
     orientation = observation.proprio[0, :, 3:6]
     frame = config.tool_frame
-    label = learnt(reference_frames.to_tool_frame(expert, orientation, frame), stats, config)
+    label = normalized(reference_frames.to_tool_frame(expert, orientation, frame), stats, config)
     back = normalize.denormalize_action(label, stats, config.normalize)
     np.testing.assert_allclose(
         reference_frames.to_world_frame(back, orientation, frame), expert, atol=1e-4
     )
 
 
-def test_every_preset_survives_json_and_shows_the_text_at_every_step():
+def test_every_preset_survives_json_and_feeds_the_instruction_at_every_step():
     presets = [
         acting_presets.calvin(POLICY, tool_frame=True, mu=255.0),
         acting_presets.calvin(POLICY),
@@ -306,7 +306,7 @@ def test_every_preset_survives_json_and_shows_the_text_at_every_step():
     assert presets[1].tool_frame is None
 
 
-def test_simpler_takes_rotations_as_vectors():
+def test_simpler_commands_have_rotation_vectors():
     action = np.array([1, 2, 3, 0, 0, 0.5, 1], np.float32)
     expected = [1, 2, 3, 0, 0, 0.5]
     np.testing.assert_allclose(acting_presets.simpler_command(action, "widowx"), [*expected, 1])
@@ -315,7 +315,7 @@ def test_simpler_takes_rotations_as_vectors():
     )
 
 
-def test_wrong_robots_and_statistics_are_one_sentence():
+def test_wrong_robots_and_statistics_raise_one_sentence():
     with pytest.raises(ValueError, match=r"unknown robot 'widow'; .* Did you mean 'widowx'"):
         acting_presets.simpler(POLICY, "widow")
     with pytest.raises(ValueError, match="unknown robot 'octo'"):
@@ -323,7 +323,7 @@ def test_wrong_robots_and_statistics_are_one_sentence():
     with pytest.raises(ValueError, match=r"action must have the statistics .*'q99'\] missing"):
         acting_presets.oxe_stats({"action": {k: v for k, v in OXE["action"].items() if k != "q99"}})
     masked = {"action": {**OXE["action"], "mask": [True] * 5 + [False, False]}}
-    with pytest.raises(ValueError, match="mask must be true for every number of the arm"):
+    with pytest.raises(ValueError, match="mask must be true for every arm dimension"):
         acting_presets.oxe_stats(masked)
     masked["action"]["mask"][5] = True
     assert acting_presets.oxe_stats(masked).count == 0

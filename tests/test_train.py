@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_demos
-from robovlms_heads import their_head
+from robovlms_heads import robovlms_head
 
 from train import demo
 from train import pretrain as pretrain_script
@@ -416,7 +416,7 @@ def test_a_backbone_of_other_sizes_is_one_sentence(eyes, backbone):
 
 def write_converted(folder, **sizes):
     """A head of RoboVLMs' that fits the small policy on the state, converted."""
-    head = their_head("lstm", in_features=8 * 3, hidden=8, layers=1, sizes=(8,), **sizes)
+    head = robovlms_head("lstm", in_features=8 * 3, hidden=8, layers=1, sizes=(8,), **sizes)
     decoder, params = convert.from_robovlms(head, window_size=6)
     told = convert.report_robovlms(head, decoder)
     convert.write_folder(folder, convert.TensorFile(head), decoder, params, told)
@@ -441,7 +441,7 @@ def test_a_converted_head_is_trained_on_goes_back_and_moved(demos, tmp_path):
     options = {"decoder_from": str(tmp_path / "head")}
     run = load_run(imitate(tiny_demos.imitation(demos, tmp_path / "run", **options)))
     back = convert.to_robovlms(run.agent.policy.decoder, run.params["decoder"])
-    first = their_head("lstm", in_features=8 * 3, hidden=8, layers=1, sizes=(8,))
+    first = robovlms_head("lstm", in_features=8 * 3, hidden=8, layers=1, sizes=(8,))
     assert back.keys() == first.keys()
     for name, tensor in back.items():
         assert 0 < np.abs(tensor - first[name]).max() < 0.1, name

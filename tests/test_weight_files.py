@@ -1,4 +1,4 @@
-"""Foreign files: read without running them, written whole, the same bytes back."""
+"""Files of other libraries: read without executing code, written atomically, bytes preserved."""
 
 import collections
 import os
@@ -16,7 +16,7 @@ from vla_jax import convert
 from vla_jax.convert import TensorFile
 
 TENSORS = {
-    "z.last": np.arange(6, dtype=np.float32).reshape(2, 3).T,  # not as it lies in memory
+    "z.last": np.arange(6, dtype=np.float32).reshape(2, 3).T,  # not contiguous
     "a.half": np.linspace(-3, 3, 8).astype(np.float16),
     "b.brain": np.linspace(-3, 3, 8).astype(jnp.bfloat16),
     "count": np.array(7),
@@ -30,10 +30,10 @@ each_suffix = pytest.mark.parametrize("suffix", [".pt", ".pth", ".ckpt", ".safet
 def test_written_then_read_is_the_same(suffix, tmp_path):
     path = tmp_path / f"deep/file{suffix}"
     convert.write(path, TensorFile(TENSORS, metadata={"format": "pt"}))
-    found = convert.read(path)
+    content = convert.read(path)
     by_name = suffix == ".safetensors"  # that format has an order of its own
-    assert_same(found.tensors, dict(sorted(TENSORS.items())) if by_name else TENSORS)
-    assert found.metadata == ({"format": "pt"} if by_name else {})
+    assert_same(content.tensors, dict(sorted(TENSORS.items())) if by_name else TENSORS)
+    assert content.metadata == ({"format": "pt"} if by_name else {})
     assert [child.name for child in path.parent.iterdir()] == [path.name]
 
 
@@ -47,20 +47,20 @@ def test_a_torch_file_keeps_its_tensors_in_a_container_or_not(container, tmp_pat
     assert convert.read(tmp_path / "a.pt").container == container
 
 
-def test_what_else_is_in_a_lightning_file_is_ignored_and_named(tmp_path):
+def test_other_entries_of_a_lightning_file_are_ignored_and_named(tmp_path):
     content = {
         "epoch": 3,
         "state_dict": collections.OrderedDict(a=torch.ones(2, requires_grad=True)),
         "optimizer_states": [{"step": torch.zeros(2)}],
     }
     torch.save(content, tmp_path / "a.ckpt")
-    found = convert.read(tmp_path / "a.ckpt")
-    assert_same(found.tensors, {"a": np.ones(2, np.float32)})
-    assert found.ignored == ("epoch", "optimizer_states")
+    content = convert.read(tmp_path / "a.ckpt")
+    assert_same(content.tensors, {"a": np.ones(2, np.float32)})
+    assert content.ignored == ("epoch", "optimizer_states")
 
 
 class Attack:
-    """A pickle that makes a file where it is run."""
+    """A pickle that creates a file when it is executed."""
 
     def __init__(self, path):
         self.path = path
@@ -75,41 +75,43 @@ class Command:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_pickle_that_wants_to_run_code_is_refused_and_not_run(zipped, tmp_path):
+def test_a_pickle_that_executes_code_is_refused_and_not_executed(zipped, tmp_path):
     ran = tmp_path / "ran"
     content = {"state_dict": {"a": torch.ones(2)}, "callbacks": Attack(str(ran))}
     torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ValueError, match=r"a\.pt wants to load \S+, which can run code") as caught:
+    with pytest.raises(
+        ValueError, match=r"a\.pt would import \S+, which can execute code"
+    ) as caught:
         convert.read(tmp_path / "a.pt")
     assert "save its state_dict alone" in str(caught.value)
     torch.save({"state_dict": Command()}, tmp_path / "b.pt")
-    with pytest.raises(ValueError, match=rf"wants to load {os.system.__module__}\.system"):
+    with pytest.raises(ValueError, match=rf"would import {os.system.__module__}\.system"):
         convert.read(tmp_path / "b.pt")
     assert not ran.exists()
 
 
 @pytest.mark.parametrize("protocol", range(6))
-def test_a_pickle_that_is_no_torch_file_is_refused_and_not_run(protocol, tmp_path):
+def test_a_pickle_that_is_no_torch_file_is_refused_and_not_executed(protocol, tmp_path):
     ran, path = tmp_path / "ran", tmp_path / "a.pt"
     path.write_bytes(pickle.dumps(Attack(str(ran)), protocol))
-    with pytest.raises(ValueError, match=r"a\.pt wants to load \S+, .* run: if") as caught:
+    with pytest.raises(ValueError, match=r"a\.pt would import \S+, .* executed: if") as caught:
         convert.read(path)
     assert "\n" not in str(caught.value)
     assert not ran.exists()
     path.write_bytes(pickle.dumps({"state_dict": Command()}, protocol))
-    with pytest.raises(ValueError, match=rf"wants to load {os.system.__module__}\.system, which"):
+    with pytest.raises(ValueError, match=rf"would import {os.system.__module__}\.system, which"):
         convert.read(path)
 
 
 def test_a_foreign_class_is_refused_by_name(tmp_path):
     content = {"state_dict": {"a": torch.ones(2)}, "hyper_parameters": pathlib.PurePosixPath("x")}
     torch.save(content, tmp_path / "a.ckpt")
-    with pytest.raises(ValueError, match=r"wants to load pathlib\S*PurePosixPath"):
+    with pytest.raises(ValueError, match=r"would import pathlib\S*PurePosixPath"):
         convert.read(tmp_path / "a.ckpt")
 
 
 @each_suffix
-def test_a_cut_file_is_refused(suffix, tmp_path):
+def test_a_truncated_file_is_refused(suffix, tmp_path):
     path = tmp_path / f"a{suffix}"
     convert.write(path, TensorFile({"a": np.zeros(2000, np.float32)}))
     whole = path.read_bytes()
@@ -121,16 +123,16 @@ def test_a_cut_file_is_refused(suffix, tmp_path):
 
 
 @each_suffix
-def test_an_empty_file_or_one_of_another_kind_is_refused(suffix, tmp_path):
+def test_an_empty_file_or_one_of_another_format_is_refused(suffix, tmp_path):
     path = tmp_path / f"a{suffix}"
     path.write_bytes(b"")
     with pytest.raises(ValueError, match="is empty"):
         convert.read(path)
-    path.write_text("this is a text, and no tensor is in it\n")
+    path.write_text("a text file without tensors\n")
     with pytest.raises(ValueError, match=r"is not a (checkpoint|safetensors file)"):
         convert.read(path)
     if suffix != ".safetensors":
-        with pytest.raises(ValueError, match=r"\(\w+Error: .+\), and nothing of it was run"):
+        with pytest.raises(ValueError, match=r"\(\w+Error: .+\), and nothing was executed"):
             convert.read(path)
 
 
@@ -141,10 +143,10 @@ def test_an_empty_file_or_one_of_another_kind_is_refused(suffix, tmp_path):
         ({"state_dict": {}}, "holds no tensors"),
         (
             {"config": {"a": 1}, "epoch": 2},
-            "or such a dict as state_dict .* got entries config, epoch",
+            "or a dict of them as state_dict .* got entries config, epoch",
         ),
         ([torch.ones(2)], "must hold tensors by name, .* got a list; save"),
-        ({"state_dict": {"a": torch.ones(2), "b": 3}}, "must hold tensors, got others in b"),
+        ({"state_dict": {"a": torch.ones(2), "b": 3}}, "must hold tensors only, got others in b"),
     ],
 )
 def test_a_file_without_tensors_by_name_is_refused(content, sentence, tmp_path):
@@ -153,7 +155,7 @@ def test_a_file_without_tensors_by_name_is_refused(content, sentence, tmp_path):
         convert.read(tmp_path / "a.pt")
 
 
-def test_a_name_that_says_nothing_and_a_missing_file_are_told(tmp_path):
+def test_an_unknown_suffix_and_a_missing_file_raise(tmp_path):
     for act in (convert.read, lambda path: convert.write(path, TensorFile(TENSORS))):
         with pytest.raises(ValueError, match=r"must end in \.pt, .*, got '\.bin'"):
             act(tmp_path / "a.bin")
@@ -161,7 +163,7 @@ def test_a_name_that_says_nothing_and_a_missing_file_are_told(tmp_path):
         convert.read(tmp_path / "a.pt")
 
 
-def test_without_torch_its_files_name_the_extra_and_safetensors_still_work(tmp_path, monkeypatch):
+def test_without_torch_its_files_name_the_extra_and_safetensors_works(tmp_path, monkeypatch):
     convert.write(tmp_path / "a.pt", TensorFile(TENSORS))
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(ImportError, match=r"pip install 'vla-jax\[torch\]'"):
@@ -171,13 +173,13 @@ def test_without_torch_its_files_name_the_extra_and_safetensors_still_work(tmp_p
 
 
 @each_suffix
-def test_a_file_is_overwritten_only_on_demand_and_whole(suffix, tmp_path):
+def test_a_file_is_overwritten_only_on_demand_and_atomically(suffix, tmp_path):
     path = tmp_path / f"a{suffix}"
     convert.write(path, TensorFile({"a": np.zeros(3)}))
     before = path.read_bytes()
-    with pytest.raises(FileExistsError, match="is there already; choose another name"):
+    with pytest.raises(FileExistsError, match="exists already; choose another name"):
         convert.write(path, TensorFile({"a": np.ones(3)}))
-    with pytest.raises(ValueError, match="cannot hold these tensors"):  # no format has strings
+    with pytest.raises(ValueError, match="cannot store these tensors"):  # no format has strings
         convert.write(path, TensorFile({"a": np.array(["text"])}), overwrite=True)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

@@ -1,13 +1,14 @@
-"""Ours beside the peers that are installed: the same work, checked to be the same, timed in turns.
+"""Benchmark of vla_jax against other implementations of the same computations.
 
-    python -m train.benchmark                                # everything
-    python -m train.benchmark --cases recurrence head        # some of it
-    python -m train.benchmark --cases start checkpoints      # the rest of a training's path
-    python -m train.benchmark --small                        # seconds: does it run here?
+    python -m train.benchmark                                # all cases
+    python -m train.benchmark --cases recurrence head        # some of them
+    python -m train.benchmark --cases start checkpoints      # vla_jax alone: start-up, saving
+    python -m train.benchmark --small                        # tiny sizes: seconds, a smoke test
 
-Flax's and PyTorch's RNNs, RoboVLMs' head written in PyTorch, a plain scan, and the window run again
-at every step: all get the same weights, and no ratio is told before their outputs and gradients
-agree with ours. Let it have the machine to itself; what else runs shows in the spread.
+The others are the RNNs of Flax and PyTorch, RoboVLMs' head written in PyTorch, a plain scan, and a
+window that is run again at every step. All of them get the same weights, and their outputs and
+gradients must agree with those of vla_jax before any is timed. Run nothing else on the machine:
+other programs widen the spread.
 """
 
 import importlib.metadata
@@ -23,42 +24,42 @@ from rich.table import Table
 
 from train.benchmark import baselines, system, timing
 from train.benchmark import cases as benchmark_cases
-from train.benchmark.system import Figure
+from train.benchmark.system import Measurement
 from train.benchmark.timing import Row, Spread
 from vla_jax.command_line import run
 from vla_jax.evaluation import plots
 from vla_jax.training.loop import save_json
 from vla_jax.training.malloc import keep_freed_memory
 
-Work = Literal[
+Case = Literal[
     "recurrence", "head", "streaming", "growth", "products",
     "memory", "start", "checkpoints", "loader",
 ]  # fmt: skip
-WORKS: tuple[Work, ...] = get_args(Work)
-WIDTH = 130  # characters of a line that no terminal bounds
+CASES: tuple[Case, ...] = get_args(Case)
+WIDTH = 130  # characters per line where the output is not a terminal
 
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """What to measure."""
+    """Cases, sizes and output of a benchmark."""
 
-    cases: tuple[Work, ...] = WORKS  # which of them, in this order
-    rounds: int = 15  # turns of each peer
-    small: bool = False  # tiny sizes, which say nothing about speed
-    keep_freed_memory: bool = True  # as in our trainings, for everybody in this process
-    run_dir: str = "runs/benchmark"  # folder of the plot and the figures
-    json: str = ""  # file of the figures; empty = benchmark.json in run_dir
+    cases: tuple[Case, ...] = CASES  # cases to measure, in this order
+    rounds: int = 15  # timed runs of each implementation
+    small: bool = False  # use tiny sizes: a smoke test, timings mean nothing
+    keep_freed_memory: bool = True  # keep freed memory in the process, as training does
+    run_dir: str = "runs/benchmark"  # folder of the plot and of benchmark.json
+    json: str = ""  # file of the measurements; empty = benchmark.json in run_dir
 
     def __post_init__(self):
-        """Checks the numbers."""
+        """Checks the number of rounds and of cases."""
         if self.rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {self.rounds}.")
         if not self.cases:
-            raise ValueError(f"cases must be at least one of {', '.join(WORKS)}, got none.")
+            raise ValueError(f"cases must be at least one of {', '.join(CASES)}, got none.")
 
 
 def robovlms() -> BenchmarkConfig:
-    """The sizes of RoboVLMs' head: four layers of 1024."""
+    """The sizes of RoboVLMs' head: four layers of 1024 hidden units."""
     return BenchmarkConfig()
 
 
@@ -66,43 +67,46 @@ PRESETS = {"robovlms": robovlms}
 
 
 def benchmark(config: BenchmarkConfig) -> pathlib.Path:
-    """Measures and shows; returns the file of the figures."""
+    """Runs the cases and prints their tables; returns the JSON file of the measurements."""
     sizes, console = benchmark_cases.SMALL if config.small else benchmark_cases.LARGE, _console()
     rows: list[Row] = []
-    figures: list[Figure] = []
+    measurements: list[Measurement] = []
     if config.keep_freed_memory:
         keep_freed_memory()
 
-    # The peers multiply in float32, not in a GPU's TF32; so do we.
+    # The other libraries multiply in float32, not in a GPU's TF32; so does vla_jax here.
     with jax.default_matmul_precision("float32"):
-        ceiling = timing.measure_ceiling(sizes.product, config.rounds)
-        about = {
+        peak_gflops = timing.measure_peak(sizes.peak_size, config.rounds)
+        conditions = {
             "machine": machine(),
             "left_out": [reason for reason in [baselines.torch_is_missing()] if reason],
             "small": config.small,
             "keep_freed_memory": config.keep_freed_memory,
             "rounds": config.rounds,
-            "ceiling_gflops": ceiling,
+            "peak_gflops": peak_gflops,
         }
-        console.print(_introduction(about))
-        for work in config.cases:
-            if work in system.FIGURES:
-                found = list(system.FIGURES[work](sizes))
-                console.print(_figure_table(work, found))
-                figures += found
+        console.print(_introduction(conditions))
+        for case in config.cases:
+            if case in system.MEASUREMENTS:
+                measured = list(system.MEASUREMENTS[case](sizes))
+                console.print(_measurement_table(case, measured))
+                measurements += measured
                 continue
-            measured = []
-            for contest in benchmark_cases.CONTESTS[work](sizes):
-                timing.check(contest)
-                measured += timing.measure(contest, config.rounds, ceiling)
-            console.print(_table(work, measured))
-            rows += measured
+            timed = []
+            for comparison in benchmark_cases.COMPARISONS[case](sizes):
+                timing.check(comparison)
+                timed += timing.measure(comparison, config.rounds, peak_gflops)
+            console.print(_table(case, timed))
+            rows += timed
 
-    # The figures come before the plot, which may lack its extra.
+    # The JSON file is written before the plot, which raises where its extra is not installed.
     file = pathlib.Path(config.json or pathlib.Path(config.run_dir) / "benchmark.json")
     file.parent.mkdir(parents=True, exist_ok=True)
-    told = {"rows": [_plain(row) for row in rows], "figures": [_plain(found) for found in figures]}
-    save_json({**about, **told}, file)
+    results = {
+        "rows": [_plain(row) for row in rows],
+        "measurements": [_plain(measurement) for measurement in measurements],
+    }
+    save_json({**conditions, **results}, file)
     if "growth" in config.cases:
         plot = pathlib.Path(config.run_dir) / "growth.png"
         plots.growth(plot, _curves(rows), title="LSTM, forward and backward")
@@ -110,13 +114,13 @@ def benchmark(config: BenchmarkConfig) -> pathlib.Path:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures are measured on, and how busy it was before."""
+    """Returns device, number of cores, load before the benchmark, and library versions."""
     versions = {name: _version(name) for name in ("jax", "jaxlib", "flax", "torch")}
     return {
         "device": jax.devices()[0].device_kind,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
-        "load": round(os.getloadavg()[0], 2),  # processes that wanted a core, of the last minute
+        "load": round(os.getloadavg()[0], 2),  # runnable processes, mean of the last minute
         "versions": {name: version for name, version in versions.items() if version},
     }  # fmt: skip
 
@@ -129,73 +133,74 @@ def _version(name: str) -> str:
 
 
 def _console() -> Console:
-    """The terminal; in a file, lines wide enough for the tables."""
+    """Returns the terminal, or a console with lines wide enough for the tables."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=WIDTH)
 
 
-def _introduction(about: dict[str, Any]) -> str:
-    on = about["machine"]
+def _introduction(conditions: dict[str, Any]) -> str:
+    on = conditions["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in on["versions"].items())
+    kept = "kept in the process" if conditions["keep_freed_memory"] else "returned by the C library"
     lines = [
         f"{on['device']}, {on['cores']} cores, load {on['load']}; {versions}",
-        f"one large float32 product: {about['ceiling_gflops']:.0f} GFLOP/s",
-        "freed memory is " + ("kept" if about["keep_freed_memory"] else "the C library's business"),
-        *(f"left out: {reason}" for reason in about["left_out"]),
+        f"peak (one large float32 product): {conditions['peak_gflops']:.0f} GFLOP/s",
+        f"freed memory: {kept}",
+        *(f"left out: {reason}" for reason in conditions["left_out"]),
     ]
     if on["load"] > on["cores"] / 2:
-        # PyTorch's threads suffer most: they wait for each other without giving up their core.
-        lines.append("other programs are running: the figures are not to be trusted")
-    if about["small"]:
-        lines.append("tiny sizes: the figures say nothing about speed")
+        # PyTorch suffers most: its threads spin while they wait for each other.
+        lines.append("warning: other programs are running, the timings are not reliable")
+    if conditions["small"]:
+        lines.append("tiny sizes: the timings mean nothing")
     return "\n".join(lines)
 
 
-def _table(work: str, rows: Sequence[Row]) -> Table:
-    shown = Table(title=f"{work}: median (min – max) of the rounds")
-    for name in ("case", "who"):
+def _table(case: str, rows: Sequence[Row]) -> Table:
+    shown = Table(title=f"{case}: median (min – max) over rounds")
+    for name in ("setting", "implementation"):
         shown.add_column(name)
-    for name in ("ms", "time over the first", "GFLOP/s", "of ceiling", "weights read"):
+    for name in ("ms", "time / first", "GFLOP/s", "of peak", "weights read"):
         shown.add_column(name, justify="right")
-    case = ""
+    setting = ""
     for row in rows:
-        if row.case != case:
+        if row.setting != setting:
             shown.add_section()
         shown.add_row(
-            "" if row.case == case else row.case,
-            row.peer,
+            "" if row.setting == setting else row.setting,
+            row.implementation,
             _spread(row.ms, 1),
             _spread(row.ratio, 2),
             f"{row.gflops:.1f}",
-            f"{100 * row.share_of_ceiling:.0f} %",
+            f"{100 * row.fraction_of_peak:.0f} %",
             f"{row.weight_bytes / 1e6:.1f} MB",
         )
-        case = row.case
+        setting = row.setting
     return shown
 
 
-def _figure_table(work: str, figures: Sequence[Figure]) -> Table:
-    shown = Table(title=f"{work}: median (min – max) where there are several")
-    for name in ("case", "what", "", "unit"):
-        shown.add_column(name, justify="right" if not name else "left")
-    case = ""
-    for figure in figures:
-        if figure.case != case:
+def _measurement_table(case: str, measurements: Sequence[Measurement]) -> Table:
+    shown = Table(title=f"{case}: median (min – max) where measured more than once")
+    for name in ("setting", "quantity", "value", "unit"):
+        shown.add_column(name, justify="right" if name == "value" else "left")
+    setting = ""
+    for each in measurements:
+        if each.setting != setting:
             shown.add_section()
-        told = "" if figure.case == case else figure.case
-        shown.add_row(told, figure.what, _spread(figure.value, 2), figure.unit)
-        case = figure.case
+        label = "" if each.setting == setting else each.setting
+        shown.add_row(label, each.quantity, _spread(each.value, 2), each.unit)
+        setting = each.setting
     return shown
 
 
 def _spread(spread: Spread, digits: int) -> str:
-    middle = f"{spread.median:.{digits}f}"
+    median = f"{spread.median:.{digits}f}"
     if spread.min == spread.max:
-        return middle
-    return f"{middle} ({spread.min:.{digits}f} – {spread.max:.{digits}f})"
+        return median
+    return f"{median} ({spread.min:.{digits}f} – {spread.max:.{digits}f})"
 
 
-def _plain(record: Row | Figure) -> dict[str, Any]:
+def _plain(record: Row | Measurement) -> dict[str, Any]:
     return {
         name: value._asdict() if isinstance(value, Spread) else value
         for name, value in record._asdict().items()
@@ -203,17 +208,17 @@ def _plain(record: Row | Figure) -> dict[str, Any]:
 
 
 def _curves(rows: Sequence[Row]) -> dict[str, list[tuple[float, Spread, float]]]:
-    """Axis -> (its size, ms, ms that grow as the arithmetic does from the smallest size on)."""
+    """Returns axis -> (size, ms, ms extrapolated from the smallest size in proportion to FLOP)."""
     curves: dict[str, list[tuple[float, Spread, float]]] = {}
     for row in rows:
-        if row.work == "growth":
-            axis, size = row.case.split()
+        if row.case == "growth":
+            axis, size = row.setting.split()
             curves.setdefault(axis, []).append((float(size), row.ms, row.gflops * row.ms.median))
     for axis, points in curves.items():
-        _, first, flop = points[0]
-        curves[axis] = [(x, ms, first.median * own / flop) for x, ms, own in points]
+        _, first_ms, first_flop = points[0]
+        curves[axis] = [(x, ms, first_ms.median * flop / first_flop) for x, ms, flop in points]
     return curves
 
 
 if __name__ == "__main__":
-    run(benchmark, PRESETS, description="Measures ours beside the peers that are installed.")
+    run(benchmark, PRESETS, description="Compares the speed of vla_jax with other libraries.")

@@ -1,40 +1,55 @@
-"""Who else does the work: Flax's RNNs, `torch.nn`, and RoboVLMs' head written in PyTorch.
+"""Other libraries' implementations: Flax's RNNs, `torch.nn`, RoboVLMs' head written in PyTorch.
 
-All get the weights of ours by `vla_jax.convert`, and are read back into its tree.
+All get the weights of vla_jax through `vla_jax.convert`, and their results are converted back.
 """
 
 import importlib.util
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import numpy as np
 from flax import nnx
 
-from train.benchmark.timing import Peer
+from train.benchmark.timing import Implementation
 from vla_jax import convert
+from vla_jax.convert.flax_cells import Style
 from vla_jax.nn.recurrence import RecurrenceConfig
 from vla_jax.policies.decoders import DecoderConfig
 from vla_jax.types import Array, Params
 
-LINEN = {"lstm": nn.OptimizedLSTMCell, "gru": nn.GRUCell}
-NNX = {"lstm": nnx.OptimizedLSTMCell, "gru": nnx.GRUCell}
-FLOAT = 4  # bytes of a float32
+FLOAT_BYTES = 4  # of a float32
+
+
+class FlaxCell(NamedTuple):
+    """Flax's two classes of one cell, and their differences from ours."""
+
+    linen: Any  # class of flax.linen
+    nnx: Any  # class of flax.nnx
+    nnx_style: Style
+    nnx_lacks: tuple[str, ...]  # our params that the NNX class does not have
+    num_summed: int  # leading gates whose two biases are one in Flax
+
+
+FLAX_CELLS = {
+    "lstm": FlaxCell(nn.OptimizedLSTMCell, nnx.OptimizedLSTMCell, "nnx_optimized", (), 4),
+    "gru": FlaxCell(nn.GRUCell, nnx.GRUCell, "nnx", ("recurrent_bias",), 2),
+}
 
 
 def torch_is_missing() -> str:
-    """Why PyTorch does not take part; empty where it does."""
+    """Returns the reason why PyTorch is left out; empty where it takes part."""
     if importlib.util.find_spec("torch") is None:
         return "PyTorch is not installed: pip install 'vla-jax[torch]'"
     if jax.default_backend() != "cpu":
-        return f"PyTorch takes part on a CPU only, JAX runs on {jax.default_backend()} here"
+        return f"PyTorch is measured on CPUs only, JAX runs on {jax.default_backend()} here"
     return ""
 
 
 def both_ways(forward: Callable[[Any, Array], jax.Array]) -> Callable[..., tuple]:
-    """A jitted function that gives `(outputs, gradient by params, gradient by inputs)`.
+    """Returns a jitted function of `(outputs, gradient by params, gradient by inputs)`.
 
     Args:
       forward: `(params, inputs) -> outputs`.
@@ -49,34 +64,34 @@ def both_ways(forward: Callable[[Any, Array], jax.Array]) -> Callable[..., tuple
 
 
 def recurrent_bytes(params: Params, num_steps: int, *, hoisted: bool = True) -> int:
-    """Bytes of weights that the products of a recurrence read on the way forward.
+    """Returns the bytes of weights that the matrix products of a forward pass read.
 
     Args:
       params: of the recurrence.
-      num_steps: of time, each of which reads the recurrent kernels.
-      hoisted: whether the input kernels are read once for all steps, or at each of them too.
+      num_steps: T; the recurrent kernels are read at each step.
+      hoisted: True if the input kernels are read once for all steps, False if at each step.
     """
     layers = [layer["forward"] for layer in params.values()]
     recurrent = sum(layer["recurrent_kernel"].size for layer in layers)
     inputs = sum(layer["input_kernel"].size for layer in layers)
-    return FLOAT * (num_steps * recurrent + (1 if hoisted else num_steps) * inputs)
+    return FLOAT_BYTES * (num_steps * recurrent + (1 if hoisted else num_steps) * inputs)
 
 
 def linen_recurrence(
     config: RecurrenceConfig, params: Params, inputs: Array, cotangent: Array
-) -> Peer:
-    """A stack of `flax.linen.RNN`, forward and backward."""
-    cell = LINEN[config.cell]
+) -> Implementation:
+    """Returns a stack of `flax.linen.RNN`, forward and backward."""
+    cell = FLAX_CELLS[config.cell].linen
     layer = nn.RNN(cell(config.hidden_size))
 
     def forward(stack: Sequence[Params], outputs: Any) -> Any:
-        for own in stack:
-            outputs = layer.apply({"params": {"cell": own}}, outputs)
+        for layer_params in stack:
+            outputs = layer.apply({"params": {"cell": layer_params}}, outputs)
         return outputs
 
     stack = convert.to_flax_stack(config, params)
     run = both_ways(forward)
-    return Peer(
+    return Implementation(
         "flax.linen.RNN",
         lambda: jax.block_until_ready(run(stack, inputs, cotangent)),
         lambda results: _read_flax(config, results),
@@ -86,41 +101,40 @@ def linen_recurrence(
 
 def nnx_recurrence(
     config: RecurrenceConfig, params: Params, inputs: Array, cotangent: Array
-) -> Peer:
-    """A stack of `flax.nnx.RNN`, forward and backward."""
-    cell = NNX[config.cell]
+) -> Implementation:
+    """Returns a stack of `flax.nnx.RNN`, forward and backward."""
+    cell = FLAX_CELLS[config.cell]
     layers = []
-    style = "nnx_optimized" if config.cell == "lstm" else "nnx"
-    for own in convert.to_flax_stack(config, params, style):
-        layer = nnx.RNN(cell(inputs.shape[-1], config.hidden_size, rngs=nnx.Rngs(0)))
-        nnx.update(layer.cell, own)
+    for layer_params in convert.to_flax_stack(config, params, cell.nnx_style):
+        layer = nnx.RNN(cell.nnx(inputs.shape[-1], config.hidden_size, rngs=nnx.Rngs(0)))
+        nnx.update(layer.cell, layer_params)
         layers.append(nnx.split(layer, nnx.Param, ...))
 
     def forward(stack: Sequence[Any], outputs: Any) -> Any:
-        for (graph, _, others), own in zip(layers, stack, strict=True):
-            outputs = nnx.merge(graph, own, others, copy=True)(outputs)
+        for (graph, _, others), layer_params in zip(layers, stack, strict=True):
+            outputs = nnx.merge(graph, layer_params, others, copy=True)(outputs)
         return outputs
 
     def read(results: tuple) -> dict[str, Any]:
         outputs, by_stack, by_inputs = results
-        return _read_flax(config, (outputs, [own["cell"] for own in by_stack], by_inputs))
+        by_cells = [layer_params["cell"] for layer_params in by_stack]
+        return _read_flax(config, (outputs, by_cells, by_inputs), lacks=cell.nnx_lacks)
 
-    stack = [own for _, own, _ in layers]
+    stack = [layer_params for _, layer_params, _ in layers]
     run = both_ways(forward)
-    return Peer(
+    return Implementation(
         "flax.nnx.RNN",
         lambda: jax.block_until_ready(run(stack, inputs, cotangent)),
         read,
         2 * recurrent_bytes(params, inputs.shape[1], hoisted=False),
-        # Its GRU has no recurrent bias of gate n.
-        lacks=("recurrent_bias",) if config.cell == "gru" else (),
+        lacks=cell.nnx_lacks,
     )
 
 
 def torch_recurrence(
     config: RecurrenceConfig, params: Params, inputs: Array, cotangent: Array
-) -> Peer:
-    """`torch.nn.LSTM` or `GRU`, forward and backward."""
+) -> Implementation:
+    """Returns `torch.nn.LSTM` or `GRU`, forward and backward."""
     import torch
 
     module = getattr(torch.nn, config.cell.upper())(
@@ -128,12 +142,12 @@ def torch_recurrence(
     )
     module.load_state_dict(_tensors(convert.to_torch(config, params)))
     weights = dict(module.named_parameters())
-    given, pulled = (torch.tensor(np.asarray(part)) for part in (inputs, cotangent))
-    given.requires_grad_()
+    x, x_cotangent = (torch.tensor(np.asarray(part)) for part in (inputs, cotangent))
+    x.requires_grad_()
 
     def run() -> tuple:
-        outputs, _ = module(given)
-        return outputs, torch.autograd.grad(outputs, [given, *weights.values()], pulled)
+        outputs, _ = module(x)
+        return outputs, torch.autograd.grad(outputs, [x, *weights.values()], x_cotangent)
 
     def read(results: tuple) -> dict[str, Any]:
         outputs, (by_inputs, *by_weights) = results
@@ -142,7 +156,7 @@ def torch_recurrence(
         return {"outputs": outputs, "by_params": by_params, "by_inputs": by_inputs.numpy()}
 
     num_bytes = 2 * recurrent_bytes(params, inputs.shape[1])
-    return Peer(f"torch.nn.{config.cell.upper()}", run, read, num_bytes)
+    return Implementation(f"torch.nn.{config.cell.upper()}", run, read, num_bytes)
 
 
 def torch_head(
@@ -154,19 +168,19 @@ def torch_head(
     gripper_weight: float,
     learning_rate: float,
     weight_bytes: int,
-) -> Peer:
-    """RoboVLMs' `LSTMDecoder` in training: forward, loss, backward, Adam."""
+) -> Implementation:
+    """Returns a training step of RoboVLMs' `LSTMDecoder`: forward, loss, backward, Adam."""
     import torch
     from torch.nn import functional
 
     head = _robovlms_head(config, params)
     weights = dict(head.named_parameters())
     optimizer = torch.optim.Adam(weights.values(), learning_rate)
-    given, target = torch.tensor(np.asarray(tokens)), torch.tensor(np.asarray(action))
+    inputs, target = torch.tensor(np.asarray(tokens)), torch.tensor(np.asarray(action))
 
     def run() -> Any:
         optimizer.zero_grad()
-        features, _ = head["rnn"](_robovlms_pool(given))
+        features, _ = head["rnn"](_robovlms_pool(inputs))
         arm, gripper = _robovlms_actions(head, features, config.action_horizon)
         is_open = (target[..., -1] > 0).float()
         loss = functional.huber_loss(arm, target[..., :-1])
@@ -175,41 +189,41 @@ def torch_head(
         optimizer.step()
         return loss
 
-    def as_ours(tensors: dict[str, Any]) -> Params:
+    def to_params(tensors: dict[str, Any]) -> Params:
         return convert.from_robovlms(tensors, window_size=config.window_size)[1]
 
     def moment(name: str) -> Params:
-        return as_ours({path: optimizer.state[leaf][name] for path, leaf in weights.items()})
+        return to_params({path: optimizer.state[leaf][name] for path, leaf in weights.items()})
 
     def read(loss: Any) -> dict[str, Any]:
         moments = {"mean": moment("exp_avg"), "square": moment("exp_avg_sq")}
-        return {"loss": loss.item(), "params": as_ours(head.state_dict()), **moments}
+        return {"loss": loss.item(), "params": to_params(head.state_dict()), **moments}
 
-    return Peer("RoboVLMs (PyTorch)", run, read, weight_bytes)
+    return Implementation("RoboVLMs (PyTorch)", run, read, weight_bytes)
 
 
 def torch_stream(
     config: DecoderConfig, params: Params, frames: Array, *, weight_bytes: int
-) -> Peer:
-    """RoboVLMs' `LSTMDecoder` in acting: every frame runs the last W again from a zero state.
+) -> Implementation:
+    """Returns an acting step of RoboVLMs' `LSTMDecoder`: the last W frames from a zero state.
 
     Args:
       config: of the decoder.
       params: of the decoder.
-      frames: `[F, B, N, D]`, seen over and over; the first W are seen here.
-      weight_bytes: see `Peer`.
+      frames: `[num_frames, B, N, D]`, repeated endlessly; the first W fill the window.
+      weight_bytes: see `Implementation`.
     """
     import torch
 
     head = _robovlms_head(config, params)
-    given = torch.tensor(np.asarray(frames))
-    window = [_robovlms_pool(given[t, :, None]) for t in range(config.window_size)]
+    inputs = torch.tensor(np.asarray(frames))
+    window = [_robovlms_pool(inputs[t, :, None]) for t in range(config.window_size)]
     time = config.window_size
 
     def run() -> tuple:
         nonlocal time
         with torch.inference_mode():
-            window.append(_robovlms_pool(given[time % len(given), :, None]))
+            window.append(_robovlms_pool(inputs[time % len(inputs), :, None]))
             window.pop(0)
             time += 1
             features, _ = head["rnn"](torch.cat(window, dim=1))
@@ -219,25 +233,29 @@ def torch_stream(
         arm, gripper = results
         return {"arm": arm.numpy(), "gripper_logit": gripper.numpy()}
 
-    return Peer("RoboVLMs (PyTorch), window again", run, read, weight_bytes)
+    return Implementation("RoboVLMs (PyTorch), window re-run", run, read, weight_bytes)
 
 
-def _read_flax(config: RecurrenceConfig, results: tuple) -> dict[str, Any]:
-    """Flax's gradients as ours: its one bias of a gate has the gradient that each of ours has."""
+def _read_flax(
+    config: RecurrenceConfig, results: tuple, *, lacks: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Returns Flax's gradients in our tree.
+
+    Where two biases of ours are one in Flax, both have the gradient of Flax's.
+    """
     outputs, by_stack, by_inputs = results
     _, by_params = convert.from_flax_stack(by_stack)
-    for own in (layer["forward"] for layer in by_params.values()):
-        apart = np.array(own.pop("recurrent_bias"))
-        if config.cell == "lstm":
-            own["recurrent_bias"] = own["input_bias"]
-        elif apart.any():  # Linen's GRU; NNX's has none at all
-            summed = 2 * config.hidden_size
-            own["recurrent_bias"] = np.append(own["input_bias"][:summed], apart[summed:])
+    num_summed = FLAX_CELLS[config.cell].num_summed * config.hidden_size
+    for layer in (layer["forward"] for layer in by_params.values()):
+        separate = np.array(layer["recurrent_bias"])[num_summed:]
+        layer["recurrent_bias"] = np.append(layer["input_bias"][:num_summed], separate)
+        for name in lacks:
+            del layer[name]
     return {"outputs": outputs, "by_params": by_params, "by_inputs": by_inputs}
 
 
 def _robovlms_head(config: DecoderConfig, params: Params) -> Any:
-    """The modules of `LSTMDecoder`, under its names and with the weights of ours."""
+    """Returns the modules of `LSTMDecoder`, under its names and with our weights."""
     from torch import nn
 
     def mlp(num_outputs: int) -> nn.ModuleDict:
@@ -264,7 +282,7 @@ def _robovlms_head(config: DecoderConfig, params: Params) -> Any:
 
 
 def _robovlms_pool(tokens: Any) -> Any:
-    """`[B, W, N, D]` -> `[B, W, D]`, the maximum over the tokens."""
+    """Max-pools `[B, W, N, D]` over the tokens to `[B, W, D]`."""
     from torch.nn import functional
 
     flat = tokens.flatten(0, 1).transpose(1, 2)
@@ -272,7 +290,7 @@ def _robovlms_pool(tokens: Any) -> Any:
 
 
 def _robovlms_actions(head: Any, features: Any, action_horizon: int) -> tuple[Any, Any]:
-    """`[..., H]` -> arm `[..., K, A-1]`, gripper logit `[..., K]`."""
+    """Maps features `[..., H]` to arm `[..., K, A-1]` and gripper logit `[..., K]`."""
     arm = head["actions"]["mlp"](features).tanh()
     return arm.unflatten(-1, (action_horizon, -1)), head["gripper"]["mlp"](features)
 

@@ -1,7 +1,6 @@
-"""How ours does the works of `train.benchmark`, and on what.
+"""Implementations in JAX for `train.benchmark`, and the random inputs of all implementations.
 
-All data are arguments of what is compiled, none a constant that a compiler could work out before
-the clock starts.
+All inputs are arguments of the compiled functions: a constant could be folded at compile time.
 """
 
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from train.benchmark import baselines
-from train.benchmark.timing import Peer
+from train.benchmark.timing import Implementation
 from vla_jax.nn import cells, matmul, recurrence
 from vla_jax.nn.recurrence import RecurrenceConfig
 from vla_jax.policies import decoders, streaming
@@ -21,15 +20,15 @@ from vla_jax.policies.decoders import DecoderConfig
 from vla_jax.training import losses
 from vla_jax.types import Array, Params, Prediction
 
-LEARNING_RATE = 1e-4  # of Adam
+LEARNING_RATE = 1e-4  # of Adam, in every implementation
 
 
 def run_recurrence(
     name: str, config: RecurrenceConfig, params: Params, inputs: Array, cotangent: Array
-) -> Peer:
-    """A stack of layers, forward and backward."""
-    both_ways = baselines.both_ways(lambda own, x: recurrence.apply(own, config, x)[1])
-    return Peer(
+) -> Implementation:
+    """Returns our recurrence, forward and backward."""
+    both_ways = baselines.both_ways(lambda params, x: recurrence.apply(params, config, x)[1])
+    return Implementation(
         name,
         lambda: jax.block_until_ready(both_ways(params, inputs, cotangent)),
         lambda results: dict(zip(("outputs", "by_params", "by_inputs"), results, strict=True)),
@@ -39,14 +38,14 @@ def run_recurrence(
 
 def run_products(
     name: str, transposed: Callable[[Array], Any], kernel: Array, deltas: Array
-) -> Peer:
-    """What a backward scan does with its kernel: δ · kernelᵀ at each step, and δ depends on it.
+) -> Implementation:
+    """Returns the products of a backward scan: each δ · kernelᵀ depends on the one before.
 
     Args:
-      name: of this way.
-      transposed: what is made of the kernel before the first step.
+      name: of the implementation.
+      transposed: prepares kernelᵀ once before the first step.
       kernel: `[H, G·H]`.
-      deltas: of every step, `[T, B, G·H]`.
+      deltas: δ of every step, `[T, B, G·H]`.
     """
 
     @jax.jit
@@ -60,18 +59,18 @@ def run_products(
 
         return jax.lax.scan(body, jnp.zeros((deltas.shape[1], len(kernel))), deltas)[1]
 
-    return Peer(
+    return Implementation(
         name,
         lambda: jax.block_until_ready(run(kernel, deltas)),
         lambda outputs: {"outputs": outputs},
-        baselines.FLOAT * len(deltas) * kernel.size,
+        baselines.FLOAT_BYTES * len(deltas) * kernel.size,
     )
 
 
 def run_head(
     name: str, update: Callable[..., tuple], state: tuple, tokens: Array, action: Array, num_bytes
-) -> Peer:
-    """A training step of the decoder; the state is donated, as in a training."""
+) -> Implementation:
+    """Returns a training step of our decoder; the state is donated, as in training."""
 
     def run() -> tuple:
         nonlocal state
@@ -82,13 +81,13 @@ def run_head(
         (trained, (adam, *_)), loss = results
         return {"loss": loss, "params": trained, "mean": adam.mu, "square": adam.nu}
 
-    return Peer(name, run, read, num_bytes)
+    return Implementation(name, run, read, num_bytes)
 
 
 def compile_update(
     config: DecoderConfig, params: Params, tokens: Array, action: Array
 ) -> tuple[Any, Callable[[Params], tuple]]:
-    """`update(state, tokens, action) -> (state, loss)`, and `begin(params) -> state`."""
+    """Compiles `update(state, tokens, action) -> (state, loss)` and `begin(params) -> state`."""
     optimizer = optax.adam(LEARNING_RATE)
 
     def loss_fn(params: Params, tokens: Array, action: Array) -> jax.Array:
@@ -109,13 +108,13 @@ def compile_update(
     return jitted.lower(begin(params), tokens, action).compile(), begin
 
 
-def run_stream(config: DecoderConfig, params: Params, frames: Array) -> Peer:
-    """One step of acting, in mode "refresh", on `frames [F, B, N, D]`."""
+def run_stream(config: DecoderConfig, params: Params, frames: Array) -> Implementation:
+    """Returns an acting step of mode "refresh" on `frames [num_frames, B, N, D]`."""
     step = jax.jit(streaming.step, static_argnums=1, donate_argnums=2)
     state = streaming.init(params, config, frames.shape[1])
     laid_out = streaming.lay_out(params, config, state)
     return _streamed(
-        "ours, refresh",
+        "vla_jax, refresh",
         lambda state, frame: step(laid_out, config, state, frame),
         state,
         frames,
@@ -124,8 +123,8 @@ def run_stream(config: DecoderConfig, params: Params, frames: Array) -> Peer:
     )
 
 
-def run_window_again(config: DecoderConfig, params: Params, frames: Array) -> Peer:
-    """The same by running the last W frames again at every step."""
+def run_window_again(config: DecoderConfig, params: Params, frames: Array) -> Implementation:
+    """Returns an acting step that runs the last W of `frames [num_frames, B, N, D]` again."""
 
     @partial(jax.jit, donate_argnums=1)
     def step(params: Params, window: Array, frame: Array) -> tuple[jax.Array, Prediction]:
@@ -135,7 +134,7 @@ def run_window_again(config: DecoderConfig, params: Params, frames: Array) -> Pe
 
     _, batch_size, *token = frames.shape
     return _streamed(
-        "ours, window again",
+        "vla_jax, window re-run",
         lambda window, frame: step(params, window, frame),
         jnp.zeros((batch_size, config.window_size, *token)),
         frames,
@@ -145,38 +144,38 @@ def run_window_again(config: DecoderConfig, params: Params, frames: Array) -> Pe
 
 
 def _streamed(
-    name: str, step: Callable, state: Any, frames: Array, num_seen: int, num_bytes: int
-) -> Peer:
-    """One step per run, after the first `num_seen` of `frames [F, B, N, D]`; then round again."""
-    listed, time = list(frames), num_seen
-    for frame in listed[:num_seen]:
+    name: str, step: Callable, state: Any, frames: Array, num_warm_up: int, num_bytes: int
+) -> Implementation:
+    """Returns one step per run over `frames`, repeated endlessly, after `num_warm_up` of them."""
+    frame_list, time = list(frames), num_warm_up
+    for frame in frame_list[:num_warm_up]:
         state, _ = step(state, frame)
 
     def run() -> Prediction:
         nonlocal state, time
-        state, chunk = jax.block_until_ready(step(state, listed[time % len(listed)]))
+        state, chunk = jax.block_until_ready(step(state, frame_list[time % len(frame_list)]))
         time += 1
         return chunk
 
-    return Peer(name, run, lambda chunk: chunk._asdict(), num_bytes)
+    return Implementation(name, run, lambda chunk: chunk._asdict(), num_bytes)
 
 
 def draw_sequence(
     config: RecurrenceConfig, batch_size: int, num_steps: int
 ) -> tuple[Params, jax.Array, jax.Array]:
-    """Params, inputs `[B, T, H]`, and the gradient `[B, T, H]` that comes from above."""
+    """Returns params, inputs `[B, T, H]`, and the gradient by the outputs `[B, T, H]`."""
     keys = jax.random.split(jax.random.key(0), 3)
     params = recurrence.init(keys[0], config, config.hidden_size)
-    if config.cell == "gru":
-        # NNX's GRU has no recurrent bias of gate n, and all shall compute the same.
-        for own in (layer["forward"] for layer in params.values()):
-            own["recurrent_bias"] = own["recurrent_bias"].at[2 * config.hidden_size :].set(0.0)
+    # All implementations must compute the same, and NNX's GRU has no recurrent bias of gate n.
+    num_summed = baselines.FLAX_CELLS[config.cell].num_summed * config.hidden_size
+    for layer in (layer["forward"] for layer in params.values()):
+        layer["recurrent_bias"] = layer["recurrent_bias"].at[num_summed:].set(0.0)
     shape = (batch_size, num_steps, config.hidden_size)
     return params, jax.random.normal(keys[1], shape), jax.random.normal(keys[2], shape)
 
 
 def draw_products(hidden_size: int, batch_size: int, num_steps: int) -> tuple[Array, Array]:
-    """The recurrent kernel `[H, 4·H]` of an LSTM, and deltas `[T, B, 4·H]`."""
+    """Returns the recurrent kernel `[H, 4·H]` of an LSTM, and deltas `[T, B, 4·H]`."""
     keys = jax.random.split(jax.random.key(0))
     kernel = cells.LSTM.init(keys[0], 1, hidden_size)["recurrent_kernel"]
     return kernel, jax.random.normal(keys[1], (num_steps, batch_size, 4 * hidden_size))
@@ -185,7 +184,7 @@ def draw_products(hidden_size: int, batch_size: int, num_steps: int) -> tuple[Ar
 def draw_demonstrations(
     config: DecoderConfig, batch_size: int
 ) -> tuple[Params, jax.Array, jax.Array]:
-    """Params, tokens `[B, W, N, D]`, actions `[B, W, K, A]`."""
+    """Returns params, tokens `[B, W, N, D]` and actions `[B, W, K, A]`."""
     keys = jax.random.split(jax.random.key(0), 3)
     steps = (batch_size, config.window_size)
     tokens = jax.random.normal(keys[1], (*steps, config.num_tokens, config.token_dim))
@@ -197,22 +196,22 @@ def draw_demonstrations(
     )
 
 
-def decoder_case(config: DecoderConfig, batch_size: int) -> str:
-    """Its sizes, in words."""
+def describe_sizes(config: DecoderConfig, batch_size: int) -> str:
+    """Returns the sizes of a decoder and its batch as text."""
     return f"B {batch_size}, W {config.window_size}, N {config.num_tokens}, H {config.hidden_size}"
 
 
 def recurrence_flop(params: Params, num_rows: int) -> float:
-    """Forward and backward: three products per kernel, two operations per factor."""
+    """Returns FLOP forward and backward: three products per kernel, two operations per weight."""
     return 6 * num_rows * num_weights(params)
 
 
 def num_weights(params: Params) -> int:
-    """Numbers in all kernels."""
+    """Returns the number of weights in all kernels."""
     return sum(leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim == 2)
 
 
 def decoder_bytes(params: Params, num_steps: int) -> int:
-    """Bytes of weights that the products of a decoder read on the way forward."""
-    once = baselines.FLOAT * num_weights(params["heads"])
-    return baselines.recurrent_bytes(params["recurrence"], num_steps) + once
+    """Returns the bytes of weights that the products of a decoder's forward pass read."""
+    heads = baselines.FLOAT_BYTES * num_weights(params["heads"])
+    return baselines.recurrent_bytes(params["recurrence"], num_steps) + heads

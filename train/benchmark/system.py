@@ -1,7 +1,4 @@
-"""The rest of the path of a training: its memory, its start, its checkpoints, its data.
-
-These are no contests: each work gives figures of ours.
-"""
+"""Measurements of vla_jax alone: memory, start-up, checkpointing, data loading."""
 
 import json
 import math
@@ -18,8 +15,8 @@ import jax
 import numpy as np
 
 from train.benchmark import baselines, jax_runs
-from train.benchmark.cases import Sizes
-from train.benchmark.timing import Contest, Spread, check, spread
+from train.benchmark.cases import BenchmarkSizes
+from train.benchmark.timing import Comparison, Spread, check, spread
 from train.configs import ImitateConfig, gpu_end_to_end
 from train.imitate import make_batches, make_loss
 from train.setup import compute_norm_stats, init_params, make_windows
@@ -33,53 +30,56 @@ from vla_jax.training import checkpoint, optim, parallel
 from vla_jax.training.update import init_train_state, make_update, with_count
 from vla_jax.types import Batch, Metrics
 
-NUM_UPDATES = 6  # timed beside the saving
+NUM_UPDATES = 6  # checkpoints saved, and updates timed before each
 
 
-class Figure(NamedTuple):
-    """One thing that was measured."""
+class Measurement(NamedTuple):
+    """One measured quantity."""
 
-    work: str
-    case: str  # its sizes, in words
-    what: str
+    case: str
+    setting: str  # its sizes, as text
+    quantity: str
     value: Spread
     unit: str
 
 
-def memory(sizes: Sizes) -> Iterator[Figure]:
-    """What is needed beside arguments and results, without remat and with chunks of √T steps.
+def memory(sizes: BenchmarkSizes) -> Iterator[Measurement]:
+    """Yields temporary memory without rematerialisation, and with chunks of √T steps.
 
-    Of the recurrence forward and backward, and of the training step around it. That both give the
-    same gradients is checked on the recurrence: a head's ReLU may turn a rounding error into more.
+    Measured are the recurrence, forward and backward, and the training step around it. Equal
+    gradients are checked on the recurrence alone: a head's ReLU may amplify a rounding error.
 
     Raises:
       ValueError: the gradients differ.
     """
-    for batch_size, num_steps in sizes.long:
+    for batch_size, num_steps in sizes.long_sequences:
         decoder = replace(sizes.decoder, window_size=num_steps)
         remat = replace(decoder, remat_chunk=math.isqrt(num_steps))
-        case = f"{jax_runs.decoder_case(decoder, batch_size)}, remat_chunk {remat.remat_chunk}"
-        _check_alike(case, (decoder, remat), batch_size)
-        for what, needed in (("recurrence", _recurrence_bytes), ("training step", _step_bytes)):
-            without, with_remat = needed(decoder, batch_size), needed(remat, batch_size)
-            yield _figure("memory", case, f"{what} without remat", [without / 1e6], "MB")
-            yield _figure("memory", case, f"{what} with remat", [with_remat / 1e6], "MB")
-            yield _figure("memory", case, f"{what}, share", [100 * with_remat / without], "%")
+        setting = f"{jax_runs.describe_sizes(decoder, batch_size)}, remat_chunk {remat.remat_chunk}"
+        _check_gradients(setting, (decoder, remat), batch_size)
+        for part, count in (("recurrence", _recurrence_bytes), ("training step", _step_bytes)):
+            without, with_remat = count(decoder, batch_size), count(remat, batch_size)
+            yield _measured("memory", setting, f"{part} without remat", [without / 1e6], "MB")
+            yield _measured("memory", setting, f"{part} with remat", [with_remat / 1e6], "MB")
+            yield _measured(
+                "memory", setting, f"{part}, with / without", [100 * with_remat / without], "%"
+            )
 
 
-def _check_alike(case: str, decoders: Sequence[DecoderConfig], batch_size: int) -> None:
-    kinds = [recurrence_config(decoder) for decoder in decoders]
-    drawn = jax_runs.draw_sequence(kinds[0], batch_size, decoders[0].window_size)
-    contestants = [
-        jax_runs.run_recurrence(f"remat_chunk {kind.remat_chunk}", kind, *drawn) for kind in kinds
+def _check_gradients(setting: str, decoders: Sequence[DecoderConfig], batch_size: int) -> None:
+    recurrences = [recurrence_config(decoder) for decoder in decoders]
+    drawn = jax_runs.draw_sequence(recurrences[0], batch_size, decoders[0].window_size)
+    implementations = [
+        jax_runs.run_recurrence(f"remat_chunk {config.remat_chunk}", config, *drawn)
+        for config in recurrences
     ]
-    check(Contest("memory", case, 0.0, contestants))
+    check(Comparison("memory", setting, 0.0, implementations))
 
 
 def _recurrence_bytes(decoder: DecoderConfig, batch_size: int) -> int:
     config = recurrence_config(decoder)
     drawn = jax_runs.draw_sequence(config, batch_size, decoder.window_size)
-    run = baselines.both_ways(lambda own, inputs: recurrence.apply(own, config, inputs)[1])
+    run = baselines.both_ways(lambda params, inputs: recurrence.apply(params, config, inputs)[1])
     return run.lower(*drawn).compile().memory_analysis().temp_size_in_bytes
 
 
@@ -88,39 +88,39 @@ def _step_bytes(decoder: DecoderConfig, batch_size: int) -> int:
     return update.memory_analysis().temp_size_in_bytes
 
 
-# What a fresh process does until its first update is done.
+# Program of a new process: imports, compilation and the first update.
 _START = """
 import time
 began = time.perf_counter()
 import json, sys
 import jax
-from train import ours
+from train.benchmark import jax_runs
 from vla_jax import config
-from vla_jax.decoders import DecoderConfig
+from vla_jax.policies.decoders import DecoderConfig
 imported = time.perf_counter()
 decoder = config.from_dict(DecoderConfig, json.loads(sys.argv[1]))
-params, *batch = ours.draw_demonstrations(decoder, int(sys.argv[2]))
-update, begin = ours.compile_update(decoder, params, *batch)
+params, *batch = jax_runs.draw_demonstrations(decoder, int(sys.argv[2]))
+update, begin = jax_runs.compile_update(decoder, params, *batch)
 jax.block_until_ready(update(begin(params), *batch))
 print(json.dumps([imported - began, time.perf_counter() - imported]))
 """
 
 
-def start(sizes: Sizes) -> Iterator[Figure]:
-    """How long a fresh process takes to its first update, compile cache empty and filled."""
-    case = jax_runs.decoder_case(sizes.decoder, sizes.batch_size)
+def start(sizes: BenchmarkSizes) -> Iterator[Measurement]:
+    """Yields seconds to the first update of a new process, compile cache empty and filled."""
+    setting = jax_runs.describe_sizes(sizes.decoder, sizes.batch_size)
     cold, warm = [], []
-    for _ in range(sizes.starts):
+    for _ in range(sizes.num_starts):
         with tempfile.TemporaryDirectory() as folder:
             cold.append(_start(sizes, folder))
             warm.append(_start(sizes, folder))
-    yield _figure("start", case, "imports", [seconds for seconds, _ in cold + warm], "s")
-    yield _figure("start", case, "first update, cache empty", [s for _, s in cold], "s")
-    yield _figure("start", case, "first update, cache filled", [s for _, s in warm], "s")
+    yield _measured("start", setting, "imports", [seconds for seconds, _ in cold + warm], "s")
+    yield _measured("start", setting, "first update, cache empty", [s for _, s in cold], "s")
+    yield _measured("start", setting, "first update, cache filled", [s for _, s in warm], "s")
 
 
-def _start(sizes: Sizes, folder: str) -> tuple[float, float]:
-    """Seconds of the imports, and from there to the first update."""
+def _start(sizes: BenchmarkSizes, folder: str) -> tuple[float, float]:
+    """Returns seconds of the imports, and of compilation and the first update."""
     cache = {
         "JAX_COMPILATION_CACHE_DIR": folder,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -132,13 +132,13 @@ def _start(sizes: Sizes, folder: str) -> tuple[float, float]:
         env=os.environ | cache, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
-        raise RuntimeError(f"a fresh process could not train: {done.stderr.splitlines()[-1:]}")
+        raise RuntimeError(f"a new process could not train: {done.stderr.splitlines()[-1:]}")
     imports, update = json.loads(done.stdout)
     return imports, update
 
 
-def checkpoints(sizes: Sizes) -> Iterator[Figure]:
-    """What saving the params and Adam's moments costs the updates around it."""
+def checkpoints(sizes: BenchmarkSizes) -> Iterator[Measurement]:
+    """Yields the time that saving params and Adam's moments takes, and its cost to the updates."""
     config, batch_size = sizes.decoder, sizes.batch_size
     params, *batch = jax_runs.draw_demonstrations(config, batch_size)
     update, begin = jax_runs.compile_update(config, params, *batch)
@@ -167,47 +167,49 @@ def checkpoints(sizes: Sizes) -> Iterator[Figure]:
             lost.append(blocked[-1] + sum(slowed) - len(slowed) * float(np.median(alone)))
             meanwhile += slowed
         checkpoint.close(saving)
-    case = f"{jax_runs.decoder_case(config, batch_size)}, {num_bytes / 1e6:.0f} MB of state"
-    yield _figure("checkpoints", case, "save blocks the loop", blocked, "s")
-    yield _figure("checkpoints", case, "until it is on disk", on_disk, "s")
-    yield _figure("checkpoints", case, "an update alone", alone, "s")
-    yield _figure("checkpoints", case, "an update meanwhile", meanwhile, "s")
-    yield _figure("checkpoints", case, "lost per save", lost, "s")
+    setting = f"{jax_runs.describe_sizes(config, batch_size)}, {num_bytes / 1e6:.0f} MB of state"
+    yield _measured("checkpoints", setting, "save blocks the loop", blocked, "s")
+    yield _measured("checkpoints", setting, "until it is on disk", on_disk, "s")
+    yield _measured("checkpoints", setting, "an update alone", alone, "s")
+    yield _measured("checkpoints", setting, "an update meanwhile", meanwhile, "s")
+    yield _measured("checkpoints", setting, "lost per save", lost, "s")
 
 
-def loader(sizes: Sizes) -> Iterator[Figure]:
-    """Windows per second that the loader gives and that an update takes, and who waits."""
-    wild = gpu_end_to_end().augment
+def loader(sizes: BenchmarkSizes) -> Iterator[Measurement]:
+    """Yields windows per second of the loader and of the updates, and the time waited for data."""
+    augment = gpu_end_to_end().augment
     demonstrations = _draw_demonstrations(sizes.imitation)
-    from_tokens, from_pictures = sizes.updates
+    from_tokens, from_images = sizes.num_updates
     frozen = replace(sizes.imitation, frozen_backbone=True)
-    seeing = replace(sizes.imitation, frozen_backbone=False)
-    for case, config, num_updates in (
+    end_to_end = replace(sizes.imitation, frozen_backbone=False)
+    for setting, config, num_updates in (
         ("tokens of a frozen encoder", frozen, from_tokens),
-        ("pictures", seeing, from_pictures),
-        ("pictures, changed on the host", replace(seeing, augment=wild), from_pictures),
+        ("images", end_to_end, from_images),
+        ("images, augmented on the host", replace(end_to_end, augment=augment), from_images),
         (
-            "pictures, changed on the device",
-            replace(seeing, augment=wild, augment_on="device"),
-            from_pictures,
+            "images, augmented on the device",
+            replace(end_to_end, augment=augment, augment_on="device"),
+            from_images,
         ),
     ):
         decoder = config.agent.policy.decoder
-        case = f"B {config.loader.batch_size}, W {decoder.window_size}, {case}"
-        yield from _loader(case, config, demonstrations, num_updates)
+        setting = f"B {config.loader.batch_size}, W {decoder.window_size}, {setting}"
+        yield from _loader(setting, config, demonstrations, num_updates)
 
 
 def _loader(
-    case: str, config: ImitateConfig, demonstrations: Dataset, num_updates: int
-) -> Iterator[Figure]:
+    setting: str, config: ImitateConfig, demonstrations: Dataset, num_updates: int
+) -> Iterator[Measurement]:
     train, waited = _compile_training(config), 0.0
     with _draw_batches(config, demonstrations) as batches:
         batch = next(batches)
         jax.block_until_ready(train(batch))
-        for _ in range(config.loader.prefetch + 1):  # those were made while nobody looked
+        for _ in range(
+            config.loader.prefetch + 1
+        ):  # discard batches prefetched before the clock started
             next(batches)
-        giving = _seconds(lambda: next(batches), num_updates)
-        taking = _seconds(lambda: train(batch), num_updates)
+        load_seconds = _seconds(lambda: next(batches), num_updates)
+        update_seconds = _seconds(lambda: train(batch), num_updates)
 
         def both() -> Any:
             nonlocal waited
@@ -216,15 +218,15 @@ def _loader(
             waited += time.perf_counter() - began
             return train(batch)
 
-        whole = num_updates * _seconds(both, num_updates)
+        total = num_updates * _seconds(both, num_updates)
     size = config.loader.batch_size
-    yield _figure("loader", case, "the loader alone gives", [size / giving], "windows/s")
-    yield _figure("loader", case, "updates alone take", [size / taking], "windows/s")
-    yield _figure("loader", case, "together, time waited for data", [100 * waited / whole], "%")
+    yield _measured("loader", setting, "loader alone", [size / load_seconds], "windows/s")
+    yield _measured("loader", setting, "updates alone", [size / update_seconds], "windows/s")
+    yield _measured("loader", setting, "both, time waited for data", [100 * waited / total], "%")
 
 
 def _compile_training(config: ImitateConfig) -> Callable[[Batch], Metrics]:
-    """One update of `train.imitate` after the other, not waited for."""
+    """Returns a function that dispatches one update of `train.imitate` without blocking."""
     key, mesh = jax.random.key(0), parallel.make_mesh(1)
     freeze = ("backbone/*",) if config.frozen_backbone else ()
     params = init_params(key, config)
@@ -258,16 +260,16 @@ def _draw_batches(config: ImitateConfig, demonstrations: Dataset) -> Loader:
 
 
 def _draw_demonstrations(config: ImitateConfig) -> Dataset:
-    """Two pictures and proprio in episodes that are no longer than a window, as in the demo."""
+    """Returns random episodes of two images and proprio, at most one window long."""
     rng, parts = np.random.default_rng(0), config.agent.policy
     size: int = getattr(parts.backbone, "image_size", 0)
     window_size = parts.decoder.window_size
     episodes = []
     for length in rng.integers(window_size // 3, window_size + 1, 2 * config.loader.batch_size):
-        pictures = rng.integers(0, 256, (2, length, size, size, 3), np.uint8)
+        images = rng.integers(0, 256, (2, length, size, size, 3), np.uint8)
         observation = {
-            "image_primary": pictures[0],
-            "image_wrist": pictures[1],
+            "image_primary": images[0],
+            "image_wrist": images[1],
             "proprio": rng.normal(size=(length, parts.backbone.proprio_dim)).astype(np.float32),
         }
         action = rng.uniform(-1, 1, (length, parts.decoder.action_dim)).astype(np.float32)
@@ -276,19 +278,19 @@ def _draw_demonstrations(config: ImitateConfig) -> Dataset:
 
 
 def _seconds(run: Callable[[], Any], times: int) -> float:
-    """Of one run; what the last gives is waited for."""
-    began, last = time.perf_counter(), None
+    """Returns seconds per run, until the last result is ready."""
+    began, result = time.perf_counter(), None
     for _ in range(times):
-        last = run()
-    jax.block_until_ready(last)
+        result = run()
+    jax.block_until_ready(result)
     return (time.perf_counter() - began) / times
 
 
-def _figure(work: str, case: str, what: str, values: Any, unit: str) -> Figure:
-    return Figure(work, case, what, spread(np.asarray(values)), unit)
+def _measured(case: str, setting: str, quantity: str, values: Any, unit: str) -> Measurement:
+    return Measurement(case, setting, quantity, spread(np.asarray(values)), unit)
 
 
-FIGURES: dict[str, Callable[[Sizes], Iterator[Figure]]] = {
+MEASUREMENTS: dict[str, Callable[[BenchmarkSizes], Iterator[Measurement]]] = {
     "memory": memory,
     "start": start,
     "checkpoints": checkpoints,

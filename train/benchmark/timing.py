@@ -1,7 +1,7 @@
-"""Several ways to do the same work: first they must agree, then they are timed in turns.
+"""Comparison of several implementations of one computation: checked for agreement, then timed.
 
-Nobody wins by doing less: every run gives back all that the work asks for, the gradients too, and
-ends when the last of it is there.
+Every implementation returns everything that the case asks for, gradients included, and its clock
+stops when the last result is ready, so that none is fast by computing less.
 """
 
 import time
@@ -13,31 +13,31 @@ import numpy as np
 
 from vla_jax import trees
 
-TOLERANCE = 1e-4  # ‖theirs - ours‖ / ‖ours‖ of each result
-PAUSE = 0.02  # s before each turn: the threads of the one before may still be spinning
+TOLERANCE = 1e-4  # largest ‖result - expected‖ / ‖expected‖ of each result
+PAUSE = 0.02  # s before each turn: threads of the previous implementation may still be spinning
 
 
-class Peer(NamedTuple):
-    """One way to do the work."""
+class Implementation(NamedTuple):
+    """One implementation of a case."""
 
     name: str
-    run: Callable[[], Any]  # does the work once, and waits until all of it is done
-    read: Callable[[Any], Any]  # what `run` gave -> arrays, in the tree and the layout of ours
-    weight_bytes: int  # bytes of weights that its products read
-    lacks: tuple[str, ...] = ()  # leaves of ours that it has not
+    run: Callable[[], Any]  # runs it once and blocks until all results are ready
+    read: Callable[[Any], Any]  # result of `run` -> arrays, in the tree and layout of vla_jax
+    weight_bytes: int  # bytes of weights that its matrix products read
+    lacks: tuple[str, ...] = ()  # names of leaves that the first implementation has and it has not
 
 
-class Contest(NamedTuple):
-    """A piece of work, and who does it; the first is ours."""
+class Comparison(NamedTuple):
+    """Implementations of one case at one setting; the first is the reference of the ratios."""
 
-    work: str  # kind of work, one table each
-    case: str  # its sizes, in words
-    flop: float  # of its products, however they are done
-    peers: Sequence[Peer]
+    case: str  # what is measured, one table each
+    setting: str  # its sizes, as text
+    flop: float  # floating-point operations of its matrix products
+    implementations: Sequence[Implementation]
 
 
 class Spread(NamedTuple):
-    """Of one number per round."""
+    """Spread of a quantity that is measured once per round."""
 
     min: float
     median: float
@@ -45,78 +45,84 @@ class Spread(NamedTuple):
 
 
 class Row(NamedTuple):
-    """How one peer did."""
+    """Timing of one implementation at one setting."""
 
-    work: str
     case: str
-    peer: str
+    setting: str
+    implementation: str
     ms: Spread
-    ratio: Spread  # its time over that of ours in the same round: above 1 where ours is faster
-    gflops: float  # GFLOP/s of the median
-    share_of_ceiling: float  # the same over that of one large product, measured in the same run
+    ratio: Spread  # its time / time of the first implementation in the same round
+    gflops: float  # GFLOP/s at the median time
+    fraction_of_peak: float  # of the GFLOP/s of one large product, measured in the same run
     weight_bytes: int
 
 
-def check(contest: Contest) -> None:
-    """Runs every peer once and compares all results with ours.
+def check(comparison: Comparison) -> None:
+    """Runs every implementation once and compares all results with those of the first.
 
     Raises:
-      ValueError: a peer computes something else.
+      ValueError: the results of an implementation differ.
     """
-    ours, *others = contest.peers
-    expected = _leaves(ours.read(ours.run()))
-    for peer in others:
-        found = _leaves(peer.read(peer.run()))
-        wanted = {path: leaf for path, leaf in expected.items() if not path.endswith(peer.lacks)}
-        faults = [path for path in wanted.keys() ^ found.keys()]
-        faults += [path for path in wanted.keys() & found.keys()
-                   if not _is_same(found[path], wanted[path])]  # fmt: skip
-        if faults:
+    reference, *others = comparison.implementations
+    all_expected = _leaves(reference.read(reference.run()))
+    for other in others:
+        results = _leaves(other.read(other.run()))
+        expected = {
+            path: leaf for path, leaf in all_expected.items() if not path.endswith(other.lacks)
+        }
+        differing = list(expected.keys() ^ results.keys())
+        differing += [
+            path
+            for path in expected.keys() & results.keys()
+            if not _agree(results[path], expected[path])
+        ]
+        if differing:
             raise ValueError(
-                f"{peer.name} computes something else than {ours.name} in {contest.work}, "
-                f"{contest.case}: {', '.join(sorted(faults))} must agree to {TOLERANCE:g}; there "
-                "is no ratio to tell until it does."
+                f"{other.name} must agree with {reference.name} to {TOLERANCE:g} in "
+                f"{comparison.case}, {comparison.setting}, got other results for "
+                f"{', '.join(sorted(differing))}; mend it before comparing its speed."
             )
 
 
-def measure(contest: Contest, rounds: int, ceiling: float) -> list[Row]:
-    """Times the peers in turns, A B A B.
+def measure(comparison: Comparison, rounds: int, peak_gflops: float) -> list[Row]:
+    """Times the implementations in turns, A B A B.
 
     Args:
-      contest: whose peers are known to agree.
-      rounds: turns of each peer; it runs twice in each, and the second is timed.
-      ceiling: GFLOP/s of one large product.
+      comparison: its implementations are known to agree.
+      rounds: turns of each implementation; each turn runs it twice and times the second run.
+      peak_gflops: GFLOP/s of one large product.
     """
-    ms = 1e3 * np.array([[_time(peer.run) for peer in contest.peers] for _ in range(rounds)])
+    implementations = comparison.implementations
+    ms = 1e3 * np.array([[_time(each.run) for each in implementations] for _ in range(rounds)])
     rows = []
-    for peer, own in zip(contest.peers, ms.T, strict=True):
-        gflops = contest.flop / 1e6 / float(np.median(own))
+    for each, times in zip(implementations, ms.T, strict=True):
+        gflops = comparison.flop / 1e6 / float(np.median(times))
         rows.append(
             Row(
-                contest.work, contest.case, peer.name, spread(own), spread(own / ms[:, 0]),
-                gflops, gflops / ceiling, peer.weight_bytes,
+                comparison.case, comparison.setting, each.name, spread(times),
+                spread(times / ms[:, 0]), gflops, gflops / peak_gflops, each.weight_bytes,
             )
         )  # fmt: skip
     return rows
 
 
-def measure_ceiling(size: int, rounds: int) -> float:
-    """GFLOP/s of one float32 product `[size, size] · [size, size]`, the best of the rounds."""
-    one = np.random.default_rng(0).normal(size=(size, size)).astype(np.float32)
-    factors = jax.device_put((one, one.T.copy()))
-    product = jax.jit(lambda one, other: one @ other)
+def measure_peak(size: int, rounds: int) -> float:
+    """Returns GFLOP/s of a float32 product `[size, size] · [size, size]`, best of the rounds."""
+    left = np.random.default_rng(0).normal(size=(size, size)).astype(np.float32)
+    factors = jax.device_put((left, left.T.copy()))
+    product = jax.jit(lambda left, right: left @ right)
     product(*factors).block_until_ready()
     seconds = [_time(lambda: product(*factors).block_until_ready()) for _ in range(rounds)]
     return 2e-9 * size**3 / min(seconds)
 
 
 def spread(values: np.ndarray) -> Spread:
-    """The least, the middle and the greatest of `values [rounds]`."""
+    """Returns minimum, median and maximum of `values [rounds]`."""
     return Spread(float(np.min(values)), float(np.median(values)), float(np.max(values)))
 
 
 def _time(run: Callable[[], Any]) -> float:
-    """Of the second of two runs: as in a training, the caches hold what the run before left."""
+    """Returns seconds of the second of two runs: as in training, the caches are warm."""
     time.sleep(PAUSE)
     run()
     began = time.perf_counter()
@@ -129,9 +135,9 @@ def _leaves(results: Any) -> dict[str, np.ndarray]:
     return {path: np.asarray(leaf, np.float64) for path, leaf in leaves.items()}
 
 
-def _is_same(found: np.ndarray, wanted: np.ndarray) -> bool:
-    """Whether the shapes are the same, all is finite, and the error is small beside the whole."""
-    if found.shape != wanted.shape:
+def _agree(result: np.ndarray, expected: np.ndarray) -> bool:
+    """Returns whether shapes are equal, all values finite, and the relative error is small."""
+    if result.shape != expected.shape:
         return False
-    error, size = np.linalg.norm(found - wanted), np.linalg.norm(wanted)
+    error, size = np.linalg.norm(result - expected), np.linalg.norm(expected)
     return bool(np.isfinite(size) and error <= TOLERANCE * size)

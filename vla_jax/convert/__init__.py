@@ -1,11 +1,11 @@
-"""Foreign weights to ours and back; what is converted in and out again is the same.
+"""Conversion of other libraries' weights to and from ours; a round trip preserves every byte.
 
     config, params = convert.from_robovlms(tensors, window_size=8)     # a policy head of RoboVLMs
     config, params = convert.from_torch(module.state_dict())           # torch.nn.RNN, LSTM, GRU
     cell, params = convert.from_flax(params)                           # a cell of Linen or NNX
 
-and `to_robovlms`, `to_torch`, `to_flax` for the way back. `python -m vla_jax.convert SRC DST` does
-it with files of the first two.
+`to_robovlms`, `to_torch` and `to_flax` convert back. `python -m vla_jax.convert SRC DST` converts
+files of the first two.
 """
 
 from vla_jax.convert.conversion_report import Report

@@ -1,4 +1,4 @@
-"""Arrays of other libraries as NumPy's, and as the float32 in which params are stored."""
+"""Arrays of other libraries as NumPy arrays, and as float32, the dtype of params."""
 
 from typing import Any
 
@@ -7,26 +7,26 @@ import numpy as np
 
 
 def as_numpy(tensor: Any) -> np.ndarray:
-    """Returns an array of NumPy, JAX or torch as NumPy's."""
+    """Returns an array of NumPy, JAX or torch as a NumPy array."""
     if not hasattr(tensor, "detach"):
         return np.asarray(tensor)
     import torch
 
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     dtype = jnp.dtype(str(flat.dtype).removeprefix("torch."))
-    # By its bytes: torch makes no NumPy array of a bfloat16, which NumPy has from JAX.
+    # Through the bytes: torch cannot make a NumPy array of bfloat16, a dtype that JAX registers.
     return flat.view(torch.uint8).numpy().view(dtype).reshape(tensor.shape)
 
 
 def as_float32(name: str, tensor: Any) -> np.ndarray:
-    """Returns the array in float32, which holds all that it holds.
+    """Returns the array in float32, without loss.
 
     Args:
-      name: of the tensor, for the error.
-      tensor: of NumPy, JAX or torch.
+      name: of the tensor, for the error message.
+      tensor: array of NumPy, JAX or torch.
 
     Raises:
-      ValueError: it is of integers, or of more than 32 bits, which would not come back.
+      ValueError: integers, or more than 32 bits, which float32 cannot represent.
     """
     array = as_numpy(tensor)
     if not jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.itemsize > 4:

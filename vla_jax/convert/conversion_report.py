@@ -1,7 +1,7 @@
-"""What became of every tensor: used, missing, left over, of another shape, cast.
+"""Report of a conversion: which tensors are used, missing, left over, of another shape, cast.
 
-Nothing is skipped in silence: a name is in exactly one of `used`, `left_over`, `buffers` and
-`misshapen`, and what the params needed and did not find is in `missing`.
+Every tensor is in exactly one of `used`, `left_over`, `buffers` and `misshapen`; those that the
+params need and the file lacks are in `missing`.
 """
 
 import fnmatch
@@ -16,28 +16,28 @@ from rich.table import Table
 from vla_jax.convert.arrays import as_numpy
 
 Shape = tuple[int, ...]
-_LISTED = 6  # names that a sentence or a row of the table has room for
+_MAX_NAMES = 6  # names listed in a sentence or a row of the table
 
 
 class Report(NamedTuple):
-    """What became of the tensors of a foreign file."""
+    """Classification of the tensors of a foreign file."""
 
-    used: Mapping[str, Shape]  # name -> shape of what is in the params now
-    missing: Mapping[str, Shape]  # name -> shape of what the params need and the file lacks
-    left_over: Mapping[str, Shape]  # name -> shape of what the params have no place for
+    used: Mapping[str, Shape]  # name -> shape of tensors in the params
+    missing: Mapping[str, Shape]  # name -> shape of tensors needed, not in the file
+    left_over: Mapping[str, Shape]  # name -> shape of tensors without a counterpart
     misshapen: Mapping[str, tuple[Shape, Shape]]  # name -> (shape expected, shape found)
-    cast: Mapping[str, str]  # name -> dtype that became float32
-    buffers: Mapping[str, Shape] = {}  # name -> shape of constants that are no weights
-    ignored: Sequence[str] = ()  # entries of the file beside its tensors
+    cast: Mapping[str, str]  # name -> dtype, cast to float32
+    buffers: Mapping[str, Shape] = {}  # name -> shape of constants, not weights
+    ignored: Sequence[str] = ()  # entries of the file other than its tensors
 
 
 def compare(
     expected: Mapping[str, Shape], tensors: Mapping[str, Any], buffers: Iterable[str] = ()
 ) -> Report:
-    """Returns what becomes of tensors where those of `expected` are needed.
+    """Compares tensors with those that are expected.
 
     Args:
-      expected: name to shape of what the params need.
+      expected: name to shape of the tensors that the params need.
       tensors: name to array (NumPy, JAX or torch).
       buffers: names of constants among the tensors.
     """
@@ -65,19 +65,19 @@ def compare(
 
 def check(
     report: Report,
-    wanted: str,
+    requirement: str,
     remedy: str,
     *,
     left_over: Iterable[str] | None = None,
     allow_missing: str | Sequence[str] = (),
 ) -> None:
-    """Raises a ValueError unless all that is needed is there, and nothing else.
+    """Raises a ValueError unless all tensors fit and none is missing or left over.
 
     Args:
       report: of a conversion.
-      wanted: how the sentence begins: what must be what.
-      remedy: how it ends.
-      left_over: names among `report.left_over` that nothing excuses; None means all.
+      requirement: begins the message, such as "params must be …".
+      remedy: ends the message.
+      left_over: names in `report.left_over` that are errors; None means all.
       allow_missing: glob or globs of names that may be missing.
     """
     globs = (allow_missing,) if isinstance(allow_missing, str) else allow_missing
@@ -86,31 +86,31 @@ def check(
         for name in report.missing
         if not any(fnmatch.fnmatchcase(name, glob) for glob in globs)
     ]
-    more = list(report.left_over if left_over is None else left_over)
-    faults = {  # what is left over may be a whole model, and is not told in full
+    unexpected = list(report.left_over if left_over is None else left_over)
+    faults = {  # left-over tensors may be a whole model: not all are named
         "missing": (len(missing), ", ".join(missing)),
         "of another shape": (len(report.misshapen), ", ".join(_misshapen(report))),
-        "left over": (len(more), listed(more)),
+        "left over": (len(unexpected), abbreviate(unexpected)),
     }
-    told = [f"{count} {what}: {names}" for what, (count, names) in faults.items() if count]
-    if told:
-        raise ValueError(f"{wanted}, got {'; '.join(told)}; {remedy}.")
+    parts = [f"{count} {fault}: {names}" for fault, (count, names) in faults.items() if count]
+    if parts:
+        raise ValueError(f"{requirement}, got {'; '.join(parts)}; {remedy}.")
 
 
 def warn(report: Report) -> None:
-    """Warns the caller's caller of what was cast, and of what was missing and drawn."""
+    """Warns of tensors that were cast, or missing and randomly initialised (at the user's call)."""
     if report.cast:
         dtypes = ", ".join(sorted(set(report.cast.values())))
-        warnings.warn(f"{len(report.cast)} tensors became float32, from {dtypes}", stacklevel=3)
+        warnings.warn(f"{len(report.cast)} tensors cast from {dtypes} to float32", stacklevel=3)
     if report.missing:
         names = ", ".join(report.missing)
         warnings.warn(
-            f"{len(report.missing)} tensors are missing and drawn at random: {names}", stacklevel=3
+            f"{len(report.missing)} tensors missing, randomly initialised: {names}", stacklevel=3
         )
 
 
 def to_json(report: Report) -> dict[str, Any]:
-    """The report as what JSON can hold."""
+    """Returns the report as lists and dicts for JSON."""
     return {
         name: list(part) if name == "ignored" else dict(part)
         for name, part in report._asdict().items()
@@ -118,37 +118,37 @@ def to_json(report: Report) -> dict[str, Any]:
 
 
 def table(report: Report) -> Table:
-    """The report for `rich` to print; rows of what did not happen are left out.
+    """Returns the report as a table for `rich`, without empty rows.
 
-    What is amiss is named in full, what is used or left over by its first names.
+    Missing and misshapen tensors are all named, of used and left-over ones the first few.
     """
-    drawn = Table()
-    for column in ("", "tensors", "numbers", "which"):
-        drawn.add_column(column, justify="left" if column in ("", "which") else "right")
+    shown = Table()
+    for column in ("", "tensors", "parameters", "names"):
+        shown.add_column(column, justify="left" if column in ("", "names") else "right")
     misshapen = {name: got for name, (_, got) in report.misshapen.items()}
     rows = (
-        ("used", report.used, listed(list(report.used))),
-        ("missing, drawn", report.missing, "\n".join(report.missing)),
-        ("left over", report.left_over, listed(list(report.left_over))),
+        ("used", report.used, abbreviate(list(report.used))),
+        ("missing, initialised", report.missing, "\n".join(report.missing)),
+        ("left over", report.left_over, abbreviate(list(report.left_over))),
         ("of another shape", misshapen, "\n".join(_misshapen(report))),
-        ("buffers", report.buffers, listed(list(report.buffers))),
+        ("buffers", report.buffers, abbreviate(list(report.buffers))),
     )
-    for what, shapes, names in rows:
+    for fate, shapes, names in rows:
         if shapes:
             count = sum(math.prod(shape) for shape in shapes.values())
-            drawn.add_row(what, f"{len(shapes)}", f"{count:,}", names)
+            shown.add_row(fate, f"{len(shapes)}", f"{count:,}", names)
     if report.cast:
         dtypes = sorted(set(report.cast.values()))
-        drawn.add_row("cast to float32", f"{len(report.cast)}", "", f"from {listed(dtypes)}")
+        shown.add_row("cast to float32", f"{len(report.cast)}", "", f"from {abbreviate(dtypes)}")
     if report.ignored:
-        drawn.add_row("no tensors, ignored", "", "", listed(report.ignored))
-    return drawn
+        shown.add_row("ignored, not tensors", "", "", abbreviate(report.ignored))
+    return shown
 
 
-def listed(names: Sequence[str]) -> str:
-    """The names, or the first of them and how many more there are."""
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
+def abbreviate(names: Sequence[str]) -> str:
+    """Joins names with commas; of many the first, and the number of others."""
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return ", ".join(names[:_MAX_NAMES]) + more
 
 
 def _misshapen(report: Report) -> list[str]:

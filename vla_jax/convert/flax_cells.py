@@ -1,23 +1,23 @@
-"""Flax's recurrent cells, Linen's and NNX's, to ours and back.
+"""Conversion of Flax's recurrent cells, Linen and NNX, to ours and back.
 
     Flax                             Linen, NNX                       ours
     LSTMCell, OptimizedLSTMCell      ii if ig io, hi hf hg ho         lstm
     GRUCell                          ir iz in, hr hz hn               gru
     SimpleCell                       i, h                             rnn
 
-(NNX writes `if_` for `if`; its OptimizedLSTMCell, GRUCell and SimpleCell keep all gates together
-in `dense_i` and `dense_h`.) Flax has one bias where we and PyTorch have two, but for `hn` of
-Linen's GRUCell, which stays apart.
+(NNX writes `if_` for `if`; its OptimizedLSTMCell, GRUCell and SimpleCell store all gates together
+in `dense_i` and `dense_h`.) Flax has one bias per gate where we and PyTorch have two, except for
+`hn` of Linen's GRUCell, which is separate.
 
-- Flax → ours → Flax gives the same bytes: the bias becomes our input bias, the recurrent one is
+- Flax → ours → Flax preserves every byte: the bias becomes our input bias, the recurrent bias is
   zero.
 - Ours → Flax computes the same to float32 rounding (1e-6): the two biases are summed. It does not
-  train the same: two biases of a gate get the same gradient each, so that under Adam their sum
-  moves twice as fast as one bias does.
-- NNX's GRUCell has no `hn` bias at all: a GRU of ours fits only while that bias is zero.
+  train the same: the two biases of a gate have equal gradients, so that under Adam their sum
+  moves twice as fast as a single bias.
+- NNX's GRUCell has no `hn` bias: a GRU of ours can be converted only while that bias is zero.
 
-Not in the params, and not read: `gate_fn`, `activation_fn` and `SimpleCell(residual=True)`; the
-defaults are what we have.
+The options `gate_fn`, `activation_fn` and `SimpleCell(residual=True)` are not part of the params
+and must have their defaults, which are what our cells compute.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,11 +39,11 @@ Style = Literal["linen", "nnx", "nnx_optimized"]
 
 
 class Layout(NamedTuple):
-    """Which submodules of a Flax cell hold our gates, each as many of them as the others."""
+    """Submodules of a Flax cell that hold our gates, all of them the same number of gates."""
 
-    inputs: tuple[str, ...]  # with the kernels of the inputs, in the order of our gates
-    recurrent: tuple[str, ...]  # with those of the carry
-    biased: tuple[str, ...]  # with a bias too
+    inputs: tuple[str, ...]  # modules of the input kernels, in the order of our gates
+    recurrent: tuple[str, ...]  # modules of the recurrent kernels
+    biased: tuple[str, ...]  # modules that have a bias
 
 
 _LSTM_RECURRENT = ("hi", "hf", "hg", "ho")
@@ -61,15 +61,16 @@ LAYOUTS: dict[tuple[CellName, Style], Layout] = {  # (our cell, style) -> layout
 
 
 def from_flax(params: Mapping[str, Any]) -> tuple[CellName, Params]:
-    """Returns the name in `cells.CELLS` and the params of the cell that does the same.
+    """Converts the params of a Flax cell.
 
     Args:
-      params: of one cell: Linen's `variables["params"]` (of an `nn.RNN` what lies below
-        "cell", or in the module around it below "LSTMCell_0" and its like), or NNX's
-        `nnx.state(cell, nnx.Param)`. float16 and bfloat16 become float32, and one warning says so.
+      params: of one cell: Linen's `variables["params"]` (of an `nn.RNN` its entry "cell", or
+        in the surrounding module the entry "LSTMCell_0" or similar), or NNX's
+        `nnx.state(cell, nnx.Param)`. float16 and bfloat16 become float32, with one warning.
 
     Returns:
-      Name, and `{"input_kernel", "recurrent_kernel", "input_bias", "recurrent_bias"}`.
+      Name in `cells.CELLS`, and `{"input_kernel", "recurrent_kernel", "input_bias",
+      "recurrent_bias"}`.
 
     Raises:
       ValueError: params of something else, or not floating point of 32 or 16 bits.
@@ -81,7 +82,7 @@ def from_flax(params: Mapping[str, Any]) -> tuple[CellName, Params]:
         "params must be those of one LSTMCell, OptimizedLSTMCell, GRUCell or SimpleCell of Flax",
         "give variables['params']"
         if "params" in params
-        else "of an `nn.RNN`, give those of its cell, such as params['cell'] or "
+        else "of an `nn.RNN`, give the params of its cell, such as params['cell'] or "
         "params['LSTMCell_0']",
     )
     leaves = {name: as_float32(name, leaf) for name, leaf in given.items()}
@@ -98,28 +99,28 @@ def from_flax(params: Mapping[str, Any]) -> tuple[CellName, Params]:
 
 
 def to_flax(cell: CellName, params: Params, style: Style = "linen") -> Params:
-    """Returns the params of the Flax cell that does the same.
+    """Converts the params of a cell to those of the equivalent Flax cell.
 
     Args:
       cell: name in `cells.CELLS`.
       params: of that cell, from its `init`.
-      style: "linen" for every cell of Linen, "nnx" for those of NNX but its OptimizedLSTMCell,
-        which is "nnx_optimized".
+      style: "linen" for every Linen cell, "nnx" for NNX cells, "nnx_optimized" for NNX's
+        OptimizedLSTMCell.
 
     Returns:
       `{"ii": {"kernel": ...}, ...}`: Linen's `variables["params"]`, or what
       `nnx.update(cell, ...)` takes.
 
     Raises:
-      ValueError: a cell that this style does not have, params of another cell, or a GRU with an
-        `hn` bias for NNX.
+      ValueError: the style has no such cell, the params are of another cell, or the style is
+        "nnx" and the recurrent bias of a GRU's gate n is not zero.
     """
     layout = _layout(cell, style)
     _check_cell(cell, params)
     if (cell, style) == ("gru", "nnx") and np.any(np.split(params["recurrent_bias"], 3)[2]):
         raise ValueError(
-            "style='nnx' needs a recurrent bias of zero for gate n, which NNX's GRUCell has not, "
-            "got another; choose style='linen'."
+            "style='nnx' needs a recurrent bias of zero for gate n, which NNX's GRUCell does not "
+            "have, got another; choose style='linen'."
         )
     parts = {name: np.split(leaf, len(layout.inputs), axis=-1) for name, leaf in params.items()}
     converted: Params = {}
@@ -137,16 +138,16 @@ def to_flax(cell: CellName, params: Params, style: Style = "linen") -> Params:
 def from_flax_stack(
     layers: Sequence[Mapping[str, Any] | tuple[Mapping[str, Any], Mapping[str, Any]]],
 ) -> tuple[RecurrenceConfig, Params]:
-    """Returns the config and params of a recurrence of Flax cells one on top of the other.
+    """Converts a stack of Flax cells to a recurrence.
 
     Args:
-      layers: params of one cell each, or the pair (forward, backward) of each layer, from below.
+      layers: params of one cell, or a pair (forward, backward), per layer, lowest layer first.
 
     Returns:
       The config, its `dropout` 0, and params as from `recurrence.init`.
 
     Raises:
-      ValueError: no layers, or cells that are not of one family or do not fit on one another.
+      ValueError: no layers, layers of different cells, or sizes that do not match.
     """
     pairs = [(layer,) if isinstance(layer, Mapping) else tuple(layer) for layer in layers]
     cells = [[from_flax(params) for params in pair] for pair in pairs]
@@ -154,13 +155,13 @@ def from_flax_stack(
     directions = {len(pair) for pair in cells}
     if len(names) != 1 or len(directions) != 1:
         raise ValueError(
-            "layers must be cells of one family, each in the same directions, got "
+            "layers must have the same cell and the same directions, got "
             f"{', '.join(names) or 'no cell'} in {sorted(directions)} directions; give one cell, "
-            "or a pair of them, for every layer."
+            "or one pair of cells, per layer."
         )
     params = {
         f"layers_{layer}": dict(
-            zip(("forward", "backward"), (own for _, own in pair), strict=False)
+            zip(("forward", "backward"), (cell_params for _, cell_params in pair), strict=False)
         )
         for layer, pair in enumerate(cells)
     }
@@ -178,7 +179,7 @@ def from_flax_stack(
 def to_flax_stack(
     config: RecurrenceConfig, params: Params, style: Style = "linen"
 ) -> list[Params | tuple[Params, Params]]:
-    """Returns the params of the Flax cells of a recurrence, as `from_flax_stack` takes them.
+    """Converts a recurrence to a stack of Flax cells, as `from_flax_stack` takes it.
 
     Args:
       config: of the recurrence.
@@ -186,7 +187,7 @@ def to_flax_stack(
       style: see `to_flax`.
 
     Raises:
-      ValueError: params of another config; and see `to_flax`.
+      ValueError: params of another config; and as `to_flax`.
     """
     check_params(config, params)
 
@@ -200,7 +201,7 @@ def to_flax_stack(
 
 
 def _leaves(params: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Gives "module.leaf" and array, of dicts and NNX's states alike."""
+    """Yields "module.leaf" and array, of nested dicts or NNX states."""
     for name, value in params.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{above}{name}.")
@@ -209,17 +210,17 @@ def _leaves(params: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, A
 
 
 def _recognise(leaves: Mapping[str, np.ndarray]) -> tuple[CellName, Layout, Report]:
-    """Returns the cell and layout that fit best, and how they fit."""
+    """Returns cell and layout with the most matching tensors, and their report."""
     given = {name: leaf.shape for name, leaf in leaves.items()}
-    found: list[tuple[CellName, Layout, Report]] = [
+    candidates: list[tuple[CellName, Layout, Report]] = [
         (cell, layout, compare(_shapes(CELLS[cell].num_gates, layout, given), leaves))
         for (cell, _), layout in LAYOUTS.items()
     ]
-    return max(found, key=lambda each: len(each[2].used))
+    return max(candidates, key=lambda candidate: len(candidate[2].used))
 
 
 def _shapes(num_gates: int, layout: Layout, given: Mapping[str, Shape]) -> dict[str, Shape]:
-    """Returns the shapes of a cell of this layout, its D and H taken from those given."""
+    """Returns the shapes of a cell of this layout, with D and H of the given shapes."""
     input_size = given.get(f"{layout.inputs[0]}.kernel", ())[:1]
     hidden_size = given.get(f"{layout.recurrent[0]}.kernel", ())[:1]
     width = tuple(num_gates // len(layout.inputs) * size for size in hidden_size)
@@ -231,7 +232,7 @@ def _shapes(num_gates: int, layout: Layout, given: Mapping[str, Shape]) -> dict[
 
 
 def _check_cell(cell: CellName, params: Params) -> None:
-    """Raises a ValueError unless these are the four params of this cell."""
+    """Raises a ValueError unless `params` are the four params of this cell."""
     given = dict(_leaves(params))
     shapes = {name: leaf.shape for name, leaf in given.items()}
     input_size = shapes.get("input_kernel", ())[:1]
@@ -246,14 +247,14 @@ def _check_cell(cell: CellName, params: Params) -> None:
     check(
         compare(expected, given),
         f"params must be those of one cell '{cell}'",
-        "of a recurrence, choose `to_flax_stack`",
+        "for a recurrence, use `to_flax_stack`",
     )
 
 
 def _layout(cell: CellName, style: Style) -> Layout:
-    known = [own_style for own_cell, own_style in LAYOUTS if own_cell == cell]
+    known = [known_style for known_cell, known_style in LAYOUTS if known_cell == cell]
     if not known:
-        cells = sorted({own_cell for own_cell, _ in LAYOUTS})
+        cells = sorted({known_cell for known_cell, _ in LAYOUTS})
         raise ValueError(f"unknown cell '{cell}'; {did_you_mean(cell, cells)}")
     if style not in known:
         raise ValueError(f"unknown style '{style}' of {cell}; {did_you_mean(style, known)}")
@@ -263,13 +264,13 @@ def _layout(cell: CellName, style: Style) -> Layout:
 def _two_biases(
     first: np.ndarray | None, second: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the inputs' and the carry's bias of a gate that has either or both."""
+    """Returns input and recurrent bias of a gate that has either or both."""
     if first is not None and second is not None:
         return first, second
-    one = np.asarray(second if first is None else first)
-    return one, np.zeros_like(one)
+    bias = np.asarray(second if first is None else first)
+    return bias, np.zeros_like(bias)
 
 
 def _one_bias(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    # Where there is nothing to add, nothing is added: −0 + 0 would be 0, another byte.
+    # Where the second is zero the first is returned as it is: −0 + 0 would change its bytes.
     return np.where(second == 0, first, first + second)

@@ -1,4 +1,4 @@
-"""Sizes read off the names and shapes of tensors, whichever of them are there."""
+"""Sizes inferred from the names and shapes of tensors, some of which may be missing."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,12 +14,12 @@ from vla_jax.types import Params
 
 
 def read_size(shapes: Mapping[str, Shape], axis: int, *names: str) -> int | None:
-    """Returns the length of an axis of the first tensor that has it, None where none has.
+    """Returns the length of an axis of the first matching tensor that has it, or None.
 
     Args:
       shapes: of the tensors, by name.
-      axis: which one.
-      names: regular expressions of whole names, tried one after the other.
+      axis: index of the axis.
+      names: regular expressions of complete names, tried in this order.
     """
     for pattern in names:
         for name, shape in shapes.items():
@@ -29,43 +29,43 @@ def read_size(shapes: Mapping[str, Shape], axis: int, *names: str) -> int | None
 
 
 def count_layers(names: Iterable[str], pattern: str) -> int:
-    """Returns one more than the highest number that the pattern's group finds, at least 1."""
-    found = (re.fullmatch(pattern, name) for name in names)
-    return 1 + max((int(match[1]) for match in found if match), default=0)
+    """Returns 1 + the largest number that the pattern's group matches, at least 1."""
+    matches = (re.fullmatch(pattern, name) for name in names)
+    return 1 + max((int(match[1]) for match in matches if match), default=0)
 
 
 def check_known(
     unknown: Sequence[str], expected: Mapping[str, Shape], shapes: Mapping[str, Shape], remedy: str
 ) -> None:
-    """Raises a ValueError with the names of all missing tensors where sizes are unknown.
+    """Raises a ValueError that names all missing tensors if any size is unknown.
 
     Args:
-      unknown: sizes that no tensor says.
-      expected: name to shape of what is needed; only the number of axes matters.
+      unknown: sizes that no tensor determines.
+      expected: name to shape of the tensors needed; only the number of axes matters.
       shapes: of the tensors, by name.
-      remedy: how the sentence ends.
+      remedy: ends the message.
     """
     if unknown:
         missing = [
             name for name, shape in expected.items() if len(shapes.get(name, ())) != len(shape)
         ]
         raise ValueError(
-            f"{' and '.join(unknown)} cannot be read off the tensors, where {len(missing)} are "
-            f"missing or have other axes: {', '.join(missing)}; {remedy}."
+            f"{' and '.join(unknown)} cannot be inferred from the tensors: {len(missing)} are "
+            f"missing or have another number of axes: {', '.join(missing)}; {remedy}."
         )
 
 
-def check_config(config: Any, kind: type) -> None:
-    """Raises a ValueError where something else stands in a config's place.
+def check_config(config: Any, config_class: type) -> None:
+    """Raises a ValueError unless a config is of a class.
 
     Args:
-      config: what a user gave.
-      kind: class that it must be of.
+      config: argument of a user.
+      config_class: class that it must be of.
     """
-    if not isinstance(config, kind):
+    if not isinstance(config, config_class):
         raise ValueError(
-            f"config must be a {kind.__name__}, got a {type(config).__name__}; it comes first, "
-            "and then the params."
+            f"config must be a {config_class.__name__}, got a {type(config).__name__}; it is the "
+            "first argument, the params are the second."
         )
 
 
@@ -73,8 +73,8 @@ def check_params(config: RecurrenceConfig, params: Params) -> None:
     """Raises a ValueError unless the params are those of the recurrence.
 
     Args:
-      config: what a user gave for it.
-      params: of any input size.
+      config: of the recurrence.
+      params: with any input size.
     """
     check_config(config, RecurrenceConfig)
     given: dict[str, Any] = flatten_dict(params, sep="/")
@@ -84,12 +84,12 @@ def check_params(config: RecurrenceConfig, params: Params) -> None:
     check(
         compare(expected, given),
         "params must be all those of one recurrence",
-        "give all layers from below, of one hidden size, and the config they were made with",
+        "give all layers, lowest first, of one hidden size, and the config they were made with",
     )
 
 
 def recurrence_shapes(config: RecurrenceConfig, input_size: int) -> dict[str, Shape]:
-    """Returns path to shape of every param of a recurrence, such as `layers_0/forward/…`."""
+    """Returns path, such as `layers_0/forward/input_kernel`, to shape of each param."""
     params = jax.eval_shape(lambda key: recurrence.init(key, config, input_size), jax.random.key(0))
     leaves: dict[str, Any] = flatten_dict(params, sep="/")
     return {path: leaf.shape for path, leaf in leaves.items()}

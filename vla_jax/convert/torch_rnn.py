@@ -1,16 +1,16 @@
-"""`torch.nn.RNN`, `LSTM` and `GRU` to a recurrence and back, tensor for tensor.
+"""Conversion of `torch.nn.RNN`, `LSTM` and `GRU` to a recurrence and back.
 
     weight_ih_l{k}{_reverse} [G·H, D]   ↔  layers_{k}/{direction}/input_kernel [D, G·H]
     weight_hh_l{k}{_reverse} [G·H, H]   ↔  layers_{k}/{direction}/recurrent_kernel [H, G·H]
     bias_ih_l{k}{_reverse}   [G·H]      ↔  layers_{k}/{direction}/input_bias
     bias_hh_l{k}{_reverse}   [G·H]      ↔  layers_{k}/{direction}/recurrent_bias
 
-The cells compute the same and have the same gate order, so only names change and kernels are
-transposed: there and back again gives the same bytes, and both train alike. Three things are not
-in a state dict: `dropout`; `batch_first` (here the batch always leads); and the `nonlinearity` of
+The cells compute the same and have the same gate order: only names change and kernels are
+transposed. A round trip preserves every byte, and training is the same. A state dict does not
+contain `dropout`; `batch_first` (here the batch axis is always first); and the `nonlinearity` of
 a plain RNN, which must be tanh.
 
-Tensors are those of NumPy, JAX or PyTorch; PyTorch itself is not needed.
+Tensors may be of NumPy, JAX or PyTorch; PyTorch need not be installed.
 """
 
 import re
@@ -22,7 +22,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vla_jax.convert.arrays import as_float32
-from vla_jax.convert.conversion_report import Report, Shape, check, compare, listed, warn
+from vla_jax.convert.conversion_report import Report, Shape, abbreviate, check, compare, warn
 from vla_jax.convert.sizes import (
     check_known,
     check_params,
@@ -33,19 +33,19 @@ from vla_jax.convert.sizes import (
 from vla_jax.nn.recurrence import RecurrenceConfig
 from vla_jax.types import Params
 
-LEAVES = {  # ours -> PyTorch's, in the order of its state dict
+LEAVES = {  # our name -> PyTorch's, in the order of its state dict
     "input_kernel": "weight_ih",
     "recurrent_kernel": "weight_hh",
     "input_bias": "bias_ih",
     "recurrent_bias": "bias_hh",
 }
-# rows of weight_hh over its columns -> cell
+# rows / columns of weight_hh -> cell
 CELLS: dict[float, Literal["rnn", "gru", "lstm"]] = {1: "rnn", 3: "gru", 4: "lstm"}
 NAME = r"(?:weight|bias)_(?:ih|hh)_l(\d+)(_reverse)?"
 
 
-class Sizes(NamedTuple):
-    """What the names and shapes of a PyTorch recurrence say; None: they do not."""
+class RecurrenceSizes(NamedTuple):
+    """Sizes of a PyTorch recurrence inferred from names and shapes; None = not determined."""
 
     cell: Literal["rnn", "gru", "lstm"] | None
     input_size: int | None  # D
@@ -55,14 +55,12 @@ class Sizes(NamedTuple):
 
 
 def from_torch(tensors: Mapping[str, Any], *, prefix: str = "") -> tuple[RecurrenceConfig, Params]:
-    """Returns the config and params of a recurrence that does what the PyTorch module does.
+    """Converts a PyTorch module to the equivalent recurrence.
 
     Args:
-      tensors: state dict of a `torch.nn.RNN`, `LSTM` or `GRU`; without biases where it was made
-        with `bias=False`, which become zeros. float16 and bfloat16 become float32, and one
-        warning says so.
-      prefix: what stands before the names, such as "encoder.rnn."; tensors without it are left
-        alone.
+      tensors: state dict of a `torch.nn.RNN`, `LSTM` or `GRU`. Biases of a module with
+        `bias=False` become zero; float16 and bfloat16 become float32, with one warning.
+      prefix: prefix of the names, such as "encoder.rnn."; tensors without it are ignored.
 
     Returns:
       The config, its `dropout` 0, and params as from `recurrence.init`.
@@ -75,8 +73,8 @@ def from_torch(tensors: Mapping[str, Any], *, prefix: str = "") -> tuple[Recurre
     report = report_torch(tensors, config, prefix=prefix)
     check(
         report,
-        "the tensors must be all those of one torch.nn.RNN, LSTM or GRU",
-        "give the whole of it and nothing else",
+        "tensors must be all those of one torch.nn.RNN, LSTM or GRU",
+        "give its complete state dict and nothing else",
         left_over=[name for name in report.left_over if name.startswith(prefix)],
     )
     params = {}
@@ -84,7 +82,7 @@ def from_torch(tensors: Mapping[str, Any], *, prefix: str = "") -> tuple[Recurre
     for path, shape in shapes.items():
         name = prefix + names[path]
         array = as_float32(name, tensors[name]) if name in tensors else np.zeros(shape, np.float32)
-        # A copy: on a CPU an array of JAX may lie in the memory of the tensor, which may change.
+        # A copy: on a CPU a JAX array may share the memory of the tensor, which may change.
         params[path] = jnp.array(array.T)
     warn(report)
     return config, unflatten_dict(params, sep="/")
@@ -93,29 +91,29 @@ def from_torch(tensors: Mapping[str, Any], *, prefix: str = "") -> tuple[Recurre
 def to_torch(
     config: RecurrenceConfig, params: Params, *, prefix: str = "", bias: bool = True
 ) -> dict[str, np.ndarray]:
-    """Returns the state dict of the PyTorch module that does what the recurrence does.
+    """Converts a recurrence to the state dict of the equivalent PyTorch module.
 
         module.load_state_dict({name: torch.from_numpy(x) for name, x in tensors.items()})
 
     Args:
       config: of the recurrence.
-      params: from `recurrence.init`, or anything alike, such as their gradients.
-      prefix: what to put before the names.
-      bias: False leaves the biases out, for a module made with `bias=False`.
+      params: from `recurrence.init`, or a tree of the same shapes, such as gradients.
+      prefix: prefix of the names.
+      bias: False omits the biases, for a module with `bias=False`.
 
     Returns:
-      Name -> array, in PyTorch's order, each with memory of its own.
+      Name -> array, in PyTorch's order, copied.
 
     Raises:
-      ValueError: params of another config, a cell or a residual that PyTorch has not, or biases
-        that are to be left out and are not zero.
+      ValueError: params of another config, a cell or residual that PyTorch does not have, or
+        `bias` is False and a bias is not zero.
     """
     check_params(config, params)
     check_cell(config.cell)
     if config.residual:
         raise ValueError(
-            "residual must be False, got True: the layers of torch.nn.RNN, LSTM and GRU add "
-            "nothing to their outputs; convert the layers one by one."
+            "residual must be False, got True: torch.nn.RNN, LSTM and GRU have no residual "
+            "connections; convert the layers one by one."
         )
     flat = flatten_dict(params, sep="/")
     tensors = {
@@ -126,32 +124,32 @@ def to_torch(
     nonzero = [name for name in tensors if name not in kept and tensors[name].any()]
     if nonzero:
         raise ValueError(
-            f"bias=False needs biases of zero, got others in {listed(nonzero)}; leave them in."
+            f"bias=False needs biases of zero, got others in {abbreviate(nonzero)}; use bias=True."
         )
     return {prefix + name: tensors[name] for name in kept}
 
 
 def check_cell(cell: str) -> None:
-    """Raises a ValueError unless PyTorch has such a cell."""
+    """Raises a ValueError unless PyTorch has the cell."""
     if cell not in CELLS.values():
         raise ValueError(
             f"cell must be one that PyTorch has ({', '.join(CELLS.values())}), got '{cell}'; it "
-            "stays here."
+            "cannot be converted."
         )
 
 
 def report_torch(
     tensors: Mapping[str, Any], config: RecurrenceConfig, *, prefix: str = ""
 ) -> Report:
-    """Returns what `from_torch` makes of each tensor.
+    """Returns the report of `from_torch` on the same tensors.
 
     Args:
       tensors: as for `from_torch`.
-      config: what it gave.
+      config: its result.
       prefix: as for `from_torch`.
     """
     has_bias = any(name.startswith(f"{prefix}bias") for name in tensors)
-    input_size = read_sizes(_own_shapes(tensors, prefix)).input_size or 1
+    input_size = read_sizes(_shapes_of(tensors, prefix)).input_size or 1
     shapes = recurrence_shapes(config, input_size)
     expected = {
         prefix + name: shapes[path][::-1]
@@ -161,50 +159,50 @@ def report_torch(
     return compare(expected, tensors)
 
 
-def read_sizes(shapes: Mapping[str, Shape], hidden_size: int | None = None) -> Sizes:
-    """Returns the sizes of a PyTorch recurrence, each read off any tensor that says it.
+def read_sizes(shapes: Mapping[str, Shape], hidden_size: int | None = None) -> RecurrenceSizes:
+    """Infers the sizes of a PyTorch recurrence, each from any tensor that determines it.
 
     Args:
       shapes: of the tensors, by their names without prefix.
-      hidden_size: H, where it is known from elsewhere.
+      hidden_size: H, if known otherwise.
 
     Raises:
       ValueError: the tensors are of another cell.
     """
-    both = any(name.endswith("_reverse") for name in shapes if re.fullmatch(NAME, name))
+    bidirectional = any(name.endswith("_reverse") for name in shapes if re.fullmatch(NAME, name))
     matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2}
     inner = read_size(matrices, 1, r"weight_ih_l[1-9]\d*(_reverse)?")
-    joined = inner // (1 + both) if inner else hidden_size
-    hidden_size = read_size(matrices, 1, r"weight_hh_l\d+(_reverse)?") or joined
+    from_inputs = inner // (1 + bidirectional) if inner else hidden_size
+    hidden_size = read_size(matrices, 1, r"weight_hh_l\d+(_reverse)?") or from_inputs
     rows = read_size(matrices, 0, r"weight_hh_\w+", r"weight_ih_\w+") or read_size(
         shapes, 0, r"bias_[ih]h_\w+"
     )
     if hidden_size and rows and rows / hidden_size not in CELLS:
         raise ValueError(
             "weight_hh_l0 must have 1, 3 or 4 times as many rows as columns (RNN, GRU, LSTM), got "
-            f"[{rows}, {hidden_size}]; only these three can be read, without projection."
+            f"[{rows}, {hidden_size}]; only these three can be converted, without projection."
         )
-    return Sizes(
+    return RecurrenceSizes(
         cell=CELLS[rows / hidden_size] if hidden_size and rows else None,
         input_size=read_size(matrices, 1, r"weight_ih_l0(_reverse)?"),
         hidden_size=hidden_size,
         num_layers=count_layers(shapes, NAME),
-        bidirectional=both,
+        bidirectional=bidirectional,
     )
 
 
 def _read_config(tensors: Mapping[str, Any], prefix: str) -> tuple[RecurrenceConfig, int]:
-    """Returns the config, and D."""
-    shapes = _own_shapes(tensors, prefix)
+    """Returns the config and the input size D."""
+    shapes = _shapes_of(tensors, prefix)
     projected = [name for name in shapes if name.startswith("weight_hr_")]
     if projected:
         raise ValueError(
-            f"proj_size must be 0, got an LSTM with projections ({listed(projected)}); there is "
-            "no such cell here."
+            f"proj_size must be 0, got an LSTM with projections ({abbreviate(projected)}); "
+            "vla_jax has no such cell."
         )
     sizes = read_sizes(shapes)
     config = RecurrenceConfig(
-        cell=sizes.cell or "lstm",  # where it is not known, for the names alone
+        cell=sizes.cell or "lstm",  # where unknown: the names are the same for all cells
         num_layers=sizes.num_layers,
         hidden_size=sizes.hidden_size or 1,
         bidirectional=sizes.bidirectional,
@@ -216,12 +214,12 @@ def _read_config(tensors: Mapping[str, Any], prefix: str) -> tuple[RecurrenceCon
         [name for name, size in known.items() if not size],
         {name: expected[path] for path, name in _names(config).items()},
         shapes,
-        f"`prefix` is what stands before the names, got '{prefix}' and {listed(list(tensors))}",
+        f"`prefix` must be the prefix of the names, got '{prefix}' and {abbreviate(list(tensors))}",
     )
     return config, input_size
 
 
-def _own_shapes(tensors: Mapping[str, Any], prefix: str) -> dict[str, Shape]:
+def _shapes_of(tensors: Mapping[str, Any], prefix: str) -> dict[str, Shape]:
     return {
         name.removeprefix(prefix): tuple(np.shape(tensor))
         for name, tensor in tensors.items()
@@ -230,7 +228,7 @@ def _own_shapes(tensors: Mapping[str, Any], prefix: str) -> dict[str, Shape]:
 
 
 def _names(config: RecurrenceConfig) -> dict[str, str]:
-    """Returns path in our params -> name of PyTorch's, in the order of its state dict."""
+    """Returns path in our params -> PyTorch's name, in the order of its state dict."""
     directions = (
         {"forward": "", "backward": "_reverse"} if config.bidirectional else {"forward": ""}
     )

@@ -1,8 +1,8 @@
-"""Foreign files of tensors, read without running anything that they hold, and written.
+"""Files of tensors of other libraries, read without executing code in them, and written.
 
-`.pt`, `.pth` and `.ckpt` are PyTorch's; they need torch, which comes with `vla-jax[torch]`.
-`.safetensors` needs nothing more. Tensors are NumPy arrays here, bfloat16 included, and keep
-their names, order, dtypes and bytes.
+`.pt`, `.pth` and `.ckpt` are PyTorch files and need torch, which `vla-jax[torch]` installs;
+`.safetensors` needs no extra. Tensors become NumPy arrays, bfloat16 included, and keep their
+names, order, dtypes and bytes.
 """
 
 import contextlib
@@ -19,21 +19,21 @@ import safetensors
 from safetensors.numpy import save_file
 
 from vla_jax.convert.arrays import as_numpy
-from vla_jax.convert.conversion_report import listed
+from vla_jax.convert.conversion_report import abbreviate
 from vla_jax.files import replacing
 
 Path = str | os.PathLike[str]
-CONTAINERS = ("state_dict", "model_state_dict")  # of Lightning and RoboVLMs; of others
+CONTAINERS = ("state_dict", "model_state_dict")  # Lightning and RoboVLMs; others
 SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
 
 
 class TensorFile(NamedTuple):
-    """What a file holds."""
+    """Content of a file of tensors."""
 
     tensors: Mapping[str, np.ndarray]  # in the file's order
-    container: str = CONTAINERS[0]  # entry of a torch file they lie in; "" = it is nothing else
-    ignored: tuple[str, ...] = ()  # the other entries of a torch file
-    metadata: Mapping[str, str] = {}  # of a safetensors file
+    container: str = CONTAINERS[0]  # entry of a torch file that holds them; "" = the file itself
+    ignored: tuple[str, ...] = ()  # names of the other entries of a torch file
+    metadata: Mapping[str, str] = {}  # metadata of a safetensors file
 
 
 def read(path: Path) -> TensorFile:
@@ -42,8 +42,8 @@ def read(path: Path) -> TensorFile:
     Raises:
       FileNotFoundError: there is no such file.
       ImportError: a PyTorch file, and torch is not installed.
-      ValueError: the file is of another kind, empty, damaged, holds no tensors, or wants to run
-        code.
+      ValueError: the file is of another format, empty, damaged, without tensors, or would
+        execute code.
     """
     path = pathlib.Path(path)
     _check_suffix(path)
@@ -51,35 +51,35 @@ def read(path: Path) -> TensorFile:
         raise FileNotFoundError(f"{path} is not a file; name a checkpoint.")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty, expected a checkpoint; copy it again.")
-    found = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    if not found.tensors:
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    if not content.tensors:
         raise ValueError(f"{path} holds no tensors, expected a checkpoint; save it again.")
-    return found
+    return content
 
 
 def write(path: Path, content: TensorFile, *, overwrite: bool = False) -> None:
-    """Writes the file, whole or not at all.
+    """Writes a file atomically: completely or not at all.
 
     Args:
-      path: what to write; the suffix says in which format, as for `read`.
-      content: as `read` gives it; `ignored` is not written.
-      overwrite: whether a file that is there may be replaced.
+      path: file to write; its suffix determines the format, as for `read`.
+      content: as `read` returns it; `ignored` is not written.
+      overwrite: True if an existing file may be replaced.
 
     Raises:
-      FileExistsError: `path` is there, and `overwrite` is False.
+      FileExistsError: `path` exists, and `overwrite` is False.
       ImportError: a PyTorch file, and torch is not installed.
-      ValueError: another suffix, or tensors of a dtype that the format lacks.
+      ValueError: another suffix, or a dtype that the format does not support.
     """
     path = pathlib.Path(path)
     _check_suffix(path)
     if path.is_dir() or (path.exists() and not overwrite):
-        raise FileExistsError(f"{path} is there already; choose another name, or --overwrite.")
+        raise FileExistsError(f"{path} exists already; choose another name, or --overwrite.")
     try:
         with replacing(path) as part:
             _write(part, content, path.suffix)
-    except (safetensors.SafetensorError, AttributeError) as error:  # of torch, by a dtype's name
+    except (safetensors.SafetensorError, AttributeError) as error:  # torch has no such dtype
         raise ValueError(
-            f"{path} cannot hold these tensors ({error}); choose another suffix."
+            f"{path} cannot store these tensors ({error}); choose another suffix."
         ) from error
 
 
@@ -97,7 +97,7 @@ def _read_safetensors(path: pathlib.Path) -> TensorFile:
         with safetensors.safe_open(path, "np") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return TensorFile(tensors, metadata=file.metadata() or {})
-    except AttributeError as error:  # of NumPy, by the dtype's name
+    except AttributeError as error:  # NumPy has no such dtype
         raise ValueError(
             f"{path} has a dtype that NumPy lacks ({error}); save it again."
         ) from error
@@ -110,32 +110,34 @@ def _read_safetensors(path: pathlib.Path) -> TensorFile:
 def _read_torch(path: pathlib.Path) -> TensorFile:
     torch = _torch()
     try:
-        with warnings.catch_warnings(action="ignore"):  # what is wrong is told here, in a line
+        with warnings.catch_warnings(action="ignore"):  # errors become one sentence below
             content = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # of many types
+    except Exception as error:  # torch.load raises many types
         raise ValueError(_why_unreadable(path, error)) from error
     container, tensors = _state_dict(path, content)
     foreign = [name for name, tensor in tensors.items() if not isinstance(tensor, torch.Tensor)]
     if foreign:
-        raise ValueError(f"{path} must hold tensors, got others in {listed(foreign)}; drop them.")
+        raise ValueError(
+            f"{path} must hold tensors only, got others in {abbreviate(foreign)}; remove them."
+        )
     ignored = tuple(str(name) for name in content if container and name != container)
     return TensorFile({name: as_numpy(x) for name, x in tensors.items()}, container, ignored)
 
 
 def _state_dict(path: pathlib.Path, content: Any) -> tuple[str, Mapping[str, Any]]:
-    """Returns the dict of tensors, and the name of the entry in which it lies."""
+    """Returns the name of the entry that holds the tensors, and the tensors."""
     if isinstance(content, Mapping):
         for container in CONTAINERS:
             if isinstance(content.get(container), Mapping):
                 return container, content[container]
         if all(isinstance(value, _torch().Tensor) for value in content.values()):
             return "", content
-        held = f"entries {listed([str(name) for name in content])}"
+        found = f"entries {abbreviate([str(name) for name in content])}"
     else:
-        held = f"a {type(content).__name__}"
+        found = f"a {type(content).__name__}"
     raise ValueError(
-        f"{path} must hold tensors by name, or such a dict as {' or '.join(CONTAINERS)}, got "
-        f"{held}; save the state_dict alone."
+        f"{path} must hold tensors by name, or a dict of them as {' or '.join(CONTAINERS)}, got "
+        f"{found}; save the state_dict alone."
     )
 
 
@@ -144,23 +146,23 @@ def _why_unreadable(path: pathlib.Path, error: Exception) -> str:
     refused = found[1] if found else _first_global(path)
     if refused:
         return (
-            f"{path} wants to load {refused}, which can run code; nothing of it was run: "
-            "if you trust who made it, load it in PyTorch and save its state_dict alone."
+            f"{path} would import {refused}, which can execute code; nothing was executed: "
+            "if you trust its source, load it in PyTorch and save its state_dict alone."
         )
     with path.open("rb") as file:
         start = file.read(2)
     if start == b"PK" or isinstance(error, EOFError | RuntimeError | OSError):
         return f"{path} is truncated or damaged ({_first_line(error)}); copy it again."
     return (
-        f"{path} is not a checkpoint of tensors alone ({_first_line(error)}), and nothing of it "
-        "was run; load it where it was made and save its state_dict with torch.save."
+        f"{path} is not a checkpoint of tensors only ({_first_line(error)}), and nothing was "
+        "executed; load it where it was made and save its state_dict with torch.save."
     )
 
 
 def _first_global(path: pathlib.Path) -> str | None:
-    """Returns what a bare pickle would load first, None where it is no such file.
+    """Returns the first global that a bare pickle would import, None for other files.
 
-    Its opcodes are only listed, and nothing is run.
+    The opcodes are only listed; nothing is executed.
     """
     strings: list[str] = []
     with path.open("rb") as file, contextlib.suppress(ValueError):
@@ -200,7 +202,7 @@ def _torch() -> Any:
         import torch
     except ImportError as error:
         raise ImportError(
-            "PyTorch's files need torch, which is missing; pip install 'vla-jax[torch]', or save "
-            "the tensors as .safetensors."
+            "PyTorch files need torch, which is not installed; pip install 'vla-jax[torch]', or "
+            "save the tensors as .safetensors."
         ) from error
     return torch

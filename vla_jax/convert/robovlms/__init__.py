@@ -1,1 +1,1 @@
-"""RoboVLMs' checkpoints and acting conventions."""
+"""RoboVLMs: conversion of checkpoints, and settings for acting as its wrappers do."""

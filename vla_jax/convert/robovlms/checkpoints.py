@@ -1,6 +1,6 @@
-"""RoboVLMs' policy heads as ours, and back: `LSTMDecoder`, `FCDecoder`, `GPTDecoder`.
+"""Conversion of RoboVLMs' policy heads `LSTMDecoder`, `FCDecoder` and `GPTDecoder` and back.
 
-Kind, sizes, layers and chunk are read off the names and shapes of the tensors.
+Kind, sizes, number of layers and action horizon are inferred from names and shapes of the tensors.
 """
 
 import re
@@ -16,15 +16,15 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from vla_jax.convert.arrays import as_float32
 from vla_jax.convert.conversion_report import Report, check, compare, warn
 from vla_jax.convert.robovlms.head_sizes import read_config
-from vla_jax.convert.robovlms.key_names import HEAD, Place, find_head, places_of
+from vla_jax.convert.robovlms.key_names import HEAD, HeadTensor, find_head, head_tensors
 from vla_jax.convert.sizes import check_config
-from vla_jax.convert.torch_rnn import check_cell
-from vla_jax.nn.cells import CELLS
+from vla_jax.convert.torch_rnn import CELLS
 from vla_jax.policies import decoders
 from vla_jax.policies.decoders import DecoderConfig
 from vla_jax.types import Key, Params
 
-_BUFFER = re.compile(r"gpt\.h\.\d+\.attn\.(masked_)?bias")  # constants that old releases save
+KINDS = (*CELLS.values(), "gpt", "fc")  # of decoders that RoboVLMs' names can express
+_BUFFER = re.compile(r"gpt\.h\.\d+\.attn\.(masked_)?bias")  # constants in files of old releases
 
 
 def from_robovlms(
@@ -39,32 +39,31 @@ def from_robovlms(
     allow_missing: str | Sequence[str] = (),
     key: Key | None = None,
 ) -> tuple[DecoderConfig, Params]:
-    """Returns our decoder with the weights of RoboVLMs' policy head.
+    """Converts RoboVLMs' policy head to a decoder.
 
-    Names may or may not begin with `module.`, `model.`, `act_head.`, in any order. Tensors beside
-    the head (the vision-language model) are left over, and one warning counts them; weights in
-    float16 or bfloat16 become float32, and one warning says so. The arguments say what shapes
-    cannot.
+    Names may begin with any of `module.`, `model.`, `act_head.`, in any order. Tensors outside the
+    head (the vision-language model) are left over, with one warning that counts them; float16 and
+    bfloat16 become float32, with one warning.
 
     Args:
-      tensors: name to array (NumPy, JAX or torch); the head alone is enough.
-      window_size: W, RoboVLMs' top-level `window_size`; None means the positions of a GPT, and of
-        another kind 8, with a warning.
+      tensors: name to array (NumPy, JAX or torch); the head alone suffices.
+      window_size: W, RoboVLMs' top-level `window_size`; None means the number of positions of a
+        GPT, and 8 for other kinds, with a warning.
       pooling: "max" for RoboVLMs' `down_sample` "pooling", "none" for its "none".
       num_tokens: N, tokens per step; 0 means any number, with pooling="none" `num_latents`.
-      num_latents: RoboVLMs' `latent`; its sizes in the file are multiples of it.
-      action_dim: A, where the arm's or the gripper's MLP is missing, or both are of one size (of
-        7 numbers they are not: then the outputs are missing); else it is read off.
+      num_latents: RoboVLMs' `latent`; the sizes in the file are multiples of it.
+      action_dim: A; used only if it cannot be inferred, since the MLP of arm or gripper is missing
+        or both have equal output sizes (taken as missing outputs unless A = 2).
       num_heads: M, attention heads of a GPT.
       allow_missing: glob or globs of names, such as "act_head.gripper.*", that may be missing;
-        their params are drawn, and one warning names them.
-      key: consumed, to draw what is missing; None means that of seed 0.
+        their params are randomly initialised, with one warning that names them.
+      key: consumed to initialise missing params; None means `jax.random.key(0)`.
 
     Returns:
       The config, and params in float32.
 
     Raises:
-      ValueError: there is no head, or its tensors are not all and only those of one.
+      ValueError: there is no head, or a tensor of it is missing, unknown or of another shape.
 
     Source: Li et al. 2024, RoboVLMs (arXiv:2412.14058), its policy heads.
     """
@@ -78,31 +77,31 @@ def from_robovlms(
     inside = set(head.values())
     check(
         report,
-        "the tensors must be all those of one policy head",
-        "convert the file it was saved to, or name with allow_missing what may be missing",
+        "tensors must be all those of one policy head",
+        "convert the complete checkpoint, or name tensors that may be missing with allow_missing",
         left_over=[name for name in report.left_over if name in inside],
         allow_missing=allow_missing,
     )
     params: dict[tuple[str, ...], Any] = {}
     if report.missing:
         params |= flatten_dict(decoders.init(jax.random.key(0) if key is None else key, config))
-    for name, place in places_of(config).items():
+    for name, tensor in head_tensors(config).items():
         if name in head:
             array = as_float32(head[name], tensors[head[name]])
-            params[place.path] = jnp.array(array.T if place.is_turned else array)
+            params[tensor.path] = jnp.array(array.T if tensor.is_transposed else array)
     warn(report)
     if report.left_over:
         warnings.warn(
-            f"{len(report.left_over)} tensors beside the head are left over", stacklevel=2
+            f"{len(report.left_over)} tensors outside the head are left over", stacklevel=2
         )
     return config, unflatten_dict(params)
 
 
 def to_robovlms(config: DecoderConfig, params: Params) -> dict[str, np.ndarray]:
-    """Returns the policy head as RoboVLMs' `state_dict` has it, names beginning with `act_head.`.
+    """Converts a decoder to RoboVLMs' `state_dict`, names beginning with `act_head.`.
 
-    A GRU or an RNN, and MLPs of other `head_sizes` than the default, get the names that they would
-    have there, so that they come back here; RoboVLMs' own classes cannot load them.
+    A GRU or an RNN, and MLPs with other than the default `head_sizes`, get analogous names, which
+    `from_robovlms` can read; RoboVLMs' classes cannot load them.
 
     Args:
       config: of the decoder.
@@ -112,33 +111,38 @@ def to_robovlms(config: DecoderConfig, params: Params) -> dict[str, np.ndarray]:
       Name to float32 array, sorted by name.
 
     Raises:
-      ValueError: RoboVLMs has no names for the decoder's cell, pooling or head, or the params are
-        of another config.
+      ValueError: RoboVLMs has no counterpart of the decoder's kind, pooling or head, or the
+        params are of another config.
     """
     check_config(config, DecoderConfig)
-    if config.kind in CELLS:
-        check_cell(config.kind)
+    if config.kind not in KINDS:
+        raise ValueError(
+            f"kind must be one that RoboVLMs has ({', '.join(KINDS)}), got '{config.kind}'; it "
+            "cannot be converted."
+        )
     _check_pooling(config.pooling)
-    ours: dict[str, Any] = flatten_dict(params, sep="/")
-    places = places_of(config)
+    leaves: dict[str, Any] = flatten_dict(params, sep="/")
+    tensors = head_tensors(config)
     check(
-        compare({"/".join(place.path): place.ours for place in places.values()}, ours),
+        compare({"/".join(tensor.path): tensor.shape for tensor in tensors.values()}, leaves),
         "params must be those of the config",
         "give the config they were made with",
     )
-    return {HEAD + name: _theirs(ours, places[name]) for name in sorted(places)}
+    return {HEAD + name: _to_tensor(leaves, tensors[name]) for name in sorted(tensors)}
 
 
 def report_robovlms(tensors: Mapping[str, Any], config: DecoderConfig) -> Report:
-    """Returns what `from_robovlms` makes of each tensor.
+    """Returns the report of `from_robovlms` on the same tensors.
 
     Args:
       tensors: as for `from_robovlms`.
-      config: what it gave.
+      config: its result.
     """
     head = find_head(tensors)
-    places = places_of(config)
-    expected = {head.get(name, HEAD + name): place.theirs for name, place in places.items()}
+    expected = {
+        head.get(name, HEAD + name): tensor.their_shape
+        for name, tensor in head_tensors(config).items()
+    }
     buffers = [full for name, full in head.items() if _BUFFER.fullmatch(name)]
     return compare(expected, tensors, buffers)
 
@@ -150,6 +154,7 @@ def _check_pooling(pooling: str) -> None:
         )
 
 
-def _theirs(ours: Mapping[str, Any], place: Place) -> np.ndarray:
-    array = as_float32("/".join(place.path), ours["/".join(place.path)])
-    return np.array(array.T if place.is_turned else array, order="C")
+def _to_tensor(leaves: Mapping[str, Any], tensor: HeadTensor) -> np.ndarray:
+    path = "/".join(tensor.path)
+    array = as_float32(path, leaves[path])
+    return np.array(array.T if tensor.is_transposed else array, order="C")

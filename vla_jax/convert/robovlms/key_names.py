@@ -1,25 +1,25 @@
-"""Names of RoboVLMs' policy heads and their places in our params.
+"""Names of the tensors of RoboVLMs' policy heads, and their paths in our params.
 
-PyTorch's `Linear` and `LSTM` hold kernels as `[out, in]`, ours are `[in, out]`; those of Hugging
-Face's GPT-2 are `[in, out]` already.
+Kernels of PyTorch's `Linear` and `LSTM` are `[out, in]`, ours `[in, out]`, and so are those of
+Hugging Face's GPT-2.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 from flax.traverse_util import flatten_dict
 
-from vla_jax.convert.conversion_report import Shape, listed
+from vla_jax.convert.conversion_report import Shape, abbreviate
 from vla_jax.policies import decoders
 from vla_jax.policies.decoders import DecoderConfig
 
 HEAD = "act_head."
-MLPS = {"arm": "actions.mlp", "gripper": "gripper.mlp"}  # ours -> RoboVLMs'
-_PREFIX = re.compile(r"(?:(?:module|model|act_head)\.)*")  # as training wrappers put them before
-_BLOCK = {  # parts of a GPT-2 block, ours -> Hugging Face's
+MLPS = {"arm": "actions.mlp", "gripper": "gripper.mlp"}  # our name -> RoboVLMs'
+_PREFIX = re.compile(r"(?:(?:module|model|act_head)\.)*")  # of training wrappers
+_BLOCK = {  # parts of a GPT-2 block, our name -> Hugging Face's
     "attention_norm": "ln_1",
     "attention.qkv": "attn.c_attn",
     "attention.output": "attn.c_proj",
@@ -29,42 +29,46 @@ _BLOCK = {  # parts of a GPT-2 block, ours -> Hugging Face's
 }
 
 
-class Place(NamedTuple):
-    """Where a tensor of RoboVLMs' lies with us."""
+class HeadTensor(NamedTuple):
+    """Counterpart in our params of a tensor of RoboVLMs' head."""
 
     path: tuple[str, ...]  # in the params
-    ours: Shape
-    is_turned: bool  # whether theirs is the transpose
+    shape: Shape  # in the params
+    is_transposed: bool  # True if RoboVLMs' tensor is the transpose
 
     @property
-    def theirs(self) -> Shape:
+    def their_shape(self) -> Shape:
         """Shape of RoboVLMs' tensor."""
-        return self.ours[::-1] if self.is_turned else self.ours
+        return self.shape[::-1] if self.is_transposed else self.shape
 
 
-def places_of(config: DecoderConfig) -> dict[str, Place]:
-    """Returns where each tensor of RoboVLMs' head lies with us, by its name without prefix."""
+def head_tensors(config: DecoderConfig) -> dict[str, HeadTensor]:
+    """Returns RoboVLMs' name, without prefix, to its counterpart, for all params of a decoder."""
     params = jax.eval_shape(partial(decoders.init, config=config), jax.random.key(0))
-    ours: dict[tuple[str, ...], Any] = flatten_dict(params)
+    leaves: dict[tuple[str, ...], Any] = flatten_dict(params)
     return {
-        _original(path): Place(path, leaf.shape, leaf.ndim == 2 and path[0] != "transformer")
-        for path, leaf in ours.items()
+        _their_name(path): HeadTensor(path, leaf.shape, leaf.ndim == 2 and path[0] != "transformer")
+        for path, leaf in leaves.items()
     }
 
 
 def prefix_of(name: str) -> str:
-    """Returns what training wrappers put before a name, `act_head.` included."""
-    found = _PREFIX.match(name)
-    return found[0] if found else ""
+    """Returns the prefix of a name, of training wrappers and `act_head.`."""
+    match = _PREFIX.match(name)
+    return match[0] if match else ""
 
 
 def head_name(name: str) -> str:
-    """Returns the name that `to_robovlms` gives a tensor, whatever prefixes it has in a file."""
+    """Returns the name of a tensor in the result of `to_robovlms`, independent of its prefixes."""
     return HEAD + name.removeprefix(prefix_of(name))
 
 
 def find_head(tensors: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the head's tensors, name without prefixes to name in the file."""
+    """Returns the head's tensors, name without prefixes to name in the file.
+
+    Raises:
+      ValueError: there is no head, or two names differ only in their prefixes.
+    """
     inside = [name for name in tensors if HEAD in prefix_of(name)]
     bare = {name.removeprefix(prefix_of(name)): name for name in tensors}
     if not inside and any(name.startswith(tuple(MLPS.values())) for name in bare):
@@ -72,8 +76,8 @@ def find_head(tensors: Mapping[str, Any]) -> dict[str, str]:
     if not inside:
         raise ValueError(
             f"tensors must hold '{HEAD}…', RoboVLMs' policy head, got "
-            f"{listed(sorted({_top(name) for name in tensors})) or 'none'}; convert a checkpoint "
-            "that was trained with one (a DiscreteDecoder has no tensors of its own)."
+            f"{abbreviate(sorted({_module(name) for name in tensors})) or 'none'}; convert a "
+            "checkpoint that was trained with one (a DiscreteDecoder has no tensors)."
         )
     head: dict[str, str] = {}
     for name in inside:
@@ -84,38 +88,42 @@ def find_head(tensors: Mapping[str, Any]) -> dict[str, str]:
     return head
 
 
-def _original(path: tuple[str, ...]) -> str:
-    """Returns RoboVLMs' name, without prefix, of a tensor of ours."""
+def _their_name(path: tuple[str, ...]) -> str:
+    """Returns RoboVLMs' name, without prefix, of a leaf of our params."""
     top, *inner, leaf = path
-    kind = "bias" if leaf.endswith("bias") else "weight"
-    if top == "recurrence":
-        side = {"input": "ih", "recurrent": "hh"}[leaf.partition("_")[0]]
-        return f"rnn.{kind}_{side}_l{_index(inner[0])}"
-    if top == "transformer":
-        return f"gpt.{_original_gpt(inner, leaf)}"
-    if top == "projection":
-        return f"fc.{kind}"
-    if top == "heads" and inner[0] in MLPS:
-        return f"{MLPS[inner[0]]}.{2 * _index(inner[1])}.{kind}"
-    if top == "mlp":
-        return f"mlp.{2 * _index(inner[0])}.{kind}"
-    raise ValueError(f"RoboVLMs' heads have no {'.'.join(path)}; it cannot be converted.")
+    if top not in _NAMES or (top == "heads" and inner[0] not in MLPS):
+        raise ValueError(f"RoboVLMs' heads have no {'.'.join(path)}; it cannot be converted.")
+    return _NAMES[top](inner, leaf, "bias" if leaf.endswith("bias") else "weight")
 
 
-def _original_gpt(inner: list[str], leaf: str) -> str:
+def _recurrence_name(inner: list[str], leaf: str, kind: str) -> str:
+    side = {"input": "ih", "recurrent": "hh"}[leaf.partition("_")[0]]
+    return f"rnn.{kind}_{side}_l{_index(inner[0])}"
+
+
+def _transformer_name(inner: list[str], leaf: str, kind: str) -> str:
     if leaf == "position_embedding":
-        return "wpe.weight"
-    kind = "bias" if leaf == "bias" else "weight"
+        return "gpt.wpe.weight"
     if inner[0] == "output_norm":
-        return f"ln_f.{kind}"
-    return f"h.{_index(inner[0])}.{_BLOCK['.'.join(inner[1:])]}.{kind}"
+        return f"gpt.ln_f.{kind}"
+    return f"gpt.h.{_index(inner[0])}.{_BLOCK['.'.join(inner[1:])]}.{kind}"
+
+
+# first key of a path -> RoboVLMs' name of (the keys between, the last key, weight or bias)
+_NAMES: dict[str, Callable[[list[str], str, str], str]] = {
+    "recurrence": _recurrence_name,
+    "transformer": _transformer_name,
+    "projection": lambda inner, leaf, kind: f"fc.{kind}",
+    "heads": lambda inner, leaf, kind: f"{MLPS[inner[0]]}.{2 * _index(inner[1])}.{kind}",
+    "mlp": lambda inner, leaf, kind: f"mlp.{2 * _index(inner[0])}.{kind}",
+}
 
 
 def _index(layer: str) -> int:
     return int(layer.removeprefix("layers_"))
 
 
-def _top(name: str) -> str:
-    """The part of a model that a tensor belongs to, for people."""
+def _module(name: str) -> str:
+    """Returns the module of a tensor's name, for error messages."""
     prefix = prefix_of(name)
     return prefix + name.removeprefix(prefix).partition(".")[0]
