@@ -1,4 +1,4 @@
-"""`train.memory` end to end at tiny sizes: figures, pictures, and what cannot be remembered."""
+"""`train.memory` end to end at tiny sizes: results, plots, and the limit of a window."""
 
 import dataclasses
 import json
@@ -15,37 +15,37 @@ TINY = MemoryConfig(
 
 
 @pytest.fixture(scope="module")
-def figures(tmp_path_factory):
-    """One run: its folder, and the figures."""
+def outputs(tmp_path_factory):
+    """One run: its folder, and the content of its JSON file."""
     folder = tmp_path_factory.mktemp("memory")
     file = memory.memory(dataclasses.replace(TINY, run_dir=str(folder)))
     return folder, json.loads(file.read_text())
 
 
-def test_every_training_is_told_and_drawn(figures):
-    folder, found = figures
-    names = {(lesson["task"], lesson["length"]) for lesson in found["lessons"]}
+def test_every_training_is_recorded_and_plotted(outputs):
+    folder, content = outputs
+    names = {(result["task"], result["length"]) for result in content["results"]}
     assert names == {("adding", 5), ("recall", 4)}
-    for lesson in found["lessons"]:
-        assert lesson["num_updates"] == memory.BLOCK * len(lesson["errors"])
-        assert lesson["seconds"] > 0
-    reach = found["gradient_norms"]["min_gru"]
-    assert {when: len(norms) for when, norms in reach.items()} == {"before": 5, "after": 5}
-    assert reach["before"][0] == reach["after"][0] == 1.0
+    for result in content["results"]:
+        assert result["num_updates"] == memory.BLOCK * len(result["errors"])
+        assert result["seconds"] > 0
+    norms_by_lag = content["gradient_norms"]["min_gru"]
+    assert {when: len(norms) for when, norms in norms_by_lag.items()} == {"before": 5, "after": 5}
+    assert norms_by_lag["before"][0] == norms_by_lag["after"][0] == 1.0
     for name in ("adding", "recall", "memory"):
         assert (folder / f"{name}.png").stat().st_size > 10_000
 
 
-def test_short_recall_is_learned(figures):
-    _, found = figures
-    (lesson,) = (lesson for lesson in found["lessons"] if lesson["task"] == "recall")
-    assert lesson["error"] < 0.05
-    assert lesson["errors"][0] > 0.3
+def test_short_recall_is_learned(outputs):
+    _, content = outputs
+    (recall,) = (result for result in content["results"] if result["task"] == "recall")
+    assert recall["error"] < 0.05
+    assert recall["errors"][0] > 0.3
 
 
-def test_what_lies_before_the_window_cannot_be_recalled(figures):
-    """The symbol is 4 steps back: the last 5 steps hold it, the last 4 do not."""
-    wrong = {int(window): error for window, error in figures[1]["windows"]["min_gru"].items()}
+def test_a_symbol_before_the_window_cannot_be_recalled(outputs):
+    """The symbol is 4 steps back: the last 5 steps contain it, the last 4 do not."""
+    wrong = {int(window): error for window, error in outputs[1]["windows"]["min_gru"].items()}
     chance = memory.TASKS["recall"].chance
     assert min(wrong[3], wrong[4]) > chance - 0.06  # 500 trials: 4 standard errors
     assert max(wrong[5], wrong[9]) < 0.05
@@ -53,13 +53,13 @@ def test_what_lies_before_the_window_cannot_be_recalled(figures):
 
 def test_truncated_training_runs_and_tests_on_whole_sequences(capsys):
     config = dataclasses.replace(TINY, chunk=3, burn_in=1, max_updates=memory.BLOCK)
-    lesson, _ = memory.learn(config, "recall", "min_gru", 4)
-    assert lesson.num_updates == memory.BLOCK
-    assert 0 <= lesson.error <= 1
-    assert "recall" in memory.tell(lesson)
+    result, _ = memory.learn(config, "recall", "min_gru", 4)
+    assert result.num_updates == memory.BLOCK
+    assert 0 <= result.error <= 1
+    assert "recall" in memory.describe(result)
 
 
-def test_the_same_seed_gives_the_same_figures():
+def test_the_same_seed_gives_the_same_results():
     config = dataclasses.replace(TINY, max_updates=memory.BLOCK)
     one, other = (memory.learn(config, "adding", "min_gru", 5)[0] for _ in range(2))
     assert one.errors == other.errors
@@ -73,11 +73,13 @@ def test_the_same_seed_gives_the_same_figures():
         ({"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
         ({"adding": ()}, r"adding must be one or more, each at least 3, got \(\)"),
         ({"recall": (10, 2)}, r"recall must be one or more, each at least 3, got \(10, 2\)"),
-        ({"cells": ()}, "cells must be one or more"),
+        ({"cells": ()}, "cells must be one or more of rnn"),
+        ({"cells": ("lstmm",)}, "unknown cell 'lstmm'; .* Did you mean 'lstm'"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
         ({"chunk": 10, "burn_in": 10}, "burn_in must be 0 or below chunk = 10, got 10"),
         ({"burn_in": 1}, "burn_in must be 0 or below chunk = 0, got 1"),
     ],
 )
-def test_a_wrong_config_is_one_sentence(fields, sentence):
+def test_a_wrong_config_raises_one_sentence(fields, sentence):
     with pytest.raises(ValueError, match=sentence):
         MemoryConfig(**fields)

@@ -27,8 +27,10 @@ BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 THERE, BACK, SPOKEN, *OTHERS = BLOCKS
 
 
-@pytest.mark.filterwarnings("ignore:.*beside the head are left over", "ignore:.*drawn at random")
-@pytest.mark.filterwarnings("ignore:window_size 8 is assumed")
+@pytest.mark.filterwarnings(
+    "ignore:.*outside the head are left over", "ignore:.*randomly initialised"
+)
+@pytest.mark.filterwarnings("ignore:assuming window_size 8")
 def test_the_commands_and_the_code_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tensors = {f"model.{name}": x for name, x in robovlms_head("lstm").items()}

@@ -1,12 +1,12 @@
-"""What can be remembered: the adding problem and delayed recall, with every cell.
+"""Memory of recurrent cells: every cell on the adding problem and delayed recall.
 
-    python -m train.memory                                   # all of it: minutes
-    python -m train.memory --cells lstm gru --adding 200     # some of it
-    python -m train.memory --chunk 50 --burn-in 10           # truncated: what it costs
-    python -m train.memory --small                           # seconds: does it run here?
+    python -m train.memory                                   # all cells and tasks: minutes
+    python -m train.memory --cells lstm gru --adding 200     # some of them
+    python -m train.memory --chunk 50 --burn-in 10           # truncated backpropagation
+    python -m train.memory --small                           # tiny sizes: seconds, a smoke test
 
-Every net has one layer and learns at its own length from data that never come twice. A training
-ends when the task is solved, or after `max_updates`. Figures and pictures lie in the run's folder.
+Each training has one recurrent layer, one task and one length, and data that never repeat. It
+ends when the task is solved, or after `max_updates`. Results and plots are in the run's folder.
 """
 
 import dataclasses
@@ -21,57 +21,69 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from train.memory_tasks import TASKS, Task, gradient_norms, init, remember
 from vla_jax import config as configs
 from vla_jax.command_line import run
+from vla_jax.config import did_you_mean
 from vla_jax.evaluation import plots
 from vla_jax.evaluation.plots import Panel
 from vla_jax.nn import layers, recurrence, truncated
-from vla_jax.nn.cells import CellName
+from vla_jax.nn.cells import CELLS, CellName
 from vla_jax.nn.recurrence import RecurrenceConfig
+from vla_jax.nn.sequence_tasks import TASKS, Task, gradient_norms, init
 from vla_jax.training.loop import save_json
 from vla_jax.types import Array, Key, Params
 
-NAMES = {
+NAMES = {  # of cells in plots; others keep their name
     "rnn": "RNN", "lstm": "LSTM", "gru": "GRU", "layer_norm_lstm": "LayerNorm-LSTM",
     "min_gru": "minGRU",
 }  # fmt: skip
-BLOCK = 50  # updates of one call; the curve has a point for each
-EXPLODING = 5.0  # factor of the recurrent kernel of a plain RNN whose gradient grows
+BLOCK = 50  # updates per jitted call, one point of the curve each
+EXPLODING = {"rnn": 5.0}  # factor of the recurrent kernel for which the gradient explodes
+UPDATE_DIVISOR = {"adding": 1, "recall": 5}  # max_updates / updates of the task at most
 
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """What to learn, and how."""
+    """Cells, tasks and training of a memory experiment."""
 
-    cells: tuple[CellName, ...] = get_args(CellName)  # which of them
-    adding: tuple[int, ...] = (10, 50, 200)  # T, lengths of the adding problem, in steps
-    recall: tuple[int, ...] = (10, 100, 1000)  # delays of delayed recall, in steps
-    windows: tuple[int, ...] = (5, 10, 15, 20, 21, 25, 40)  # W, last steps that are seen
-    window_delay: int = 20  # delay of the recall that is tried with windows, in steps
-    hidden_size: int = 64  # H
-    batch_size: int = 64  # B, sequences of an update
-    max_updates: int = 1500  # of the adding problem; delayed recall has a fifth of them
-    learning_rate: float = 1e-2  # Adam's
-    max_grad_norm: float = 1.0  # longer gradients are scaled down to it
-    spread_gates: bool = True  # gates begin with memories of 1 to T steps
-    chunk: int = 0  # steps that a gradient reaches back (and an update sees); 0 = all
-    burn_in: int = 0  # steps before a chunk that are run again to mend its carry
-    num_trials: int = 2000  # fresh sequences of the last test
-    seed: int = 0
-    small: bool = False  # tiny sizes, which say nothing about memory
-    run_dir: str = "runs/memory"  # folder of figures and pictures
+    cells: tuple[CellName, ...] = get_args(CellName)  # cells to train
+    adding: tuple[int, ...] = (10, 50, 200)  # lengths T of the adding problem, steps
+    recall: tuple[int, ...] = (10, 100, 1000)  # delays of delayed recall, steps
+    windows: tuple[int, ...] = (5, 10, 15, 20, 21, 25, 40)  # window sizes W of recall, steps
+    window_delay: int = 20  # delay of the recall that is trained with windows, steps
+    hidden_size: int = 64  # hidden units H of the recurrent layer
+    batch_size: int = 64  # sequences B per update
+    max_updates: int = 1500  # updates on the adding problem at most; on recall a fifth of them
+    learning_rate: float = 1e-2  # learning rate of Adam
+    max_grad_norm: float = 1.0  # gradients of larger global norm are scaled down to it
+    spread_gates: bool = True  # chrono initialisation: gate time constants from 1 to T steps
+    chunk: int = 0  # steps of truncated backpropagation, one update each; 0 = whole sequences
+    burn_in: int = 0  # steps before a chunk that are run again to refresh its carry
+    num_trials: int = 2000  # fresh sequences of the final test
+    seed: int = 0  # seed of params and data
+    small: bool = False  # use tiny sizes: a smoke test, results mean nothing
+    run_dir: str = "runs/memory"  # folder of results and plots
 
     def __post_init__(self):
-        """Checks the numbers."""
-        least = {"hidden_size": 1, "batch_size": 1, "max_updates": 1, "num_trials": 1}
-        for name, value in {**least, "window_delay": 3}.items():
+        """Checks names and numbers."""
+        for cell in self.cells:
+            if cell not in CELLS:
+                raise ValueError(f"unknown cell '{cell}'; {did_you_mean(cell, CELLS)}")
+        minimum = {"hidden_size": 1, "batch_size": 1, "max_updates": 1, "num_trials": 1}
+        for name, value in {**minimum, "window_delay": 3}.items():
             if getattr(self, name) < value:
                 raise ValueError(f"{name} must be at least {value}, got {getattr(self, name)}.")
-        for name, value in {"cells": 1, "adding": 3, "recall": 3, "windows": 1}.items():
-            given = getattr(self, name)
-            if not given or (name != "cells" and min(given) < value):
-                raise ValueError(f"{name} must be one or more, each at least {value}, got {given}.")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
+        if not self.cells:
+            raise ValueError(f"cells must be one or more of {', '.join(CELLS)}, got none.")
+        for name, value in {"adding": 3, "recall": 3, "windows": 1}.items():
+            values = getattr(self, name)
+            if not values or min(values) < value:
+                raise ValueError(
+                    f"{name} must be one or more, each at least {value}, got {values}."
+                )
         if not 0 <= self.burn_in < max(self.chunk, 1):
             raise ValueError(
                 f"burn_in must be 0 or below chunk = {self.chunk}, got {self.burn_in}; choose a "
@@ -96,48 +108,54 @@ SMALL = {
 }  # fmt: skip
 
 
-class Lesson(NamedTuple):
-    """What one training came to."""
+class TaskResult(NamedTuple):
+    """Result of one training."""
 
     task: str
     cell: str
-    length: int  # of the adding problem, or delay of recall, in steps
-    errors: list[float]  # mean over each block of updates: squared error, or share of wrong answers
-    error: float  # on fresh sequences, at the end
+    length: int  # length of the adding problem, or delay of recall, steps
+    errors: list[float]  # error of the task, mean of each block of updates
+    error: float  # error on fresh sequences after training
     num_updates: int
-    seconds: float  # compilation included
+    seconds: float  # training time, compilation included
 
 
 def memory(config: MemoryConfig) -> pathlib.Path:
-    """Trains, measures and draws; returns the file of the figures."""
+    """Trains every cell on every task, writes results and plots; returns the JSON file."""
     if config.small:
         config = dataclasses.replace(config, **SMALL)
-    lessons, reaches, seen = [], {}, {}
+    results, norms, window_errors = [], {}, {}
     for cell in config.cells:
         for task, lengths in (("adding", config.adding), ("recall", config.recall)):
             for length in lengths:
-                lesson, params = learn(config, task, cell, length)
-                print(tell(lesson), flush=True)
-                lessons.append(lesson)
+                result, params = learn(config, task, cell, length)
+                print(describe(result), flush=True)
+                results.append(result)
                 if (task, length) == ("adding", config.adding[-1]):
-                    reaches[cell] = reach(config, cell, params)
-        seen[cell] = learn_windows(config, cell)
+                    norms[cell] = norms_by_lag(config, cell, params)
+        window_errors[cell] = learn_windows(config, cell)
     run_dir = pathlib.Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     file = run_dir / "memory.json"
-    figures = {
-        "config": configs.to_dict(config),
-        "lessons": [lesson._asdict() for lesson in lessons],
-        "gradient_norms": reaches,
-        "windows": {cell: dict(zip(config.windows, seen[cell], strict=True)) for cell in seen},
+    windows = {
+        cell: dict(zip(config.windows, errors, strict=True))
+        for cell, errors in window_errors.items()
     }
-    save_json(figures, file)
-    draw(run_dir, config, lessons, reaches, seen)
+    content = {
+        "config": configs.to_dict(config),
+        "results": [result._asdict() for result in results],
+        "gradient_norms": norms,
+        "windows": windows,
+    }
+    save_json(content, file)
+    draw(run_dir, config, results, norms, window_errors)
     return file
 
 
-def learn(config: MemoryConfig, name: str, cell: CellName, length: int) -> tuple[Lesson, Params]:
-    """Trains one net on one task, until it is solved or time is up."""
+def learn(
+    config: MemoryConfig, name: str, cell: CellName, length: int
+) -> tuple[TaskResult, Params]:
+    """Trains one network on one task until it is solved, or for the maximum of updates."""
     task, net, began = TASKS[name], _net(config, cell), time.perf_counter()
     init_key, data_key, test_key = jax.random.split(jax.random.key(config.seed), 3)
     num_steps = task.num_steps(length)
@@ -145,17 +163,17 @@ def learn(config: MemoryConfig, name: str, cell: CellName, length: int) -> tuple
     state, errors = (params, _optimizer(config).init(params)), []
     for block in range(_num_blocks(config, name)):
         key = jax.random.fold_in(data_key, block)
-        state, found = _train(state, key, num_steps, config, task, net, length)
-        errors.append(float(jnp.mean(found)))
+        state, block_errors = _train(state, key, num_steps, config, task, net, length)
+        errors.append(float(jnp.mean(block_errors)))
         if errors[-1] < task.solved / 2:
             break
     error = float(_test(state[0], test_key, num_steps, config, task, net, length))
     seconds = time.perf_counter() - began
-    return Lesson(name, cell, length, errors, error, BLOCK * len(errors), seconds), state[0]
+    return TaskResult(name, cell, length, errors, error, BLOCK * len(errors), seconds), state[0]
 
 
 def learn_windows(config: MemoryConfig, cell: CellName) -> list[float]:
-    """Trains one net for each window, all at once; returns their shares of wrong answers."""
+    """Trains one network per window in parallel; returns their error rates."""
     task, net, delay = TASKS["recall"], _net(config, cell), config.window_delay
     init_key, data_key, test_key = jax.random.split(jax.random.key(config.seed), 3)
     params = init(init_key, net, task, span=_span(config, task.num_steps(delay)))
@@ -175,78 +193,88 @@ def learn_windows(config: MemoryConfig, cell: CellName) -> list[float]:
     return jax.vmap(test)(state[0], windows).tolist()
 
 
-def reach(config: MemoryConfig, cell: CellName, params: Params) -> dict[str, list[float]]:
-    """How much of the gradient is left at each lag, before and after the longest adding problem."""
+def norms_by_lag(config: MemoryConfig, cell: CellName, params: Params) -> dict[str, list[float]]:
+    """Returns gradient norms at each lag, before and after training on the longest adding problem.
+
+    Where `EXPLODING` has the cell, "larger" is that of larger recurrent kernels before training.
+    """
     task, net, length = TASKS["adding"], _net(config, cell), config.adding[-1]
     init_key, _, key = jax.random.split(jax.random.key(config.seed), 3)
     trials = task.draw(key, config.batch_size, length)
-    begin = init(init_key, net, task, span=_span(config, length))
-    nets = {"before": begin, "after": params}
-    if cell == "rnn":
-        own = begin["recurrence"]["layers_0"]["forward"]
-        larger = {**own, "recurrent_kernel": EXPLODING * own["recurrent_kernel"]}
-        nets["larger"] = {**begin, "recurrence": {"layers_0": {"forward": larger}}}
+    before = init(init_key, net, task, span=_span(config, length))
+    variants = {"before": before, "after": params}
+    if cell in EXPLODING:
+        layer = before["recurrence"]["layers_0"]["forward"]
+        larger = {**layer, "recurrent_kernel": EXPLODING[cell] * layer["recurrent_kernel"]}
+        variants["larger"] = {**before, "recurrence": {"layers_0": {"forward": larger}}}
     norms = jax.jit(gradient_norms, static_argnums=1)
-    return {when: norms(own, net, trials)[::-1].tolist() for when, own in nets.items()}
+    return {name: norms(variant, net, trials)[::-1].tolist() for name, variant in variants.items()}
 
 
 def draw(
     run_dir: pathlib.Path,
     config: MemoryConfig,
-    lessons: Sequence[Lesson],
-    reaches: Mapping[str, Mapping[str, Sequence[float]]],
-    seen: Mapping[str, Sequence[float]],
+    results: Sequence[TaskResult],
+    norms: Mapping[str, Mapping[str, Sequence[float]]],
+    window_errors: Mapping[str, Sequence[float]],
 ) -> None:
-    """Draws how each task was learned, and the longest of adding beside what explains it."""
-    adding = [_learned(lessons, "adding", length) for length in config.adding]
-    recall = [_learned(lessons, "recall", delay) for delay in config.recall]
+    """Plots the learning curves of each task, and an overview with gradient norms and windows."""
+    adding = [_learning_curves(results, "adding", length) for length in config.adding]
+    recall = [_learning_curves(results, "recall", delay) for delay in config.recall]
     plots.curves(run_dir / "adding.png", adding)
     plots.curves(run_dir / "recall.png", recall)
-    before = {NAMES[cell]: own["before"] for cell, own in reaches.items()}
-    if "rnn" in reaches:
-        before[f"RNN, recurrent weights × {EXPLODING:g}"] = reaches["rnn"]["larger"]
-    after = {NAMES[cell]: own["after"] for cell, own in reaches.items()}
-    right = {NAMES[cell]: (config.windows, [1 - x for x in wrong]) for cell, wrong in seen.items()}
+    before = {_name(cell): variants["before"] for cell, variants in norms.items()}
+    for cell in norms.keys() & EXPLODING:
+        label = f"{_name(cell)}, recurrent weights × {EXPLODING[cell]:g}"
+        before[label] = norms[cell]["larger"]
+    after = {_name(cell): variants["after"] for cell, variants in norms.items()}
+    accuracy = {
+        _name(cell): (config.windows, [1 - error for error in errors])
+        for cell, errors in window_errors.items()
+    }
     overview = [
         adding[-1],
         _lags("gradient before training", before),
         _lags(f"gradient after adding {config.adding[-1]}", after),
         Panel(
-            f"recall after {config.window_delay} steps, seen through a window",
-            "last steps that are seen (W)", "share of right answers", right,
+            f"recall after {config.window_delay} steps, inputs limited to a window",
+            "window size W / steps", "accuracy", accuracy,
             levels={"chance": 1 - TASKS["recall"].chance}, y_range=(0.0, 1.05),
         ),
     ]  # fmt: skip
     plots.curves(run_dir / "memory.png", overview, columns=2)
 
 
-def _learned(lessons: Sequence[Lesson], name: str, length: int) -> Panel:
+def _learning_curves(results: Sequence[TaskResult], name: str, length: int) -> Panel:
     task, curves = TASKS[name], {}
-    for lesson in lessons:
-        if (lesson.task, lesson.length) == (name, length):
-            updates = [BLOCK * (block + 1) for block in range(len(lesson.errors))]
-            curves[NAMES[lesson.cell]] = (updates, lesson.errors)
-    kind = {"adding": "mean squared error", "recall": "share of wrong answers"}[name]
-    levels = {"remembers nothing": task.chance, "solved": task.solved}
+    for result in results:
+        if (result.task, result.length) == (name, length):
+            updates = [BLOCK * (block + 1) for block in range(len(result.errors))]
+            curves[_name(result.cell)] = (updates, result.errors)
+    levels = {"chance": task.chance, "solved": task.solved}
     title = f"{name}, {length} steps"
-    return Panel(title, "updates", kind, curves, levels, log="y", y_range=(1e-3, 1.2))
+    return Panel(title, "updates", task.error_name, curves, levels, log="y", y_range=(1e-3, 1.2))
 
 
 def _lags(title: str, norms: Mapping[str, Sequence[float]]) -> Panel:
-    curves = {name: (range(len(each)), each) for name, each in norms.items()}
-    y_label = "‖∂ answer / ∂ carry‖, lag 0 = 1"
+    curves = {name: (range(len(values)), values) for name, values in norms.items()}
+    y_label = "‖∂ output / ∂ carry‖, lag 0 = 1"
     return Panel(title, "lag / steps", y_label, curves, log="y", y_range=(1e-9, 1e5))
 
 
-def tell(lesson: Lesson) -> str:
-    """One line for the terminal."""
-    task = TASKS[lesson.task]
-    result = "solved" if lesson.error < task.solved else "not solved"
+def describe(result: TaskResult) -> str:
+    """Returns a result as one line for the terminal."""
+    task = TASKS[result.task]
+    outcome = "solved" if result.error < task.solved else "not solved"
     return (
-        f"{lesson.task:6} {lesson.length:5}  {NAMES[lesson.cell]:14}  error {lesson.error:.4f} "
-        f"(chance {task.chance:.3f})  {result} after {lesson.num_updates} updates, "
-        f"{lesson.seconds:.0f} s"
+        f"{result.task:6} {result.length:5}  {_name(result.cell):14}  error {result.error:.4f} "
+        f"(chance {task.chance:.3f})  {outcome} after {result.num_updates} updates, "
+        f"{result.seconds:.0f} s"
     )
+
+
+def _name(cell: str) -> str:
+    return NAMES.get(cell, cell)
 
 
 @partial(jax.jit, static_argnums=(3, 4, 5, 6), donate_argnums=0)
@@ -254,18 +282,18 @@ def _train(
     state: tuple, key: Key, window: Array | int, config: MemoryConfig, task: Task,
     net: RecurrenceConfig, length: int,
 ) -> tuple[tuple, jax.Array]:  # fmt: skip
-    """`BLOCK` updates; returns params and optimiser's state, and the errors `[BLOCK]`."""
+    """Runs `BLOCK` updates; returns params, optimiser state, and the errors `[BLOCK]`."""
     optimizer = _optimizer(config)
 
     def on_chunk(training: tuple, chunk: dict) -> tuple[tuple, jax.Array]:
         params, opt_state, carry, target = training
         loss = partial(_chunk_loss, config=config, task=task, net=net)
         grads, (carry, error) = jax.grad(loss, has_aux=True)(params, carry, chunk, target)
-        updates, moved = optimizer.update(grads, opt_state, params)
-        # A chunk without the answer has no gradient, but Adam's momentum would move on.
-        is_told = jnp.any(chunk["is_last"][:, config.burn_in :])
-        after, before = (optax.apply_updates(params, updates), moved), (params, opt_state)
-        after = jax.tree.map(partial(jnp.where, is_told), after, before)
+        updates, next_opt_state = optimizer.update(grads, opt_state, params)
+        # A chunk without the last step has a zero gradient, but Adam's momentum would still act.
+        has_target = jnp.any(chunk["is_last"][:, config.burn_in :])
+        after, before = (optax.apply_updates(params, updates), next_opt_state), (params, opt_state)
+        after = jax.tree.map(partial(jnp.where, has_target), after, before)
         return (*after, carry, target), error
 
     def update(state: tuple, number: Array) -> tuple[tuple, jax.Array]:
@@ -274,7 +302,7 @@ def _train(
         chunks = _chunks(config, trials.inputs, window)
         training = (*state, carry, trials.target)
         training, errors = jax.lax.scan(on_chunk, training, chunks)
-        return training[:2], jnp.sum(errors)  # all but the last chunk's are 0
+        return training[:2], jnp.sum(errors)  # those of all but the last chunk are 0
 
     return jax.lax.scan(update, state, jnp.arange(BLOCK))
 
@@ -284,7 +312,7 @@ def _test(
     params: Params, key: Key, window: Array | int, config: MemoryConfig, task: Task,
     net: RecurrenceConfig, length: int,
 ) -> jax.Array:  # fmt: skip
-    """The error on fresh sequences."""
+    """Returns the error on fresh sequences."""
     trials = task.draw(key, config.num_trials, length)
     whole = dataclasses.replace(config, chunk=0, burn_in=0)
     steps = jax.tree.map(lambda leaf: leaf[0], _chunks(whole, trials.inputs, window))
@@ -293,7 +321,7 @@ def _test(
 
 
 def _chunks(config: MemoryConfig, inputs: Array, window: Array | int) -> dict[str, jax.Array]:
-    """The steps in chunks; what lies before the last `window` steps is forgotten by a reset."""
+    """Returns the steps in chunks; a reset clears the carry before the last `window` steps."""
     batch_size, num_steps, _ = inputs.shape
     numbers = jnp.broadcast_to(jnp.arange(num_steps), (batch_size, num_steps))
     steps = {
@@ -309,14 +337,28 @@ def _chunk_loss(
     params: Params, carry: Any, chunk: dict[str, Array], target: Array, *,
     config: MemoryConfig, task: Task, net: RecurrenceConfig,
 ) -> tuple[jax.Array, tuple[Any, jax.Array]]:  # fmt: skip
-    """Loss, carry and error; both numbers are 0 where the chunk has not the last step."""
-    model = partial(remember, net)
+    """Returns loss, carry and error; loss and error are 0 if the chunk lacks the last step."""
+    model = partial(_apply, net)
     carry, outputs = truncated.apply(model, params, carry, chunk, burn_in=config.burn_in)
     is_last = chunk["is_last"][:, config.burn_in :]
     last = jnp.sum(jnp.where(is_last[..., None], outputs, 0.0), axis=1)
-    loss, error = task.judge(layers.apply_mlp(params["readout"], last), target)
-    is_here = jnp.any(is_last)
-    return jnp.where(is_here, loss, 0.0), (carry, jnp.where(is_here, error, 0.0))
+    loss, error = task.evaluate(layers.apply_mlp(params["readout"], last), target)
+    has_last = jnp.any(is_last)
+    return jnp.where(has_last, loss, 0.0), (carry, jnp.where(has_last, error, 0.0))
+
+
+def _apply(
+    config: RecurrenceConfig, params: Params, carry: Any, steps: dict[str, Array]
+) -> tuple[Any, jax.Array]:
+    """Returns carry and outputs `[B, T, H]` of `steps`: inputs, mask, reset, each `[B, T, …]`."""
+    return recurrence.apply(
+        params["recurrence"],
+        config,
+        steps["inputs"],
+        mask=steps["mask"],
+        reset=steps["reset"],
+        carry=carry,
+    )
 
 
 def _net(config: MemoryConfig, cell: CellName) -> RecurrenceConfig:
@@ -333,9 +375,8 @@ def _optimizer(config: MemoryConfig) -> optax.GradientTransformation:
 
 
 def _num_blocks(config: MemoryConfig, task: str) -> int:
-    share = {"adding": 1, "recall": 5}[task]
-    return max(1, config.max_updates // (share * BLOCK))
+    return max(1, config.max_updates // (UPDATE_DIVISOR[task] * BLOCK))
 
 
 if __name__ == "__main__":
-    run(memory, PRESETS, description="Shows what each cell can remember.")
+    run(memory, PRESETS, description="Trains every recurrent cell on two memory tasks.")

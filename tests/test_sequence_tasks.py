@@ -1,25 +1,24 @@
-"""The tasks are what their papers say, and the gradient's reach is what can be worked out."""
+"""Memory tasks as in their papers; gradient norms agree with closed forms; chrono biases."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train import memory_tasks
-from train.memory_tasks import TASKS, Trials
-from vla_jax.nn import cells, recurrence
+from vla_jax.nn import cells, chrono, recurrence, sequence_tasks
 from vla_jax.nn.recurrence import RecurrenceConfig
+from vla_jax.nn.sequence_tasks import TASKS, Trials
 
 B, H = 400, 6
 
 
 @pytest.mark.parametrize("length", [3, 10])
-def test_adding_asks_for_the_sum_of_one_marked_number_of_each_half(length, key):
-    (values, marks), target = split_adding(memory_tasks.draw_adding(key, B, length))
+def test_adding_marks_one_number_in_each_half_and_targets_their_sum(length, key):
+    (values, marks), target = split_adding(sequence_tasks.draw_adding(key, B, length))
     assert ((values >= 0) & (values < 1)).all()
     assert (marks[:, : length // 2].sum(1) == 1).all()
     assert (marks[:, length // 2 :].sum(1) == 1).all()
-    assert marks.any(axis=0).all()  # anywhere
+    assert marks.any(axis=0).all()  # every position occurs
     np.testing.assert_allclose(target, (values * marks).sum(1), atol=1e-6)
 
 
@@ -27,38 +26,38 @@ def split_adding(trials):
     return np.moveaxis(np.asarray(trials.inputs), -1, 0), np.asarray(trials.target)
 
 
-def test_who_remembers_nothing_is_at_chance(key):
-    adding = memory_tasks.draw_adding(key, 20_000, 8)
-    loss, error = TASKS["adding"].judge(jnp.ones((20_000, 1)), adding.target)
+def test_constant_outputs_are_at_chance(key):
+    adding = sequence_tasks.draw_adding(key, 20_000, 8)
+    loss, error = TASKS["adding"].evaluate(jnp.ones((20_000, 1)), adding.target)
     assert loss == error
     assert float(error) == pytest.approx(TASKS["adding"].chance, rel=0.03)
-    recall = memory_tasks.draw_recall(key, 20_000, 3)
-    same = jnp.tile(jnp.arange(memory_tasks.NUM_SYMBOLS, dtype=float)[None], (20_000, 1))
-    loss, error = TASKS["recall"].judge(0.0 * same, recall.target)
-    assert float(loss) == pytest.approx(np.log(memory_tasks.NUM_SYMBOLS), rel=1e-5)
-    assert float(TASKS["recall"].judge(same, recall.target)[1]) == pytest.approx(
+    recall = sequence_tasks.draw_recall(key, 20_000, 3)
+    same = jnp.tile(jnp.arange(sequence_tasks.NUM_SYMBOLS, dtype=float)[None], (20_000, 1))
+    loss, error = TASKS["recall"].evaluate(0.0 * same, recall.target)
+    assert float(loss) == pytest.approx(np.log(sequence_tasks.NUM_SYMBOLS), rel=1e-5)
+    assert float(TASKS["recall"].evaluate(same, recall.target)[1]) == pytest.approx(
         TASKS["recall"].chance, rel=0.03
     )
 
 
 @pytest.mark.parametrize("delay", [1, 5])
-def test_recall_asks_at_the_cue_for_the_symbol_that_was_marked(delay, key):
-    inputs, target = map(np.asarray, memory_tasks.draw_recall(key, B, delay))
-    assert inputs.shape == (B, delay + 1, memory_tasks.NUM_SYMBOLS + 2)
+def test_recall_targets_the_marked_symbol_at_the_cue(delay, key):
+    inputs, target = map(np.asarray, sequence_tasks.draw_recall(key, B, delay))
+    assert inputs.shape == (B, delay + 1, sequence_tasks.NUM_SYMBOLS + 2)
     symbols, marks, cues = inputs[..., :-2], inputs[..., -2], inputs[..., -1]
     assert (symbols[:, 0].argmax(-1) == target).all()
     assert (symbols[:, :-1].sum(-1) == 1).all()
     assert not symbols[:, -1].any()
     assert (marks == (np.arange(delay + 1) == 0)).all()
     assert (cues == (np.arange(delay + 1) == delay)).all()
-    assert set(target) == set(range(memory_tasks.NUM_SYMBOLS))
+    assert set(target) == set(range(sequence_tasks.NUM_SYMBOLS))
 
 
 @pytest.mark.parametrize("cell", cells.CELLS)
-def test_spread_gates_forget_after_one_to_span_steps(cell, key):
+def test_spread_gates_have_time_constants_from_one_to_span_steps(cell, key):
     span, num_units = 100, 64
     drawn = cells.CELLS[cell].init(key, 2, num_units)
-    params = memory_tasks.spread_gates(key, cell, drawn, span)
+    params = chrono.spread_gates(key, cell, drawn, span)
     changed = {name for name, leaf in params.items() if not np.array_equal(leaf, drawn[name])}
     if cell == "rnn":
         assert not changed
@@ -72,10 +71,10 @@ def test_spread_gates_forget_after_one_to_span_steps(cell, key):
 
 
 def keeping_gate(cell, params):
-    """Share of its memory that each unit keeps in a step whose products are zero."""
+    """Fraction of its carry that each unit keeps in a step with zero matrix products."""
     leaf = np.asarray(params["gate_bias" if cell == "layer_norm_lstm" else "input_bias"])
     first, second, *_ = np.split(leaf, cells.CELLS[cell].num_gates)
-    if cell == "min_gru":  # z n, of which z lets in
+    if cell == "min_gru":  # z is the input gate
         return 1 / (1 + np.exp(first))
     if cell != "gru":  # i f g o
         np.testing.assert_allclose(first, -second)
@@ -85,11 +84,11 @@ def keeping_gate(cell, params):
 def draw_net(cell, key, num_steps=7):
     config = RecurrenceConfig(cell, hidden_size=H)
     task = TASKS["adding"]
-    return config, memory_tasks.init(key, config, task), task.draw(key, 3, num_steps)
+    return config, sequence_tasks.init(key, config, task), task.draw(key, 3, num_steps)
 
 
-def test_the_reach_of_a_linear_cell_is_the_product_of_what_it_keeps(key):
-    """Of one row: ∂hₜ₊₁/∂hₜ is a diagonal, the a of hₜ₊₁ = a hₜ + b."""
+def test_the_gradient_norms_of_a_linear_cell_are_products_of_its_decays(key):
+    """∂hₜ₊₁/∂hₜ is diagonal: the a of hₜ₊₁ = a hₜ + b."""
     config, params, trials = draw_net("min_gru", key)
     row = Trials(trials.inputs[:1], trials.target[:1])
     cell, own = cells.MIN_GRU, params["recurrence"]["layers_0"]["forward"]
@@ -97,14 +96,14 @@ def test_the_reach_of_a_linear_cell_is_the_product_of_what_it_keeps(key):
     readout = np.asarray(params["readout"]["layers_0"]["kernel"], np.float64)[:, 0]
     kept = np.cumprod(np.vstack([np.ones(H), decay[:0:-1]]), axis=0)  # by lag
     expected = np.linalg.norm(kept * readout, axis=-1)
-    found = memory_tasks.gradient_norms(params, config, row)[::-1]
+    found = sequence_tasks.gradient_norms(params, config, row)[::-1]
     np.testing.assert_allclose(found, expected / expected[0], rtol=1e-5)
 
 
 @pytest.mark.parametrize("cell", cells.CELLS)
-def test_the_reach_is_the_slope_of_the_last_answer(cell, key):
+def test_the_gradient_norms_agree_with_the_gradient_by_an_initial_carry(cell, key):
     config, params, trials = draw_net(cell, key)
-    norms = memory_tasks.gradient_norms(params, config, trials)
+    norms = sequence_tasks.gradient_norms(params, config, trials)
 
     def answer(carry, first):
         carry = {"layers_0": {"forward": carry}}

@@ -1,0 +1,167 @@
+"""Memory tasks of sequences: the adding problem and delayed recall, and gradients over time.
+
+Batches are generated inside `jit` and never repeat.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vla_jax.nn import layers, recurrence
+from vla_jax.nn.cells import CELLS
+from vla_jax.nn.chrono import spread_gates
+from vla_jax.nn.recurrence import RecurrenceConfig
+from vla_jax.types import Array, Key, Params
+
+NUM_SYMBOLS = 8  # V, symbols of delayed recall
+TINY = 1e-30  # avoids 0 / 0 where a gradient is zero
+
+
+class Trials(NamedTuple):
+    """Input sequences, and the target output at their last step."""
+
+    inputs: Array  # [B, T, D]
+    target: Array  # [B], a number (adding) or the index of a symbol (recall)
+
+
+class Task(NamedTuple):
+    """A memory task: a member of the family `TASKS`."""
+
+    input_size: int  # D
+    output_size: int  # size of an output
+    num_steps: Callable[[int], int]  # length (adding) or delay (recall) -> T
+    draw: Callable[[Key, int, int], Trials]  # (key, batch_size, length) -> trials
+    # (outputs [B, output_size], target [B]) -> loss [], error [] (0 = perfect)
+    evaluate: Callable[[Array, Array], tuple[jax.Array, jax.Array]]
+    chance: float  # error of the best constant output
+    solved: float  # error below which the task counts as solved
+    error_name: str  # description of the error, for plots
+
+
+def draw_adding(key: Key, batch_size: int, length: int) -> Trials:
+    """Returns the adding problem: numbers in [0, 1], two of them marked; target: their sum.
+
+    Each half of the sequence contains one mark. The constant output 1 has a mean squared error of
+    1/6, the variance of the sum of two such numbers.
+
+    Args:
+      key: consumed.
+      batch_size: B.
+      length: T, at least 2.
+
+    Source: Hochreiter & Schmidhuber 1997, in the version of Le et al. 2015 (arXiv:1504.00941).
+    """
+    value_key, early_key, late_key = jax.random.split(key, 3)
+    values = jax.random.uniform(value_key, (batch_size, length))
+    early = jax.random.randint(early_key, (batch_size, 1), 0, length // 2)
+    late = jax.random.randint(late_key, (batch_size, 1), length // 2, length)
+    steps = jnp.broadcast_to(jnp.arange(length), (batch_size, length))
+    marks = ((steps == early) | (steps == late)).astype(jnp.float32)
+    return Trials(jnp.stack([values, marks], axis=-1), jnp.sum(values * marks, axis=1))
+
+
+def evaluate_number(outputs: Array, target: Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the mean squared error as loss and as error."""
+    error = jnp.mean(jnp.square(outputs[:, 0] - target))
+    return error, error
+
+
+def draw_recall(key: Key, batch_size: int, delay: int) -> Trials:
+    """Returns delayed recall: symbols, the first one marked; target: that symbol, `delay` later.
+
+    Unmarked distractor symbols follow; the last step has a cue and no symbol.
+
+    Args:
+      key: consumed.
+      batch_size: B.
+      delay: steps from the first to the last, at least 1; T = delay + 1.
+
+    Returns:
+      Inputs `[B, delay + 1, V + 2]`: one-hot symbol, mark, cue.
+    """
+    symbols = jax.random.randint(key, (batch_size, delay + 1), 0, NUM_SYMBOLS)
+    one_hot = jax.nn.one_hot(symbols, NUM_SYMBOLS).at[:, -1].set(0.0)
+    flags = jnp.zeros((batch_size, delay + 1, 2)).at[:, 0, 0].set(1.0).at[:, -1, 1].set(1.0)
+    return Trials(jnp.concatenate([one_hot, flags], axis=-1), symbols[:, 0])
+
+
+def evaluate_symbol(outputs: Array, target: Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the mean cross-entropy as loss and the error rate as error."""
+    loss = optax.losses.softmax_cross_entropy_with_integer_labels(outputs, target)
+    return jnp.mean(loss), jnp.mean(jnp.argmax(outputs, axis=-1) != target)
+
+
+TASKS = {
+    "adding": Task(
+        2, 1, lambda length: length, draw_adding, evaluate_number, 1 / 6, 0.01,
+        "mean squared error",
+    ),
+    "recall": Task(
+        NUM_SYMBOLS + 2,
+        NUM_SYMBOLS,
+        lambda delay: delay + 1,
+        draw_recall,
+        evaluate_symbol,
+        1 - 1 / NUM_SYMBOLS,
+        0.01,
+        "error rate",
+    ),
+}  # fmt: skip
+
+
+def init(key: Key, config: RecurrenceConfig, task: Task, *, span: int = 0) -> Params:
+    """Returns `{"recurrence", "readout"}`: params of a recurrence and a linear output layer.
+
+    Args:
+      key: consumed.
+      config: of the recurrence, not bidirectional.
+      task: task that fixes input and output size.
+      span: largest time constant of chrono initialisation, steps; 0 = the default initialisation.
+    """
+    recurrence_key, readout_key, span_key = jax.random.split(key, 3)
+    params = recurrence.init(recurrence_key, config, task.input_size)
+    if span:
+        for layer in params.values():
+            layer["forward"] = spread_gates(span_key, config.cell, layer["forward"], span)
+    readout = layers.init_mlp(readout_key, (config.hidden_size, task.output_size))
+    return {"recurrence": params, "readout": readout}
+
+
+def gradient_norms(params: Params, config: RecurrenceConfig, trials: Trials) -> jax.Array:
+    """Returns the sensitivity of the last output to the carry of each step.
+
+        ‖∂ Σ outputs / ∂ carryₜ‖ / ‖∂ Σ outputs / ∂ carry_T‖,  root mean square over the batch
+
+    The carry of an LSTM is hidden and cell state together. Lag 0 is the last entry.
+
+    Args:
+      params: from `init`, of one layer.
+      config: config of the params.
+      trials: inputs `[B, T, D]`.
+
+    Returns:
+      `[T]` float32; 1 at the last step, near 0 where the gradient vanishes.
+    """
+    cell, cell_params = CELLS[config.cell], params["recurrence"]["layers_0"]["forward"]
+    inputs = jnp.swapaxes(trials.inputs, 0, 1)
+    carry = cell.zero_carry(trials.inputs, config.hidden_size)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros((len(inputs), *leaf.shape)), carry)
+
+    def sum_of_outputs(offsets: Any) -> jax.Array:
+        def body(carry: Any, step: Any) -> tuple[Any, None]:
+            step_inputs, offset = step
+            carry, _ = cell.step(cell_params, carry, step_inputs)
+            return jax.tree.map(jnp.add, carry, offset), None
+
+        last, _ = jax.lax.scan(body, carry, (inputs, offsets))
+        return jnp.sum(layers.apply_mlp(params["readout"], last.hidden))
+
+    gradient = jnp.concatenate(jax.tree.leaves(jax.grad(sum_of_outputs)(zeros)), axis=-1)
+    # Exploding gradients are divided by their largest number, so that their square is finite.
+    largest = jnp.max(jnp.abs(gradient), axis=(1, 2))
+    scaled = gradient / jnp.maximum(largest, TINY)[:, None, None]
+    norms = largest * jnp.sqrt(jnp.mean(jnp.sum(jnp.square(scaled), axis=-1), axis=-1))
+    return norms / norms[-1]
