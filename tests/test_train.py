@@ -30,6 +30,7 @@ from vla_jax.command_line import command_line
 from vla_jax.config import load
 from vla_jax.data.image_augment import AugmentConfig
 from vla_jax.data.normalize import compute_norm_stats
+from vla_jax.data.readers.dataset_config import DatasetConfig
 from vla_jax.evaluate import EvaluateConfig, evaluate
 from vla_jax.evaluation.results import read_outcomes
 from vla_jax.nn.scheduled_sampling import SamplingConfig
@@ -335,12 +336,14 @@ def test_a_run_whose_config_names_only_the_folder_of_its_data_set_is_resumed(
     saved = json.loads((run_dir / "config.json").read_text())
     old = {"dataset": str(demos), "gripper": "open_positive", "feature_keys": []}
     (run_dir / "config.json").write_text(json.dumps({**saved, **old}))
-    imitate(tiny_demos.imitation(demos, run_dir))
+    whole = DatasetConfig(str(demos), decode="whole")  # the only way that there was
+    config = dataclasses.replace(tiny_demos.imitation(demos, run_dir), dataset=whole)
+    imitate(config)
     assert_same_bits(train_state(trained), train_state(run_dir))
     old["gripper"] = "closed_positive"
     (run_dir / "config.json").write_text(json.dumps({**saved, **old}))
     with pytest.raises(ValueError, match=r"dataset\.gripper was 'closed_positive' and is 'open_p"):
-        imitate(tiny_demos.imitation(demos, run_dir))
+        imitate(config)
 
 
 def test_overwrite_starts_anew_and_its_run_can_be_resumed_without_it(tmp_path):

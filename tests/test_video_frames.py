@@ -79,11 +79,11 @@ def test_the_cache_can_lie_elsewhere_and_does_where_the_data_set_cannot_be_writt
     root, home = tmp_path / "data", tmp_path / "home"
     make_video(root / "a.mp4")
     cameras = {"image_primary": [Segment(root / "a.mp4", 0, 12)]}
-    video_frames.read_frames(cameras, root, cache_dir=tmp_path / "cache")
+    video_frames.read_frames(cameras, root, decoded_dir=tmp_path / "cache")
     assert len(list((tmp_path / "cache").glob("image_primary-*.npy"))) == 1
     monkeypatch.setenv("XDG_CACHE_HOME", str(home))
     monkeypatch.setattr(os, "access", lambda path, mode: pathlib.Path(path) != root)
-    with pytest.warns(UserWarning, match="cannot be written; decoded images go to"):
+    with pytest.warns(UserWarning, match="is not writable; decoded images go to"):
         video_frames.read_frames(cameras, root)
     assert len(list(home.glob("vla_jax/frames/*.npy"))) == 1
     assert not (root / ".frames").exists()
@@ -144,5 +144,5 @@ def test_a_full_disk_is_one_sentence_not_a_crash(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert "decoded images need 0 MB in" in done.stdout
-    assert "free space or give another cache_dir" in done.stdout
+    assert "free space, give another decoded_dir, or decode on demand" in done.stdout
     assert not list((tmp_path / ".frames").iterdir())

@@ -56,9 +56,9 @@ def change_table(path, name, change):
     pq.write_table(table.set_column(place, name, change(table[name])), path)
 
 
-def read(root, *, cameras=None, image_size=None, **fields):
+def read(root, *, cameras=None, image_size=None, decode="whole", **fields):
     """Reads the data set with the fields of `DatasetConfig`."""
-    config = DatasetConfig(str(root), **fields)
+    config = DatasetConfig(str(root), decode=decode, **fields)
     return lerobot_v3.read(config, cameras=cameras, image_size=image_size)
 
 

@@ -87,6 +87,7 @@ def table_lstm() -> ImitateConfig:
         head_sizes=(256, 128),
     )
     return ImitateConfig(
+        dataset=DatasetConfig(decode="whole"),
         run_dir="runs/table_lstm",
         backbone_from="runs/pretrain",
         frozen_backbone=True,
@@ -123,7 +124,7 @@ def table_jax_state() -> ImitateConfig:
         head_sizes=(128,),
     )
     return ImitateConfig(
-        dataset=DatasetConfig("demos/table_jax_state"),
+        dataset=DatasetConfig("demos/table_jax_state", decode="whole"),
         run_dir="runs/table_jax_state",
         pack=True,
         loss=LossWeights(gripper=0.1),
@@ -181,6 +182,7 @@ def gpu_end_to_end() -> ImitateConfig:
         dtype="bfloat16",
     )
     return ImitateConfig(
+        dataset=DatasetConfig(decode="whole"),
         run_dir="runs/gpu_end_to_end",
         pack=True,
         loss=LossWeights(gripper=0.1),

@@ -110,19 +110,20 @@ def demo(config: DemoConfig) -> pathlib.Path:
     return page
 
 
+def _demonstrations(config: DemoConfig) -> DatasetConfig:
+    return DatasetConfig(config.dataset, decode="whole")  # small, and read thousands of times
+
+
 def _train_on_pictures(config: DemoConfig, world: WorldConfig) -> dict:
     """Policies by name, with the options of each one's evaluation."""
     run_dir = pathlib.Path(config.run_dir)
     console.rule("pre-training: the encoder learns to see, from the simulator's block positions")
-    eyes = pretrain(
-        PretrainConfig(dataset=DatasetConfig(config.dataset), run_dir=str(run_dir / "pretrain"))
-    )
+    dataset = _demonstrations(config)
+    eyes = pretrain(PretrainConfig(dataset=dataset, run_dir=str(run_dir / "pretrain")))
     trained = {}
     for name, preset in (("lstm", configs.table_lstm), ("memoryless", configs.table_fc)):
         console.rule(f"imitation: {name}")
-        base = replace(
-            preset(), dataset=DatasetConfig(config.dataset), world=world, backbone_from=str(eyes)
-        )
+        base = replace(preset(), dataset=dataset, world=world, backbone_from=str(eyes))
         trained[name] = imitate(replace(base, run_dir=str(run_dir / name)))
     return {
         "LSTM, window spans the episode": (trained["lstm"], {"mode": "refresh"}),
@@ -140,7 +141,7 @@ def _train_on_state(config: DemoConfig, world: WorldConfig) -> dict:
     evaluations = {}
     for decoder in config.decoders:
         console.rule(f"imitation: {decoder}")
-        base = replace(_state_preset(decoder), dataset=DatasetConfig(config.dataset), world=world)
+        base = replace(_state_preset(decoder), dataset=_demonstrations(config), world=world)
         trained = imitate(replace(base, run_dir=str(run_dir / decoder)))
         name, mode = SHOWN[decoder]
         evaluations[name] = (trained, {"mode": mode} if mode else {})

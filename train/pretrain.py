@@ -65,7 +65,7 @@ class PretrainConfig:
 
 def table() -> PretrainConfig:
     """The table's encoder, 2 minutes on 2 cores: block positions from two 64 × 64 pictures."""
-    return PretrainConfig()
+    return PretrainConfig(dataset=DatasetConfig(decode="whole"))
 
 
 PRESETS = {"table": table}

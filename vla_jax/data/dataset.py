@@ -1,14 +1,14 @@
-"""Data sets in memory: every numeric column of all frames, images as arrays or memory maps.
+"""The data set record: numeric columns in memory, images as arrays or read on demand.
 
-Frames of all episodes lie one after the other on the axis `F`; `episode_ends` says where each
-episode stops. Numbers fit in memory for any robot data set; images stay on disk where a reader
-gives memory maps. Actions are in the library's convention: gripper +1 open, -1 closed.
+The frames of all episodes are concatenated along the axis `F`; `episode_ends` marks the end of
+each episode. The numbers of a robot data set fit in memory; images may stay on disk, as memory
+maps or as videos. Actions follow the library's convention: gripper +1 open, -1 closed.
 """
 
 import hashlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -17,23 +17,45 @@ COLUMNS = ("proprio", "environment_state", "action")
 OnBad = Literal["error", "skip"]
 
 
+class Frames(Protocol):
+    """Images `[F, h, w, 3]` uint8 of one camera: an array or an object indexed like one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(F, h, w, 3)."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Always uint8."""
+        ...
+
+    def __len__(self) -> int:
+        """Returns F."""
+        ...
+
+    def __getitem__(self, index: Any, /) -> np.ndarray:
+        """Returns the images at an integer, a slice, or an array of integers `[...]`."""
+        ...
+
+
 class Episode(NamedTuple):
-    """One demonstration of `T` steps, as a recorder gives it."""
+    """One demonstration of `T` steps."""
 
     observation: Mapping[str, np.ndarray]  # field name of Observation -> [T, ...], images uint8
     action: np.ndarray  # [T, A] float32, gripper (last) +1 open / -1 closed
-    instruction: str  # the task in words
+    instruction: str  # task as a sentence
 
 
 class Dataset(NamedTuple):
-    """Episodes laid one after the other; `F` frames, `E` episodes."""
+    """Concatenated episodes; `F` frames, `E` episodes."""
 
     columns: Mapping[str, np.ndarray]  # proprio [F, P], environment_state [F, E], action [F, A]
-    frames: Mapping[str, np.ndarray]  # camera -> [F, h, w, 3] uint8, array or memory map
+    frames: Mapping[str, Frames]  # camera -> [F, h, w, 3] uint8
     episode_ends: np.ndarray  # [E] int64, exclusive
     instructions: tuple[str, ...]  # one per episode
     fps: float  # frames per second, Hz
-    fingerprint: str  # identity of the content
+    fingerprint: str  # hash of the content
     names: Mapping[str, tuple[str, ...]]  # column -> name of each dimension, where known
 
 
@@ -47,16 +69,17 @@ def from_episodes(
     """Builds a data set in memory from episode records.
 
     Args:
-      episodes: records with the same fields, each of at least one step.
+      episodes: records with the same fields, each with at least one step.
       fps: steps per second, Hz.
       names: column -> name of each dimension.
-      on_bad: what to do with an episode that holds NaN or infinity: "error" or "skip".
+      on_bad: treatment of episodes with NaN or infinity: "error" refuses the data set, "skip"
+        leaves them out.
 
     Returns:
       The data set; its arrays are copies.
 
     Raises:
-      ValueError: no episodes, episodes that differ in their fields or sizes, NaN or infinity.
+      ValueError: no episodes; episodes with different fields or sizes; NaN or infinity.
     """
     episodes = list(episodes)
     if not episodes:
@@ -85,25 +108,25 @@ def from_episodes(
 
 
 def episode_starts(episode_ends: np.ndarray) -> np.ndarray:
-    """First frame of every episode `[E]`."""
+    """Returns the first frame of every episode `[E]`."""
     return np.concatenate([[0], episode_ends[:-1]]).astype(np.int64)
 
 
 def episode_start(dataset: Dataset, episode: int) -> int:
-    """First frame of one episode."""
+    """Returns the first frame of one episode."""
     return int(dataset.episode_ends[episode - 1]) if episode else 0
 
 
 def check_episode(episode: Episode, index: int, *, like: Episode) -> None:
-    """Refuses an episode that no data set can hold.
+    """Checks that an episode can be part of a data set.
 
     Args:
       episode: the record to check.
       index: its number, for the message.
-      like: an episode whose fields and sizes it must share.
+      like: an episode with the expected fields and sizes.
 
     Raises:
-      ValueError: no steps, an unknown field, other fields, lengths or sizes than `like`, or
+      ValueError: no steps; an unknown field; fields, lengths or sizes that differ from `like`;
         images that are not uint8 `[T, h, w, 3]`.
     """
     steps, expected = _fields(episode), _fields(like)
@@ -134,19 +157,19 @@ def check_episode(episode: Episode, index: int, *, like: Episode) -> None:
 def finite_episodes(
     columns: Mapping[str, np.ndarray], episode_ends: np.ndarray, *, on_bad: OnBad = "error"
 ) -> np.ndarray:
-    """Indices of the episodes whose numbers are all finite.
+    """Returns the indices of the episodes whose numbers are all finite.
 
     Args:
       columns: name -> `[F, D]`.
       episode_ends: `[E]`, exclusive.
       on_bad: "error" refuses a data set with NaN or infinity, "skip" leaves those episodes out
-        with one counted warning.
+        and issues one warning with their number.
 
     Returns:
       Episode indices, ascending.
 
     Raises:
-      ValueError: NaN or infinity and `on_bad` is "error"; no episode is left.
+      ValueError: NaN or infinity where `on_bad` is "error"; no episode is left.
     """
     bad: set[int] = set()
     for name, column in columns.items():
@@ -171,7 +194,7 @@ def finite_episodes(
 
 
 def episode_rows(episode_ends: np.ndarray, episodes: np.ndarray) -> np.ndarray | slice:
-    """Frames of the given ascending episodes; a slice where it is all of them."""
+    """Returns the frames of the given ascending episodes; a slice if these are all episodes."""
     if len(episodes) == len(episode_ends):
         return slice(None)
     kept = np.isin(np.arange(len(episode_ends)), episodes)
@@ -179,7 +202,7 @@ def episode_rows(episode_ends: np.ndarray, episodes: np.ndarray) -> np.ndarray |
 
 
 def digest(*parts: object) -> str:
-    """Sixteen hexadecimal digits that name the content of arrays, mappings, texts and numbers."""
+    """Returns a hash of arrays, mappings, texts and numbers: 16 hexadecimal digits."""
     state = hashlib.sha256()
     for part in parts:
         if isinstance(part, Mapping):

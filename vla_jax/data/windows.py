@@ -121,7 +121,7 @@ def cut(
 
 def take(source: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """`source[rows]` as an array of its own: `[..., W]` rows of `[F, ...]`."""
-    return np.asarray(source).take(rows, axis=0)
+    return np.asarray(source[rows])
 
 
 class Windows:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from vla_jax.actions.gripper import Gripper
 from vla_jax.data.dataset import OnBad
@@ -18,15 +18,22 @@ class DatasetConfig:
     columns: tuple[str, ...] | None = None  # numeric fields read beside action; None = all
     gripper: Gripper = "open_positive"  # meaning of the action's last number on disk
     expected_fps: float | None = None  # Hz; refuse data of another rate; None = any rate
-    decoded_dir: str | None = None  # folder for decoded images; None = .frames in the data set
+    decode: Literal["on_demand", "whole"] = "on_demand"  # videos: as needed, or once, all to disk
+    cache_bytes: int = 2**30  # bytes of decoded frames kept in memory by each process (on_demand)
+    decoded_dir: str | None = None  # folder for decoded frames (whole); None = .frames in path
     on_bad: OnBad = "error"  # episodes with NaN or infinity: refuse the data set, or skip them
+
+    def __post_init__(self) -> None:
+        """Checks the size of the cache."""
+        if self.cache_bytes < 0:
+            raise ValueError(f"dataset.cache_bytes must be at least 0, got {self.cache_bytes}.")
 
 
 def upgrade_config(data: Any) -> Any:
     """Converts a saved training config whose `dataset` is still a path to the present fields.
 
     Such configs were written before `DatasetConfig` existed. They held `gripper` and
-    `feature_keys` beside the path.
+    `feature_keys` beside the path; videos were always decoded as a whole.
 
     Args:
       data: a training config as JSON; returned unchanged if its `dataset` is not a string.
@@ -35,4 +42,4 @@ def upgrade_config(data: Any) -> Any:
         return data
     moved = {name: data[name] for name in ("gripper", "feature_keys") if name in data}
     rest = {name: value for name, value in data.items() if name not in moved}
-    return {**rest, "dataset": {"path": data["dataset"], **moved}}
+    return {**rest, "dataset": {"path": data["dataset"], "decode": "whole", **moved}}

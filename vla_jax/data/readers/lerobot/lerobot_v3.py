@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from vla_jax.actions.gripper import gripper_to_open_positive
-from vla_jax.data import video_frames
 from vla_jax.data.dataset import (
     CAMERAS,
     COLUMNS,
@@ -21,6 +20,7 @@ from vla_jax.data.dataset import (
 from vla_jax.data.readers.dataset_config import DatasetConfig
 from vla_jax.data.readers.lerobot import layout
 from vla_jax.data.readers.lerobot.layout import DATA_PATH, INFO_PATH, TASKS_PATH, VIDEO_PATH
+from vla_jax.data.readers.videos import open_videos
 from vla_jax.data.video_frames import Segment
 
 TIME_TOLERANCE = 1e-3  # seconds; timestamps are float32
@@ -82,12 +82,7 @@ def read(
     lengths = np.asarray(episodes["length"])[keep]
     return Dataset(
         columns=columns,
-        frames=video_frames.read_frames(
-            segments,
-            root,
-            cache_dir=pathlib.Path(config.decoded_dir) if config.decoded_dir else None,
-            image_size=image_size,
-        ),
+        frames=open_videos(segments, config, image_size=image_size),
         episode_ends=np.cumsum(lengths),
         instructions=instructions,
         fps=float(info["fps"]),

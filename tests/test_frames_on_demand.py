@@ -1,0 +1,226 @@
+"""Law: images decoded on demand equal those of whole-set decoding, whatever the cache holds."""
+
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import av
+import numpy as np
+import pytest
+import tiny_lerobot
+from tiny_lerobot import make_episodes
+
+from vla_jax.data import frames_on_demand, video_pieces
+from vla_jax.data.frame_cache import FrameCache
+from vla_jax.data.frames_on_demand import FramesOnDemand
+from vla_jax.data.readers.lerobot import writer
+from vla_jax.data.video_files import open_video, read_index
+from vla_jax.data.video_frames import Segment, read_frames
+
+SIZE = (16, 24)
+FRAME_BYTES = 16 * 24 * 3
+NUM_FRAMES = (41, 1, 26)  # of the files
+VIDEOS = {  # codec, file ending and encoder options
+    "groups of 10": ("libx264rgb", "mp4", {"g": "10", "crf": "18"}),
+    "one group": ("libx264rgb", "mp4", {"g": "250", "crf": "18"}),
+    "every frame a key frame": ("libx264", "mp4", {"g": "1"}),
+    "reordered frames": ("libx264", "mp4", {"g": "12", "bf": "3"}),
+    "open groups": ("libx264", "mp4", {"g": "12", "bf": "3", "x264-params": "open-gop=1"}),
+    "open groups, HEVC": ("libx265", "mp4", {"g": "12", "x265-params": "log-level=none"}),
+    "AV1 as lerobot writes it": ("libsvtav1", "mp4", {"g": "2", "crf": "30"}),
+    "no index in the header": ("libx264", "mkv", {"g": "12", "bf": "3"}),
+}
+
+
+def make_video(path, num_frames, codec, options):
+    """Writes a bright bar that moves over noise, so that every frame differs from the others."""
+    rng = np.random.default_rng(num_frames)
+    noise = rng.integers(0, 100, (*SIZE, 3))
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=10, options=options)
+        stream.height, stream.width = SIZE if codec != "libsvtav1" else (64, 64)
+        stream.pix_fmt = "rgb24" if codec == "libx264rgb" else "yuv420p"
+        for i in range(num_frames):
+            image = np.roll(noise, i, axis=0).astype(np.uint8)
+            image[:, i % 20 : i % 20 + 4] = 100 + 3 * i
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            container.mux(stream.encode(frame.reformat(stream.width, stream.height)))
+        container.mux(stream.encode())
+
+
+def make_segments(folder, video):
+    """Segments in the order of no file, with a gap before and between them."""
+    codec, ending, options = VIDEOS[video]
+    paths = [folder / f"{i}.{ending}" for i in range(len(NUM_FRAMES))]
+    for path, num_frames in zip(paths, NUM_FRAMES, strict=True):
+        make_video(path, num_frames, codec, options)
+    first, single, last = paths
+    return [
+        Segment(last, 3, 9),
+        Segment(first, 20, 21),
+        Segment(single, 0, 1),
+        Segment(first, 1, 15),
+        Segment(last, 12, 14),
+    ]
+
+
+@pytest.fixture(scope="module", params=VIDEOS)
+def video(request, tmp_path_factory):
+    """Segments, and their images from whole-set decoding."""
+    folder = tmp_path_factory.mktemp("videos")
+    segments = make_segments(folder, request.param)
+    return segments, read_frames({"image_wrist": segments}, folder, image_size=SIZE)["image_wrist"]
+
+
+@pytest.mark.parametrize("capacity", [0, 5 * FRAME_BYTES, 25 * FRAME_BYTES, 10**8])
+def test_on_demand_equals_whole_for_random_access(video, capacity):
+    segments, whole = video
+    cache = FrameCache(capacity)
+    frames = FramesOnDemand(segments, cache, image_size=SIZE)
+    assert (frames.shape, frames.dtype, len(frames)) == (whole.shape, whole.dtype, len(whole))
+    rng = np.random.default_rng(0)
+    for _ in range(12):
+        rows = rng.integers(-len(whole), len(whole), (3, 4))
+        np.testing.assert_array_equal(frames[rows], whole[rows])
+        assert cache.num_bytes <= capacity
+    np.testing.assert_array_equal(frames[:], whole)
+    np.testing.assert_array_equal(frames[::-3], whole[::-3])
+    np.testing.assert_array_equal(frames[-1], whole[-1])
+    assert cache.num_bytes <= capacity
+
+
+def test_the_index_lists_every_frame_and_the_key_frames(video):
+    segments, _ = video
+    for path in {segment.path for segment in segments}:
+        with open_video(path) as container:
+            times, starts = read_index(container)
+            container.seek(0)
+            decoded = [(f.pts, f.key_frame) for f in container.decode(video=0)]
+        np.testing.assert_array_equal(times, [time for time, _ in decoded])
+        assert starts[0] == 0
+        assert len(starts) == sum(is_key for _, is_key in decoded)
+
+
+@pytest.fixture(scope="module")
+def h264(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("h264")
+    segments = make_segments(folder, "groups of 10")
+    return segments, read_frames({"image_wrist": segments}, folder)["image_wrist"]
+
+
+def count_decoded(monkeypatch):
+    """Records the numbers of frames that are decoded and kept."""
+    counts = []
+    decode = video_pieces.VideoPieces.decode
+
+    def counted(self, path, numbers, size):
+        counts.append(len(numbers))
+        return decode(self, path, numbers, size)
+
+    monkeypatch.setattr(video_pieces.VideoPieces, "decode", counted)
+    return counts
+
+
+def test_only_missing_pieces_are_decoded(h264, monkeypatch):
+    segments, _ = h264
+    counts = count_decoded(monkeypatch)
+    frames = FramesOnDemand(segments, FrameCache(10**8))
+    assert counts == []
+    frames[10]  # in the file's frames 20 … 29 or a group that a scene change made shorter
+    assert sum(counts) <= 10
+    decoded = sum(counts)
+    frames[10]
+    assert sum(counts) == decoded
+    frames[:]
+    total = sum(counts)
+    frames[:]
+    assert sum(counts) == total <= sum(NUM_FRAMES)
+
+
+def test_of_a_piece_larger_than_the_cache_only_the_needed_frames_are_converted(h264, monkeypatch):
+    segments, whole = h264
+    counts = count_decoded(monkeypatch)
+    frames = FramesOnDemand(segments, FrameCache(0))
+    for _ in range(2):
+        np.testing.assert_array_equal(frames[[3, 4]], whole[[3, 4]])
+    assert counts == [2, 2]
+
+
+def test_a_long_run_of_pieces_is_decoded_in_parts(h264, monkeypatch):
+    monkeypatch.setattr(frames_on_demand, "RUN_PIECES", 2)
+    segments, whole = h264
+    frames = FramesOnDemand(segments, FrameCache(10**8))
+    np.testing.assert_array_equal(frames[:], whole)
+
+
+def test_many_files_are_read_with_few_open(h264, monkeypatch):
+    monkeypatch.setattr(video_pieces, "MAX_OPEN", 1)
+    segments, whole = h264
+    frames = FramesOnDemand(segments, FrameCache(0))
+    rows = np.random.default_rng(0).integers(0, len(whole), 20)
+    for row in rows:
+        np.testing.assert_array_equal(frames[row], whole[row])
+    assert len(frames._videos._local.containers) == 1
+
+
+def test_threads_that_share_the_cameras_get_the_same_images(h264):
+    segments, whole = h264
+    cache = FrameCache(12 * FRAME_BYTES)
+    frames = FramesOnDemand(segments, cache)
+
+    def work(seed):
+        for rows in np.random.default_rng(seed).integers(0, len(whole), (20, 5)):
+            np.testing.assert_array_equal(frames[rows], whole[rows])
+            assert cache.num_bytes <= cache.capacity
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+
+
+def test_a_pickled_copy_reads_the_same_and_carries_no_images(h264):
+    segments, whole = h264
+    cache = FrameCache(10**8)
+    cameras = {name: FramesOnDemand(segments, cache) for name in ("image_primary", "image_wrist")}
+    np.testing.assert_array_equal(cameras["image_wrist"][:], whole)
+    packed = pickle.dumps(cameras)
+    assert len(packed) < 10_000
+    there = pickle.loads(packed)
+    np.testing.assert_array_equal(there["image_wrist"][5:9], whole[5:9])
+    assert there["image_primary"]._cache is there["image_wrist"]._cache
+
+
+def test_indices_that_no_array_takes_are_refused(h264):
+    frames = FramesOnDemand(h264[0], FrameCache(0))
+    for index in (len(frames), [0, -len(frames) - 1]):
+        with pytest.raises(IndexError, match=f"must be within {len(frames)} frames"):
+            frames[index]
+    with pytest.raises(IndexError, match="must be integers or a slice, got float64"):
+        frames[0.5]
+    assert frames[[]].shape == (0, *SIZE, 3)
+
+
+def test_missing_damaged_and_short_videos_are_named(tmp_path):
+    path = tmp_path / "a.mp4"
+    with pytest.raises(FileNotFoundError, match=r"video .*a\.mp4 is missing; copy"):
+        FramesOnDemand([Segment(path, 0, 12)], FrameCache(0))
+    make_video(path, 12, "libx264rgb", {"g": "4"})
+    frames = FramesOnDemand([Segment(path, 8, 6)], FrameCache(0))
+    with pytest.raises(ValueError, match=r"a\.mp4 must hold 14 frames, got 12"):
+        frames[:]
+    content = bytearray(path.read_bytes())
+    start = content.index(b"mdat") + 4
+    content[start + 900 :] = bytes(len(content) - start - 900)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"video .*a\.mp4 cannot be decoded, the file is damaged"):
+        FramesOnDemand([Segment(path, 0, 12)], FrameCache(0))[:]
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 32 * 32 * 3 * 11, 2**30])
+def test_a_data_set_read_on_demand_equals_one_decoded_whole(cache_bytes, tmp_path):
+    root = writer.write(tmp_path / "data", make_episodes(), fps=10)
+    on_demand = tiny_lerobot.read(root, decode="on_demand", cache_bytes=cache_bytes)
+    assert not (root / ".frames").exists()
+    whole = tiny_lerobot.read(root, decode="whole")
+    assert on_demand.fingerprint == whole.fingerprint
+    assert on_demand.frames.keys() == whole.frames.keys() == tiny_lerobot.CAMERAS.keys()
+    for name in whole.frames:
+        np.testing.assert_array_equal(on_demand.frames[name][:], whole.frames[name])

@@ -1,0 +1,151 @@
+"""Images of a data set that are decoded when they are indexed."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from vla_jax.data.frame_cache import FrameCache
+from vla_jax.data.video_files import too_short, video_size
+from vla_jax.data.video_frames import Segment, check_present
+from vla_jax.data.video_pieces import VideoPieces
+
+RUN_PIECES = 16  # neighbouring pieces that are decoded in one pass
+
+
+class FramesOnDemand:
+    """All images of one camera, `[F, h, w, 3]` uint8, indexed like an array.
+
+    Indexing decodes the pieces of the videos that are needed and not in the cache. It gives the
+    same images as decoding the videos as a whole. Safe to share by threads; pickled without its
+    images and open files.
+    """
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        cache: FrameCache,
+        *,
+        image_size: tuple[int, int] | None = None,
+    ) -> None:
+        """Opens the first video to learn its size; decodes nothing.
+
+        Args:
+          segments: video segment of every episode.
+          cache: of decoded images; may be shared by several cameras.
+          image_size: (h, w) in pixels to resize to; None keeps the size of the first video.
+
+        Raises:
+          FileNotFoundError: a video is missing.
+          ValueError: the first video is damaged.
+        """
+        check_present(segments)
+        self._size = image_size or video_size(segments[0].path)
+        self._paths = list(dict.fromkeys(segment.path for segment in segments))
+        places = {path: place for place, path in enumerate(self._paths)}
+        self._files = np.array([places[segment.path] for segment in segments])  # [E]
+        self._ends = np.cumsum([segment.length for segment in segments])  # [E] in the data set
+        self._stops = np.array([s.start + s.length for s in segments])  # [E] in the file
+        self._cache = cache
+        self._videos = VideoPieces()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(F, h, w, 3)."""
+        return int(self._ends[-1]), *self._size, 3
+
+    def __len__(self) -> int:
+        """Returns F, the number of frames."""
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """Decodes frames.
+
+        Args:
+          index: an integer, a slice, or an array of integers `[...]`, negative ones from the end.
+
+        Returns:
+          Images `[..., h, w, 3]` uint8, a new array.
+
+        Raises:
+          IndexError: an index is out of range, or not an integer.
+          ValueError: a video is damaged, or has fewer frames than its episodes.
+        """
+        rows = self._rows(index)
+        unique, places = np.unique(rows, return_inverse=True)
+        segments = np.searchsorted(self._ends, unique, side="right")
+        frames = unique - self._ends[segments] + self._stops[segments]
+        files = self._files[segments]
+        images = np.empty((len(unique), *self._size, 3), np.uint8)
+        for file in np.unique(files):
+            inside = np.flatnonzero(files == file)
+            order = inside[np.argsort(frames[inside])]
+            self._read(int(file), frames[order], order, images)
+        return images[places.reshape(rows.shape)]
+
+    def _rows(self, index: Any) -> np.ndarray:
+        """Returns the frames `[...]` that an index selects, each in [0, F)."""
+        if isinstance(index, slice):
+            return np.arange(*index.indices(len(self)))
+        rows = np.asarray(index)
+        if rows.size and not np.issubdtype(rows.dtype, np.integer):
+            raise IndexError(f"index must be integers or a slice, got {rows.dtype}.")
+        rows = np.where(rows < 0, rows + len(self), rows).astype(np.int64)
+        if np.any((rows < 0) | (rows >= len(self))):
+            raise IndexError(f"index must be within {len(self)} frames, got {index}.")
+        return rows
+
+    def _read(self, file: int, frames: np.ndarray, places: np.ndarray, images: np.ndarray) -> None:
+        """Writes frames of one file, ascending and different, to `images[places]`."""
+        path = self._paths[file]
+        times, starts = self._videos.index(path)
+        if frames[-1] >= len(times):
+            raise too_short(path, int(self._stops[self._files == file].max()), len(times))
+        pieces = np.searchsorted(starts, frames, side="right") - 1
+        missing = []
+        for piece in np.unique(pieces):
+            cached = self._cache.get((path, self._size, int(piece)))
+            if cached is None:
+                missing.append(int(piece))
+            else:
+                inside = pieces == piece
+                images[places[inside]] = cached[frames[inside] - starts[piece]]
+        for run in _runs(missing):
+            self._decode(file, run, frames, places, images)
+
+    def _decode(
+        self, file: int, run: list[int], frames: np.ndarray, places: np.ndarray, images: np.ndarray
+    ) -> None:
+        """Decodes neighbouring pieces, writes the needed frames and caches what fits."""
+        path = self._paths[file]
+        times, starts = self._videos.index(path)
+        bounds = np.append(starts, len(times))
+        frame_bytes = int(np.prod(self._size)) * 3
+        wanted = []
+        for piece in run:
+            first, stop = bounds[piece : piece + 2]
+            is_kept = (stop - first) * frame_bytes <= self._cache.capacity
+            inside = frames[(frames >= first) & (frames < stop)]
+            wanted.append(np.arange(first, stop) if is_kept else inside)
+        numbers = np.concatenate(wanted)
+        decoded = self._videos.decode(path, numbers, self._size)
+        needed = (frames >= bounds[run[0]]) & (frames < bounds[run[-1] + 1])
+        images[places[needed]] = decoded[np.searchsorted(numbers, frames[needed])]
+        parts = np.split(decoded, np.cumsum([len(part) for part in wanted])[:-1])
+        for piece, part in zip(run, parts, strict=True):
+            if len(part) == bounds[piece + 1] - bounds[piece]:
+                self._cache.put((path, self._size, piece), part.copy())
+
+
+def _runs(pieces: list[int]) -> Iterator[list[int]]:
+    """Yields groups of at most `RUN_PIECES` consecutive numbers of an ascending list."""
+    run: list[int] = []
+    for piece in pieces:
+        if run and (piece != run[-1] + 1 or len(run) == RUN_PIECES):
+            yield run
+            run = []
+        run.append(piece)
+    if run:
+        yield run
