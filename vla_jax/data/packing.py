@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vla_jax.data.dataset import episode_starts
+from vla_jax.data.dataset import Frames, episode_starts
 from vla_jax.data.windows import ALWAYS, Windows, take
 from vla_jax.types import Batch, Observation
 
@@ -44,7 +44,7 @@ class Packed:
         action_mask = mask[..., None] & (targets < ends[..., None])
         action = take(dataset.columns["action"], np.minimum(targets, ends[..., None] - 1))
         visible = (config.instruction_steps == ALWAYS) | (steps < config.instruction_steps)
-        sources = {**dataset.columns}
+        sources: dict[str, Frames] = {**dataset.columns}
         if windows.tokens is None:
             sources |= dataset.frames
         return Batch(

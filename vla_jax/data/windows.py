@@ -8,7 +8,7 @@ import numpy as np
 
 from vla_jax.backbones import word_hashing
 from vla_jax.data import normalize
-from vla_jax.data.dataset import Dataset, digest, episode_starts
+from vla_jax.data.dataset import Dataset, Frames, digest, episode_starts
 from vla_jax.types import Batch, Observation
 
 ALWAYS = -1  # instruction_steps: the instruction is visible at every step
@@ -119,8 +119,8 @@ def cut(
     )
 
 
-def take(source: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """`source[rows]` as an array of its own: `[..., W]` rows of `[F, ...]`."""
+def take(source: Frames, rows: np.ndarray) -> np.ndarray:
+    """Returns `source[rows]` in memory: `[..., W]` rows of an array or images `[F, ...]`."""
     return np.asarray(source[rows])
 
 
@@ -215,7 +215,7 @@ class Windows:
         )
 
 
-def _detach(array: np.ndarray | None) -> Any:
+def _detach(array: Frames | None) -> Any:
     if isinstance(array, np.memmap):
         return array.filename, array.dtype, array.offset, array.shape
     return array
