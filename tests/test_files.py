@@ -22,17 +22,22 @@ def test_a_file_is_replaced_only_when_the_block_ends(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("make", ["file", "folder", "nothing"])
-def test_an_error_leaves_the_target_unchanged_and_no_temporary_file(make, tmp_path):
-    path = tmp_path / "target"
-    path.write_text("old")
-    with pytest.raises(KeyError), files.replacing(path) as part:
+def fail_to_write(path, make):
+    with files.replacing(path) as part:
         if make == "file":
             part.write_text("half")
         if make == "folder":
             part.mkdir()
             (part / "inner").write_text("half")
         raise KeyError("in the block")
+
+
+@pytest.mark.parametrize("make", ["file", "folder", "nothing"])
+def test_an_error_leaves_the_target_unchanged_and_no_temporary_file(make, tmp_path):
+    path = tmp_path / "target"
+    path.write_text("old")
+    with pytest.raises(KeyError):
+        fail_to_write(path, make)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
