@@ -1,4 +1,4 @@
-"""Batches of one width: every row once an epoch, nothing cut off, resumed = uninterrupted."""
+"""Batches of one width: every row once per epoch, no target truncated, resumed = uninterrupted."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ LENGTHS = np.random.default_rng(0).integers(0, K, F)
 
 
 def rows():
-    """A target of `length` ids is `length` times the row's number, so that each tells its row."""
+    """A target consists of `length` times the row's number, which identifies the row."""
     number = np.arange(1, F + 1)[:, None]
     return Ids(source=number, target=np.where(np.arange(K) < LENGTHS[:, None], number, 0))
 
@@ -20,18 +20,18 @@ def take(batches, count):
     return [next(batches) for _ in range(count)]
 
 
-def test_an_epoch_has_every_row_and_whole_batches():
+def test_an_epoch_has_every_row_in_full_batches():
     batches = Buckets(rows(), batch_size=B, width_step=STEP)
     epoch = take(batches, batches.batches_per_epoch)
     numbers = np.concatenate([batch.source[:, 0] for batch in epoch])
     assert set(numbers) == set(range(1, F + 1))
     counts = np.bincount(numbers)[1:]
     assert counts.max() <= 2
-    assert (counts == 2).sum() < B * 3  # less than a batch for each width
+    assert (counts == 2).sum() < B * 3  # less than a batch per width
     assert {len(batch.source) for batch in epoch} == {B}
 
 
-def test_a_target_keeps_all_its_ids_and_its_end_in_the_narrowest_width():
+def test_a_target_keeps_all_ids_and_its_end_in_the_smallest_width():
     batches = Buckets(rows(), batch_size=B, width_step=STEP)
     longest = LENGTHS.max() + 1
     for source, target in take(batches, batches.batches_per_epoch):
@@ -42,7 +42,7 @@ def test_a_target_keeps_all_its_ids_and_its_end_in_the_narrowest_width():
         assert not target[:, -1].any()
 
 
-def test_epochs_differ_and_follow_from_the_seed():
+def test_epochs_differ_and_depend_on_the_seed():
     one, same, other = (Buckets(rows(), batch_size=B, seed=seed) for seed in (1, 1, 2))
     count = one.batches_per_epoch
     first, second = take(one, count), take(one, count)

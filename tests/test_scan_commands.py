@@ -1,4 +1,4 @@
-"""SCAN as published: how many, in which parts, and what single commands mean."""
+"""SCAN as published: number of commands, splits, and the actions of single commands."""
 
 import collections
 
@@ -7,7 +7,7 @@ import pytest
 
 from vla_jax.data import scan_commands
 
-MEANING = dict(scan_commands.commands())
+ACTIONS_OF = dict(scan_commands.commands())
 COUNTS = {
     "simple": (16_728, 4_182),
     "length": (16_990, 3_920),
@@ -16,7 +16,7 @@ COUNTS = {
 }
 each_split = pytest.mark.parametrize("name", COUNTS)
 
-# Pairs that the data set's authors show, and others derived by hand from the grammar.
+# Pairs from the paper, and others derived by hand from the grammar.
 PUBLISHED = {
     "jump": "JUMP",
     "jump left": "LEFT JUMP",
@@ -53,19 +53,19 @@ PUBLISHED = {
 def test_a_command_means_what_was_published_or_is_none(command):
     actions = PUBLISHED[command]
     if actions is None:
-        assert command not in MEANING
+        assert command not in ACTIONS_OF
         return
     for turn in ("LEFT", "RIGHT"):
         actions = actions.replace(turn, f"TURN_{turn}")
-    assert MEANING[command] == " ".join(f"I_{action}" for action in actions.split())
+    assert ACTIONS_OF[command] == " ".join(f"I_{action}" for action in actions.split())
 
 
 def test_there_are_20910_commands_of_up_to_9_words_and_48_actions():
-    assert len(scan_commands.commands()) == len(MEANING) == 20_910
-    assert max(len(command.split()) for command in MEANING) == 9
-    assert max(len(actions.split()) for actions in MEANING.values()) == 48
-    assert {word for command in MEANING for word in command.split()} == set(scan_commands.WORDS)
-    assert {act for actions in MEANING.values() for act in actions.split()} == set(
+    assert len(scan_commands.commands()) == len(ACTIONS_OF) == 20_910
+    assert max(len(command.split()) for command in ACTIONS_OF) == 9
+    assert max(len(actions.split()) for actions in ACTIONS_OF.values()) == 48
+    assert {word for command in ACTIONS_OF for word in command.split()} == set(scan_commands.WORDS)
+    assert {act for actions in ACTIONS_OF.values() for act in actions.split()} == set(
         scan_commands.ACTIONS
     )
 
@@ -91,19 +91,19 @@ def test_the_length_split_trains_up_to_22_actions_and_tests_from_24():
     ("name", "bare", "copies"),
     [("addprim_jump", "jump", 1_467), ("addprim_turn_left", "turn left", 2_189)],
 )
-def test_a_new_word_is_trained_alone_and_tested_in_company(name, bare, copies):
+def test_a_new_word_is_trained_alone_and_tested_in_combinations(name, bare, copies):
     train, test = scan_commands.split(name)
     with_word = collections.Counter(pair.command for pair in train if bare in pair.command)
     assert with_word == {bare: copies}
     assert all(bare in pair.command for pair in test)
 
 
-def test_the_simple_split_follows_its_seed():
+def test_the_simple_split_depends_on_the_seed():
     assert scan_commands.split("simple", seed=1) == scan_commands.split("simple", seed=1)
     assert set(scan_commands.split("simple", seed=1)[1]) != set(scan_commands.split("simple")[1])
 
 
-def test_what_is_held_out_is_in_no_training_and_bare_words_stay():
+def test_held_out_commands_are_not_trained_on_and_bare_words_stay():
     train, _ = scan_commands.split("addprim_jump")
     kept, held = scan_commands.hold_out(train, 0.1)
     assert sorted(kept + held) == sorted(train)
@@ -113,7 +113,7 @@ def test_what_is_held_out_is_in_no_training_and_bare_words_stay():
     assert scan_commands.hold_out(train, 0.0) == (train, [])
 
 
-def test_ids_are_places_and_come_back_as_text():
+def test_ids_are_indices_and_convert_back_to_text():
     pairs = [
         scan_commands.Pair("jump left", "I_TURN_LEFT I_JUMP"),
         scan_commands.Pair("walk", "I_WALK"),
@@ -127,7 +127,7 @@ def test_ids_are_places_and_come_back_as_text():
         assert scan_commands.to_text(target, scan_commands.ACTIONS) == pair.actions
 
 
-def test_what_is_not_scan_is_one_sentence():
+def test_unknown_splits_and_words_raise_one_sentence():
     with pytest.raises(ValueError, match=r"unknown split 'addprim_jum'; .* Did you mean 'add"):
         scan_commands.split("addprim_jum")
     with pytest.raises(ValueError, match="unknown word 'hop'; choose from walk, look"):

@@ -1,4 +1,4 @@
-"""A training on SCAN in small: what it leaves behind, resumed = uninterrupted, how it counts."""
+"""A small training on SCAN: its files, resumed = uninterrupted, exact match."""
 
 import dataclasses
 import json
@@ -20,11 +20,11 @@ from vla_jax.training.logs import read_metrics
 from vla_jax.training.loop import LoopConfig
 from vla_jax.training.update import Counted
 
-MEANING = dict(scan_commands.commands())
+ACTIONS_OF = dict(scan_commands.commands())
 
 
 def tiny(run_dir, preset="attention", **changes):
-    """One width, so that one update is compiled; a hundred commands held out."""
+    """Returns a config with one width, so that one update compiles, and 100 commands held out."""
     config = script.PRESETS[preset]()
     small = {
         "run_dir": str(run_dir),
@@ -51,16 +51,16 @@ def assert_same_bits(one, other):
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-def test_a_run_leaves_its_figures_and_its_pictures(trained):
+def test_a_run_writes_results_metrics_and_plots(trained):
     result = json.loads((trained / "test.json").read_text())
     assert result["commands"] == round(0.006 * 16_728)
     assert 0.0 <= result["exact_match"] <= 1.0
     assert result["split"] == "simple"
-    told = read_metrics(trained / "metrics.jsonl")
-    assert [line["step"] for line in told] == [1, 2, 3, 4]
-    assert all(np.isfinite(line["loss"]) for line in told)
-    for picture in ("training.png", "attention.png"):
-        assert (trained / picture).stat().st_size > 0
+    metrics = read_metrics(trained / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4]
+    assert all(np.isfinite(line["loss"]) for line in metrics)
+    for plot in ("training.png", "attention.png"):
+        assert (trained / plot).stat().st_size > 0
 
 
 def test_resumed_is_uninterrupted_to_the_bit(trained, tmp_path):
@@ -73,14 +73,14 @@ def test_resumed_is_uninterrupted_to_the_bit(trained, tmp_path):
     assert [line["loss"] for line in one] == [line["loss"] for line in other]
 
 
-def test_a_bottleneck_has_no_attention_to_draw(tmp_path):
+def test_a_bottleneck_has_no_attention_plot(tmp_path):
     run_dir = script.train(tiny(tmp_path / "run", "bottleneck"))
     assert "attention" not in saved(run_dir)
     assert (run_dir / "training.png").exists()
     assert not (run_dir / "attention.png").exists()
 
 
-def test_the_share_of_own_outputs_rises_with_the_updates():
+def test_the_teacher_forcing_rate_falls_with_the_updates():
     config = tiny("", sampling=SamplingConfig("linear", slope=0.125))
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.0))
     key, params = jax.random.key(1), seq2seq.init(jax.random.key(0), config.model)
@@ -98,18 +98,19 @@ def test_the_share_of_own_outputs_rises_with_the_updates():
         assert loss == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_command_counts_where_every_action_and_the_end_are_right(monkeypatch):
+def test_a_command_counts_if_every_action_and_the_end_are_right(monkeypatch):
     pairs = [
-        scan_commands.Pair(command, MEANING[command]) for command in ("jump", "walk twice", "look")
+        scan_commands.Pair(command, ACTIONS_OF[command])
+        for command in ("jump", "walk twice", "look")
     ]
-    answers = ["I_JUMP", "I_WALK", "I_LOOK I_LOOK"]  # right, too short, too long
+    answers = ["I_JUMP", "I_WALK", "I_LOOK I_LOOK"]  # correct, too short, too long
 
-    def write(params, model, source):
+    def decode(params, model, source):
         ids = scan_commands.to_ids([scan_commands.Pair("", answer) for answer in answers]).target
         ids = np.resize(np.pad(ids, [(0, 0), (0, 61)]), (len(source), 64))
         return Written(ids, np.zeros(len(source)), None)
 
-    monkeypatch.setattr(script, "write", write)
+    monkeypatch.setattr(script, "decode", decode)
     result = script.test({}, tiny("").model, pairs)
     assert result["exact_match"] == pytest.approx(1 / 3)
     assert result["by_actions"] == {1: 0.5, 2: 0.0}
@@ -117,7 +118,7 @@ def test_a_command_counts_where_every_action_and_the_end_are_right(monkeypatch):
     assert result["wrong"][0]["written"] == "I_WALK"
 
 
-def test_options_have_the_names_of_their_fields():
+def test_options_are_named_after_their_fields():
     config = command_line(
         script.PRESETS,
         ["--preset", "bottleneck", "--split", "length", "--cell", "gru", "--hidden-size", "16"],
@@ -127,6 +128,8 @@ def test_options_have_the_names_of_their_fields():
     assert config.model.score == "none"
 
 
-def test_a_share_outside_of_0_and_1_is_one_sentence():
+def test_a_wrong_config_raises_one_sentence():
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        script.ScanConfig(batch_size=0)
     with pytest.raises(ValueError, match=r"holdout must be in \[0, 1\), got 1.0"):
         script.ScanConfig(holdout=1.0)

@@ -1,13 +1,13 @@
-"""Commands to actions: an encoder-decoder on SCAN, and whether it has understood.
+"""Training and test of an encoder-decoder on SCAN: commands to action sequences.
 
     python -m train.scan --split simple
     python -m train.scan --split addprim_jump --run-dir runs/jump
     python -m train.scan --preset bottleneck --run-dir runs/bottleneck
 
-It trains by teacher forcing (or by scheduled sampling: `--sampling.schedule`), writes the test part
-greedily, and counts a command as understood where all its actions and its end are right. The same
-command resumes a run that was interrupted, to the bit. Choose settings with `--holdout 0.1`, not on
-the test part.
+Training uses teacher forcing, or scheduled sampling (`--sampling.schedule`). The test decodes
+greedily and reports exact match: a command counts if all its actions and its end are right. The
+same command resumes an interrupted run, to the bit. Choose hyperparameters with `--holdout 0.1`,
+not on the test set.
 """
 
 import pathlib
@@ -36,47 +36,50 @@ from vla_jax.training.optim import OptimConfig
 from vla_jax.training.update import Counted, LossFn, init_train_state, make_update, with_count
 from vla_jax.types import Array, Key, Metrics, Params
 
-LONGEST = 64  # steps after which a row that has not ended is cut; 48 actions are the most
-EVALUATE_ROWS = 512  # written at a time
-SHOWN = "walk opposite left twice after run around right"  # whose attention is drawn
+MAX_STEPS = 64  # decoding steps at most; the longest target has 48 actions
+TEST_BATCH_SIZE = 512  # commands decoded at a time
+PLOTTED = "walk opposite left twice after run around right"  # command whose attention is plotted
 
 
 @dataclass(frozen=True)
 class ScanConfig:
-    """One training on SCAN."""
+    """Config of one training on SCAN."""
 
-    split: Split = "simple"  # what is trained on, and what is tested
-    holdout: float = 0.0  # share of the training part that is tested in place of the test part
-    run_dir: str = "runs/seq2seq"  # folder to write to
-    batch_size: int = 128  # B, commands per update
-    width_step: int = 8  # targets are padded to multiples of it, each compiled once
-    sampling: SamplingConfig = SamplingConfig()  # how often the decoder is told the truth
+    split: Split = "simple"  # division of the commands into training and test set
+    holdout: float = 0.0  # fraction of the training set to test on, instead of the test set
+    run_dir: str = "runs/scan"  # folder of checkpoints, metrics and results
+    batch_size: int = 128  # commands B per update
+    width_step: int = 8  # targets are padded to a multiple of this many steps
+    sampling: SamplingConfig = SamplingConfig()  # scheduled sampling; teacher forcing by default
     model: Seq2SeqConfig = Seq2SeqConfig()
     optim: OptimConfig = OptimConfig(
         learning_rate=2e-3, end_factor=0.01, b2=0.99, weight_decay=0.0, ema_decay=0.999
     )
     loop: LoopConfig = LoopConfig(num_updates=4500, save_every=1500)
-    seed: int = 0  # of the params, the dropout, the shuffling and the split
-    overwrite: bool = False  # delete a run that is there
+    seed: int = 0  # seed of params, dropout, shuffling and the split
+    overwrite: bool = False  # delete an earlier run in run_dir
 
     def __post_init__(self):
-        """Checks the share."""
+        """Checks the numbers."""
+        for name in ("batch_size", "width_step"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not 0.0 <= self.holdout < 1.0:
             raise ValueError(f"holdout must be in [0, 1), got {self.holdout}.")
 
 
 def attention() -> ScanConfig:
-    """An LSTM in both directions, attention, an LSTM.
+    """Bidirectional LSTM encoder, attention, LSTM decoder.
 
-    99.8 % of the split "simple" in 6 minutes on 2 CPU cores.
+    Exact match 99.8 % on split "simple", 6 minutes on 2 CPU cores.
     """
     return ScanConfig(model=_model(score="general"))
 
 
 def bottleneck() -> ScanConfig:
-    """The same without attention: one vector must hold the whole command.
+    """The same without attention: one vector encodes the whole command.
 
-    99.0 % of the split "simple" after 3,000 updates.
+    Exact match 99.0 % on split "simple" after 3,000 updates.
     """
     return ScanConfig(model=_model(score="none"))
 
@@ -85,9 +88,9 @@ PRESETS = {"attention": attention, "bottleneck": bottleneck}
 
 
 def train(config: ScanConfig) -> pathlib.Path:
-    """Trains, tests; returns the run's folder."""
+    """Trains and tests; returns the run's folder."""
     # Data: pairs of strings, as ids.
-    train_pairs, test_pairs = parts(config)
+    train_pairs, test_pairs = data_sets(config)
     loader = Buckets(
         scan_commands.to_ids(train_pairs),
         batch_size=config.batch_size,
@@ -103,7 +106,7 @@ def train(config: ScanConfig) -> pathlib.Path:
     ema_decay = config.optim.ema_decay
     update = with_count(make_update(make_loss(config), optimizer, ema_decay=ema_decay))
 
-    # Loop, from the last checkpoint on if there is one.
+    # Loop, from the last checkpoint if there is one.
     run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
     train_state = fit(
         config.loop,
@@ -117,20 +120,20 @@ def train(config: ScanConfig) -> pathlib.Path:
         name=run_dir.name,
     )
 
-    # Test: every command written greedily.
+    # Test: greedy decoding of every command.
     if is_first_process():
         params = train_state.ema_params or train_state.params
         result = test(params, config.model, test_pairs)
         metrics = read_metrics(run_dir / "metrics.jsonl")
-        result |= {"split": config.split, "train_seconds": seconds(metrics)}
+        result |= {"split": config.split, "train_seconds": train_seconds(metrics)}
         save_json(result, run_dir / "test.json")
-        draw(run_dir, params, config.model, metrics)
+        plot(run_dir, params, config.model, metrics)
         print(f"{config.split}: exact match {result['exact_match']:.2%} of {result['commands']}")
     return run_dir
 
 
-def parts(config: ScanConfig) -> tuple[list[Pair], list[Pair]]:
-    """What to train on, and what to test on."""
+def data_sets(config: ScanConfig) -> tuple[list[Pair], list[Pair]]:
+    """Returns training and test set."""
     train_pairs, test_pairs = scan_commands.split(config.split, seed=config.seed)
     if config.holdout:
         return scan_commands.hold_out(train_pairs, config.holdout, seed=config.seed)
@@ -138,7 +141,7 @@ def parts(config: ScanConfig) -> tuple[list[Pair], list[Pair]]:
 
 
 def make_loss(config: ScanConfig) -> LossFn:
-    """What an update descends: cross-entropy of the actions and the end behind them."""
+    """Returns the loss function: cross-entropy of the actions and of the end after them."""
     model = config.model
 
     def loss_fn(params: Params, counted: Counted, key: Key) -> tuple[jax.Array, Metrics]:
@@ -158,62 +161,63 @@ def make_loss(config: ScanConfig) -> LossFn:
 
 
 @partial(jax.jit, static_argnums=1)
-def write(params: Params, model: Seq2SeqConfig, source: Array) -> Written:
-    """What is written for `[B, S]` words, each action the likeliest."""
+def decode(params: Params, model: Seq2SeqConfig, source: Array) -> Written:
+    """Returns greedily decoded actions for words `[B, S]`."""
     memory = seq2seq.encode(params, model, source, mask=source > 0)
-    return search.greedy(params, model, memory, max_steps=LONGEST)
+    return search.greedy(params, model, memory, max_steps=MAX_STEPS)
 
 
 def test(params: Params, model: Seq2SeqConfig, pairs: Sequence[Pair]) -> dict[str, Any]:
-    """The share of commands that were understood, by their actions too, and some that were not."""
+    """Returns exact match, in total and by number of actions, and examples of errors."""
     ids = scan_commands.to_ids(pairs)
-    wanted = np.pad(ids.target, [(0, 0), (0, LONGEST - ids.target.shape[1])])
-    rows = np.resize(np.arange(len(pairs)), (-(-len(pairs) // EVALUATE_ROWS), EVALUATE_ROWS))
-    written = np.concatenate([write(params, model, ids.source[part]).ids for part in rows])
-    written = written[: len(pairs)]
-    right = (written == wanted).all(axis=1)
-    lengths = np.count_nonzero(wanted, axis=1)
+    expected = np.pad(ids.target, [(0, 0), (0, MAX_STEPS - ids.target.shape[1])])
+    num_batches = -(-len(pairs) // TEST_BATCH_SIZE)
+    batches = np.resize(np.arange(len(pairs)), (num_batches, TEST_BATCH_SIZE))
+    decoded = np.concatenate([decode(params, model, ids.source[rows]).ids for rows in batches])
+    decoded = decoded[: len(pairs)]
+    is_correct = (decoded == expected).all(axis=1)
+    lengths = np.count_nonzero(expected, axis=1)
     return {
-        "exact_match": float(right.mean()),
+        "exact_match": float(is_correct.mean()),
         "commands": len(pairs),
-        "by_actions": {int(n): float(right[lengths == n].mean()) for n in np.unique(lengths)},
+        "by_actions": {int(n): float(is_correct[lengths == n].mean()) for n in np.unique(lengths)},
         "wrong": [
             {
                 **pairs[i]._asdict(),
-                "written": scan_commands.to_text(written[i], scan_commands.ACTIONS),
+                "written": scan_commands.to_text(decoded[i], scan_commands.ACTIONS),
             }
-            for i in np.flatnonzero(~right)[:20]
+            for i in np.flatnonzero(~is_correct)[:20]
         ],
     }
 
 
-def seconds(metrics: Sequence[Mapping[str, float]]) -> float:
-    """How long the training took, interrupted or not, compilation included."""
+def train_seconds(metrics: Sequence[Mapping[str, float]]) -> float:
+    """Returns seconds of training, over all interruptions, compilation included."""
     steps = [0.0, *(line["step"] for line in metrics)]
     rates = [line["steps_per_second"] for line in metrics]
     return sum((b - a) / rate for a, b, rate in zip(steps, steps[1:], rates, strict=False))
 
 
-def draw(
+def plot(
     run_dir: pathlib.Path,
     params: Params,
     model: Seq2SeqConfig,
     metrics: Sequence[Mapping[str, float]],
 ) -> None:
-    """Draws the training, and where the decoder looked for one command."""
+    """Plots the learning curves, and the attention weights for one command."""
     plots.training(run_dir / "training.png", metrics)
     source = scan_commands.to_ids(
-        [pair for pair in scan_commands.commands() if pair.command == SHOWN]
+        [pair for pair in scan_commands.commands() if pair.command == PLOTTED]
     ).source
-    written = jax.device_get(write(params, model, source))
-    if written.weights is not None:
-        actions = [*scan_commands.to_text(written.ids[0], scan_commands.ACTIONS).split(), "end"]
+    decoded = jax.device_get(decode(params, model, source))
+    if decoded.weights is not None:
+        actions = [*scan_commands.to_text(decoded.ids[0], scan_commands.ACTIONS).split(), "end"]
         plots.attention(
             run_dir / "attention.png",
-            written.weights[0, : len(actions)],
-            SHOWN.split(),
+            decoded.weights[0, : len(actions)],
+            PLOTTED.split(),
             actions,
-            title=SHOWN,
+            title=PLOTTED,
         )
 
 

@@ -1,7 +1,7 @@
-"""Endless shuffled batches of rows of about one length, so that little of them is padding.
+"""Endless shuffled batches of rows of similar length, which need little padding.
 
-Every width is compiled once; batches of different widths come mixed. The order follows from the
-seed and the number of batches given, which is all that a resumed training needs.
+Batches of different widths are interleaved; each width compiles once. The order depends only on
+the seed and the number of batches drawn, which is the state that a resumed training restores.
 """
 
 from collections.abc import Iterator
@@ -13,33 +13,32 @@ from vla_jax.data.scan_commands import Ids
 
 
 class Buckets:
-    """An iterator of `Ids`, `target` cut to the narrowest width that its rows fit in.
+    """Iterator of `Ids` batches, `target` cut to the smallest width that contains its rows.
 
-    In every epoch each row comes once; the last batch of a width is filled up with rows that came
-    before it.
+    Each epoch contains each row once; the last batch of a width is filled with repeated rows.
     """
 
     def __init__(self, rows: Ids, *, batch_size: int, width_step: int = 8, seed: int = 0):
-        """Sorts the rows.
+        """Groups the rows by width.
 
         Args:
-          rows: ids, each target with at least one 0 behind it.
+          rows: ids, each target followed by at least one 0.
           batch_size: B.
-          width_step: widths are its multiples, and that of the longest target with its end.
+          width_step: widths are multiples of it, or the length of the longest target with its end.
           seed: of the shuffling.
         """
-        lengths = 1 + np.count_nonzero(rows.target, axis=1)  # with the end
+        lengths = 1 + np.count_nonzero(rows.target, axis=1)  # including the end
         widths = np.minimum(-(-lengths // width_step) * width_step, lengths.max())
         self._groups = {int(width): np.flatnonzero(widths == width) for width in np.unique(widths)}
         self._rows, self._batch_size, self._seed = rows, batch_size, seed
         self._num_batches, self._epoch, self._order = 0, -1, []
 
     def __iter__(self) -> Iterator[Ids]:
-        """The batches themselves: a position is shared by all who iterate."""
+        """Returns the iterator itself: all loops over it share one position."""
         return self
 
     def __next__(self) -> Ids:
-        """The next batch."""
+        """Returns the next batch."""
         epoch, place = divmod(self._num_batches, self.batches_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._shuffle(epoch)
@@ -49,19 +48,19 @@ class Buckets:
 
     @property
     def batches_per_epoch(self) -> int:
-        """How many batches hold all rows once."""
+        """Number of batches that contain all rows once."""
         return sum(-(-len(group) // self._batch_size) for group in self._groups.values())
 
     def get_state(self) -> dict[str, Any]:
-        """The position, JSON-able."""
+        """Returns the position as a dict for JSON."""
         return {"num_batches": self._num_batches}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues where `get_state` was called, to the bit."""
+        """Restores the position of `get_state`; the following batches are the same."""
         self._num_batches = int(state["num_batches"])
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Does nothing; there are no resources to release."""
 
     def _shuffle(self, epoch: int) -> list[tuple[int, np.ndarray]]:
         """Returns the batches of an epoch: width, and rows `[B]`."""

@@ -1,13 +1,13 @@
-"""SCAN: commands in a small English, and the actions that they mean.
+"""SCAN: commands of a small English grammar, and the action sequences that they stand for.
 
     "jump twice after look left"  ->  "I_TURN_LEFT I_LOOK I_JUMP I_JUMP"
 
-A command is one clause, or two joined by `and` or `after`; a clause is a phrase, once, `twice` or
-`thrice`; a phrase is a verb, where it may be turned to, and how. That makes 34 phrases, 102
-clauses, 102 + 2·102² = 20,910 commands.
+A command is a clause, or two clauses joined by `and` or `after`; a clause is a phrase, optionally
+with `twice` or `thrice`; a phrase is a verb, optionally with a direction and `opposite` or
+`around`. There are 34 phrases, 102 clauses and 102 + 2·102² = 20,910 commands.
 
-Source: Lake and Baroni 2018, "Generalization without Systematicity" (arXiv:1711.00350), its
-grammar (figure 6 there) and interpretation function (figure 7); their file has the same lines.
+Source: Lake and Baroni 2018, "Generalization without Systematicity" (arXiv:1711.00350), grammar
+(figure 6) and interpretation function (figure 7); the published file has the same lines.
 """
 
 import collections
@@ -26,46 +26,46 @@ WORDS = (*VERBS, "turn", *TURNS, "opposite", "around", *TIMES, "and", "after")
 ACTIONS = (*VERBS.values(), *TURNS.values())
 
 Split = Literal["simple", "length", "addprim_jump", "addprim_turn_left"]
-LONGEST_TRAINED = 22  # actions, of the split "length"
-_SIMPLE_TRAIN = 16_728  # commands: four in five, as published
+MAX_TRAIN_ACTIONS = 22  # actions per training command of split "length"
+_SIMPLE_TRAIN = 16_728  # training commands of split "simple": 80 %, as published
 
 
 class Pair(NamedTuple):
-    """A command and its meaning."""
+    """A command and its actions."""
 
-    command: str  # words with a blank between two
-    actions: str  # names with a blank between two
+    command: str  # words separated by blanks
+    actions: str  # names of actions separated by blanks
 
 
 class Ids(NamedTuple):
-    """Pairs as numbers, one pair a row, filled up with 0."""
+    """Pairs as ids, one pair per row, padded with 0."""
 
-    source: np.ndarray  # [F, S] int32, 1 + place in WORDS; 0 behind the last word
-    target: np.ndarray  # [F, K] int32, 1 + place in ACTIONS; 0 behind the last action, at least one
+    source: np.ndarray  # [num_pairs, S] int32, 1 + index in WORDS; 0 after the last word
+    target: np.ndarray  # [num_pairs, T] int32, 1 + index in ACTIONS; 0 after the last, at least one
 
 
 def commands() -> list[Pair]:
-    """Returns all 20,910 commands with their actions, in an order that never changes."""
+    """Returns all 20,910 commands with their actions, in a fixed order."""
     clauses = _clauses()
     pairs = [Pair(command, _join(actions)) for command, actions in clauses]
-    for (one, first), (other, second) in itertools.product(clauses, repeat=2):
-        pairs.append(Pair(f"{one} and {other}", _join(first + second)))
-        pairs.append(Pair(f"{one} after {other}", _join(second + first)))
+    for (left, left_actions), (right, right_actions) in itertools.product(clauses, repeat=2):
+        pairs.append(Pair(f"{left} and {right}", _join(left_actions + right_actions)))
+        pairs.append(Pair(f"{left} after {right}", _join(right_actions + left_actions)))
     return pairs
 
 
 def split(name: Split, *, seed: int = 0) -> tuple[list[Pair], list[Pair]]:
-    """Returns what to train on, and what to test on.
+    """Returns training and test set of a split.
 
-    - "simple": four fifths and one, at random (16,728 and 4,182);
-    - "length": up to 22 actions, and more (16,990 and 3,920);
-    - "addprim_jump": all without `jump`, and the bare `jump` as a tenth of the lines (1,467 of
-      14,670); whatever else has it (7,706);
-    - "addprim_turn_left": the same of `turn left` (2,189 of 21,890; 1,208).
+    - "simple": random, 80 % and 20 % (16,728 and 4,182 commands);
+    - "length": up to 22 actions, and more than 22 (16,990 and 3,920);
+    - "addprim_jump": commands without `jump`, plus the bare `jump` repeated to a tenth of the
+      training set (1,467 of 14,670); all other commands with `jump` (7,706);
+    - "addprim_turn_left": the same with `turn left` (2,189 of 21,890; 1,208).
 
     Args:
       name: one of the four.
-      seed: of "simple", whose published lines are another draw of the same size.
+      seed: of "simple"; the published split is another random one of the same sizes.
 
     Raises:
       ValueError: there is no such split.
@@ -78,7 +78,7 @@ def split(name: Split, *, seed: int = 0) -> tuple[list[Pair], list[Pair]]:
         shuffled = [pairs[i] for i in order]
         return shuffled[:_SIMPLE_TRAIN], shuffled[_SIMPLE_TRAIN:]
     if name == "length":
-        return _part(pairs, [len(pair.actions.split()) <= LONGEST_TRAINED for pair in pairs])
+        return _part(pairs, [len(pair.actions.split()) <= MAX_TRAIN_ACTIONS for pair in pairs])
     primitive = name.removeprefix("addprim_").replace("_", " ")
     train, test = _part(pairs, [primitive not in pair.command for pair in pairs])
     (bare,), test = _part(test, [pair.command == primitive for pair in test])
@@ -86,45 +86,48 @@ def split(name: Split, *, seed: int = 0) -> tuple[list[Pair], list[Pair]]:
 
 
 def hold_out(
-    pairs: Sequence[Pair], share: float, *, seed: int = 0
+    pairs: Sequence[Pair], fraction: float, *, seed: int = 0
 ) -> tuple[list[Pair], list[Pair]]:
-    """Returns the pairs without some of them at random, and those: what to choose settings on.
+    """Splits a training set at random into training and validation set.
 
     Args:
-      pairs: the training part; what stands in it more than once stays.
-      share: of its commands, in [0, 1).
-      seed: of the draw.
+      pairs: the training set; repeated pairs stay in it.
+      fraction: of its distinct commands to hold out, in [0, 1).
+      seed: of the random choice.
+
+    Returns:
+      The remaining pairs, and those held out.
     """
     counts = collections.Counter(pairs)
     once = [pair for pair in counts if counts[pair] == 1]
     order = np.random.default_rng(seed).permutation(len(once))
-    held = {once[i] for i in order[: round(share * len(counts))]}
-    return _part(pairs, [pair not in held for pair in pairs])
+    held_out = {once[i] for i in order[: round(fraction * len(counts))]}
+    return _part(pairs, [pair not in held_out for pair in pairs])
 
 
 def to_ids(pairs: Sequence[Pair]) -> Ids:
-    """Returns the pairs as numbers, padded to the longest.
+    """Returns the pairs as ids, padded to the longest.
 
     Args:
       pairs: at least one.
 
     Raises:
-      ValueError: a word or an action is not SCAN's.
+      ValueError: an unknown word or action.
     """
-    sources = [_places(pair.command, WORDS) for pair in pairs]
-    targets = [[*_places(pair.actions, ACTIONS), 0] for pair in pairs]
+    sources = [_indices(pair.command, WORDS) for pair in pairs]
+    targets = [[*_indices(pair.actions, ACTIONS), 0] for pair in pairs]
     return Ids(_rows(sources), _rows(targets))
 
 
 def to_text(ids: np.ndarray, names: Sequence[str]) -> str:
-    """Returns the words or actions of one row, up to the first 0.
+    """Returns the words or actions of one row of ids, up to the first 0.
 
     Args:
       ids: `[S]`.
       names: `WORDS` or `ACTIONS`.
     """
-    first: list[int] = [int(i) for i in itertools.takewhile(bool, ids)]
-    return " ".join(names[i - 1] for i in first)
+    indices: list[int] = [int(i) for i in itertools.takewhile(bool, ids)]
+    return " ".join(names[i - 1] for i in indices)
 
 
 def _phrases() -> list[tuple[str, tuple[str, ...]]]:
@@ -149,12 +152,12 @@ def _join(actions: tuple[str, ...]) -> str:
     return " ".join(actions)
 
 
-def _part(pairs: Sequence[Pair], kept: Sequence[bool]) -> tuple[list[Pair], list[Pair]]:
-    rest = [not keep for keep in kept]
-    return list(itertools.compress(pairs, kept)), list(itertools.compress(pairs, rest))
+def _part(pairs: Sequence[Pair], mask: Sequence[bool]) -> tuple[list[Pair], list[Pair]]:
+    rest = [not selected for selected in mask]
+    return list(itertools.compress(pairs, mask)), list(itertools.compress(pairs, rest))
 
 
-def _places(text: str, names: Sequence[str]) -> list[int]:
+def _indices(text: str, names: Sequence[str]) -> list[int]:
     for word in text.split():
         if word not in names:
             raise ValueError(f"unknown word '{word}'; {did_you_mean(word, names)}")
