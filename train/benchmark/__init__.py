@@ -1,1 +1,1 @@
-"""What is measured, against whom: python -m train.benchmark."""
+"""Benchmarks: `python -m train.benchmark` and `python -m train.benchmark.throughput`."""

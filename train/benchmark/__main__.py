@@ -141,11 +141,13 @@ def _console() -> Console:
 def _introduction(conditions: dict[str, Any]) -> str:
     on = conditions["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in on["versions"].items())
-    kept = "kept in the process" if conditions["keep_freed_memory"] else "returned by the C library"
+    freed = (
+        "kept in the process" if conditions["keep_freed_memory"] else "returned by the C library"
+    )
     lines = [
         f"{on['device']}, {on['cores']} cores, load {on['load']}; {versions}",
         f"peak (one large float32 product): {conditions['peak_gflops']:.0f} GFLOP/s",
-        f"freed memory: {kept}",
+        f"freed memory: {freed}",
         *(f"left out: {reason}" for reason in conditions["left_out"]),
     ]
     if on["load"] > on["cores"] / 2:

@@ -25,7 +25,7 @@ class Report(NamedTuple):
     used: Mapping[str, Shape]  # name -> shape of tensors in the params
     missing: Mapping[str, Shape]  # name -> shape of tensors needed, not in the file
     left_over: Mapping[str, Shape]  # name -> shape of tensors without a counterpart
-    misshapen: Mapping[str, tuple[Shape, Shape]]  # name -> (shape expected, shape found)
+    misshapen: Mapping[str, tuple[Shape, Shape]]  # name -> (expected shape, shape in the file)
     cast: Mapping[str, str]  # name -> dtype, cast to float32
     buffers: Mapping[str, Shape] = {}  # name -> shape of constants, not weights
     ignored: Sequence[str] = ()  # entries of the file other than its tensors

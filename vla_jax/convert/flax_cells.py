@@ -75,8 +75,8 @@ def from_flax(params: Mapping[str, Any]) -> tuple[CellName, Params]:
     Raises:
       ValueError: params of something else, or not floating point of 32 or 16 bits.
     """
-    given = dict(_leaves(params))
-    cell, layout, report = _recognise(given)
+    arrays = dict(_leaves(params))
+    cell, layout, report = _recognise(arrays)
     check(
         report,
         "params must be those of one LSTMCell, OptimizedLSTMCell, GRUCell or SimpleCell of Flax",
@@ -85,7 +85,7 @@ def from_flax(params: Mapping[str, Any]) -> tuple[CellName, Params]:
         else "of an `nn.RNN`, give the params of its cell, such as params['cell'] or "
         "params['LSTMCell_0']",
     )
-    leaves = {name: as_float32(name, leaf) for name, leaf in given.items()}
+    leaves = {name: as_float32(name, leaf) for name, leaf in arrays.items()}
     warn(report)
     pairs = list(zip(layout.inputs, layout.recurrent, strict=True))
     biases = [_two_biases(leaves.get(f"{i}.bias"), leaves.get(f"{h}.bias")) for i, h in pairs]
@@ -211,18 +211,18 @@ def _leaves(params: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, A
 
 def _recognise(leaves: Mapping[str, np.ndarray]) -> tuple[CellName, Layout, Report]:
     """Returns cell and layout with the most matching tensors, and their report."""
-    given = {name: leaf.shape for name, leaf in leaves.items()}
+    shapes = {name: leaf.shape for name, leaf in leaves.items()}
     candidates: list[tuple[CellName, Layout, Report]] = [
-        (cell, layout, compare(_shapes(CELLS[cell].num_gates, layout, given), leaves))
+        (cell, layout, compare(_shapes(CELLS[cell].num_gates, layout, shapes), leaves))
         for (cell, _), layout in LAYOUTS.items()
     ]
     return max(candidates, key=lambda candidate: len(candidate[2].used))
 
 
-def _shapes(num_gates: int, layout: Layout, given: Mapping[str, Shape]) -> dict[str, Shape]:
-    """Returns the shapes of a cell of this layout, with D and H of the given shapes."""
-    input_size = given.get(f"{layout.inputs[0]}.kernel", ())[:1]
-    hidden_size = given.get(f"{layout.recurrent[0]}.kernel", ())[:1]
+def _shapes(num_gates: int, layout: Layout, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Returns the shapes of a cell of this layout, with D and H of `shapes`."""
+    input_size = shapes.get(f"{layout.inputs[0]}.kernel", ())[:1]
+    hidden_size = shapes.get(f"{layout.recurrent[0]}.kernel", ())[:1]
     width = tuple(num_gates // len(layout.inputs) * size for size in hidden_size)
     return {
         **{f"{module}.kernel": input_size + width for module in layout.inputs},
@@ -233,8 +233,8 @@ def _shapes(num_gates: int, layout: Layout, given: Mapping[str, Shape]) -> dict[
 
 def _check_cell(cell: CellName, params: Params) -> None:
     """Raises a ValueError unless `params` are the four params of this cell."""
-    given = dict(_leaves(params))
-    shapes = {name: leaf.shape for name, leaf in given.items()}
+    arrays = dict(_leaves(params))
+    shapes = {name: leaf.shape for name, leaf in arrays.items()}
     input_size = shapes.get("input_kernel", ())[:1]
     hidden_size = shapes.get("recurrent_kernel", ())[:1]
     width = tuple(CELLS[cell].num_gates * size for size in hidden_size)
@@ -245,7 +245,7 @@ def _check_cell(cell: CellName, params: Params) -> None:
         "recurrent_bias": width,
     }
     check(
-        compare(expected, given),
+        compare(expected, arrays),
         f"params must be those of one cell '{cell}'",
         "for a recurrence, use `to_flax_stack`",
     )

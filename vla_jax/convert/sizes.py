@@ -77,12 +77,12 @@ def check_params(config: RecurrenceConfig, params: Params) -> None:
       params: with any input size.
     """
     check_config(config, RecurrenceConfig)
-    given: dict[str, Any] = flatten_dict(params, sep="/")
-    shapes = {path: tuple(leaf.shape) for path, leaf in given.items()}
+    leaves: dict[str, Any] = flatten_dict(params, sep="/")
+    shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
     input_size = read_size(shapes, 0, "layers_0/forward/input_kernel")
     expected = recurrence_shapes(config, input_size or 1)
     check(
-        compare(expected, given),
+        compare(expected, leaves),
         "params must be all those of one recurrence",
         "give all layers, lowest first, of one hidden size, and the config they were made with",
     )

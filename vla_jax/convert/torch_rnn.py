@@ -120,13 +120,13 @@ def to_torch(
         name: np.array(as_float32(path, flat[path]).T, order="C")
         for path, name in _names(config).items()
     }
-    kept = [name for name in tensors if bias or not name.startswith("bias")]
-    nonzero = [name for name in tensors if name not in kept and tensors[name].any()]
+    selected = [name for name in tensors if bias or not name.startswith("bias")]
+    nonzero = [name for name in tensors if name not in selected and tensors[name].any()]
     if nonzero:
         raise ValueError(
             f"bias=False needs biases of zero, got others in {abbreviate(nonzero)}; use bias=True."
         )
-    return {prefix + name: tensors[name] for name in kept}
+    return {prefix + name: tensors[name] for name in selected}
 
 
 def check_cell(cell: str) -> None:

@@ -132,18 +132,18 @@ def _state_dict(path: pathlib.Path, content: Any) -> tuple[str, Mapping[str, Any
                 return container, content[container]
         if all(isinstance(value, _torch().Tensor) for value in content.values()):
             return "", content
-        found = f"entries {abbreviate([str(name) for name in content])}"
+        description = f"entries {abbreviate([str(name) for name in content])}"
     else:
-        found = f"a {type(content).__name__}"
+        description = f"a {type(content).__name__}"
     raise ValueError(
         f"{path} must hold tensors by name, or a dict of them as {' or '.join(CONTAINERS)}, got "
-        f"{found}; save the state_dict alone."
+        f"{description}; save the state_dict alone."
     )
 
 
 def _why_unreadable(path: pathlib.Path, error: Exception) -> str:
-    found = re.search(r"GLOBAL (\S+)", str(error))
-    refused = found[1] if found else _first_global(path)
+    match = re.search(r"GLOBAL (\S+)", str(error))
+    refused = match[1] if match else _first_global(path)
     if refused:
         return (
             f"{path} would import {refused}, which can execute code; nothing was executed: "
