@@ -325,7 +325,7 @@ def test_an_empty_stack_or_swapped_arguments_raise_one_sentence(key):
 def test_params_of_another_cell_raise_one_sentence(key):
     params = cells.GRU.init(key, D, 4)  # 3 · 4 columns can be split in four as well
     with pytest.raises(
-        ValueError, match=r"one cell 'lstm', got 4 of another shape: input_kernel .*; of"
+        ValueError, match=r"one cell 'lstm', got 4 of another shape: input_kernel .*; for"
     ):
         convert.to_flax("lstm", params)
 

@@ -311,7 +311,7 @@ def test_omitting_nonzero_biases_raises(key):
             r"must be one that PyTorch has \(rnn, gru, lstm\), got 'min_gru'",
         ),
         ({"cell": "layer_norm_lstm"}, "cell must be one that PyTorch has .* got 'layer_norm_lstm'"),
-        ({"residual": True}, "residual must be False, got True: the layers of torch.nn.RNN"),
+        ({"residual": True}, "residual must be False, got True: torch.nn.RNN"),
     ],
 )
 def test_cells_that_pytorch_does_not_have_raise_one_sentence(fields, sentence, key):
