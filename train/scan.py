@@ -211,7 +211,9 @@ def plot(
     ).source
     decoded = jax.device_get(decode(params, model, source))
     if decoded.weights is not None:
-        actions = [*scan_commands.to_text(decoded.ids[0], scan_commands.ACTIONS).split(), "end"]
+        actions = scan_commands.to_text(decoded.ids[0], scan_commands.ACTIONS).split()
+        if len(actions) < MAX_STEPS:  # an untrained model may never end
+            actions.append("end")
         plots.attention(
             run_dir / "attention.png",
             decoded.weights[0, : len(actions)],
