@@ -1,4 +1,4 @@
-"""An instruction as one token: embedded words, added up over those that are visible."""
+"""Instruction encoder: the sum of its word embeddings as one token."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -8,7 +8,10 @@ from vla_jax.types import Array
 
 
 class Words(nn.Module):
-    """Word ids `[..., S]` -> `[..., D]`; no visible word gives a learned "nothing was said"."""
+    """Maps word ids `[..., S]` to `[..., D]`; an empty instruction gives a learned vector.
+
+    A word id of 0 is padding. The sum is divided by the square root of the number of words.
+    """
 
     vocab_size: int
     max_words: int
@@ -17,7 +20,7 @@ class Words(nn.Module):
 
     @nn.compact
     def __call__(self, instruction: Array) -> Array:
-        """Embeds, adds the place in the sentence, mixes each word, and adds up."""
+        """Embeds words, adds their position embeddings, applies a dense layer, and sums."""
         embed = nn.Embed(self.vocab_size, self.token_dim, dtype=jnp.dtype(self.dtype), name="embed")
         place = self.param("place", nn.initializers.normal(1.0), (self.max_words, self.token_dim))
         silence = self.param("silence", nn.initializers.normal(1.0), (self.token_dim,))
@@ -28,6 +31,6 @@ class Words(nn.Module):
         )
         words = jnp.tanh(nn.Dense(self.token_dim, dtype=jnp.dtype(self.dtype), name="mix")(words))
         count = visible.sum(-2)
-        told = (words * visible).sum(-2) / jnp.sqrt(jnp.maximum(count, 1))
-        silence = repeat(silence, "D -> B D", B=instruction.shape[0]).astype(told.dtype)
-        return jnp.where(count > 0, told, silence)
+        total = (words * visible).sum(-2) / jnp.sqrt(jnp.maximum(count, 1))
+        silence = repeat(silence, "D -> B D", B=instruction.shape[0]).astype(total.dtype)
+        return jnp.where(count > 0, total, silence)

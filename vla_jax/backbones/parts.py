@@ -1,4 +1,4 @@
-"""What a backbone does with an observation first: takes the parts it needs, and checks them."""
+"""Selection and validation of the parts of an observation that a backbone needs."""
 
 from collections.abc import Mapping
 

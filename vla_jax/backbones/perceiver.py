@@ -1,11 +1,11 @@
-"""A small vision-language encoder that trains from scratch on a laptop.
+"""Perceiver: a small vision-language encoder that can be trained from scratch on a laptop.
 
-Both cameras are cut into patches; dense layers read each patch; a few learned latents look at all
-patches by cross-attention and then at each other and the robot's own state. On a CPU this is
-several times faster than convolutions, since everything is a matrix product.
+The images of both cameras are divided into patches, which dense layers encode; a few learned
+latents cross-attend to all patches, then self-attend together with the proprioception. All of it is
+matrix products, which on a CPU is several times faster than convolutions.
 
-Source: the latents are Jaegle et al. 2021, "Perceiver" (arXiv:2103.03206), §3.1; Alayrac et al.
-2022, "Flamingo" (arXiv:2204.14198), use them as a resampler between vision and language.
+Source: Jaegle et al. 2021, "Perceiver" (arXiv:2103.03206), §3.1; Alayrac et al. 2022, "Flamingo"
+(arXiv:2204.14198), use such latents as a resampler between vision and language.
 """
 
 from dataclasses import dataclass
@@ -23,23 +23,21 @@ from vla_jax.types import Array, Key, Observation, Params
 
 @dataclass(frozen=True)
 class PerceiverConfig:
-    """Sizes; the tokens are `num_latents` of vision, then one of proprio, one of language."""
+    """Sizes of a Perceiver; its tokens are `num_latents` visual, one proprio, one language."""
 
     kind: Literal["perceiver"] = "perceiver"
-    image_size: int = 64  # pixels, both cameras
-    patch_size: int = 8  # pixels; patches overlap by half where `overlap` is on
-    overlap: bool = True  # each patch is read with half of its neighbours
-    width: int = 64  # features of a patch and a latent, inside
+    image_size: int = 64  # height and width of both cameras' images, pixels
+    patch_size: int = 8  # height and width of a patch, pixels
+    overlap: bool = True  # extend each patch by half of its neighbours
+    width: int = 64  # features of patches and latents
     num_heads: int = 4  # attention heads
-    num_latents: int = 8  # visual tokens
-    token_dim: int = (
-        16  # D, features of a token; few of them make a decoder learn from few episodes
-    )
-    patch_layers: int = 0  # self-attention layers over the patches (a ViT), slow on a CPU
+    num_latents: int = 8  # visual tokens per step
+    token_dim: int = 16  # features D of a token; small: the decoder needs fewer demonstrations
+    patch_layers: int = 0  # self-attention layers over the patches (ViT); slow on a CPU
     latent_layers: int = 1  # self-attention layers over the latents
-    proprio_dim: int = 8  # P, numbers of the robot's own state
-    vocab_size: int = 2048  # word ids lie in [0, vocab_size)
-    max_words: int = 12  # S, words of an instruction
+    proprio_dim: int = 8  # dimensions P of the proprioception
+    vocab_size: int = 2048  # size of the vocabulary; word ids are in [0, vocab_size)
+    max_words: int = 12  # words S of an instruction; further words are dropped
     dtype: str = "float32"  # of the computation; params are float32
 
     def __post_init__(self):
@@ -61,7 +59,7 @@ class PerceiverConfig:
 
 
 def init(key: Key, config: PerceiverConfig) -> Params:
-    """Random params; `key` is consumed."""
+    """Returns random params; `key` is consumed."""
     size = config.image_size
     blank = {
         "image_primary": jnp.zeros((1, size, size, 3), jnp.uint8),
@@ -77,7 +75,7 @@ def apply(params: Params, config: PerceiverConfig, observation: Observation) -> 
 
     Args:
       params: from `init`.
-      config: the same.
+      config: config of the params.
       observation: `image_primary`, `image_wrist` uint8 `[..., h, w, 3]`, `proprio [..., P]`,
         `instruction [..., S]`, with any leading axes.
 
@@ -87,10 +85,10 @@ def apply(params: Params, config: PerceiverConfig, observation: Observation) -> 
     Raises:
       ValueError: a part is missing or has another size.
     """
-    picture = (config.image_size, config.image_size, 3)
+    image = (config.image_size, config.image_size, 3)
     shapes = {
-        "image_primary": picture,
-        "image_wrist": picture,
+        "image_primary": image,
+        "image_wrist": image,
         "proprio": (config.proprio_dim,),
         "instruction": (config.max_words,),
     }
@@ -100,22 +98,22 @@ def apply(params: Params, config: PerceiverConfig, observation: Observation) -> 
 
 
 class Perceiver(nn.Module):
-    """Linen module behind `init` and `apply`."""
+    """Linen module of `init` and `apply`."""
 
     config: PerceiverConfig
 
     @nn.compact
     def __call__(self, parts: dict[str, Array]) -> jax.Array:
-        """Tokens `[B, N, D]` of the parts of an observation `[B, ...]`."""
+        """Returns tokens `[B, N, D]` of the parts of an observation `[B, ...]`."""
         config = self.config
         width, dtype = config.width, jnp.dtype(config.dtype)
         patches = [self.patches(parts[name], name) for name in ("image_primary", "image_wrist")]
         patches = nn.LayerNorm(dtype=dtype)(jnp.concatenate(patches, axis=1))
         latents = self.param("latents", nn.initializers.normal(1.0), (config.num_latents, width))
         latents = repeat(latents, "N D -> B N D", B=patches.shape[0])
-        seen = attention(config, "look")(latents.astype(config.dtype), patches)
-        own = nn.Dense(width, dtype=dtype, name="proprio")(parts["proprio"])
-        tokens = MLP(width, config.dtype)(jnp.concatenate([seen, own[:, None]], axis=1))
+        visual = attention(config, "look")(latents.astype(config.dtype), patches)
+        proprio = nn.Dense(width, dtype=dtype, name="proprio")(parts["proprio"])
+        tokens = MLP(width, config.dtype)(jnp.concatenate([visual, proprio[:, None]], axis=1))
         for _ in range(config.latent_layers):
             tokens = Mixer(config)(tokens)
         tokens = nn.LayerNorm(dtype=dtype)(tokens)
@@ -126,12 +124,12 @@ class Perceiver(nn.Module):
         return jnp.concatenate([tokens, words(parts["instruction"])[:, None]], axis=1)
 
     def patches(self, image: Array, name: str) -> jax.Array:
-        """Features `[B, patches, D]` of one camera's picture."""
+        """Returns features `[B, num_patches, width]` of one camera's image."""
         config = self.config
         x = image.astype(config.dtype) / 127.5 - 1
         p = config.patch_size
         if config.overlap:
-            # Four shifted grids of patches side by side: one patch of twice the size, stride p.
+            # Four shifted grids of patches are patches of twice the size with stride p.
             margin = p // 2
             x = jnp.pad(x, ((0, 0), (margin, p - margin), (margin, p - margin), (0, 0)), "edge")
         x = rearrange(x, "B (h p) (w q) c -> B h w (p q c)", p=p, q=p)
@@ -148,19 +146,19 @@ class Perceiver(nn.Module):
         return x + self.place(x, f"{name}_place_out")
 
     def place(self, x: jax.Array, name: str) -> jax.Array:
-        """Learned position `[1, patches, D]`."""
+        """Returns a learned position embedding `[1, num_patches, width]`."""
         return self.param(name, nn.initializers.normal(0.02), (1, *x.shape[1:])).astype(x.dtype)
 
 
 class MLP(nn.Module):
-    """`x + W₂ gelu(W₁ norm(x))`."""
+    """Pre-norm MLP with residual: `x + W₂ gelu(W₁ norm(x))`."""
 
     width: int
     dtype: str
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Same shape."""
+        """Returns an array of the shape of `x`."""
         h = nn.Dense(2 * self.width, dtype=jnp.dtype(self.dtype))(
             nn.LayerNorm(dtype=jnp.dtype(self.dtype))(x)
         )
@@ -168,20 +166,20 @@ class MLP(nn.Module):
 
 
 class Mixer(nn.Module):
-    """One pre-norm transformer layer."""
+    """Pre-norm transformer layer."""
 
     config: PerceiverConfig
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Same shape."""
+        """Returns an array of the shape of `x`."""
         h = nn.LayerNorm(dtype=jnp.dtype(self.config.dtype))(x)
         x = x + attention(self.config)(h, h)
         return MLP(self.config.width, self.config.dtype)(x)
 
 
 def attention(config: PerceiverConfig, name: str | None = None) -> nn.MultiHeadDotProductAttention:
-    """Multi-head attention of the config's sizes."""
+    """Returns multi-head attention with the sizes of the config."""
     return nn.MultiHeadDotProductAttention(
         config.num_heads, qkv_features=config.width, dtype=jnp.dtype(config.dtype), name=name
     )

@@ -1,4 +1,4 @@
-"""No picture at all: the simulator's state, the robot's own and the instruction as tokens."""
+"""Privileged simulator state, proprioception and instruction as tokens, without images."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,14 +14,14 @@ from vla_jax.types import Array, Key, Observation, Params
 
 @dataclass(frozen=True)
 class StateConfig:
-    """Sizes; the tokens are state, proprio, language."""
+    """Sizes; the tokens are environment state, proprio and language."""
 
     kind: Literal["state"] = "state"
-    state_dim: int = 22  # E, numbers of the environment's state
-    proprio_dim: int = 8  # P, numbers of the robot's own state
-    token_dim: int = 64  # D, features of a token
-    vocab_size: int = 2048  # word ids lie in [0, vocab_size)
-    max_words: int = 12  # S, words of an instruction
+    state_dim: int = 22  # dimensions of the environment state
+    proprio_dim: int = 8  # dimensions P of the proprioception
+    token_dim: int = 64  # features D of a token
+    vocab_size: int = 2048  # size of the vocabulary; word ids are in [0, vocab_size)
+    max_words: int = 12  # words S of an instruction; further words are dropped
     dtype: str = "float32"  # of the computation; params are float32
 
     @property
@@ -31,7 +31,7 @@ class StateConfig:
 
 
 def init(key: Key, config: StateConfig) -> Params:
-    """Random params; `key` is consumed."""
+    """Returns random params; `key` is consumed."""
     blank = {
         "environment_state": jnp.zeros((1, config.state_dim)),
         "proprio": jnp.zeros((1, config.proprio_dim)),
@@ -45,7 +45,7 @@ def apply(params: Params, config: StateConfig, observation: Observation) -> jax.
 
     Args:
       params: from `init`.
-      config: the same.
+      config: config of the params.
       observation: `environment_state [..., E]`, `proprio [..., P]`, `instruction [..., S]`, with
         any leading axes.
 
@@ -66,13 +66,13 @@ def apply(params: Params, config: StateConfig, observation: Observation) -> jax.
 
 
 class State(nn.Module):
-    """Linen module behind `init` and `apply`."""
+    """Linen module of `init` and `apply`."""
 
     config: StateConfig
 
     @nn.compact
     def __call__(self, parts: dict[str, Array]) -> jax.Array:
-        """Tokens `[B, 3, D]` of the parts of an observation `[B, ...]`."""
+        """Returns tokens `[B, 3, D]` of the parts of an observation `[B, ...]`."""
         config = self.config
         state = nn.Dense(config.token_dim, dtype=jnp.dtype(config.dtype), name="environment_state")
         proprio = nn.Dense(config.token_dim, dtype=jnp.dtype(config.dtype), name="proprio")

@@ -1,4 +1,4 @@
-"""Instructions as word ids: a hash of every word, so that no word is ever unknown."""
+"""Tokenizer by hashing: every word has an id, also words that training did not contain."""
 
 import re
 import unicodedata
@@ -12,43 +12,43 @@ NO_WORD = 0
 
 
 def words(text: str) -> list[str]:
-    """Lower-cased words of a text, split at everything that is not a letter or a digit."""
+    """Returns the case-folded words of a text: its runs of letters and digits."""
     return re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).casefold())
 
 
 def word_id(word: str, vocab_size: int) -> int:
-    """Id of a word in [1, vocab_size): `1 + crc32(word) mod (vocab_size - 1)`."""
+    """Returns the id of a word in [1, vocab_size): `1 + crc32(word) mod (vocab_size - 1)`."""
     return 1 + zlib.crc32(word.encode()) % (vocab_size - 1)
 
 
 def tokenize(text: str, *, max_words: int, vocab_size: int) -> np.ndarray:
-    """Word ids of an instruction `[S]` int32, padded with 0 = no word.
+    """Returns the word ids of an instruction, padded with 0 (no word).
 
-    Ids come from a hash, so a word that training never saw still has one; `check_collisions`
-    tells whether two known words share theirs.
+    Two words may have the same id; `check_collisions` tests it for known words.
 
     Args:
-      text: the instruction, any language; empty gives zeros.
-      max_words: `S`; further words are cut off with a warning.
-      vocab_size: ids lie in [0, vocab_size).
+      text: the instruction, any language; an empty one gives zeros.
+      max_words: S; further words are dropped with a warning.
+      vocab_size: ids are in [0, vocab_size).
 
     Returns:
       Ids `[S]` int32.
     """
-    found = words(text)
-    if len(found) > max_words:
+    all_words = words(text)
+    if len(all_words) > max_words:
         warnings.warn(
-            f"instruction has {len(found)} words, kept the first {max_words} (max_words): {text!r}",
+            f"instruction has {len(all_words)} words, kept the first {max_words} (max_words): "
+            f"{text!r}",
             stacklevel=2,
         )
     ids = np.full(max_words, NO_WORD, np.int32)
-    kept = found[:max_words]
-    ids[: len(kept)] = [word_id(word, vocab_size) for word in kept]
+    first_words = all_words[:max_words]
+    ids[: len(first_words)] = [word_id(word, vocab_size) for word in first_words]
     return ids
 
 
 def check_collisions(texts: Iterable[str], vocab_size: int) -> None:
-    """Refuses a vocabulary in which two words of the given texts share an id.
+    """Raises a ValueError if two words of the texts share an id.
 
     Args:
       texts: every instruction of a data set.
