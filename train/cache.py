@@ -1,10 +1,10 @@
-"""Computes every frame's tokens once, so that a decoder on a frozen backbone trains fast.
+"""Computes the tokens of every frame once, for fast training on a frozen backbone.
 
     python -m train.cache --dataset demos/table --backbone-from runs/pretrain
 
-The tokens `[F, N, D]` lie in a memory-mapped file whose name is the fingerprint of all that they
-depend on: the backbone's params and config, the data, its statistics, and when the instruction
-is visible. `train.imitate` makes the file itself where it is missing; the options are the same.
+The tokens `[F, N, D]` are stored in a memory-mapped file, named by a hash of everything they
+depend on: the backbone's params and config, the data, its statistics, and the steps that show the
+instruction. `train.imitate` writes the file itself if it is missing; the options are the same.
 """
 
 import hashlib
@@ -26,11 +26,11 @@ from vla_jax.data.windows import Windows
 from vla_jax.files import replacing
 from vla_jax.types import Params
 
-CHUNK = 256  # frames that are encoded at once
+CHUNK = 256  # frames per forward pass
 
 
 def cache(config: ImitateConfig) -> pathlib.Path:
-    """Writes the tokens that `imitate` will want; returns their file."""
+    """Writes the tokens that `imitate` will read with the same config; returns their file."""
     dataset = read_dataset(config)
     key, _ = jax.random.split(jax.random.key(config.seed))
     params = init_params(key, config)
@@ -44,19 +44,19 @@ def frame_tokens(
     dataset: Dataset,
     norm_stats: dict[str, normalize.NormStats],
 ) -> np.memmap:
-    """The tokens of every frame, from a file in the data set's folder if it is there.
+    """Returns the tokens of every frame, from a file in the data set's folder if it exists.
 
     Args:
-      params: of the policy.
-      config: of the training.
+      params: params of the policy.
+      config: config of the training.
       dataset: from `read_dataset`.
-      norm_stats: of that data set.
+      norm_stats: statistics of that data set.
 
     Returns:
       `[F, N, D]` float32, a read-only memory map.
 
     Raises:
-      OSError: the disk is full; nothing is left behind.
+      OSError: the disk is full; no partial file is left.
     """
     backbone = config.agent.policy.backbone
     frames = make_windows(config, dataset, norm_stats, window_size=1, action_horizon=1)
@@ -74,7 +74,7 @@ def frame_tokens(
 
 
 def fingerprint(params: Params, config: BackboneConfig, frames: Windows) -> str:
-    """Sixteen hexadecimal digits of everything that the tokens depend on."""
+    """Returns a hash of everything that the tokens depend on: 16 hexadecimal digits."""
     state = hashlib.sha256(json.dumps([configs.to_dict(config), frames.identity]).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         state.update(jax.tree_util.keystr(path).encode())
@@ -86,11 +86,11 @@ def _write(path: pathlib.Path, params: Params, config: BackboneConfig, frames: W
     encode = jax.jit(BACKBONES[config.kind].apply, static_argnums=1)
     shape = (len(frames), config.num_tokens, config.token_dim)
     header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-    # Written, not mapped: a full disk kills whoever writes to a memory map.
+    # Written, not mapped: writing to a memory map on a full disk kills the process.
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
         for start in track(range(0, len(frames), CHUNK), "cache"):
-            # The last chunk repeats its last frame: one shape, one compilation.
+            # The last chunk repeats its last frame, so that one shape is compiled.
             rows = np.minimum(np.arange(start, start + CHUNK), len(frames) - 1)
             encoded = encode(params, config, frames[rows].observation)[:, 0]
             file.write(np.asarray(encoded, "<f4")[: len(frames) - start].tobytes())

@@ -1,15 +1,15 @@
-"""Gives the encoder its eyes: regression of what the data set declares about each frame.
+"""Pre-trains the image encoder by regressing a column of the data set from each frame.
 
     python -m train.pretrain --dataset demos/table --run-dir runs/pretrain
 
 The target is a column of the demonstrations, here the simulator's block positions
-(`environment_state`). A linear readout from the tokens must find them, so that a recurrent
-decoder on the frozen tokens need not look for them itself. The readout is thrown away. The words'
-embedding stays random: nothing in these targets would teach it, only make sentences alike.
+(`environment_state`). A linear readout predicts it from the tokens, so that a recurrent decoder on
+the frozen tokens can read it off directly. The readout is discarded afterwards. The word embedding
+stays random: these targets carry no information about words and would only make sentences alike.
 
-A second target says the same as seen from the tool, and falls silent beyond `reach`: an error of
-a centimetre, small on the table, is large between the fingers, where the camera on the hand sees
-it well.
+A second target is the same positions relative to the tool, squashed by tanh at distance `reach`:
+an error of a centimetre is small on the table but large between the fingers, where the wrist
+camera resolves it well.
 """
 
 import pathlib
@@ -48,23 +48,23 @@ class PretrainConfig:
 
     dataset: DatasetConfig = DatasetConfig()  # demonstrations with the target as a column
     run_dir: str = "runs/pretrain"  # folder to write to
-    target: Literal["environment_state", "proprio", "action"] = "environment_state"
-    reach: float = 0.04  # m from the tool within which things are told finely; 0 = not at all
-    backbone: PerceiverConfig = PerceiverConfig()
-    normalize: NormalizeConfig = NormalizeConfig()  # method of each column
-    augment: AugmentConfig = AugmentConfig()
-    augment_on: Literal["host", "device"] = "host"  # in the loader's threads, or in the update
+    target: Literal["environment_state", "proprio", "action"] = "environment_state"  # column
+    reach: float = 0.04  # m, distance scale of the tool-relative targets; 0 = no such targets
+    backbone: PerceiverConfig = PerceiverConfig()  # image encoder to train
+    normalize: NormalizeConfig = NormalizeConfig()  # normalisation method of each column
+    augment: AugmentConfig = AugmentConfig()  # random image changes; none by default
+    augment_on: Literal["host", "device"] = "host"  # augment in loader threads or in the update
     loader: LoaderConfig = LoaderConfig(batch_size=64)
     optim: OptimConfig = OptimConfig(learning_rate=5e-3, end_factor=0.01, freeze=("*/words/*",))
     loop: LoopConfig = LoopConfig(num_updates=3000, save_every=1000)
-    seed: int = 0  # of the params and the dropout
-    overwrite: bool = False  # delete a run that is there
+    seed: int = 0  # random seed of params and dropout
+    overwrite: bool = False  # delete an existing run
 
     upgrade = staticmethod(upgrade_config)
 
 
 def table() -> PretrainConfig:
-    """The table's encoder, 2 minutes on 2 cores: block positions from two 64 × 64 pictures."""
+    """The table's encoder, 2 minutes on 2 cores: block positions from two 64 × 64 images."""
     return PretrainConfig(dataset=DatasetConfig(decode="whole"))
 
 
@@ -72,7 +72,7 @@ PRESETS = {"table": table}
 
 
 def pretrain(config: PretrainConfig) -> pathlib.Path:
-    """Trains; returns the run's folder, whose params are `{"backbone", "readout"}`."""
+    """Trains an encoder; returns the run's folder, with params `{"backbone", "readout"}`."""
     # Data: single frames.
     dataset = read_dataset(config)
     norm_stats = normalize.compute_norm_stats(dataset)
@@ -84,7 +84,7 @@ def pretrain(config: PretrainConfig) -> pathlib.Path:
         process_count=jax.process_count(),
     )
 
-    # Targets: the column, and what of it lies near the tool.
+    # Targets: the column, and its positions relative to the tool.
     make_targets, num_targets = targets(config, dataset, norm_stats)
 
     # Model, loss, update.
@@ -120,7 +120,11 @@ def pretrain(config: PretrainConfig) -> pathlib.Path:
 
 
 def read_dataset(config: PretrainConfig) -> Dataset:
-    """The demonstrations; says so in one sentence where they lack the target."""
+    """Reads the demonstrations.
+
+    Raises:
+      ValueError: the target is not among their columns.
+    """
     size = config.backbone.image_size
     dataset = reader.read_dataset(config.dataset, image_size=(size, size))
     if config.target not in dataset.columns:
@@ -134,7 +138,7 @@ def read_dataset(config: PretrainConfig) -> Dataset:
 def make_frames(
     config: PretrainConfig, dataset: Dataset, norm_stats: dict[str, NormStats]
 ) -> Windows:
-    """Windows of one step."""
+    """Returns windows of one step."""
     backbone = config.backbone
     sizes = WindowConfig(
         window_size=1, vocab_size=backbone.vocab_size, max_words=backbone.max_words
@@ -143,7 +147,7 @@ def make_frames(
 
 
 def init_params(key: Key, backbone: PerceiverConfig, num_targets: int) -> Params:
-    """Random params `{"backbone", "readout"}`; `key` is consumed."""
+    """Returns random params `{"backbone", "readout"}`; `key` is consumed."""
     backbone_key, readout_key = jax.random.split(key)
     size = backbone.num_tokens * backbone.token_dim
     init = jax.jit(BACKBONES[backbone.kind].init, static_argnums=1)
@@ -157,7 +161,7 @@ def init_params(key: Key, backbone: PerceiverConfig, num_targets: int) -> Params
 
 
 def read_out(params: Params, backbone: PerceiverConfig, batch: Batch) -> jax.Array:
-    """What a linear map finds in each frame's tokens, `[B, W, targets]`."""
+    """Returns the linear readout of each frame's tokens `[B, W, num_targets]`."""
     tokens = BACKBONES[backbone.kind].apply(params["backbone"], backbone, batch.observation)
     features = rearrange(tokens, "B W N D -> B W (N D)")
     return features @ params["readout"]["kernel"] + params["readout"]["bias"][None, None]
@@ -166,10 +170,10 @@ def read_out(params: Params, backbone: PerceiverConfig, batch: Batch) -> jax.Arr
 def targets(
     config: PretrainConfig, dataset: Dataset, norm_stats: dict[str, NormStats]
 ) -> tuple[Callable[[Batch], jax.Array], int]:
-    """A function that gives what must be found `[B, W, targets]`, and how many numbers that is.
+    """Returns a function from a batch to targets `[B, W, num_targets]`, and `num_targets`.
 
-    The column comes first, normalised. Where its numbers are positions by name (`red.x`) and
-    proprio has the tool's (`x`), there follow tanh((position - tool) / reach).
+    The first targets are the normalised column. If its dimensions are named as positions (`red.x`)
+    and proprio holds the tool's position (`x`), tanh((position - tool) / reach) follows.
     """
     names = dataset.names.get(config.target, ()) if config.reach else ()
     axes = {axis: index for index, axis in enumerate(dataset.names.get("proprio", ()))}
@@ -192,7 +196,7 @@ def targets(
 
 
 def target(batch: Batch, name: str) -> Array:
-    """A column of the batch `[B, W, …]`; of an action chunk, the first action."""
+    """Returns a column of the batch `[B, W, …]`; for actions, the first of each chunk."""
     return batch.action[:, :, 0] if name == "action" else getattr(batch.observation, name)
 
 

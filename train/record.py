@@ -1,12 +1,12 @@
-"""Demonstrations of a world's own expert, written as a LeRobot v3.0 data set.
+"""Records demonstrations of a simulator's scripted expert as a LeRobot v3.0 data set.
 
     python -m train.record --dataset demos/table --num-episodes 2000
     python -m train.record --preset table_jax --dataset demos/table_jax
 
-The robot is sent the expert's action plus noise while the action without it is recorded: the
-states go astray and the labels show the way back (DART, Laskey et al. 2017, arXiv:1703.09327).
-With `--disturbance 0.05` bursts of random actions come on top on the MuJoCo table: missed grasps
-and lost blocks, and the way back from them.
+The robot executes the expert's action plus noise, while the action without noise is recorded. The
+data thus covers states off the expert's path, with labels that lead back to it (DART, Laskey et al.
+2017, arXiv:1703.09327). On the MuJoCo table, `--disturbance 0.05` adds bursts of random actions,
+which cause missed grasps and dropped blocks, and recoveries from them.
 """
 
 import math
@@ -27,24 +27,24 @@ from vla_jax.data.readers.lerobot import writer
 from vla_jax.envs.table import jax_env, mujoco_env, rules
 from vla_jax.envs.worlds import make_simulator
 
-BURST = 3  # steps of random actions, gripper too: enough to miss a grasp or lose a block
-SHARE = 20  # episodes that a process plays before it hands them over
-CHUNK_BYTES = 64e6  # of the episodes of a JAX world that are played side by side; it needs 4x
+BURST = 3  # steps of random actions, gripper included: enough to miss a grasp or drop a block
+SHARE = 20  # episodes that a process plays before it returns them
+CHUNK_BYTES = 64e6  # bytes of the episodes that a JAX environment plays at once; it needs 4x
 
 
 @dataclass(frozen=True)
 class RecordConfig:
-    """What to record."""
+    """One recording of demonstrations."""
 
     dataset: str = "demos/table"  # folder of the data set to write
     world: mujoco_env.TableConfig | jax_env.TableConfig = field(
         default_factory=mujoco_env.TableConfig
     )
-    num_episodes: int = 2000  # episodes to play; seeds 0, 1, …
-    noise: float = 0.25  # standard deviation on the arm's dims, in units of action
-    disturbance: float = 0.0  # probability per step that a burst of random actions starts
-    num_processes: int = 0  # MuJoCo worlds side by side; 0 = one per core
-    overwrite: bool = False  # replace a data set that is there
+    num_episodes: int = 2000  # episodes to play, with seeds 0, 1, …; only successes are kept
+    noise: float = 0.25  # standard deviation of the noise on the arm dims, in action units
+    disturbance: float = 0.0  # probability per step that a burst of random actions begins
+    num_processes: int = 0  # processes with a MuJoCo simulator each; 0 = one per core
+    overwrite: bool = False  # replace an existing data set
 
     def __post_init__(self):
         """Checks the numbers."""
@@ -60,12 +60,12 @@ class RecordConfig:
 
 
 def mujoco() -> RecordConfig:
-    """The MuJoCo table, two cameras of 64 × 64 pixels."""
+    """The MuJoCo table with two cameras of 64 × 64 pixels."""
     return RecordConfig()
 
 
 def twin() -> RecordConfig:
-    """Its pure-JAX twin, for machines without OpenGL; --image-size 0 takes seconds."""
+    """The pure-JAX table, which needs no OpenGL; takes seconds with --image-size 0."""
     return RecordConfig(world=jax_env.TableConfig())
 
 
@@ -73,11 +73,11 @@ PRESETS = {"table_mujoco": mujoco, "table_jax": twin}
 
 
 def record(config: RecordConfig) -> pathlib.Path:
-    """Plays, keeps what succeeded, writes; returns the data set's folder."""
+    """Plays episodes and writes the successful ones; returns the data set's folder."""
     if isinstance(config.world, jax_env.TableConfig):
         played = _side_by_side(config.world, config)
     else:
-        make_simulator(config.world).close()  # what is missing shows itself here, not in a process
+        make_simulator(config.world).close()  # a missing package is reported here, not in a process
         played = _in_processes(config)
     return writer.write(
         config.dataset,
@@ -94,9 +94,9 @@ def record(config: RecordConfig) -> pathlib.Path:
 
 
 def demonstrate(simulator, seed: int, noise: float, disturbance: float) -> Episode | None:
-    """One episode of the expert; None where it failed."""
+    """Plays one episode of the expert; returns None if it failed."""
     observation = simulator.reset(seed)
-    rng = np.random.default_rng([seed, 1])  # another stream than the layout's
+    rng = np.random.default_rng([seed, 1])  # independent of the layout's random stream
     observations, actions, burst = [], [], 0
     while True:
         action = simulator.expert()
@@ -127,7 +127,7 @@ def _successes(played: Iterable[Episode | None], num_episodes: int) -> Iterator[
 
 
 def _side_by_side(world: jax_env.TableConfig, config: RecordConfig) -> Iterator[Episode | None]:
-    """Plays a chunk of episodes at once; chunk n is that of key n."""
+    """Plays chunks of episodes in parallel on the device; chunk n uses random key n."""
     env = jax_env.make(world)
     numbers = 4 * (rules.STATE_SIZE + rules.PROPRIO_SIZE + len(rules.ACTION_NAMES))
     episode_bytes = world.max_steps * (6 * world.image_size**2 + numbers)
@@ -155,7 +155,7 @@ def _episode(
 
 
 def _in_processes(config: RecordConfig) -> Iterator[Episode | None]:
-    """Plays in several processes, each with a simulator of its own."""
+    """Plays in several processes with one simulator each."""
     starts = range(0, config.num_episodes, SHARE)
     jobs = [(config, range(start, min(start + SHARE, config.num_episodes))) for start in starts]
     num_processes = config.num_processes or os.cpu_count() or 1
@@ -166,11 +166,11 @@ def _in_processes(config: RecordConfig) -> Iterator[Episode | None]:
 
 
 def _stay_on_cpu() -> None:
-    """Keeps the processes off the GPU, most of whose memory the first one would take."""
+    """Keeps the processes on the CPU: the first one would reserve most of the GPU's memory."""
     jax.config.update("jax_platforms", "cpu")
 
 
-_SIMULATORS: dict = {}  # of this process: building one takes longer than playing an episode
+_SIMULATORS: dict = {}  # of this process, kept since building one takes longer than an episode
 
 
 def _play(job) -> list[Episode | None]:

@@ -23,7 +23,7 @@ from vla_jax.types import Key, Params
 
 
 def read_dataset(config: ImitateConfig) -> Dataset:
-    """The demonstrations in the policy's frame, without pictures where it looks at none."""
+    """Reads the demonstrations, in the policy's action frame, without images it does not use."""
     backbone = config.agent.policy.backbone
     size = None if backbone.kind == "state" else (backbone.image_size, backbone.image_size)
     dataset = reader.read_dataset(

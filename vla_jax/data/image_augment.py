@@ -1,6 +1,6 @@
 """Image augmentation in NumPy: one random shift, brightness and contrast per window.
 
-`vla_jax.training.device_augment` is the same inside `jit`.
+`vla_jax.training.device_augment` does the same inside `jit`.
 """
 
 from dataclasses import dataclass
@@ -10,18 +10,18 @@ import numpy as np
 
 from vla_jax.types import Batch
 
-# Steps per unit of brightness and contrast. Of such numbers every product and sum below is exact
-# in float32, so that the same change gives the same picture whoever computes it.
+# Steps per unit of brightness and contrast. With such values every product and sum below is exact
+# in float32, so that NumPy and JAX give identical images.
 GRAIN = 4096
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """How far images are changed."""
+    """Ranges of the random changes."""
 
-    shift: int = 0  # pixels in each direction, at most
-    brightness: float = 0.0  # added to pixels in [0, 1], at most
-    contrast: float = 0.0  # factor lies in 1 ± this
+    shift: int = 0  # largest shift in each direction, pixels
+    brightness: float = 0.0  # largest offset added to pixels in [0, 1]
+    contrast: float = 0.0  # the contrast factor is within 1 ± this value
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
@@ -33,21 +33,21 @@ class AugmentConfig:
 
 
 class Change(NamedTuple):
-    """What happens to one camera's pictures of one window, the same at all its steps."""
+    """One random change, applied to all images of one camera in one window."""
 
     down: Any  # pixels
     right: Any  # pixels
     brightness: Any  # added to pixels in [0, 1]
-    contrast: Any  # factor about grey
+    contrast: Any  # factor around mid-grey
 
 
 def apply(batch: Batch, config: AugmentConfig, rng: np.random.Generator) -> Batch:
-    """The batch with its images changed; each window and camera draws once for all its steps.
+    """Changes the images of a batch; one draw per window and camera, for all steps.
 
     Args:
       batch: windows with images `[B, W, h, w, 3]` uint8, or none.
-      config: how far.
-      rng: source of the draws; advanced.
+      config: ranges.
+      rng: source of randomness; advanced.
 
     Returns:
       A batch of the same shapes and dtypes.
@@ -63,7 +63,7 @@ def apply(batch: Batch, config: AugmentConfig, rng: np.random.Generator) -> Batc
 
 
 def draw(config: AugmentConfig, rng: np.random.Generator) -> Change:
-    """A change within the ranges of `config`; `rng` is advanced."""
+    """Draws a change within the ranges of `config`; advances `rng`."""
     down, right = rng.integers(-config.shift, config.shift + 1, 2)
     brightness = rng.uniform(-config.brightness, config.brightness)
     contrast = rng.uniform(1 - config.contrast, 1 + config.contrast)
@@ -71,11 +71,11 @@ def draw(config: AugmentConfig, rng: np.random.Generator) -> Change:
 
 
 def change(images: np.ndarray, by: Change) -> np.ndarray:
-    """Images `[W, h, w, 3]` uint8, moved with their edges repeated, in another light.
+    """Shifts images `[W, h, w, 3]` uint8, repeating edge pixels, and changes their light.
 
-    A pixel x in [0, 1] becomes `contrast · (x - ½) + ½ + brightness`, within [0, 1].
+    A pixel x in [0, 1] becomes `contrast · (x - ½) + ½ + brightness`, clipped to [0, 1].
 
-    Source: the shift is that of Yarats et al. 2021, DrQ-v2 (arXiv:2107.09645), section 3.1.
+    Source: shift from Yarats et al. 2021, DrQ-v2 (arXiv:2107.09645), section 3.1.
     """
     h, w = images.shape[1:3]
     rows = np.clip(np.arange(h) - by.down, 0, h - 1)

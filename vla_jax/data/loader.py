@@ -1,7 +1,7 @@
-"""Endless shuffled batches on grain, with a position that can be saved and resumed exactly.
+"""Endless shuffled batches with grain; the position can be saved and resumed exactly.
 
-What grain shuffles, shards and prefetches are batches of window *indices*; all windows of a
-batch are cut by one NumPy indexing call, which is what keeps the cost per window small.
+grain shuffles, shards and prefetches batches of window *indices*. One NumPy indexing call then
+gathers all windows of a batch, which keeps the cost per window small.
 """
 
 import contextlib
@@ -21,14 +21,14 @@ from vla_jax.types import Batch
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """How batches are made."""
+    """Batch size, parallelism and shuffling of a loader."""
 
-    batch_size: int = 64  # B, windows per update over all processes
-    num_workers: int = 0  # worker processes; 0 = threads only, best on few cores
-    num_threads: int = 1  # threads that cut batches, per process; 0 = when asked
-    prefetch: int = 2  # batches made ahead, per process
-    seed: int = 0  # of the shuffling and the augmentation
-    shuffle: bool = True  # a new order in every epoch; False = in order
+    batch_size: int = 64  # B, windows per update, summed over all processes
+    num_workers: int = 0  # worker processes; 0 = threads only, best with few cores
+    num_threads: int = 1  # threads that assemble batches, per process; 0 = no prefetching
+    prefetch: int = 2  # batches assembled ahead of time, per process
+    seed: int = 0  # random seed of shuffling and augmentation
+    shuffle: bool = True  # a new random order in every epoch; False = the order of the data
 
     def __post_init__(self) -> None:
         """Checks the sizes."""
@@ -39,13 +39,13 @@ class LoaderConfig:
 
 
 class Loader:
-    """An endless iterator of batches; its whole state is the number of batches given.
+    """Endless iterator of batches; its only state is the number of batches returned.
 
-    Close it, or use it in a `with` statement, so that threads and processes end.
+    Close it, or use it in a `with` statement, to end its threads and processes.
     """
 
     def __init__(self, dataset: Any, config: LoaderConfig, pipeline: dict[str, Any]) -> None:
-        """Takes a grain `MapDataset` of batches; `make_loader` builds it."""
+        """Wraps a grain `MapDataset` of batches; called by `make_loader`."""
         self._dataset = dataset
         self._config = config
         self._pipeline = pipeline
@@ -53,11 +53,11 @@ class Loader:
         self._iterator: Any = None
 
     def __iter__(self) -> "Loader":
-        """The loader itself: a position is shared by all who iterate."""
+        """Returns the loader itself: all iterators share one position."""
         return self
 
     def __next__(self) -> Batch:
-        """The next batch."""
+        """Returns the next batch."""
         if self._iterator is None:
             self._iterator = _start(self._dataset, self._config, self._num_batches)
         batch = next(self._iterator)
@@ -65,15 +65,15 @@ class Loader:
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        """Position and pipeline, JSON-able."""
+        """Returns position and pipeline, as JSON values."""
         return {"num_batches": self._num_batches, "pipeline": dict(self._pipeline)}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues where `get_state` was called, to the bit, in this or another process.
+        """Continues exactly where `get_state` was called, in this or another process.
 
         Args:
           state: from `get_state` of a loader with the same pipeline. Threads, workers and
-            prefetching may differ: they do not change the batches.
+            prefetching may differ, since they do not change the batches.
 
         Raises:
           ValueError: the state belongs to another pipeline.
@@ -83,13 +83,13 @@ class Loader:
         self._num_batches = int(state["num_batches"])
 
     def close(self) -> None:
-        """Ends threads and worker processes; the position is kept."""
+        """Ends threads and worker processes; keeps the position."""
         if self._iterator is not None:
             self._iterator.close()
         self._iterator = None
 
     def __enter__(self) -> "Loader":
-        """The loader itself."""
+        """Returns the loader itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -105,24 +105,24 @@ def make_loader(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Loader:
-    """An endless iterator over batches of `source`.
+    """Returns an endless iterator over batches of `source`.
 
-    Every epoch is shuffled anew, alike in all processes, and dealt out to them in turn: batch n
-    of all processes together is batch n of a single one. What does not divide among the
-    processes is left out of that epoch.
+    All processes shuffle each epoch in the same way and take every `process_count`-th window:
+    the n-th batches of all processes together are the n-th batch of a single process. Windows
+    that do not divide among the processes are left out of that epoch.
 
     Args:
-      source: the windows, or the rows of packed episodes.
-      config: batch size over all processes, seed, workers.
+      source: windows, or rows of packed episodes.
+      config: total batch size, seed, workers.
       augment: image augmentation; None means none.
-      process_index: this process, 0 … process_count - 1.
-      process_count: processes that train together.
+      process_index: index of this process, 0 … process_count - 1.
+      process_count: number of processes that train together.
 
     Returns:
       A loader of `Batch` with leading axis `B = batch_size / process_count`.
 
     Raises:
-      ValueError: the batch does not divide among the processes; fewer windows than processes.
+      ValueError: the batch size is not a multiple of the processes; fewer windows than processes.
       ImportError: grain is missing.
     """
     if config.batch_size % process_count:
@@ -179,7 +179,7 @@ def _pipeline(
     augment: AugmentConfig | None,
     process_count: int,
 ) -> dict[str, Any]:
-    """All that decides which batches come, flat and JSON-able."""
+    """Returns everything that determines the batches, as a flat dict of JSON values."""
     changes = asdict(augment) if augment else {}
     return {
         **source.identity,
@@ -202,7 +202,7 @@ def _check_pipeline(saved: dict[str, Any], current: dict[str, Any]) -> None:
 
 
 def _mark_flags_as_parsed() -> None:
-    # grain's worker processes read absl flags, which no program outside absl.app ever parses.
+    # grain's worker processes read absl flags, which only absl.app parses.
     from absl import flags
 
     with contextlib.suppress(flags.Error):

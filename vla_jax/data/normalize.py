@@ -1,7 +1,7 @@
 """Normalisation: statistics of a column, the map to about [-1, 1], and its inverse.
 
-Written with array operators, and functions that NumPy and JAX both have, so that the same
-functions serve NumPy data, one observation at acting time, and JAX arrays inside `jit`.
+Uses only array operators and functions common to NumPy and JAX. The same code normalises NumPy
+data sets, single observations during acting, and JAX arrays inside `jit`.
 """
 
 import math
@@ -16,8 +16,8 @@ from vla_jax.data.dataset import Dataset
 from vla_jax.types import Array
 
 Method = Literal["bounds", "quantiles", "mean_std", "none"]
-CLIPPED = ("bounds", "quantiles")  # methods that know where the data ends
-QUANTILE_SHARE = 0.02  # of the values lie outside [q01, q99] by definition
+CLIPPED = ("bounds", "quantiles")  # methods that clip to [-1, 1]
+QUANTILE_SHARE = 0.02  # share of values outside [q01, q99] by definition
 
 
 class NormStats(NamedTuple):
@@ -34,12 +34,12 @@ class NormStats(NamedTuple):
 
 @dataclass(frozen=True)
 class NormalizeConfig:
-    """How each column is brought to about [-1, 1]."""
+    """Normalisation method of each column."""
 
-    action: Method = "bounds"  # the arm; the gripper is left alone
-    proprio: Method = "mean_std"  # robot's own state
-    environment_state: Method = "mean_std"  # what only a simulator knows
-    action_mu: float = 0.0  # μ of the μ-law on the normalised arm, such as 255; 0 = none
+    action: Method = "bounds"  # method of the arm dims; the gripper is never normalised
+    proprio: Method = "mean_std"  # method of the robot's own state
+    environment_state: Method = "mean_std"  # method of the privileged simulator state
+    action_mu: float = 0.0  # μ of the μ-law companding of the arm, such as 255; 0 = off
 
     def __post_init__(self) -> None:
         """Checks the methods."""
@@ -50,7 +50,7 @@ class NormalizeConfig:
 
 
 def compute(column: np.ndarray) -> NormStats:
-    """Statistics over all leading axes of `column [..., D]`."""
+    """Returns statistics over all leading axes of `column [..., D]`."""
     flat = np.asarray(column, np.float64).reshape(-1, column.shape[-1])
     q01, q99 = np.quantile(flat, [0.01, 0.99], axis=0)
     moments = (flat.mean(0), flat.std(0), flat.min(0), flat.max(0), q01, q99)
@@ -58,23 +58,23 @@ def compute(column: np.ndarray) -> NormStats:
 
 
 def compute_norm_stats(dataset: Dataset) -> dict[str, NormStats]:
-    """Statistics of every numeric column; images are never touched."""
+    """Returns statistics of every numeric column; reads no images."""
     return {name: compute(column) for name, column in dataset.columns.items()}
 
 
 def fixed_bounds(low: Any, high: Any, dim: int) -> NormStats:
-    """Statistics that "bounds" and "quantiles" read as the given limits, whatever the data.
+    """Returns statistics with given limits for the methods "bounds" and "quantiles".
 
     Args:
-      low: what becomes -1, a number or one for each dimension `[D]`.
-      high: what becomes 1, likewise.
-      dim: D, the gripper included; where it is left alone its limits do not matter.
+      low: value mapped to -1, a scalar or `[D]`.
+      high: value mapped to 1, a scalar or `[D]`.
+      dim: D, including the gripper, whose limits are not used.
 
     Returns:
-      Statistics of no frames, their mean in the middle and their std half the width.
+      Statistics with count 0, the mean in the middle and the std half the width.
 
     Raises:
-      ValueError: a limit is not below the other.
+      ValueError: a lower limit is not below the upper one.
     """
     low, high = (np.broadcast_to(np.asarray(end, np.float32), dim) for end in (low, high))
     if not np.all(low < high):
@@ -87,14 +87,14 @@ def normalize(x: Array, stats: NormStats, method: Method, *, gripper: bool = Fal
 
         y = (x - c) / s        c, s: middle and half width of [min, max] or [q01, q99]; mean, std
 
-    "bounds" and "quantiles" clip to [-1, 1], "none" changes nothing; a dimension that never
-    changes gives 0, and one whose quantiles coincide uses its bounds.
+    "bounds" and "quantiles" clip to [-1, 1]; "none" changes nothing. A constant dimension gives
+    0, and a dimension whose quantiles coincide uses its bounds.
 
     Args:
       x: `[..., D]`.
       stats: statistics of the column.
       method: "bounds", "quantiles", "mean_std" or "none".
-      gripper: the last dimension is a gripper and is left alone.
+      gripper: the last dimension is a gripper, which is not changed.
 
     Returns:
       `[..., D]`, float32 for float32.
@@ -112,13 +112,13 @@ def denormalize(y: Array, stats: NormStats, method: Method, *, gripper: bool = F
     """Inverse of `normalize` inside its bounds: `x = c + s y`.
 
     Args:
-      y: `[..., D]`, as `normalize` or a policy gives it.
+      y: `[..., D]`, from `normalize` or a policy.
       stats: the statistics that `normalize` used.
       method: the method that `normalize` used.
-      gripper: the last dimension is a gripper and is left alone.
+      gripper: the last dimension is a gripper, which is not changed.
 
     Returns:
-      `[..., D]` in the units of the data; a dimension that never changed gives its constant.
+      `[..., D]` in the units of the data; a constant dimension gives its constant.
 
     Raises:
       ValueError: `y` and `stats` differ in size; unknown method.
@@ -128,15 +128,15 @@ def denormalize(y: Array, stats: NormStats, method: Method, *, gripper: bool = F
 
 
 def normalize_action(action: Array, stats: NormStats, config: NormalizeConfig) -> Array:
-    """Actions as a policy learns them: normalised, then companded if the config says so.
+    """Returns the actions that a policy learns: normalised, then companded where μ > 0.
 
         y = sign(x) · ln(1 + μ |x|) / ln(1 + μ)        x: the normalised arm
 
-    The gripper is left alone.
+    The gripper is not changed.
 
     Args:
       action: `[..., A]` in the units of the data.
-      stats: of the actions.
+      stats: statistics of the actions.
       config: the method and μ.
 
     Returns:
@@ -152,9 +152,9 @@ def denormalize_action(action: Array, stats: NormStats, config: NormalizeConfig)
     """Inverse of `normalize_action` inside its bounds.
 
     Args:
-      action: `[..., A]`, as a policy gives it.
-      stats: those that `normalize_action` used.
-      config: the one that `normalize_action` used.
+      action: `[..., A]`, from a policy.
+      stats: the statistics that `normalize_action` used.
+      config: the config that `normalize_action` used.
 
     Returns:
       `[..., A]` in the units of the data.
@@ -168,7 +168,7 @@ def denormalize_action(action: Array, stats: NormStats, config: NormalizeConfig)
 def count_clipped(
     x: np.ndarray, stats: NormStats, method: Method, *, gripper: bool = False
 ) -> float:
-    """Share of the values of `x [..., D]` that `normalize` cuts off, in [0, 1]."""
+    """Returns the fraction of the values of `x [..., D]` that `normalize` clips."""
     if method not in CLIPPED:
         return 0.0
     centre, scale = _affine(x, stats, method, gripper)
@@ -179,22 +179,22 @@ def count_clipped(
 def normalize_column(
     name: str, column: np.ndarray, stats: NormStats, config: NormalizeConfig
 ) -> np.ndarray:
-    """A whole column of a data set, normalised; says how much of it was cut off.
+    """Normalises a column of a data set; warns if many of its values were clipped.
 
     Args:
       name: "action", "proprio" or "environment_state".
       column: `[F, D]`.
-      stats: statistics of the column, perhaps those of another data set.
+      stats: statistics of the column; may come from another data set.
       config: the method of each column.
 
     Returns:
-      `[F, D]` float32. Warns with the share of values outside [-1, 1] where it is more than the
-      method itself leaves out.
+      `[F, D]` float32. Warns with the fraction of values outside [-1, 1] if it exceeds what the
+      method clips by definition.
     """
     method, gripper = getattr(config, name), name == "action"
     share = count_clipped(column, stats, method, gripper=gripper)
     y = normalize_action(column, stats, config) if gripper else normalize(column, stats, method)
-    if gripper and method == "none":  # an arm that ends in tanh reaches no further
+    if gripper and method == "none":  # the tanh of a policy's arm output is within [-1, 1]
         share, y = float((np.abs(y) > 1 + 1e-5).mean()), y.clip(-1, 1)
     if share > (QUANTILE_SHARE * 1.25 if method == "quantiles" else 0):
         warnings.warn(
@@ -206,7 +206,7 @@ def normalize_column(
 
 
 def to_json(norm_stats: Mapping[str, NormStats]) -> dict[str, Any]:
-    """Statistics as plain lists and numbers, ready for `json.dump`."""
+    """Returns statistics as lists and numbers for `json.dump`."""
     return {
         name: {
             field: value.tolist() if isinstance(value, np.ndarray) else int(value)
@@ -217,10 +217,10 @@ def to_json(norm_stats: Mapping[str, NormStats]) -> dict[str, Any]:
 
 
 def from_json(data: Mapping[str, Any]) -> dict[str, NormStats]:
-    """Statistics from what `to_json` gave.
+    """Returns statistics from the output of `to_json`.
 
     Raises:
-      ValueError: a statistic is missing or unknown, or the sizes differ.
+      ValueError: a statistic is missing or unknown, or sizes differ.
     """
     return {name: _stats_from_json(name, fields) for name, fields in data.items()}
 
@@ -259,7 +259,7 @@ def _expand(action: Array, mu: float) -> Array:
 def _affine(
     x: Array, stats: NormStats, method: Method, gripper: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Centre and scale with as many axes as `x`; scale 0 marks a constant dimension."""
+    """Returns centre and scale with as many axes as `x`; scale 0 marks a constant dimension."""
     size = len(stats.mean)
     if x.shape[-1] != size:
         raise ValueError(
@@ -287,7 +287,7 @@ def _centre_scale(stats: NormStats, method: Method) -> tuple[np.ndarray, np.ndar
 
 
 def _constant(width: np.ndarray, level: np.ndarray) -> np.ndarray:
-    # Dividing by a width that is only rounding noise would blow the loss up.
+    # Dividing by a width of rounding errors would make the loss huge.
     return width <= 1e-6 * np.maximum(1, np.abs(level))
 
 

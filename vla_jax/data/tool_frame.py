@@ -1,4 +1,4 @@
-"""A data set whose actions are turned from the world's frame into the tool's."""
+"""Conversion of a data set's actions from the world frame to the tool frame."""
 
 import dataclasses
 
@@ -8,19 +8,19 @@ from vla_jax.data.dataset import Dataset, digest
 
 
 def in_tool_frame(dataset: Dataset, config: ToolFrame) -> Dataset:
-    """The same data set with every action in the frame that the tool has when it is carried out.
+    """Returns the data set with every action in the tool frame at the time of its execution.
 
-    A chunk's later actions are so in later frames, which an agent knows when it sends them.
+    Later actions of a chunk are thus in later frames, which an agent knows when it sends them.
 
     Args:
-      dataset: actions of the world's frame, proprio as the robot gives it, not normalised.
-      config: where the orientation stands, and what the rotation means.
+      dataset: actions in the world frame, proprio in the robot's units, not normalised.
+      config: proprio columns of the orientation, and the representation of rotations.
 
     Returns:
-      A data set of another fingerprint; compute its statistics anew.
+      A data set with another fingerprint; its statistics must be computed again.
 
     Raises:
-      ValueError: proprio is missing or has fewer columns, or actions have fewer than six numbers.
+      ValueError: proprio is missing or has too few columns; actions have fewer than six numbers.
     """
     orientation = reference_frames.read_orientation(dataset.columns.get("proprio"), config)
     action = reference_frames.to_tool_frame(dataset.columns["action"], orientation, config)

@@ -1,7 +1,8 @@
-"""What a LeRobot v3.0 folder looks like: paths, keys, and `meta/info.json` with its checks.
+"""Layout of a LeRobot v3.0 folder: paths, feature keys, and checks of `meta/info.json`.
 
-`meta/info.json`, `meta/stats.json`, `meta/tasks.parquet`, `meta/episodes/`, `data/` and
-`videos/<camera>/`, the last three in `chunk-000/file-000` files that hold many episodes each.
+A folder holds `meta/info.json`, `meta/stats.json`, `meta/tasks.parquet`, `meta/episodes/`,
+`data/` and `videos/<camera>/`; the last three contain `chunk-000/file-000` files with many
+episodes each.
 """
 
 import difflib
@@ -31,10 +32,10 @@ FEATURE_KEYS = {  # our field -> the feature's key on disk
 
 
 def read_info(root: pathlib.Path) -> dict[str, Any]:
-    """`meta/info.json` of a data set of the version that this library reads.
+    """Reads `meta/info.json` and checks its version.
 
     Raises:
-      FileNotFoundError: there is no such file; says where a recording was interrupted.
+      FileNotFoundError: the file is missing; names the leftovers of an interrupted recording.
       ValueError: not JSON, another version, or a field is missing.
     """
     partial = root.with_name(root.name + ".tmp")
@@ -64,7 +65,7 @@ def read_info(root: pathlib.Path) -> dict[str, Any]:
 
 
 def check_fps(root: pathlib.Path, info: Mapping[str, Any], expected: float | None) -> None:
-    """Refuses a data set with another rate (Hz) than the user counts on, where there is one."""
+    """Checks the frame rate (Hz) of a data set against an expected one, if given."""
     if expected is not None and not np.isclose(info["fps"], expected):
         raise ValueError(
             f"fps of {root} must be {expected:g} Hz as asked for, got {info['fps']:g} Hz; ask for "
@@ -79,17 +80,17 @@ def feature_keys(
     cameras: Sequence[str] | None,
     columns: Sequence[str] | None,
 ) -> dict[str, str]:
-    """Our field -> key on disk, for what will be read; every key exists.
+    """Returns our field -> key on disk for the fields to read; every key exists.
 
     Args:
       root: folder, for messages.
       info: from `read_info`.
-      chosen: our field -> key on disk, where it is not that of `FEATURE_KEYS`.
+      chosen: our field -> key on disk, where it differs from `FEATURE_KEYS`.
       cameras: image fields to read; None means all that have a key.
-      columns: numeric fields to read beside "action"; None means all that have a key.
+      columns: numeric fields to read besides "action"; None means all that have a key.
 
     Returns:
-      The keys of the fields to read, "action" always among them.
+      Field -> key; always contains "action".
 
     Raises:
       ValueError: an unknown field or key, named with the nearest known one; images where
@@ -121,7 +122,7 @@ def feature_keys(
 
 
 def dimension_names(info: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    """Names of a feature's dimensions: a list, or lists under headings such as "motors"."""
+    """Returns the names of a feature's dimensions: a list, or lists in groups such as "motors"."""
     names = info["features"][key].get("names") or ()
     if isinstance(names, Mapping):
         names = [name for group in names.values() for name in group]
@@ -131,7 +132,7 @@ def dimension_names(info: Mapping[str, Any], key: str) -> tuple[str, ...]:
 def file_path(
     info: Mapping[str, Any], field: str, default: str, chunk: int, file: int, key: str = ""
 ) -> str:
-    """Path of a data or video file inside the data set, by the template in `info`."""
+    """Returns the path of a data or video file in the data set, from the template in `info`."""
     template = info.get(field) or default
     return template.format(video_key=key, chunk_index=int(chunk), file_index=int(file))
 

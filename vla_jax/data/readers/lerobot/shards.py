@@ -1,4 +1,4 @@
-"""MP4 and Parquet files that grow episode by episode, and the next file where one is full."""
+"""MP4 and Parquet files written episode by episode, with a new file when one is full."""
 
 import pathlib
 from collections.abc import Mapping
@@ -17,35 +17,35 @@ CODEC_OPTIONS = {"crf": "18", "preset": "veryfast", "g": "10"}
 
 
 class Video(NamedTuple):
-    """An MP4 file that is being written."""
+    """An open MP4 file."""
 
     container: Any
     stream: Any
-    file_index: int  # counts files of this camera
-    num_frames: int  # encoded so far
-    num_bytes: int  # written so far
+    file_index: int  # index of the file among those of this camera
+    num_frames: int  # frames encoded so far
+    num_bytes: int  # bytes written so far
 
 
 class Table(NamedTuple):
-    """A Parquet file that is being written."""
+    """An open Parquet file."""
 
     writer: Any
     path: pathlib.Path
-    file_index: int  # counts files
+    file_index: int  # index of the file
 
 
 def append_rows(
     root: pathlib.Path, table: Table | None, columns: Mapping[str, np.ndarray]
 ) -> Table:
-    """Writes an episode as one row group; starts a new file where the old one is full.
+    """Writes an episode as one row group; starts a new file if the current one is full.
 
     Args:
       root: folder of the data set.
-      table: what the last call gave, None at first.
+      table: result of the previous call, None at first.
       columns: key -> `[T]` or `[T, D]`.
 
     Returns:
-      The file to go on with; the caller closes its `writer`.
+      The current file; the caller closes its `writer` after the last call.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -62,17 +62,17 @@ def append_rows(
 def append_frames(
     root: pathlib.Path, video: Video | None, key: str, images: np.ndarray, fps: float
 ) -> Video:
-    """Encodes an episode; starts a new file where the old one is full.
+    """Encodes an episode; starts a new file if the current one is full.
 
     Args:
       root: folder of the data set.
-      video: what the last call gave, None at first.
+      video: result of the previous call, None at first.
       key: the camera's key on disk.
       images: `[T, h, w, 3]` uint8.
       fps: frames per second, Hz.
 
     Returns:
-      The file to go on with; the caller ends it with `close_video`.
+      The current file; the caller closes it with `close_video` after the last call.
     """
     import av
 
@@ -90,13 +90,13 @@ def append_frames(
 
 
 def close_video(video: Video) -> None:
-    """Writes what the encoder still holds and ends the file."""
+    """Flushes the encoder and closes the file."""
     video.container.mux(video.stream.encode())
     video.container.close()
 
 
 def place(file_index: int) -> dict[str, int]:
-    """Chunk (folder) and file of the n-th file of its kind."""
+    """Returns chunk (folder) and file number of the n-th file of its kind."""
     return {"chunk_index": file_index // CHUNK_FILES, "file_index": file_index % CHUNK_FILES}
 
 
@@ -107,7 +107,7 @@ def _next_table(root: pathlib.Path, schema: Any, file_index: int, pq: Any) -> Ta
 
 
 def _arrow(column: np.ndarray) -> Any:
-    """Numbers for scalars, lists of fixed length for vectors, as lerobot stores them."""
+    """Returns an Arrow array: numbers for scalars, fixed-size lists for vectors, as in lerobot."""
     import pyarrow as pa
 
     if column.ndim == 1 or column.shape[1] == 1:

@@ -1,4 +1,4 @@
-"""Statistics that a LeRobot data set carries, per episode and in all, under lerobot's names."""
+"""Statistics stored in a LeRobot data set, per episode and in total, with lerobot's names."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,11 +7,11 @@ import numpy as np
 
 Stats = dict[str, np.ndarray]
 QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
-SAMPLED_FRAMES = 8  # images of an episode that enter its statistics
+SAMPLED_FRAMES = 8  # images per episode used for its statistics
 
 
 def column_stats(columns: Mapping[str, np.ndarray]) -> dict[str, Stats]:
-    """Statistics `[D]` of each column `[T]` or `[T, D]` of an episode."""
+    """Returns statistics `[D]` of each column `[T]` or `[T, D]` of an episode."""
     parts = [np.reshape(column, (len(column), -1)) for column in columns.values()]
     values = np.concatenate(parts, axis=1, dtype=np.float64)  # one quantile call for all columns
     quantiles = np.quantile(values, list(QUANTILES.values()), axis=0)
@@ -27,7 +27,7 @@ def column_stats(columns: Mapping[str, np.ndarray]) -> dict[str, Stats]:
 
 
 def image_stats(images: np.ndarray) -> Stats:
-    """Statistics `[3, 1, 1]` of some frames of an episode `[T, h, w, 3]`, pixels in [0, 1]."""
+    """Returns statistics `[3, 1, 1]` of sampled frames of `[T, h, w, 3]`, pixels in [0, 1]."""
     sampled = images[np.linspace(0, len(images) - 1, min(len(images), SAMPLED_FRAMES)).astype(int)]
     counts = np.stack([np.bincount(sampled[..., c].ravel(), minlength=256) for c in range(3)])
     levels, below = np.arange(256) / 255, np.cumsum(counts, axis=1)
@@ -45,9 +45,9 @@ def image_stats(images: np.ndarray) -> Stats:
 
 
 def total_stats(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, Any]:
-    """Statistics of a feature over all episodes, ready for JSON.
+    """Returns statistics of a feature over all episodes, as JSON values.
 
-    Quantiles are means of the episodes' quantiles, weighted by frames, as lerobot has them.
+    Quantiles are the means of the episodes' quantiles, weighted by frames, as in lerobot.
 
     Args:
       rows: one mapping per episode with `stats/<key>/<name>`.

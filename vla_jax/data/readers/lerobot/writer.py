@@ -1,7 +1,7 @@
-"""Demonstrations written as a LeRobot v3.0 data set, episode by episode.
+"""Writer of LeRobot v3.0 data sets, episode by episode.
 
-Everything goes to `root.tmp` first and is renamed at the very end, so that an interrupted
-recording never looks like a data set.
+All files are written to `root.tmp`, which is renamed at the end: an interrupted recording never
+looks like a data set.
 """
 
 import errno
@@ -29,25 +29,25 @@ def write(
     names: Mapping[str, Sequence[str]] | None = None,
     overwrite: bool = False,
 ) -> pathlib.Path:
-    """Writes episodes as they arrive; readable by lerobot and by `lerobot.read`.
+    """Writes episodes as they arrive; readable by lerobot and by `lerobot_v3.read`.
 
-    Only one episode is in memory at a time, so the iterable may be fed by other processes.
+    Only one episode is in memory at a time; the iterable may be a generator.
 
     Args:
-      root: folder to make.
+      root: folder to create.
       episodes: records with the same fields and image sizes; gripper +1 open, -1 closed.
       fps: steps per second, Hz.
-      robot_type: robot's name, for the metadata.
+      robot_type: name of the robot, for the metadata.
       names: field -> name of each dimension.
-      overwrite: replace a data set that is there already.
+      overwrite: replace an existing data set.
 
     Returns:
       `root`.
 
     Raises:
       FileExistsError: `root` exists.
-      ValueError: no episodes; an episode with other fields or sizes, NaN or infinity.
-      OSError: the disk is full; what was there before is kept.
+      ValueError: no episodes; an episode with different fields or sizes, NaN or infinity.
+      OSError: the disk is full; an existing data set is kept.
       ImportError: pyarrow or PyAV is missing.
     """
     root = pathlib.Path(root)
@@ -66,7 +66,7 @@ def write(
         rows, tasks = _write_episodes(partial, chain([first], episodes), fps)
         _write_meta(partial, rows, tasks, features, fps, robot_type)
     except OSError as error:
-        if error.errno not in DISK_FULL:  # perhaps the recorder's own, which says what is wrong
+        if error.errno not in DISK_FULL:  # raised by the recorder, whose message is more precise
             raise
         raise OSError(
             error.errno,
@@ -86,7 +86,7 @@ def write(
 def _write_episodes(
     root: pathlib.Path, episodes: Iterable[Episode], fps: float
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Writes frames and numbers; returns one row of metadata per episode, and the tasks."""
+    """Writes images and numbers; returns one row of metadata per episode, and the tasks."""
     rows: list[dict[str, Any]] = []
     tasks: dict[str, int] = {}
     videos: dict[str, shards.Video] = {}
@@ -132,7 +132,7 @@ def _check(episode: Episode, index: int, first: Episode) -> None:
 
 
 def _images(episode: Episode) -> dict[str, np.ndarray]:
-    """Images of one episode `[T, h, w, 3]`, by their keys on disk."""
+    """Returns key on disk -> images `[T, h, w, 3]` of one episode."""
     images = episode.observation
     return {layout.FEATURE_KEYS[name]: images[name] for name in CAMERAS if name in images}
 
@@ -140,7 +140,7 @@ def _images(episode: Episode) -> dict[str, np.ndarray]:
 def _columns(
     episode: Episode, index: int, task_index: int, total: int, fps: float
 ) -> dict[str, np.ndarray]:
-    """Parquet columns of one episode, by their keys on disk."""
+    """Returns key on disk -> Parquet column of one episode."""
     steps = np.arange(len(episode.action))
     numbers = {**episode.observation, "action": episode.action}
     return {
@@ -160,7 +160,7 @@ def _columns(
 def _episode_row(
     episode: Episode, index: int, total: int, data_file: int, columns: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
-    """Metadata of one episode, under lerobot's column names."""
+    """Returns the metadata of one episode, with lerobot's column names."""
     row = stats.column_stats(columns)
     row |= {key: stats.image_stats(images) for key, images in _images(episode).items()}
     place = shards.place(data_file)
@@ -189,7 +189,7 @@ def _video_row(key: str, video: shards.Video, length: int, fps: float) -> dict[s
 def _features(
     first: Episode, fps: float, names: Mapping[str, Sequence[str]]
 ) -> dict[str, dict[str, Any]]:
-    """`features` of info.json: dtype, shape and names of everything per frame."""
+    """Returns `features` of info.json: dtype, shape and names of every per-frame value."""
     numbers = {**first.observation, "action": first.action}
     features = {}
     for name, key in layout.FEATURE_KEYS.items():
@@ -264,7 +264,7 @@ def _write_meta(
 
 
 def _task_table(tasks: Mapping[str, int]) -> Any:
-    """Tasks as lerobot reads them: the text is the index of a pandas frame."""
+    """Returns the task table that lerobot reads: the text is the index of a pandas frame."""
     import pyarrow as pa
 
     def column(name: str, pandas_type: str, numpy_type: str) -> dict[str, Any]:
