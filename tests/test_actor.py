@@ -1,4 +1,4 @@
-"""Acting without a pause: ends, new episodes and memory; and the networks that act."""
+"""The actor with auto-reset: ends, new episodes, carries; and the networks of agents."""
 
 from functools import partial
 
@@ -14,12 +14,12 @@ from vla_jax.rl.network import NetworkConfig
 from vla_jax.types import Transition, World
 
 B, T = 3, 12
-KINDS = ["fc", "rnn", "lstm", "gru"]
+KINDS = list(network.MEMORIES)
 HEADS = {"q": 5, "value": 1}
 
 
 def counter(*, ends_at=3, late=False):
-    """A world that counts its steps, and starts at ten times a number of the key's."""
+    """An environment that counts its steps, from a multiple of ten that the key fixes."""
 
     def reset(key):
         count = 10 * jax.random.randint(key, (), 1, 5)
@@ -28,9 +28,11 @@ def counter(*, ends_at=3, late=False):
     def step(state, action):
         count, steps = state[0] + 1, state[1] + 1
         over, in_time = steps >= ends_at, jnp.bool_(not late)
-        seen = jnp.float32(count)[None]
+        observation = jnp.float32(count)[None]
         reward = 1.0 + jnp.float32(action)
-        return (count, steps), Transition(seen, reward, over & in_time, over & ~in_time, over)
+        return (count, steps), Transition(
+            observation, reward, over & in_time, over & ~in_time, over
+        )
 
     return World(reset, step, lambda state: jnp.zeros((1, 1, 3)), (1,), (), 2, ends_at)
 
@@ -42,64 +44,65 @@ def ones(carry, observation, reset, key):
 
 @pytest.fixture(scope="module")
 def rollout():
-    world, key = counter(), jax.random.key(0)
-    state = actor.start(world, key, B, jnp.zeros(B))
-    return jax.jit(partial(actor.unroll, world, ones, num_steps=T))(state, key)[1]
+    env, key = counter(), jax.random.key(0)
+    state = actor.start(env, B, jnp.zeros(B), key=key)
+    return jax.jit(lambda state, key: actor.unroll(env, ones, state, T, key=key))(state, key)[1]
 
 
-def test_after_an_end_the_last_observation_is_seen_and_then_a_new_episode(rollout):
-    flags = np.arange(T) % 4  # three steps, and one in which the world starts anew
+def test_after_an_end_the_last_observation_is_shown_and_then_a_new_episode(rollout):
+    flags = np.arange(T) % 4  # three steps, and one that resets the environment
     np.testing.assert_array_equal(rollout.reset[0], np.arange(T + 1) % 4 == 0)
     np.testing.assert_array_equal(rollout.mask[0], flags != 3)
     np.testing.assert_array_equal(rollout.terminated[0], flags == 2)
     np.testing.assert_array_equal(rollout.success[0], flags == 2)
     assert not rollout.truncated.any()
-    seen = np.asarray(rollout.observation[:, :T, 0]).reshape(B, -1, 4)
-    np.testing.assert_array_equal(seen % 10, np.broadcast_to([0, 1, 2, 3], seen.shape))
+    counts = np.asarray(rollout.observation[:, :T, 0]).reshape(B, -1, 4)
+    np.testing.assert_array_equal(counts % 10, np.broadcast_to([0, 1, 2, 3], counts.shape))
     np.testing.assert_array_equal(rollout.reward[0], np.where(flags == 3, 0, 2))
     np.testing.assert_array_equal(rollout.return_[0].reshape(-1, 4), [[2, 4, 6, 6]] * 3)
 
 
-def test_time_that_runs_out_is_no_true_end():
-    world, key = counter(late=True), jax.random.key(0)
-    state = actor.start(world, key, B, jnp.zeros(B))
-    _, rollout = actor.unroll(world, ones, state, key, T)
+def test_a_truncation_is_not_a_termination():
+    env, key = counter(late=True), jax.random.key(0)
+    state = actor.start(env, B, jnp.zeros(B), key=key)
+    _, rollout = actor.unroll(env, ones, state, T, key=key)
     assert rollout.truncated.any()
     assert not rollout.terminated.any()
     np.testing.assert_array_equal(actor.discounts(rollout, 0.9), np.full((B, T), np.float32(0.9)))
     np.testing.assert_array_equal(actor.lambdas(rollout, 0.5) == 0, rollout.truncated)
 
 
-def test_a_true_end_is_worth_nothing_after_it(rollout):
+def test_the_discount_is_zero_at_a_termination(rollout):
     np.testing.assert_array_equal(actor.discounts(rollout, 0.9) == 0, rollout.terminated)
 
 
 def test_metrics_count_whole_episodes(rollout):
-    found = actor.episode_metrics(rollout)
-    assert (found["return"], found["success"]) == (6, 1)
-    begun = jax.tree.map(lambda leaf: leaf[:, :2], rollout._replace(carry=None))
-    none = actor.episode_metrics(begun)
+    metrics = actor.episode_metrics(rollout)
+    assert (metrics["return"], metrics["success"]) == (6, 1)
+    unfinished = jax.tree.map(lambda leaf: leaf[:, :2], rollout._replace(carry=None))
+    none = actor.episode_metrics(unfinished)
     assert jnp.isnan(none["return"])
 
 
-def test_two_rollouts_are_one_of_both_lengths():
-    world = grid.make(GridConfig())
+def test_two_rollouts_equal_one_of_both_lengths():
+    env = grid.make(GridConfig())
     net = NetworkConfig(kind="gru", hidden_sizes=(8,), memory_size=8)
-    params = network.init(jax.random.key(0), net, world.observation_shape, {"q": 5})
+    params = network.init(jax.random.key(0), net, env.observation_shape, {"q": 5})
 
     def policy(carry, observation, reset, key):
         carry, outputs = network.step(params, net, carry, observation, reset)
         return carry, jnp.argmax(outputs["q"], axis=-1)
 
-    state = actor.start(world, jax.random.key(1), B, network.zero_carry(net, jnp.zeros((B, 1))))
+    carry = network.zero_carry(net, jnp.zeros((B, 1)))
+    state = actor.start(env, B, carry, key=jax.random.key(1))
     keys = jax.random.split(jax.random.key(2), T)
 
     def play(state, keys):
-        """As `unroll`, with the keys of the steps given."""
+        """The same as `unroll`, with one key per step."""
 
         def step(state, key):
             carry, action = policy(state.carry, state.observation, state.reset, key)
-            return actor.advance(world, state._replace(carry=carry), action, key)
+            return actor.advance(env, state._replace(carry=carry), action, key=key)
 
         return jax.lax.scan(step, state, keys)
 
@@ -111,9 +114,9 @@ def test_two_rollouts_are_one_of_both_lengths():
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), whole, both)
 
 
-def test_play_counts_the_first_episode_of_every_world():
-    world = counter(ends_at=3)._replace(max_steps=10)
-    rollout = actor.play(world, ones, jax.random.key(0), B, jnp.zeros(B))
+def test_play_counts_the_first_episode_of_every_environment():
+    env = counter(ends_at=3)._replace(max_steps=10)
+    rollout = actor.play(env, ones, B, jnp.zeros(B), key=jax.random.key(0))
     np.testing.assert_array_equal(rollout.mask.sum(axis=1), [3] * B)
     np.testing.assert_array_equal(rollout.terminated.sum(axis=1), [1] * B)
     assert actor.episode_metrics(rollout)["return"] == 6
@@ -121,47 +124,47 @@ def test_play_counts_the_first_episode_of_every_world():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("object_size", [0, 2])
-def test_a_stretch_is_one_step_after_the_other_across_episodes(kind, object_size, key):
+def test_apply_equals_step_by_step_across_episodes(kind, object_size, key):
     config = NetworkConfig(
         kind=kind, object_size=object_size, object_sizes=(6,), hidden_sizes=(8,), memory_size=5
     )
     params = network.init(key, config, (4,), HEADS)
     random = np.random.default_rng(0)
-    seen = random.normal(size=(B, T, 4)).astype(np.float32)
+    observation = random.normal(size=(B, T, 4)).astype(np.float32)
     reset = random.random((B, T)) < 0.3
-    carry = network.zero_carry(config, seen)
-    last, whole = network.apply(params, config, carry, seen, reset)
+    carry = network.zero_carry(config, observation)
+    last, whole = network.apply(params, config, carry, observation, reset)
     assert {name: leaf.shape for name, leaf in whole.items()} == {
         "q": (B, T, 5),
         "value": (B, T, 1),
     }
     step = jax.jit(network.step, static_argnums=1)
     for t in range(T):
-        carry, outputs = step(params, config, carry, seen[:, t], reset[:, t])
-        for name, found in outputs.items():
-            np.testing.assert_allclose(found, whole[name][:, t], atol=1e-6)
+        carry, outputs = step(params, config, carry, observation[:, t], reset[:, t])
+        for name, output in outputs.items():
+            np.testing.assert_allclose(output, whole[name][:, t], atol=1e-6)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), carry, last)
 
 
 def test_the_order_of_objects_does_not_matter(key):
     config = NetworkConfig(object_size=3, object_sizes=(8,), hidden_sizes=(8,))
     params = network.init(key, config, (12,), HEADS)
-    seen = np.random.default_rng(0).normal(size=(B, 4, 3)).astype(np.float32)
+    objects = np.random.default_rng(0).normal(size=(B, 4, 3)).astype(np.float32)
     run = partial(network.step, params, config, {}, reset=np.zeros(B, bool))
-    _, one = run(observation=seen.reshape(B, 12))
-    _, other = run(observation=seen[:, [2, 0, 3, 1]].reshape(B, 12))
-    _, third = run(observation=seen[:, :, [1, 0, 2]].reshape(B, 12))
+    _, one = run(observation=objects.reshape(B, 12))
+    _, other = run(observation=objects[:, [2, 0, 3, 1]].reshape(B, 12))
+    _, third = run(observation=objects[:, :, [1, 0, 2]].reshape(B, 12))
     np.testing.assert_allclose(one["q"], other["q"], atol=1e-6)
     assert not np.allclose(one["q"], third["q"], atol=1e-6)
 
 
-def test_pictures_are_scaled_to_one(key):
+def test_images_are_scaled_to_one(key):
     config = NetworkConfig(hidden_sizes=(8,))
     params = network.init(key, config, (2, 2, 3), {"q": 2})
-    picture = np.random.default_rng(0).integers(0, 256, (B, 2, 2, 3)).astype(np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (B, 2, 2, 3)).astype(np.uint8)
     reset = np.zeros(B, bool)
-    _, one = network.step(params, config, {}, picture, reset)
-    _, other = network.step(params, config, {}, np.float32(picture) / 255, reset)
+    _, one = network.step(params, config, {}, image, reset)
+    _, other = network.step(params, config, {}, np.float32(image) / 255, reset)
     np.testing.assert_allclose(one["q"], other["q"], atol=1e-6)
 
 
@@ -173,7 +176,7 @@ def test_pictures_are_scaled_to_one(key):
         ({"object_size": 2, "object_sizes": ()}, "object_size must be >= 0, and above 0"),
     ],
 )
-def test_what_makes_no_network_is_refused(wrong, message):
+def test_a_wrong_network_config_is_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         NetworkConfig(**wrong)
 
@@ -183,7 +186,7 @@ def test_objects_that_do_not_fit_are_refused(key):
         network.init(key, NetworkConfig(object_size=3), (16,), HEADS)
 
 
-def test_a_world_is_made_by_its_config():
+def test_an_environment_is_made_by_its_config():
     assert discrete_worlds.make(GridConfig(num_obstacles=2)).observation_shape == (12,)
     assert discrete_worlds.make(
         discrete_worlds.CartPoleConfig(), partially_observed=True

@@ -1,4 +1,4 @@
-"""Trials in closed loop: what a window gives again is what was streamed, and ends are ends."""
+"""Noisy episodes in closed loop: streamed = windowed, and nothing counts after the end."""
 
 import dataclasses
 from functools import partial
@@ -17,7 +17,7 @@ from vla_jax.policies import policy
 from vla_jax.rl import episodes
 from vla_jax.rl.gaussian import NoiseConfig
 
-B, T = 6, 4  # T = window_size: nothing is forgotten
+B, T = 6, 4  # T = window_size: the memory covers the episode
 ENV = jax_env.make(tiny_run.WORLD)
 WORDS = jnp.stack([read_instruction(tiny_run.AGENT, text) for text in ENV.instructions])
 ALMOST_NONE = NoiseConfig(arm_std=1e-7, gripper_temperature=1e-7)
@@ -34,47 +34,57 @@ def agent_of(execution="first", **decoder):
 
 
 def play(agent, params, env, noise):
-    keys = jax.random.split(jax.random.key(1), (2, B))
+    layout_keys, noise_keys = jax.random.split(jax.random.key(1), (2, B))
     return episodes.play(
-        agent, tiny_run.norm_stats(), params, env, WORDS, noise, *keys, num_steps=T
+        agent,
+        tiny_run.norm_stats(),
+        params,
+        env,
+        WORDS,
+        noise,
+        layout_keys=layout_keys,
+        noise_keys=noise_keys,
+        num_steps=T,
     )
 
 
 @pytest.fixture(scope="module")
 def played():
-    """Tries with noise, by the tiny policy."""
+    """Episodes of the tiny policy, with noise."""
     return jax.jit(partial(play, agent_of(), env=ENV, noise=NoiseConfig(0.5)))(tiny_run.params())
 
 
 @pytest.mark.parametrize(
     ("execution", "kind"), [("first", "lstm"), ("ensemble", "gru"), ("first", "gpt")]
 )
-def test_a_window_gives_again_what_was_streamed(execution, kind):
+def test_streamed_equals_windowed(execution, kind):
     agent = agent_of(execution, kind=kind)
     params = policy.init(jax.random.key(2), agent.policy)
 
     @jax.jit
     def both(params):
-        tries = play(agent, params, ENV, ALMOST_NONE)
-        return tries, episodes.means(agent, params, tries.seen)[0]
+        rollout = play(agent, params, ENV, ALMOST_NONE)
+        return rollout, episodes.mean_actions(agent, params, rollout.observation)[0]
 
-    tries, mean = both(params)
-    np.testing.assert_allclose(tries.trial.arm, mean.arm, atol=1e-5)
+    rollout, mean = both(params)
+    np.testing.assert_allclose(rollout.action.arm, mean.arm, atol=1e-5)
     decided = np.abs(mean.gripper_logit) > 1e-5
-    np.testing.assert_array_equal(tries.trial.opens[decided], mean.gripper_logit[decided] > 0)
-    assert np.abs(np.diff(mean.arm, axis=1)).max() > 1e-4  # what is seen changes what is wanted
+    gripper_open = rollout.action.gripper_open
+    np.testing.assert_array_equal(gripper_open[decided], mean.gripper_logit[decided] > 0)
+    assert np.abs(np.diff(mean.arm, axis=1)).max() > 1e-4  # actions depend on observations
 
 
-def test_noise_is_as_large_as_it_is_said_to_be(played):
-    mean, _ = jax.jit(partial(episodes.means, agent_of()))(tiny_run.params(), played.seen)
-    noise = np.asarray(played.trial.arm - mean.arm) / 0.5
+def test_the_noise_has_the_configured_scale(played):
+    mean_actions = jax.jit(partial(episodes.mean_actions, agent_of()))
+    mean, _ = mean_actions(tiny_run.params(), played.observation)
+    noise = np.asarray(played.action.arm - mean.arm) / 0.5
     assert noise.std() == pytest.approx(1.0, abs=0.2)
     apart = np.abs(noise[:, None, 1:] - noise[None, :, 1:]).max(axis=(2, 3)) + np.eye(B)
-    assert apart.min() > 0.1  # every world has its own
+    assert apart.min() > 0.1  # each environment has different noise
 
 
-def test_without_noise_it_is_what_the_agent_does(played):
-    """The worlds end as they do under the agent itself: the same hands on the same tables."""
+def test_without_noise_it_acts_as_the_agent(played):
+    """Episodes succeed exactly where they do under the agent itself, from the same layouts."""
     env = ENV._replace(max_steps=T)
 
     def reward(state, action):
@@ -82,16 +92,16 @@ def test_without_noise_it_is_what_the_agent_does(played):
         return state, transition._replace(success=state.tool[0] > 0, reward=state.tool[0])
 
     env, agent = env._replace(step=reward), agent_of()
-    tries = jax.jit(partial(play, agent, env=env, noise=ALMOST_NONE))(tiny_run.params())
+    rollout = jax.jit(partial(play, agent, env=env, noise=ALMOST_NONE))(tiny_run.params())
     keys = jax.random.split(jax.random.key(1), (2, B))[0]
     plain = make_agent(agent, tiny_run.norm_stats())
     other = jax.jit(lambda p: run_env(plain, p, env, WORDS, keys))(tiny_run.params())
-    np.testing.assert_array_equal((tries.reward > 0).any(axis=1), other.success)
+    np.testing.assert_array_equal((rollout.reward > 0).any(axis=1), other.success)
     assert 0 < np.sum(other.success) < B
 
 
 def test_nothing_counts_after_the_end(played):
-    assert played.mask.all()  # the tiny world ends after more steps than were played
+    assert played.mask.all()  # the episodes of ENV are longer than T
 
     def step(state, action):
         state, transition = ENV.step(state, action)
@@ -100,12 +110,12 @@ def test_nothing_counts_after_the_end(played):
         return state, transition._replace(terminated=ends, reward=reward)
 
     agent = partial(play, agent_of(), env=ENV._replace(step=step), noise=ALMOST_NONE)
-    tries = jax.jit(agent)(tiny_run.params())
-    np.testing.assert_array_equal(tries.mask, np.tile([True, True, False, False], (B, 1)))
-    np.testing.assert_array_equal(tries.reward, np.tile([1.0, 1.0, 0.0, 0.0], (B, 1)))
+    rollout = jax.jit(agent)(tiny_run.params())
+    np.testing.assert_array_equal(rollout.mask, np.tile([True, True, False, False], (B, 1)))
+    np.testing.assert_array_equal(rollout.reward, np.tile([1.0, 1.0, 0.0, 0.0], (B, 1)))
 
 
-def test_an_agent_that_forgets_or_gives_bins_is_refused():
+def test_an_agent_that_forgets_or_predicts_bins_is_refused():
     episodes.check_memory(agent_of(), T)
     episodes.check_memory(dataclasses.replace(agent_of(), mode="persistent"), T + 1)
     episodes.check_memory(agent_of(kind="fc"), T + 1)

@@ -1,4 +1,4 @@
-"""From cloning to reward: it learns, resumes to the bit, and leaves a run that acts."""
+"""Fine-tuning from reward: it learns, resumes to the bit, and writes a run that acts."""
 
 import dataclasses
 import json
@@ -16,8 +16,8 @@ from train.finetune import FinetuneConfig, finetune, make_finetune, make_loss, r
 from vla_jax import config as configs
 from vla_jax.evaluate import EvaluateConfig, evaluate
 from vla_jax.nn.layers import init_mlp
-from vla_jax.rl.episodes import Tries
-from vla_jax.rl.gaussian import NoiseConfig, Trial
+from vla_jax.rl.episodes import EpisodeRollout
+from vla_jax.rl.gaussian import NoiseConfig, NoisyAction
 from vla_jax.rl.learner import SeedsConfig
 from vla_jax.runs import load_run
 from vla_jax.training.loop import LoopConfig
@@ -52,7 +52,7 @@ def cloned(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tuned(cloned, tmp_path_factory):
-    """Folder of a run that went on from it."""
+    """Folder of a fine-tuning of the tiny run."""
     return finetune(config_of(cloned, tmp_path_factory.mktemp("tuned") / "run"))
 
 
@@ -60,7 +60,7 @@ def assert_same(found, expected):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-def test_what_it_leaves_is_a_run_that_acts(cloned, tuned):
+def test_the_result_is_a_run_folder_that_acts(cloned, tuned):
     before, after = load_run(cloned), load_run(tuned)
     assert (after.agent, after.world, after.step) == (before.agent, before.world, 10 + 4)
     assert_same(after.norm_stats, before.norm_stats)
@@ -79,7 +79,7 @@ def test_what_it_leaves_is_a_run_that_acts(cloned, tuned):
     assert (tuned / "curve.png").stat().st_size > 1000
 
 
-def test_both_policies_are_held_against_each_other_on_the_same_layouts(tuned):
+def test_both_policies_are_compared_on_the_same_layouts(tuned):
     report = json.loads((tuned / "report.json").read_text())
     tasks = [
         {name: rate["episodes"] for name, rate in report[policy]["tasks"].items()}
@@ -87,7 +87,7 @@ def test_both_policies_are_held_against_each_other_on_the_same_layouts(tuned):
     ]
     assert tasks[0] == tasks[1]
     assert sum(tasks[0].values()) == 12
-    assert report["env_steps"] == 2 * 4 * 8 * 4  # seeds, updates, worlds, steps
+    assert report["env_steps"] == 2 * 4 * 8 * 4  # seeds, updates, environments, steps
 
 
 def test_resumed_is_uninterrupted_to_the_bit(cloned, tuned, tmp_path):
@@ -100,7 +100,7 @@ def test_resumed_is_uninterrupted_to_the_bit(cloned, tuned, tmp_path):
 
 
 def rewarding(env, extra):
-    """The world ends at once, with a reward for a hand that goes to the right, and open."""
+    """Episodes of one step, with a reward for an arm to the right and an open gripper."""
 
     def step(state, action):
         state, transition = env.step(state, action)
@@ -112,7 +112,7 @@ def rewarding(env, extra):
 
 @pytest.fixture(scope="module")
 def rewards(cloned):
-    """Mean reward of 40 rollouts of a policy that learns, by what is added to the reward."""
+    """Function from a number added to the reward to the mean rewards of 40 updates."""
     config = config_of(cloned, "")
     config = dataclasses.replace(config, seeds=dataclasses.replace(SEEDS, num_worlds=64))
     config = dataclasses.replace(config, loop=dataclasses.replace(config.loop, num_updates=40))
@@ -133,31 +133,32 @@ def rewards(cloned):
 
 
 def test_a_policy_learns_what_is_rewarded(rewards):
-    found = rewards(0.0)
-    assert np.mean(found[:3]) < 0.5
-    assert np.mean(found[-3:]) > 0.8
+    mean_rewards = rewards(0.0)
+    assert np.mean(mean_rewards[:3]) < 0.5
+    assert np.mean(mean_rewards[-3:]) > 0.8
 
 
-def test_a_reward_that_is_no_number_reaches_the_one_who_tells_of_it(rewards):
-    assert np.isnan(rewards(jnp.nan)[0])  # `learn` stops there, as tests/test_learn.py holds
+def test_a_reward_of_nan_reaches_the_metrics(rewards):
+    assert np.isnan(rewards(jnp.nan)[0])  # `learn` stops there: tests/test_learning_loop.py
 
 
-def test_at_the_start_the_cloned_policy_is_no_pull(cloned):
+def test_the_divergence_is_zero_before_the_first_update(cloned):
     config, policy = config_of(cloned, ""), read_cloned(str(cloned))
     loss_fn = make_loss(config, policy.run)
     rng = np.random.default_rng(0)
-    seen = Observation(
+    observation = Observation(
         proprio=rng.normal(size=(3, 4, 8)).astype(np.float32),
         environment_state=rng.normal(size=(3, 4, 22)).astype(np.float32),
         instruction=rng.integers(0, 256, (3, 4, 12)),
     )
-    trial = Trial(rng.normal(size=(3, 4, 6)).astype(np.float32), np.ones((3, 4), bool))
-    tries = Tries(seen, trial, np.ones((3, 4), np.float32), np.ones((3, 4), bool))
+    action = NoisyAction(rng.normal(size=(3, 4, 6)).astype(np.float32), np.ones((3, 4), bool))
+    reward, mask = np.ones((3, 4), np.float32), np.ones((3, 4), bool)
+    rollout = EpisodeRollout(observation, action, reward, mask)
 
     @jax.jit
     @jax.value_and_grad
     def divergence(params):
-        return loss_fn(params, tries, jax.random.key(0))[1]["loss_kl"]
+        return loss_fn(params, rollout, jax.random.key(0))[1]["loss_kl"]
 
     params = {**policy.run.params, "value": init_mlp(jax.random.key(0), (8, 128, 1))}
     value, grads = divergence(params)
@@ -168,14 +169,16 @@ def test_at_the_start_the_cloned_policy_is_no_pull(cloned):
 
 
 def changed(cloned, tmp_path, name, data):
-    """A copy of a run of which one file holds something else."""
+    """A copy of a run in which one file is replaced."""
     copy = tmp_path / "copy"
     shutil.copytree(cloned, copy)
     (copy / name).write_text(json.dumps(data))
     return copy
 
 
-def test_what_cannot_go_on_learning_is_told(cloned, tmp_path):
+def test_a_run_that_cannot_be_fine_tuned_is_refused(cloned, tmp_path):
+    with pytest.raises(ValueError, match="init_from must name a run folder"):
+        finetune(config_of("", tmp_path / "run"))
     with pytest.raises(FileNotFoundError, match=r"run folder .*nowhere is missing; train first"):
         finetune(config_of(tmp_path / "nowhere", tmp_path / "run"))
     other = changed(cloned, tmp_path, "world.json", {"kind": "table_mujoco"})
@@ -203,7 +206,7 @@ def test_a_wrong_config_is_one_sentence(field, value, sentence):
         FinetuneConfig(**{field: value})
 
 
-def test_the_door_is_that_of_reinforce(tmp_path):
+def test_reinforce_fine_tunes_with_init_from(tmp_path):
     words = ["-m", "train.reinforce", "--init-from", str(tmp_path / "nowhere"), "--arm-std", "0.2"]
     ended = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
     assert ended.returncode == 2

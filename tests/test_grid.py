@@ -1,4 +1,4 @@
-"""The grid world: its plain-Python twin, step by step; what it shows; what it refuses."""
+"""The grid environment: equal to its Python implementation; observations; errors."""
 
 import dataclasses
 from functools import partial
@@ -33,36 +33,39 @@ def step(config, state, action):
 
 
 @each_config
-def test_it_plays_by_the_rules_of_its_python_twin(config):
-    world, num_worlds, num_steps = grid.make(config), 8, 12
-    state, observation = jax.vmap(world.reset)(jax.random.split(jax.random.key(0), num_worlds))
-    actions = np.random.default_rng(0).integers(0, 5, (num_steps, num_worlds))
+def test_it_equals_the_python_implementation(config):
+    env, num_envs, num_steps = grid.make(config), 8, 12
+    state, observation = jax.vmap(env.reset)(jax.random.split(jax.random.key(0), num_envs))
+    actions = np.random.default_rng(0).integers(0, 5, (num_steps, num_envs))
 
     @jax.jit
     def play(state):
-        return jax.lax.scan(jax.vmap(world.step), state, jnp.asarray(actions))[1]
+        return jax.lax.scan(jax.vmap(env.step), state, jnp.asarray(actions))[1]
 
     transitions, ended = jax.device_get(play(state)), 0
-    for i in range(num_worlds):
-        twin = GridEnv(config)
-        twin.agent, twin.goal = tuple(state.agent[i].tolist()), tuple(state.goal[i].tolist())
+    for i in range(num_envs):
+        python_env = GridEnv(config)
+        python_env.agent, python_env.goal = (
+            tuple(state.agent[i].tolist()),
+            tuple(state.goal[i].tolist()),
+        )
         obstacles = np.concatenate([state.obstacles[i], state.velocities[i][:, None]], axis=1)
-        twin.obstacles = [tuple(obstacle) for obstacle in obstacles.tolist()]
-        np.testing.assert_array_equal(twin.observe(), observation[i])
+        python_env.obstacles = [tuple(obstacle) for obstacle in obstacles.tolist()]
+        np.testing.assert_array_equal(python_env.observe(), observation[i])
         for t in range(num_steps):
-            seen, reward, terminated, truncated, info = twin.step(actions[t, i])
-            found = jax.tree.map(lambda leaf, t=t, i=i: leaf[t, i], transitions)
-            np.testing.assert_array_equal(found.observation, seen)
-            told = (found.reward, found.terminated, found.truncated, found.success)
-            assert told == (reward, terminated, truncated, info["is_success"])
+            expected, reward, terminated, truncated, info = python_env.step(actions[t, i])
+            step = jax.tree.map(lambda leaf, t=t, i=i: leaf[t, i], transitions)
+            np.testing.assert_array_equal(step.observation, expected)
+            outcome = (step.reward, step.terminated, step.truncated, step.success)
+            assert outcome == (reward, terminated, truncated, info["is_success"])
             ended += terminated
-    assert ended  # some episodes did end
+    assert ended  # some episodes ended
 
 
 @each_config
-def test_an_episode_starts_where_nothing_has_happened_yet(config):
-    world = grid.make(config)
-    state, _ = jax.vmap(world.reset)(jax.random.split(jax.random.key(1), 500))
+def test_an_episode_starts_without_a_hit_or_a_success(config):
+    env = grid.make(config)
+    state, _ = jax.vmap(env.reset)(jax.random.split(jax.random.key(1), 500))
     assert not jnp.all(state.agent == state.goal, axis=1).any()
     assert not (state.obstacles[..., 0] == state.agent[:, :1]).any()  # rows
     for cells in (state.agent, state.goal, state.obstacles):
@@ -70,7 +73,7 @@ def test_an_episode_starts_where_nothing_has_happened_yet(config):
     assert np.unique(state.velocities).tolist() == [-config.speed, config.speed]
 
 
-def test_a_goal_is_worth_one_and_ends_the_episode():
+def test_the_goal_gives_a_reward_of_one_and_ends_the_episode():
     config = GridConfig(num_obstacles=1)
     _, transition = step(config, state_of(config, [2, 2], [1, 2]), UP)
     assert (transition.reward, transition.terminated, transition.success) == (1, True, True)
@@ -78,7 +81,7 @@ def test_a_goal_is_worth_one_and_ends_the_episode():
     assert (transition.reward, transition.terminated, transition.success) == (0, False, False)
 
 
-def test_an_obstacle_costs_one_at_the_goal_too():
+def test_a_hit_costs_one_and_ends_the_episode_at_the_goal_too():
     config = GridConfig(num_obstacles=1)
     for goal in ([4, 4], [2, 3]):
         start = state_of(config, [2, 3], goal, [[2, 2]], [1])
@@ -86,7 +89,7 @@ def test_an_obstacle_costs_one_at_the_goal_too():
         assert (transition.reward, transition.terminated, transition.success) == (-1, True, False)
 
 
-def test_an_obstacle_turns_round_at_the_wall():
+def test_an_obstacle_reverses_at_the_wall():
     config, columns = GridConfig(num_obstacles=1, speed=3), []
     state = state_of(config, [0, 0], [4, 4], [[2, 1]], [3])
     for _ in range(5):
@@ -95,7 +98,7 @@ def test_an_obstacle_turns_round_at_the_wall():
     assert columns == [(4, 3), (1, -3), (2, 3), (3, -3), (0, -3)]
 
 
-def test_time_runs_out_apart_from_the_true_end():
+def test_the_time_limit_truncates_unless_the_episode_terminates():
     config = GridConfig(num_obstacles=1, max_steps=2)
     state, transition = step(config, state_of(config, [0, 0], [0, 2]), RIGHT)
     assert not transition.truncated
@@ -105,7 +108,7 @@ def test_time_runs_out_apart_from_the_true_end():
     assert (done.terminated, done.truncated) == (True, False)
 
 
-def test_features_say_where_things_are_how_fast_and_what_they_are_worth():
+def test_features_are_relative_positions_velocities_and_rewards():
     config = GridConfig(num_obstacles=2)
     state = state_of(config, [1, 2], [4, 0], [[2, 2], [0, 4]], [-1, 1])
     expected = [[1, 0, -1, -1], [-1, 2, 1, -1], [3, -2, 0, 1]]
@@ -116,18 +119,18 @@ def test_features_say_where_things_are_how_fast_and_what_they_are_worth():
 def test_pixels_show_the_agent_the_goal_and_every_obstacle():
     config = GridConfig(num_obstacles=1, cell_size=3, observation="pixels")
     state = state_of(config, [1, 2], [4, 0], [[2, 2]], [1])
-    picture = np.asarray(grid.pixels(config, state))
-    assert picture.shape == grid.make(config).observation_shape == (15, 15, 3)
-    assert picture.dtype == np.uint8
-    cells = picture[1::3, 1::3].reshape(25, 3)
+    image = np.asarray(grid.pixels(config, state))
+    assert image.shape == grid.make(config).observation_shape == (15, 15, 3)
+    assert image.dtype == np.uint8
+    cells = image[1::3, 1::3].reshape(25, 3)
     _, count = np.unique(cells, axis=0, return_counts=True)
     assert sorted(count.tolist()) == [1, 1, 1, 22]
     assert len({tuple(cells[i]) for i in (7, 20, 12)}) == 3
-    np.testing.assert_array_equal(picture[0::3, 0::3], picture[2::3, 2::3])
+    np.testing.assert_array_equal(image[0::3, 0::3], image[2::3, 2::3])
     assert grid.make(config).draw(state).shape == (160, 160, 3)
 
 
-def test_every_state_has_a_number_of_its_own():
+def test_every_state_has_a_unique_number():
     config = GridConfig(size=2, num_obstacles=1, observation="index")
     numbers = set()
     for places in np.ndindex(2, 2, 2, 2, 2, 2, 2):
@@ -138,11 +141,11 @@ def test_every_state_has_a_number_of_its_own():
 
 
 @pytest.mark.parametrize("observation", ["features", "pixels", "index"])
-def test_what_it_shows_has_the_shape_that_it_says(observation):
-    world = grid.make(GridConfig(observation=observation))
-    state, first = jax.eval_shape(world.reset, jax.random.key(0))
-    _, transition = jax.eval_shape(world.step, state, jnp.int32(0))
-    assert first.shape == transition.observation.shape == world.observation_shape
+def test_observations_have_the_declared_shape(observation):
+    env = grid.make(GridConfig(observation=observation))
+    state, first = jax.eval_shape(env.reset, jax.random.key(0))
+    _, transition = jax.eval_shape(env.step, state, jnp.int32(0))
+    assert first.shape == transition.observation.shape == env.observation_shape
     assert first.dtype == transition.observation.dtype
 
 
@@ -155,14 +158,14 @@ def test_what_it_shows_has_the_shape_that_it_says(observation):
         ({"max_steps": 0}, "max_steps must be >= 1, got 0"),
     ],
 )
-def test_what_makes_no_grid_is_refused(wrong, message):
+def test_a_wrong_config_is_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(GridConfig(), **wrong)
 
 
 @pytest.mark.parametrize("action", [jnp.zeros(2, jnp.int32), jnp.float32(1), jnp.zeros((3, 5))])
-def test_a_wrong_action_is_one_sentence(action, key):
-    world = grid.make(GridConfig())
-    state, _ = world.reset(key)
-    with pytest.raises(ValueError, match=r"action must be one whole number in 0 … 4 .* vmap"):
-        jax.eval_shape(partial(world.step, state), action)
+def test_a_wrong_action_is_refused(action, key):
+    env = grid.make(GridConfig())
+    state, _ = env.reset(key)
+    with pytest.raises(ValueError, match=r"action must be one integer in 0 … 4 .* vmap"):
+        jax.eval_shape(partial(env.step, state), action)

@@ -1,4 +1,4 @@
-"""Python's loop over Gymnasium environments beside the program of a JAX world."""
+"""The actor of Gymnasium environments equals the actor of JAX environments."""
 
 import contextlib
 from functools import partial
@@ -21,7 +21,7 @@ FLAGS = ("reset", "terminated", "truncated", "mask", "reward", "return_", "actio
 
 
 class Counter(gymnasium.Env):
-    """It counts the steps of all its episodes; each of them ends after `length` steps."""
+    """Counts the steps of all its episodes; each episode ends after `length` steps."""
 
     observation_space = gymnasium.spaces.Dict(
         {"count": gymnasium.spaces.Box(-np.inf, np.inf, (1,), np.float64)}
@@ -33,7 +33,7 @@ class Counter(gymnasium.Env):
 
     def reset(self, *, seed=None, options=None):
         self.steps, self.count = 0, self.count if seed is None else 0
-        return self.see(), {}
+        return self.observe(), {}
 
     def step(self, action):
         assert self.action_space.contains(action)
@@ -41,9 +41,15 @@ class Counter(gymnasium.Env):
         if self.fault == self.count:
             raise OSError("the wire broke")
         over, in_time = self.steps >= self.length, not self.late
-        return self.see(), 2.0 + action, over and in_time, over and not in_time, {"success": over}
+        return (
+            self.observe(),
+            2.0 + action,
+            over and in_time,
+            over and not in_time,
+            {"success": over},
+        )
 
-    def see(self):
+    def observe(self):
         return {"count": np.array([float(self.count)])}
 
 
@@ -57,11 +63,11 @@ def stack():
 
 
 def counters(stack, **options):
-    """Environments that count; `options` are those of `Counter`."""
-    host = gymnasium_actor.open_envs(GymnasiumConfig(env_id="Counter-v0"), B, stack)
-    for env in host.envs:
+    """`B` environments of type `Counter` with these options."""
+    group = gymnasium_actor.open_envs(GymnasiumConfig(env_id="Counter-v0"), B, stack)
+    for env in group.envs:
         env.unwrapped.__init__(**options)
-    return host
+    return group
 
 
 @jax.jit
@@ -74,71 +80,69 @@ def at_random(state, key):
     return state.carry, jax.random.randint(key, state.ended.shape, 0, 2)
 
 
-def unroll(host, act, num_steps=T):
-    first = gymnasium_actor.start(host, jax.random.key(0), jnp.zeros(B))
-    return gymnasium_actor.unroll(host, act, first, jax.random.key(1), num_steps)
+def unroll(group, act, num_steps=T):
+    first = gymnasium_actor.start(group, jnp.zeros(B), key=jax.random.key(0))
+    return gymnasium_actor.unroll(group, act, first, num_steps, key=jax.random.key(1))
 
 
-def test_it_keeps_the_books_of_the_jax_world_in_cartpole(stack):
-    """The same states and actions; a new episode begins where Gymnasium's begins."""
-    host = gymnasium_actor.open_envs(GymnasiumConfig(max_steps=MAX_STEPS), B, stack)
-    _, found = unroll(host, at_random)
-    seen = np.asarray(found.observation)
-    world = cartpole.make(CartPoleConfig(max_steps=MAX_STEPS))
-    state, advance = (
-        actor.start(world, jax.random.key(0), B, {}),
-        jax.jit(actor.advance, static_argnums=0),
-    )
+def test_its_records_equal_those_of_the_jax_actor_in_cartpole(stack):
+    """For the same states and actions; a new episode begins where Gymnasium's begins."""
+    group = gymnasium_actor.open_envs(GymnasiumConfig(max_steps=MAX_STEPS), B, stack)
+    _, rollout = unroll(group, at_random)
+    observation = np.asarray(rollout.observation)
+    env = cartpole.make(CartPoleConfig(max_steps=MAX_STEPS))
+    state = actor.start(env, B, {}, key=jax.random.key(0))
+    advance = jax.jit(actor.advance, static_argnums=0)
     steps = []
     for t in range(T):
-        new = CartPoleState(*seen[:, t].T, np.zeros(B, np.int32))
+        new = CartPoleState(*observation[:, t].T, np.zeros(B, np.int32))
         state = state._replace(
             world_state=trees.select(state.reset, new, state.world_state),
-            observation=trees.select(state.reset, seen[:, t], state.observation),
+            observation=trees.select(state.reset, observation[:, t], state.observation),
         )
-        state, step = advance(world, state, found.action[:, t], jax.random.key(t))
+        state, step = advance(env, state, rollout.action[:, t], key=jax.random.key(t))
         steps.append(step)
     expected = jax.tree.map(lambda *leaves: np.stack(leaves, axis=1), *steps)
     for name in FLAGS:
-        own = getattr(found, name)[:, :T]
-        np.testing.assert_array_equal(own, getattr(expected, name), err_msg=name)
-    np.testing.assert_allclose(seen[:, :T], expected.observation, atol=1e-4)
-    assert found.terminated.any()
-    assert found.truncated.any()
-    shapes = jax.eval_shape(lambda: jax_rollout(world))
-    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, shapes)
+        values = getattr(rollout, name)[:, :T]
+        np.testing.assert_array_equal(values, getattr(expected, name), err_msg=name)
+    np.testing.assert_allclose(observation[:, :T], expected.observation, atol=1e-4)
+    assert rollout.terminated.any()
+    assert rollout.truncated.any()
+    shapes = jax.eval_shape(lambda: jax_rollout(env))
+    assert jax.tree.map(jnp.shape, rollout) == jax.tree.map(jnp.shape, shapes)
 
 
-def jax_rollout(world):
+def jax_rollout(env):
     policy = lambda carry, observation, reset, key: (carry, jnp.zeros(B, jnp.int32))  # noqa: E731
-    first = actor.start(world, jax.random.key(0), B, jnp.zeros(B))
-    return actor.unroll(world, policy, first, jax.random.key(0), T)[1]
+    first = actor.start(env, B, jnp.zeros(B), key=jax.random.key(0))
+    return actor.unroll(env, policy, first, T, key=jax.random.key(0))[1]
 
 
 @pytest.mark.parametrize(("length", "late"), [(1, False), (3, False), (2, True)])
-def test_an_end_is_followed_by_a_step_that_only_starts_anew(stack, length, late):
-    last, found = unroll(counters(stack, length=length, late=late), ones, 12)
+def test_an_end_is_followed_by_a_step_that_only_resets(stack, length, late):
+    last, rollout = unroll(counters(stack, length=length, late=late), ones, 12)
     place = np.arange(12) % (length + 1)
-    np.testing.assert_array_equal(found.reset[0], np.arange(13) % (length + 1) == 0)
-    np.testing.assert_array_equal(found.mask[0], place != length)
+    np.testing.assert_array_equal(rollout.reset[0], np.arange(13) % (length + 1) == 0)
+    np.testing.assert_array_equal(rollout.mask[0], place != length)
     ends = {"terminated": not late, "truncated": late, "success": True}
     for name, happens in ends.items():
-        np.testing.assert_array_equal(getattr(found, name)[0], (place == length - 1) & happens)
-    np.testing.assert_array_equal(found.reward[0], np.where(place == length, 0, 2))
-    np.testing.assert_array_equal(found.return_[0], 2 * np.minimum(place + 1, length))
+        np.testing.assert_array_equal(getattr(rollout, name)[0], (place == length - 1) & happens)
+    np.testing.assert_array_equal(rollout.reward[0], np.where(place == length, 0, 2))
+    np.testing.assert_array_equal(rollout.return_[0], 2 * np.minimum(place + 1, length))
     steps = np.cumsum(place != length)
-    np.testing.assert_array_equal(found.observation[0, 1:, 0], steps)
-    np.testing.assert_array_equal(found.carry, np.zeros(B))
+    np.testing.assert_array_equal(rollout.observation[0, 1:, 0], steps)
+    np.testing.assert_array_equal(rollout.carry, np.zeros(B))
     np.testing.assert_array_equal(last.carry, np.full(B, 12))
 
 
-def test_two_rollouts_are_one_of_both_lengths(stack):
-    """Episodes go on from one rollout to the next."""
+def test_two_rollouts_equal_one_of_both_lengths(stack):
+    """Episodes continue from one rollout to the next."""
     _, whole = unroll(counters(stack, length=4), ones, 9)
-    host = counters(stack, length=4)
-    first = gymnasium_actor.start(host, jax.random.key(0), jnp.zeros(B))
-    middle, one = gymnasium_actor.unroll(host, ones, first, jax.random.key(1), 3)
-    _, two = gymnasium_actor.unroll(host, ones, middle, jax.random.key(2), 6)
+    group = counters(stack, length=4)
+    first = gymnasium_actor.start(group, jnp.zeros(B), key=jax.random.key(0))
+    middle, one = gymnasium_actor.unroll(group, ones, first, 3, key=jax.random.key(1))
+    _, two = gymnasium_actor.unroll(group, ones, middle, 6, key=jax.random.key(2))
     joined = jax.tree.map(
         lambda a, b: np.concatenate([a[:, :3], b], axis=1),
         *(rollout._replace(carry=None) for rollout in (one, two)),
@@ -147,8 +151,8 @@ def test_two_rollouts_are_one_of_both_lengths(stack):
 
 
 def test_a_key_fixes_the_episodes_and_environments_differ(stack):
-    host = gymnasium_actor.open_envs(GymnasiumConfig(), B, stack)
-    start = partial(gymnasium_actor.start, host, carry={})
+    group = gymnasium_actor.open_envs(GymnasiumConfig(), B, stack)
+    start = partial(gymnasium_actor.start, group, {})
     one, same, other = (np.asarray(start(key=jax.random.key(s)).observation) for s in (0, 0, 1))
     np.testing.assert_array_equal(one, same)
     assert np.abs(one - other).min() > 0
@@ -156,15 +160,15 @@ def test_a_key_fixes_the_episodes_and_environments_differ(stack):
 
 
 def test_play_counts_one_episode_of_each(stack):
-    host = counters(stack)
-    for length, env in enumerate(host.envs, start=1):
+    group = counters(stack)
+    for length, env in enumerate(group.envs, start=1):
         env.unwrapped.length = length
-    found = gymnasium_actor.play(host, ones, jax.random.key(0), jnp.zeros(B))
-    np.testing.assert_array_equal(found["return"], [2, 4, 6])
-    np.testing.assert_array_equal(found["success"], [1, 1, 1])
+    metrics = gymnasium_actor.play(group, ones, jnp.zeros(B), key=jax.random.key(0))
+    np.testing.assert_array_equal(metrics["return"], [2, 4, 6])
+    np.testing.assert_array_equal(metrics["success"], [1, 1, 1])
 
 
-def test_what_an_environment_raises_is_one_sentence(stack):
+def test_an_exception_of_an_environment_becomes_one_sentence(stack):
     message = r"env Counter-v0 raised in mid-episode \(OSError: the wire broke\)"
     with pytest.raises(EpisodeError, match=message):
         unroll(counters(stack, length=5, fault=7), ones)

@@ -1,4 +1,4 @@
-"""Learning in Gymnasium environments: something is learnt, checkpoints, and what goes wrong."""
+"""Learning in Gymnasium environments: learning, checkpoints, errors of an environment."""
 
 import gymnasium
 import jax
@@ -38,7 +38,7 @@ class Lever(gymnasium.Env):
 
     observation_space = gymnasium.spaces.Box(0.0, 1.0, (1,), np.float32)
     action_space = gymnasium.spaces.Discrete(2)
-    fault, calls = None, 0  # what goes wrong, and steps of all levers
+    fault, calls = None, 0  # type of the fault, and number of steps of all levers
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -70,8 +70,8 @@ def _whole_levers(monkeypatch):
 def run(run_dir, algorithm="reinforce", *, seeds=SEEDS, loop=LOOP, env_id="Lever-v0"):
     config_type, script = ALGORITHMS[algorithm]
     config = config_type(world=GymnasiumConfig(env_id=env_id), **{**PARTS, "seeds": seeds})
-    taught = config.world, script.make_algorithm(config), config.optim
-    return learn(seeds, loop, run_dir, *taught, 0, name="run")
+    algorithm = script.make_algorithm(config)
+    return learn(seeds, loop, run_dir, config.world, algorithm, config.optim, 0, name="run")
 
 
 def saved(run_dir, step):
@@ -94,16 +94,16 @@ def test_a_script_learns_which_lever_is_the_right_one(algorithm, tmp_path, capsy
     assert "of 1 seeds" in capsys.readouterr().out
 
 
-def test_a_resumed_training_keeps_what_it_learnt_and_starts_new_episodes(tmp_path, capsys):
+def test_a_resumed_training_keeps_its_params_and_starts_new_episodes(tmp_path, capsys):
     first = run(tmp_path, loop=TWO)
     assert "new episodes" not in capsys.readouterr().out
-    same = run(tmp_path, loop=TWO)  # it has done them all already
+    same = run(tmp_path, loop=TWO)  # all updates are done already
     jax.tree.map(np.testing.assert_array_equal, same.params, first.params)
-    learnt = run(tmp_path)
-    assert "run goes on after update 2, with new episodes." in capsys.readouterr().out
-    assert (learnt.num_updates.tolist(), learnt.env_steps) == ([4], 4 * 4 * 8)
+    result = run(tmp_path)
+    assert "run resumes after update 2, with new episodes." in capsys.readouterr().out
+    assert (result.num_updates.tolist(), result.env_steps) == ([4], 4 * 4 * 8)
     assert np.any(
-        learnt.params["mlp"]["layers_0"]["kernel"] != first.params["mlp"]["layers_0"]["kernel"]
+        result.params["mlp"]["layers_0"]["kernel"] != first.params["mlp"]["layers_0"]["kernel"]
     )
 
 
@@ -118,36 +118,36 @@ def test_the_same_seed_learns_the_same(tmp_path):
         (
             "raises",
             RuntimeError,
-            r"env Lever-v0 raised in mid-episode \(ZeroDivisionError: the lever broke\); mend it, "
-            "the last checkpoint, at update 2, is as it was",
+            r"env Lever-v0 raised in mid-episode \(ZeroDivisionError: the lever broke\); fix the "
+            "environment; the last checkpoint, at update 2, is kept",
         ),
         (
             "nan",
             ValueError,
-            "reward must be finite, got nan in seed 0 before update 4; .* as it was",
+            "reward must be finite, got nan in seed 0 before update 4; .* is kept",
         ),
     ],
 )
-def test_a_faulty_environment_is_told_and_the_last_checkpoint_stays(
+def test_a_faulty_environment_is_reported_and_the_last_checkpoint_is_kept(
     fault, error, message, tmp_path, monkeypatch
 ):
     run(tmp_path, loop=TWO)
     before = saved(tmp_path, 2)
     assert before
-    monkeypatch.setattr(Lever, "calls", 70)  # so that it happens between two updates
+    monkeypatch.setattr(Lever, "calls", 70)  # the fault then occurs between two updates
     monkeypatch.setattr(Lever, "fault", fault)
     with pytest.raises(error, match=message):
         run(tmp_path)
     assert checkpoint.latest_step(tmp_path / "checkpoints") == 2
     assert saved(tmp_path, 2) == before
     monkeypatch.setattr(Lever, "fault", None)
-    assert run(tmp_path).num_updates.tolist() == [4]  # it goes on once it is mended
+    assert run(tmp_path).num_updates.tolist() == [4]  # it resumes without the fault
 
 
-def test_a_fault_before_the_first_checkpoint_is_told(tmp_path, monkeypatch):
+def test_a_fault_before_the_first_checkpoint_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(Lever, "calls", 100)
     monkeypatch.setattr(Lever, "fault", "raises")
-    with pytest.raises(RuntimeError, match=r"the lever broke\); .* nothing was saved before"):
+    with pytest.raises(RuntimeError, match=r"the lever broke\); .* no checkpoint was saved"):
         run(tmp_path)
 
 
@@ -159,12 +159,12 @@ def test_a_fault_before_the_first_checkpoint_is_told(tmp_path, monkeypatch):
         ({"seeds": SeedsConfig()}, "num_seeds must be 1 in a Gymnasium environment, .* got 16"),
     ],
 )
-def test_what_cannot_be_learnt_in_is_refused(wrong, message, tmp_path):
+def test_an_environment_that_does_not_fit_is_refused(wrong, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         run(tmp_path, **wrong)
 
 
-def test_nothing_can_be_hidden_in_an_environment():
+def test_a_gymnasium_environment_cannot_be_partially_observed():
     with pytest.raises(ValueError, match="partially_observed must be False in a Gymnasium"):
         ReinforceConfig(world=GymnasiumConfig(), partially_observed=True)
 

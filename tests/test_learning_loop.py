@@ -1,4 +1,4 @@
-"""Learning from reward: resumed = uninterrupted, one device = four, and what goes wrong is told."""
+"""Learning from reward: resumed = uninterrupted, one device = four devices, clear errors."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from vla_jax.command_line import command_line
 from vla_jax.envs import discrete_worlds
 from vla_jax.envs.grid import GridConfig
 from vla_jax.rl.learner import SeedsConfig
-from vla_jax.rl.learning_loop import learn, read_curve, show
+from vla_jax.rl.learning_loop import learn, read_curve, write_report
 from vla_jax.rl.network import NetworkConfig
 from vla_jax.training import checkpoint
 from vla_jax.training.logs import read_metrics
@@ -71,54 +71,52 @@ def interrupted(run_dir, tmp_path):
 
 
 def test_resumed_is_uninterrupted_to_the_bit(whole, tmp_path):
-    name, run_dir, learnt = whole
+    name, run_dir, result = whole
     copy = interrupted(run_dir, tmp_path)
-    again = run(copy, name)
-    jax.tree.map(np.testing.assert_array_equal, again, learnt)
+    resumed = run(copy, name)
+    jax.tree.map(np.testing.assert_array_equal, resumed, result)
     assert metrics_of(copy) == metrics_of(run_dir)
 
 
-def test_four_devices_are_one(whole, tmp_path):
-    name, _, learnt = whole
+def test_four_devices_equal_one(whole, tmp_path):
+    name, _, result = whole
     loop = LoopConfig(num_updates=4, log_every=4, save_every=4, num_devices=4)
-    shared = run(tmp_path, name, loop=loop)
+    sharded = run(tmp_path, name, loop=loop)
     close = partial(np.testing.assert_allclose, atol=1e-4)
-    jax.tree.map(close, shared.params, learnt.params)
+    jax.tree.map(close, sharded.params, result.params)
 
 
 def test_seeds_differ_and_each_has_its_curve(whole, capsys):
-    _, run_dir, learnt = whole
-    kernel = learnt.params["mlp"]["layers_0"]["kernel"]
+    _, run_dir, result = whole
+    kernel = result.params["mlp"]["layers_0"]["kernel"]
     assert np.abs(kernel[0] - kernel[1]).max() > 0.01
-    places, values = read_curve(run_dir, "success")
-    np.testing.assert_array_equal(places, [2 * 8 * 6, 4 * 8 * 6])
+    env_steps, values = read_curve(run_dir, "success")
+    np.testing.assert_array_equal(env_steps, [2 * 8 * 6, 4 * 8 * 6])
     assert values.shape == (2, 2)
-    show(SEEDS, run_dir, learnt)
+    write_report(SEEDS, run_dir, result)
     assert re.search(r"success: mean 0\.\d+ \[.*of 2 seeds", capsys.readouterr().out)
     report = json.loads((run_dir / "report.json").read_text())
-    assert report["success"]["seeds"] == learnt.report["success"].tolist()
+    assert report["success"]["seeds"] == result.report["success"].tolist()
     assert report["env_steps"] == 2 * 4 * 8 * 6
     assert (run_dir / "curve.png").stat().st_size > 1000
 
 
-def test_a_seed_that_has_solved_its_world_learns_no_more(tmp_path):
+def test_a_seed_that_has_solved_its_environment_stops_learning(tmp_path):
     seeds = SeedsConfig(**{**vars(SEEDS), "solved_at": -1.0})
-    learnt = run(tmp_path, "sarsa", seeds=seeds)
-    assert learnt.num_updates.tolist() == [2, 2]
+    result = run(tmp_path, "sarsa", seeds=seeds)
+    assert result.num_updates.tolist() == [2, 2]
     assert checkpoint.latest_step(tmp_path / "checkpoints") == 2
 
 
-def test_a_reward_that_is_no_number_is_told_and_the_last_checkpoint_stays(
-    whole, tmp_path, monkeypatch
-):
-    name, run_dir, learnt = whole
-    copy, world = interrupted(run_dir, tmp_path), discrete_worlds.make(PARTS["world"])
+def test_a_reward_of_nan_is_reported_and_the_last_checkpoint_is_kept(whole, tmp_path, monkeypatch):
+    name, run_dir, result = whole
+    copy, env = interrupted(run_dir, tmp_path), discrete_worlds.make(PARTS["world"])
 
     def step(state, action):
-        state, transition = world.step(state, action)
+        state, transition = env.step(state, action)
         return state, transition._replace(reward=transition.reward + jnp.nan)
 
-    monkeypatch.setattr(discrete_worlds, "make", lambda config, **_: world._replace(step=step))
+    monkeypatch.setattr(discrete_worlds, "make", lambda config, **_: env._replace(step=step))
     config_type, make = MAKERS[name]
     broken = make(config_type(loop=LOOP, **PARTS))
     before = checkpoint.read_metadata(copy / "checkpoints")
@@ -128,26 +126,37 @@ def test_a_reward_that_is_no_number_is_told_and_the_last_checkpoint_stays(
         run(copy, name, learner=broken)
     assert checkpoint.latest_step(copy / "checkpoints") == 2
     assert checkpoint.read_metadata(copy / "checkpoints") == before
-    jax.tree.map(np.testing.assert_array_equal, run(copy, name), learnt)  # as if nothing had been
+    jax.tree.map(np.testing.assert_array_equal, run(copy, name), result)  # resumes without it
 
 
-def test_worlds_that_cannot_be_shared_out_are_refused(tmp_path):
+def test_environments_that_cannot_be_sharded_are_refused(tmp_path):
     seeds, loop = SeedsConfig(num_worlds=6), LoopConfig(num_devices=4)
-    with pytest.raises(ValueError, match="num_worlds 6 cannot be shared out over 4 devices"):
+    message = "num_worlds must be a multiple of the number of devices, 4, got 6"
+    with pytest.raises(ValueError, match=message):
         run(tmp_path, "sarsa", seeds=seeds, loop=loop)
 
 
-def test_a_table_learns_a_small_world_and_shares_its_rows_where_it_must(tmp_path):
+def test_a_config_that_does_not_fit_leaves_an_earlier_run_alone(tmp_path):
+    parts = {**PARTS, "network": NetworkConfig(object_size=3)}
+    config = SarsaConfig(run_dir=str(tmp_path), loop=LOOP, overwrite=True, **parts)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="object_size must be 0 or 4"):
+        deep_sarsa.train(config)
+    assert (tmp_path / "config.json").read_text() == "{}"
+
+
+def test_a_table_learns_a_small_grid_and_worse_with_shared_rows(tmp_path):
     deep = SarsaConfig(
         loop=LoopConfig(num_updates=400), seeds=SeedsConfig(num_worlds=32, report_episodes=200)
     )
-    world = GridConfig(size=3, num_obstacles=1, max_steps=20)
-    found = {}
+    env_config = GridConfig(size=3, num_obstacles=1, max_steps=20)
+    success = {}
     for rows in (2**21, 7):
-        train_table = partial(tabular.train_table, tabular.TabularConfig(max_rows=rows), deep)
-        found[rows] = jax.jit(partial(train_table, world))(jax.random.key(0))["success"]
-    assert found[2**21] > 0.9
-    assert found[7] < 0.7
+        config = tabular.TabularConfig(max_rows=rows)
+        train_table = jax.jit(partial(tabular.train_table, config, deep, env_config))
+        success[rows] = train_table(key=jax.random.key(0))["success"]
+    assert success[2**21] > 0.9
+    assert success[7] < 0.7
 
 
 @pytest.mark.parametrize(
@@ -155,18 +164,18 @@ def test_a_table_learns_a_small_world_and_shares_its_rows_where_it_must(tmp_path
     [(deep_sarsa.train, SarsaConfig), (reinforce.train, ReinforceConfig)],
     ids=LEARNERS,
 )
-def test_a_script_leaves_a_curve_a_report_and_a_film(train, config, tmp_path):
+def test_a_script_writes_a_curve_a_report_and_a_video(train, config, tmp_path):
     run_dir = train(config(run_dir=str(tmp_path / "run"), loop=LOOP, **PARTS))
-    left = {path.name for path in run_dir.iterdir()}
-    assert {"config.json", "metrics.jsonl", "curve.png", "report.json", "episodes.mp4"} <= left
+    files = {path.name for path in run_dir.iterdir()}
+    assert {"config.json", "metrics.jsonl", "curve.png", "report.json", "episodes.mp4"} <= files
     with av.open(str(run_dir / "episodes.mp4")) as container:
-        pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    assert len(pictures) == 200
-    assert pictures[0].shape == (96, 96, 3)
-    assert any((picture != pictures[0]).any() for picture in pictures)
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(frames) == 200
+    assert frames[0].shape == (96, 96, 3)
+    assert any((frame != frames[0]).any() for frame in frames)
 
 
-def test_the_comparison_draws_both(tmp_path, capsys):
+def test_the_comparison_plots_both(tmp_path, capsys):
     deep = SarsaConfig(loop=LOOP, **PARTS)
     config = tabular.TabularConfig(run_dir=str(tmp_path / "run"), obstacles=(1,), deep=deep)
     run_dir = tabular.compare(config)
@@ -176,10 +185,10 @@ def test_the_comparison_draws_both(tmp_path, capsys):
     assert (run_dir / "obstacles.png").stat().st_size > 1000
 
 
-def test_throughput_tells_both_and_their_ratio():
+def test_throughput_reports_both_and_their_ratio():
     config = throughput.ThroughputConfig(num_worlds=16, num_steps=4, loop_steps=50, rounds=1)
-    told = throughput.measure(config)
-    assert re.search(r"16 worlds .* million steps/s; .* thousand; ratio \d+ \(", told)
+    report = throughput.measure(config)
+    assert re.search(r"16 environments .* million steps/s; .* thousand; ratio \d+ \(", report)
 
 
 @pytest.mark.parametrize(
@@ -203,18 +212,24 @@ def test_every_script_reads_its_options(presets, argv):
         (partial(SarsaConfig, gamma=1.5), r"gamma must be in \[0, 1\], got 1.5"),
         (partial(SarsaConfig, decay_updates=0), "decay_updates must be at least 1, got 0"),
         (partial(SarsaConfig, expected=True), "trace_decay must be 0 with expected, got 0.5"),
-        (partial(ReinforceConfig, gamma=1.0), r"gamma must be in \[0, 1\) and trace_decay in"),
+        (partial(ReinforceConfig, gamma=1.5), r"gamma must be in \[0, 1\], got 1.5"),
+        (partial(ReinforceConfig, gamma=1.0), "gamma must be below 1, got 1.0"),
+        (partial(ReinforceConfig, trace_decay=-0.1), r"trace_decay must be in \[0, 1\], got -0.1"),
         (partial(ReinforceConfig, entropy_weight=-1.0), "entropy_weight must be >= 0, got -1"),
         (
             lambda: make_sarsa(SarsaConfig(partially_observed=True)),
-            "object_size must be 0, or the 3 numbers that tell of one thing .* got 4",
+            "object_size must be 0 or 3, the number of features per object .* got 4",
         ),
         (partial(SeedsConfig, num_seeds=0), "num_seeds must be at least 1, got 0"),
         (partial(SeedsConfig, solved_by="fun"), "solved_by must be 'success' or 'return'"),
         (partial(tabular.TabularConfig, obstacles=()), "obstacles must hold numbers >= 1"),
         (partial(throughput.ThroughputConfig, rounds=0), "rounds must be at least 1, got 0"),
+        (
+            partial(throughput.ThroughputConfig, network=NetworkConfig(kind="gru")),
+            "network must be of kind 'fc' with object_size 0, .* got 'gru' with 0",
+        ),
     ],
 )
-def test_what_makes_no_training_is_refused(make, message):
+def test_a_wrong_config_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()

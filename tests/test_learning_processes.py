@@ -1,4 +1,4 @@
-"""Learning from reward in two processes is learning in one, and only the first of them writes."""
+"""Learning from reward in two processes equals one process, and only the first one writes."""
 
 import pathlib
 import socket
@@ -27,14 +27,14 @@ jax.config.update("jax_num_cpu_devices", 2)
 port, process_id, directory = sys.argv[1:]
 jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(process_id))
 sys.path.append("tests")
-from test_learn_processes import learnt
-first, resumed = (learnt(directory, num_devices=4) for _ in range(2))
+from test_learning_processes import train
+first, resumed = (train(directory, num_devices=4) for _ in range(2))
 assert first.report["return"].tolist() == resumed.report["return"].tolist()
 jax.distributed.shutdown()
 """
 
 
-def learnt(directory, num_devices):
+def train(directory, num_devices):
     loop = LoopConfig(num_updates=4, log_every=2, save_every=2, num_devices=num_devices)
     config = ReinforceConfig(
         world=GridConfig(size=3, num_obstacles=1, max_steps=8),
@@ -52,7 +52,7 @@ def free_port():
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_learns_and_the_first_of_them_writes(tmp_path):
+def test_two_processes_equal_one_and_the_first_one_writes(tmp_path):
     shared, alone = tmp_path / "shared", tmp_path / "alone"
     args = [sys.executable, "-c", PROCESS, free_port()]
     processes = [
@@ -64,11 +64,11 @@ def test_two_processes_learn_what_one_learns_and_the_first_of_them_writes(tmp_pa
         )
         for process_id in range(2)
     ]
-    told = [process.communicate(timeout=240)[1] for process in processes]
-    for process, errors in zip(processes, told, strict=True):
+    stderr = [process.communicate(timeout=240)[1] for process in processes]
+    for process, errors in zip(processes, stderr, strict=True):
         assert process.returncode == 0, errors
-    assert ["run 4/4" in errors for errors in told] == [True, False]
-    learnt(alone, num_devices=1)
+    assert ["run 4/4" in errors for errors in stderr] == [True, False]
+    train(alone, num_devices=1)
     one, other = (read_metrics(folder / "metrics.jsonl") for folder in (shared, alone))
     assert [line["step"] for line in one] == [2, 4]
     for name in ("loss", "grad_norm", "reward", "return/00", "success/01"):

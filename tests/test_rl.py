@@ -14,13 +14,13 @@ GAMMA = 0.9
 
 @pytest.fixture(scope="module")
 def rlax(golden):
-    """Inputs `[B, T, ...]` and rlax's values; tests/golden/make_rlax.py made them."""
+    """Inputs `[B, T, ...]` and rlax's values, written by tests/golden/make_rlax.py."""
     with np.load(golden / "rlax.npz") as file:
         return {name: file[name] for name in file.files}
 
 
 def ours(of):
-    """The same of one episode, by our functions."""
+    """The same values from this library, for one sequence."""
     reward, discount, lambda_ = of["in.reward"], of["in.discount"], of["in.lambda_"]
     value, next_value = of["in.value"][:-1], of["in.value"][1:]
     q, next_q = of["in.q"][:-1], of["in.q"][1:]
@@ -43,7 +43,7 @@ def ours(of):
     }
 
 
-def test_the_equations_are_those_of_rlax(rlax):
+def test_the_values_equal_those_of_rlax(rlax):
     found = jax.jit(jax.vmap(ours))(rlax)
     expected = {name[4:]: array for name, array in rlax.items() if name.startswith("out.")}
     assert found.keys() == expected.keys()
@@ -65,7 +65,7 @@ def test_returns_by_hand():
     )
 
 
-def test_two_episodes_in_one_stretch_are_two_episodes_apart():
+def test_two_episodes_in_one_sequence_equal_two_sequences():
     random = np.random.default_rng(0)
     reward, value, next_value = random.normal(size=(3, 7)).astype(np.float32)
     discount = np.full(7, GAMMA, np.float32)
@@ -81,7 +81,7 @@ def test_two_episodes_in_one_stretch_are_two_episodes_apart():
     np.testing.assert_allclose(of(slice(0, 7)), apart, atol=1e-6)
 
 
-def test_where_time_ran_out_the_return_ends_in_the_value():
+def test_at_a_truncation_the_return_bootstraps_from_the_value():
     reward, discount = jnp.ones(4), jnp.full(4, GAMMA)
     lambda_ = jnp.array([1.0, 0.0, 1.0, 1.0])
     found = returns.lambda_returns(reward, discount, jnp.array([0.0, 5.0, 0.0, 9.0]), lambda_)
@@ -89,21 +89,21 @@ def test_where_time_ran_out_the_return_ends_in_the_value():
     np.testing.assert_allclose(found[0], 1 + GAMMA * (1 + GAMMA * 5))
 
 
-# Two states; action 1 moves to the other state; being paid depends on state and action.
-PAY = np.array([[0.0, 1.0], [2.0, -1.0]])
+# Two states; action 1 moves to the other state; the reward depends on state and action.
+REWARDS = np.array([[0.0, 1.0], [2.0, -1.0]])
 HORIZON = 3
 LOGITS = jnp.array([[0.3, -0.2], [-0.5, 0.4]])  # [state, action]
 
 
 def episodes():
-    """States and actions `[N, T]` of all that can happen, from state 0 on."""
+    """States and actions `[num_episodes, T]` of all possible episodes from state 0."""
     actions = np.array(list(itertools.product([0, 1], repeat=HORIZON)))
     left = np.concatenate([np.zeros((len(actions), 1), int), np.cumsum(actions, 1)[:, :-1]], 1)
     return left % 2, actions
 
 
 def probability(table, states, actions):
-    """Of each episode `[N]`."""
+    """Probability of each episode `[num_episodes]`."""
     return jnp.prod(jax.nn.softmax(table)[states, actions], axis=1)
 
 
@@ -111,7 +111,7 @@ def probability(table, states, actions):
 @pytest.mark.parametrize("gamma", [1.0, GAMMA])
 def test_reinforce_is_the_exact_policy_gradient_of_a_two_state_problem(gamma, baseline):
     states, actions = episodes()
-    reward = jnp.asarray(PAY[states, actions], jnp.float32)
+    reward = jnp.asarray(REWARDS[states, actions], jnp.float32)
     discount, weight = jnp.full(HORIZON, gamma), gamma ** jnp.arange(HORIZON)
 
     def exact(table):  # J = Σ P(episode) Σ γᵗ rₜ
@@ -129,36 +129,36 @@ def test_reinforce_is_the_exact_policy_gradient_of_a_two_state_problem(gamma, ba
     np.testing.assert_allclose(mean, -jax.grad(exact)(LOGITS), atol=1e-6)
 
 
-# A chain of three states; action 0 stays, action 1 goes on, past the last one it ends.
-PAID = np.array([[0.1, -0.2], [0.0, 0.5], [-0.3, 1.0]], np.float32)
+# A chain of three states; action 0 stays, action 1 advances, and ends in the last state.
+REWARD = np.array([[0.1, -0.2], [0.0, 0.5], [-0.3, 1.0]], np.float32)
 POLICY = np.array([[0.2, 0.8], [0.5, 0.5], [0.6, 0.4]], np.float32)
 STATE, ACTION = (part.ravel() for part in np.indices((3, 2)))
-FOLLOWING = np.minimum(STATE + ACTION, 2)
-GOES_ON = np.where((STATE == 2) & (ACTION == 1), 0, GAMMA).astype(np.float32)
+NEXT_STATE = np.minimum(STATE + ACTION, 2)
+DISCOUNT = np.where((STATE == 2) & (ACTION == 1), 0, GAMMA).astype(np.float32)
 
 
 def closed_form():
-    """Q of POLICY, from its linear equations Q = R + γ P Π Q."""
+    """Q of POLICY, the solution of the linear equations Q = R + γ P Π Q."""
     matrix = np.zeros((6, 6))
     for row in range(6):
-        matrix[row, 2 * FOLLOWING[row] : 2 * FOLLOWING[row] + 2] = (
-            GOES_ON[row] * POLICY[FOLLOWING[row]]
+        matrix[row, 2 * NEXT_STATE[row] : 2 * NEXT_STATE[row] + 2] = (
+            DISCOUNT[row] * POLICY[NEXT_STATE[row]]
         )
-    return np.linalg.solve(np.eye(6) - matrix, PAID.ravel()).reshape(3, 2)
+    return np.linalg.solve(np.eye(6) - matrix, REWARD.ravel()).reshape(3, 2)
 
 
 def chain_error(q, next_action):
-    """SARSA's error `[6]` in each state and action."""
-    paid = PAID[STATE, ACTION]
-    return td_errors.sarsa_error(q[STATE], ACTION, paid, GOES_ON, q[FOLLOWING], next_action)
+    """SARSA error `[6]` of each state and action."""
+    reward = REWARD[STATE, ACTION]
+    return td_errors.sarsa_error(q[STATE], ACTION, reward, DISCOUNT, q[NEXT_STATE], next_action)
 
 
 def test_expected_sarsa_converges_to_the_closed_form_of_a_chain():
     def loss(q):
-        probability = POLICY[FOLLOWING]
-        paid = PAID[STATE, ACTION]
+        probability = POLICY[NEXT_STATE]
+        reward = REWARD[STATE, ACTION]
         error = td_errors.expected_sarsa_error(
-            q[STATE], ACTION, paid, GOES_ON, q[FOLLOWING], probability
+            q[STATE], ACTION, reward, DISCOUNT, q[NEXT_STATE], probability
         )
         return jnp.sum(jnp.square(error)) / 2
 
@@ -169,11 +169,11 @@ def test_expected_sarsa_converges_to_the_closed_form_of_a_chain():
     np.testing.assert_allclose(q, closed_form(), atol=1e-5)
 
 
-def test_sarsa_stands_still_at_the_closed_form_and_nowhere_near_it():
+def test_the_mean_sarsa_error_is_zero_at_the_closed_form_only():
     def mean_error(q):
-        """Over the next action, which follows the policy."""
+        """Mean over the next action under the policy."""
         errors = jnp.stack([chain_error(q, jnp.full(6, action)) for action in (0, 1)])
-        return jnp.sum(POLICY[FOLLOWING].T * errors, axis=0)
+        return jnp.sum(POLICY[NEXT_STATE].T * errors, axis=0)
 
     q = jnp.asarray(closed_form(), jnp.float32)
     np.testing.assert_allclose(mean_error(q), 0, atol=1e-6)
@@ -183,7 +183,7 @@ def test_sarsa_stands_still_at_the_closed_form_and_nowhere_near_it():
 def test_sampled_sarsa_learns_the_closed_form_of_a_chain():
     def step(q, at):
         count, key = at
-        actions = exploration.sample(key, jnp.asarray(POLICY)[FOLLOWING])
+        actions = exploration.sample(jnp.asarray(POLICY)[NEXT_STATE], key=key)
         error = chain_error(q, actions).reshape(3, 2)
         return q + error / (1 + count) ** 0.8, None
 
@@ -192,7 +192,7 @@ def test_sampled_sarsa_learns_the_closed_form_of_a_chain():
     np.testing.assert_allclose(q, closed_form(), atol=0.03)
 
 
-def test_the_target_gives_no_gradient():
+def test_the_target_has_no_gradient():
     taken = (jnp.array([0, 1]), jnp.ones(2), jnp.full(2, GAMMA))
     q = jnp.array([[1.0, 2.0], [3.0, 4.0]])
 
@@ -204,37 +204,37 @@ def test_the_target_gives_no_gradient():
     assert not by_next_q.any()
 
 
-def test_actions_are_drawn_as_often_as_they_are_probable(key):
+def test_samples_have_the_given_probabilities(key):
     chance = jnp.array([0.1, 0.0, 0.6, 0.3])
-    drawn = exploration.sample(key, jnp.broadcast_to(chance, (40_000, 4)))
-    share = np.bincount(drawn, minlength=4) / 40_000
+    samples = exploration.sample(jnp.broadcast_to(chance, (40_000, 4)), key=key)
+    share = np.bincount(samples, minlength=4) / 40_000
     np.testing.assert_allclose(share, chance, atol=0.01)
     assert share[1] == 0
 
 
-def test_the_best_actions_share_what_is_not_a_trial():
+def test_epsilon_greedy_breaks_ties_uniformly():
     found = exploration.epsilon_greedy_probability(jnp.array([1.0, 3.0, 3.0, 0.0]), 0.2)
     np.testing.assert_allclose(found, [0.05, 0.45, 0.45, 0.05])
 
 
-def test_epsilon_falls_and_stays():
+def test_epsilon_decays_linearly_and_stays():
     found = [exploration.decayed_epsilon(jnp.int32(n), 1.0, 0.1, 90) for n in (0, 45, 90, 500)]
     np.testing.assert_allclose(found, [1.0, 0.55, 0.1, 0.1], atol=1e-6)
 
 
-def test_entropy_is_greatest_where_nothing_is_known():
+def test_entropy_is_greatest_for_equal_logits():
     assert jnp.isclose(policy_gradient.entropy(jnp.zeros(4)), jnp.log(4.0))
     assert jnp.isclose(policy_gradient.entropy(jnp.array([1e3, 0.0, 0.0])), 0.0)
 
 
-def test_the_baseline_follows_the_return_where_it_counts():
+def test_the_baseline_loss_ignores_masked_steps():
     value, weight = jnp.array([1.0, 2.0, 3.0]), jnp.array([1.0, 0.0, 1.0])
     loss, by_value = jax.value_and_grad(policy_gradient.baseline_loss)(value, 5.0 + value, weight)
     assert jnp.isclose(loss, 2 * 25 / 3)
     np.testing.assert_allclose(by_value, [-10 / 3, 0, -10 / 3], rtol=1e-6)
 
 
-def test_an_empty_episode_is_one_sentence():
+def test_an_empty_episode_is_refused():
     nothing = jnp.zeros(0)
     message = "reward must hold at least one step, got 0; drop empty episodes"
     with pytest.raises(ValueError, match=message):

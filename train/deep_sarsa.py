@@ -1,12 +1,13 @@
-"""Deep SARSA: values of actions, learnt from the reward of thousands of worlds at once.
+"""Deep SARSA: Q-networks trained from reward in parallel environments.
 
     python -m train.deep_sarsa                                    # the grid with moving obstacles
     python -m train.deep_sarsa --preset grid_hidden       # velocities hidden: memory is needed
     python -m train.deep_sarsa --preset cartpole --num-seeds 4
     python -m train.deep_sarsa --preset gymnasium --env-id CartPole-v1
 
-Actor and learner are one compiled program, but for Gymnasium (`host_learn.py`). The same command
-resumes a run that was interrupted, to the bit, but for Gymnasium's, which starts new episodes.
+Actor and learner are one compiled program; only Gymnasium environments are stepped by Python
+(`vla_jax/rl/gymnasium_loop.py`). The same command resumes an interrupted run, with results
+identical to the bit; a Gymnasium run starts new episodes instead.
 """
 
 import pathlib
@@ -17,48 +18,43 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from train import from_reward
 from vla_jax.command_line import run
-from vla_jax.envs import discrete_worlds
 from vla_jax.envs.cartpole import CartPoleConfig
 from vla_jax.envs.discrete_worlds import GymnasiumConfig, WorldConfig
 from vla_jax.envs.grid import GridConfig
-from vla_jax.rl import actor, exploration, network
+from vla_jax.rl import actor, exploration, network, reward_training
 from vla_jax.rl.actor import Policy, Rollout
 from vla_jax.rl.learner import Algorithm, Learner, SeedsConfig
 from vla_jax.rl.network import NetworkConfig
+from vla_jax.rl.reward_training import RewardTraining
 from vla_jax.rl.td_errors import expected_sarsa_error, sarsa_error
 from vla_jax.training.loop import LoopConfig
 from vla_jax.training.optim import OptimConfig
-from vla_jax.types import Key, Metrics, Params
+from vla_jax.types import Array, Key, Metrics, Params
 
 
 @dataclass(frozen=True)
-class SarsaConfig:
-    """One training by Deep SARSA, of many seeds."""
+class SarsaConfig(RewardTraining):
+    """A training by Deep SARSA."""
 
-    run_dir: str = "runs/sarsa"  # folder to write to
+    run_dir: str = "runs/sarsa"
     world: WorldConfig = GridConfig()
-    partially_observed: bool = False  # no speeds, the instruction at the first step only
     network: NetworkConfig = NetworkConfig(object_size=4, object_sizes=(32, 32), hidden_sizes=(64,))
-    gamma: float = 0.95  # γ, worth of a reward one step later
-    trace_decay: float = 0.5  # λ, from one step (0) to the whole rollout (1)
-    expected: bool = False  # Expected SARSA: the mean over the next action, not the one taken
-    start_epsilon: float = 1.0  # share of trials at first
-    end_epsilon: float = 0.02  # share of trials in the end
-    decay_updates: int = 300  # updates until then
-    seeds: SeedsConfig = SeedsConfig()
+    gamma: float = 0.95
+    trace_decay: float = 0.5
+    expected: bool = False  # use Expected SARSA: average over the next action; needs trace_decay 0
+    start_epsilon: float = 1.0  # probability of a random action before the first update
+    end_epsilon: float = 0.02  # probability of a random action after decay_updates updates
+    decay_updates: int = 300  # updates over which epsilon decays linearly
     optim: OptimConfig = OptimConfig(
         learning_rate=3e-3, end_factor=0.02, weight_decay=0.0, ema_decay=0.99
     )
     loop: LoopConfig = LoopConfig(num_updates=2000, save_every=500)
-    seed: int = 0
-    overwrite: bool = False  # delete a run that is there
 
     def __post_init__(self):
-        """Checks that something can be hidden, and the shares."""
-        discrete_worlds.check(self.world, partially_observed=self.partially_observed)
-        for name in ("gamma", "trace_decay", "start_epsilon", "end_epsilon"):
+        """Checks the environment and the ranges."""
+        super().__post_init__()
+        for name in ("start_epsilon", "end_epsilon"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
         if self.decay_updates < 1:
@@ -70,17 +66,17 @@ class SarsaConfig:
 
 
 def train(config: SarsaConfig) -> pathlib.Path:
-    """Trains Q-functions; returns the run's folder."""
-    return from_reward.train_from_reward(config, make_algorithm(config))
+    """Trains Q-networks; returns the folder of the run."""
+    return reward_training.train_from_reward(config, make_algorithm(config))
 
 
 def make_sarsa(config: SarsaConfig) -> Learner:
-    """Deep SARSA as a `Learner`."""
-    return from_reward.make(config, make_algorithm(config))
+    """Returns the learner of Deep SARSA."""
+    return reward_training.make(config, make_algorithm(config))
 
 
 def make_algorithm(config: SarsaConfig) -> Algorithm:
-    """Deep SARSA, whatever the worlds."""
+    """Returns Deep SARSA as an `Algorithm`, for any environment."""
 
     def explore(params: Params, num_updates: jax.Array) -> Policy:
         return make_policy(params, config.network, _epsilon(config, num_updates))
@@ -94,13 +90,13 @@ def make_algorithm(config: SarsaConfig) -> Algorithm:
     )
 
 
-def make_policy(params: Params, net: NetworkConfig, epsilon: Any) -> Policy:
-    """Returns the ε-greedy policy of a Q-network; greedy where `epsilon` is 0."""
+def make_policy(params: Params, net: NetworkConfig, epsilon: Array | float) -> Policy:
+    """Returns the ε-greedy policy of a Q-network; greedy for `epsilon` 0."""
 
-    def policy(carry, observation, reset, key):
+    def policy(carry: Any, observation: Any, reset: Any, key: Key) -> tuple[Any, jax.Array]:
         carry, outputs = network.step(params, net, carry, observation, reset)
         probability = exploration.epsilon_greedy_probability(outputs["q"], epsilon)
-        return carry, exploration.sample(key, probability)
+        return carry, exploration.sample(probability, key=key)
 
     return policy
 
@@ -114,22 +110,23 @@ def _epsilon(config: SarsaConfig, num_updates: jax.Array) -> jax.Array:
 def _loss(
     config: SarsaConfig, params: Params, batch: tuple[Rollout, jax.Array], key: Key
 ) -> tuple[jax.Array, Metrics]:
-    """Half the mean of SARSA's squared errors over a rollout, back-propagated through time."""
+    """Returns half the mean squared SARSA error of a rollout, back-propagated through time."""
     rollout, num_updates = batch
     epsilon = _epsilon(config, num_updates)
     _, outputs = network.apply(
         params, config.network, rollout.carry, rollout.observation, rollout.reset
     )
     q, next_q = outputs["q"][:, :-1], outputs["q"][:, 1:]
-    taken = (q, rollout.action, rollout.reward, actor.discounts(rollout, config.gamma), next_q)
+    inputs = (q, rollout.action, rollout.reward, actor.discounts(rollout, config.gamma), next_q)
     probability = exploration.epsilon_greedy_probability(next_q, epsilon)
     if config.expected:
-        error = jax.vmap(expected_sarsa_error)(*taken, probability)
+        error = jax.vmap(expected_sarsa_error)(*inputs, probability)
     else:
-        last = exploration.sample(key, probability[:, -1:])  # what will be done is not known yet
+        # The action after the last step has not been taken yet.
+        last = exploration.sample(probability[:, -1:], key=key)
         next_action = jnp.concatenate([rollout.action[:, 1:], last], axis=1)
         lambda_ = actor.lambdas(rollout, config.trace_decay)
-        error = jax.vmap(sarsa_error)(*taken, next_action, lambda_)
+        error = jax.vmap(sarsa_error)(*inputs, next_action, lambda_)
     loss = jnp.mean(jnp.where(rollout.mask, jnp.square(error), 0.0)) / 2
     return loss, {"q": jnp.mean(q), "epsilon": epsilon}
 
@@ -137,17 +134,17 @@ def _loss(
 def grid() -> SarsaConfig:
     """The 5 × 5 grid with three moving obstacles, 16 seeds side by side.
 
-    97.1 % [96.6, 97.6] of fresh episodes (`--seed 5`), 95.3 % in the least of the seeds, in 2.4
+    Success 97.1 % [96.6, 97.6] on new episodes (`--seed 5`), 95.3 % for the worst seed, in 2.4
     minutes on 2 CPU cores.
     """
     return SarsaConfig(run_dir="runs/sarsa_grid")
 
 
 def grid_hidden() -> SarsaConfig:
-    """The same grid with velocities hidden: a GRU may see where the obstacles go.
+    """The same grid with velocities hidden: a GRU can infer how the obstacles move.
 
-    97.4 % [95.4, 99.4] of fresh episodes over 4 seeds, after 1,200 updates at most; 96.9 %
-    [95.9, 97.9] without memory (`--network.kind fc`), so that it is hardly needed.
+    Success 97.4 % [95.4, 99.4] on new episodes over 4 seeds, after at most 1,200 updates; 96.9 %
+    [95.9, 97.9] without memory (`--network.kind fc`), so that memory is hardly needed.
     """
     return replace(
         grid(),
@@ -158,9 +155,10 @@ def grid_hidden() -> SarsaConfig:
 
 
 def cartpole() -> SarsaConfig:
-    """CartPole-v1: learnt by some seeds and not by others.
+    """CartPole-v1: solved by some seeds and not by others.
 
-    Return 377 [203, 500] over 4 seeds after 2,000 updates, from 273 to 500; REINFORCE is steadier.
+    Return 377 [203, 500] over 4 seeds after 2,000 updates, from 273 to 500; REINFORCE is more
+    stable.
     """
     return replace(
         grid(),
@@ -173,7 +171,7 @@ def cartpole() -> SarsaConfig:
 
 
 def gymnasium() -> SarsaConfig:
-    """Any Gymnasium environment with a few actions, stepped in Python: --env-id; one seed."""
+    """A Gymnasium environment with discrete actions (--env-id), stepped by Python; one seed."""
     seeds = replace(cartpole().seeds, num_seeds=1, num_worlds=16, eval_episodes=32)
     return replace(cartpole(), run_dir="runs/sarsa_gymnasium", world=GymnasiumConfig(), seeds=seeds)
 
@@ -182,4 +180,4 @@ PRESETS = (grid, grid_hidden, cartpole, gymnasium)
 SARSA = {preset.__name__: preset for preset in PRESETS}
 
 if __name__ == "__main__":
-    run(train, SARSA, description="Trains Q-functions from reward.")
+    run(train, SARSA, description="Trains Q-networks from reward by Deep SARSA.")

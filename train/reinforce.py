@@ -1,13 +1,14 @@
-"""REINFORCE with a baseline: a policy learnt from the reward of many worlds at once.
+"""REINFORCE with a baseline: policies trained from reward in parallel environments.
 
     python -m train.reinforce                                # CartPole-v1, 16 seeds
     python -m train.reinforce --preset cartpole_hidden       # velocities hidden: a GRU
-    python -m train.reinforce --preset cartpole_hidden --network.kind fc --run-dir runs/blind
+    python -m train.reinforce --preset cartpole_hidden --network.kind fc --run-dir runs/no_memory
     python -m train.reinforce --preset gymnasium --env-id Acrobot-v1
-    python -m train.reinforce --init-from RUN_DIR            # a cloned policy: train/finetune.py
+    python -m train.reinforce --init-from RUN_DIR            # fine-tuning: train/finetune.py
 
-Actor and learner are one compiled program, but for Gymnasium (`host_learn.py`). The same command
-resumes a run that was interrupted, to the bit, but for Gymnasium's, which starts new episodes.
+Actor and learner are one compiled program; only Gymnasium environments are stepped by Python
+(`vla_jax/rl/gymnasium_loop.py`). The same command resumes an interrupted run, with results
+identical to the bit; a Gymnasium run starts new episodes instead.
 """
 
 import pathlib
@@ -19,50 +20,44 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from train import from_reward
 from train.finetune import FINETUNE, finetune
 from vla_jax.command_line import run
-from vla_jax.envs import discrete_worlds
 from vla_jax.envs.cartpole import CartPoleConfig
 from vla_jax.envs.discrete_worlds import GymnasiumConfig, WorldConfig
 from vla_jax.envs.grid import GridConfig
 from vla_jax.envs.table.discrete_table import TableChoicesConfig
-from vla_jax.rl import actor, exploration, network
+from vla_jax.rl import actor, exploration, network, reward_training
 from vla_jax.rl.actor import Policy, Rollout
 from vla_jax.rl.learner import Algorithm, Learner, SeedsConfig
 from vla_jax.rl.network import NetworkConfig
 from vla_jax.rl.policy_gradient import baseline_loss, entropy_loss, reinforce_loss, scale
 from vla_jax.rl.returns import advantages
+from vla_jax.rl.reward_training import RewardTraining
 from vla_jax.training.loop import LoopConfig
 from vla_jax.training.optim import OptimConfig
 from vla_jax.types import Array, Key, Metrics, Params
 
 
 @dataclass(frozen=True)
-class ReinforceConfig:
-    """One training by REINFORCE, of many seeds."""
+class ReinforceConfig(RewardTraining):
+    """A training by REINFORCE with a baseline."""
 
-    run_dir: str = "runs/reinforce"  # folder to write to
+    run_dir: str = "runs/reinforce"
     world: WorldConfig = CartPoleConfig()
-    partially_observed: bool = False  # no speeds, the instruction at the first step only
-    network: NetworkConfig = NetworkConfig()
-    gamma: float = 0.99  # γ, worth of a reward one step later
-    trace_decay: float = 0.95  # λ of the advantages; 1 = values only past the rollout's end
-    entropy_weight: float = 0.01  # of the entropy's term in the loss
-    baseline_weight: float = 0.5  # of the baseline's term, whose returns are scaled by 1 − γ
+    gamma: float = 0.99
+    trace_decay: float = 0.95
+    entropy_weight: float = 0.01  # weight of the entropy bonus in the loss, >= 0
+    baseline_weight: float = 0.5  # weight of the baseline's squared error in the loss, >= 0
     seeds: SeedsConfig = SeedsConfig(solved_by="return", solved_at=475.0)
     optim: OptimConfig = OptimConfig(learning_rate=3e-3, weight_decay=0.0)
     loop: LoopConfig = LoopConfig(num_updates=1500, save_every=500)
-    seed: int = 0
-    overwrite: bool = False  # delete a run that is there
 
     def __post_init__(self):
-        """Checks that something can be hidden, and the shares and the weights."""
-        discrete_worlds.check(self.world, partially_observed=self.partially_observed)
-        if not 0 <= self.gamma < 1 or not 0 <= self.trace_decay <= 1:
+        """Checks the environment and the ranges."""
+        super().__post_init__()
+        if self.gamma == 1:
             raise ValueError(
-                "gamma must be in [0, 1) and trace_decay in [0, 1], got "
-                f"{self.gamma} and {self.trace_decay}."
+                f"gamma must be below 1, got {self.gamma}: rewards are scaled by 1 − gamma."
             )
         for name in ("entropy_weight", "baseline_weight"):
             if getattr(self, name) < 0:
@@ -70,19 +65,20 @@ class ReinforceConfig:
 
 
 def train(config: ReinforceConfig) -> pathlib.Path:
-    """Trains policies; returns the run's folder."""
-    return from_reward.train_from_reward(config, make_algorithm(config))
+    """Trains policies; returns the folder of the run."""
+    return reward_training.train_from_reward(config, make_algorithm(config))
 
 
 def make_reinforce(config: ReinforceConfig) -> Learner:
-    """REINFORCE with a baseline as a `Learner`."""
-    return from_reward.make(config, make_algorithm(config))
+    """Returns the learner of REINFORCE with a baseline."""
+    return reward_training.make(config, make_algorithm(config))
 
 
 def make_algorithm(config: ReinforceConfig) -> Algorithm:
-    """REINFORCE with a baseline, whatever the worlds."""
+    """Returns REINFORCE with a baseline as an `Algorithm`, for any environment."""
 
     def explore(params: Params, num_updates: jax.Array) -> Policy:
+        del num_updates
         return make_policy(params, config.network)
 
     return Algorithm(
@@ -95,13 +91,13 @@ def make_algorithm(config: ReinforceConfig) -> Algorithm:
 
 
 def make_policy(params: Params, net: NetworkConfig, *, greedy: bool = False) -> Policy:
-    """Returns the policy of a network, which draws its actions, or takes the most probable."""
+    """Returns the policy of a network: samples its actions, or takes the most probable one."""
 
     def policy(carry: Any, observation: Any, reset: Any, key: Key) -> tuple[Any, jax.Array]:
         carry, outputs = network.step(params, net, carry, observation, reset)
         if greedy:
             return carry, jnp.argmax(outputs["logits"], axis=-1)
-        return carry, exploration.sample(key, jax.nn.softmax(outputs["logits"]))
+        return carry, exploration.sample(jax.nn.softmax(outputs["logits"]), key=key)
 
     return policy
 
@@ -109,13 +105,17 @@ def make_policy(params: Params, net: NetworkConfig, *, greedy: bool = False) -> 
 def _loss(
     config: ReinforceConfig, params: Params, batch: tuple[Rollout, jax.Array], key: Key
 ) -> tuple[jax.Array, Metrics]:
-    """REINFORCE's loss over a rollout, the baseline's, the entropy's; through time."""
+    """Returns the loss of a rollout, back-propagated through time.
+
+    The terms are REINFORCE's loss, the baseline's squared error and the entropy bonus.
+    """
+    del key
     rollout, _ = batch
     _, outputs = network.apply(
         params, config.network, rollout.carry, rollout.observation, rollout.reset
     )
     logits, value = outputs["logits"][:, :-1], outputs["value"][..., 0]
-    # With rewards times 1 − γ a return lies where rewards do, so that one learning rate serves.
+    # Scaled by 1 − γ, returns are of the size of rewards: one learning rate then fits all γ.
     reward = (1.0 - config.gamma) * rollout.reward
     advantage = jax.vmap(advantages)(
         reward,
@@ -140,8 +140,8 @@ def _loss(
     return loss, {f"loss_{name}": term for name, term in terms.items()}
 
 
-def _mean(function: Any, *of_episodes: Array) -> jax.Array:
-    return jnp.mean(jax.vmap(function)(*of_episodes))
+def _mean(function: Any, *sequences: Array) -> jax.Array:
+    return jnp.mean(jax.vmap(function)(*sequences))
 
 
 def cartpole() -> ReinforceConfig:
@@ -150,7 +150,7 @@ def cartpole() -> ReinforceConfig:
 
 
 def cartpole_hidden() -> ReinforceConfig:
-    """CartPole-v1 with velocities hidden: a GRU has to see how fast things move.
+    """CartPole-v1 with velocities hidden: a GRU has to infer them.
 
     Median return 500 over 16 seeds; without memory (`--network.kind fc`) 43.
     """
@@ -165,8 +165,8 @@ def cartpole_hidden() -> ReinforceConfig:
 def grid() -> ReinforceConfig:
     """The 5 × 5 grid with three moving obstacles.
 
-    Success 78.0 % [74.8, 81.2] over 4 seeds after 1,500 updates, where Deep SARSA has 97 %; a
-    network that reads the objects alike, as SARSA's does, comes to 32 %.
+    Success 78.0 % [74.8, 81.2] over 4 seeds after 1,500 updates (Deep SARSA: 97 %). With shared
+    weights for all objects, as in Deep SARSA's network, success is 32 %.
     """
     return replace(
         cartpole(),
@@ -178,11 +178,11 @@ def grid() -> ReinforceConfig:
 
 
 def table() -> ReinforceConfig:
-    """The JAX table: touch the block that is asked for, one of eleven choices at a time.
+    """The JAX table: touch the block of the instruction, with eleven discrete actions.
 
     Success 97.2 % [95.5, 98.8] over 4 seeds of 2 million environment steps, about 2 minutes on
-    2 CPU cores. The reward is shaped: for success alone (`--shaping 0`) it is 28 % after 600
-    updates, where it is 87 % with shaping.
+    2 CPU cores. The reward is shaped: after 600 updates success is 28 % with a reward for success
+    only (`--shaping 0`), and 87 % with shaping.
     """
     return replace(
         cartpole(),
@@ -196,10 +196,11 @@ def table() -> ReinforceConfig:
 
 
 def table_hidden() -> ReinforceConfig:
-    """The same, told at the first step only which block it is: a GRU has to remember it.
+    """The same with the instruction at the first step only: a GRU has to remember it.
 
-    Not learnt yet: 25 % after 850 updates, which is touching any block, and 23 % without memory
-    (`--network.kind fc`); larger steps, longer rollouts, an LSTM and more shaping did not help.
+    Not solved: success is 25 % after 850 updates, as for touching any block, and 23 % without
+    memory (`--network.kind fc`). A larger step size, longer rollouts, an LSTM and more shaping
+    did not help.
     """
     return replace(
         table(),
@@ -210,7 +211,7 @@ def table_hidden() -> ReinforceConfig:
 
 
 def gymnasium() -> ReinforceConfig:
-    """Any Gymnasium environment with a few actions, stepped in Python: --env-id; one seed.
+    """A Gymnasium environment with discrete actions (--env-id), stepped by Python; one seed.
 
     CartPole-v1: return 500 after 300 updates of 512 environment steps, in 36 seconds.
     """
@@ -228,8 +229,8 @@ PRESETS = (cartpole, cartpole_hidden, grid, table, table_hidden, gymnasium)
 REINFORCE = {preset.__name__: preset for preset in PRESETS}
 
 if __name__ == "__main__":
-    # A cloned policy brings its own world and sizes, and so other options.
+    # A cloned policy brings its own environment and network, so that the options differ.
     if any(word.startswith(("--init-from", "--init_from")) for word in sys.argv[1:]):
-        run(finetune, FINETUNE, description="Goes on training a cloned policy from reward.")
+        run(finetune, FINETUNE, description="Fine-tunes a cloned policy from reward.")
     else:
-        run(train, REINFORCE, description="Trains policies from reward.")
+        run(train, REINFORCE, description="Trains policies from reward by REINFORCE.")

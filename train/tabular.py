@@ -1,17 +1,15 @@
-"""Deep SARSA beside a table: what happens when obstacles are added.
+"""Compares Deep SARSA with tabular SARSA on grids with more and more obstacles.
 
     python -m train.tabular
 
-Both learn from as many environment steps of the same worlds. The table has a row for each state
-where there is room for that many; every obstacle multiplies their number by 50, and the table meets
-most states for the first time, again and again. From three obstacles on there is no such room, and
-states share rows. The network sees things as seen from the agent, and knows what is like what. One
-plot shows the success of both.
+Both learn from the same number of environment steps in the same environments. Every obstacle
+multiplies the number of states by 50. The table has one row per state up to `max_rows`; from three
+obstacles on, several states share a row. The network generalises: it reads positions relative to
+the agent, with shared weights for all obstacles. One plot shows the success of both.
 """
 
 import pathlib
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -30,24 +28,27 @@ from vla_jax.rl.td_errors import sarsa_error
 from vla_jax.training.loop import open_run, save_json
 from vla_jax.types import Key, Metrics, World
 
-_NEVER = 2.0  # a success rate that none has, so that all learn from as many steps
+_NEVER = 2.0  # success rate above 1: no seed stops early, so that all use the same steps
 
 
 @dataclass(frozen=True)
 class TabularConfig:
-    """Both learners on grids with more and more obstacles."""
+    """Deep SARSA and tabular SARSA on grids with different numbers of obstacles."""
 
-    run_dir: str = "runs/tabular"  # folder to write to
-    obstacles: tuple[int, ...] = (1, 2, 3, 4)  # how many, one comparison each
-    max_rows: int = 2**21  # of a table; beyond, several states share one
-    step_size: float = 0.3  # share of the way to its target that a table's value goes
-    deep: SarsaConfig = SarsaConfig()  # the other learner; world, steps, γ, ε of both
-    overwrite: bool = False  # delete a run that is there
+    run_dir: str = "runs/tabular"  # output folder of the run
+    obstacles: tuple[int, ...] = (1, 2, 3, 4)  # numbers of obstacles, one comparison each
+    max_rows: int = 2**21  # maximum rows of the table; with more states several share a row
+    step_size: float = 0.3  # learning rate α of the table, in (0, 1]
+    deep: SarsaConfig = SarsaConfig()  # Deep SARSA; environment, steps, γ and ε hold for both
+    overwrite: bool = False  # delete an existing run in run_dir
 
     def __post_init__(self):
-        """Checks the worlds and the table."""
+        """Checks the environment and the table."""
         if not isinstance(self.deep.world, GridConfig) or self.deep.partially_observed:
-            raise ValueError("deep.world must be a grid, nothing hidden; a table knows no other.")
+            raise ValueError(
+                "deep.world must be a fully observed grid, whose states can be numbered; choose a "
+                "GridConfig and partially_observed=False."
+            )
         if not self.obstacles or min(self.obstacles) < 1:
             raise ValueError(f"obstacles must hold numbers >= 1, got {self.obstacles}.")
         if self.max_rows < 1 or not 0 < self.step_size <= 1:
@@ -58,77 +59,89 @@ class TabularConfig:
 
 
 class TableState(NamedTuple):
-    """All that a table's learning changes, of one seed."""
+    """Everything that tabular learning changes, for one seed."""
 
-    q: jax.Array  # [rows · A]
-    visits: jax.Array  # [rows · A] int32, how often each value was moved
+    q: jax.Array  # [rows · num_actions]
+    visits: jax.Array  # [rows · num_actions] int32, number of updates of each value
     actor: Actor
 
 
 def compare(config: TabularConfig) -> pathlib.Path:
-    """Trains both on every grid; returns the run's folder, with `obstacles.png` in it."""
+    """Trains both on every grid and plots their success; returns the folder of the run."""
     run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
     network, table = [], []
     for num_obstacles in config.obstacles:
-        world, deep = _with_obstacles(config, num_obstacles)
+        env_config, deep = _with_obstacles(config, num_obstacles)
         folder = run_dir / f"network_{num_obstacles}"
-        learnt = learn(deep.seeds, deep.loop, folder, make_sarsa(deep), deep.seed, name=folder.name)
-        network.append(learnt.report["success"])
-        keys = jax.random.split(jax.random.key(deep.seed), deep.seeds.num_seeds)
-        found = jax.jit(jax.vmap(partial(train_table, config, deep, world)))(keys)
-        table.append(np.asarray(found["success"]))
+        result = learn(deep.seeds, deep.loop, folder, make_sarsa(deep), deep.seed, name=folder.name)
+        network.append(result.report["success"])
+        table.append(_success_of_table(config, deep, env_config))
         print(
-            f"{num_obstacles} obstacles, {grid.num_states(world):,} states: success "
-            f"{_told(network[-1])} of the network, {_told(table[-1])} of the table"
+            f"{num_obstacles} obstacles, {grid.num_states(env_config):,} states: success "
+            f"{_interval(network[-1])} of the network, {_interval(table[-1])} of the table"
         )
-    found = {"network": np.array(network), "table": np.array(table)}
-    save_json({name: values.tolist() for name, values in found.items()}, run_dir / "report.json")
+    success = {"network": np.array(network), "table": np.array(table)}
+    save_json({name: values.tolist() for name, values in success.items()}, run_dir / "report.json")
     title = f"{config.deep.seeds.num_seeds} seeds, mean and 95 % interval"
-    curves = {name: (config.obstacles, values) for name, values in found.items()}
+    curves = {name: (config.obstacles, values) for name, values in success.items()}
     panel = plots.Panel(title, "obstacles", "success", curves, y_range=(0, 1.05))
     plots.curves(run_dir / "obstacles.png", [panel])
     return run_dir
 
 
+def _success_of_table(
+    config: TabularConfig, deep: SarsaConfig, env_config: GridConfig
+) -> np.ndarray:
+    """Returns the success rates `[num_seeds]` of tables trained in one program."""
+
+    def train_seed(key: Key) -> Metrics:
+        return train_table(config, deep, env_config, key=key)
+
+    keys = jax.random.split(jax.random.key(deep.seed), deep.seeds.num_seeds)
+    return np.asarray(jax.jit(jax.vmap(train_seed))(keys)["success"])
+
+
 def train_table(
-    config: TabularConfig, deep: SarsaConfig, world_config: GridConfig, key: Key
+    config: TabularConfig, deep: SarsaConfig, env_config: GridConfig, *, key: Key
 ) -> Metrics:
-    """Returns how well a table does, "return" and "success", that learnt by SARSA; of one seed."""
-    world = grid.make(replace(world_config, observation="index"))
-    rows = min(grid.num_states(world_config), config.max_rows)
+    """Returns "return" and "success" `[]` of a table trained by SARSA, for one seed."""
+    env = grid.make(replace(env_config, observation="index"))
+    rows = min(grid.num_states(env_config), config.max_rows)
     start_key, update_key, report_key = jax.random.split(key, 3)
-    nothing = jnp.zeros(rows * world.num_actions)
-    first = actor.start(world, start_key, deep.seeds.num_worlds, {})
+    zeros = jnp.zeros(rows * env.num_actions)
+    first = actor.start(env, deep.seeds.num_worlds, {}, key=start_key)
 
     def update(state: TableState, count: jax.Array) -> tuple[TableState, None]:
-        return _update(config, deep, world, state, jax.random.fold_in(update_key, count), count)
+        key = jax.random.fold_in(update_key, count)
+        return _update(config, deep, env, state, count, key=key), None
 
-    state = TableState(nothing, jnp.zeros(nothing.shape, jnp.int32), first)
+    state = TableState(zeros, jnp.zeros(zeros.shape, jnp.int32), first)
     state, _ = jax.lax.scan(update, state, jnp.arange(deep.loop.num_updates))
-    policy = _make_policy(state.q, world.num_actions, 0.0)
-    rollout = actor.play(world, policy, report_key, deep.seeds.report_episodes, {})
+    policy = _make_policy(state.q, env.num_actions, 0.0)
+    rollout = actor.play(env, policy, deep.seeds.report_episodes, {}, key=report_key)
     return actor.episode_metrics(rollout)
 
 
 def _update(
     config: TabularConfig,
     deep: SarsaConfig,
-    world: World,
+    env: World,
     state: TableState,
-    key: Key,
     count: jax.Array,
-) -> tuple[TableState, None]:
-    """One rollout, and every value in it moved towards the mean of its targets."""
+    *,
+    key: Key,
+) -> TableState:
+    """Returns the state after a rollout; visited values move towards the mean of their targets."""
     act_key, next_key = jax.random.split(key)
     epsilon = exploration.decayed_epsilon(
         count, deep.start_epsilon, deep.end_epsilon, deep.decay_updates
     )
-    policy = _make_policy(state.q, world.num_actions, epsilon)
-    following, rollout = actor.unroll(world, policy, state.actor, act_key, deep.seeds.num_steps)
-    places = _places(state.q, world.num_actions, rollout.observation)
-    values = state.q[places]  # [B, T + 1, A]
+    policy = _make_policy(state.q, env.num_actions, epsilon)
+    next_actor, rollout = actor.unroll(env, policy, state.actor, deep.seeds.num_steps, key=act_key)
+    indices = _indices(state.q, env.num_actions, rollout.observation)
+    values = state.q[indices]  # [B, T + 1, num_actions]
     probability = exploration.epsilon_greedy_probability(values[:, -1:], epsilon)
-    last = exploration.sample(next_key, probability)
+    last = exploration.sample(probability, key=next_key)
     error = jax.vmap(sarsa_error)(
         values[:, :-1],
         rollout.action,
@@ -138,39 +151,40 @@ def _update(
         jnp.concatenate([rollout.action[:, 1:], last], axis=1),
         actor.lambdas(rollout, deep.trace_decay),
     )
-    moved = jnp.take_along_axis(places[:, :-1], rollout.action[..., None], axis=-1)[..., 0]
-    visits = state.visits.at[moved].add(rollout.mask.astype(jnp.int32))
-    share = config.step_size / jnp.maximum(visits[moved] - state.visits[moved], 1)
-    q = state.q.at[moved].add(jnp.where(rollout.mask, share * error, 0.0))
-    return TableState(q, visits, following), None
+    visited = jnp.take_along_axis(indices[:, :-1], rollout.action[..., None], axis=-1)[..., 0]
+    visits = state.visits.at[visited].add(rollout.mask.astype(jnp.int32))
+    step_size = config.step_size / jnp.maximum(visits[visited] - state.visits[visited], 1)
+    q = state.q.at[visited].add(jnp.where(rollout.mask, step_size * error, 0.0))
+    return TableState(q, visits, next_actor)
 
 
 def _make_policy(q: jax.Array, num_actions: int, epsilon: Any) -> Policy:
     def policy(carry: Any, observation: Any, reset: Any, key: Key) -> tuple[Any, jax.Array]:
-        values = q[_places(q, num_actions, observation)]
+        values = q[_indices(q, num_actions, observation)]
         probability = exploration.epsilon_greedy_probability(values, epsilon)
-        return carry, exploration.sample(key, probability)
+        return carry, exploration.sample(probability, key=key)
 
     return policy
 
 
-def _places(q: jax.Array, num_actions: int, number: Any) -> jax.Array:
-    """Returns where the values of states `[...]` lie in the table, `[..., A]`."""
-    row = number % jnp.uint32(q.shape[0] // num_actions)
+def _indices(q: jax.Array, num_actions: int, state_number: Any) -> jax.Array:
+    """Returns the indices in the table of the values of states `[...]`, `[..., num_actions]`."""
+    row = state_number % jnp.uint32(q.shape[0] // num_actions)
     return jnp.int32(row)[..., None] * num_actions + jnp.arange(num_actions).reshape(
         *(1,) * row.ndim, num_actions
     )
 
 
 def _with_obstacles(config: TabularConfig, num_obstacles: int) -> tuple[GridConfig, SarsaConfig]:
-    """The world, and the network's training in it, in which no seed stops early."""
+    """Returns the environment, and Deep SARSA's training in it, without early stopping."""
     deep = config.deep
     assert isinstance(deep.world, GridConfig)  # checked by the config
-    world = replace(deep.world, num_obstacles=num_obstacles)
-    return world, replace(deep, world=world, seeds=replace(deep.seeds, solved_at=_NEVER))
+    env_config = replace(deep.world, num_obstacles=num_obstacles)
+    return env_config, replace(deep, world=env_config, seeds=replace(deep.seeds, solved_at=_NEVER))
 
 
-def _told(values: np.ndarray) -> str:
+def _interval(values: np.ndarray) -> str:
+    """Returns mean and 95 % interval as text."""
     low, high = results.mean_interval(values)
     return f"{values.mean():.3f} [{low:.3f}, {high:.3f}]"
 
@@ -184,4 +198,4 @@ def default() -> TabularConfig:
 TABULAR = {"default": default}
 
 if __name__ == "__main__":
-    run(compare, TABULAR, description="Deep SARSA beside a table.")
+    run(compare, TABULAR, description="Compares Deep SARSA with tabular SARSA.")

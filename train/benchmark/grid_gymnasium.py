@@ -1,4 +1,4 @@
-"""The grid world in plain Python behind Gymnasium's API: the same rules, written a second time."""
+"""The grid environment in plain Python with Gymnasium's API: a second implementation."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ _MOVES = {"stay": (0, 0), "up": (-1, 0), "down": (1, 0), "left": (0, -1), "right
 
 
 class GridEnv(gymnasium.Env):
-    """One grid; its state lies open, so that a test can put another's in."""
+    """One grid environment; its state is public so that a test can set it."""
 
     def __init__(self, config: GridConfig):
         self.config = config
@@ -49,22 +49,24 @@ class GridEnv(gymnasium.Env):
             min(max(self.agent[0] + down, 0), last),
             min(max(self.agent[1] + right, 0), last),
         )
-        self.obstacles = [self._moved(*obstacle) for obstacle in self.obstacles]
+        self.obstacles = [self._move(*obstacle) for obstacle in self.obstacles]
         self.num_steps += 1
         hit = any((row, column) == self.agent for row, column, _ in self.obstacles)
         success = not hit and self.agent == self.goal
         reward, ended = float(success) - float(hit), hit or success
-        late = not ended and self.num_steps >= self.config.max_steps
-        return self.observe(), reward, ended, late, {"is_success": success}
+        truncated = not ended and self.num_steps >= self.config.max_steps
+        return self.observe(), reward, ended, truncated, {"is_success": success}
 
     def observe(self) -> np.ndarray:
         """Returns the features of the state."""
-        here_row, here_column = self.agent
-        things = [(*obstacle, -1) for obstacle in self.obstacles] + [(*self.goal, 0, 1)]
-        seen = [(row - here_row, column - here_column, *rest) for row, column, *rest in things]
-        return np.array(seen, np.float32).reshape(-1)
+        agent_row, agent_column = self.agent
+        objects = [(*obstacle, -1) for obstacle in self.obstacles] + [(*self.goal, 0, 1)]
+        relative = [
+            (row - agent_row, column - agent_column, *rest) for row, column, *rest in objects
+        ]
+        return np.array(relative, np.float32).reshape(-1)
 
-    def _moved(self, row: int, column: int, velocity: int) -> tuple[int, int, int]:
+    def _move(self, row: int, column: int, velocity: int) -> tuple[int, int, int]:
         last, column = self.config.size - 1, column + velocity
         if column < 0:
             return row, -column, -velocity

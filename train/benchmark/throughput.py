@@ -1,10 +1,10 @@
-"""Grid-world steps per second: thousands in one program, and one in a loop over Gymnasium's API.
+"""Measures steps per second on the grid: parallel environments in JAX against a Gymnasium loop.
 
     python -m train.benchmark.throughput
     python -m train.benchmark.throughput --num-worlds 16384 --rounds 9
 
-Both play by the same rules (a test holds that) and ask the same network for every action. The loop
-asks it in NumPy, which for one observation is faster than to call a compiled function.
+Both have the same rules (tested) and call the same network for every action. The loop evaluates it
+in NumPy, which for a single observation is faster than a call of a compiled function.
 """
 
 import statistics
@@ -21,74 +21,76 @@ from vla_jax.command_line import run
 from vla_jax.envs import grid
 from vla_jax.envs.grid import GridConfig
 from vla_jax.rl import actor, network
-from vla_jax.rl.network import NetworkConfig
+from vla_jax.rl.network import MEMORIES, NetworkConfig
 from vla_jax.types import Params
 
-_EPSILON = 0.1  # share of trials, in both
+_EPSILON = 0.1  # probability of a random action, in both
 
 
 @dataclass(frozen=True)
 class ThroughputConfig:
-    """What is measured, and how often."""
+    """A throughput measurement."""
 
-    world: GridConfig = GridConfig()
-    network: NetworkConfig = NetworkConfig()
-    num_worlds: int = 4096  # B, side by side
-    num_steps: int = 128  # T, of every world in one round
-    loop_steps: int = 5000  # of the Python loop in one round
-    rounds: int = 5  # in turns, after one to warm up
+    world: GridConfig = GridConfig()  # environment
+    network: NetworkConfig = NetworkConfig()  # network of the policy; must be feed-forward
+    num_worlds: int = 4096  # parallel environments in the JAX program
+    num_steps: int = 128  # environment steps of each of them per round
+    loop_steps: int = 5000  # environment steps of the Python loop per round
+    rounds: int = 5  # measured rounds, alternating between both, after one warm-up round
 
     def __post_init__(self):
-        """Checks the counts, and that the NumPy policy can read the network."""
+        """Checks the counts, and that the network can be evaluated in NumPy."""
         for name in ("num_worlds", "num_steps", "loop_steps", "rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.network.kind != "fc" or self.network.object_size:
+        if MEMORIES[self.network.kind].is_recurrent or self.network.object_size:
             raise ValueError(
-                "network must be of kind 'fc' with object_size 0, got "
-                f"'{self.network.kind}' with {self.network.object_size}; the loop knows no other."
+                "network must be of kind 'fc' with object_size 0, which the NumPy loop can "
+                f"evaluate, got '{self.network.kind}' with {self.network.object_size}."
             )
 
 
 def measure(config: ThroughputConfig) -> str:
     """Returns a sentence with the steps per second of both, and their ratio."""
-    world, net = grid.make(config.world), config.network
-    heads = {"q": world.num_actions}
-    params = network.init(jax.random.key(0), net, world.observation_shape, heads)
-    side_by_side, loop = _side_by_side(config, params), _loop(config, params)
-    _ = side_by_side(), loop()  # compiles
-    rates = [(side_by_side(), loop()) for _ in range(config.rounds)]
-    ours, theirs = (statistics.median(column) for column in zip(*rates, strict=True))
+    env = grid.make(config.world)
+    heads = {"q": env.num_actions}
+    params = network.init(jax.random.key(0), config.network, env.observation_shape, heads)
+    parallel, loop = _make_parallel(config, params), _make_loop(config, params)
+    _ = parallel(), loop()  # warm-up: compiles
+    rates = [(parallel(), loop()) for _ in range(config.rounds)]
+    parallel_rate, loop_rate = (statistics.median(column) for column in zip(*rates, strict=True))
     ratios = sorted(one / other for one, other in rates)
     return (
-        f"{config.num_worlds} worlds in one program: {ours / 1e6:.2f} million steps/s; Python loop "
-        f"over Gymnasium's API: {theirs / 1e3:.1f} thousand; ratio {statistics.median(ratios):.0f} "
-        f"({ratios[0]:.0f} to {ratios[-1]:.0f}, {config.rounds} rounds in turns)"
+        f"{config.num_worlds} environments in one program: {parallel_rate / 1e6:.2f} million "
+        f"steps/s; Python loop over Gymnasium's API: {loop_rate / 1e3:.1f} thousand; ratio "
+        f"{statistics.median(ratios):.0f} ({ratios[0]:.0f} to {ratios[-1]:.0f}, "
+        f"{config.rounds} alternating rounds)"
     )
 
 
-def _side_by_side(config: ThroughputConfig, params: Params) -> Callable[[], float]:
-    """Returns a function that plays a round, and returns its steps per second."""
-    world = grid.make(config.world)
+def _make_parallel(config: ThroughputConfig, params: Params) -> Callable[[], float]:
+    """Returns a function that plays a round in JAX and returns its steps per second."""
+    env = grid.make(config.world)
     policy = make_policy(params, config.network, _EPSILON)
 
     @jax.jit
     def play(state: actor.Actor, key: jax.Array):
-        state, rollout = actor.unroll(world, policy, state, key, config.num_steps)
-        return state, jnp.sum(rollout.mask), jnp.sum(rollout.observation)  # all of it is made
+        state, rollout = actor.unroll(env, policy, state, config.num_steps, key=key)
+        # The sum keeps the compiler from removing the observations.
+        return state, jnp.sum(rollout.mask), jnp.sum(rollout.observation)
 
-    start = actor.start(world, jax.random.key(1), config.num_worlds, {})
+    start = actor.start(env, config.num_worlds, {}, key=jax.random.key(1))
 
     def play_round() -> float:
         before = time.perf_counter()
         _, count, _ = jax.block_until_ready(play(start, jax.random.key(2)))
-        return float(count) / (time.perf_counter() - before)  # without the steps that start anew
+        return float(count) / (time.perf_counter() - before)  # resets do not count as steps
 
     return play_round
 
 
-def _loop(config: ThroughputConfig, params: Params) -> Callable[[], float]:
-    """Returns the same for one world in Python."""
+def _make_loop(config: ThroughputConfig, params: Params) -> Callable[[], float]:
+    """Returns the same function for one environment in Python."""
     from train.benchmark.grid_gymnasium import GridEnv  # needs the extra gym
 
     env, random = GridEnv(config.world), np.random.default_rng(0)
@@ -116,7 +118,7 @@ def _loop(config: ThroughputConfig, params: Params) -> Callable[[], float]:
 
 
 def default() -> ThroughputConfig:
-    """The default grid and a small network."""
+    """The default grid and network."""
     return ThroughputConfig()
 
 

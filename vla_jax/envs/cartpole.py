@@ -1,9 +1,9 @@
-"""CartPole-v1 as pure functions of JAX, with Gymnasium's constants: balance a pole on a cart.
+"""CartPole-v1, balancing a pole on a cart, as pure JAX functions with Gymnasium's constants.
 
-Units: metres, kilograms, seconds, radians; the angle is 0 where the pole stands upright.
+Units: metres, kilograms, seconds, radians; the angle is 0 where the pole is upright.
 
 Source: Barto, Sutton and Anderson 1983, "Neuronlike Adaptive Elements That Can Solve Difficult
-Learning Control Problems", as Gymnasium's `CartPole-v1` has it.
+Learning Control Problems", in the version of Gymnasium's `CartPole-v1`.
 """
 
 import functools
@@ -18,42 +18,43 @@ from vla_jax.types import Array, Key, Transition, World
 _GRAVITY = 9.8
 _POLE_MASS, _TOTAL_MASS = 0.1, 1.1
 _HALF_LENGTH = 0.5  # of the pole
-_FORCE = 10.0  # newton, either way
+_FORCE = 10.0  # newton, in both directions
 _TIMESTEP = 0.02
 _MAX_POSITION, _MAX_ANGLE = 2.4, 12 * 2 * jnp.pi / 360
-_START = 0.05  # each of the four numbers starts in [-0.05, 0.05]
-_PICTURE = (96, 160)  # pixels
-_INK, _GROUND, _CART, _POLE = (48, 52, 59), (236, 238, 241), (0, 114, 178), (213, 94, 0)
+_START = 0.05  # each of the four state variables starts in [-0.05, 0.05]
+_IMAGE_SIZE = (96, 160)  # height and width, pixels
+_RAIL, _GROUND, _CART, _POLE = (48, 52, 59), (236, 238, 241), (0, 114, 178), (213, 94, 0)  # RGB
 
 
 @dataclass(frozen=True)
 class CartPoleConfig:
-    """The pole on the cart."""
+    """The CartPole environment."""
 
     kind: Literal["cartpole"] = "cartpole"
     max_steps: int = 500  # environment steps until truncation
 
     def __post_init__(self):
-        """Refuses an episode without steps."""
+        """Checks the number of steps."""
         if self.max_steps < 1:
             raise ValueError(f"max_steps must be >= 1, got {self.max_steps}.")
 
 
 class CartPoleState(NamedTuple):
-    """All that one world remembers."""
+    """State of one environment."""
 
-    position: Array  # [] of the cart
-    speed: Array  # []
-    angle: Array  # [] of the pole
-    turn: Array  # [] rad/s
+    position: Array  # [] of the cart, m
+    speed: Array  # [] of the cart, m/s
+    angle: Array  # [] of the pole, rad
+    turn: Array  # [] angular velocity of the pole, rad/s
     num_steps: Array  # [] int32
 
 
 @functools.cache  # the same functions for the same config, so that jit compiles them once
 def make(config: CartPoleConfig) -> World:
-    """CartPole as a `World`: reward 1 at every step, action 0 pushes to the left, 1 to the right.
+    """Returns CartPole as a `World`: reward 1 per step, action 0 pushes left, action 1 right.
 
-    Observations are `[4]`: position, speed, angle, turn. An episode that time ends is a success.
+    Observations `[4]` are the fields of `CartPoleState`: position, speed, angle, turn. An episode
+    that reaches the time limit is a success.
     """
     return World(
         reset=_reset,
@@ -67,9 +68,9 @@ def make(config: CartPoleConfig) -> World:
 
 
 def draw(state: CartPoleState) -> Array:
-    """Returns a picture of the cart and the pole, `[h, w, 3]` uint8."""
-    height, width = _PICTURE
-    y, x = jnp.indices(_PICTURE)
+    """Returns an image of the cart and the pole, `[h, w, 3]` uint8."""
+    height, width = _IMAGE_SIZE
+    y, x = jnp.indices(_IMAGE_SIZE)
     scale = width / (2 * _MAX_POSITION)  # pixels per metre
     rail, cart_x = 0.8 * height, width / 2 + scale * state.position
     along = jnp.stack([jnp.sin(state.angle), -jnp.cos(state.angle)])
@@ -79,7 +80,7 @@ def draw(state: CartPoleState) -> Array:
     image = jnp.where(jnp.abs(away[1]) < 0.8, 1, 0)
     image = jnp.where((jnp.abs(away[0]) < 9) & (jnp.abs(away[1]) < 5), 2, image)
     image = jnp.where(to_pole < 2.5, 3, image)
-    return jnp.asarray([_GROUND, _INK, _CART, _POLE], jnp.uint8)[image]
+    return jnp.asarray([_GROUND, _RAIL, _CART, _POLE], jnp.uint8)[image]
 
 
 def _reset(key: Key) -> tuple[CartPoleState, Array]:
@@ -94,8 +95,8 @@ def _step(
     action = jnp.asarray(action)
     if action.shape != () or not jnp.issubdtype(action.dtype, jnp.integer):
         raise ValueError(
-            "action must be one whole number, 0 (left) or 1 (right), got "
-            f"{action.dtype}{list(action.shape)}; vmap the step over worlds."
+            "action must be one integer, 0 (left) or 1 (right), got "
+            f"{action.dtype}{list(action.shape)}; vmap the step over environments."
         )
     position, speed, angle, turn, num_steps = state
     force = jnp.where(action > 0, _FORCE, -_FORCE)
@@ -105,7 +106,7 @@ def _step(
     inertia = _HALF_LENGTH * (4.0 / 3.0 - _POLE_MASS * jnp.square(cos) / _TOTAL_MASS)
     turn_rate = (_GRAVITY * sin - cos * push) / inertia
     acceleration = push - pole * turn_rate * cos / _TOTAL_MASS
-    state = CartPoleState(  # Euler's method, with the speeds from before the step
+    state = CartPoleState(  # explicit Euler: positions use the speeds before the step
         position + _TIMESTEP * speed,
         speed + _TIMESTEP * acceleration,
         angle + _TIMESTEP * turn,

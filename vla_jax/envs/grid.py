@@ -1,8 +1,8 @@
-"""A grid world with moving obstacles, as pure functions of JAX.
+"""A grid environment with moving obstacles, as pure JAX functions.
 
-Agent and goal start anywhere. Obstacles move back and forth along rows, at first along others
-than the agent's; who shares a cell with one after a step has lost, at the goal too. Rows count
-downwards, columns to the right, in cells.
+Agent and goal start in random cells. Obstacles move back and forth along rows, initially not along
+the agent's row. If the agent shares a cell with an obstacle after a step, the episode is lost, in
+the goal's cell too. Rows count downwards, columns to the right, in cells.
 """
 
 import functools
@@ -19,23 +19,23 @@ _MOVES = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))  # rows, columns
 _GOAL_REWARD, _OBSTACLE_REWARD = 1.0, -1.0
 # Okabe and Ito's colours: ground, goal, obstacle, agent.
 _COLOURS = ((236, 238, 241), (0, 158, 115), (213, 94, 0), (0, 114, 178))
-_PICTURE_CELL = 32  # pixels of a cell in a picture for people
+_DRAWN_CELL = 32  # pixels along each side of a cell in `draw`
 
 
 @dataclass(frozen=True)
 class GridConfig:
-    """The grid; more or faster obstacles make it harder."""
+    """The grid environment; more or faster obstacles make it harder."""
 
     kind: Literal["grid"] = "grid"
     size: int = 5  # cells along each side
-    num_obstacles: int = 3  # they may pass through one another
-    speed: int = 1  # cells that an obstacle moves per environment step
+    num_obstacles: int = 3  # moving obstacles; they do not block one another
+    speed: int = 1  # speed of the obstacles, in cells per environment step
     max_steps: int = 50  # environment steps until truncation
-    observation: Literal["features", "pixels", "index"] = "features"  # what the agent is shown
-    cell_size: int = 1  # pixels of a cell in an observation of pixels
+    observation: Literal["features", "pixels", "index"] = "features"  # type of the observation
+    cell_size: int = 1  # side of a cell in observations of type "pixels", in pixels
 
     def __post_init__(self):
-        """Refuses sizes that make no grid."""
+        """Checks the sizes."""
         if self.size < 2:
             raise ValueError(f"size must be >= 2 cells, got {self.size}.")
         if not 1 <= self.speed < self.size:
@@ -48,47 +48,48 @@ class GridConfig:
 
 
 class GridState(NamedTuple):
-    """All that one world remembers."""
+    """State of one environment."""
 
     agent: Array  # [2] int32 row, column
     goal: Array  # [2] int32 row, column
-    obstacles: Array  # [O, 2] int32 row, column
-    velocities: Array  # [O] int32 columns per step
+    obstacles: Array  # [num_obstacles, 2] int32 row, column
+    velocities: Array  # [num_obstacles] int32 columns per environment step
     num_steps: Array  # [] int32
 
 
 @functools.cache  # the same functions for the same config, so that jit compiles them once
 def make(config: GridConfig) -> World:
-    """The grid as a `World`.
+    """Returns the grid as a `World`.
 
-    An observation of features holds, of each obstacle and then of the goal, rows and columns from
-    the agent to it, its velocity in cells per step, its reward:
-    `[4·(O + 1)]`. One of pixels is a picture, in which velocities do not show. One of "index" is
-    the number `[]` of the state, for a table.
+    Observations by `config.observation`:
+      "features": for each obstacle and then the goal, its row and column relative to the agent, its
+        velocity (cells per step) and its reward, `[4 · (num_obstacles + 1)]` float32.
+      "pixels": an image `[h, w, 3]` uint8, which does not show velocities.
+      "index": the number of the state, `[]` uint32, for tabular methods.
     """
     size = config.size * config.cell_size
     features = 4 * (config.num_obstacles + 1)
     shapes = {"features": (features,), "pixels": (size, size, 3), "index": ()}
-    shown = config.observation == "features"
+    has_features = config.observation == "features"
     return World(
         reset=functools.partial(_reset, config),
         step=functools.partial(_step, config),
-        draw=functools.partial(pixels, config, cell_size=_PICTURE_CELL),
+        draw=functools.partial(pixels, config, cell_size=_DRAWN_CELL),
         observation_shape=shapes[config.observation],
-        velocities=tuple(range(2, features, 4)) if shown else (),
+        velocities=tuple(range(2, features, 4)) if has_features else (),
         num_actions=len(ACTIONS),
         max_steps=config.max_steps,
-        object_size=4 if shown else 0,
+        object_size=4 if has_features else 0,
     )
 
 
 def num_states(config: GridConfig) -> int:
-    """Returns in how many states, as "index" numbers them, the grid can be."""
+    """Returns the number of states of the grid, as numbered by `index`."""
     return config.size**4 * (2 * config.size**2) ** config.num_obstacles
 
 
 def index(config: GridConfig, state: GridState) -> Array:
-    """Returns the number of a state, `[]` uint32; beyond 2³² states several share one."""
+    """Returns the number of a state, `[]` uint32; not unique if there are more than 2³² states."""
     cells = jnp.concatenate([state.agent[None], state.goal[None], state.obstacles])
     numbers = jnp.uint32(cells[:, 0] * config.size + cells[:, 1])
     directions = jnp.uint32(state.velocities > 0)
@@ -100,15 +101,15 @@ def index(config: GridConfig, state: GridState) -> Array:
 
 
 def features(config: GridConfig, state: GridState) -> Array:
-    """Returns what is known of each thing as seen from the agent, `[4·(O + 1)]` float32."""
-    apart = jnp.concatenate([state.obstacles, state.goal[None]]) - state.agent[None]
+    """Returns the features (see `make`), `[4 · (num_obstacles + 1)]` float32."""
+    relative = jnp.concatenate([state.obstacles, state.goal[None]]) - state.agent[None]
     velocities = jnp.append(state.velocities, 0)
     rewards = jnp.full(len(velocities), _OBSTACLE_REWARD).at[-1].set(_GOAL_REWARD)
-    return jnp.concatenate([apart, velocities[:, None], rewards[:, None]], axis=1).reshape(-1)
+    return jnp.concatenate([relative, velocities[:, None], rewards[:, None]], axis=1).reshape(-1)
 
 
 def pixels(config: GridConfig, state: GridState, cell_size: int | None = None) -> Array:
-    """Returns a picture of the grid, `[h, w, 3]` uint8 (the agent is drawn over what it hits)."""
+    """Returns an image of the grid, `[h, w, 3]` uint8; the agent is drawn on top."""
     image = jnp.zeros((config.size, config.size), jnp.int32)
     image = image.at[state.goal[0], state.goal[1]].set(1)
     image = image.at[state.obstacles[:, 0], state.obstacles[:, 1]].set(2)
@@ -142,8 +143,8 @@ def _step(config: GridConfig, state: GridState, action: Array) -> tuple[GridStat
     action = jnp.asarray(action)
     if action.shape != () or not jnp.issubdtype(action.dtype, jnp.integer):
         raise ValueError(
-            f"action must be one whole number in 0 … {len(ACTIONS) - 1} {ACTIONS}, got "
-            f"{action.dtype}{list(action.shape)}; vmap the step over worlds."
+            f"action must be one integer in 0 … {len(ACTIONS) - 1} {ACTIONS}, got "
+            f"{action.dtype}{list(action.shape)}; vmap the step over environments."
         )
     last = config.size - 1
     agent = jnp.clip(state.agent + jnp.asarray(_MOVES)[action], 0, last)

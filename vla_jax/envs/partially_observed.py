@@ -1,4 +1,4 @@
-"""Worlds of which one does not see all: who can remember has an advantage."""
+"""Partially observed versions of environments, in which memory is an advantage."""
 
 import functools
 from typing import Any
@@ -9,42 +9,42 @@ import numpy as np
 from vla_jax.types import Array, Key, Transition, World
 
 
-@functools.cache  # the same functions for the same world, so that jit compiles them once
-def partially_observe(world: World) -> World:
-    """Returns the world with less to see; all else stays.
+@functools.cache  # the same functions for the same environment, so that jit compiles them once
+def partially_observe(env: World) -> World:
+    """Returns the environment with velocities and, after the first step, the instruction hidden.
 
-    Its observations are without the speeds, and hold the instruction at the first step of an
-    episode only; after that there are zeros in its place.
+    Velocities are removed from the observation; the instruction is replaced by zeros from the
+    second observation of an episode on. States, rewards and ends of episodes do not change.
 
     Args:
-      world: whose observations are features, with `velocities` or an `instruction` among them.
+      env: environment whose observation `[D]` has `velocities` or an `instruction`.
 
     Raises:
-      ValueError: there is nothing to hide.
+      ValueError: the observation has neither.
     """
-    if not (world.velocities or world.instruction):
+    if not (env.velocities or env.instruction):
         raise ValueError(
-            "velocities or instruction of the world must name features to hide, got none; choose "
-            "a world whose observations are features."
+            "velocities or instruction of the environment must name features to hide, got none; "
+            "choose an environment whose observations are features."
         )
-    (size,) = world.observation_shape
-    kept = np.setdiff1d(np.arange(size), world.velocities)
-    once = np.isin(kept, world.instruction)
+    (size,) = env.observation_shape
+    visible = np.setdiff1d(np.arange(size), env.velocities)
+    first_only = np.isin(visible, env.instruction)
 
     def reset(key: Key) -> tuple[Any, Array]:
-        state, observation = world.reset(key)
-        return state, observation[kept]
+        state, observation = env.reset(key)
+        return state, observation[visible]
 
     def step(state: Any, action: Array) -> tuple[Any, Transition]:
-        state, transition = world.step(state, action)
-        seen = jnp.where(once, 0.0, transition.observation[kept])
-        return state, transition._replace(observation=seen)
+        state, transition = env.step(state, action)
+        observation = jnp.where(first_only, 0.0, transition.observation[visible])
+        return state, transition._replace(observation=observation)
 
-    return world._replace(
+    return env._replace(
         reset=reset,
         step=step,
-        observation_shape=(len(kept),),
+        observation_shape=(len(visible),),
         velocities=(),
         instruction=(),
-        object_size=world.object_size * len(kept) // size,  # each thing has as many speeds
+        object_size=env.object_size * len(visible) // size,  # equally many velocities per object
     )

@@ -1,9 +1,9 @@
-"""Many worlds side by side, acted in without a pause: what a learner learns from.
+"""Steps B environments in lockstep with auto-reset, and records rollouts for a learner.
 
-After the last step of an episode the agent is asked once more, for what it makes of the last
-observation: this is the value that a learner needs where time ran out. What it would do is not
-done; the world starts anew instead, and `mask` is False at that step. The step after it shows the
-first observation of the new episode, and `reset` is True.
+After the last step of an episode the policy is called once more, on the final observation: a
+learner needs its value there if the episode was truncated. The action of that call is ignored; the
+environment is reset instead, and `mask` is False at that step. The next step shows the first
+observation of the new episode, and its `reset` is True. For an episode of three steps:
 
     step        0      1      2      3      4      5
     reset       True   False  False  False  True   False
@@ -26,62 +26,74 @@ Policy = Callable[[Any, Array, Array, Key], tuple[Any, Array]]
 
 
 class Actor(NamedTuple):
-    """What goes on from one rollout to the next."""
+    """State between two rollouts."""
 
-    world_state: Any  # [B, ...]; {} where the worlds themselves remember
-    observation: Array  # [B, ...], the next that the policy will see
-    reset: Array  # [B] bool, True where it is the first of an episode
-    ended: Array  # [B] bool, True where it is the last of one
-    return_: Array  # [B] float32, rewards of the episode so far
+    world_state: Any  # state of the environments, [B, ...]; {} where they hold it themselves
+    observation: Array  # [B, ...], next input of the policy
+    reset: Array  # [B] bool, True where `observation` is the first of an episode
+    ended: Array  # [B] bool, True where `observation` is the last of an episode
+    return_: Array  # [B] float32, sum of rewards of the current episode
     carry: Any  # of the policy's network, [B, ...]
 
 
 class Rollout(NamedTuple):
-    """`T` steps of `B` worlds; observations one more, of which the last is yet to be acted on."""
+    """`T` steps of `B` environments, and the observation after the last step."""
 
     observation: Array  # [B, T + 1, ...]
     reset: Array  # [B, T + 1] bool, True where an episode starts
     action: Array  # [B, T] int32
     reward: Array  # [B, T] float32
     terminated: Array  # [B, T] bool, the task ended
-    truncated: Array  # [B, T] bool, time ran out
-    mask: Array  # [B, T] bool, False where a world was only started anew
-    success: Array  # [B, T] bool, the task was done
-    return_: Array  # [B, T] float32, rewards of the episode up to and with this step
-    carry: Any  # before the first step, [B, ...]
+    truncated: Array  # [B, T] bool, the time limit was reached
+    mask: Array  # [B, T] bool, False where the step only reset the environment
+    success: Array  # [B, T] bool, the task was completed
+    return_: Array  # [B, T] float32, sum of rewards of the episode up to this step
+    carry: Any  # of the policy's network before the first step, [B, ...]
 
 
-def start(world: World, key: Key, num_worlds: int, carry: Any) -> Actor:
-    """Returns an actor before its first step.
+def start(env: World, num_envs: int, carry: Any, *, key: Key) -> Actor:
+    """Returns the actor before its first step.
 
     Args:
-      world: to act in.
+      env: the environment.
+      num_envs: B.
+      carry: of the policy's network before the first step, `[B, ...]`.
       key: consumed.
-      num_worlds: B.
+    """
+    env_state, observation = jax.vmap(env.reset)(jax.random.split(key, num_envs))
+    return first_actor(env_state, observation, carry)
+
+
+def first_actor(env_state: Any, observation: Array, carry: Any) -> Actor:
+    """Returns the actor whose environments have just been reset.
+
+    Args:
+      env_state: of the environments, `[B, ...]`, or `{}`.
+      observation: first observations `[B, ...]`.
       carry: of the policy's network before the first step, `[B, ...]`.
     """
-    world_state, observation = jax.vmap(world.reset)(jax.random.split(key, num_worlds))
-    nowhere = jnp.zeros(num_worlds, bool)
-    return Actor(world_state, observation, ~nowhere, nowhere, jnp.zeros(num_worlds), carry)
+    num_envs = len(observation)
+    false = jnp.zeros(num_envs, bool)
+    return Actor(env_state, observation, ~false, false, jnp.zeros(num_envs), carry)
 
 
 def unroll(
-    world: World, policy: Policy, actor: Actor, key: Key, num_steps: int
+    env: World, policy: Policy, actor: Actor, num_steps: int, *, key: Key
 ) -> tuple[Actor, Rollout]:
-    """Returns the actor after `num_steps` steps, and all that happened in them.
+    """Returns the actor after `num_steps` steps, and the rollout.
 
     Args:
-      world: the one that `start` was given.
-      policy: what to do.
-      actor: from `start`, or the `unroll` before.
-      key: consumed, for actions and new episodes.
+      env: as passed to `start`.
+      policy: chooses the actions.
+      actor: from `start` or the previous `unroll`.
       num_steps: T.
+      key: consumed, for actions and resets.
     """
 
     def step(actor: Actor, key: Key) -> tuple[Actor, Any]:
         policy_key, reset_key = jax.random.split(key)
         carry, action = policy(actor.carry, actor.observation, actor.reset, policy_key)
-        return advance(world, actor._replace(carry=carry), action, reset_key)
+        return advance(env, actor._replace(carry=carry), action, key=reset_key)
 
     chex.assert_equal_shape_prefix([actor.observation, actor.ended], 1)
     last, steps = jax.lax.scan(step, actor, jax.random.split(key, num_steps))
@@ -92,7 +104,7 @@ def join(steps: Rollout, first: Actor, last: Actor) -> Rollout:
     """Returns single steps as one rollout.
 
     Args:
-      steps: those that `record` gave, stacked, `[T, B, ...]`.
+      steps: from `record`, stacked, `[T, B, ...]`.
       first: the actor before them.
       last: the actor after them.
     """
@@ -104,66 +116,72 @@ def join(steps: Rollout, first: Actor, last: Actor) -> Rollout:
     )
 
 
-def advance(world: World, actor: Actor, action: Array, key: Key) -> tuple[Actor, Rollout]:
+def advance(env: World, actor: Actor, action: Array, *, key: Key) -> tuple[Actor, Rollout]:
     """Returns the actor after one step, and that step, `[B, ...]`.
 
     Args:
-      world: the one that `start` was given.
-      actor: whose carry is the policy's after this observation already.
-      action: `[B]` int32; not done where an episode has ended.
-      key: consumed, for new episodes.
+      env: as passed to `start`.
+      actor: before the step, with the policy's carry after its observation.
+      action: `[B]` int32; ignored where an episode has ended.
+      key: consumed, for resets.
     """
-    world_state, transition = jax.vmap(world.step)(actor.world_state, action)
-    fresh = jax.vmap(world.reset)(jax.random.split(key, action.shape[0]))
-    world_state, observation = trees.select(
-        actor.ended, fresh, (world_state, transition.observation)
-    )
-    return record(actor, action, world_state, transition._replace(observation=observation))
+    env_state, transition = jax.vmap(env.step)(actor.world_state, action)
+    fresh = jax.vmap(env.reset)(jax.random.split(key, action.shape[0]))
+    env_state, observation = trees.select(actor.ended, fresh, (env_state, transition.observation))
+    return record(actor, action, env_state, transition._replace(observation=observation))
 
 
 def record(
-    actor: Actor, action: Array, world_state: Any, transition: Transition
+    actor: Actor, action: Array, env_state: Any, transition: Transition
 ) -> tuple[Actor, Rollout]:
-    """Returns the actor after a step that the worlds have done, and that step, `[B, ...]`.
+    """Returns the actor after a step of the environments, and that step, `[B, ...]`.
 
     Args:
-      actor: before the step, but for the carry, which is after it.
+      actor: before the step, with the policy's carry after its observation.
       action: `[B]` int32.
-      world_state: after the step, or of a new episode where one had ended.
-      transition: of the step; where an episode had ended, its observation is the first of the
-        new one, and nothing else of it counts.
+      env_state: after the step, or after the reset where an episode had ended.
+      transition: of the step, `[B, ...]`; where an episode had ended, its observation is the
+        first of the new episode, and its other fields are ignored.
     """
     mask = ~actor.ended
     reward = jnp.where(mask, transition.reward, 0.0)
     terminated, truncated = mask & transition.terminated, mask & transition.truncated
     return_ = jnp.where(actor.reset, 0.0, actor.return_) + reward
-    taken = Rollout(
-        actor.observation, actor.reset, action, reward, terminated, truncated, mask,
-        mask & transition.success, return_, None,
-    )  # fmt: skip
-    following = Actor(
-        world_state, transition.observation, actor.ended, terminated | truncated, return_,
-        actor.carry,
-    )  # fmt: skip
-    return following, taken
+    step = Rollout(
+        observation=actor.observation,
+        reset=actor.reset,
+        action=action,
+        reward=reward,
+        terminated=terminated,
+        truncated=truncated,
+        mask=mask,
+        success=mask & transition.success,
+        return_=return_,
+        carry=None,
+    )
+    next_actor = Actor(
+        world_state=env_state,
+        observation=transition.observation,
+        reset=actor.ended,
+        ended=terminated | truncated,
+        return_=return_,
+        carry=actor.carry,
+    )
+    return next_actor, step
 
 
 def discounts(rollout: Rollout, gamma: float) -> jax.Array:
-    """Returns γₜ `[B, T]`: 0 at a true end, γ elsewhere, where time ran out too."""
+    """Returns the discounts γₜ `[B, T]`: 0 where an episode terminates, else γ."""
     return jnp.where(rollout.terminated, 0.0, gamma)
 
 
 def lambdas(rollout: Rollout, lambda_: float) -> jax.Array:
-    """Returns λₜ `[B, T]`: 0 where time ran out, so that the return ends in a value there."""
+    """Returns λₜ `[B, T]`: 0 at a truncation, where the return must bootstrap, else λ."""
     return jnp.where(rollout.truncated, 0.0, lambda_)
 
 
 def episode_metrics(rollout: Rollout) -> dict[str, jax.Array]:
-    """Returns how the episodes went that ended in the rollout; NaN where none did.
-
-    Returns:
-      "return" and "success", means over the episodes, `[]`.
-    """
+    """Returns "return" and "success" `[]`, means over the episodes that ended; NaN if none did."""
     ended = rollout.terminated | rollout.truncated
     count = jnp.sum(ended)
     return {
@@ -172,30 +190,30 @@ def episode_metrics(rollout: Rollout) -> dict[str, jax.Array]:
     }
 
 
-def play(world: World, policy: Policy, key: Key, num_episodes: int, carry: Any) -> Rollout:
-    """Returns one whole episode of each of `num_episodes` worlds.
+def play(env: World, policy: Policy, num_episodes: int, carry: Any, *, key: Key) -> Rollout:
+    """Returns one whole episode in each of `num_episodes` environments.
 
-    What comes after an episode's end has a `mask` of False.
+    `mask` is False after the end of an episode.
 
     Args:
-      world: to act in.
-      policy: what to do.
-      key: consumed; it fixes the episodes.
+      env: the environment.
+      policy: chooses the actions.
       num_episodes: B.
       carry: of the policy's network before the first step, `[B, ...]`.
+      key: consumed; fixes the episodes.
 
     Returns:
-      A rollout of `world.max_steps` steps.
+      A rollout of `env.max_steps` steps.
     """
     start_key, key = jax.random.split(key)
-    actor = start(world, start_key, num_episodes, carry)
-    _, rollout = unroll(world, policy, actor, key, world.max_steps)
-    first = jnp.cumsum(rollout.reset[:, :-1], axis=1) == 1
+    actor = start(env, num_episodes, carry, key=start_key)
+    _, rollout = unroll(env, policy, actor, env.max_steps, key=key)
+    is_first = jnp.cumsum(rollout.reset[:, :-1], axis=1) == 1
     return rollout._replace(
-        mask=rollout.mask & first,
-        terminated=rollout.terminated & first,
-        truncated=rollout.truncated & first,
-        success=rollout.success & first,
+        mask=rollout.mask & is_first,
+        terminated=rollout.terminated & is_first,
+        truncated=rollout.truncated & is_first,
+        success=rollout.success & is_first,
     )
 
 

@@ -1,8 +1,8 @@
-"""Whole episodes in which an agent tries things, and what it wanted at every step of them.
+"""Whole episodes with exploration noise, and the policy's noise-free actions at their steps.
 
-The episodes are streamed, one step at a time; a learner goes over them again as windows, whose
-every step has a gradient. Both are the same numbers as long as the policy's memory holds all of an
-episode: `check_memory`.
+Episodes are streamed, one step at a time; a learner then processes them as windows, in which every
+step has a gradient. Both give the same actions as long as the policy's memory covers the whole
+episode, which `check_memory` ensures.
 """
 
 import dataclasses
@@ -19,32 +19,36 @@ from vla_jax.data.normalize import NormStats
 from vla_jax.policies import decoders, policy
 from vla_jax.policies.heads import actions
 from vla_jax.rl import gaussian
-from vla_jax.rl.gaussian import NoiseConfig, Trial
+from vla_jax.rl.gaussian import NoiseConfig, NoisyAction
 from vla_jax.types import ActionChunk, Array, Env, Key, Observation, Params
 
 
-class Tries(NamedTuple):
-    """One episode of each of `B` worlds; what comes after its end has a `mask` of False."""
+class EpisodeRollout(NamedTuple):
+    """The first `T` steps of one episode in each of `B` environments."""
 
-    seen: Observation  # [B, T, ...], as the policy was shown it
-    trial: Trial  # [B, T, ...]
-    reward: Array  # [B, T] float32
-    mask: Array  # [B, T] bool
+    observation: Observation  # [B, T, ...], inputs of the policy
+    action: NoisyAction  # [B, T, ...]
+    reward: Array  # [B, T] float32, 0 after the end
+    mask: Array  # [B, T] bool, False after the end
 
 
 def check_memory(config: AgentConfig, num_steps: int) -> None:
-    """Raises a ValueError unless an agent remembers `num_steps` steps, and gives numbers."""
+    """Raises unless the agent can be trained on noisy episodes of `num_steps` steps.
+
+    Raises:
+      ValueError: the agent forgets within the episode, or its head is not continuous.
+    """
     decoder = config.policy.decoder
     if decoder.head != "continuous":
         raise ValueError(
-            "the decoder's head must be 'continuous' to learn from reward, whose noise is on "
-            f"numbers, got '{decoder.head}'; clone a policy with that head."
+            "the decoder's head must be 'continuous' to learn from reward, since noise is added "
+            f"to continuous actions, got '{decoder.head}'; clone a policy with that head."
         )
     forgets = config.mode != "persistent" and decoder.kind != "fc"
     if forgets and num_steps > decoder.window_size:
         raise ValueError(
-            f"num_steps must be at most the policy's window_size = {decoder.window_size}, for in "
-            f"mode '{config.mode}' it forgets what lies before, got {num_steps}; shorten "
+            f"num_steps must be at most the policy's window_size = {decoder.window_size}, since in "
+            f"mode '{config.mode}' the policy forgets earlier steps, got {num_steps}; reduce "
             "num_steps, or clone a policy with a longer window_size or mode 'persistent'."
         )
 
@@ -56,84 +60,94 @@ def play(
     env: Env,
     instructions: Array,
     noise: NoiseConfig,
+    *,
     layout_keys: Key,
     noise_keys: Key,
-    *,
     num_steps: int,
-) -> Tries:
-    """Plays the first `num_steps` steps of one episode in every world, with noise.
+) -> EpisodeRollout:
+    """Plays the first `num_steps` steps of one episode in each environment, with noise.
 
     Args:
-      config: of the agent, that passes `check_memory`.
+      config: of the agent; must pass `check_memory`.
       norm_stats: of the agent.
-      params: of its policy.
-      env: the world.
-      instructions: word ids `[num instructions, S]` of `env.instructions`.
-      noise: how far to stray.
-      layout_keys: `[B]`, each fixes an episode as `env.reset(key)`; consumed.
-      noise_keys: `[B]`, each fixes what is tried in it; consumed.
-      num_steps: T; who has not ended by then has failed.
+      params: of the agent's policy.
+      env: the environment.
+      instructions: token ids `[number of instructions, S]` of `env.instructions`.
+      noise: scale of the exploration noise.
+      layout_keys: `[B]`, each fixes an episode as `env.reset(key)` does; consumed.
+      noise_keys: `[B]`, each fixes the noise of an episode; consumed.
+      num_steps: T, environment steps; an episode that takes longer counts as a failure.
 
     Returns:
-      What happened.
+      The episodes.
     """
     config = _cheapest(config)
     states, observations = jax.vmap(env.reset)(layout_keys)
     index = jax.vmap(env.instruction_index)(states)
 
-    def step(carry: tuple, t: Array) -> tuple[tuple, Tries]:
+    def step(carry: tuple, t: Array) -> tuple[tuple, EpisodeRollout]:
         agent_state, states, observations, alive = carry
-        told = observations._replace(instruction=instructions[index])
+        shown = observations._replace(instruction=instructions[index])
         reset = jnp.full(alive.shape, t == 0)
-        agent_state, seen, now = agent.plan(config, norm_stats, params, agent_state, told, reset)
-        now = _around_threshold(config, now)
+        agent_state, inputs, mean = agent.plan(
+            config, norm_stats, params, agent_state, shown, reset
+        )
+        mean = _around_threshold(config, mean)
         keys = jax.vmap(jax.random.fold_in, (0, None))(noise_keys, t)
-        trial = jax.vmap(gaussian.sample, (0, 0, None))(keys, now, noise)
+        noisy = jax.vmap(lambda mean, key: gaussian.sample(mean, noise, key=key))(mean, keys)
         agent_state, action = agent.send(
-            config, norm_stats, agent_state, told, gaussian.certain(trial)
+            config, norm_stats, agent_state, shown, gaussian.to_chunk(noisy)
         )
         states, transition = jax.vmap(env.step)(states, action)
-        tried = Tries(seen, trial, jnp.where(alive, transition.reward, 0.0), alive)
+        taken = EpisodeRollout(inputs, noisy, jnp.where(alive, transition.reward, 0.0), alive)
         alive &= ~(transition.terminated | transition.truncated)
-        return (agent_state, states, transition.observation, alive), tried
+        return (agent_state, states, transition.observation, alive), taken
 
-    begun: AgentState = make_agent(config, norm_stats).init(params, len(layout_keys))
-    carry = (begun, states, observations, jnp.ones(len(layout_keys), bool))
-    _, tries = jax.lax.scan(step, carry, jnp.arange(num_steps))
-    return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), tries)
+    first_state: AgentState = make_agent(config, norm_stats).init(params, len(layout_keys))
+    carry = (first_state, states, observations, jnp.ones(len(layout_keys), bool))
+    _, steps = jax.lax.scan(step, carry, jnp.arange(num_steps))
+    return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), steps)
 
 
-def means(config: AgentConfig, params: Params, seen: Observation) -> tuple[ActionChunk, jax.Array]:
-    """What an agent wants at every step of episodes, with a gradient for the params.
+def mean_actions(
+    config: AgentConfig, params: Params, observation: Observation
+) -> tuple[ActionChunk, jax.Array]:
+    """Returns the noise-free actions at every step of episodes, differentiable by the params.
 
     Args:
-      config: of the agent, that passes `check_memory`.
-      params: of its policy.
-      seen: `[B, T, ...]`, whole episodes from their first step on.
+      config: of the agent; must pass `check_memory`.
+      params: of the agent's policy.
+      observation: `[B, T, ...]`, whole episodes from their first step on.
 
     Returns:
-      Arm `[B, T, A-1]` and gripper logit `[B, T]`, around which `play` tried, and the memory's
+      Arm `[B, T, A-1]` and gripper logit `[B, T]`, around which `play` samples, and the decoder's
       features `[B, T, H]`.
     """
     decoder = config.policy.decoder
-    _, features = policy.features(params, config.policy, seen)
+    _, features = policy.features(params, config.policy, observation)
     chunks = actions(decoders.predict(params["decoder"], decoder, features))
     state = execution.init(
         config.execution, len(chunks.arm), decoder.action_horizon, decoder.action_dim
     )
     by_time = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), chunks)
-    _, now = jax.lax.scan(lambda *step: execution.plan(config.execution, *step), state, by_time)
-    now = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), now)
-    return _around_threshold(config, now), features
+    _, mean = jax.lax.scan(lambda *step: execution.plan(config.execution, *step), state, by_time)
+    mean = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), mean)
+    return _around_threshold(config, mean), features
 
 
 def _cheapest(config: AgentConfig) -> AgentConfig:
-    """One carry in place of a window of them: the same, as long as nothing is forgotten."""
+    """Returns the config in mode "persistent", one carry instead of a window of carries.
+
+    The actions are the same while the memory covers the whole episode.
+    """
     if config.policy.decoder.kind == "gpt":
         return config
     return dataclasses.replace(config, mode="persistent")
 
 
-def _around_threshold(config: AgentConfig, now: ActionChunk) -> ActionChunk:
-    """The logit from where the gripper opens on: a trial errs as often to either side."""
-    return now._replace(gripper_logit=now.gripper_logit - config.execution.gripper_threshold)
+def _around_threshold(config: AgentConfig, mean: ActionChunk) -> ActionChunk:
+    """Returns the action with its gripper logit relative to the threshold of opening.
+
+    The noise then flips the gripper equally often in both directions.
+    """
+    return mean._replace(gripper_logit=mean.gripper_logit - config.execution.gripper_threshold)

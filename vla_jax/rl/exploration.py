@@ -1,4 +1,4 @@
-"""From values to an action that is sometimes a trial: sampling, ε-greedy, its decay."""
+"""Exploration for discrete actions: sampling, ε-greedy probabilities, a linear ε schedule."""
 
 import jax
 import jax.numpy as jnp
@@ -6,37 +6,37 @@ import jax.numpy as jnp
 from vla_jax.types import Array, Key
 
 
-def sample(key: Key, probability: Array) -> jax.Array:
-    """Returns an action drawn with the given probabilities.
+def sample(probability: Array, *, key: Key) -> jax.Array:
+    """Returns actions sampled from categorical distributions.
 
         a = min {a : P(0) + … + P(a) > u},    u ~ U(0, 1)
 
-    One random number per action, where the Gumbel trick of `jax.random.categorical` takes as many
-    as there are actions to choose from.
+    This takes one random number per sample; the Gumbel trick of `jax.random.categorical` takes one
+    per action.
 
     Args:
+      probability: `[..., num_actions]`, sums to 1.
       key: consumed.
-      probability: `[..., A]`, which sums to 1.
 
     Returns:
-      `[...]` int32 in 0 … A − 1.
+      `[...]` int32 in 0 … num_actions − 1.
     """
-    below = jnp.cumsum(probability, axis=-1)[..., :-1]  # without the last, so that rounding is safe
-    draw = jax.random.uniform(key, below.shape[:-1])
-    return jnp.sum(below <= draw[..., None], axis=-1, dtype=jnp.int32)
+    cumulative = jnp.cumsum(probability, axis=-1)[..., :-1]  # the last may round to less than 1
+    uniform = jax.random.uniform(key, cumulative.shape[:-1])
+    return jnp.sum(cumulative <= uniform[..., None], axis=-1, dtype=jnp.int32)
 
 
 def epsilon_greedy_probability(q: Array, epsilon: Array | float) -> jax.Array:
-    """Returns the probability of each action of an ε-greedy policy; the best ones share.
+    """Returns the action probabilities of an ε-greedy policy; ties are broken uniformly.
 
-        π(a) = ε / A + (1 − ε) [a ∈ argmax q] / |argmax q|
+        π(a) = ε / A + (1 − ε) [a ∈ argmax q] / |argmax q|,    A = num_actions
 
     Args:
-      q: `[..., A]`.
-      epsilon: `[]` in [0, 1], share of trials.
+      q: `[..., num_actions]`.
+      epsilon: `[]` in [0, 1], probability of a uniformly random action.
 
     Returns:
-      `[..., A]` float32.
+      `[..., num_actions]` float32.
 
     Source: Sutton and Barto 2018, section 2.2.
     """
@@ -46,14 +46,14 @@ def epsilon_greedy_probability(q: Array, epsilon: Array | float) -> jax.Array:
 
 
 def decayed_epsilon(num_updates: Array, start: float, end: float, decay_updates: int) -> jax.Array:
-    """Returns ε after `num_updates` updates: down a straight line, then level.
+    """Returns ε after `num_updates` updates: linear decay, then constant.
 
-        ε(n) = start + (end − start) · min(n / N, 1)
+        ε(n) = start + (end − start) · min(n / decay_updates, 1)
 
     Args:
       num_updates: n `[]`.
-      start: ε at first.
-      end: ε from N updates on.
-      decay_updates: N, at least 1.
+      start: ε before the first update.
+      end: ε after `decay_updates` updates.
+      decay_updates: length of the decay, at least 1.
     """
     return start + (end - start) * jnp.minimum(num_updates / decay_updates, 1.0)

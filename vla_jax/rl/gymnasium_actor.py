@@ -1,7 +1,7 @@
-"""`rl.actor` for Gymnasium environments: Python steps them, and the books are kept as there.
+"""The counterpart of `rl.actor` for Gymnasium environments, which Python steps.
 
-`unroll` gives what `actor.unroll` gives of a JAX world. The environments themselves remember where
-they are, and the randomness of their next episodes.
+`unroll` returns the same records as `actor.unroll`. The environments themselves hold their state
+and the random state of their next episodes.
 """
 
 import contextlib
@@ -23,108 +23,113 @@ from vla_jax.types import Array, Key, Transition
 Act = Callable[[Actor, Key], tuple[Any, Array]]  # -> carry, action [B] int32
 
 
-class Host(NamedTuple):
-    """Environments side by side; `start` and what acts in them change them."""
+class GymnasiumEnvs(NamedTuple):
+    """Parallel environments; `start`, `unroll` and `play` change their state."""
 
     env_id: str
     envs: tuple[Any, ...]  # B, from `make_choices`
 
 
 class EpisodeError(RuntimeError):
-    """An environment raised."""
+    """An exception raised inside an environment."""
 
 
-def open_envs(world: GymnasiumConfig, num_worlds: int, stack: contextlib.ExitStack) -> Host:
-    """Returns environments, which are closed with the stack.
+def open_envs(config: GymnasiumConfig, num_envs: int, stack: contextlib.ExitStack) -> GymnasiumEnvs:
+    """Returns environments that are closed together with the stack.
 
     Args:
-      world: which.
-      num_worlds: B.
-      stack: owns them from now on.
+      config: of the environment.
+      num_envs: B.
+      stack: closes the environments.
     """
-    make = partial(make_choices, world.env_id, max_steps=world.max_steps or None)
-    host = Host(world.env_id, tuple(make() for _ in range(num_worlds)))
-    for env in host.envs:
+    make = partial(make_choices, config.env_id, max_steps=config.max_steps or None)
+    group = GymnasiumEnvs(config.env_id, tuple(make() for _ in range(num_envs)))
+    for env in group.envs:
         stack.callback(env.close)
-    return host
+    return group
 
 
-def start(host: Host, key: Key, carry: Any) -> Actor:
-    """Returns an actor before its first step.
+def start(group: GymnasiumEnvs, carry: Any, *, key: Key) -> Actor:
+    """Returns the actor before its first step.
 
     Args:
-      host: to act in.
-      key: consumed; it fixes these episodes and all after them.
+      group: the environments.
       carry: of the policy's network before the first step, `[B, ...]`.
+      key: consumed; fixes these episodes and all later ones.
     """
     words = np.asarray(jax.random.key_data(key)).tolist()
-    seeds = np.random.SeedSequence(words).generate_state(len(host.envs)).tolist()
-    pairs = zip(host.envs, seeds, strict=True)
-    observation = np.array([_reset(host, env, seed) for env, seed in pairs])
-    nowhere = jnp.zeros(len(seeds), bool)
-    return Actor({}, jnp.asarray(observation), ~nowhere, nowhere, jnp.zeros(len(seeds)), carry)
+    seeds = np.random.SeedSequence(words).generate_state(len(group.envs)).tolist()
+    pairs = zip(group.envs, seeds, strict=True)
+    observation = np.array([_reset(group, env, seed) for env, seed in pairs])
+    return actor.first_actor({}, jnp.asarray(observation), carry)
 
 
-def unroll(host: Host, act: Act, first: Actor, key: Key, num_steps: int) -> tuple[Actor, Rollout]:
-    """Returns the actor after `num_steps` steps, and what happened, as `actor.unroll` does.
+def unroll(
+    group: GymnasiumEnvs, act: Act, first: Actor, num_steps: int, *, key: Key
+) -> tuple[Actor, Rollout]:
+    """Returns the actor after `num_steps` steps, and the rollout, as `actor.unroll` does.
 
     Args:
-      host: the one that `start` was given.
-      act: what to do.
-      first: from `start`, or the `unroll` before.
-      key: consumed, for actions.
+      group: as passed to `start`.
+      act: chooses the actions.
+      first: from `start` or the previous `unroll`.
       num_steps: T.
+      key: consumed, for actions.
     """
-    states, steps = zip(*itertools.islice(_walk(host, act, first, key), num_steps), strict=True)
+    walk = itertools.islice(_walk(group, act, first, key), num_steps)
+    states, steps = zip(*walk, strict=True)
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *steps)
     return states[-1], actor.join(stacked, first, states[-1])
 
 
-def play(host: Host, act: Act, key: Key, carry: Any) -> dict[str, np.ndarray]:
-    """Returns "return" and "success" `[B]` of one whole episode of each environment.
+def play(group: GymnasiumEnvs, act: Act, carry: Any, *, key: Key) -> dict[str, np.ndarray]:
+    """Returns "return" and "success" `[B]` of one whole episode in each environment.
 
     Args:
-      host: environments that nobody else acts in.
-      act: what to do.
-      key: consumed; it fixes the episodes.
+      group: environments that no other actor uses.
+      act: chooses the actions.
       carry: of the policy's network before the first step, `[B, ...]`.
+      key: consumed; fixes the episodes.
     """
     start_key, key = jax.random.split(key)
-    going = np.ones(len(host.envs), bool)
-    found = {name: np.zeros(len(going)) for name in ("return", "success")}
-    for state, step in _walk(host, act, start(host, start_key, carry), key):
-        ends = going & np.asarray(state.ended)
-        found["return"][ends] = np.asarray(step.return_)[ends]
-        found["success"][ends] = np.asarray(step.success)[ends]
-        going &= ~ends
-        if not going.any():
+    running = np.ones(len(group.envs), bool)
+    metrics = {name: np.zeros(len(running)) for name in ("return", "success")}
+    for state, step in _walk(group, act, start(group, carry, key=start_key), key):
+        ends = running & np.asarray(state.ended)
+        metrics["return"][ends] = np.asarray(step.return_)[ends]
+        metrics["success"][ends] = np.asarray(step.success)[ends]
+        running &= ~ends
+        if not running.any():
             break
-    return found
+    return metrics
 
 
-def _walk(host: Host, act: Act, state: Actor, key: Key) -> Iterator[tuple[Actor, Rollout]]:
-    """Acts without end: the actor after each step, and the step."""
+def _walk(
+    group: GymnasiumEnvs, act: Act, state: Actor, key: Key
+) -> Iterator[tuple[Actor, Rollout]]:
+    """Yields the actor after each step, and the step, without end."""
     for count in itertools.count():
         carry, action = act(state, jax.random.fold_in(key, count))
-        state, step = _advance(host, state._replace(carry=carry), action)
+        state, step = _advance(group, state._replace(carry=carry), action)
         yield state, step
 
 
 _record = jax.jit(actor.record)
 
 
-def _advance(host: Host, state: Actor, action: Array) -> tuple[Actor, Rollout]:
-    chosen, ended = np.asarray(action).tolist(), np.asarray(state.ended).tolist()
-    done = [_step(host, *of_env) for of_env in zip(host.envs, chosen, ended, strict=True)]
-    return _record(state, action, {}, jax.tree.map(lambda *leaves: np.stack(leaves), *done))
+def _advance(group: GymnasiumEnvs, state: Actor, action: Array) -> tuple[Actor, Rollout]:
+    actions, ended = np.asarray(action).tolist(), np.asarray(state.ended).tolist()
+    inputs = zip(group.envs, actions, ended, strict=True)
+    transitions = [_step(group, *of_env) for of_env in inputs]
+    return _record(state, action, {}, jax.tree.map(lambda *leaves: np.stack(leaves), *transitions))
 
 
-def _step(host: Host, env: Any, action: int, ended: bool) -> Transition:
-    """One step of one environment, or its new episode, of which only the observation counts."""
+def _step(group: GymnasiumEnvs, env: Any, action: int, ended: bool) -> Transition:
+    """Steps one environment, or resets it, in which case only the observation is used."""
     if ended:
         no = np.array(False)
-        return Transition(_reset(host, env, None), np.zeros((), np.float32), no, no, no)
-    with _one_sentence(host, "in mid-episode"):
+        return Transition(_reset(group, env, None), np.zeros((), np.float32), no, no, no)
+    with _as_episode_error(group, "in mid-episode"):
         first = env.action_space.start
         observation, reward, terminated, truncated, info = env.step(first + action)
         return Transition(
@@ -136,15 +141,15 @@ def _step(host: Host, env: Any, action: int, ended: bool) -> Transition:
         )
 
 
-def _reset(host: Host, env: Any, seed: int | None) -> np.ndarray:
-    with _one_sentence(host, "at the start of an episode"):
+def _reset(group: GymnasiumEnvs, env: Any, seed: int | None) -> np.ndarray:
+    with _as_episode_error(group, "at the start of an episode"):
         return np.asarray(env.reset(seed=seed)[0], np.float32)
 
 
 @contextlib.contextmanager
-def _one_sentence(host: Host, where: str) -> Iterator[None]:
+def _as_episode_error(group: GymnasiumEnvs, place: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # an environment may raise anything
-        told = f"{type(error).__name__}: {error}"
-        raise EpisodeError(f"env {host.env_id} raised {where} ({told})") from error
+        cause = f"{type(error).__name__}: {error}"
+        raise EpisodeError(f"env {group.env_id} raised {place} ({cause})") from error

@@ -1,7 +1,7 @@
-"""An algorithm that learns from reward, of one seed: rollout, update, evaluation.
+"""A learner from reward, for one seed: rollout, update, evaluation.
 
-`make_learner` is all that Deep SARSA and REINFORCE have in common; what they differ in comes in as
-an `Algorithm`: how they act, and what they descend.
+`make_learner` is the part that Deep SARSA and REINFORCE share. The algorithm-specific part is an
+`Algorithm`: the policies that it acts with, and its loss.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,46 +22,46 @@ from vla_jax.types import Key, Metrics, Params, World
 
 
 class LearnState(NamedTuple):
-    """All that learning changes, of one seed."""
+    """Everything that learning changes, for one seed."""
 
     train_state: TrainState
-    actor: Any  # the worlds [B, ...], and where each one is
-    solved: jax.Array  # [] bool; from then on nothing is learnt
+    actor: Any  # state of the environments, [B, ...]
+    solved: jax.Array  # [] bool; True stops the updates of this seed
 
 
 class Algorithm(NamedTuple):
-    """What tells one algorithm from another, whatever the worlds; of one seed."""
+    """The algorithm-specific parts of a learner, for one seed and any environment."""
 
     network: NetworkConfig
-    heads: Callable[[int], Mapping[str, int]]  # number of actions -> heads, name to width
+    heads: Callable[[int], Mapping[str, int]]  # number of actions -> name of a head to its size
     loss_fn: LossFn  # (params, (rollout, updates done), key) -> (loss, metrics)
-    explore: Callable[[Params, jax.Array], Policy]  # (params, updates done) -> acting to learn
-    exploit: Callable[[Params], Policy]  # params -> acting as well as it can
+    explore: Callable[[Params, jax.Array], Policy]  # (params, updates done) -> training policy
+    exploit: Callable[[Params], Policy]  # params -> evaluation policy
 
 
 class Learner(NamedTuple):
-    """What `learn` needs to know of an algorithm; every function is for one seed."""
+    """The functions that a learning loop calls, each for one seed."""
 
     init: Callable[[Key], LearnState]
     update: Callable[[LearnState, Key], tuple[LearnState, Metrics]]  # one rollout, one update
-    evaluate: Callable[[Params, Key], Metrics]  # "return" and "success" of fresh episodes, means
-    report: Callable[[Params, Key], Metrics]  # the same of more episodes
+    evaluate: Callable[[Params, Key], Metrics]  # mean "return" and "success" of new episodes
+    report: Callable[[Params, Key], Metrics]  # the same, for the final report
 
 
 @dataclass(frozen=True)
 class SeedsConfig:
-    """How many learn side by side, and when they have learnt enough."""
+    """Number of parallel trainings, size of their rollouts, and when they stop early."""
 
-    num_seeds: int = 16  # trainings that differ in nothing but their randomness
-    num_worlds: int = 64  # B, side by side, for each seed
-    num_steps: int = 32  # T, environment steps of every world between two updates
-    eval_episodes: int = 256  # for each seed, at every log
-    report_episodes: int = 256  # for each seed, at the end, on other episodes
-    solved_by: str = "success"  # the metric that tells: "success" or "return"
-    solved_at: float = 0.98  # its value at which a seed stops learning
+    num_seeds: int = 16  # independent trainings that differ only in their random seed
+    num_worlds: int = 64  # parallel environments of each seed
+    num_steps: int = 32  # rollout length between two updates, in environment steps
+    eval_episodes: int = 256  # evaluation episodes of each seed at every log
+    report_episodes: int = 256  # episodes of each seed for the final report
+    solved_by: str = "success"  # metric for early stopping: "success" or "return"
+    solved_at: float = 0.98  # value of the metric at which a seed stops learning
 
     def __post_init__(self):
-        """Checks the counts."""
+        """Checks the counts and the name of the metric."""
         names = ("num_seeds", "num_worlds", "num_steps", "eval_episodes", "report_episodes")
         for name in names:
             if getattr(self, name) < 1:
@@ -71,46 +71,46 @@ class SeedsConfig:
 
 
 def make_learner(
-    world: World,
+    env: World,
     algorithm: Algorithm,
     seeds: SeedsConfig,
     optim_config: OptimConfig,
     num_updates: int,
 ) -> Learner:
-    """Returns an algorithm in a world as a `Learner`.
+    """Returns the learner of an algorithm in an environment.
 
     Args:
-      world: to learn in.
-      algorithm: how to act, and what to descend.
-      seeds: worlds, steps, and episodes of an evaluation.
-      optim_config: of the optimiser; with `ema_decay` it is the average that is evaluated.
+      env: the environment.
+      algorithm: policies and loss.
+      seeds: number of environments, steps and evaluation episodes.
+      optim_config: of the optimiser; with `ema_decay` the average of the params is evaluated.
       num_updates: length of the training.
 
     Raises:
-      ValueError: the network reads objects of another size than the world shows.
+      ValueError: the network reads objects of another size than the environment has.
     """
-    _check_objects(world, algorithm.network)
+    _check_objects(env, algorithm.network)
     init_params, update_params = make_training(
-        algorithm, world.observation_shape, world.num_actions, optim_config, num_updates
+        algorithm, env.observation_shape, env.num_actions, optim_config, num_updates
     )
 
     def init(key: Key) -> LearnState:
         params_key, actor_key = jax.random.split(key)
         carry = zero_carry(algorithm, seeds.num_worlds)
-        first = actor.start(world, actor_key, seeds.num_worlds, carry)
+        first = actor.start(env, seeds.num_worlds, carry, key=actor_key)
         return LearnState(init_params(params_key), first, jnp.zeros((), bool))
 
     def update(state: LearnState, key: Key) -> tuple[LearnState, Metrics]:
         act_key, learn_key = jax.random.split(key)
-        before = state.train_state
-        policy = algorithm.explore(before.params, before.num_updates)
-        following, rollout = actor.unroll(world, policy, state.actor, act_key, seeds.num_steps)
-        train_state, metrics = update_params(before, rollout, learn_key)
-        return LearnState(train_state, following, state.solved), metrics
+        train_state = state.train_state
+        policy = algorithm.explore(train_state.params, train_state.num_updates)
+        next_actor, rollout = actor.unroll(env, policy, state.actor, seeds.num_steps, key=act_key)
+        train_state, metrics = update_params(train_state, rollout, learn_key)
+        return LearnState(train_state, next_actor, state.solved), metrics
 
     def evaluate(num_episodes: int, params: Params, key: Key) -> Metrics:
         policy, carry = algorithm.exploit(params), zero_carry(algorithm, num_episodes)
-        return actor.episode_metrics(actor.play(world, policy, key, num_episodes, carry))
+        return actor.episode_metrics(actor.play(env, policy, num_episodes, carry, key=key))
 
     return Learner(
         init,
@@ -120,11 +120,11 @@ def make_learner(
     )
 
 
-def _check_objects(world: World, net: NetworkConfig) -> None:
-    if net.object_size not in (0, world.object_size):
+def _check_objects(env: World, config: NetworkConfig) -> None:
+    if config.object_size not in (0, env.object_size):
         raise ValueError(
-            f"object_size must be 0, or the {world.object_size} numbers that tell of one thing in "
-            f"this world, got {net.object_size}; see --network.object-size."
+            f"object_size must be 0 or {env.object_size}, the number of features per object in "
+            f"this environment, got {config.object_size}; set --network.object-size."
         )
 
 
@@ -135,12 +135,12 @@ def make_training(
     optim_config: OptimConfig,
     num_updates: int,
 ) -> tuple[Callable[[Key], TrainState], Update]:
-    """Returns the state before the first update, by key, and one update by a rollout.
+    """Returns `init(key)` of the train state, and the update by one rollout.
 
     Args:
-      algorithm: what to descend.
+      algorithm: network and loss.
       observation_shape: of one observation.
-      num_actions: to choose from.
+      num_actions: number of discrete actions.
       optim_config: of the optimiser.
       num_updates: length of the training.
     """
@@ -164,11 +164,11 @@ def make_training(
 
 
 def zero_carry(algorithm: Algorithm, batch_size: int) -> Any:
-    """Returns the carry of its network before the first step, `[B, ...]`."""
+    """Returns the carry of the algorithm's network before the first step, `[B, ...]`."""
     return network.zero_carry(algorithm.network, jnp.zeros((batch_size, 1)))
 
 
 def acting_params(state: LearnState) -> Params:
-    """The slow average where one is kept: it is steadier than the params that learn."""
+    """Returns the average of the params if one is kept (it is steadier), else the params."""
     averaged = state.train_state.ema_params
     return state.train_state.params if averaged is None else averaged

@@ -1,9 +1,9 @@
-"""What learners from reward share: seeds side by side, worlds on the mesh, curves, early stop.
+"""Training loop of learners from reward: parallel seeds, sharded environments, early stopping.
 
-A learner is written for one seed. Here all seeds run in one program (`vmap`), which is compiled
-once and does `log_every` updates per call, rollouts included; the worlds of every seed are shared
-out over the devices. A seed that has solved its world stops learning; when all have, the training
-ends.
+A learner is written for one seed. All seeds run in one program (`vmap`), which is compiled once
+and does `log_every` updates per call, rollouts included; the environments of every seed are
+sharded over the devices. A seed stops learning once it has solved its environment; the training
+ends when all seeds have.
 """
 
 import contextlib
@@ -26,21 +26,31 @@ from vla_jax.types import Key, Metrics, Params
 
 
 class Keys(NamedTuple):
-    """Of each seed `[S]`, for different uses, so that none meets the randomness of another."""
+    """Independent keys for each use, `[num_seeds]` each."""
 
     init: Key
     update: Key  # folded with the number of the update
-    evaluate: Key  # likewise; these episodes decide when to stop
-    report: Key  # of episodes that decided nothing
+    evaluate: Key  # folded with the number of the update; episodes that decide when to stop
+    report: Key  # episodes of the final report, used for nothing else
 
 
-class Learnt(NamedTuple):
-    """What came of all seeds."""
+class LearningResult(NamedTuple):
+    """Result of a training of all seeds."""
 
-    params: Params  # [S, ...]
-    report: Mapping[str, np.ndarray]  # "return" and "success" `[S]`, on episodes never used before
-    num_updates: np.ndarray  # [S] until solved, or the end
-    env_steps: int  # of all seeds
+    params: Params  # [num_seeds, ...]
+    report: Mapping[str, np.ndarray]  # "return" and "success" [num_seeds], of new episodes
+    num_updates: np.ndarray  # [num_seeds], until solved or the end of the training
+    env_steps: int  # sum over the seeds
+
+
+def check_devices(config: SeedsConfig, loop: LoopConfig) -> None:
+    """Raises a ValueError unless the environments of a seed can be sharded over the devices."""
+    num_devices = parallel.make_mesh(loop.num_devices or None).size
+    if config.num_worlds % num_devices:
+        raise ValueError(
+            f"num_worlds must be a multiple of the number of devices, {num_devices}, got "
+            f"{config.num_worlds}; change num_worlds or num_devices."
+        )
 
 
 def learn(
@@ -51,32 +61,25 @@ def learn(
     seed: int,
     *,
     name: str,
-) -> Learnt:
-    """Learns to the end, from the latest checkpoint in `run_dir` if there is one.
+) -> LearningResult:
+    """Trains all seeds, from the latest checkpoint in `run_dir` if there is one.
 
-    What resumes is the same to the bit as what was never interrupted.
+    A resumed training gives the same result, to the bit, as an uninterrupted one.
 
     Args:
-      config: seeds, worlds, and when to stop.
-      loop: length, and what to keep.
+      config: seeds, environments, and the criterion for stopping early.
+      loop: number of updates, intervals of logs and checkpoints.
       run_dir: folder of the run.
-      learner: the algorithm.
-      seed: of all randomness.
-      name: what the progress bar is about.
-
-    Returns:
-      What came of it.
+      learner: the learner of one seed.
+      seed: random seed of the whole training.
+      name: label of the progress bar.
 
     Raises:
-      ValueError: a world gave a reward that is not finite, or the loss is no longer finite; the
-        last checkpoint is as it was.
+      ValueError: the environments cannot be sharded over the devices; or a reward or a loss is not
+        finite, in which case the last checkpoint is kept.
     """
+    check_devices(config, loop)
     mesh = parallel.make_mesh(loop.num_devices or None)
-    if config.num_worlds % mesh.size:
-        raise ValueError(
-            f"num_worlds {config.num_worlds} cannot be shared out over {mesh.size} devices; "
-            f"choose a multiple of {mesh.size}."
-        )
     keys = make_keys(seed, config.num_seeds)
     state, step = first_state(run_dir, jax.jit(jax.vmap(learner.init))(keys.init))
     state = jax.device_put(state, _shardings(mesh))
@@ -86,19 +89,19 @@ def learn(
         return compiled(state, keys, np.int32(stop), stop - start)
 
     state = keep_learning(config, loop, run_dir, run, state, step, name=name)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    evaluate = jax.jit(jax.vmap(learner.report), out_shardings=everywhere)
-    return make_learnt(config, state, evaluate(acting_params(state), keys.report))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    evaluate = jax.jit(jax.vmap(learner.report), out_shardings=replicated)
+    return make_result(config, state, evaluate(acting_params(state), keys.report))
 
 
 def make_keys(seed: int, num_seeds: int) -> Keys:
-    """Returns the keys of a training, `[S]` each."""
+    """Returns the keys of a training, `[num_seeds]` each."""
     parts = jax.random.split(jax.random.key(seed), len(Keys._fields))
     return Keys(*(jax.random.split(part, num_seeds) for part in parts))
 
 
 def first_state(run_dir: pathlib.Path, state: LearnState) -> tuple[LearnState, int]:
-    """Returns the state as it was saved last, or else the one given; and updates done.
+    """Returns the latest saved state, or `state` if there is none, and its number of updates.
 
     Args:
       run_dir: folder of the run.
@@ -120,19 +123,20 @@ def keep_learning(
     *,
     name: str,
 ) -> LearnState:
-    """Returns the state at the end; logs and saves on the way.
+    """Returns the state at the end of the training; writes logs and checkpoints.
 
     Args:
-      config: when to stop.
-      loop: length, and what to keep.
+      config: the criterion for stopping early.
+      loop: number of updates, intervals of logs and checkpoints.
       run_dir: folder of the run.
-      run: goes from one number of updates to another, and evaluates; its metrics are `[S]`.
+      run: `run(state, start, stop)` does the updates from `start` to `stop` and evaluates; its
+        metrics are `[num_seeds]`.
       state: after `step` updates.
-      step: updates done.
-      name: what the progress bar is about.
+      step: updates done so far.
+      name: label of the progress bar.
 
     Raises:
-      ValueError: as `learn`.
+      ValueError: a reward, a loss or a gradient norm is not finite; the last checkpoint is kept.
     """
     with contextlib.ExitStack() as stack:
         checkpoints = checkpoint.open_checkpoints(run_dir / "checkpoints", keep=loop.keep)
@@ -153,21 +157,21 @@ def keep_learning(
 
 
 def _shardings(mesh: Mesh) -> LearnState:
-    """Worlds are shared out, along the axis behind that of the seeds; all else is everywhere."""
-    everywhere: Any = NamedSharding(mesh, PartitionSpec())
-    worlds: Any = NamedSharding(mesh, PartitionSpec(None, "data"))
-    return LearnState(everywhere, worlds, everywhere)
+    """Returns the shardings: environments (axis 1, after the seeds) sharded, else replicated."""
+    replicated: Any = NamedSharding(mesh, PartitionSpec())
+    sharded: Any = NamedSharding(mesh, PartitionSpec(None, "data"))
+    return LearnState(replicated, sharded, replicated)
 
 
 def _compile(config: SeedsConfig, learner: Learner, mesh: Mesh) -> Callable[..., Any]:
     """Returns `run(state, keys, stop, num_updates)`, which donates the state."""
-    shardings, everywhere = _shardings(mesh), NamedSharding(mesh, PartitionSpec())
+    shardings, replicated = _shardings(mesh), NamedSharding(mesh, PartitionSpec())
     return jax.jit(
         partial(_run_block, config, learner),
         static_argnums=3,
         donate_argnums=0,
-        in_shardings=(shardings, everywhere, everywhere),
-        out_shardings=(shardings, everywhere),
+        in_shardings=(shardings, replicated, replicated),
+        out_shardings=(shardings, replicated),
     )
 
 
@@ -179,27 +183,27 @@ def _run_block(
     stop: jax.Array,
     num_updates: int,
 ) -> tuple[LearnState, Metrics]:
-    """Does `num_updates` updates of every seed, up to `stop`, and evaluates it; metrics are `[S]`.
+    """Does `num_updates` updates of every seed, up to `stop`, and evaluates all seeds.
 
-    One that has stopped learning is evaluated on fresh episodes too: those at which it stopped
-    were chosen by its success.
+    Seeds that have stopped learning are evaluated on new episodes too: the success on the episodes
+    that stopped them is biased upwards. Metrics are `[num_seeds]`.
     """
 
-    def of_seed(state: LearnState, keys: Keys) -> tuple[LearnState, Metrics]:
+    def run_seed(state: LearnState, keys: Keys) -> tuple[LearnState, Metrics]:
         state, metrics = jax.lax.scan(
             lambda state, _: _update(learner, keys.update, state), state, length=num_updates
         )
         key = jax.random.fold_in(keys.evaluate, stop)
-        found = learner.evaluate(acting_params(state), key)
-        solved = state.solved | (found[config.solved_by] >= config.solved_at)
+        evaluated = learner.evaluate(acting_params(state), key)
+        solved = state.solved | (evaluated[config.solved_by] >= config.solved_at)
         means = {name: jnp.mean(values) for name, values in metrics.items()}
-        return state._replace(solved=solved), {**means, **found, "solved": solved}
+        return state._replace(solved=solved), {**means, **evaluated, "solved": solved}
 
-    return jax.vmap(of_seed)(state, keys)
+    return jax.vmap(run_seed)(state, keys)
 
 
 def _update(learner: Learner, key: Key, state: LearnState) -> tuple[LearnState, Metrics]:
-    """One update; a seed that has solved its world stays as it is."""
+    """Does one update; a seed that has solved its environment keeps its state."""
     updated, metrics = learner.update(state, jax.random.fold_in(key, state.train_state.num_updates))
     return jax.tree.map(partial(jnp.where, state.solved), state, updated), metrics
 
@@ -222,81 +226,81 @@ def _open_logs(
 
 
 def _scalars(metrics: Metrics, config: SeedsConfig, step: int) -> dict[str, float]:
-    """Means over the seeds, and of what tells how good a policy is each seed's value."""
-    found = {name: np.asarray(values, np.float64) for name, values in metrics.items()}
-    scalars = {name: float(values.mean()) for name, values in found.items()}
+    """Returns the means over the seeds, and "return" and "success" of each seed."""
+    arrays = {name: np.asarray(values, np.float64) for name, values in metrics.items()}
+    scalars = {name: float(values.mean()) for name, values in arrays.items()}
     for name in ("return", "success"):
-        scalars |= {f"{name}/{i:02d}": float(value) for i, value in enumerate(found[name])}
-    env_steps = step * config.num_steps * config.num_worlds
-    return {**scalars, "env_steps": float(env_steps)}  # of one seed
+        scalars |= {f"{name}/{i:02d}": float(value) for i, value in enumerate(arrays[name])}
+    env_steps = step * config.num_steps * config.num_worlds  # of each seed
+    return {**scalars, "env_steps": float(env_steps)}
 
 
 def _check_finite(metrics: Metrics, step: int, run_dir: pathlib.Path) -> None:
-    """Raises before anything is saved that came of a number that is none."""
+    """Raises, before anything is saved, if reward, loss or gradient norm is not finite."""
     slower = "lower the learning rate"
-    remedies = {"reward": "mend the world", "loss": slower, "grad_norm": slower}
+    remedies = {"reward": "fix the environment", "loss": slower, "grad_norm": slower}
     for name, remedy in remedies.items():
         bad = np.flatnonzero(~np.isfinite(np.asarray(metrics[name])))
         if bad.size:
             raise ValueError(
                 f"{name} must be finite, got {float(metrics[name][bad[0]])} in seed {bad[0]} "
-                f"before update {step}; {remedy}, {tell_latest(run_dir)}."
+                f"before update {step}; {remedy}; {describe_latest(run_dir)}."
             )
 
 
-def tell_latest(run_dir: pathlib.Path) -> str:
-    """Returns how far a training that fails can go back, in words."""
+def describe_latest(run_dir: pathlib.Path) -> str:
+    """Returns the end of an error message: the checkpoint that the training can resume from."""
     latest = checkpoint.latest_step(run_dir / "checkpoints")
     if latest is None:
-        return "nothing was saved before"
-    return f"the last checkpoint, at update {latest}, is as it was"
+        return "no checkpoint was saved"
+    return f"the last checkpoint, at update {latest}, is kept"
 
 
-def make_learnt(config: SeedsConfig, state: LearnState, found: Metrics) -> Learnt:
-    """Returns what came of a training.
+def make_result(config: SeedsConfig, state: LearnState, report: Metrics) -> LearningResult:
+    """Returns the result of a training.
 
     Args:
-      config: worlds and steps of an update.
+      config: number of environments and steps of an update.
       state: of all seeds, at the end.
-      found: how they do on fresh episodes, `[S]`.
+      report: metrics of the final episodes, `[num_seeds]`.
     """
     num_updates = np.asarray(state.train_state.num_updates)
     env_steps = int(num_updates.sum()) * config.num_steps * config.num_worlds
-    return Learnt(
+    return LearningResult(
         jax.device_get(acting_params(state)),
-        {name: np.asarray(values) for name, values in found.items()},
+        {name: np.asarray(values) for name, values in report.items()},
         num_updates,
         env_steps,
     )
 
 
 def read_curve(run_dir: pathlib.Path, name: str) -> plots.Curve:
-    """Returns the learning curve in a run's folder: environment steps `[N]`, values `[N, S]`.
+    """Returns a learning curve: environment steps `[num_logs]`, values `[num_logs, num_seeds]`.
 
     Args:
       run_dir: folder of the run.
       name: of the metric, "return" or "success".
     """
     lines = read_metrics(run_dir / "metrics.jsonl")
-    of_seeds = sorted(key for key in lines[0] if key.startswith(f"{name}/"))
-    places = np.array([line["env_steps"] for line in lines])
-    return places, np.array([[line[key] for key in of_seeds] for line in lines])
+    columns = sorted(key for key in lines[0] if key.startswith(f"{name}/"))
+    env_steps = np.array([line["env_steps"] for line in lines])
+    return env_steps, np.array([[line[key] for key in columns] for line in lines])
 
 
-def show(config: SeedsConfig, run_dir: pathlib.Path, learnt: Learnt) -> None:
-    """Draws the curve, and tells and keeps what came of the seeds (`report.json`)."""
+def write_report(config: SeedsConfig, run_dir: pathlib.Path, result: LearningResult) -> None:
+    """Writes the learning curve (`curve.png`) and the result (`report.json`), and prints it."""
     name = config.solved_by
     title = f"{config.num_seeds} seeds, mean and 95 % interval"
     curve, goal = {run_dir.name: read_curve(run_dir, name)}, {"solved": config.solved_at}
     panel = plots.Panel(title, "environment steps of each seed", name, curve, goal)
     plots.curves(run_dir / "curve.png", [panel])
-    report = {"env_steps": learnt.env_steps, "num_updates": learnt.num_updates.tolist()}
-    for metric, values in learnt.report.items():
+    report = {"env_steps": result.env_steps, "num_updates": result.num_updates.tolist()}
+    for metric, values in result.report.items():
         low, high = results.mean_interval(values)
         report[metric] = {"mean": float(values.mean()), "interval": [low, high]}
         report[metric] |= {"median": float(np.median(values)), "seeds": values.tolist()}
         print(
             f"{metric}: mean {values.mean():.3f} [{low:.3f}, {high:.3f}], median "
-            f"{np.median(values):.3f}, least {values.min():.3f} of {len(values)} seeds"
+            f"{np.median(values):.3f}, minimum {values.min():.3f} of {len(values)} seeds"
         )
     save_json(report, run_dir / "report.json")

@@ -1,17 +1,20 @@
-"""Observations to what an agent decides by: Q-values, or a policy's logits and its baseline.
+"""Networks of agents: observations to Q-values, or to policy logits and a baseline.
 
-An MLP, or a recurrence with an MLP before it, and one linear layer for each thing that is asked
-for. Where an observation is a list of objects, one small MLP may read each of them, and the sum of
-what it makes of them goes on: what is learnt of one is then known of all (Zaheer et al. 2017,
-"Deep Sets", arXiv:1703.06114). Sequences are batch-major; `apply` runs a stretch of time, `step`
-one step of the same. The feed-forward network has a carry too, an empty one, so that both are used
-alike.
+An MLP, an optional recurrence after it, and one linear layer per head. If an observation is a list
+of objects, a small MLP can encode each of them with shared weights; the sum of the encodings is
+then the input of the main MLP, so that what is learnt about one object holds for all (Zaheer et
+al. 2017, "Deep Sets", arXiv:1703.06114).
+
+Sequences are batch-major; `apply` runs a whole sequence, `step` one time step of the same. The
+kinds of memory are the family `MEMORIES`; without memory the carry is empty, so that all kinds are
+called in the same way.
 """
 
 import math
-from collections.abc import Mapping
+import typing
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import chex
 import jax
@@ -19,29 +22,28 @@ import jax.numpy as jnp
 
 from vla_jax.config import did_you_mean
 from vla_jax.nn import recurrence
-from vla_jax.nn.cells import CELLS
+from vla_jax.nn.cells import CELLS, CellName
 from vla_jax.nn.layers import apply_mlp, init_mlp
 from vla_jax.nn.recurrence import RecurrenceConfig
 from vla_jax.types import Array, Key, Params
 
-Outputs = dict[str, jax.Array]  # name of a head -> [..., E], what init was told of it
+Outputs = dict[str, jax.Array]  # name of a head -> [..., size of the head]
 
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """The network behind a policy or a Q-function."""
+    """The network of a policy or of a Q-function."""
 
-    kind: Literal["fc", "rnn", "lstm", "gru"] = "fc"  # fc = no memory
-    object_size: int = 0  # numbers of an object, where an observation is a list of such; 0 = not
-    object_sizes: tuple[int, ...] = (64, 64)  # widths of the MLP that reads each object alike
-    hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the MLP
-    memory_size: int = 64  # H, units of the recurrence, where there is one
+    kind: Literal["fc", CellName] = "fc"  # "fc" = feed-forward (no memory), or a recurrent cell
+    object_size: int = 0  # features per object in the observation; 0 = no list of objects
+    object_sizes: tuple[int, ...] = (64, 64)  # layer widths of the MLP applied to each object
+    hidden_sizes: tuple[int, ...] = (64, 64)  # layer widths of the main MLP
+    memory_size: int = 64  # hidden units of the recurrence; ignored for kind "fc"
 
     def __post_init__(self):
         """Checks the kind and the sizes."""
-        kinds = ("fc", *CELLS)
-        if self.kind not in kinds:
-            raise ValueError(f"unknown kind '{self.kind}'; {did_you_mean(self.kind, kinds)}")
+        if self.kind not in MEMORIES:
+            raise ValueError(f"unknown kind '{self.kind}'; {did_you_mean(self.kind, MEMORIES)}")
         if not self.hidden_sizes or min(self.hidden_sizes) < 1 or self.memory_size < 1:
             raise ValueError(
                 "hidden_sizes must hold at least one width and all be >= 1, memory_size too, got "
@@ -54,101 +56,107 @@ class NetworkConfig:
             )
 
 
+class Memory(NamedTuple):
+    """The part of a network between its MLP and its heads: a member of the family `MEMORIES`.
+
+    `params` are those of the whole network.
+    """
+
+    is_recurrent: bool
+    init: Callable[[Key, NetworkConfig, int], tuple[Params, int]]  # -> params, output size
+    zero_carry: Callable[[NetworkConfig, Array], Any]
+    # (params, config, carry, hidden [B, T, D], reset [B, T]) -> (carry, [B, T, D])
+    apply: Callable[[Params, NetworkConfig, Any, jax.Array, Array], tuple[Any, jax.Array]]
+    # (params, config, carry, hidden [B, D], reset [B]) -> (carry, [B, D])
+    step: Callable[[Params, NetworkConfig, Any, jax.Array, Array], tuple[Any, jax.Array]]
+
+
 def init(
     key: Key, config: NetworkConfig, observation_shape: tuple[int, ...], heads: Mapping[str, int]
 ) -> Params:
-    """Returns `{"object": ..., "mlp": ..., "recurrence": ..., "heads": {name: mlp of one layer}}`.
+    """Returns `{"object": ..., "mlp": ..., "recurrence": ..., "heads": {name: one linear layer}}`.
 
-    Without objects or memory their parts are absent.
-
-    The heads start a hundred times smaller than the layers before them, so that at first no
-    action is preferred.
+    "object" and "recurrence" are absent where the config has none. The initial weights of the
+    heads are a hundred times smaller than those of the other layers, so that no action is
+    preferred before the first update.
 
     Args:
       key: consumed.
       config: sizes.
       observation_shape: of one observation, `[D]` or `[h, w, c]`.
-      heads: name to width.
+      heads: name to output size.
 
     Raises:
-      ValueError: the observation cannot be cut into objects.
+      ValueError: the size of an observation is not a multiple of `object_size`.
     """
     object_key, mlp_key, memory_key, *head_keys = jax.random.split(key, 3 + len(heads))
-    params, width = {"heads": {}}, math.prod(observation_shape)
+    params, size = {"heads": {}}, math.prod(observation_shape)
     if config.object_size:
-        _check_objects(config, width)
+        _check_objects(config, size)
         sizes = (config.object_size, *config.object_sizes)
-        params["object"], width = init_mlp(object_key, sizes), sizes[-1]
-    params["mlp"] = init_mlp(mlp_key, (width, *config.hidden_sizes))
-    width = config.hidden_sizes[-1]
-    if config.kind != "fc":
-        params["recurrence"] = recurrence.init(memory_key, _memory(config), width)
-        width = config.memory_size
-    for (name, size), head_key in zip(heads.items(), head_keys, strict=True):
-        head = init_mlp(head_key, (width, size))
+        params["object"], size = init_mlp(object_key, sizes), sizes[-1]
+    params["mlp"] = init_mlp(mlp_key, (size, *config.hidden_sizes))
+    memory, size = MEMORIES[config.kind].init(memory_key, config, config.hidden_sizes[-1])
+    params |= memory
+    for (name, head_size), head_key in zip(heads.items(), head_keys, strict=True):
+        head = init_mlp(head_key, (size, head_size))
         params["heads"][name] = jax.tree.map(lambda leaf: 0.01 * leaf, head)
     return params
 
 
 def zero_carry(config: NetworkConfig, like: Array) -> Any:
-    """Returns the carry before the first step; empty where there is no memory.
+    """Returns the carry before the first step; empty without memory.
 
     Args:
       config: sizes.
-      like: any array `[B, ...]` that comes in; the carry is sharded as it is.
+      like: an array `[B, ...]` that gives the batch size and the sharding.
     """
-    return {} if config.kind == "fc" else recurrence.zero_carry(_memory(config), like)
+    return MEMORIES[config.kind].zero_carry(config, like)
 
 
 def apply(
     params: Params, config: NetworkConfig, carry: Any, observation: Array, reset: Array
 ) -> tuple[Any, Outputs]:
-    """Returns the carry after the last step, and the heads' outputs at every step.
+    """Returns the carry after the last step, and the outputs at every step.
 
     Args:
       params: from `init`.
-      config: the one that `init` was given.
+      config: as passed to `init`.
       carry: before the first step.
-      observation: `[B, T, ...]`; uint8 counts as pictures, and is scaled to [0, 1].
+      observation: `[B, T, ...]`; uint8 images are scaled to [0, 1].
       reset: `[B, T]` bool, True where an episode starts.
 
     Returns:
-      The carry, and name of a head -> `[B, T, E]` float32.
+      The carry, and name of a head -> `[B, T, size of the head]` float32.
     """
     chex.assert_equal_shape_prefix([observation, reset], 2)
     hidden = _encode(params, config, observation, 2)
-    if config.kind != "fc":
-        carry, hidden = recurrence.apply(
-            params["recurrence"], _memory(config), hidden, reset=reset, carry=carry
-        )
+    carry, hidden = MEMORIES[config.kind].apply(params, config, carry, hidden, reset)
     return carry, _heads(params, hidden)
 
 
 def step(
     params: Params, config: NetworkConfig, carry: Any, observation: Array, reset: Array
 ) -> tuple[Any, Outputs]:
-    """Returns the next carry, and the heads' outputs of one step.
+    """Returns the next carry, and the outputs of one step.
 
     Args:
       params: from `init`.
-      config: the one that `init` was given.
-      carry: from `zero_carry` or the step before.
-      observation: `[B, ...]`.
+      config: as passed to `init`.
+      carry: from `zero_carry` or the previous step.
+      observation: `[B, ...]`; uint8 images are scaled to [0, 1].
       reset: `[B]` bool, True where an episode starts.
 
     Returns:
-      The carry, and name of a head -> `[B, E]` float32.
+      The carry, and name of a head -> `[B, size of the head]` float32.
     """
     hidden = _encode(params, config, observation, 1)
-    if config.kind != "fc":
-        carry, hidden = recurrence.step(
-            params["recurrence"], _memory(config), carry, hidden, reset=reset
-        )
+    carry, hidden = MEMORIES[config.kind].step(params, config, carry, hidden, reset)
     return carry, _heads(params, hidden)
 
 
 def _encode(params: Params, config: NetworkConfig, observation: Array, num_axes: int) -> jax.Array:
-    """Returns the MLP's features; the first `num_axes` axes are batch and time."""
+    """Returns the features of the MLP; the first `num_axes` axes are batch and time."""
     hidden = jnp.asarray(observation).reshape(*observation.shape[:num_axes], -1)
     hidden = hidden / 255.0 if hidden.dtype == jnp.uint8 else hidden
     if config.object_size:
@@ -157,11 +165,11 @@ def _encode(params: Params, config: NetworkConfig, observation: Array, num_axes:
     return jax.nn.relu(apply_mlp(params["mlp"], hidden))
 
 
-def _check_objects(config: NetworkConfig, width: int) -> None:
-    if width % config.object_size:
+def _check_objects(config: NetworkConfig, size: int) -> None:
+    if size % config.object_size:
         raise ValueError(
-            f"object_size must divide the {width} numbers of an observation, got "
-            f"{config.object_size}; 0 reads them as a whole."
+            f"object_size must divide the {size} numbers of an observation, got "
+            f"{config.object_size}; use 0 for observations that are not a list of objects."
         )
 
 
@@ -169,6 +177,48 @@ def _heads(params: Params, hidden: jax.Array) -> Outputs:
     return {name: apply_mlp(head, hidden) for name, head in params["heads"].items()}
 
 
-def _memory(config: NetworkConfig) -> RecurrenceConfig:
-    assert config.kind != "fc"  # it has none
-    return RecurrenceConfig(cell=config.kind, hidden_size=config.memory_size)
+def _recurrence(config: NetworkConfig) -> RecurrenceConfig:
+    return RecurrenceConfig(typing.cast(CellName, config.kind), hidden_size=config.memory_size)
+
+
+def _init_recurrence(key: Key, config: NetworkConfig, input_size: int) -> tuple[Params, int]:
+    params = recurrence.init(key, _recurrence(config), input_size)
+    return {"recurrence": params}, config.memory_size
+
+
+def _apply_recurrence(
+    params: Params, config: NetworkConfig, carry: Any, hidden: jax.Array, reset: Array
+) -> tuple[Any, jax.Array]:
+    return recurrence.apply(
+        params["recurrence"], _recurrence(config), hidden, reset=reset, carry=carry
+    )
+
+
+def _step_recurrence(
+    params: Params, config: NetworkConfig, carry: Any, hidden: jax.Array, reset: Array
+) -> tuple[Any, jax.Array]:
+    return recurrence.step(params["recurrence"], _recurrence(config), carry, hidden, reset=reset)
+
+
+def _pass_through(
+    params: Params, config: NetworkConfig, carry: Any, hidden: jax.Array, reset: Array
+) -> tuple[Any, jax.Array]:
+    del params, config, reset
+    return carry, hidden
+
+
+_FEED_FORWARD = Memory(
+    is_recurrent=False,
+    init=lambda key, config, input_size: ({}, input_size),
+    zero_carry=lambda config, like: {},
+    apply=_pass_through,
+    step=_pass_through,
+)
+_RECURRENT = Memory(
+    is_recurrent=True,
+    init=_init_recurrence,
+    zero_carry=lambda config, like: recurrence.zero_carry(_recurrence(config), like),
+    apply=_apply_recurrence,
+    step=_step_recurrence,
+)
+MEMORIES = {"fc": _FEED_FORWARD, **dict.fromkeys(CELLS, _RECURRENT)}

@@ -1,8 +1,8 @@
-"""REINFORCE: what went better than expected is made more probable.
+"""Policy-gradient losses: REINFORCE, its baseline and an entropy bonus.
 
-Written for one episode, or one stretch of several: `vmap` them over a batch and take the mean.
-`weight` is 1 where a step counts and 0 where it does not; all T steps are divided by, so that in
-a batch every step counts alike.
+The functions take one sequence `[T]`, which may hold several episodes; `vmap` them over a batch
+and average. `weight` is 1 at real steps and 0 at masked ones. The denominator is always T, so that
+every real step of a batch has the same weight.
 """
 
 import chex
@@ -11,18 +11,18 @@ import jax.numpy as jnp
 
 from vla_jax.types import Array
 
-_SMALL = 1e-6  # keeps a batch without any difference from being divided by zero
+_EPSILON = 1e-6  # prevents a division by zero if all advantages are equal
 
 
 def reinforce_loss(logits: Array, action: Array, advantage: Array, weight: Array) -> jax.Array:
-    """Returns a loss whose gradient is REINFORCE's estimate of −∇J.
+    """Returns the REINFORCE loss of a categorical policy; its gradient estimates −∇J.
 
         L = −1/T Σₜ wₜ Âₜ log π(aₜ | sₜ)
 
     Args:
-      logits: `[T, A]`, π = softmax of it.
-      action: `[T]` int, that were taken.
-      advantage: Â `[T]`, return less baseline; no gradient flows into it.
+      logits: `[T, num_actions]`, π = softmax(logits).
+      action: `[T]` int, actions taken.
+      advantage: Â `[T]`, return minus baseline (stop-gradient).
       weight: w `[T]`.
 
     Returns:
@@ -37,13 +37,13 @@ def reinforce_loss(logits: Array, action: Array, advantage: Array, weight: Array
 
 
 def score_loss(log_probability: Array, advantage: Array, weight: Array) -> jax.Array:
-    """Returns REINFORCE's loss of a policy of any kind.
+    """Returns the REINFORCE loss of any policy, from its log-probabilities.
 
         L = −1/T Σₜ wₜ Âₜ log π(aₜ | sₜ)
 
     Args:
-      log_probability: log π(aₜ | sₜ) `[T]`, of the actions that were taken.
-      advantage: Â `[T]`; no gradient flows into it.
+      log_probability: log π(aₜ | sₜ) `[T]` of the actions taken.
+      advantage: Â `[T]` (stop-gradient).
       weight: w `[T]`.
 
     Returns:
@@ -56,42 +56,42 @@ def score_loss(log_probability: Array, advantage: Array, weight: Array) -> jax.A
 
 
 def scale(advantage: Array, weight: Array) -> jax.Array:
-    """Returns advantages whose mean square is 1 over the steps that count, in a whole batch.
+    """Returns the advantages divided by their root mean square over the real steps of a batch.
 
-    Then an entropy or a divergence beside them weighs as much at the end of a training, when all
-    goes as foretold, as at its start.
+    The weight of an entropy or KL term relative to them then stays the same over a training, in
+    which advantages shrink as the baseline improves.
 
     Args:
-      advantage: Â, of any shape.
-      weight: w, of the same.
+      advantage: Â, any shape.
+      weight: w, same shape.
     """
     chex.assert_equal_shape([advantage, weight])
-    square = jnp.sum(weight * jnp.square(advantage)) / jnp.maximum(jnp.sum(weight), _SMALL)
-    return jnp.asarray(advantage) / (jnp.sqrt(square) + _SMALL)
+    square = jnp.sum(weight * jnp.square(advantage)) / jnp.maximum(jnp.sum(weight), _EPSILON)
+    return jnp.asarray(advantage) / (jnp.sqrt(square) + _EPSILON)
 
 
 def entropy(logits: Array) -> jax.Array:
-    """Returns how undecided a policy is, in nats.
+    """Returns the entropy of a categorical policy in nats.
 
         H = −Σₐ π(a) log π(a)
 
     Args:
-      logits: `[..., A]`.
+      logits: `[..., num_actions]`.
 
     Returns:
-      `[...]`, from 0 to log A.
+      `[...]`, from 0 to log(num_actions).
     """
     log_probability = jax.nn.log_softmax(logits)
     return -jnp.sum(jnp.exp(log_probability) * log_probability, axis=-1)
 
 
 def entropy_loss(logits: Array, weight: Array) -> jax.Array:
-    """Returns a loss that keeps a policy from deciding too early.
+    """Returns the negative mean entropy, a loss against premature convergence.
 
         L = −1/T Σₜ wₜ H(π(· | sₜ))
 
     Args:
-      logits: `[T, A]`.
+      logits: `[T, num_actions]`.
       weight: w `[T]`.
 
     Source: Williams and Peng 1991, "Function Optimization Using Connectionist Reinforcement
@@ -102,13 +102,13 @@ def entropy_loss(logits: Array, weight: Array) -> jax.Array:
 
 
 def baseline_loss(value: Array, return_: Array, weight: Array) -> jax.Array:
-    """Returns the squared error of a baseline.
+    """Returns the mean squared error of a baseline.
 
         L = 1/T Σₜ wₜ (Gₜ − vₜ)²
 
     Args:
       value: v `[T]`.
-      return_: G `[T]`; no gradient flows into it.
+      return_: G `[T]` (stop-gradient).
       weight: w `[T]`.
 
     Source: Sutton and Barto 2018, section 13.4.

@@ -1,9 +1,10 @@
-"""What a step was worth in the end: discounted and λ-returns, advantages.
+"""Discounted returns, λ-returns and generalised advantage estimates.
 
-Written for one episode, or one stretch of several: `vmap` them over a batch. Step t has its
-reward rₜ, and the discount γₜ of all that follows it: 0 at a true end, so that nothing leaks from
-one episode into the next, and γ where time merely ran out, for the world would have gone on.
-Where it ran out, λₜ must be 0: the return then ends in the value of the last thing seen.
+The functions take one sequence `[T]`, which may hold several episodes; `vmap` them over a batch.
+Step t has the reward rₜ and the discount γₜ of everything after it. γₜ is 0 where an episode
+terminates, so that nothing leaks into the next episode, and γ where it is truncated, because the
+episode could have continued. At a truncation λₜ must be 0: the return then bootstraps from the
+value of the last observation.
 """
 
 import chex
@@ -14,14 +15,14 @@ from vla_jax.types import Array
 
 
 def discounted_returns(reward: Array, discount: Array, last_value: Array | float = 0.0) -> Array:
-    """Returns the discounted sum of what was rewarded from each step on.
+    """Returns the discounted return from each step on.
 
         Gₜ = rₜ + γₜ Gₜ₊₁,    G_T = v_T
 
     Args:
       reward: `[T]`.
       discount: `[T]` in [0, 1].
-      last_value: v_T `[]`, what is expected after the last step.
+      last_value: v_T `[]`, expected return after the last step.
 
     Returns:
       `[T]` float32.
@@ -38,15 +39,15 @@ def discounted_returns(reward: Array, discount: Array, last_value: Array | float
 def lambda_returns(
     reward: Array, discount: Array, next_value: Array, lambda_: Array | float = 1.0
 ) -> Array:
-    """Returns the mixture of n-step returns, from one step (λ = 0) to all of them (λ = 1).
+    """Returns the λ-return: a mixture of n-step returns, one-step for λ = 0, Monte Carlo for λ = 1.
 
         Gₜ = rₜ + γₜ [(1 − λₜ) vₜ₊₁ + λₜ Gₜ₊₁],    G_T = v_T
 
     Args:
       reward: `[T]`.
       discount: `[T]` in [0, 1].
-      next_value: vₜ₊₁ `[T]`, the value of what each step led to.
-      lambda_: `[]` or `[T]` in [0, 1]; 0 where time ran out.
+      next_value: vₜ₊₁ `[T]`, value of the state after each step.
+      lambda_: `[]` or `[T]` in [0, 1]; 0 at a truncation.
 
     Returns:
       `[T]` float32.
@@ -66,18 +67,18 @@ def lambda_returns(
 def advantages(
     reward: Array, discount: Array, value: Array, next_value: Array, lambda_: Array | float = 1.0
 ) -> Array:
-    """Returns how much better each step went than its baseline foretold.
+    """Returns generalised advantage estimates.
 
         δₜ = rₜ + γₜ vₜ₊₁ − vₜ        Âₜ = δₜ + γₜ λₜ Âₜ₊₁,    Â_T = 0
 
-    With λ = 1 it is the return less the baseline, Gₜ − vₜ.
+    With λ = 1 the estimate is the return minus the baseline, Gₜ − vₜ.
 
     Args:
       reward: `[T]`.
       discount: `[T]` in [0, 1].
       value: vₜ `[T]`, the baseline.
-      next_value: vₜ₊₁ `[T]`, the value of what each step led to.
-      lambda_: `[]` or `[T]` in [0, 1]; 0 where time ran out.
+      next_value: vₜ₊₁ `[T]`, value of the state after each step.
+      lambda_: `[]` or `[T]` in [0, 1]; 0 at a truncation.
 
     Returns:
       `[T]` float32.
@@ -96,12 +97,12 @@ def advantages(
 def _accumulate(terms: Array, factors: Array, last: Array | float) -> jax.Array:
     """Returns xₜ = termₜ + factorₜ xₜ₊₁ for all t, with x_T = last."""
 
-    def step(following: Array, at: tuple[Array, Array]) -> tuple[Array, Array]:
-        term, factor = at
-        total = term + factor * following
+    def step(next_total: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
+        term, factor = inputs
+        total = term + factor * next_total
         return total, total
 
-    start = jnp.asarray(last, jnp.float32) + 0.0 * terms[0]  # sharded as the terms are
+    start = jnp.asarray(last, jnp.float32) + 0.0 * terms[0]  # takes the sharding of the terms
     _, totals = jax.lax.scan(step, start, (terms, factors), reverse=True)
     return jnp.asarray(totals)
 

@@ -1,6 +1,6 @@
-"""SARSA: the value of an action moves towards its reward and the value of the next one taken.
+"""Temporal-difference errors of SARSA(λ) and Expected SARSA.
 
-Written for one episode, or one stretch of several: `vmap` them over a batch.
+The functions take one sequence `[T]`, which may hold several episodes; `vmap` them over a batch.
 """
 
 import chex
@@ -20,22 +20,22 @@ def sarsa_error(
     next_action: Array,
     lambda_: Array | float = 0.0,
 ) -> jax.Array:
-    """Returns how far each value is from what it should move to.
+    """Returns the SARSA(λ) errors: target minus estimated action value.
 
         δₜ = Gₜ − q(sₜ, aₜ)
         Gₜ = rₜ + γₜ [(1 − λₜ) q(s′ₜ, a′ₜ) + λₜ Gₜ₊₁]
 
-    With λ = 0, which is SARSA itself, q(s, a) ← r + γ q(s′, a′). The target gives no gradient, so
-    that descending δ² / 2 is the semi-gradient update q(s, a) ← q(s, a) + α δ.
+    λ = 0 is plain SARSA, with the target r + γ q(s′, a′). The target is a stop-gradient, so that
+    descending δ² / 2 is the semi-gradient update q(s, a) ← q(s, a) + α δ.
 
     Args:
-      q: q(sₜ, ·) `[T, A]`.
-      action: aₜ `[T]` int, that were taken.
+      q: q(sₜ, ·) `[T, num_actions]`.
+      action: aₜ `[T]` int, actions taken.
       reward: `[T]`.
-      discount: `[T]`, 0 at a true end.
-      next_q: q(s′ₜ, ·) `[T, A]`.
-      next_action: a′ₜ `[T]` int, taken next.
-      lambda_: `[]` or `[T]` in [0, 1]; 0 where time ran out.
+      discount: `[T]`, 0 where an episode terminates.
+      next_q: q(s′ₜ, ·) `[T, num_actions]`.
+      next_action: a′ₜ `[T]` int, actions taken one step later.
+      lambda_: `[]` or `[T]` in [0, 1]; 0 at a truncation.
 
     Returns:
       δ `[T]` float32.
@@ -47,24 +47,24 @@ def sarsa_error(
     semi-gradient with a network Sutton and Barto 2018, equation 10.2; λ, section 12.7.
     """
     _check(q, action, next_q, next_action)
-    target = lambda_returns(reward, discount, _taken(next_q, next_action), lambda_)
-    return jnp.asarray(jax.lax.stop_gradient(target) - _taken(q, action))
+    target = lambda_returns(reward, discount, _of_action(next_q, next_action), lambda_)
+    return jnp.asarray(jax.lax.stop_gradient(target) - _of_action(q, action))
 
 
 def expected_sarsa_error(
     q: Array, action: Array, reward: Array, discount: Array, next_q: Array, probability: Array
 ) -> jax.Array:
-    """Returns the error towards the mean over the next action, in place of the one taken.
+    """Returns the Expected SARSA errors: the target averages over the next action.
 
         δₜ = rₜ + γₜ Σₐ π(a | s′ₜ) q(s′ₜ, a) − q(sₜ, aₜ)
 
     Args:
-      q: q(sₜ, ·) `[T, A]`.
-      action: aₜ `[T]` int, that were taken.
+      q: q(sₜ, ·) `[T, num_actions]`.
+      action: aₜ `[T]` int, actions taken.
       reward: `[T]`.
-      discount: `[T]`, 0 at a true end.
-      next_q: q(s′ₜ, ·) `[T, A]`.
-      probability: π(· | s′ₜ) `[T, A]`.
+      discount: `[T]`, 0 where an episode terminates.
+      next_q: q(s′ₜ, ·) `[T, num_actions]`.
+      probability: π(· | s′ₜ) `[T, num_actions]`.
 
     Returns:
       δ `[T]` float32.
@@ -78,10 +78,10 @@ def expected_sarsa_error(
     chex.assert_equal_shape([next_q, probability])
     mean = jnp.sum(probability * next_q, axis=-1)
     target = lambda_returns(reward, discount, mean, 0.0)
-    return jnp.asarray(jax.lax.stop_gradient(target) - _taken(q, action))
+    return jnp.asarray(jax.lax.stop_gradient(target) - _of_action(q, action))
 
 
-def _taken(q: Array, action: Array) -> jax.Array:
+def _of_action(q: Array, action: Array) -> jax.Array:
     return jnp.take_along_axis(jnp.asarray(q), action[:, None], axis=-1)[:, 0]
 
 

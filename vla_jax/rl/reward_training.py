@@ -1,0 +1,185 @@
+"""A training from reward, for any algorithm and environment: learns, reports, records a video."""
+
+import os
+import pathlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import jax
+import numpy as np
+
+from vla_jax.envs import discrete_worlds
+from vla_jax.envs.discrete_worlds import GymnasiumConfig, WorldConfig
+from vla_jax.envs.grid import GridConfig
+from vla_jax.evaluation import video
+from vla_jax.rl import actor, gymnasium_loop, learning_loop
+from vla_jax.rl.actor import Actor, Policy
+from vla_jax.rl.learner import Algorithm, Learner, SeedsConfig, make_learner, zero_carry
+from vla_jax.rl.learning_loop import LearningResult, write_report
+from vla_jax.rl.network import NetworkConfig
+from vla_jax.training.loop import LoopConfig, is_first_process, open_run
+from vla_jax.training.optim import OptimConfig
+from vla_jax.types import Array, Key, World
+
+_LONG_EPISODE = 100  # environment steps; longer episodes are played faster
+
+
+@dataclass(frozen=True)
+class RewardTraining:
+    """The fields that the configs of all algorithms share."""
+
+    run_dir: str = "runs/reward"  # output folder of the run
+    world: WorldConfig = GridConfig()  # environment to learn in
+    partially_observed: bool = False  # hide velocities; show the instruction at the first step only
+    network: NetworkConfig = NetworkConfig()  # network of the policy or Q-function
+    gamma: float = 0.99  # discount factor per environment step, in [0, 1]
+    trace_decay: float = 0.95  # λ of the λ-returns, in [0, 1]; 0 = one step, 1 = whole rollout
+    seeds: SeedsConfig = SeedsConfig()  # parallel seeds, rollout size, early stopping
+    optim: OptimConfig = OptimConfig()  # optimiser
+    loop: LoopConfig = LoopConfig()  # number of updates, logs, checkpoints
+    seed: int = 0  # random seed of the whole training
+    overwrite: bool = False  # delete an existing run in run_dir
+
+    def __post_init__(self):
+        """Checks the environment and the ranges."""
+        discrete_worlds.check(self.world, partially_observed=self.partially_observed)
+        for name in ("gamma", "trace_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
+
+
+class Backend(NamedTuple):
+    """Training in JAX environments, or in environments that Python steps."""
+
+    check: Callable[[RewardTraining, Algorithm], Any]  # raises before anything is written
+    learn: Callable[[RewardTraining, Algorithm, pathlib.Path], LearningResult]
+    # (config, algorithm, result, run folder); writes a video of the first seed
+    record: Callable[[RewardTraining, Algorithm, LearningResult, pathlib.Path], None]
+
+
+def train_from_reward(config: RewardTraining, algorithm: Algorithm) -> pathlib.Path:
+    """Trains all seeds; returns the folder of the run.
+
+    Args:
+      config: of the training.
+      algorithm: policies and loss.
+
+    Raises:
+      ImportError: a package for videos, plots or the environment is missing.
+      ValueError: the config does not fit the environment or the devices, or `run_dir` holds another
+        run; nothing is written then. Or a reward or a loss is not finite.
+    """
+    backend = BACKENDS[config.world.kind]
+    video.check_packages()
+    backend.check(config, algorithm)
+    run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
+    result = backend.learn(config, algorithm, run_dir)
+    if is_first_process():
+        write_report(config.seeds, run_dir, result)
+        backend.record(config, algorithm, result, run_dir)
+    return run_dir
+
+
+def make(config: RewardTraining, algorithm: Algorithm) -> Learner:
+    """Returns the learner of an algorithm in the JAX environment of a config."""
+    return make_learner(
+        _make_env(config), algorithm, config.seeds, config.optim, config.loop.num_updates
+    )
+
+
+def record_video(
+    path: str | os.PathLike[str],
+    env: World,
+    policy: Policy,
+    carry: Any,
+    *,
+    key: Key,
+    num_steps: int = 200,
+) -> None:
+    """Writes a video of a policy, one episode after the other.
+
+    Args:
+      path: MP4 to write.
+      env: the environment.
+      policy: chooses the actions.
+      carry: of the policy's network before the first step, `[1, ...]`.
+      key: consumed; fixes the episodes.
+      num_steps: environment steps to record, one frame each.
+
+    Raises:
+      ImportError: PyAV or Pillow is missing.
+    """
+    start_key, key = jax.random.split(key)
+
+    def step(state: Actor, key: Key) -> tuple[Actor, Array]:
+        policy_key, env_key = jax.random.split(key)
+        carry, action = policy(state.carry, state.observation, state.reset, policy_key)
+        frame = jax.vmap(env.draw)(state.world_state)[0]
+        state, _ = actor.advance(env, state._replace(carry=carry), action, key=env_key)
+        return state, frame
+
+    start = actor.start(env, 1, carry, key=start_key)
+    keys = jax.random.split(key, num_steps)
+    _, frames = jax.jit(lambda start: jax.lax.scan(step, start, keys))(start)
+    video.write_mp4(path, list(np.asarray(frames)), 30 if env.max_steps > _LONG_EPISODE else 4)
+
+
+def _make_env(config: RewardTraining) -> World:
+    return discrete_worlds.make(config.world, partially_observed=config.partially_observed)
+
+
+def _check_jax(config: RewardTraining, algorithm: Algorithm) -> None:
+    learning_loop.check_devices(config.seeds, config.loop)
+    make(config, algorithm)
+
+
+def _learn_jax(
+    config: RewardTraining, algorithm: Algorithm, run_dir: pathlib.Path
+) -> LearningResult:
+    learner = make(config, algorithm)
+    return learning_loop.learn(
+        config.seeds, config.loop, run_dir, learner, config.seed, name=run_dir.name
+    )
+
+
+def _record_jax(
+    config: RewardTraining, algorithm: Algorithm, result: LearningResult, run_dir: pathlib.Path
+) -> None:
+    params = jax.tree.map(lambda leaf: leaf[0], result.params)  # of the first seed
+    record_video(
+        run_dir / "episodes.mp4",
+        _make_env(config),
+        algorithm.exploit(params),
+        zero_carry(algorithm, 1),
+        key=jax.random.key(config.seed),
+    )
+
+
+def _check_gymnasium(config: RewardTraining, algorithm: Algorithm) -> None:
+    del algorithm
+    gymnasium_loop.check(config.seeds, cast(GymnasiumConfig, config.world))
+
+
+def _learn_gymnasium(
+    config: RewardTraining, algorithm: Algorithm, run_dir: pathlib.Path
+) -> LearningResult:
+    return gymnasium_loop.learn(
+        config.seeds,
+        config.loop,
+        run_dir,
+        cast(GymnasiumConfig, config.world),
+        algorithm,
+        config.optim,
+        config.seed,
+        name=run_dir.name,
+    )
+
+
+_JAX = Backend(_check_jax, _learn_jax, _record_jax)
+_GYMNASIUM = Backend(
+    check=_check_gymnasium,
+    learn=_learn_gymnasium,
+    record=lambda config, algorithm, result, run_dir: None,  # Gymnasium draws on request only
+)
+BACKENDS = {"grid": _JAX, "cartpole": _JAX, "table": _JAX, "gymnasium": _GYMNASIUM}
