@@ -110,7 +110,7 @@ def test_looking_back_is_over_the_last_real_steps_of_the_episode(reach):
             start = max([0, *np.flatnonzero(reset[b, : t + 1])])
             real = [s for s in range(start, t + 1) if mask[b, s]]
             expected[b, t, real[-reach:]] = True
-    np.testing.assert_array_equal(attention.looking_back(mask, reset, reach), expected)
+    np.testing.assert_array_equal(attention.causal_mask(mask, reset, reach), expected)
 
 
 @each_score

@@ -39,7 +39,9 @@ def draw_case(name, key):
     zeros = cell.zero_carry(jnp.zeros((B, 1)), H)
     carry = type(zeros)(*(draw(seed, B, H) for seed in range(len(zeros))))
     params = cell.init(key, D, H)
-    params |= {path: leaf + draw(7, *leaf.shape) / 4 for path, leaf in cells.gains(params).items()}
+    params |= {
+        path: leaf + draw(7, *leaf.shape) / 4 for path, leaf in cells.extra_params(params).items()
+    }
     return cell, params, carry, draw(9, T, B, cell.num_gates * H)
 
 

@@ -347,5 +347,5 @@ def test_the_documented_example_runs():
     nnx.update(cell, convert.to_flax(name, params, "nnx_optimized"))
 
     carry = cells.CELLS[name].zero_carry(inputs, H)
-    _, outputs = cells.CELLS[name].step(params, carry, inputs[:, 0])
+    _, outputs = cells.step(cells.CELLS[name], params, carry, inputs[:, 0])
     assert_close(outputs, cell((carry.cell, carry.hidden), inputs[:, 0])[1])

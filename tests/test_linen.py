@@ -75,7 +75,7 @@ def test_a_cell_takes_any_batch_axes(cell, lead, key):
     assert {leaf.shape for leaf in jax.tree.leaves((carry, following, outputs))} == {(*lead, H)}
     assert not any(np.any(leaf) for leaf in carry)
     rows = jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), (carry, inputs))
-    _, expected = cells.CELLS[cell].step(variables["params"], *rows)
+    _, expected = cells.step(cells.CELLS[cell], variables["params"], *rows)
     assert_close(outputs.reshape(-1, H), expected)
 
 
@@ -85,7 +85,7 @@ def test_a_cell_in_bfloat16_keeps_params_carries_and_outputs_in_float32(key):
     results, variables = module.init_with_output(key, carry, inputs)
     leaves = jax.tree.leaves((results, variables))
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
-    expected = cells.GRU.step(variables["params"], carry, inputs, dtype="bfloat16")
+    expected = cells.step(cells.GRU, variables["params"], carry, inputs, dtype="bfloat16")
     assert_close(results, expected, atol=0)
 
 

@@ -7,7 +7,7 @@ import pytest
 from jax import export
 
 from vla_jax.nn import matmul
-from vla_jax.nn.matmul import Turned
+from vla_jax.nn.matmul import Transposed
 
 D, E = 6, 10
 ROWS = [(), (1,), (5,), (2, 3), (0,)]
@@ -23,14 +23,14 @@ def draw(*shape):
 @pytest.fixture
 def kernel(way):
     """`[D, E]`, as it is or turned over."""
-    return Turned(draw(D, E).T) if way == "turned" else draw(D, E)
+    return Transposed(draw(D, E).T) if way == "turned" else draw(D, E)
 
 
 @each_way
 @each_rows
 def test_it_is_the_product(rows, kernel):
     inputs = draw(*rows, D)
-    product = jax.jit(matmul.times)(inputs, kernel)
+    product = jax.jit(matmul.product)(inputs, kernel)
     assert product.dtype == jnp.float32
     np.testing.assert_allclose(product, inputs @ draw(D, E), rtol=0, atol=1e-5)
 
@@ -39,10 +39,10 @@ def test_it_is_the_product(rows, kernel):
 @each_rows
 def test_its_gradients_are_products_too(rows, kernel):
     inputs, by_product = draw(*rows, D), draw(*rows, E)
-    _, pull = jax.vjp(matmul.times, inputs, kernel)
+    _, pull = jax.vjp(matmul.product, inputs, kernel)
     by_inputs, by_kernel = pull(jnp.asarray(by_product))
     right = inputs.reshape(-1, D).T @ by_product.reshape(-1, E)
-    found = by_kernel.kernel.T if isinstance(kernel, Turned) else by_kernel
+    found = by_kernel.kernel.T if isinstance(kernel, Transposed) else by_kernel
     np.testing.assert_allclose(by_inputs, by_product @ draw(D, E).T, rtol=0, atol=1e-5)
     np.testing.assert_allclose(found, right, rtol=0, atol=2e-5)
 
@@ -50,7 +50,7 @@ def test_its_gradients_are_products_too(rows, kernel):
 @each_way
 def test_factors_are_rounded_and_sums_are_not(kernel):
     ones = jnp.full((5, D), 1 + 2.0**-9)  # 1 in bfloat16
-    product = matmul.times(ones, kernel, dtype="bfloat16")
+    product = matmul.product(ones, kernel, dtype="bfloat16")
     assert product.dtype == jnp.float32
     rounded = np.asarray(draw(D, E), jnp.bfloat16).astype(np.float32)
     np.testing.assert_allclose(product, np.tile(rounded.sum(0), (5, 1)), rtol=0, atol=1e-5)
@@ -61,22 +61,22 @@ def test_a_transpose_is_made_of_a_small_kernel_only(large, monkeypatch):
     monkeypatch.setattr(matmul, "LARGE", D * E + (not large))
     values, kernel = draw(5, E), jnp.asarray(draw(D, E))
     transpose = matmul.transpose(kernel)
-    assert isinstance(transpose, Turned) == large
+    assert isinstance(transpose, Transposed) == large
     assert transpose.shape == (E, D)
-    np.testing.assert_allclose(matmul.times(values, transpose), values @ draw(D, E).T, atol=1e-5)
+    np.testing.assert_allclose(matmul.product(values, transpose), values @ draw(D, E).T, atol=1e-5)
 
 
 @each_way
 def test_the_batch_may_stay_open_in_an_export(kernel):
     (size,) = export.symbolic_shape("b")
     inputs = jax.ShapeDtypeStruct((size, D), jnp.float32)
-    exported = export.export(jax.jit(lambda inputs: matmul.times(inputs, kernel)))(inputs)
+    exported = export.export(jax.jit(lambda inputs: matmul.product(inputs, kernel)))(inputs)
     np.testing.assert_allclose(exported.call(draw(3, D)), draw(3, D) @ draw(D, E), atol=1e-5)
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a matter of XLA on CPUs")
 def test_the_compiled_product_has_the_kernel_first():
-    turned = Turned(jnp.asarray(draw(E, D)))
-    program = jax.jit(lambda inputs: matmul.times(inputs, turned)).lower(draw(4, D)).compile()
+    turned = Transposed(jnp.asarray(draw(E, D)))
+    program = jax.jit(lambda inputs: matmul.product(inputs, turned)).lower(draw(4, D)).compile()
     (dot,) = [line for line in program.as_text().splitlines() if " dot(" in line]
     assert f"= f32[{E},4]" in dot

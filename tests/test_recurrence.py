@@ -68,8 +68,8 @@ def test_a_sequence_is_one_step_after_the_other_and_one_layer_after_the_other(
     for name in params:
         carry, hidden = cells.CELLS[cell].zero_carry(inputs, H), []
         for t in range(T):
-            carry, output = cells.CELLS[cell].step(
-                params[name]["forward"], carry, layer_inputs[:, t]
+            carry, output = cells.step(
+                cells.CELLS[cell], params[name]["forward"], carry, layer_inputs[:, t]
             )
             hidden.append(output)
         layer_inputs = jnp.stack(hidden, axis=1)

@@ -133,17 +133,17 @@ def test_a_coin_is_thrown_for_every_row_and_step(key):
 
 def test_drawn_ids_follow_the_logits(key):
     logits = np.log(np.tile([0.1, 0.2, 0.7], (4000, 1)))
-    share = np.bincount(scheduled_sampling.drawn(logits, key)) / 4000
+    share = np.bincount(scheduled_sampling.sample(logits, key)) / 4000
     assert_close(share, np.array([0.1, 0.2, 0.7]), atol=0.03)
-    np.testing.assert_array_equal(scheduled_sampling.likeliest(logits), np.full(4000, 2))
+    np.testing.assert_array_equal(scheduled_sampling.argmax(logits), np.full(4000, 2))
 
 
 def test_drawing_needs_a_key_and_each_step_draws_anew(key):
     config = CONFIGS["tokens"]
     params, memory, _ = setup(config)
     with pytest.raises(ValueError, match="key must be given where outputs are drawn, got None"):
-        run_free(params, config, memory, T, choose=scheduled_sampling.drawn)
-    _, said = run_free(params, config, memory, T, choose=scheduled_sampling.drawn, key=key)
+        run_free(params, config, memory, T, choose=scheduled_sampling.sample)
+    _, said = run_free(params, config, memory, T, choose=scheduled_sampling.sample, key=key)
     assert len({tuple(row) for row in said.tolist()}) > B // 2
 
 

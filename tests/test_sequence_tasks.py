@@ -92,7 +92,7 @@ def test_the_gradient_norms_of_a_linear_cell_are_products_of_its_decays(key):
     config, params, trials = draw_net("min_gru", key)
     row = Trials(trials.inputs[:1], trials.target[:1])
     cell, own = cells.MIN_GRU, params["recurrence"]["layers_0"]["forward"]
-    decay = np.asarray(cell.coefficients(cell.project(own, row.inputs[0]))[0], np.float64)
+    decay = np.asarray(cell.coefficients(cells.project(own, row.inputs[0]))[0], np.float64)
     readout = np.asarray(params["readout"]["layers_0"]["kernel"], np.float64)[:, 0]
     kept = np.cumprod(np.vstack([np.ones(H), decay[:0:-1]]), axis=0)  # by lag
     expected = np.linalg.norm(kept * readout, axis=-1)

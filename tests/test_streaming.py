@@ -10,7 +10,7 @@ import pytest
 
 from vla_jax.nn import matmul
 from vla_jax.nn.cells import CELLS
-from vla_jax.nn.matmul import Turned
+from vla_jax.nn.matmul import Transposed
 from vla_jax.policies import decoders, heads, streaming
 from vla_jax.policies.decoder_config import DecoderConfig, Kind
 
@@ -127,7 +127,7 @@ def test_params_that_are_laid_out_give_the_same(kind, dtype, key, monkeypatch):
     config, tokens = dataclasses.replace(configured(kind), dtype=dtype), draw_tokens()
     params = decoders.init(key, config)
     laid_out = lay_out(monkeypatch, params, config, "refresh")
-    assert isinstance(laid_out["recurrence"]["layers_1"]["forward"]["input_kernel"], Turned)
+    assert isinstance(laid_out["recurrence"]["layers_1"]["forward"]["input_kernel"], Transposed)
     one, two = (stream(own, config, tokens, reset=resets()) for own in (params, laid_out))
     assert_close(one, two)
 
@@ -146,7 +146,7 @@ def test_nothing_is_laid_out_where_nothing_is_gained(kind, mode, key, monkeypatc
 def test_params_that_are_laid_out_are_for_steps_alone(key, monkeypatch):
     config = configured("lstm")
     laid_out = lay_out(monkeypatch, decoders.init(key, config), config, "refresh")
-    with pytest.raises(ValueError, match="params must be as from `init`, got kernels turned over"):
+    with pytest.raises(ValueError, match="params must be as from `init`, got those of `prep"):
         decoders.apply(laid_out, config, draw_tokens())
 
 

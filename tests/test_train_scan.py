@@ -14,7 +14,7 @@ from vla_jax.command_line import command_line
 from vla_jax.data import scan_commands
 from vla_jax.nn import scheduled_sampling, seq2seq
 from vla_jax.nn.scheduled_sampling import SamplingConfig
-from vla_jax.nn.search import Written
+from vla_jax.nn.search import SearchResult
 from vla_jax.training import checkpoint
 from vla_jax.training.logs import read_metrics
 from vla_jax.training.loop import LoopConfig
@@ -108,7 +108,7 @@ def test_a_command_counts_if_every_action_and_the_end_are_right(monkeypatch):
     def decode(params, model, source):
         ids = scan_commands.to_ids([scan_commands.Pair("", answer) for answer in answers]).target
         ids = np.resize(np.pad(ids, [(0, 0), (0, 61)]), (len(source), 64))
-        return Written(ids, np.zeros(len(source)), None)
+        return SearchResult(ids, np.zeros(len(source)), None)
 
     monkeypatch.setattr(script, "decode", decode)
     result = script.test({}, tiny("").model, pairs)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ UPDATE_DIVISOR = {"adding": 1, "recall": 5}  # max_updates / updates of the task
 class MemoryConfig:
     """Cells, tasks and training of a memory experiment."""
 
-    cells: tuple[CellName, ...] = get_args(CellName)  # cells to train
+    cells: tuple[CellName, ...] = tuple(CELLS)  # cells to train
     adding: tuple[int, ...] = (10, 50, 200)  # lengths T of the adding problem, steps
     recall: tuple[int, ...] = (10, 100, 1000)  # delays of delayed recall, steps
     windows: tuple[int, ...] = (5, 10, 15, 20, 21, 25, 40)  # window sizes W of recall, steps
@@ -204,9 +204,9 @@ def norms_by_lag(config: MemoryConfig, cell: CellName, params: Params) -> dict[s
     before = init(init_key, net, task, span=_span(config, length))
     variants = {"before": before, "after": params}
     if cell in EXPLODING:
-        layer = before["recurrence"]["layers_0"]["forward"]
+        layer = recurrence.layer(before["recurrence"])
         larger = {**layer, "recurrent_kernel": EXPLODING[cell] * layer["recurrent_kernel"]}
-        variants["larger"] = {**before, "recurrence": {"layers_0": {"forward": larger}}}
+        variants["larger"] = {**before, "recurrence": recurrence.from_layer(larger)}
     norms = jax.jit(gradient_norms, static_argnums=1)
     return {name: norms(variant, net, trials)[::-1].tolist() for name, variant in variants.items()}
 

@@ -27,7 +27,7 @@ from vla_jax.data.scan_commands import Pair, Split
 from vla_jax.evaluation import plots
 from vla_jax.nn import scheduled_sampling, search, seq2seq
 from vla_jax.nn.scheduled_sampling import SamplingConfig
-from vla_jax.nn.search import Written
+from vla_jax.nn.search import SearchResult
 from vla_jax.nn.seq2seq import Seq2SeqConfig
 from vla_jax.training import losses, optim
 from vla_jax.training.logs import read_metrics
@@ -161,7 +161,7 @@ def make_loss(config: ScanConfig) -> LossFn:
 
 
 @partial(jax.jit, static_argnums=1)
-def decode(params: Params, model: Seq2SeqConfig, source: Array) -> Written:
+def decode(params: Params, model: Seq2SeqConfig, source: Array) -> SearchResult:
     """Returns greedily decoded actions for words `[B, S]`."""
     memory = seq2seq.encode(params, model, source, mask=source > 0)
     return search.greedy(params, model, memory, max_steps=MAX_STEPS)

@@ -12,7 +12,8 @@ from train.configs import ImitateConfig, table_lstm
 from vla_jax.acting.agent import AgentConfig
 from vla_jax.backbones.perceiver import PerceiverConfig
 from vla_jax.data.loader import LoaderConfig
-from vla_jax.nn.matmul import Turned
+from vla_jax.nn import recurrence
+from vla_jax.nn.matmul import Transposed
 from vla_jax.nn.recurrence import RecurrenceConfig
 from vla_jax.policies import policy
 from vla_jax.policies.decoders import DecoderConfig
@@ -119,7 +120,7 @@ def heads(sizes: BenchmarkSizes) -> Iterator[Comparison]:
         implementations.append(other)
     # The tokens need no gradient: one product less than three per kernel.
     products = 3 * jax_runs.num_weights(params)
-    products -= params["recurrence"]["layers_0"]["forward"]["input_kernel"].size
+    products -= recurrence.layer(params["recurrence"])["input_kernel"].size
     flop = 2 * batch_size * config.window_size * products
     yield Comparison("head", jax_runs.describe_sizes(config, batch_size), flop, implementations)
 
@@ -183,7 +184,7 @@ def products(sizes: BenchmarkSizes) -> Iterator[Comparison]:
                 2 * batch_size * num_steps * kernel.size,
                 [
                     jax_runs.run_products("transposed in advance", jnp.transpose, kernel, deltas),
-                    jax_runs.run_products("not transposed", Turned, kernel, deltas),
+                    jax_runs.run_products("not transposed", Transposed, kernel, deltas),
                 ],
             )
 

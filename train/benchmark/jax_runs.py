@@ -54,7 +54,7 @@ def run_products(
 
         def body(by_hidden: Array, delta: Array) -> tuple[jax.Array, jax.Array]:
             delta = delta + jnp.tile(by_hidden, delta.shape[-1] // by_hidden.shape[-1])
-            by_hidden = jnp.tanh(matmul.times(delta, factor))
+            by_hidden = jnp.tanh(matmul.product(delta, factor))
             return by_hidden, by_hidden
 
         return jax.lax.scan(body, jnp.zeros((deltas.shape[1], len(kernel))), deltas)[1]

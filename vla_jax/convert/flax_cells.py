@@ -30,6 +30,7 @@ from vla_jax.config import did_you_mean
 from vla_jax.convert.arrays import as_float32
 from vla_jax.convert.conversion_report import Report, Shape, check, compare, warn
 from vla_jax.convert.sizes import check_params
+from vla_jax.nn import recurrence
 from vla_jax.nn.cells import CELLS
 from vla_jax.nn.recurrence import RecurrenceConfig
 from vla_jax.types import Params
@@ -165,7 +166,7 @@ def from_flax_stack(
         )
         for layer, pair in enumerate(cells)
     }
-    first = params["layers_0"]["forward"]
+    first = recurrence.layer(params)
     config = RecurrenceConfig(
         cell=cells[0][0][0],
         num_layers=len(layers),

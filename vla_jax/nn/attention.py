@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from vla_jax.config import did_you_mean
+from vla_jax.nn.layers import masked_softmax
 from vla_jax.types import Array, Key, Params
 
 Score = Literal["additive", "dot", "general", "scaled_dot"]
@@ -127,21 +128,19 @@ def apply(
     num_sources, num_positions = source.keys.shape[:2]
     chex.assert_is_divisible(query.shape[0], num_sources)
     steps = jnp.asarray(query if query.ndim == 3 else query[:, None], jnp.float32)
-    rows, kept = steps.shape[:2], source.mask[:, None]
+    rows = steps.shape[:2]
     # The rows of a source are joined, as if they were steps of one.
     joined = steps.reshape(num_sources, -1, steps.shape[-1])
     scores = _SCORES[config.score](params, config, joined, source.keys)
     scores = scores.reshape(*rows, num_positions)
-    # The lowest number, not −∞: a softmax over −∞ alone would be NaN.
-    weights = jax.nn.softmax(jnp.where(kept, scores, jnp.finfo(scores.dtype).min), axis=-1)
-    weights = jnp.where(kept, weights, 0.0)
+    weights = masked_softmax(scores, source.mask[:, None])
     joined = weights.reshape(num_sources, -1, num_positions)
     context = _product("bts,bsd->btd", joined, source.values, config.dtype)
     context = context.reshape(*rows, -1)
     return (context, weights) if query.ndim == 3 else (context[:, 0], weights[:, 0])
 
 
-def looking_back(mask: Array, reset: Array, reach: int) -> jax.Array:
+def causal_mask(mask: Array, reset: Array, reach: int) -> jax.Array:
     """Returns what each step of a window may look at: `[B, T, T]`, by the looking, the looked at.
 
     The last real steps of its episode up to itself, `reach` of them at most. A step that is not

@@ -1,36 +1,88 @@
-"""A cell over time, and its backward pass written by hand: back-propagation through time.
+"""A cell over time with a hand-written backward pass: back-propagation through time.
 
-What JAX derives from a scan adds the gradient of the recurrent kernel up step by step, one
-`[H, G·H]` product and one sum of that size each. Here the backward scan gives only the deltas
-δₜ = ∂loss/∂qₜ of the recurrent products qₜ = hₜ₋₁ · R + b; one product over all steps follows:
+The backward pass that JAX derives for a scan accumulates the gradient of the recurrent kernel step
+by step: one `[H, G·H]` product and one sum of that size per step. Here the backward scan computes
+only the deltas δₜ = ∂loss/∂qₜ of the recurrent products qₜ = hₜ₋₁ · R + b, and one product over
+all steps follows:
 
-    ∂loss/∂hₜ₋₁ = δₜ · Rᵀ + (the gates' share)      ∂loss/∂R = Σₜ hₜ₋₁ᵀ · δₜ      ∂loss/∂b = Σₜ δₜ
+    ∂loss/∂hₜ₋₁ = δₜ · Rᵀ + (gradient through the gates)
+    ∂loss/∂R = Σₜ hₜ₋₁ᵀ · δₜ        ∂loss/∂b = Σₜ δₜ
 
-The gates' share comes from `jax.vjp` of the cell's `combine`, which holds no kernel, so that one
-backward pass serves every cell.
+The gradient through the gates is `jax.vjp` of the cell's `combine`, which contains neither of the
+two products, so one backward pass serves every cell.
 
 Source: Appleyard et al. 2016, "Optimizing Performance of Recurrent Neural Networks on GPUs"
-(arXiv:1604.01946), whose grouping of the weight gradients this is.
+(arXiv:1604.01946), for the grouping of the weight gradients.
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from vla_jax.nn import matmul
-from vla_jax.nn.cells import Cell, gains
+from vla_jax.nn.cells import Cell, extra_params
 from vla_jax.nn.layers import dense
 from vla_jax.types import Array, Params
 
 
-class _How(NamedTuple):
-    """What is known before any array is."""
+class Scan(Protocol):
+    """Runs a cell over time: `scan` and `plain_scan` here, `associative.scan`."""
+
+    def __call__(
+        self,
+        cell: Cell,
+        params: Params,
+        carry: Any,
+        projected: Array,
+        *,
+        mask: Array | None = None,
+        reset: Array | None = None,
+        reverse: bool = False,
+        dtype: str = "float32",
+    ) -> tuple[Any, jax.Array]:
+        """Returns the carry after the last step and the outputs of all steps.
+
+            hₜ = cell(0 if resetₜ else hₜ₋₁, pₜ)  where maskₜ;   hₜ = hₜ₋₁, outputₜ = 0 elsewhere
+
+        Args:
+          cell: member of `cells.CELLS`.
+          params: from its `init`.
+          carry: before the first step, leaves `[B, ...]`.
+          projected: p `[T, B, G·H]`, from `cells.project`.
+          mask: `[T, B]`, True where the step is real; None means everywhere.
+          reset: `[T, B]`, True where a new episode starts; None means nowhere.
+          reverse: run from the last step to the first.
+          dtype: of the factors of the products, in the backward pass too.
+
+        Returns:
+          The carry, and outputs `[T, B, H]`, float32, zeros at masked steps.
+        """
+        ...
+
+
+class _Static(NamedTuple):
+    """Arguments that are no arrays."""
 
     cell: Cell
-    reverse: bool  # whether time runs backwards
-    dtype: str  # of the factors of the products
+    reverse: bool
+    dtype: str
+
+
+class _Weights(NamedTuple):
+    """Params that a step inside the scan uses."""
+
+    kernel: Any  # [H, G·H]; None without a recurrent product
+    bias: Any  # [G·H]; None without a recurrent product
+    extra: Params
+
+
+class _Saved(NamedTuple):
+    """Values of every step that the backward pass needs."""
+
+    carry: Any  # leaves [T, B, ...], before the step, after its reset
+    gates: Any  # (projected + recurrent,) or (projected, recurrent), each [T, B, G·H]
 
 
 def scan(
@@ -44,34 +96,21 @@ def scan(
     reverse: bool = False,
     dtype: str = "float32",
 ) -> tuple[Any, jax.Array]:
-    """Returns what `plain_scan` does, with the hand-written backward pass.
+    """Runs a cell over time with the hand-written backward pass; see `Scan`.
 
-    Its derivative may be derived again by `jax.grad`; forward mode (`jax.jvp`, `jax.hessian`) is
-    for `plain_scan`, since JAX refuses it for any hand-written backward pass.
-
-    Args:
-      cell: member of `cells.CELLS`.
-      params: from its `init`.
-      carry: before the first step, `[B, H]`.
-      projected: the inputs' share of the gates, `[T, B, G·H]`, from the cell's `project`.
-      mask: `[T, B]`, True where the step is real; None means everywhere.
-      reset: `[T, B]`, True where a new episode starts; None means nowhere.
-      reverse: whether time runs from the last step to the first.
-      dtype: of the factors of the products, in the backward pass too.
-
-    Returns:
-      The carry after the last step, and outputs `[T, B, H]`, float32, zeros at masked steps.
+    Supports second derivatives by reverse mode (`jax.grad` of `jax.grad`). Forward mode (`jax.jvp`,
+    `jax.hessian`) needs `plain_scan`: JAX does not support it for custom backward passes.
     """
-    if "recurrent_kernel" not in params:  # no product to take out of the scan: JAX's own is best
+    if "recurrent_kernel" not in params:  # no kernel gradient to group
         return plain_scan(
             cell, params, carry, projected, mask=mask, reset=reset, reverse=reverse, dtype=dtype
         )
-    # Inside shard_map the weights are the same on all devices and the data are not; the rule below
-    # gives each device's share of their gradient. This zero, made of the data, tells JAX so, and
-    # it adds the shares up. Elsewhere it is compiled away.
+    # Inside shard_map the weights are replicated and the data are not; `_scan_backward` returns the
+    # contribution of one device to the weight gradient. Adding a zero that depends on the data
+    # makes JAX sum the contributions; outside shard_map it is compiled away.
     zero = jnp.zeros_like(jnp.sum(projected))
     weights = jax.tree.map(lambda leaf: leaf + zero, _weights(params))
-    return _scan(_How(cell, reverse, dtype), weights, carry, projected, mask, reset)
+    return _scan(_Static(cell, reverse, dtype), weights, carry, projected, mask, reset)
 
 
 def plain_scan(
@@ -85,92 +124,124 @@ def plain_scan(
     reverse: bool = False,
     dtype: str = "float32",
 ) -> tuple[Any, jax.Array]:
-    """Returns the same with the backward pass that JAX derives; arguments as those of `scan`."""
-    how = _How(cell, reverse, dtype)
-    return _run(how, _weights(params), carry, projected, mask, reset)[0]
+    """Runs a cell over time with the backward pass that JAX derives; see `Scan`."""
+    static = _Static(cell, reverse, dtype)
+    return _run(static, _weights(params), carry, projected, mask, reset)[0]
 
 
 def clear(carry: Any, reset: Array | None) -> Any:
     """Returns the carry with zeros where `reset` is True.
 
     Args:
-      carry: leaves `[..., H]`.
+      carry: leaves `[..., H]`, or with more axes after those of `reset`.
       reset: `[...]`; None means nowhere.
     """
     if reset is None:
         return carry
-    return jax.tree.map(lambda kept: jnp.where(reset[..., None], 0.0, kept), carry)
+    return jax.tree.map(lambda leaf: jnp.where(_expand(reset, leaf), 0.0, leaf), carry)
 
 
-def _weights(params: Params) -> tuple[Array | None, Array | None, Params]:
-    """What the scan uses of a cell's params: kernel and bias, where it has them, and gains."""
-    return params.get("recurrent_kernel"), params.get("recurrent_bias"), gains(params)
+def _expand(flags: Array, leaf: Array) -> Array:
+    """Returns the flags with trailing axes of size 1, to broadcast with the leaf."""
+    return flags[(..., *(None,) * (leaf.ndim - flags.ndim))]
+
+
+def _weights(params: Params) -> _Weights:
+    kernel, bias = params.get("recurrent_kernel"), params.get("recurrent_bias")
+    return _Weights(kernel, bias, extra_params(params))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(how, weights, carry, projected, mask, reset):
-    return _run(how, weights, carry, projected, mask, reset)[0]
+def _scan(
+    static: _Static,
+    weights: _Weights,
+    carry: Any,
+    projected: Array,
+    mask: Array | None,
+    reset: Array | None,
+) -> tuple[Any, jax.Array]:
+    return _run(static, weights, carry, projected, mask, reset)[0]
 
 
-def _run(how, weights, carry, projected, mask, reset):
-    """Returns `(carry, outputs)`, and of every step the carry it started from and its gates."""
-    kernel, bias, gains = weights
+def _run(
+    static: _Static,
+    weights: _Weights,
+    carry: Any,
+    projected: Array,
+    mask: Array | None,
+    reset: Array | None,
+) -> tuple[tuple[Any, jax.Array], _Saved]:
+    """Returns `(carry, outputs)`, and what the backward pass needs of every step."""
 
     def body(carry: Any, step: Any) -> tuple[Any, Any]:
         projected, mask, reset = step
         carry = clear(carry, reset)
         gates = (projected,)
-        if kernel is not None:
-            recurrent = dense(carry.hidden, kernel, bias, dtype=how.dtype)
-            gates = (projected + recurrent,) if how.cell.adds else (projected, recurrent)
-        following, outputs = _combine(how, mask, gains, carry, gates)
-        return following, (outputs, carry, gates)
+        if weights.kernel is not None:
+            recurrent = dense(carry.hidden, weights.kernel, weights.bias, dtype=static.dtype)
+            summed = static.cell.sums_gates
+            gates = (projected + recurrent,) if summed else (projected, recurrent)
+        next_carry, outputs = _combine(static, mask, weights.extra, carry, gates)
+        return next_carry, (outputs, carry, gates)
 
     steps = (projected, mask, reset)
-    carry, (outputs, *kept) = jax.lax.scan(body, carry, steps, reverse=how.reverse)
-    return (carry, outputs), kept
+    carry, (outputs, *saved) = jax.lax.scan(body, carry, steps, reverse=static.reverse)
+    return (carry, outputs), _Saved(*saved)
 
 
-def _scan_forward(how, weights, carry, projected, mask, reset):
-    result, kept = _run(how, weights, carry, projected, mask, reset)
-    return result, (weights, *kept, mask, reset)
+def _scan_forward(
+    static: _Static,
+    weights: _Weights,
+    carry: Any,
+    projected: Array,
+    mask: Array | None,
+    reset: Array | None,
+) -> tuple[tuple[Any, jax.Array], Any]:
+    result, saved = _run(static, weights, carry, projected, mask, reset)
+    return result, (weights, saved, mask, reset)
 
 
-def _scan_backward(how, saved, cotangents):
-    (kernel, _, gains), started, gates, mask, reset = saved
-    turned = matmul.transpose(kernel)
+def _scan_backward(
+    static: _Static, residuals: Any, cotangents: tuple[Any, jax.Array]
+) -> tuple[_Weights, Any, jax.Array, None, None]:
+    """Returns the gradients with respect to weights, carry and projected."""
+    weights, saved, mask, reset = residuals
+    transposed = matmul.transpose(weights.kernel)
 
-    def body(by_later: Any, step: Any) -> tuple[Any, Any]:
-        by_carry, by_gains = by_later
-        started, gates, mask, reset, by_outputs = step
-        _, pull = jax.vjp(partial(_combine, how, mask), gains, started, gates)
-        more, by_started, by_gates = pull((by_carry, by_outputs))
-        by_hidden = by_started.hidden + matmul.times(by_gates[-1], turned, dtype=how.dtype)
-        by_carry = clear(by_started._replace(hidden=by_hidden), reset)
-        return (by_carry, jax.tree.map(jnp.add, by_gains, more)), by_gates
+    def body(gradients: Any, step: Any) -> tuple[Any, Any]:
+        d_carry, d_extra = gradients
+        carry, gates, mask, reset, d_outputs = step
+        _, pull_back = jax.vjp(partial(_combine, static, mask), weights.extra, carry, gates)
+        d_extra_step, d_before, d_gates = pull_back((d_carry, d_outputs))
+        product = matmul.product(d_gates[-1], transposed, dtype=static.dtype)
+        d_before = clear(d_before._replace(hidden=d_before.hidden + product), reset)
+        return (d_before, jax.tree.map(jnp.add, d_extra, d_extra_step)), d_gates
 
-    by_carry, by_outputs = cotangents
-    nothing = jax.tree.map(jnp.zeros_like, gains)
-    steps = (started, gates, mask, reset, by_outputs)
-    (by_carry, by_gains), by_gates = jax.lax.scan(
-        body, (by_carry, nothing), steps, reverse=not how.reverse
+    d_carry, d_outputs = cotangents
+    zeros = jax.tree.map(jnp.zeros_like, weights.extra)
+    steps = (*saved, mask, reset, d_outputs)
+    (d_carry, d_extra), d_gates = jax.lax.scan(
+        body, (d_carry, zeros), steps, reverse=not static.reverse
     )
-    deltas = by_gates[-1]
-    hidden, factors = (jnp.asarray(factor, how.dtype) for factor in (started.hidden, deltas))
-    by_kernel = jnp.einsum("tbh,tbg->hg", hidden, factors, preferred_element_type=jnp.float32)
-    by_weights = by_kernel, jnp.sum(deltas, axis=(0, 1)), by_gains
-    return by_weights, by_carry, by_gates[0], None, None
+    deltas = d_gates[-1]
+    hidden, factors = (jnp.asarray(each, static.dtype) for each in (saved.carry.hidden, deltas))
+    d_kernel = jnp.einsum("tbh,tbg->hg", hidden, factors, preferred_element_type=jnp.float32)
+    d_weights = _Weights(d_kernel, jnp.sum(deltas, axis=(0, 1)), d_extra)
+    return d_weights, d_carry, d_gates[0], None, None
 
 
 _scan.defvjp(_scan_forward, _scan_backward)
 
 
-def _combine(how: _How, mask: Array | None, gains: Params, carry: Any, gates: tuple) -> Any:
-    """The next carry and output where `mask` is True; elsewhere the carry stays, with zeros."""
+def _combine(
+    static: _Static, mask: Array | None, extra: Params, carry: Any, gates: tuple[Array, ...]
+) -> tuple[Any, jax.Array]:
+    """Returns the next carry and output; masked rows keep their carry and give zeros."""
     projected, recurrent = (*gates, 0.0)[:2]
-    following, outputs = how.cell.combine(gains, carry, projected, recurrent)
+    next_carry, outputs = static.cell.combine(extra, carry, projected, recurrent)
     if mask is None:
-        return following, outputs
-    real = mask[:, None]
-    following = jax.tree.map(partial(jnp.where, real), following, carry)
-    return following, jnp.where(real, outputs, 0.0)
+        return next_carry, outputs
+    next_carry = jax.tree.map(
+        lambda new, old: jnp.where(_expand(mask, new), new, old), next_carry, carry
+    )
+    return next_carry, jnp.where(mask[:, None], outputs, 0.0)

@@ -1,12 +1,12 @@
-"""NVIDIA's own LSTM: a whole stack in one call, where there is one of its GPUs.
+"""cuDNN's LSTM: a whole stack in one call on an NVIDIA GPU.
 
-It computes what `recurrence` does without masks and resets, in float32 or, where JAX's matmul
-precision lets it, in TF32. The params stay those of `cells`; they are packed at every call.
+Computes the same as `recurrence` without masks and resets, in float32, or in TF32 if JAX's matmul
+precision allows it. The params have the layout of `cells`; they are packed at every call.
 
 Source: `jax.experimental.rnn`; Appleyard et al. 2016 (arXiv:1604.01946).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,10 +23,11 @@ def lstm(
     """Returns the carry of each cell after its last step, and the outputs of the last layer.
 
     Args:
-      cells: params of each layer, in both directions each one's forward and then its backward.
-      carries: before the first step, of the same cells, `[B, H]`.
+      cells: params of each layer; with two directions the forward cell of a layer, then its
+        backward cell.
+      carries: of the same cells before the first step, `[B, H]`.
       inputs: `[B, T, D]`.
-      bidirectional: whether each layer has two cells.
+      bidirectional: True if each layer has two cells.
 
     Returns:
       The carries, and outputs `[B, T, H]` or `[B, T, 2·H]`, float32.
@@ -53,11 +54,28 @@ def lstm(
         bidirectional=bidirectional,
     )
     outputs, hidden, cell = results
-    return [LSTMCarry(hidden[place], cell[place]) for place in range(len(cells))], outputs
+    return [LSTMCarry(hidden[i], cell[i]) for i in range(len(cells))], outputs
+
+
+def check(fields: Mapping[str, Any]) -> None:
+    """Raises a ValueError unless cuDNN can run a recurrence with these fields.
+
+    Args:
+      fields: of a `RecurrenceConfig`.
+    """
+    needed = {
+        "cell": "lstm", "dropout": 0.0, "residual": False, "remat_chunk": 0, "dtype": "float32",
+    }  # fmt: skip
+    for name, value in needed.items():
+        if fields[name] != value:
+            raise ValueError(
+                f"{name} must be {value!r} with implementation 'cudnn', got {fields[name]!r}; "
+                "choose implementation 'auto'."
+            )
 
 
 def pack(cells: Sequence[Params]) -> jax.Array:
-    """Returns all params in cuDNN's order: the kernels of every cell, then the biases of every one.
+    """Returns all params in cuDNN's order: the kernels of all cells, then the biases of all cells.
 
     Args:
       cells: as for `lstm`.

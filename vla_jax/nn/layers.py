@@ -1,35 +1,38 @@
-"""Dense layers, multilayer perceptrons and dropout.
+"""Dense layers, multilayer perceptrons, dropout, layer normalisation, masked softmax.
 
-A dense layer is `{"kernel" [D, E], "bias" [E]}`; a multilayer perceptron (MLP) is
+A dense layer is `{"kernel" [in, out], "bias" [out]}`; a multilayer perceptron (MLP) is
 `{"layers_0": dense, "layers_1": dense, ...}` with ReLU between the layers and none after the last.
 """
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from vla_jax.nn.matmul import Turned, times
+from vla_jax.nn.matmul import Transposed, product
 from vla_jax.types import Array, Key, Params
+
+EPSILON = 1e-5  # added to the variance in a layer normalisation
 
 
 def dense(
-    inputs: Array, kernel: Array | Turned, bias: Array, *, dtype: str = "float32"
+    inputs: Array, kernel: Array | Transposed, bias: Array, *, dtype: str = "float32"
 ) -> jax.Array:
     """Returns `inputs · kernel + bias` in float32.
 
     Args:
-      inputs: `[..., D]`.
-      kernel: `[D, E]`.
-      bias: `[E]`.
+      inputs: `[..., in]`.
+      kernel: `[in, out]`.
+      bias: `[out]`.
       dtype: dtype of the two factors of the product; the sum is accumulated in float32.
 
     Returns:
-      `[..., E]` float32.
+      `[..., out]` float32.
     """
-    product = times(inputs, kernel, dtype=dtype)
-    return product + jnp.broadcast_to(bias, product.shape)
+    outputs = product(inputs, kernel, dtype=dtype)
+    return outputs + jnp.broadcast_to(bias, outputs.shape)
 
 
 def dropout(key: Key | None, inputs: jax.Array, rate: float) -> jax.Array:
@@ -51,13 +54,49 @@ def dropout(key: Key | None, inputs: jax.Array, rate: float) -> jax.Array:
     return jnp.where(kept, inputs / (1.0 - rate), 0.0)
 
 
+def layer_norm(inputs: Any, scale: Array, bias: Array | None = None) -> jax.Array:
+    """Normalises the last axis to mean 0 and variance 1, then scales and shifts it.
+
+        (x − mean(x)) / √(var(x) + 1e-5) · scale + bias
+
+    Args:
+      inputs: `[..., D]`.
+      scale: `[D]`.
+      bias: `[D]`; None adds nothing.
+
+    Returns:
+      `[..., D]`.
+
+    Source: Ba et al. 2016, "Layer Normalization" (arXiv:1607.06450).
+    """
+    centred = inputs - jnp.mean(inputs, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+    scaled = centred * jax.lax.rsqrt(variance + EPSILON) * jnp.broadcast_to(scale, centred.shape)
+    return scaled if bias is None else scaled + jnp.broadcast_to(bias, scaled.shape)
+
+
+def masked_softmax(scores: jax.Array, mask: Array) -> jax.Array:
+    """Returns the softmax over the last axis, restricted to the positions where `mask` is True.
+
+    Args:
+      scores: `[..., S]`.
+      mask: bool, broadcastable to `[..., S]`.
+
+    Returns:
+      `[..., S]`, 0 where masked; all zeros, with zero gradients, where every position is masked.
+    """
+    # The lowest finite number, not −∞: a softmax over −∞ alone would be NaN.
+    weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(scores.dtype).min), axis=-1)
+    return jnp.where(mask, weights, 0.0)
+
+
 def init_dense(key: Key, input_size: int, output_size: int) -> Params:
-    """Returns a dense layer: kernel from U(−√(6/(D+E)), √(6/(D+E))) (Xavier), zero bias.
+    """Returns a dense layer: kernel from U(−√(6/(in+out)), √(6/(in+out))) (Xavier), zero bias.
 
     Args:
       key: consumed.
-      input_size: D.
-      output_size: E.
+      input_size: in.
+      output_size: out.
     """
     bound = math.sqrt(6.0 / (input_size + output_size))
     kernel = jax.random.uniform(key, (input_size, output_size), jnp.float32, -bound, bound)
@@ -83,11 +122,11 @@ def apply_mlp(params: Params, inputs: Array, *, dtype: str = "float32") -> jax.A
 
     Args:
       params: from `init_mlp`.
-      inputs: `[..., D]`.
+      inputs: `[..., in]`.
       dtype: dtype of the factors of the products.
 
     Returns:
-      `[..., E]` float32.
+      `[..., out]` float32.
     """
     outputs = jnp.asarray(inputs)
     for layer in range(len(params)):

@@ -7,6 +7,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from vla_jax.nn.layers import masked_softmax
 from vla_jax.types import Array
 
 Pooling = Literal["max", "mean", "attention", "none"]
@@ -67,7 +68,5 @@ def _mean(tokens: jax.Array, mask: jax.Array) -> jax.Array:
 
 def _attend(queries: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
     scores = jnp.einsum("...nd,qd->...qn", tokens, queries) / math.sqrt(tokens.shape[-1])
-    kept = mask[..., None, :]
-    # The lowest number, not −∞: a softmax over −∞ alone would be NaN.
-    weights = jax.nn.softmax(jnp.where(kept, scores, jnp.finfo(scores.dtype).min), axis=-1)
-    return jnp.einsum("...qn,...nd->...qd", jnp.where(kept, weights, 0.0), tokens)
+    weights = masked_softmax(scores, mask[..., None, :])
+    return jnp.einsum("...qn,...nd->...qd", weights, tokens)

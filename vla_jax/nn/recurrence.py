@@ -1,39 +1,31 @@
-"""A cell over time: stacked, masked, reset at episode starts, in one or both directions.
+"""Stacks of recurrent layers over time: masked, reset at episode starts, in one or two directions.
 
-`apply` runs a whole sequence, `step` one time step of the same recurrence. Params and carries
-have the same paths: `params["layers_0"]["forward"]` goes with `carry["layers_0"]["forward"]`.
+`apply` runs a whole sequence, `step` one time step of the same recurrence. Params and carries have
+the same paths, `["layers_0"]["forward"]`; `layer`, `last_hidden` and `from_layer` access them.
 Sequences are batch-major `[B, T, D]` outside and time-major inside.
 
-- A step whose `mask` is False leaves the carry as it is and gives zeros, so that a sequence
-  padded on the left or the right does what the same sequence does without the padding.
+- A step whose `mask` is False keeps the carry and gives zeros, so that a padded sequence gives the
+  same results as the sequence without its padding.
 - A step whose `reset` is True starts from a zero carry, so that several episodes in one sequence
-  do not see each other, in neither direction.
+  do not influence each other, in either direction.
 """
 
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
 from vla_jax.config import did_you_mean
-from vla_jax.nn import associative, bptt, cudnn
+from vla_jax.nn import associative, bptt, cells, cudnn, matmul
 from vla_jax.nn.cells import CELLS, CellName
-from vla_jax.nn.matmul import Turned
+from vla_jax.nn.remat import run_in_chunks
 from vla_jax.types import Array, Key, Params
 
-# "bptt": backward pass by hand; "scan": JAX's own; "cudnn": NVIDIA's LSTM; "associative": no loop,
-# for cells that are linear in their carry; "auto": "bptt".
 Implementation = Literal["auto", "bptt", "scan", "associative", "cudnn"]
-SCANS = {
-    "auto": bptt.scan,
-    "bptt": bptt.scan,
-    "scan": bptt.plain_scan,
-    "associative": associative.scan,
-}
 Carry = dict[str, dict[str, Any]]  # layer -> direction -> carry of a cell
 
 
@@ -41,14 +33,16 @@ Carry = dict[str, dict[str, Any]]  # layer -> direction -> carry of a cell
 class RecurrenceConfig:
     """A stack of recurrent layers."""
 
-    cell: CellName = "lstm"  # key of `cells.CELLS`
-    num_layers: int = 1  # L, one on top of the other
-    hidden_size: int = 256  # H, units of each layer and direction
-    dropout: float = 0.0  # probability of dropping an output between two layers
-    residual: bool = False  # whether each layer but the first adds its inputs to its outputs
-    bidirectional: bool = False  # whether a second pass runs from the end to the start
-    remat_chunk: int = 0  # steps of which all is computed again for the gradient; 0 = keep all
-    implementation: Implementation = "auto"  # of time, see there
+    cell: CellName = "lstm"  # rnn, lstm, gru, layer_norm_lstm, min_gru, or another key of `CELLS`
+    num_layers: int = 1  # L, stacked layers
+    hidden_size: int = 256  # H, units per layer and direction
+    dropout: float = 0.0  # probability of zeroing an output between two layers, in [0, 1)
+    residual: bool = False  # add the inputs of every layer except the first to its outputs
+    bidirectional: bool = False  # run a second cell per layer from the last step to the first
+    remat_chunk: int = 0  # steps per rematerialised chunk; 0 stores all activations
+    # time loop: "bptt" (hand-written backward pass), "scan" (derived by JAX), "associative" (linear
+    # cells, no loop), "cudnn" (NVIDIA GPUs), "auto" (the recommended one, at present "bptt")
+    implementation: Implementation = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the factors of matrix products
 
     def __post_init__(self):
@@ -63,16 +57,12 @@ class RecurrenceConfig:
             raise ValueError(
                 f"remat_chunk must be a number of steps or 0 for none, got {self.remat_chunk}."
             )
-        known = (*SCANS, "cudnn")
-        if self.implementation not in known:
+        if self.implementation not in _IMPLEMENTATIONS:
             raise ValueError(
                 f"unknown implementation '{self.implementation}'; "
-                f"{did_you_mean(self.implementation, known)}"
+                f"{did_you_mean(self.implementation, _IMPLEMENTATIONS)}"
             )
-        if self.implementation == "associative":
-            associative.check(CELLS[self.cell])
-        if self.implementation == "cudnn":
-            _check_cudnn(self)
+        _IMPLEMENTATIONS[self.implementation].check(self)
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(
                 f"unknown dtype '{self.dtype}'; {did_you_mean(self.dtype, ('float32', 'bfloat16'))}"
@@ -80,7 +70,7 @@ class RecurrenceConfig:
 
 
 def output_size(config: RecurrenceConfig) -> int:
-    """Returns the features of an output: H, or 2·H in both directions."""
+    """Returns the number of output features: H, or 2·H with two directions."""
     return config.hidden_size * len(_directions(config))
 
 
@@ -110,13 +100,52 @@ def zero_carry(config: RecurrenceConfig, like: Array) -> Carry:
 
     Args:
       config: sizes of the stack.
-      like: any array `[B, ...]` that comes in; the carry is sharded as it is.
+      like: any array `[B, ...]` of the data; the carry is sharded like it.
     """
     zero = CELLS[config.cell].zero_carry
     return {
         name: {direction: zero(like, config.hidden_size) for direction in _directions(config)}
         for name in _layers(config)
     }
+
+
+def layer(tree: Params | Carry, index: int = 0, *, direction: str = "forward") -> Any:
+    """Returns the params or the carry of one cell of a stack.
+
+    Args:
+      tree: params from `init`, or a carry.
+      index: of the layer; negative indices count from the last layer.
+      direction: "forward" or "backward".
+    """
+    return tree[f"layers_{range(len(tree))[index]}"][direction]
+
+
+def from_layer(cell: Any) -> dict[str, dict[str, Any]]:
+    """Returns the params or the carry of a stack of one layer and one direction.
+
+    Args:
+      cell: params or carry of the cell.
+    """
+    return {"layers_0": {"forward": cell}}
+
+
+def last_hidden(carry: Carry) -> jax.Array:
+    """Returns the hidden state `[..., H]` of the last layer (forward direction).
+
+    Without a residual this is the output of the step that returned the carry.
+    """
+    return layer(carry, -1).hidden
+
+
+def prepare_params(params: Params, config: RecurrenceConfig, *, num_rows: int) -> Params:
+    """Returns params stored for fast calls of `step`, with the same results; not for `apply`.
+
+    Args:
+      params: from `init`.
+      config: the config given to `init`.
+      num_rows: rows of the carries in one step, such as B · W.
+    """
+    return matmul.prepare_params(params, num_rows=num_rows, dtype=config.dtype)
 
 
 def apply(
@@ -135,34 +164,26 @@ def apply(
 
     Args:
       params: from `init`.
-      config: the one that `init` was given.
+      config: the config given to `init`.
       inputs: `[B, T, D]`.
       mask: `[B, T]`, True where the step is real; None means everywhere.
       reset: `[B, T]`, True where a new episode starts, on a masked step too; None means nowhere.
-      carry: before the first step (of the backward direction: after the last); None means zeros.
+      carry: before the first step (backward direction: after the last); None means zeros.
       key: consumed, for dropout; None means no dropout.
 
     Returns:
-      The carry (of the backward direction: at the first step), and outputs `[B, T, H]`, float32;
-      in both directions `[B, T, 2·H]`, forward first.
+      The carry (backward direction: at the first step), and outputs `[B, T, H]`, float32; with two
+      directions `[B, T, 2·H]`, forward first.
 
     Raises:
-      ValueError: the kernels are turned over, for `step` alone; or implementation "cudnn" has no
-        GPU, or gets a mask or reset, which it does not know.
+      ValueError: the params come from `prepare_params`; or implementation "cudnn" has no GPU, or
+        gets a mask or reset, which it does not support.
     """
     _check(params, inputs, mask, reset)
     carry = zero_carry(config, inputs) if carry is None else carry
     chex.assert_tree_shape_prefix(carry, (inputs.shape[0],))
-    if config.implementation == "cudnn":
-        return _apply_cudnn(params, config, carry, inputs, mask, reset)
-    mask, reset = (None if flags is None else _swap(flags) for flags in (mask, reset))
-    run = partial(_run_stack, params, config)
-    steps = (_swap(inputs), mask, reset, _draw_kept(config, key, inputs.shape))
-    if config.remat_chunk and not config.bidirectional:
-        last, outputs = _run_in_chunks(run, config.remat_chunk, carry, steps)
-    else:
-        last, outputs = run(carry, steps)
-    return last, _swap(outputs)
+    run = _IMPLEMENTATIONS[config.implementation].apply
+    return run(params, config, carry, inputs, (mask, reset), key)
 
 
 def step(
@@ -176,9 +197,9 @@ def step(
     """Returns the next carry and the output of one step, without dropout.
 
     Args:
-      params: from `init`.
-      config: the one that `init` was given, in one direction.
-      carry: `[B, H]`, or any leading axes that those of `inputs` broadcast to.
+      params: from `init` or `prepare_params`.
+      config: the config given to `init`, with one direction.
+      carry: leaves `[B, H]`, or any leading axes to which those of `inputs` broadcast.
       inputs: `[B, D]`.
       reset: `[B]`, True where a new episode starts; None means nowhere.
 
@@ -186,158 +207,174 @@ def step(
       The carry, and the output `[B, H]`, float32.
 
     Raises:
-      ValueError: the recurrence runs in both directions, so there is no single step of it.
+      ValueError: the recurrence has two directions, so a single step is not defined.
     """
     if config.bidirectional:
         raise ValueError(
-            "step needs bidirectional=False, got True: the backward direction starts in the "
-            "future, which is not there yet; use `apply` on the whole sequence."
+            "step needs bidirectional=False, got True: the backward direction depends on future "
+            "steps; use `apply` on the whole sequence."
         )
     chex.assert_axis_dimension(inputs, -1, _input_size(params))
-    cell, outputs, following = CELLS[config.cell], jnp.asarray(inputs), {}
-    for layer, name in enumerate(_layers(config)):
-        before, below = bptt.clear(carry[name]["forward"], reset), outputs
-        after, outputs = cell.step(params[name]["forward"], before, below, dtype=config.dtype)
-        if layer > 0 and config.residual:
+    cell, outputs, next_carry = CELLS[config.cell], jnp.asarray(inputs), {}
+    for index, name in enumerate(_layers(config)):
+        before, below = bptt.clear(layer(carry, index), reset), outputs
+        after, outputs = cells.step(cell, layer(params, index), before, below, dtype=config.dtype)
+        if index > 0 and config.residual:
             outputs = below + outputs
-        following[name] = {"forward": after}
-    return following, outputs
+        next_carry[name] = {"forward": after}
+    return next_carry, outputs
+
+
+class _TimeLoop(NamedTuple):
+    """Member of the family of implementations."""
+
+    check: Callable[[RecurrenceConfig], None]  # raises a ValueError for an unsupported config
+    # (params, config, carry, inputs, (mask, reset), key) -> carry, outputs; batch-major
+    apply: Callable[..., tuple[Carry, jax.Array]]
 
 
 def _apply_cudnn(
-    params: Params, config: RecurrenceConfig, carry: Carry, inputs: Array, mask, reset
+    params: Params,
+    config: RecurrenceConfig,
+    carry: Carry,
+    inputs: Array,
+    flags: tuple[Array | None, Array | None],
+    key: Key | None,
 ) -> tuple[Carry, jax.Array]:
-    if mask is not None or reset is not None:
+    del key
+    if any(flag is not None for flag in flags):
         raise ValueError(
-            "mask and reset must be None with implementation 'cudnn', which knows neither; choose "
-            "'auto'."
+            "mask and reset must be None with implementation 'cudnn', which supports neither; "
+            "choose 'auto'."
         )
-    places = [(name, direction) for name in _layers(config) for direction in _directions(config)]
-    own, carries = ([tree[name][way] for name, way in places] for tree in (params, carry))
-    last, outputs = cudnn.lstm(own, carries, inputs, bidirectional=config.bidirectional)
-    following: Carry = {name: {} for name in _layers(config)}
-    for (name, direction), after in zip(places, last, strict=True):
-        following[name][direction] = after
-    return following, outputs
+    paths = [(name, direction) for name in _layers(config) for direction in _directions(config)]
+    cell_params, carries = (
+        [tree[name][direction] for name, direction in paths] for tree in (params, carry)
+    )
+    last, outputs = cudnn.lstm(cell_params, carries, inputs, bidirectional=config.bidirectional)
+    next_carry: Carry = {name: {} for name in _layers(config)}
+    for (name, direction), after in zip(paths, last, strict=True):
+        next_carry[name][direction] = after
+    return next_carry, outputs
 
 
-def _check_cudnn(config: RecurrenceConfig) -> None:
-    needed = {
-        "cell": "lstm", "dropout": 0.0, "residual": False, "remat_chunk": 0, "dtype": "float32",
-    }  # fmt: skip
-    for name, value in needed.items():
-        if getattr(config, name) != value:
-            raise ValueError(
-                f"{name} must be {value!r} with implementation 'cudnn', got "
-                f"{getattr(config, name)!r}; choose implementation 'auto'."
-            )
+def _apply_scan(
+    scan: bptt.Scan,
+    params: Params,
+    config: RecurrenceConfig,
+    carry: Carry,
+    inputs: Array,
+    flags: tuple[Array | None, Array | None],
+    key: Key | None,
+) -> tuple[Carry, jax.Array]:
+    mask, reset = (None if flag is None else _swap(flag) for flag in flags)
+    run = partial(_run_stack, scan, params, config)
+    steps = (_swap(inputs), mask, reset, _draw_dropout(config, key, inputs.shape))
+    if config.remat_chunk and not config.bidirectional:
+        last, outputs = run_in_chunks(run, config.remat_chunk, carry, steps)
+    else:
+        last, outputs = run(carry, steps)
+    return last, _swap(outputs)
 
 
-def _draw_kept(config: RecurrenceConfig, key: Key | None, shape: tuple[int, ...]) -> dict[str, Any]:
-    """Returns what dropout leaves of the inputs of each layer but the first, `[T, B, H]` bool."""
+_BPTT = _TimeLoop(lambda config: None, partial(_apply_scan, bptt.scan))
+_IMPLEMENTATIONS: dict[str, _TimeLoop] = {
+    "auto": _BPTT,
+    "bptt": _BPTT,
+    "scan": _TimeLoop(lambda config: None, partial(_apply_scan, bptt.plain_scan)),
+    "associative": _TimeLoop(
+        lambda config: associative.check(CELLS[config.cell]), partial(_apply_scan, associative.scan)
+    ),
+    "cudnn": _TimeLoop(lambda config: cudnn.check(vars(config)), _apply_cudnn),
+}
+
+
+def _draw_dropout(
+    config: RecurrenceConfig, key: Key | None, shape: tuple[int, ...]
+) -> dict[str, Any]:
+    """Returns which inputs of each layer except the first are kept, `[T, B, H]` bool."""
     if key is None or config.dropout == 0.0:
         return {}
     size = len(_directions(config)) * config.hidden_size
     return {
         name: jax.random.bernoulli(
-            jax.random.fold_in(key, layer), 1.0 - config.dropout, (shape[1], shape[0], size)
+            jax.random.fold_in(key, index), 1.0 - config.dropout, (shape[1], shape[0], size)
         )
-        for layer, name in enumerate(_layers(config))
-        if layer > 0
+        for index, name in enumerate(_layers(config))
+        if index > 0
     }
 
 
 def _run_stack(
-    params: Params, config: RecurrenceConfig, carry: Carry, steps: Any
+    scan: bptt.Scan, params: Params, config: RecurrenceConfig, carry: Carry, steps: Any
 ) -> tuple[Carry, jax.Array]:
-    """Runs all layers over steps: `inputs [T, B, D]`, `mask` and `reset [T, B]`, what is kept."""
-    outputs, mask, reset, kept = steps
+    """Runs all layers over inputs `[T, B, D]`, mask and reset `[T, B]`, and the kept inputs."""
+    outputs, mask, reset, keep = steps
     last: Carry = {}
-    for layer, name in enumerate(_layers(config)):
+    for index, name in enumerate(_layers(config)):
         below = outputs
-        if name in kept:
-            outputs = jnp.where(kept[name], below / (1.0 - config.dropout), 0.0)
-        last[name], outputs = _run_layer(params[name], config, carry[name], outputs, mask, reset)
-        if layer > 0 and config.residual:
+        if name in keep:
+            outputs = jnp.where(keep[name], below / (1.0 - config.dropout), 0.0)
+        steps = (outputs, mask, reset)
+        last[name], outputs = _run_layer(scan, params[name], config, carry[name], steps)
+        if index > 0 and config.residual:
             outputs = below + outputs
     return last, outputs
 
 
 def _run_layer(
-    params: Params, config: RecurrenceConfig, carry: dict[str, Any], inputs, mask, reset
+    scan: bptt.Scan, params: Params, config: RecurrenceConfig, carry: dict[str, Any], steps: Any
 ) -> tuple[dict[str, Any], jax.Array]:
-    """Runs one layer over `inputs [T, B, D]` in each of its directions."""
+    """Runs the directions of one layer over inputs `[T, B, D]`, mask and reset `[T, B]`."""
+    inputs, mask, reset = steps
     last, outputs = {}, []
     for direction in _directions(config):
-        backward = direction == "backward"
-        steps = (inputs, mask, _episode_ends(reset) if backward else reset)
-        run = partial(_run_cell, params[direction], config, reverse=backward)
-        if config.remat_chunk and config.bidirectional:  # the layer above needs all of this one
-            ended = _run_in_chunks(
-                run, config.remat_chunk, carry[direction], steps, reverse=backward
+        reverse = direction == "backward"
+        steps = (inputs, mask, _reverse_reset(reset) if reverse else reset)
+        run = partial(_run_cell, scan, params[direction], config, reverse=reverse)
+        if config.remat_chunk and config.bidirectional:  # a layer needs all steps of the one below
+            result = run_in_chunks(
+                run, config.remat_chunk, carry[direction], steps, reverse=reverse
             )
         else:
-            ended = run(carry[direction], steps)
-        last[direction], hidden = ended
+            result = run(carry[direction], steps)
+        last[direction], hidden = result
         outputs.append(hidden)
     return last, jnp.concatenate(outputs, axis=-1)
 
 
 def _run_cell(
-    params: Params, config: RecurrenceConfig, carry: Any, steps: Any, *, reverse: bool
+    scan: bptt.Scan,
+    params: Params,
+    config: RecurrenceConfig,
+    carry: Any,
+    steps: Any,
+    *,
+    reverse: bool,
 ) -> tuple[Any, jax.Array]:
-    """Runs a cell over `inputs [T, B, D]`, the inputs' product of all steps first."""
-    cell, scan = CELLS[config.cell], SCANS[config.implementation]
+    """Runs a cell over inputs `[T, B, D]`, mask and reset `[T, B]`."""
     inputs, mask, reset = steps
-    projected = cell.project(params, inputs, dtype=config.dtype)
+    projected = cells.project(params, inputs, dtype=config.dtype)
     return scan(
-        cell, params, carry, projected,
+        CELLS[config.cell], params, carry, projected,
         mask=mask, reset=reset, reverse=reverse, dtype=config.dtype,
     )  # fmt: skip
 
 
-def _run_in_chunks(
-    run: Callable[[Any, Any], tuple[Any, jax.Array]],
-    chunk: int,
-    carry: Any,
-    steps: tuple[Any, ...],
-    *,
-    reverse: bool = False,
-) -> tuple[Any, jax.Array]:
-    """Does what `run(carry, steps)` does, and keeps for the gradient but the carries in between.
-
-    Two nested scans, the outer over chunks. A masked step more or less at the end changes nothing.
-    """
-    inputs, mask, *others = steps
-    num_steps = inputs.shape[0]
-    mask = jnp.ones(inputs.shape[:2], bool) if mask is None else mask
-    chunks = jax.tree.map(partial(_cut, chunk=chunk), (inputs, mask, *others))
-    run_chunk = jax.checkpoint(run, prevent_cse=False)
-    carry, outputs = jax.lax.scan(run_chunk, carry, chunks, reverse=reverse)
-    return carry, outputs.reshape(-1, *outputs.shape[2:])[:num_steps]
-
-
-def _episode_ends(reset: Array | None) -> Array | None:
-    """Returns where an episode starts for one who walks `[T, B]` backwards: at its last step."""
+def _reverse_reset(reset: Array | None) -> Array | None:
+    """Returns the flags `[T, B]` of the backward direction: True at the last step of an episode."""
     if reset is None:
         return None
     return jnp.concatenate([reset[1:], jnp.zeros_like(reset[:1])])
 
 
-def _cut(steps: Array, *, chunk: int) -> jax.Array:
-    """Returns `[T, ...]` as `[ceil(T / chunk), chunk, ...]`, filled up with zeros (False)."""
-    missing = -steps.shape[0] % chunk
-    filled = jnp.pad(steps, [(0, missing)] + [(0, 0)] * (steps.ndim - 1))
-    return filled.reshape(-1, chunk, *steps.shape[1:])
-
-
 def _swap(steps: Array) -> jax.Array:
-    """Turns batch-major into time-major and back."""
+    """Exchanges the batch axis and the time axis."""
     return jnp.swapaxes(steps, 0, 1)
 
 
 def _layers(config: RecurrenceConfig) -> list[str]:
-    return [f"layers_{layer}" for layer in range(config.num_layers)]
+    return [f"layers_{index}" for index in range(config.num_layers)]
 
 
 def _directions(config: RecurrenceConfig) -> tuple[str, ...]:
@@ -345,18 +382,14 @@ def _directions(config: RecurrenceConfig) -> tuple[str, ...]:
 
 
 def _input_size(params: Params) -> int:
-    return params["layers_0"]["forward"]["input_kernel"].shape[0]
-
-
-def _is_turned(leaf: Any) -> bool:
-    return isinstance(leaf, Turned)
+    return layer(params)["input_kernel"].shape[0]
 
 
 def _check(params: Params, inputs: Array, mask: Array | None, reset: Array | None) -> None:
-    if any(map(_is_turned, jax.tree.leaves(params, is_leaf=_is_turned))):
+    if matmul.is_prepared(params):
         raise ValueError(
-            "params must be as from `init`, got kernels turned over; those of `lay_out` are for "
-            "single steps."
+            "params must be as from `init`, got those of `prepare_params`, which are for single "
+            "steps."
         )
     chex.assert_shape(inputs, (None, None, _input_size(params)))
     for flags in (mask, reset):

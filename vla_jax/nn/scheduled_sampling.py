@@ -104,20 +104,20 @@ def inverse_sigmoid(num_updates: Array | int, *, k: float) -> jax.Array:
     return jax.nn.sigmoid(jnp.log(k) - jnp.asarray(num_updates, jnp.float32) / k)
 
 
-def likeliest(outputs: Array, key: Key | None = None) -> jax.Array:
+def argmax(outputs: Array, key: Key | None = None) -> jax.Array:
     """Returns the ids `[B]` of the highest logits `[B, V]`."""
     del key
     return jnp.argmax(outputs, axis=-1).astype(jnp.int32)
 
 
-def drawn(outputs: Array, key: Key | None) -> jax.Array:
+def sample(outputs: Array, key: Key | None) -> jax.Array:
     """Returns ids `[B]` drawn from softmax of the logits `[B, V]`; the key is consumed."""
     if key is None:
         raise ValueError("key must be given where outputs are drawn, got None.")
     return jax.random.categorical(key, outputs).astype(jnp.int32)
 
 
-def as_they_are(outputs: Array, key: Key | None = None) -> jax.Array:
+def identity(outputs: Array, key: Key | None = None) -> jax.Array:
     """Returns the vectors `[B, A]` themselves; a gradient goes through them."""
     del key
     return jnp.asarray(outputs)
@@ -141,7 +141,7 @@ def free_running(
       config: the one that `init` was given.
       memory: from `seq2seq.encode`.
       num_steps: T.
-      choose: from outputs to what is said and eaten; None means `likeliest` of tokens, and
+      choose: from outputs to what is said and eaten; None means `argmax` of tokens, and
         vectors as they are.
       key: consumed, by `choose` and for dropout; None means no dropout.
 
@@ -189,7 +189,7 @@ def _run(
 ) -> tuple[Decoded, jax.Array]:
     """Runs over `steps`: what is told `[T, B, E]`, the coins `[T, B]`, keys `[T]`, or None each."""
     if choose is None:
-        choose = likeliest if config.target == "tokens" else as_they_are
+        choose = argmax if config.target == "tokens" else identity
 
     def body(before: Any, given: Any) -> tuple[Any, Any]:
         state, inputs = before

@@ -1,4 +1,4 @@
-"""What a decoder of `seq2seq` writes: the likeliest id at each step, or the best of many beams.
+"""What a decoder of `seq2seq` writes: the argmax id at each step, or the best of many beams.
 
 Both end when every row of the batch has ended. They compile; the number of steps follows from the
 data, the size of what is returned does not.
@@ -11,12 +11,12 @@ import jax.numpy as jnp
 
 from vla_jax import trees
 from vla_jax.nn import seq2seq
-from vla_jax.nn.scheduled_sampling import likeliest
+from vla_jax.nn.scheduled_sampling import argmax
 from vla_jax.nn.seq2seq import END, DecoderState, Memory, Seq2SeqConfig
 from vla_jax.types import Array, Params
 
 
-class Written(NamedTuple):
+class SearchResult(NamedTuple):
     """Targets as they were written; of a beam search with an axis `M` behind `B`, best first."""
 
     ids: Array  # [B, T] int32, END behind the last one
@@ -36,8 +36,10 @@ class _Row(NamedTuple):
     ended: jax.Array  # [B] bool
 
 
-def greedy(params: Params, config: Seq2SeqConfig, memory: Memory, *, max_steps: int) -> Written:
-    """Returns the target in which each id is the likeliest after those before it.
+def greedy(
+    params: Params, config: Seq2SeqConfig, memory: Memory, *, max_steps: int
+) -> SearchResult:
+    """Returns the target in which each id is the argmax after those before it.
 
     Args:
       params: from `seq2seq.init`.
@@ -53,14 +55,14 @@ def greedy(params: Params, config: Seq2SeqConfig, memory: Memory, *, max_steps: 
     def write_one(loop: tuple[jax.Array, _Row]) -> tuple[jax.Array, _Row]:
         t, row = loop
         state, decoded = seq2seq.step(params, config, memory, row.state, row.inputs)
-        ids = jnp.where(row.ended, END, likeliest(decoded.outputs))
+        ids = jnp.where(row.ended, END, argmax(decoded.outputs))
         log_probs = jnp.where(row.ended[:, None], 0.0, jax.nn.log_softmax(decoded.outputs))
         log_prob = row.log_prob + jnp.take_along_axis(log_probs, ids[:, None], axis=-1)[:, 0]
         following = row._replace(state=state, log_prob=log_prob)
         return t + 1, _say(params, config, following, t, ids, decoded.weights)
 
     _, row = jax.lax.while_loop(_goes_on, write_one, _begin(params, config, memory, max_steps))
-    return Written(row.ids, row.log_prob, row.weights)
+    return SearchResult(row.ids, row.log_prob, row.weights)
 
 
 def beam(
@@ -71,7 +73,7 @@ def beam(
     beam_size: int,
     max_steps: int,
     length_penalty: float = 0.0,
-) -> Written:
+) -> SearchResult:
     """Returns the M best targets that were found, of those that begin like one of the M best.
 
         score = log P(ids) / ((5 + length) / 6)^α        length counts the end
@@ -117,7 +119,7 @@ def beam(
     score = row.log_prob / _penalty(row.length, length_penalty)
     return jax.tree.map(
         lambda part: part.reshape(-1, beam_size, *part.shape[1:]),
-        Written(row.ids, score, row.weights),
+        SearchResult(row.ids, score, row.weights),
     )
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vla_jax.nn import layers, recurrence
+from vla_jax.nn import cells, layers, recurrence
 from vla_jax.nn.cells import CELLS
 from vla_jax.nn.chrono import spread_gates
 from vla_jax.nn.recurrence import RecurrenceConfig
@@ -145,7 +145,7 @@ def gradient_norms(params: Params, config: RecurrenceConfig, trials: Trials) -> 
     Returns:
       `[T]` float32; 1 at the last step, near 0 where the gradient vanishes.
     """
-    cell, cell_params = CELLS[config.cell], params["recurrence"]["layers_0"]["forward"]
+    cell, cell_params = CELLS[config.cell], recurrence.layer(params["recurrence"])
     inputs = jnp.swapaxes(trials.inputs, 0, 1)
     carry = cell.zero_carry(trials.inputs, config.hidden_size)
     zeros = jax.tree.map(lambda leaf: jnp.zeros((len(inputs), *leaf.shape)), carry)
@@ -153,7 +153,7 @@ def gradient_norms(params: Params, config: RecurrenceConfig, trials: Trials) -> 
     def sum_of_outputs(offsets: Any) -> jax.Array:
         def body(carry: Any, step: Any) -> tuple[Any, None]:
             step_inputs, offset = step
-            carry, _ = cell.step(cell_params, carry, step_inputs)
+            carry, _ = cells.step(cell, cell_params, carry, step_inputs)
             return jax.tree.map(jnp.add, carry, offset), None
 
         last, _ = jax.lax.scan(body, carry, (inputs, offsets))

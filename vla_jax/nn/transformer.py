@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from vla_jax.config import did_you_mean
-from vla_jax.nn.layers import dense, dropout
+from vla_jax.nn.layers import dense, dropout, layer_norm, masked_softmax
 from vla_jax.types import Array, Key, Params
 
 
@@ -245,7 +245,7 @@ def _attend(
     sum32 = {"preferred_element_type": jnp.float32}
     scores = jnp.einsum("btme,bsme->bmts", query, cache.keys, **sum32)
     scores = scores / math.sqrt(query.shape[-1])
-    weights = jax.nn.softmax(jnp.where(visible[:, None], scores, -jnp.inf), axis=-1)
+    weights = masked_softmax(scores, visible[:, None])
     weights = dropout(key, weights, config.dropout).astype(config.dtype)
     attended = jnp.einsum("bmts,bsme->btme", weights, cache.values, **sum32)
     return attended.reshape(*attended.shape[:2], -1)
@@ -257,10 +257,7 @@ def _mlp(params: Params, config: TransformerConfig, hidden: jax.Array) -> jax.Ar
 
 
 def _norm(params: Params, hidden: jax.Array) -> jax.Array:
-    centred = hidden - jnp.mean(hidden, axis=-1, keepdims=True)
-    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-    scale, bias = (jnp.broadcast_to(params[name], hidden.shape) for name in ("scale", "bias"))
-    return centred * jax.lax.rsqrt(variance + 1e-5) * scale + bias
+    return layer_norm(hidden, params["scale"], params["bias"])
 
 
 def _dense(params: Params, inputs: jax.Array, config: TransformerConfig) -> jax.Array:

@@ -139,7 +139,7 @@ def predict(
       ValueError: another head is told, which would not hear it, or `told.rate` has no key.
     """
     if config.head == "autoregressive":
-        visible = attention.looking_back(
+        visible = attention.causal_mask(
             jnp.ones(features.shape[:2], bool) if timestep_mask is None else timestep_mask,
             jnp.zeros(features.shape[:2], bool) if reset is None else reset,
             config.window_size,

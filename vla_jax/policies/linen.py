@@ -23,7 +23,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vla_jax.nn import recurrence
+from vla_jax.nn import cells, recurrence
 from vla_jax.nn.cells import CELLS, CellName
 from vla_jax.nn.recurrence import Carry, RecurrenceConfig
 from vla_jax.policies import decoders, streaming
@@ -57,7 +57,7 @@ class Cell(nn.RNNCellBase):
         """
         cell, input_size = CELLS[self.cell], inputs.shape[-1]
         params = _declare(self, lambda key: cell.init(key, input_size, self.hidden_size))
-        return cell.step(params, carry, inputs, dtype=self.dtype)
+        return cells.step(cell, params, carry, inputs, dtype=self.dtype)
 
     @nn.nowrap
     def initialize_carry(self, rng: Key, input_shape: tuple[int, ...]) -> Any:

@@ -20,8 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from vla_jax.config import did_you_mean
-from vla_jax.nn import layers, matmul, recurrence
-from vla_jax.nn.matmul import Turned
+from vla_jax.nn import layers, recurrence
 from vla_jax.nn.recurrence import Carry
 from vla_jax.policies import feature_buffer, heads, streaming_gpt
 from vla_jax.policies.decoders import (
@@ -124,13 +123,13 @@ def lay_out(params: Params, config: DecoderConfig, state: State) -> Params:
     """
     if isinstance(state, SeenState):
         state = state.memory
-    if not isinstance(state, RefreshState) or jax.default_backend() != "cpu":
+    if not isinstance(state, RefreshState):
         return params
     batch_size, window_size, _ = jax.tree.leaves(state.carry)[0].shape
-    large = any(matmul.is_large(leaf) for leaf in jax.tree.leaves(params["recurrence"]))
-    if not large or batch_size * window_size >= matmul.MANY:
-        return params
-    return {**params, "recurrence": _turn_over(params["recurrence"], config.dtype)}
+    prepared = recurrence.prepare_params(
+        params["recurrence"], recurrence_config(config), num_rows=batch_size * window_size
+    )
+    return params if prepared is params["recurrence"] else {**params, "recurrence": prepared}
 
 
 def step(
@@ -248,15 +247,6 @@ def _refresh(
     oldest = _oldest(age, window_size)
     features = jnp.take_along_axis(outputs, oldest[:, None, None], axis=1)[:, 0]
     return RefreshState(carry, age + 1), features
-
-
-def _turn_over(params: Params, dtype: str) -> Params:
-    def turn(leaf: Array | Turned) -> Array | Turned:
-        if isinstance(leaf, Turned) or not matmul.is_large(leaf):
-            return leaf
-        return Turned(jnp.asarray(leaf, dtype).T)
-
-    return jax.tree.map(turn, params, is_leaf=lambda leaf: isinstance(leaf, Turned))
 
 
 def _periodic(

@@ -154,7 +154,7 @@ def _summary(params: Params, features: Array) -> jax.Array:
 
 
 def _first_carry(summary: jax.Array) -> recurrence.Carry:
-    return {"layers_0": {"forward": GRUCarry(summary)}}
+    return recurrence.from_layer(GRUCarry(summary))
 
 
 def _word_before(words: Array) -> jax.Array:

@@ -1,0 +1,44 @@
+"""Recurrent cells as pure functions: RNN, LSTM, GRU, LSTM with layer normalisation, minGRU.
+
+`contract` defines what a cell is. To add one, write a module with a `Cell` and add a line to
+`CELLS`; stacks, masks, resets, the backward pass, streaming and decoders then work with it.
+
+Gates lie on the last axis in PyTorch's and cuDNN's order: LSTM `i f g o`; GRU `r z n`, with the
+reset gate applied after the recurrent product; minGRU `z n`.
+"""
+
+from vla_jax.nn.cells.contract import PRODUCT_PARAMS, Cell, extra_params, project, recur, step
+from vla_jax.nn.cells.gru import GRU, GRUCarry
+from vla_jax.nn.cells.layer_norm_lstm import LAYER_NORM_LSTM
+from vla_jax.nn.cells.lstm import LSTM, LSTMCarry
+from vla_jax.nn.cells.min_gru import MIN_GRU, MinGRUCarry
+from vla_jax.nn.cells.rnn import RNN, RNNCarry
+
+CellName = str  # key of `CELLS`
+CELLS: dict[CellName, Cell] = {
+    "rnn": RNN,
+    "lstm": LSTM,
+    "gru": GRU,
+    "layer_norm_lstm": LAYER_NORM_LSTM,
+    "min_gru": MIN_GRU,
+}
+
+__all__ = [
+    "CELLS",
+    "GRU",
+    "LAYER_NORM_LSTM",
+    "LSTM",
+    "MIN_GRU",
+    "PRODUCT_PARAMS",
+    "RNN",
+    "Cell",
+    "CellName",
+    "GRUCarry",
+    "LSTMCarry",
+    "MinGRUCarry",
+    "RNNCarry",
+    "extra_params",
+    "project",
+    "recur",
+    "step",
+]

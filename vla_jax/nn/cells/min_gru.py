@@ -1,0 +1,68 @@
+"""Minimal gated recurrent unit (minGRU): linear in its carry, without a recurrent product."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from vla_jax.nn.cells.contract import Cell, init_uniform, zeros
+from vla_jax.types import Array, Key, Params
+
+
+class MinGRUCarry(NamedTuple):
+    """Carry of a minGRU."""
+
+    hidden: Array  # [..., H] float32, also the output
+
+
+def init(key: Key, input_size: int, hidden_size: int) -> Params:
+    """Returns `{"input_kernel" [D, 2·H], "input_bias" [2·H]}` from U(−1/√H, 1/√H).
+
+    Args:
+      key: consumed.
+      input_size: D.
+      hidden_size: H.
+    """
+    params = init_uniform(key, input_size, hidden_size, num_gates=2)
+    return {name: params[name] for name in ("input_kernel", "input_bias")}
+
+
+def combine(
+    extra_params: Params, carry: MinGRUCarry, projected: Array, recurrent: Array | None
+) -> tuple[MinGRUCarry, jax.Array]:
+    """Returns the next carry and output of a minGRU, whose gates do not depend on the carry.
+
+        z = σ(pₜ)       n = pₜ
+        hₜ = (1 − z) hₜ₋₁ + z n
+
+    Args:
+      extra_params: empty.
+      carry: `[..., H]`.
+      projected: p `[..., 2·H]`, in the order z, n.
+      recurrent: ignored; a minGRU has no recurrent product.
+
+    Source: Feng et al. 2024, "Were RNNs All We Needed?" (arXiv:2410.01201), section 3.1, the form
+    without logarithms, in which n has no activation.
+    """
+    del extra_params, recurrent
+    decay, added = coefficients(projected)
+    hidden = decay * carry.hidden + added
+    return MinGRUCarry(hidden), hidden
+
+
+def coefficients(projected: Array) -> tuple[jax.Array, jax.Array]:
+    """Returns a and b of hₜ = aₜ hₜ₋₁ + bₜ, each `[..., H]`, from `projected [..., 2·H]`."""
+    update, candidate = jnp.split(projected, 2, axis=-1)
+    z = jax.nn.sigmoid(update)
+    return 1.0 - z, z * candidate
+
+
+MIN_GRU = Cell(
+    num_gates=2,
+    init=init,
+    zero_carry=partial(zeros, carry_type=MinGRUCarry),
+    combine=combine,
+    sums_gates=True,
+    coefficients=coefficients,
+)
