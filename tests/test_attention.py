@@ -170,9 +170,7 @@ def test_a_wrong_config_is_one_sentence(fields, sentence):
 
 
 def test_a_dot_of_two_sizes_is_one_sentence(key):
-    with pytest.raises(
-        ValueError, match=r"must be that of the query, 4, .* got 8; choose 'general'"
-    ):
+    with pytest.raises(ValueError, match=r"must equal query_size = 4 .* got 8; choose 'general'"):
         attention.init(key, AttentionConfig(score="dot"), 4, 8)
 
 

@@ -141,7 +141,7 @@ def test_drawn_ids_follow_the_logits(key):
 def test_drawing_needs_a_key_and_each_step_draws_anew(key):
     config = CONFIGS["tokens"]
     params, memory, _ = setup(config)
-    with pytest.raises(ValueError, match="key must be given where outputs are drawn, got None"):
+    with pytest.raises(ValueError, match="key must be given to sample outputs, got None"):
         run_free(params, config, memory, T, choose=scheduled_sampling.sample)
     _, said = run_free(params, config, memory, T, choose=scheduled_sampling.sample, key=key)
     assert len({tuple(row) for row in said.tolist()}) > B // 2

@@ -166,7 +166,7 @@ def test_jit_changes_nothing():
 @pytest.mark.parametrize(
     ("fields", "options", "sentence"),
     [
-        ({"target": "vectors"}, {}, "target must be 'tokens' to be searched, got 'vectors'"),
+        ({"target": "vectors"}, {}, "target must be 'tokens' for a search, got 'vectors'"),
         ({}, {"max_steps": 0}, "max_steps must be at least 1, got 0"),
         ({}, {"beam_size": 0}, "beam_size must be at least 1, got 0"),
     ],

@@ -260,7 +260,7 @@ def test_a_memory_without_a_source_is_one_sentence():
     config = CONFIGS["rnn-additive"]
     params, source, targets = setup(config)
     memory = encode(params, config, source)._replace(source=None)
-    with pytest.raises(ValueError, match=r"memory.source must be there .* got None"):
+    with pytest.raises(ValueError, match=r"memory.source must not be None with attention"):
         seq2seq.teacher_forcing(params, config, memory, targets)
 
 

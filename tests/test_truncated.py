@@ -149,5 +149,5 @@ def test_burn_in_mends_a_carry_that_older_params_made():
 
 @pytest.mark.parametrize(("chunk_size", "burn_in"), [(4, 4), (4, -1), (0, 0)])
 def test_a_chunk_without_steps_of_its_own_is_refused(chunk_size, burn_in):
-    with pytest.raises(ValueError, match=f"below the chunk's size, got burn_in {burn_in} and"):
+    with pytest.raises(ValueError, match=f"below chunk_size, got burn_in {burn_in} and"):
         truncated.chunks(np.zeros((B, T)), chunk_size, burn_in=burn_in)

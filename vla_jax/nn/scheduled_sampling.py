@@ -1,8 +1,8 @@
-"""From being told to telling oneself: what a decoder of `seq2seq` eats while it learns.
+"""Scheduled sampling: mixing ground-truth and model outputs as decoder inputs during training.
 
-In teacher forcing each step eats the true output of the step before, in acting its own. Between
-the two a coin is thrown for each step and row: with probability `rate` it is told the truth. The
-schedules let the rate fall during a training.
+In teacher forcing the inputs of a step are the true outputs of the previous step; at inference they
+are the model's own outputs. Here each step of each row takes the true outputs with probability
+`rate`, which the schedules decrease during training.
 
 Source: Bengio et al. 2015, "Scheduled Sampling for Sequence Prediction with Recurrent Neural
 Networks" (arXiv:1506.03099).
@@ -10,7 +10,7 @@ Networks" (arXiv:1506.03099).
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from vla_jax.nn import seq2seq
 from vla_jax.nn.seq2seq import Decoded, Memory, Seq2SeqConfig
 from vla_jax.types import Array, Key, Params
 
-Choose = Callable[[Array, Key | None], jax.Array]  # (outputs [B, V or A], key) -> what is said
+Choose = Callable[[Array, Key | None], jax.Array]  # (outputs [B, V or A], key) -> fed back
 
 
 Schedule = Literal["always", "linear", "exponential", "inverse_sigmoid"]
@@ -28,19 +28,18 @@ Schedule = Literal["always", "linear", "exponential", "inverse_sigmoid"]
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How often a decoder is told the truth, as its training goes on."""
+    """Schedule of the probability of feeding back the true outputs (teacher forcing)."""
 
-    schedule: Schedule = "always"  # how the probability falls; "always" is teacher forcing
-    slope: float = 1e-3  # of "linear": fall per update
-    least: float = 0.0  # of "linear": probability that stays
-    base: float = 0.999  # of "exponential": share of the probability that an update leaves
-    k: float = 100.0  # of "inverse_sigmoid", in updates; half of it is gone after k ln k
+    schedule: Schedule = "always"  # how the probability decreases; "always" = teacher forcing
+    slope: float = 1e-3  # of "linear": decrease of the probability per update
+    least: float = 0.0  # of "linear": lower bound of the probability
+    base: float = 0.999  # of "exponential": factor of the probability per update
+    k: float = 100.0  # of "inverse_sigmoid", in updates: the probability is 0.5 after k ln k
 
     def __post_init__(self):
-        known = get_args(Schedule)
-        if self.schedule not in known:
+        if self.schedule not in _SCHEDULES:
             raise ValueError(
-                f"unknown schedule '{self.schedule}'; {did_you_mean(self.schedule, known)}"
+                f"unknown schedule '{self.schedule}'; {did_you_mean(self.schedule, _SCHEDULES)}"
             )
         for name in ("slope", "least", "base"):
             if not 0.0 <= getattr(self, name) <= 1.0:
@@ -50,58 +49,60 @@ class SamplingConfig:
 
 
 def rate(config: SamplingConfig, num_updates: Array | int) -> jax.Array | None:
-    """Returns the probability of being told the truth, None for always.
+    """Returns the probability of teacher forcing `[]`; None for schedule "always".
 
     Args:
-      config: the schedule and its numbers.
-      num_updates: `[]`, updates done.
+      config: the schedule.
+      num_updates: `[]`, number of updates so far.
     """
-    if config.schedule == "linear":
-        return linear(num_updates, slope=config.slope, least=config.least)
-    if config.schedule == "exponential":
-        return exponential(num_updates, base=config.base)
-    if config.schedule == "inverse_sigmoid":
-        return inverse_sigmoid(num_updates, k=config.k)
-    return None
+    return _SCHEDULES[config.schedule](config, num_updates)
 
 
 def linear(num_updates: Array | int, *, slope: float, least: float = 0.0) -> jax.Array:
-    """Returns the probability of being told the truth, falling along a line.
+    """Returns a probability of teacher forcing that decreases linearly.
 
         rate = max(least, 1 − slope · i)
 
     Args:
-      num_updates: i `[]`, updates done.
-      slope: fall per update.
-      least: rate that stays.
+      num_updates: i `[]`, number of updates so far.
+      slope: decrease per update.
+      least: lower bound.
     """
     return jnp.maximum(least, 1.0 - slope * jnp.asarray(num_updates, jnp.float32))
 
 
 def exponential(num_updates: Array | int, *, base: float) -> jax.Array:
-    """Returns the probability of being told the truth, a constant share of it lost per update.
+    """Returns a probability of teacher forcing that decreases by a constant factor per update.
 
         rate = baseⁱ
 
     Args:
-      num_updates: i `[]`, updates done.
+      num_updates: i `[]`, number of updates so far.
       base: below 1.
     """
     return jnp.power(base, jnp.asarray(num_updates, jnp.float32))
 
 
 def inverse_sigmoid(num_updates: Array | int, *, k: float) -> jax.Array:
-    """Returns the probability of being told the truth, high for long and then falling.
+    """Returns a probability of teacher forcing that stays high at first, then decreases.
 
         rate = k / (k + exp(i / k))
 
-    It starts at k / (k + 1), and is a half at i = k ln k.
+    It starts at k / (k + 1) and is 0.5 at i = k ln k.
 
     Args:
-      num_updates: i `[]`, updates done.
+      num_updates: i `[]`, number of updates so far.
       k: at least 1, in updates.
     """
     return jax.nn.sigmoid(jnp.log(k) - jnp.asarray(num_updates, jnp.float32) / k)
+
+
+_SCHEDULES: dict[str, Callable[[SamplingConfig, Array | int], jax.Array | None]] = {
+    "always": lambda config, i: None,
+    "linear": lambda config, i: linear(i, slope=config.slope, least=config.least),
+    "exponential": lambda config, i: exponential(i, base=config.base),
+    "inverse_sigmoid": lambda config, i: inverse_sigmoid(i, k=config.k),
+}
 
 
 def argmax(outputs: Array, key: Key | None = None) -> jax.Array:
@@ -111,14 +112,14 @@ def argmax(outputs: Array, key: Key | None = None) -> jax.Array:
 
 
 def sample(outputs: Array, key: Key | None) -> jax.Array:
-    """Returns ids `[B]` drawn from softmax of the logits `[B, V]`; the key is consumed."""
+    """Returns ids `[B]` sampled from the softmax of the logits `[B, V]`; consumes the key."""
     if key is None:
-        raise ValueError("key must be given where outputs are drawn, got None.")
+        raise ValueError("key must be given to sample outputs, got None.")
     return jax.random.categorical(key, outputs).astype(jnp.int32)
 
 
 def identity(outputs: Array, key: Key | None = None) -> jax.Array:
-    """Returns the vectors `[B, A]` themselves; a gradient goes through them."""
+    """Returns the vectors `[B, A]` unchanged; gradients pass through them."""
     del key
     return jnp.asarray(outputs)
 
@@ -132,21 +133,21 @@ def free_running(
     choose: Choose | None = None,
     key: Key | None = None,
 ) -> tuple[Decoded, jax.Array]:
-    """Returns what the decoder gives at every step when each eats its own output.
+    """Returns the outputs of all steps, each step being fed the model's own previous output.
 
-    It does not stop at the end of a row; `search.greedy` does.
+    Does not stop at the end of a sequence; `search.greedy` does.
 
     Args:
       params: from `seq2seq.init`.
-      config: the one that `init` was given.
+      config: the config given to `init`.
       memory: from `seq2seq.encode`.
       num_steps: T.
-      choose: from outputs to what is said and eaten; None means `argmax` of tokens, and
-        vectors as they are.
+      choose: maps outputs to the values that are fed back; None means `argmax` for tokens and
+        `identity` for vectors.
       key: consumed, by `choose` and for dropout; None means no dropout.
 
     Returns:
-      What is decoded `[B, T, ...]`, and what was said: ids `[B, T]`, or vectors `[B, T, A]`.
+      The outputs `[B, T, ...]`, and the values fed back: ids `[B, T]`, or vectors `[B, T, A]`.
     """
     keys = None if key is None else jax.random.split(key, num_steps)
     return _run(params, config, memory, choose, (None, None, keys), num_steps)
@@ -162,44 +163,51 @@ def scheduled_sampling(
     *,
     choose: Choose | None = None,
 ) -> Decoded:
-    """Returns what the decoder gives at every step, told the truth now and then.
+    """Returns the outputs of all steps, each step being fed the true or the model's own output.
 
-    Rate 1 is `seq2seq.teacher_forcing` (with dropout only of what comes in and goes out), rate 0
-    `free_running`.
+    Rate 1 is `seq2seq.teacher_forcing` (without dropout between layers), rate 0 is `free_running`.
 
     Args:
       params: from `seq2seq.init`.
-      config: the one that `init` was given.
+      config: the config given to `init`.
       memory: from `seq2seq.encode`.
       targets: ids `[B, T]`, or vectors `[B, T, A]`.
-      rate: `[]`, probability that a step is told the true output of the step before.
+      rate: `[]`, probability that a step is fed the true output of the previous step.
       key: consumed.
       choose: as for `free_running`.
     """
-    coin_key, key = jax.random.split(key)
-    told = jnp.swapaxes(seq2seq.embed(params, config, targets[:, :-1]), 0, 1)
-    told = jnp.pad(told, [(1, 0), (0, 0), (0, 0)])  # the first step is told nothing
-    coins = jax.random.bernoulli(coin_key, rate, told.shape[:2]).at[0].set(False)
-    keys = jax.random.split(key, len(told))
-    return _run(params, config, memory, choose, (told, coins, keys), len(told))[0]
+    choice_key, key = jax.random.split(key)
+    embedded = jnp.swapaxes(seq2seq.embed(params, config, targets[:, :-1]), 0, 1)
+    embedded = jnp.pad(embedded, [(1, 0), (0, 0), (0, 0)])  # the first step has no previous target
+    is_forced = jax.random.bernoulli(choice_key, rate, embedded.shape[:2]).at[0].set(False)
+    keys = jax.random.split(key, len(embedded))
+    return _run(params, config, memory, choose, (embedded, is_forced, keys), len(embedded))[0]
 
 
 def _run(
-    params: Params, config: Seq2SeqConfig, memory: Memory, choose: Choose | None, steps, num_steps
+    params: Params,
+    config: Seq2SeqConfig,
+    memory: Memory,
+    choose: Choose | None,
+    steps: Any,
+    num_steps: int,
 ) -> tuple[Decoded, jax.Array]:
-    """Runs over `steps`: what is told `[T, B, E]`, the coins `[T, B]`, keys `[T]`, or None each."""
+    """Runs over embedded targets `[T, B, embed_size]`, flags where they are used `[T, B]`, keys.
+
+    Each of `steps` may be None.
+    """
     if choose is None:
         choose = argmax if config.target == "tokens" else identity
 
-    def body(before: Any, given: Any) -> tuple[Any, Any]:
-        state, inputs = before
-        told, coins, key = given
-        if told is not None:
-            inputs = jnp.where(coins[:, None], told, inputs)
+    def body(carry: Any, step: Any) -> tuple[Any, Any]:
+        state, inputs = carry
+        target, is_forced, key = step
+        if target is not None:
+            inputs = jnp.where(is_forced[:, None], target, inputs)
         drop_key, choose_key = (None, None) if key is None else jax.random.split(key)
         state, decoded = seq2seq.step(params, config, memory, state, inputs, key=drop_key)
-        said = choose(decoded.outputs, choose_key)
-        return (state, seq2seq.embed(params, config, said)), (decoded, said)
+        chosen = choose(decoded.outputs, choose_key)
+        return (state, seq2seq.embed(params, config, chosen)), (decoded, chosen)
 
     _, run = jax.lax.scan(body, seq2seq.start(params, config, memory), steps, length=num_steps)
     return jax.tree.map(lambda part: jnp.swapaxes(part, 0, 1), run)

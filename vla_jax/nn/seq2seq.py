@@ -1,17 +1,17 @@
-"""Encoder-decoder: a source is read whole, then a target is written step by step.
+"""Recurrent encoder-decoder: a source sequence is encoded, a target is decoded step by step.
 
     memory = encode(source)          hₜ = cell(hₜ₋₁, [previous outputₜ₋₁; contextₜ₋₁])
     contextₜ = attention(hₜ, memory)          outputₜ = U tanh(W [hₜ; contextₜ])
 
-The encoder's last carry is the decoder's first. Without attention it is all that the decoder
-knows of the source (the bottleneck), and outputₜ = U hₜ. With `feed_context` a step also eats the
-context of the step before, as Bahdanau's decoder does; without it, as in Luong's, the carries do
-not wait for the contexts, so that in training the recurrence runs once over the whole target and
-the attention once over all of its steps.
+The encoder's last carry initialises the decoder. Without attention it is the only information about
+the source (the bottleneck), and outputₜ = U hₜ. With `feed_context` the context of the previous
+step is part of the inputs, as in Bahdanau's decoder. Without it, as in Luong's, the carries do not
+depend on the contexts: in training the recurrence runs once over the whole target, and the
+attention once over all of its steps.
 
-Source and target are each "tokens" (ids) or "vectors" (as a window of features, or a chunk of
-actions). Before the first step stands a learned vector, `start`, which no output can be mistaken
-for; the id 0 of a target is its end, and 0 behind the end is padding.
+Source and target are each "tokens" (ids) or "vectors" (such as a window of features, or a chunk of
+actions). The first input of the decoder is a learned vector, `start`. In a target of tokens, id 0
+is the end of the sequence, and 0 after the end is padding.
 
 Source: Sutskever et al. 2014 (arXiv:1409.3215); Bahdanau et al. 2015 (arXiv:1409.0473); Luong et
 al. 2015 (arXiv:1508.04025).
@@ -34,26 +34,26 @@ from vla_jax.types import Array, Key, Params
 
 Kind = Literal["tokens", "vectors"]
 AnyScore = Literal["additive", "dot", "general", "scaled_dot", "none"]
-END = 0  # id of a target's end, and of the padding behind it
+END = 0  # id of the end of a target, and of the padding after it
 
 
 @dataclasses.dataclass(frozen=True)
 class Seq2SeqConfig:
-    """An encoder-decoder."""
+    """A recurrent encoder-decoder with optional attention."""
 
-    source: Kind = "tokens"  # what is read: ids, or vectors
-    source_size: int = 32  # V ids, the padding's 0 among them; or D features
-    target: Kind = "tokens"  # what is written
-    target_size: int = 32  # V ids, the end's 0 among them; or A features
-    embed_size: int = 128  # E, features of a source position and of a target step that come in
-    cell: CellName = "lstm"  # key of `cells.CELLS`, of both
-    num_layers: int = 1  # L, of both
+    source: Kind = "tokens"  # type of the source: ids or vectors
+    source_size: int = 32  # number of ids, including 0 for padding; or features of a vector
+    target: Kind = "tokens"  # type of the target: ids or vectors
+    target_size: int = 32  # number of ids, including 0 for the end; or features of a vector
+    embed_size: int = 128  # features of an embedded source position or target step
+    cell: CellName = "lstm"  # of encoder and decoder: key of `cells.CELLS`
+    num_layers: int = 1  # L, layers of the encoder and of the decoder
     hidden_size: int = 128  # H, units of each layer and direction
-    bidirectional: bool = True  # whether the encoder also reads from the end to the start
-    score: AnyScore = "additive"  # how a step looks at the source; "none" = no attention
-    score_size: int = 128  # features in which "additive" and "scaled_dot" compare
-    feed_context: bool = False  # whether a step eats the context of the step before
-    dropout: float = 0.0  # probability, of what comes in, between layers, and before the output
+    bidirectional: bool = True  # encode in both directions
+    score: AnyScore = "additive"  # score function of the attention; "none" = no attention
+    score_size: int = 128  # features in which the scores "additive" and "scaled_dot" compare
+    feed_context: bool = False  # the context of a step is part of the next step's inputs
+    dropout: float = 0.0  # probability, at the inputs, between layers, and before the output
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the factors of matrix products
 
     def __post_init__(self):
@@ -76,28 +76,28 @@ class Seq2SeqConfig:
             raise ValueError(
                 "bidirectional must be False with score 'dot', got True; choose 'general'."
             )
-        encoder_config(self)  # checks the rest
+        encoder_config(self)  # checks the other fields
 
 
 class Memory(NamedTuple):
-    """What is left of a source once it is read."""
+    """An encoded source."""
 
-    carry: Carry  # the decoder's, before its first step: leaves [B, H]
-    source: Source | None  # [B, S, ...], what attention looks at; None for the bottleneck
+    carry: Carry  # of the decoder before its first step: leaves [B, H]
+    source: Source | None  # [B, S, ...], for attention; None without attention
 
 
 class DecoderState(NamedTuple):
-    """What the decoder remembers between two steps."""
+    """State of the decoder between two steps."""
 
     carry: Carry  # leaves [B, H]
-    context: Array | None  # [B, D], of the step before; None unless it is eaten
+    context: Array | None  # [B, D], of the previous step; None without `feed_context`
 
 
 class Decoded(NamedTuple):
-    """What the decoder gives at a step `[B, ...]`, or at all steps `[B, T, ...]`."""
+    """Outputs of the decoder at one step `[B, ...]`, or at all steps `[B, T, ...]`."""
 
     outputs: Array  # [..., V] logits, or [..., A]; float32
-    weights: Array | None  # [..., S] of the attention; None without
+    weights: Array | None  # [..., S] attention weights; None without attention
 
 
 def encoder_config(config: Seq2SeqConfig) -> RecurrenceConfig:
@@ -113,12 +113,12 @@ def encoder_config(config: Seq2SeqConfig) -> RecurrenceConfig:
 
 
 def decoder_config(config: Seq2SeqConfig) -> RecurrenceConfig:
-    """Returns the config of the decoder's recurrence: the same in one direction."""
+    """Returns the config of the decoder's recurrence: that of the encoder in one direction."""
     return dataclasses.replace(encoder_config(config), bidirectional=False)
 
 
 def attention_config(config: Seq2SeqConfig) -> AttentionConfig:
-    """Returns the config of the attention, where there is any."""
+    """Returns the config of the attention; `config.score` is not "none"."""
     score: Any = config.score
     return AttentionConfig(score=score, size=config.score_size, dtype=config.dtype)
 
@@ -126,29 +126,30 @@ def attention_config(config: Seq2SeqConfig) -> AttentionConfig:
 def init(key: Key, config: Seq2SeqConfig) -> Params:
     """Returns `{"source", "encoder", "target", "start", "decoder", "output"}`, and more.
 
-    `bridge` is there where the encoder has two directions, `combine` and `attention` where there
-    is attention. Affine maps are drawn as in `layers.init_mlp`, embeddings from N(0, 1).
+    Also `bridge` if the encoder has two directions, and `combine` and `attention` with attention.
+    Dense layers are initialised as in `layers.init_dense`, embeddings from N(0, 1).
 
     Args:
       key: consumed.
       config: sizes of all parts.
     """
     keys = jax.random.split(key, 9)
-    E, H, D = config.embed_size, config.hidden_size, recurrence.output_size(encoder_config(config))
-    step_size = E + D if config.feed_context else E
+    embed_size, H = config.embed_size, config.hidden_size
+    D = recurrence.output_size(encoder_config(config))
+    step_size = embed_size + D if config.feed_context else embed_size
     params = {
-        "source": _init_embedding(keys[0], config.source, config.source_size, E),
-        "encoder": recurrence.init(keys[1], encoder_config(config), E),
-        "target": _init_embedding(keys[2], config.target, config.target_size, E),
-        "start": jax.random.normal(keys[3], (E,)),
+        "source": _init_embedding(keys[0], config.source, config.source_size, embed_size),
+        "encoder": recurrence.init(keys[1], encoder_config(config), embed_size),
+        "target": _init_embedding(keys[2], config.target, config.target_size, embed_size),
+        "start": jax.random.normal(keys[3], (embed_size,)),
         "decoder": recurrence.init(keys[4], decoder_config(config), step_size),
-        "output": _init_affine(keys[5], H, config.target_size),
+        "output": layers.init_dense(keys[5], H, config.target_size),
     }
     if config.bidirectional:
         params["bridge"] = _init_bridge(keys[6], config)
     if config.score != "none":
         params["attention"] = attention.init(keys[7], attention_config(config), H, D)
-        params["combine"] = _init_affine(keys[8], H + D, H)
+        params["combine"] = layers.init_dense(keys[8], H + D, H)
     return params
 
 
@@ -160,14 +161,14 @@ def encode(
     mask: Array | None = None,
     key: Key | None = None,
 ) -> Memory:
-    """Returns what is left of a source once it is read.
+    """Encodes a source.
 
-    The decoder's first carry is the encoder's last; of two directions, layer by layer and part by
-    part (hidden, cell), tanh(W [forward; backward] + b).
+    The decoder's first carry is the encoder's last. With two directions it is
+    tanh(W [forward; backward] + b), for each layer and each field of the carry (hidden, cell).
 
     Args:
       params: from `init`.
-      config: the one that `init` was given.
+      config: the config given to `init`.
       source: ids `[B, S]`, or vectors `[B, S, D]`.
       mask: `[B, S]`, True where the position is real; None means everywhere.
       key: consumed, for dropout; None means no dropout.
@@ -185,35 +186,35 @@ def encode(
         carry = _bridge(params["bridge"], carry, config.dtype)
     if config.score == "none":
         return Memory(carry, None)
-    looked_at = attention.prepare(params["attention"], attention_config(config), states, mask=mask)
-    return Memory(carry, looked_at)
+    prepared = attention.prepare(params["attention"], attention_config(config), states, mask=mask)
+    return Memory(carry, prepared)
 
 
 def start(params: Params, config: Seq2SeqConfig, memory: Memory) -> tuple[DecoderState, jax.Array]:
-    """Returns the state before the first step, and what the first step eats, `[B, E]`.
+    """Returns the state before the first step, and the inputs `[B, embed_size]` of the first step.
 
     Args:
       params: from `init`.
-      config: the one that `init` was given.
+      config: the config given to `init`.
       memory: from `encode`.
     """
     batch_size, context = jax.tree.leaves(memory.carry)[0].shape[0], None
     if config.feed_context:
-        context = jnp.zeros_like(_looked_at(memory).values[:, 0])
+        context = jnp.zeros_like(_source(memory).values[:, 0])
     first = jnp.broadcast_to(params["start"], (batch_size, config.embed_size))
     return DecoderState(memory.carry, context), first
 
 
 def embed(params: Params, config: Seq2SeqConfig, outputs: Array) -> jax.Array:
-    """Returns what the next step eats, once it is known what came out of this one.
+    """Returns the inputs of the next step, given the (chosen or true) outputs of this one.
 
     Args:
       params: from `init`.
-      config: the one that `init` was given.
+      config: the config given to `init`.
       outputs: ids `[...]`, or vectors `[..., A]`.
 
     Returns:
-      `[..., E]`.
+      `[..., embed_size]`.
     """
     return _embed(params["target"], outputs, config.target_size, config.dtype)
 
@@ -227,15 +228,15 @@ def step(
     *,
     key: Key | None = None,
 ) -> tuple[DecoderState, Decoded]:
-    """Returns the next state, and what the decoder gives at one step.
+    """Returns the next state and the outputs of one step.
 
     Args:
       params: from `init`.
-      config: the one that `init` was given.
+      config: the config given to `init`.
       memory: from `encode`.
-      state: from `start`, or the step before.
-      inputs: `[B, E]` from `start`, or from `embed` of what came out of the step before.
-      key: consumed, for dropout of what comes in and before the output, not between layers; None
+      state: from `start` or the previous step.
+      inputs: `[B, embed_size]`, from `start`, or from `embed` of the previous outputs.
+      key: consumed, for dropout at the inputs and before the output, not between layers; None
         means no dropout.
     """
     keys = _split(key, 2)
@@ -243,7 +244,7 @@ def step(
     if state.context is not None:
         inputs = jnp.concatenate([inputs, state.context], axis=-1)
     carry, hidden = recurrence.step(params["decoder"], decoder_config(config), state.carry, inputs)
-    decoded, context = _look(params, config, memory, hidden, keys[1])
+    decoded, context = _read_out(params, config, memory, hidden, keys[1])
     return DecoderState(carry, context if config.feed_context else None), decoded
 
 
@@ -255,22 +256,22 @@ def teacher_forcing(
     *,
     key: Key | None = None,
 ) -> Decoded:
-    """Returns what the decoder gives at every step, having been told the target up to there.
+    """Returns the outputs of all steps, the true targets being the inputs of the following steps.
 
     Args:
       params: from `init`.
-      config: the one that `init` was given.
+      config: the config given to `init`.
       memory: from `encode`.
-      targets: ids `[B, T]`, or vectors `[B, T, A]`; the last one is told to nobody.
+      targets: ids `[B, T]`, or vectors `[B, T, A]`; the last target is never fed back.
       key: consumed, for dropout; None means no dropout.
 
     Returns:
-      Outputs `[B, T, V]` or `[B, T, A]`, and weights `[B, T, S]`. What follows a target's end
-      means nothing: mask it in the loss.
+      Outputs `[B, T, V]` or `[B, T, A]`, and weights `[B, T, S]`. Steps after the end of a
+      target are meaningless: mask them in the loss.
     """
     state, first = start(params, config, memory)
-    told = embed(params, config, targets[:, :-1])
-    inputs = jnp.concatenate([first[:, None], told], axis=1)
+    fed_back = embed(params, config, targets[:, :-1])
+    inputs = jnp.concatenate([first[:, None], fed_back], axis=1)
     if config.feed_context:
         return _one_by_one(params, config, memory, state, inputs, key)
     keys = _split(key, 3)
@@ -281,11 +282,11 @@ def teacher_forcing(
         carry=state.carry,
         key=keys[1],
     )
-    return _look(params, config, memory, hidden, keys[2])[0]
+    return _read_out(params, config, memory, hidden, keys[2])[0]
 
 
 def target_mask(targets: Array) -> jax.Array:
-    """Returns which steps of a target count, `[B, T]`: all up to its end, the end among them.
+    """Returns a mask `[B, T]`, True at the steps of a target up to and including its end.
 
     Args:
       targets: ids `[B, T]`.
@@ -297,8 +298,8 @@ def target_mask(targets: Array) -> jax.Array:
 def _one_by_one(
     params: Params, config: Seq2SeqConfig, memory: Memory, state: DecoderState, inputs, key
 ) -> Decoded:
-    def body(state: DecoderState, given: Any) -> tuple[DecoderState, Decoded]:
-        inputs, key = given
+    def body(state: DecoderState, step_inputs: Any) -> tuple[DecoderState, Decoded]:
+        inputs, key = step_inputs
         return step(params, config, memory, state, inputs, key=key)
 
     keys = None if key is None else jax.random.split(key, inputs.shape[1])
@@ -306,73 +307,66 @@ def _one_by_one(
     return jax.tree.map(lambda steps: jnp.swapaxes(steps, 0, 1), decoded)
 
 
-def _look(
+def _read_out(
     params: Params, config: Seq2SeqConfig, memory: Memory, hidden: jax.Array, key: Key | None
 ) -> tuple[Decoded, jax.Array | None]:
-    """Returns what is given at `hidden [B, H]` or `[B, T, H]`, and the context."""
+    """Returns the outputs at `hidden [B, H]` or `[B, T, H]`, and the context."""
     context = weights = None
     if config.score != "none":
-        looked_at = _looked_at(memory)
         context, weights = attention.apply(
-            params["attention"], attention_config(config), hidden, looked_at
+            params["attention"], attention_config(config), hidden, _source(memory)
         )
-        both = jnp.concatenate([hidden, context], axis=-1)
-        hidden = jnp.tanh(dense(both, **params["combine"], dtype=config.dtype))
+        joined = jnp.concatenate([hidden, context], axis=-1)
+        hidden = jnp.tanh(dense(joined, **params["combine"], dtype=config.dtype))
     hidden = dropout(key, hidden, config.dropout)
     outputs = dense(hidden, **params["output"], dtype=config.dtype)
     return Decoded(outputs, weights), context
 
 
-def _looked_at(memory: Memory) -> Source:
+def _source(memory: Memory) -> Source:
     if memory.source is None:
         raise ValueError(
-            "memory.source must be there with attention, got None; encode with the same config."
+            "memory.source must not be None with attention; encode with the same config."
         )
     return memory.source
 
 
-def _embed(params: Params, given: Array, size: int, dtype: str) -> jax.Array:
+def _embed(params: Params, values: Array, size: int, dtype: str) -> jax.Array:
     if "embedding" in params:
-        chex.assert_type(given, int)
-        return jnp.asarray(params["embedding"])[given]
-    chex.assert_axis_dimension(given, -1, size)
-    return dense(given, **params, dtype=dtype)
+        chex.assert_type(values, int)
+        return jnp.asarray(params["embedding"])[values]
+    chex.assert_axis_dimension(values, -1, size)
+    return dense(values, **params, dtype=dtype)
 
 
 def _bridge(params: Params, carry: Carry, dtype: str) -> Carry:
-    def join(layer: str) -> Any:
-        one, other = carry[layer]["forward"], carry[layer]["backward"]
-        both = {
-            name: jnp.concatenate([getattr(one, name), getattr(other, name)], axis=-1)
-            for name in one._fields
+    def join(name: str) -> Any:
+        forward, backward = carry[name]["forward"], carry[name]["backward"]
+        joined = jax.tree.map(
+            lambda *parts: jnp.concatenate(parts, axis=-1), forward, backward
+        )._asdict()
+        fields = {
+            field: jnp.tanh(dense(part, **params[name][field], dtype=dtype))
+            for field, part in joined.items()
         }
-        return type(one)(
-            **{
-                name: jnp.tanh(dense(part, **params[layer][name], dtype=dtype))
-                for name, part in both.items()
-            }
-        )
+        return type(forward)(**fields)
 
-    return {layer: {"forward": join(layer)} for layer in carry}
+    return {name: {"forward": join(name)} for name in carry}
 
 
 def _init_bridge(key: Key, config: Seq2SeqConfig) -> Params:
     H, like = config.hidden_size, recurrence.zero_carry(decoder_config(config), jnp.zeros((1, 1)))
-    parts = [(layer, name) for layer in like for name in like[layer]["forward"]._fields]
-    params: Params = {layer: {} for layer in like}
-    for (layer, name), part_key in zip(parts, jax.random.split(key, len(parts)), strict=True):
-        params[layer][name] = _init_affine(part_key, 2 * H, H)
+    paths = [(name, field) for name in like for field in like[name]["forward"]._fields]
+    params: Params = {name: {} for name in like}
+    for (name, field), part_key in zip(paths, jax.random.split(key, len(paths)), strict=True):
+        params[name][field] = layers.init_dense(part_key, 2 * H, H)
     return params
 
 
 def _init_embedding(key: Key, kind: str, size: int, embed_size: int) -> Params:
     if kind == "tokens":
         return {"embedding": jax.random.normal(key, (size, embed_size))}
-    return _init_affine(key, size, embed_size)
-
-
-def _init_affine(key: Key, input_size: int, output_size: int) -> Params:
-    return layers.init_dense(key, input_size, output_size)
+    return layers.init_dense(key, size, embed_size)
 
 
 def _split(key: Key | None, num: int) -> Any:

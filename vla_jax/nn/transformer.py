@@ -1,15 +1,16 @@
-"""A GPT-2 transformer over time: what came before is looked at again, nothing is carried.
+"""A GPT-2 transformer over time.
 
-`apply` runs a window, `step` one time step with a cache of keys and values. It takes vectors in
-place of words, so there is no word embedding; the rest is GPT-2: learned positions, norms before
-attention and MLP (ε = 10⁻⁵) and after the last layer, GELU by tanh. M attention heads have E
-features each, H = M·E.
+`apply` runs a window, `step` one time step with a cache of keys and values. The inputs are vectors,
+so there is no word embedding; the rest is GPT-2: learned positions, layer norms (ε = 10⁻⁵) before
+attention and MLP and after the last layer, GELU with the tanh approximation. M attention heads have
+E features each, H = M·E.
 
-- A step whose `mask` is False is seen by no other and gives zeros, and positions count real steps
-  alone, so that a window padded on the left or the right does what it does without the padding.
-- A step whose `reset` is True begins an episode: positions start at 0, and nothing before is seen.
+- A step whose `mask` is False is attended to by no other step and gives zeros. Positions count real
+  steps only, so that a padded window gives the same results as the window without its padding.
+- A step whose `reset` is True starts an episode: its position is 0, and it does not attend to
+  earlier steps.
 
-Norms, softmax and the sums of products are float32; `dtype` is that of the factors of products.
+Norms, softmax and the sums of products are float32; `dtype` applies to the factors of products.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ from vla_jax.types import Array, Key, Params
 
 
 class KeysValues(NamedTuple):
-    """What a layer's attention looks at."""
+    """Keys and values of one layer."""
 
     keys: Array  # [B, T, M, E] in the config's dtype
     values: Array  # [B, T, M, E] in the config's dtype
@@ -39,11 +40,11 @@ Cache = dict[str, KeysValues]  # by layer, named as in the params
 class TransformerConfig:
     """A stack of attention layers."""
 
-    num_layers: int = 8  # L, one on top of the other
+    num_layers: int = 8  # L, stacked layers
     num_heads: int = 8  # M, attention heads
-    hidden_size: int = 256  # H, features of a step between the layers; M divides it
-    num_positions: int = 16  # learned positions: steps of the longest window
-    dropout: float = 0.0  # probability, of GPT-2's three: embedding, attention, residual
+    hidden_size: int = 256  # H, features of a step; a multiple of num_heads
+    num_positions: int = 16  # learned positions, the longest window in steps
+    dropout: float = 0.0  # probability, at embedding, attention weights and residual branches
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the factors of matrix products
 
     def __post_init__(self):
@@ -66,15 +67,15 @@ class TransformerConfig:
 def init(key: Key, config: TransformerConfig) -> Params:
     """Returns `{"position_embedding", "layers_0": {...}, ..., "output_norm"}`.
 
-    Kernels and positions are drawn from N(0, 0.02²), those that write to the residual stream from
+    Kernels and positions are drawn from N(0, 0.02²), kernels that add to the residual stream from
     N(0, 0.02² / 2L); biases are 0, scales 1. `qkv` has queries, keys, values on its last axis.
 
     Args:
       key: consumed.
       config: sizes of the stack.
 
-    Source: Radford et al. 2019, GPT-2, section 2.3, as `GPT2PreTrainedModel._init_weights` of
-    Hugging Face's transformers has it.
+    Source: Radford et al. 2019, GPT-2, section 2.3, as in `GPT2PreTrainedModel._init_weights`
+    of Hugging Face's transformers.
     """
     position_key, *layer_keys = jax.random.split(key, config.num_layers + 1)
     shape = (config.num_positions, config.hidden_size)
@@ -94,7 +95,7 @@ def init_cache(config: TransformerConfig, batch_size: int, num_steps: int) -> Ca
     Args:
       config: sizes of the stack.
       batch_size: B.
-      num_steps: T, steps that it has room for, at most the config's positions.
+      num_steps: T, capacity in steps, at most `num_positions`.
     """
     shape = (batch_size, num_steps, config.num_heads, config.hidden_size // config.num_heads)
 
@@ -120,25 +121,25 @@ def apply(
 
     Args:
       params: from `init`.
-      config: the one that `init` was given.
+      config: the config given to `init`.
       inputs: x `[B, T, H]`.
       mask: `[B, T]`, True where the step is real; None means everywhere.
       reset: `[B, T]`, True where a new episode starts, on a masked step too; None means nowhere.
       key: consumed, for dropout; None means no dropout.
 
     Returns:
-      The cache, which `step` can go on from where all steps of a row are one episode and none
-      before the last real one is masked, and outputs `[B, T, H]`, float32.
+      The cache, and outputs `[B, T, H]`, float32. `step` can continue from the cache if each row
+      is one episode with masked steps at its end only.
 
     Raises:
       ValueError: T is larger than the number of positions.
 
-    Source: Radford et al. 2019, GPT-2, as Hugging Face's `GPT2Model` has it.
+    Source: Radford et al. 2019, GPT-2, as in Hugging Face's `GPT2Model`.
     """
     _check(config, inputs, mask, reset)
     real = jnp.ones(inputs.shape[:2], bool) if mask is None else jnp.asarray(mask)
     starts = jnp.zeros(inputs.shape[:2], bool) if reset is None else jnp.asarray(reset)
-    inputs = jnp.where(real[..., None], inputs, 0.0)  # a weight of 0 would not silence a NaN
+    inputs = jnp.where(real[..., None], inputs, 0.0)  # 0 · NaN is NaN
     position, visible = _positions(real, starts), _visible(real, starts)
     cache, outputs = _run(params, config, inputs, position, visible, key=key)
     return cache, jnp.where(real[..., None], outputs, 0.0)
@@ -149,12 +150,12 @@ def step(
 ) -> tuple[Cache, jax.Array]:
     """Returns the cache with one more step in it, and the output of that step, without dropout.
 
-    What the cache holds from `position` on is forgotten: position 0 is a new episode.
+    Entries of the cache at `position` and later are overwritten: position 0 starts an episode.
 
     Args:
       params: from `init`.
-      config: the one that `init` was given.
-      cache: `[B, T, M, E]`, that of the steps before.
+      config: the config given to `init`.
+      cache: leaves `[B, T, M, E]`, of the earlier steps.
       inputs: `[B, H]`.
       position: `[B]` int32, steps of this episode before this one, below T.
 
@@ -182,18 +183,18 @@ def _run(
     cache: Cache | None = None,
     key: Key | None = None,
 ) -> tuple[Cache, jax.Array]:
-    """Runs `inputs [B, T, H]` at `position [B, T]`; `visible [B, T, S]` of what each may see."""
+    """Runs `inputs [B, T, H]` at `position [B, T]`; `visible [B, T, T (key)]` is the mask."""
     embedded = inputs + jnp.take(params["position_embedding"], position, axis=0)
-    hidden, filled = dropout(_fold(key, 0), embedded, config.dropout), {}
+    hidden, new_cache = dropout(_fold(key, 0), embedded, config.dropout), {}
     for number, name in enumerate(_layers(config), start=1):
         layer, layer_key = params[name], _fold(key, number)
-        query, fresh = _project(layer, config, hidden)
-        filled[name] = fresh if cache is None else _write(cache[name], fresh, position)
-        attended = _attend(query, filled[name], visible, config, _fold(layer_key, 0))
+        query, entry = _project(layer, config, hidden)
+        new_cache[name] = entry if cache is None else _write(cache[name], entry, position)
+        attended = _attend(query, new_cache[name], visible, config, _fold(layer_key, 0))
         attended = _dense(layer["attention"]["output"], attended, config)
         hidden = hidden + dropout(_fold(layer_key, 1), attended, config.dropout)
         hidden = hidden + dropout(_fold(layer_key, 2), _mlp(layer, config, hidden), config.dropout)
-    return filled, _norm(params["output_norm"], hidden)
+    return new_cache, _norm(params["output_norm"], hidden)
 
 
 def _positions(real: jax.Array, starts: jax.Array) -> jax.Array:
@@ -203,13 +204,13 @@ def _positions(real: jax.Array, starts: jax.Array) -> jax.Array:
 
 
 def _visible(real: jax.Array, starts: jax.Array) -> jax.Array:
-    """Returns `[B, T, T]`, True where the step of the row may look at that of the column."""
+    """Returns the causal attention mask `[B, T (query), T (key)]`."""
     episode = jnp.cumsum(starts, axis=1)
-    same = episode[:, :, None] == episode[:, None, :]
-    time = jnp.arange(real.shape[1])
-    age = time[:, None] - time[None, :]
-    # Itself (age 0) even where masked: a softmax over nothing would be NaN.
-    return (same & (age > 0)[None] & real[:, None, :]) | (age == 0)[None]
+    is_same = episode[:, :, None] == episode[:, None, :]
+    index = jnp.arange(real.shape[1])
+    age = index[:, None] - index[None, :]
+    # A step attends to itself (age 0) even if masked, so that no row is empty.
+    return (is_same & (age > 0)[None] & real[:, None, :]) | (age == 0)[None]
 
 
 def _project(
@@ -222,16 +223,16 @@ def _project(
     return query, KeysValues(keys, values)
 
 
-def _write(cache: KeysValues, fresh: KeysValues, position: jax.Array) -> KeysValues:
-    """Returns the cache with those of the step at `position [B, 1]`, and zeros after it."""
+def _write(cache: KeysValues, entry: KeysValues, position: jax.Array) -> KeysValues:
+    """Returns the cache with the entry of one step at `position [B, 1]`, and zeros after it."""
     rows = jnp.arange(position.shape[0])[:, None]
-    kept = jnp.arange(cache.keys.shape[1])[None] < position
+    is_earlier = jnp.arange(cache.keys.shape[1])[None] < position
 
     def write(old: jax.Array, new: jax.Array) -> jax.Array:
-        # A weight of 0 would not silence a NaN that an earlier episode has left.
-        return jnp.where(kept[..., None, None], old, 0).at[rows, position].set(new)
+        # A NaN left by an earlier episode must not be multiplied by a weight of 0.
+        return jnp.where(is_earlier[..., None, None], old, 0).at[rows, position].set(new)
 
-    return jax.tree.map(write, cache, fresh)
+    return jax.tree.map(write, cache, entry)
 
 
 def _attend(
@@ -241,7 +242,7 @@ def _attend(
     config: TransformerConfig,
     key: Key | None,
 ) -> jax.Array:
-    """Returns `[B, T, H]`, the values that are seen, weighted."""
+    """Returns the attention outputs `[B, T, H]`, the heads concatenated."""
     sum32 = {"preferred_element_type": jnp.float32}
     scores = jnp.einsum("btme,bsme->bmts", query, cache.keys, **sum32)
     scores = scores / math.sqrt(query.shape[-1])
@@ -252,8 +253,8 @@ def _attend(
 
 
 def _mlp(params: Params, config: TransformerConfig, hidden: jax.Array) -> jax.Array:
-    widened = _dense(params["mlp"]["layers_0"], _norm(params["mlp_norm"], hidden), config)
-    return _dense(params["mlp"]["layers_1"], jax.nn.gelu(widened, approximate=True), config)
+    expanded = _dense(params["mlp"]["layers_0"], _norm(params["mlp_norm"], hidden), config)
+    return _dense(params["mlp"]["layers_1"], jax.nn.gelu(expanded, approximate=True), config)
 
 
 def _norm(params: Params, hidden: jax.Array) -> jax.Array:
@@ -266,7 +267,7 @@ def _dense(params: Params, inputs: jax.Array, config: TransformerConfig) -> jax.
 
 def _init_layer(key: Key, config: TransformerConfig) -> Params:
     size, residual = config.hidden_size, 0.02 / math.sqrt(2 * config.num_layers)
-    qkv_key, output_key, widen_key, narrow_key = jax.random.split(key, 4)
+    qkv_key, output_key, expand_key, reduce_key = jax.random.split(key, 4)
     return {
         "attention_norm": _init_norm(size),
         "attention": {
@@ -275,8 +276,8 @@ def _init_layer(key: Key, config: TransformerConfig) -> Params:
         },
         "mlp_norm": _init_norm(size),
         "mlp": {
-            "layers_0": _init_dense(widen_key, (size, 4 * size), 0.02),
-            "layers_1": _init_dense(narrow_key, (4 * size, size), residual),
+            "layers_0": _init_dense(expand_key, (size, 4 * size), 0.02),
+            "layers_1": _init_dense(reduce_key, (4 * size, size), residual),
         },
     }
 

@@ -6,7 +6,7 @@ from typing import Literal, cast, get_args
 from vla_jax.actions import bins
 from vla_jax.config import did_you_mean
 from vla_jax.nn.cells import CELLS, CellName
-from vla_jax.nn.pooling import Pooling
+from vla_jax.nn.pooling import POOLINGS, Pooling
 from vla_jax.nn.recurrence import Implementation, RecurrenceConfig
 from vla_jax.nn.seq2seq import AnyScore, Seq2SeqConfig
 from vla_jax.nn.transformer import TransformerConfig
@@ -120,13 +120,13 @@ def writer_config(config: DecoderConfig) -> Seq2SeqConfig:
 
 def pooled_size(config: DecoderConfig) -> int:
     """Returns D', the features that `pool` leaves of a step."""
-    num_vectors = config.num_tokens if config.pooling == "none" else config.num_latents
+    num_vectors = POOLINGS[config.pooling].num_vectors(config.num_tokens, config.num_latents)
     return num_vectors * config.token_dim
 
 
 def least_tokens(config: DecoderConfig) -> int:
-    """Returns the fewest tokens that can be shared out to `num_latents` bins."""
-    return config.num_latents if config.pooling in ("max", "mean") else 1
+    """Returns the smallest number of tokens that can be pooled to `num_latents` vectors."""
+    return POOLINGS[config.pooling].min_tokens(config.num_latents)
 
 
 def _check_trunk(config: DecoderConfig) -> None:

@@ -56,10 +56,8 @@ def init(key: Key, config: DecoderConfig) -> Params:
         **TRUNKS[config.kind].init(trunk_key, config),
         "heads": _init_heads(heads_key, config),
     }
-    if config.pooling == "attention":
-        shape = (config.num_latents, config.token_dim)
-        params["pooling"] = {"queries": jax.random.normal(pooling_key, shape)}
-    return params
+    pooling_params = pooling.init(pooling_key, config.pooling, config.num_latents, config.token_dim)
+    return {**params, "pooling": pooling_params} if pooling_params else params
 
 
 def apply(
@@ -211,10 +209,9 @@ def features(
 def pool(
     params: Params, config: DecoderConfig, tokens: Array, *, token_mask: Array | None = None
 ) -> jax.Array:
-    """Returns one vector `[..., D']` per step, of `tokens [..., N, D]`; see `pooling.pool`."""
-    queries = params["pooling"]["queries"] if config.pooling == "attention" else None
-    return pooling.pool(
-        tokens, config.pooling, config.num_latents, mask=token_mask, queries=queries
+    """Returns one vector `[..., D']` per step, of `tokens [..., N, D]`; see `pooling.apply`."""
+    return pooling.apply(
+        params.get("pooling", {}), config.pooling, tokens, config.num_latents, mask=token_mask
     )
 
 
