@@ -1,4 +1,4 @@
-"""The encoder-decoder as a policy: by hand, and the laws of a window."""
+"""The autoregressive head against NumPy by hand, and the laws of a window."""
 
 import dataclasses
 
@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from vla_jax.policies import autoregressive_head, decoders
-from vla_jax.policies.autoregressive_head import Told
-from vla_jax.policies.decoders import DecoderConfig
+from vla_jax.policies.decoder_config import DecoderConfig
+from vla_jax.policies.head import TeacherForcing
 from vla_jax.training import losses
 
 B, W, N, D, K, H, A = 3, 6, 2, 3, 3, 5, 4
@@ -42,8 +42,8 @@ def setup(config=CONFIG):
     return decoders.init(jax.random.key(0), config), draw(0, B, W, N, D)
 
 
-def told(action, rate=None):
-    return Told(action, np.ones(action.shape[:3], bool), rate)
+def teacher_forcing(action, rate=None):
+    return TeacherForcing(action, np.ones(action.shape[:3], bool), rate)
 
 
 def draw_action(seed=1):
@@ -67,8 +67,8 @@ def affine(p, inputs):
     return inputs @ np.asarray(p["kernel"], np.float64) + np.asarray(p["bias"], np.float64)
 
 
-def write_by_hand(p, feature, seen):
-    """Outputs `[K, A]` of a plain RNN at one step, that looks at `seen [S, H]`."""
+def decode_by_hand(p, feature, seen):
+    """Outputs `[K, A]` of a plain RNN at one step, that attends to `seen [S, H]`."""
     cell = {name: np.asarray(leaf, np.float64) for name, leaf in p["decoder"].items()}
     hidden, inputs = np.tanh(affine(p["bridge"]["hidden"], feature)), np.asarray(p["start"])
     outputs = []
@@ -85,61 +85,63 @@ def write_by_hand(p, feature, seen):
     return np.array(outputs)
 
 
-def test_each_step_writes_what_the_equations_say_from_its_own_past():
+def test_every_step_follows_the_equations_over_its_own_past():
     config = dataclasses.replace(CONFIG, kind="rnn")
     params, tokens = setup(config)
     reset, mask = np.zeros((B, W), bool), np.ones((B, W), bool)
     reset[1, 2], mask[2, :2] = True, False
     flags = {"timestep_mask": mask, "reset": reset}
     chunk = apply(params, config, tokens, **flags)
-    _, features = decoders.features(params, config, tokens, **flags)
+    _, features = decoders.run_trunk(params, config, tokens, **flags)
     p = {**params["heads"], "decoder": params["heads"]["decoder"]["layers_0"]["forward"]}
     for row, first in enumerate((0, 2, 2)):  # first step of the last episode that is real
         for t in range(first, W):
             seen = np.asarray(features[row, max(first, t - 3) : t + 1], np.float64)
-            outputs = write_by_hand(p, seen[-1], seen)
+            outputs = decode_by_hand(p, seen[-1], seen)
             assert_close(chunk.arm[row, t], np.tanh(outputs[:, :-1]))
             assert_close(chunk.gripper_logit[row, t], outputs[:, -1])
 
 
-def test_the_next_action_is_told_the_gripper_as_it_is_sent():
-    sent = autoregressive_head.sent(np.float32([[0.5, -2.0, 0.3], [0.0, 1.0, -0.3]]))
+def test_the_gripper_is_fed_back_as_it_is_sent():
+    sent = autoregressive_head.to_actions(np.float32([[0.5, -2.0, 0.3], [0.0, 1.0, -0.3]]))
     assert_close(sent, [[np.tanh(0.5), np.tanh(-2.0), 1.0], [0.0, np.tanh(1.0), -1.0]])
 
 
-# --- being told -------------------------------------------------------------------------------
+# --- teacher forcing --------------------------------------------------------------------------
 
 
 @each_config
-def test_told_its_own_actions_a_writer_does_what_it_does_alone(config):
+def test_teacher_forcing_with_its_own_actions_is_free_running(config):
     params, tokens = setup(config)
     alone = apply(params, config, tokens)
     own = np.concatenate([alone.arm, np.sign(alone.gripper_logit)[..., None]], axis=-1)
-    assert_close(apply(params, config, tokens, told=told(own)), alone)
+    assert_close(apply(params, config, tokens, targets=teacher_forcing(own)), alone)
 
 
-def test_an_action_depends_on_the_told_ones_before_it_alone():
+def test_an_action_depends_on_previous_targets_only():
     params, tokens = setup()
     action = draw_action()
     other = action.copy()
     other[:, :, 1] *= -1
-    one, two = (apply(params, CONFIG, tokens, told=told(x)).arm for x in (action, other))
+    one, two = (
+        apply(params, CONFIG, tokens, targets=teacher_forcing(x)).arm for x in (action, other)
+    )
     assert_close(one[:, :, :2], two[:, :, :2], 0)
     assert np.abs(one[:, :, 2] - two[:, :, 2]).max() > 1e-3
 
 
 @pytest.mark.parametrize("rate", [0.0, 1.0])
-def test_a_rate_of_0_is_alone_and_of_1_is_told(rate, key):
+def test_a_rate_of_0_is_free_running_and_of_1_is_teacher_forcing(rate, key):
     params, tokens = setup()
     action = draw_action()
-    sampled = apply(params, CONFIG, tokens, told=told(action, rate), key=key)
-    whole = told(action) if rate else None
-    assert_close(sampled, apply(params, CONFIG, tokens, told=whole))
+    sampled = apply(params, CONFIG, tokens, targets=teacher_forcing(action, rate), key=key)
+    whole = teacher_forcing(action) if rate else None
+    assert_close(sampled, apply(params, CONFIG, tokens, targets=whole))
 
 
 @pytest.mark.parametrize("rate", [None, 0.5])
 @each_config
-def test_every_param_learns_and_stays_finite_whatever_the_unreal_actions_are(config, rate, key):
+def test_every_param_learns_and_stays_finite_whatever_masked_targets_hold(config, rate, key):
     config = dataclasses.replace(config, pooling="none")
     params, tokens = setup(config)
     action, mask = draw_action(), np.ones((B, W, K), bool)
@@ -147,8 +149,8 @@ def test_every_param_learns_and_stays_finite_whatever_the_unreal_actions_are(con
     action[~mask] = np.nan
 
     def loss_fn(params):
-        known = Told(action, mask, rate)
-        chunk = decoders.apply(params, config, tokens, told=known, key=key)
+        known = TeacherForcing(action, mask, rate)
+        chunk = decoders.apply(params, config, tokens, targets=known, key=key)
         return losses.action_loss(chunk, action, mask)[0]
 
     gradient = jax.jit(jax.grad(loss_fn))(params)
@@ -174,34 +176,35 @@ def test_a_later_frame_changes_nothing_earlier():
     params, tokens = setup()
     other = tokens.copy()
     other[:, 3] *= -1
-    one, two = (apply(params, CONFIG, x, told=told(draw_action())) for x in (tokens, other))
+    one, two = (
+        apply(params, CONFIG, x, targets=teacher_forcing(draw_action())) for x in (tokens, other)
+    )
     assert_close(at(slice(3), one), at(slice(3), two), 0)
     assert (np.abs(one.arm - two.arm).max(axis=(0, 2, 3))[3:] > 1e-4).all()
 
 
-def looked(features, seen, visible, **options):
-    params, config = setup()[0], decoders.writer_config(CONFIG)
-    return autoregressive_head.apply(params["heads"], config, features, seen, visible, K, **options)
+def decode(features, source, visible):
+    return autoregressive_head.decode(setup()[0]["heads"], CONFIG, features, source, visible)
 
 
 def test_weights_sum_to_1_over_what_is_visible_and_what_is_not_may_be_nan():
     visible = np.random.default_rng(0).random((B, 2, W)) < 0.5
     visible[0, 0], visible[:, 1, 0] = False, True
     seen, features = draw(1, B, W, H), draw(2, B, 2, H)
-    chunk, weights = looked(features, seen, visible)
+    chunk, weights = decode(features, seen, visible)
     assert weights.shape == (B, 2, K, W)
     assert_close(weights.sum(axis=-1), np.tile(visible.any(axis=-1)[..., None], K).astype(float))
     assert not weights[np.broadcast_to(~visible[:, :, None], weights.shape)].any()
     unseen = ~visible.any(axis=1)
     assert unseen.any()
     dirty = np.where(unseen[..., None], np.nan, seen)
-    assert_close(looked(features, dirty, visible)[0], chunk)
+    assert_close(decode(features, dirty, visible)[0], chunk)
 
 
-def test_an_action_is_found_in_a_step_that_only_attention_reaches():
+def test_attention_reaches_features_of_other_steps():
     """The step's own features, and so the first carry, stay as they are."""
     seen, features, visible = draw(1, B, W, H), draw(2, B, 2, H), np.ones((B, 2, W), bool)
-    one, two = (looked(features, x, visible)[0].arm for x in (seen, -seen))
+    one, two = (decode(features, x, visible)[0].arm for x in (seen, -seen))
     assert np.abs(one - two).max() > 1e-2
     params = decoders.init(jax.random.key(0), CONFIGS["rnn-none"])["heads"]
     assert not {"attention", "combine"} & params.keys()
@@ -224,10 +227,10 @@ def test_vmap_and_no_jit_change_nothing_and_bfloat16_little():
 def test_dropout_needs_a_key(key):
     params, tokens = setup()
     config = dataclasses.replace(CONFIG, dropout=0.5)
-    for known in (None, told(draw_action())):
-        plain = apply(params, CONFIG, tokens, told=known)
-        assert_close(apply(params, config, tokens, told=known), plain, 0)
-        dropped = apply(params, config, tokens, told=known, key=key)
+    for known in (None, teacher_forcing(draw_action())):
+        plain = apply(params, CONFIG, tokens, targets=known)
+        assert_close(apply(params, config, tokens, targets=known), plain, 0)
+        dropped = apply(params, config, tokens, targets=known, key=key)
         assert np.abs(dropped.arm - plain.arm).max() > 1e-4
 
 
@@ -247,20 +250,20 @@ def test_a_wrong_config_is_one_sentence(fields, sentence):
         dataclasses.replace(CONFIG, **fields)
 
 
-def test_another_head_is_not_told_in_vain(key):
+def test_targets_for_another_head_are_refused(key):
     config = dataclasses.replace(CONFIG, head="continuous", head_sizes=(4,))
     params = decoders.init(key, config)
-    with pytest.raises(ValueError, match=r"told must be None for head 'cont.* got actions"):
-        decoders.apply(params, config, draw(0, B, W, N, D), told=told(draw_action()))
+    with pytest.raises(ValueError, match=r"targets must be None for head 'cont.* got actions"):
+        decoders.apply(params, config, draw(0, B, W, N, D), targets=teacher_forcing(draw_action()))
 
 
 def test_a_rate_without_a_key_is_one_sentence():
     params, tokens = setup()
-    with pytest.raises(ValueError, match=r"key must be given where told.rate is, got None"):
-        decoders.apply(params, CONFIG, tokens, told=told(draw_action(), 0.5))
+    with pytest.raises(ValueError, match=r"key must be given with targets.rate, got None"):
+        decoders.apply(params, CONFIG, tokens, targets=teacher_forcing(draw_action(), 0.5))
 
 
-def test_a_chunk_of_another_length_is_refused_at_the_door():
+def test_targets_of_another_length_are_refused():
     params, tokens = setup()
     with pytest.raises(AssertionError, match="assert_axis_dimension"):
-        decoders.apply(params, CONFIG, tokens, told=told(draw_action()[:, :, 1:]))
+        decoders.apply(params, CONFIG, tokens, targets=teacher_forcing(draw_action()[:, :, 1:]))

@@ -16,7 +16,7 @@ from robovlms_heads import assert_same, robovlms_head
 from vla_jax import config, convert
 from vla_jax.convert import TensorFile
 from vla_jax.convert.__main__ import main
-from vla_jax.policies import decoders
+from vla_jax.policies.decoder_config import DecoderConfig
 from vla_jax.training import checkpoint
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -71,7 +71,7 @@ def test_the_folder_is_a_decoder_with_its_params_and_a_report(tmp_path):
     torch.save({"state_dict": content, "epoch": 3}, tmp_path / "a.ckpt")
     main([str(tmp_path / "a.ckpt"), str(folder), "--window-size", "6"])
     decoder, params = convert.read_params(folder)
-    assert decoder == config.load(decoders.DecoderConfig, folder / "decoder.json")
+    assert decoder == config.load(DecoderConfig, folder / "decoder.json")
     assert decoder.window_size == 6
     expected = convert.to_robovlms(*convert.from_robovlms(tensors))
     assert_same(convert.to_robovlms(decoder, params), expected)

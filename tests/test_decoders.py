@@ -16,9 +16,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from vla_jax import convert
-from vla_jax.policies import decoders, streaming
-from vla_jax.policies.decoder_config import DecoderConfig, Kind
-from vla_jax.policies.streaming import Mode
+from vla_jax.policies import decoders, gpt_trunk, trunks
+from vla_jax.policies.decoder_config import DecoderConfig
+from vla_jax.policies.decoder_fields import pooled_size
+from vla_jax.policies.trunk import Mode
 from vla_jax.training import losses
 from vla_jax.types import BinChunk
 
@@ -34,7 +35,7 @@ SMALL = DecoderConfig(
     head_sizes=(8,),
 )
 POOLINGS = ("max", "mean", "attention", "none")
-KINDS = get_args(Kind)
+KINDS = trunks.names()
 
 apply = jax.jit(decoders.apply, static_argnames="config")
 
@@ -120,8 +121,8 @@ def test_streaming_is_robovlms_in_refresh_far_past_the_window_else_up_to_its_end
 ):
     config, params, stored = read_golden(golden / f"{name}.safetensors")
     tokens = stored["in.stream_tokens"]
-    step = jax.jit(streaming.step, static_argnames="config")
-    state = streaming.init(params, config, tokens.shape[0], mode=mode)
+    step = jax.jit(decoders.step, static_argnames="config")
+    state = decoders.init_stream(params, config, tokens.shape[0], mode=mode)
     assert tokens.shape[1] > 2 * config.window_size
     for t in range(tokens.shape[1] if mode == "refresh" else config.window_size):
         state, chunk = step(params, config, state, tokens[:, t])
@@ -152,7 +153,7 @@ def test_bins_are_those_of_adaptive_pooling(num_tokens, num_latents, bins):
         config = configured(num_tokens=num_tokens, num_latents=num_latents, pooling=pooling)
         expected = np.concatenate([reduce(tokens[..., b, :], axis=-2) for b in bins], axis=-1)
         pooled = decoders.pool({}, config, tokens)
-        assert pooled.shape[-1] == decoders.pooled_size(config)
+        assert pooled.shape[-1] == pooled_size(config)
         assert_close(pooled, expected)
 
 
@@ -224,7 +225,7 @@ def test_a_padded_window_is_a_cut_one_and_an_action_comes_out_everywhere(kind, p
     assert chunk.gripper_logit.shape == (B, W, K)
     cut = apply(params, config, tokens[:, 2:])
     assert_close(jax.tree.map(lambda leaf: leaf[:, 2:], chunk), cut)
-    _, features = decoders.features(params, config, tokens, timestep_mask=mask)
+    _, features = decoders.run_trunk(params, config, tokens, timestep_mask=mask)
     assert features.shape == (B, W, H)
     assert not features[:, :2].any()
 
@@ -270,9 +271,9 @@ def test_only_a_decoder_with_memory_depends_on_earlier_frames(kind, key):
 def test_features_go_on_from_the_carry_of_the_window_before(kind, key):
     config = configured(kind=kind)
     params, tokens = decoders.init(key, config), draw(0, B, 6, N, D)
-    _, whole = decoders.features(params, config, tokens)
-    carry, first = decoders.features(params, config, tokens[:, :3])
-    _, second = decoders.features(params, config, tokens[:, 3:], carry=carry)
+    _, whole = decoders.run_trunk(params, config, tokens)
+    carry, first = decoders.run_trunk(params, config, tokens[:, :3])
+    _, second = decoders.run_trunk(params, config, tokens[:, 3:], carry=carry)
     assert_close(np.concatenate([first, second], axis=1), whole)
 
 
@@ -321,15 +322,15 @@ def test_dropout_needs_a_key(kind, key):
 def test_a_gpt_projects_what_is_not_of_its_size(num_latents, key):
     """D' = 3 features of a pooled step meet H = 6, which are 2 latents of them."""
     config = configured(kind="gpt", num_latents=num_latents)
-    params, pooled = decoders.init(key, config), draw(0, B, W, decoders.pooled_size(config))
-    projected = decoders.project(params, config, pooled)
-    if decoders.pooled_size(config) == H:
+    params, pooled = decoders.init(key, config), draw(0, B, W, pooled_size(config))
+    projected = gpt_trunk.project(params, config, pooled)
+    if pooled_size(config) == H:
         assert "projection" not in params
         assert_close(projected, pooled, 0)
     else:
         kernel = np.asarray(params["projection"]["kernel"], np.float64)
         params["projection"]["bias"] = draw(1, H)
-        projected = decoders.project(params, config, pooled)
+        projected = gpt_trunk.project(params, config, pooled)
         assert_close(projected, pooled @ kernel + draw(1, H))
 
 
@@ -366,11 +367,11 @@ def test_masks_of_another_size_are_refused_at_the_door(wrong, kind, key):
 def test_a_carry_for_a_gpt_is_one_sentence(key):
     config, tokens = configured(kind="gpt"), draw(0, B, W, N, D)
     params = decoders.init(key, config)
-    carry, _ = decoders.features(params, config, tokens)
+    carry, _ = decoders.run_trunk(params, config, tokens)
     with pytest.raises(
         ValueError, match=r"carry must be None for a decoder of kind 'gpt', .* dict"
     ):
-        decoders.features(params, config, tokens, carry=carry)
+        decoders.run_trunk(params, config, tokens, carry=carry)
 
 
 def test_a_window_longer_than_the_positions_of_a_gpt_is_one_sentence(key):

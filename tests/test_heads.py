@@ -1,13 +1,22 @@
 """Heads against NumPy by hand."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vla_jax.policies import heads
+from vla_jax.policies import continuous_head, discrete_head, heads
+from vla_jax.policies.decoder_config import DecoderConfig
 from vla_jax.types import ActionChunk, BinChunk
 
 H, K, A = 5, 3, 4
+
+
+def configured(head="continuous", **fields):
+    return DecoderConfig(
+        hidden_size=H, action_horizon=K, action_dim=A, head_sizes=(8,), head=head, **fields
+    )
 
 
 def features():
@@ -23,8 +32,9 @@ def mlp_by_hand(params, x):
 
 
 def test_the_arm_is_chunk_major_and_bounded_and_the_gripper_is_a_logit(key):
-    params = heads.init(key, H, K, A, (8,))
-    chunk = heads.apply(params, 10 * features(), K)
+    config = configured()
+    params = continuous_head.init(key, config)
+    chunk = continuous_head.apply(params, config, 10 * features())
     arm = np.tanh(mlp_by_hand(params["arm"], 10 * features()))
     assert chunk.arm.shape == (2, 6, K, A - 1)
     np.testing.assert_allclose(chunk.arm[..., 1, 2], arm[..., 1 * (A - 1) + 2], atol=1e-5)
@@ -35,15 +45,16 @@ def test_the_arm_is_chunk_major_and_bounded_and_the_gripper_is_a_logit(key):
 
 
 def test_logits_are_chunk_major_then_by_action_dim_then_by_bin(key):
-    params = heads.init(key, H, K, A, (8,), num_bins=5)
-    prediction = heads.apply(params, features(), K, num_bins=5)
+    config = configured("discrete", num_bins=5)
+    params = discrete_head.init(key, config)
+    prediction = discrete_head.apply(params, config, features())
     expected = mlp_by_hand(params["bins"], features()).reshape(2, 6, K, A, 5)
     assert isinstance(prediction, BinChunk)
     np.testing.assert_allclose(prediction.logits, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(("num_bins", "middle"), [(3, []), (16, [7]), (5, [])])
-def test_the_likeliest_bin_moves_the_arm_and_the_balance_of_bins_the_gripper(num_bins, middle):
+def test_the_most_probable_bin_gives_the_arm_and_the_sides_of_0_the_gripper(num_bins, middle):
     logits = np.random.default_rng(0).normal(size=(50, K, A, num_bins)).astype(np.float32)
     chunk = heads.actions(BinChunk(logits))
     edges = np.linspace(-1, 1, num_bins)
@@ -63,17 +74,18 @@ def test_a_certain_gripper_has_a_finite_logit():
 
 
 def test_actions_of_numbers_are_the_numbers(key):
-    chunk = heads.apply(heads.init(key, H, K, A, (8,)), features(), K)
+    chunk = continuous_head.apply(continuous_head.init(key, configured()), configured(), features())
     assert heads.actions(chunk) is chunk
     assert isinstance(chunk, ActionChunk)
 
 
-@pytest.mark.parametrize("num_bins", [None, 5])
-def test_bfloat16_products_give_float32_predictions(num_bins, key):
-    params = heads.init(key, H, K, A, (8,), num_bins=num_bins)
+@pytest.mark.parametrize("name", ["continuous", "discrete"])
+def test_bfloat16_products_give_float32_predictions(name, key):
+    config, head = configured(name, num_bins=5), heads.HEADS[name]
+    params = head.init(key, config)
     half, full = (
-        heads.apply(params, features(), K, num_bins=num_bins, dtype=d)
-        for d in ("bfloat16", "float32")
+        head.apply(params, dataclasses.replace(config, dtype=dtype), features())
+        for dtype in ("bfloat16", "float32")
     )
     for one, other in zip(half, full, strict=True):
         assert one.dtype == jnp.float32

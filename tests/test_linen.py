@@ -10,9 +10,9 @@ from flax import nnx
 
 from vla_jax.nn import cells, recurrence
 from vla_jax.nn.recurrence import RecurrenceConfig
-from vla_jax.policies import decoders, linen, streaming
-from vla_jax.policies.autoregressive_head import Told
-from vla_jax.policies.decoders import DecoderConfig
+from vla_jax.policies import decoders, linen
+from vla_jax.policies.decoder_config import DecoderConfig
+from vla_jax.policies.head import TeacherForcing
 
 B, T, D, H, N = 3, 6, 4, 5, 2
 LENGTHS = np.array([6, 2, 4])
@@ -156,25 +156,25 @@ def test_the_decoder_is_the_pure_one(config, key):
     assert_close(chunk, decoders.apply(params, config, tokens, **given))
 
 
-def test_the_decoder_is_told_what_the_pure_one_is_told(key):
+def test_the_decoder_takes_targets_as_the_pure_one_does(key):
     config, tokens = DECODERS["encoder-decoder"], draw(0, B, T, N, D)
-    told = Told(np.tanh(draw(1, B, T, 2, 7)), np.ones((B, T, 2), bool))
+    targets = TeacherForcing(np.tanh(draw(1, B, T, 2, 7)), np.ones((B, T, 2), bool))
     params = decoders.init(key, config)
-    chunk = linen.Decoder(config).apply({"params": params}, tokens, told=told)
-    assert_close(chunk, decoders.apply(params, config, tokens, told=told))
+    chunk = linen.Decoder(config).apply({"params": params}, tokens, targets=targets)
+    assert_close(chunk, decoders.apply(params, config, tokens, targets=targets))
 
 
 @each_decoder
 def test_the_decoder_streams(config, key):
     module, tokens = linen.Decoder(config), draw(0, B, T, N, D)
     variables = module.init(key, tokens)
-    state = streaming.init(variables["params"], config, B, mode="periodic")
+    state = decoders.init_stream(variables["params"], config, B, mode="periodic")
     assert_same_tree(variables, module.init(key, state, tokens[:, 0], method="step"))
     expected_state, reset = state, np.array([True, False, False])
     for t in range(2):
         given = {"token_mask": np.array([[True, False]] * B), "reset": reset}
         state, chunk = module.apply(variables, state, tokens[:, t], **given, method="step")
-        expected_state, expected = streaming.step(
+        expected_state, expected = decoders.step(
             variables["params"], config, expected_state, tokens[:, t], **given
         )
         assert_close((state, chunk), (expected_state, expected))
@@ -253,9 +253,9 @@ def test_the_documented_bridge_to_nnx_runs(config, key):
     params = decoders.init(key, config)
     nnx.update(decoder, params)
     assert_close(decoder(tokens), decoders.apply(params, config, tokens))
-    state = streaming.init(params, config, B)
+    state = decoders.init_stream(params, config, B)
     assert_close(
-        decoder.step(state, tokens[:, 0]), streaming.step(params, config, state, tokens[:, 0])
+        decoder.step(state, tokens[:, 0]), decoders.step(params, config, state, tokens[:, 0])
     )
     gradients = nnx.grad(lambda model: model(tokens).arm.sum())(decoder)
     expected = jax.grad(lambda params: decoders.apply(params, config, tokens).arm.sum())(params)

@@ -16,7 +16,7 @@ from vla_jax import convert
 from vla_jax.command_line import command_line
 from vla_jax.convert.__main__ import main
 from vla_jax.policies import decoders
-from vla_jax.policies.decoders import DecoderConfig
+from vla_jax.policies.decoder_config import DecoderConfig
 from vla_jax.training.auxiliary import AuxiliaryConfig
 from vla_jax.training.loss_terms import LossWeights
 from vla_jax.training.optim import OptimConfig

@@ -6,6 +6,7 @@ from vla_jax.data.dataset import Episode, from_episodes
 from vla_jax.data.packing import Packed, pack
 from vla_jax.data.windows import WindowConfig, Windows
 from vla_jax.policies import decoders
+from vla_jax.policies.decoder_config import DecoderConfig
 
 W, K = 8, 3
 LENGTHS = (3, 8, 5, 2, 11, 1, 4)
@@ -59,7 +60,7 @@ def test_the_instruction_is_visible_at_the_first_step_of_an_episode_alone(window
 
 @pytest.mark.parametrize("kind", ["lstm", "gpt"])
 def test_an_episode_in_a_shared_row_decodes_as_in_a_window_of_its_own(kind, windows, key):
-    config = decoders.DecoderConfig(
+    config = DecoderConfig(
         kind=kind, token_dim=4, num_tokens=2, window_size=W, action_horizon=K,
         hidden_size=8, num_layers=1, head_sizes=(8,),
     )  # fmt: skip

@@ -10,7 +10,7 @@ import pytest
 from vla_jax.backbones.perceiver import PerceiverConfig
 from vla_jax.backbones.state import StateConfig
 from vla_jax.policies import decoders, policy
-from vla_jax.policies.decoders import DecoderConfig
+from vla_jax.policies.decoder_config import DecoderConfig
 from vla_jax.policies.policy import PolicyConfig
 from vla_jax.training import optim
 from vla_jax.training.update import init_train_state, make_update
@@ -89,7 +89,8 @@ def test_streamed_is_windowed_from_observations_on(name, decoder):
 def test_tokens_that_were_encoded_before_give_the_same_chunks(name):
     config, observation = CONFIGS[name], at(observe(name), slice(W))
     tokens = policy.encode(params(name), config, observation)
-    assert tokens.shape == (B, W, config.backbone.num_tokens, 8)
+    assert tokens.tokens.shape == (B, W, config.backbone.num_tokens, 8)
+    assert tokens.mask.shape == (B, W, config.backbone.num_tokens)
     blind = Observation()
     assert_close(
         apply(params(name), config, blind, tokens=tokens), apply(params(name), config, observation)
@@ -97,12 +98,13 @@ def test_tokens_that_were_encoded_before_give_the_same_chunks(name):
 
 
 @each
-def test_features_are_what_lies_between_tokens_and_chunks(name):
+def test_outputs_are_tokens_features_and_the_prediction(name):
     config, observation = CONFIGS[name], at(observe(name), slice(W))
-    tokens, features = policy.features(params(name), config, observation)
-    assert_close(tokens, policy.encode(params(name), config, observation))
-    assert features.shape == (B, W, DECODER.hidden_size)
-    chunk = decoders.predict(params(name)["decoder"], config.decoder, features)
+    outputs = policy.outputs(params(name), config, observation)
+    assert_close(outputs.tokens, policy.encode(params(name), config, observation))
+    assert outputs.features.shape == (B, W, DECODER.hidden_size)
+    chunk = decoders.predict(params(name)["decoder"], config.decoder, outputs.features)
+    assert_close(chunk, outputs.prediction)
     assert_close(chunk, apply(params(name), config, observation))
 
 

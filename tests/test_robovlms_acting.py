@@ -18,7 +18,7 @@ from vla_jax.data import normalize
 from vla_jax.data.normalize import NormalizeConfig
 from vla_jax.data.windows import ALWAYS
 from vla_jax.policies import policy as policies
-from vla_jax.policies.decoders import DecoderConfig
+from vla_jax.policies.decoder_config import DecoderConfig
 from vla_jax.types import Observation
 
 B, T, W, K = 2, 40, 4, 3

@@ -37,7 +37,7 @@ def test_a_round_trip_is_the_identity_and_sizes_are_inferred(kind, latent, layer
     theirs = robovlms_head(kind, layers=layers, latent=latent, chunk=chunk, hidden=hidden)
     config, params = convert.from_robovlms(theirs, window_size=5, num_latents=latent, num_heads=2)
     assert_same(convert.to_robovlms(config, params), sort(theirs))
-    expected = decoders.DecoderConfig(
+    expected = DecoderConfig(
         kind=kind,
         token_dim=6,
         num_tokens=0,

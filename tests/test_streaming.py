@@ -1,7 +1,6 @@
 """Law 1: streamed = windowed, over every kind of decoder and every mode, far past the window."""
 
 import dataclasses
-from typing import get_args
 
 import chex
 import jax
@@ -11,14 +10,14 @@ import pytest
 from vla_jax.nn import matmul
 from vla_jax.nn.cells import CELLS
 from vla_jax.nn.matmul import Transposed
-from vla_jax.policies import decoders, heads, streaming
-from vla_jax.policies.decoder_config import DecoderConfig, Kind
+from vla_jax.policies import decoders, heads, trunks
+from vla_jax.policies.decoder_config import DecoderConfig
 
 B, T, W, N, D, K = 3, 14, 4, 2, 3, 2
 STARTS = ([0], [0, 5], [0, 3, 4, 12])  # frames at which the episodes of each robot start
 
-WRITER = "encoder_decoder"  # an LSTM, and a head that looks back at what it gave
-KINDS = (*get_args(Kind), WRITER)
+AUTOREGRESSIVE = "autoregressive"  # an LSTM with the autoregressive head
+KINDS = (*trunks.names(), AUTOREGRESSIVE)
 MODES = ("refresh", "periodic", "persistent")
 
 KINDS_AND_MODES = [
@@ -30,7 +29,7 @@ each_kind_and_mode = pytest.mark.parametrize(("kind", "mode"), KINDS_AND_MODES)
 
 
 def configured(kind, head="continuous"):
-    if kind == WRITER:
+    if kind == AUTOREGRESSIVE:
         kind, head = "lstm", "autoregressive"
     return DecoderConfig(
         kind=kind,
@@ -60,9 +59,9 @@ def resets():
 
 def stream(params, config, tokens, *, reset=None, mode="refresh", window_size=None):
     """Returns the chunks of all frames `[B, T, K, ...]`."""
-    state = streaming.init(params, config, B, mode=mode, window_size=window_size)
+    state = decoders.init_stream(params, config, B, mode=mode, window_size=window_size)
     chex.clear_trace_counter()
-    step = jax.jit(chex.assert_max_traces(streaming.step, 1), static_argnames="config")
+    step = jax.jit(chex.assert_max_traces(decoders.step, 1), static_argnames="config")
     chunks = []
     for t in range(T):
         now = None if reset is None else reset[:, t]
@@ -113,48 +112,46 @@ def test_streamed_is_windowed(kind, mode, key):
     assert_close(streamed, windowed(params, config, tokens, [[0]] * B, mode, W))
 
 
-def lay_out(monkeypatch, params, config, mode, batch_size=B):
-    """Lays out as at sizes where a CPU is faster with it."""
+def prepare(monkeypatch, params, config, mode, batch_size=B):
+    """Prepares params as at sizes where a CPU is faster with transposed kernels."""
     with monkeypatch.context() as patch:
         patch.setattr(matmul, "LARGE", 30)  # numbers: kernels, not biases
-        state = streaming.init(params, config, batch_size, mode=mode)
-        return streaming.lay_out(params, config, state)
+        return decoders.prepare_params(params, config, batch_size, mode=mode)
 
 
-@pytest.mark.parametrize("kind", [*CELLS, WRITER])
+@pytest.mark.parametrize("kind", [*CELLS, AUTOREGRESSIVE])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_params_that_are_laid_out_give_the_same(kind, dtype, key, monkeypatch):
+def test_prepared_params_give_the_same(kind, dtype, key, monkeypatch):
     config, tokens = dataclasses.replace(configured(kind), dtype=dtype), draw_tokens()
     params = decoders.init(key, config)
-    laid_out = lay_out(monkeypatch, params, config, "refresh")
-    assert isinstance(laid_out["recurrence"]["layers_1"]["forward"]["input_kernel"], Transposed)
-    one, two = (stream(own, config, tokens, reset=resets()) for own in (params, laid_out))
+    prepared = prepare(monkeypatch, params, config, "refresh")
+    assert isinstance(prepared["recurrence"]["layers_1"]["forward"]["input_kernel"], Transposed)
+    one, two = (stream(own, config, tokens, reset=resets()) for own in (params, prepared))
     assert_close(one, two)
 
 
 @each_kind_and_mode
-def test_nothing_is_laid_out_where_nothing_is_gained(kind, mode, key, monkeypatch):
+def test_params_are_unchanged_where_preparing_gains_nothing(kind, mode, key, monkeypatch):
     config = configured(kind)
     params = decoders.init(key, config)
     if mode != "refresh" or kind in ("fc", "gpt"):
-        assert lay_out(monkeypatch, params, config, mode) is params
-    small = streaming.init(params, config, B, mode=mode)
-    assert streaming.lay_out(params, config, small) is params
-    assert lay_out(monkeypatch, params, config, mode, batch_size=matmul.MANY) is params
+        assert prepare(monkeypatch, params, config, mode) is params
+    assert decoders.prepare_params(params, config, B, mode=mode) is params
+    assert prepare(monkeypatch, params, config, mode, batch_size=matmul.MANY) is params
 
 
-def test_params_that_are_laid_out_are_for_steps_alone(key, monkeypatch):
+def test_prepared_params_are_for_single_steps_only(key, monkeypatch):
     config = configured("lstm")
-    laid_out = lay_out(monkeypatch, decoders.init(key, config), config, "refresh")
+    prepared = prepare(monkeypatch, decoders.init(key, config), config, "refresh")
     with pytest.raises(ValueError, match="params must be as from `init`, got those of `prep"):
-        decoders.apply(laid_out, config, draw_tokens())
+        decoders.apply(prepared, config, draw_tokens())
 
 
 @pytest.mark.parametrize(
     ("kind", "mode", "head"),
     [
         *((kind, mode, "continuous") for kind, mode in KINDS_AND_MODES),
-        *((kind, mode, "discrete") for kind, mode in KINDS_AND_MODES if kind != WRITER),
+        *((kind, mode, "discrete") for kind, mode in KINDS_AND_MODES if kind != AUTOREGRESSIVE),
         *((cell, "refresh", "autoregressive") for cell in ("rnn", "gru")),
     ],
 )
@@ -168,7 +165,7 @@ def test_streamed_is_windowed_when_every_robot_starts_episodes_of_its_own(kind, 
 @pytest.mark.parametrize(
     ("kind", "mode", "window_size"),
     [("gru", mode, size) for mode in MODES for size in (1, 6, 20)]
-    + [(WRITER, mode, size) for mode in MODES for size in (1, 6)]
+    + [(AUTOREGRESSIVE, mode, size) for mode in MODES for size in (1, 6)]
     + [("gpt", mode, size) for mode in ("refresh", "periodic") for size in (1, 3)],
 )
 def test_a_window_other_than_in_training_is_as_exact(kind, mode, window_size, key):
@@ -181,7 +178,7 @@ def test_a_window_other_than_in_training_is_as_exact(kind, mode, window_size, ke
 @pytest.mark.parametrize(
     ("kind", "mode"),
     [
-        *((kind, mode) for kind in ("lstm", WRITER) for mode in MODES),
+        *((kind, mode) for kind in ("lstm", AUTOREGRESSIVE) for mode in MODES),
         *(("gpt", mode) for mode in ("refresh", "periodic")),
     ],
 )
@@ -200,9 +197,11 @@ def test_modes_forget_what_they_should(kind, mode, key):
 def test_the_state_never_grows_and_may_be_donated(kind, mode, key):
     config, tokens = configured(kind), draw_tokens()
     params = decoders.init(key, config)
-    state = streaming.init(params, config, B, mode=mode)
-    step = jax.jit(streaming.step, static_argnames="config", donate_argnames="state")
-    _, chunk = step(params, config, streaming.init(params, config, B, mode=mode), tokens[:, 0])
+    state = decoders.init_stream(params, config, B, mode=mode)
+    step = jax.jit(decoders.step, static_argnames="config", donate_argnames="state")
+    _, chunk = step(
+        params, config, decoders.init_stream(params, config, B, mode=mode), tokens[:, 0]
+    )
     following, again = step(params, config, state, tokens[:, 0])
     assert_close(again, chunk)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
@@ -211,43 +210,19 @@ def test_the_state_never_grows_and_may_be_donated(kind, mode, key):
 
 
 @pytest.mark.parametrize(
-    ("mode", "state_type"),
-    [
-        ("refresh", streaming.RefreshState),
-        ("periodic", streaming.PeriodicState),
-        ("persistent", streaming.PersistentState),
-    ],
+    ("mode", "num_memories"), [("refresh", W), ("periodic", 1), ("persistent", 1)]
 )
-def test_the_type_of_the_state_is_the_mode(mode, state_type, key):
-    lstm, fc = configured("lstm"), configured("fc")
-    assert type(streaming.init(decoders.init(key, lstm), lstm, B, mode=mode)) is state_type
-    state = streaming.init(decoders.init(key, fc), fc, B, mode=mode)
-    assert type(state) is streaming.MemorylessState
+@pytest.mark.parametrize("kind", [*CELLS, AUTOREGRESSIVE])
+def test_a_state_holds_as_many_carries_as_the_mode_needs(kind, mode, num_memories, key):
+    config = configured(kind)
+    state = decoders.init_stream(decoders.init(key, config), config, B, mode=mode)
+    assert {leaf.shape for leaf in jax.tree.leaves(state.trunk.carry)} == {(B, num_memories, 6)}
+    buffers = {leaf.shape for leaf in jax.tree.leaves(state.head)}
+    assert buffers == ({(B, W, num_memories, 6)} if kind == AUTOREGRESSIVE else set())
 
 
-@pytest.mark.parametrize(
-    ("mode", "state_type"),
-    [("refresh", streaming.GPTRefreshState), ("periodic", streaming.GPTPeriodicState)],
-)
-def test_the_type_of_the_state_of_a_gpt_is_the_mode_too(mode, state_type, key):
-    gpt = configured("gpt")
-    assert type(streaming.init(decoders.init(key, gpt), gpt, B, mode=mode)) is state_type
-
-
-@pytest.mark.parametrize(
-    ("mode", "state_type", "shape"),
-    [
-        ("refresh", streaming.RefreshState, (B, W, W, 6)),
-        ("periodic", streaming.PeriodicState, (B, W, 6)),
-        ("persistent", streaming.PersistentState, (B, W, 6)),
-    ],
-)
-def test_a_head_that_looks_back_keeps_what_each_carry_gave(mode, state_type, shape, key):
-    config = configured(WRITER)
-    state = streaming.init(decoders.init(key, config), config, B, mode=mode)
-    assert type(state) is streaming.SeenState
-    assert type(state.memory) is state_type
-    assert state.seen.shape == shape
+def with_trunk(state, **fields):
+    return state._replace(trunk=state.trunk._replace(**fields))
 
 
 def poisoned(tree):
@@ -259,11 +234,15 @@ def test_a_gpt_goes_on_from_its_cache_while_all_robots_are_in_their_first_window
     config, tokens = configured("gpt"), draw_tokens()
     params = decoders.init(key, config)
     expected = stream(params, config, tokens)
-    step = jax.jit(streaming.step, static_argnames="config")
-    state = streaming.init(params, config, B)
+    step = jax.jit(decoders.step, static_argnames="config")
+    state = decoders.init_stream(params, config, B)
     for t in range(T):
-        harmed = {"inputs": poisoned(state.inputs)} if t < W else {"cache": poisoned(state.cache)}
-        _, chunk = step(params, config, state._replace(**harmed), tokens[:, t])
+        harmed = (
+            {"inputs": poisoned(state.trunk.inputs)}
+            if t < W
+            else {"cache": poisoned(state.trunk.cache)}
+        )
+        _, chunk = step(params, config, with_trunk(state, **harmed), tokens[:, t])
         assert_close(chunk, jax.tree.map(lambda leaf, t=t: leaf[:, t], expected))
         state, _ = step(params, config, state, tokens[:, t])
 
@@ -277,11 +256,11 @@ def test_an_old_robot_fills_the_caches_of_the_young_who_go_on_from_them_when_it_
     streamed = stream(params, config, tokens, reset=reset)
     assert_close(streamed, windowed(params, config, tokens, starts, "refresh", W))
     # At frame 6 the last old robot starts anew: the two others go on from what it has filled.
-    step = jax.jit(streaming.step, static_argnames="config")
-    state = streaming.init(params, config, B)
+    step = jax.jit(decoders.step, static_argnames="config")
+    state = decoders.init_stream(params, config, B)
     for t in range(6):
         state, _ = step(params, config, state, tokens[:, t], reset=reset[:, t])
-    harmed = state._replace(inputs=poisoned(state.inputs))
+    harmed = with_trunk(state, inputs=poisoned(state.trunk.inputs))
     _, chunk = step(params, config, harmed, tokens[:, 6], reset=reset[:, 6])
     assert_close(chunk, jax.tree.map(lambda leaf: leaf[:, 6], streamed))
 
@@ -290,10 +269,10 @@ def test_an_old_robot_fills_the_caches_of_the_young_who_go_on_from_them_when_it_
 def test_masked_tokens_are_as_if_they_were_not_there(kind, mode, key):
     config, tokens = configured(kind), draw_tokens()
     params = decoders.init(key, config)
-    state = streaming.init(params, config, B, mode=mode)
+    state = decoders.init_stream(params, config, B, mode=mode)
     mask = np.tile([True, False], (B, 1))
     changed = np.where(mask[..., None], tokens[:, 0], 9.0)
-    step = jax.jit(streaming.step, static_argnames="config")
+    step = jax.jit(decoders.step, static_argnames="config")
     one, two = (
         step(params, config, state, frame, token_mask=mask) for frame in (tokens[:, 0], changed)
     )
@@ -328,9 +307,9 @@ def test_a_scan_of_steps_is_a_loop_of_steps(kind, key):
     frames = (np.swapaxes(tokens, 0, 1), resets().T)
 
     def body(state, frame):
-        return streaming.step(params, config, state, frame[0], reset=frame[1])
+        return decoders.step(params, config, state, frame[0], reset=frame[1])
 
-    _, chunks = jax.lax.scan(body, streaming.init(params, config, B), frames)
+    _, chunks = jax.lax.scan(body, decoders.init_stream(params, config, B), frames)
     expected = stream(params, config, tokens, reset=resets())
     assert_close(jax.tree.map(lambda leaf: np.swapaxes(leaf, 0, 1), chunks), expected)
 
@@ -348,31 +327,33 @@ def test_a_wrong_start_is_one_sentence(changes, sentence, key):
     config = configured("lstm")
     arguments = {"config": config, "batch_size": B, **changes}
     with pytest.raises(ValueError, match=sentence):
-        streaming.init(decoders.init(key, config), **arguments)
+        decoders.init_stream(decoders.init(key, config), **arguments)
 
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"mode": "persistent"}, "mode must be 'refresh' or 'periodic' .* end at window_size = 4"),
+        ({"mode": "persistent"}, "mode must be 'refresh' or 'periodic' .* ends at window_size = 4"),
         ({"window_size": 5}, "window_size must be at most 4 for a decoder of kind 'gpt', .* got 5"),
     ],
 )
 def test_more_than_the_positions_of_a_gpt_is_one_sentence(options, sentence, key):
     config = configured("gpt")
     with pytest.raises(ValueError, match=sentence):
-        streaming.init(decoders.init(key, config), config, B, **options)
+        decoders.init_stream(decoders.init(key, config), config, B, **options)
 
 
 def test_tokens_of_a_window_are_refused_by_a_step(key):
     config = configured("lstm")
     params = decoders.init(key, config)
     with pytest.raises(ValueError, match=r"tokens must be \[B, N, D\] with N = 2 and D = 3, got"):
-        streaming.step(params, config, streaming.init(params, config, B), draw_tokens())
+        decoders.step(params, config, decoders.init_stream(params, config, B), draw_tokens())
 
 
 def test_a_state_of_another_batch_is_refused(key):
     config = configured("lstm")
     params = decoders.init(key, config)
     with pytest.raises(AssertionError, match="assert_tree_shape_prefix"):
-        streaming.step(params, config, streaming.init(params, config, B + 1), draw_tokens()[:, 0])
+        decoders.step(
+            params, config, decoders.init_stream(params, config, B + 1), draw_tokens()[:, 0]
+        )

@@ -11,7 +11,7 @@ from vla_jax.data.loader import LoaderConfig
 from vla_jax.data.readers.dataset_config import DatasetConfig
 from vla_jax.envs.table import jax_env
 from vla_jax.policies import policy
-from vla_jax.policies.decoders import DecoderConfig
+from vla_jax.policies.decoder_config import DecoderConfig
 from vla_jax.training.loop import LoopConfig
 from vla_jax.training.optim import OptimConfig
 

@@ -11,7 +11,7 @@ from vla_jax.backbones.state import StateConfig
 from vla_jax.data import normalize
 from vla_jax.envs.table import jax_env, rules
 from vla_jax.policies import policy
-from vla_jax.policies.decoders import DecoderConfig
+from vla_jax.policies.decoder_config import DecoderConfig
 from vla_jax.training import checkpoint
 
 DECODER = DecoderConfig(

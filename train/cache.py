@@ -2,14 +2,16 @@
 
     python -m train.cache --dataset demos/table --backbone-from runs/pretrain
 
-The tokens `[F, N, D]` are stored in a memory-mapped file, named by a hash of everything they
-depend on: the backbone's params and config, the data, its statistics, and the steps that show the
-instruction. `train.imitate` writes the file itself if it is missing; the options are the same.
+The tokens and their mask are memory-mapped files in a folder whose name is the fingerprint of
+everything that they depend on: params and config of the backbone, data, statistics, and when the
+instruction is visible. `train.imitate` writes them itself where they are missing; the options are
+the same.
 """
 
 import hashlib
 import json
 import pathlib
+from typing import IO
 
 import jax
 import numpy as np
@@ -18,24 +20,26 @@ from rich.progress import track
 from train.configs import IMITATE, ImitateConfig
 from train.setup import compute_norm_stats, init_params, make_windows, read_dataset
 from vla_jax import config as configs
-from vla_jax.backbones.backbone import BACKBONES, BackboneConfig
+from vla_jax.backbones import registry
+from vla_jax.backbones.registry import BackboneConfig
 from vla_jax.command_line import run
 from vla_jax.data import normalize
 from vla_jax.data.dataset import Dataset
 from vla_jax.data.windows import Windows
 from vla_jax.files import replacing
-from vla_jax.types import Params
+from vla_jax.types import Params, Tokens
 
 CHUNK = 256  # frames per forward pass
+TOKENS, MASK = "tokens.npy", "mask.npy"
 
 
 def cache(config: ImitateConfig) -> pathlib.Path:
-    """Writes the tokens that `imitate` will read with the same config; returns their file."""
+    """Writes the tokens that `imitate` will read; returns their folder."""
     dataset = read_dataset(config)
     key, _ = jax.random.split(jax.random.key(config.seed))
     params = init_params(key, config)
-    tokens = frame_tokens(params, config, dataset, compute_norm_stats(config, dataset))
-    return pathlib.Path(str(tokens.filename))
+    frame_tokens(params, config, dataset, compute_norm_stats(config, dataset))
+    return token_folder(config)
 
 
 def frame_tokens(
@@ -43,8 +47,8 @@ def frame_tokens(
     config: ImitateConfig,
     dataset: Dataset,
     norm_stats: dict[str, normalize.NormStats],
-) -> np.memmap:
-    """Returns the tokens of every frame, from a file in the data set's folder if it exists.
+) -> Tokens:
+    """Returns the tokens of every frame, from files in the data set's folder if they exist.
 
     Args:
       params: params of the policy.
@@ -53,24 +57,24 @@ def frame_tokens(
       norm_stats: statistics of that data set.
 
     Returns:
-      `[F, N, D]` float32, a read-only memory map.
+      Tokens `[num_frames, N, D]` float32 and mask `[num_frames, N]` bool, read-only memory maps.
 
     Raises:
       OSError: the disk is full; no partial file is left.
     """
     backbone = config.agent.policy.backbone
     frames = make_windows(config, dataset, norm_stats, window_size=1, action_horizon=1)
-    folder = pathlib.Path(config.dataset.path) / ".tokens"
-    path = folder / f"tokens-{fingerprint(params['backbone'], backbone, frames)}.npy"
-    if not path.exists():
+    folder = token_folder(config) / fingerprint(params["backbone"], backbone, frames)
+    if not folder.exists():
         try:
-            with replacing(path) as part:
+            with replacing(folder) as part:
+                part.mkdir()
                 _write(part, params["backbone"], backbone, frames)
         except OSError as error:
             raise OSError(
-                error.errno, f"{path} could not be written ({error.strerror}); free space."
+                error.errno, f"{folder} could not be written ({error.strerror}); free space."
             ) from error
-    return np.load(path, mmap_mode="r")
+    return Tokens(*(np.load(folder / name, mmap_mode="r") for name in (TOKENS, MASK)))
 
 
 def fingerprint(params: Params, config: BackboneConfig, frames: Windows) -> str:
@@ -82,18 +86,30 @@ def fingerprint(params: Params, config: BackboneConfig, frames: Windows) -> str:
     return state.hexdigest()[:16]
 
 
-def _write(path: pathlib.Path, params: Params, config: BackboneConfig, frames: Windows) -> None:
-    encode = jax.jit(BACKBONES[config.kind].apply, static_argnums=1)
-    shape = (len(frames), config.num_tokens, config.token_dim)
-    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+def token_folder(config: ImitateConfig) -> pathlib.Path:
+    """Returns the folder of cached tokens, inside the data set's."""
+    return pathlib.Path(config.dataset.path) / ".tokens"
+
+
+def _write(folder: pathlib.Path, params: Params, config: BackboneConfig, frames: Windows) -> None:
+    encode = jax.jit(registry.get(config).apply, static_argnums=1)
+    shape = (len(frames), config.num_tokens)
     # Written, not mapped: writing to a memory map on a full disk kills the process.
-    with path.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
+    with (folder / TOKENS).open("wb") as tokens, (folder / MASK).open("wb") as mask:
+        _write_header(tokens, "<f4", (*shape, config.token_dim))
+        _write_header(mask, "|b1", shape)
         for start in track(range(0, len(frames), CHUNK), "cache"):
             # The last chunk repeats its last frame, so that one shape is compiled.
             rows = np.minimum(np.arange(start, start + CHUNK), len(frames) - 1)
-            encoded = encode(params, config, frames[rows].observation)[:, 0]
-            file.write(np.asarray(encoded, "<f4")[: len(frames) - start].tobytes())
+            encoded = encode(params, config, frames[rows].observation)
+            count = len(frames) - start
+            tokens.write(np.asarray(encoded.tokens[:, 0], "<f4")[:count].tobytes())
+            mask.write(np.asarray(encoded.mask[:, 0], bool)[:count].tobytes())
+
+
+def _write_header(file: IO[bytes], dtype: str, shape: tuple[int, ...]) -> None:
+    header = {"descr": dtype, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
 
 
 if __name__ == "__main__":

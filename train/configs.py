@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from vla_jax.acting.agent import AgentConfig
+from vla_jax.backbones import registry
 from vla_jax.backbones.perceiver import PerceiverConfig
 from vla_jax.backbones.state import StateConfig
 from vla_jax.data.image_augment import AugmentConfig
@@ -17,7 +18,7 @@ from vla_jax.envs.table.mujoco_env import TableConfig as MujocoTableConfig
 from vla_jax.envs.worlds import WorldConfig
 from vla_jax.nn.scheduled_sampling import SamplingConfig
 from vla_jax.policies import policy
-from vla_jax.policies.decoder_config import DecoderConfig, Kind
+from vla_jax.policies.decoder_config import DecoderConfig
 from vla_jax.training.auxiliary import AuxiliaryConfig
 from vla_jax.training.loop import LoopConfig
 from vla_jax.training.loss_terms import LossWeights
@@ -197,7 +198,7 @@ def gpu_end_to_end() -> ImitateConfig:
     )
 
 
-def with_kind(config: ImitateConfig, kind: Kind) -> ImitateConfig:
+def with_kind(config: ImitateConfig, kind: str) -> ImitateConfig:
     """The same training with another kind of decoder."""
     return with_decoder(config, kind=kind)
 
@@ -212,15 +213,17 @@ def with_decoder(config: ImitateConfig, **changes: Any) -> ImitateConfig:
 def _check_pictures(config: ImitateConfig) -> None:
     """Raises a ValueError unless training will see pictures that can be cut into patches."""
     backbone, size = config.agent.policy.backbone, config.auxiliary.forward_patch_size
-    if config.frozen_backbone or backbone.kind == "state":
+    spec = registry.get(backbone).image_spec(backbone)
+    if config.frozen_backbone or spec is None:
         raise ValueError(
             "auxiliary.forward_target 'pixels' needs pictures in the batch, got backbone "
             f"'{backbone.kind}' with frozen_backbone {config.frozen_backbone}; choose 'tokens', "
             "or train a backbone that sees, not frozen."
         )
-    if backbone.image_size % size:
+    if spec.height % size or spec.width % size:
         raise ValueError(
-            f"auxiliary.forward_patch_size must divide image_size {backbone.image_size}, "
+            f"auxiliary.forward_patch_size must divide the image size {spec.height} × {spec.width} "
+            "pixels, "
             f"got {size}."
         )
 

@@ -27,8 +27,8 @@ from vla_jax.data.packing import Packed
 from vla_jax.data.windows import Windows
 from vla_jax.evaluation import plots
 from vla_jax.nn import scheduled_sampling
-from vla_jax.policies import decoders, heads, policy
-from vla_jax.policies.autoregressive_head import Told
+from vla_jax.policies import heads, policy
+from vla_jax.policies.head import TeacherForcing
 from vla_jax.training import auxiliary, captions, device_augment, loss_terms, losses, optim
 from vla_jax.training.loop import fit, is_first_process, open_run, save_json
 from vla_jax.training.update import Counted, LossFn, init_train_state, make_update, with_count
@@ -119,34 +119,27 @@ def make_loss(config: ImitateConfig) -> LossFn:
             augment_key, key = jax.random.split(key)
             changed = device_augment.apply(augment_key, batch.observation, config.augment)
             batch = batch._replace(observation=changed)
-        trunk_key, head_key = jax.random.split(key)
-        tokens, features = policy.features(
+        targets = None
+        if policy.takes_targets(parts):
+            rate = scheduled_sampling.rate(config.sampling, counted.num_updates)
+            targets = TeacherForcing(batch.action, batch.action_mask, rate)
+        outputs = policy.outputs(
             params,
             parts,
             batch.observation,
-            batch.timestep_mask,
-            reset=batch.reset,
-            tokens=batch.tokens,
-            key=trunk_key if parts.decoder.dropout else None,
-        )
-        told = None
-        if parts.decoder.head == "autoregressive":
-            rate = scheduled_sampling.rate(config.sampling, counted.num_updates)
-            told = Told(batch.action, batch.action_mask, rate)
-        prediction = decoders.predict(
-            params["decoder"],
-            parts.decoder,
-            features,
             timestep_mask=batch.timestep_mask,
             reset=batch.reset,
-            told=told,
-            key=head_key,
+            tokens=batch.tokens,
+            targets=targets,
+            key=key,
         )
-        terms, metrics = losses.action_terms(prediction, batch.action, batch.action_mask)
+        terms, metrics = losses.action_terms(outputs.prediction, batch.action, batch.action_mask)
         if auxiliary.is_on(config.auxiliary):
             words = captions.told(batch) if config.auxiliary.caption else None
-            guesses = auxiliary.apply(params["auxiliary"], config.auxiliary, features, words)
-            more, accuracy = auxiliary.loss(guesses, config.auxiliary, batch, tokens)
+            guesses = auxiliary.apply(
+                params["auxiliary"], config.auxiliary, outputs.features, words
+            )
+            more, accuracy = auxiliary.loss(guesses, config.auxiliary, batch, outputs.tokens)
             terms, metrics = terms | more, metrics | accuracy
         loss, by_term = loss_terms.total(terms, config.loss)
         return loss, {**by_term, **metrics}
@@ -176,7 +169,7 @@ def _plot(run_dir: pathlib.Path, config: ImitateConfig, params: Params, batch: B
         params,
         config.agent.policy,
         batch.observation,
-        batch.timestep_mask,
+        timestep_mask=batch.timestep_mask,
         tokens=batch.tokens,
     )
     chunk = heads.actions(prediction)

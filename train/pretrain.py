@@ -24,7 +24,7 @@ import optax
 from einops import rearrange
 
 from vla_jax import config as configs
-from vla_jax.backbones.backbone import BACKBONES
+from vla_jax.backbones import registry
 from vla_jax.backbones.perceiver import PerceiverConfig
 from vla_jax.command_line import run
 from vla_jax.data import normalize
@@ -139,18 +139,20 @@ def make_frames(
     config: PretrainConfig, dataset: Dataset, norm_stats: dict[str, NormStats]
 ) -> Windows:
     """Returns windows of one step."""
-    backbone = config.backbone
-    sizes = WindowConfig(
-        window_size=1, vocab_size=backbone.vocab_size, max_words=backbone.max_words
+    return Windows(
+        dataset,
+        WindowConfig(window_size=1),
+        tokenize=registry.make_tokenizer(config.backbone, dataset.instructions),
+        norm_stats=norm_stats,
+        normalization=config.normalize,
     )
-    return Windows(dataset, sizes, norm_stats=norm_stats, normalization=config.normalize)
 
 
 def init_params(key: Key, backbone: PerceiverConfig, num_targets: int) -> Params:
     """Returns random params `{"backbone", "readout"}`; `key` is consumed."""
     backbone_key, readout_key = jax.random.split(key)
     size = backbone.num_tokens * backbone.token_dim
-    init = jax.jit(BACKBONES[backbone.kind].init, static_argnums=1)
+    init = jax.jit(registry.get(backbone).init, static_argnums=1)
     return {
         "backbone": init(backbone_key, backbone),
         "readout": {
@@ -162,8 +164,8 @@ def init_params(key: Key, backbone: PerceiverConfig, num_targets: int) -> Params
 
 def read_out(params: Params, backbone: PerceiverConfig, batch: Batch) -> jax.Array:
     """Returns the linear readout of each frame's tokens `[B, W, num_targets]`."""
-    tokens = BACKBONES[backbone.kind].apply(params["backbone"], backbone, batch.observation)
-    features = rearrange(tokens, "B W N D -> B W (N D)")
+    encoded = registry.get(backbone).apply(params["backbone"], backbone, batch.observation)
+    features = rearrange(encoded.tokens, "B W N D -> B W (N D)")
     return features @ params["readout"]["kernel"] + params["readout"]["bias"][None, None]
 
 

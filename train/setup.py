@@ -6,10 +6,10 @@
 import pathlib
 
 import jax
-import numpy as np
 
 from train.configs import ImitateConfig
 from vla_jax import trees
+from vla_jax.backbones import registry
 from vla_jax.convert.folder import is_folder, read_params
 from vla_jax.data import normalize
 from vla_jax.data.dataset import Dataset
@@ -19,15 +19,16 @@ from vla_jax.data.tool_frame import in_tool_frame
 from vla_jax.data.windows import WindowConfig, Windows
 from vla_jax.policies import policy
 from vla_jax.training import auxiliary, checkpoint
-from vla_jax.types import Key, Params
+from vla_jax.types import Key, Params, Tokens
 
 
 def read_dataset(config: ImitateConfig) -> Dataset:
     """Reads the demonstrations, in the policy's action frame, without images it does not use."""
     backbone = config.agent.policy.backbone
-    size = None if backbone.kind == "state" else (backbone.image_size, backbone.image_size)
+    spec = registry.get(backbone).image_spec(backbone)
+    size = None if spec is None else (spec.height, spec.width)
     dataset = reader.read_dataset(
-        config.dataset, cameras=() if size is None else None, image_size=size
+        config.dataset, cameras=() if spec is None else spec.cameras, image_size=size
     )
     tool_frame = config.agent.tool_frame
     return dataset if tool_frame is None else in_tool_frame(dataset, tool_frame)
@@ -73,7 +74,7 @@ def make_windows(
     window_size: int,
     action_horizon: int,
     stride: int = 1,
-    tokens: np.ndarray | None = None,
+    tokens: Tokens | None = None,
 ) -> Windows:
     """The data set's windows, as this config's policy wants to see them."""
     agent = config.agent
@@ -82,19 +83,23 @@ def make_windows(
         action_horizon=action_horizon,
         stride=stride,
         instruction_steps=agent.instruction_steps,
-        max_words=agent.policy.backbone.max_words,
-        vocab_size=agent.policy.backbone.vocab_size,
     )
     return Windows(
-        dataset, sizes, norm_stats=norm_stats, normalization=agent.normalize, tokens=tokens
+        dataset,
+        sizes,
+        tokenize=registry.make_tokenizer(agent.policy.backbone, dataset.instructions),
+        norm_stats=norm_stats,
+        normalization=agent.normalize,
+        tokens=tokens,
     )
 
 
 def _init_auxiliary(key: Key, config: ImitateConfig) -> Params:
     parts = config.agent.policy
     frame_sizes: dict[str, int] = {"tokens": parts.backbone.num_tokens * parts.backbone.token_dim}
-    if config.auxiliary.forward_target == "pixels" and parts.backbone.kind != "state":
-        frame_sizes = {name: 3 * parts.backbone.image_size**2 for name in auxiliary.CAMERAS}
+    spec = registry.get(parts.backbone).image_spec(parts.backbone)
+    if config.auxiliary.forward_target == "pixels" and spec is not None:
+        frame_sizes = dict.fromkeys(spec.cameras, 3 * spec.height * spec.width)
     return auxiliary.init(
         key,
         config.auxiliary,

@@ -20,6 +20,8 @@ Array = jax.Array | np.ndarray
 Params = dict[str, Any]  # nested dict of arrays, nothing else
 Key = jax.Array  # typed JAX key; consumed by the function that takes it
 Metrics = dict[str, jax.Array]  # scalars for the log
+# (path glob, how the axes of the matching params are sharded); the first match counts
+ShardingRules = tuple[tuple[str, jax.sharding.PartitionSpec], ...]
 
 
 class Observation(NamedTuple):
@@ -29,14 +31,21 @@ class Observation(NamedTuple):
     image_wrist: Array | None = None  # [..., h, w, 3] uint8, camera on the hand
     proprio: Array | None = None  # [..., P] float32, normalised by `norm_stats`
     environment_state: Array | None = None  # [..., E] float32, what only a simulator knows
-    instruction: Array | None = None  # [..., S] int32 word ids, 0 = no word (or not visible)
+    instruction: Array | None = None  # [..., S] int32 token ids, 0 = padding (or not visible)
+
+
+class Tokens(NamedTuple):
+    """Output of a backbone for each step; any leading axes (`[B, W]`, `[B]`, …)."""
+
+    tokens: Array  # [..., N, D] float32
+    mask: Array  # [..., N] bool, True where the token is real (False = padding)
 
 
 class Batch(NamedTuple):
-    """What one update eats: windows of `W` steps, chunks of `K` actions at every position."""
+    """Input of one update: windows of `W` steps, chunks of `K` actions at every position."""
 
     observation: Observation  # [B, W, ...]; images are None where `tokens` are given
-    tokens: Array | None  # [B, W, N, D] cached features of a frozen backbone
+    tokens: Tokens | None  # [B, W, N, D] and [B, W, N], cached outputs of a frozen backbone
     timestep_mask: Array  # [B, W] bool, True where the step is real (False = left padding)
     action: Array  # [B, W, K, A] float32, arm in [-1, 1], gripper +1 open / -1 closed
     action_mask: Array  # [B, W, K] bool, True where the target action exists

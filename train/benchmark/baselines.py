@@ -17,7 +17,7 @@ from train.benchmark.timing import Implementation
 from vla_jax import convert
 from vla_jax.convert.flax_cells import Style
 from vla_jax.nn.recurrence import RecurrenceConfig
-from vla_jax.policies.decoders import DecoderConfig
+from vla_jax.policies.decoder_config import DecoderConfig
 from vla_jax.types import Array, Params
 
 FLOAT_BYTES = 4  # of a float32

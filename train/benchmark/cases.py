@@ -16,7 +16,7 @@ from vla_jax.nn import recurrence
 from vla_jax.nn.matmul import Transposed
 from vla_jax.nn.recurrence import RecurrenceConfig
 from vla_jax.policies import policy
-from vla_jax.policies.decoders import DecoderConfig
+from vla_jax.policies.decoder_config import DecoderConfig
 from vla_jax.training.loss_terms import LossWeights
 
 

@@ -15,8 +15,8 @@ from train.benchmark import baselines
 from train.benchmark.timing import Implementation
 from vla_jax.nn import cells, matmul, recurrence
 from vla_jax.nn.recurrence import RecurrenceConfig
-from vla_jax.policies import decoders, streaming
-from vla_jax.policies.decoders import DecoderConfig
+from vla_jax.policies import decoders
+from vla_jax.policies.decoder_config import DecoderConfig
 from vla_jax.training import losses
 from vla_jax.types import Array, Params, Prediction
 
@@ -110,12 +110,12 @@ def compile_update(
 
 def run_stream(config: DecoderConfig, params: Params, frames: Array) -> Implementation:
     """Returns an acting step of mode "refresh" on `frames [num_frames, B, N, D]`."""
-    step = jax.jit(streaming.step, static_argnums=1, donate_argnums=2)
-    state = streaming.init(params, config, frames.shape[1])
-    laid_out = streaming.lay_out(params, config, state)
+    step = jax.jit(decoders.step, static_argnums=1, donate_argnums=2)
+    state = decoders.init_stream(params, config, frames.shape[1])
+    prepared = decoders.prepare_params(params, config, frames.shape[1])
     return _streamed(
         "vla_jax, refresh",
-        lambda state, frame: step(laid_out, config, state, frame),
+        lambda state, frame: step(prepared, config, state, frame),
         state,
         frames,
         config.window_size,
@@ -129,7 +129,7 @@ def run_window_again(config: DecoderConfig, params: Params, frames: Array) -> Im
     @partial(jax.jit, donate_argnums=1)
     def step(params: Params, window: Array, frame: Array) -> tuple[jax.Array, Prediction]:
         window = jnp.concatenate([window[:, 1:], frame[:, None]], axis=1)
-        _, features = decoders.features(params, config, window)
+        _, features = decoders.run_trunk(params, config, window)
         return window, decoders.predict(params, config, features[:, -1])
 
     _, batch_size, *token = frames.shape

@@ -21,14 +21,17 @@ from train.configs import ImitateConfig, gpu_end_to_end
 from train.imitate import make_batches, make_loss
 from train.setup import compute_norm_stats, init_params, make_windows
 from vla_jax import config as configs
+from vla_jax.backbones import registry
+from vla_jax.backbones.perceiver import PerceiverConfig
 from vla_jax.data import dataset
 from vla_jax.data.dataset import Dataset, Episode
 from vla_jax.data.loader import Loader
 from vla_jax.nn import recurrence
-from vla_jax.policies.decoders import DecoderConfig, recurrence_config
+from vla_jax.policies.decoder_config import DecoderConfig
+from vla_jax.policies.recurrent_trunk import recurrence_config
 from vla_jax.training import checkpoint, optim, parallel
 from vla_jax.training.update import init_train_state, make_update, with_count
-from vla_jax.types import Batch, Metrics
+from vla_jax.types import Batch, Metrics, Tokens
 
 NUM_UPDATES = 6  # checkpoints saved, and updates timed before each
 
@@ -96,7 +99,7 @@ import json, sys
 import jax
 from train.benchmark import jax_runs
 from vla_jax import config
-from vla_jax.policies.decoders import DecoderConfig
+from vla_jax.policies.decoder_config import DecoderConfig
 imported = time.perf_counter()
 decoder = config.from_dict(DecoderConfig, json.loads(sys.argv[1]))
 params, *batch = jax_runs.draw_demonstrations(decoder, int(sys.argv[2]))
@@ -248,13 +251,14 @@ def _draw_batches(config: ImitateConfig, demonstrations: Dataset) -> Loader:
     decoder, backbone = config.agent.policy.decoder, config.agent.policy.backbone
     num_frames = len(demonstrations.columns["action"])
     shape = (num_frames, backbone.num_tokens, backbone.token_dim)
+    tokens = Tokens(np.ones(shape, np.float32), np.ones(shape[:-1], bool))
     windows = make_windows(
         config,
         demonstrations,
         compute_norm_stats(config, demonstrations),
         window_size=decoder.window_size,
         action_horizon=decoder.action_horizon,
-        tokens=np.ones(shape, np.float32) if config.frozen_backbone else None,
+        tokens=tokens if config.frozen_backbone else None,
     )
     return make_batches(config, windows)
 
@@ -262,7 +266,8 @@ def _draw_batches(config: ImitateConfig, demonstrations: Dataset) -> Loader:
 def _draw_demonstrations(config: ImitateConfig) -> Dataset:
     """Returns random episodes of two images and proprio, at most one window long."""
     rng, parts = np.random.default_rng(0), config.agent.policy
-    size: int = getattr(parts.backbone, "image_size", 0)
+    spec = registry.get(parts.backbone).image_spec(parts.backbone)
+    size = spec.height if spec else 0
     window_size = parts.decoder.window_size
     episodes = []
     for length in rng.integers(window_size // 3, window_size + 1, 2 * config.loader.batch_size):
@@ -270,7 +275,7 @@ def _draw_demonstrations(config: ImitateConfig) -> Dataset:
         observation = {
             "image_primary": images[0],
             "image_wrist": images[1],
-            "proprio": rng.normal(size=(length, parts.backbone.proprio_dim)).astype(np.float32),
+            "proprio": rng.normal(size=(length, PerceiverConfig.proprio_dim)).astype(np.float32),
         }
         action = rng.uniform(-1, 1, (length, parts.decoder.action_dim)).astype(np.float32)
         episodes.append(Episode(observation, action, "lift the red block"))

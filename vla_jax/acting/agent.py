@@ -14,13 +14,14 @@ import numpy as np
 from vla_jax.actions import execution, reference_frames
 from vla_jax.actions.execution import ExecutionConfig
 from vla_jax.actions.reference_frames import ToolFrame
-from vla_jax.backbones import word_hashing
+from vla_jax.backbones import registry
 from vla_jax.data import normalize
 from vla_jax.data.normalize import NormalizeConfig, NormStats
 from vla_jax.data.windows import ALWAYS
 from vla_jax.policies import policy
+from vla_jax.policies.decoders import check_mode
 from vla_jax.policies.policy import PolicyConfig
-from vla_jax.policies.streaming import Mode, check_mode
+from vla_jax.policies.trunk import Mode
 from vla_jax.types import ActionChunk, Array, Observation, Params
 
 
@@ -51,6 +52,8 @@ class Agent(NamedTuple):
     """Pure functions; `jit` the step."""
 
     init: Callable[[Params, int], AgentState]  # (params, batch_size) -> state
+    # (params, batch_size) -> params stored for fast steps of that batch size on this device
+    prepare: Callable[[Params, int], Params]
     step: Callable[..., tuple[AgentState, Array]]  # see `make_agent`
 
 
@@ -90,13 +93,18 @@ def make_agent(
             age=jnp.zeros(batch_size, jnp.int32),
         )
 
+    def prepare(params: Params, batch_size: int) -> Params:
+        return policy.prepare_params(
+            params, config.policy, batch_size, mode=config.mode, window_size=window_size
+        )
+
     def step(
         params: Params, state: AgentState, observation: Observation, reset: Array
     ) -> tuple[AgentState, Array]:
         state, _, now = plan(config, norm_stats, params, state, observation, reset)
         return send(config, norm_stats, state, observation, now)
 
-    return Agent(init, step)
+    return Agent(init, prepare, step)
 
 
 def plan(
@@ -175,8 +183,6 @@ def _prepare(
 
 
 def read_instruction(config: AgentConfig, instruction: str) -> np.ndarray:
-    """Word ids `[S]` int32 of a sentence."""
+    """Returns the token ids `[S]` int32 of an instruction."""
     backbone = config.policy.backbone
-    return word_hashing.tokenize(
-        instruction, max_words=backbone.max_words, vocab_size=backbone.vocab_size
-    )
+    return registry.get(backbone).tokenize(backbone, instruction)

@@ -1,10 +1,10 @@
 """Selection and validation of the parts of an observation that a backbone needs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 
-from vla_jax.types import Array, Observation
+from vla_jax.types import Array, Observation, Tokens
 
 
 def flatten(
@@ -42,3 +42,17 @@ def flatten(
             raise ValueError(f"{name} must be uint8 in 0 … 255, got {part.dtype}; convert it.")
         parts[name] = part.reshape(-1, *shape)
     return parts, lead
+
+
+def all_real(tokens: Array, lead: Sequence[int]) -> Tokens:
+    """Returns tokens without padding.
+
+    Args:
+      tokens: `[B, N, D]`.
+      lead: leading axes, whose product is B.
+
+    Returns:
+      Tokens `[*lead, N, D]` float32, mask `[*lead, N]` all True.
+    """
+    tokens = jnp.asarray(tokens, jnp.float32).reshape(*lead, *tokens.shape[1:])
+    return Tokens(tokens, jnp.ones(tokens.shape[:-1], bool))

@@ -16,9 +16,11 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
 
+from vla_jax.backbones import word_hashing
+from vla_jax.backbones.backbone import Backbone, ImageSpec
 from vla_jax.backbones.language import Words
-from vla_jax.backbones.parts import flatten
-from vla_jax.types import Array, Key, Observation, Params
+from vla_jax.backbones.parts import all_real, flatten
+from vla_jax.types import Array, Key, Observation, Params, Tokens
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def init(key: Key, config: PerceiverConfig) -> Params:
     return dict(Perceiver(config).init(key, blank)["params"])
 
 
-def apply(params: Params, config: PerceiverConfig, observation: Observation) -> jax.Array:
+def apply(params: Params, config: PerceiverConfig, observation: Observation) -> Tokens:
     """Tokens of each observation, on its own; time is the decoder's business.
 
     Args:
@@ -80,7 +82,7 @@ def apply(params: Params, config: PerceiverConfig, observation: Observation) -> 
         `instruction [..., S]`, with any leading axes.
 
     Returns:
-      Tokens `[..., N, D]` float32.
+      Tokens `[..., N, D]` float32, all of them real.
 
     Raises:
       ValueError: a part is missing or has another size.
@@ -94,7 +96,13 @@ def apply(params: Params, config: PerceiverConfig, observation: Observation) -> 
     }
     parts, lead = flatten(observation, shapes)
     tokens: Any = Perceiver(config).apply({"params": params}, parts)
-    return tokens.astype(jnp.float32).reshape(*lead, *tokens.shape[1:])
+    return all_real(tokens, lead)
+
+
+def image_spec(config: PerceiverConfig) -> ImageSpec:
+    """Returns the size of both cameras' images; they are normalised to [-1, 1]."""
+    size, half = config.image_size, (0.5, 0.5, 0.5)
+    return ImageSpec(size, size, ("image_primary", "image_wrist"), "area", mean=half, std=half)
 
 
 class Perceiver(nn.Module):
@@ -183,3 +191,13 @@ def attention(config: PerceiverConfig, name: str | None = None) -> nn.MultiHeadD
     return nn.MultiHeadDotProductAttention(
         config.num_heads, qkv_features=config.width, dtype=jnp.dtype(config.dtype), name=name
     )
+
+
+BACKBONE = Backbone(
+    config=PerceiverConfig,
+    init=init,
+    apply=apply,
+    tokenize=word_hashing.tokenize_for,
+    check_instructions=word_hashing.check_collisions_for,
+    image_spec=image_spec,
+)

@@ -7,9 +7,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vla_jax.backbones import word_hashing
+from vla_jax.backbones.backbone import Backbone
 from vla_jax.backbones.language import Words
-from vla_jax.backbones.parts import flatten
-from vla_jax.types import Array, Key, Observation, Params
+from vla_jax.backbones.parts import all_real, flatten
+from vla_jax.types import Array, Key, Observation, Params, Tokens
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def init(key: Key, config: StateConfig) -> Params:
     return dict(State(config).init(key, blank)["params"])
 
 
-def apply(params: Params, config: StateConfig, observation: Observation) -> jax.Array:
+def apply(params: Params, config: StateConfig, observation: Observation) -> Tokens:
     """Tokens of each observation.
 
     Args:
@@ -50,7 +52,7 @@ def apply(params: Params, config: StateConfig, observation: Observation) -> jax.
         any leading axes.
 
     Returns:
-      Tokens `[..., 3, D]` float32.
+      Tokens `[..., 3, D]` float32, all of them real.
 
     Raises:
       ValueError: a part is missing or has another size.
@@ -62,7 +64,7 @@ def apply(params: Params, config: StateConfig, observation: Observation) -> jax.
     }
     parts, lead = flatten(observation, shapes)
     tokens: Any = State(config).apply({"params": params}, parts)
-    return tokens.astype(jnp.float32).reshape(*lead, *tokens.shape[1:])
+    return all_real(tokens, lead)
 
 
 class State(nn.Module):
@@ -87,3 +89,17 @@ class State(nn.Module):
             ],
             axis=-2,
         )
+
+
+def _no_images(config: StateConfig) -> None:
+    del config
+
+
+BACKBONE = Backbone(
+    config=StateConfig,
+    init=init,
+    apply=apply,
+    tokenize=word_hashing.tokenize_for,
+    check_instructions=word_hashing.check_collisions_for,
+    image_spec=_no_images,
+)

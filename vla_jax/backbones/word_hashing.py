@@ -5,6 +5,7 @@ import unicodedata
 import warnings
 import zlib
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -66,3 +67,13 @@ def check_collisions(texts: Iterable[str], vocab_size: int) -> None:
                 f"where {other!r} and {word!r} share id {word_id(word, vocab_size)}; "
                 f"choose another vocab_size, such as {2 * vocab_size}."
             )
+
+
+def tokenize_for(config: Any, text: str) -> np.ndarray:
+    """Returns the ids `[S]` int32 of an instruction, for a config with max_words and vocab_size."""
+    return tokenize(text, max_words=config.max_words, vocab_size=config.vocab_size)
+
+
+def check_collisions_for(config: Any, texts: Iterable[str]) -> None:
+    """Raises a ValueError where two words of the texts share an id in the config's vocabulary."""
+    check_collisions(texts, config.vocab_size)

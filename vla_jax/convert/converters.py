@@ -18,7 +18,7 @@ from vla_jax.convert.torch_rnn import from_torch, report_torch, to_torch
 from vla_jax.convert.weight_files import Path, TensorFile
 from vla_jax.nn.recurrence import RecurrenceConfig
 from vla_jax.policies import decoders
-from vla_jax.policies.decoders import DecoderConfig
+from vla_jax.policies.decoder_config import DecoderConfig
 from vla_jax.training import checkpoint
 from vla_jax.types import Params
 

@@ -21,7 +21,7 @@ from vla_jax.convert.converters import CONVERTERS, kind_of_config
 from vla_jax.convert.weight_files import Path, TensorFile
 from vla_jax.files import replacing, write_json
 from vla_jax.nn.recurrence import RecurrenceConfig
-from vla_jax.policies.decoders import DecoderConfig
+from vla_jax.policies.decoder_config import DecoderConfig
 from vla_jax.training import checkpoint
 from vla_jax.types import Params
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from vla_jax.data.dataset import Frames, episode_starts
-from vla_jax.data.windows import ALWAYS, Windows, take
-from vla_jax.types import Batch, Observation
+from vla_jax.data.dataset import episode_starts
+from vla_jax.data.windows import Windows, gather
+from vla_jax.types import Batch
 
 
 class Packed:
@@ -36,30 +36,17 @@ class Packed:
     def __getitem__(self, index: Any) -> Batch:
         """The row at an index, or the batch of rows at an array of indices."""
         windows, config = self.windows, self.windows.config
-        dataset = windows.dataset
-        rows, steps, mask = self.frame[index], self.step[index], self.mask[index]
-        episode = np.searchsorted(dataset.episode_ends, rows, side="right")
-        ends = dataset.episode_ends[episode]
-        targets = rows[..., None] + np.arange(config.action_horizon)
-        action_mask = mask[..., None] & (targets < ends[..., None])
-        action = take(dataset.columns["action"], np.minimum(targets, ends[..., None] - 1))
-        visible = (config.instruction_steps == ALWAYS) | (steps < config.instruction_steps)
-        sources: dict[str, Frames] = {**dataset.columns}
-        if windows.tokens is None:
-            sources |= dataset.frames
-        return Batch(
-            observation=Observation(
-                **{
-                    name: take(source, rows) for name, source in sources.items() if name != "action"
-                },
-                instruction=windows.instructions[episode] * visible[..., None],
-            ),
-            tokens=None if windows.tokens is None else take(windows.tokens, rows),
-            timestep_mask=mask,
-            action=action * action_mask[..., None],
-            action_mask=action_mask,
-            reset=mask & (steps % config.window_size == 0),
+        rows, step, mask = self.frame[index], self.step[index], self.mask[index]
+        batch = gather(
+            windows.dataset,
+            config,
+            np.searchsorted(windows.dataset.episode_ends, rows, side="right"),
+            step,
+            mask,
+            instructions=windows.instructions,
+            tokens=windows.tokens,
         )
+        return batch._replace(reset=mask & (step % config.window_size == 0))
 
 
 def pack(episode_ends: np.ndarray, row_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,17 +1,17 @@
 """Windows of `W` steps with chunks of `K` actions, cut from a data set by NumPy indexing."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from vla_jax.backbones import word_hashing
 from vla_jax.data import normalize
 from vla_jax.data.dataset import Dataset, Frames, digest, episode_starts
-from vla_jax.types import Batch, Observation
+from vla_jax.types import Array, Batch, Observation, Tokens
 
 ALWAYS = -1  # instruction_steps: the instruction is visible at every step
+Tokenize = Callable[[str], np.ndarray]  # instruction -> token ids [S] int32, from the backbone
 
 
 @dataclass(frozen=True)
@@ -22,33 +22,18 @@ class WindowConfig:
     action_horizon: int = 1  # K, actions predicted at each step, environment steps
     stride: int = 1  # environment steps between the ends of two windows of an episode
     instruction_steps: int = 1  # first steps of an episode that show the instruction; -1 = always
-    max_words: int = 12  # S, words of an instruction
-    vocab_size: int = 2048  # word ids lie in [0, vocab_size)
 
     def __post_init__(self) -> None:
         """Checks the sizes."""
-        least = {"instruction_steps": ALWAYS, "vocab_size": 2}
+        least = {"instruction_steps": ALWAYS}
         for name, value in asdict(self).items():
             if value < least.get(name, 1):
                 raise ValueError(f"{name} must be at least {least.get(name, 1)}, got {value}.")
 
 
-def instruction_ids(instruction: str, config: WindowConfig) -> np.ndarray:
-    """Word ids `[S]` int32 of one instruction."""
-    return word_hashing.tokenize(
-        instruction, max_words=config.max_words, vocab_size=config.vocab_size
-    )
-
-
-def instruction_table(dataset: Dataset, config: WindowConfig) -> np.ndarray:
-    """Word ids `[E, S]` int32 of every episode's instruction.
-
-    Raises:
-      ValueError: two words of the data set share an id.
-    """
-    texts = sorted(set(dataset.instructions))
-    word_hashing.check_collisions(texts, config.vocab_size)
-    ids = {instruction: instruction_ids(instruction, config) for instruction in texts}
+def instruction_table(dataset: Dataset, tokenize: Tokenize) -> np.ndarray:
+    """Returns the token ids `[num_episodes, S]` int32 of every episode's instruction."""
+    ids = {instruction: tokenize(instruction) for instruction in set(dataset.instructions)}
     return np.stack([ids[instruction] for instruction in dataset.instructions])
 
 
@@ -73,9 +58,9 @@ def cut(
     last: np.ndarray | int,
     *,
     instructions: np.ndarray,
-    tokens: np.ndarray | None = None,
+    tokens: Tokens | None = None,
 ) -> Batch:
-    """The windows that end at step `last` of `episode`.
+    """Returns the windows that end at step `last` of `episode`.
 
     Step j of a window is step t = last - W + 1 + j of the episode. Where t < 0 the window is
     padded with the episode's first observation and `timestep_mask` is False. Its target k is
@@ -83,37 +68,68 @@ def cut(
     do not exist are all zeros, gripper included.
 
     Args:
-      dataset: numbers and images.
+      dataset: columns and images.
       config: sizes.
       episode: `[...]` episode of each window.
       last: `[...]` its last step.
-      instructions: `[E, S]` word ids, from `instruction_table`.
-      tokens: `[F, N, D]` cached features; images are then left out.
+      instructions: `[num_episodes, S]` token ids, from `instruction_table`.
+      tokens: cached outputs of the backbone, `[num_frames, N, D]`; images are then left out.
 
     Returns:
       A batch with the leading axes of `episode`: none, or `[B]`.
     """
     episode, last = np.asarray(episode), np.asarray(last)
-    starts = episode_starts(dataset.episode_ends)[episode]
-    lengths = dataset.episode_ends[episode] - starts
     steps = last[..., None] + np.arange(1 - config.window_size, 1)
-    shown = np.maximum(steps, 0)
-    rows = starts[..., None] + shown
-    targets = steps[..., None] + np.arange(config.action_horizon)
-    timestep_mask = steps >= 0
-    action_mask = timestep_mask[..., None] & (targets < lengths[..., None, None])
-    target_rows = starts[..., None, None] + np.clip(targets, 0, lengths[..., None, None] - 1)
-    action = dataset.columns["action"].take(target_rows, axis=0)
+    return gather(
+        dataset,
+        config,
+        np.broadcast_to(episode[..., None], steps.shape),
+        np.maximum(steps, 0),
+        steps >= 0,
+        instructions=instructions,
+        tokens=tokens,
+    )
+
+
+def gather(
+    dataset: Dataset,
+    config: WindowConfig,
+    episode: np.ndarray,
+    step: np.ndarray,
+    mask: np.ndarray,
+    *,
+    instructions: np.ndarray,
+    tokens: Tokens | None = None,
+) -> Batch:
+    """Returns the given steps of episodes as a batch, each with its chunk of K actions.
+
+    Args:
+      dataset: columns and images.
+      config: sizes.
+      episode: `[..., W]` episode of each step.
+      step: `[..., W]` its number within the episode.
+      mask: `[..., W]`, True where the step is real; the others may be any step.
+      instructions: `[num_episodes, S]` token ids, from `instruction_table`.
+      tokens: cached outputs of the backbone, `[num_frames, N, D]`; images are then left out.
+
+    Returns:
+      A batch with leading axes `[..., W]`; actions that do not exist are all zeros.
+    """
+    starts, ends = episode_starts(dataset.episode_ends)[episode], dataset.episode_ends[episode]
+    rows = starts + step
+    targets = rows[..., None] + np.arange(config.action_horizon)
+    action_mask = mask[..., None] & (targets < ends[..., None])
+    action = take(dataset.columns["action"], np.minimum(targets, ends[..., None] - 1))
     action *= action_mask[..., None]
-    visible = (config.instruction_steps == ALWAYS) | (shown < config.instruction_steps)
+    visible = (config.instruction_steps == ALWAYS) | (step < config.instruction_steps)
     sources = dataset.columns if tokens is not None else {**dataset.columns, **dataset.frames}
     return Batch(
         observation=Observation(
             **{name: take(source, rows) for name, source in sources.items() if name != "action"},
-            instruction=instructions[episode][..., None, :] * visible[..., None],
+            instruction=instructions[episode] * visible[..., None],
         ),
-        tokens=None if tokens is None else take(tokens, rows),
-        timestep_mask=timestep_mask,
+        tokens=None if tokens is None else Tokens(*(take(part, rows) for part in tokens)),
+        timestep_mask=mask,
         action=action,
         action_mask=action_mask,
     )
@@ -125,7 +141,7 @@ def take(source: Frames, rows: np.ndarray) -> np.ndarray:
 
 
 class Windows:
-    """Every window of a data set, normalised: the random-access source that grain asks for.
+    """Every window of a data set, normalised: a random-access source as grain expects it.
 
     `windows[i]` is a `Batch` without the axis `B`; `windows[indices]` with an array of indices
     is the batch of those windows. Nothing changes after construction.
@@ -136,29 +152,31 @@ class Windows:
         dataset: Dataset,
         config: WindowConfig,
         *,
+        tokenize: Tokenize,
         norm_stats: Mapping[str, normalize.NormStats],
         normalization: normalize.NormalizeConfig | None = None,
-        tokens: np.ndarray | None = None,
+        tokens: Tokens | None = None,
     ) -> None:
         """Normalises the columns once.
 
         Args:
-          dataset: what to cut from.
+          dataset: source of the windows.
           config: sizes of the windows.
+          tokenize: the backbone's, from an instruction to token ids `[S]` int32.
           norm_stats: statistics of every column, from `compute_norm_stats` or a checkpoint.
           normalization: method of each column; None means the defaults.
-          tokens: `[F, N, D]` cached features, array or memory map.
+          tokens: cached outputs of the backbone, `[num_frames, N, D]` and `[num_frames, N]`,
+            arrays or memory maps.
 
         Raises:
-          ValueError: `tokens` has another number of frames; a column has no statistics; two
-            words share an id.
+          ValueError: `tokens` have another number of frames; a column has no statistics.
         """
         methods = normalization or normalize.NormalizeConfig()
         frames = int(dataset.episode_ends[-1])
-        if tokens is not None and (tokens.ndim != 3 or len(tokens) != frames):
+        if tokens is not None and (tokens.tokens.ndim != 3 or len(tokens.tokens) != frames):
             raise ValueError(
-                f"tokens must be [F, N, D] with F = {frames} frames of the data set, got "
-                f"{tokens.shape}; compute them again for this data set."
+                f"tokens must be [{frames}, N, D], one row per frame of the data set, got "
+                f"{tokens.tokens.shape}; compute them again for this data set."
             )
         missing = dataset.columns.keys() - norm_stats.keys()
         if missing:
@@ -173,9 +191,12 @@ class Windows:
         self.dataset = dataset._replace(columns=columns)
         self.config = config
         self.tokens = tokens
-        self.instructions = instruction_table(dataset, config)
+        self.instructions = instruction_table(dataset, tokenize)
         self.index = window_index(dataset, config)
-        self.identity = _identity(dataset, config, norm_stats, methods, tokens)
+        self.identity = {
+            **_identity(dataset, config, norm_stats, methods, tokens),
+            "instructions": digest(self.instructions),
+        }
 
     def __len__(self) -> int:
         """Number of windows."""
@@ -199,7 +220,7 @@ class Windows:
         return {
             **self.__dict__,
             "dataset": self.dataset._replace(frames=frames),
-            "tokens": _detach(self.tokens),
+            "tokens": _map_tokens(_detach, self.tokens),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -210,7 +231,7 @@ class Windows:
             {
                 **state,
                 "dataset": dataset._replace(frames=frames),
-                "tokens": _attach(state["tokens"]),
+                "tokens": _map_tokens(_attach, state["tokens"]),
             }
         )
 
@@ -228,12 +249,16 @@ def _attach(item: Any) -> np.ndarray | None:
     return item
 
 
+def _map_tokens(function: Callable[[Any], Any], tokens: Tokens | None) -> Tokens | None:
+    return None if tokens is None else Tokens(*map(function, tokens))
+
+
 def _identity(
     dataset: Dataset,
     config: WindowConfig,
     norm_stats: Mapping[str, normalize.NormStats],
     methods: normalize.NormalizeConfig,
-    tokens: np.ndarray | None,
+    tokens: Tokens | None,
 ) -> dict[str, Any]:
     """What makes two sources give the same windows; JSON-able, flat."""
     stats = normalize.to_json({name: norm_stats[name] for name in dataset.columns})
@@ -243,5 +268,10 @@ def _identity(
         **asdict(config),
         **{f"normalize_{name}": method for name, method in asdict(methods).items()},
         "norm_stats": digest(stats),
-        "tokens": None if tokens is None else digest(tokens.shape, tokens.dtype.str, tokens[::997]),
+        "tokens": None if tokens is None else digest(*(_sample(part) for part in tokens)),
     }
+
+
+def _sample(array: Array) -> np.ndarray:
+    """Returns a few of many rows, enough to tell two caches apart."""
+    return np.asarray(array[::997])

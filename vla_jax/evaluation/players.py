@@ -20,7 +20,6 @@ from vla_jax.acting.rollout import Act, Outcome, Sight, run_env
 from vla_jax.data.normalize import NormStats
 from vla_jax.envs.table import rules
 from vla_jax.evaluation.results import Latency
-from vla_jax.policies import policy
 from vla_jax.types import Env, Observation, Params
 
 Reference = Literal["expert", "expert_ignoring_colour", "random"]
@@ -56,7 +55,7 @@ def make_player(
 
     def make_act(num_simulators: int) -> Act:
         state = agent.init(params, num_simulators)
-        laid_out = policy.lay_out(params, config.policy, state.stream)
+        laid_out = agent.prepare(params, num_simulators)
 
         def act(sights: list[Sight]) -> np.ndarray:
             nonlocal state

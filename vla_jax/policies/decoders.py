@@ -1,60 +1,59 @@
-"""Tokens to action chunks over a window: pooled, run through a trunk, given to the heads.
+"""A decoder turns tokens into action chunks: pooling, a trunk, a head.
 
-    tokens [B, W, N, D] → pool → [B, W, D'] → trunk → [B, W, H] → heads → Prediction
+    tokens [B, W, N, D] → pool → [B, W, D'] → trunk → [B, W, H] → head → Prediction
 
-The trunk is a recurrence of any cell ("lstm", "gru", "rnn", …), a transformer that looks back over
-the window ("gpt"), or an MLP that remembers nothing, the baseline ("fc"). Actions come out at every
-position of the window; `streaming` gives the same ones step by step. The heads see the features of
-their own step, but for head "autoregressive", which looks back at those before: an encoder-decoder.
+The trunk is a recurrence of any cell ("lstm", "gru", "rnn", …), a transformer over the window
+("gpt"), or an MLP without memory, the baseline ("fc"). `apply` predicts at every position of a
+window; `step` predicts the same chunks one step at a time:
+
+- mode "refresh": every chunk is that of the last W steps, as in training and in RoboVLMs;
+- mode "periodic": memory is cleared every W steps, so that it spans 1 … W steps;
+- mode "persistent": memory is cleared by `reset` alone and spans the whole episode.
+
+While an episode is not longer than W steps all three are the same. Every array of a streaming state
+has a leading axis B and every row its own age, so that the robots of a batch may start their
+episodes at any step. A state may be donated to `step`.
 """
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from vla_jax.nn import attention, layers, pooling, recurrence, transformer
-from vla_jax.nn.cells import CELLS
-from vla_jax.nn.layers import dense
+from vla_jax.config import did_you_mean
+from vla_jax.nn import pooling
 from vla_jax.nn.recurrence import Carry
-from vla_jax.policies import autoregressive_head, heads
-from vla_jax.policies.autoregressive_head import Told
-from vla_jax.policies.decoder_config import (
-    DecoderConfig,
-    least_tokens,
-    pooled_size,
-    recurrence_config,
-    transformer_config,
-    writer_config,
-)
-from vla_jax.types import Array, Key, Params, Prediction
+from vla_jax.policies import heads, trunks
+from vla_jax.policies.decoder_config import DecoderConfig
+from vla_jax.policies.decoder_fields import least_tokens
+from vla_jax.policies.head import TeacherForcing
+from vla_jax.policies.trunk import Mode
+from vla_jax.types import ActionChunk, Array, Key, Params, Prediction
 
 
-class Trunk(NamedTuple):
-    """A family member: what stands between pooling and heads."""
+class StreamState(NamedTuple):
+    """Streaming state; every leaf has a leading axis B."""
 
-    name: str  # of its params
-    init: Callable[[Key, DecoderConfig], Params]
-    apply: Callable[..., tuple[Carry, jax.Array]]  # see `features`, with pooled for tokens
+    trunk: Any  # of the trunk's kind and the mode
+    head: Any  # of the head; empty where it looks at the current step alone
 
 
 def init(key: Key, config: DecoderConfig) -> Params:
-    """Returns `{"recurrence" (or what the kind has), "heads", "pooling" (where it has params)}`.
+    """Returns the trunk's params, `"heads"`, and `"pooling"` where it has params.
 
-    Kind "fc" has "mlp" in place of "recurrence"; "gpt" has "transformer", and "projection" where
-    a pooled step has not H features already.
+    The trunk's are `"recurrence"`, `"mlp"` (fc), or `"transformer"` (gpt, with `"projection"` where
+    a pooled step does not have H features).
 
     Args:
       key: consumed.
-      config: sizes and kind.
+      config: trunk, head and sizes.
     """
     pooling_key, trunk_key, heads_key = jax.random.split(key, 3)
     params: Params = {
-        **TRUNKS[config.kind].init(trunk_key, config),
-        "heads": _init_heads(heads_key, config),
+        **trunks.get(config.kind).init(trunk_key, config),
+        "heads": heads.HEADS[config.head].init(heads_key, config),
     }
     pooling_params = pooling.init(pooling_key, config.pooling, config.num_latents, config.token_dim)
     return {**params, "pooling": pooling_params} if pooling_params else params
@@ -69,34 +68,35 @@ def apply(
     token_mask: Array | None = None,
     reset: Array | None = None,
     carry: Carry | None = None,
-    told: Told | None = None,
+    targets: TeacherForcing | None = None,
     key: Key | None = None,
 ) -> Prediction:
-    """Returns what is predicted at every position: action chunks, or bins of them.
+    """Returns the prediction at every position of a window.
 
     Args:
       params: from `init`.
-      config: the one that `init` was given.
-      tokens: `[B, W, N, D]`; W may be any number of steps here, of "gpt" at most the config's.
+      config: the one given to `init`.
+      tokens: `[B, W, N, D]`; W may be any number of steps, at most the config's for "gpt".
       timestep_mask: `[B, W]`, True where the step is real; None means everywhere.
       token_mask: `[B, W, N]`, True where the token is real; None means everywhere.
       reset: `[B, W]`, True where a new episode starts; None means nowhere.
-      carry: of the recurrence before the first step; None means zeros. Of "gpt" always None.
-      told: the true actions, that head "autoregressive" learns from; None means it is told its own.
-      key: consumed, for dropout, and for `told.rate`; None means no dropout.
+      carry: of the recurrence before the first step; None means zeros. None for "gpt".
+      targets: ground-truth actions for teacher forcing (head "autoregressive" only); None decodes
+        from the model's own actions.
+      key: consumed, for dropout and for `targets.rate`; None disables dropout.
 
     Returns:
       Arm `[B, W, K, A-1]` in (-1, 1), gripper logit `[B, W, K]`; of head "discrete" logits
       `[B, W, K, A, V]`; float32. At masked steps they are those of zero features.
 
     Raises:
-      ValueError: `tokens` are not `[B, W, N, D]` with the config's N and D, or for "gpt" there is
-        a carry or a longer window; another head is told, or `told.rate` has no key.
+      ValueError: `tokens` are not `[B, W, N, D]` with the config's N and D; a carry or a longer
+        window for "gpt"; targets for another head; `targets.rate` without a key.
 
     Source: Li et al. 2024, RoboVLMs (arXiv:2412.14058), `LSTMDecoder`, `GPTDecoder`, `FCDecoder`.
     """
     trunk_key, head_key = (None, None) if key is None else jax.random.split(key)
-    _, hidden = features(
+    _, features = run_trunk(
         params,
         config,
         tokens,
@@ -107,66 +107,17 @@ def apply(
         key=trunk_key,
     )
     return predict(
-        params, config, hidden, timestep_mask=timestep_mask, reset=reset, told=told, key=head_key
-    )
-
-
-def predict(
-    params: Params,
-    config: DecoderConfig,
-    features: Array,
-    *,
-    timestep_mask: Array | None = None,
-    reset: Array | None = None,
-    told: Told | None = None,
-    key: Key | None = None,
-) -> Prediction:
-    """Returns what the heads make of the features of a window, as `apply` does.
-
-    Args:
-      params: from `init`.
-      config: the one that `init` was given.
-      features: `[B, W, H]` from `features`; or `[..., H]`, but for head "autoregressive", which
-        alone needs what follows.
-      timestep_mask: `[B, W]`, as for `apply`.
-      reset: `[B, W]`, as for `apply`.
-      told: as for `apply`.
-      key: consumed, as for `apply`.
-
-    Raises:
-      ValueError: another head is told, which would not hear it, or `told.rate` has no key.
-    """
-    if config.head == "autoregressive":
-        visible = attention.causal_mask(
-            jnp.ones(features.shape[:2], bool) if timestep_mask is None else timestep_mask,
-            jnp.zeros(features.shape[:2], bool) if reset is None else reset,
-            config.window_size,
-        )
-        return autoregressive_head.apply(
-            params["heads"],
-            writer_config(config),
-            features,
-            features,
-            visible,
-            config.action_horizon,
-            told=told,
-            key=key,
-        )[0]
-    if told is not None:
-        raise ValueError(
-            f"told must be None for head '{config.head}', whose actions do not wait for one "
-            "another, got actions; leave it out, or choose head 'autoregressive'."
-        )
-    return heads.apply(
-        params["heads"],
+        params,
+        config,
         features,
-        config.action_horizon,
-        num_bins=_num_bins(config),
-        dtype=config.dtype,
+        timestep_mask=timestep_mask,
+        reset=reset,
+        targets=targets,
+        key=head_key,
     )
 
 
-def features(
+def run_trunk(
     params: Params,
     config: DecoderConfig,
     tokens: Array,
@@ -177,50 +128,196 @@ def features(
     carry: Carry | None = None,
     key: Key | None = None,
 ) -> tuple[Carry, jax.Array]:
-    """Returns what the heads get, and the carry after the last step, to go on from.
+    """Returns the carry after the last step, and the features that the head gets.
 
     Args:
       params: from `init`.
-      config: the one that `init` was given.
-      tokens: `[B, W, N, D]`; W may be any number of steps here, of "gpt" at most the config's.
-      timestep_mask: `[B, W]`, True where the step is real; None means everywhere.
-      token_mask: `[B, W, N]`, True where the token is real; None means everywhere.
-      reset: `[B, W]`, True where a new episode starts; None means nowhere.
-      carry: of the recurrence before the first step; None means zeros. Of "gpt" always None.
-      key: consumed, for dropout; None means no dropout.
+      config: the one given to `init`.
+      tokens: `[B, W, N, D]`, as for `apply`.
+      timestep_mask: `[B, W]`, as for `apply`.
+      token_mask: `[B, W, N]`, as for `apply`.
+      reset: `[B, W]`, as for `apply`.
+      carry: as for `apply`.
+      key: consumed, for dropout; None disables dropout.
 
     Returns:
-      The carry (of kinds "fc" and "gpt": an empty dict), and features `[B, W, H]`, float32, zeros
-      at masked steps.
+      The carry (an empty dict for "fc" and "gpt"), and features `[B, W, H]`, float32, zeros at
+      masked steps.
 
     Raises:
-      ValueError: `tokens` are not `[B, W, N, D]` with the config's N and D, or for "gpt" there is
-        a carry or a longer window.
+      ValueError: `tokens` are not `[B, W, N, D]` with the config's N and D; a carry or a longer
+        window for "gpt".
     """
     check_tokens(config, tokens, "[B, W, N, D]")
     if timestep_mask is not None:
         chex.assert_shape(timestep_mask, tokens.shape[:2])
-    pooled = pool(params, config, tokens, token_mask=token_mask)
-    return TRUNKS[config.kind].apply(
+    pooled = pool(params, config, tokens, token_mask)
+    return trunks.get(config.kind).apply(
         params, config, pooled, mask=timestep_mask, reset=reset, carry=carry, key=key
     )
 
 
-def pool(
-    params: Params, config: DecoderConfig, tokens: Array, *, token_mask: Array | None = None
-) -> jax.Array:
-    """Returns one vector `[..., D']` per step, of `tokens [..., N, D]`; see `pooling.apply`."""
-    return pooling.apply(
-        params.get("pooling", {}), config.pooling, tokens, config.num_latents, mask=token_mask
+def predict(
+    params: Params,
+    config: DecoderConfig,
+    features: Array,
+    *,
+    timestep_mask: Array | None = None,
+    reset: Array | None = None,
+    targets: TeacherForcing | None = None,
+    key: Key | None = None,
+) -> Prediction:
+    """Returns the head's prediction from the features of a window.
+
+    Args:
+      params: from `init`.
+      config: the one given to `init`.
+      features: `[B, W, H]` from `run_trunk`; `[..., H]` for every head but "autoregressive", which
+        alone uses the following arguments.
+      timestep_mask: `[B, W]`, as for `apply`.
+      reset: `[B, W]`, as for `apply`.
+      targets: as for `apply`.
+      key: consumed, as for `apply`.
+
+    Raises:
+      ValueError: targets for a head that does not take any, or `targets.rate` without a key.
+    """
+    head = heads.HEADS[config.head]
+    if targets is not None and not head.takes_targets:
+        raise ValueError(
+            f"targets must be None for head '{config.head}', which does not feed actions back, got "
+            "actions; leave them out, or choose head 'autoregressive'."
+        )
+    return head.apply(
+        params["heads"],
+        config,
+        features,
+        timestep_mask=timestep_mask,
+        reset=reset,
+        targets=targets,
+        key=key,
     )
 
 
-def project(params: Params, config: DecoderConfig, pooled: Array) -> jax.Array:
-    """Returns what the transformer of kind "gpt" gets of `pooled [..., D']`: `[..., H]` float32."""
-    if "projection" not in params:
-        return jnp.asarray(pooled)
-    projection = params["projection"]
-    return dense(pooled, projection["kernel"], projection["bias"], dtype=config.dtype)
+def init_stream(
+    params: Params,
+    config: DecoderConfig,
+    batch_size: int,
+    *,
+    mode: Mode = "refresh",
+    window_size: int | None = None,
+) -> StreamState:
+    """Returns the streaming state before the first step.
+
+    Args:
+      params: from `init`.
+      config: the one given to `init`.
+      batch_size: B, robots that act together.
+      mode: "refresh", "periodic" or "persistent".
+      window_size: W, in steps; None means the config's, which is the largest for "gpt".
+
+    Raises:
+      ValueError: an unknown mode or one that the trunk lacks, a size below 1, params of another
+        kind of decoder, or a window that is too long for "gpt".
+    """
+    window_size = config.window_size if window_size is None else window_size
+    trunk = trunks.get(config.kind)
+    if trunk.params_name not in params:
+        raise ValueError(
+            f"params must have '{trunk.params_name}' for a decoder of kind '{config.kind}', got "
+            f"{sorted(params)}; use the config they were trained with."
+        )
+    check_mode(config, mode)
+    for name, size in (("batch_size", batch_size), ("window_size", window_size)):
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}.")
+    num_memories = trunk.num_memories(mode, window_size)
+    return StreamState(
+        trunk.init_stream(config, batch_size, mode, window_size),
+        heads.HEADS[config.head].init_stream(config, batch_size, num_memories, mode, window_size),
+    )
+
+
+def prepare_params(
+    params: Params,
+    config: DecoderConfig,
+    batch_size: int,
+    *,
+    mode: Mode = "refresh",
+    window_size: int | None = None,
+) -> Params:
+    """Returns params stored for fast single steps on this device; results are unchanged.
+
+    They are for `step` only, on states of the same batch size, mode and window. On a CPU, in mode
+    "refresh" and with few rows B · W, large kernels of the recurrence are transposed once. An agent
+    does this for its caller.
+
+    Args:
+      params: from `init`.
+      config: the one given to `init`.
+      batch_size: B of the states.
+      mode: of the states.
+      window_size: W of the states; None means the config's.
+    """
+    window_size = config.window_size if window_size is None else window_size
+    trunk = trunks.get(config.kind)
+    num_memories = trunk.num_memories(mode, window_size)
+    return trunk.prepare(params, config, num_memories, batch_size)
+
+
+def step(
+    params: Params,
+    config: DecoderConfig,
+    state: StreamState,
+    tokens: Array,
+    *,
+    token_mask: Array | None = None,
+    reset: Array | None = None,
+) -> tuple[StreamState, ActionChunk]:
+    """Advances one time step.
+
+    Args:
+      params: from `init` or `prepare_params`.
+      config: the one given to `init`.
+      state: from `init_stream` or the step before.
+      tokens: of one step, `[B, N, D]`.
+      token_mask: `[B, N]`, True where the token is real; None means everywhere.
+      reset: `[B]`, True where this step is the first of an episode; None means nowhere.
+
+    Returns:
+      The next state, and arm `[B, K, A-1]`, gripper logit `[B, K]`.
+
+    Raises:
+      ValueError: `tokens` are not `[B, N, D]` with the config's N and D.
+
+    Source: mode "refresh" has the behaviour of RoboVLMs' `LSTMDecoder` and `GPTDecoder` at
+    inference.
+    """
+    check_tokens(config, tokens, "[B, N, D]")
+    reset = jnp.zeros(tokens.shape[:1], bool) if reset is None else jnp.asarray(reset)
+    chex.assert_shape(reset, tokens.shape[:1])
+    chex.assert_tree_shape_prefix(state, tokens.shape[:1])
+    pooled = pool(params, config, tokens, token_mask)
+    trunk_state, step_features = trunks.get(config.kind).step(
+        params, config, state.trunk, pooled, reset
+    )
+    head_state, prediction = heads.HEADS[config.head].step(
+        params["heads"], config, state.head, step_features
+    )
+    return StreamState(trunk_state, head_state), heads.actions(prediction)
+
+
+def check_mode(config: DecoderConfig, mode: str) -> None:
+    """Raises a ValueError unless the decoder can stream in this mode."""
+    if mode not in get_args(Mode):
+        raise ValueError(f"unknown mode '{mode}'; {did_you_mean(mode, get_args(Mode))}")
+    modes = trunks.get(config.kind).modes
+    if mode not in modes:
+        listed = " or ".join(f"'{name}'" for name in modes)
+        raise ValueError(
+            f"mode must be {listed} for a decoder of kind '{config.kind}', whose memory ends at "
+            f"window_size = {config.window_size}, got '{mode}'; choose one of them."
+        )
 
 
 def check_tokens(config: DecoderConfig, tokens: Array, axes: str) -> None:
@@ -228,8 +325,8 @@ def check_tokens(config: DecoderConfig, tokens: Array, axes: str) -> None:
 
     Args:
       config: of the decoder.
-      tokens: what a user gave.
-      axes: their axes in words, such as "[B, W, N, D]".
+      tokens: given by the user.
+      axes: expected axes, such as "[B, W, N, D]".
     """
     least = config.num_tokens or least_tokens(config)
     most = config.num_tokens or math.inf
@@ -242,84 +339,10 @@ def check_tokens(config: DecoderConfig, tokens: Array, axes: str) -> None:
         )
 
 
-def _init_heads(key: Key, config: DecoderConfig) -> Params:
-    if config.head == "autoregressive":
-        return autoregressive_head.init(key, writer_config(config))
-    return heads.init(
-        key,
-        config.hidden_size,
-        config.action_horizon,
-        config.action_dim,
-        config.head_sizes,
-        num_bins=_num_bins(config),
+def pool(
+    params: Params, config: DecoderConfig, tokens: Array, token_mask: Array | None = None
+) -> jax.Array:
+    """Returns one vector `[..., D']` per step, of `tokens [..., N, D]`; see `pooling.apply`."""
+    return pooling.apply(
+        params.get("pooling", {}), config.pooling, tokens, config.num_latents, mask=token_mask
     )
-
-
-def _num_bins(config: DecoderConfig) -> int | None:
-    return config.num_bins if config.head == "discrete" else None
-
-
-def _keep(values: jax.Array, mask: Array | None) -> jax.Array:
-    return values if mask is None else jnp.where(mask[..., None], values, 0.0)
-
-
-def _init_recurrence(key: Key, config: DecoderConfig) -> Params:
-    return {"recurrence": recurrence.init(key, recurrence_config(config), pooled_size(config))}
-
-
-def _apply_recurrence(
-    params: Params, config: DecoderConfig, pooled: jax.Array, *, mask, reset, carry, key
-) -> tuple[Carry, jax.Array]:
-    return recurrence.apply(
-        params["recurrence"],
-        recurrence_config(config),
-        pooled,
-        mask=mask,
-        reset=reset,
-        carry=carry,
-        key=key,
-    )
-
-
-def _init_mlp(key: Key, config: DecoderConfig) -> Params:
-    size = pooled_size(config)
-    return {"mlp": layers.init_mlp(key, (size, max(size // 2, 1), config.hidden_size))}
-
-
-def _apply_mlp(
-    params: Params, config: DecoderConfig, pooled: jax.Array, *, mask, reset, carry, key
-) -> tuple[Carry, jax.Array]:
-    del reset, carry, key  # nothing is remembered, nothing dropped
-    return {}, _keep(layers.apply_mlp(params["mlp"], pooled, dtype=config.dtype), mask)
-
-
-def _init_transformer(key: Key, config: DecoderConfig) -> Params:
-    projection_key, transformer_key = jax.random.split(key)
-    params = {"transformer": transformer.init(transformer_key, transformer_config(config))}
-    sizes = (pooled_size(config), config.hidden_size)
-    if sizes[0] != sizes[1]:
-        params["projection"] = layers.init_mlp(projection_key, sizes)["layers_0"]
-    return params
-
-
-def _apply_transformer(
-    params: Params, config: DecoderConfig, pooled: jax.Array, *, mask, reset, carry, key
-) -> tuple[Carry, jax.Array]:
-    if carry is not None:
-        raise ValueError(
-            "carry must be None for a decoder of kind 'gpt', which looks at its window and carries "
-            f"nothing, got {type(carry).__name__}; give the whole window, or use streaming."
-        )
-    inputs = project(params, config, pooled)
-    _, features = transformer.apply(
-        params["transformer"], transformer_config(config), inputs, mask=mask, reset=reset, key=key
-    )
-    return {}, features
-
-
-_RECURRENCE = Trunk("recurrence", _init_recurrence, _apply_recurrence)
-TRUNKS = {
-    **dict.fromkeys(CELLS, _RECURRENCE),
-    "fc": Trunk("mlp", _init_mlp, _apply_mlp),
-    "gpt": Trunk("transformer", _init_transformer, _apply_transformer),
-}

@@ -3,7 +3,7 @@
 Use these to put a part of this library into a model that is written in Flax; where the model is
 yours to write, the pure functions underneath are all you need. A module remembers nothing that
 they do not: its params are the same tree, so that `module.init(...)["params"]` goes into them
-(`streaming.init`, `checkpoint`, `convert`) and what they make goes into `module.apply`.
+(`decoders.init_stream`, `checkpoint`, `convert`) and what they make goes into `module.apply`.
 
     encoder → linen.Decoder(config)(tokens)                  in a module of your own
     nn.RNN(linen.Cell("gru", 512))(inputs)                   our cell under Flax's own loop
@@ -26,10 +26,10 @@ import jax.numpy as jnp
 from vla_jax.nn import cells, recurrence
 from vla_jax.nn.cells import CELLS, CellName
 from vla_jax.nn.recurrence import Carry, RecurrenceConfig
-from vla_jax.policies import decoders, streaming
-from vla_jax.policies.autoregressive_head import Told
-from vla_jax.policies.decoders import DecoderConfig
-from vla_jax.policies.streaming import State
+from vla_jax.policies import decoders
+from vla_jax.policies.decoder_config import DecoderConfig
+from vla_jax.policies.decoders import StreamState
+from vla_jax.policies.head import TeacherForcing
 from vla_jax.types import ActionChunk, Array, Key, Params, Prediction
 
 
@@ -136,7 +136,7 @@ class Recurrence(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens to action chunks, `decoders.apply` and `streaming.step`."""
+    """Tokens to action chunks, `decoders.apply` and `decoders.step`."""
 
     config: DecoderConfig
 
@@ -148,19 +148,19 @@ class Decoder(nn.Module):
         token_mask: Array | None = None,
         reset: Array | None = None,
         carry: Carry | None = None,
-        told: Told | None = None,
+        targets: TeacherForcing | None = None,
         deterministic: bool = True,
     ) -> Prediction:
         """Returns what is predicted at every position: action chunks, or bins of them.
 
         Args:
-          tokens: `[B, W, N, D]`; W may be any number of steps here, of "gpt" at most the config's.
+          tokens: `[B, W, N, D]`; W may be any number of steps, at most the config's for "gpt".
           timestep_mask: `[B, W]`, True where the step is real; None means everywhere.
           token_mask: `[B, W, N]`, True where the token is real; None means everywhere.
           reset: `[B, W]`, True where a new episode starts; None means nowhere.
           carry: of the recurrence before the first step; None means zeros. Of "gpt" always None.
-          told: the true actions, that head "autoregressive" learns from, without a rate; None means
-            it is told its own.
+          targets: ground-truth actions for teacher forcing, without a rate (head "autoregressive"
+            only); None decodes from the model's own actions.
           deterministic: False drops as `DecoderConfig.dropout` says, by an rng named "dropout".
 
         Returns:
@@ -179,22 +179,22 @@ class Decoder(nn.Module):
             token_mask=token_mask,
             reset=reset,
             carry=carry,
-            told=told,
+            targets=targets,
             key=_dropout_key(self, self.config.dropout, deterministic),
         )
 
     def step(
         self,
-        state: State,
+        state: StreamState,
         tokens: Array,
         *,
         token_mask: Array | None = None,
         reset: Array | None = None,
-    ) -> tuple[State, ActionChunk]:
+    ) -> tuple[StreamState, ActionChunk]:
         """Returns the state after one frame, and the chunk that is predicted there.
 
         Args:
-          state: from `streaming.init(params, config, batch_size, mode=...)` or the step before.
+          state: from `decoders.init_stream` or the step before.
           tokens: of one frame, `[B, N, D]`.
           token_mask: `[B, N]`, True where the token is real; None means everywhere.
           reset: `[B]`, True where this frame is the first of an episode; None means nowhere.
@@ -202,7 +202,7 @@ class Decoder(nn.Module):
         Returns:
           The state, and arm `[B, K, A-1]`, gripper logit `[B, K]`.
         """
-        return streaming.step(
+        return decoders.step(
             self._params(), self.config, state, tokens, token_mask=token_mask, reset=reset
         )
 

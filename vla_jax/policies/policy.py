@@ -1,8 +1,8 @@
-"""A policy is a backbone and a decoder: observations in, chunks of actions out.
+"""A policy is a backbone and a decoder: observations in, action chunks out.
 
     params = policy.init(key, config)
-    chunk = policy.apply(params, config, observation, timestep_mask)      # a window, to train
-    state = policy.init_stream(params, config, batch_size)                # on the robot
+    prediction = policy.apply(params, config, observation)             # a window, for training
+    state = policy.init_stream(params, config, batch_size)             # on the robot
     state, chunk = policy.step(params, config, state, observation)
 
 The chunks of the two ways are the same.
@@ -10,22 +10,24 @@ The chunks of the two ways are the same.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
-from vla_jax.backbones.backbone import BACKBONES, BackboneConfig
+from vla_jax.backbones import registry
 from vla_jax.backbones.perceiver import PerceiverConfig
-from vla_jax.policies import decoders, streaming
-from vla_jax.policies.decoders import DecoderConfig
-from vla_jax.policies.streaming import Mode
-from vla_jax.types import ActionChunk, Array, Key, Observation, Params, Prediction
+from vla_jax.backbones.registry import BackboneConfig
+from vla_jax.policies import decoders, heads
+from vla_jax.policies.decoder_config import DecoderConfig
+from vla_jax.policies.decoders import StreamState
+from vla_jax.policies.head import TeacherForcing
+from vla_jax.policies.trunk import Mode
+from vla_jax.types import ActionChunk, Array, Key, Observation, Params, Prediction, Tokens
 
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """A backbone and the decoder that fits it; `connect` makes them fit."""
+    """A backbone and a decoder that fits it; `connect` makes them fit."""
 
     backbone: BackboneConfig = PerceiverConfig()
     decoder: DecoderConfig = DecoderConfig(
@@ -43,8 +45,16 @@ class PolicyConfig:
             )
 
 
+class PolicyOutputs(NamedTuple):
+    """Everything that a policy computes over a window."""
+
+    tokens: Tokens  # [B, W, N, D], the given ones or the backbone's
+    features: jax.Array  # [B, W, H] float32, of the decoder's trunk; zeros at masked steps
+    prediction: Prediction  # [B, W, K, ...]
+
+
 def connect(backbone: BackboneConfig, decoder: DecoderConfig) -> PolicyConfig:
-    """The two as one config, with the decoder's `num_tokens` and `token_dim` set to fit."""
+    """Returns both as one config, with the decoder's `num_tokens` and `token_dim` set to fit."""
     decoder = dataclasses.replace(
         decoder, num_tokens=backbone.num_tokens, token_dim=backbone.token_dim
     )
@@ -52,94 +62,112 @@ def connect(backbone: BackboneConfig, decoder: DecoderConfig) -> PolicyConfig:
 
 
 def init(key: Key, config: PolicyConfig) -> Params:
-    """Random params `{"backbone": …, "decoder": …}`; `key` is consumed."""
+    """Returns random params `{"backbone": …, "decoder": …}`; `key` is consumed."""
     backbone_key, decoder_key = jax.random.split(key)
     return {
-        "backbone": BACKBONES[config.backbone.kind].init(backbone_key, config.backbone),
+        "backbone": registry.get(config.backbone).init(backbone_key, config.backbone),
         "decoder": decoders.init(decoder_key, config.decoder),
     }
 
 
-def encode(params: Params, config: PolicyConfig, observation: Observation) -> jax.Array:
-    """Tokens `[..., N, D]` of observations with leading axes `[...]`; no memory is involved."""
-    return BACKBONES[config.backbone.kind].apply(params["backbone"], config.backbone, observation)
+def encode(params: Params, config: PolicyConfig, observation: Observation) -> Tokens:
+    """Returns the tokens of observations, each on its own.
+
+    Args:
+      params: from `init`.
+      config: the one given to `init`.
+      observation: any leading axes `[...]`.
+
+    Returns:
+      Tokens `[..., N, D]`, mask `[..., N]`.
+    """
+    return registry.get(config.backbone).apply(params["backbone"], config.backbone, observation)
+
+
+def takes_targets(config: PolicyConfig) -> bool:
+    """Returns whether `apply` and `outputs` use ground-truth actions (teacher forcing)."""
+    return heads.HEADS[config.decoder.head].takes_targets
 
 
 def apply(
     params: Params,
     config: PolicyConfig,
     observation: Observation,
-    timestep_mask: Array | None = None,
     *,
+    timestep_mask: Array | None = None,
     reset: Array | None = None,
-    tokens: Array | None = None,
+    tokens: Tokens | None = None,
+    targets: TeacherForcing | None = None,
     key: Key | None = None,
 ) -> Prediction:
-    """Action chunks (of a discrete head: bins) at every position of a window.
+    """Returns the prediction at every position of a window.
 
     Args:
       params: from `init`.
-      config: the same.
-      observation: `[B, W, ...]`; not looked at where `tokens` are given.
+      config: the one given to `init`.
+      observation: `[B, W, ...]`; unused where `tokens` are given.
       timestep_mask: `[B, W]`, True where the step is real; None means everywhere.
       reset: `[B, W]`, True where a new episode starts; None means nowhere.
-      tokens: `[B, W, N, D]` that `encode` gave earlier, for a frozen backbone.
-      key: for dropout, consumed; None means no dropout.
+      tokens: from `encode`, `[B, W, N, D]`, cached for a frozen backbone; None computes them.
+      targets: ground-truth actions for teacher forcing (head "autoregressive" only); None decodes
+        from the model's own actions.
+      key: consumed, for dropout and for `targets.rate`; None disables dropout.
 
     Returns:
-      Chunks `[B, W, K, …]`.
+      Action chunks, or bins for a discrete head, `[B, W, K, …]`.
+
+    Raises:
+      ValueError: as `decoders.apply`.
     """
-    trunk_key, head_key = (None, None) if key is None else jax.random.split(key)
-    _, hidden = features(
-        params, config, observation, timestep_mask, reset=reset, tokens=tokens, key=trunk_key
-    )
-    return decoders.predict(
-        params["decoder"],
-        config.decoder,
-        hidden,
+    return outputs(
+        params,
+        config,
+        observation,
         timestep_mask=timestep_mask,
         reset=reset,
-        key=head_key,
-    )
+        tokens=tokens,
+        targets=targets,
+        key=key,
+    ).prediction
 
 
-def features(
+def outputs(
     params: Params,
     config: PolicyConfig,
     observation: Observation,
-    timestep_mask: Array | None = None,
     *,
+    timestep_mask: Array | None = None,
     reset: Array | None = None,
-    tokens: Array | None = None,
+    tokens: Tokens | None = None,
+    targets: TeacherForcing | None = None,
     key: Key | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """What lies between observations and chunks, for other heads than the actions'.
+) -> PolicyOutputs:
+    """Returns the prediction of `apply`, with the tokens and features behind it.
 
-    `decoders.predict(params["decoder"], config.decoder, features, ...)` makes chunks of them.
-
-    Args:
-      params: as for `apply`, and so are the others.
-      config: the same.
-      observation: `[B, W, ...]`.
-      timestep_mask: `[B, W]`.
-      reset: `[B, W]`.
-      tokens: `[B, W, N, D]`.
-      key: for dropout, consumed.
-
-    Returns:
-      Tokens `[B, W, N, D]`, those given or the backbone's, and the memory's features `[B, W, H]`.
+    Auxiliary heads and value functions are trained on the features. The arguments are those of
+    `apply`.
     """
-    if tokens is None:
-        tokens = encode(params, config, observation)
-    _, hidden = decoders.features(
+    trunk_key, head_key = (None, None) if key is None else jax.random.split(key)
+    tokens = encode(params, config, observation) if tokens is None else tokens
+    _, features = decoders.run_trunk(
         params["decoder"],
         config.decoder,
-        tokens,
+        tokens.tokens,
+        timestep_mask=timestep_mask,
+        token_mask=tokens.mask,
+        reset=reset,
+        key=trunk_key if config.decoder.dropout else None,
+    )
+    prediction = decoders.predict(
+        params["decoder"],
+        config.decoder,
+        features,
         timestep_mask=timestep_mask,
         reset=reset,
-        key=key,
+        targets=targets,
+        key=head_key,
     )
-    return jnp.asarray(tokens), hidden
+    return PolicyOutputs(tokens, features, prediction)
 
 
 def init_stream(
@@ -149,37 +177,54 @@ def init_stream(
     *,
     mode: Mode = "refresh",
     window_size: int | None = None,
-) -> Any:
-    """What the decoder remembers before the first step; see `streaming.init`."""
-    return streaming.init(
+) -> StreamState:
+    """Returns the state before the first step; see `decoders.init_stream`."""
+    return decoders.init_stream(
         params["decoder"], config.decoder, batch_size, mode=mode, window_size=window_size
     )
 
 
-def lay_out(params: Params, config: PolicyConfig, state: Any) -> Params:
-    """Params with which `step` gives the same faster, where it can; see `streaming.lay_out`."""
-    return {**params, "decoder": streaming.lay_out(params["decoder"], config.decoder, state)}
+def prepare_params(
+    params: Params,
+    config: PolicyConfig,
+    batch_size: int,
+    *,
+    mode: Mode = "refresh",
+    window_size: int | None = None,
+) -> Params:
+    """Returns params stored for fast single steps; see `decoders.prepare_params`."""
+    prepared = decoders.prepare_params(
+        params["decoder"], config.decoder, batch_size, mode=mode, window_size=window_size
+    )
+    return {**params, "decoder": prepared}
 
 
 def step(
     params: Params,
     config: PolicyConfig,
-    state: Any,
+    state: StreamState,
     observation: Observation,
     *,
     reset: Array | None = None,
-) -> tuple[Any, ActionChunk]:
-    """One time step.
+) -> tuple[StreamState, ActionChunk]:
+    """Advances one time step.
 
     Args:
-      params: from `init` or `lay_out`.
-      config: the same.
+      params: from `init` or `prepare_params`.
+      config: the one given to `init`.
       state: from `init_stream` or the step before.
       observation: `[B, ...]`.
       reset: `[B]`, True where a new episode starts with this observation.
 
     Returns:
-      The new state, and chunks `[B, K, …]`.
+      The next state, and chunks `[B, K, …]`.
     """
     tokens = encode(params, config, observation)
-    return streaming.step(params["decoder"], config.decoder, state, tokens, reset=reset)
+    return decoders.step(
+        params["decoder"],
+        config.decoder,
+        state,
+        tokens.tokens,
+        token_mask=tokens.mask,
+        reset=reset,
+    )

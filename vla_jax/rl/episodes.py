@@ -16,7 +16,7 @@ from vla_jax.acting import agent
 from vla_jax.acting.agent import AgentConfig, AgentState, make_agent
 from vla_jax.actions import execution
 from vla_jax.data.normalize import NormStats
-from vla_jax.policies import decoders, policy
+from vla_jax.policies import policy, trunks
 from vla_jax.policies.heads import actions
 from vla_jax.rl import gaussian
 from vla_jax.rl.gaussian import NoiseConfig, NoisyAction
@@ -44,7 +44,7 @@ def check_memory(config: AgentConfig, num_steps: int) -> None:
             "the decoder's head must be 'continuous' to learn from reward, since noise is added "
             f"to continuous actions, got '{decoder.head}'; clone a policy with that head."
         )
-    forgets = config.mode != "persistent" and decoder.kind != "fc"
+    forgets = config.mode != "persistent" and trunks.get(decoder.kind).has_memory
     if forgets and num_steps > decoder.window_size:
         raise ValueError(
             f"num_steps must be at most the policy's window_size = {decoder.window_size}, since in "
@@ -124,15 +124,15 @@ def mean_actions(
       features `[B, T, H]`.
     """
     decoder = config.policy.decoder
-    _, features = policy.features(params, config.policy, observation)
-    chunks = actions(decoders.predict(params["decoder"], decoder, features))
+    outputs = policy.outputs(params, config.policy, observation)
+    chunks = actions(outputs.prediction)
     state = execution.init(
         config.execution, len(chunks.arm), decoder.action_horizon, decoder.action_dim
     )
     by_time = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), chunks)
     _, mean = jax.lax.scan(lambda *step: execution.plan(config.execution, *step), state, by_time)
     mean = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), mean)
-    return _around_threshold(config, mean), features
+    return _around_threshold(config, mean), outputs.features
 
 
 def _cheapest(config: AgentConfig) -> AgentConfig:
@@ -140,7 +140,7 @@ def _cheapest(config: AgentConfig) -> AgentConfig:
 
     The actions are the same while the memory covers the whole episode.
     """
-    if config.policy.decoder.kind == "gpt":
+    if "persistent" not in trunks.get(config.policy.decoder.kind).modes:
         return config
     return dataclasses.replace(config, mode="persistent")
 

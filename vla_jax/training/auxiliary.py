@@ -24,7 +24,7 @@ from vla_jax.config import did_you_mean
 from vla_jax.nn import layers
 from vla_jax.training import captions
 from vla_jax.training.losses import masked_mean
-from vla_jax.types import Array, Batch, Key, Metrics, Observation, Params
+from vla_jax.types import Array, Batch, Key, Metrics, Observation, Params, Tokens
 
 Target = Literal["tokens", "pixels"]
 CAMERAS = ("image_primary", "image_wrist")
@@ -116,7 +116,7 @@ def apply(
     Args:
       params: from `init`.
       config: the one that `init` was given.
-      features: `[B, W, H]`, from `policy.features` or `decoders.features`.
+      features: `[B, W, H]`, from `policy.outputs` or `decoders.run_trunk`.
       words: `[B, W, S]` ids from `captions.told`; only the caption head needs them.
 
     Raises:
@@ -140,7 +140,7 @@ def loss(
     prediction: AuxiliaryPrediction,
     config: AuxiliaryConfig,
     batch: Batch,
-    tokens: Array,
+    tokens: Tokens,
     *,
     axis_name: str | None = None,
 ) -> tuple[dict[str, jax.Array], Metrics]:
@@ -153,7 +153,7 @@ def loss(
       prediction: from `apply`.
       config: as there.
       batch: whose steps the features are of.
-      tokens: `[B, W, N, D]`, the backbone's of that batch; as a target they get no gradient.
+      tokens: `[B, W, N, D]`, the backbone's of that batch; no gradient flows into targets.
       axis_name: mapped axis to sum over; None means that the batch is whole.
 
     Returns:
@@ -178,7 +178,7 @@ def loss(
     return terms, metrics
 
 
-def frames(config: AuxiliaryConfig, observation: Observation, tokens: Array) -> dict[str, Array]:
+def frames(config: AuxiliaryConfig, observation: Observation, tokens: Tokens) -> dict[str, Array]:
     """Returns what is to be predicted of a step, by the names of `AuxiliaryPrediction`.
 
     Args:
@@ -194,7 +194,8 @@ def frames(config: AuxiliaryConfig, observation: Observation, tokens: Array) -> 
       ValueError: pictures are to be predicted and there are none, or p does not divide them.
     """
     if config.forward_target == "tokens":
-        return {"tokens": rearrange(jax.lax.stop_gradient(tokens), "B W N D -> B W (N D)")}
+        real = jnp.where(tokens.mask[..., None], tokens.tokens, 0.0)  # padding may be anything
+        return {"tokens": rearrange(jax.lax.stop_gradient(real), "B W N D -> B W (N D)")}
     pictures = {name: getattr(observation, name) for name in CAMERAS}
     pictures = {name: picture for name, picture in pictures.items() if picture is not None}
     if not pictures:

@@ -50,7 +50,7 @@ def apply(params: Params, features: Array, words: Array) -> jax.Array:
 
     Args:
       params: from `init`.
-      features: `[B, W, H]`, from `policy.features` or `decoders.features`.
+      features: `[B, W, H]`, from `policy.outputs` or `decoders.run_trunk`.
       words: `[B, W, S]` ids from `told`.
 
     Returns:

@@ -13,7 +13,7 @@ import optax
 from vla_jax.actions import bins
 from vla_jax.policies import heads
 from vla_jax.training.loss_terms import TERMS, LossWeights, total
-from vla_jax.types import ActionChunk, Array, BinChunk, Metrics, Prediction
+from vla_jax.types import ActionChunk, Array, Metrics, Prediction
 
 
 def masked_mean(values: Array, mask: Array, *, axis_name: str | None = None) -> jax.Array:
@@ -94,9 +94,7 @@ def action_terms(
     prediction = jax.tree.map(lambda part: jnp.asarray(part, jnp.float32), prediction)
     # The selection comes before the loss: the gradient through a NaN target would be NaN.
     target = jnp.where(jnp.asarray(action_mask)[..., None], action, 0.0)
-    is_discrete = isinstance(prediction, BinChunk)
-    found = _bin_terms(prediction, target) if is_discrete else _chunk_terms(prediction, target)
-    found |= _decoded_terms(heads.actions(prediction), target)
+    found = heads.errors(prediction, target) | _decoded_terms(heads.actions(prediction), target)
     means = {
         name: masked_mean(values, action_mask, axis_name=axis_name)
         for name, values in found.items()
@@ -222,26 +220,6 @@ def categorical_kl(
     )
     distance = jnp.sum(jnp.exp(log_policy) * (log_policy - log_reference), axis=-1)
     return masked_mean(distance, mask, axis_name=axis_name)
-
-
-def _chunk_terms(chunk: ActionChunk, target: jax.Array) -> Metrics:
-    chex.assert_shape(chunk.arm, (*target.shape[:-1], target.shape[-1] - 1))
-    chex.assert_shape(chunk.gripper_logit, target.shape[:-1])
-    is_open = (target[..., -1] > 0).astype(jnp.float32)
-    return {
-        "arm": optax.losses.huber_loss(chunk.arm, target[..., :-1], delta=1.0),
-        "gripper": optax.losses.sigmoid_binary_cross_entropy(chunk.gripper_logit, is_open),
-    }
-
-
-def _bin_terms(chunk: BinChunk, target: jax.Array) -> Metrics:
-    chex.assert_shape(chunk.logits, (*target.shape, None))
-    target_bins = bins.encode(target, chunk.logits.shape[-1])
-    likeliest = jnp.argmax(chunk.logits[..., :-1, :], axis=-1)
-    return {
-        "bins": optax.losses.softmax_cross_entropy_with_integer_labels(chunk.logits, target_bins),
-        "acc_arm": likeliest == target_bins[..., :-1],
-    }
 
 
 def _decoded_terms(chunk: ActionChunk, target: jax.Array) -> Metrics:

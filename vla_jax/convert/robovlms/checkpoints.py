@@ -20,7 +20,7 @@ from vla_jax.convert.robovlms.key_names import HEAD, HeadTensor, find_head, head
 from vla_jax.convert.sizes import check_config
 from vla_jax.convert.torch_rnn import CELLS
 from vla_jax.policies import decoders
-from vla_jax.policies.decoders import DecoderConfig
+from vla_jax.policies.decoder_config import DecoderConfig
 from vla_jax.types import Key, Params
 
 KINDS = (*CELLS.values(), "gpt", "fc")  # of decoders that RoboVLMs' names can express

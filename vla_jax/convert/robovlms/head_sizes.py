@@ -9,7 +9,7 @@ from vla_jax.convert import torch_rnn
 from vla_jax.convert.conversion_report import Shape
 from vla_jax.convert.robovlms.key_names import HEAD, MLPS, head_tensors
 from vla_jax.convert.sizes import check_known, count_layers, read_size
-from vla_jax.policies.decoder_config import DecoderConfig, Kind
+from vla_jax.policies.decoder_config import DecoderConfig
 
 _WINDOW_SIZE = 8  # W of most RoboVLMs configs; only a GPT's tensors determine it
 
@@ -17,7 +17,7 @@ _WINDOW_SIZE = 8  # W of most RoboVLMs configs; only a GPT's tensors determine i
 class _TrunkSizes(NamedTuple):
     """Sizes between the tokens and the action MLPs; None = not determined."""
 
-    kind: Kind | None
+    kind: str | None
     input_size: int | None  # D', features of a step after pooling
     hidden_size: int | None  # H
     num_layers: int = 1  # L

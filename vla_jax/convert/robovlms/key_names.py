@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 
 from vla_jax.convert.conversion_report import Shape, abbreviate
 from vla_jax.policies import decoders
-from vla_jax.policies.decoders import DecoderConfig
+from vla_jax.policies.decoder_config import DecoderConfig
 
 HEAD = "act_head."
 MLPS = {"arm": "actions.mlp", "gripper": "gripper.mlp"}  # our name -> RoboVLMs'

@@ -1,0 +1,47 @@
+"""The backbones by the `kind` of their config. A new one is a file and a line in `BACKBONES`."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Union
+
+import numpy as np
+
+from vla_jax.backbones import backbone, perceiver, state
+from vla_jax.backbones.backbone import Backbone
+
+BACKBONES: dict[str, Backbone] = {
+    "perceiver": perceiver.BACKBONE,
+    "state": state.BACKBONE,
+}
+if TYPE_CHECKING:
+    BackboneConfig = backbone.BackboneConfig
+else:
+    # The union that the command line offers and that JSON is read into, by `kind`.
+    BackboneConfig = Union[tuple(member.config for member in BACKBONES.values())]  # noqa: UP007
+
+
+def get(config: Any) -> Backbone:
+    """Returns the backbone of a config.
+
+    Raises:
+      ValueError: there is no backbone of its kind.
+    """
+    if config.kind not in BACKBONES:
+        known = ", ".join(BACKBONES)
+        raise ValueError(f"backbone.kind must be one of {known}, got '{config.kind}'.")
+    return BACKBONES[config.kind]
+
+
+def make_tokenizer(config: Any, instructions: Iterable[str]) -> Callable[[str], np.ndarray]:
+    """Returns the function from an instruction to its ids `[S]` int32.
+
+    Args:
+      config: of the backbone.
+      instructions: all texts that it will be given in training.
+
+    Raises:
+      ValueError: two of the instructions would become the same ids.
+    """
+    member = get(config)
+    member.check_instructions(config, instructions)
+    return partial(member.tokenize, config)

@@ -1,0 +1,50 @@
+"""Fields of a decoder's config, and the sizes that follow from them.
+
+The checks are in `decoder_config`, which knows every trunk and head; trunks and heads import this.
+"""
+
+import dataclasses
+from typing import Literal
+
+from vla_jax.nn.pooling import POOLINGS, Pooling
+from vla_jax.nn.recurrence import Implementation
+from vla_jax.nn.seq2seq import AnyScore
+
+HeadName = Literal["continuous", "discrete", "autoregressive"]
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderFields:
+    """Trunk, head and sizes; the defaults are RoboVLMs' except for input and output sizes."""
+
+    kind: str = "lstm"  # trunk: a recurrent cell (rnn, lstm, gru, …), gpt, or fc (memoryless)
+    token_dim: int = 256  # D, features of a token; set by the backbone
+    num_tokens: int = 1  # N, tokens per step; set by the backbone; 0 = any number, if pooled
+    window_size: int = 16  # W, steps of a training window, and memory of streaming mode refresh
+    action_horizon: int = 10  # K, actions per predicted chunk
+    action_dim: int = 7  # A, action dimensions, the last of which is the gripper
+    hidden_size: int = 1024  # H, units per layer and features given to the heads
+    num_layers: int = 4  # L, layers of the recurrence or transformer; unused by fc
+    num_heads: int = 8  # M, attention heads of the gpt trunk
+    pooling: Pooling = "max"  # how the N tokens of a step are pooled; none concatenates them
+    num_latents: int = 1  # vectors left of a step's tokens after pooling, concatenated
+    head: HeadName = "continuous"  # action head: numbers, bins, or an autoregressive decoder
+    score: AnyScore = "general"  # attention score of the autoregressive head; none = no attention
+    num_bins: int = 256  # V, bins of each action dimension in [-1, 1], discrete head only
+    head_sizes: tuple[int, ...] = (1024, 512, 256)  # hidden layers of each head MLP
+    dropout: float = 0.0  # dropout probability: between recurrent layers, or as in GPT-2
+    remat_chunk: int = 0  # steps per rematerialised chunk of the recurrence; 0 stores everything
+    implementation: Implementation = "auto"  # how the recurrence loops over time, auto = bptt
+    dtype: Dtype = "float32"  # dtype of the factors of matrix products
+
+
+def least_tokens(config: DecoderFields) -> int:
+    """Returns the smallest number of tokens that can be pooled to `num_latents` vectors."""
+    return POOLINGS[config.pooling].min_tokens(config.num_latents)
+
+
+def pooled_size(config: DecoderFields) -> int:
+    """Returns D', the features of a step after pooling."""
+    num_vectors = POOLINGS[config.pooling].num_vectors(config.num_tokens, config.num_latents)
+    return num_vectors * config.token_dim

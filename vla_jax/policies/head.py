@@ -1,0 +1,59 @@
+"""The contract of an action head: features of the trunk in, a prediction of K actions out."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from vla_jax.policies.decoder_fields import DecoderFields
+from vla_jax.policies.trunk import Mode, StepFeatures, acting_features
+from vla_jax.types import ActionChunk, Array, Key, Params, Prediction
+
+
+class TeacherForcing(NamedTuple):
+    """Ground-truth actions for the training of a head that feeds its own actions back."""
+
+    action: Array  # [B, W, K, A], arm in [-1, 1], gripper +1 open / -1 closed
+    action_mask: Array  # [B, W, K] bool, True where the action exists; others may hold anything
+    rate: Array | None = None  # [] probability of feeding the true action; None = always
+
+
+class Head(NamedTuple):
+    """A family member."""
+
+    takes_targets: bool  # whether `apply` uses ground-truth actions (teacher forcing)
+    check: Callable[[DecoderFields], None]  # raises a ValueError for a config it cannot have
+    init: Callable[[Key, DecoderFields], Params]
+    # (params of the head, config, features [B, W, H], *, timestep_mask, reset, targets, key)
+    apply: Callable[..., Prediction]
+    # (config, batch_size, num_memories C, mode, window_size) -> state, leaves [B, ...]
+    init_stream: Callable[[DecoderFields, int, int, Mode, int], Any]
+    # (params of the head, config, state, features of one step) -> (state, prediction [B, K, ...])
+    step: Callable[[Params, DecoderFields, Any, StepFeatures], tuple[Any, Prediction]]
+
+
+class PredictionKind(NamedTuple):
+    """What losses and acting need to know of one type of prediction."""
+
+    actions: Callable[[Any], ActionChunk]  # decodes a prediction
+    # (prediction, ground truth [..., K, A]) -> error terms and metrics [..., K, ...] by name
+    errors: Callable[[Any, jax.Array], dict[str, jax.Array]]
+
+
+def no_stream(
+    config: DecoderFields, batch_size: int, num_memories: int, mode: Mode, window_size: int
+) -> tuple:
+    """Returns an empty state: the `Head.init_stream` of a head without memory."""
+    del config, batch_size, num_memories, mode, window_size
+    return ()
+
+
+def make_step(apply: Callable[..., Prediction]) -> Callable[..., tuple[tuple, Prediction]]:
+    """Returns the `Head.step` of a head that looks at the features of the current step alone."""
+
+    def step(
+        params: Params, config: DecoderFields, state: tuple, step_features: StepFeatures
+    ) -> tuple[tuple, Prediction]:
+        return state, apply(params, config, acting_features(step_features))
+
+    return step

@@ -1,0 +1,19 @@
+"""The trunks by the `kind` of a decoder's config: every recurrent cell, gpt and fc."""
+
+from vla_jax.nn.cells import CELLS
+from vla_jax.policies.fc_trunk import FC
+from vla_jax.policies.gpt_trunk import GPT
+from vla_jax.policies.recurrent_trunk import RECURRENT
+from vla_jax.policies.trunk import Trunk
+
+TRUNKS: dict[str, Trunk] = {"fc": FC, "gpt": GPT}  # beside the recurrent trunk of every cell
+
+
+def names() -> tuple[str, ...]:
+    """Returns every kind of trunk."""
+    return (*CELLS, *TRUNKS)
+
+
+def get(kind: str) -> Trunk:
+    """Returns the trunk of a kind in `names()`."""
+    return TRUNKS.get(kind, RECURRENT)
