@@ -15,7 +15,7 @@ from vla_jax.training import auxiliary, captions
 from vla_jax.training.auxiliary import AuxiliaryConfig, AuxiliaryPrediction
 from vla_jax.training.loss_terms import LossWeights
 from vla_jax.training.update import Counted
-from vla_jax.types import Batch, Observation
+from vla_jax.types import Batch, Observation, Tokens
 
 B, W, F, N, D, H, S, V = 3, 6, 2, 2, 3, 4, 3, 7
 SIZE, PATCH = 4, 2  # pixels
@@ -208,7 +208,10 @@ def test_a_training_sums_every_term_and_needs_words_only_to_give_them_back():
     batch, _ = draw_batch(cameras=())
     batch = batch._replace(
         observation=Observation(),
-        tokens=np.random.default_rng(1).normal(size=(B, W, 3, 8)).astype(np.float32),
+        tokens=Tokens(
+            np.random.default_rng(1).normal(size=(B, W, 3, 8)).astype(np.float32),
+            np.ones((B, W, 3), bool),
+        ),
         action=np.ones((B, W, 2, 7), np.float32),
         action_mask=np.ones((B, W, 2), bool),
     )

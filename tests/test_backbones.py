@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vla_jax.backbones import word_hashing
-from vla_jax.backbones.backbone import BACKBONES
+from vla_jax.backbones import registry, word_hashing
 from vla_jax.backbones.perceiver import Perceiver, PerceiverConfig
+from vla_jax.backbones.registry import BACKBONES
 from vla_jax.backbones.state import StateConfig
 from vla_jax.types import Observation
 
@@ -65,7 +65,10 @@ def compiled(kind):
 
 
 def encode(kind, observation, config=None):
-    return compiled(kind)(params(kind), config or CONFIGS[kind], observation)
+    """Tokens `[..., N, D]`, none of which is padding."""
+    tokens, mask = compiled(kind)(params(kind), config or CONFIGS[kind], observation)
+    assert mask.all()
+    return tokens
 
 
 @each
@@ -77,15 +80,20 @@ def test_tokens_have_the_leading_axes_of_the_observation(kind, lead):
         params(kind),
         observation=observe(kind, lead),
     )
-    assert tokens.shape == (*lead, config.num_tokens, config.token_dim)
-    assert tokens.dtype == jnp.float32
+    assert tokens.tokens.shape == (*lead, config.num_tokens, config.token_dim)
+    assert tokens.tokens.dtype == jnp.float32
+    assert tokens.mask.shape == (*lead, config.num_tokens)
+    assert tokens.mask.dtype == bool
 
 
 @each
 def test_vmap_is_a_loop_and_jit_is_no_jit(kind):
     observation, backbone = observe(kind), BACKBONES[kind]
     together = encode(kind, observation)
-    apply = functools.partial(backbone.apply, params(kind), CONFIGS[kind])
+
+    def apply(observation):
+        return backbone.apply(params(kind), CONFIGS[kind], observation).tokens
+
     np.testing.assert_allclose(apply(observation), together, atol=1e-5)
     np.testing.assert_allclose(jax.jit(jax.vmap(apply))(observation), together, atol=1e-5)
     for i in range(B):
@@ -130,7 +138,7 @@ def test_the_gradient_reaches_every_param(kind):
 
     def loss_fn(params):
         weights = jax.random.normal(jax.random.key(1), (B, 1, CONFIGS[kind].token_dim))
-        tokens = BACKBONES[kind].apply(params, CONFIGS[kind], observation)
+        tokens = BACKBONES[kind].apply(params, CONFIGS[kind], observation).tokens
         return jnp.sum(weights * tokens * tokens)
 
     grads = jax.jit(jax.grad(loss_fn))(params(kind))
@@ -150,6 +158,36 @@ def test_bfloat16_computes_nearly_the_same_and_gives_float32(kind):
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
     difference = np.abs(tokens - exact)
     assert 0 < difference.max() < 0.15 * np.abs(exact).max()
+
+
+@each
+def test_a_backbone_tokenises_and_states_its_images(kind):
+    backbone, config = BACKBONES[kind], CONFIGS[kind]
+    ids = backbone.tokenize(config, "touch the red block")
+    assert ids.dtype == np.int32
+    assert ids.shape == (S,)
+    assert ids.max() < config.vocab_size
+    spec = backbone.image_spec(config)
+    cameras = () if spec is None else spec.cameras
+    assert {name for name in PARTS[kind] if name.startswith("image_")} == set(cameras)
+    if spec is not None:
+        assert getattr(observe(kind), cameras[0]).shape[1:3] == (spec.height, spec.width)
+
+
+@each
+def test_instructions_that_become_the_same_ids_are_refused(kind):
+    small = dataclasses.replace(CONFIGS[kind], vocab_size=3)
+    with pytest.raises(ValueError, match="vocab_size must keep the words"):
+        registry.make_tokenizer(small, ["lift the red block"])
+    tokenize = registry.make_tokenizer(CONFIGS[kind], ["lift the red block"])
+    assert tokenize("lift").any()
+
+
+@each
+@pytest.mark.parametrize(("field", "value", "least"), [("max_words", 0, 1), ("vocab_size", 1, 2)])
+def test_a_vocabulary_without_words_is_refused(kind, field, value, least):
+    with pytest.raises(ValueError, match=f"{field} must be at least {least}, got {value}"):
+        dataclasses.replace(CONFIGS[kind], **{field: value})
 
 
 @each

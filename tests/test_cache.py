@@ -32,9 +32,9 @@ def test_each_frame_has_the_tokens_that_its_backbone_gives(config, monkeypatch):
     monkeypatch.setattr(cache, "CHUNK", 32)  # several chunks, the last one cut
     params, tokens = tokens_of(config)
     dataset = read_dataset(config)
-    assert isinstance(tokens, np.memmap)
-    assert len(tokens) == dataset.episode_ends[-1]
-    assert len(tokens) % 32
+    assert all(isinstance(part, np.memmap) for part in tokens)
+    assert {len(part) for part in tokens} == {dataset.episode_ends[-1]}
+    assert len(tokens.tokens) % 32
     norm_stats = normalize.compute_norm_stats(dataset)
     blind, seeing = (
         make_windows(
@@ -46,12 +46,13 @@ def test_each_frame_has_the_tokens_that_its_backbone_gives(config, monkeypatch):
     encode = jax.jit(policy.encode, static_argnums=1)
     encoded = encode(params, config.agent.policy, seeing.observation)
     mask = blind.timestep_mask
-    np.testing.assert_allclose(blind.tokens[mask], encoded[mask], atol=1e-5)
+    np.testing.assert_allclose(blind.tokens.tokens[mask], encoded.tokens[mask], atol=1e-5)
+    np.testing.assert_array_equal(blind.tokens.mask[mask], encoded.mask[mask])
 
 
 def test_the_file_is_made_once_and_anew_when_what_it_depends_on_changes(config):
     files = {
-        str(tokens_of(changed, seed=seed)[1].filename)
+        str(tokens_of(changed, seed=seed)[1].tokens.filename)
         for changed, seed in [
             (config, 0),
             (config, 0),
@@ -76,7 +77,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(config):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
-        with pytest.raises(OSError, match=r"tokens-\w+\.npy could not be written .*free space"):
+        with pytest.raises(OSError, match=r"\.tokens/\w+ could not be written .*free space"):
             tokens_of(changed)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -1,12 +1,16 @@
+import functools
+
 import numpy as np
 import pytest
 
+from vla_jax.backbones import word_hashing
 from vla_jax.data import normalize
 from vla_jax.data.dataset import Episode, from_episodes
 from vla_jax.data.packing import Packed, pack
 from vla_jax.data.windows import WindowConfig, Windows
 from vla_jax.policies import decoders
 from vla_jax.policies.decoder_config import DecoderConfig
+from vla_jax.types import Tokens
 
 W, K = 8, 3
 LENGTHS = (3, 8, 5, 2, 11, 1, 4)
@@ -25,8 +29,11 @@ def windows():
     ]
     dataset = from_episodes(episodes, fps=10)
     tokens = rng.normal(size=(sum(LENGTHS), 2, 4)).astype(np.float32)
+    tokens = Tokens(tokens, rng.random(tokens.shape[:2]) < 0.8)
     config = WindowConfig(window_size=W, action_horizon=K, stride=W)
-    return Windows(dataset, config, norm_stats=normalize.compute_norm_stats(dataset), tokens=tokens)
+    stats = normalize.compute_norm_stats(dataset)
+    tokenize = functools.partial(word_hashing.tokenize, max_words=12, vocab_size=2048)
+    return Windows(dataset, config, tokenize=tokenize, norm_stats=stats, tokens=tokens)
 
 
 def test_every_step_is_in_exactly_one_place():
@@ -59,7 +66,7 @@ def test_the_instruction_is_visible_at_the_first_step_of_an_episode_alone(window
 
 
 @pytest.mark.parametrize("kind", ["lstm", "gpt"])
-def test_an_episode_in_a_shared_row_decodes_as_in_a_window_of_its_own(kind, windows, key):
+def test_an_episode_in_a_packed_row_decodes_as_in_its_own_window(kind, windows, key):
     config = DecoderConfig(
         kind=kind, token_dim=4, num_tokens=2, window_size=W, action_horizon=K,
         hidden_size=8, num_layers=1, head_sizes=(8,),
@@ -70,7 +77,12 @@ def test_an_episode_in_a_shared_row_decodes_as_in_a_window_of_its_own(kind, wind
 
     def arms(batch, reset):
         chunk = decoders.apply(
-            params, config, batch.tokens, timestep_mask=batch.timestep_mask, reset=reset
+            params,
+            config,
+            batch.tokens.tokens,
+            timestep_mask=batch.timestep_mask,
+            token_mask=batch.tokens.mask,
+            reset=reset,
         )
         return np.asarray(chunk.arm)[batch.timestep_mask]
 

@@ -1,5 +1,6 @@
 """Laws of the reader family, with a toy format that is added from outside."""
 
+import functools
 import pathlib
 
 import numpy as np
@@ -8,6 +9,7 @@ import tiny_demos
 import tiny_lerobot
 
 from train.imitate import imitate
+from vla_jax.backbones import word_hashing
 from vla_jax.data import normalize
 from vla_jax.data.dataset import Episode, from_episodes
 from vla_jax.data.readers.dataset_config import DatasetConfig
@@ -69,7 +71,9 @@ def lerobot(tmp_path_factory):
 
 def make_windows(dataset):
     stats = normalize.compute_norm_stats(dataset)
-    return Windows(dataset, WindowConfig(window_size=4, action_horizon=2), norm_stats=stats)
+    config = WindowConfig(window_size=4, action_horizon=2)
+    tokenize = functools.partial(word_hashing.tokenize, max_words=12, vocab_size=2048)
+    return Windows(dataset, config, tokenize=tokenize, norm_stats=stats)
 
 
 def assert_same_data(one, other):

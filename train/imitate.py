@@ -13,6 +13,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from train.cache import frame_tokens
@@ -135,11 +136,14 @@ def make_loss(config: ImitateConfig) -> LossFn:
         )
         terms, metrics = losses.action_terms(outputs.prediction, batch.action, batch.action_mask)
         if auxiliary.is_on(config.auxiliary):
+            # Padding tokens may hold anything; as targets they are zeros.
+            mask = outputs.tokens.mask[..., None]
+            real_tokens = jnp.where(mask, outputs.tokens.tokens, 0.0)
             words = captions.told(batch) if config.auxiliary.caption else None
             guesses = auxiliary.apply(
                 params["auxiliary"], config.auxiliary, outputs.features, words
             )
-            more, accuracy = auxiliary.loss(guesses, config.auxiliary, batch, outputs.tokens)
+            more, accuracy = auxiliary.loss(guesses, config.auxiliary, batch, real_tokens)
             terms, metrics = terms | more, metrics | accuracy
         loss, by_term = loss_terms.total(terms, config.loss)
         return loss, {**by_term, **metrics}

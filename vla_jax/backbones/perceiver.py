@@ -43,7 +43,8 @@ class PerceiverConfig:
     dtype: str = "float32"  # of the computation; params are float32
 
     def __post_init__(self):
-        """Checks that the pictures can be cut."""
+        """Checks that images divide into patches, and the sizes of the vocabulary."""
+        word_hashing.check_sizes(self)
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size must be a multiple of patch_size {self.patch_size}, "

@@ -26,6 +26,9 @@ class StateConfig:
     max_words: int = 12  # words S of an instruction; further words are dropped
     dtype: str = "float32"  # of the computation; params are float32
 
+    def __post_init__(self):
+        word_hashing.check_sizes(self)
+
     @property
     def num_tokens(self) -> int:
         """N, tokens per step."""

@@ -69,6 +69,13 @@ def check_collisions(texts: Iterable[str], vocab_size: int) -> None:
             )
 
 
+def check_sizes(config: Any) -> None:
+    """Raises a ValueError unless the config's max_words and vocab_size leave room for words."""
+    for name, least in (("max_words", 1), ("vocab_size", 2)):
+        if getattr(config, name) < least:
+            raise ValueError(f"{name} must be at least {least}, got {getattr(config, name)}.")
+
+
 def tokenize_for(config: Any, text: str) -> np.ndarray:
     """Returns the ids `[S]` int32 of an instruction, for a config with max_words and vocab_size."""
     return tokenize(text, max_words=config.max_words, vocab_size=config.vocab_size)

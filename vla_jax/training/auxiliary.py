@@ -24,7 +24,7 @@ from vla_jax.config import did_you_mean
 from vla_jax.nn import layers
 from vla_jax.training import captions
 from vla_jax.training.losses import masked_mean
-from vla_jax.types import Array, Batch, Key, Metrics, Observation, Params, Tokens
+from vla_jax.types import Array, Batch, Key, Metrics, Observation, Params
 
 Target = Literal["tokens", "pixels"]
 CAMERAS = ("image_primary", "image_wrist")
@@ -140,7 +140,7 @@ def loss(
     prediction: AuxiliaryPrediction,
     config: AuxiliaryConfig,
     batch: Batch,
-    tokens: Tokens,
+    tokens: Array,
     *,
     axis_name: str | None = None,
 ) -> tuple[dict[str, jax.Array], Metrics]:
@@ -178,7 +178,7 @@ def loss(
     return terms, metrics
 
 
-def frames(config: AuxiliaryConfig, observation: Observation, tokens: Tokens) -> dict[str, Array]:
+def frames(config: AuxiliaryConfig, observation: Observation, tokens: Array) -> dict[str, Array]:
     """Returns what is to be predicted of a step, by the names of `AuxiliaryPrediction`.
 
     Args:
@@ -194,8 +194,7 @@ def frames(config: AuxiliaryConfig, observation: Observation, tokens: Tokens) ->
       ValueError: pictures are to be predicted and there are none, or p does not divide them.
     """
     if config.forward_target == "tokens":
-        real = jnp.where(tokens.mask[..., None], tokens.tokens, 0.0)  # padding may be anything
-        return {"tokens": rearrange(jax.lax.stop_gradient(real), "B W N D -> B W (N D)")}
+        return {"tokens": rearrange(jax.lax.stop_gradient(tokens), "B W N D -> B W (N D)")}
     pictures = {name: getattr(observation, name) for name in CAMERAS}
     pictures = {name: picture for name, picture in pictures.items() if picture is not None}
     if not pictures:
