@@ -286,9 +286,13 @@ def test_both_auxiliary_losses_fall_and_the_memory_says_what_it_was_told(demos, 
         config, dataset, compute_norm_stats(dataset), window_size=8, action_horizon=1
     )
     batch = windows[np.arange(len(windows))]
-    _, features = policy.features(
-        params, config.agent.policy, batch.observation, batch.timestep_mask, reset=batch.reset
-    )
+    features = policy.outputs(
+        params,
+        config.agent.policy,
+        batch.observation,
+        timestep_mask=batch.timestep_mask,
+        reset=batch.reset,
+    ).features
     said = captions.say(params["auxiliary"]["caption"], features, max_words=12)
     wanted = np.asarray(captions.told(batch))
     knows = (wanted > 0).any(-1)

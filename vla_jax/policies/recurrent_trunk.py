@@ -119,13 +119,6 @@ def _step(
 def _prepare(params: Params, config: DecoderFields, num_memories: int, batch_size: int) -> Params:
     if num_memories == 1:
         return params
-    prepared = _transpose_large(params["recurrence"], config.dtype, num_memories * batch_size)
-    return {**params, "recurrence": prepared}
-
-
-def _transpose_large(params: Params, dtype: str, num_rows: int) -> Params:
-    if num_memories == 1:
-        return params
     prepared = recurrence.prepare_params(
         params["recurrence"], recurrence_config(config), num_rows=num_memories * batch_size
     )
