@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m train.demo
@@ -15,6 +15,10 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+docs: $(VENV)/.docs
+	$(BIN)/python .ci/notebook_page.py
+	$(BIN)/zensical build --strict
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

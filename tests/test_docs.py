@@ -1,0 +1,113 @@
+"""The manual: every Python block and the notebook run, commands exist, links lead somewhere."""
+
+import importlib.util
+import pathlib
+import re
+import shlex
+
+import nbformat
+import pytest
+import tiny_run
+from nbclient import NotebookClient
+
+from train.configs import IMITATE
+from vla_jax.backbones.registry import BACKBONES
+from vla_jax.command_line import command_line
+from vla_jax.data.readers.reader import READERS
+from vla_jax.nn.cells import CELLS
+
+ROOT = pathlib.Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+GUIDES = ("index", "first_run", "your_data", "robot") + tuple(
+    f"extend/{name}" for name in ("cell", "backbone", "reader", "world")
+)
+PAGES = [
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
+    *(path for path in sorted(DOCS.rglob("*.md")) if path.name != "quickstart.md"),
+]
+
+
+def blocks(text, language="python"):
+    """Code blocks of a page; "" gives those without a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def commands(text):
+    """Argument lists of the `python -m` commands in the page's shell blocks."""
+    for block in blocks(text, ""):
+        for line in block.replace("\\\n", " ").splitlines():
+            found = re.search(r"python3? -m (.*)", line)
+            if found:
+                yield shlex.split(found[1], comments=True)
+
+
+@pytest.fixture
+def families():
+    """Removes the members that a guide adds."""
+    before = [(family, dict(family)) for family in (CELLS, BACKBONES, READERS)]
+    yield
+    for family, members in before:
+        family.clear()
+        family.update(members)
+
+
+@pytest.mark.usefixtures("families")
+@pytest.mark.parametrize("name", GUIDES)
+def test_the_code_of_a_guide_runs(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_run.write(tmp_path / "runs/first")
+    code = blocks((DOCS / f"{name}.md").read_text(encoding="utf-8"))
+    assert code
+    names: dict = {"__name__": "guide"}
+    for block in code:
+        exec(block, names)
+
+
+def page_name(path):
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page_name)
+def test_the_commands_of_a_page_exist(path):
+    for argv in commands(path.read_text(encoding="utf-8")):
+        assert importlib.util.find_spec(argv[0]), argv
+        if argv[0] == "train.imitate":
+            command_line(IMITATE, argv[1:], description="Trains a policy.")
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page_name)
+def test_the_links_of_a_page_lead_to_files(path):
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.M)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" not in target and not target.startswith("#"):
+            file = path.parent / target.partition("#")[0]
+            assert file.is_file() or file == DOCS / "quickstart.md", target
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for path in DOCS.rglob("*.md"):
+        assert str(path.relative_to(DOCS)) in navigation
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_and_prints_what_it_stores(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    stored = nbformat.read(DOCS / "quickstart.ipynb", as_version=4)
+    fresh = nbformat.read(DOCS / "quickstart.ipynb", as_version=4)
+    NotebookClient(fresh, timeout=600, kernel_name="python3").execute()
+    kinds = [
+        [[(o.output_type, *o.get("data", {})) for o in cell.get("outputs", ())] for cell in n.cells]
+        for n in (stored, fresh)
+    ]
+    assert kinds[0] == kinds[1]
+    assert any(("display_data", "image/png", "text/plain") in outputs for outputs in kinds[0])
+    text = "".join(o.get("text", "") for cell in fresh.cells for o in cell.get("outputs", ()))
+    assert "streamed = windowed to 1e-5" in text
+
+
+def test_the_notebook_imports_only_the_package_itself():
+    cells = nbformat.read(DOCS / "quickstart.ipynb", as_version=4).cells
+    code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+    imports = re.findall(r"^(?:import|from) (\S+)", code, re.MULTILINE)
+    assert [name for name in imports if name.startswith("vla_jax")] == ["vla_jax"]
