@@ -1,6 +1,6 @@
 """Writes `quickstart.ipynb` as a Markdown page with its stored outputs, for the site.
 
-    python .ci/notebook_page.py
+python .ci/notebook_page.py
 """
 
 import base64
