@@ -1,4 +1,4 @@
-"""A product is the same however its factors are turned, and so are its gradients."""
+"""Products with plain and with lazily transposed kernels, and their gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from vla_jax.nn.matmul import Transposed
 D, E = 6, 10
 ROWS = [(), (1,), (5,), (2, 3), (0,)]
 
-each_way = pytest.mark.parametrize("way", ["as it is", "turned"])
+each_way = pytest.mark.parametrize("way", ["plain", "transposed"])
 each_rows = pytest.mark.parametrize("rows", ROWS, ids=str)
 
 
@@ -22,13 +22,13 @@ def draw(*shape):
 
 @pytest.fixture
 def kernel(way):
-    """`[D, E]`, as it is or turned over."""
-    return Transposed(draw(D, E).T) if way == "turned" else draw(D, E)
+    """`[D, E]`, plain or lazily transposed."""
+    return Transposed(draw(D, E).T) if way == "transposed" else draw(D, E)
 
 
 @each_way
 @each_rows
-def test_it_is_the_product(rows, kernel):
+def test_product_equals_that_of_numpy(rows, kernel):
     inputs = draw(*rows, D)
     product = jax.jit(matmul.product)(inputs, kernel)
     assert product.dtype == jnp.float32
@@ -37,7 +37,7 @@ def test_it_is_the_product(rows, kernel):
 
 @each_way
 @each_rows
-def test_its_gradients_are_products_too(rows, kernel):
+def test_gradients_equal_those_by_hand(rows, kernel):
     inputs, by_product = draw(*rows, D), draw(*rows, E)
     _, pull = jax.vjp(matmul.product, inputs, kernel)
     by_inputs, by_kernel = pull(jnp.asarray(by_product))
@@ -76,7 +76,7 @@ def test_the_batch_may_stay_open_in_an_export(kernel):
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a matter of XLA on CPUs")
 def test_the_compiled_product_has_the_kernel_first():
-    turned = Transposed(jnp.asarray(draw(E, D)))
-    program = jax.jit(lambda inputs: matmul.product(inputs, turned)).lower(draw(4, D)).compile()
+    transposed = Transposed(jnp.asarray(draw(E, D)))
+    program = jax.jit(lambda inputs: matmul.product(inputs, transposed)).lower(draw(4, D)).compile()
     (dot,) = [line for line in program.as_text().splitlines() if " dot(" in line]
     assert f"= f32[{E},4]" in dot
