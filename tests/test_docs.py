@@ -11,12 +11,23 @@ import tiny_run
 from nbclient import NotebookClient
 
 from train.configs import IMITATE
+from vla_jax.backbones.registry import BACKBONES
 from vla_jax.command_line import command_line
 from vla_jax.data.readers.reader import READERS
+from vla_jax.nn.cells import CELLS
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-GUIDES = ("index", "first_run", "your_data", "robot", "extend/reader", "extend/world")
+GUIDES = (
+    "index",
+    "first_run",
+    "your_data",
+    "robot",
+    "extend/cell",
+    "extend/backbone",
+    "extend/reader",
+    "extend/world",
+)
 PAGES = [
     *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
     *(path for path in sorted(DOCS.rglob("*.md")) if path.name != "quickstart.md"),
@@ -41,7 +52,7 @@ def commands(text):
 @pytest.fixture
 def families():
     """Removes the members that a guide adds."""
-    before = [(family, dict(family)) for family in (READERS,)]
+    before = [(family, dict(family)) for family in (BACKBONES, CELLS, READERS)]
     yield
     for family, members in before:
         family.clear()
