@@ -1,0 +1,180 @@
+"""A backbone from outside the library: one file and one line, and the laws hold for it.
+
+Its tokens are padded to a fixed number, and the padding is NaN: nothing may look at it.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vla_jax.acting.agent import AgentConfig, make_agent
+from vla_jax.backbones import registry
+from vla_jax.backbones.backbone import Backbone
+from vla_jax.data import normalize
+from vla_jax.data.dataset import Episode, from_episodes
+from vla_jax.data.windows import WindowConfig, Windows
+from vla_jax.policies import policy
+from vla_jax.policies.decoder_config import DecoderConfig
+from vla_jax.types import Observation, Tokens
+
+B, T, W, S = 2, 5, 3, 6
+
+
+# --- the one file -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LettersConfig:
+    """One token per letter of the instruction, and one of the robot's own state."""
+
+    kind: Literal["letters"] = "letters"
+    token_dim: int = 4
+    vocab_size: int = 128
+
+    @property
+    def num_tokens(self) -> int:
+        return 1 + S
+
+
+def init(key, config):
+    proprio_key, letters_key = jax.random.split(key)
+    return {
+        "proprio": jax.random.normal(proprio_key, (2, config.token_dim)),
+        "letters": jax.random.normal(letters_key, (config.vocab_size, config.token_dim)),
+    }
+
+
+def apply(params, config, observation):
+    ids = jnp.asarray(observation.instruction)
+    letters = jnp.where(ids[..., None] > 0, params["letters"][ids], jnp.nan)
+    own = (observation.proprio @ params["proprio"])[..., None, :]
+    mask = jnp.concatenate([jnp.ones((*ids.shape[:-1], 1), bool), ids > 0], axis=-1)
+    return Tokens(jnp.concatenate([own, letters], axis=-2), mask)
+
+
+def tokenize(config, text):
+    ids = [ord(letter) % config.vocab_size for letter in text[:S]]
+    return np.array(ids + [0] * (S - len(ids)), np.int32)
+
+
+def check_instructions(config, texts):
+    if any(len(text) > S for text in texts):
+        raise ValueError(f"instructions must have at most {S} letters.")
+
+
+LETTERS = Backbone(
+    config=LettersConfig,
+    init=init,
+    apply=apply,
+    tokenize=tokenize,
+    check_instructions=check_instructions,
+    image_spec=lambda config: None,
+)
+
+
+# --- the one line -----------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    monkeypatch.setitem(registry.BACKBONES, "letters", LETTERS)
+
+
+# --- the laws ---------------------------------------------------------------------------------
+
+
+def configured(pooling="max", kind="lstm"):
+    decoder = DecoderConfig(
+        kind=kind, window_size=W, action_horizon=2, hidden_size=6, num_layers=1, num_heads=2,
+        pooling=pooling, head_sizes=(8,),
+    )  # fmt: skip
+    return policy.connect(LettersConfig(), decoder)
+
+
+def observe():
+    random = np.random.default_rng(0)
+    ids = np.stack([tokenize(LettersConfig(), text) for text in ("touch", "li")])
+    return Observation(
+        proprio=random.normal(size=(B, T, 2)).astype(np.float32),
+        instruction=np.tile(ids[:, None], (1, T, 1)),
+    )
+
+
+def at(tree, steps):
+    return jax.tree.map(lambda part: part[:, steps], tree)
+
+
+def assert_close(one, other):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, other)
+
+
+@pytest.mark.parametrize("pooling", ["max", "mean", "attention", "none"])
+@pytest.mark.parametrize("kind", ["lstm", "gpt", "fc"])
+def test_streamed_is_windowed_and_padding_is_never_seen(pooling, kind):
+    config, observation = configured(pooling, kind), observe()
+    params = jax.jit(policy.init, static_argnums=1)(jax.random.key(0), config)
+    step = jax.jit(policy.step, static_argnums=1)
+    state = policy.init_stream(params, config, B)
+    for t in range(T):
+        state, chunk = step(params, config, state, at(observation, t))
+        window = at(observation, slice(max(0, t + 1 - W), t + 1))
+        assert_close(chunk, at(policy.apply(params, config, window), -1))
+        assert np.isfinite(chunk.arm).all()
+
+
+def test_cached_tokens_carry_their_mask_through_windows():
+    config = configured()
+    params = policy.init(jax.random.key(0), config)
+    random = np.random.default_rng(0)
+    episodes = [
+        Episode(
+            {"proprio": random.normal(size=(T, 2)).astype(np.float32)},
+            random.uniform(-1, 1, (T, 7)).astype(np.float32),
+            text,
+        )
+        for text in ("touch", "li")
+    ]
+    data = from_episodes(episodes, fps=10)
+    tokenize_text = registry.make_tokenizer(config.backbone, data.instructions)
+
+    def windows(tokens=None, size=W):
+        sizes = WindowConfig(window_size=size, action_horizon=2, instruction_steps=-1)
+        stats = normalize.compute_norm_stats(data)
+        source = Windows(data, sizes, tokenize=tokenize_text, norm_stats=stats, tokens=tokens)
+        return source[np.arange(len(source))]
+
+    frames = policy.encode(params, config, windows(size=1).observation)
+    cached = windows(Tokens(*(np.asarray(part[:, 0]) for part in frames)))
+    fresh = windows()
+    assert not cached.tokens.mask.all()
+    one = policy.apply(params, config, Observation(), tokens=cached.tokens)
+    assert_close(one, policy.apply(params, config, fresh.observation))
+
+
+def test_an_agent_tokenises_with_the_backbone():
+    config = AgentConfig(policy=configured(), instruction_steps=-1)
+    random = np.random.default_rng(0)
+    sizes = {"action": 7, "proprio": 2}
+    stats = {
+        name: normalize.compute(random.normal(size=(50, size))) for name, size in sizes.items()
+    }
+    agent = make_agent(config, stats)
+    params = policy.init(jax.random.key(0), config.policy)
+    observation = at(observe(), 0)
+    _, action = agent.step(params, agent.init(params, B), observation, np.ones(B, bool))
+    assert np.isfinite(action).all()
+
+
+def test_its_own_check_of_instructions_is_used():
+    with pytest.raises(ValueError, match="at most 6 letters"):
+        registry.make_tokenizer(LettersConfig(), ["pick up the block"])
+
+
+def test_an_unknown_backbone_lists_the_known_ones(monkeypatch):
+    monkeypatch.delitem(registry.BACKBONES, "letters")
+    with pytest.raises(ValueError, match="must be one of perceiver, state, got 'letters'"):
+        policy.init(jax.random.key(0), configured())
