@@ -11,6 +11,8 @@ import pytest
 from vla_jax.nn import associative, bptt, cells, recurrence
 from vla_jax.nn.cells.contract import Cell, init_uniform, zeros
 from vla_jax.nn.recurrence import RecurrenceConfig
+from vla_jax.policies import decoders
+from vla_jax.policies.decoder_config import DecoderConfig
 
 B, T, D, H = 3, 6, 2, 4
 
@@ -140,3 +142,21 @@ def test_a_linear_cell_runs_as_an_associative_scan_and_others_are_refused(cell, 
         gradients(scan, cell, params, projected) for scan in (associative.scan, bptt.plain_scan)
     )
     assert_close(by_scan[1], by_loop[1])
+
+
+@pytest.mark.parametrize("mode", ["refresh", "periodic", "persistent"])
+def test_a_decoder_streams_it_as_it_was_trained(mode, cell, key):
+    config = DecoderConfig(
+        kind="new", token_dim=D, window_size=3, action_horizon=2, hidden_size=H, num_layers=2,
+        head_sizes=(8,),
+    )  # fmt: skip
+    params = decoders.init(key, config)
+    tokens = np.random.default_rng(0).normal(size=(B, T, 1, D)).astype(np.float32)
+    state = decoders.init_stream(params, config, B, mode=mode)
+    step, apply = (jax.jit(f, static_argnums=1) for f in (decoders.step, decoders.apply))
+    first = {"refresh": lambda t: max(0, t - 2), "periodic": lambda t: t - t % 3}
+    for t in range(T):
+        state, chunk = step(params, config, state, tokens[:, t])
+        start = first.get(mode, lambda t: 0)(t)
+        window = apply(params, config, tokens[:, start : t + 1])
+        np.testing.assert_allclose(chunk.arm, window.arm[:, -1], atol=1e-6)
