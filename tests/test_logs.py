@@ -74,7 +74,7 @@ def test_where_there_is_no_terminal_a_few_plain_lines_are_told(tmp_path):
     train(tmp_path, range(1, 101), console=console)
     told = console.file.getvalue().splitlines()
     assert len(told) == logs.PLAIN_LINES
-    assert told[-1].startswith("train 100/100  loss 0.0100")
+    assert told[-1].startswith("train 100/100 updates  loss 0.0100")
     assert told[-1].endswith("0 s left")
     assert all(line.isprintable() for line in told)
 

@@ -15,7 +15,6 @@ from typing import IO
 
 import jax
 import numpy as np
-from rich.progress import track
 
 from train.configs import IMITATE, ImitateConfig
 from train.setup import compute_norm_stats, init_params, make_windows, read_dataset
@@ -27,6 +26,7 @@ from vla_jax.data import normalize
 from vla_jax.data.dataset import Dataset
 from vla_jax.data.windows import Windows
 from vla_jax.files import replacing
+from vla_jax.training.progress import progress_bar
 from vla_jax.types import Params, Tokens
 
 CHUNK = 256  # frames per forward pass
@@ -98,13 +98,15 @@ def _write(folder: pathlib.Path, params: Params, config: BackboneConfig, frames:
     with (folder / TOKENS).open("wb") as tokens, (folder / MASK).open("wb") as mask:
         _write_header(tokens, "<f4", (*shape, config.token_dim))
         _write_header(mask, "|b1", shape)
-        for start in track(range(0, len(frames), CHUNK), "cache"):
-            # The last chunk repeats its last frame, so that one shape is compiled.
-            rows = np.minimum(np.arange(start, start + CHUNK), len(frames) - 1)
-            encoded = encode(params, config, frames[rows].observation)
-            count = len(frames) - start
-            tokens.write(np.asarray(encoded.tokens[:, 0], "<f4")[:count].tobytes())
-            mask.write(np.asarray(encoded.mask[:, 0], bool)[:count].tobytes())
+        with progress_bar("encode", len(frames), unit="frames") as show:
+            for start in range(0, len(frames), CHUNK):
+                # The last chunk repeats its last frame, so that one shape is compiled.
+                rows = np.minimum(np.arange(start, start + CHUNK), len(frames) - 1)
+                encoded = encode(params, config, frames[rows].observation)
+                count = len(frames) - start
+                tokens.write(np.asarray(encoded.tokens[:, 0], "<f4")[:count].tobytes())
+                mask.write(np.asarray(encoded.mask[:, 0], bool)[:count].tobytes())
+                show(min(start + CHUNK, len(frames)), "")
 
 
 def _write_header(file: IO[bytes], dtype: str, shape: tuple[int, ...]) -> None:

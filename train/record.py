@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 
 import jax
 import numpy as np
-from rich.progress import track
 
 from vla_jax.command_line import run
 from vla_jax.data.dataset import Episode
 from vla_jax.data.readers.lerobot import writer
 from vla_jax.envs.table import jax_env, mujoco_env, rules
 from vla_jax.envs.worlds import make_simulator
+from vla_jax.training.progress import progress_bar
 
 BURST = 3  # steps of random actions, gripper included: enough to miss a grasp or drop a block
 SHARE = 20  # episodes that a process plays before it returns them
@@ -119,10 +119,12 @@ def demonstrate(simulator, seed: int, noise: float, disturbance: float) -> Episo
 
 def _successes(played: Iterable[Episode | None], num_episodes: int) -> Iterator[Episode]:
     kept = 0
-    for episode in track(played, "record", num_episodes):
-        if episode is not None:
-            kept += 1
-            yield episode
+    with progress_bar("record", num_episodes, unit="episodes") as show:
+        for count, episode in enumerate(played, 1):
+            if episode is not None:
+                kept += 1
+                yield episode
+            show(count, f"{kept} kept")
     print(f"kept {kept} of {num_episodes} episodes", file=sys.stderr)
 
 

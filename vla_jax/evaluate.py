@@ -26,7 +26,7 @@ from rich.console import Console
 
 from vla_jax import config as configs
 from vla_jax.acting.agent import AgentConfig, Mode
-from vla_jax.acting.rollout import Act, Sight, Watched, run_simulators
+from vla_jax.acting.rollout import Act, Outcome, Sight, Watched, run_simulators
 from vla_jax.actions.execution import Kind
 from vla_jax.envs.table import jax_env
 from vla_jax.envs.worlds import WORLDS, GymnasiumConfig, WorldConfig, make_simulator
@@ -35,7 +35,7 @@ from vla_jax.evaluation.players import Player, Reference
 from vla_jax.evaluation.results import Latency, Summary
 from vla_jax.files import Path, read_json, write_json, write_json_lines
 from vla_jax.runs import Run, load_run, read_world
-from vla_jax.training import progress
+from vla_jax.training.progress import progress_bar
 from vla_jax.types import Simulator
 
 _FILM_SIZE = 320  # pixels along each side
@@ -120,11 +120,12 @@ def evaluate(
     file = match.folder / "episodes.jsonl"
     played = {outcome.seed: outcome for outcome in results.read_outcomes(file)}
     left = [seed for seed in seeds if seed not in played]
-    with progress.told(match.folder.name, len(seeds), console or Console(stderr=True)) as tell:
+    with progress_bar(match.folder.name, len(seeds), unit="episodes", console=console) as show:
         for watched in _play(match, config, left):
             _keep(match, watched, trial.control_hz)
             played[watched.outcome.seed] = watched.outcome
-            tell([played[seed] for seed in seeds if seed in played])
+            finished = [played[seed] for seed in seeds if seed in played]
+            show(len(finished), _count_successes(finished))
     summary = results.summarize((played[seed] for seed in seeds), latency=trial.latency)
     crashed = next((o.error for o in played.values() if o.error), "")
     if not summary.total.episodes:
@@ -138,6 +139,12 @@ def evaluate(
         },
     )
     return summary
+
+
+def _count_successes(outcomes: Sequence[Outcome]) -> str:
+    successes = sum(outcome.success for outcome in outcomes)
+    crashed = sum(bool(outcome.error) for outcome in outcomes)
+    return f"{successes} successes" + (f", {crashed} crashed" if crashed else "")
 
 
 def _policy(run: Run | Path, config: EvaluateConfig) -> _Match:

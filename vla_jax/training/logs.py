@@ -12,6 +12,7 @@
 terminal there are at most about twenty plain lines instead, free of control characters.
 """
 
+import contextlib
 import json
 import pathlib
 import time
@@ -20,9 +21,9 @@ from typing import Any, TypeVar
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vla_jax.files import Path, read_json_lines, write_json_lines
+from vla_jax.training.progress import progress_bar
 
 Item = TypeVar("Item")
 PLAIN_LINES = 20  # over a whole training, where the output is not a terminal
@@ -68,25 +69,29 @@ class Logs:
         self._scalars = _tensorboard_writer(path.parent, start) if tensorboard else None
         write_json_lines(path, [line for line in read_metrics(path) if line["step"] <= start])
         self._lines = path.open("a", encoding="utf-8", buffering=1)  # a line is on disk at once
-        self._name, self._num_updates, self._shown = name, num_updates, shown
+        self._shown = shown
         self._last_step, self._last_time, self._waited = start, time.perf_counter(), 0.0
-        self._console = console or Console(stderr=True)
-        self._bar = _make_bar(self._console)
-        self._task = self._bar.add_task(name, total=num_updates, completed=start, told="")
+        self._open = contextlib.ExitStack()
+        self._open.callback(self._lines.close)
+        if self._scalars is not None:
+            self._open.callback(self._scalars.close)
+        self._bar = progress_bar(
+            name,
+            num_updates,
+            unit="updates",
+            start=start,
+            num_lines=PLAIN_LINES,
+            console=console,
+        )
 
     def __enter__(self) -> "Logs":
         """Shows the bar."""
-        if self._console.is_terminal:
-            self._bar.start()
+        self._show = self._open.enter_context(self._bar)
         return self
 
     def __exit__(self, *_: object) -> None:
         """Closes the bar and the files."""
-        if self._console.is_terminal:
-            self._bar.stop()
-        self._lines.close()
-        if self._scalars is not None:
-            self._scalars.close()
+        self._open.close()
 
     def timed(self, items: Iterable[Item]) -> Iterator[Item]:
         """Yields the same items, and counts the time that it waits for each."""
@@ -102,7 +107,7 @@ class Logs:
 
     def advance(self, step: int) -> None:
         """Moves the bar to `step` updates done; does not wait for the device."""
-        self._bar.update(self._task, completed=step)
+        self._show(step)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes the scalars of `metrics` after `step` updates; waits for the device."""
@@ -115,18 +120,10 @@ class Logs:
         if self._scalars is not None:
             for name, value in values.items():
                 self._scalars.add_scalar(name, value, step)
-        self._tell(step, values)
-        self._last_step, self._last_time, self._waited = step, now, 0.0
-
-    def _tell(self, step: int, values: Mapping[str, float]) -> None:
         shown = "  ".join(f"{name} {values.get(name, float('nan')):.4f}" for name in self._shown)
-        told = f"{shown}  {values['steps_per_second']:.1f} steps/s  data {values['data_wait']:.0%}"
-        self._bar.update(self._task, completed=step, told=told)
-        share, last_share = (s * PLAIN_LINES // self._num_updates for s in (step, self._last_step))
-        if not self._console.is_terminal and share > last_share:
-            left = (self._num_updates - step) / max(values["steps_per_second"], 1e-9)
-            line = f"{self._name} {step}/{self._num_updates}  {told}  {left:.0f} s left"
-            print(line, file=self._console.file, flush=True)
+        speed = f"{values['steps_per_second']:.1f} steps/s  data {values['data_wait']:.0%}"
+        self._show(step, f"{shown}  {speed}")
+        self._last_step, self._last_time, self._waited = step, now, 0.0
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -139,18 +136,6 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
       ValueError: a line is not JSON.
     """
     return read_json_lines(path)
-
-
-def _make_bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[told]}"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-        console=console,
-    )
 
 
 def _tensorboard_writer(run_dir: pathlib.Path, start: int) -> Any:

@@ -1,49 +1,92 @@
-"""How an evaluation is going: a bar on a terminal, at most ten plain lines elsewhere."""
+"""Progress of a long job: a bar on a terminal, a few plain lines elsewhere.
+
+    with progress_bar("table_lstm", 1000, unit="updates") as show:
+        for step in range(1, 1001):
+            ...
+            show(step, f"loss {loss:.4f}")
+
+Plain lines are free of control characters, for log files.
+"""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vla_jax.acting.rollout import Outcome
+NUM_LINES = 10  # plain lines at most
 
-_PLAIN_LINES = 10
-Tell = Callable[[Sequence[Outcome]], None]
+
+class Show(Protocol):
+    """Shows how far a job is."""
+
+    def __call__(self, completed: int, text: str | None = None) -> None:
+        """Updates the progress.
+
+        Args:
+          completed: units done.
+          text: shown beside the bar; None leaves the bar's text and prints no plain line.
+        """
+        ...
 
 
 @contextlib.contextmanager
-def told(name: str, num_episodes: int, console: Console) -> Iterator[Tell]:
-    """Yields a function to call with all outcomes so far, whenever there are more.
+def progress_bar(
+    name: str,
+    total: int,
+    *,
+    unit: str,
+    start: int = 0,
+    num_lines: int = NUM_LINES,
+    console: Console | None = None,
+) -> Iterator[Show]:
+    """Yields a function `show(completed, text)`.
 
     Args:
-      name: what is being played.
-      num_episodes: how many there will be.
-      console: where to tell it.
+      name: of the job.
+      total: units of the whole job.
+      unit: plural noun.
+      start: units done before.
+      num_lines: plain lines over the whole job, at most.
+      console: output; None means stderr.
     """
+    console = console or Console(stderr=True)
     if not console.is_terminal:
-        yield lambda outcomes: _tell_line(name, num_episodes, outcomes, console)
+        yield _plain_lines(name, total, unit, start, num_lines, console)
         return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[told]}"),
+        TextColumn("{task.fields[text]}"),
         TimeRemainingColumn(),
+        TextColumn("left"),
     )
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task(name, total=num_episodes, told="")
-        yield lambda outcomes: bar.update(task, completed=len(outcomes), told=_words(outcomes))
+        task = bar.add_task(name, total=total, completed=start, text="")
+
+        def show(completed: int, text: str | None = None) -> None:
+            bar.update(task, completed=completed, **({} if text is None else {"text": text}))
+
+        yield show
 
 
-def _tell_line(name: str, total: int, outcomes: Sequence[Outcome], console: Console) -> None:
-    count = len(outcomes)
-    if count * _PLAIN_LINES // total > (count - 1) * _PLAIN_LINES // total:
-        line = f"{name} {count}/{total} episodes  {_words(outcomes)}"
+def _plain_lines(
+    name: str, total: int, unit: str, start: int, num_lines: int, console: Console
+) -> Show:
+    """Returns a function that prints a line whenever another share of the job is done."""
+    began, printed = time.monotonic(), start * num_lines // total
+
+    def show(completed: int, text: str | None = None) -> None:
+        nonlocal printed
+        share = completed * num_lines // total
+        if text is None or share <= printed:
+            return
+        printed = share
+        left = (time.monotonic() - began) / (completed - start) * (total - completed)
+        line = f"{name} {completed}/{total} {unit}  {text}  {left:.0f} s left"
         print(line, file=console.file, flush=True)
 
-
-def _words(outcomes: Sequence[Outcome]) -> str:
-    successes = sum(outcome.success for outcome in outcomes)
-    crashed = sum(bool(outcome.error) for outcome in outcomes)
-    return f"{successes} successes" + (f", {crashed} crashed" if crashed else "")
+    return show
