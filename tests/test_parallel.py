@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
+from vla_jax import trees
 from vla_jax.training import checkpoint, optim, parallel, update
 from vla_jax.training.optim import OptimConfig
 
@@ -80,6 +82,97 @@ def run_pmap(num_devices, key, *, loss_fn):
     for seed in range(NUM_UPDATES):
         state, metrics = step(state, make_batch(seed), key)
     return state.params, state.ema_params, metrics["loss"], metrics["grad_norm"]
+
+
+def run_sharded(mesh, rules, key):
+    """Runs the updates with kernels `[8, 4]`; returns the params, losses, and shardings."""
+    draw = np.random.default_rng(0)
+    kernels = [draw.normal(size=size).astype(np.float32) / 4 for size in ((8, 8), (8, 4))]
+    layers = [{"kernel": jnp.asarray(k), "bias": jnp.zeros((1, k.shape[1]))} for k in kernels]
+
+    def loss_fn(params, batch, key):
+        hidden = jnp.tanh(batch @ params["decoder"][0]["kernel"] + params["decoder"][0]["bias"])
+        out = hidden @ params["decoder"][1]["kernel"] + params["decoder"][1]["bias"]
+        return jnp.mean(jnp.square(out - 1.0)), {}
+
+    optimizer = optim.make_optimizer(OPTIM, 10, {"decoder": layers})
+    state = update.init_train_state({"decoder": layers}, optimizer, ema=True)
+    shardings = parallel.make_shardings(state, mesh, rules)
+    state = jax.device_put(state, shardings)
+    step = update.make_update(loss_fn, optimizer, ema_decay=OPTIM.ema_decay)
+    step, losses = parallel.jit_update(step, mesh, shardings), []
+    for seed in range(NUM_UPDATES):
+        batch = np.random.default_rng(seed).normal(size=(8, 8)).astype(np.float32)
+        state, metrics = step(state, parallel.shard_batch(batch, mesh), key)
+        losses.append(metrics["loss"])
+    return state, jnp.stack(losses)
+
+
+KERNELS = (("decoder/*/kernel", PartitionSpec("fsdp")),)
+SHARDED = {  # name: (mesh, rules)
+    "one axis": (lambda: jax.make_mesh((4,), ("data",), (AxisType.Auto,)), ()),
+    "one axis, sharded": (
+        lambda: jax.make_mesh((4,), ("data",), (AxisType.Auto,)),
+        (("*/kernel", PartitionSpec("data")),),
+    ),
+    "two axes": (lambda: parallel.make_mesh(4, fsdp_size=2), ()),
+    "two axes, rows sharded": (lambda: parallel.make_mesh(4, fsdp_size=2), KERNELS),
+    "two axes, columns sharded": (
+        lambda: parallel.make_mesh(4, fsdp_size=4),
+        (("kernel", PartitionSpec(None, "fsdp")), ("bias", PartitionSpec(None, "fsdp"))),
+    ),
+}
+
+
+@pytest.mark.parametrize(("make_mesh", "rules"), SHARDED.values(), ids=SHARDED)
+def test_every_sharding_gives_what_one_device_gives(make_mesh, rules, key):
+    expected = run_sharded(parallel.make_mesh(1), (), key)
+    state, losses = run_sharded(make_mesh(), rules, key)
+    for one, other in zip(jax.tree.leaves((state, losses)), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+
+
+def test_the_params_the_average_and_the_optimiser_state_are_sharded_alike(key):
+    state, _ = run_sharded(parallel.make_mesh(4, fsdp_size=2), KERNELS, key)
+    leaves = trees.leaves_by_path(state)
+    kernels = {path for path in leaves if path.endswith("decoder/0/kernel")}
+    assert len(kernels) == 4  # params, ema_params, mu, nu
+    for path, leaf in leaves.items():
+        expected = PartitionSpec("fsdp") if path.endswith("kernel") else PartitionSpec()
+        assert leaf.sharding.spec == expected, path
+
+
+def test_the_first_rule_that_matches_counts():
+    tree = {"a": {"kernel": np.zeros((4, 4))}, "b": {"kernel": np.zeros((4, 4)), "scale": 1.0}}
+    rules = (("b/*", PartitionSpec(None, "fsdp")), ("*kernel", PartitionSpec("fsdp")))
+    shardings = parallel.make_shardings(tree, parallel.make_mesh(4, fsdp_size=2), rules)
+    specs = {path: sharding.spec for path, sharding in trees.leaves_by_path(shardings).items()}
+    assert specs == {
+        "a/kernel": PartitionSpec("fsdp"),
+        "b/kernel": PartitionSpec(None, "fsdp"),
+        "b/scale": PartitionSpec(),
+    }
+
+
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        (PartitionSpec("model"), r"rule for 'a' names the axis 'model', .* has data, fsdp; change"),
+        (PartitionSpec("fsdp"), r"a of shape \[3, 2\] .*: 3 is not divisible by 2 devices; put"),
+        (PartitionSpec(None, ("data", "fsdp")), "2 is not divisible by 4 devices"),
+        (PartitionSpec(None, None, "fsdp"), r"a has 3 entries, but its shape is \[3, 2\]; drop"),
+    ],
+)
+def test_a_rule_that_does_not_fit_is_one_sentence(spec, sentence):
+    mesh = parallel.make_mesh(4, fsdp_size=2)
+    with pytest.raises(ValueError, match=sentence):
+        parallel.make_shardings({"a": np.zeros((3, 2))}, mesh, (("a", spec),))
+
+
+@pytest.mark.parametrize("fsdp_size", [0, 3, 8])
+def test_an_fsdp_size_that_does_not_divide_the_devices_is_refused(fsdp_size):
+    with pytest.raises(ValueError, match=f"fsdp_size must divide .* 4, got {fsdp_size}"):
+        parallel.make_mesh(4, fsdp_size=fsdp_size)
 
 
 def assert_close(one, other):
@@ -170,9 +263,9 @@ def test_the_train_state_is_donated():
 def test_rows_that_cannot_be_shared_out_evenly_are_told():
     mesh = parallel.make_mesh(4)
     batch = jax.tree.map(lambda rows: rows[:6], make_batch(0))
-    with pytest.raises(ValueError, match="batch size 6 cannot be shared out over 4 devices"):
+    with pytest.raises(ValueError, match="batch size 6 cannot be split evenly over 4 devices"):
         parallel.shard_batch(batch, mesh)
-    with pytest.raises(ValueError, match="batch size 6 cannot be shared out over 4 devices"):
+    with pytest.raises(ValueError, match="batch size 6 cannot be split evenly over 4 devices"):
         parallel.pmap_update(lambda *args: args, mesh)(None, batch, None)
 
 

@@ -15,7 +15,7 @@ from vla_jax import config as configs
 from vla_jax.files import write_json
 from vla_jax.training import checkpoint, parallel
 from vla_jax.training.logs import Logs
-from vla_jax.training.malloc import keep_freed_memory
+from vla_jax.training.parallel import ShardingRules, is_first_process
 from vla_jax.training.update import TrainState, Update
 from vla_jax.types import Key
 
@@ -48,12 +48,13 @@ class LoopConfig:
     log_every: int = 50  # updates between two lines of metrics.jsonl
     save_every: int = 500  # updates between two checkpoints
     keep: int = 2  # latest checkpoints that stay
-    num_devices: int = 0  # devices that share a batch; 0 = all
+    num_devices: int = 0  # devices over which a batch is split; 0 = all
+    fsdp_size: int = 1  # devices over which the params are sharded, where sharding rules say so
     tensorboard: bool = False  # event files too
 
     def __post_init__(self):
         """Checks the counts."""
-        for name in ("num_updates", "log_every", "save_every", "keep"):
+        for name in ("num_updates", "log_every", "save_every", "keep", "fsdp_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
@@ -69,6 +70,7 @@ def fit(
     schedule: optax.Schedule,
     metadata: dict[str, Any],
     name: str,
+    sharding_rules: ShardingRules = (),
 ) -> TrainState:
     """Trains to the end, from the latest checkpoint in `run_dir` if there is one.
 
@@ -84,20 +86,21 @@ def fit(
       key: of all randomness inside the updates.
       schedule: learning rate by update, for the log.
       metadata: what to save beside the weights (config, norm_stats).
-      name: what the progress bar is about.
+      name: of the job, for the progress bar.
+      sharding_rules: how to shard params over the devices; () replicates them.
 
     Returns:
       The state after the last update, in the host's memory.
     """
-    keep_freed_memory()
     directory = run_dir / "checkpoints"
     if checkpoint.latest_step(directory) is not None:
         train_state, saved = checkpoint.restore(directory, train_state)
         loader.set_state(saved["loader"])
     start = int(train_state.num_updates)
-    mesh = parallel.make_mesh(config.num_devices or None)
-    train_state = parallel.replicate(train_state, mesh)
-    compiled = parallel.jit_update(update, mesh)
+    mesh = parallel.make_mesh(config.num_devices or None, fsdp_size=config.fsdp_size)
+    shardings = parallel.make_shardings(train_state, mesh, sharding_rules)
+    train_state = jax.device_put(train_state, shardings)
+    compiled = parallel.jit_update(update, mesh, shardings)
     with contextlib.ExitStack() as stack:
         stack.callback(loader.close)
         checkpoints = checkpoint.open_checkpoints(directory, keep=config.keep)
@@ -123,7 +126,7 @@ def fit(
             if step % config.save_every == 0 or step == config.num_updates:
                 position = {"loader": loader.get_state()}
                 checkpoint.save(checkpoints, step, train_state, metadata | position)
-    return jax.device_get(train_state)
+    return jax.device_get(parallel.replicate(train_state, mesh))
 
 
 def open_run(run_dir: str, config: Any, *, overwrite: bool) -> pathlib.Path:
@@ -151,11 +154,6 @@ def save_json(data: Mapping[str, Any], path: pathlib.Path) -> None:
     """Writes JSON, whole or not at all; with several processes the first one does it."""
     if is_first_process():
         write_json(path, data)
-
-
-def is_first_process() -> bool:
-    """Whether this process is the one that writes and tells, if there are several."""
-    return jax.process_index() == 0
 
 
 def _claim(file: pathlib.Path, config: Any) -> None:

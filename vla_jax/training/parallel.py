@@ -1,37 +1,84 @@
-"""One update on many devices: the batch is shared out, the train state is on all of them.
+"""Training on many devices: a sharded batch, and a train state replicated or sharded by path.
 
-The mesh has one axis, `"data"`. With several processes (`jax.distributed.initialize`) each one
-holds its own part of the batch and all run the same program.
+The mesh has the axes `"data"` and `"fsdp"`; the rows of a batch are split over both. The train
+state is replicated, unless sharding rules split some of its leaves. A rule is a glob over leaf
+paths and a `PartitionSpec`, such as `("backbone/*/kernel", PartitionSpec("fsdp"))`; the first rule
+that matches counts. With several processes (`jax.distributed.initialize`) each one holds its own
+rows of the batch, and all run the same program.
 """
 
+import math
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from vla_jax import trees
 from vla_jax.training.update import TrainState, Update
 from vla_jax.types import Key, Metrics
 
 Tree = TypeVar("Tree")
+ShardingRules = tuple[tuple[str, PartitionSpec], ...]  # glob over leaf paths, and how to split
+_BATCH_AXES = ("data", "fsdp")  # mesh axes over which the rows of a batch are split
 
 
-def make_mesh(num_devices: int | None = None) -> Mesh:
-    """Returns a mesh of one axis `"data"`.
+def make_mesh(num_devices: int | None = None, *, fsdp_size: int = 1) -> Mesh:
+    """Returns a mesh `[num_devices / fsdp_size, fsdp_size]` with the axes `"data"` and `"fsdp"`.
 
     Args:
-      num_devices: how many devices to use, over all processes; None means all.
+      num_devices: devices to use, over all processes; None means all.
+      fsdp_size: devices that share one copy of the sharded params.
 
     Raises:
-      ValueError: there are not that many devices.
+      ValueError: there are fewer devices, or `fsdp_size` does not divide them.
     """
     devices = jax.devices()
     num_devices = len(devices) if num_devices is None else num_devices
     if not 1 <= num_devices <= len(devices):
         raise ValueError(f"num_devices must be in 1 … {len(devices)}, got {num_devices}.")
+    if fsdp_size < 1 or num_devices % fsdp_size:
+        raise ValueError(
+            f"fsdp_size must divide the number of devices, {num_devices}, got {fsdp_size}."
+        )
     # Auto: with the default (Explicit) a zero carry would have to name its sharding in each scan.
-    axis_types = (AxisType.Auto,)
-    return jax.make_mesh((num_devices,), ("data",), axis_types, devices=devices[:num_devices])
+    axis_types = (AxisType.Auto, AxisType.Auto)
+    shape = (num_devices // fsdp_size, fsdp_size)
+    return jax.make_mesh(shape, _BATCH_AXES, axis_types, devices=devices[:num_devices])
+
+
+def is_first_process() -> bool:
+    """Returns True in the one process that writes files and prints."""
+    return jax.process_index() == 0
+
+
+def make_shardings(tree: Any, mesh: Mesh, rules: ShardingRules = ()) -> Any:
+    """Returns a `NamedSharding` for every leaf; a leaf without a rule is replicated.
+
+    A glob may match a whole path or its end from any name on, so that one rule serves the params,
+    their average, and the optimiser state, where the path of a param follows other names.
+    Scalars are always replicated.
+
+    Args:
+      tree: arrays or shapes: params, or a whole train state.
+      mesh: from `make_mesh`.
+      rules: (glob, PartitionSpec) pairs; the first match counts.
+
+    Raises:
+      ValueError: a rule names an axis that the mesh lacks, has more entries than a leaf has
+        dimensions, or splits a dimension that is not divisible.
+    """
+    for glob, spec in rules:
+        _check_axes(glob, spec, mesh)
+    anywhere = tuple((pattern, spec) for glob, spec in rules for pattern in (glob, f"*/{glob}"))
+
+    def sharding(path: str, leaf: Any) -> NamedSharding:
+        spec = trees.lookup(path, anywhere, PartitionSpec()) if np.ndim(leaf) else PartitionSpec()
+        _check_divisible(path, np.shape(leaf), spec, mesh)
+        return NamedSharding(mesh, spec)
+
+    leaves = [sharding(path, leaf) for path, leaf in trees.leaves_by_path(tree).items()]
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
 def replicate(tree: Tree, mesh: Mesh) -> Tree:
@@ -41,40 +88,42 @@ def replicate(tree: Tree, mesh: Mesh) -> Tree:
       tree: arrays, the same in every process.
       mesh: from `make_mesh`.
     """
-    return jax.device_put(tree, _replicated(mesh))
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def shard_batch(batch: Tree, mesh: Mesh) -> Tree:
-    """Returns the batch with its leading axis shared out over the devices.
+    """Returns the batch with its leading axis split over the devices.
 
     Args:
       batch: arrays `[B, ...]`; with several processes each gives its own rows. None is kept.
       mesh: from `make_mesh`.
 
     Raises:
-      ValueError: the rows cannot be shared out evenly.
+      ValueError: the number of rows is not divisible by the number of devices.
     """
     _check_rows(batch, len(mesh.local_devices))
-    sharding = _sharded(mesh)
+    sharding = _batch_sharding(mesh)
     return jax.tree.map(
         lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)), batch
     )
 
 
-def jit_update(update: Update, mesh: Mesh) -> Update:
+def jit_update(update: Update, mesh: Mesh, shardings: Any = None) -> Update:
     """Returns the update compiled for the mesh.
 
-    The train state that is passed in is donated: use only the one that comes out.
+    The train state that is passed in is donated: use only the one that is returned.
 
     Args:
       update: from `update.make_update`, without `axis_name`.
-      mesh: from `make_mesh`; the batch is one that `shard_batch` has shared out.
+      mesh: from `make_mesh`; the batch is one from `shard_batch`.
+      shardings: of the train state, from `make_shardings`; None means replicated.
     """
-    everywhere, shared = _replicated(mesh), _sharded(mesh)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    shardings = replicated if shardings is None else shardings
     return jax.jit(
         update,
-        in_shardings=(everywhere, shared, everywhere),
-        out_shardings=(everywhere, everywhere),
+        in_shardings=(shardings, _batch_sharding(mesh), replicated),
+        out_shardings=(shardings, replicated),
         donate_argnums=0,
     )
 
@@ -84,7 +133,7 @@ def pmap_update(update: Update, mesh: Mesh) -> Update:
 
     Each device takes the loss over its own rows and the gradients are averaged, so a loss with a
     mask must divide by the sum of the mask over *all* devices (`psum` over `"data"`); a plain
-    mean needs nothing. Every device draws the same randomness, so dropout differs from `jit`.
+    mean needs no change. Every device draws the same randomness, so dropout differs from `jit`.
 
     Args:
       update: from `update.make_update(..., axis_name="data")`.
@@ -103,18 +152,46 @@ def pmap_update(update: Update, mesh: Mesh) -> Update:
     return update_shares
 
 
-def _replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec())
-
-
-def _sharded(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec("data"))
+def _batch_sharding(mesh: Mesh) -> NamedSharding:
+    axes = tuple(axis for axis in _BATCH_AXES if axis in mesh.axis_names)
+    return NamedSharding(mesh, PartitionSpec(axes))
 
 
 def _check_rows(batch: Any, num_devices: int) -> None:
     for rows in jax.tree.leaves(batch):
         if rows.shape[0] % num_devices:
             raise ValueError(
-                f"batch size {rows.shape[0]} cannot be shared out over {num_devices} devices; "
+                f"batch size {rows.shape[0]} cannot be split evenly over {num_devices} devices; "
                 f"choose a multiple of {num_devices}."
             )
+
+
+def _check_axes(glob: str, spec: PartitionSpec, mesh: Mesh) -> None:
+    for axis in (axis for entry in spec for axis in _axes(entry)):
+        if axis not in mesh.axis_names:
+            raise ValueError(
+                f"the sharding rule for '{glob}' names the axis '{axis}', but the mesh has "
+                f"{', '.join(mesh.axis_names)}; change the rule, or make a mesh with that axis."
+            )
+
+
+def _check_divisible(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> None:
+    if len(spec) > len(shape):
+        raise ValueError(
+            f"the sharding rule for {path} has {len(spec)} entries, but its shape is "
+            f"{list(shape)}; drop an entry, or put a rule for this leaf before it."
+        )
+    for size, entry in zip(shape, spec, strict=False):
+        num_shards = math.prod(mesh.shape[axis] for axis in _axes(entry))
+        if size % num_shards:
+            raise ValueError(
+                f"{path} of shape {list(shape)} cannot be sharded by {spec}: {size} is not "
+                f"divisible by {num_shards} devices; put a rule for this leaf before it."
+            )
+
+
+def _axes(entry: Any) -> tuple[str, ...]:
+    """Returns the mesh axes that one entry of a PartitionSpec names."""
+    if entry is None:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)

@@ -68,7 +68,9 @@ def progress_bar(
         task = bar.add_task(name, total=total, completed=start, text="")
 
         def show(completed: int, text: str | None = None) -> None:
-            bar.update(task, completed=completed, **({} if text is None else {"text": text}))
+            bar.update(task, completed=completed)
+            if text is not None:
+                bar.update(task, text=text)
 
         yield show
 
