@@ -206,7 +206,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_still_reads(pattern, tm
     save_all(tmp_path, [1, 2], make_state())
     for path in (tmp_path / "2").glob(pattern):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ValueError, match=r"2 cannot be read .*; delete it to go back"):
+    with pytest.raises(ValueError, match=r"2 cannot be read .*; delete it to use the step before"):
         checkpoint.restore(tmp_path, make_state())
     assert_same(checkpoint.restore(tmp_path, make_state(), step=1)[0], make_state())
     assert caplog.text == ""

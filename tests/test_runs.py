@@ -1,11 +1,13 @@
 """A run folder is read whole, or one sentence says what is wrong with it."""
 
+import dataclasses
 import json
 import shutil
 
 import jax
 import numpy as np
 import pytest
+import tiny_demos
 import tiny_run
 
 from vla_jax import runs
@@ -104,3 +106,45 @@ def test_a_checkpoint_of_another_shape_is_one_sentence(folder):
 def test_a_step_that_is_not_there_is_one_sentence(folder):
     with pytest.raises(FileNotFoundError, match=r"no step 4 in .*; choose from 3, 10"):
         runs.load_run(folder, step=4)
+
+
+@pytest.mark.parametrize("fault", ["shape", "name"])
+def test_a_damaged_average_is_never_replaced_by_the_raw_params(fault, tmp_path):
+    ema = tiny_run.params(seed=99)
+    if fault == "shape":
+        ema = jax.tree.map(lambda leaf: leaf[..., None], ema)
+    else:
+        ema["decoder"] = {}
+    folder = tiny_run.write(tmp_path, ema=ema)
+    with pytest.raises(ValueError, match="does not fit the policy"):
+        runs.load_run(folder)
+
+
+def test_what_is_checked_first_is_what_open_run_would_refuse(tmp_path):
+    config = tiny_demos.imitation("demos", tmp_path / "run")
+    runs.check_run(config.run_dir, config, overwrite=False)
+    assert list(tmp_path.iterdir()) == []
+    runs.open_run(config.run_dir, config, overwrite=False)
+    runs.check_run(config.run_dir, config, overwrite=False)
+    other = dataclasses.replace(config, seed=1)
+    with pytest.raises(ValueError, match="another config: seed was 0 and is 1"):
+        runs.check_run(config.run_dir, other, overwrite=False)
+    runs.check_run(config.run_dir, other, overwrite=True)
+    assert (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_run_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    config = tiny_demos.imitation("demos", tmp_path / "file" / "run")
+    with pytest.raises(OSError, match=r"file/run cannot be written; choose another --run-dir"):
+        runs.check_run(config.run_dir, config, overwrite=False)
+
+
+def test_a_written_run_is_read_again(folder, tmp_path):
+    run = runs.load_run(folder)
+    config = tiny_demos.imitation("demos", tmp_path / "run")
+    metadata = runs.write_run(folder, config, run.agent, run.norm_stats, run.world)
+    again = runs.load_run(folder)
+    assert (again.agent, again.world) == (run.agent, run.world)
+    jax.tree.map(np.testing.assert_array_equal, again.norm_stats, run.norm_stats)
+    assert metadata.keys() == {"config", "norm_stats"}

@@ -24,7 +24,7 @@ from train.configs import IMITATE, with_decoder, with_kind
 from train.imitate import imitate
 from train.pretrain import pretrain
 from train.setup import init_params, make_windows, read_dataset
-from vla_jax import convert
+from vla_jax import convert, runs
 from vla_jax.backbones.state import StateConfig
 from vla_jax.command_line import command_line
 from vla_jax.config import load
@@ -352,12 +352,12 @@ def test_a_run_whose_config_names_only_the_folder_of_its_data_set_is_resumed(
 
 def test_overwrite_starts_anew_and_its_run_can_be_resumed_without_it(tmp_path):
     config = tiny_demos.imitation("demos", tmp_path / "run")
-    folder = loop.open_run(config.run_dir, config, overwrite=False)
+    folder = runs.open_run(config.run_dir, config, overwrite=False)
     (folder / "left").touch()
     other = dataclasses.replace(config, seed=1, overwrite=True)
-    loop.open_run(config.run_dir, other, overwrite=True)
+    runs.open_run(config.run_dir, other, overwrite=True)
     assert not (folder / "left").exists()
-    loop.open_run(config.run_dir, dataclasses.replace(other, overwrite=False), overwrite=False)
+    runs.open_run(config.run_dir, dataclasses.replace(other, overwrite=False), overwrite=False)
     assert load(type(config), folder / "config.json").seed == 1
 
 
@@ -365,14 +365,14 @@ def test_a_folder_that_is_no_run_is_never_deleted(tmp_path):
     (tmp_path / "thesis.tex").touch()
     config = tiny_demos.imitation("demos", tmp_path)
     with pytest.raises(ValueError, match=r"is not a run folder \(no config\.json\)"):
-        loop.open_run(config.run_dir, config, overwrite=True)
+        runs.open_run(config.run_dir, config, overwrite=True)
     assert (tmp_path / "thesis.tex").exists()
 
 
 def test_only_the_first_process_writes_and_tells(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    loop.open_run(str(tmp_path / "run"), tiny_demos.imitation("demos", "run"), overwrite=False)
-    loop.save_json({"a": 1}, tmp_path / "a.json")
+    runs.open_run(str(tmp_path / "run"), tiny_demos.imitation("demos", "run"), overwrite=False)
+    runs.save_json({"a": 1}, tmp_path / "a.json")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -31,10 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from vla_jax import config as configs
 from vla_jax.acting.agent import make_agent, read_instruction
 from vla_jax.acting.rollout import run_env
-from vla_jax.data import normalize
 from vla_jax.envs.table import jax_env
 from vla_jax.evaluation import plots, results
 from vla_jax.evaluation.players import make_player
@@ -47,11 +45,12 @@ from vla_jax.rl.learner import Learner, LearnState, SeedsConfig
 from vla_jax.rl.learning_loop import LearningResult, check_devices, learn, read_curve
 from vla_jax.rl.policy_gradient import baseline_loss, scale, score_loss
 from vla_jax.rl.returns import advantages
-from vla_jax.runs import Run, load_run
+from vla_jax.runs import Run, load_run, open_run, save_json, write_run
 from vla_jax.training import checkpoint, optim
 from vla_jax.training.logs import read_metrics
-from vla_jax.training.loop import LoopConfig, is_first_process, open_run, save_json
+from vla_jax.training.loop import LoopConfig
 from vla_jax.training.optim import OptimConfig
+from vla_jax.training.parallel import is_first_process
 from vla_jax.training.update import LossFn, init_train_state, make_update
 from vla_jax.types import Array, Env, Key, Metrics, Params
 
@@ -285,12 +284,8 @@ def make_evaluate(cloned: Cloned) -> Callable[[int, Params, Key], Metrics]:
 def _export(
     config: FinetuneConfig, run_dir: pathlib.Path, run: Run, params: Params, num_updates: int
 ) -> None:
-    """Writes the files of a run folder of `train.imitate`."""
-    statistics = normalize.to_json(run.norm_stats)
-    save_json(configs.to_dict(run.agent), run_dir / "agent.json")
-    save_json(configs.to_dict(run.world), run_dir / "world.json")
-    save_json(statistics, run_dir / "norm_stats.json")
-    metadata = {"config": configs.to_dict(config), "norm_stats": statistics}
+    """Writes the policy as a run folder that `runs.load_run` reads."""
+    metadata = write_run(run_dir, config, run.agent, run.norm_stats, run.world)
     state: dict[str, Any] = {"params": params, "ema_params": None}
     checkpoints = checkpoint.open_checkpoints(run_dir / "checkpoints", keep=1)
     checkpoint.save(checkpoints, run.step + num_updates, state, metadata)

@@ -10,7 +10,6 @@ RUN_DIR` plays the result.
 
 import dataclasses
 import pathlib
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,19 +18,18 @@ import numpy as np
 from train.cache import frame_tokens
 from train.configs import IMITATE, ImitateConfig
 from train.setup import compute_norm_stats, init_params, make_windows, read_dataset
-from vla_jax import config as configs
 from vla_jax.command_line import run
-from vla_jax.data import normalize
 from vla_jax.data.loader import Loader, make_loader
-from vla_jax.data.normalize import NormStats
 from vla_jax.data.packing import Packed
 from vla_jax.data.windows import Windows
 from vla_jax.evaluation import plots
 from vla_jax.nn import scheduled_sampling
 from vla_jax.policies import heads, policy
 from vla_jax.policies.head import TeacherForcing
+from vla_jax.runs import open_run, write_run
 from vla_jax.training import auxiliary, captions, device_augment, loss_terms, losses, optim
-from vla_jax.training.loop import fit, is_first_process, open_run, save_json
+from vla_jax.training.loop import fit
+from vla_jax.training.parallel import is_first_process
 from vla_jax.training.update import Counted, LossFn, init_train_state, make_update, with_count
 from vla_jax.types import Batch, Key, Metrics, Params
 
@@ -75,7 +73,8 @@ def imitate(config: ImitateConfig) -> pathlib.Path:
     train_state = init_train_state(params, optimizer, ema=ema_decay is not None)
 
     # Loop, from the last checkpoint on if there is one.
-    run_dir, metadata = _open(config, norm_stats)
+    run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
+    metadata = write_run(run_dir, config, config.agent, norm_stats, config.world)
     schedule = optim.make_schedule(optim_config, num_updates)
     train_state = fit(
         config.loop,
@@ -149,21 +148,6 @@ def make_loss(config: ImitateConfig) -> LossFn:
         return loss, {**by_term, **metrics}
 
     return loss_fn
-
-
-def _open(
-    config: ImitateConfig, norm_stats: dict[str, NormStats]
-) -> tuple[pathlib.Path, dict[str, Any]]:
-    """The run's folder, and what each checkpoint holds beside the weights.
-
-    What acting needs lies in both, so that either is enough.
-    """
-    run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
-    save_json(configs.to_dict(config.agent), run_dir / "agent.json")
-    save_json(configs.to_dict(config.world), run_dir / "world.json")
-    statistics = normalize.to_json(norm_stats)
-    save_json(statistics, run_dir / "norm_stats.json")
-    return run_dir, {"config": configs.to_dict(config), "norm_stats": statistics}
 
 
 def _plot(run_dir: pathlib.Path, config: ImitateConfig, params: Params, batch: Batch) -> None:

@@ -30,7 +30,7 @@ from vla_jax.nn import layers, recurrence, truncated
 from vla_jax.nn.cells import CELLS, CellName
 from vla_jax.nn.recurrence import RecurrenceConfig
 from vla_jax.nn.sequence_tasks import TASKS, Task, gradient_norms, init
-from vla_jax.training.loop import save_json
+from vla_jax.runs import save_json
 from vla_jax.types import Array, Key, Params
 
 NAMES = {  # of cells in plots; others keep their name

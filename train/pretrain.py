@@ -35,8 +35,9 @@ from vla_jax.data.normalize import NormalizeConfig, NormStats
 from vla_jax.data.readers import reader
 from vla_jax.data.readers.dataset_config import DatasetConfig, upgrade_config
 from vla_jax.data.windows import WindowConfig, Windows
+from vla_jax.runs import open_run, save_json
 from vla_jax.training import device_augment, losses, optim
-from vla_jax.training.loop import LoopConfig, fit, open_run, save_json
+from vla_jax.training.loop import LoopConfig, fit
 from vla_jax.training.optim import OptimConfig
 from vla_jax.training.update import init_train_state, make_update
 from vla_jax.types import Array, Batch, Key, Metrics, Params

@@ -29,10 +29,12 @@ from vla_jax.nn import scheduled_sampling, search, seq2seq
 from vla_jax.nn.scheduled_sampling import SamplingConfig
 from vla_jax.nn.search import SearchResult
 from vla_jax.nn.seq2seq import Seq2SeqConfig
+from vla_jax.runs import open_run, save_json
 from vla_jax.training import losses, optim
 from vla_jax.training.logs import read_metrics
-from vla_jax.training.loop import LoopConfig, fit, is_first_process, open_run, save_json
+from vla_jax.training.loop import LoopConfig, fit
 from vla_jax.training.optim import OptimConfig
+from vla_jax.training.parallel import is_first_process
 from vla_jax.training.update import Counted, LossFn, init_train_state, make_update, with_count
 from vla_jax.types import Array, Key, Metrics, Params
 

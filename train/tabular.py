@@ -25,7 +25,7 @@ from vla_jax.rl import actor, exploration
 from vla_jax.rl.actor import Actor, Policy
 from vla_jax.rl.learning_loop import learn
 from vla_jax.rl.td_errors import sarsa_error
-from vla_jax.training.loop import open_run, save_json
+from vla_jax.runs import open_run, save_json
 from vla_jax.types import Key, Metrics, World
 
 _NEVER = 2.0  # success rate above 1: no seed stops early, so that all use the same steps

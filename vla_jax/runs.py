@@ -1,44 +1,142 @@
-"""The folder of a training, read for acting.
+"""The folder of a training run: opened and written by scripts, read for acting.
 
-agent.json          how the policy acts
-norm_stats.json     statistics of its data
-world.json          where the data came from, if that is a world
-checkpoints/STEP    the params
+config.json         config of the training script; the same config resumes the run
+agent.json          config of the policy and of acting
+norm_stats.json     statistics of the training data
+world.json          config of the environment to evaluate in, if there is one
+checkpoints/STEP    params, optimiser state, and metadata: config and norm_stats
 """
 
+import os
 import pathlib
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
+from jax.experimental import multihost_utils
 
 from vla_jax import config as configs
 from vla_jax.acting.agent import AgentConfig
 from vla_jax.data import normalize
 from vla_jax.data.normalize import NormStats
 from vla_jax.envs.worlds import WORLDS, WorldConfig
-from vla_jax.files import Path, read_json
+from vla_jax.files import Path, read_json, write_json
 from vla_jax.policies import policy
 from vla_jax.training import checkpoint
+from vla_jax.training.parallel import is_first_process
 from vla_jax.types import Params
 
 
 class Run(NamedTuple):
-    """All that acting needs of a training."""
+    """A trained policy with all that acting needs."""
 
     folder: pathlib.Path
     agent: AgentConfig
     norm_stats: dict[str, NormStats]
-    params: Params  # the slow average where one was kept
-    world: WorldConfig | None  # that of the demonstrations; None where it is unknown
-    step: int  # updates that made the params
+    params: Params  # the average of the params (EMA), if the training kept one
+    world: WorldConfig | None  # environment of the demonstrations; None if unknown
+    step: int  # updates of the params
+
+
+def check_run(run_dir: Path, config: Any, *, overwrite: bool) -> None:
+    """Raises an error if `open_run` would refuse the same arguments; writes nothing.
+
+    Args:
+      run_dir: folder of the run.
+      config: whole config of the script, with the fields `run_dir` and `overwrite`.
+      overwrite: whether an earlier run in the folder may be deleted.
+
+    Raises:
+      ValueError: the folder holds a run of another config, or something other than a run.
+      OSError: the folder cannot be written.
+    """
+    path = pathlib.Path(run_dir)
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise OSError(f"run_dir {path} cannot be written; choose another --run-dir.")
+    file = path / "config.json"
+    if overwrite and path.exists():
+        if not file.exists():
+            raise ValueError(f"{path} is not a run folder (no config.json); delete it yourself.")
+    elif file.exists():
+        _check_same_config(file, config)
+
+
+def open_run(run_dir: Path, config: Any, *, overwrite: bool) -> pathlib.Path:
+    """Creates a run folder, or opens an existing one of the same config in order to resume.
+
+    Args:
+      run_dir: folder of the run.
+      config: whole config of the script; written to `config.json`.
+      overwrite: deletes an earlier run in the folder.
+
+    Returns:
+      The folder.
+
+    Raises:
+      ValueError: the folder holds a run of another config, or something other than a run.
+      OSError: the folder cannot be written.
+    """
+    path = pathlib.Path(run_dir)
+    if is_first_process():
+        check_run(path, config, overwrite=overwrite)
+        if overwrite and path.exists():
+            shutil.rmtree(path)
+        if not (path / "config.json").exists():
+            configs.save(config, path / "config.json")
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("run folder")
+    return path
+
+
+def write_run(
+    folder: Path,
+    config: Any,
+    agent: AgentConfig,
+    norm_stats: Mapping[str, NormStats],
+    world: WorldConfig | None,
+) -> dict[str, Any]:
+    """Writes what acting needs besides the params, and returns the metadata for the checkpoints.
+
+    Both hold the statistics, so that either is sufficient.
+
+    Args:
+      folder: of the run, from `open_run`.
+      config: whole config of the script.
+      agent: config of the policy and of acting.
+      norm_stats: statistics of the training data.
+      world: environment to evaluate in; None = unknown.
+
+    Returns:
+      Metadata for `checkpoint.save`: `config` and `norm_stats`.
+    """
+    folder, statistics = pathlib.Path(folder), normalize.to_json(dict(norm_stats))
+    save_json(configs.to_dict(agent), folder / "agent.json")
+    if world is not None:
+        save_json(configs.to_dict(world), folder / "world.json")
+    save_json(statistics, folder / "norm_stats.json")
+    return {"config": configs.to_dict(config), "norm_stats": statistics}
+
+
+def save_json(data: Mapping[str, Any], path: pathlib.Path) -> None:
+    """Writes JSON from the first process; the file is complete or unchanged.
+
+    Args:
+      data: what JSON can hold.
+      path: file to write.
+    """
+    if is_first_process():
+        write_json(path, data)
 
 
 def load_run(run_dir: Path, *, step: int | None = None) -> Run:
-    """What a training left in its folder.
+    """Reads a run folder.
 
     Args:
       run_dir: the folder.
-      step: which checkpoint, in updates; None means the latest.
+      step: checkpoint to read, in updates; None means the latest.
 
     Raises:
       FileNotFoundError: the folder, one of its files or the checkpoint is missing.
@@ -57,7 +155,7 @@ def load_run(run_dir: Path, *, step: int | None = None) -> Run:
 
 
 def read_world(run_dir: Path) -> WorldConfig | None:
-    """The world of a run folder; None where it has no `world.json`.
+    """Returns the environment config of a run folder; None if it has no `world.json`.
 
     Raises:
       ValueError: the file is damaged, or its world is unknown.
@@ -73,7 +171,16 @@ def read_world(run_dir: Path) -> WorldConfig | None:
 
 
 def _restore(directory: pathlib.Path, like: Any, step: int | None) -> Params:
-    try:
-        return checkpoint.restore_params(directory, like, step=step, ema=True)
-    except ValueError:  # no average was kept; any other fault is told by the next line
-        return checkpoint.restore_params(directory, like, step=step)
+    ema = checkpoint.has_ema(directory, step=step)
+    return checkpoint.restore_params(directory, like, step=step, ema=ema)
+
+
+def _check_same_config(file: pathlib.Path, config: Any) -> None:
+    here = {"run_dir": config.run_dir, "overwrite": config.overwrite}  # do not count
+    saved = replace(configs.load(type(config), file), **here)
+    if saved != config:
+        differing = configs.differences(saved, config)
+        raise ValueError(
+            f"{file.parent} holds a run of another config: {'; '.join(differing)}; choose another "
+            "--run-dir, restore those options, or add --overwrite to start anew."
+        )

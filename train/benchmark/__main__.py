@@ -28,7 +28,7 @@ from train.benchmark.system import Measurement
 from train.benchmark.timing import Row, Spread
 from vla_jax.command_line import run
 from vla_jax.evaluation import plots
-from vla_jax.training.loop import save_json
+from vla_jax.runs import save_json
 from vla_jax.training.malloc import keep_freed_memory
 
 Case = Literal[

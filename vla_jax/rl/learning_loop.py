@@ -19,9 +19,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vla_jax.evaluation import plots, results
 from vla_jax.rl.learner import Learner, LearnState, SeedsConfig, acting_params
+from vla_jax.runs import save_json
 from vla_jax.training import checkpoint, parallel
 from vla_jax.training.logs import Logs, read_metrics
-from vla_jax.training.loop import LoopConfig, is_first_process, save_json
+from vla_jax.training.loop import LoopConfig
+from vla_jax.training.parallel import is_first_process
 from vla_jax.types import Key, Metrics, Params
 
 

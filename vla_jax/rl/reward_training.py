@@ -18,8 +18,10 @@ from vla_jax.rl.actor import Actor, Policy
 from vla_jax.rl.learner import Algorithm, Learner, SeedsConfig, make_learner, zero_carry
 from vla_jax.rl.learning_loop import LearningResult, write_report
 from vla_jax.rl.network import NetworkConfig
-from vla_jax.training.loop import LoopConfig, is_first_process, open_run
+from vla_jax.runs import open_run
+from vla_jax.training.loop import LoopConfig
 from vla_jax.training.optim import OptimConfig
+from vla_jax.training.parallel import is_first_process
 from vla_jax.types import Array, Key, World
 
 _LONG_EPISODE = 100  # environment steps; longer episodes are played faster

@@ -19,10 +19,8 @@ import os
 import pathlib
 import re
 import shutil
-import sys
-import time
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -33,17 +31,13 @@ from vla_jax.types import Params
 
 Path = str | os.PathLike[str]
 State = TypeVar("State")
-Checkpoints = ocp.training.Checkpointer  # open handle; made by open_checkpoints, ended by close
 
 
-def _not_orbax(record: logging.LogRecord) -> bool:
-    return "orbax" not in record.pathname and "OCDBT" not in record.getMessage()
+class Checkpoints(NamedTuple):
+    """An open handle for saving, from `open_checkpoints`, to be ended by `close`."""
 
-
-# Orbax logs pages of tracebacks for errors that it also raises and that are told here in a line;
-# where it reads broken files, asyncio adds a page for every array (OCDBT is their format).
-for _name in ("absl", "asyncio"):
-    logging.getLogger(_name).addFilter(_not_orbax)
+    orbax: ocp.training.Checkpointer
+    opened: contextlib.ExitStack  # what `close` undoes
 
 
 def open_checkpoints(directory: Path, *, keep: int = 2) -> Checkpoints:
@@ -60,13 +54,16 @@ def open_checkpoints(directory: Path, *, keep: int = 2) -> Checkpoints:
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}.")
     training = ocp.training
-    with _one_sentence(directory):
-        return training.Checkpointer(
+    with _quiet_orbax(), _one_sentence(directory):
+        orbax = training.Checkpointer(
             pathlib.Path(directory).absolute(),
             save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=True,
         )
+    opened = contextlib.ExitStack()
+    opened.enter_context(_quiet_orbax())  # saves fail in the background, between two calls
+    return Checkpoints(orbax, opened)
 
 
 def save(checkpoints: Checkpoints, step: int, train_state: Any, metadata: dict[str, Any]) -> bool:
@@ -91,18 +88,17 @@ def save(checkpoints: Checkpoints, step: int, train_state: Any, metadata: dict[s
         metadata = json.loads(json.dumps(metadata))
     except TypeError as error:
         raise TypeError(f"metadata must be JSON ({error}); convert it first.") from error
-    latest = checkpoints.latest.step if checkpoints.latest else -1
+    orbax = checkpoints.orbax
+    latest = orbax.latest.step if orbax.latest else -1
     if step == latest:
         return False
     if step < latest:
         raise ValueError(
-            f"step must be above {latest}, the latest in {checkpoints.directory}, got {step}; "
+            f"step must be above {latest}, the latest in {orbax.directory}, got {step}; "
             "delete the later steps or use another folder."
         )
-    with _one_sentence(checkpoints.directory):
-        return bool(
-            checkpoints.save_async(step, train_state, custom_metadata={"metadata": metadata})
-        )
+    with _one_sentence(orbax.directory):
+        return bool(orbax.save_async(step, train_state, custom_metadata={"metadata": metadata}))
 
 
 def wait(checkpoints: Checkpoints) -> None:
@@ -111,8 +107,8 @@ def wait(checkpoints: Checkpoints) -> None:
     Raises:
       OSError: the last save failed.
     """
-    with _one_sentence(checkpoints.directory):
-        checkpoints.wait()
+    with _one_sentence(checkpoints.orbax.directory):
+        checkpoints.orbax.wait()
 
 
 def close(checkpoints: Checkpoints) -> None:
@@ -121,13 +117,27 @@ def close(checkpoints: Checkpoints) -> None:
     Raises:
       OSError: the last save failed.
     """
-    with _one_sentence(checkpoints.directory):
-        checkpoints.close()
+    with checkpoints.opened, _one_sentence(checkpoints.orbax.directory):
+        checkpoints.orbax.close()
 
 
 def latest_step(directory: Path) -> int | None:
     """Returns the latest complete step in `directory`, None where there is none."""
     return max(_steps(directory), default=None)
+
+
+def has_ema(directory: Path, *, step: int | None = None) -> bool:
+    """Returns True if the step holds an average of the params.
+
+    Args:
+      directory: folder of the steps.
+      step: which one; None means the latest.
+
+    Raises:
+      FileNotFoundError: there is no such step.
+      ValueError: the files are damaged.
+    """
+    return _stored(_step_path(directory, step))[0].get("ema_params") is not None
 
 
 def read_metadata(directory: Path, *, step: int | None = None) -> dict[str, Any]:
@@ -228,7 +238,8 @@ def _steps(directory: Path) -> list[int]:
     if not pathlib.Path(directory).is_dir():
         return []
     names = ocp.path.step.standard_name_format()
-    return sorted(found.step for found in names.find_all(pathlib.Path(directory).absolute()))
+    with _quiet_orbax():  # it reads the metadata of every step
+        return sorted(step.step for step in names.find_all(pathlib.Path(directory).absolute()))
 
 
 def _step_path(directory: Path, step: int | None) -> pathlib.Path:
@@ -291,17 +302,35 @@ def _one_sentence(directory: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _readable(path: pathlib.Path) -> Iterator[None]:
-    """Turns whatever Orbax raises about damaged files into one sentence."""
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    """Turns any error of Orbax about damaged files into one sentence."""
+    with _quiet_orbax():
+        try:
+            yield
+        except Exception as error:  # of many types
+            raise ValueError(
+                f"{path} cannot be read ({_reason(error)}); delete it to use the step before."
+            ) from error
+
+
+@contextlib.contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Hides log records about errors that Orbax also raises; the loggers are restored at the end.
+
+    Orbax logs pages of tracebacks for them. Where it reads broken files, asyncio adds a page for
+    every array (OCDBT is their format).
+    """
+
+    def is_foreign(record: logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname and "OCDBT" not in record.getMessage()
+
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    for logger in loggers:
+        logger.addFilter(is_foreign)
     try:
         yield
-    except Exception as error:  # of many types
-        time.sleep(0.1)  # the reads of the other arrays end without a listener, and complain
-        raise ValueError(
-            f"{path} cannot be read ({_reason(error)}); delete it to go back to the step before."
-        ) from error
     finally:
-        sys.unraisablehook = hook
+        for logger in loggers:
+            logger.removeFilter(is_foreign)
 
 
 def _reason(error: Exception) -> str:

@@ -2,17 +2,13 @@
 
 import contextlib
 import pathlib
-import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
 import optax
-from jax.experimental import multihost_utils
 
-from vla_jax import config as configs
-from vla_jax.files import write_json
 from vla_jax.training import checkpoint, parallel
 from vla_jax.training.logs import Logs
 from vla_jax.training.parallel import ShardingRules, is_first_process
@@ -127,52 +123,3 @@ def fit(
                 position = {"loader": loader.get_state()}
                 checkpoint.save(checkpoints, step, train_state, metadata | position)
     return jax.device_get(parallel.replicate(train_state, mesh))
-
-
-def open_run(run_dir: str, config: Any, *, overwrite: bool) -> pathlib.Path:
-    """The run's folder, new, or an earlier one of the very same config, to be resumed.
-
-    Args:
-      run_dir: folder.
-      config: the script's whole config; written to `config.json`.
-      overwrite: whether to delete what is there.
-
-    Raises:
-      ValueError: the folder holds a run of another config, or something else.
-    """
-    path = pathlib.Path(run_dir)
-    if is_first_process():
-        if overwrite and path.exists():
-            _delete(path)
-        _claim(path / "config.json", config)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("run folder")
-    return path
-
-
-def save_json(data: Mapping[str, Any], path: pathlib.Path) -> None:
-    """Writes JSON, whole or not at all; with several processes the first one does it."""
-    if is_first_process():
-        write_json(path, data)
-
-
-def _claim(file: pathlib.Path, config: Any) -> None:
-    """Writes the config, or checks that it is the one that is there."""
-    if not file.exists():
-        configs.save(config, file)
-        return
-    # Where a run lies, and how it was begun, is no part of what it is.
-    here = {"run_dir": config.run_dir, "overwrite": config.overwrite}
-    saved = replace(configs.load(type(config), file), **here)
-    if saved != config:
-        differing = configs.differences(saved, config)
-        raise ValueError(
-            f"{file.parent} holds a run of another config: {'; '.join(differing)}; choose another "
-            "--run-dir, restore those options, or add --overwrite to start anew."
-        )
-
-
-def _delete(path: pathlib.Path) -> None:
-    if not (path / "config.json").exists():
-        raise ValueError(f"{path} is not a run folder (no config.json); delete it yourself.")
-    shutil.rmtree(path)
