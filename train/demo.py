@@ -26,6 +26,7 @@ from vla_jax.data.readers.dataset_config import DatasetConfig
 from vla_jax.envs.worlds import WORLDS, WorldConfig
 from vla_jax.evaluate import EvaluateConfig, evaluate
 from vla_jax.evaluation import report, results
+from vla_jax.training.malloc import keep_freed_memory
 
 Decoder = Literal["lstm", "gru", "rnn", "encoder_decoder", "gpt", "fc"]
 SHOWN = {  # by decoder: its name in the table, and what it remembers there
@@ -192,4 +193,5 @@ def _show(evaluations: dict[str, pathlib.Path], seconds: float, page: pathlib.Pa
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     run(demo, PRESETS, description="Shows the whole road, from demonstrations to films.")

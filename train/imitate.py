@@ -29,6 +29,7 @@ from vla_jax.policies.head import TeacherForcing
 from vla_jax.runs import open_run, write_run
 from vla_jax.training import auxiliary, captions, device_augment, loss_terms, losses, optim
 from vla_jax.training.loop import fit
+from vla_jax.training.malloc import keep_freed_memory
 from vla_jax.training.parallel import is_first_process
 from vla_jax.training.update import Counted, LossFn, init_train_state, make_update, with_count
 from vla_jax.types import Batch, Key, Metrics, Params
@@ -168,4 +169,5 @@ def _plot(run_dir: pathlib.Path, config: ImitateConfig, params: Params, batch: B
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     run(imitate, IMITATE, description="Trains a policy on demonstrations.")

@@ -38,6 +38,7 @@ from vla_jax.data.windows import WindowConfig, Windows
 from vla_jax.runs import open_run, save_json
 from vla_jax.training import device_augment, losses, optim
 from vla_jax.training.loop import LoopConfig, fit
+from vla_jax.training.malloc import keep_freed_memory
 from vla_jax.training.optim import OptimConfig
 from vla_jax.training.update import init_train_state, make_update
 from vla_jax.types import Array, Batch, Key, Metrics, Params
@@ -204,4 +205,5 @@ def target(batch: Batch, name: str) -> Array:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     run(pretrain, PRESETS, description="Pre-trains a backbone on demonstrations.")

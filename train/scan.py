@@ -33,6 +33,7 @@ from vla_jax.runs import open_run, save_json
 from vla_jax.training import losses, optim
 from vla_jax.training.logs import read_metrics
 from vla_jax.training.loop import LoopConfig, fit
+from vla_jax.training.malloc import keep_freed_memory
 from vla_jax.training.optim import OptimConfig
 from vla_jax.training.parallel import is_first_process
 from vla_jax.training.update import Counted, LossFn, init_train_state, make_update, with_count
@@ -236,4 +237,5 @@ def _model(**changes: Any) -> Seq2SeqConfig:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     run(train, PRESETS, description="Trains an encoder-decoder on SCAN.")
