@@ -128,7 +128,9 @@ def gather(
             **{name: take(source, rows) for name, source in sources.items() if name != "action"},
             instruction=instructions[episode] * visible[..., None],
         ),
-        tokens=None if tokens is None else Tokens(*(take(part, rows) for part in tokens)),
+        tokens=None
+        if tokens is None
+        else Tokens(*(take(np.asarray(part), rows) for part in tokens)),
         timestep_mask=mask,
         action=action,
         action_mask=action_mask,

@@ -14,7 +14,7 @@ import math
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -34,7 +34,7 @@ Outputs = dict[str, jax.Array]  # name of a head -> [..., size of the head]
 class NetworkConfig:
     """The network of a policy or of a Q-function."""
 
-    kind: Literal["fc", CellName] = "fc"  # "fc" = feed-forward (no memory), or a recurrent cell
+    kind: str = "fc"  # "fc" = feed-forward (no memory), or a recurrent cell
     object_size: int = 0  # features per object in the observation; 0 = no list of objects
     object_sizes: tuple[int, ...] = (64, 64)  # layer widths of the MLP applied to each object
     hidden_sizes: tuple[int, ...] = (64, 64)  # layer widths of the main MLP
