@@ -24,7 +24,7 @@ from vla_jax.training.optim import OptimConfig
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = (ROOT / "docs/migration.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-THERE, BACK, SPOKEN, *OTHERS = BLOCKS
+HEAD, EXPORT, ACTION_TOKENS, *OTHERS = BLOCKS
 
 
 @pytest.mark.filterwarnings(
@@ -43,14 +43,14 @@ def test_the_commands_and_the_code_run(tmp_path, monkeypatch):
     for line in commands:
         main(shlex.split(line))
     names: dict = {}
-    exec(THERE, names)
+    exec(HEAD, names)
     assert names["chunk"].arm.shape == (3, 2, 6)
     assert set(names["tensors"]) == set(robovlms_head("lstm"))
     assert convert.read_recurrence("encoder")[0].cell == "gru"
     assert names["config"].window_size == 8
 
 
-def test_the_options_of_a_training_from_a_released_head_give_a_decoder_of_its_sizes():
+def test_the_options_for_a_released_head_give_a_decoder_of_its_size():
     found = re.search(r"^python -m train\.imitate (.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
     assert found
     argv = shlex.split(found[1].replace("\\\n", ""))
@@ -62,13 +62,13 @@ def test_the_options_of_a_training_from_a_released_head_give_a_decoder_of_its_si
     assert (config.decoder_from, config.pack) == ("converted", False)
 
 
-def test_what_a_run_learnt_goes_back_into_their_checkpoint(tmp_path, monkeypatch):
+def test_a_trained_head_is_written_into_the_original_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny_run.write(tmp_path / "runs/fine")
     head = robovlms_head("lstm", in_features=8, hidden=8, layers=1, sizes=(8,))
     tensors = {f"model.{name}": x for name, x in head.items()} | {"model.eyes": np.ones(6)}
     convert.write("policy.ckpt", convert.TensorFile(tensors))
-    exec(BACK, {})
+    exec(EXPORT, {})
     fine = convert.read("fine.ckpt").tensors
     assert list(fine) == list(tensors)
     head = {name: x for name, x in fine.items() if "head" in name}
@@ -78,9 +78,9 @@ def test_what_a_run_learnt_goes_back_into_their_checkpoint(tmp_path, monkeypatch
     np.testing.assert_array_equal(fine["model.eyes"], tensors["model.eyes"])
 
 
-def test_the_block_on_spoken_actions_runs():
+def test_the_block_on_action_tokens_runs():
     names: dict = {}
-    exec(SPOKEN, names)
+    exec(ACTION_TOKENS, names)
     np.testing.assert_allclose(names["loss"], np.log(32064), rtol=1e-5)
     assert names["metrics"]["action_l1"] > 0
 
@@ -94,7 +94,7 @@ def test_the_blocks_on_torch_and_flax_run(block):
     assert all(np.isfinite(leaf).all() for leaf in leaves)
 
 
-def test_every_name_of_ours_in_the_tables_exists():
+def test_every_config_field_in_the_tables_exists():
     for owner in (DecoderConfig, OptimConfig, ImitateConfig, LossWeights, AuxiliaryConfig):
         fields = set(owner.__dataclass_fields__)
         named = set(re.findall(rf"`{owner.__name__}\.(\w+)`", PAGE))
@@ -102,5 +102,5 @@ def test_every_name_of_ours_in_the_tables_exists():
         assert named <= fields
 
 
-def test_the_readme_links_it():
+def test_the_readme_links_the_page():
     assert "(docs/migration.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
