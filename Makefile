@@ -18,7 +18,7 @@ lint: $(VENV)/.test
 
 docs: $(VENV)/.docs
 	$(BIN)/python .ci/notebook_page.py
-	$(BIN)/zensical build --strict
+	$(BIN)/zensical build --clean --strict
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,9 +1,14 @@
 """The README's code runs, its tree names every folder, and the files it names exist."""
 
+import os
 import pathlib
 import re
+import subprocess
+import sys
+import sysconfig
 
 import jax.numpy as jnp
+import pytest
 
 import vla_jax
 
@@ -41,3 +46,29 @@ def test_the_files_it_names_exist():
 
 def test_it_is_short():
     assert len(README.splitlines()) <= 200
+
+
+@pytest.mark.slow
+def test_the_twenty_lines_run_from_the_installed_wheel(tmp_path):
+    def run(*command):
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    build = ("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path))
+    run(sys.executable, "-m", "pip", *build, str(ROOT))
+    run(sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv"))
+    python = str(tmp_path / "venv/bin/python")
+    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    # the dependencies; path files inside that folder are not followed, so the clone is not seen
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    (wheel,) = tmp_path.glob("vla_jax-*.whl")
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", str(wheel))
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    (tmp_path / "twenty_lines.py").write_text(f"{code}\nprint(vla_jax.__file__)\n")
+    assert run(python, "twenty_lines.py").strip() == str(site / "vla_jax/__init__.py")
+    assert (site / "vla_jax/py.typed").is_file()
+    assert not (site / "train").exists()
