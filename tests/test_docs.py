@@ -83,6 +83,16 @@ def test_the_commands_of_a_page_exist(path):
             command_line(IMITATE, argv[1:], description="Trains a policy.")
 
 
+@pytest.mark.parametrize("name", ["your_data", "gpu"])
+def test_the_training_options_in_the_tables_of_a_guide_exist(name):
+    rows = re.findall(r"^\|(.*)\|$", (DOCS / f"{name}.md").read_text("utf-8"), re.MULTILINE)
+    spans = [span for row in rows for span in re.findall(r"`(--[^`]*)`", row)]
+    with_values = [shlex.split(span) for span in spans if " " in span]
+    assert with_values
+    for argv in with_values:
+        command_line(IMITATE, argv, description="Trains a policy.")
+
+
 @pytest.mark.parametrize("path", PAGES, ids=page_name)
 def test_the_links_of_a_page_lead_to_files(path):
     text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.M)
