@@ -1,11 +1,13 @@
-"""The whole road on a laptop: demonstrations, eyes, memory, evaluation, one page to look at.
+"""End-to-end demonstration: record, pre-train, imitate, evaluate, and one page with the results.
 
-    python -m train.demo                             # the MuJoCo table from pictures
-    python -m train.demo --world table_jax           # its JAX twin, without OpenGL
-    python -m train.demo --preset table_jax_state    # LSTM, GRU, RNN, none: 3 minutes, no pictures
-    python -m train.demo --preset table_jax_family   # GPT and encoder-decoder too
+    python -m train.demo                             # the MuJoCo table, from images
+    python -m train.demo --world table_jax           # its JAX twin, which needs no OpenGL
+    python -m train.demo --preset table_jax_state    # LSTM, GRU, RNN, none; no images: 3 minutes
+    python -m train.demo --preset table_jax_family   # GPT and encoder-decoder as well
+    python -m train.demo --num-trainings 5           # mean and range over five trainings
 
-Every step is one of the other scripts, with a preset; what is finished is not done again.
+Every step is one of the other scripts with a preset, in a process of its own where steps do not
+depend on each other. Finished steps are not repeated. The steps' output goes to `RUN_DIR/log.txt`.
 """
 
 import pathlib
@@ -13,56 +15,60 @@ import time
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from train import configs
+from train import configs, record
 from train.configs import ImitateConfig
-from train.imitate import imitate
-from train.pretrain import PretrainConfig, pretrain
-from train.record import RecordConfig, record
+from train.demo_steps import Policy, Step, evaluation, pretraining, recording, run_steps, training
+from train.pretrain import PretrainConfig
+from train.record import RecordConfig
 from vla_jax.command_line import run
 from vla_jax.data.readers.dataset_config import DatasetConfig
-from vla_jax.envs.worlds import WORLDS, WorldConfig
-from vla_jax.evaluate import EvaluateConfig, evaluate
+from vla_jax.envs.worlds import WorldConfig
+from vla_jax.evaluate import EvaluateConfig
 from vla_jax.evaluation import report, results
-from vla_jax.training.malloc import keep_freed_memory
 
 Decoder = Literal["lstm", "gru", "rnn", "encoder_decoder", "gpt", "fc"]
-SHOWN = {  # by decoder: its name in the table, and what it remembers there
-    "lstm": ("LSTM", "persistent"),
-    "gru": ("GRU", "persistent"),
-    "rnn": ("RNN", "persistent"),
-    "encoder_decoder": ("encoder-decoder", "persistent"),
-    "gpt": ("GPT", "refresh"),
-    "fc": ("memoryless (FC)", None),
+TITLES = {
+    "lstm": "LSTM",
+    "gru": "GRU",
+    "rnn": "RNN",
+    "encoder_decoder": "encoder-decoder",
+    "gpt": "GPT",
+    "fc": "memoryless (FC)",
 }
+EXPERT = "expert that ignores the colour"
 
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """What to show."""
+    """Options of the demonstration."""
 
-    show: Literal["pictures", "state"] = "pictures"  # what the policies see
-    world: Literal["table_mujoco", "table_jax"] = "table_mujoco"  # where
+    show: Literal["pictures", "state"] = "pictures"  # input of the policies: images, or the state
+    world: Literal["table_mujoco", "table_jax"] = "table_mujoco"  # environment
     run_dir: str = "runs/demo"  # folder to write to
     dataset: str = "demos/table"  # folder of the demonstrations
-    num_demonstrations: int = 5000  # episodes to record
-    num_episodes: int = 120  # unseen episodes to evaluate each policy on
-    # Choose settings on other seeds, such as those of `evaluate`, which start at 1,000,000: a
-    # figure from the seeds that a setting was chosen on would flatter it.
-    first_seed: int = 2_000_000  # of these episodes
-    num_films: int = 4  # episodes to film of a policy that is filmed
-    decoders: tuple[Decoder, ...] = ("lstm", "gru", "rnn", "fc")  # what is compared on the state
+    num_demonstrations: int = 4000  # episodes to record
+    num_trainings: int = 1  # trainings of each policy; seeds 0, 1, … on the same demonstrations
+    num_episodes: int = 120  # unseen episodes per evaluation
+    # Choose settings on other seeds, such as those of `evaluate`, which start at 1,000,000:
+    # results on the seeds that a setting was chosen on are too good.
+    first_seed: int = 2_000_000  # seed of the first of these episodes
+    num_films: int = 3  # episodes to record as video in each evaluation of a policy on images
+    decoders: tuple[Decoder, ...] = ("lstm", "gru", "rnn", "fc")  # decoders to compare on the state
 
     def __post_init__(self):
-        """Checks that something is compared."""
+        """Checks the decoders and the counts."""
         if not self.decoders:
             raise ValueError("decoders must name at least one, got none; leave the option out.")
+        if self.num_trainings < 1:
+            raise ValueError(f"num_trainings must be at least 1, got {self.num_trainings}.")
 
 
 def table() -> DemoConfig:
-    """Pictures and words to actions: LSTM against memoryless on the MuJoCo table, 12 minutes."""
+    """Images and instructions to actions: LSTM against memoryless on the MuJoCo table."""
     return DemoConfig()
 
 
@@ -80,10 +86,7 @@ def table_jax_state() -> DemoConfig:
 
 
 def table_jax_family() -> DemoConfig:
-    """The same with every decoder there is, an encoder-decoder and a GPT among them.
-
-    10 minutes of CPU time; what to expect is in README.
-    """
+    """The same with all decoders, including encoder-decoder and GPT: 10 minutes of CPU time."""
     return replace(table_jax_state(), decoders=get_args(Decoder))
 
 
@@ -92,62 +95,115 @@ PRESETS = {
     "table_jax_state": table_jax_state,
     "table_jax_family": table_jax_family,
 }
-console = Console(stderr=True)
 
 
 def demo(config: DemoConfig) -> pathlib.Path:
-    """Does everything; returns the page."""
+    """Runs all steps and prints a table; returns the page."""
     began = time.perf_counter()
     run_dir = pathlib.Path(config.run_dir)
-    world = WORLDS[config.world](image_size=64 if config.show == "pictures" else 0)
-    dataset = pathlib.Path(config.dataset)
-    if not (dataset / "meta" / "info.json").exists():
-        console.rule(f"demonstrations: {config.num_demonstrations} episodes by the expert")
-        record(RecordConfig(str(dataset), world, num_episodes=config.num_demonstrations))
-    runs = _train_on_pictures if config.show == "pictures" else _train_on_state
-    evaluations = _evaluate(config, runs(config, world))
-    page = report.write_index(run_dir, evaluations=evaluations, title="vla_jax demo")
-    _show(evaluations, time.perf_counter() - began, page)
+    steps, evaluations = make_steps(config)
+    run_steps(steps, run_dir / "log.txt", console=Console(stderr=True))
+    first = {title: folders[0] for title, folders in evaluations.items()}
+    page = report.write_index(run_dir, evaluations=first, title="vla_jax demo")
+    Console().print(make_table(evaluations))
+    print(f"{(time.perf_counter() - began) / 60:.1f} minutes; open {page}")
     return page
+
+
+def make_steps(config: DemoConfig) -> tuple[list[Step], dict[str, list[pathlib.Path]]]:
+    """Returns the steps, and the folders of every evaluation by title, one per training."""
+    on_images = config.show == "pictures"
+    make = _on_images if on_images else _on_state
+    world = replace(record.PRESETS[config.world]().world, image_size=64 if on_images else 0)
+    demonstrations = RecordConfig(config.dataset, world, num_episodes=config.num_demonstrations)
+    steps = [recording(demonstrations)]
+    evaluations: dict[str, list[pathlib.Path]] = {}
+    for seed in range(config.num_trainings):
+        root = pathlib.Path(config.run_dir) / (f"seed{seed}" if seed else "")
+        before, policies = make(config, world, root, seed)
+        after = [step.name for step in (*steps[:1], *before)]
+        steps += before
+        for policy in policies:
+            trained = training(policy, after=after)
+            steps.append(trained)
+            for title, options in policy.evaluations.items():
+                folder = pathlib.Path(policy.config.run_dir)
+                steps.append(evaluation(folder, options, after=[trained.name]))
+                evaluations.setdefault(title, []).append(folder / "evaluation" / str(options.name))
+    return steps, evaluations
+
+
+def _on_images(
+    config: DemoConfig, world: WorldConfig, root: pathlib.Path, seed: int
+) -> tuple[list[Step], list[Policy]]:
+    """One pre-training, and the policies on its frozen image encoder."""
+    pretrain = PretrainConfig(
+        dataset=_demonstrations(config), run_dir=str(root / "pretrain"), seed=seed
+    )
+    pretrain = replace(pretrain, loader=replace(pretrain.loader, seed=seed))
+    lstm, fc = (
+        replace(
+            _imitation(preset(), config, world, root / name, seed),
+            backbone_from=pretrain.run_dir,
+        )
+        for name, preset in (("lstm", configs.table_lstm), ("memoryless", configs.table_fc))
+    )
+    filmed = _evaluation(config, num_films=config.num_films)
+    policies = [
+        Policy(
+            lstm,
+            {
+                "LSTM": replace(filmed, name="lstm", mode="persistent"),
+                "LSTM, last 4 steps only": replace(
+                    filmed, name="lstm-last-4", mode="refresh", window_size=4
+                ),
+            },
+        ),
+        Policy(fc, {"memoryless (FC)": replace(filmed, name="memoryless")}),
+    ]
+    policies[1].evaluations[EXPERT] = _expert(config)
+    return [pretraining(pretrain, lstm, after=["record"])], policies
+
+
+def _on_state(
+    config: DemoConfig, world: WorldConfig, root: pathlib.Path, seed: int
+) -> tuple[list[Step], list[Policy]]:
+    """The policies on the simulator's state."""
+    policies = []
+    for decoder in config.decoders:
+        base = _imitation(_state_preset(decoder), config, world, root / decoder, seed)
+        mode = None if decoder == "fc" else "refresh" if decoder == "gpt" else "persistent"
+        options = replace(_evaluation(config), name=decoder, mode=mode)
+        policies.append(Policy(base, {TITLES[decoder]: options}))
+    policies[0].evaluations[EXPERT] = _expert(config)
+    return [], policies
+
+
+def _imitation(
+    base: ImitateConfig, config: DemoConfig, world: WorldConfig, run_dir: pathlib.Path, seed: int
+) -> ImitateConfig:
+    return replace(
+        base,
+        dataset=_demonstrations(config),
+        world=world,
+        run_dir=str(run_dir),
+        seed=seed,
+        loader=replace(base.loader, seed=seed),
+    )
 
 
 def _demonstrations(config: DemoConfig) -> DatasetConfig:
     return DatasetConfig(config.dataset, decode="whole")  # small, and read thousands of times
 
 
-def _train_on_pictures(config: DemoConfig, world: WorldConfig) -> dict:
-    """Policies by name, with the options of each one's evaluation."""
-    run_dir = pathlib.Path(config.run_dir)
-    console.rule("pre-training: the encoder learns to see, from the simulator's block positions")
-    dataset = _demonstrations(config)
-    eyes = pretrain(PretrainConfig(dataset=dataset, run_dir=str(run_dir / "pretrain")))
-    trained = {}
-    for name, preset in (("lstm", configs.table_lstm), ("memoryless", configs.table_fc)):
-        console.rule(f"imitation: {name}")
-        base = replace(preset(), dataset=dataset, world=world, backbone_from=str(eyes))
-        trained[name] = imitate(replace(base, run_dir=str(run_dir / name)))
-    return {
-        "LSTM, window spans the episode": (trained["lstm"], {"mode": "refresh"}),
-        "LSTM, carry never reset": (trained["lstm"], {"mode": "persistent"}),
-        "LSTM, last 4 steps only": (trained["lstm"], {"mode": "refresh", "window_size": 4}),
-        "memoryless (FC)": (trained["memoryless"], {}),
-        "expert that ignores the colour": (
-            trained["lstm"], {"reference": "expert_ignoring_colour"},
-        ),
-    }  # fmt: skip
+def _evaluation(config: DemoConfig, num_films: int = 0) -> EvaluateConfig:
+    return EvaluateConfig(
+        num_episodes=config.num_episodes, first_seed=config.first_seed, num_films=num_films
+    )
 
 
-def _train_on_state(config: DemoConfig, world: WorldConfig) -> dict:
-    run_dir = pathlib.Path(config.run_dir)
-    evaluations = {}
-    for decoder in config.decoders:
-        console.rule(f"imitation: {decoder}")
-        base = replace(_state_preset(decoder), dataset=_demonstrations(config), world=world)
-        trained = imitate(replace(base, run_dir=str(run_dir / decoder)))
-        name, mode = SHOWN[decoder]
-        evaluations[name] = (trained, {"mode": mode} if mode else {})
-    expert = (run_dir / config.decoders[0], {"reference": "expert_ignoring_colour"})
-    return evaluations | {"expert that ignores the colour": expert}
+def _expert(config: DemoConfig) -> EvaluateConfig:
+    return replace(_evaluation(config), name="expert", reference="expert_ignoring_colour")
 
 
 def _state_preset(decoder: Decoder) -> ImitateConfig:
@@ -158,40 +214,26 @@ def _state_preset(decoder: Decoder) -> ImitateConfig:
     return configs.with_kind(configs.table_jax_state(), decoder)
 
 
-def _evaluate(config: DemoConfig, policies: dict) -> dict[str, pathlib.Path]:
-    console.rule(f"evaluation: {config.num_episodes} unseen episodes each")
-    evaluations = {}
-    for name, (folder, options) in policies.items():
-        filmed = "reference" not in options and "persistent" not in options.values()
-        chosen = EvaluateConfig(
-            name=_folder(name),
-            num_episodes=config.num_episodes,
-            first_seed=config.first_seed,
-            num_films=config.num_films * filmed,
-            **options,
-        )
-        evaluate(folder, chosen, console=console)
-        evaluations[name] = folder / "evaluation" / _folder(name)
-    return evaluations
-
-
-def _folder(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-").replace("--", "-")
-
-
-def _show(evaluations: dict[str, pathlib.Path], seconds: float, page: pathlib.Path) -> None:
+def make_table(evaluations: dict[str, list[pathlib.Path]]) -> Table:
+    """Success rates by policy: of one training with its interval, of several mean and range."""
+    tasks = ("touch", "lift", "place")
+    num_trainings = max(len(folders) for folders in evaluations.values())
+    spread = "95 % interval" if num_trainings == 1 else f"range of {num_trainings} trainings"
     table = Table(title="success on unseen layouts, instruction shown at the first step only")
-    for column in ("policy", "mean over tasks", "95 % interval", "touch", "lift", "place"):
+    for column in ("policy", "mean over tasks", spread, *tasks):
         table.add_column(column)
-    for name, folder in evaluations.items():
-        summary = report.read_evaluation(folder).summary
-        tasks = [results.percent(summary.tasks[task].rate) for task in ("touch", "lift", "place")]
-        mean = results.percent(summary.task_mean)
-        table.add_row(name, mean, results.percent_interval(summary.task_mean_interval), *tasks)
-    Console().print(table)
-    print(f"{seconds / 60:.1f} minutes; open {page}")
+    for title, folders in evaluations.items():
+        summaries = [report.read_evaluation(folder).summary for folder in folders]
+        rates = np.array([[s.tasks[task].rate or 0.0 for task in tasks] for s in summaries])
+        means = rates.mean(axis=1)
+        interval = (float(means.min()), float(means.max()))
+        if num_trainings == 1:
+            interval = summaries[0].task_mean_interval
+        row = [float(rate) for rate in (means.mean(), *rates.mean(axis=0))]
+        mean, *by_task = map(results.percent, row)
+        table.add_row(title, mean, results.percent_interval(interval), *by_task)
+    return table
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
-    run(demo, PRESETS, description="Shows the whole road, from demonstrations to films.")
+    run(demo, PRESETS, description="Shows everything from demonstrations to videos of a policy.")

@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import pathlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import jax
@@ -29,6 +29,7 @@ from vla_jax.training.progress import progress_bar
 
 BURST = 3  # steps of random actions, gripper included: enough to miss a grasp or drop a block
 SHARE = 20  # episodes that a process plays before it returns them
+OnEpisode = Callable[[int], None]
 CHUNK_BYTES = 64e6  # bytes of the episodes that a JAX environment plays at once; it needs 4x
 
 
@@ -72,8 +73,13 @@ def twin() -> RecordConfig:
 PRESETS = {"table_mujoco": mujoco, "table_jax": twin}
 
 
-def record(config: RecordConfig) -> pathlib.Path:
-    """Plays episodes and writes the successful ones; returns the data set's folder."""
+def record(config: RecordConfig, *, on_episode: OnEpisode | None = None) -> pathlib.Path:
+    """Records the successful episodes of the expert; returns the data set's folder.
+
+    Args:
+      config: options.
+      on_episode: called after every episode with the number of episodes played so far.
+    """
     if isinstance(config.world, jax_env.TableConfig):
         played = _side_by_side(config.world, config)
     else:
@@ -81,7 +87,7 @@ def record(config: RecordConfig) -> pathlib.Path:
         played = _in_processes(config)
     return writer.write(
         config.dataset,
-        _successes(played, config.num_episodes),
+        _successes(played, config.num_episodes, on_episode),
         fps=rules.CONTROL_HZ,
         robot_type=config.world.kind,
         names={
@@ -117,7 +123,9 @@ def demonstrate(simulator, seed: int, noise: float, disturbance: float) -> Episo
     return Episode(stacked, np.stack(actions), simulator.instruction)
 
 
-def _successes(played: Iterable[Episode | None], num_episodes: int) -> Iterator[Episode]:
+def _successes(
+    played: Iterable[Episode | None], num_episodes: int, on_episode: OnEpisode | None
+) -> Iterator[Episode]:
     kept = 0
     with progress_bar("record", num_episodes, unit="episodes") as show:
         for count, episode in enumerate(played, 1):
@@ -125,6 +133,8 @@ def _successes(played: Iterable[Episode | None], num_episodes: int) -> Iterator[
                 kept += 1
                 yield episode
             show(count, f"{kept} kept")
+            if on_episode:
+                on_episode(count)
     print(f"kept {kept} of {num_episodes} episodes", file=sys.stderr)
 
 

@@ -180,6 +180,9 @@ class TableMujoco:
         self._renderers.clear()
 
     def _make_renderer(self, size: int):
+        # A renderer clears a buffer of this size for every picture, however small the picture is.
+        buffer = self._model.vis.global_
+        buffer.offwidth = buffer.offheight = size
         try:
             return self._mujoco.Renderer(self._model, size, size)
         except Exception as error:  # the binding raises whatever the OpenGL loader raised

@@ -1,0 +1,222 @@
+"""Steps of the demonstration: run in processes, two at a time, under one progress bar."""
+
+import concurrent.futures
+import functools
+import math
+import multiprocessing
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from train import cache, imitate, pretrain, record
+from train.configs import ImitateConfig
+from train.pretrain import PretrainConfig
+from train.record import RecordConfig
+from vla_jax.evaluate import EvaluateConfig, evaluate
+from vla_jax.training.logs import read_metrics
+from vla_jax.training.malloc import keep_freed_memory
+
+NUM_PROCESSES = 2  # steps that run at a time
+PLAIN_LINES = 20  # over all steps, where the output is not a terminal
+# CPU seconds on one core without AVX-512, for the estimate and for the length of the bar.
+SECONDS_PER_EPISODE = {"record": 0.11, "images": 0.35, "state": 0.02}
+SECONDS_PER_UPDATE = {"pretrain": 0.11, "imitate": 0.08}
+SECONDS_TO_START = 10.0  # of every step, mostly compilation
+SPEED_UP = 1.8  # of two cores over one
+
+
+class Step(NamedTuple):
+    """One step: a function that runs in another process."""
+
+    name: str
+    function: Callable[[], Any]
+    fraction: Callable[[], float]  # finished fraction in [0, 1], read from the step's files
+    seconds: float  # expected CPU time
+    after: Sequence[str] = ()  # names of the steps that it needs
+
+
+class Policy(NamedTuple):
+    """A policy to train, and its evaluations by title."""
+
+    config: ImitateConfig
+    evaluations: dict[str, EvaluateConfig]
+
+
+def recording(config: RecordConfig) -> Step:
+    """Records the demonstrations, unless they exist."""
+    counter = pathlib.Path(f"{config.dataset}.count")
+    return Step(
+        "record",
+        functools.partial(_record, config, counter),
+        lambda: float(counter.read_text() or 0) / config.num_episodes if counter.exists() else 0.0,
+        SECONDS_TO_START
+        + SECONDS_PER_EPISODE["record" if config.world.image_size else "state"]
+        * config.num_episodes,
+    )
+
+
+def pretraining(config: PretrainConfig, policy: ImitateConfig, *, after: Sequence[str]) -> Step:
+    """Pre-trains the image encoder and encodes all frames for `policy`."""
+    seconds = SECONDS_PER_UPDATE["pretrain"] * config.loop.num_updates + 50  # 50 for the frames
+    return Step(
+        config.run_dir,
+        functools.partial(_pretrain, config, policy),
+        functools.partial(_updates_done, config.run_dir, config.loop.num_updates),
+        seconds,
+        after,
+    )
+
+
+def training(policy: Policy, *, after: Sequence[str]) -> Step:
+    """Trains a policy by imitation."""
+    config = policy.config
+    return Step(
+        config.run_dir,
+        functools.partial(imitate.imitate, config),
+        functools.partial(_updates_done, config.run_dir, config.loop.num_updates),
+        SECONDS_TO_START + SECONDS_PER_UPDATE["imitate"] * config.loop.num_updates,
+        after,
+    )
+
+
+def evaluation(run_dir: pathlib.Path, config: EvaluateConfig, *, after: Sequence[str]) -> Step:
+    """Evaluates a trained policy; `config` has a name."""
+    file = run_dir / "evaluation" / str(config.name) / "episodes.jsonl"
+    kind = "images" if config.num_films else "state"
+    return Step(
+        str(file.parent),
+        functools.partial(evaluate, run_dir, config),
+        lambda: file.read_bytes().count(b"\n") / config.num_episodes if file.exists() else 0.0,
+        SECONDS_TO_START + SECONDS_PER_EPISODE[kind] * config.num_episodes,
+        after,
+    )
+
+
+def run_steps(steps: Sequence[Step], log: pathlib.Path, *, console: Console) -> None:
+    """Runs every step once the steps that it needs are finished.
+
+    Args:
+      steps: in the order in which they start where several could.
+      log: file for their output.
+      console: for the progress bar, or plain lines where it is not a terminal.
+
+    Raises:
+      Exception: whatever a step raised; the others are ended.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    pool = ProcessPoolExecutor(
+        NUM_PROCESSES, multiprocessing.get_context("spawn"), _start_process, (log,)
+    )
+    try:
+        with _Bar(steps, log, console) as bar:
+            for running, done in _schedule(steps, pool):
+                bar.update(running, done)
+    except BaseException:
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _schedule(
+    steps: Sequence[Step], pool: ProcessPoolExecutor
+) -> Iterator[tuple[list[Step], set[str]]]:
+    """Starts steps; yields those that run and the names of the finished ones, every second."""
+    waiting, running, done = list(steps), {}, set()
+    while waiting or running:
+        for step in [step for step in waiting if done.issuperset(step.after)]:
+            if len(running) < NUM_PROCESSES:
+                future: Future = pool.submit(step.function)
+                running[future] = step
+                waiting.remove(step)
+        finished = concurrent.futures.wait(
+            running, timeout=1.0, return_when=concurrent.futures.FIRST_COMPLETED
+        ).done
+        for future in finished:
+            future.result()
+            done.add(running.pop(future).name)
+        yield list(running.values()), done
+
+
+class _Bar:
+    """Progress over all steps, weighted by their expected times."""
+
+    def __init__(self, steps: Sequence[Step], log: pathlib.Path, console: Console):
+        self._steps, self._console, self._lines = steps, console, 0
+        self._total = sum(step.seconds for step in steps)
+        self._began = time.perf_counter()
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+        self._progress = Progress(*columns, TimeElapsedColumn(), console=console)
+        self._task = self._progress.add_task("starting", total=self._total)
+        minutes = math.ceil(self._total / SPEED_UP / 60)
+        cores = f"about {minutes} minutes on 2 CPU cores" if minutes > 1 else "about a minute"
+        console.print(f"{len(steps)} steps, {cores}; details in {log}", highlight=False)
+
+    def __enter__(self) -> "_Bar":
+        """Shows the bar."""
+        if self._console.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Removes it."""
+        if self._console.is_terminal:
+            self._progress.stop()
+
+    def update(self, running: Sequence[Step], done: set[str]) -> None:
+        """Moves the bar."""
+        seconds = sum(step.seconds for step in self._steps if step.name in done)
+        seconds += sum(step.seconds * min(step.fraction(), 1.0) for step in running)
+        names = ", ".join(step.name for step in running) or "finished"
+        self._progress.update(self._task, completed=seconds, description=names)
+        line = int(PLAIN_LINES * seconds / self._total)
+        if line > self._lines and not self._console.is_terminal:
+            minutes = (time.perf_counter() - self._began) / 60
+            text = f"{seconds / self._total:4.0%}  {minutes:4.1f} minutes  {names}"
+            print(text, file=self._console.file, flush=True)
+        self._lines = max(line, self._lines)
+
+
+def _start_process(log: pathlib.Path) -> None:
+    """Sends the output of this process to a file, and sets up memory as the scripts do."""
+    keep_freed_memory()
+    # Two processes share the memory of an accelerator.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    with log.open("a", encoding="utf-8") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _record(config: RecordConfig, counter: pathlib.Path) -> None:
+    if (pathlib.Path(config.dataset) / "meta" / "info.json").exists():
+        return
+    counter.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        record.record(config, on_episode=functools.partial(_count, counter, config.num_episodes))
+    finally:
+        counter.unlink(missing_ok=True)
+
+
+def _count(counter: pathlib.Path, num_episodes: int, count: int) -> None:
+    """Writes the number of episodes played so far, a hundred times over all episodes."""
+    if count % max(1, num_episodes // 100) == 0:
+        counter.write_text(str(count))
+
+
+def _pretrain(config: PretrainConfig, policy: ImitateConfig) -> None:
+    pretrain.pretrain(config)
+    cache.cache(policy)
+
+
+def _updates_done(run_dir: str, num_updates: int) -> float:
+    lines = read_metrics(pathlib.Path(run_dir) / "metrics.jsonl")
+    return lines[-1]["step"] / num_updates if lines else 0.0
