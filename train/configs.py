@@ -96,14 +96,14 @@ def table_lstm() -> ImitateConfig:
         agent=AgentConfig(policy.connect(PerceiverConfig(), decoder)),
         loader=LoaderConfig(batch_size=32),
         optim=OptimConfig(learning_rate=3e-3, end_factor=0.01, weight_decay=0.2, ema_decay=0.999),
-        loop=LoopConfig(num_updates=2500, save_every=1250),
+        loop=LoopConfig(num_updates=2200, save_every=1100),
     )
 
 
 def table_fc() -> ImitateConfig:
     """The memoryless baseline of `table_lstm`: same data, tokens and sizes, no recurrence."""
     config = with_kind(table_lstm(), "fc")
-    return replace(config, run_dir="runs/table_fc", loop=replace(config.loop, num_updates=1500))
+    return replace(config, run_dir="runs/table_fc", loop=replace(config.loop, num_updates=1200))
 
 
 def table_jax_state() -> ImitateConfig:

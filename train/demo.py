@@ -50,7 +50,7 @@ class DemoConfig:
     world: Literal["table_mujoco", "table_jax"] = "table_mujoco"  # environment
     run_dir: str = "runs/demo"  # folder to write to
     dataset: str = "demos/table"  # folder of the demonstrations
-    num_demonstrations: int = 4000  # episodes to record
+    num_demonstrations: int = 3500  # episodes to record
     num_trainings: int = 1  # trainings of each policy; seeds 0, 1, … on the same demonstrations
     num_episodes: int = 120  # unseen episodes per evaluation
     # Choose settings on other seeds, such as those of `evaluate`, which start at 1,000,000:

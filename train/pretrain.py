@@ -58,7 +58,7 @@ class PretrainConfig:
     augment_on: Literal["host", "device"] = "host"  # augment in loader threads or in the update
     loader: LoaderConfig = LoaderConfig(batch_size=64)
     optim: OptimConfig = OptimConfig(learning_rate=5e-3, end_factor=0.01, freeze=("*/words/*",))
-    loop: LoopConfig = LoopConfig(num_updates=2400, save_every=1200)
+    loop: LoopConfig = LoopConfig(num_updates=2000, save_every=1000)
     seed: int = 0  # random seed of params and dropout
     overwrite: bool = False  # delete an existing run
 
