@@ -4,8 +4,8 @@
     python -m train.imitate --preset table_lstm --decoder.kind gru --run-dir runs/gru
     python -m train.imitate --preset gpu_end_to_end
 
-The same command resumes a run that was interrupted, to the bit. `python -m vla_jax.evaluate
-RUN_DIR` plays the result.
+The same command resumes an interrupted run, to the bit. `python -m vla_jax.evaluate RUN_DIR`
+evaluates the result in closed loop.
 """
 
 import dataclasses
@@ -37,15 +37,15 @@ from vla_jax.types import Batch, Key, Metrics, Params
 
 def imitate(config: ImitateConfig) -> pathlib.Path:
     """Trains a policy; returns the run's folder."""
-    # Data: episodes, and the statistics that acting needs too.
+    # Data: episodes, and the normalisation statistics, which acting needs too.
     dataset = read_dataset(config)
     norm_stats = compute_norm_stats(config, dataset)
 
-    # Model: a new one, with the eyes of an earlier run if there is one.
+    # Model: random params, or the backbone and decoder of earlier runs.
     init_key, key = jax.random.split(jax.random.key(config.seed))
     params = init_params(init_key, config)
 
-    # A frozen backbone sees every frame once; the decoder then trains on its tokens.
+    # A frozen backbone encodes every frame once; the decoder then trains on cached tokens.
     tokens, optim_config = None, config.optim
     if config.frozen_backbone:
         tokens = frame_tokens(params, config, dataset, norm_stats)
@@ -73,7 +73,7 @@ def imitate(config: ImitateConfig) -> pathlib.Path:
     update = with_count(update)
     train_state = init_train_state(params, optimizer, ema=ema_decay is not None)
 
-    # Loop, from the last checkpoint on if there is one.
+    # Loop, from the last checkpoint if there is one.
     run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
     metadata = write_run(run_dir, config, config.agent, norm_stats, config.world)
     schedule = optim.make_schedule(optim_config, num_updates)
@@ -94,7 +94,7 @@ def imitate(config: ImitateConfig) -> pathlib.Path:
 
 
 def make_batches(config: ImitateConfig, windows: Windows) -> Loader:
-    """Endless batches of this process, with pictures changed here where it is the host's part."""
+    """Returns endless batches of this process; images are augmented here on the host, if asked."""
     on_host = windows.tokens is None and config.augment_on == "host"
     return make_loader(
         Packed(windows) if config.pack else windows,
@@ -106,11 +106,11 @@ def make_batches(config: ImitateConfig, windows: Windows) -> Loader:
 
 
 def make_loss(config: ImitateConfig) -> LossFn:
-    """What an update descends: `loss_fn(params, counted, key) -> (loss, metrics)`.
+    """Returns the training loss `loss_fn(params, counted, key) -> (loss, metrics)`.
 
-    Huber on the arm, cross-entropy on the gripper (or on the bins of both), at every position of
-    the window; and the terms of the auxiliary heads, where there are any. A head "autoregressive"
-    is told the true actions, as often as `config.sampling` has it.
+    Huber loss on the arm and cross-entropy on the gripper (or on the bins of both) at every
+    position of the window, plus the terms of the auxiliary heads. The autoregressive head is
+    trained with teacher forcing or scheduled sampling, as `config.sampling` says.
     """
     parts = config.agent.policy
 
@@ -152,7 +152,7 @@ def make_loss(config: ImitateConfig) -> LossFn:
 
 
 def _plot(run_dir: pathlib.Path, config: ImitateConfig, params: Params, batch: Batch) -> None:
-    """Draws the first action of each chunk along one demonstration beside the expert's."""
+    """Plots the first action of each chunk along one demonstration, with the expert's action."""
     apply = jax.jit(policy.apply, static_argnums=1)
     prediction = apply(
         params,

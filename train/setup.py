@@ -1,6 +1,6 @@
-"""What a config asks for before any training: the data, the params, the windows.
+"""The steps before a training: data set, statistics, initial params, windows.
 
-`train.imitate` and `train.cache` begin alike, so that the one finds the other's file.
+`train.imitate` and `train.cache` share them, so that both derive the same name for cached tokens.
 """
 
 import pathlib
@@ -35,7 +35,7 @@ def read_dataset(config: ImitateConfig) -> Dataset:
 
 
 def compute_norm_stats(config: ImitateConfig, dataset: Dataset) -> dict[str, NormStats]:
-    """Statistics of every column, with the bounds that the config gives the actions, if any."""
+    """Returns the statistics of every column, with fixed action bounds if the config has some."""
     norm_stats = normalize.compute_norm_stats(dataset)
     if config.action_bounds is not None:
         dim = dataset.columns["action"].shape[1]
@@ -44,16 +44,16 @@ def compute_norm_stats(config: ImitateConfig, dataset: Dataset) -> dict[str, Nor
 
 
 def init_params(key: Key, config: ImitateConfig) -> Params:
-    """Random params, with the backbone and decoder of earlier runs if any; `key` is consumed.
+    """Returns initial params, with the backbone and decoder of earlier runs if configured.
 
-    `{"backbone", "decoder"}`, and `"auxiliary"` where there are auxiliary heads; the first two do
-    not depend on whether there are.
+    They are `{"backbone", "decoder"}`, and `"auxiliary"` if there are auxiliary heads, which do not
+    change the other two. `key` is consumed.
 
     Raises:
       FileNotFoundError: an earlier run has no checkpoint.
       ValueError: its backbone or decoder has other sizes.
     """
-    # jit: one compilation in place of one for each kind and shape of param.
+    # jit: one compilation instead of one for each kind and shape of param.
     params = jax.jit(policy.init, static_argnums=1)(key, config.agent.policy)
     for part, folder in (("backbone", config.backbone_from), ("decoder", config.decoder_from)):
         if folder:
@@ -76,7 +76,7 @@ def make_windows(
     stride: int = 1,
     tokens: Tokens | None = None,
 ) -> Windows:
-    """The data set's windows, as this config's policy wants to see them."""
+    """Returns the windows of a data set in the form that this config's policy expects."""
     agent = config.agent
     sizes = WindowConfig(
         window_size=window_size,
