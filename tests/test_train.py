@@ -128,11 +128,12 @@ def test_a_frozen_backbone_stays_as_it_was_pre_trained_to_the_bit(demos, eyes, t
         frozen_backbone=True,
         auxiliary=AuxiliaryConfig(forward_horizon=2, caption=True, caption_size=8),
     )
-    file = cache(config)
-    before = file.stat()
+    folder = cache(config)
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     run_dir = imitate(config)
-    assert file.stat().st_mtime_ns == before.st_mtime_ns  # used, not written again
-    assert list(file.parent.iterdir()) == [file]
+    after = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert after == before  # used, not written again
+    assert list(folder.parent.iterdir()) == [folder]
     params = checkpoint.restore_params(run_dir / "checkpoints")
     pretrained = checkpoint.restore_params(eyes / "checkpoints")
     assert_same_bits(params["backbone"], pretrained["backbone"])

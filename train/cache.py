@@ -11,7 +11,7 @@ the same.
 import hashlib
 import json
 import pathlib
-from typing import IO
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -38,8 +38,9 @@ def cache(config: ImitateConfig) -> pathlib.Path:
     dataset = read_dataset(config)
     key, _ = jax.random.split(jax.random.key(config.seed))
     params = init_params(key, config)
-    frame_tokens(params, config, dataset, compute_norm_stats(config, dataset))
-    return token_folder(config)
+    tokens = frame_tokens(params, config, dataset, compute_norm_stats(config, dataset))
+    memory_map: Any = tokens.tokens
+    return pathlib.Path(memory_map.filename).parent
 
 
 def frame_tokens(
