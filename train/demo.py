@@ -52,7 +52,7 @@ class DemoConfig:
     # Choose settings on other seeds, such as those of `evaluate`, which start at 1,000,000: a
     # figure from the seeds that a setting was chosen on would flatter it.
     first_seed: int = 2_000_000  # of these episodes
-    num_films: int = 4  # episodes to film of a policy that is filmed
+    num_videos: int = 4  # episodes to record of a policy that is recorded
     decoders: tuple[Decoder, ...] = ("lstm", "gru", "rnn", "fc")  # what is compared on the state
 
     def __post_init__(self):
@@ -75,7 +75,7 @@ def table_jax_state() -> DemoConfig:
         dataset="demos/table_jax_state",
         num_demonstrations=16000,
         num_episodes=600,
-        num_films=0,
+        num_videos=0,
     )
 
 
@@ -99,7 +99,7 @@ def demo(config: DemoConfig) -> pathlib.Path:
     """Does everything; returns the page."""
     began = time.perf_counter()
     run_dir = pathlib.Path(config.run_dir)
-    world = WORLDS[config.world](image_size=64 if config.show == "pictures" else 0)
+    world = WORLDS[config.world].config(image_size=64 if config.show == "pictures" else 0)
     dataset = pathlib.Path(config.dataset)
     if not (dataset / "meta" / "info.json").exists():
         console.rule(f"demonstrations: {config.num_demonstrations} episodes by the expert")
@@ -162,12 +162,12 @@ def _evaluate(config: DemoConfig, policies: dict) -> dict[str, pathlib.Path]:
     console.rule(f"evaluation: {config.num_episodes} unseen episodes each")
     evaluations = {}
     for name, (folder, options) in policies.items():
-        filmed = "reference" not in options and "persistent" not in options.values()
+        recorded = "reference" not in options and "persistent" not in options.values()
         chosen = EvaluateConfig(
             name=_folder(name),
             num_episodes=config.num_episodes,
             first_seed=config.first_seed,
-            num_films=config.num_films * filmed,
+            num_videos=config.num_videos * recorded,
             **options,
         )
         evaluate(folder, chosen, console=console)
@@ -194,4 +194,4 @@ def _show(evaluations: dict[str, pathlib.Path], seconds: float, page: pathlib.Pa
 
 if __name__ == "__main__":
     keep_freed_memory()
-    run(demo, PRESETS, description="Shows the whole road, from demonstrations to films.")
+    run(demo, PRESETS, description="Shows the whole road, from demonstrations to videos.")
