@@ -149,7 +149,11 @@ def agent_of(choose):
         parts = (observation.environment_state, observation.proprio, observation.instruction)
         return jnp.where(reset, 0, state) + 1, jax.vmap(one)(*parts)
 
-    return Agent(lambda params, batch_size: jnp.zeros(batch_size, jnp.int32), step)
+    return Agent(
+        init=lambda params, batch_size: jnp.zeros(batch_size, jnp.int32),
+        prepare=lambda params, batch_size: params,
+        step=step,
+    )
 
 
 @jax.jit

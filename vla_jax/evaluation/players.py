@@ -45,10 +45,7 @@ def make_player(
     agent = make_agent(config, norm_stats, window_size=window_size)
     words = functools.cache(functools.partial(read_instruction, config))
     params, step = jax.device_put(params), jax.jit(agent.step)
-
-    prepare = functools.cache(
-        lambda batch_size: agent.prepare(params, batch_size)
-    )  # batch size -> params
+    prepare = functools.cache(lambda batch_size: agent.prepare(params, batch_size))
 
     def act(
         state: AgentState, views: list[SimulatorView], reset: np.ndarray
