@@ -186,7 +186,7 @@ def test_robots_of_a_batch_grip_alone(rule):
 @pytest.mark.parametrize("kind", ["rnn", "lstm", "gru", "gpt"])
 def test_more_than_one_action_of_a_chunk_under_a_memory_is_warned_of(kind):
     config = ExecutionConfig(kind="receding_horizon", exec_horizon=3)
-    with pytest.warns(UserWarning, match=f"exec_horizon is 3, .* kind '{kind}' .* every frame"):
+    with pytest.warns(UserWarning, match=f"exec_horizon is 3, .* '{kind}' decoder .* every frame"):
         execution.check_stride(config, kind)
 
 

@@ -74,7 +74,7 @@ def test_the_result_is_a_run_folder_that_acts(cloned, tuned):
         )
     ]
     assert min(moved) > 0  # every part of the decoder learns
-    summary = evaluate(tuned, EvaluateConfig(num_episodes=6, num_films=0))
+    summary = evaluate(tuned, EvaluateConfig(num_episodes=6, num_videos=0))
     assert summary.total.episodes == 6
     assert (tuned / "curve.png").stat().st_size > 1000
 

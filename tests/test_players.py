@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import tiny_run
 
-from vla_jax.acting.rollout import Sight, run_simulators
+from vla_jax.acting.rollout import SimulatorView, run_simulators
 from vla_jax.envs import simulate
-from vla_jax.envs.table import jax_env
+from vla_jax.envs.table import jax_env, references
+from vla_jax.envs.worlds import WORLDS
 from vla_jax.evaluation import players
 
 WORLD = jax_env.TableConfig(image_size=0, max_steps=24)
@@ -22,38 +23,41 @@ def simulator(world=WORLD):
     return simulate.EnvSimulator(jax_env.make(world))
 
 
-def sight(seed, step=0):
+def view(seed, step=0):
     world = simulator()
     observation = world.reset(seed)
-    return Sight(observation, world.instruction, step, seed, world)
+    return SimulatorView(observation, world.instruction, step, seed, world)
 
 
-def play(act, seeds, world=WORLD):
-    watched = run_simulators(act, lambda: simulator(world), seeds, num_simulators=4)
-    return sorted(one.outcome for one in watched)
+def play(controller, seeds, world=WORLD):
+    episodes = run_simulators(controller, lambda: simulator(world), seeds, num_simulators=4)
+    return sorted(episode.outcome for episode in episodes)
 
 
-def test_fewer_sights_than_simulators_compile_nothing_anew_and_change_no_action(player, caplog):
-    seen = [sight(seed) for seed in range(4)]
-    act, other = player.make_act(4), player.make_act(4)
+def test_fewer_views_than_simulators_compile_nothing_again_and_change_no_action(player, caplog):
+    seen, start = [view(seed) for seed in range(4)], np.ones(4, bool)
+    controller = player.controller
     with jax.log_compiles():
-        whole = act(seen)
+        _, whole = controller.step(controller.init(4), seen, start)
+        other = controller.init(4)
         before = caplog.text.count("Compiling")
-        np.testing.assert_array_equal(other(seen[:2]), whole[:2])
+        _, fewer = controller.step(other, seen[:2], start[:2])
+        np.testing.assert_array_equal(fewer, whole[:2])
     assert caplog.text.count("Compiling") == before > 0
 
 
-def test_each_act_has_a_memory_of_its_own(player):
-    one, other = player.make_act(1), player.make_act(1)
-    first = one([sight(0)])
+def test_a_controller_keeps_nothing_between_calls_but_its_state(player):
+    controller, reset = player.controller, np.ones(1, bool)
+    initial = controller.init(1)
+    state, first = controller.step(initial, [view(0)], reset)
     for step in range(1, 3):
-        one([sight(1, step)])
-    np.testing.assert_array_equal(other([sight(0)]), first)
+        state, _ = controller.step(state, [view(1, step)], ~reset)
+    np.testing.assert_array_equal(controller.step(initial, [view(0)], reset)[1], first)
 
 
 def test_a_policy_has_the_same_outcomes_in_a_scan_and_step_by_step(player, monkeypatch):
     env, seeds = jax_env.make(tiny_run.WORLD), range(20, 27)
-    stepped = play(player.make_act(4), seeds, tiny_run.WORLD)
+    stepped = play(player.controller, seeds, tiny_run.WORLD)
     assert list(player.play_env(env, seeds)) == stepped
     monkeypatch.setattr(players, "_CHUNK", 3)  # the last chunk is not full
     assert list(player.play_env(env, seeds)) == stepped
@@ -63,11 +67,11 @@ def test_a_policy_has_the_same_outcomes_in_a_scan_and_step_by_step(player, monke
 def test_latency_is_the_time_of_a_step_after_the_warm_up(player):
     calls = []
 
-    def act(sights):
-        calls.append(len(sights))
-        return player.make_act(1)(sights)
+    def step(state, views, reset):
+        calls.append(len(views))
+        return player.controller.step(state, views, reset)
 
-    latency = players.measure_latency(act, sight(0))
+    latency = players.measure_latency(player.controller._replace(step=step), view(0))
     assert set(calls) == {1}
     assert 0 < latency.p50 <= latency.p95 < 1000
 
@@ -75,16 +79,17 @@ def test_latency_is_the_time_of_a_step_after_the_warm_up(player):
 def test_the_expert_does_what_it_is_told_and_the_others_do_not():
     rates = {}
     for name in ("expert", "expert_ignoring_colour", "random"):
-        outcomes = play(players.reference_act(name), range(24))
+        controller = players.reference_controller(WORLDS["table_jax"].references[name])
+        outcomes = play(controller, range(24))
         rates[name] = np.mean([outcome.success for outcome in outcomes])
-        assert play(players.reference_act(name), range(24)) == outcomes  # no chance involved
+        assert play(controller, range(24)) == outcomes  # no chance involved
     assert rates["expert"] >= 0.95
     assert 0.05 < rates["expert_ignoring_colour"] < 0.5
     assert rates["random"] <= 0.1
 
 
 def test_the_expert_that_ignores_the_colour_reaches_for_any_as_often():
-    colours = [players._colour(seed) for seed in range(1_000_000, 1_000_400)]
+    colours = [references.random_colour(seed) for seed in range(1_000_000, 1_000_400)]
     assert np.bincount(colours, minlength=4).min() > 70
     # nor has the colour to do with the instruction, which MuJoCo's table draws from the same seed
     asked = [np.random.default_rng(seed).integers(12) % 4 for seed in range(1_000_000, 1_000_400)]

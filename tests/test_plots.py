@@ -9,6 +9,8 @@ from PIL import Image
 from vla_jax.acting.rollout import Outcome
 from vla_jax.evaluation import plots, results
 
+ACTION_AXES = {"names": ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "grip"), "control_hz": 10.0}
+
 
 def summary(**successes):
     return results.summarize(
@@ -58,7 +60,7 @@ def test_success_shows_every_policy_and_reference(tmp_path):
 
 def test_actions_show_prediction_and_expert(tmp_path):
     expert = np.sin(np.linspace(0, 6, 30))[:, None] * np.ones(7)
-    plots.actions(tmp_path / "a.png", expert * 0.9, expert, title="lift the red block")
+    plots.actions(tmp_path / "a.png", expert * 0.9, expert, title="lift", **ACTION_AXES)
     assert (picture(tmp_path / "a.png") == [0x00, 0x72, 0xB2]).all(-1).sum() > 500
 
 
@@ -114,7 +116,7 @@ def test_what_cannot_be_drawn_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match=r"panels for .* must be at least one, got none"):
         plots.curves(tmp_path / "a.png", [])
     with pytest.raises(ValueError, match=r"must be \[T, 7\] with one T, got \(3, 7\) and \(4, 7\)"):
-        plots.actions(tmp_path / "a.png", np.zeros((3, 7)), np.zeros((4, 7)))
+        plots.actions(tmp_path / "a.png", np.zeros((3, 7)), np.zeros((4, 7)), **ACTION_AXES)
     with pytest.raises(
         ValueError, match=r"weights must be \[3, 2\] for as many names, got \(2, 3\)"
     ):

@@ -1,14 +1,12 @@
 """Every seed is played once, whatever the world does; both ways of playing agree."""
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from vla_jax.acting.agent import Agent
-from vla_jax.acting.rollout import Outcome, run_env, run_simulators
+from vla_jax.acting.rollout import Controller, Outcome, run_env, run_simulators
 from vla_jax.envs import simulate
 from vla_jax.envs.table import expert, jax_env, rules
 from vla_jax.types import Observation, SimulatorStep
@@ -54,12 +52,16 @@ def _counts(monkeypatch):
     monkeypatch.setattr(Countdown, "closed", 0)
 
 
-def say_seed(sights):
-    return np.stack([sight.observation["proprio"] for sight in sights])
+def say_seed(views):
+    return np.stack([view.observation["proprio"] for view in views])
+
+
+def stateless(act):
+    return Controller(lambda num_simulators: None, lambda state, views, reset: (state, act(views)))
 
 
 def play(seeds, *, act=say_seed, raises=(), **options):
-    return list(run_simulators(act, lambda: Countdown(raises), seeds, **options))
+    return list(run_simulators(stateless(act), lambda: Countdown(raises), seeds, **options))
 
 
 @pytest.mark.parametrize("num_simulators", [1, 3, 16])
@@ -69,24 +71,24 @@ def test_every_seed_is_played_once_with_outcomes_that_do_not_depend_on_the_batch
         Outcome(seed, f"task {seed % 2}", f"say {seed}", True, seed % 4 + 1, "")
         for seed in range(9)
     ]
-    assert sorted(watched.outcome for watched in played) == expected
+    assert sorted(episode.outcome for episode in played) == expected
     assert Countdown.made == Countdown.closed == min(num_simulators, 9)
-    for watched in played:
-        assert watched.actions.shape == (watched.outcome.num_steps, 2)
+    for episode in played:
+        assert episode.actions.shape == (episode.outcome.num_steps, 2)
 
 
 def test_the_policy_always_sees_as_many_sights_and_each_simulator_keeps_its_row():
     owners, ages, starts = [], [-1] * 3, []
 
-    def act(sights):
-        owners.extend(sight.simulator for sight in sights[len(owners) :])
-        for row, sight in enumerate(sights):
-            if sight.simulator is owners[row]:  # else it is out of episodes, and shows another's
-                ages[row] = 0 if sight.step == 0 else ages[row] + 1
-                assert sight.step == ages[row]
-                starts.extend([sight.seed] if sight.step == 0 else [])
-        assert len(sights) == len(set(owners)) == 3
-        return say_seed(sights)
+    def act(views):
+        owners.extend(view.simulator for view in views[len(owners) :])
+        for row, view in enumerate(views):
+            if view.simulator is owners[row]:  # else it is out of episodes, and shows another's
+                ages[row] = 0 if view.step == 0 else ages[row] + 1
+                assert view.step == ages[row]
+                starts.extend([view.seed] if view.step == 0 else [])
+        assert len(views) == len(set(owners)) == 3
+        return say_seed(views)
 
     play(range(7), act=act, num_simulators=3)
     assert sorted(starts) == list(range(7))
@@ -104,8 +106,8 @@ def test_a_crash_is_told_apart_and_the_evaluation_goes_on():
 def test_a_world_that_always_crashes_yields_all_its_outcomes():
     raises = {(seed, "reset") for seed in range(5)}
     played = play(range(5), raises=raises, num_simulators=2)
-    assert sorted(watched.outcome.seed for watched in played) == list(range(5))
-    assert all(watched.outcome.error for watched in played)
+    assert sorted(episode.outcome.seed for episode in played) == list(range(5))
+    assert all(episode.outcome.error for episode in played)
 
 
 def test_lanes_left_without_an_episode_by_early_crashes_do_no_harm():
@@ -114,16 +116,16 @@ def test_lanes_left_without_an_episode_by_early_crashes_do_no_harm():
     assert sorted(w.outcome.success for w in played) == [False] * 4 + [True]
 
 
-def test_only_the_asked_episodes_are_filmed_from_first_to_last_sight():
-    played = play(range(6), film_seeds=(3, 5), draw=lambda s: s.draw(4), num_simulators=4)
-    for watched in played:
-        seed = watched.outcome.seed
-        filmed = [int(picture[0, 0, 0]) for picture in watched.film]
-        assert filmed == (list(range(seed % 4 + 1, -1, -1)) if seed in (3, 5) else [])
+def test_only_the_asked_episodes_are_recorded_from_first_to_last_view():
+    played = play(range(6), video_seeds=(3, 5), draw=lambda s: s.draw(4), num_simulators=4)
+    for episode in played:
+        seed = episode.outcome.seed
+        recorded = [int(picture[0, 0, 0]) for picture in episode.video]
+        assert recorded == (list(range(seed % 4 + 1, -1, -1)) if seed in (3, 5) else [])
 
 
 def test_whoever_stops_early_leaves_no_simulator_open():
-    episodes = run_simulators(say_seed, Countdown, range(9), num_simulators=3)
+    episodes = run_simulators(stateless(say_seed), Countdown, range(9), num_simulators=3)
     next(episodes)
     episodes.close()
     assert Countdown.made == Countdown.closed == 3
@@ -147,7 +149,11 @@ def agent_of(choose):
         parts = (observation.environment_state, observation.proprio, observation.instruction)
         return jnp.where(reset, 0, state) + 1, jax.vmap(one)(*parts)
 
-    return Agent(lambda params, batch_size: jnp.zeros(batch_size, jnp.int32), step)
+    return Agent(
+        init=lambda params, batch_size: jnp.zeros(batch_size, jnp.int32),
+        prepare=lambda params, batch_size: params,
+        step=step,
+    )
 
 
 @jax.jit
@@ -160,18 +166,18 @@ def test_a_scan_over_a_jax_world_gives_the_outcomes_of_its_simulator():
     ids = jnp.arange(len(env.instructions))[:, None]
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
     scanned = jax.jit(lambda keys: run_env(agent, {}, env, ids, keys))(keys)
-    step, state = jax.jit(agent.step), SimpleNamespace(now=agent.init({}, 4))
+    step = jax.jit(agent.step)
 
-    def act(sights):
-        parts = {n: np.stack([s.observation[n] for s in sights]) for n in sights[0].observation}
-        words = [[env.instructions.index(s.instruction)] for s in sights]
+    def act(state, views, reset):
+        parts = {n: np.stack([v.observation[n] for v in views]) for n in views[0].observation}
+        words = [[env.instructions.index(v.instruction)] for v in views]
         observation = Observation(**parts, instruction=np.array(words))
-        reset = np.array([s.step == 0 for s in sights])
-        state.now, actions = step({}, state.now, observation, reset)
-        return np.asarray(actions)
+        state, actions = step({}, state, observation, reset)
+        return state, np.asarray(actions)
 
-    played = run_simulators(act, lambda: simulate.EnvSimulator(env), seeds, num_simulators=4)
-    outcomes = sorted(watched.outcome for watched in played)
+    controller = Controller(lambda num_simulators: agent.init({}, num_simulators), act)
+    played = run_simulators(controller, lambda: simulate.EnvSimulator(env), seeds, num_simulators=4)
+    outcomes = sorted(episode.outcome for episode in played)
     assert [o.success for o in outcomes] == scanned.success.tolist()
     assert [o.num_steps for o in outcomes] == scanned.num_steps.tolist()
     sentences = [env.instructions[index] for index in scanned.instruction_index]

@@ -196,7 +196,7 @@ def test_a_gpt_trains_on_packed_episodes_and_plays_past_its_window(demos, tmp_pa
     params = checkpoint.restore_params(run_dir / "checkpoints")["decoder"]
     moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), first, params)
     assert all(jax.tree.leaves(moved))
-    summary = evaluate(run_dir, EvaluateConfig(num_episodes=2, num_simulators=2, num_films=0))
+    summary = evaluate(run_dir, EvaluateConfig(num_episodes=2, num_simulators=2, num_videos=0))
     outcomes = read_outcomes(run_dir / "evaluation" / "refresh-6" / "episodes.jsonl")
     assert summary.total.episodes == len(outcomes) == 2
     assert max(outcome.num_steps for outcome in outcomes) > config.agent.policy.decoder.window_size
@@ -222,7 +222,7 @@ def test_an_encoder_decoder_is_told_less_and_less_resumes_to_the_bit_and_plays(d
     told = [line["loss"] for line in read_metrics(imitate(always) / "metrics.jsonl")]
     assert losses[0] == pytest.approx(told[0], abs=1e-5)  # the rate begins at 1
     assert losses[-1] != told[-1]
-    options = EvaluateConfig(num_episodes=2, num_simulators=2, num_films=0, mode="persistent")
+    options = EvaluateConfig(num_episodes=2, num_simulators=2, num_videos=0, mode="persistent")
     assert evaluate(run_dir, options).total.episodes == 2
 
 
@@ -497,7 +497,7 @@ def test_a_discrete_head_learns_from_the_command_line_and_its_run_acts(demos, tm
     assert told[-1]["loss"] < 0.9 * np.log(16)  # that of a guess
     assert (run_dir / "actions.png").stat().st_size > 0
     assert load_run(run_dir).params["decoder"]["heads"].keys() == {"bins"}
-    assert evaluate(run_dir, EvaluateConfig(num_episodes=2, num_films=0)).total.episodes == 2
+    assert evaluate(run_dir, EvaluateConfig(num_episodes=2, num_videos=0)).total.episodes == 2
 
 
 def small_run(demos, run_dir):

@@ -1,4 +1,4 @@
-"""Films are read back by PyAV; captions leave the picture alone."""
+"""Videos are read back by PyAV; captions leave the picture alone."""
 
 import sys
 
@@ -19,10 +19,10 @@ def frames(count=5, height=48, width=64):
 
 @pytest.mark.parametrize(("height", "width"), [(48, 64), (47, 63)])
 @pytest.mark.parametrize("fps", [10.0, 29.97])
-def test_a_film_has_every_frame_at_its_rate_in_even_sizes(tmp_path, height, width, fps):
+def test_a_video_has_every_frame_at_its_rate_in_even_sizes(tmp_path, height, width, fps):
     shown = frames(height=height, width=width)
-    video.write_mp4(tmp_path / "new" / "film.mp4", shown, fps)
-    with av.open(str(tmp_path / "new" / "film.mp4")) as container:
+    video.write_mp4(tmp_path / "new" / "video.mp4", shown, fps)
+    with av.open(str(tmp_path / "new" / "video.mp4")) as container:
         stream = container.streams.video[0]
         decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
         assert stream.codec_context.name == "h264"
@@ -34,16 +34,16 @@ def test_a_film_has_every_frame_at_its_rate_in_even_sizes(tmp_path, height, widt
         assert np.abs(got[:height, :width].astype(int) - expected).mean() < 4
 
 
-def test_a_film_starts_to_play_before_it_is_loaded_and_is_written_whole(tmp_path):
-    video.write_mp4(tmp_path / "film.mp4", frames(), 10)
-    data = (tmp_path / "film.mp4").read_bytes()
+def test_a_video_starts_to_play_before_it_is_loaded_and_is_written_whole(tmp_path):
+    video.write_mp4(tmp_path / "video.mp4", frames(), 10)
+    data = (tmp_path / "video.mp4").read_bytes()
     assert data.index(b"moov") < data.index(b"mdat")
-    assert [path.name for path in tmp_path.iterdir()] == ["film.mp4"]
+    assert [path.name for path in tmp_path.iterdir()] == ["video.mp4"]
 
 
-def test_a_film_without_frames_is_refused(tmp_path):
+def test_a_video_without_frames_is_refused(tmp_path):
     with pytest.raises(ValueError, match="must be at least one picture, got none"):
-        video.write_mp4(tmp_path / "film.mp4", [], 10)
+        video.write_mp4(tmp_path / "video.mp4", [], 10)
 
 
 def test_a_caption_stands_below_the_picture_and_grows_with_the_text():
@@ -77,7 +77,7 @@ def test_the_verdict_is_held_at_the_end_in_its_colour(success, colour):
         ("a/b c", "7_a-b-c_success.mp4"),
     ],
 )
-def test_a_film_is_named_after_seed_task_and_verdict(task, name):
+def test_a_video_is_named_after_seed_task_and_verdict(task, name):
     assert video.file_name(7, task, True) == name
 
 

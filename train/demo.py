@@ -56,7 +56,7 @@ class DemoConfig:
     # Choose settings on other seeds, such as those of `evaluate`, which start at 1,000,000:
     # results on the seeds that a setting was chosen on are too good.
     first_seed: int = 2_000_000  # seed of the first of these episodes
-    num_films: int = 3  # episodes to record as video in each evaluation of a policy on images
+    num_videos: int = 3  # episodes to record as video in each evaluation of a policy on images
     decoders: tuple[Decoder, ...] = ("lstm", "gru", "rnn", "fc")  # decoders to compare on the state
 
     def __post_init__(self):
@@ -81,7 +81,7 @@ def table_jax_state() -> DemoConfig:
         dataset="demos/table_jax_state",
         num_demonstrations=16000,
         num_episodes=600,
-        num_films=0,
+        num_videos=0,
     )
 
 
@@ -148,7 +148,7 @@ def _on_images(
         )
         for name, preset in (("lstm", configs.table_lstm), ("memoryless", configs.table_fc))
     )
-    filmed = _evaluation(config, num_films=config.num_films)
+    filmed = _evaluation(config, num_videos=config.num_videos)
     policies = [
         Policy(
             lstm,
@@ -196,9 +196,9 @@ def _demonstrations(config: DemoConfig) -> DatasetConfig:
     return DatasetConfig(config.dataset, decode="whole")  # small, and read thousands of times
 
 
-def _evaluation(config: DemoConfig, num_films: int = 0) -> EvaluateConfig:
+def _evaluation(config: DemoConfig, num_videos: int = 0) -> EvaluateConfig:
     return EvaluateConfig(
-        num_episodes=config.num_episodes, first_seed=config.first_seed, num_films=num_films
+        num_episodes=config.num_episodes, first_seed=config.first_seed, num_videos=num_videos
     )
 
 

@@ -89,7 +89,7 @@ def training(policy: Policy, *, after: Sequence[str]) -> Step:
 def evaluation(run_dir: pathlib.Path, config: EvaluateConfig, *, after: Sequence[str]) -> Step:
     """Evaluates a trained policy; `config` has a name."""
     file = run_dir / "evaluation" / str(config.name) / "episodes.jsonl"
-    kind = "images" if config.num_films else "state"
+    kind = "images" if config.num_videos else "state"
     return Step(
         str(file.parent),
         functools.partial(evaluate, run_dir, config),

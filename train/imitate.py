@@ -22,6 +22,7 @@ from vla_jax.command_line import run
 from vla_jax.data.loader import Loader, make_loader
 from vla_jax.data.packing import Packed
 from vla_jax.data.windows import Windows
+from vla_jax.envs.table import rules
 from vla_jax.evaluation import plots
 from vla_jax.nn import scheduled_sampling
 from vla_jax.policies import heads, policy
@@ -165,7 +166,13 @@ def _plot(run_dir: pathlib.Path, config: ImitateConfig, params: Params, batch: B
     gripper = 2 * jax.nn.sigmoid(chunk.gripper_logit[..., :1]) - 1
     real = batch.timestep_mask[0]
     predicted = np.concatenate([chunk.arm[:, :, 0], gripper], axis=-1)[0, real]
-    plots.actions(run_dir / "actions.png", predicted, np.asarray(batch.action)[0, real, 0])
+    plots.actions(
+        run_dir / "actions.png",
+        predicted,
+        np.asarray(batch.action)[0, real, 0],
+        names=rules.ACTION_NAMES,
+        control_hz=rules.CONTROL_HZ,
+    )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python -m vla_jax.evaluate RUN_DIR --mode persistent --num-episodes 500
     python -m vla_jax.evaluate RUN_DIR --reference expert_ignoring_colour --world table_mujoco
 
-Everything goes into `RUN_DIR/evaluation/NAME`: a line per episode in `episodes.jsonl`, films, and
+Everything goes into `RUN_DIR/evaluation/NAME`: a line per episode in `episodes.jsonl`, videos, and
 `summary.json`; `RUN_DIR/index.html` shows it all. What was interrupted goes on where it stopped.
 """
 
@@ -17,7 +17,7 @@ import shlex
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -26,20 +26,25 @@ from rich.console import Console
 
 from vla_jax import config as configs
 from vla_jax.acting.agent import AgentConfig, Mode
-from vla_jax.acting.rollout import Act, Outcome, Sight, Watched, run_simulators
+from vla_jax.acting.rollout import (
+    Controller,
+    Outcome,
+    RecordedEpisode,
+    SimulatorView,
+    run_simulators,
+)
 from vla_jax.actions.execution import Kind
-from vla_jax.envs.table import jax_env
-from vla_jax.envs.worlds import WORLDS, GymnasiumConfig, WorldConfig, make_simulator
+from vla_jax.envs.worlds import WORLDS, WorldConfig, find_reference, make_simulator
 from vla_jax.evaluation import players, report, results, video
-from vla_jax.evaluation.players import Player, Reference
+from vla_jax.evaluation.players import Player
 from vla_jax.evaluation.results import Latency, Summary
 from vla_jax.files import Path, read_json, write_json, write_json_lines
 from vla_jax.runs import Run, load_run, read_world
 from vla_jax.training.progress import progress_bar
 from vla_jax.types import Simulator
 
-_FILM_SIZE = 320  # pixels along each side
-_PAINTED_SIZE = 160  # pixels that a JAX world paints for a film, then enlarged
+_VIDEO_SIZE = 320  # pixels along each side
+_PAINTED_SIZE = 160  # pixels that a JAX world paints for a video, then enlarged
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class EvaluateConfig:
     num_episodes: int = 120  # episodes, one per seed
     first_seed: int = 1_000_000  # seeds count up from here; those of demonstrations start at 0
     num_simulators: int = 16  # worlds side by side, so that the policy sees a batch
-    num_films: int = 6  # episodes to film, the first ones
+    num_videos: int = 6  # episodes to record, the first ones
     overwrite: bool = False  # delete an earlier evaluation of this name
     step: int | None = None  # checkpoint to play, in updates; None = the latest
     mode: Mode | None = None  # what the policy remembers: last W steps, since W·n, everything
@@ -60,11 +65,11 @@ class EvaluateConfig:
     exec_horizon: int | None = None  # steps for which receding_horizon keeps a chunk
     world: Literal["table_mujoco", "table_jax", "gymnasium"] | None = None  # where to play
     env_id: str | None = None  # which environment of gymnasium
-    reference: Reference | None = None  # play this in place of the policy; needs no checkpoint
+    reference: str | None = None  # reference policy of the world to run instead, such as "expert"
 
     def __post_init__(self):
         """Checks the counts and the name."""
-        for name, least in (("num_episodes", 1), ("num_simulators", 1), ("num_films", 0)):
+        for name, least in (("num_episodes", 1), ("num_simulators", 1), ("num_videos", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
         if not 0 <= self.first_seed < 2**31 - self.num_episodes:
@@ -88,7 +93,7 @@ class _Match(NamedTuple):
     folder: pathlib.Path
     settings: dict[str, Any]  # all that the outcomes depend on
     world: WorldConfig
-    make_act: Callable[[int], Act]  # number of simulators -> act
+    controller: Controller
     player: Player | None  # None for a reference
 
 
@@ -121,9 +126,9 @@ def evaluate(
     played = {outcome.seed: outcome for outcome in results.read_outcomes(file)}
     left = [seed for seed in seeds if seed not in played]
     with progress_bar(match.folder.name, len(seeds), unit="episodes", console=console) as show:
-        for watched in _play(match, config, left):
-            _keep(match, watched, trial.control_hz)
-            played[watched.outcome.seed] = watched.outcome
+        for episode in _play(match, config, left):
+            _keep(match, episode, trial.control_hz)
+            played[episode.outcome.seed] = episode.outcome
             finished = [played[seed] for seed in seeds if seed in played]
             show(len(finished), _count_successes(finished))
     summary = results.summarize((played[seed] for seed in seeds), latency=trial.latency)
@@ -159,17 +164,16 @@ def _policy(run: Run | Path, config: EvaluateConfig) -> _Match:
         "world": configs.to_dict(world),
     }
     name = config.name or _name(agent, config)
-    return _Match(run.folder / "evaluation" / name, settings, world, player.make_act, player)
+    return _Match(run.folder / "evaluation" / name, settings, world, player.controller, player)
 
 
-def _reference(run: Run | Path, config: EvaluateConfig, reference: Reference) -> _Match:
+def _reference(run: Run | Path, config: EvaluateConfig, reference: str) -> _Match:
     folder = run.folder if isinstance(run, Run) else pathlib.Path(run)
     world = _world(read_world(folder), config, image_size=0)  # a reference looks at the state
-    if isinstance(world, GymnasiumConfig):
-        raise ValueError("reference must be None in gymnasium, which has no expert; play a table.")
+    controller = players.reference_controller(find_reference(world.kind, reference))
     settings = {"reference": reference, "world": configs.to_dict(world)}
     place = folder / "evaluation" / (config.name or reference)
-    return _Match(place, settings, world, lambda _: players.reference_act(reference), None)
+    return _Match(place, settings, world, controller, None)
 
 
 def _agent(agent: AgentConfig, config: EvaluateConfig) -> AgentConfig:
@@ -193,11 +197,11 @@ def _world(saved: WorldConfig | None, config: EvaluateConfig, image_size: int) -
         )
     options = {} if saved is None else configs.to_dict(saved)
     options |= {"image_size": image_size, "env_id": config.env_id or options.get("env_id")}
-    fields = {field.name for field in dataclasses.fields(WORLDS[kind])}
+    fields = {field.name for field in dataclasses.fields(WORLDS[kind].config)}
     if config.env_id and "env_id" not in fields:
         raise ValueError(f"env_id must be None in {kind}, got '{config.env_id}'; drop it.")
     kept = {name: value for name, value in _given(options).items() if name in fields}
-    return configs.from_dict(WORLDS[kind], {**kept, "kind": kind})
+    return configs.from_dict(WORLDS[kind].config, {**kept, "kind": kind})
 
 
 def _name(agent: AgentConfig, config: EvaluateConfig) -> str:
@@ -235,55 +239,55 @@ def _try_out(match: _Match, config: EvaluateConfig) -> _Trial:
     """A look at the world: what it lacks shows itself here, not in an episode."""
     with contextlib.closing(make_simulator(match.world)) as simulator:
         observation = simulator.reset(config.first_seed)
-        if config.num_films:
+        if config.num_videos:
             video.check_packages()
             _draw(simulator)
         if match.player is None:
             return _Trial(simulator.control_hz, None)
-        sight = Sight(observation, simulator.instruction, 0, config.first_seed, simulator)
-        latency = players.measure_latency(match.make_act(1), sight)
+        view = SimulatorView(observation, simulator.instruction, 0, config.first_seed, simulator)
+        latency = players.measure_latency(match.controller, view)
         return _Trial(simulator.control_hz, latency)
 
 
-def _play(match: _Match, config: EvaluateConfig, seeds: Sequence[int]) -> Iterator[Watched]:
-    """The episodes to film, then the others: those of a JAX world in one scan."""
-    films = range(config.first_seed, config.first_seed + config.num_films)
-    rest = [seed for seed in seeds if seed not in films]
-    make_act = functools.partial(match.make_act, config.num_simulators)
+def _play(match: _Match, config: EvaluateConfig, seeds: Sequence[int]) -> Iterator[RecordedEpisode]:
+    """The episodes to record, then the others: those of a JAX world in one scan."""
+    videos = range(config.first_seed, config.first_seed + config.num_videos)
+    rest = [seed for seed in seeds if seed not in videos]
+    make_env = WORLDS[match.world.kind].make_env
     yield from run_simulators(
-        make_act(),
+        match.controller,
         functools.partial(make_simulator, _painted(match.world)),
-        [seed for seed in seeds if seed in films],
+        [seed for seed in seeds if seed in videos],
         num_simulators=config.num_simulators,
-        film_seeds=films,
+        video_seeds=videos,
         draw=_draw,
     )
-    if match.player is not None and isinstance(match.world, jax_env.TableConfig):
-        for outcome in match.player.play_env(jax_env.make(match.world), rest):
-            yield Watched(outcome, [], np.zeros((0, 0)))
+    if match.player is not None and make_env is not None:
+        for outcome in match.player.play_env(make_env(match.world), rest):
+            yield RecordedEpisode(outcome, [], np.zeros((0, 0)))
         return
     make = functools.partial(make_simulator, match.world)
-    yield from run_simulators(make_act(), make, rest, num_simulators=config.num_simulators)
+    yield from run_simulators(match.controller, make, rest, num_simulators=config.num_simulators)
 
 
 def _painted(world: WorldConfig) -> WorldConfig:
-    """The world with pictures to film, where it would paint none for the policy."""
-    if isinstance(world, jax_env.TableConfig) and not world.image_size:
+    """The world with pictures to record, where it would paint none for the policy."""
+    if WORLDS[world.kind].draws_observation and not world.image_size:
         return dataclasses.replace(world, image_size=_PAINTED_SIZE)
     return world
 
 
 def _draw(simulator: Simulator) -> np.ndarray:
-    return simulator.draw(_FILM_SIZE)
+    return simulator.draw(_VIDEO_SIZE)
 
 
-def _keep(match: _Match, watched: Watched, fps: float) -> None:
-    """Writes the film, then the outcome: an episode that is listed is complete."""
-    outcome = watched.outcome
-    if watched.film and not outcome.error:
+def _keep(match: _Match, episode: RecordedEpisode, fps: float) -> None:
+    """Writes the video, then the outcome: an episode that is listed is complete."""
+    outcome = episode.outcome
+    if episode.video and not outcome.error:
         lines = [outcome.instruction, f"{match.folder.name} · seed {outcome.seed}"]
         path = match.folder / video.file_name(outcome.seed, outcome.task, outcome.success)
-        frames = video.caption(watched.film, [line for line in lines if line], outcome.success)
+        frames = video.caption(episode.video, [line for line in lines if line], outcome.success)
         video.write_mp4(path, frames, fps)
     results.append_outcome(match.folder / "episodes.jsonl", outcome)
 

@@ -167,7 +167,7 @@ def read_world(run_dir: Path) -> WorldConfig | None:
     kind = str(data.get("kind"))
     if kind not in WORLDS:
         raise ValueError(f"{path}: unknown world '{kind}'; {configs.did_you_mean(kind, WORLDS)}")
-    return configs.load(WORLDS[kind], path)
+    return configs.load(WORLDS[kind].config, path)
 
 
 def _restore(directory: pathlib.Path, like: Any, step: int | None) -> Params:

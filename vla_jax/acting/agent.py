@@ -1,7 +1,8 @@
-"""From what a robot sees to what it does: all that stands between a policy and a world.
+"""Acting with a policy: observation in, action in the robot's units out.
 
-An agent normalises the robot's state, hides the instruction after its first steps, streams the
-policy, turns chunks into one action and that action back into the robot's units and frame.
+An agent normalises proprioception, masks the instruction after its first steps, runs one streaming
+step of the policy, selects one action from the predicted chunks and converts it to the robot's
+units and frame. Its state is a value; `rows.py` selects and replaces robots of a batch.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,7 +28,7 @@ from vla_jax.types import ActionChunk, Array, Observation, Params
 
 @dataclass(frozen=True)
 class AgentConfig:
-    """How a policy acts; with params and norm_stats it is complete."""
+    """Config of an agent; params and norm_stats complete it."""
 
     policy: PolicyConfig = PolicyConfig()
     normalize: NormalizeConfig = NormalizeConfig()  # as in training
@@ -41,10 +42,10 @@ class AgentConfig:
 
 
 class AgentState(NamedTuple):
-    """What an agent remembers between two steps."""
+    """State of an agent between two steps; every leaf is `[B, ...]`, one row per robot."""
 
-    stream: Any  # the decoder's
-    execution: Any  # the chunks that still speak of coming steps
+    stream: Any  # streaming state of the policy
+    execution: Any  # earlier chunks and the gripper
     age: Array  # [B] int32, steps since the episode began
 
 
@@ -60,17 +61,18 @@ class Agent(NamedTuple):
 def make_agent(
     config: AgentConfig, norm_stats: Mapping[str, NormStats], *, window_size: int | None = None
 ) -> Agent:
-    """The agent's two functions.
+    """Returns the two functions of an agent.
 
     `step(params, state, observation, reset) -> (state, action [B, A])` takes raw observations
     `[B, ...]` with word ids of the whole instruction at every step, `reset [B]` True where an
-    episode starts, and gives actions in the robot's units, gripper +1 open / -1 closed. With a
-    `tool_frame` the raw proprio holds the tool's orientation, whether the policy sees it or not.
+    episode starts, and returns actions in the robot's units, gripper +1 open / -1 closed. With a
+    `tool_frame`, the raw proprio must contain the orientation of the tool, even if the policy does
+    not use it.
 
     Args:
-      config: how to act.
-      norm_stats: those of the training data.
-      window_size: stream with another window than the policy was trained with.
+      config: of the agent.
+      norm_stats: of the training data.
+      window_size: W in environment steps; None = as in training.
 
     Raises:
       ValueError: norm_stats of the action are missing.
@@ -101,8 +103,8 @@ def make_agent(
     def step(
         params: Params, state: AgentState, observation: Observation, reset: Array
     ) -> tuple[AgentState, Array]:
-        state, _, now = plan(config, norm_stats, params, state, observation, reset)
-        return send(config, norm_stats, state, observation, now)
+        state, _, action = plan(config, norm_stats, params, state, observation, reset)
+        return send(config, norm_stats, state, observation, action)
 
     return Agent(init, prepare, step)
 
@@ -115,25 +117,25 @@ def plan(
     observation: Observation,
     reset: Array,
 ) -> tuple[AgentState, Observation, ActionChunk]:
-    """The first half of an agent's step, up to what it wants done now.
+    """Runs the first half of an agent's step, up to the action in the policy's units.
 
     Args:
       config: as for `make_agent`.
-      norm_stats: likewise.
+      norm_stats: as for `make_agent`.
       params: of the policy.
       state: from `Agent.init` or `send`.
       observation: `[B, ...]`, raw.
       reset: `[B]`, True where an episode starts.
 
     Returns:
-      The state, what the policy was shown of the observation `[B, ...]`, and one action in the
-      policy's own units: arm `[B, A-1]`, gripper logit `[B]`.
+      The state, the normalised observation `[B, ...]`, and one action in the policy's units:
+      arm `[B, A-1]`, gripper logit `[B]`.
     """
     age = jnp.where(reset, 0, state.age)
     seen = _prepare(config, norm_stats, observation, age)
     stream, chunk = policy.step(params, config.policy, state.stream, seen, reset=reset)
-    executed, now = execution.plan(config.execution, state.execution, chunk, reset=reset)
-    return AgentState(stream, executed, age + 1), seen, now
+    executed, action = execution.plan(config.execution, state.execution, chunk, reset=reset)
+    return AgentState(stream, executed, age + 1), seen, action
 
 
 def send(
@@ -141,18 +143,18 @@ def send(
     norm_stats: Mapping[str, NormStats],
     state: AgentState,
     observation: Observation,
-    now: ActionChunk,
+    planned: ActionChunk,
 ) -> tuple[AgentState, Array]:
-    """The second half: the action `[B, A]` in the robot's units and frame.
+    """Runs the second half: returns the action `[B, A]` in the robot's units and frame.
 
     Args:
       config: as for `make_agent`.
-      norm_stats: likewise.
+      norm_stats: as for `make_agent`.
       state: from `plan`.
       observation: `[B, ...]`, raw.
-      now: from `plan`, or what is tried in its place.
+      planned: arm `[B, A-1]`, gripper logit `[B]`, from `plan` or an exploration of it.
     """
-    executed, action = execution.send(config.execution, state.execution, now)
+    executed, action = execution.send(config.execution, state.execution, planned)
     action = normalize.denormalize_action(action, norm_stats["action"], config.normalize)
     if config.tool_frame is not None:
         orientation = reference_frames.read_orientation(observation.proprio, config.tool_frame)
@@ -165,7 +167,7 @@ def send(
 def _prepare(
     config: AgentConfig, norm_stats: Mapping[str, NormStats], observation: Observation, age: Array
 ) -> Observation:
-    """What the policy was trained to see; a column without norm_stats was not in its data."""
+    """Returns the normalised observation, without columns that have no norm_stats."""
     columns = {}
     for name in ("proprio", "environment_state"):
         column, stats = getattr(observation, name), norm_stats.get(name)

@@ -1,4 +1,4 @@
-"""A policy meets worlds, many at a time: Python simulators in step, JAX worlds in one scan."""
+"""Rollouts in batches: Python simulators side by side, JAX environments in one scan."""
 
 import contextlib
 from collections import deque
@@ -14,87 +14,100 @@ from vla_jax.types import Array, Env, Key, Params, Simulator
 
 
 class Outcome(NamedTuple):
-    """How one episode went."""
+    """Result of one episode."""
 
     seed: int  # fixes the layout and the instruction
     task: str
     instruction: str
     success: bool
     num_steps: int  # environment steps until the end, or the crash
-    error: str  # what the world raised; empty where it did not crash
+    error: str  # message of the exception the simulator raised; empty if none
 
 
-class Watched(NamedTuple):
-    """An outcome with the film of it."""
+class RecordedEpisode(NamedTuple):
+    """An outcome with its video and actions."""
 
     outcome: Outcome
-    film: list[np.ndarray]  # pictures [h, w, 3] uint8, empty where nobody asked for them
-    actions: np.ndarray  # [T, A] that were sent
+    video: list[np.ndarray]  # pictures [h, w, 3] uint8; empty if not recorded
+    actions: np.ndarray  # [T, A] as sent to the simulator
 
 
-class Sight(NamedTuple):
-    """What one simulator shows before an action."""
+class SimulatorView(NamedTuple):
+    """Input of a controller from one simulator, before an action."""
 
     observation: Mapping[str, np.ndarray]  # field name of Observation -> array
     instruction: str
     step: int  # environment steps since the episode began
     seed: int  # of the episode
-    simulator: Simulator  # itself, for those who may know more than a policy
+    simulator: Simulator  # for references that use privileged state
 
 
-Act = Callable[[list[Sight]], np.ndarray]
+class Controller(NamedTuple):
+    """A policy or a reference as functions of simulator views; its state is a value.
+
+    `step(state, views, reset) -> (state, actions)` takes at most as many views as the state has
+    rows; `reset [B]` is True where an episode starts. `actions` are `[B, A]`.
+    """
+
+    init: Callable[[int], Any]  # number of simulators -> state
+    step: Callable[[Any, list[SimulatorView], np.ndarray], tuple[Any, np.ndarray]]
+
+
 Draw = Callable[[Simulator], np.ndarray]
 
 
 def run_simulators(
-    act: Act,
+    controller: Controller,
     make_simulator: Callable[[], Simulator],
     seeds: Sequence[int],
     *,
     num_simulators: int = 16,
-    film_seeds: Collection[int] = (),
+    video_seeds: Collection[int] = (),
     draw: Draw | None = None,
-) -> Iterator[Watched]:
-    """Plays one episode per seed, `num_simulators` side by side, so that the policy sees a batch.
+) -> Iterator[RecordedEpisode]:
+    """Runs one episode per seed, `num_simulators` side by side, so that the policy acts on a batch.
 
-    A simulator that raises is closed and replaced; its episode is told apart from a failure.
+    A simulator that raises is closed and replaced; the outcome of its episode has the error.
 
     Args:
-      act: sights of all simulators, always as many -> actions `[B, A]`.
-      make_simulator: makes one world.
+      controller: of all simulators.
+      make_simulator: returns a new simulator.
       seeds: one per episode.
       num_simulators: B.
-      film_seeds: episodes to film.
-      draw: a picture `[h, w, 3]` uint8 of a simulator.
+      video_seeds: episodes to record.
+      draw: returns a picture `[h, w, 3]` uint8 of a simulator.
 
     Yields:
-      Outcomes, as episodes end.
+      Episodes in the order in which they end.
     """
     waiting = deque(seeds)
-    film = {seed: draw for seed in film_seeds} if draw else {}
-    lanes = [_lane(make_simulator, waiting, film) for _ in range(min(num_simulators, len(seeds)))]
+    video = {seed: draw for seed in video_seeds} if draw else {}
+    lanes = [_lane(make_simulator, waiting, video) for _ in range(min(num_simulators, len(seeds)))]
     with contextlib.ExitStack() as stack:
         for lane in lanes:
             stack.callback(lane.close)
-        sights: list[Sight | None] = []
+        views: list[SimulatorView | None] = []
         for lane in lanes:
-            sights.append((yield from _until_sight(lane, None)))
-        while any(sight is not None for sight in sights):
-            # A lane without episodes keeps its place in the batch, with another's sight.
-            filler = next(sight for sight in sights if sight is not None)
-            actions = act([sight or filler for sight in sights])
+            views.append((yield from _until_view(lane, None)))
+        state = controller.init(num_simulators)
+        while any(view is not None for view in views):
+            # A lane without episodes keeps its row: the batch size, and so the compiled step, stay.
+            filler = next(view for view in views if view is not None)
+            batch = [view or filler for view in views]
+            reset = np.array([view.step == 0 for view in batch])
+            state, actions = controller.step(state, batch, reset)
             for i, lane in enumerate(lanes):
-                if sights[i] is not None:
-                    sights[i] = yield from _until_sight(lane, actions[i])
+                if views[i] is not None:
+                    views[i] = yield from _until_view(lane, actions[i])
 
 
-def _until_sight(
-    lane: Generator[Sight | Watched, Any, None], action: np.ndarray | None
-) -> Generator[Watched, None, Sight | None]:
-    """Hands on the outcomes that an action brings; returns the next sight, None at the end."""
+def _until_view(
+    lane: Generator[SimulatorView | RecordedEpisode, Any, None], action: np.ndarray | None
+) -> Generator[RecordedEpisode, None, SimulatorView | None]:
+    """Yields the episodes that end with an action; returns the next view, None after the last."""
     with contextlib.suppress(StopIteration):
         item = lane.send(action)
-        while isinstance(item, Watched):
+        while isinstance(item, RecordedEpisode):
             yield item
             item = next(lane)
         return item
@@ -102,48 +115,50 @@ def _until_sight(
 
 
 def _lane(
-    make_simulator: Callable[[], Simulator], waiting: deque[int], film: Mapping[int, Draw]
-) -> Generator[Sight | Watched, Any, None]:
-    """Episode after episode on one simulator: yields sights, is sent actions, yields outcomes."""
+    make_simulator: Callable[[], Simulator], waiting: deque[int], video: Mapping[int, Draw]
+) -> Generator[SimulatorView | RecordedEpisode, Any, None]:
+    """Runs episodes on one simulator: yields views, receives actions, yields finished episodes."""
     simulator = make_simulator()
     try:
         while waiting:
             seed = waiting.popleft()
-            watched = yield from _episode(simulator, seed, film.get(seed))
-            if watched.outcome.error:
+            episode = yield from _episode(simulator, seed, video.get(seed))
+            if episode.outcome.error:
                 with contextlib.suppress(Exception):
                     simulator.close()
                 simulator = make_simulator()
-            yield watched
+            yield episode
     finally:
         simulator.close()
 
 
-def _episode(simulator: Simulator, seed: int, draw: Draw | None) -> Generator[Sight, Any, Watched]:
-    film, actions, task, instruction, success, error = [], [], "", "", False, ""
+def _episode(
+    simulator: Simulator, seed: int, draw: Draw | None
+) -> Generator[SimulatorView, Any, RecordedEpisode]:
+    video, actions, task, instruction, success, error = [], [], "", "", False, ""
     try:
         observation = simulator.reset(seed)
         task, instruction = simulator.task, simulator.instruction
         while True:
             if draw:
-                film.append(draw(simulator))
-            action = yield Sight(observation, instruction, len(actions), seed, simulator)
+                video.append(draw(simulator))
+            action = yield SimulatorView(observation, instruction, len(actions), seed, simulator)
             step = simulator.step(action)
             observation = step.observation
             actions.append(action)
             if step.terminated or step.truncated:
                 break
         if draw:
-            film.append(draw(simulator))
+            video.append(draw(simulator))
         success = bool(step.success)
-    except Exception as raised:  # whatever a world raises is an outcome, not our end
+    except Exception as raised:  # an outcome, whatever the simulator raises
         error = f"{type(raised).__name__}: {raised}".splitlines()[0]
     outcome = Outcome(seed, task, instruction, success, len(actions), error)
-    return Watched(outcome, film, np.array(actions))
+    return RecordedEpisode(outcome, video, np.array(actions))
 
 
 class Episodes(NamedTuple):
-    """How episodes of a JAX world went."""
+    """Results of episodes of a JAX environment."""
 
     success: Array  # [B] bool
     num_steps: Array  # [B] int32, environment steps
@@ -151,14 +166,14 @@ class Episodes(NamedTuple):
 
 
 def run_env(agent: Agent, params: Params, env: Env, instructions: Array, keys: Key) -> Episodes:
-    """Plays one episode per key, all at once, in a JAX world; `jit` it.
+    """Runs one episode per key, all at once, in a JAX environment; `jit` it.
 
     Args:
       agent: from `agent.make_agent`.
       params: of the policy.
-      env: the world.
+      env: the environment.
       instructions: word ids `[num instructions, S]` of `env.instructions`.
-      keys: `[B]`, each fixes an episode as `env.reset(key)`; consumed.
+      keys: `[B]`, each determines an episode by `env.reset(key)`; consumed.
 
     Returns:
       One outcome per episode.
@@ -169,19 +184,19 @@ def run_env(agent: Agent, params: Params, env: Env, instructions: Array, keys: K
 
     def step(carry, t):
         agent_state, states, observations, done, success, num_steps = carry
-        seen = observations._replace(instruction=instructions[index])
+        visible = observations._replace(instruction=instructions[index])
         reset = jnp.full(num_episodes, t == 0)
-        agent_state, actions = agent.step(params, agent_state, seen, reset)
+        agent_state, actions = agent.step(params, agent_state, visible, reset)
         states, transition = jax.vmap(env.step)(states, actions)
         success |= transition.success & ~done
         num_steps += ~done
         done |= transition.terminated | transition.truncated
         return (agent_state, states, transition.observation, done, success, num_steps), None
 
-    nobody = jnp.zeros(num_episodes, bool)
+    none = jnp.zeros(num_episodes, bool)
     start = (
         agent.init(params, num_episodes), states, observations,
-        nobody, nobody, jnp.zeros(num_episodes, jnp.int32),
+        none, none, jnp.zeros(num_episodes, jnp.int32),
     )  # fmt: skip
     (*_, success, num_steps), _ = jax.lax.scan(step, start, jnp.arange(env.max_steps))
     return Episodes(success, num_steps, index)

@@ -165,8 +165,8 @@ def step(
 
     Source: Zhao et al. 2023, ACT (arXiv:2304.13705), section IV, for "temporal_ensemble".
     """
-    state, now = plan(config, state, chunk, reset=reset)
-    return send(config, state, now)
+    state, planned = plan(config, state, chunk, reset=reset)
+    return send(config, state, planned)
 
 
 def plan(
@@ -176,7 +176,7 @@ def plan(
     *,
     reset: Array | None = None,
 ) -> tuple[ExecutionState, ActionChunk]:
-    """The first half of `step`: what all chunks so far want done now.
+    """Runs the first half of `step`: selects one action from all chunks so far.
 
     Args:
       config: as for `step`, and so are the others.
@@ -191,46 +191,44 @@ def plan(
     chex.assert_shape(chunk.gripper_logit, (state.gripper.wanted.shape[0], None))
     if reset is not None:
         state = _restart(state, reset)
-    planned, now = state.plan, _first(chunk)
+    planned, action = state.plan, _first(chunk)
     if isinstance(planned, RecedingPlan):
-        planned, now = _recede(config, planned, chunk)
+        planned, action = _recede(config, planned, chunk)
     elif isinstance(planned, EnsemblePlan):
-        planned, now = _ensemble(config, planned, chunk)
-    return state._replace(plan=planned), now
+        planned, action = _ensemble(config, planned, chunk)
+    return state._replace(plan=planned), action
 
 
 def send(
-    config: ExecutionConfig, state: ExecutionState, now: ActionChunk
+    config: ExecutionConfig, state: ExecutionState, planned: ActionChunk
 ) -> tuple[ExecutionState, jax.Array]:
-    """The second half of `step`: the action `[B, A]` that is sent for what is wanted done now.
+    """Runs the second half of `step`: returns the action `[B, A]` to send.
 
     Args:
       config: as for `step`.
       state: from `plan`.
-      now: from `plan`, or what is tried in its place.
+      planned: arm `[B, A-1]`, gripper logit `[B]`, from `plan` or an exploration of it.
     """
-    gripper, sent = _grip(config, state.gripper, now.gripper_logit)
-    action = jnp.concatenate([jnp.clip(now.arm, -1.0, 1.0), sent[:, None]], axis=-1)
+    gripper, sent = _grip(config, state.gripper, planned.gripper_logit)
+    action = jnp.concatenate([jnp.clip(planned.arm, -1.0, 1.0), sent[:, None]], axis=-1)
     return state._replace(gripper=gripper), action
 
 
 def check_stride(config: ExecutionConfig, decoder_kind: str) -> None:
-    """Warns where a decoder with memory executes more than one action of a chunk.
+    """Warns if a decoder with memory executes more than one action of a chunk.
 
-    Windows hold consecutive frames, so the memory was trained at stride 1, and `step` is made to
-    be called at every environment step, whatever the `exec_horizon`. Whoever saves time by
-    predicting only when a chunk is used up shows the memory every `exec_horizon`-th frame.
+    Training windows contain consecutive frames, so `step` must be called at every environment
+    step for any `exec_horizon`. Predicting only when a chunk is used up would skip frames.
 
     Args:
       config: how chunks become actions.
-      decoder_kind: `kind` of the decoder's config; "fc" has no memory and is never warned of.
+      decoder_kind: `kind` of the decoder's config; "fc" has no memory and gives no warning.
     """
     if config.exec_horizon > 1 and decoder_kind != "fc":
         warnings.warn(
-            f"exec_horizon is {config.exec_horizon}, but a memory of kind '{decoder_kind}' was "
-            "trained on every frame: step the policy at every environment step all the same, "
-            f"since one that sees each {config.exec_horizon}th frame remembers what it never "
-            "learnt to.",
+            f"exec_horizon is {config.exec_horizon}, but the '{decoder_kind}' decoder was trained "
+            "on every frame; call `step` at every environment step, since skipping frames changes "
+            "its input rate.",
             stacklevel=2,
         )
 
@@ -239,8 +237,8 @@ def _recede(
     config: ExecutionConfig, plan: RecedingPlan, chunk: ActionChunk
 ) -> tuple[RecedingPlan, ActionChunk]:
     held = trees.select(plan.age == 0, chunk, plan.chunk)
-    now = jax.tree.map(lambda steps: jax.vmap(jnp.take, (0, 0, None))(steps, plan.age, 0), held)
-    return RecedingPlan(held, (plan.age + 1) % config.exec_horizon), now
+    action = jax.tree.map(lambda steps: jax.vmap(jnp.take, (0, 0, None))(steps, plan.age, 0), held)
+    return RecedingPlan(held, (plan.age + 1) % config.exec_horizon), action
 
 
 def _ensemble(
@@ -252,8 +250,8 @@ def _ensemble(
         plan.total.gripper_logit + new * chunk.gripper_logit,
     )
     weight = plan.weight + new
-    now = ActionChunk(total.arm[:, 0] / weight[:, :1], total.gripper_logit[:, 0] / weight[:, 0])
-    return jax.tree.map(_shift, EnsemblePlan(total, weight, plan.count + 1.0)), now
+    action = ActionChunk(total.arm[:, 0] / weight[:, :1], total.gripper_logit[:, 0] / weight[:, 0])
+    return jax.tree.map(_shift, EnsemblePlan(total, weight, plan.count + 1.0)), action
 
 
 def _grip(

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vla_jax.envs.table import rules
 from vla_jax.evaluation.results import Rate, Summary, mean_interval
 
 Path = str | os.PathLike[str]
@@ -112,11 +111,11 @@ def actions(
     predicted: np.ndarray,
     expert: np.ndarray,
     *,
-    names: Sequence[str] = rules.ACTION_NAMES,
-    control_hz: float = rules.CONTROL_HZ,
+    names: Sequence[str],
+    control_hz: float,
     title: str = "",
 ) -> None:
-    """Draws what a policy would do beside what the expert did, over one demonstration.
+    """Draws the predicted and the demonstrated actions of one episode.
 
     Args:
       path: PNG to write.

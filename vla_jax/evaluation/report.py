@@ -1,4 +1,4 @@
-"""`index.html` of a run folder: the results in one look, with plots and films."""
+"""`index.html` of a run folder: the results in one look, with plots and videos."""
 
 import contextlib
 import html
@@ -77,7 +77,7 @@ def write_index(
         _cards(played),
         _table(played),
         _pictures(run_dir),
-        *(_films(run_dir, name, evaluation) for name, evaluation in played.items()),
+        *(_videos(run_dir, name, evaluation) for name, evaluation in played.items()),
         _commands(played),
         _configs(run_dir),
     ]
@@ -162,15 +162,15 @@ def _pictures(run_dir: pathlib.Path) -> str:
     return f'<section class="plots">{shown}</section>' if shown else ""
 
 
-def _films(run_dir: pathlib.Path, name: str, evaluation: Evaluation) -> str:
-    films = "".join(
+def _videos(run_dir: pathlib.Path, name: str, evaluation: Evaluation) -> str:
+    videos = "".join(
         f'<figure><video src="{_link(path, run_dir)}" autoplay loop muted playsinline controls>'
         f"</video><figcaption>{_escape(path.stem.replace('_', ' '))}</figcaption></figure>"
         for path in sorted(evaluation.folder.glob("*.mp4"))
     )
-    if not films:
+    if not videos:
         return ""
-    return f'<section><h2>{_escape(name)}</h2><div class="films">{films}</div></section>'
+    return f'<section><h2>{_escape(name)}</h2><div class="videos">{videos}</div></section>'
 
 
 def _commands(played: Mapping[str, Evaluation]) -> str:
@@ -236,7 +236,7 @@ td small { display: block; color: var(--faint); font-size: .75rem; line-height: 
 .note { color: var(--faint); font-size: .82rem; }
 .plots img { max-width: 100%; max-height: 22rem; background: #fff; border-radius: 10px;
   border: 1px solid var(--line); margin: 1.2rem .9rem 0 0; }
-.films { display: grid; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); gap: .9rem; }
+.videos { display: grid; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); gap: .9rem; }
 figure { margin: 0; }
 video { width: 100%; border-radius: 8px; display: block; }
 figcaption { font-size: .78rem; color: var(--faint); margin-top: .25rem; }

@@ -1,4 +1,4 @@
-"""Films of episodes: pictures with the instruction below them, as MP4 files that browsers play.
+"""Videos of episodes: pictures with the instruction below them, as MP4 files that browsers play.
 
 Needs the extra `data` (PyAV, Pillow).
 """
@@ -21,7 +21,7 @@ _VERDICTS = {True: ("success", (0, 114, 178)), False: ("failure", (213, 94, 0))}
 
 
 def file_name(seed: int, task: str, success: bool) -> str:
-    """The name of an episode's film: `<seed>_<task>_<success|failure>.mp4`."""
+    """The name of an episode's video: `<seed>_<task>_<success|failure>.mp4`."""
     plain = re.sub(r"\W+", "-", task).strip("-") or "episode"
     return f"{seed}_{plain}_{_VERDICTS[success][0]}.mp4"
 
@@ -48,7 +48,7 @@ def caption(
 
 
 def write_mp4(path: str | os.PathLike[str], frames: Sequence[np.ndarray], fps: float) -> None:
-    """Writes a film (H.264, yuv420p, index at the front), whole or not at all.
+    """Writes a video (H.264, yuv420p, index at the front), whole or not at all.
 
     Args:
       path: file to write; its folder is made where it is missing.
@@ -77,7 +77,7 @@ def write_mp4(path: str | os.PathLike[str], frames: Sequence[np.ndarray], fps: f
 
 
 def check_packages() -> None:
-    """Says before the first episode what a film would lack after it.
+    """Says before the first episode what a video would lack after it.
 
     Raises:
       ImportError: PyAV or Pillow is missing; names the extra.
@@ -145,7 +145,7 @@ def _import_av() -> Any:
         import av
     except ImportError as error:
         raise ImportError(
-            "films need PyAV; run pip install 'vla-jax[data]', or ask for none (--num-films 0)."
+            "videos need PyAV; run pip install 'vla-jax[data]', or ask for none (--num-videos 0)."
         ) from error
     return av
 
@@ -155,6 +155,6 @@ def _import_pillow() -> Any:
         from PIL import Image, ImageDraw, ImageFont
     except ImportError as error:
         raise ImportError(
-            "films need Pillow; run pip install 'vla-jax[data]', or ask for none (--num-films 0)."
+            "videos need Pillow; run pip install 'vla-jax[data]', or ask for none (--num-videos 0)."
         ) from error
     return Image, ImageDraw, ImageFont

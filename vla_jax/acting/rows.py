@@ -1,0 +1,56 @@
+"""Rows of acting state: the robots of a batch, or the sessions of a table, selected by index.
+
+All functions take any tree whose leaves are `[B, ...]`, such as an `AgentState`. They are pure and
+can be jitted. Indices must be in [0, B); repeated indices in `scatter_rows` have no fixed order.
+"""
+
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from vla_jax import trees
+from vla_jax.types import Array
+
+State = TypeVar("State")
+
+
+def gather_rows(state: State, index: Array) -> State:
+    """Returns the rows `index` of every leaf.
+
+    Args:
+      state: leaves `[B, ...]`.
+      index: `[R]` int, rows to read.
+
+    Returns:
+      Leaves `[R, ...]`.
+    """
+    return trees.gather(state, index)
+
+
+def scatter_rows(state: State, index: Array, rows: State) -> State:
+    """Returns the state with the rows `index` replaced.
+
+    Args:
+      state: leaves `[B, ...]`.
+      index: `[R]` int, rows to write, without repetition.
+      rows: leaves `[R, ...]`, or `[1, ...]` for the same row everywhere.
+
+    Returns:
+      Leaves `[B, ...]`.
+    """
+    return jax.tree.map(lambda leaf, row: jnp.asarray(leaf).at[index].set(row), state, rows)
+
+
+def reset_rows(state: State, index: Array, initial: State) -> State:
+    """Returns the state with the rows `index` as at the start of an episode.
+
+    Args:
+      state: leaves `[B, ...]`.
+      index: `[R]` int, rows to reset.
+      initial: leaves `[1, ...]`, from `Agent.init(params, 1)`.
+
+    Returns:
+      Leaves `[B, ...]`.
+    """
+    return scatter_rows(state, index, initial)
