@@ -3,13 +3,24 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test test-slow test-optimised lint docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m train.demo
 
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+# Every law, on some of its cases: at most 16 minutes of CPU time with an empty compile cache.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(PYTEST)
+
+# The remaining cases, trainings, and processes that are killed and resumed.
+test-slow: $(VENV)/.test
+	$(PYTEST) -m slow
+
+# The laws of the library in programs that XLA optimises, as users run them.
+test-optimised: $(VENV)/.test
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTEST)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

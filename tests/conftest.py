@@ -1,14 +1,20 @@
-"""Strict JAX on four simulated devices, with one compile cache for the whole suite."""
+"""Strict JAX on four simulated devices, one compile cache, and the choice of the fast tests."""
 
+import collections
 import os
 import pathlib
+import zlib
 
 os.environ.setdefault("MUJOCO_GL", "egl")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# In the environment, so that the processes that tests start do not compile it all again.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(__file__).parents[1] / ".jax_cache")
+# Environment variables reach the processes that tests start. Another cache folder, by
+# JAX_COMPILATION_CACHE_DIR, measures the tests with a cold cache.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".jax_cache")
+)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
-# Most of the suite's time is compilation, and a law holds in slower programs too; 0 tests the fast.
+# Compilation takes most of the time, and the laws hold in unoptimised programs too;
+# `make test-optimised` sets it to 0.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
@@ -16,6 +22,25 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+SAMPLING = 4  # one in so many cases of a test marked "sampled" is fast
+MAX_MAPS = 20_000  # memory maps of a process, of 65,530; a compiled program takes a dozen
+MAX_PAGES = 300_000  # resident memory of a process, pages of 4 kB
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Marks all but every fourth case of a sampled test as slow, different ones for each test."""
+    cases = collections.defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("sampled"):
+            cases[item.nodeid.partition("[")[0]].append(item)
+    for name, group in cases.items():
+        size = min(SAMPLING, len(group))
+        first = zlib.crc32(name.encode()) % size
+        for index, item in enumerate(group):
+            if index % size != first:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture
@@ -30,9 +55,12 @@ def golden():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def room_for_programs():
-    """Forgets compiled programs in time: each takes a dozen of a process's 65,530 memory maps."""
+def limited_memory():
+    """Drops the compiled programs of earlier modules before memory or memory maps run out."""
     yield
-    maps = pathlib.Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
-        jax.clear_caches()
+    process = pathlib.Path("/proc/self")
+    if process.exists():
+        num_maps = (process / "maps").read_bytes().count(b"\n")
+        num_pages = int((process / "statm").read_text().split()[1])
+        if num_maps > MAX_MAPS or num_pages > MAX_PAGES:
+            jax.clear_caches()

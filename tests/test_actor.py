@@ -84,6 +84,7 @@ def test_metrics_count_whole_episodes(rollout):
     assert jnp.isnan(none["return"])
 
 
+@pytest.mark.slow
 def test_two_rollouts_equal_one_of_both_lengths():
     env = grid.make(GridConfig())
     net = NetworkConfig(kind="gru", hidden_sizes=(8,), memory_size=8)
@@ -122,6 +123,7 @@ def test_play_counts_the_first_episode_of_every_environment():
     assert actor.episode_metrics(rollout)["return"] == 6
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("object_size", [0, 2])
 def test_apply_equals_step_by_step_across_episodes(kind, object_size, key):

@@ -58,6 +58,7 @@ def by_hand(raw, visible):
     return np.concatenate([arm, gripper], axis=-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("instruction_steps", "visible"),
     [(1, [1, 0, 0, 0]), (2, [1, 1, 0, 0]), (ALWAYS, [1, 1, 1, 1])],
@@ -84,6 +85,7 @@ def test_a_reset_is_a_new_episode(raw, mode):
     np.testing.assert_allclose(again, play(config, later)[:, :2], atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["refresh", "periodic"])
 def test_a_reset_is_a_new_episode_for_an_agent_that_looks_back_over_a_window_too(raw, mode):
     decoder = dataclasses.replace(tiny_run.DECODER, kind="gpt", window_size=2)
@@ -95,6 +97,7 @@ def test_a_reset_is_a_new_episode_for_an_agent_that_looks_back_over_a_window_too
     np.testing.assert_allclose(again, play(config, later, params=params)[:, :1], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_robots_of_a_batch_reset_alone(raw):
     agent = agents.make_agent(tiny_run.AGENT, tiny_run.norm_stats())
     params, state = tiny_run.params(), None
@@ -135,6 +138,7 @@ def test_an_agent_without_statistics_of_the_action_is_refused():
         agents.make_agent(tiny_run.AGENT, stats)
 
 
+@pytest.mark.slow
 def test_the_window_can_be_another_than_in_training(raw):
     params = tiny_run.params()
     agent = agents.make_agent(tiny_run.AGENT, tiny_run.norm_stats(), window_size=1)

@@ -47,6 +47,7 @@ def test_there_is_a_linear_cell():
     assert "min_gru" in LINEAR
 
 
+@pytest.mark.sampled
 @each_cell
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("which", FLAGS.values(), ids=FLAGS)
@@ -62,6 +63,7 @@ def test_outputs_carry_and_gradients_are_those_of_the_loop(cell, which, reverse)
     assert all(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(looped))
 
 
+@pytest.mark.slow
 @each_cell
 def test_what_is_masked_may_be_nan(cell):
     flags, carry, projected = draw_case(cell)

@@ -113,6 +113,7 @@ def test_looking_back_is_over_the_last_real_steps_of_the_episode(reach):
     np.testing.assert_array_equal(attention.causal_mask(mask, reset, reach), expected)
 
 
+@pytest.mark.sampled
 @each_score
 @pytest.mark.parametrize("real", [[0, 1, 2], [2, 3, 4], [1, 3]])
 def test_padded_is_cut_and_weights_sum_to_1_over_what_is_real(score, real):
@@ -127,6 +128,7 @@ def test_padded_is_cut_and_weights_sum_to_1_over_what_is_real(score, real):
     assert not weights[~mask].any()
 
 
+@pytest.mark.slow
 @each_score
 def test_a_row_without_a_real_position_finds_nothing_and_has_finite_gradients(score):
     config, params = make(score)

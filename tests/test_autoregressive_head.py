@@ -85,6 +85,7 @@ def decode_by_hand(p, feature, seen):
     return np.array(outputs)
 
 
+@pytest.mark.slow
 def test_every_step_follows_the_equations_over_its_own_past():
     config = dataclasses.replace(CONFIG, kind="rnn")
     params, tokens = setup(config)
@@ -139,6 +140,7 @@ def test_a_rate_of_0_is_free_running_and_of_1_is_teacher_forcing(rate, key):
     assert_close(sampled, apply(params, CONFIG, tokens, targets=whole))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("rate", [None, 0.5])
 @each_config
 def test_every_param_learns_and_stays_finite_whatever_masked_targets_hold(config, rate, key):
@@ -213,6 +215,7 @@ def test_attention_reaches_features_of_other_steps():
 # --- the rest ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_vmap_and_no_jit_change_nothing_and_bfloat16_little():
     params, tokens = setup()
     expected = apply(params, CONFIG, tokens)

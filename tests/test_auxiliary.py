@@ -96,6 +96,7 @@ def test_the_steps_ahead_are_those_that_follow():
         np.testing.assert_array_equal(following[:, t], jnp.asarray(steps[:, t + 1 : t + 1 + F]))
 
 
+@pytest.mark.slow
 def test_two_episodes_in_a_row_are_two_rows():
     batch, tokens = draw_batch()
     features, weights = draw_features(), params(BOTH)
@@ -203,6 +204,7 @@ def test_there_are_params_only_for_what_is_on():
     assert all(auxiliary.is_on(config) for config in (TOKENS, AuxiliaryConfig(caption=True)))
 
 
+@pytest.mark.slow
 def test_a_training_sums_every_term_and_needs_words_only_to_give_them_back():
     config = tiny_demos.imitation("", "", auxiliary=TOKENS, loss=LossWeights(gripper=0.5))
     batch, _ = draw_batch(cameras=())

@@ -71,6 +71,7 @@ def encode(kind, observation, config=None):
     return tokens
 
 
+@pytest.mark.sampled
 @each
 @pytest.mark.parametrize("lead", [(B,), (2, B), ()])
 def test_tokens_have_the_leading_axes_of_the_observation(kind, lead):
@@ -86,6 +87,7 @@ def test_tokens_have_the_leading_axes_of_the_observation(kind, lead):
     assert tokens.mask.dtype == bool
 
 
+@pytest.mark.slow
 @each
 def test_vmap_is_a_loop_and_jit_is_no_jit(kind):
     observation, backbone = observe(kind), BACKBONES[kind]
@@ -131,6 +133,7 @@ def test_words_that_training_never_saw_are_words_like_others(kind):
     np.testing.assert_allclose(tokens[2], params(kind)["words"]["silence"], atol=1e-6)
 
 
+@pytest.mark.slow
 @each
 def test_the_gradient_reaches_every_param(kind):
     observation = observe(kind)
@@ -227,6 +230,7 @@ def test_a_perceiver_that_does_not_divide_is_refused(fields, sentence):
         PerceiverConfig(**fields)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overlap", [True, False])
 def test_the_perceiver_looks_at_every_pixel_of_both_pictures(overlap):
     config = dataclasses.replace(CONFIGS["perceiver"], overlap=overlap)

@@ -81,6 +81,7 @@ def assert_close(one, other, atol=2e-6):
     jax.tree.map(compare, one, other)
 
 
+@pytest.mark.sampled
 @each_cell
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize(("size", "which"), SIZES, indirect=["size"])
@@ -93,6 +94,7 @@ def test_the_gradients_are_those_that_jax_derives(name, which, reverse, key):
     assert all(np.abs(leaf).max() > 0.01 for leaf in jax.tree.leaves((used, others)))
 
 
+@pytest.mark.sampled
 @each_cell
 @each_size
 def test_bfloat16_products_give_the_gradients_of_float32_but_for_rounding(name, key):
@@ -106,6 +108,7 @@ def test_bfloat16_products_give_the_gradients_of_float32_but_for_rounding(name, 
         assert error <= 0.03 * np.abs(right).max() + 1e-6
 
 
+@pytest.mark.sampled
 @each_cell
 def test_the_outputs_and_the_carry_are_the_same(name, key):
     cell, *arguments = draw_case(name, key)
@@ -116,6 +119,7 @@ def test_the_outputs_and_the_carry_are_the_same(name, key):
     assert_close(by_hand, plain, atol=0)
 
 
+@pytest.mark.sampled
 @each_cell
 def test_the_gradients_are_those_of_differences(name, key):
     cell, *arguments = draw_case(name, key)
@@ -123,6 +127,7 @@ def test_the_gradients_are_those_of_differences(name, key):
     check_grads(partial(loss, bptt.scan, cell, flags), arguments, 1, ["rev"], rtol=0.02)
 
 
+@pytest.mark.sampled
 @each_cell
 @each_size
 def test_the_derivative_can_be_derived_again(name, key):
@@ -176,6 +181,7 @@ def test_forward_mode_is_refused_by_hand_and_there_with_implementation_scan(key)
     assert float(jnp.sum(tangent)) == pytest.approx(float(jnp.sum(pull(ones)[0] * inputs)), 1e-4)
 
 
+@pytest.mark.sampled
 @each_cell
 @each_size
 def test_vmap_is_a_loop(name, key):
@@ -186,6 +192,7 @@ def test_vmap_is_a_loop(name, key):
     assert_close(mapped, np.stack([jax.jit(gradient)(each) for each in stacked]))
 
 
+@pytest.mark.sampled
 @each_cell
 @each_size
 def test_on_many_devices_the_gradients_are_the_same(name, key):

@@ -28,6 +28,7 @@ def tokens_of(config, *, seed=0):
     return params, cache.frame_tokens(params, config, dataset, norm_stats)
 
 
+@pytest.mark.slow
 def test_each_frame_has_the_tokens_that_its_backbone_gives(config, monkeypatch):
     monkeypatch.setattr(cache, "CHUNK", 32)  # several chunks, the last one cut
     params, tokens = tokens_of(config)

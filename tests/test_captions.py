@@ -140,6 +140,7 @@ def test_greedy_words_are_the_likeliest_after_those_said_before_up_to_the_end():
 # --- the loss ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_cross_entropy_of_the_words_and_of_the_end_behind_them():
     words = draw_words(4, B, W)
     words[0, 2:] = 0  # steps at which nothing is known
@@ -157,6 +158,7 @@ def test_the_loss_is_the_cross_entropy_of_the_words_and_of_the_end_behind_them()
     assert_close(metrics["acc_caption"], np.mean(right))
 
 
+@pytest.mark.slow
 def test_where_nothing_was_said_there_is_no_loss_and_no_gradient():
     features, words = draw_features(), np.zeros((B, W, S), np.int32)
 

@@ -69,6 +69,7 @@ def step_by_hand(name, params, carry, inputs):
     return cells.GRUCarry((1 - z) * n + z * carry.hidden)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", cells.CELLS)
 def test_a_step_is_what_the_equations_give(name):
     cell, inputs = cells.CELLS[name], draw(9, B, D)
@@ -108,6 +109,7 @@ def test_a_step_is_what_flax_gives(name, flax_cell, key):
     assert_close(cells.step(cell, params, carry, inputs)[1], expected)
 
 
+@pytest.mark.sampled
 @each_cell
 def test_params_are_drawn_as_pytorch_draws_them(cell, key):
     params = cell.init(key, D, 100)
@@ -162,6 +164,7 @@ def test_the_input_product_may_be_taken_for_all_steps_at_once(cell, key):
         assert_close((carry, outputs), expected)
 
 
+@pytest.mark.sampled
 @each_cell
 def test_jit_and_vmap_change_nothing(cell, key):
     params, carry, inputs = cell.init(key, D, H), draw_carry(cell), draw(9, B, D)
@@ -170,6 +173,7 @@ def test_jit_and_vmap_change_nothing(cell, key):
     assert_close(jax.vmap(partial(cells.step, cell, params))(carry, inputs), expected)
 
 
+@pytest.mark.sampled
 @each_cell
 def test_gradients_are_those_of_finite_differences(cell):
     params, carry, inputs = draw_params(cell), draw_carry(cell), draw(9, B, D)
@@ -206,6 +210,7 @@ def run(cell, params, inputs):
     return jax.lax.scan(partial(cells.step, cell, params), cell.zero_carry(inputs[0], H), inputs)[1]
 
 
+@pytest.mark.sampled
 @each_cell
 def test_a_scan_from_the_zero_carry_runs_on_a_sharded_batch(cell, key):
     params, inputs = cell.init(key, D, H), draw(9, T, B, D)

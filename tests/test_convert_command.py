@@ -39,6 +39,7 @@ def write(path, tensors, container="state_dict"):
     convert.write(path, TensorFile(tensors, container))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("suffix", [".pt", ".ckpt", ".safetensors"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
 def test_a_round_trip_restores_the_file(suffix, dtype, tmp_path, capsys):
@@ -142,6 +143,7 @@ def module_file(path, make=torch.nn.LSTM, prefix="", **options):
     convert.write(path, TensorFile({name: x.numpy() for name, x in tensors.items()}))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize("prefix", ["", "encoder.rnn."])
 @pytest.mark.parametrize("make", [torch.nn.RNN, torch.nn.GRU, torch.nn.LSTM])
@@ -277,6 +279,7 @@ def test_the_help_names_the_command_and_the_function_for_flax(capsys):
     assert "vla_jax.convert.from_flax" in output
 
 
+@pytest.mark.slow
 def test_the_command_runs_and_reports_in_single_lines(tmp_path):
     write(tmp_path / "a.pt", checkpoint_of(dtype=np.float16))
     done = subprocess.run(

@@ -96,6 +96,7 @@ def with_gradients(run):
     return jax.jit(jax.grad(total, (0, 1), has_aux=True))
 
 
+@pytest.mark.sampled
 @each_flax_cell
 def test_outputs_carries_and_gradients_agree_with_flax(cell, style, flax_cell):
     theirs, inputs = flax_params(flax_cell, style), draw(7, B, T, D)
@@ -117,6 +118,7 @@ def test_outputs_carries_and_gradients_agree_with_flax(cell, style, flax_cell):
         assert_close(bias[2 * H :], separate_bias[2 * H :])
 
 
+@pytest.mark.sampled
 @each_flax_cell
 def test_our_params_in_flax_compute_the_same(cell, style, flax_cell, key):
     ours, inputs = cells.CELLS[cell].init(key, D, H), draw(7, B, T, D)
@@ -183,6 +185,7 @@ class Stack(nn.Module):
         return inputs
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("flax_cell", [nn.OptimizedLSTMCell, nn.GRUCell, nn.SimpleCell])
 def test_a_flax_stack_becomes_a_recurrence(flax_cell, both, key):

@@ -83,6 +83,7 @@ def run_torch(module, inputs, hidden, cell):
     return outputs, last if lstm else (last,)
 
 
+@pytest.mark.sampled
 @each_module
 def test_outputs_carries_and_gradients_agree_with_pytorch(cell, num_layers, bidirectional):
     module = make_module(cell, num_layers, bidirectional)

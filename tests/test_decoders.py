@@ -77,6 +77,7 @@ def test_the_outputs_are_robovlms(original):
     assert_close(chunk.gripper_logit[..., None], stored["out.gripper"], 1e-5)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("masked", ["", "_masked"])
 def test_losses_and_gradients_are_robovlms(original, masked):
     config, params, stored = original
@@ -108,6 +109,7 @@ def assert_params_gradient(by_params, stored):
         np.testing.assert_allclose(norm, expected[name], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("name", "mode"),
     [
@@ -214,6 +216,7 @@ def test_a_step_without_tokens_gives_zeros_and_finite_gradients(pooling, key):
 # --- windows ----------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_a_padded_window_is_a_cut_one_and_an_action_comes_out_everywhere(kind, pooling, key):
@@ -230,6 +233,7 @@ def test_a_padded_window_is_a_cut_one_and_an_action_comes_out_everywhere(kind, p
     assert not features[:, :2].any()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", KINDS)
 def test_bins_come_out_everywhere_and_differ_from_numbers_in_the_heads_alone(kind, key):
     config, tokens = configured(kind=kind, head="discrete", num_bins=16), draw(0, B, W, N, D)
@@ -244,6 +248,7 @@ def test_bins_come_out_everywhere_and_differ_from_numbers_in_the_heads_alone(kin
     assert_close(params, numbers, 0)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_param_learns_from_bins_and_stays_finite(kind, key):
     config = configured(kind=kind, pooling="none", head="discrete", num_bins=16)
@@ -258,6 +263,7 @@ def test_every_param_learns_from_bins_and_stays_finite(kind, key):
     assert all(np.isfinite(leaf).all() and leaf.any() for leaf in jax.tree.leaves(gradient))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_a_decoder_with_memory_depends_on_earlier_frames(kind, key):
     config = configured(kind=kind)
@@ -267,6 +273,7 @@ def test_only_a_decoder_with_memory_depends_on_earlier_frames(kind, key):
     assert np.array_equal(one, two) == (kind == "fc")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "gpt"])
 def test_features_go_on_from_the_carry_of_the_window_before(kind, key):
     config = configured(kind=kind)
@@ -277,6 +284,7 @@ def test_features_go_on_from_the_carry_of_the_window_before(kind, key):
     assert_close(np.concatenate([first, second], axis=1), whole)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_reset_inside_the_window_is_a_new_episode(kind, key):
     config = configured(kind=kind)
@@ -287,6 +295,7 @@ def test_a_reset_inside_the_window_is_a_new_episode(kind, key):
     assert_close(jax.tree.map(lambda leaf: leaf[:, 2:], chunk), cut)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", KINDS)
 def test_jit_and_vmap_change_nothing(kind, key):
     config = configured(kind=kind, pooling="attention")
@@ -297,6 +306,7 @@ def test_jit_and_vmap_change_nothing(kind, key):
     assert_close(jax.tree.map(lambda leaf: leaf[:, 0], mapped), expected)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_products_give_float32_actions_and_gradients(kind, key):
     config = configured(kind=kind)

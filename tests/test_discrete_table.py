@@ -50,6 +50,7 @@ def episodes():
     return walked
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", CHOICES[1:7])
 def test_a_choice_is_one_step_along_its_axis(name):
     before, after = moved(name)
@@ -162,6 +163,7 @@ def test_a_straight_way_to_the_block_succeeds():
     assert succeeded.mean() > 0.8
 
 
+@pytest.mark.slow
 def test_the_picture_shows_the_table():
     state, _ = jax.jit(WORLD.reset)(jax.random.key(0))
     picture = np.asarray(jax.jit(WORLD.draw)(state))

@@ -54,6 +54,7 @@ def played():
     return jax.jit(partial(play, agent_of(), env=ENV, noise=NoiseConfig(0.5)))(tiny_run.params())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("execution", "kind"), [("first", "lstm"), ("ensemble", "gru"), ("first", "gpt")]
 )
@@ -74,6 +75,7 @@ def test_streamed_equals_windowed(execution, kind):
     assert np.abs(np.diff(mean.arm, axis=1)).max() > 1e-4  # actions depend on observations
 
 
+@pytest.mark.slow
 def test_the_noise_has_the_configured_scale(played):
     mean_actions = jax.jit(partial(episodes.mean_actions, agent_of()))
     mean, _ = mean_actions(tiny_run.params(), played.observation)
@@ -83,6 +85,7 @@ def test_the_noise_has_the_configured_scale(played):
     assert apart.min() > 0.1  # each environment has different noise
 
 
+@pytest.mark.slow
 def test_without_noise_it_acts_as_the_agent(played):
     """Episodes succeed exactly where they do under the agent itself, from the same layouts."""
     env = ENV._replace(max_steps=T)
@@ -100,6 +103,7 @@ def test_without_noise_it_acts_as_the_agent(played):
     assert 0 < np.sum(other.success) < B
 
 
+@pytest.mark.slow
 def test_nothing_counts_after_the_end(played):
     assert played.mask.all()  # the episodes of ENV are longer than T
 

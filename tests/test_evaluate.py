@@ -71,6 +71,7 @@ def test_an_evaluation_leaves_outcomes_videos_and_a_summary(folder):
     assert data["command"].endswith("--num-episodes 5 --num-simulators 2 --num-videos 1")
 
 
+@pytest.mark.slow
 def test_a_run_that_was_read_already_is_evaluated_the_same(folder):
     run = runs.load_run(folder)
     quiet(run)
@@ -79,6 +80,7 @@ def test_a_run_that_was_read_already_is_evaluated_the_same(folder):
     assert read(folder) == outcomes
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_goes_on_to_equal_results(folder, monkeypatch):
     whole = quiet(folder, dataclasses.replace(CONFIG, name="whole"))
     monkeypatch.setattr(module.results, "append_outcome", fail_after(3, results.append_outcome))
@@ -105,6 +107,7 @@ def fail_after(count, function):
     return wrapped
 
 
+@pytest.mark.slow
 def test_what_was_played_is_not_played_again(folder, monkeypatch):
     first = quiet(folder)
     crashing(monkeypatch, range(1_000_000, 1_000_005))  # would show if they were
@@ -112,6 +115,7 @@ def test_what_was_played_is_not_played_again(folder, monkeypatch):
     assert quiet(folder, dataclasses.replace(CONFIG, num_episodes=3)).total.episodes == 3
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused_under_the_same_name(folder):
     named = dataclasses.replace(CONFIG, name="mine")
     quiet(folder, named)
@@ -132,6 +136,7 @@ def test_damaged_settings_are_one_sentence(folder):
         quiet(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "name"),
     [
@@ -161,6 +166,7 @@ def test_a_world_that_always_crashes_is_one_sentence(folder, monkeypatch):
         quiet(folder, dataclasses.replace(CONFIG, reference="expert"))
 
 
+@pytest.mark.slow
 def test_a_reference_needs_no_checkpoint(tmp_path):
     config = dataclasses.replace(CONFIG, reference="expert", world="table_jax")
     summary = quiet(tmp_path / "new", config)
@@ -168,6 +174,7 @@ def test_a_reference_needs_no_checkpoint(tmp_path):
     assert summary.latency is None
 
 
+@pytest.mark.slow
 def test_the_world_has_pictures_of_the_size_that_the_policy_looks_at(folder):
     painted = dataclasses.replace(tiny_run.WORLD, image_size=64, step_size=0.02)
     module.configs.save(painted, folder / "world.json")
@@ -223,6 +230,7 @@ def test_a_run_without_a_world_asks_for_one(folder):
         quiet(folder)
 
 
+@pytest.mark.slow
 def test_the_command_line_plays_and_shows_the_table_and_the_page(folder, capsys):
     main([str(folder), "--num-episodes", "3", "--num-videos", "0", "--mode", "persistent"])
     told = capsys.readouterr()
@@ -251,6 +259,7 @@ def test_a_mistake_at_the_command_line_is_told_without_a_traceback(folder, capsy
     assert "Traceback" not in told
 
 
+@pytest.mark.slow
 def test_an_interruption_at_the_command_line_says_how_to_go_on(folder, monkeypatch):
     monkeypatch.setattr(module.results, "append_outcome", fail_after(0, results.append_outcome))
     with pytest.raises(SystemExit, match="interrupted; the same command goes on from here"):

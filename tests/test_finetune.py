@@ -60,6 +60,7 @@ def assert_same(found, expected):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
+@pytest.mark.slow
 def test_the_result_is_a_run_folder_that_acts(cloned, tuned):
     before, after = load_run(cloned), load_run(tuned)
     assert (after.agent, after.world, after.step) == (before.agent, before.world, 10 + 4)
@@ -142,6 +143,7 @@ def test_a_reward_of_nan_reaches_the_metrics(rewards):
     assert np.isnan(rewards(jnp.nan)[0])  # `learn` stops there: tests/test_learning_loop.py
 
 
+@pytest.mark.slow
 def test_the_divergence_is_zero_before_the_first_update(cloned):
     config, policy = config_of(cloned, ""), read_cloned(str(cloned))
     loss_fn = make_loss(config, policy.run)
@@ -206,6 +208,7 @@ def test_a_wrong_config_is_one_sentence(field, value, sentence):
         FinetuneConfig(**{field: value})
 
 
+@pytest.mark.slow
 def test_reinforce_fine_tunes_with_init_from(tmp_path):
     words = ["-m", "train.reinforce", "--init-from", str(tmp_path / "nowhere"), "--arm-std", "0.2"]
     ended = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)

@@ -70,6 +70,7 @@ def test_a_certain_gripper_has_a_finite_divergence_and_gradient(logit):
     assert np.isfinite(grads.gripper_logit).all()
 
 
+@pytest.mark.slow
 def test_what_was_rewarded_becomes_more_probable(key):
     """Reward for an arm to the right and an open gripper: the gradient increases both."""
     mean = ActionChunk(jnp.zeros((512, 6)), jnp.zeros(512))

@@ -32,6 +32,7 @@ def step(config, state, action):
     return grid.make(config).step(state, jnp.int32(action))
 
 
+@pytest.mark.slow
 @each_config
 def test_it_equals_the_python_implementation(config):
     env, num_envs, num_steps = grid.make(config), 8, 12
@@ -62,6 +63,7 @@ def test_it_equals_the_python_implementation(config):
     assert ended  # some episodes ended
 
 
+@pytest.mark.slow
 @each_config
 def test_an_episode_starts_without_a_hit_or_a_success(config):
     env = grid.make(config)

@@ -80,6 +80,7 @@ def saved(run_dir, step):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_script_learns_which_lever_is_the_right_one(algorithm, tmp_path, capsys):
     config_type, script = ALGORITHMS[algorithm]
@@ -94,6 +95,7 @@ def test_a_script_learns_which_lever_is_the_right_one(algorithm, tmp_path, capsy
     assert "of 1 seeds" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_resumed_training_keeps_its_params_and_starts_new_episodes(tmp_path, capsys):
     first = run(tmp_path, loop=TWO)
     assert "new episodes" not in capsys.readouterr().out
@@ -112,6 +114,7 @@ def test_the_same_seed_learns_the_same(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "error", "message"),
     [

@@ -53,6 +53,7 @@ def test_logits_are_chunk_major_then_by_action_dim_then_by_bin(key):
     np.testing.assert_allclose(prediction.logits, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_bins", "middle"), [(3, []), (16, [7]), (5, [])])
 def test_the_most_probable_bin_gives_the_arm_and_the_sides_of_0_the_gripper(num_bins, middle):
     logits = np.random.default_rng(0).normal(size=(50, K, A, num_bins)).astype(np.float32)

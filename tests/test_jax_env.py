@@ -51,6 +51,7 @@ def layouts(share, keys):
 STAY, DOWN, UP = (0.0, 0.0, 0.0), (0.0, 0.0, -0.03), (0.0, 0.0, 0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", rules.TASKS)
 def test_expert_succeeds_in_98_percent_under_noise(task):
     env, demos = jax_env.make(BLIND), demonstrations()
@@ -68,6 +69,7 @@ def test_episodes_have_the_length_that_they_are_meant_to_have(task, low, high):
     assert low <= np.array(demos.length)[asked].mean() <= high
 
 
+@pytest.mark.slow
 def test_expert_that_does_not_turn_fails_in_most_rotated_layouts():
     env = jax_env.make(BLIND)
     stiff = env._replace(expert=lambda state: env.expert(state).at[5].set(0))
@@ -102,6 +104,7 @@ def test_rotated_share_is_the_share_of_rotated_layouts(share):
     assert np.abs(yaws).max() <= rules.MAX_YAW
 
 
+@pytest.mark.slow
 def test_same_key_gives_the_same_episode_and_every_instruction_comes_up(key):
     env = jax_env.make(BLIND)
     first, again = jax.jit(env.reset)(key), jax.jit(env.reset)(key)
@@ -112,6 +115,7 @@ def test_same_key_gives_the_same_episode_and_every_instruction_comes_up(key):
     assert env.tasks[::4] == rules.TASKS
 
 
+@pytest.mark.slow
 def test_vmap_is_a_loop_and_jit_is_no_jit(key):
     env = jax_env.make(BLIND)
     actions = jax.random.uniform(key, (3, 7), minval=-1)
@@ -124,6 +128,7 @@ def test_vmap_is_a_loop_and_jit_is_no_jit(key):
         )
 
 
+@pytest.mark.slow
 def test_observation_is_the_state_in_metres_and_radians():
     env, state = world("touch the red block", tool=(0.1, -0.05, 0.2), yaw=0.3, target_yaw=0.5)
     state, transition = play(env, state, [(STAY, OPEN)])
@@ -281,6 +286,7 @@ def test_block_that_a_finger_runs_into_goes_along_with_it():
     assert not transition.terminated
 
 
+@pytest.mark.slow
 def test_time_runs_out_at_max_steps_and_only_then():
     env = jax_env.make(SEEING)
     state, _ = env.reset(jax.random.key(0))
@@ -292,6 +298,7 @@ def test_time_runs_out_at_max_steps_and_only_then():
     assert truncated == [False] * (SEEING.max_steps - 1) + [True]
 
 
+@pytest.mark.slow
 def test_demonstrations_record_what_the_expert_saw_and_wanted():
     env, demos = jax_env.make(SEEING), demonstrations(SEEING, 2, 0.25)
     shapes = jax.tree.map(jnp.shape, demos.observation)

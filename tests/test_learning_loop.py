@@ -70,6 +70,7 @@ def interrupted(run_dir, tmp_path):
     return copy
 
 
+@pytest.mark.slow
 def test_resumed_is_uninterrupted_to_the_bit(whole, tmp_path):
     name, run_dir, result = whole
     copy = interrupted(run_dir, tmp_path)
@@ -78,6 +79,7 @@ def test_resumed_is_uninterrupted_to_the_bit(whole, tmp_path):
     assert metrics_of(copy) == metrics_of(run_dir)
 
 
+@pytest.mark.slow
 def test_four_devices_equal_one(whole, tmp_path):
     name, _, result = whole
     loop = LoopConfig(num_updates=4, log_every=4, save_every=4, num_devices=4)
@@ -101,6 +103,7 @@ def test_seeds_differ_and_each_has_its_curve(whole, capsys):
     assert (run_dir / "curve.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_a_seed_that_has_solved_its_environment_stops_learning(tmp_path):
     seeds = SeedsConfig(**{**vars(SEEDS), "solved_at": -1.0})
     result = run(tmp_path, "sarsa", seeds=seeds)
@@ -108,6 +111,7 @@ def test_a_seed_that_has_solved_its_environment_stops_learning(tmp_path):
     assert checkpoint.latest_step(tmp_path / "checkpoints") == 2
 
 
+@pytest.mark.slow
 def test_a_reward_of_nan_is_reported_and_the_last_checkpoint_is_kept(whole, tmp_path, monkeypatch):
     name, run_dir, result = whole
     copy, env = interrupted(run_dir, tmp_path), discrete_worlds.make(PARTS["world"])
@@ -145,6 +149,7 @@ def test_a_config_that_does_not_fit_leaves_an_earlier_run_alone(tmp_path):
     assert (tmp_path / "config.json").read_text() == "{}"
 
 
+@pytest.mark.slow
 def test_a_table_learns_a_small_grid_and_worse_with_shared_rows(tmp_path):
     deep = SarsaConfig(
         loop=LoopConfig(num_updates=400), seeds=SeedsConfig(num_worlds=32, report_episodes=200)
@@ -159,6 +164,7 @@ def test_a_table_learns_a_small_grid_and_worse_with_shared_rows(tmp_path):
     assert success[7] < 0.7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("train", "config"),
     [(deep_sarsa.train, SarsaConfig), (reinforce.train, ReinforceConfig)],
@@ -175,6 +181,7 @@ def test_a_script_writes_a_curve_a_report_and_a_video(train, config, tmp_path):
     assert any((frame != frames[0]).any() for frame in frames)
 
 
+@pytest.mark.slow
 def test_the_comparison_plots_both(tmp_path, capsys):
     deep = SarsaConfig(loop=LOOP, **PARTS)
     config = tabular.TabularConfig(run_dir=str(tmp_path / "run"), obstacles=(1,), deep=deep)
@@ -185,12 +192,14 @@ def test_the_comparison_plots_both(tmp_path, capsys):
     assert (run_dir / "obstacles.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_throughput_reports_both_and_their_ratio():
     config = throughput.ThroughputConfig(num_worlds=16, num_steps=4, loop_steps=50, rounds=1)
     report = throughput.measure(config)
     assert re.search(r"16 environments .* million steps/s; .* thousand; ratio \d+ \(", report)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("presets", "argv"),
     [

@@ -51,6 +51,7 @@ def assert_all_differ(params):
     assert len(set(leaves)) == len(leaves)
 
 
+@pytest.mark.sampled
 @each_cell
 def test_a_cell_under_flaxs_loop_is_the_recurrence(cell, key):
     inputs, run = draw(0, B, T, D), nn.RNN(linen.Cell(cell, H), return_carry=True)
@@ -65,6 +66,7 @@ def test_a_cell_under_flaxs_loop_is_the_recurrence(cell, key):
     assert_close(last, expected_last["layers_0"]["forward"])
 
 
+@pytest.mark.sampled
 @each_cell
 @pytest.mark.parametrize("lead", [(), (B,), (2, B)])
 def test_a_cell_takes_any_batch_axes(cell, lead, key):
@@ -119,6 +121,7 @@ def test_a_wrong_cell_is_one_sentence(arguments, sentence):
         linen.Cell(*arguments)
 
 
+@pytest.mark.sampled
 @each_cell
 def test_the_recurrence_is_the_pure_one(cell, key):
     config = RecurrenceConfig(cell, num_layers=2, hidden_size=H, bidirectional=True)
@@ -143,6 +146,7 @@ def test_the_recurrence_steps(cell, key):
     assert_close(results, recurrence.step(variables["params"], config, carry, inputs, reset=reset))
 
 
+@pytest.mark.sampled
 @each_decoder
 def test_the_decoder_is_the_pure_one(config, key):
     module, tokens = linen.Decoder(config), draw(0, B, T, N, D)
@@ -164,6 +168,7 @@ def test_the_decoder_takes_targets_as_the_pure_one_does(key):
     assert_close(chunk, decoders.apply(params, config, tokens, targets=targets))
 
 
+@pytest.mark.sampled
 @each_decoder
 def test_the_decoder_streams(config, key):
     module, tokens = linen.Decoder(config), draw(0, B, T, N, D)
@@ -242,6 +247,7 @@ def test_the_decoder_trains_inside_a_model_of_modules(key):
     assert np.any(gradients["decoder"]["recurrence"]["layers_0"]["forward"]["input_kernel"])
 
 
+@pytest.mark.sampled
 @each_decoder
 def test_the_documented_bridge_to_nnx_runs(config, key):
     tokens = draw(0, B, T, N, D)

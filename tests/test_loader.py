@@ -116,6 +116,7 @@ def test_resumed_is_uninterrupted_to_the_bit_augmentation_included(num_threads):
             assert_same(expected, take(batches, 12))
 
 
+@pytest.mark.slow
 def test_worker_processes_give_the_same_batches_and_resume_exactly():
     augment = AugmentConfig(shift=2)
     source = make_source()

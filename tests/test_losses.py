@@ -64,6 +64,7 @@ def test_the_gripper_weighs_a_hundredth_unless_told():
     assert_close(loss, metrics["loss_arm"] + 0.01 * metrics["loss_gripper"], 1e-7)
 
 
+@pytest.mark.slow
 def test_the_loss_of_bins_is_torchs_cross_entropy_with_the_bins_of_the_real_targets():
     prediction, action, mask = draw_batch("discrete")
     edges = np.linspace(-1, 1, V)
@@ -102,6 +103,7 @@ def test_bins_of_what_was_said_have_no_loss_and_full_marks():
     assert 0 < metrics["arm_l1"] <= 1 / (V - 1)
 
 
+@pytest.mark.slow
 @each_head
 def test_an_all_masked_batch_gives_zero_with_zero_gradient(head):
     chunk, action, mask = draw_batch(head)
@@ -198,6 +200,7 @@ def draw_sentences():
     return logits, random.integers(0, V, (B, W)), random.random((B, W)) < 0.6
 
 
+@pytest.mark.slow
 def test_a_language_models_loss_is_torchs_when_its_caller_shifts():
     logits, ids, mask = draw_sentences()
     labels = np.where(mask, ids, -100)
@@ -217,6 +220,7 @@ def test_a_language_models_loss_is_torchs_when_its_caller_shifts():
     assert_close(metrics, {"loss_tokens": loss, "acc_tokens": right})
 
 
+@pytest.mark.slow
 def test_sentences_without_a_real_token_give_zero_with_zero_gradient():
     logits, ids, mask = draw_sentences()
     value_and_grad = jax.value_and_grad(losses.token_loss, has_aux=True)
@@ -287,6 +291,7 @@ def spoken_loss(logits, labels, axis_name=None):
     )
 
 
+@pytest.mark.slow
 def test_the_loss_of_spoken_actions_is_that_of_robovlms_discrete_decoder():
     logits, labels = draw_spoken_actions()
     loss, metrics = spoken_loss(logits, labels)

@@ -35,6 +35,7 @@ def test_product_equals_that_of_numpy(rows, kernel):
     np.testing.assert_allclose(product, inputs @ draw(D, E), rtol=0, atol=1e-5)
 
 
+@pytest.mark.sampled
 @each_way
 @each_rows
 def test_gradients_equal_those_by_hand(rows, kernel):

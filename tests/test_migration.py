@@ -27,6 +27,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 HEAD, EXPORT, ACTION_TOKENS, *OTHERS = BLOCKS
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore:.*outside the head are left over", "ignore:.*randomly initialised"
 )
@@ -78,6 +79,7 @@ def test_a_trained_head_is_written_into_the_original_checkpoint(tmp_path, monkey
     np.testing.assert_array_equal(fine["model.eyes"], tensors["model.eyes"])
 
 
+@pytest.mark.slow
 def test_the_block_on_action_tokens_runs():
     names: dict = {}
     exec(ACTION_TOKENS, names)
@@ -85,6 +87,7 @@ def test_the_block_on_action_tokens_runs():
     assert names["metrics"]["action_l1"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", OTHERS, ids=["torch", "flax", "linen"])
 def test_the_blocks_on_torch_and_flax_run(block):
     names: dict = {}

@@ -66,6 +66,7 @@ def test_every_instruction_comes_up():
     assert asked == {(i.text, i.task) for i in rules.INSTRUCTIONS}
 
 
+@pytest.mark.slow
 def test_the_expert_succeeds_under_noise_in_97_percent():
     done = [
         demonstrate(blind(), seed, noise=0.25, disturbance=0.0) is not None
@@ -74,6 +75,7 @@ def test_the_expert_succeeds_under_noise_in_97_percent():
     assert np.mean(done) >= 0.97
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rotated_share", "low", "high"), [(0.0, 0.9, 1.0), (1.0, 0.0, 0.3)])
 def test_an_expert_that_does_not_turn_fails_in_rotated_layouts(
     rotated_share, low, high, monkeypatch

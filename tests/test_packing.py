@@ -65,6 +65,7 @@ def test_the_instruction_is_visible_at_the_first_step_of_an_episode_alone(window
     assert np.array_equal(shown & batch.timestep_mask, (packed.step == 0) & packed.mask)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lstm", "gpt"])
 def test_an_episode_in_a_packed_row_decodes_as_in_its_own_window(kind, windows, key):
     config = DecoderConfig(

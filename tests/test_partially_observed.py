@@ -32,6 +32,7 @@ def unroll(env):
     return actor.unroll(env, random, first, T, key=jax.random.key(1))[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ENVS)
 def test_velocities_are_hidden_and_the_instruction_is_shown_once_per_episode(name):
     env, visible, num_once = ENVS[name]

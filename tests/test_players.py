@@ -55,6 +55,7 @@ def test_a_controller_keeps_nothing_between_calls_but_its_state(player):
     np.testing.assert_array_equal(controller.step(initial, [view(0)], reset)[1], first)
 
 
+@pytest.mark.slow
 def test_a_policy_has_the_same_outcomes_in_a_scan_and_step_by_step(player, monkeypatch):
     env, seeds = jax_env.make(tiny_run.WORLD), range(20, 27)
     stepped = play(player.controller, seeds, tiny_run.WORLD)

@@ -71,6 +71,7 @@ def assert_close(one, other):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "decoder"), [("perceiver", DECODER), ("state", DECODER), ("state", GPT)]
 )
@@ -85,6 +86,7 @@ def test_streamed_is_windowed_from_observations_on(name, decoder):
             assert_close(chunk, jax.tree.map(lambda part: part[:, -1], window))
 
 
+@pytest.mark.slow
 @each
 def test_tokens_that_were_encoded_before_give_the_same_chunks(name):
     config, observation = CONFIGS[name], at(observe(name), slice(W))

@@ -15,6 +15,7 @@ from vla_jax.envs.table import jax_env, mujoco_env
 TWIN = jax_env.TableConfig(image_size=0, max_steps=20)
 
 
+@pytest.mark.slow
 def test_the_jax_table_is_recorded_as_it_was_played(tmp_path, capsys):
     config = RecordConfig(str(tmp_path / "demos"), TWIN, num_episodes=12)
     assert record(config) == tmp_path / "demos"
@@ -38,6 +39,7 @@ def test_the_jax_table_is_recorded_as_it_was_played(tmp_path, capsys):
     assert data.fps == 10
 
 
+@pytest.mark.slow
 def test_chunks_bound_the_memory_and_no_episode_comes_twice(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "CHUNK_BYTES", 5 * 20 * 4 * 37)  # five episodes of 20 steps
     config = RecordConfig(str(tmp_path / "demos"), TWIN, num_episodes=12)
@@ -56,6 +58,7 @@ def test_chunks_bound_the_memory_and_no_episode_comes_twice(tmp_path, monkeypatc
     assert len(set(first)) == len(first)
 
 
+@pytest.mark.slow
 def test_pictures_are_recorded_where_there_are_some(tmp_path):
     world = dataclasses.replace(TWIN, image_size=16)
     record(RecordConfig(str(tmp_path / "demos"), world, num_episodes=4))

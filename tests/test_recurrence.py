@@ -56,6 +56,7 @@ def flags(*true_at):
     return np.tile(np.isin(np.arange(T), true_at), (B, 1))
 
 
+@pytest.mark.sampled
 @each_cell
 @pytest.mark.parametrize("num_layers", [1, 2])
 def test_a_sequence_is_one_step_after_the_other_and_one_layer_after_the_other(
@@ -77,6 +78,7 @@ def test_a_sequence_is_one_step_after_the_other_and_one_layer_after_the_other(
     assert_close(outputs, layer_inputs)
 
 
+@pytest.mark.sampled
 @each_cell
 @pytest.mark.parametrize("residual", [False, True])
 def test_streamed_is_the_whole_sequence(cell, residual, key):
@@ -91,6 +93,7 @@ def test_streamed_is_the_whole_sequence(cell, residual, key):
     assert_close(carry, last)
 
 
+@pytest.mark.sampled
 @each_cell
 def test_many_carries_share_one_input(cell, key):
     """What refresh streaming does: carries `[B, S, H]`, inputs `[B, 1, D]`."""
@@ -106,6 +109,7 @@ def test_many_carries_share_one_input(cell, key):
         assert_close(taken, expected)
 
 
+@pytest.mark.sampled
 @each_config
 @pytest.mark.parametrize("padding", ["left", "right", "middle"])
 def test_padded_is_cut(config, padding, key):
@@ -119,6 +123,7 @@ def test_padded_is_cut(config, padding, key):
     assert not outputs[:, padded].any()
 
 
+@pytest.mark.sampled
 @each_config
 def test_what_is_masked_changes_nothing_and_gets_no_gradient(config, key):
     params, inputs, mask = recurrence.init(key, config, D), draw(0, B, T, D), ~flags(0, 4)
@@ -144,6 +149,7 @@ def test_an_all_masked_sequence_gives_back_its_carry(config, key):
     assert not outputs.any()
 
 
+@pytest.mark.sampled
 @each_config
 def test_reset_is_separate_episodes(config, key):
     params, inputs = recurrence.init(key, config, D), draw(0, B, T, D)
@@ -153,6 +159,7 @@ def test_reset_is_separate_episodes(config, key):
         assert_close(outputs[:, start:stop], episode)
 
 
+@pytest.mark.sampled
 @each_cell
 def test_reset_on_a_masked_step_forgets_as_well(cell, key):
     config = RecurrenceConfig(cell=cell, hidden_size=H)
@@ -162,6 +169,7 @@ def test_reset_on_a_masked_step_forgets_as_well(cell, key):
     assert_close(outputs[:, 4:], episode)
 
 
+@pytest.mark.sampled
 @each_cell
 def test_rows_have_lengths_of_their_own(cell, key):
     config = RecurrenceConfig(cell=cell, hidden_size=H, bidirectional=True)
@@ -175,6 +183,7 @@ def test_rows_have_lengths_of_their_own(cell, key):
         assert_close((own, outputs[row : row + 1, :length]), expected)
 
 
+@pytest.mark.sampled
 @each_cell
 def test_the_backward_direction_is_the_forward_one_on_the_reversed_sequence(cell, key):
     both = RecurrenceConfig(cell=cell, hidden_size=H, bidirectional=True)
@@ -200,6 +209,7 @@ def test_reversed_twice_is_the_same(cell, key):
     assert_close(np.roll(other[:, ::-1], H, axis=-1), outputs)
 
 
+@pytest.mark.sampled
 @each_cell
 def test_two_halves_are_the_whole(cell, key):
     config = RecurrenceConfig(cell=cell, num_layers=2, hidden_size=H)
@@ -216,6 +226,7 @@ STACKS = {
 }
 
 
+@pytest.mark.sampled
 @each_cell
 @pytest.mark.parametrize(("kind", "remat_chunk"), STACKS.values(), ids=STACKS)
 def test_remat_changes_no_output_and_no_gradient(cell, kind, remat_chunk, key):
@@ -232,6 +243,7 @@ def test_remat_changes_no_output_and_no_gradient(cell, kind, remat_chunk, key):
     assert_close(chunked, plain, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_remat_takes_less_memory(key):
     inputs = jnp.zeros((8, 128, 16))
 
@@ -248,6 +260,7 @@ def test_remat_takes_less_memory(key):
     assert temporary_bytes(8) < 0.25 * temporary_bytes(0)
 
 
+@pytest.mark.sampled
 @each_config
 def test_jit_and_vmap_change_nothing(config, key):
     params, inputs = recurrence.init(key, config, D), draw(0, B, T, D)
@@ -258,6 +271,7 @@ def test_jit_and_vmap_change_nothing(config, key):
     assert_close(jax.tree.map(lambda leaf: leaf[:, 0], last), expected[0])
 
 
+@pytest.mark.sampled
 @each_cell
 def test_bfloat16_products_keep_carries_and_outputs_in_float32(cell, key):
     half = RecurrenceConfig(cell=cell, hidden_size=H, dtype="bfloat16")
@@ -310,6 +324,7 @@ def test_dropout_acts_between_layers_alone_and_only_with_a_key(bidirectional, ke
     assert np.abs(dropped - other).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_a_sharded_batch_gives_what_a_whole_one_gives(axis_type, key):
     config = RecurrenceConfig(
@@ -383,6 +398,7 @@ def test_wrong_shapes_are_refused_at_the_door(wrong, key):
         recurrence.apply(params, config, **arguments)
 
 
+@pytest.mark.slow
 def test_a_carry_of_another_batch_is_refused_at_the_door(key):
     config = RecurrenceConfig(hidden_size=H)
     params, carry = recurrence.init(key, config, D), draw_carry(config, batch_size=B + 1)

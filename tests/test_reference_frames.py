@@ -111,6 +111,7 @@ def test_the_two_meanings_of_a_rotation_differ(action, euler):
     assert np.abs(one[:, 3:6] - other[:, 3:6]).mean() > 0.05
 
 
+@pytest.mark.slow
 @each_frame
 def test_numpy_jit_and_vmap_agree_and_stay_float32(name, action, euler):
     for turn in (reference_frames.to_tool_frame, reference_frames.to_world_frame):

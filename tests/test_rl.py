@@ -107,6 +107,7 @@ def probability(table, states, actions):
     return jnp.prod(jax.nn.softmax(table)[states, actions], axis=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("baseline", [0.0, 3.0])
 @pytest.mark.parametrize("gamma", [1.0, GAMMA])
 def test_reinforce_is_the_exact_policy_gradient_of_a_two_state_problem(gamma, baseline):

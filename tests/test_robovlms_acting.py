@@ -158,6 +158,7 @@ def every_step(command):
     return np.array([[command(row, t) for t in range(T)] for row in range(B)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mu", [0.0, 255.0])
 def test_commands_on_calvin_equal_the_wrappers(mu, params, observation, chunks):
     config = acting_presets.calvin(POLICY, mu=mu)
@@ -183,6 +184,7 @@ def test_commands_on_calvin_in_the_tools_frame_equal_the_wrappers(params, observ
     assert (np.abs(theirs[..., 3]) > np.pi).mean() > 0.1
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("steps", [1, 2, 3])
 @pytest.mark.parametrize("robot", ROBOTS)
 def test_commands_on_simpler_equal_the_wrappers(robot, steps, params, observation, chunks):

@@ -30,6 +30,7 @@ def without(tensors, *names):
 # --- round trip -----------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @each_kind
 @pytest.mark.parametrize("latent", [1, 2])
 @pytest.mark.parametrize(("layers", "chunk", "hidden"), [(1, 10, 6), (4, 1, 4), (11, 2, 4)])
@@ -53,6 +54,7 @@ def test_a_round_trip_is_the_identity_and_sizes_are_inferred(kind, latent, layer
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
 
 
+@pytest.mark.sampled
 @each_kind
 def test_the_decoder_accepts_the_params(kind):
     config, params = convert.from_robovlms(

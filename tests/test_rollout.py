@@ -161,6 +161,7 @@ def sometimes_wrong(index):
     return jnp.where(index % 2 == 0, index, index // 4 * 4 + (index + 1) % 4)
 
 
+@pytest.mark.slow
 def test_a_scan_over_a_jax_world_gives_the_outcomes_of_its_simulator():
     env, agent, seeds = jax_env.make(WORLD), agent_of(sometimes_wrong), range(30, 42)
     ids = jnp.arange(len(env.instructions))[:, None]
@@ -185,6 +186,7 @@ def test_a_scan_over_a_jax_world_gives_the_outcomes_of_its_simulator():
     assert 0 < scanned.success.sum() < len(seeds)  # both verdicts occur
 
 
+@pytest.mark.slow
 def test_what_happens_after_the_end_of_an_episode_does_not_count():
     env, right, wrong = jax_env.make(WORLD), agent_of(lambda i: i), agent_of(lambda i: i ^ 1)
     ids = jnp.arange(len(env.instructions))[:, None]

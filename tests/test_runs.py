@@ -23,6 +23,7 @@ def folder(written, tmp_path):
     return shutil.copytree(written, tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "expected"), [(None, 10), (3, 3)])
 def test_a_run_is_read_as_it_was_written(folder, step, expected):
     run = runs.load_run(folder, step=step)

@@ -87,6 +87,7 @@ def test_a_wrong_config_is_one_sentence(fields, sentence):
         SamplingConfig(**fields)
 
 
+@pytest.mark.slow
 @each_config
 def test_told_always_is_teacher_forcing(config, key):
     params, memory, targets = setup(config)

@@ -67,6 +67,7 @@ def assert_close(one, other, atol=1e-5):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol), one, other)
 
 
+@pytest.mark.sampled
 @each_config
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_a_beam_as_wide_as_all_targets_finds_the_best_of_them(config, alpha):

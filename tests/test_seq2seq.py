@@ -61,6 +61,7 @@ def assert_close(one, other, atol=1e-6):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol), one, other)
 
 
+@pytest.mark.sampled
 @each_config
 def test_teacher_forcing_is_one_step_after_the_other(config):
     params, source, targets = setup(config)
@@ -73,6 +74,7 @@ def test_teacher_forcing_is_one_step_after_the_other(config):
         inputs = seq2seq.embed(params, config, targets[:, t])
 
 
+@pytest.mark.sampled
 @each_config
 def test_a_padded_source_is_a_cut_one(config):
     params, source, targets = setup(config)
@@ -95,6 +97,7 @@ def test_weights_sum_to_1_over_the_real_positions(config):
         assert not (np.asarray(weights) * ~MASK[:, None]).any()
 
 
+@pytest.mark.sampled
 @each_config
 def test_an_output_depends_on_the_whole_source_and_on_the_targets_before_it(config):
     params, source, targets = setup(config)
@@ -112,6 +115,7 @@ def test_an_output_depends_on_the_whole_source_and_on_the_targets_before_it(conf
     assert (np.abs(outputs[:, 2] - plain[:, 2]).max(axis=1) > 1e-6).all()
 
 
+@pytest.mark.sampled
 @each_config
 def test_jit_and_vmap_change_nothing(config):
     params, source, targets = setup(config)
@@ -123,6 +127,7 @@ def test_jit_and_vmap_change_nothing(config):
     assert_close(jax.tree.map(lambda part: part[:, 0], mapped), expected)
 
 
+@pytest.mark.sampled
 @each_config
 def test_every_param_learns_and_stays_finite_where_a_source_is_empty(config):
     params, source, targets = setup(config)
@@ -210,6 +215,7 @@ def torch_run(config, params, encoder, decoder, source, targets):
     return torch_affine(torch.tanh(torch_affine(both, p["combine"])), p["output"]), weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
 def test_outputs_and_weights_are_those_of_pytorch(cell):
     torch.manual_seed(0)

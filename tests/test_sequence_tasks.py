@@ -26,6 +26,7 @@ def split_adding(trials):
     return np.moveaxis(np.asarray(trials.inputs), -1, 0), np.asarray(trials.target)
 
 
+@pytest.mark.slow
 def test_constant_outputs_are_at_chance(key):
     adding = sequence_tasks.draw_adding(key, 20_000, 8)
     loss, error = TASKS["adding"].evaluate(jnp.ones((20_000, 1)), adding.target)
@@ -87,6 +88,7 @@ def draw_net(cell, key, num_steps=7):
     return config, sequence_tasks.init(key, config, task), task.draw(key, 3, num_steps)
 
 
+@pytest.mark.slow
 def test_the_gradient_norms_of_a_linear_cell_are_products_of_its_decays(key):
     """∂hₜ₊₁/∂hₜ is diagonal: the a of hₜ₊₁ = a hₜ + b."""
     config, params, trials = draw_net("min_gru", key)
@@ -100,6 +102,7 @@ def test_the_gradient_norms_of_a_linear_cell_are_products_of_its_decays(key):
     np.testing.assert_allclose(found, expected / expected[0], rtol=1e-5)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("cell", cells.CELLS)
 def test_the_gradient_norms_agree_with_the_gradient_by_an_initial_carry(cell, key):
     config, params, trials = draw_net(cell, key)

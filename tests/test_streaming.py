@@ -104,6 +104,7 @@ def assert_close(one, other):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), one, other)
 
 
+@pytest.mark.sampled
 @each_kind_and_mode
 def test_streamed_is_windowed(kind, mode, key):
     config, tokens = configured(kind), draw_tokens()
@@ -119,6 +120,7 @@ def prepare(monkeypatch, params, config, mode, batch_size=B):
         return decoders.prepare_params(params, config, batch_size, mode=mode)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", [*CELLS, AUTOREGRESSIVE])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_prepared_params_give_the_same(kind, dtype, key, monkeypatch):
@@ -147,6 +149,7 @@ def test_prepared_params_are_for_single_steps_only(key, monkeypatch):
         decoders.apply(prepared, config, draw_tokens())
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("kind", "mode", "head"),
     [
@@ -162,6 +165,7 @@ def test_streamed_is_windowed_when_every_robot_starts_episodes_of_its_own(kind, 
     assert_close(streamed, windowed(params, config, tokens, STARTS, mode, W))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("kind", "mode", "window_size"),
     [("gru", mode, size) for mode in MODES for size in (1, 6, 20)]
@@ -175,6 +179,7 @@ def test_a_window_other_than_in_training_is_as_exact(kind, mode, window_size, ke
     assert_close(streamed, windowed(params, config, tokens, STARTS, mode, window_size))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("kind", "mode"),
     [
@@ -193,6 +198,7 @@ def test_modes_forget_what_they_should(kind, mode, key):
     assert remembers[W:].any() == remembers[W:].all() == (mode == "persistent")
 
 
+@pytest.mark.sampled
 @each_kind_and_mode
 def test_the_state_never_grows_and_may_be_donated(kind, mode, key):
     config, tokens = configured(kind), draw_tokens()
@@ -265,6 +271,7 @@ def test_an_old_robot_fills_the_caches_of_the_young_who_go_on_from_them_when_it_
     assert_close(chunk, jax.tree.map(lambda leaf: leaf[:, 6], streamed))
 
 
+@pytest.mark.sampled
 @each_kind_and_mode
 def test_masked_tokens_are_as_if_they_were_not_there(kind, mode, key):
     config, tokens = configured(kind), draw_tokens()
@@ -279,6 +286,7 @@ def test_masked_tokens_are_as_if_they_were_not_there(kind, mode, key):
     assert_close(one, two)
 
 
+@pytest.mark.sampled
 @each_kind_and_mode
 def test_a_new_episode_forgets_a_broken_frame_too(kind, mode, key):
     config, tokens = configured(kind), draw_tokens()

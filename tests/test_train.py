@@ -73,6 +73,7 @@ def assert_same_bits(one, other):
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
+@pytest.mark.slow
 def test_pretraining_moves_the_eyes_and_keeps_what_acting_needs(eyes):
     losses = [line["loss"] for line in read_metrics(eyes / "metrics.jsonl")]
     assert len(losses) == 2
@@ -83,6 +84,7 @@ def test_pretraining_moves_the_eyes_and_keeps_what_acting_needs(eyes):
     assert json.loads((eyes / "norm_stats.json").read_text()).keys() >= {"environment_state"}
 
 
+@pytest.mark.slow
 def test_the_eyes_can_look_for_another_column(demos, tmp_path):
     config = dataclasses.replace(tiny_demos.pretraining(demos, tmp_path), target="action")
     params = checkpoint.restore_params(pretrain(config) / "checkpoints")
@@ -119,6 +121,7 @@ def test_a_finished_run_is_left_as_it_is(demos, trained):
     assert_same_bits(before, train_state(trained))
 
 
+@pytest.mark.slow
 def test_a_frozen_backbone_stays_as_it_was_pre_trained_to_the_bit(demos, eyes, tmp_path):
     config = tiny_demos.imitation(
         demos,
@@ -143,6 +146,7 @@ def test_a_frozen_backbone_stays_as_it_was_pre_trained_to_the_bit(demos, eyes, t
         assert all(jax.tree.leaves(moved))
 
 
+@pytest.mark.slow
 def test_pictures_changed_on_the_device_resume_to_the_bit(demos, tmp_path):
     seeing = dict(backbone=tiny_demos.EYES, augment_on="device")
     config = tiny_demos.imitation(demos, tmp_path / "whole", **seeing)
@@ -157,6 +161,7 @@ def test_pictures_changed_on_the_device_resume_to_the_bit(demos, tmp_path):
     assert first[0] != first[1]
 
 
+@pytest.mark.slow
 def test_the_eyes_too_may_see_pictures_that_the_device_has_changed(demos, eyes, tmp_path):
     config = tiny_demos.pretraining(demos, tmp_path / "run")
     changed = pretrain(
@@ -166,6 +171,7 @@ def test_the_eyes_too_may_see_pictures_that_the_device_has_changed(demos, eyes, 
     assert first[0] != first[1]
 
 
+@pytest.mark.slow
 def test_end_to_end_training_moves_the_backbone_too(demos, eyes, tmp_path):
     config = tiny_demos.imitation(
         demos,
@@ -185,6 +191,7 @@ def test_end_to_end_training_moves_the_backbone_too(demos, eyes, tmp_path):
         assert not all(jax.tree.leaves(same)), name
 
 
+@pytest.mark.slow
 def test_a_gpt_trains_on_packed_episodes_and_plays_past_its_window(demos, tmp_path):
     config = with_kind(tiny_demos.imitation(demos, tmp_path / "run", pack=True), "gpt")
     config = dataclasses.replace(config, loop=loop.LoopConfig(2, log_every=1, save_every=2))
@@ -202,6 +209,7 @@ def test_a_gpt_trains_on_packed_episodes_and_plays_past_its_window(demos, tmp_pa
     assert max(outcome.num_steps for outcome in outcomes) > config.agent.policy.decoder.window_size
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_is_told_less_and_less_resumes_to_the_bit_and_plays(demos, tmp_path):
     always = with_decoder(
         tiny_demos.imitation(demos, tmp_path / "always", pack=True),
@@ -276,6 +284,7 @@ def overfitted(demos, tmp_path_factory):
     return imitate(overfitting(demos, tmp_path_factory.mktemp("runs") / "auxiliary"))
 
 
+@pytest.mark.slow
 def test_both_auxiliary_losses_fall_and_the_memory_says_what_it_was_told(demos, overfitted):
     config = overfitting(demos, overfitted)
     told = read_metrics(overfitted / "metrics.jsonl")
@@ -301,6 +310,7 @@ def test_both_auxiliary_losses_fall_and_the_memory_says_what_it_was_told(demos, 
     np.testing.assert_array_equal(said[knows], wanted[knows])
 
 
+@pytest.mark.slow
 def test_with_auxiliary_heads_resumed_is_uninterrupted_to_the_bit(demos, overfitted, tmp_path):
     run_dir = shutil.copytree(overfitted, tmp_path / "resumed")
     shutil.rmtree(run_dir / "checkpoints" / "240")
@@ -308,6 +318,7 @@ def test_with_auxiliary_heads_resumed_is_uninterrupted_to_the_bit(demos, overfit
     assert_same_bits(*(saved(folder) for folder in (overfitted, run_dir)))
 
 
+@pytest.mark.slow
 def test_acting_reads_what_acts_and_leaves_the_auxiliary_heads_where_they_are(overfitted):
     run = load_run(overfitted)
     assert run.params.keys() == {"backbone", "decoder"}
@@ -412,6 +423,7 @@ def test_a_target_that_the_data_lack_is_one_sentence(demos, tmp_path):
         pretrain(dataclasses.replace(config, target="state"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", [StateConfig(), dataclasses.replace(tiny_demos.EYES, width=8)])
 def test_a_backbone_of_other_sizes_is_one_sentence(eyes, backbone):
     config = tiny_demos.imitation("", "", backbone=backbone, backbone_from=str(eyes))
@@ -444,6 +456,7 @@ def test_a_training_starts_from_the_decoder_of_a_conversion_or_of_a_run(trained,
         assert_same_bits(params["backbone"], fresh["backbone"])
 
 
+@pytest.mark.slow
 def test_a_converted_head_is_trained_on_goes_back_and_moved(demos, tmp_path):
     write_converted(tmp_path / "head")
     options = {"decoder_from": str(tmp_path / "head")}
@@ -455,6 +468,7 @@ def test_a_converted_head_is_trained_on_goes_back_and_moved(demos, tmp_path):
         assert 0 < np.abs(tensor - first[name]).max() < 0.1, name
 
 
+@pytest.mark.slow
 def test_a_decoder_of_other_sizes_is_one_sentence(eyes, tmp_path):
     write_converted(tmp_path / "head", chunk=3)
     sentence = r"decoder of .*head has other sizes .* heads/arm/layers_1/bias is \(18,\), expected"
@@ -487,6 +501,7 @@ def small(demos, run_dir):
     )
 
 
+@pytest.mark.slow
 def test_a_discrete_head_learns_from_the_command_line_and_its_run_acts(demos, tmp_path):
     options = ("--decoder.head", "discrete", "--num-bins", 16, "--max-steps", 8)
     updates = ("--num-updates", 60, "--save-every", 60, "--log-every", 20, "--warmup-steps", 0)

@@ -73,6 +73,7 @@ def test_resumed_is_uninterrupted_to_the_bit(trained, tmp_path):
     assert [line["loss"] for line in one] == [line["loss"] for line in other]
 
 
+@pytest.mark.slow
 def test_a_bottleneck_has_no_attention_plot(tmp_path):
     run_dir = script.train(tiny(tmp_path / "run", "bottleneck"))
     assert "attention" not in saved(run_dir)
@@ -80,6 +81,7 @@ def test_a_bottleneck_has_no_attention_plot(tmp_path):
     assert not (run_dir / "attention.png").exists()
 
 
+@pytest.mark.slow
 def test_the_teacher_forcing_rate_falls_with_the_updates():
     config = tiny("", sampling=SamplingConfig("linear", slope=0.125))
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.0))

@@ -152,6 +152,7 @@ def test_what_is_masked_changes_nothing_and_gradients_are_finite_even_if_all_is(
     assert_close((gradient, outputs), gradient_of(params, poisoned), 0)
 
 
+@pytest.mark.slow
 def test_vmap_is_a_loop_and_jit_is_no_jit():
     params, inputs, reset = draw_params(), draw(0, B, T, H), flags(2)
     cache, outputs = transformer.apply(params, CONFIG, inputs, reset=reset)
@@ -161,6 +162,7 @@ def test_vmap_is_a_loop_and_jit_is_no_jit():
     assert_close(one_each, (cache, outputs))
 
 
+@pytest.mark.slow
 def test_a_sharded_batch_gives_what_a_whole_one_gives(key):
     config = dataclasses.replace(CONFIG, dropout=0.5)
     params, inputs, mask = draw_params(), draw(0, 4, T, H), np.tile(np.arange(T) > 0, (4, 1))
@@ -211,6 +213,7 @@ def test_a_step_forgets_what_lies_past_it_even_if_it_is_nan():
 # --- numbers ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bfloat16_products_give_float32_outputs_and_gradients_and_a_cache_of_half_the_size():
     half = dataclasses.replace(CONFIG, dtype="bfloat16")
     params, inputs = draw_params(), draw(0, B, T, H)
@@ -267,6 +270,7 @@ def test_dropout_falls_on_the_embedding_the_attention_and_the_residual(key):
     assert np.abs(one - other).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_params_begin_as_gpt_2_begins(key):
     config = TransformerConfig(num_layers=3, num_heads=4, hidden_size=64, num_positions=32)
     params = transformer.init(key, config)

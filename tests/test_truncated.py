@@ -72,6 +72,7 @@ def test_chunks_are_the_steps_in_order_each_with_those_before_it(chunk_size, bur
         assert np.array_equal(following[:, :burn_in], one[:, chunk_size:])
 
 
+@pytest.mark.sampled
 @each_cell
 @each_cut
 def test_the_carry_handed_on_gives_the_outputs_of_the_whole_sequence(cell, chunk_size, burn_in):
@@ -81,6 +82,7 @@ def test_the_carry_handed_on_gives_the_outputs_of_the_whole_sequence(cell, chunk
     assert_close(outputs[:, :T], expected)
 
 
+@pytest.mark.sampled
 @each_cell
 def test_a_chunk_as_long_as_the_episode_is_back_propagation_through_all_of_it(cell):
     model, params, carry, steps = draw_case(cell)
@@ -99,6 +101,7 @@ def gap(one, other):
     return np.abs(one - other).max()
 
 
+@pytest.mark.sampled
 @each_cell
 def test_the_gradient_of_a_chunk_is_that_of_a_sequence_that_begins_there(cell):
     model, params, carry, steps = draw_case(cell)
@@ -116,6 +119,7 @@ def test_the_gradient_of_a_chunk_is_that_of_a_sequence_that_begins_there(cell):
     assert_close(jax.grad(of_second)(params), expected, atol=1e-5)
 
 
+@pytest.mark.sampled
 @each_cell
 def test_burn_in_shapes_the_outputs_but_has_no_gradient(cell):
     model, params, carry, steps = draw_case(cell)
@@ -135,6 +139,7 @@ def test_burn_in_shapes_the_outputs_but_has_no_gradient(cell):
     assert abs(loss(other, carry) - loss(steps["inputs"], carry)) > 1e-3
 
 
+@pytest.mark.slow
 def test_burn_in_mends_a_carry_that_older_params_made():
     """After a long burn-in a forgetful cell stands where today's params would have brought it."""
     model, params, carry, steps = draw_case("rnn")

@@ -4,12 +4,14 @@ import pathlib
 import re
 
 import numpy as np
+import pytest
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "from_rnn_to_attention.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_blocks_run_in_order_and_give_the_documented_shapes():
     carry, gates, associative, bidirectional, bottleneck, attention = BLOCKS
     names: dict = {}

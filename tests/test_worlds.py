@@ -27,6 +27,7 @@ def assert_same(got, expected):
         assert got[name].dtype == part.dtype
 
 
+@pytest.mark.slow
 def test_an_env_as_a_simulator_is_the_env(simulator):
     env = jax_env.make(TABLE)
     reset, step = jax.jit(env.reset), jax.jit(env.step)
