@@ -1,7 +1,6 @@
 """Rows of acting state: a session in a table acts as it does alone, in every mode and kind."""
 
 import dataclasses
-from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +11,7 @@ import tiny_run
 from vla_jax.acting import agent as agents
 from vla_jax.acting.rows import gather_rows, reset_rows, scatter_rows
 from vla_jax.actions.execution import ExecutionConfig
-from vla_jax.policies import policy
-from vla_jax.policies.decoder_config import Head, Kind
+from vla_jax.policies import heads, policy, trunks
 from vla_jax.types import Observation
 
 TABLE = 5  # rows of the table of sessions
@@ -25,8 +23,13 @@ EXECUTIONS = {
 }
 # every kind in every mode, every head in every mode, every execution
 CASES = [
-    *((kind, "continuous", mode, "first") for kind in get_args(Kind) for mode in MODES),
-    *(("lstm", head, mode, "first") for head in get_args(Head)[1:] for mode in MODES),
+    *((kind, "continuous", mode, "first") for kind in trunks.names() for mode in MODES),
+    *(
+        ("lstm", head, mode, "first")
+        for head in heads.HEADS
+        for mode in MODES
+        if head != "continuous"
+    ),
     *(("lstm", "continuous", "refresh", execution) for execution in list(EXECUTIONS)[1:]),
 ]
 CASES = [case for case in CASES if case[0] != "gpt" or case[2] != "persistent"]

@@ -79,7 +79,7 @@ def test_a_world_without_pictures_draws_grey():
 @pytest.mark.parametrize("kind", worlds.WORLDS)
 def test_every_kind_of_world_plays(kind):
     options = {} if kind == "gymnasium" else {"image_size": 0}
-    config = worlds.WORLDS[kind](**options)
+    config = worlds.WORLDS[kind].config(**options)
     assert config.kind == kind
     world = worlds.make_simulator(config)
     first, again = world.reset(3), world.reset(3)
