@@ -39,6 +39,7 @@ from vla_jax.evaluation import players, report, results, video
 from vla_jax.evaluation.players import Player
 from vla_jax.evaluation.results import Latency, Summary
 from vla_jax.files import Path, read_json, write_json, write_json_lines
+from vla_jax.policies import trunks
 from vla_jax.runs import Run, load_run, read_world
 from vla_jax.training.progress import progress_bar
 from vla_jax.types import Simulator
@@ -210,7 +211,7 @@ def _name(agent: AgentConfig, config: EvaluateConfig) -> str:
     memory = [agent.mode]
     if agent.mode != "persistent":
         memory.append(str(config.window_size or decoder.window_size))
-    parts = ["memoryless"] if decoder.kind == "fc" else memory
+    parts = memory if trunks.get(decoder.kind).has_memory else ["memoryless"]
     if config.instruction_steps is not None:
         parts.append(f"instruction{config.instruction_steps}")
     options = (config.exec_kind, config.exec_horizon, config.world, config.env_id, config.step)

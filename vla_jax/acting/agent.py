@@ -19,7 +19,7 @@ from vla_jax.backbones import registry
 from vla_jax.data import normalize
 from vla_jax.data.normalize import NormalizeConfig, NormStats
 from vla_jax.data.windows import ALWAYS
-from vla_jax.policies import policy
+from vla_jax.policies import policy, trunks
 from vla_jax.policies.decoders import check_mode
 from vla_jax.policies.policy import PolicyConfig
 from vla_jax.policies.trunk import Mode
@@ -82,7 +82,7 @@ def make_agent(
             f"norm_stats must have 'action', got {sorted(norm_stats)}; use those of the run."
         )
     decoder = config.policy.decoder
-    execution.check_stride(config.execution, decoder.kind)
+    execution.check_stride(config.execution, has_memory=trunks.get(decoder.kind).has_memory)
 
     def init(params: Params, batch_size: int) -> AgentState:
         return AgentState(

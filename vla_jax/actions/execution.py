@@ -20,7 +20,8 @@ below, as before in between. `gripper_rule` says what is sent:
 
 import dataclasses
 import warnings
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
 
 import chex
 import jax
@@ -56,7 +57,7 @@ class ExecutionConfig:
             )
         if self.exec_horizon < 1:
             raise ValueError(f"exec_horizon must be at least 1, got {self.exec_horizon}.")
-        if self.exec_horizon > 1 and self.kind != "receding_horizon":
+        if self.exec_horizon > 1 and not CHUNK_RULES[self.kind].holds_chunks:
             raise ValueError(
                 f"exec_horizon must be 1 with kind='{self.kind}', got {self.exec_horizon}; "
                 "choose kind='receding_horizon'."
@@ -103,10 +104,19 @@ class GripperState(NamedTuple):
     steps: jax.Array  # [B] int32, for which it still will; with "open_late" those waited
 
 
+class ChunkRule(NamedTuple):
+    """A family member: which actions of which chunks are sent."""
+
+    holds_chunks: bool  # whether a chunk may be executed for several steps
+    init: Callable[[ActionChunk], Any]  # chunk of zeros -> plan before the first action
+    # (config, plan, chunk) -> (plan, action: arm [B, A-1], gripper logit [B])
+    select: Callable[[ExecutionConfig, Any, ActionChunk], tuple[Any, ActionChunk]]
+
+
 class ExecutionState(NamedTuple):
     """What is remembered between two actions; all zeros at the start of an episode."""
 
-    plan: RecedingPlan | EnsemblePlan | None  # None with kind "first"
+    plan: Any  # of the chunk rule: RecedingPlan, EnsemblePlan, or None with kind "first"
     gripper: GripperState
 
 
@@ -129,17 +139,11 @@ def init(
             f"exec_horizon must be at most action_horizon = {action_horizon}, got "
             f"{config.exec_horizon}; predict longer chunks or execute fewer actions."
         )
-
-    def chunk() -> ActionChunk:
-        arm = jnp.zeros((batch_size, action_horizon, action_dim - 1))
-        return ActionChunk(arm, jnp.zeros((batch_size, action_horizon)))
-
-    plan = None
-    if config.kind == "receding_horizon":
-        plan = RecedingPlan(chunk(), jnp.zeros((batch_size,), jnp.int32))
-    elif config.kind == "temporal_ensemble":
-        weight, count = jnp.zeros((2, batch_size, action_horizon))
-        plan = EnsemblePlan(chunk(), weight, count)
+    chunk = ActionChunk(
+        jnp.zeros((batch_size, action_horizon, action_dim - 1)),
+        jnp.zeros((batch_size, action_horizon)),
+    )
+    plan = CHUNK_RULES[config.kind].init(chunk)
     wanted, change = jnp.zeros((2, batch_size))
     return ExecutionState(plan, GripperState(wanted, change, jnp.zeros((batch_size,), jnp.int32)))
 
@@ -191,11 +195,7 @@ def plan(
     chex.assert_shape(chunk.gripper_logit, (state.gripper.wanted.shape[0], None))
     if reset is not None:
         state = _restart(state, reset)
-    planned, action = state.plan, _first(chunk)
-    if isinstance(planned, RecedingPlan):
-        planned, action = _recede(config, planned, chunk)
-    elif isinstance(planned, EnsemblePlan):
-        planned, action = _ensemble(config, planned, chunk)
+    planned, action = CHUNK_RULES[config.kind].select(config, state.plan, chunk)
     return state._replace(plan=planned), action
 
 
@@ -214,7 +214,7 @@ def send(
     return state._replace(gripper=gripper), action
 
 
-def check_stride(config: ExecutionConfig, decoder_kind: str) -> None:
+def check_stride(config: ExecutionConfig, *, has_memory: bool) -> None:
     """Warns if a decoder with memory executes more than one action of a chunk.
 
     Training windows contain consecutive frames, so `step` must be called at every environment
@@ -222,15 +222,30 @@ def check_stride(config: ExecutionConfig, decoder_kind: str) -> None:
 
     Args:
       config: how chunks become actions.
-      decoder_kind: `kind` of the decoder's config; "fc" has no memory and gives no warning.
+      has_memory: whether the decoder remembers earlier steps; without memory nothing is wrong.
     """
-    if config.exec_horizon > 1 and decoder_kind != "fc":
+    if config.exec_horizon > 1 and has_memory:
         warnings.warn(
-            f"exec_horizon is {config.exec_horizon}, but the '{decoder_kind}' decoder was trained "
+            f"exec_horizon is {config.exec_horizon}, but the decoder has memory and was trained "
             "on every frame; call `step` at every environment step, since skipping frames changes "
             "its input rate.",
             stacklevel=2,
         )
+
+
+def _no_plan(chunk: ActionChunk) -> None:
+    del chunk
+
+
+def _take_first(
+    config: ExecutionConfig, plan: None, chunk: ActionChunk
+) -> tuple[None, ActionChunk]:
+    del config
+    return plan, jax.tree.map(lambda steps: steps[:, 0], chunk)
+
+
+def _init_recede(chunk: ActionChunk) -> RecedingPlan:
+    return RecedingPlan(chunk, jnp.zeros(chunk.gripper_logit.shape[:1], jnp.int32))
 
 
 def _recede(
@@ -239,6 +254,11 @@ def _recede(
     held = trees.select(plan.age == 0, chunk, plan.chunk)
     action = jax.tree.map(lambda steps: jax.vmap(jnp.take, (0, 0, None))(steps, plan.age, 0), held)
     return RecedingPlan(held, (plan.age + 1) % config.exec_horizon), action
+
+
+def _init_ensemble(chunk: ActionChunk) -> EnsemblePlan:
+    weight, count = jnp.zeros((2, *chunk.gripper_logit.shape))
+    return EnsemblePlan(chunk, weight, count)
 
 
 def _ensemble(
@@ -259,17 +279,32 @@ def _grip(
 ) -> tuple[GripperState, jax.Array]:
     """Returns the state after this step, and what is sent `[B]`."""
     wanted = _switch(config, state.wanted, logit)
-    if config.gripper_rule == "repeat_change":
-        new = jnp.where(state.wanted == 0.0, 0.0, (wanted - state.wanted) / 2)
-        change = jnp.where(state.steps > 0, state.change, new)
-        left = jnp.where(new != 0.0, config.gripper_steps - 1, 0)
-        steps = jnp.where(state.steps > 0, state.steps - 1, left)
-        return GripperState(wanted, change, steps), change
-    if config.gripper_rule == "open_late":
-        steps = jnp.where(wanted > 0.0, state.steps + 1, 0)
-        sent = jnp.where(steps >= config.gripper_steps, 1.0, -1.0)
-        return GripperState(wanted, state.change, steps), sent
+    return GRIPPER_RULES[config.gripper_rule](config, state, wanted)
+
+
+def _as_wanted(
+    config: ExecutionConfig, state: GripperState, wanted: jax.Array
+) -> tuple[GripperState, jax.Array]:
+    del config
     return state._replace(wanted=wanted), wanted
+
+
+def _repeat_change(
+    config: ExecutionConfig, state: GripperState, wanted: jax.Array
+) -> tuple[GripperState, jax.Array]:
+    new = jnp.where(state.wanted == 0.0, 0.0, (wanted - state.wanted) / 2)
+    change = jnp.where(state.steps > 0, state.change, new)
+    left = jnp.where(new != 0.0, config.gripper_steps - 1, 0)
+    steps = jnp.where(state.steps > 0, state.steps - 1, left)
+    return GripperState(wanted, change, steps), change
+
+
+def _open_late(
+    config: ExecutionConfig, state: GripperState, wanted: jax.Array
+) -> tuple[GripperState, jax.Array]:
+    steps = jnp.where(wanted > 0.0, state.steps + 1, 0)
+    sent = jnp.where(steps >= config.gripper_steps, 1.0, -1.0)
+    return GripperState(wanted, state.change, steps), sent
 
 
 def _switch(config: ExecutionConfig, before: jax.Array, logit: Array) -> jax.Array:
@@ -291,5 +326,14 @@ def _shift(steps: jax.Array) -> jax.Array:
     return jnp.concatenate([steps[:, 1:], jnp.zeros_like(steps[:, :1])], axis=1)
 
 
-def _first(chunk: ActionChunk) -> ActionChunk:
-    return jax.tree.map(lambda steps: steps[:, 0], chunk)
+CHUNK_RULES: dict[str, ChunkRule] = {
+    "first": ChunkRule(False, _no_plan, _take_first),
+    "receding_horizon": ChunkRule(True, _init_recede, _recede),
+    "temporal_ensemble": ChunkRule(False, _init_ensemble, _ensemble),
+}
+# (config, state, wanted [B]) -> (state, sent [B])
+GRIPPER_RULES: dict[str, Callable[..., tuple[GripperState, jax.Array]]] = {
+    "as_wanted": _as_wanted,
+    "repeat_change": _repeat_change,
+    "open_late": _open_late,
+}
