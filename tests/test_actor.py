@@ -11,7 +11,7 @@ from vla_jax.envs import discrete_worlds, grid
 from vla_jax.envs.grid import GridConfig
 from vla_jax.rl import actor, network
 from vla_jax.rl.network import NetworkConfig
-from vla_jax.types import Transition, World
+from vla_jax.types import DiscreteEnv, Transition
 
 B, T = 3, 12
 KINDS = list(network.MEMORIES)
@@ -34,7 +34,7 @@ def counter(*, ends_at=3, late=False):
             observation, reward, over & in_time, over & ~in_time, over
         )
 
-    return World(reset, step, lambda state: jnp.zeros((1, 1, 3)), (1,), (), 2, ends_at)
+    return DiscreteEnv(reset, step, lambda state: jnp.zeros((1, 1, 3)), (1,), (), 2, ends_at)
 
 
 def ones(carry, observation, reset, key):

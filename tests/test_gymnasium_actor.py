@@ -12,7 +12,7 @@ import pytest
 from vla_jax import trees
 from vla_jax.envs import cartpole
 from vla_jax.envs.cartpole import CartPoleConfig, CartPoleState
-from vla_jax.envs.discrete_worlds import GymnasiumConfig
+from vla_jax.envs.discrete_worlds import DiscreteGymnasiumConfig
 from vla_jax.rl import actor, gymnasium_actor
 from vla_jax.rl.gymnasium_actor import EpisodeError
 
@@ -64,7 +64,7 @@ def stack():
 
 def counters(stack, **options):
     """`B` environments of type `Counter` with these options."""
-    group = gymnasium_actor.open_envs(GymnasiumConfig(env_id="Counter-v0"), B, stack)
+    group = gymnasium_actor.open_envs(DiscreteGymnasiumConfig(env_id="Counter-v0"), B, stack)
     for env in group.envs:
         env.unwrapped.__init__(**options)
     return group
@@ -87,7 +87,7 @@ def unroll(group, act, num_steps=T):
 
 def test_its_records_equal_those_of_the_jax_actor_in_cartpole(stack):
     """For the same states and actions; a new episode begins where Gymnasium's begins."""
-    group = gymnasium_actor.open_envs(GymnasiumConfig(max_steps=MAX_STEPS), B, stack)
+    group = gymnasium_actor.open_envs(DiscreteGymnasiumConfig(max_steps=MAX_STEPS), B, stack)
     _, rollout = unroll(group, at_random)
     observation = np.asarray(rollout.observation)
     env = cartpole.make(CartPoleConfig(max_steps=MAX_STEPS))
@@ -151,7 +151,7 @@ def test_two_rollouts_equal_one_of_both_lengths(stack):
 
 
 def test_a_key_fixes_the_episodes_and_environments_differ(stack):
-    group = gymnasium_actor.open_envs(GymnasiumConfig(), B, stack)
+    group = gymnasium_actor.open_envs(DiscreteGymnasiumConfig(), B, stack)
     start = partial(gymnasium_actor.start, group, {})
     one, same, other = (np.asarray(start(key=jax.random.key(s)).observation) for s in (0, 0, 1))
     np.testing.assert_array_equal(one, same)

@@ -9,7 +9,7 @@ from train import deep_sarsa, reinforce
 from train.deep_sarsa import SarsaConfig
 from train.reinforce import ReinforceConfig
 from vla_jax.command_line import command_line
-from vla_jax.envs.discrete_worlds import GymnasiumConfig
+from vla_jax.envs.discrete_worlds import DiscreteGymnasiumConfig
 from vla_jax.rl.gymnasium_loop import learn
 from vla_jax.rl.learner import SeedsConfig
 from vla_jax.rl.network import NetworkConfig
@@ -69,7 +69,7 @@ def _whole_levers(monkeypatch):
 
 def run(run_dir, algorithm="reinforce", *, seeds=SEEDS, loop=LOOP, env_id="Lever-v0"):
     config_type, script = ALGORITHMS[algorithm]
-    config = config_type(world=GymnasiumConfig(env_id=env_id), **{**PARTS, "seeds": seeds})
+    config = config_type(world=DiscreteGymnasiumConfig(env_id=env_id), **{**PARTS, "seeds": seeds})
     algorithm = script.make_algorithm(config)
     return learn(seeds, loop, run_dir, config.world, algorithm, config.optim, 0, name="run")
 
@@ -85,7 +85,7 @@ def saved(run_dir, step):
 def test_a_script_learns_which_lever_is_the_right_one(algorithm, tmp_path, capsys):
     config_type, script = ALGORITHMS[algorithm]
     parts = {**PARTS, "loop": LoopConfig(num_updates=60, log_every=20, save_every=60)}
-    config = config_type(str(tmp_path / "run"), GymnasiumConfig(env_id="Lever-v0"), **parts)
+    config = config_type(str(tmp_path / "run"), DiscreteGymnasiumConfig(env_id="Lever-v0"), **parts)
     run_dir = script.train(config)
     left = {path.name for path in run_dir.iterdir()}
     assert {"config.json", "metrics.jsonl", "curve.png", "report.json"} <= left
@@ -169,11 +169,11 @@ def test_an_environment_that_does_not_fit_is_refused(wrong, message, tmp_path):
 
 def test_a_gymnasium_environment_cannot_be_partially_observed():
     with pytest.raises(ValueError, match="partially_observed must be False in a Gymnasium"):
-        ReinforceConfig(world=GymnasiumConfig(), partially_observed=True)
+        ReinforceConfig(world=DiscreteGymnasiumConfig(), partially_observed=True)
 
 
 @pytest.mark.parametrize("presets", [reinforce.REINFORCE, deep_sarsa.SARSA])
 def test_the_environment_is_an_option(presets):
     argv = ["--preset", "gymnasium", "--env-id", "Acrobot-v1", "--num-seeds", "1"]
     config = command_line(presets, argv, description="")
-    assert config.world == GymnasiumConfig(env_id="Acrobot-v1")
+    assert config.world == DiscreteGymnasiumConfig(env_id="Acrobot-v1")

@@ -6,8 +6,8 @@ import pytest
 import tiny_run
 
 from vla_jax.acting.rollout import SimulatorView, run_simulators
-from vla_jax.envs import simulate
 from vla_jax.envs.table import jax_env, references
+from vla_jax.envs.table.jax_simulator import JaxTable
 from vla_jax.envs.worlds import WORLDS
 from vla_jax.evaluation import players
 
@@ -20,7 +20,7 @@ def player():
 
 
 def simulator(world=WORLD):
-    return simulate.EnvSimulator(jax_env.make(world))
+    return JaxTable(world)
 
 
 def view(seed, step=0):

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from vla_jax.command_line import run
 from vla_jax.envs.cartpole import CartPoleConfig
-from vla_jax.envs.discrete_worlds import GymnasiumConfig, WorldConfig
+from vla_jax.envs.discrete_worlds import DiscreteGymnasiumConfig, WorldConfig
 from vla_jax.envs.grid import GridConfig
 from vla_jax.rl import actor, exploration, network, reward_training
 from vla_jax.rl.actor import Policy, Rollout
@@ -173,7 +173,9 @@ def cartpole() -> SarsaConfig:
 def gymnasium() -> SarsaConfig:
     """A Gymnasium environment with discrete actions (--env-id), stepped by Python; one seed."""
     seeds = replace(cartpole().seeds, num_seeds=1, num_worlds=16, eval_episodes=32)
-    return replace(cartpole(), run_dir="runs/sarsa_gymnasium", world=GymnasiumConfig(), seeds=seeds)
+    return replace(
+        cartpole(), run_dir="runs/sarsa_gymnasium", world=DiscreteGymnasiumConfig(), seeds=seeds
+    )
 
 
 PRESETS = (grid, grid_hidden, cartpole, gymnasium)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from train.finetune import FINETUNE, finetune
 from vla_jax.command_line import run
 from vla_jax.envs.cartpole import CartPoleConfig
-from vla_jax.envs.discrete_worlds import GymnasiumConfig, WorldConfig
+from vla_jax.envs.discrete_worlds import DiscreteGymnasiumConfig, WorldConfig
 from vla_jax.envs.grid import GridConfig
 from vla_jax.envs.table.discrete_table import TableChoicesConfig
 from vla_jax.rl import actor, exploration, network, reward_training
@@ -219,7 +219,7 @@ def gymnasium() -> ReinforceConfig:
     return replace(
         cartpole(),
         run_dir="runs/reinforce_gymnasium",
-        world=GymnasiumConfig(),
+        world=DiscreteGymnasiumConfig(),
         seeds=seeds,
         loop=LoopConfig(num_updates=600, save_every=100),
     )

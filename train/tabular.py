@@ -26,7 +26,7 @@ from vla_jax.rl.actor import Actor, Policy
 from vla_jax.rl.learning_loop import learn
 from vla_jax.rl.td_errors import sarsa_error
 from vla_jax.runs import open_run, save_json
-from vla_jax.types import Key, Metrics, World
+from vla_jax.types import DiscreteEnv, Key, Metrics
 
 _NEVER = 2.0  # success rate above 1: no seed stops early, so that all use the same steps
 
@@ -125,7 +125,7 @@ def train_table(
 def _update(
     config: TabularConfig,
     deep: SarsaConfig,
-    env: World,
+    env: DiscreteEnv,
     state: TableState,
     count: jax.Array,
     *,

@@ -90,7 +90,7 @@ class Env(NamedTuple):
     max_steps: int  # environment steps until truncation
 
 
-class World(NamedTuple):
+class DiscreteEnv(NamedTuple):
     """A world of pure functions to learn in from reward alone; what it shows is one array.
 
     Apart from `Env`, whose robots have words, cameras and a demonstrator, none of which is here,

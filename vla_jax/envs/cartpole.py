@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vla_jax.types import Array, Key, Transition, World
+from vla_jax.types import Array, DiscreteEnv, Key, Transition
 
 _GRAVITY = 9.8
 _POLE_MASS, _TOTAL_MASS = 0.1, 1.1
@@ -50,13 +50,13 @@ class CartPoleState(NamedTuple):
 
 
 @functools.cache  # the same functions for the same config, so that jit compiles them once
-def make(config: CartPoleConfig) -> World:
-    """Returns CartPole as a `World`: reward 1 per step, action 0 pushes left, action 1 right.
+def make(config: CartPoleConfig) -> DiscreteEnv:
+    """Returns CartPole as a `DiscreteEnv`: reward 1 per step, action 0 pushes left, action 1 right.
 
     Observations `[4]` are the fields of `CartPoleState`: position, speed, angle, turn. An episode
     that reaches the time limit is a success.
     """
-    return World(
+    return DiscreteEnv(
         reset=_reset,
         step=functools.partial(_step, config),
         draw=draw,

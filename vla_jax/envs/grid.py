@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vla_jax.types import Array, Key, Transition, World
+from vla_jax.types import Array, DiscreteEnv, Key, Transition
 
 ACTIONS = ("stay", "up", "down", "left", "right")
 _MOVES = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))  # rows, columns
@@ -58,8 +58,8 @@ class GridState(NamedTuple):
 
 
 @functools.cache  # the same functions for the same config, so that jit compiles them once
-def make(config: GridConfig) -> World:
-    """Returns the grid as a `World`.
+def make(config: GridConfig) -> DiscreteEnv:
+    """Returns the grid as a `DiscreteEnv`.
 
     Observations by `config.observation`:
       "features": for each obstacle and then the goal, its row and column relative to the agent, its
@@ -71,7 +71,7 @@ def make(config: GridConfig) -> World:
     features = 4 * (config.num_obstacles + 1)
     shapes = {"features": (features,), "pixels": (size, size, 3), "index": ()}
     has_features = config.observation == "features"
-    return World(
+    return DiscreteEnv(
         reset=functools.partial(_reset, config),
         step=functools.partial(_step, config),
         draw=functools.partial(pixels, config, cell_size=_DRAWN_CELL),

@@ -6,11 +6,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from vla_jax.types import Array, Key, Transition, World
+from vla_jax.types import Array, DiscreteEnv, Key, Transition
 
 
 @functools.cache  # the same functions for the same environment, so that jit compiles them once
-def partially_observe(env: World) -> World:
+def partially_observe(env: DiscreteEnv) -> DiscreteEnv:
     """Returns the environment with velocities and, after the first step, the instruction hidden.
 
     Velocities are removed from the observation; the instruction is replaced by zeros from the

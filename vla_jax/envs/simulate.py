@@ -1,4 +1,4 @@
-"""A JAX world as a Python simulator, so that whatever plays or records one can use the other."""
+"""A JAX environment as a Python simulator, for code that plays or records simulators."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,16 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vla_jax.envs.table import rules
 from vla_jax.types import Env, SimulatorStep
 
 
 class EnvSimulator:
-    """One world of an `Env` as a `types.Simulator`."""
+    """One environment of an `Env` as a `types.Simulator`."""
 
-    control_hz = rules.CONTROL_HZ
-
-    def __init__(self, env: Env):
+    def __init__(self, env: Env, *, control_hz: float = 10.0):
+        """Compiles the environment; `control_hz` are actions per second."""
+        self.control_hz = control_hz
         self._env = env
         self._state: Any = None
         self._observation: Any = None
@@ -26,7 +25,7 @@ class EnvSimulator:
         self.instruction, self.task = "", ""
 
     def reset(self, seed: int) -> Mapping[str, np.ndarray]:
-        """Starts the episode that `seed` fixes."""
+        """Starts the episode of a seed; returns its first observation."""
         self._state, observation = self._reset(jax.random.key(seed))
         index = int(self._env.instruction_index(self._state))
         self.instruction, self.task = self._env.instructions[index], self._env.tasks[index]
@@ -43,22 +42,18 @@ class EnvSimulator:
             success=bool(transition.success),
         )
 
-    def expert(self, *, target: int | None = None) -> np.ndarray:
-        """The demonstrator's action `[A]`; `target` is another colour of the table to reach for."""
-        state = self._state
-        if target is not None:
-            task = int(state.instruction) // rules.NUM_BLOCKS
-            state = state._replace(instruction=jnp.int32(task * rules.NUM_BLOCKS + target))
-        return np.asarray(self._expert(state))
+    def expert(self) -> np.ndarray:
+        """Returns the expert's action `[A]`."""
+        return np.asarray(self._expert(self._state))
 
     def draw(self, size: int = 256) -> np.ndarray:
-        """The outside camera's picture `[size, size, 3]`, enlarged; grey where there is none."""
+        """Returns the primary camera's image `[size, size, 3]`, enlarged; grey if there is none."""
         image = self._observation.get("image_primary", np.full((1, 1, 3), 128, np.uint8))
         rows = np.arange(size) * image.shape[0] // size
         return image[rows][:, rows]
 
     def close(self) -> None:
-        """Nothing to free."""
+        """Does nothing: there is nothing to free."""
 
     def _observe(self, observation) -> Mapping[str, np.ndarray]:
         parts = {name: part for name, part in observation._asdict().items() if part is not None}

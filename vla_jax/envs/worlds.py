@@ -7,8 +7,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from vla_jax.envs import gymnasium, simulate
-from vla_jax.envs.table import jax_env, mujoco_env, references, rules
+from vla_jax.envs import gymnasium
+from vla_jax.envs.table import jax_env, jax_simulator, mujoco_env, references, rules
 from vla_jax.types import Env, Simulator
 
 Reference = Callable[[Any, int, int], np.ndarray]  # (simulator, seed, step) -> action [A]
@@ -48,10 +48,6 @@ def _make_gymnasium(config: GymnasiumConfig) -> Simulator:
     )
 
 
-def _make_table_jax(config: jax_env.TableConfig) -> Simulator:
-    return simulate.EnvSimulator(jax_env.make(config))
-
-
 def random_action(simulator: Any, seed: int, step: int) -> np.ndarray:
     """Returns a uniform action in [-1, 1] with as many numbers as a table takes.
 
@@ -74,7 +70,7 @@ WORLDS: dict[str, SimulatedWorld] = {
     ),
     "table_jax": SimulatedWorld(
         config=jax_env.TableConfig,
-        make_simulator=_make_table_jax,
+        make_simulator=jax_simulator.JaxTable,
         make_env=jax_env.make,
         draws_observation=True,
         references=_TABLE_REFERENCES,

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from vla_jax import trees
-from vla_jax.types import Array, Key, Transition, World
+from vla_jax.types import Array, DiscreteEnv, Key, Transition
 
 # (carry, observation [B, ...], reset [B], key) -> (carry, action [B] int32)
 Policy = Callable[[Any, Array, Array, Key], tuple[Any, Array]]
@@ -51,7 +51,7 @@ class Rollout(NamedTuple):
     carry: Any  # of the policy's network before the first step, [B, ...]
 
 
-def start(env: World, num_envs: int, carry: Any, *, key: Key) -> Actor:
+def start(env: DiscreteEnv, num_envs: int, carry: Any, *, key: Key) -> Actor:
     """Returns the actor before its first step.
 
     Args:
@@ -78,7 +78,7 @@ def first_actor(env_state: Any, observation: Array, carry: Any) -> Actor:
 
 
 def unroll(
-    env: World, policy: Policy, actor: Actor, num_steps: int, *, key: Key
+    env: DiscreteEnv, policy: Policy, actor: Actor, num_steps: int, *, key: Key
 ) -> tuple[Actor, Rollout]:
     """Returns the actor after `num_steps` steps, and the rollout.
 
@@ -116,7 +116,7 @@ def join(steps: Rollout, first: Actor, last: Actor) -> Rollout:
     )
 
 
-def advance(env: World, actor: Actor, action: Array, *, key: Key) -> tuple[Actor, Rollout]:
+def advance(env: DiscreteEnv, actor: Actor, action: Array, *, key: Key) -> tuple[Actor, Rollout]:
     """Returns the actor after one step, and that step, `[B, ...]`.
 
     Args:
@@ -190,7 +190,7 @@ def episode_metrics(rollout: Rollout) -> dict[str, jax.Array]:
     }
 
 
-def play(env: World, policy: Policy, num_episodes: int, carry: Any, *, key: Key) -> Rollout:
+def play(env: DiscreteEnv, policy: Policy, num_episodes: int, carry: Any, *, key: Key) -> Rollout:
     """Returns one whole episode in each of `num_episodes` environments.
 
     `mask` is False after the end of an episode.

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vla_jax.envs.discrete_worlds import GymnasiumConfig
+from vla_jax.envs.discrete_worlds import DiscreteGymnasiumConfig
 from vla_jax.envs.gymnasium import is_success, make_choices
 from vla_jax.rl import actor
 from vla_jax.rl.actor import Actor, Rollout
@@ -34,7 +34,9 @@ class EpisodeError(RuntimeError):
     """An exception raised inside an environment."""
 
 
-def open_envs(config: GymnasiumConfig, num_envs: int, stack: contextlib.ExitStack) -> GymnasiumEnvs:
+def open_envs(
+    config: DiscreteGymnasiumConfig, num_envs: int, stack: contextlib.ExitStack
+) -> GymnasiumEnvs:
     """Returns environments that are closed together with the stack.
 
     Args:

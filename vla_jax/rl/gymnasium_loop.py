@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vla_jax.envs.discrete_worlds import GymnasiumConfig
+from vla_jax.envs.discrete_worlds import DiscreteGymnasiumConfig
 from vla_jax.rl.actor import Actor
 from vla_jax.rl.gymnasium_actor import EpisodeError, GymnasiumEnvs, open_envs, play, start, unroll
 from vla_jax.rl.learner import (
@@ -45,7 +45,7 @@ Run = Callable[[LearnState, int, int], tuple[LearnState, Metrics]]  # (state, st
 Evaluate = Callable[[Params, Key, int], Metrics]  # (params, key, num_episodes) -> metrics [1]
 
 
-def check(config: SeedsConfig, env_config: GymnasiumConfig) -> None:
+def check(config: SeedsConfig, env_config: DiscreteGymnasiumConfig) -> None:
     """Raises unless the environment can be learnt in, with one seed and one process.
 
     Raises:
@@ -65,7 +65,7 @@ def learn(
     config: SeedsConfig,
     loop: LoopConfig,
     run_dir: pathlib.Path,
-    env_config: GymnasiumConfig,
+    env_config: DiscreteGymnasiumConfig,
     algorithm: Algorithm,
     optim_config: OptimConfig,
     seed: int,

@@ -18,7 +18,7 @@ from vla_jax.rl.network import NetworkConfig
 from vla_jax.training import optim
 from vla_jax.training.optim import OptimConfig
 from vla_jax.training.update import LossFn, TrainState, Update, init_train_state, make_update
-from vla_jax.types import Key, Metrics, Params, World
+from vla_jax.types import DiscreteEnv, Key, Metrics, Params
 
 
 class LearnState(NamedTuple):
@@ -71,7 +71,7 @@ class SeedsConfig:
 
 
 def make_learner(
-    env: World,
+    env: DiscreteEnv,
     algorithm: Algorithm,
     seeds: SeedsConfig,
     optim_config: OptimConfig,
@@ -120,7 +120,7 @@ def make_learner(
     )
 
 
-def _check_objects(env: World, config: NetworkConfig) -> None:
+def _check_objects(env: DiscreteEnv, config: NetworkConfig) -> None:
     if config.object_size not in (0, env.object_size):
         raise ValueError(
             f"object_size must be 0 or {env.object_size}, the number of features per object in "

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from vla_jax.envs import discrete_worlds
-from vla_jax.envs.discrete_worlds import GymnasiumConfig, WorldConfig
+from vla_jax.envs.discrete_worlds import DiscreteGymnasiumConfig, WorldConfig
 from vla_jax.envs.grid import GridConfig
 from vla_jax.evaluation import video
 from vla_jax.rl import actor, gymnasium_loop, learning_loop
@@ -22,7 +22,7 @@ from vla_jax.runs import open_run
 from vla_jax.training.loop import LoopConfig
 from vla_jax.training.optim import OptimConfig
 from vla_jax.training.parallel import is_first_process
-from vla_jax.types import Array, Key, World
+from vla_jax.types import Array, DiscreteEnv, Key
 
 _LONG_EPISODE = 100  # environment steps; longer episodes are played faster
 
@@ -92,7 +92,7 @@ def make(config: RewardTraining, algorithm: Algorithm) -> Learner:
 
 def record_video(
     path: str | os.PathLike[str],
-    env: World,
+    env: DiscreteEnv,
     policy: Policy,
     carry: Any,
     *,
@@ -127,7 +127,7 @@ def record_video(
     video.write_mp4(path, list(np.asarray(frames)), 30 if env.max_steps > _LONG_EPISODE else 4)
 
 
-def _make_env(config: RewardTraining) -> World:
+def _make_env(config: RewardTraining) -> DiscreteEnv:
     return discrete_worlds.make(config.world, partially_observed=config.partially_observed)
 
 
@@ -160,7 +160,7 @@ def _record_jax(
 
 def _check_gymnasium(config: RewardTraining, algorithm: Algorithm) -> None:
     del algorithm
-    gymnasium_loop.check(config.seeds, cast(GymnasiumConfig, config.world))
+    gymnasium_loop.check(config.seeds, cast(DiscreteGymnasiumConfig, config.world))
 
 
 def _learn_gymnasium(
@@ -170,7 +170,7 @@ def _learn_gymnasium(
         config.seeds,
         config.loop,
         run_dir,
-        cast(GymnasiumConfig, config.world),
+        cast(DiscreteGymnasiumConfig, config.world),
         algorithm,
         config.optim,
         config.seed,

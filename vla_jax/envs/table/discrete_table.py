@@ -1,4 +1,4 @@
-"""The JAX table as a `World`: a step along an axis, a turn, or the fingers, chosen one at a time.
+"""The JAX table as a `DiscreteEnv`: one choice per step moves an axis, turns, or opens and closes.
 
 Each choice is one action of `table_jax`, whose rules hold: an episode ends with what was asked
 for, or with the same done to a wrong block. The fingers stay as they were last told.
@@ -15,7 +15,7 @@ import numpy as np
 from vla_jax.config import did_you_mean
 from vla_jax.envs.table import jax_env, renderer, rules
 from vla_jax.envs.table.jax_env import TableConfig, TableState
-from vla_jax.types import Array, Env, Key, Observation, Transition, World
+from vla_jax.types import Array, DiscreteEnv, Env, Key, Observation, Transition
 
 CHOICES = ("stay", "+x", "-x", "+y", "-y", "+z", "-z", "+yaw", "-yaw", "open", "close")
 _AXES = {"x": 0, "y": 1, "z": 2, "yaw": 5}  # of the arm's six numbers
@@ -59,8 +59,8 @@ class ChoicesState(NamedTuple):
 
 
 @functools.cache  # the same functions for the same config, so that jit compiles them once
-def make(config: TableChoicesConfig) -> World:
-    """The table as a `World`, with `CHOICES` for actions.
+def make(config: TableChoicesConfig) -> DiscreteEnv:
+    """The table as a `DiscreteEnv`, with `CHOICES` for actions.
 
     An observation is `environment_state [22]` and `proprio [8]` of the table, with the blocks and
     the plate as seen from the tool and all places in decimetres; then the instruction, one-hot
@@ -77,7 +77,7 @@ def make(config: TableChoicesConfig) -> World:
     env = jax_env.make(config.table)
     asked = [i for i, task in enumerate(env.tasks) if task in config.tasks]
     told = rules.STATE_SIZE + rules.PROPRIO_SIZE
-    return World(
+    return DiscreteEnv(
         reset=functools.partial(_reset, env, np.array(asked)),
         step=functools.partial(_step, config, env, np.array(asked)),
         draw=draw,
