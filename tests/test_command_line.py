@@ -6,13 +6,19 @@ import pathlib
 import re
 import subprocess
 import sys
+import typing
 import warnings
 from typing import Literal
 
 import pytest
 
+from train import configs, deep_sarsa, demo, memory, pretrain, record, reinforce, scan, tabular
+from train.benchmark import __main__ as benchmark
+from train.benchmark import throughput
 from train.configs import IMITATE
-from vla_jax.command_line import command_line, run
+from vla_jax import evaluate
+from vla_jax.command_line import command_line, comments, run
+from vla_jax.convert import converters
 from vla_jax.data.readers.dataset_config import DatasetConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -117,7 +123,7 @@ def test_all_options_of_some_parts_carry_the_name_of_the_part():
          "--auxiliary.forward-horizon", "1"],
         description="Imitates.",
     )  # fmt: skip
-    assert chosen.dataset == DatasetConfig("demos/a", gripper="closed_positive")
+    assert chosen.dataset == DatasetConfig("demos/a", gripper="closed_positive", decode="whole")
     assert (chosen.loss.gripper, chosen.loss.caption) == (0.3, 2.0)
     assert (chosen.auxiliary.caption, chosen.auxiliary.forward_horizon) == (True, 1)
 
@@ -125,7 +131,7 @@ def test_all_options_of_some_parts_carry_the_name_of_the_part():
 def test_the_path_of_a_part_is_set_by_the_name_of_the_part_too():
     for option in ("--dataset", "--dataset.path"):
         chosen = command_line(IMITATE, [option, "demos/a"], description="Imitates.")
-        assert chosen.dataset == DatasetConfig("demos/a")
+        assert chosen.dataset == DatasetConfig("demos/a", decode="whole")
 
 
 def test_a_kind_or_head_with_a_choice_is_an_option_of_its_part():
@@ -242,3 +248,58 @@ def test_every_script_tells_a_mistake_in_one_line(module, argv, sentence, tmp_pa
     assert re.match(f"error: .*{sentence}", done.stderr)
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+# --- help texts -------------------------------------------------------------------------------
+
+COMMANDS = (
+    configs, pretrain, record, demo, scan, memory, deep_sarsa, reinforce, tabular, benchmark,
+    throughput, evaluate, converters,
+)  # fmt: skip
+
+
+def config_classes():
+    """Every config that a command takes, the parts and members of unions inside included."""
+    found = {}
+
+    def walk(cls):
+        if cls not in found:
+            found[cls] = hints = typing.get_type_hints(cls)
+            for hint in hints.values():
+                for part in (hint, *typing.get_args(hint)):
+                    if dataclasses.is_dataclass(part):
+                        walk(part)
+
+    for module in COMMANDS:
+        for value in vars(module).values():
+            if isinstance(value, type) and dataclasses.is_dataclass(value):
+                walk(value)
+    return found
+
+
+def test_every_option_of_every_command_has_a_help_text():
+    classes = config_classes()
+    assert len(classes) > 30
+    for cls, hints in classes.items():
+        for field in dataclasses.fields(cls):
+            is_mark = typing.get_origin(hints[field.name]) is typing.Literal
+            if is_mark and len(typing.get_args(hints[field.name])) == 1:
+                continue  # the kind of a member of a union
+            text = comments(cls)[field.name]
+            assert len(text.split()) >= 3, f"{cls.__name__}.{field.name}: {text!r}"
+            assert "see there" not in text
+
+
+def test_a_comment_above_a_field_or_over_several_lines_is_its_help():
+    @dataclasses.dataclass
+    class Options:
+        one: int = 1  # behind the field
+        # above the field,
+        # on two lines
+        two: int = 2
+        three: tuple[int, ...] = (
+            1,  # inside the value
+        )
+
+    expected = {"one": "behind the field", "two": "above the field, on two lines"}
+    assert comments(Options) == {**expected, "three": "inside the value"}

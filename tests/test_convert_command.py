@@ -207,7 +207,7 @@ def fails(argv, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([str(word) for word in argv])
     output = capsys.readouterr().err
-    assert stopped.value.code == 1
+    assert stopped.value.code == 2
     assert output.count("\n") == 1
     return output
 

@@ -6,10 +6,16 @@ import numpy as np
 import pytest
 import tiny_demos
 
+from train import imitate
 from train.setup import compute_norm_stats, make_windows, read_dataset
+from vla_jax import runs
 from vla_jax.actions.reference_frames import ToolFrame
 from vla_jax.data import normalize
+from vla_jax.data.loader import LoaderConfig
+from vla_jax.data.readers.dataset_config import DatasetConfig
 from vla_jax.data.tool_frame import in_tool_frame
+from vla_jax.training.loop import LoopConfig
+from vla_jax.training.optim import OptimConfig
 
 FRAME = ToolFrame(orientation=(5, 6, 3), radians=0.1)
 
@@ -45,3 +51,60 @@ def test_given_bounds_are_those_that_a_window_is_cut_at(config):
     raw = dataset.columns["action"]
     np.testing.assert_allclose(action[:, :6], np.clip(raw[:, :6] / 0.25, -1, 1), atol=1e-6)
     np.testing.assert_array_equal(action[:, 6], raw[:, 6])
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "sentence"),
+    [
+        (
+            {"optim": OptimConfig(warmup_steps=100), "loop": LoopConfig(num_updates=80)},
+            ValueError,
+            "warmup_steps must be below num_updates = 80, got 100",
+        ),
+        (
+            {"loader": LoaderConfig(batch_size=6)},
+            ValueError,
+            "batch_size must be a multiple of the 4 devices, got 6",
+        ),
+        (
+            {"loop": LoopConfig(num_devices=99)},
+            ValueError,
+            "num_devices must be",
+        ),
+        (
+            {"backbone_from": "nowhere"},
+            FileNotFoundError,
+            "backbone_from must be a run folder with checkpoints, got nowhere",
+        ),
+        (
+            {"decoder_from": "nowhere"},
+            FileNotFoundError,
+            "decoder_from must be a run folder with checkpoints, got nowhere",
+        ),
+        (
+            {"dataset": DatasetConfig("nowhere")},
+            FileNotFoundError,
+            "data set nowhere is missing",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_before_data_are_read(
+    config, changes, error, sentence, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(imitate, "read_dataset", read_nothing)
+    changed = dataclasses.replace(config, run_dir=str(tmp_path / "run"), **changes)
+    with pytest.raises(error, match=sentence):
+        imitate.imitate(changed)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_another_config_is_refused_before_data_are_read(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(imitate, "read_dataset", read_nothing)
+    first = dataclasses.replace(config, run_dir=str(tmp_path))
+    runs.open_run(first.run_dir, first, overwrite=False)
+    with pytest.raises(ValueError, match="seed"):
+        imitate.imitate(dataclasses.replace(first, seed=5))
+
+
+def read_nothing(config):
+    raise AssertionError("the data set was read")

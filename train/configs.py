@@ -40,13 +40,13 @@ class ImitateConfig:
     sampling: SamplingConfig = SamplingConfig()  # what head "autoregressive" is told of the truth
     loss: LossWeights = LossWeights()  # factor of each term beside the arm's
     auxiliary: AuxiliaryConfig = AuxiliaryConfig()  # heads that only train; none by default
-    agent: AgentConfig = AgentConfig()
+    agent: AgentConfig = AgentConfig()  # how the trained policy acts
     world: WorldConfig = field(default_factory=MujocoTableConfig)  # where it will be evaluated
-    loader: LoaderConfig = LoaderConfig()
-    augment: AugmentConfig = AugmentConfig()
+    loader: LoaderConfig = LoaderConfig()  # batch size, shuffling and workers
+    augment: AugmentConfig = AugmentConfig()  # random shifts and brightness of images
     augment_on: Literal["host", "device"] = "host"  # in the loader's threads, or in the update
-    optim: OptimConfig = OptimConfig()
-    loop: LoopConfig = LoopConfig()
+    optim: OptimConfig = OptimConfig()  # learning rate, weight decay and averaging
+    loop: LoopConfig = LoopConfig()  # number of updates, logs and checkpoints
     seed: int = 0  # of the params and the dropout
     overwrite: bool = False  # delete a run that is there
 

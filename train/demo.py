@@ -47,7 +47,9 @@ class DemoConfig:
     """Options of the demonstration."""
 
     show: Literal["pictures", "state"] = "pictures"  # input of the policies: images, or the state
-    world: Literal["table_mujoco", "table_jax"] = "table_mujoco"  # environment
+    world: Literal["table_mujoco", "table_jax"] = (
+        "table_mujoco"  # environment to record and evaluate in
+    )
     run_dir: str = "runs/demo"  # folder to write to
     dataset: str = "demos/table"  # folder of the demonstrations
     num_demonstrations: int = 3500  # episodes to record

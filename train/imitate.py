@@ -17,7 +17,14 @@ import numpy as np
 
 from train.cache import frame_tokens
 from train.configs import IMITATE, ImitateConfig
-from train.setup import compute_norm_stats, init_params, make_windows, read_dataset
+from train.setup import (
+    check_sources,
+    compute_norm_stats,
+    init_params,
+    make_windows,
+    read_dataset,
+    sharding_rules,
+)
 from vla_jax.command_line import run
 from vla_jax.data.loader import Loader, make_loader
 from vla_jax.data.packing import Packed
@@ -27,8 +34,8 @@ from vla_jax.evaluation import plots
 from vla_jax.nn import scheduled_sampling
 from vla_jax.policies import heads, policy
 from vla_jax.policies.head import TeacherForcing
-from vla_jax.runs import open_run, write_run
-from vla_jax.training import auxiliary, captions, device_augment, loss_terms, losses, optim
+from vla_jax.runs import check_run, open_run, write_run
+from vla_jax.training import auxiliary, captions, device_augment, loop, loss_terms, losses, optim
 from vla_jax.training.loop import fit
 from vla_jax.training.malloc import keep_freed_memory
 from vla_jax.training.parallel import is_first_process
@@ -38,6 +45,11 @@ from vla_jax.types import Batch, Key, Metrics, Params
 
 def imitate(config: ImitateConfig) -> pathlib.Path:
     """Trains a policy; returns the run's folder."""
+    # Refuse what cannot work before anything slow.
+    loop.check(config.loop, config.optim, batch_size=config.loader.batch_size)
+    check_run(config.run_dir, config, overwrite=config.overwrite)
+    check_sources(config)
+
     # Data: episodes, and the normalisation statistics, which acting needs too.
     dataset = read_dataset(config)
     norm_stats = compute_norm_stats(config, dataset)
@@ -88,6 +100,7 @@ def imitate(config: ImitateConfig) -> pathlib.Path:
         schedule=schedule,
         metadata=metadata,
         name=run_dir.name,
+        sharding_rules=sharding_rules(config),
     )
     if is_first_process():
         _plot(run_dir, config, train_state.params, windows[[len(windows) - 1]])

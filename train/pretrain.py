@@ -35,8 +35,8 @@ from vla_jax.data.normalize import NormalizeConfig, NormStats
 from vla_jax.data.readers import reader
 from vla_jax.data.readers.dataset_config import DatasetConfig, upgrade_config
 from vla_jax.data.windows import WindowConfig, Windows
-from vla_jax.runs import open_run, save_json
-from vla_jax.training import device_augment, losses, optim
+from vla_jax.runs import check_run, open_run, save_json
+from vla_jax.training import device_augment, loop, losses, optim
 from vla_jax.training.loop import LoopConfig, fit
 from vla_jax.training.malloc import keep_freed_memory
 from vla_jax.training.optim import OptimConfig
@@ -50,15 +50,21 @@ class PretrainConfig:
 
     dataset: DatasetConfig = DatasetConfig()  # demonstrations with the target as a column
     run_dir: str = "runs/pretrain"  # folder to write to
-    target: Literal["environment_state", "proprio", "action"] = "environment_state"  # column
+    target: Literal["environment_state", "proprio", "action"] = (
+        "environment_state"  # column of the data set to regress from each frame
+    )
     reach: float = 0.04  # m, distance scale of the tool-relative targets; 0 = no such targets
     backbone: PerceiverConfig = PerceiverConfig()  # image encoder to train
     normalize: NormalizeConfig = NormalizeConfig()  # normalisation method of each column
     augment: AugmentConfig = AugmentConfig()  # random image changes; none by default
     augment_on: Literal["host", "device"] = "host"  # augment in loader threads or in the update
-    loader: LoaderConfig = LoaderConfig(batch_size=64)
-    optim: OptimConfig = OptimConfig(learning_rate=5e-3, end_factor=0.01, freeze=("*/words/*",))
-    loop: LoopConfig = LoopConfig(num_updates=2000, save_every=1000)
+    loader: LoaderConfig = LoaderConfig(batch_size=64)  # batch size, shuffling and workers
+    optim: OptimConfig = OptimConfig(
+        learning_rate=5e-3, end_factor=0.01, freeze=("*/words/*",)
+    )  # learning rate, weight decay and averaging
+    loop: LoopConfig = LoopConfig(
+        num_updates=2000, save_every=1000
+    )  # number of updates, logs and checkpoints
     seed: int = 0  # random seed of params and dropout
     overwrite: bool = False  # delete an existing run
 
@@ -75,6 +81,11 @@ PRESETS = {"table": table}
 
 def pretrain(config: PretrainConfig) -> pathlib.Path:
     """Trains an encoder; returns the run's folder, with params `{"backbone", "readout"}`."""
+    # Refuse what cannot work before anything slow.
+    loop.check(config.loop, config.optim, batch_size=config.loader.batch_size)
+    check_run(config.run_dir, config, overwrite=config.overwrite)
+    reader.find_reader(config.dataset)
+
     # Data: single frames.
     dataset = read_dataset(config)
     norm_stats = normalize.compute_norm_stats(dataset)

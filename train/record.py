@@ -38,7 +38,7 @@ class RecordConfig:
     """One recording of demonstrations."""
 
     dataset: str = "demos/table"  # folder of the data set to write
-    world: mujoco_env.TableConfig | jax_env.TableConfig = field(
+    world: mujoco_env.TableConfig | jax_env.TableConfig = field(  # environment to record in
         default_factory=mujoco_env.TableConfig
     )
     num_episodes: int = 2000  # episodes to play, with seeds 0, 1, …; only successes are kept

@@ -29,8 +29,8 @@ from vla_jax.nn import scheduled_sampling, search, seq2seq
 from vla_jax.nn.scheduled_sampling import SamplingConfig
 from vla_jax.nn.search import SearchResult
 from vla_jax.nn.seq2seq import Seq2SeqConfig
-from vla_jax.runs import open_run, save_json
-from vla_jax.training import losses, optim
+from vla_jax.runs import check_run, open_run, save_json
+from vla_jax.training import loop, losses, optim
 from vla_jax.training.logs import read_metrics
 from vla_jax.training.loop import LoopConfig, fit
 from vla_jax.training.malloc import keep_freed_memory
@@ -54,11 +54,13 @@ class ScanConfig:
     batch_size: int = 128  # commands B per update
     width_step: int = 8  # targets are padded to a multiple of this many steps
     sampling: SamplingConfig = SamplingConfig()  # scheduled sampling; teacher forcing by default
-    model: Seq2SeqConfig = Seq2SeqConfig()
-    optim: OptimConfig = OptimConfig(
+    model: Seq2SeqConfig = Seq2SeqConfig()  # sizes of the encoder-decoder
+    optim: OptimConfig = OptimConfig(  # learning rate, weight decay and averaging
         learning_rate=2e-3, end_factor=0.01, b2=0.99, weight_decay=0.0, ema_decay=0.999
     )
-    loop: LoopConfig = LoopConfig(num_updates=4500, save_every=1500)
+    loop: LoopConfig = LoopConfig(
+        num_updates=4500, save_every=1500
+    )  # number of updates, logs and checkpoints
     seed: int = 0  # seed of params, dropout, shuffling and the split
     overwrite: bool = False  # delete an earlier run in run_dir
 
@@ -92,6 +94,10 @@ PRESETS = {"attention": attention, "bottleneck": bottleneck}
 
 def train(config: ScanConfig) -> pathlib.Path:
     """Trains and tests; returns the run's folder."""
+    # Refuse what cannot work before anything slow.
+    loop.check(config.loop, config.optim, batch_size=config.batch_size)
+    check_run(config.run_dir, config, overwrite=config.overwrite)
+
     # Data: pairs of strings, as ids.
     train_pairs, test_pairs = data_sets(config)
     loader = Buckets(

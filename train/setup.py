@@ -19,7 +19,30 @@ from vla_jax.data.tool_frame import in_tool_frame
 from vla_jax.data.windows import WindowConfig, Windows
 from vla_jax.policies import policy
 from vla_jax.training import auxiliary, checkpoint
-from vla_jax.types import Key, Params, Tokens
+from vla_jax.types import Key, Params, ShardingRules, Tokens
+
+
+def check_sources(config: ImitateConfig) -> None:
+    """Raises an error unless the data set and the earlier runs to start from exist.
+
+    Raises:
+      FileNotFoundError: one of the folders is missing.
+      ValueError: no reader, or several, recognise the data set.
+    """
+    reader.find_reader(config.dataset)
+    for name in ("backbone_from", "decoder_from"):
+        folder = getattr(config, name)
+        if folder and not is_folder(folder) and not (pathlib.Path(folder) / "checkpoints").is_dir():
+            raise FileNotFoundError(
+                f"{name} must be a run folder with checkpoints, got {folder}; train it first, or "
+                "name another."
+            )
+
+
+def sharding_rules(config: ImitateConfig) -> ShardingRules:
+    """Returns the sharding rules of the backbone, for the params of the whole policy."""
+    rules = registry.get(config.agent.policy.backbone).sharding_rules
+    return tuple((f"*backbone/{glob}", spec) for glob, spec in rules)
 
 
 def read_dataset(config: ImitateConfig) -> Dataset:

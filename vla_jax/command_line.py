@@ -3,23 +3,30 @@
     python -m train.imitate --preset table_lstm --window-size 16 --learning-rate 3e-4
 
 A preset is a function without arguments that returns a config; the first line of its docstring
-stands in `--help`, which lists every option with the comment behind its field.
+appears in `--help`, which lists every option with the comment of its field.
+
+Every command of this project ends with one of these exit codes: 0 done; 2 wrong input, with one
+sentence on stderr; 130 interrupted by Ctrl-C.
 """
 
 import argparse
+import ast
 import collections
 import contextlib
 import dataclasses
+import functools
 import inspect
 import io
 import itertools
 import os
 import re
 import sys
+import textwrap
+import tokenize
 import typing
 import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar
 
 from vla_jax import config as configs
 
@@ -35,10 +42,7 @@ def run(
     *,
     description: str,
 ) -> None:
-    """Calls `function` with the config that the user asked for, and prints what it returns.
-
-    An error becomes one line on stderr and exit code 2, and a warning one line; the environment
-    variable `VLA_JAX_TRACEBACK=1` shows where an error came from instead.
+    """Calls `function` with the config from the command line, and prints what it returns.
 
     Args:
       function: the script.
@@ -49,9 +53,23 @@ def run(
     Raises:
       SystemExit: 2 after an error, 130 after Ctrl-C.
     """
+    with exit_codes():
+        print(function(command_line(presets, argv, description=description)))
+
+
+@contextlib.contextmanager
+def exit_codes() -> Iterator[None]:
+    """Turns errors inside the block into one line on stderr and an exit code.
+
+    Warnings become one line too. The environment variable `VLA_JAX_TRACEBACK=1` shows the whole
+    traceback of an error instead.
+
+    Raises:
+      SystemExit: 2 after an error, 130 after Ctrl-C.
+    """
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
-        print(function(command_line(presets, argv, description=description)))
+        yield
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
@@ -60,13 +78,19 @@ def run(
         _stop(f"error: {' '.join(str(error).split())}")
 
 
+def program() -> str | None:
+    """Returns "python -m NAME" for the module that was started, for the usage line."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return None if spec is None else f"python -m {spec.name.removesuffix('.__main__')}"
+
+
 def command_line(
     presets: Mapping[str, Callable[[], Config]],
     argv: Sequence[str] | None = None,
     *,
     description: str,
 ) -> Config:
-    """Returns the config that the user asked for, or ends the program with one clear message.
+    """Returns the config from the command line, or ends the program with one clear message.
 
     An option has the bare name of its field (`--window-size`); only where two parts of the config
     have a field of that name, and for `kind` and `head`, which say nothing without it, does it
@@ -77,11 +101,11 @@ def command_line(
 
     Args:
       presets: name to a function that makes a config; the first one is the default.
-      argv: what follows the program's name; None means the program's own.
+      argv: arguments after the program's name; None means those of the process.
       description: what the program does, shown above the presets.
 
     Raises:
-      SystemExit: 0 after `--help`; 2 after a mistake, which is told on stderr.
+      SystemExit: 0 after `--help`; 2 after a mistake, with one line on stderr.
     """
     import tyro
 
@@ -93,17 +117,18 @@ def command_line(
             f"error: unknown preset '{known.preset}'; {configs.did_you_mean(known.preset, presets)}"
         )
     default = presets[known.preset]()
-    told = io.StringIO()
+    messages = io.StringIO()
     try:
-        with contextlib.redirect_stderr(told):
+        with contextlib.redirect_stderr(messages):
             chosen = tyro.cli(
                 _flat_class(default, "", ambiguous=_ambiguous(default)),
                 description=f"{description}\n\n{_preset_list(presets, known.preset)}",
                 args=rest,
+                prog=program(),
             )
     except SystemExit as stopped:
         if stopped.code:
-            _stop(_one_line(told.getvalue()))
+            _stop(_one_line(messages.getvalue()))
         raise
     return configs.from_dict(type(default), configs.to_dict(chosen))
 
@@ -120,7 +145,7 @@ def _flat_class(config: Any, part: str, *, ambiguous: Container[str]) -> type:
     cls = type(config)
     fields: list[Any] = []
     for name, kind in typing.get_type_hints(cls).items():
-        value, about = getattr(config, name), _comment(cls, name)
+        value, about = getattr(config, name), comments(cls).get(name, "")
         if dataclasses.is_dataclass(value):
             kind, marker = _flat_class(value, name, ambiguous=ambiguous), tyro.conf.arg(help=about)
             value = kind()
@@ -142,11 +167,49 @@ def _fixed(kind: Any) -> bool:
     return mark or any(dataclasses.is_dataclass(member) for member in members)
 
 
-def _comment(cls: type, name: str) -> str:
-    """Returns the comment behind the field (tyro finds none in a class made at run time)."""
-    sources = [inspect.getsource(base) for base in cls.__mro__ if dataclasses.is_dataclass(base)]
-    found = re.search(rf"^ +{name}: .*?  # (.*)$", "\n".join(sources), re.MULTILINE)
-    return found[1] if found else ""
+@functools.cache
+def comments(cls: type) -> dict[str, str]:
+    """Returns the comment of every field of a dataclass: behind it, or on the lines above it.
+
+    A field that a subclass repeats without a comment keeps that of the base class. tyro finds none
+    in a class that is made at run time.
+    """
+    found: dict[str, str] = {}
+    for base in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
+        source = textwrap.dedent(inspect.getsource(base))
+        lines = _comment_lines(source)
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                text = _comment_of(node, lines)
+                found[node.target.id] = text or found.get(node.target.id, "")
+    return found
+
+
+def _comment_of(node: ast.AnnAssign, lines: "dict[int, _Comment]") -> str:
+    behind = range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    text = [lines[number].text for number in behind if number in lines]
+    number = node.lineno - 1
+    while not any(line in lines for line in behind) and number in lines and lines[number].alone:
+        text.insert(0, lines[number].text)
+        number -= 1
+    return " ".join(text)
+
+
+class _Comment(NamedTuple):
+    """One comment of a source text."""
+
+    text: str
+    alone: bool  # whether the line holds nothing else
+
+
+def _comment_lines(source: str) -> dict[int, _Comment]:
+    """Returns the comments of a source text by line number."""
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return {
+        token.start[0]: _Comment(token.string.lstrip("# "), token.line.lstrip().startswith("#"))
+        for token in tokens
+        if token.type == tokenize.COMMENT
+    }
 
 
 def _ambiguous(config: Any) -> set[str]:
@@ -175,7 +238,7 @@ def _first_line(preset: Callable[[], Any]) -> str:
 
 
 def _one_line(box: str) -> str:
-    """Returns what tyro tells in a box of several lines, drawn in Unicode or in ASCII."""
+    """Returns the text of an error box of tyro, drawn in Unicode or in ASCII, as one line."""
     lines = [line.strip("│| ") for line in box.splitlines()]
     is_rule = re.compile("[─-]{10}").search
     parts = [" ".join(group) for rule, group in itertools.groupby(lines, is_rule) if not rule]

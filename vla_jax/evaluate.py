@@ -15,8 +15,6 @@ import pathlib
 import re
 import shlex
 import shutil
-import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
@@ -34,6 +32,7 @@ from vla_jax.acting.rollout import (
     run_simulators,
 )
 from vla_jax.actions.execution import Kind
+from vla_jax.command_line import exit_codes
 from vla_jax.envs.worlds import WORLDS, WorldConfig, find_reference, make_simulator
 from vla_jax.evaluation import players, report, results, video
 from vla_jax.evaluation.players import Player
@@ -304,14 +303,14 @@ def _command(run_dir: pathlib.Path, config: EvaluateConfig) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; whatever is wrong is told in a sentence, with exit code 2."""
+    """Runs the command line; exit codes are those of `command_line`."""
     import tyro
 
     def command(
         run_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")],
         config: Annotated[EvaluateConfig, tyro.conf.arg(name="")] = EvaluateConfig(),
     ) -> None:
-        """Plays a run's policy in a world and shows how often it did what it was told.
+        """Plays a run's policy in closed loop and shows its success rate per task.
 
         Args:
           run_dir: folder of the run.
@@ -321,15 +320,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         Console().print(results.table(summary))
         print(report.write_index(run_dir))
 
-    try:
-        tyro.cli(command, args=argv)
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from here")
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    with exit_codes():
+        tyro.cli(command, args=argv, prog="python -m vla_jax.evaluate")
 
 
 if __name__ == "__main__":
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     main()

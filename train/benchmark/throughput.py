@@ -31,7 +31,7 @@ _EPSILON = 0.1  # probability of a random action, in both
 class ThroughputConfig:
     """A throughput measurement."""
 
-    world: GridConfig = GridConfig()  # environment
+    world: GridConfig = GridConfig()  # grid whose steps are measured
     network: NetworkConfig = NetworkConfig()  # network of the policy; must be feed-forward
     num_worlds: int = 4096  # parallel environments in the JAX program
     num_steps: int = 128  # environment steps of each of them per round

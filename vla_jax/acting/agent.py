@@ -30,9 +30,9 @@ from vla_jax.types import ActionChunk, Array, Observation, Params
 class AgentConfig:
     """Config of an agent; params and norm_stats complete it."""
 
-    policy: PolicyConfig = PolicyConfig()
+    policy: PolicyConfig = PolicyConfig()  # backbone and decoder of the policy
     normalize: NormalizeConfig = NormalizeConfig()  # as in training
-    execution: ExecutionConfig = ExecutionConfig()
+    execution: ExecutionConfig = ExecutionConfig()  # how predicted chunks become single actions
     mode: Mode = "refresh"  # what the decoder remembers: last W steps, since W·n, everything
     instruction_steps: int = 1  # first steps that show the instruction; -1 = always
     tool_frame: ToolFrame | None = None  # the policy speaks in the tool's frame; None = the data's

@@ -32,7 +32,7 @@ class PerceiverConfig:
     patch_size: int = 8  # height and width of a patch, pixels
     overlap: bool = True  # extend each patch by half of its neighbours
     width: int = 64  # features of patches and latents
-    num_heads: int = 4  # attention heads
+    num_heads: int = 4  # heads of every attention layer
     num_latents: int = 8  # visual tokens per step
     token_dim: int = 16  # features D of a token; small: the decoder needs fewer demonstrations
     patch_layers: int = 0  # self-attention layers over the patches (ViT); slow on a CPU

@@ -10,14 +10,13 @@ foreign file from such a folder: the same tensors, byte for byte.
 """
 
 import pathlib
-import sys
-import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 import jax
 from rich.console import Console
 
+from vla_jax.command_line import exit_codes
 from vla_jax.convert import conversion_report, weight_files
 from vla_jax.convert.converters import CONVERTERS, ConvertConfig, kind_of_file
 from vla_jax.convert.folder import check_target, is_folder, read_folder, write_folder
@@ -72,7 +71,7 @@ def _count(tensors: Any) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line; an error is one line on stderr, with exit code 1."""
+    """Runs the command line; exit codes are those of `command_line`."""
     import tyro
 
     def command(
@@ -93,15 +92,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         convert(src, dst, config)
         print(dst)
 
-    try:
+    with exit_codes():
         tyro.cli(command, args=argv, prog="python -m vla_jax.convert")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; nothing was written")
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
-        sys.exit(1)
 
 
 if __name__ == "__main__":
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     main()

@@ -18,7 +18,7 @@ class DiscreteGymnasiumConfig:
     """Any registered Gymnasium environment with a few actions to choose from; Python steps it."""
 
     kind: Literal["gymnasium"] = "gymnasium"
-    env_id: str = "CartPole-v1"
+    env_id: str = "CartPole-v1"  # id of a registered Gymnasium environment
     max_steps: int = 0  # environment steps until truncation; 0 = the environment's own
 
 

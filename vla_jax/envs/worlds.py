@@ -19,7 +19,7 @@ class GymnasiumConfig:
     """Any registered Gymnasium environment with a Box of actions."""
 
     kind: Literal["gymnasium"] = "gymnasium"
-    env_id: str = "Pendulum-v1"
+    env_id: str = "Pendulum-v1"  # id of a registered Gymnasium environment
     instruction: str = ""  # of the robot
     image_size: int = 0  # pixels; 0 = no pictures
     max_steps: int = 0  # environment steps until truncation; 0 = the environment's own

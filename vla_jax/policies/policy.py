@@ -29,7 +29,8 @@ from vla_jax.types import ActionChunk, Array, Key, Observation, Params, Predicti
 class PolicyConfig:
     """A backbone and a decoder that fits it; `connect` makes them fit."""
 
-    backbone: BackboneConfig = PerceiverConfig()
+    backbone: BackboneConfig = PerceiverConfig()  # encoder of images and instruction
+    # trunk and action head on the backbone's tokens
     decoder: DecoderConfig = DecoderConfig(
         token_dim=PerceiverConfig().token_dim, num_tokens=PerceiverConfig().num_tokens
     )

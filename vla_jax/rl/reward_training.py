@@ -38,7 +38,7 @@ class RewardTraining:
     gamma: float = 0.99  # discount factor per environment step, in [0, 1]
     trace_decay: float = 0.95  # λ of the λ-returns, in [0, 1]; 0 = one step, 1 = whole rollout
     seeds: SeedsConfig = SeedsConfig()  # parallel seeds, rollout size, early stopping
-    optim: OptimConfig = OptimConfig()  # optimiser
+    optim: OptimConfig = OptimConfig()  # learning rate, weight decay and averaging
     loop: LoopConfig = LoopConfig()  # number of updates, logs, checkpoints
     seed: int = 0  # random seed of the whole training
     overwrite: bool = False  # delete an existing run in run_dir

@@ -9,8 +9,9 @@ from typing import Any, Protocol
 import jax
 import optax
 
-from vla_jax.training import checkpoint, parallel
+from vla_jax.training import checkpoint, optim, parallel
 from vla_jax.training.logs import Logs
+from vla_jax.training.optim import OptimConfig
 from vla_jax.training.parallel import ShardingRules, is_first_process
 from vla_jax.training.update import TrainState, Update
 from vla_jax.types import Key
@@ -53,6 +54,27 @@ class LoopConfig:
         for name in ("num_updates", "log_every", "save_every", "keep", "fsdp_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+
+def check(config: LoopConfig, optim_config: OptimConfig, *, batch_size: int) -> None:
+    """Raises a ValueError for a training that cannot work, before anything slow.
+
+    Args:
+      config: length of the training, and its devices.
+      optim_config: learning rate and warm-up.
+      batch_size: B over all processes.
+
+    Raises:
+      ValueError: the warm-up is not shorter than the training, there are not enough devices, or the
+        batch cannot be split evenly over them.
+    """
+    optim.make_schedule(optim_config, config.num_updates)
+    mesh = parallel.make_mesh(config.num_devices or None, fsdp_size=config.fsdp_size)
+    if batch_size % mesh.size:
+        raise ValueError(
+            f"batch_size must be a multiple of the {mesh.size} devices, got {batch_size}; choose "
+            "another batch_size or num_devices."
+        )
 
 
 def fit(

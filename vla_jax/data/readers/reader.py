@@ -58,6 +58,16 @@ def read_dataset(
       FileNotFoundError: the path is missing, or a file of the data set.
       ValueError: unknown kind; no reader or several readers accept the path; damaged data.
     """
+    return find_reader(config).read(config, cameras=cameras, image_size=image_size)
+
+
+def find_reader(config: DatasetConfig) -> Reader:
+    """Returns the reader of a data set, without reading any data.
+
+    Raises:
+      FileNotFoundError: the path is missing.
+      ValueError: unknown kind; no reader or several readers accept the path.
+    """
     path = pathlib.Path(config.path)
     if config.kind is not None and config.kind not in READERS:
         raise ValueError(
@@ -72,8 +82,7 @@ def read_dataset(
             else "record it first or give another path"
         )
         raise FileNotFoundError(f"data set {path} is missing; {remedy}.")
-    kind = config.kind or detect_kind(path)
-    return READERS[kind].read(config, cameras=cameras, image_size=image_size)
+    return READERS[config.kind or detect_kind(path)]
 
 
 def detect_kind(path: pathlib.Path) -> str:
@@ -86,7 +95,7 @@ def detect_kind(path: pathlib.Path) -> str:
     if not kinds:
         raise ValueError(
             f"no reader recognises the data set {path} (readers: {', '.join(READERS)}); give "
-            "dataset.kind to be told which part of that format is missing, or convert the data."
+            "dataset.kind to see which part of that format is missing, or convert the data."
         )
     if len(kinds) > 1:
         raise ValueError(
