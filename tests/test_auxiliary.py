@@ -274,7 +274,7 @@ TRAININGS = {  # what is refused before any training
             "auxiliary": dataclasses.replace(PIXELS, forward_patch_size=5),
             "backbone": tiny_demos.EYES,
         },
-        "forward_patch_size must divide image_size 16, got 5",
+        "forward_patch_size must divide the image size 16 × 16 pixels, got 5",
     ),
     "beyond the window": (
         {"auxiliary": AuxiliaryConfig(forward_horizon=6)},

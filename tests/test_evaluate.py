@@ -262,5 +262,5 @@ def test_a_mistake_at_the_command_line_is_told_without_a_traceback(folder, capsy
 @pytest.mark.slow
 def test_an_interruption_at_the_command_line_says_how_to_go_on(folder, monkeypatch):
     monkeypatch.setattr(module.results, "append_outcome", fail_after(0, results.append_outcome))
-    with pytest.raises(SystemExit, match="interrupted; the same command goes on from here"):
+    with pytest.raises(SystemExit, match="130"):
         main([str(folder), "--num-episodes", "3", "--num-videos", "0"])

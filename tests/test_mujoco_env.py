@@ -228,7 +228,7 @@ def test_the_same_state_is_drawn_alike_and_people_get_a_picture_of_their_own(see
 @pytest.mark.parametrize("backend", ["osmesa", "nonsense"])
 def test_a_missing_opengl_is_one_sentence_that_says_what_to_do(backend):
     code = (
-        "from vla_jax.envs.table_mujoco import TableMujoco\n"
+        "from vla_jax.envs.table.mujoco_env import TableMujoco\n"
         "try:\n    TableMujoco()\n"
         "except RuntimeError as error:\n    print(error)\n"
         "else:\n    print('drew')"

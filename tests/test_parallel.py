@@ -204,7 +204,7 @@ jax.config.update("jax_num_cpu_devices", 2)
 port, process_id, directory = sys.argv[1:]
 jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(process_id))
 import test_parallel
-from vla_jax import checkpoint
+from vla_jax.training import checkpoint
 state, metrics = test_parallel.run(4, jax.random.key(0), loss_fn=test_parallel.dropout_loss)
 checkpoints = checkpoint.open_checkpoints(directory)
 checkpoint.save(checkpoints, 3, state, {"loss": float(metrics["loss"])})

@@ -13,12 +13,15 @@ when it is complete; what a killed program leaves behind is ignored, and removed
 # pyright: reportArgumentType=false
 
 import contextlib
+import gc
 import json
 import logging
 import os
 import pathlib
 import re
 import shutil
+import sys
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -31,6 +34,7 @@ from vla_jax.types import Params
 
 Path = str | os.PathLike[str]
 State = TypeVar("State")
+_PENDING_READS = 0.1  # s that other reads of a damaged checkpoint take to end
 
 
 class Checkpoints(NamedTuple):
@@ -302,11 +306,19 @@ def _one_sentence(directory: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _readable(path: pathlib.Path) -> Iterator[None]:
-    """Turns any error of Orbax about damaged files into one sentence."""
-    with _quiet_orbax():
+    """Turns any error of Orbax about damaged files into one sentence.
+
+    After an error, reads of other arrays may end with exceptions that nobody awaits; Python reports
+    these through `sys.unraisablehook`, which is restored once they have ended.
+    """
+    with _quiet_orbax(), contextlib.ExitStack() as stack:
         try:
             yield
         except Exception as error:  # of many types
+            stack.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
+            sys.unraisablehook = lambda _: None
+            time.sleep(_PENDING_READS)
+            gc.collect()
             raise ValueError(
                 f"{path} cannot be read ({_reason(error)}); delete it to use the step before."
             ) from error
