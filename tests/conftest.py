@@ -1,6 +1,8 @@
 """Strict JAX on four simulated devices, one compile cache, and the choice of the fast tests."""
 
 import collections
+import ctypes
+import gc
 import os
 import pathlib
 import zlib
@@ -31,7 +33,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 SAMPLING = 4  # one in so many cases of a test marked "sampled" is fast
 MAX_MAPS = 20_000  # memory maps of a process, of 65,530; a compiled program takes a dozen
-MAX_PAGES = 300_000  # resident memory of a process, pages of 4 kB
+MAX_PAGES = 200_000  # resident memory of a process, pages of 4 kB
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -70,3 +72,7 @@ def limited_memory():
         num_pages = int((process / "statm").read_text().split()[1])
         if num_maps > MAX_MAPS or num_pages > MAX_PAGES:
             jax.clear_caches()
+            gc.collect()
+            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it
+            if trim:
+                trim(0)
