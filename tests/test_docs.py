@@ -14,6 +14,7 @@ from train.configs import IMITATE
 from vla_jax.backbones.registry import BACKBONES
 from vla_jax.command_line import command_line
 from vla_jax.data.readers.reader import READERS
+from vla_jax.envs.worlds import WORLDS
 from vla_jax.nn.cells import CELLS
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -52,7 +53,7 @@ def commands(text):
 @pytest.fixture
 def families():
     """Removes the members that a guide adds."""
-    before = [(family, dict(family)) for family in (BACKBONES, CELLS, READERS)]
+    before = [(family, dict(family)) for family in (BACKBONES, CELLS, READERS, WORLDS)]
     yield
     for family, members in before:
         family.clear()
@@ -115,7 +116,10 @@ def test_the_notebook_runs_and_prints_what_it_stores(monkeypatch):
     fresh = nbformat.read(DOCS / "quickstart.ipynb", as_version=4)
     NotebookClient(fresh, timeout=600, kernel_name="python3").execute()
     kinds = [
-        [[(o.output_type, *o.get("data", {})) for o in cell.get("outputs", ())] for cell in n.cells]
+        [
+            [(o.output_type, *sorted(o.get("data", {}))) for o in cell.get("outputs", ())]
+            for cell in n.cells
+        ]
         for n in (stored, fresh)
     ]
     assert kinds[0] == kinds[1]
