@@ -55,7 +55,7 @@ def params(config):
 
 
 def loss_of(params, features, tokens, config, batch):
-    prediction = auxiliary.apply(params, config, features, captions.told(batch))
+    prediction = auxiliary.apply(params, config, features, captions.visible_instruction(batch))
     return auxiliary.loss(prediction, config, batch, tokens)
 
 
@@ -100,7 +100,7 @@ def test_the_steps_ahead_are_those_that_follow():
 def test_two_episodes_in_a_row_are_two_rows():
     batch, tokens = draw_batch()
     features, weights = draw_features(), params(BOTH)
-    prediction = auxiliary.apply(weights, BOTH, features, captions.told(batch))
+    prediction = auxiliary.apply(weights, BOTH, features, captions.visible_instruction(batch))
 
     def error(rows, steps):
         part = jax.tree.map(lambda leaf: leaf[rows, steps], (prediction, batch, tokens))
@@ -154,7 +154,7 @@ def _at(place):
 
 def test_the_caption_is_that_of_captions():
     batch, tokens = draw_batch()
-    features, words = draw_features(), captions.told(batch)
+    features, words = draw_features(), captions.visible_instruction(batch)
     prediction = auxiliary.apply(params(BOTH), BOTH, features, words)
     logits = captions.apply(params(BOTH)["caption"], features, words)
     assert_close(prediction.caption, logits)
@@ -175,7 +175,7 @@ def test_the_gradient_reaches_the_memory_and_never_the_tokens_that_are_to_be_pre
     by_params, by_features, by_tokens = gradient(*inputs)
     assert all(leaf.any() for leaf in jax.tree.leaves(by_params))
     follows = pairs(batch.timestep_mask, batch.reset, F).any(-1)
-    knows = (np.asarray(captions.told(batch)) > 0).any(-1)
+    knows = (np.asarray(captions.visible_instruction(batch)) > 0).any(-1)
     np.testing.assert_array_equal((by_features != 0).any(-1), follows | knows)
     assert not by_tokens.any()
 
@@ -259,7 +259,9 @@ def test_patches_that_do_not_fit_are_one_sentence():
 
 
 def test_a_caption_without_words_is_one_sentence():
-    with pytest.raises(ValueError, match=r"words must be ids .* give captions\.told"):
+    with pytest.raises(
+        ValueError, match=r"words must be ids .* give captions\.visible_instruction"
+    ):
         auxiliary.apply(params(BOTH), BOTH, draw_features())
 
 

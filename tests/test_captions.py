@@ -63,16 +63,20 @@ def test_a_step_knows_the_latest_words_that_were_visible_since_the_last_reset():
     mask, reset = random.random(shape) < 0.7, random.random(shape) < 0.2
     expected = remembered(instruction, mask, reset)
     assert 0.2 < (expected > 0).any(-1).mean() < 0.8
-    np.testing.assert_array_equal(captions.told(batch_of(instruction, mask, reset)), expected)
+    np.testing.assert_array_equal(
+        captions.visible_instruction(batch_of(instruction, mask, reset)), expected
+    )
     never = np.zeros_like(reset)
     expected = remembered(instruction, mask, never)
     for reset in (None, never):
-        np.testing.assert_array_equal(captions.told(batch_of(instruction, mask, reset)), expected)
+        np.testing.assert_array_equal(
+            captions.visible_instruction(batch_of(instruction, mask, reset)), expected
+        )
 
 
 def test_a_batch_without_words_is_one_sentence():
     with pytest.raises(ValueError, match=r"observation\.instruction must be in the batch.*None"):
-        captions.told(batch_of(None, np.ones((B, W), bool)))
+        captions.visible_instruction(batch_of(None, np.ones((B, W), bool)))
 
 
 # --- the GRU that says them -------------------------------------------------------------------

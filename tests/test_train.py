@@ -304,7 +304,7 @@ def test_both_auxiliary_losses_fall_and_the_memory_says_what_it_was_told(demos, 
         reset=batch.reset,
     ).features
     said = captions.say(params["auxiliary"]["caption"], features, max_words=12)
-    wanted = np.asarray(captions.told(batch))
+    wanted = np.asarray(captions.visible_instruction(batch))
     knows = (wanted > 0).any(-1)
     assert len(np.unique(wanted[knows], axis=0)) > 3
     np.testing.assert_array_equal(said[knows], wanted[knows])

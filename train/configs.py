@@ -37,7 +37,7 @@ class ImitateConfig:
     stride: int = 1  # environment steps between the ends of two windows of an episode
     pack: bool = False  # whole episodes side by side in rows of window_size steps, no windows
     action_bounds: tuple[float, float] | None = None  # of the arm, data units; None = the data's
-    sampling: SamplingConfig = SamplingConfig()  # what head "autoregressive" is told of the truth
+    sampling: SamplingConfig = SamplingConfig()  # teacher forcing of the autoregressive head
     loss: LossWeights = LossWeights()  # factor of each term beside the arm's
     auxiliary: AuxiliaryConfig = AuxiliaryConfig()  # heads that only train; none by default
     agent: AgentConfig = AgentConfig()  # how the trained policy acts
@@ -66,7 +66,7 @@ class ImitateConfig:
         head = self.agent.policy.decoder.head
         if self.sampling.schedule != "always" and head != "autoregressive":
             raise ValueError(
-                f"sampling must be left as it is for head '{head}', which is told no actions, got "
+                f"sampling must be left as it is for head '{head}', which takes no targets, got "
                 f"schedule '{self.sampling.schedule}'; choose head 'autoregressive'."
             )
 

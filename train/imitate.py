@@ -153,7 +153,7 @@ def make_loss(config: ImitateConfig) -> LossFn:
             # Padding tokens may hold anything; as targets they are zeros.
             mask = outputs.tokens.mask[..., None]
             real_tokens = jnp.where(mask, outputs.tokens.tokens, 0.0)
-            words = captions.told(batch) if config.auxiliary.caption else None
+            words = captions.visible_instruction(batch) if config.auxiliary.caption else None
             guesses = auxiliary.apply(
                 params["auxiliary"], config.auxiliary, outputs.features, words
             )

@@ -1,4 +1,4 @@
-"""How well a run's policy does what it is told, in a world, over unseen episodes.
+"""Closed-loop evaluation: success rates of a run's policy over unseen episodes.
 
     python -m vla_jax.evaluate RUN_DIR
     python -m vla_jax.evaluate RUN_DIR --mode persistent --num-episodes 500
@@ -49,7 +49,7 @@ _PAINTED_SIZE = 160  # pixels that a JAX world paints for a video, then enlarged
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """What to play, and how; None means as in training."""
+    """Episodes, environment and execution of an evaluation; None means as in training."""
 
     name: str | None = None  # folder inside RUN_DIR/evaluation; None = made from the options below
     num_episodes: int = 120  # episodes, one per seed
@@ -81,14 +81,14 @@ class EvaluateConfig:
 
 
 class _Trial(NamedTuple):
-    """What is found out before the first episode."""
+    """Parts of an evaluation that are known before the first episode."""
 
     control_hz: float
     latency: Latency | None  # None for a reference
 
 
 class _Match(NamedTuple):
-    """Who plays where."""
+    """Controller and environment of an evaluation."""
 
     folder: pathlib.Path
     settings: dict[str, Any]  # all that the outcomes depend on
@@ -105,7 +105,7 @@ def evaluate(
     Args:
       run: from `load_run`, or the folder of one.
       config: what to play.
-      console: where progress is told; None means stderr.
+      console: console for progress; None means stderr.
 
     Returns:
       Rates per task and in all, also written to `summary.json`.
@@ -205,7 +205,7 @@ def _world(saved: WorldConfig | None, config: EvaluateConfig, image_size: int) -
 
 
 def _name(agent: AgentConfig, config: EvaluateConfig) -> str:
-    """What tells this evaluation from others of the run."""
+    """Returns the name of an evaluation, made of its settings."""
     decoder = agent.policy.decoder
     memory = [agent.mode]
     if agent.mode != "persistent":

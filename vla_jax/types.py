@@ -25,7 +25,7 @@ ShardingRules = tuple[tuple[str, jax.sharding.PartitionSpec], ...]
 
 
 class Observation(NamedTuple):
-    """What a policy sees; any leading axes (`[B, W]`, `[B]`, …). Absent parts are None."""
+    """Input of a policy; any leading axes (`[B, W]`, `[B]`, …). Absent parts are None."""
 
     image_primary: Array | None = None  # [..., h, w, 3] uint8, outside camera
     image_wrist: Array | None = None  # [..., h, w, 3] uint8, camera on the hand
@@ -69,7 +69,7 @@ Prediction = ActionChunk | BinChunk  # what a decoder gives, and a loss takes
 
 
 class Transition(NamedTuple):
-    """What one environment step gives back; leading axes where worlds are vmapped."""
+    """Result of one environment step; leading axes where environments are vmapped."""
 
     observation: Any  # Observation of a JAX world
     reward: Array  # [] float32
@@ -109,7 +109,7 @@ class DiscreteEnv(NamedTuple):
 
 
 class SimulatorStep(NamedTuple):
-    """What one step of a Python simulator gives back."""
+    """Result of one step of a Python simulator."""
 
     observation: Mapping[str, np.ndarray]  # field name of Observation -> array, not normalised
     reward: float
@@ -121,7 +121,7 @@ class SimulatorStep(NamedTuple):
 class Simulator(Protocol):
     """A world that lives in Python, one instance per episode stream (the counterpart of Env)."""
 
-    instruction: str  # what the robot is told in this episode, set by `reset`
+    instruction: str  # instruction of this episode, set by `reset`
     task: str  # name of the task, for results per task, set by `reset`
     control_hz: float  # actions per second
     max_steps: int  # environment steps until truncation

@@ -1,1 +1,1 @@
-"""What an action is: bins, frames of reference, grippers, execution of chunks."""
+"""Actions: bins, frames of reference, grippers, execution of chunks."""

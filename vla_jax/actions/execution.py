@@ -37,7 +37,7 @@ GripperRule = Literal["as_wanted", "repeat_change", "open_late"]
 
 @dataclasses.dataclass(frozen=True)
 class ExecutionConfig:
-    """How chunks become actions."""
+    """Rules from predicted chunks to single actions."""
 
     kind: Kind = "first"  # which actions of which chunks are sent
     exec_horizon: int = 1  # environment steps for which "receding_horizon" keeps a chunk
@@ -89,7 +89,7 @@ class RecedingPlan(NamedTuple):
 
 
 class EnsemblePlan(NamedTuple):
-    """What the chunks so far say about the next K steps."""
+    """Weighted sums of all chunks so far over the next K steps."""
 
     total: ActionChunk  # [B, K, A-1], [B, K], weighted sums
     weight: jax.Array  # [B, K], sums of the weights
@@ -97,7 +97,7 @@ class EnsemblePlan(NamedTuple):
 
 
 class GripperState(NamedTuple):
-    """What the gripper does."""
+    """State of the gripper rule."""
 
     wanted: jax.Array  # [B] at the last step, +1 open / -1 closed, 0 before the first action
     change: jax.Array  # [B] that "repeat_change" sent last, +1 opens, -1 closes, 0 none
@@ -114,7 +114,7 @@ class ChunkRule(NamedTuple):
 
 
 class ExecutionState(NamedTuple):
-    """What is remembered between two actions; all zeros at the start of an episode."""
+    """State between two actions; all zeros at the start of an episode."""
 
     plan: Any  # of the chunk rule: RecedingPlan, EnsemblePlan, or None with kind "first"
     gripper: GripperState

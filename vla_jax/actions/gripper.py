@@ -1,4 +1,4 @@
-"""What the last number of an action means in other people's data, and the library's own meaning."""
+"""Gripper conventions of data sets, converted to this library's: +1 open, −1 closed."""
 
 from typing import Literal, get_args
 

@@ -9,7 +9,7 @@ from vla_jax.types import Key, Observation, Params, ShardingRules, Tokens
 
 
 class BackboneConfig(Protocol):
-    """What every backbone's config has, beside fields of its own."""
+    """Fields that the config of every backbone has."""
 
     @property
     def kind(self) -> str:

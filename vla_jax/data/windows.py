@@ -16,7 +16,7 @@ Tokenize = Callable[[str], np.ndarray]  # instruction -> token ids [S] int32, fr
 
 @dataclass(frozen=True)
 class WindowConfig:
-    """What a window holds."""
+    """Sizes of a window and its action chunks."""
 
     window_size: int = 16  # W, environment steps
     action_horizon: int = 1  # K, actions predicted at each step, environment steps
@@ -262,7 +262,7 @@ def _identity(
     methods: normalize.NormalizeConfig,
     tokens: Tokens | None,
 ) -> dict[str, Any]:
-    """What makes two sources give the same windows; JSON-able, flat."""
+    """Returns everything that the windows depend on, as flat JSON-able values."""
     stats = normalize.to_json({name: norm_stats[name] for name in dataset.columns})
     return {
         "dataset": dataset.fingerprint,

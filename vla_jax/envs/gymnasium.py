@@ -15,7 +15,7 @@ _DEFAULT_HZ = 10.0  # where the environment doesn't say how fast it runs
 
 
 def is_success(info: Mapping[str, Any], reward: float) -> bool:
-    """Whether `info` says that the task is done, by "is_success" or "success"; else False."""
+    """Returns the success flag of `info` ("is_success" or "success"); False if there is none."""
     del reward
     return bool(info.get("is_success", info.get("success", False)))
 
@@ -38,7 +38,7 @@ def make(
     Args:
       env: id of a registered environment, or a `gymnasium.Env` with options and wrappers of
         your own.
-      instruction: what the robot is told, the same in every episode.
+      instruction: instruction of every episode.
       image_size: pixels along each side of `image_primary`; 0 = no pictures, for people neither
         unless `env` is one that draws "rgb_array".
       max_steps: environment steps until truncation; None = what the environment is registered

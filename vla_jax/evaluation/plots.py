@@ -23,7 +23,7 @@ _NOT_DRAWN = ("step", "steps_per_second", "data_wait", "grad_norm", "learning_ra
 
 
 class Panel(NamedTuple):
-    """What `curves` draws in one of its panels."""
+    """One panel of `curves`."""
 
     title: str
     x_label: str

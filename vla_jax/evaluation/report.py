@@ -17,7 +17,7 @@ Path = str | os.PathLike[str]
 
 
 class Evaluation(NamedTuple):
-    """What `evaluate` left in a folder."""
+    """Results that `evaluate` wrote into a folder."""
 
     folder: pathlib.Path
     command: str

@@ -1,4 +1,4 @@
-"""How often a policy did what it was told: rates with intervals, per task and in all.
+"""Success rates with confidence intervals, per task and over all tasks.
 
 An episode in which the world itself crashed says nothing about the policy: it is counted apart.
 """
@@ -36,7 +36,7 @@ class Latency(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """What an evaluation found."""
+    """Results of an evaluation."""
 
     tasks: dict[str, Rate]  # in alphabetical order
     total: Rate  # all episodes alike

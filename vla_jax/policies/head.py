@@ -33,7 +33,7 @@ class Head(NamedTuple):
 
 
 class PredictionKind(NamedTuple):
-    """What losses and acting need to know of one type of prediction."""
+    """Functions on one type of prediction, for losses and for acting."""
 
     actions: Callable[[Any], ActionChunk]  # decodes a prediction
     # (prediction, ground truth [..., K, A]) -> error terms and metrics [..., K, ...] by name

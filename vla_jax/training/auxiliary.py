@@ -6,7 +6,7 @@
 Both read the memory's features at every step, and their losses reach the memory through them.
 `F` stands for steps ahead here.
 
-    prediction = apply(params, config, features, captions.told(batch))
+    prediction = apply(params, config, features, captions.visible_instruction(batch))
     terms, metrics = loss(prediction, config, batch, tokens)       # then loss_terms.total
 """
 
@@ -60,7 +60,7 @@ class AuxiliaryConfig:
 
 
 class AuxiliaryPrediction(NamedTuple):
-    """What the heads give at every step, float32; None where there is no such head."""
+    """Predictions of the auxiliary heads at every step, float32; None where a head is off."""
 
     tokens: Array | None = None  # [B, W, F, N·D], at step t those of t + 1 … t + F
     image_primary: Array | None = None  # [B, W, F, patches, 3·p²], pixels about in [0, 1]
@@ -117,7 +117,7 @@ def apply(
       params: from `init`.
       config: the one that `init` was given.
       features: `[B, W, H]`, from `policy.outputs` or `decoders.run_trunk`.
-      words: `[B, W, S]` ids from `captions.told`; only the caption head needs them.
+      words: `[B, W, S]` ids from `captions.visible_instruction`; only the caption head needs them.
 
     Raises:
       ValueError: there is a caption head and no words.
@@ -130,7 +130,9 @@ def apply(
     if "caption" not in params:
         return AuxiliaryPrediction(**predicted)
     if words is None:
-        raise ValueError("words must be ids [B, W, S], got None; give captions.told(batch).")
+        raise ValueError(
+            "words must be ids [B, W, S], got None; give captions.visible_instruction(batch)."
+        )
     return AuxiliaryPrediction(
         **predicted, caption=captions.apply(params["caption"], features, words)
     )
@@ -173,7 +175,7 @@ def loss(
                 terms[f"forward_{name}"] = masked_mean(error, mask, axis_name=axis_name)
     if prediction.caption is not None:
         terms["caption"], metrics = captions.loss(
-            prediction.caption, captions.told(batch), axis_name=axis_name
+            prediction.caption, captions.visible_instruction(batch), axis_name=axis_name
         )
     return terms, metrics
 

@@ -1,8 +1,8 @@
-"""The instruction told from the memory's features, word by word: a head that never acts.
+"""Caption head: decodes the instruction from the memory's features, for training only.
 
     features [..., H] → summary [..., E] → GRU → word, word, …, end
 
-The instruction is visible at an episode's first steps only. A memory from which it can be told
+The instruction is visible at an episode's first steps only. A memory from which it can be decoded
 at every step has kept it: that is what the head is for.
 
 Word ids are those of `data.text`; id 0 behind the words is the end.
@@ -51,7 +51,7 @@ def apply(params: Params, features: Array, words: Array) -> jax.Array:
     Args:
       params: from `init`.
       features: `[B, W, H]`, from `policy.outputs` or `decoders.run_trunk`.
-      words: `[B, W, S]` ids from `told`.
+      words: `[B, W, S]` ids from `visible_instruction`.
 
     Returns:
       `[B, W, S, V]` float32.
@@ -70,7 +70,7 @@ def apply(params: Params, features: Array, words: Array) -> jax.Array:
 
 
 def say(params: Params, features: Array, *, max_words: int) -> jax.Array:
-    """Returns what the memory was told, each word the likeliest after those said before it.
+    """Returns the instruction decoded greedily from the features.
 
     Args:
       params: from `init`.
@@ -88,8 +88,8 @@ def say(params: Params, features: Array, *, max_words: int) -> jax.Array:
         carry, word, ended = state
         inputs = embedding[word] + summary
         carry, hidden = recurrence.step(params["recurrence"], gru, carry, inputs)
-        likeliest = jnp.argmax(dense(hidden, **params["output"]), axis=-1).astype(jnp.int32)
-        word = jnp.where(ended, 0, likeliest)
+        argmax = jnp.argmax(dense(hidden, **params["output"]), axis=-1).astype(jnp.int32)
+        word = jnp.where(ended, 0, argmax)
         return (carry, word, word == 0), word
 
     nothing = jnp.zeros(features.shape[:-1], jnp.int32)
@@ -105,18 +105,18 @@ def loss(logits: Array, words: Array, *, axis_name: str | None = None) -> tuple[
 
     Args:
       logits: `[B, W, S, V]` from `apply`.
-      words: `[B, W, S]` ids from `told`.
+      words: `[B, W, S]` ids from `visible_instruction`.
       axis_name: mapped axis to sum over; None means that the batch is whole.
 
     Returns:
-      Loss `[]` float32, and `acc_caption` in [0, 1], the share of words that are the likeliest.
+      Loss `[]` float32, and `acc_caption` in [0, 1], the share of words that are the argmax.
     """
     counts = (words > 0) | (_word_before(words) > 0)
     loss, metrics = token_loss(logits, words, counts, axis_name=axis_name)
     return loss, {"acc_caption": metrics["acc_tokens"]}
 
 
-def told(batch: Batch) -> jax.Array:
+def visible_instruction(batch: Batch) -> jax.Array:
     """Returns the instruction that a memory can know at each step.
 
     It is the latest one that was visible at a real step since the last reset.

@@ -1,4 +1,4 @@
-"""What a training tells: a line of JSON per log, TensorBoard if asked for, and a progress bar.
+"""Logs of a training: a line of JSON per log step, optionally TensorBoard, and a progress bar.
 
     with Logs(run_dir, num_updates=1000, start=step) as logs:
         for batch in logs.timed(batches):

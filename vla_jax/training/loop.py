@@ -39,7 +39,7 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How long to train, and what to keep of it."""
+    """Length of a training, its logs, checkpoints and devices."""
 
     num_updates: int = 3000  # updates in all
     log_every: int = 50  # updates between two lines of metrics.jsonl

@@ -64,16 +64,16 @@ def action_loss(
       axis_name: mapped axis to sum over; None means that the batch is whole.
 
     Returns:
-      Loss `[]` float32, and metrics. Of both: `acc_gripper` in [0, 1] (open or closed, as told)
+      Loss `[]` float32, and metrics. Of both: `acc_gripper` in [0, 1] (open or closed)
       and `arm_l1` (mean absolute error of the decoded arm, in its normalised units). Of numbers:
       `loss_arm`, `loss_gripper` (without its weight). Of bins: `loss_bins`, `acc_arm` in [0, 1]
-      (the likeliest bin is the right one).
+      (the argmax bin is correct).
 
     Source: Li et al. 2024, RoboVLMs (arXiv:2412.14058), with its weight 0.01; the bins are ours.
     """
     terms, metrics = action_terms(prediction, action, action_mask, axis_name=axis_name)
-    loss, told = total(terms, LossWeights(gripper=gripper_weight))
-    return loss, {**told, **metrics}
+    loss, metrics_by_term = total(terms, LossWeights(gripper=gripper_weight))
+    return loss, {**metrics_by_term, **metrics}
 
 
 def action_terms(
@@ -167,22 +167,22 @@ def action_token_loss(
     Returns:
       Loss `[]` float32, and metrics: those of `token_loss`; `action_l1`, the mean absolute error
       of all A numbers after decoding, in [0, 2]; `acc_arm` and `acc_gripper` in [0, 1], the share
-      of their tokens that are the likeliest of all V.
+      of their tokens that are the argmax over all V.
 
     Source: Li et al. 2024, RoboVLMs (arXiv:2412.14058), `DiscreteDecoder.loss`.
     """
     loss, metrics = token_loss(logits, ids, mask, axis_name=axis_name)
-    told, said = (
+    target_bins, predicted_bins = (
         bins.from_token_ids(each, vocab_size, num_special=num_special, offset=offset)
         for each in (ids, jnp.argmax(logits, axis=-1))
     )
-    is_action = mask & (told >= 0) & (told < num_bins)
+    is_action = mask & (target_bins >= 0) & (target_bins < num_bins)
     is_gripper = jnp.cumsum(is_action, axis=-1) % action_dim == 0
-    centres = (bins.decode(indices, num_bins) for indices in (told, said))
+    centres = (bins.decode(indices, num_bins) for indices in (target_bins, predicted_bins))
     terms = {
         "action_l1": (jnp.abs(jnp.subtract(*centres)), is_action),
-        "acc_arm": (told == said, is_action & ~is_gripper),
-        "acc_gripper": (told == said, is_action & is_gripper),
+        "acc_arm": (target_bins == predicted_bins, is_action & ~is_gripper),
+        "acc_gripper": (target_bins == predicted_bins, is_action & is_gripper),
     }
     return loss, metrics | {
         name: masked_mean(values, kept, axis_name=axis_name)

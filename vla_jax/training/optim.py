@@ -1,7 +1,7 @@
 """The optimiser: clip, AdamW, warm-up and cosine, freezing and learning rates by path, EMA.
 
 A path is the names from the root of the params to a leaf, as in `decoder/layer_0/kernel`. Globs
-follow `fnmatch`, and `*` crosses `/` too: `backbone/*` is the whole backbone. One `update` eats
+follow `fnmatch`, and `*` crosses `/` too: `backbone/*` is the whole backbone. One `update` takes
 one batch; with `accumulation_steps` k the params move at every k-th.
 """
 
@@ -20,7 +20,7 @@ from vla_jax.types import Params
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """How the params follow the gradient."""
+    """Optimiser, learning-rate schedule, frozen params and EMA."""
 
     learning_rate: float = 3e-4  # at the peak, per update
     warmup_steps: int = 100  # updates of linear warm-up

@@ -1,7 +1,7 @@
 """The JAX table as a `DiscreteEnv`: one choice per step moves an axis, turns, or opens and closes.
 
 Each choice is one action of `table_jax`, whose rules hold: an episode ends with what was asked
-for, or with the same done to a wrong block. The fingers stay as they were last told.
+for, or with the same done to a wrong block. The fingers keep their last command.
 """
 
 import functools
@@ -55,7 +55,7 @@ class ChoicesState(NamedTuple):
     """All that one world remembers."""
 
     table: TableState
-    opens: Array  # [] bool, what the fingers were told last
+    opens: Array  # [] bool, last command of the fingers
 
 
 @functools.cache  # the same functions for the same config, so that jit compiles them once
@@ -76,16 +76,16 @@ def make(config: TableChoicesConfig) -> DiscreteEnv:
     """
     env = jax_env.make(config.table)
     asked = [i for i, task in enumerate(env.tasks) if task in config.tasks]
-    told = rules.STATE_SIZE + rules.PROPRIO_SIZE
+    num_visible = rules.STATE_SIZE + rules.PROPRIO_SIZE
     return DiscreteEnv(
         reset=functools.partial(_reset, env, np.array(asked)),
         step=functools.partial(_step, config, env, np.array(asked)),
         draw=draw,
-        observation_shape=(told + len(asked),),
+        observation_shape=(num_visible + len(asked),),
         velocities=(),
         num_actions=len(CHOICES),
         max_steps=env.max_steps,
-        instruction=tuple(range(told, told + len(asked))),
+        instruction=tuple(range(num_visible, num_visible + len(asked))),
     )
 
 
@@ -125,7 +125,7 @@ def _step(
 
 
 def _arms() -> np.ndarray:
-    """What each choice tells the arm, `[11, 6]`."""
+    """Returns the arm command of each choice, `[11, 6]`."""
     arms = np.zeros((len(CHOICES), 6), np.float32)
     for i, name in enumerate(CHOICES):
         if name[1:] in _AXES:

@@ -29,7 +29,7 @@ def act(
     step_size: float,
     turn_size: float,
 ) -> Array:
-    """What to do now.
+    """Returns the expert's action.
 
     Args:
       environment_state: blocks and plate `[22]`, metres from the table's centre.

@@ -208,7 +208,7 @@ def _grip(state: TableState, opens: Array) -> TableState:
 
 
 def _judge(config: TableConfig, state: TableState, touching: Array) -> Transition:
-    """What the rules say: the task done with the right block, with a wrong one, or not yet."""
+    """Returns whether the task is done with the right block, with a wrong one, or not yet."""
     task, target = jnp.divmod(state.instruction, rules.NUM_BLOCKS)
     height = state.blocks[:, 2] - _HALF[2]
     away = jnp.linalg.norm(state.blocks[:, :2] - state.plate[None], axis=-1)
@@ -268,7 +268,7 @@ def _support(state: TableState) -> Array:
 
 
 def _covers(state: TableState, points: Array, margin: float) -> Array:
-    """Whether points `[Q, 2]` lie over the blocks' footprints grown by `margin`: `[Q, 4]` bool."""
+    """Returns `[Q, 4]` bool: points `[Q, 2]` inside the blocks' footprints grown by `margin`."""
     apart = points[:, None] - state.blocks[None, :, :2]
     local = jnp.abs(_rotate(apart, -state.yaws[None]))
     return jnp.all(local < jnp.array(_HALF[:2])[None, None] + margin, axis=-1)
@@ -328,7 +328,7 @@ def collect(env: Env, key: Key, num_episodes: int, *, noise: float = 0.25) -> De
         state, observation, alive = carry
         action = jax.vmap(env.expert)(state)
         jitter = noise * jax.random.normal(step_key, action.shape)
-        sent = action + jitter.at[:, -1].set(0)  # the gripper opens and closes as it is told
+        sent = action + jitter.at[:, -1].set(0)  # the gripper command has no noise
         state, transition = jax.vmap(env.step)(state, sent)
         recorded = observation, action, alive, alive & transition.success
         goes_on = alive & ~(transition.terminated | transition.truncated)

@@ -71,7 +71,7 @@ def paint(
 
 
 def _look(origin, rays, boxes, tool, plate):
-    """What a camera at `origin` sees along `rays`, three planes: `[h, w, 3]` uint8."""
+    """Returns the image `[h, w, 3]` uint8 of a camera at `origin` along `rays`, as three planes."""
     image = _ground(origin, rays, boxes, tool, plate)
     image, _ = jax.lax.scan(lambda i, box: (_draw(i, origin, rays, box), None), image, boxes)
     return jnp.round(255 * jnp.clip(jnp.stack(image[1:], axis=-1), 0, 1)).astype(jnp.uint8)

@@ -1,4 +1,4 @@
-"""What the two tables have in common: words, sizes, layouts, and the rules of the tasks.
+"""Rules shared by both tables: instructions, sizes, layouts and tasks.
 
 `table_mujoco` and `table_jax` are one world twice, so that numbers and sentences have one home.
 Positions are in metres from the table's centre: x away from the arm, y to its left, z up.
@@ -16,7 +16,7 @@ SENTENCES = {
 
 
 class Instruction(NamedTuple):
-    """One of the twelve things the robot may be told."""
+    """One of the twelve instructions."""
 
     task: str  # one of TASKS
     colour: int  # index into COLOURS
@@ -36,7 +36,7 @@ MAX_OPENING = 0.065  # m between the fingers
 LAYOUT_HALF_SIZE = 0.16  # m, block centres lie in this square
 LAYOUT_SPACING = 0.09  # m, least distance of two block centres
 PLATE_SPACING = 0.11  # m, least distance of a block's centre from the plate's
-MAX_YAW = 1.05  # rad, of a rotated block; the pose at +90° could not be told from -90°
+MAX_YAW = 1.05  # rad, of a rotated block; the pose at +90° is the same as at -90°
 LIFT_HEIGHT = 0.05  # m under a lifted block
 PLACE_DISTANCE = 0.05  # m from the plate's centre to that of a block that lies on it
 WORKSPACE_LOW = (-0.22, -0.22, 0.012)  # m, limits of the tool's centre
