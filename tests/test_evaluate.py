@@ -11,8 +11,7 @@ from rich.console import Console
 
 from vla_jax import evaluate as module
 from vla_jax import runs
-from vla_jax.envs import simulate
-from vla_jax.envs.table import jax_env
+from vla_jax.envs.table.jax_simulator import JaxTable
 from vla_jax.envs.worlds import GymnasiumConfig
 from vla_jax.evaluate import EvaluateConfig, evaluate, main
 from vla_jax.evaluation import results
@@ -42,7 +41,7 @@ def read(folder, name="refresh-4"):
 def crashing(monkeypatch, seeds):
     """Makes worlds that break in the middle of the episodes of `seeds`."""
 
-    class Crashing(simulate.EnvSimulator):
+    class Crashing(JaxTable):
         def reset(self, seed):
             self.breaks = seed in seeds
             return super().reset(seed)
@@ -52,7 +51,7 @@ def crashing(monkeypatch, seeds):
                 raise OSError("the cable came off")
             return super().step(action)
 
-    monkeypatch.setattr(module, "make_simulator", lambda world: Crashing(jax_env.make(world)))
+    monkeypatch.setattr(module, "make_simulator", Crashing)
 
 
 def test_an_evaluation_leaves_outcomes_videos_and_a_summary(folder):
