@@ -12,7 +12,18 @@ from typing import Literal
 
 import pytest
 
-from train import configs, deep_sarsa, demo, memory, pretrain, record, reinforce, scan, tabular
+from train import (
+    configs,
+    deep_sarsa,
+    demo,
+    finetune,
+    memory,
+    pretrain,
+    record,
+    reinforce,
+    scan,
+    tabular,
+)
 from train.benchmark import __main__ as benchmark
 from train.benchmark import throughput
 from train.configs import IMITATE
@@ -253,8 +264,8 @@ def test_every_script_tells_a_mistake_in_one_line(module, argv, sentence, tmp_pa
 # --- help texts -------------------------------------------------------------------------------
 
 COMMANDS = (
-    configs, pretrain, record, demo, scan, memory, deep_sarsa, reinforce, tabular, benchmark,
-    throughput, evaluate, converters,
+    configs, pretrain, record, demo, scan, memory, finetune, deep_sarsa, reinforce, tabular,
+    benchmark, throughput, evaluate, converters,
 )  # fmt: skip
 
 

@@ -45,7 +45,7 @@ from vla_jax.rl.learner import Learner, LearnState, SeedsConfig
 from vla_jax.rl.learning_loop import LearningResult, check_devices, learn, read_curve
 from vla_jax.rl.policy_gradient import baseline_loss, scale, score_loss
 from vla_jax.rl.returns import advantages
-from vla_jax.runs import Run, load_run, open_run, save_json, write_run
+from vla_jax.runs import Run, check_run, load_run, open_run, save_json, write_run
 from vla_jax.training import checkpoint, optim
 from vla_jax.training.logs import read_metrics
 from vla_jax.training.loop import LoopConfig
@@ -64,13 +64,16 @@ class FinetuneConfig:
 
     init_from: str = ""  # run folder of train.imitate that holds the cloned policy
     run_dir: str = "runs/finetune"  # output folder of the run
-    noise: NoiseConfig = NoiseConfig()  # exploration noise
+    noise: NoiseConfig = NoiseConfig()  # exploration noise on the actions
     gamma: float = 0.97  # discount factor per environment step, in [0, 1]
     trace_decay: float = 0.9  # λ of the advantages, in [0, 1]; 1 = return minus baseline
     kl_weight: float = 0.05  # weight of the KL divergence from the cloned policy in the loss, >= 0
     baseline_weight: float = 0.5  # weight of the baseline's squared error in the loss, >= 0
     value_sizes: tuple[int, ...] = (128,)  # hidden layer widths of the baseline's MLP
-    seeds: SeedsConfig = SeedsConfig(num_seeds=1, num_worlds=512, num_steps=32)  # seeds, rollouts
+    seeds: SeedsConfig = SeedsConfig(
+        num_seeds=1, num_worlds=512, num_steps=32
+    )  # seeds and rollouts of each update
+    # learning rate, weight decay and averaging
     optim: OptimConfig = OptimConfig(
         learning_rate=1e-3,
         weight_decay=0.0,
@@ -79,6 +82,7 @@ class FinetuneConfig:
         freeze=("backbone/*",),
         lr_factors=(("value/*", 3.0),),
     )
+    # number of updates, logs and checkpoints
     loop: LoopConfig = LoopConfig(num_updates=500, log_every=25, save_every=100)
     num_episodes: int = 600  # unseen layouts on which both policies are compared
     first_seed: int = 2_000_000  # seed of the first of these layouts; tune settings on others
@@ -108,15 +112,19 @@ class Cloned(NamedTuple):
 
 def finetune(config: FinetuneConfig) -> pathlib.Path:
     """Fine-tunes a cloned policy; returns the folder of the run."""
-    # The cloned policy and its environment.
+    # Refuse what cannot work before anything slow.
     check_devices(config.seeds, config.loop)
-    cloned = read_cloned(config.init_from)
-    episodes.check_memory(cloned.run.agent, config.seeds.num_steps)
-    if pathlib.Path(config.run_dir).resolve() == cloned.run.folder.resolve():
+    optim.make_schedule(config.optim, config.loop.num_updates)  # raises for a long warm-up
+    if pathlib.Path(config.run_dir).resolve() == pathlib.Path(config.init_from).resolve():
         raise ValueError(
             f"run_dir must be another folder than init_from, got {config.run_dir} for both; choose "
             "another --run-dir."
         )
+    check_run(config.run_dir, config, overwrite=config.overwrite)
+
+    # The cloned policy and its environment.
+    cloned = read_cloned(config.init_from)
+    episodes.check_memory(cloned.run.agent, config.seeds.num_steps)
     run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
 
     # Rollouts and updates of all seeds.
