@@ -13,7 +13,7 @@ from vla_jax.types import Batch, Observation
 
 B, W, S, H, E, V = 2, 5, 4, 3, 6, 8
 PARAMS = captions.init(jax.random.key(0), H, E, V)
-apply, say = jax.jit(captions.apply), jax.jit(captions.say, static_argnames="max_words")
+apply, decode = jax.jit(captions.apply), jax.jit(captions.decode, static_argnames="max_words")
 
 
 def draw_words(seed, *shape):
@@ -136,9 +136,9 @@ def test_greedy_words_are_the_likeliest_after_those_said_before_up_to_the_end():
     assert len(np.unique(words.reshape(-1, S), axis=0)) > 2
     assert (words[..., -1] == 0).any()
     assert (words[..., -1] > 0).any()
-    np.testing.assert_array_equal(say(params, features, max_words=S), words)
-    np.testing.assert_array_equal(say(params, features[:, 0], max_words=S), words[:, 0])
-    assert say(params, features, max_words=S).dtype == jnp.int32
+    np.testing.assert_array_equal(decode(params, features, max_words=S), words)
+    np.testing.assert_array_equal(decode(params, features[:, 0], max_words=S), words[:, 0])
+    assert decode(params, features, max_words=S).dtype == jnp.int32
 
 
 # --- the loss ---------------------------------------------------------------------------------

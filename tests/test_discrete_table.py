@@ -9,14 +9,14 @@ import pytest
 
 from vla_jax.envs.table import discrete_table, jax_env, rules
 from vla_jax.envs.table.discrete_table import CHOICES, TableChoicesConfig
-from vla_jax.envs.table.jax_env import TableConfig
+from vla_jax.envs.table.jax_env import JaxTableConfig
 
 GAMMA, WEIGHT, T, B = 0.9, 3.0, 24, 32
 CONFIG = TableChoicesConfig(
     tasks=("touch", "lift"),
     shaping=WEIGHT,
     shaping_gamma=GAMMA,
-    table=TableConfig(image_size=0, max_steps=T),
+    table=JaxTableConfig(image_size=0, max_steps=T),
 )
 WORLD = discrete_table.make(CONFIG)
 PLAIN = discrete_table.make(TableChoicesConfig(tasks=("touch", "lift"), table=CONFIG.table))
@@ -182,7 +182,7 @@ def test_a_wrong_action_is_one_sentence():
         ({"tasks": ("tuch",)}, "unknown task 'tuch'; .* Did you mean 'touch'"),
         ({"tasks": ()}, "tasks must hold at least one of"),
         ({"shaping": -1.0}, r"shaping must be >= 0 and shaping_gamma in \[0, 1\], got -1.0"),
-        ({"table": TableConfig()}, "image_size must be 0, got 64"),
+        ({"table": JaxTableConfig()}, "image_size must be 0, got 64"),
     ],
 )
 def test_what_makes_no_table_is_refused(wrong, message):

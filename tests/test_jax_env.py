@@ -7,9 +7,9 @@ import pytest
 
 from vla_jax.envs.table import jax_env, renderer, rules
 
-BLIND = jax_env.TableConfig(image_size=0)
-SEEING = jax_env.TableConfig(image_size=16, max_steps=6)
-UPRIGHT = jax_env.TableConfig(image_size=0, rotated_share=0.0)
+BLIND = jax_env.JaxTableConfig(image_size=0)
+SEEING = jax_env.JaxTableConfig(image_size=16, max_steps=6)
+UPRIGHT = jax_env.JaxTableConfig(image_size=0, rotated_share=0.0)
 OPEN, CLOSED = 1.0, -1.0
 
 
@@ -392,7 +392,7 @@ def test_near_things_hide_far_ones(picture):
 )
 def test_config_refuses_what_makes_no_table(field, value, sentence):
     with pytest.raises(ValueError, match=sentence):
-        jax_env.TableConfig(**{field: value})
+        jax_env.JaxTableConfig(**{field: value})
 
 
 def test_step_refuses_an_action_of_another_size(key):

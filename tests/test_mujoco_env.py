@@ -11,21 +11,21 @@ import pytest
 
 from train.record import demonstrate
 from vla_jax.envs.table import mujoco_env, rules
-from vla_jax.envs.table.mujoco_env import TableConfig, TableMujoco
+from vla_jax.envs.table.mujoco_env import MujocoTableConfig, TableMujoco
 
-BLIND = TableConfig(image_size=0)
+BLIND = MujocoTableConfig(image_size=0)
 ROOT = pathlib.Path(__file__).parents[1]
 
 
 @functools.cache
 def blind(rotated_share=0.5):
-    return TableMujoco(TableConfig(image_size=0, rotated_share=rotated_share))
+    return TableMujoco(MujocoTableConfig(image_size=0, rotated_share=rotated_share))
 
 
 @pytest.fixture(scope="module")
 def seeing():
     try:
-        simulator = TableMujoco(TableConfig(image_size=64))
+        simulator = TableMujoco(MujocoTableConfig(image_size=64))
     except RuntimeError as error:
         pytest.skip(f"no OpenGL here: {error}")
     yield simulator
@@ -115,7 +115,7 @@ def test_the_right_block_ends_the_episode_with_success(task):
 
 
 def test_time_runs_out_at_max_steps_and_only_then():
-    simulator = TableMujoco(TableConfig(image_size=0, max_steps=3))
+    simulator = TableMujoco(MujocoTableConfig(image_size=0, max_steps=3))
     simulator.reset(0)
     stay = np.array([0, 0, 0, 0, 0, 0, 1.0])
     assert [simulator.step(stay).truncated for _ in range(3)] == [False, False, True]
@@ -181,7 +181,7 @@ def test_a_bad_action_is_one_sentence(action, got):
 )
 def test_config_refuses_what_makes_no_table(field, value, sentence):
     with pytest.raises(ValueError, match=sentence):
-        TableConfig(**{field: value})
+        MujocoTableConfig(**{field: value})
 
 
 RGB = {"red": (0, 1, 2), "green": (1, 0, 2), "blue": (2, 0, 1)}  # channel that leads, the others

@@ -10,11 +10,11 @@ from vla_jax.envs.grid import GridConfig
 from vla_jax.envs.partially_observed import partially_observe
 from vla_jax.envs.table import discrete_table
 from vla_jax.envs.table.discrete_table import TableChoicesConfig
-from vla_jax.envs.table.jax_env import TableConfig
+from vla_jax.envs.table.jax_env import JaxTableConfig
 from vla_jax.rl import actor
 
 T, B = 12, 4
-TABLE = TableChoicesConfig(table=TableConfig(image_size=0, max_steps=5))
+TABLE = TableChoicesConfig(table=JaxTableConfig(image_size=0, max_steps=5))
 ENVS = {  # environment, visible features, how many of them at the first step only
     "cartpole": (cartpole.make(CartPoleConfig(max_steps=5)), [0, 2], 0),
     "grid": (grid.make(GridConfig(num_obstacles=1, max_steps=5)), [0, 1, 3, 4, 5, 7], 0),

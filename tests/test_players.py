@@ -11,7 +11,7 @@ from vla_jax.envs.table.jax_simulator import JaxTable
 from vla_jax.envs.worlds import WORLDS
 from vla_jax.evaluation import players
 
-WORLD = jax_env.TableConfig(image_size=0, max_steps=24)
+WORLD = jax_env.JaxTableConfig(image_size=0, max_steps=24)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from vla_jax.data.readers.dataset_config import DatasetConfig
 from vla_jax.data.readers.reader import read_dataset
 from vla_jax.envs.table import jax_env, mujoco_env
 
-TWIN = jax_env.TableConfig(image_size=0, max_steps=20)
+TWIN = jax_env.JaxTableConfig(image_size=0, max_steps=20)
 
 
 @pytest.mark.slow
@@ -70,7 +70,7 @@ def test_pictures_are_recorded_where_there_are_some(tmp_path):
 
 
 def test_mujoco_is_recorded_in_processes_and_is_what_one_process_plays(tmp_path):
-    world = mujoco_env.TableConfig(image_size=0)
+    world = mujoco_env.MujocoTableConfig(image_size=0)
     config = RecordConfig(str(tmp_path / "demos"), world, num_episodes=3, num_processes=1)
     record(config)
     data = read_dataset(DatasetConfig(config.dataset), cameras=())
@@ -85,7 +85,7 @@ def test_mujoco_is_recorded_in_processes_and_is_what_one_process_plays(tmp_path)
 
 
 def test_a_disturbance_moves_the_robot_elsewhere_than_the_labels_say():
-    simulator = mujoco_env.TableMujoco(mujoco_env.TableConfig(image_size=0))
+    simulator = mujoco_env.TableMujoco(mujoco_env.MujocoTableConfig(image_size=0))
 
     def share_astray(disturbance):  # of steps: the tool moves against what the label says
         played = [module.demonstrate(simulator, seed, 0.0, disturbance) for seed in range(8)]
@@ -100,7 +100,7 @@ def test_a_disturbance_moves_the_robot_elsewhere_than_the_labels_say():
 
 
 def test_an_episode_that_fails_is_not_kept():
-    simulator = mujoco_env.TableMujoco(mujoco_env.TableConfig(image_size=0, max_steps=2))
+    simulator = mujoco_env.TableMujoco(mujoco_env.MujocoTableConfig(image_size=0, max_steps=2))
     assert module.demonstrate(simulator, seed=0, noise=0.0, disturbance=0.0) is None
 
 

@@ -11,7 +11,7 @@ from vla_jax.envs import simulate
 from vla_jax.envs.table import expert, jax_env, rules
 from vla_jax.types import Observation, SimulatorStep
 
-WORLD = jax_env.TableConfig(image_size=0, max_steps=20)
+WORLD = jax_env.JaxTableConfig(image_size=0, max_steps=20)
 
 
 class Countdown:

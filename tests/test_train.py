@@ -303,7 +303,7 @@ def test_both_auxiliary_losses_fall_and_the_memory_says_what_it_was_told(demos, 
         timestep_mask=batch.timestep_mask,
         reset=batch.reset,
     ).features
-    said = captions.say(params["auxiliary"]["caption"], features, max_words=12)
+    said = captions.decode(params["auxiliary"]["caption"], features, max_words=12)
     wanted = np.asarray(captions.visible_instruction(batch))
     knows = (wanted > 0).any(-1)
     assert len(np.unique(wanted[knows], axis=0)) > 3

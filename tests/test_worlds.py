@@ -8,7 +8,7 @@ from vla_jax.envs import worlds
 from vla_jax.envs.simulate import EnvSimulator
 from vla_jax.envs.table import jax_env
 
-TABLE = jax_env.TableConfig(image_size=8, max_steps=4)
+TABLE = jax_env.JaxTableConfig(image_size=8, max_steps=4)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_the_picture_is_the_outside_camera_enlarged(simulator):
 
 
 def test_a_world_without_pictures_draws_grey():
-    blind = EnvSimulator(jax_env.make(jax_env.TableConfig(image_size=0)))
+    blind = EnvSimulator(jax_env.make(jax_env.JaxTableConfig(image_size=0)))
     blind.reset(0)
     assert np.all(blind.draw(5) == 128)
 

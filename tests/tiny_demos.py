@@ -15,7 +15,7 @@ from vla_jax.policies.decoder_config import DecoderConfig
 from vla_jax.training.loop import LoopConfig
 from vla_jax.training.optim import OptimConfig
 
-WORLD = jax_env.TableConfig(image_size=16, max_steps=24)
+WORLD = jax_env.JaxTableConfig(image_size=16, max_steps=24)
 EYES = PerceiverConfig(image_size=16, width=16, num_latents=2, token_dim=8, num_heads=2)
 STATE = StateConfig(token_dim=8)
 DECODER = DecoderConfig(

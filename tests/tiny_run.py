@@ -18,7 +18,7 @@ DECODER = DecoderConfig(
     hidden_size=8, num_layers=1, action_horizon=2, window_size=4, head_sizes=(8,)
 )
 AGENT = AgentConfig(policy=policy.connect(StateConfig(token_dim=8, vocab_size=256), DECODER))
-WORLD = jax_env.TableConfig(image_size=0, max_steps=5)
+WORLD = jax_env.JaxTableConfig(image_size=0, max_steps=5)
 
 
 def norm_stats():

@@ -13,8 +13,8 @@ from vla_jax.backbones.state import StateConfig
 from vla_jax.data.image_augment import AugmentConfig
 from vla_jax.data.loader import LoaderConfig
 from vla_jax.data.readers.dataset_config import DatasetConfig, upgrade_config
-from vla_jax.envs.table.jax_env import TableConfig as JaxTableConfig
-from vla_jax.envs.table.mujoco_env import TableConfig as MujocoTableConfig
+from vla_jax.envs.table.jax_env import JaxTableConfig
+from vla_jax.envs.table.mujoco_env import MujocoTableConfig
 from vla_jax.envs.worlds import WorldConfig
 from vla_jax.nn.scheduled_sampling import SamplingConfig
 from vla_jax.policies import policy

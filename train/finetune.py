@@ -157,7 +157,7 @@ def read_cloned(run_dir: str) -> Cloned:
     if not run_dir:
         raise ValueError("init_from must name a run folder of train.imitate, got ''.")
     run = load_run(run_dir)
-    if not isinstance(run.world, jax_env.TableConfig):
+    if not isinstance(run.world, jax_env.JaxTableConfig):
         found = "an unknown one" if run.world is None else f"'{run.world.kind}'"
         raise ValueError(
             "init_from must be a run in the environment 'table_jax', which runs in JAX, got "

@@ -18,7 +18,7 @@ import numpy as np
 from train.cache import frame_tokens
 from train.configs import IMITATE, ImitateConfig
 from train.setup import (
-    check_sources,
+    check,
     compute_norm_stats,
     init_params,
     make_windows,
@@ -34,8 +34,8 @@ from vla_jax.evaluation import plots
 from vla_jax.nn import scheduled_sampling
 from vla_jax.policies import heads, policy
 from vla_jax.policies.head import TeacherForcing
-from vla_jax.runs import check_run, open_run, write_run
-from vla_jax.training import auxiliary, captions, device_augment, loop, loss_terms, losses, optim
+from vla_jax.runs import open_run, write_run
+from vla_jax.training import auxiliary, captions, device_augment, loss_terms, losses, optim
 from vla_jax.training.loop import fit
 from vla_jax.training.malloc import keep_freed_memory
 from vla_jax.training.parallel import is_first_process
@@ -45,10 +45,7 @@ from vla_jax.types import Batch, Key, Metrics, Params
 
 def imitate(config: ImitateConfig) -> pathlib.Path:
     """Trains a policy; returns the run's folder."""
-    # Refuse what cannot work before anything slow.
-    loop.check(config.loop, config.optim, batch_size=config.loader.batch_size)
-    check_run(config.run_dir, config, overwrite=config.overwrite)
-    check_sources(config)
+    check(config)  # refuses what cannot work, before anything slow
 
     # Data: episodes, and the normalisation statistics, which acting needs too.
     dataset = read_dataset(config)
@@ -82,14 +79,14 @@ def imitate(config: ImitateConfig) -> pathlib.Path:
     num_updates = config.loop.num_updates
     optimizer = optim.make_optimizer(optim_config, num_updates, params)
     ema_decay, freeze = optim_config.ema_decay, optim_config.freeze
-    update = make_update(make_loss(config), optimizer, ema_decay=ema_decay, freeze=freeze)
-    update = with_count(update)
+    update = with_count(
+        make_update(make_loss(config), optimizer, ema_decay=ema_decay, freeze=freeze)
+    )
     train_state = init_train_state(params, optimizer, ema=ema_decay is not None)
 
     # Loop, from the last checkpoint if there is one.
     run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
     metadata = write_run(run_dir, config, config.agent, norm_stats, config.world)
-    schedule = optim.make_schedule(optim_config, num_updates)
     train_state = fit(
         config.loop,
         run_dir,
@@ -97,7 +94,7 @@ def imitate(config: ImitateConfig) -> pathlib.Path:
         train_state,
         loader,
         key,
-        schedule=schedule,
+        schedule=optim.make_schedule(optim_config, num_updates),
         metadata=metadata,
         name=run_dir.name,
         sharding_rules=sharding_rules(config),

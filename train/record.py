@@ -38,8 +38,9 @@ class RecordConfig:
     """One recording of demonstrations."""
 
     dataset: str = "demos/table"  # folder of the data set to write
-    world: mujoco_env.TableConfig | jax_env.TableConfig = field(  # environment to record in
-        default_factory=mujoco_env.TableConfig
+    # environment to record in
+    world: mujoco_env.MujocoTableConfig | jax_env.JaxTableConfig = field(
+        default_factory=mujoco_env.MujocoTableConfig
     )
     num_episodes: int = 2000  # episodes to play, with seeds 0, 1, …; only successes are kept
     noise: float = 0.25  # standard deviation of the noise on the arm dims, in action units
@@ -67,7 +68,7 @@ def mujoco() -> RecordConfig:
 
 def twin() -> RecordConfig:
     """The pure-JAX table, which needs no OpenGL; takes seconds with --image-size 0."""
-    return RecordConfig(world=jax_env.TableConfig())
+    return RecordConfig(world=jax_env.JaxTableConfig())
 
 
 PRESETS = {"table_mujoco": mujoco, "table_jax": twin}
@@ -80,7 +81,7 @@ def record(config: RecordConfig, *, on_episode: OnEpisode | None = None) -> path
       config: options.
       on_episode: called after every episode with the number of episodes played so far.
     """
-    if isinstance(config.world, jax_env.TableConfig):
+    if isinstance(config.world, jax_env.JaxTableConfig):
         played = _side_by_side(config.world, config)
     else:
         make_simulator(config.world).close()  # a missing package is reported here, not in a process
@@ -138,7 +139,7 @@ def _successes(
     print(f"kept {kept} of {num_episodes} episodes", file=sys.stderr)
 
 
-def _side_by_side(world: jax_env.TableConfig, config: RecordConfig) -> Iterator[Episode | None]:
+def _side_by_side(world: jax_env.JaxTableConfig, config: RecordConfig) -> Iterator[Episode | None]:
     """Plays chunks of episodes in parallel on the device; chunk n uses random key n."""
     env = jax_env.make(world)
     numbers = 4 * (rules.STATE_SIZE + rules.PROPRIO_SIZE + len(rules.ACTION_NAMES))

@@ -18,17 +18,22 @@ from vla_jax.data.readers import reader
 from vla_jax.data.tool_frame import in_tool_frame
 from vla_jax.data.windows import WindowConfig, Windows
 from vla_jax.policies import policy
-from vla_jax.training import auxiliary, checkpoint
+from vla_jax.runs import check_run
+from vla_jax.training import auxiliary, checkpoint, loop
 from vla_jax.types import Key, Params, ShardingRules, Tokens
 
 
-def check_sources(config: ImitateConfig) -> None:
-    """Raises an error unless the data set and the earlier runs to start from exist.
+def check(config: ImitateConfig) -> None:
+    """Raises an error for a training that cannot work, without reading any data.
 
     Raises:
-      FileNotFoundError: one of the folders is missing.
-      ValueError: no reader, or several, recognise the data set.
+      FileNotFoundError: the data set or an earlier run to start from is missing.
+      ValueError: warm-up, batch size, devices or run folder do not fit; no reader, or several,
+        recognise the data set.
+      OSError: the run folder cannot be written.
     """
+    loop.check(config.loop, config.optim, batch_size=config.loader.batch_size)
+    check_run(config.run_dir, config, overwrite=config.overwrite)
     reader.find_reader(config.dataset)
     for name in ("backbone_from", "decoder_from"):
         folder = getattr(config, name)

@@ -25,7 +25,7 @@ class GymnasiumConfig:
     max_steps: int = 0  # environment steps until truncation; 0 = the environment's own
 
 
-WorldConfig = mujoco_env.TableConfig | jax_env.TableConfig | GymnasiumConfig
+WorldConfig = mujoco_env.MujocoTableConfig | jax_env.JaxTableConfig | GymnasiumConfig
 
 
 class SimulatedWorld(NamedTuple):
@@ -63,13 +63,13 @@ def random_action(simulator: Any, seed: int, step: int) -> np.ndarray:
 _TABLE_REFERENCES: Mapping[str, Reference] = {**references.REFERENCES, "random": random_action}
 WORLDS: dict[str, SimulatedWorld] = {
     "table_mujoco": SimulatedWorld(
-        config=mujoco_env.TableConfig,
+        config=mujoco_env.MujocoTableConfig,
         make_simulator=mujoco_env.TableMujoco,
         references=_TABLE_REFERENCES,
         action_names=rules.ACTION_NAMES,
     ),
     "table_jax": SimulatedWorld(
-        config=jax_env.TableConfig,
+        config=jax_env.JaxTableConfig,
         make_simulator=jax_simulator.JaxTable,
         make_env=jax_env.make,
         draws_observation=True,

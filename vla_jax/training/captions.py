@@ -69,7 +69,7 @@ def apply(params: Params, features: Array, words: Array) -> jax.Array:
     return dense(hidden, **params["output"]).reshape(*words.shape, -1)
 
 
-def say(params: Params, features: Array, *, max_words: int) -> jax.Array:
+def decode(params: Params, features: Array, *, max_words: int) -> jax.Array:
     """Returns the instruction decoded greedily from the features.
 
     Args:
@@ -84,7 +84,7 @@ def say(params: Params, features: Array, *, max_words: int) -> jax.Array:
     gru = _gru(summary.shape[-1])
     embedding = jnp.asarray(params["embedding"])  # restored params are NumPy's: no tracer as index
 
-    def say_one(state, _):
+    def decode_word(state, _):
         carry, word, ended = state
         inputs = embedding[word] + summary
         carry, hidden = recurrence.step(params["recurrence"], gru, carry, inputs)
@@ -94,7 +94,7 @@ def say(params: Params, features: Array, *, max_words: int) -> jax.Array:
 
     nothing = jnp.zeros(features.shape[:-1], jnp.int32)
     state = (_first_carry(summary), nothing, jnp.zeros(nothing.shape, bool))
-    _, words = jax.lax.scan(say_one, state, length=max_words)
+    _, words = jax.lax.scan(decode_word, state, length=max_words)
     return jnp.moveaxis(words, 0, -1)
 
 

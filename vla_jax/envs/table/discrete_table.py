@@ -14,7 +14,7 @@ import numpy as np
 
 from vla_jax.config import did_you_mean
 from vla_jax.envs.table import jax_env, renderer, rules
-from vla_jax.envs.table.jax_env import TableConfig, TableState
+from vla_jax.envs.table.jax_env import JaxTableConfig, TableState
 from vla_jax.types import Array, DiscreteEnv, Env, Key, Observation, Transition
 
 CHOICES = ("stay", "+x", "-x", "+y", "-y", "+z", "-z", "+yaw", "-yaw", "open", "close")
@@ -31,7 +31,7 @@ class TableChoicesConfig:
     tasks: tuple[str, ...] = ("touch",)  # what may be asked for, of table.TASKS
     shaping: float = 0.0  # reward for each metre nearer to the asked block; 0 = for success alone
     shaping_gamma: float = 0.97  # γ of that reward, the learner's; else the best policy may change
-    table: TableConfig = TableConfig(image_size=0)  # sizes of steps; there are no pictures
+    table: JaxTableConfig = JaxTableConfig(image_size=0)  # sizes of steps; there are no pictures
 
     def __post_init__(self):
         """Refuses tasks that are none, and pictures that nobody would see."""

@@ -17,12 +17,13 @@ import numpy as np
 from jax import Array
 
 from vla_jax.envs.table import expert, renderer, rules
+from vla_jax.envs.table.table_config import TableConfig
 from vla_jax.types import Env, Key, Observation, Transition
 
 _HALF = rules.BLOCK_HALF_SIZE
 _TIP = 0.009  # m, from the tool's centre down to the fingertips
-_FINGER = 0.007  # m, half a finger's thickness
-_FINGER_REACH = 0.010  # m, half a finger's width: a footprint grown by it is where fingers hit
+_FINGER = rules.FINGER_HALF_THICKNESS
+_FINGER_REACH = rules.FINGER_HALF_WIDTH  # a footprint grown by it is where fingers hit
 _FINGER_SPEED = 0.6  # of the whole opening per step
 _GRASP_ALONG, _GRASP_HEIGHT = 0.025, 0.02  # m, how far off a block's centre the fingers may be
 _GRASP_TILT = 0.2  # rad of roll or pitch at which fingers still grasp
@@ -30,29 +31,10 @@ _CANDIDATES = 32  # places tried for each block before the best of them is taken
 
 
 @dataclass(frozen=True)
-class TableConfig:
-    """The table; both cameras give square pictures."""
+class JaxTableConfig(TableConfig):
+    """The JAX table, whose images are hundreds of times slower than none."""
 
     kind: Literal["table_jax"] = "table_jax"
-    image_size: int = 64  # pixels; 0 = no pictures (hundreds of times faster)
-    step_size: float = 0.03  # metres per unit of action and step
-    turn_size: float = 0.2  # radians per unit of action and step
-    rotated_share: float = 0.5  # share of layouts in which every block is turned
-    max_steps: int = 64  # environment steps until truncation
-
-    def __post_init__(self):
-        """Refuses sizes that make no table."""
-        if self.image_size < 0:
-            raise ValueError(f"image_size must be >= 0 pixels, got {self.image_size}.")
-        if self.step_size <= 0 or self.turn_size <= 0:
-            raise ValueError(
-                "step_size and turn_size must be > 0 (metres, radians per step), got "
-                f"{self.step_size} and {self.turn_size}."
-            )
-        if not 0 <= self.rotated_share <= 1:
-            raise ValueError(f"rotated_share must be in [0, 1], got {self.rotated_share}.")
-        if self.max_steps < 1:
-            raise ValueError(f"max_steps must be >= 1, got {self.max_steps}.")
 
 
 class TableState(NamedTuple):
@@ -70,7 +52,7 @@ class TableState(NamedTuple):
 
 
 @functools.cache  # the same functions for the same config, so that jit compiles them once
-def make(config: TableConfig) -> Env:
+def make(config: JaxTableConfig) -> Env:
     """The table as an `Env`.
 
     Observations are those of `table_mujoco`: `environment_state [22]` and `proprio [8]` (named by
@@ -89,7 +71,7 @@ def make(config: TableConfig) -> Env:
     )
 
 
-def _reset(config: TableConfig, key: Key) -> tuple[TableState, Observation]:
+def _reset(config: JaxTableConfig, key: Key) -> tuple[TableState, Observation]:
     layout_key, tool_key, instruction_key = jax.random.split(key, 3)
     plate, places, yaws = sample_layout(config.rotated_share, layout_key)
     low, high = jnp.array([-0.06, -0.06, 0.16]), jnp.array([0.06, 0.06, 0.20])
@@ -138,7 +120,7 @@ def sample_layout(rotated_share: float, key: Key) -> tuple[Array, Array, Array]:
 
 
 def _step(
-    config: TableConfig, state: TableState, action: Array | np.ndarray
+    config: JaxTableConfig, state: TableState, action: Array | np.ndarray
 ) -> tuple[TableState, Transition]:
     if action.shape != (7,):
         raise ValueError(
@@ -155,7 +137,7 @@ def _step(
     return state, _judge(config, state, hit | state.held)
 
 
-def _move(config: TableConfig, state: TableState, arm: Array) -> tuple[TableState, Array]:
+def _move(config: JaxTableConfig, state: TableState, arm: Array) -> tuple[TableState, Array]:
     """Moves the hand and what goes along with it; also gives the blocks `[4]` it ran into."""
     low, high = jnp.array(rules.WORKSPACE_LOW), jnp.array(rules.WORKSPACE_HIGH)
     limit = jnp.array([rules.MAX_TILT, rules.MAX_TILT, rules.MAX_TOOL_YAW])
@@ -207,7 +189,7 @@ def _grip(state: TableState, opens: Array) -> TableState:
     return state._replace(opening=jnp.where(opens, opened, closed), held=held)
 
 
-def _judge(config: TableConfig, state: TableState, touching: Array) -> Transition:
+def _judge(config: JaxTableConfig, state: TableState, touching: Array) -> Transition:
     """Returns whether the task is done with the right block, with a wrong one, or not yet."""
     task, target = jnp.divmod(state.instruction, rules.NUM_BLOCKS)
     height = state.blocks[:, 2] - _HALF[2]
@@ -224,7 +206,7 @@ def _judge(config: TableConfig, state: TableState, touching: Array) -> Transitio
     )
 
 
-def _observe(config: TableConfig, state: TableState) -> Observation:
+def _observe(config: JaxTableConfig, state: TableState) -> Observation:
     primary = wrist = None
     if config.image_size:
         primary, wrist = renderer.paint(
@@ -245,7 +227,7 @@ def _proprio(state: TableState) -> Array:
     return jnp.concatenate([state.tool, hand])
 
 
-def _expert(config: TableConfig, state: TableState) -> Array:
+def _expert(config: JaxTableConfig, state: TableState) -> Array:
     task, target = jnp.divmod(state.instruction, rules.NUM_BLOCKS)
     return expert.act(
         _environment_state(state),

@@ -10,7 +10,7 @@ from vla_jax.envs.table import jax_env, rules
 class JaxTable(EnvSimulator):
     """One JAX table as a `types.Simulator`."""
 
-    def __init__(self, config: jax_env.TableConfig):
+    def __init__(self, config: jax_env.JaxTableConfig):
         """Compiles the environment of a config."""
         super().__init__(jax_env.make(config), control_hz=rules.CONTROL_HZ)
 

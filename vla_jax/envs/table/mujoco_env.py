@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from vla_jax.envs.table import expert, rules, scene
+from vla_jax.envs.table.table_config import TableConfig
 from vla_jax.types import SimulatorStep
 
 _CHECKS = 4  # looks at the contacts in one control step
@@ -25,29 +26,10 @@ _expert = jax.jit(expert.act)
 
 
 @dataclass(frozen=True)
-class TableConfig:
-    """The table; both cameras give square pictures."""
+class MujocoTableConfig(TableConfig):
+    """The MuJoCo table, whose images need OpenGL."""
 
     kind: Literal["table_mujoco"] = "table_mujoco"
-    image_size: int = 64  # pixels; 0 = no pictures (then no OpenGL is needed)
-    step_size: float = 0.03  # metres per unit of action and step
-    turn_size: float = 0.2  # radians per unit of action and step
-    rotated_share: float = 0.5  # share of layouts in which every block is turned
-    max_steps: int = 64  # environment steps until truncation
-
-    def __post_init__(self):
-        """Refuses sizes that make no table."""
-        if self.image_size < 0:
-            raise ValueError(f"image_size must be >= 0 pixels, got {self.image_size}.")
-        if self.step_size <= 0 or self.turn_size <= 0:
-            raise ValueError(
-                "step_size and turn_size must be > 0 (metres, radians per step), got "
-                f"{self.step_size} and {self.turn_size}."
-            )
-        if not 0 <= self.rotated_share <= 1:
-            raise ValueError(f"rotated_share must be in [0, 1], got {self.rotated_share}.")
-        if self.max_steps < 1:
-            raise ValueError(f"max_steps must be >= 1, got {self.max_steps}.")
 
 
 def import_mujoco() -> Any:
@@ -82,8 +64,8 @@ class TableMujoco:
 
     control_hz = rules.CONTROL_HZ
 
-    def __init__(self, config: TableConfig | None = None):
-        config = config or TableConfig()
+    def __init__(self, config: MujocoTableConfig | None = None):
+        config = config or MujocoTableConfig()
         self._mujoco = mujoco = import_mujoco()
         self.config, self.max_steps = config, config.max_steps
         self.instruction, self.task = "", ""

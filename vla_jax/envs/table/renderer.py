@@ -106,8 +106,9 @@ def _rotation(roll, pitch, yaw) -> Array:
 
 
 def _boxes(tool, hand, opening, blocks, yaws) -> _Boxes:
-    reach = opening * rules.MAX_OPENING / 2 + 0.007
-    middle, finger = jnp.zeros(()), (0.010, 0.007, 0.027)
+    reach = opening * rules.MAX_OPENING / 2 + rules.FINGER_HALF_THICKNESS
+    finger = (rules.FINGER_HALF_WIDTH, rules.FINGER_HALF_THICKNESS, 0.027)
+    middle = jnp.zeros(())
     parts = jnp.array(
         [
             [middle, -reach, 0.018],

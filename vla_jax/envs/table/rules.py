@@ -33,6 +33,7 @@ CONTROL_HZ = 10.0
 BLOCK_HALF_SIZE = (0.035, 0.0175, 0.02)  # m; long axis x: at yaw 0 the fingers close along y
 PLATE_RADIUS, PLATE_HEIGHT = 0.06, 0.008  # m
 MAX_OPENING = 0.065  # m between the fingers
+FINGER_HALF_THICKNESS, FINGER_HALF_WIDTH = 0.007, 0.010  # m, along and across the opening
 LAYOUT_HALF_SIZE = 0.16  # m, block centres lie in this square
 LAYOUT_SPACING = 0.09  # m, least distance of two block centres
 PLATE_SPACING = 0.11  # m, least distance of a block's centre from the plate's

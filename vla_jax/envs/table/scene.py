@@ -7,6 +7,8 @@ documentation, "Denavit–Hartenberg parameters"); bodies are capsules of our ow
 radians, seconds.
 """
 
+from vla_jax.envs.table import rules
+
 COLOURS = {
     "red": "0.86 0.15 0.15 1",
     "green": "0.13 0.62 0.22 1",
@@ -14,9 +16,7 @@ COLOURS = {
     "yellow": "0.95 0.78 0.10 1",
 }
 TABLE_CENTRE = (0.5, 0.0, 0.0)  # of the reachable square, in the arm's base frame
-BLOCK_HALF_SIZE = (0.035, 0.0175, 0.02)  # long axis x, the fingers close along y at yaw 0
-PLATE_RADIUS, PLATE_HEIGHT = 0.06, 0.008
-FINGER_TRAVEL = 0.0325  # of each finger; the gripper opens twice as wide
+FINGER_TRAVEL = rules.MAX_OPENING / 2  # of each finger
 HOME = (0.0, 0.1, 0.0, -2.2, 0.0, 2.3, 0.785)  # joint angles, tool above the table's centre
 SUBSTEPS, TIMESTEP = 20, 0.005  # one control step is 0.1 s
 
@@ -78,7 +78,7 @@ def _arm() -> str:
 
 
 def _block(colour: str, rgba: str) -> str:
-    half = " ".join(map(str, BLOCK_HALF_SIZE))
+    half = " ".join(map(str, rules.BLOCK_HALF_SIZE))
     return f"""
     <body name="{colour}" pos="0 0 0.02"><freejoint name="{colour}"/>
       <geom name="{colour}" class="block" size="{half}" rgba="{rgba}"/>
@@ -131,8 +131,8 @@ def mjcf() -> str:
     <geom name="table" type="box" pos="{x} {y} -0.01" size="0.30 0.30 0.01"
       rgba="0.63 0.55 0.47 1" contype="4" conaffinity="3" friction="1 0.02 0.001"/>
     <body name="plate" pos="{x} {y} 0">
-      <geom name="plate" type="cylinder" pos="0 0 {PLATE_HEIGHT / 2}"
-        size="{PLATE_RADIUS} {PLATE_HEIGHT / 2}" rgba="0.97 0.97 0.97 1" contype="4"
+      <geom name="plate" type="cylinder" pos="0 0 {rules.PLATE_HEIGHT / 2}"
+        size="{rules.PLATE_RADIUS} {rules.PLATE_HEIGHT / 2}" rgba="0.97 0.97 0.97 1" contype="4"
         conaffinity="2" friction="1 0.02 0.001"/>
     </body>
     <body name="base"><geom class="arm" type="cylinder" pos="0 0 0.04" size="0.09 0.04"
