@@ -22,6 +22,7 @@ import re
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -306,22 +307,37 @@ def _one_sentence(directory: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _readable(path: pathlib.Path) -> Iterator[None]:
-    """Turns any error of Orbax about damaged files into one sentence.
-
-    After an error, reads of other arrays may end with exceptions that nobody awaits; Python reports
-    these through `sys.unraisablehook`, which is restored once they have ended.
-    """
-    with _quiet_orbax(), contextlib.ExitStack() as stack:
+    """Turns any error of Orbax about damaged files into one sentence."""
+    with _quiet_orbax(), _quiet_pending_reads():
         try:
             yield
         except Exception as error:  # of many types
-            stack.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
-            sys.unraisablehook = lambda _: None
             time.sleep(_PENDING_READS)
-            gc.collect()
+            traceback.clear_frames(error.__traceback__)  # they hold the reads that failed as well,
+            gc.collect()  # which Python reports when it collects them
             raise ValueError(
                 f"{path} cannot be read ({_reason(error)}); delete it to use the step before."
             ) from error
+
+
+@contextlib.contextmanager
+def _quiet_pending_reads() -> Iterator[None]:
+    """Ignores reads that end after one of them has failed, when Orbax has closed its event loop.
+
+    Python reports them through `sys.unraisablehook`, which is restored at the end; every other
+    report passes.
+    """
+    hook = sys.unraisablehook
+
+    def ignore_closed_loop(report: Any) -> None:
+        if str(report.exc_value) != "Event loop is closed":
+            hook(report)
+
+    sys.unraisablehook = ignore_closed_loop
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
 
 
 @contextlib.contextmanager
