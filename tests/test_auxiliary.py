@@ -249,18 +249,18 @@ def test_a_config_out_of_range_is_one_sentence(changes, sentence):
 
 def test_pixels_of_a_batch_without_pictures_are_one_sentence():
     batch, tokens = draw_batch(cameras=())
-    with pytest.raises(ValueError, match=r"forward_target 'pixels' must find pictures .* got none"):
+    with pytest.raises(ValueError, match=r"forward_target 'pixels' needs images .* got none"):
         auxiliary.frames(PIXELS, batch.observation, tokens)
 
 
 def test_patches_that_do_not_fit_are_one_sentence():
-    with pytest.raises(ValueError, match="forward_patch_size must divide pictures of 4 x 4 pixels"):
+    with pytest.raises(ValueError, match="forward_patch_size must divide images of 4 x 4 pixels"):
         auxiliary.patches(np.zeros((1, 4, 4, 3), np.uint8), 3)
 
 
 def test_a_caption_without_words_is_one_sentence():
     with pytest.raises(
-        ValueError, match=r"words must be ids .* give captions\.visible_instruction"
+        ValueError, match=r"words must be ids .* pass captions\.visible_instruction"
     ):
         auxiliary.apply(params(BOTH), BOTH, draw_features())
 

@@ -166,7 +166,7 @@ def test_a_video_shorter_than_its_episodes_is_named_with_both_counts(root):
 
 
 def test_a_wrong_rate_is_refused(root):
-    with pytest.raises(ValueError, match=r"fps of .* must be 30 Hz as asked for, got 10 Hz"):
+    with pytest.raises(ValueError, match=r"fps of .* must be 30 Hz \(expected_fps\), got 10 Hz"):
         read(root, expected_fps=30)
     change_info(root, fps=30)
     with pytest.raises(ValueError, match=r"got 30 Hz in meta/info.json but 10 Hz at frame 1"):

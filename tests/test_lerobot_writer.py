@@ -164,7 +164,7 @@ def test_an_interrupted_recording_is_no_data_set_and_is_named(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         writer.write(tmp_path / "data", interrupted(), fps=10)
-    with pytest.raises(FileNotFoundError, match=r"interrupted \(.*data\.tmp is left over\)"):
+    with pytest.raises(FileNotFoundError, match=r"interrupted \(.*data\.tmp remains\)"):
         read(tmp_path / "data")
     writer.write(tmp_path / "data", make_episodes(), fps=10)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
@@ -213,7 +213,7 @@ def test_a_full_disk_is_one_sentence_and_the_old_data_set_is_kept(root):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert "could not be written" in done.stdout
-    assert "nothing that was there before is lost; free space" in done.stdout
+    assert "an earlier one is unchanged; free space" in done.stdout
     assert read(root).instructions == TASKS
 
 

@@ -126,7 +126,7 @@ def test_a_missing_path_is_refused_and_an_interrupted_recording_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"data set .*nowhere is missing; record it first"):
         read_dataset(DatasetConfig(str(tmp_path / "nowhere")))
     (tmp_path / "demos.tmp").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"interrupted \(.*demos\.tmp is left over\)"):
+    with pytest.raises(FileNotFoundError, match=r"interrupted \(.*demos\.tmp remains\)"):
         read_dataset(DatasetConfig(str(tmp_path / "demos")))
 
 
@@ -143,5 +143,5 @@ def test_a_folder_that_several_readers_recognise_is_refused_with_their_kinds(npz
 
 
 def test_an_unknown_kind_is_refused_with_the_nearest(tmp_path):
-    with pytest.raises(ValueError, match=r"'lerobot_3', which no reader has; .*'lerobot_v3'\?"):
+    with pytest.raises(ValueError, match=r"unknown dataset\.kind 'lerobot_3'; .*'lerobot_v3'\?"):
         read_dataset(DatasetConfig(str(tmp_path), kind="lerobot_3"))

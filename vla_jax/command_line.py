@@ -32,7 +32,7 @@ from vla_jax import config as configs
 
 Config = TypeVar("Config")
 NAMED_PARTS = ("loss", "auxiliary", "dataset")  # parts whose options always carry their name
-TRACEBACK = "VLA_JAX_TRACEBACK"  # environment variable that brings the whole traceback back
+TRACEBACK = "VLA_JAX_TRACEBACK"  # environment variable: show the traceback of an error
 
 
 def run(
@@ -92,16 +92,16 @@ def command_line(
 ) -> Config:
     """Returns the config from the command line, or ends the program with one clear message.
 
-    An option has the bare name of its field (`--window-size`); only where two parts of the config
-    have a field of that name, and for `kind` and `head`, which say nothing without it, does it
-    carry the part's name (`--decoder.dropout`). So do all options of the parts `loss`,
-    `auxiliary` and `dataset`, whose names alone say too little. The field `path` of a part is
-    set by the part's own name too (`--dataset demos/table`, `--dataset.path demos/table`).
-    Which of several config classes stands in a union is the preset's choice.
+    An option has the bare name of its field (`--window-size`). The part's name is prepended
+    (`--decoder.dropout`) if two parts of the config have a field of that name, for the fields
+    `kind` and `head`, and for all fields of the parts `loss`, `auxiliary` and `dataset`, whose
+    bare names would be ambiguous. The field `path` of a part can also be set by the part's own
+    name (`--dataset demos/table`, `--dataset.path demos/table`).
+    Where a field may hold one of several config classes, the preset determines which.
 
     Args:
       presets: name to a function that makes a config; the first one is the default.
-      argv: arguments after the program's name; None means those of the process.
+      argv: arguments after the program's name; None means `sys.argv[1:]`.
       description: what the program does, shown above the presets.
 
     Raises:
@@ -137,8 +137,8 @@ def _flat_class(config: Any, part: str, *, ambiguous: Container[str]) -> type:
     """Returns a subclass of the config's class for tyro to read.
 
     Its defaults are the config's values, each union is narrowed to the member that the config
-    holds (tyro would make sub-commands of it), and options are flat; those of `ambiguous` name
-    and of `NAMED_PARTS` begin with `part`.
+    holds (tyro would make sub-commands of it), and options are flat; those named in `ambiguous`
+    and those of `NAMED_PARTS` begin with `part`.
     """
     import tyro
 
@@ -161,35 +161,35 @@ def _flat_class(config: Any, part: str, *, ambiguous: Container[str]) -> type:
 
 
 def _fixed(kind: Any) -> bool:
-    """Returns whether a preset alone sets this field: a union's mark, or a part that is None."""
+    """Returns True if only a preset can set this field: a union's tag, or a part that is None."""
     members = typing.get_args(kind)
-    mark = typing.get_origin(kind) is Literal and len(members) == 1
-    return mark or any(dataclasses.is_dataclass(member) for member in members)
+    is_tag = typing.get_origin(kind) is Literal and len(members) == 1
+    return is_tag or any(dataclasses.is_dataclass(member) for member in members)
 
 
 @functools.cache
 def comments(cls: type) -> dict[str, str]:
-    """Returns the comment of every field of a dataclass: behind it, or on the lines above it.
+    """Returns the comment of every field of a dataclass: after it, or on the lines above it.
 
-    A field that a subclass repeats without a comment keeps that of the base class. tyro finds none
-    in a class that is made at run time.
+    A field that a subclass redeclares without a comment keeps that of the base class. tyro finds
+    no comments in a class that is made at run time.
     """
-    found: dict[str, str] = {}
+    comment_by_field: dict[str, str] = {}
     for base in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
         source = textwrap.dedent(inspect.getsource(base))
         lines = _comment_lines(source)
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
                 text = _comment_of(node, lines)
-                found[node.target.id] = text or found.get(node.target.id, "")
-    return found
+                comment_by_field[node.target.id] = text or comment_by_field.get(node.target.id, "")
+    return comment_by_field
 
 
 def _comment_of(node: ast.AnnAssign, lines: "dict[int, _Comment]") -> str:
-    behind = range(node.lineno, (node.end_lineno or node.lineno) + 1)
-    text = [lines[number].text for number in behind if number in lines]
+    same_lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    text = [lines[number].text for number in same_lines if number in lines]
     number = node.lineno - 1
-    while not any(line in lines for line in behind) and number in lines and lines[number].alone:
+    while not any(line in lines for line in same_lines) and number in lines and lines[number].alone:
         text.insert(0, lines[number].text)
         number -= 1
     return " ".join(text)
@@ -199,7 +199,7 @@ class _Comment(NamedTuple):
     """One comment of a source text."""
 
     text: str
-    alone: bool  # whether the line holds nothing else
+    alone: bool  # True if the line holds nothing else
 
 
 def _comment_lines(source: str) -> dict[int, _Comment]:
@@ -213,7 +213,7 @@ def _comment_lines(source: str) -> dict[int, _Comment]:
 
 
 def _ambiguous(config: Any) -> set[str]:
-    """Returns the names that occur in more than one part, and those too vague without theirs."""
+    """Returns the field names that occur in more than one part, and `kind` and `head`."""
     counts = collections.Counter(_leaf_names(config))
     return {"kind", "head", *(name for name, count in counts.items() if count > 1)}
 
@@ -238,7 +238,7 @@ def _first_line(preset: Callable[[], Any]) -> str:
 
 
 def _one_line(box: str) -> str:
-    """Returns the text of an error box of tyro, drawn in Unicode or in ASCII, as one line."""
+    """Returns the text of tyro's error box (Unicode or ASCII borders) as one line."""
     lines = [line.strip("│| ") for line in box.splitlines()]
     is_rule = re.compile("[─-]{10}").search
     parts = [" ".join(group) for rule, group in itertools.groupby(lines, is_rule) if not rule]

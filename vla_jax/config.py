@@ -2,7 +2,7 @@
 
 A config is a frozen dataclass of numbers, strings, booleans, None, `Literal`s, tuples and other
 configs. Where a field may hold one of several configs, each of them has a field
-`kind: Literal["name"] = "name"`, which tells them apart in a file.
+`kind: Literal["name"] = "name"`, which identifies the class in a file.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ def to_dict(config: Any) -> dict[str, Any]:
       config: instance of a dataclass.
 
     Raises:
-      TypeError: a field holds something that a config may not hold.
+      TypeError: a field holds a value of a type that configs do not support.
     """
     return _plain(config, type(config).__name__)
 
@@ -34,14 +34,15 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(cls: type[Config], data: Mapping[str, Any]) -> Config:
     """Returns the `cls` that `to_dict` turned into `data`.
 
-    Fields that are absent keep their defaults, so that a file outlives a new option; a field
-    that `cls` does not have is an error, so that a misspelt one is never silence. A class whose
+    Absent fields get their defaults, so that files from before a new option can be read. A field
+    that `cls` does not have is an error, so that no misspelt one is ignored. A class whose
     fields were renamed or moved has a static method `upgrade(data)`, which returns the fields of
     an earlier version under their present names.
 
     Args:
       cls: the dataclass to make.
-      data: field name to value; lists become tuples, whole numbers become floats where due.
+      data: field name to value; lists become tuples, integers become floats in float
+        fields.
 
     Raises:
       ValueError: an unknown field or kind, a value of another type, or a missing field.
@@ -50,11 +51,11 @@ def from_dict(cls: type[Config], data: Mapping[str, Any]) -> Config:
 
 
 def save(config: Any, path: str | os.PathLike[str]) -> None:
-    """Writes the config as JSON, whole or not at all.
+    """Writes the config as JSON; the file is complete or unchanged.
 
     Args:
       config: instance of a dataclass.
-      path: file to write; its folder is made where it is missing.
+      path: file to write; its parent folder is created if necessary.
     """
     write_json(path, to_dict(config))
 
@@ -125,7 +126,7 @@ def _plain(value: Any, path: str) -> Any:
 
 
 def _read(annotation: Any, value: Any, path: str) -> Any:
-    """Returns `value` as `annotation` wants it, or raises a sentence that begins with `path`."""
+    """Returns `value` as the annotated type; errors begin with `path`."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if dataclasses.is_dataclass(annotation):
         return _read_config(annotation, value, path)

@@ -1,4 +1,4 @@
-"""The folder of a training run: opened and written by scripts, read for acting.
+"""Run folder of a training: written by the training scripts, read for acting.
 
 config.json         config of the training script; the same config resumes the run
 agent.json          config of the policy and of acting
@@ -30,7 +30,7 @@ from vla_jax.types import Params
 
 
 class Run(NamedTuple):
-    """A trained policy with all that acting needs."""
+    """A trained policy with everything that acting needs."""
 
     folder: pathlib.Path
     agent: AgentConfig
@@ -140,7 +140,7 @@ def load_run(run_dir: Path, *, step: int | None = None) -> Run:
 
     Raises:
       FileNotFoundError: the folder, one of its files or the checkpoint is missing.
-      ValueError: a file is damaged, or the checkpoint is of another shape than `agent.json` says.
+      ValueError: a file is damaged, or the checkpoint does not fit `agent.json`.
     """
     folder = pathlib.Path(run_dir)
     if not folder.is_dir():
@@ -176,8 +176,8 @@ def _restore(directory: pathlib.Path, like: Any, step: int | None) -> Params:
 
 
 def _check_same_config(file: pathlib.Path, config: Any) -> None:
-    here = {"run_dir": config.run_dir, "overwrite": config.overwrite}  # do not count
-    saved = replace(configs.load(type(config), file), **here)
+    not_compared = {"run_dir": config.run_dir, "overwrite": config.overwrite}
+    saved = replace(configs.load(type(config), file), **not_compared)
     if saved != config:
         differing = configs.differences(saved, config)
         raise ValueError(

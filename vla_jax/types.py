@@ -1,4 +1,4 @@
-"""The words of the library: axis letters, aliases, and the records that cross its rooms.
+"""Shared vocabulary: axis letters, type aliases, and the records passed between modules.
 
 Axes (upper case in every docstring):
 `B` batch · `T` time of any length · `W` steps of a window · `K` steps of an action chunk ·
@@ -30,7 +30,7 @@ class Observation(NamedTuple):
     image_primary: Array | None = None  # [..., h, w, 3] uint8, outside camera
     image_wrist: Array | None = None  # [..., h, w, 3] uint8, camera on the hand
     proprio: Array | None = None  # [..., P] float32, normalised by `norm_stats`
-    environment_state: Array | None = None  # [..., E] float32, what only a simulator knows
+    environment_state: Array | None = None  # [..., E] float32, privileged simulator state
     instruction: Array | None = None  # [..., S] int32 token ids, 0 = padding (or not visible)
 
 
@@ -53,7 +53,7 @@ class Batch(NamedTuple):
 
 
 class ActionChunk(NamedTuple):
-    """The next `K` actions, as heads give them."""
+    """The next `K` actions, as predicted by continuous heads."""
 
     arm: Array  # [..., K, A-1] in [-1, 1]: dx dy dz droll dpitch dyaw
     gripper_logit: Array  # [..., K], positive = open
@@ -65,47 +65,47 @@ class BinChunk(NamedTuple):
     logits: Array  # [..., K, A, V], the last of A is the gripper
 
 
-Prediction = ActionChunk | BinChunk  # what a decoder gives, and a loss takes
+Prediction = ActionChunk | BinChunk  # output of a decoder, input of a loss
 
 
 class Transition(NamedTuple):
     """Result of one environment step; leading axes where environments are vmapped."""
 
-    observation: Any  # Observation of a JAX world
+    observation: Any  # Observation (`Env`) or one array (`DiscreteEnv`)
     reward: Array  # [] float32
-    terminated: Array  # [] bool, the task ended (done, or spoilt)
-    truncated: Array  # [] bool, time ran out
-    success: Array  # [] bool, the task was done
+    terminated: Array  # [] bool, the task ended (success or failure)
+    truncated: Array  # [] bool, the time limit was reached
+    success: Array  # [] bool, the task succeeded
 
 
 class Env(NamedTuple):
-    """A world of pure functions: `jit`, `vmap` and `lax.scan` it."""
+    """A JAX environment of pure functions, for `jit`, `vmap` and `lax.scan`."""
 
     reset: Callable[[Key], tuple[Any, Observation]]  # key -> (env_state, first observation)
     step: Callable[[Any, Array], tuple[Any, Transition]]  # (env_state, action [A]) -> ...
-    expert: Callable[[Any], Array]  # env_state -> the action [A] a demonstrator takes
-    instructions: tuple[str, ...]  # every sentence this world may ask for
-    tasks: tuple[str, ...]  # task name of each sentence, for results per task
+    expert: Callable[[Any], Array]  # env_state -> action [A] of the scripted expert
+    instructions: tuple[str, ...]  # every instruction that an episode may have
+    tasks: tuple[str, ...]  # task name of each instruction, for results per task
     instruction_index: Callable[[Any], Array]  # env_state -> [] int32 into `instructions`
     max_steps: int  # environment steps until truncation
 
 
 class DiscreteEnv(NamedTuple):
-    """A world of pure functions to learn in from reward alone; what it shows is one array.
+    """A JAX environment with discrete actions, for reinforcement learning.
 
-    Apart from `Env`, whose robots have words, cameras and a demonstrator, none of which is here,
-    and whose actions are seven numbers, where here one of `num_actions` is chosen.
+    Unlike `Env` it has one array as observation, `num_actions` discrete actions, and no
+    instructions in words, cameras or expert.
     """
 
-    reset: Callable[[Key], tuple[Any, Array]]  # key -> (world_state, first observation)
-    step: Callable[[Any, Array], tuple[Any, Transition]]  # (world_state, action [] int) -> ...
-    draw: Callable[[Any], Array]  # world_state -> picture [h, w, 3] uint8 for people
+    reset: Callable[[Key], tuple[Any, Array]]  # key -> (env_state, first observation)
+    step: Callable[[Any, Array], tuple[Any, Transition]]  # (env_state, action [] int) -> ...
+    draw: Callable[[Any], Array]  # env_state -> image [h, w, 3] uint8, for viewing
     observation_shape: tuple[int, ...]  # [D] float32, or [h, w, c] uint8
-    velocities: tuple[int, ...]  # which of the D numbers are speeds; empty for pictures
+    velocities: tuple[int, ...]  # indices of the D features that are velocities; () for images
     num_actions: int
     max_steps: int  # environment steps until truncation
-    instruction: tuple[int, ...] = ()  # which of the D numbers tell what is asked for
-    object_size: int = 0  # of each thing, where the D numbers list things alike; 0 = they do not
+    instruction: tuple[int, ...] = ()  # indices of the D features that encode the instruction
+    object_size: int = 0  # features per object, if the D features are a list of objects; 0 = not
 
 
 class SimulatorStep(NamedTuple):
@@ -113,13 +113,13 @@ class SimulatorStep(NamedTuple):
 
     observation: Mapping[str, np.ndarray]  # field name of Observation -> array, not normalised
     reward: float
-    terminated: bool  # the task ended (done, or spoilt)
-    truncated: bool  # time ran out
-    success: bool  # the task was done
+    terminated: bool  # the task ended (success or failure)
+    truncated: bool  # the time limit was reached
+    success: bool  # the task succeeded
 
 
 class Simulator(Protocol):
-    """A world that lives in Python, one instance per episode stream (the counterpart of Env)."""
+    """A stateful Python environment, one instance per stream of episodes (see also `Env`)."""
 
     instruction: str  # instruction of this episode, set by `reset`
     task: str  # name of the task, for results per task, set by `reset`
@@ -127,7 +127,7 @@ class Simulator(Protocol):
     max_steps: int  # environment steps until truncation
 
     def reset(self, seed: int) -> Mapping[str, np.ndarray]:
-        """Starts the episode that `seed` fixes; returns its first observation."""
+        """Starts the episode determined by `seed`; returns its first observation."""
         ...
 
     def step(self, action: np.ndarray) -> SimulatorStep:
@@ -135,9 +135,9 @@ class Simulator(Protocol):
         ...
 
     def draw(self, size: int = 256) -> np.ndarray:
-        """A picture `[size, size, 3]` uint8 for people."""
+        """Returns an image `[size, size, 3]` uint8, for viewing."""
         ...
 
     def close(self) -> None:
-        """Frees what the simulator holds."""
+        """Frees the simulator's resources."""
         ...

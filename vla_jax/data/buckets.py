@@ -25,7 +25,7 @@ class Buckets:
           rows: ids, each target followed by at least one 0.
           batch_size: B.
           width_step: widths are multiples of it, or the length of the longest target with its end.
-          seed: of the shuffling.
+          seed: random seed of shuffling.
         """
         lengths = 1 + np.count_nonzero(rows.target, axis=1)  # including the end
         widths = np.minimum(-(-lengths // width_step) * width_step, lengths.max())

@@ -122,7 +122,7 @@ def check_episode(episode: Episode, index: int, *, like: Episode) -> None:
 
     Args:
       episode: the record to check.
-      index: its number, for the message.
+      index: its index, for the message.
       like: an episode with the expected fields and sizes.
 
     Raises:
@@ -197,8 +197,8 @@ def episode_rows(episode_ends: np.ndarray, episodes: np.ndarray) -> np.ndarray |
     """Returns the frames of the given ascending episodes; a slice if these are all episodes."""
     if len(episodes) == len(episode_ends):
         return slice(None)
-    kept = np.isin(np.arange(len(episode_ends)), episodes)
-    return np.flatnonzero(np.repeat(kept, np.diff(episode_ends, prepend=0)))
+    episode_mask = np.isin(np.arange(len(episode_ends)), episodes)
+    return np.flatnonzero(np.repeat(episode_mask, np.diff(episode_ends, prepend=0)))
 
 
 def digest(*parts: object) -> str:

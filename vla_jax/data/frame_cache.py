@@ -10,7 +10,7 @@ import numpy as np
 class FrameCache:
     """Decoded pieces of videos; the least recently used ones are removed first.
 
-    The cache never holds more than its capacity. A piece larger than the capacity is not kept.
+    The cache never exceeds its capacity. A piece larger than the capacity is not stored.
     A pickled cache is empty: each worker process has a cache of the same capacity.
     """
 
@@ -18,7 +18,7 @@ class FrameCache:
         """Creates an empty cache.
 
         Args:
-          capacity: bytes of images that may be held.
+          capacity: bytes of images to store at most.
         """
         self.capacity = capacity
         self._lock = threading.Lock()
@@ -27,11 +27,11 @@ class FrameCache:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of images that are held."""
+        """Bytes of stored images."""
         return self._num_bytes
 
     def get(self, key: Hashable) -> np.ndarray | None:
-        """Returns the images of a piece, or None if they are not held."""
+        """Returns the images of a piece, or None if they are not stored."""
         with self._lock:
             images = self._pieces.get(key)
             if images is not None:
@@ -39,10 +39,10 @@ class FrameCache:
             return images
 
     def put(self, key: Hashable, images: np.ndarray) -> None:
-        """Holds the images of a piece, if it fits; makes room by removing other pieces.
+        """Stores the images of a piece, if it fits; removes other pieces to make room.
 
         Args:
-          key: of the piece.
+          key: identifies the piece.
           images: `[num_frames, h, w, 3]` uint8, not changed afterwards; must own its memory, or
             more than its bytes would stay allocated.
         """

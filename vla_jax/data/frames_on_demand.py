@@ -16,8 +16,8 @@ RUN_PIECES = 16  # neighbouring pieces that are decoded in one pass
 class FramesOnDemand:
     """All images of one camera, `[F, h, w, 3]` uint8, indexed like an array.
 
-    Indexing decodes the pieces of the videos that are needed and not in the cache. It gives the
-    same images as decoding the videos as a whole. Safe to share by threads; pickled without its
+    Indexing decodes the needed pieces of the videos that are not in the cache. It returns the
+    same images as decoding the whole videos. Safe to share by threads; pickled without its
     images and open files.
     """
 
@@ -30,7 +30,7 @@ class FramesOnDemand:
         *,
         image_size: tuple[int, int] | None = None,
     ) -> None:
-        """Opens the first video to learn its size; decodes nothing.
+        """Reads the size of the first video; decodes nothing.
 
         Args:
           segments: video segment of every episode.
@@ -44,8 +44,8 @@ class FramesOnDemand:
         check_present(segments)
         self._size = image_size or video_size(segments[0].path)
         self._paths = list(dict.fromkeys(segment.path for segment in segments))
-        places = {path: place for place, path in enumerate(self._paths)}
-        self._files = np.array([places[segment.path] for segment in segments])  # [E]
+        path_index = {path: index for index, path in enumerate(self._paths)}
+        self._files = np.array([path_index[segment.path] for segment in segments])  # [E]
         self._ends = np.cumsum([segment.length for segment in segments])  # [E] in the data set
         self._stops = np.array([s.start + s.length for s in segments])  # [E] in the file
         self._cache = cache
@@ -98,7 +98,7 @@ class FramesOnDemand:
         return rows
 
     def _read(self, file: int, frames: np.ndarray, places: np.ndarray, images: np.ndarray) -> None:
-        """Writes frames of one file, ascending and different, to `images[places]`."""
+        """Writes frames of one file, ascending and distinct, to `images[places]`."""
         path = self._paths[file]
         times, starts = self._videos.index(path)
         if frames[-1] >= len(times):
@@ -126,9 +126,9 @@ class FramesOnDemand:
         wanted = []
         for piece in run:
             first, stop = bounds[piece : piece + 2]
-            is_kept = (stop - first) * frame_bytes <= self._cache.capacity
+            fits_cache = (stop - first) * frame_bytes <= self._cache.capacity
             inside = frames[(frames >= first) & (frames < stop)]
-            wanted.append(np.arange(first, stop) if is_kept else inside)
+            wanted.append(np.arange(first, stop) if fits_cache else inside)
         numbers = np.concatenate(wanted)
         decoded = self._videos.decode(path, numbers, self._size)
         needed = (frames >= bounds[run[0]]) & (frames < bounds[run[-1] + 1])

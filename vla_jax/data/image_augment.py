@@ -42,11 +42,11 @@ class Change(NamedTuple):
 
 
 def apply(batch: Batch, config: AugmentConfig, rng: np.random.Generator) -> Batch:
-    """Changes the images of a batch; one draw per window and camera, for all steps.
+    """Augments the images of a batch: one random change per window and camera, for all steps.
 
     Args:
-      batch: windows with images `[B, W, h, w, 3]` uint8, or none.
-      config: ranges.
+      batch: windows with images `[B, W, h, w, 3]` uint8, or None.
+      config: ranges of the changes.
       rng: source of randomness; advanced.
 
     Returns:
@@ -63,7 +63,7 @@ def apply(batch: Batch, config: AugmentConfig, rng: np.random.Generator) -> Batc
 
 
 def draw(config: AugmentConfig, rng: np.random.Generator) -> Change:
-    """Draws a change within the ranges of `config`; advances `rng`."""
+    """Returns a random change within the ranges of `config`; advances `rng`."""
     down, right = rng.integers(-config.shift, config.shift + 1, 2)
     brightness = rng.uniform(-config.brightness, config.brightness)
     contrast = rng.uniform(1 - config.contrast, 1 + config.contrast)
@@ -71,9 +71,10 @@ def draw(config: AugmentConfig, rng: np.random.Generator) -> Change:
 
 
 def change(images: np.ndarray, by: Change) -> np.ndarray:
-    """Shifts images `[W, h, w, 3]` uint8, repeating edge pixels, and changes their light.
+    """Returns images `[W, h, w, 3]` uint8, shifted, with other brightness and contrast.
 
-    A pixel x in [0, 1] becomes `contrast · (x - ½) + ½ + brightness`, clipped to [0, 1].
+    The shift repeats edge pixels. A pixel x in [0, 1] becomes
+    `contrast · (x - ½) + ½ + brightness`, clipped to [0, 1].
 
     Source: shift from Yarats et al. 2021, DrQ-v2 (arXiv:2107.09645), section 3.1.
     """

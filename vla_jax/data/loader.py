@@ -109,7 +109,7 @@ def make_loader(
 
     All processes shuffle each epoch in the same way and take every `process_count`-th window:
     the n-th batches of all processes together are the n-th batch of a single process. Windows
-    that do not divide among the processes are left out of that epoch.
+    that cannot be divided evenly among the processes are left out of that epoch.
 
     Args:
       source: windows, or rows of packed episodes.
@@ -138,8 +138,8 @@ def make_loader(
     dataset = grain.MapDataset.range(len(source)).seed(config.seed)
     if config.shuffle:
         dataset = dataset.shuffle()
-    share = len(source) // process_count * process_count
-    dataset = dataset[process_index:share:process_count].repeat()
+    divisible = len(source) // process_count * process_count
+    dataset = dataset[process_index:divisible:process_count].repeat()
     dataset = dataset.batch(config.batch_size // process_count, batch_fn=np.asarray)
     dataset = dataset.map(functools.partial(_read, source))
     if augment is not None:
@@ -180,7 +180,7 @@ def _pipeline(
     process_count: int,
 ) -> dict[str, Any]:
     """Returns everything that determines the batches, as a flat dict of JSON values."""
-    changes = asdict(augment) if augment else {}
+    augment_fields = asdict(augment) if augment else {}
     return {
         **source.identity,
         "num_windows": len(source),
@@ -188,7 +188,7 @@ def _pipeline(
         "seed": config.seed,
         "shuffle": config.shuffle,
         "process_count": process_count,
-        **{f"augment_{name}": value for name, value in changes.items()},
+        **{f"augment_{name}": value for name, value in augment_fields.items()},
     }
 
 

@@ -17,7 +17,7 @@ from vla_jax.types import Array
 
 Method = Literal["bounds", "quantiles", "mean_std", "none"]
 CLIPPED = ("bounds", "quantiles")  # methods that clip to [-1, 1]
-QUANTILE_SHARE = 0.02  # share of values outside [q01, q99] by definition
+QUANTILE_SHARE = 0.02  # fraction of values outside [q01, q99] by definition
 
 
 class NormStats(NamedTuple):
@@ -37,7 +37,7 @@ class NormalizeConfig:
     """Normalisation method of each column."""
 
     action: Method = "bounds"  # method of the arm dims; the gripper is never normalised
-    proprio: Method = "mean_std"  # method of the robot's own state
+    proprio: Method = "mean_std"  # method of the proprioceptive state
     environment_state: Method = "mean_std"  # method of the privileged simulator state
     action_mu: float = 0.0  # μ of the μ-law companding of the arm, such as 255; 0 = off
 
@@ -109,7 +109,7 @@ def normalize(x: Array, stats: NormStats, method: Method, *, gripper: bool = Fal
 
 
 def denormalize(y: Array, stats: NormStats, method: Method, *, gripper: bool = False) -> Array:
-    """Inverse of `normalize` inside its bounds: `x = c + s y`.
+    """Returns the inverse of `normalize` inside its bounds: `x = c + s y`.
 
     Args:
       y: `[..., D]`, from `normalize` or a policy.
@@ -128,7 +128,7 @@ def denormalize(y: Array, stats: NormStats, method: Method, *, gripper: bool = F
 
 
 def normalize_action(action: Array, stats: NormStats, config: NormalizeConfig) -> Array:
-    """Returns the actions that a policy learns: normalised, then companded where μ > 0.
+    """Returns the policy's action targets: normalised, then companded if μ > 0.
 
         y = sign(x) · ln(1 + μ |x|) / ln(1 + μ)        x: the normalised arm
 
@@ -149,7 +149,7 @@ def normalize_action(action: Array, stats: NormStats, config: NormalizeConfig) -
 
 
 def denormalize_action(action: Array, stats: NormStats, config: NormalizeConfig) -> Array:
-    """Inverse of `normalize_action` inside its bounds.
+    """Returns the inverse of `normalize_action` inside its bounds.
 
     Args:
       action: `[..., A]`, from a policy.
@@ -263,7 +263,7 @@ def _affine(
     size = len(stats.mean)
     if x.shape[-1] != size:
         raise ValueError(
-            f"x must be [..., {size}] as its norm_stats are, got {x.shape}; use the statistics "
+            f"x must be [..., {size}] like its norm_stats, got {x.shape}; use the statistics "
             "of this column."
         )
     centre, scale = _centre_scale(stats, method)

@@ -1,8 +1,7 @@
-"""Whole episodes side by side in rows of `W` steps, so that little of a batch is padding.
+"""Sequence packing: several episodes per row of `W` steps, so that little of a batch is padding.
 
-A recurrence that is reset where an episode starts sees no difference between an episode of its
-own row and one that shares a row (the law "reset = separate episodes"), but short episodes no
-longer cost `W` steps each.
+A recurrence that is reset where an episode starts gives the same outputs for packed episodes as
+for separate rows, but short episodes do not cost `W` steps each.
 """
 
 from typing import Any
@@ -17,7 +16,7 @@ from vla_jax.types import Batch
 class Packed:
     """A source for `make_loader`, like `Windows`; item i is row i.
 
-    An episode longer than `W` is cut into pieces of `W` steps, each with a carry of its own.
+    An episode longer than `W` is cut into pieces of `W` steps, each starting from a zero carry.
     Nothing changes after construction.
     """
 
@@ -30,11 +29,11 @@ class Packed:
         self.identity = {**windows.identity, "stride": "packed"}
 
     def __len__(self) -> int:
-        """Number of rows."""
+        """Returns the number of rows."""
         return len(self.frame)
 
     def __getitem__(self, index: Any) -> Batch:
-        """The row at an index, or the batch of rows at an array of indices."""
+        """Returns the row at an index, or the batch of rows at an array of indices."""
         windows, config = self.windows, self.windows.config
         rows, step, mask = self.frame[index], self.step[index], self.mask[index]
         batch = gather(
@@ -50,7 +49,7 @@ class Packed:
 
 
 def pack(episode_ends: np.ndarray, row_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Places pieces of episodes in rows: longest first, each in the fullest row that has room.
+    """Packs episodes into rows: longest first, each into the fullest row that fits (best fit).
 
     Args:
       episode_ends: `[E]`, exclusive.
@@ -58,7 +57,7 @@ def pack(episode_ends: np.ndarray, row_size: int) -> tuple[np.ndarray, np.ndarra
 
     Returns:
       frame `[R, W]` of the data set, step `[R, W]` within its episode, mask `[R, W]` True where
-      the place is taken.
+      the step is real.
     """
     pieces = [
         (start + first, first, min(row_size, end - start - first))
@@ -66,7 +65,7 @@ def pack(episode_ends: np.ndarray, row_size: int) -> tuple[np.ndarray, np.ndarra
         for first in range(0, end - start, row_size)
     ]
     rows: list[list] = []
-    with_room: list[list[int]] = [[] for _ in range(row_size + 1)]  # rows by the room they have
+    with_room: list[list[int]] = [[] for _ in range(row_size + 1)]  # rows by free steps
     for piece in sorted(pieces, key=lambda piece: -piece[2]):
         room = next((r for r in range(piece[2], row_size + 1) if with_room[r]), None)
         row = len(rows) if room is None else with_room[room].pop()

@@ -1,4 +1,4 @@
-"""SCAN: commands of a small English grammar, and the action sequences that they stand for.
+"""SCAN: commands of a small English grammar, and the corresponding action sequences.
 
     "jump twice after look left"  ->  "I_TURN_LEFT I_LOOK I_JUMP I_JUMP"
 
@@ -65,7 +65,7 @@ def split(name: Split, *, seed: int = 0) -> tuple[list[Pair], list[Pair]]:
 
     Args:
       name: one of the four.
-      seed: of "simple"; the published split is another random one of the same sizes.
+      seed: random seed of "simple"; the published split is another one of the same sizes.
 
     Raises:
       ValueError: there is no such split.
@@ -92,8 +92,8 @@ def hold_out(
 
     Args:
       pairs: the training set; repeated pairs stay in it.
-      fraction: of its distinct commands to hold out, in [0, 1).
-      seed: of the random choice.
+      fraction: fraction of its distinct commands to hold out, in [0, 1).
+      seed: random seed.
 
     Returns:
       The remaining pairs, and those held out.

@@ -65,7 +65,7 @@ def to_rgb(frame: Any, size: tuple[int, int], scaler: Any) -> np.ndarray:
     """Returns a decoded frame as `[h, w, 3]` uint8.
 
     Args:
-      frame: from PyAV.
+      frame: PyAV frame.
       size: (h, w) in pixels to resize to, by the mean over areas.
       scaler: a `VideoReformatter`; one for all frames is 4 times as fast as one for each.
     """

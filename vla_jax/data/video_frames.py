@@ -1,4 +1,4 @@
-"""Whole-set decoding: all videos decoded once into memory-mapped images."""
+"""Decoding of all videos of a data set, once, into memory-mapped images."""
 
 import contextlib
 import os
@@ -151,14 +151,14 @@ def _plan(
 
 def _decode_all(jobs: Sequence[tuple[pathlib.Path, np.ndarray, np.ndarray]]) -> None:
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        for done in [pool.submit(decode, *job) for job in jobs]:
-            done.result()
+        for future in [pool.submit(decode, *job) for job in jobs]:
+            future.result()
 
 
 def _fingerprint(
     segments: Sequence[Segment], root: pathlib.Path, image_size: tuple[int, int] | None
 ) -> str:
-    """Returns the identity of the decoded images: segments, and size and age of every file."""
+    """Returns a hash of the segments, and of size and modification time of every file."""
     check_present(segments)
     stats = {path: path.stat() for path in {segment.path for segment in segments}}
     files = [(p.relative_to(root).as_posix(), s.st_size, s.st_mtime_ns) for p, s in stats.items()]

@@ -15,17 +15,17 @@ import numpy as np
 from vla_jax.data.video_files import FrameIndex, damaged, open_video, read_index, to_rgb
 
 MAX_OPEN = 8  # files that a thread keeps open
-MAX_BACK = 2  # pieces before a frame's own at which decoding may have to start
+MAX_BACK = 2  # pieces before that of a frame, from which decoding may have to start
 
 
 class VideoPieces:
     """Decoder of single pieces; safe to share by threads, each of which opens its own files.
 
-    What it keeps are frame indices and open files, never images.
+    It stores frame indices and open files, never images.
     """
 
     def __init__(self) -> None:
-        """Opens nothing yet."""
+        """Creates a decoder without open files."""
         self._indices: dict[pathlib.Path, FrameIndex] = {}
         self._local = threading.local()
 

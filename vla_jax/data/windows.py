@@ -21,7 +21,7 @@ class WindowConfig:
     window_size: int = 16  # W, environment steps
     action_horizon: int = 1  # K, actions predicted at each step, environment steps
     stride: int = 1  # environment steps between the ends of two windows of an episode
-    instruction_steps: int = 1  # first steps of an episode that show the instruction; -1 = always
+    instruction_steps: int = 1  # initial steps with a visible instruction; -1 = all steps
 
     def __post_init__(self) -> None:
         """Checks the sizes."""
@@ -38,7 +38,7 @@ def instruction_table(dataset: Dataset, tokenize: Tokenize) -> np.ndarray:
 
 
 def window_index(dataset: Dataset, config: WindowConfig) -> np.ndarray:
-    """Episode and last step of every window `[num_windows, 2]` int64.
+    """Returns episode and last step of every window `[num_windows, 2]` int64.
 
     Windows of an episode of `T` steps end at T-1, T-1-stride, … ≥ 0, so that with stride ≥ T
     the episode is one window.
@@ -71,7 +71,7 @@ def cut(
       dataset: columns and images.
       config: sizes.
       episode: `[...]` episode of each window.
-      last: `[...]` its last step.
+      last: `[...]` last step of each window.
       instructions: `[num_episodes, S]` token ids, from `instruction_table`.
       tokens: cached outputs of the backbone, `[num_frames, N, D]`; images are then left out.
 
@@ -107,8 +107,8 @@ def gather(
       dataset: columns and images.
       config: sizes.
       episode: `[..., W]` episode of each step.
-      step: `[..., W]` its number within the episode.
-      mask: `[..., W]`, True where the step is real; the others may be any step.
+      step: `[..., W]` index of each step within its episode.
+      mask: `[..., W]`, True where the step is real; other steps are arbitrary.
       instructions: `[num_episodes, S]` token ids, from `instruction_table`.
       tokens: cached outputs of the backbone, `[num_frames, N, D]`; images are then left out.
 
@@ -143,7 +143,7 @@ def take(source: Frames, rows: np.ndarray) -> np.ndarray:
 
 
 class Windows:
-    """Every window of a data set, normalised: a random-access source as grain expects it.
+    """All windows of a data set, normalised: a random-access source for grain.
 
     `windows[i]` is a `Batch` without the axis `B`; `windows[indices]` with an array of indices
     is the batch of those windows. Nothing changes after construction.
@@ -201,11 +201,11 @@ class Windows:
         }
 
     def __len__(self) -> int:
-        """Number of windows."""
+        """Returns the number of windows."""
         return len(self.index)
 
     def __getitem__(self, index: Any) -> Batch:
-        """The window at an index, or the batch of windows at an array of indices."""
+        """Returns the window at an index, or the batch of windows at an array of indices."""
         episode, last = self.index[index].T
         return cut(
             self.dataset,
@@ -217,7 +217,7 @@ class Windows:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Memory maps as their files, so that worker processes share pages, not copies."""
+        """Returns memory maps as file references, so that worker processes share their pages."""
         frames = {name: _detach(array) for name, array in self.dataset.frames.items()}
         return {
             **self.__dict__,
@@ -262,7 +262,7 @@ def _identity(
     methods: normalize.NormalizeConfig,
     tokens: Tokens | None,
 ) -> dict[str, Any]:
-    """Returns everything that the windows depend on, as flat JSON-able values."""
+    """Returns everything that the windows depend on, as flat JSON values."""
     stats = normalize.to_json({name: norm_stats[name] for name in dataset.columns})
     return {
         "dataset": dataset.fingerprint,
@@ -275,5 +275,5 @@ def _identity(
 
 
 def _sample(array: Array) -> np.ndarray:
-    """Returns a few of many rows, enough to tell two caches apart."""
+    """Returns every 997th row, enough to distinguish two caches."""
     return np.asarray(array[::997])

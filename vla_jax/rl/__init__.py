@@ -1,1 +1,1 @@
-"""Learning from reward: equations written for one episode, and what acts while it learns."""
+"""Reinforcement learning: returns and losses, exploration, rollouts, and training loops."""

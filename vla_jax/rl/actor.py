@@ -28,7 +28,7 @@ Policy = Callable[[Any, Array, Array, Key], tuple[Any, Array]]
 class Actor(NamedTuple):
     """State between two rollouts."""
 
-    world_state: Any  # state of the environments, [B, ...]; {} where they hold it themselves
+    world_state: Any  # state of the environments, [B, ...]; {} if they hold it themselves
     observation: Array  # [B, ...], next input of the policy
     reset: Array  # [B] bool, True where `observation` is the first of an episode
     ended: Array  # [B] bool, True where `observation` is the last of an episode
@@ -200,7 +200,7 @@ def play(env: DiscreteEnv, policy: Policy, num_episodes: int, carry: Any, *, key
       policy: chooses the actions.
       num_episodes: B.
       carry: of the policy's network before the first step, `[B, ...]`.
-      key: consumed; fixes the episodes.
+      key: consumed; determines the episodes.
 
     Returns:
       A rollout of `env.max_steps` steps.

@@ -42,14 +42,14 @@ def check_memory(config: AgentConfig, num_steps: int) -> None:
     if decoder.head != "continuous":
         raise ValueError(
             "the decoder's head must be 'continuous' to learn from reward, since noise is added "
-            f"to continuous actions, got '{decoder.head}'; clone a policy with that head."
+            f"to continuous actions, got '{decoder.head}'; train a policy with that head."
         )
     forgets = config.mode != "persistent" and trunks.get(decoder.kind).has_memory
     if forgets and num_steps > decoder.window_size:
         raise ValueError(
             f"num_steps must be at most the policy's window_size = {decoder.window_size}, since in "
             f"mode '{config.mode}' the policy forgets earlier steps, got {num_steps}; reduce "
-            "num_steps, or clone a policy with a longer window_size or mode 'persistent'."
+            "num_steps, or train a policy with a longer window_size or mode 'persistent'."
         )
 
 
@@ -74,8 +74,8 @@ def play(
       env: the environment.
       instructions: token ids `[number of instructions, S]` of `env.instructions`.
       noise: scale of the exploration noise.
-      layout_keys: `[B]`, each fixes an episode as `env.reset(key)` does; consumed.
-      noise_keys: `[B]`, each fixes the noise of an episode; consumed.
+      layout_keys: `[B]`, each determines an episode through `env.reset(key)`; consumed.
+      noise_keys: `[B]`, each determines the noise of an episode; consumed.
       num_steps: T, environment steps; an episode that takes longer counts as a failure.
 
     Returns:
@@ -87,21 +87,21 @@ def play(
 
     def step(carry: tuple, t: Array) -> tuple[tuple, EpisodeRollout]:
         agent_state, states, observations, alive = carry
-        shown = observations._replace(instruction=instructions[index])
+        observation = observations._replace(instruction=instructions[index])
         reset = jnp.full(alive.shape, t == 0)
         agent_state, inputs, mean = agent.plan(
-            config, norm_stats, params, agent_state, shown, reset
+            config, norm_stats, params, agent_state, observation, reset
         )
         mean = _around_threshold(config, mean)
         keys = jax.vmap(jax.random.fold_in, (0, None))(noise_keys, t)
         noisy = jax.vmap(lambda mean, key: gaussian.sample(mean, noise, key=key))(mean, keys)
         agent_state, action = agent.send(
-            config, norm_stats, agent_state, shown, gaussian.to_chunk(noisy)
+            config, norm_stats, agent_state, observation, gaussian.to_chunk(noisy)
         )
         states, transition = jax.vmap(env.step)(states, action)
-        taken = EpisodeRollout(inputs, noisy, jnp.where(alive, transition.reward, 0.0), alive)
+        played = EpisodeRollout(inputs, noisy, jnp.where(alive, transition.reward, 0.0), alive)
         alive &= ~(transition.terminated | transition.truncated)
-        return (agent_state, states, transition.observation, alive), taken
+        return (agent_state, states, transition.observation, alive), played
 
     first_state: AgentState = make_agent(config, norm_stats).init(params, len(layout_keys))
     carry = (first_state, states, observations, jnp.ones(len(layout_keys), bool))

@@ -57,7 +57,7 @@ def start(group: GymnasiumEnvs, carry: Any, *, key: Key) -> Actor:
     Args:
       group: the environments.
       carry: of the policy's network before the first step, `[B, ...]`.
-      key: consumed; fixes these episodes and all later ones.
+      key: consumed; determines these episodes and all later ones.
     """
     words = np.asarray(jax.random.key_data(key)).tolist()
     seeds = np.random.SeedSequence(words).generate_state(len(group.envs)).tolist()
@@ -91,7 +91,7 @@ def play(group: GymnasiumEnvs, act: Act, carry: Any, *, key: Key) -> dict[str, n
       group: environments that no other actor uses.
       act: chooses the actions.
       carry: of the policy's network before the first step, `[B, ...]`.
-      key: consumed; fixes the episodes.
+      key: consumed; determines the episodes.
     """
     start_key, key = jax.random.split(key)
     running = np.ones(len(group.envs), bool)
@@ -122,15 +122,15 @@ _record = jax.jit(actor.record)
 def _advance(group: GymnasiumEnvs, state: Actor, action: Array) -> tuple[Actor, Rollout]:
     actions, ended = np.asarray(action).tolist(), np.asarray(state.ended).tolist()
     inputs = zip(group.envs, actions, ended, strict=True)
-    transitions = [_step(group, *of_env) for of_env in inputs]
+    transitions = [_step(group, *env_inputs) for env_inputs in inputs]
     return _record(state, action, {}, jax.tree.map(lambda *leaves: np.stack(leaves), *transitions))
 
 
 def _step(group: GymnasiumEnvs, env: Any, action: int, ended: bool) -> Transition:
     """Steps one environment, or resets it, in which case only the observation is used."""
     if ended:
-        no = np.array(False)
-        return Transition(_reset(group, env, None), np.zeros((), np.float32), no, no, no)
+        false = np.array(False)
+        return Transition(_reset(group, env, None), np.zeros((), np.float32), false, false, false)
     with _as_episode_error(group, "in mid-episode"):
         first = env.action_space.start
         observation, reward, terminated, truncated, info = env.step(first + action)

@@ -46,7 +46,7 @@ Evaluate = Callable[[Params, Key, int], Metrics]  # (params, key, num_episodes) 
 
 
 def check(config: SeedsConfig, env_config: DiscreteGymnasiumConfig) -> None:
-    """Raises unless the environment can be learnt in, with one seed and one process.
+    """Raises unless the environment opens and there is one seed and one process.
 
     Raises:
       ImportError: gymnasium, or a package that the environment needs, is missing.

@@ -1,4 +1,4 @@
-"""A training from reward, for any algorithm and environment: learns, reports, records a video."""
+"""Reinforcement learning for any algorithm and environment: training, report, video."""
 
 import os
 import pathlib
@@ -106,7 +106,7 @@ def record_video(
       env: the environment.
       policy: chooses the actions.
       carry: of the policy's network before the first step, `[1, ...]`.
-      key: consumed; fixes the episodes.
+      key: consumed; determines the episodes.
       num_steps: environment steps to record, one frame each.
 
     Raises:

@@ -1,10 +1,10 @@
-"""Heads that train the memory and never act: what comes next, and what was said at the start.
+"""Auxiliary heads, for training only: prediction of the next steps, and of the instruction.
 
-    features [B, W, H] → forward → what the next F steps show
+    features [B, W, H] → forward → tokens or images of the next F steps
                        → caption → the instruction, word by word (`captions`)
 
-Both read the memory's features at every step, and their losses reach the memory through them.
-`F` stands for steps ahead here.
+Both take the memory's features of every step, and their losses train the memory through them.
+`F` is the number of predicted steps here.
 
     prediction = apply(params, config, features, captions.visible_instruction(batch))
     terms, metrics = loss(prediction, config, batch, tokens)       # then loss_terms.total
@@ -32,14 +32,14 @@ CAMERAS = ("image_primary", "image_wrist")
 
 @dataclasses.dataclass(frozen=True)
 class AuxiliaryConfig:
-    """Which heads there are; none by default."""
+    """Auxiliary heads and their sizes; none by default."""
 
-    forward_horizon: int = 0  # F, environment steps ahead that are predicted; 0 = no such head
-    forward_target: Target = "tokens"  # what of them: the backbone's tokens, or the pictures
-    forward_sizes: tuple[int, ...] = (256,)  # hidden layers of the MLP that predicts
-    forward_patch_size: int = 8  # pixels, side of the patches that pictures are predicted as
-    caption: bool = False  # give the instruction back at every step
-    caption_size: int = 128  # features of a word, and units of the GRU that says them
+    forward_horizon: int = 0  # F, environment steps ahead to predict; 0 = no forward head
+    forward_target: Target = "tokens"  # forward head predicts backbone "tokens" or "pixels"
+    forward_sizes: tuple[int, ...] = (256,)  # hidden layer sizes of the forward head's MLP
+    forward_patch_size: int = 8  # pixels, side of the predicted image patches ("pixels")
+    caption: bool = False  # add a caption head, which decodes the instruction at every step
+    caption_size: int = 128  # word embedding size and GRU units of the caption head
 
     def __post_init__(self):
         if self.forward_target not in get_args(Target):
@@ -64,12 +64,12 @@ class AuxiliaryPrediction(NamedTuple):
 
     tokens: Array | None = None  # [B, W, F, N·D], at step t those of t + 1 … t + F
     image_primary: Array | None = None  # [B, W, F, patches, 3·p²], pixels about in [0, 1]
-    image_wrist: Array | None = None  # the same, of the camera on the hand
-    caption: Array | None = None  # [B, W, S, V] logits of each word, knowing those before it
+    image_wrist: Array | None = None  # the same for the wrist camera
+    caption: Array | None = None  # [B, W, S, V] logits of each word given the words before it
 
 
 def is_on(config: AuxiliaryConfig) -> bool:
-    """Returns whether there is any head."""
+    """Returns True if the config has any head."""
     return config.caption or config.forward_horizon > 0
 
 
@@ -81,15 +81,15 @@ def init(
     frame_sizes: Mapping[str, int],
     vocab_size: int,
 ) -> Params:
-    """Returns `{"forward": {name: mlp, ...}, "caption": {...}}`, each where it is switched on.
+    """Returns `{"forward": {name: mlp, ...}, "caption": {...}}`, of the enabled heads only.
 
     Args:
       key: consumed.
-      config: which heads, and their sizes.
-      feature_size: H, what the memory gives at a step.
-      frame_sizes: how many numbers of one step are to be predicted, by name: `tokens` N·D, or
-        `image_primary` and `image_wrist` h·w·3, those of the two that there are.
-      vocab_size: V, word ids lie in [0, V).
+      config: heads and their sizes.
+      feature_size: H, the memory's features per step.
+      frame_sizes: size of the forward target of one step, by name: `tokens` N·D, or h·w·3 for
+        each existing camera of `image_primary` and `image_wrist`.
+      vocab_size: V, word ids are in [0, V).
     """
     forward_key, caption_key = jax.random.split(key)
     params: Params = {}
@@ -111,11 +111,11 @@ def init(
 def apply(
     params: Params, config: AuxiliaryConfig, features: Array, words: Array | None = None
 ) -> AuxiliaryPrediction:
-    """Returns what each head makes of the memory's features.
+    """Returns the heads' predictions from the memory's features.
 
     Args:
       params: from `init`.
-      config: the one that `init` was given.
+      config: as for `init`.
       features: `[B, W, H]`, from `policy.outputs` or `decoders.run_trunk`.
       words: `[B, W, S]` ids from `captions.visible_instruction`; only the caption head needs them.
 
@@ -131,7 +131,7 @@ def apply(
         return AuxiliaryPrediction(**predicted)
     if words is None:
         raise ValueError(
-            "words must be ids [B, W, S], got None; give captions.visible_instruction(batch)."
+            "words must be ids [B, W, S], got None; pass captions.visible_instruction(batch)."
         )
     return AuxiliaryPrediction(
         **predicted, caption=captions.apply(params["caption"], features, words)
@@ -146,31 +146,32 @@ def loss(
     *,
     axis_name: str | None = None,
 ) -> tuple[dict[str, jax.Array], Metrics]:
-    """Returns the loss of each head, without a weight, for `loss_terms.total`.
+    """Returns the unweighted loss of each head, for `loss_terms.total`.
 
-    Of what comes next it is the mean squared error where `forward_mask` holds, of the instruction
-    the cross-entropy of `captions.loss`.
+    The forward loss is the mean squared error where `forward_mask` is True, the caption loss the
+    cross-entropy of `captions.loss`.
 
     Args:
       prediction: from `apply`.
-      config: as there.
-      batch: whose steps the features are of.
-      tokens: `[B, W, N, D]`, the backbone's of that batch; no gradient flows into targets.
+      config: as for `apply`.
+      batch: the batch that the features were computed from.
+      tokens: `[B, W, N, D]`, the backbone's output for the batch; targets get no gradient.
       axis_name: mapped axis to sum over; None means that the batch is whole.
 
     Returns:
-      Those of the terms `forward_tokens`, `forward_image_primary`, `forward_image_wrist` and
-      `caption` that there are, `[]` float32; and the metrics of `captions.loss`.
+      The terms of the enabled heads, `[]` float32, among `forward_tokens`,
+      `forward_image_primary`, `forward_image_wrist` and `caption`; and the metrics of
+      `captions.loss`.
 
     Raises:
-      ValueError: pictures are to be predicted and the batch has none.
+      ValueError: the forward target is pixels and the batch has no images.
     """
     terms, metrics = {}, {}
     if config.forward_horizon:
         mask = forward_mask(batch.timestep_mask, config.forward_horizon, batch.reset)
         for name, frame in frames(config, batch.observation, tokens).items():
             predicted = getattr(prediction, name)
-            if predicted is not None:  # a camera may be there that no head was made for
+            if predicted is not None:  # no head was made for this camera
                 error = _squared_error(predicted, frame, mask)
                 terms[f"forward_{name}"] = masked_mean(error, mask, axis_name=axis_name)
     if prediction.caption is not None:
@@ -181,51 +182,51 @@ def loss(
 
 
 def frames(config: AuxiliaryConfig, observation: Observation, tokens: Array) -> dict[str, Array]:
-    """Returns what is to be predicted of a step, by the names of `AuxiliaryPrediction`.
+    """Returns the forward target of every step, by the names of `AuxiliaryPrediction`.
 
     Args:
-      config: what to predict.
+      config: `forward_target` and `forward_patch_size` are used.
       observation: `[B, W, ...]`.
       tokens: `[B, W, N, D]`.
 
     Returns:
-      `tokens [B, W, N·D]` without gradient; or `image_primary` and `image_wrist`, those that
-      there are, as patches `[B, W, patches, 3·p²]` in [0, 1].
+      `tokens [B, W, N·D]` without gradient; or the existing images of `image_primary` and
+      `image_wrist` as patches `[B, W, patches, 3·p²]` in [0, 1].
 
     Raises:
-      ValueError: pictures are to be predicted and there are none, or p does not divide them.
+      ValueError: the target is pixels and there are no images, or p does not divide their sides.
     """
     if config.forward_target == "tokens":
         return {"tokens": rearrange(jax.lax.stop_gradient(tokens), "B W N D -> B W (N D)")}
-    pictures = {name: getattr(observation, name) for name in CAMERAS}
-    pictures = {name: picture for name, picture in pictures.items() if picture is not None}
-    if not pictures:
+    images = {name: getattr(observation, name) for name in CAMERAS}
+    images = {name: image for name, image in images.items() if image is not None}
+    if not images:
         raise ValueError(
-            "auxiliary.forward_target 'pixels' must find pictures in the batch, got none; choose "
-            "'tokens', or a backbone that sees and is not frozen."
+            "auxiliary.forward_target 'pixels' needs images in the batch, got none; choose "
+            "'tokens', or an image backbone that is not frozen."
         )
     size = config.forward_patch_size
-    return {name: patches(picture, size) for name, picture in pictures.items()}
+    return {name: patches(image, size) for name, image in images.items()}
 
 
-def patches(pictures: Array, patch_size: int) -> jax.Array:
-    """Returns pictures `[..., h, w, 3]` uint8 as patches `[..., patches, 3·p²]` in [0, 1].
+def patches(images: Array, patch_size: int) -> jax.Array:
+    """Returns images `[..., h, w, 3]` uint8 as patches `[..., patches, 3·p²]` in [0, 1].
 
     Raises:
       ValueError: p does not divide h and w.
     """
-    height, width = pictures.shape[-3:-1]
+    height, width = images.shape[-3:-1]
     if height % patch_size or width % patch_size:
         raise ValueError(
-            f"auxiliary.forward_patch_size must divide pictures of {height} x {width} pixels, "
+            f"auxiliary.forward_patch_size must divide images of {height} x {width} pixels, "
             f"got {patch_size}."
         )
     pattern = "... (h p) (w q) c -> ... (h w) (p q c)"
-    return rearrange(jnp.asarray(pictures), pattern, p=patch_size, q=patch_size) / 255.0
+    return rearrange(jnp.asarray(images), pattern, p=patch_size, q=patch_size) / 255.0
 
 
 def forward_mask(timestep_mask: Array, horizon: int, reset: Array | None = None) -> jax.Array:
-    """Returns where there is something to predict.
+    """Returns the mask of the steps that have a forward target.
 
     Args:
       timestep_mask: `[B, W]`, True where the step is real.
@@ -240,24 +241,24 @@ def forward_mask(timestep_mask: Array, horizon: int, reset: Array | None = None)
     episode = jnp.zeros(real.shape, jnp.int32) if reset is None else jnp.cumsum(reset, axis=1)
     episode = jnp.where(real, episode, -1)
     same = ahead(episode, horizon) == episode[..., None]
-    return real[..., None] & same & (_following(real.shape[1], horizon) < real.shape[1])[None]
+    return real[..., None] & same & (_indices_ahead(real.shape[1], horizon) < real.shape[1])[None]
 
 
 def ahead(steps: Array, horizon: int) -> jax.Array:
     """Returns the F steps that follow each: `[B, W, ...]` as `[B, W, F, ...]`.
 
-    Beyond the window its last step is repeated; `forward_mask` says where.
+    Beyond the window its last step is repeated; `forward_mask` is False there.
     """
     last = steps.shape[1] - 1
-    return jnp.asarray(steps)[:, np.minimum(_following(last + 1, horizon), last)]
+    return jnp.asarray(steps)[:, np.minimum(_indices_ahead(last + 1, horizon), last)]
 
 
-def _following(window_size: int, horizon: int) -> np.ndarray:
+def _indices_ahead(window_size: int, horizon: int) -> np.ndarray:
     return np.add.outer(np.arange(window_size), np.arange(1, horizon + 1))
 
 
 def _unfold(outputs: jax.Array, config: AuxiliaryConfig, name: str) -> jax.Array:
-    """Returns an MLP's `[B, W, F·…]` in the shape of what it predicts."""
+    """Returns an MLP's output `[B, W, F·…]` in the shape of its target."""
     outputs = rearrange(outputs, "B W (F X) -> B W F X", F=config.forward_horizon)
     if name not in CAMERAS:
         return outputs
@@ -265,8 +266,8 @@ def _unfold(outputs: jax.Array, config: AuxiliaryConfig, name: str) -> jax.Array
 
 
 def _squared_error(predicted: jax.Array, frame: Array, mask: jax.Array) -> jax.Array:
-    following = ahead(frame, mask.shape[-1])
-    chex.assert_equal_shape([predicted, following])
-    kept = mask.reshape(*mask.shape, *(1,) * (following.ndim - mask.ndim))
+    target = ahead(frame, mask.shape[-1])
+    chex.assert_equal_shape([predicted, target])
+    mask = mask.reshape(*mask.shape, *(1,) * (target.ndim - mask.ndim))
     # The selection comes before the loss: the gradient through a NaN target would be NaN.
-    return jnp.square(predicted - jnp.where(kept, following, 0.0))
+    return jnp.square(predicted - jnp.where(mask, target, 0.0))

@@ -2,10 +2,10 @@
 
     features [..., H] → summary [..., E] → GRU → word, word, …, end
 
-The instruction is visible at an episode's first steps only. A memory from which it can be decoded
-at every step has kept it: that is what the head is for.
+The instruction is visible at an episode's first steps only. The head trains the memory to retain
+it: the instruction must be decodable at every step.
 
-Word ids are those of `data.text`; id 0 behind the words is the end.
+Word ids are those of `data.text`; id 0 after the last word marks the end.
 """
 
 import chex
@@ -26,9 +26,9 @@ def init(key: Key, feature_size: int, size: int, vocab_size: int) -> Params:
 
     Args:
       key: consumed.
-      feature_size: H, what the memory gives at a step.
-      size: E, features of a word and units of the GRU.
-      vocab_size: V, word ids lie in [0, V).
+      feature_size: H, the memory's features per step.
+      size: E, word embedding size and units of the GRU.
+      vocab_size: V, word ids are in [0, V).
     """
     keys = jax.random.split(key, 4)
     return {
@@ -44,9 +44,9 @@ def apply(params: Params, features: Array, words: Array) -> jax.Array:
 
         c₀ = tanh(features · W + b),    cₛ = GRU(cₛ₋₁, wordₛ₋₁ + c₀),    logitsₛ = cₛ · U + u
 
-    with id 0 before the first word. The features are there at each word, for a GRU soon forgets
-    its first carry. The logits are B·W·S·V numbers, the largest array of a training where V is in
-    the thousands.
+    with id 0 before the first word. The features are input at every word, since a GRU soon
+    forgets its initial carry. The logits are B·W·S·V numbers, the largest array of a training if
+    V is in the thousands.
 
     Args:
       params: from `init`.
@@ -56,8 +56,8 @@ def apply(params: Params, features: Array, words: Array) -> jax.Array:
     Returns:
       `[B, W, S, V]` float32.
 
-    Source: Cho et al. 2014 (arXiv:1406.1078), section 2.2, whose decoder sees its summary at each
-    word.
+    Source: Cho et al. 2014 (arXiv:1406.1078), section 2.2, whose decoder also takes its summary at
+    each word.
     """
     chex.assert_rank([features, words], 3)
     chex.assert_equal_shape_prefix([features, words], 2)
@@ -75,14 +75,16 @@ def decode(params: Params, features: Array, *, max_words: int) -> jax.Array:
     Args:
       params: from `init`.
       features: `[..., H]`.
-      max_words: S, where to stop at the latest.
+      max_words: S, words to decode at most.
 
     Returns:
-      Word ids `[..., S]` int32, 0 behind the last word.
+      Word ids `[..., S]` int32, 0 after the last word.
     """
     summary = _summary(params, features)
     gru = _gru(summary.shape[-1])
-    embedding = jnp.asarray(params["embedding"])  # restored params are NumPy's: no tracer as index
+    embedding = jnp.asarray(
+        params["embedding"]
+    )  # restored params are NumPy arrays, which a tracer cannot index
 
     def decode_word(state, _):
         carry, word, ended = state
@@ -92,16 +94,16 @@ def decode(params: Params, features: Array, *, max_words: int) -> jax.Array:
         word = jnp.where(ended, 0, argmax)
         return (carry, word, word == 0), word
 
-    nothing = jnp.zeros(features.shape[:-1], jnp.int32)
-    state = (_first_carry(summary), nothing, jnp.zeros(nothing.shape, bool))
+    start = jnp.zeros(features.shape[:-1], jnp.int32)
+    state = (_first_carry(summary), start, jnp.zeros(start.shape, bool))
     _, words = jax.lax.scan(decode_word, state, length=max_words)
     return jnp.moveaxis(words, 0, -1)
 
 
 def loss(logits: Array, words: Array, *, axis_name: str | None = None) -> tuple[jax.Array, Metrics]:
-    """Returns the cross-entropy of the words and of the end behind them.
+    """Returns the cross-entropy of the words and of the end marker after them.
 
-    A sentence that fills all S places has no end; steps without any word do not count.
+    A sentence that fills all S positions has no end marker; steps without words do not count.
 
     Args:
       logits: `[B, W, S, V]` from `apply`.
@@ -109,7 +111,7 @@ def loss(logits: Array, words: Array, *, axis_name: str | None = None) -> tuple[
       axis_name: mapped axis to sum over; None means that the batch is whole.
 
     Returns:
-      Loss `[]` float32, and `acc_caption` in [0, 1], the share of words that are the argmax.
+      Loss `[]` float32, and `acc_caption` in [0, 1], the fraction of words that are the argmax.
     """
     counts = (words > 0) | (_word_before(words) > 0)
     loss, metrics = token_loss(logits, words, counts, axis_name=axis_name)
@@ -117,9 +119,7 @@ def loss(logits: Array, words: Array, *, axis_name: str | None = None) -> tuple[
 
 
 def visible_instruction(batch: Batch) -> jax.Array:
-    """Returns the instruction that a memory can know at each step.
-
-    It is the latest one that was visible at a real step since the last reset.
+    """Returns the latest instruction that was visible at a real step since the last reset.
 
     Args:
       batch: with `observation.instruction [B, W, S]`, all 0 where it is not visible.
@@ -132,8 +132,8 @@ def visible_instruction(batch: Batch) -> jax.Array:
     """
     if batch.observation.instruction is None:
         raise ValueError(
-            "observation.instruction must be in the batch to be given back, got None; add the "
-            "words, or switch auxiliary.caption off."
+            "observation.instruction must be in the batch for the caption head, got None; add the "
+            "words, or set auxiliary.caption to False."
         )
     instruction, real = map(jnp.asarray, (batch.observation.instruction, batch.timestep_mask))
     steps = jnp.arange(real.shape[1])[None]
@@ -158,5 +158,5 @@ def _first_carry(summary: jax.Array) -> recurrence.Carry:
 
 
 def _word_before(words: Array) -> jax.Array:
-    """Returns the ids moved back by one place, 0 before the first."""
+    """Returns the ids shifted right by one position, with 0 first."""
     return jnp.concatenate([jnp.zeros_like(words[..., :1]), words[..., :-1]], axis=-1)

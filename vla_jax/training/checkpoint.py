@@ -1,15 +1,15 @@
-"""Checkpoints by Orbax: saved in the background, whole or not at all, readable on any machine.
+"""Checkpoints with Orbax: saved in the background, complete or absent, readable on any machine.
 
     directory/1000/    after 1000 updates: the train state, and metadata as JSON
     directory/2000/
 
-The metadata (config, norm_stats, position of the loader, …) lies inside each step, so that one
-step folder is all that is needed to resume or to act. A folder appears under its number only
-when it is complete; what a killed program leaves behind is ignored, and removed by the next
-`open_checkpoints`. All calls to Orbax are in this file, since its names still move.
+The metadata (config, norm_stats, position of the loader, …) is stored with each step, so that one
+step folder is sufficient to resume or to act. A folder appears under its number only when it is
+complete; partial folders of a killed program are ignored, and removed by the next
+`open_checkpoints`. All calls to Orbax are in this file, since its API still changes.
 """
 
-# Orbax annotates arguments more narrowly than what it takes (pathlib paths, its own policies).
+# Orbax's annotations are narrower than what it accepts (pathlib paths, its own policies).
 # pyright: reportArgumentType=false
 
 import contextlib
@@ -39,22 +39,22 @@ _PENDING_READS = 0.1  # s that other reads of a damaged checkpoint take to end
 
 
 class Checkpoints(NamedTuple):
-    """An open handle for saving, from `open_checkpoints`, to be ended by `close`."""
+    """An open handle for saving, from `open_checkpoints`; `close` frees it."""
 
     orbax: ocp.training.Checkpointer
     opened: contextlib.ExitStack  # what `close` undoes
 
 
 def open_checkpoints(directory: Path, *, keep: int = 2) -> Checkpoints:
-    """Returns a handle for saving into `directory`, which is made where it is missing.
+    """Returns a handle for saving into `directory`, which is created if necessary.
 
     Args:
       directory: folder of the steps.
-      keep: how many of the latest steps stay; older ones are deleted.
+      keep: number of latest steps to keep; older ones are deleted.
 
     Raises:
       ValueError: `keep` is not positive.
-      OSError: the folder cannot be made or written.
+      OSError: the folder cannot be created or written.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}.")
@@ -72,22 +72,22 @@ def open_checkpoints(directory: Path, *, keep: int = 2) -> Checkpoints:
 
 
 def save(checkpoints: Checkpoints, step: int, train_state: Any, metadata: dict[str, Any]) -> bool:
-    """Starts to save in the background; returns False where this step is saved already.
+    """Starts to save in the background; returns False if this step is already saved.
 
     The arrays may be donated or changed as soon as this returns. With several processes all of
-    them call it. A failure in the background shows up at the next `save`, `wait` or `close`;
-    after it the handle can still be used.
+    them must call it. A failure in the background is raised by the next `save`, `wait` or
+    `close`; the handle can still be used afterwards.
 
     Args:
       checkpoints: from `open_checkpoints`.
-      step: updates done, above the steps saved before.
+      step: updates done; must be above all saved steps.
       train_state: any tree of arrays.
-      metadata: what JSON can hold; with several processes that of the first is kept.
+      metadata: JSON-serialisable; with several processes that of the first is saved.
 
     Raises:
-      OSError: this or the save before failed, as on a full disk; earlier steps are unharmed.
-      TypeError: `metadata` holds something that JSON can't.
-      ValueError: a later step is saved already.
+      OSError: this or the previous save failed, as on a full disk; earlier steps are intact.
+      TypeError: `metadata` is not JSON-serialisable.
+      ValueError: a later step is already saved.
     """
     try:
         metadata = json.loads(json.dumps(metadata))
@@ -107,7 +107,7 @@ def save(checkpoints: Checkpoints, step: int, train_state: Any, metadata: dict[s
 
 
 def wait(checkpoints: Checkpoints) -> None:
-    """Returns when nothing is being saved any more.
+    """Waits until no save is in progress.
 
     Raises:
       OSError: the last save failed.
@@ -127,16 +127,16 @@ def close(checkpoints: Checkpoints) -> None:
 
 
 def latest_step(directory: Path) -> int | None:
-    """Returns the latest complete step in `directory`, None where there is none."""
+    """Returns the latest complete step in `directory`; None if there is none."""
     return max(_steps(directory), default=None)
 
 
 def has_ema(directory: Path, *, step: int | None = None) -> bool:
-    """Returns True if the step holds an average of the params.
+    """Returns True if the step has EMA params.
 
     Args:
       directory: folder of the steps.
-      step: which one; None means the latest.
+      step: step to read; None means the latest.
 
     Raises:
       FileNotFoundError: there is no such step.
@@ -146,11 +146,11 @@ def has_ema(directory: Path, *, step: int | None = None) -> bool:
 
 
 def read_metadata(directory: Path, *, step: int | None = None) -> dict[str, Any]:
-    """Returns the metadata that was given to `save`.
+    """Returns the metadata passed to `save`.
 
     Args:
       directory: folder of the steps.
-      step: which one; None means the latest.
+      step: step to read; None means the latest.
 
     Raises:
       FileNotFoundError: there is no such step.
@@ -162,19 +162,19 @@ def read_metadata(directory: Path, *, step: int | None = None) -> dict[str, Any]
 def restore(
     directory: Path, like: State, *, step: int | None = None
 ) -> tuple[State, dict[str, Any]]:
-    """Returns the saved train state, in NumPy arrays, and its metadata.
+    """Returns the saved train state, as NumPy arrays, and its metadata.
 
-    It does not matter on how many devices it was saved; `parallel.replicate` puts it on those
-    at hand.
+    It may have been saved on any number of devices; `parallel.replicate` copies it to the present
+    ones.
 
     Args:
       directory: folder of the steps.
       like: train state of the same structure (arrays, or shapes from `jax.eval_shape`).
-      step: which one; None means the latest.
+      step: step to read; None means the latest.
 
     Raises:
       FileNotFoundError: there is no such step.
-      ValueError: the checkpoint is of another shape or dtype than `like`, or damaged.
+      ValueError: the checkpoint differs from `like` in a shape or dtype, or is damaged.
     """
     path = _step_path(directory, step)
     saved, metadata = _stored(path)
@@ -185,19 +185,18 @@ def restore(
 def restore_params(
     directory: Path, like: Params | None = None, *, step: int | None = None, ema: bool = False
 ) -> Params:
-    """Returns the params alone, in NumPy arrays; the optimiser's state is not read.
+    """Returns the params alone, as NumPy arrays; the optimiser's state is not read.
 
     Args:
       directory: folder of the steps, of a training or from `export_params`.
-      like: params of the same structure to check against, and the parts to read; what the saved
-        ones have beside them (heads that only train) is left where it is. None means no check,
-        and everything.
-      step: which one; None means the latest.
-      ema: whether to read the slow average in place of the params.
+      like: params of the same structure to check against, and the parts to read; other saved
+        parts (auxiliary heads) are not read. None reads everything, unchecked.
+      step: step to read; None means the latest.
+      ema: whether to read the EMA params instead of the params.
 
     Raises:
       FileNotFoundError: there is no such step.
-      ValueError: no average was kept, the params are of another shape than `like`, or damaged.
+      ValueError: there are no EMA params, the params do not fit `like`, or they are damaged.
     """
     path = _step_path(directory, step)
     field = "ema_params" if ema else "params"
@@ -215,18 +214,18 @@ def export_params(
 ) -> pathlib.Path:
     """Writes a step's params and metadata to `target`, without the optimiser; returns the folder.
 
-    `restore_params` and `read_metadata` read `target` as they read a training's folder.
+    `restore_params` and `read_metadata` can read `target` like a training's folder.
 
     Args:
       directory: folder of the steps.
       target: folder to write into.
-      step: which one; None means the latest.
-      ema: whether to export the slow average, as the params.
+      step: step to read; None means the latest.
+      ema: whether to export the EMA params, as the params.
 
     Raises:
       FileNotFoundError: there is no such step.
-      ValueError: no average was kept, or the checkpoint is damaged.
-      FileExistsError: `target` holds this step already.
+      ValueError: there are no EMA params, or the checkpoint is damaged.
+      FileExistsError: `target` already holds this step.
       OSError: `target` could not be written.
     """
     params = restore_params(directory, step=step, ema=ema)
@@ -248,7 +247,7 @@ def _steps(directory: Path) -> list[int]:
 
 
 def _step_path(directory: Path, step: int | None) -> pathlib.Path:
-    """Returns the folder of a step that is there."""
+    """Returns the folder of an existing step."""
     steps = _steps(directory)
     if not steps:
         raise FileNotFoundError(f"no checkpoint in {directory}; train first, or name its folder.")
@@ -260,13 +259,13 @@ def _step_path(directory: Path, step: int | None) -> pathlib.Path:
 
 
 def _stored(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the tree that a step holds, with shapes for arrays, and our metadata."""
+    """Returns the saved tree, with shapes for arrays, and the metadata passed to `save`."""
     with _readable(path):
         stored: Any = ocp.metadata(path)
-        ours = stored.custom_metadata or {}
-        if not jax.tree.leaves(stored.metadata) or "metadata" not in ours:
+        custom = stored.custom_metadata or {}
+        if not jax.tree.leaves(stored.metadata) or "metadata" not in custom:
             raise ValueError("its list of arrays or its metadata is broken")
-        return stored.metadata, ours["metadata"]
+        return stored.metadata, custom["metadata"]
 
 
 def _load(path: pathlib.Path, target: Any) -> Any:
@@ -278,12 +277,12 @@ def _load(path: pathlib.Path, target: Any) -> Any:
 
 
 def _as_numpy(tree: Any) -> Any:
-    """Returns a target that makes Orbax give NumPy arrays: they fit any machine."""
+    """Returns a target that makes Orbax return NumPy arrays, independent of the devices."""
     return jax.tree.map(lambda x: np.empty(x.shape, x.dtype), tree)
 
 
 def _check_same(saved: Any, like: Any, path: pathlib.Path) -> None:
-    """Raises at the first leaf that differs (Orbax would cast another dtype without a word)."""
+    """Raises at the first leaf that differs (Orbax would cast another dtype silently)."""
     difference = trees.first_difference(saved, like)
     if difference:
         raise ValueError(
@@ -293,12 +292,12 @@ def _check_same(saved: Any, like: Any, path: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _one_sentence(directory: Any) -> Iterator[None]:
-    """Turns whatever a save raises into one OSError, and frees what it had begun to write."""
+    """Turns any error of a save into one OSError, and deletes its partial files."""
     try:
         yield
-    except Exception as error:  # a full disk comes as a ValueError of TensorStore, or an OSError
-        for begun in pathlib.Path(directory).glob("*.orbax-checkpoint-tmp"):
-            shutil.rmtree(begun, ignore_errors=True)
+    except Exception as error:  # a full disk is a ValueError of TensorStore, or an OSError
+        for partial in pathlib.Path(directory).glob("*.orbax-checkpoint-tmp"):
+            shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
             f"could not save into {directory} ({_reason(error)}); the steps saved before are "
             "unharmed: free some space if the disk is full, and save again."
@@ -313,7 +312,7 @@ def _readable(path: pathlib.Path) -> Iterator[None]:
             yield
         except Exception as error:  # of many types
             time.sleep(_PENDING_READS)
-            traceback.clear_frames(error.__traceback__)  # they hold the reads that failed as well,
+            traceback.clear_frames(error.__traceback__)  # they refer to the other failed reads,
             gc.collect()  # which Python reports when it collects them
             raise ValueError(
                 f"{path} cannot be read ({_reason(error)}); delete it to use the step before."
@@ -362,7 +361,7 @@ def _quiet_orbax() -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """Returns the system's words where TensorStore gives its code, else the first line."""
+    """Returns the operating system's message if the error has its code, else the first line."""
     code = re.search(r"os_error_code='(\d+)'", str(error))
     if code:
         return os.strerror(int(code[1]))

@@ -1,7 +1,4 @@
-"""Image augmentation inside `jit`: the twin of `data.augment`, for the device that trains.
-
-It costs the loader nothing; the device draws and changes a window's pictures where they lie.
-"""
+"""Image augmentation inside `jit`: the counterpart of `data.image_augment` on the device."""
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +8,12 @@ from vla_jax.types import Array, Key, Observation
 
 
 def apply(key: Key, observation: Observation, config: AugmentConfig) -> Observation:
-    """Returns the observation with its images changed; each window and camera draws once.
+    """Returns the observation with augmented images: one change per window and camera.
 
     Args:
       key: consumed.
-      observation: windows with images `[B, W, h, w, 3]` uint8, or none.
-      config: how far.
+      observation: windows with images `[B, W, h, w, 3]` uint8, or None.
+      config: ranges of the changes.
 
     Returns:
       An observation of the same shapes and dtypes.
@@ -25,15 +22,15 @@ def apply(key: Key, observation: Observation, config: AugmentConfig) -> Observat
         return observation
     names = ("image_primary", "image_wrist")
     changed = {
-        name: _change_each(own_key, images, config)
-        for name, own_key in zip(names, jax.random.split(key, len(names)), strict=True)
+        name: _change_each(camera_key, images, config)
+        for name, camera_key in zip(names, jax.random.split(key, len(names)), strict=True)
         if (images := getattr(observation, name)) is not None
     }
     return observation._replace(**changed)
 
 
 def draw(key: Key, config: AugmentConfig) -> Change:
-    """Returns a change within the ranges of `config`, of scalars `[]`; `key` is consumed."""
+    """Returns a random change within the ranges of `config`, of scalars `[]`; consumes `key`."""
     shift_key, light_key = jax.random.split(key)
     down, right = jax.random.randint(shift_key, (2,), -config.shift, config.shift + 1)
     ranges = jnp.array([config.brightness, config.contrast])
@@ -42,11 +39,11 @@ def draw(key: Key, config: AugmentConfig) -> Change:
 
 
 def change(images: Array, by: Change) -> jax.Array:
-    """Returns what `data.augment.change` does: images `[W, h, w, 3]` uint8, moved, in other light.
+    """Returns images `[W, h, w, 3]` uint8, shifted and relit as by `data.image_augment.change`.
 
     Args:
       images: of one window and camera.
-      by: scalars `[]`.
+      by: change of scalars `[]`.
     """
     h, w = images.shape[1:3]
     rows = jnp.clip(jnp.arange(h) - by.down, 0, h - 1)
@@ -57,6 +54,6 @@ def change(images: Array, by: Change) -> jax.Array:
 
 
 def _change_each(key: Key, images: Array, config: AugmentConfig) -> jax.Array:
-    """Changes windows `[B, W, h, w, 3]`, each by a draw of its own."""
+    """Changes windows `[B, W, h, w, 3]`, each by its own random change."""
     changes = jax.vmap(draw, (0, None))(jax.random.split(key, len(images)), config)
     return jax.vmap(change)(images, changes)

@@ -8,8 +8,8 @@
             if step % 50 == 0:
                 logs.write(step, metrics)
 
-`metrics.jsonl` in the run folder is the record, the bar is for the eye. Where the output is not a
-terminal there are at most about twenty plain lines instead, free of control characters.
+The metrics are written to `metrics.jsonl` in the run folder. If the output is not a terminal, at
+most about twenty plain lines, without control characters, replace the progress bar.
 """
 
 import contextlib
@@ -26,14 +26,14 @@ from vla_jax.files import Path, read_json_lines, write_json_lines
 from vla_jax.training.progress import progress_bar
 
 Item = TypeVar("Item")
-PLAIN_LINES = 20  # over a whole training, where the output is not a terminal
+PLAIN_LINES = 20  # per training, if the output is not a terminal
 
 
 class Logs:
     """The logs of one training; a context manager, since files and the bar must be closed.
 
-    It adds to the metrics of every line `steps_per_second` and `data_wait`, the share of time
-    in [0, 1] spent waiting for data, both since the line before.
+    It adds to the metrics of every line `steps_per_second` and `data_wait`, the fraction of time
+    in [0, 1] spent waiting for data, both since the previous line.
     """
 
     def __init__(
@@ -49,26 +49,26 @@ class Logs:
     ):
         """Opens the logs of a training that has done `start` of `num_updates` updates.
 
-        Lines after `start` are dropped from `metrics.jsonl`: a training that was killed had
-        written them, and the resumed one writes them again.
+        Lines after `start` are removed from `metrics.jsonl`: a killed training wrote them, and the
+        resumed one writes them again.
 
         Args:
-          run_dir: folder of the run, made where it is missing.
+          run_dir: folder of the run; created if necessary.
           num_updates: length of the training, in updates.
-          start: updates done already.
-          name: what the bar is about.
-          tensorboard: whether to write event files too.
-          shown: names of the metrics beside the bar.
-          console: where the bar goes; None means stderr.
+          start: updates already done.
+          name: label of the progress bar.
+          tensorboard: whether to also write TensorBoard event files.
+          shown: names of the metrics to show beside the bar.
+          console: output of the bar; None means stderr.
 
         Raises:
-          ImportError: `tensorboard` without the extra of that name.
+          ImportError: `tensorboard` is set but the extra `tensorboard` is not installed.
         """
         path = pathlib.Path(run_dir) / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         self._scalars = _tensorboard_writer(path.parent, start) if tensorboard else None
         write_json_lines(path, [line for line in read_metrics(path) if line["step"] <= start])
-        self._lines = path.open("a", encoding="utf-8", buffering=1)  # a line is on disk at once
+        self._lines = path.open("a", encoding="utf-8", buffering=1)  # every line is written at once
         self._shown = shown
         self._last_step, self._last_time, self._waited = start, time.perf_counter(), 0.0
         self._open = contextlib.ExitStack()
@@ -94,7 +94,7 @@ class Logs:
         self._open.close()
 
     def timed(self, items: Iterable[Item]) -> Iterator[Item]:
-        """Yields the same items, and counts the time that it waits for each."""
+        """Yields the items, and measures the time spent waiting for them."""
         iterator = iter(items)
         while True:
             before = time.perf_counter()
@@ -112,8 +112,8 @@ class Logs:
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes the scalars of `metrics` after `step` updates; waits for the device."""
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
-        now = time.perf_counter()
-        seconds = max(now - self._last_time, 1e-9)
+        time_now = time.perf_counter()
+        seconds = max(time_now - self._last_time, 1e-9)
         values["steps_per_second"] = (step - self._last_step) / seconds
         values["data_wait"] = min(self._waited / seconds, 1.0)
         self._lines.write(json.dumps({"step": step, **values}) + "\n")
@@ -123,7 +123,7 @@ class Logs:
         shown = "  ".join(f"{name} {values.get(name, float('nan')):.4f}" for name in self._shown)
         speed = f"{values['steps_per_second']:.1f} steps/s  data {values['data_wait']:.0%}"
         self._show(step, f"{shown}  {speed}")
-        self._last_step, self._last_time, self._waited = step, now, 0.0
+        self._last_step, self._last_time, self._waited = step, time_now, 0.0
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -143,6 +143,6 @@ def _tensorboard_writer(run_dir: pathlib.Path, start: int) -> Any:
         from tensorboardX import SummaryWriter
     except ImportError as error:
         raise ImportError(
-            "TensorBoard logs need its writer; pip install 'vla-jax[tensorboard]'."
+            "TensorBoard logs need tensorboardX; pip install 'vla-jax[tensorboard]'."
         ) from error
     return SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)

@@ -1,4 +1,4 @@
-"""The loop that every script here shares: batches in, updates, logs, checkpoints, exact resume."""
+"""The training loop shared by the scripts: updates, logs, checkpoints, exact resume."""
 
 import contextlib
 import pathlib
@@ -18,14 +18,14 @@ from vla_jax.types import Key
 
 
 class Batches(Protocol):
-    """Endless batches with a position, as `data.loader.Loader` gives them."""
+    """Endless batches with a position that can be saved, such as `data.loader.Loader`."""
 
     def __iter__(self) -> Iterator[Any]:
-        """The batches."""
+        """Yields the batches."""
         ...
 
     def get_state(self) -> dict[str, Any]:
-        """The position, JSON-able."""
+        """Returns the position, JSON-serialisable."""
         ...
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -33,7 +33,7 @@ class Batches(Protocol):
         ...
 
     def close(self) -> None:
-        """Ends what is open."""
+        """Frees the resources."""
         ...
 
 
@@ -44,10 +44,10 @@ class LoopConfig:
     num_updates: int = 3000  # updates in all
     log_every: int = 50  # updates between two lines of metrics.jsonl
     save_every: int = 500  # updates between two checkpoints
-    keep: int = 2  # latest checkpoints that stay
+    keep: int = 2  # number of latest checkpoints to keep
     num_devices: int = 0  # devices over which a batch is split; 0 = all
-    fsdp_size: int = 1  # devices over which the params are sharded, where sharding rules say so
-    tensorboard: bool = False  # event files too
+    fsdp_size: int = 1  # devices over which params that match a sharding rule are sharded
+    tensorboard: bool = False  # also write TensorBoard event files
 
     def __post_init__(self):
         """Checks the counts."""
@@ -57,7 +57,7 @@ class LoopConfig:
 
 
 def check(config: LoopConfig, optim_config: OptimConfig, *, batch_size: int) -> None:
-    """Raises a ValueError for a training that cannot work, before anything slow.
+    """Raises a ValueError for settings that cannot work, before anything slow starts.
 
     Args:
       config: length of the training, and its devices.
@@ -92,19 +92,19 @@ def fit(
 ) -> TrainState:
     """Trains to the end, from the latest checkpoint in `run_dir` if there is one.
 
-    What resumes is the same to the bit as what was never interrupted: the params, the optimiser,
-    the average, the position of the loader; randomness follows from `key` and the update's number.
+    A resumed training is bitwise identical to an uninterrupted one: params, optimiser state, EMA
+    and loader position are restored, and randomness depends on `key` and the update number only.
 
     Args:
-      config: length of the training, and what to keep.
+      config: length of the training, logs, checkpoints and devices.
       run_dir: folder of the run.
       update: from `update.make_update`; compiled here.
       train_state: the state before the first update.
       loader: endless batches; closed here.
-      key: of all randomness inside the updates.
+      key: consumed; source of all randomness inside the updates.
       schedule: learning rate by update, for the log.
-      metadata: what to save beside the weights (config, norm_stats).
-      name: of the job, for the progress bar.
+      metadata: saved with every checkpoint (config, norm_stats).
+      name: label of the progress bar.
       sharding_rules: how to shard params over the devices; () replicates them.
 
     Returns:

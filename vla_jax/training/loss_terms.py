@@ -1,12 +1,12 @@
-"""One loss out of many: the terms of a training, each times its weight.
+"""The training loss as a weighted sum of named terms.
 
     loss = arm (or bins) + g · gripper + c · caption + v · cotrain + k · kl
          + f · (forward_tokens + forward_image_primary + forward_image_wrist)
 
-with g, f, c, v, k from `LossWeights`. A term that is not there adds nothing, so that a training
-brings what it has: `losses.action_loss` gives the first two, `auxiliary.loss` the forward terms
-and the caption; `kl` (`losses.categorical_kl`) and `cotrain` (the loss of another task, such as
-answering questions about pictures) are for a loss of your own.
+with g, f, c, v, k from `LossWeights`. Any term may be absent. `losses.action_terms` returns `arm`
+and `gripper` (or `bins`), `auxiliary.loss` the forward terms and the caption; `kl`
+(`losses.categorical_kl`) and `cotrain` (the loss of another task, such as visual question
+answering) are for custom losses.
 """
 
 import dataclasses
@@ -23,19 +23,19 @@ from vla_jax.types import Array, Metrics
 
 @dataclasses.dataclass(frozen=True)
 class LossWeights:
-    """Factor of each term beside the arm's, which has none.
+    """Weight of each loss term; the arm's weight is 1.
 
-    RoboVLMs ships `fwd_loss_ratio` 0; here it is that of the others, since a head that is
-    switched on and gets no gradient would be a trap.
+    The default of `fwd_loss_ratio` in RoboVLMs is 0; here it equals the others, so that an
+    enabled forward head gets a gradient.
 
-    Source: Li et al. 2024, RoboVLMs (arXiv:2412.14058); its names stand behind the fields.
+    Source: Li et al. 2024, RoboVLMs (arXiv:2412.14058); its names are in the fields' comments.
     """
 
-    gripper: float = 0.01  # of the gripper's term; arm_gripper_loss_ratio
-    forward: float = 0.05  # of what is predicted of the coming steps; fwd_loss_ratio
-    caption: float = 0.05  # of giving the instruction back; cap_loss_ratio
-    cotrain: float = 0.05  # of another task's loss; vl_cotrain_ratio
-    kl: float = 0.05  # of the distance to a reference policy; kl_div_ratio
+    gripper: float = 0.01  # weight of the gripper loss (RoboVLMs: arm_gripper_loss_ratio)
+    forward: float = 0.05  # weight of the forward-prediction loss (fwd_loss_ratio)
+    caption: float = 0.05  # weight of the caption loss (cap_loss_ratio)
+    cotrain: float = 0.05  # weight of a co-training task's loss (vl_cotrain_ratio)
+    kl: float = 0.05  # weight of the KL divergence from a reference policy (kl_div_ratio)
 
     def __post_init__(self):
         for name, weight in dataclasses.asdict(self).items():
@@ -57,11 +57,11 @@ TERMS = {  # term: the weight that it is multiplied by; None = 1
 
 
 def total(terms: Mapping[str, Array], weights: LossWeights) -> tuple[jax.Array, Metrics]:
-    """Returns the weighted sum of the terms, and each of them as it came.
+    """Returns the weighted sum of the terms, and each unweighted term as a metric.
 
     Args:
-      terms: name in `TERMS` to a scalar without its weight; any of them may be absent.
-      weights: factor of each.
+      terms: name in `TERMS` to an unweighted scalar; any of them may be absent.
+      weights: weight of each term.
 
     Returns:
       Loss `[]` float32, 0 without terms, and metrics `loss_<name>`, unweighted.

@@ -1,8 +1,8 @@
-"""The optimiser: clip, AdamW, warm-up and cosine, freezing and learning rates by path, EMA.
+"""The optimiser: clipping, AdamW, learning-rate schedule, freezing and factors by path, EMA.
 
-A path is the names from the root of the params to a leaf, as in `decoder/layer_0/kernel`. Globs
-follow `fnmatch`, and `*` crosses `/` too: `backbone/*` is the whole backbone. One `update` takes
-one batch; with `accumulation_steps` k the params move at every k-th.
+A path joins the keys from the root of the params to a leaf, as in `decoder/layer_0/kernel`. Globs
+follow `fnmatch`, and `*` also crosses `/`: `backbone/*` is the whole backbone. One `update` takes
+one batch; with `accumulation_steps` k the params change at every k-th.
 """
 
 import dataclasses
@@ -22,21 +22,21 @@ from vla_jax.types import Params
 class OptimConfig:
     """Optimiser, learning-rate schedule, frozen params and EMA."""
 
-    learning_rate: float = 3e-4  # at the peak, per update
+    learning_rate: float = 3e-4  # peak learning rate
     warmup_steps: int = 100  # updates of linear warm-up
-    end_factor: float = 0.1  # last learning rate as a share of the peak
-    b1: float = 0.9  # decay of Adam's mean, per optimiser step
-    b2: float = 0.95  # decay of Adam's mean square, per optimiser step
-    weight_decay: float = 1e-4  # share of a kernel taken off per unit of learning rate
-    max_grad_value: float | None = None  # each number of a gradient is cut to ± this; None = not
-    max_grad_norm: float = 1.0  # then, longer gradients are scaled down to this global norm
-    accumulation_steps: int = 1  # updates (batches) whose mean gradient makes one optimiser step
-    ema_decay: float | None = None  # of the averaged params, per update; None = no average
-    freeze: tuple[str, ...] = ()  # path globs of params that stay as they are
-    lr_factors: tuple[tuple[str, float], ...] = ()  # path glob and factor; the last match counts
+    end_factor: float = 0.1  # last learning rate as a fraction of the peak
+    b1: float = 0.9  # Adam's decay of the gradient mean, per optimiser step
+    b2: float = 0.95  # Adam's decay of the squared-gradient mean, per optimiser step
+    weight_decay: float = 1e-4  # AdamW's decoupled weight decay, of kernels only
+    max_grad_value: float | None = None  # clip each gradient element to ± this; None = no clipping
+    max_grad_norm: float = 1.0  # then clip gradients to this global norm
+    accumulation_steps: int = 1  # updates (batches) whose gradients are averaged per optimiser step
+    ema_decay: float | None = None  # decay of the EMA of the params, per update; None = no EMA
+    freeze: tuple[str, ...] = ()  # path globs of params that are not trained
+    lr_factors: tuple[tuple[str, float], ...] = ()  # (path glob, factor) pairs; last match counts
 
     def __post_init__(self):
-        """Raises a ValueError that names the first field out of its range."""
+        """Raises a ValueError for the first field that is out of range."""
         _check("learning_rate", self.learning_rate, self.learning_rate > 0, "above 0")
         _check("warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "0 or more")
         _check("end_factor", self.end_factor, 0 <= self.end_factor <= 1, "in [0, 1]")
@@ -53,11 +53,11 @@ class OptimConfig:
 def make_schedule(config: OptimConfig, num_updates: int) -> optax.Schedule:
     """Returns the learning rate as a function of the number of updates done.
 
-    It rises linearly to the peak in `warmup_steps` (the first update already moves), falls along
+    It rises linearly to the peak in `warmup_steps` (and is not 0 at the first update), falls along
     half a cosine to `end_factor` of the peak at `num_updates`, and stays there.
 
     Args:
-      config: peak, warm-up and floor.
+      config: peak, warm-up and end factor.
       num_updates: length of the training, in updates.
 
     Raises:
@@ -80,13 +80,13 @@ def make_schedule(config: OptimConfig, num_updates: int) -> optax.Schedule:
 def make_optimizer(
     config: OptimConfig, num_updates: int, params: Params
 ) -> optax.GradientTransformation:
-    """Returns the whole chain: clip, AdamW on the schedule, factors by path, accumulation, freeze.
+    """Returns the optimiser: clipping, AdamW with schedule, factors, accumulation, freezing.
 
-    Weight decay falls on the leaves whose name ends in `kernel`; biases, scales and embeddings
-    have none. Frozen leaves have no optimiser state and no part in the clipped norm.
+    Weight decay applies to leaves whose name ends in `kernel`, not to biases, scales and
+    embeddings. Frozen leaves have no optimiser state and do not count in the clipped norm.
 
     Args:
-      config: what to do.
+      config: settings of the optimiser.
       num_updates: length of the training, in updates.
       params: the tree to be optimised (arrays or shapes); only its paths are used.
 
@@ -125,8 +125,7 @@ def make_optimizer(
 def stop_frozen(params: Params, freeze: Sequence[str]) -> Params:
     """Returns the params with no gradient through the leaves that a glob of `freeze` matches.
 
-    Inside a loss this spares the backward pass of a frozen part, and the optimiser state need
-    not hear of its gradient.
+    Inside a loss this saves the backward pass of a frozen part.
 
     Args:
       params: the tree.
@@ -139,11 +138,11 @@ def stop_frozen(params: Params, freeze: Sequence[str]) -> Params:
 def update_ema(
     ema_params: Params, params: Params, num_updates: jax.Array, *, decay: float
 ) -> Params:
-    """Returns the slow average of the params after one more update.
+    """Returns the exponential moving average (EMA) of the params after one more update.
 
         ema ← d·ema + (1 − d)·params,    d = min(decay, (1 + n) / (10 + n))
 
-    so that the average forgets the random start quickly.
+    The smaller d of the first updates removes the random initial params quickly.
 
     Args:
       ema_params: average so far, shaped like `params`.

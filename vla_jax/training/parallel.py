@@ -55,8 +55,8 @@ def is_first_process() -> bool:
 def make_shardings(tree: Any, mesh: Mesh, rules: ShardingRules = ()) -> Any:
     """Returns a `NamedSharding` for every leaf; a leaf without a rule is replicated.
 
-    A glob may match a whole path or its end from any name on, so that one rule serves the params,
-    their average, and the optimiser state, where the path of a param follows other names.
+    A glob may match a whole path, or its end after any `/`, so that one rule applies to the
+    params, their EMA, and the optimiser state, where the path of a param has a prefix.
     Scalars are always replicated.
 
     Args:
@@ -82,7 +82,7 @@ def make_shardings(tree: Any, mesh: Mesh, rules: ShardingRules = ()) -> Any:
 
 
 def replicate(tree: Tree, mesh: Mesh) -> Tree:
-    """Returns the tree with every array whole on every device of the mesh.
+    """Returns the tree with every array replicated on all devices of the mesh.
 
     Args:
       tree: arrays, the same in every process.
@@ -95,7 +95,7 @@ def shard_batch(batch: Tree, mesh: Mesh) -> Tree:
     """Returns the batch with its leading axis split over the devices.
 
     Args:
-      batch: arrays `[B, ...]`; with several processes each gives its own rows. None is kept.
+      batch: arrays `[B, ...]`; with several processes each passes its own rows. None stays None.
       mesh: from `make_mesh`.
 
     Raises:
@@ -115,7 +115,7 @@ def jit_update(update: Update, mesh: Mesh, shardings: Any = None) -> Update:
 
     Args:
       update: from `update.make_update`, without `axis_name`.
-      mesh: from `make_mesh`; the batch is one from `shard_batch`.
+      mesh: from `make_mesh`; the update's batch must be from `shard_batch`.
       shardings: of the train state, from `make_shardings`; None means replicated.
     """
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -129,11 +129,11 @@ def jit_update(update: Update, mesh: Mesh, shardings: Any = None) -> Update:
 
 
 def pmap_update(update: Update, mesh: Mesh) -> Update:
-    """Returns the same update through `jax.pmap`, for code that is built on it.
+    """Returns the update compiled by `jax.pmap`, for code that is built on it.
 
-    Each device takes the loss over its own rows and the gradients are averaged, so a loss with a
-    mask must divide by the sum of the mask over *all* devices (`psum` over `"data"`); a plain
-    mean needs no change. Every device draws the same randomness, so dropout differs from `jit`.
+    Each device computes the loss over its own rows and the gradients are averaged, so a loss with
+    a mask must divide by the sum of the mask over *all* devices (`psum` over `"data"`); a plain
+    mean needs no change. All devices use the same random numbers, so dropout differs from `jit`.
 
     Args:
       update: from `update.make_update(..., axis_name="data")`.
@@ -144,12 +144,12 @@ def pmap_update(update: Update, mesh: Mesh) -> Update:
         update, "data", in_axes=(None, 0, None), out_axes=(None, None), devices=devices
     )
 
-    def update_shares(train_state: TrainState, batch: Any, key: Key) -> tuple[TrainState, Metrics]:
+    def update_shards(train_state: TrainState, batch: Any, key: Key) -> tuple[TrainState, Metrics]:
         _check_rows(batch, len(devices))
-        shares = jax.tree.map(lambda x: x.reshape(len(devices), -1, *x.shape[1:]), batch)
-        return mapped(train_state, shares, key)
+        shards = jax.tree.map(lambda x: x.reshape(len(devices), -1, *x.shape[1:]), batch)
+        return mapped(train_state, shards, key)
 
-    return update_shares
+    return update_shards
 
 
 def _batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -20,14 +20,14 @@ NUM_LINES = 10  # plain lines at most
 
 
 class Show(Protocol):
-    """Shows how far a job is."""
+    """Shows the progress of a job."""
 
     def __call__(self, completed: int, text: str | None = None) -> None:
         """Updates the progress.
 
         Args:
           completed: units done.
-          text: shown beside the bar; None leaves the bar's text and prints no plain line.
+          text: shown beside the bar; None keeps the previous text and prints no plain line.
         """
         ...
 
@@ -48,7 +48,7 @@ def progress_bar(
       name: of the job.
       total: units of the whole job.
       unit: plural noun.
-      start: units done before.
+      start: units already done.
       num_lines: plain lines over the whole job, at most.
       console: output; None means stderr.
     """
@@ -78,15 +78,15 @@ def progress_bar(
 def _plain_lines(
     name: str, total: int, unit: str, start: int, num_lines: int, console: Console
 ) -> Show:
-    """Returns a function that prints a line whenever another share of the job is done."""
+    """Returns a function that prints a line after every `1 / num_lines` of the job."""
     began, printed = time.monotonic(), start * num_lines // total
 
     def show(completed: int, text: str | None = None) -> None:
         nonlocal printed
-        share = completed * num_lines // total
-        if text is None or share <= printed:
+        line_number = completed * num_lines // total
+        if text is None or line_number <= printed:
             return
-        printed = share
+        printed = line_number
         left = (time.monotonic() - began) / (completed - start) * (total - completed)
         line = f"{name} {completed}/{total} {unit}  {text}  {left:.0f} s left"
         print(line, file=console.file, flush=True)

@@ -1,6 +1,6 @@
-"""The train state and one update: gradient, optimiser, slow average.
+"""The train state and one update: gradient, optimiser step, EMA of the params.
 
-`make_update` gives a pure function that is not compiled; `parallel.jit_update` compiles it for
+`make_update` returns a pure function that is not compiled; `parallel.jit_update` compiles it for
 one device or many.
 """
 
@@ -20,16 +20,16 @@ LossFn = Callable[[Params, Any, Key], tuple[jax.Array, Metrics]]
 
 @flax.struct.dataclass
 class TrainState:
-    """All that training changes; a checkpoint of it is all that a resumed training needs."""
+    """Everything that an update changes; its checkpoint is sufficient to resume a training."""
 
     num_updates: jax.Array  # [] int32, updates done
     params: Params
     opt_state: optax.OptState
-    ema_params: Params | None  # slow average of params, None where it is switched off
+    ema_params: Params | None  # EMA of the params; None if disabled
 
 
 class Counted(NamedTuple):
-    """A batch for a loss that changes as the training goes on."""
+    """A batch with the number of updates, for a loss that changes during the training."""
 
     batch: Any
     num_updates: jax.Array  # [] int32, updates done before this one
@@ -45,8 +45,8 @@ def init_train_state(
 
     Args:
       params: initial params.
-      optimizer: what `make_update` is given too.
-      ema: whether to keep a slow average of the params.
+      optimizer: the same as for `make_update`.
+      ema: whether to keep an EMA of the params.
     """
     return TrainState(
         num_updates=jnp.zeros([], jnp.int32),
@@ -67,20 +67,20 @@ def make_update(
 ) -> Update:
     """Returns `update(train_state, batch, key) -> (train_state, metrics)`.
 
-    Randomness comes from `fold_in(key, num_updates)`: the same `key` is given at every update,
-    and a resumed training draws what an uninterrupted one would. The metrics are those of
-    `loss_fn` with `loss` and `grad_norm` (before clipping, frozen leaves apart).
+    Randomness comes from `fold_in(key, num_updates)`: pass the same `key` at every update; a
+    resumed training then draws the same numbers as an uninterrupted one. The metrics are those of
+    `loss_fn`, `loss`, and `grad_norm` (before clipping, without frozen leaves).
 
     Args:
       loss_fn: `(params, batch, key) -> (loss [], metrics)`.
       optimizer: from `optim.make_optimizer`.
-      ema_decay: decay of the slow average; needs a train state made with `ema=True`.
-      freeze: path globs of the params that get no gradient, the optimiser's.
-      axis_name: mapped axis to average over, for `parallel.pmap_update` alone; every device then
-        draws the same randomness for its share of the batch.
+      ema_decay: decay of the EMA; needs a train state made with `ema=True`.
+      freeze: path globs of the params that get no gradient, as in the optimiser's config.
+      axis_name: mapped axis to average over, for `parallel.pmap_update` only; all devices then
+        use the same random numbers.
 
     Raises:
-      ValueError: when it is called, if only one of `ema_decay` and `ema_params` is there.
+      ValueError: by `update`, if only one of `ema_decay` and `ema_params` is None.
     """
 
     def loss_of(params: Params, batch: Any, key: Key) -> tuple[jax.Array, Metrics]:
@@ -103,7 +103,7 @@ def make_update(
 
 
 def with_count(update: Update) -> Update:
-    """Returns an update whose loss gets `Counted(batch, num_updates)` in place of the batch.
+    """Returns an update whose loss takes `Counted(batch, num_updates)` instead of the batch.
 
     Args:
       update: from `make_update`.
@@ -119,8 +119,8 @@ def _next_ema(train_state: TrainState, params: Params, decay: float | None) -> P
     if (train_state.ema_params is None) != (decay is None):
         raise ValueError(
             f"ema_decay is {decay}, but ema_params are "
-            f"{'absent' if train_state.ema_params is None else 'there'}; "
-            "give init_train_state ema=True just where make_update has an ema_decay."
+            f"{'absent' if train_state.ema_params is None else 'present'}; "
+            "pass ema=True to init_train_state if and only if make_update has an ema_decay."
         )
     if train_state.ema_params is None or decay is None:
         return None

@@ -14,14 +14,15 @@ class DatasetConfig:
 
     path: str = "demos/table"  # folder of the data set
     kind: str | None = None  # format, a key of READERS such as "lerobot_v3"; None = detect it
-    feature_keys: tuple[tuple[str, str], ...] = ()  # pairs (our field, key on disk) that differ
-    columns: tuple[str, ...] | None = None  # numeric fields read beside action; None = all
-    gripper: Gripper = "open_positive"  # meaning of the action's last number on disk
-    expected_fps: float | None = None  # Hz; refuse data of another rate; None = any rate
-    decode: Literal["on_demand", "whole"] = "on_demand"  # videos: as needed, or once, all to disk
-    cache_bytes: int = 2**30  # bytes of decoded frames kept in memory by each process (on_demand)
+    feature_keys: tuple[tuple[str, str], ...] = ()  # (field, key on disk) for non-default keys
+    columns: tuple[str, ...] | None = None  # numeric fields to read besides action; None = all
+    gripper: Gripper = "open_positive"  # encoding of the gripper action on disk
+    expected_fps: float | None = None  # Hz; data of another rate are an error; None = any rate
+    # "on_demand": decode video frames when indexed; "whole": decode all to disk once
+    decode: Literal["on_demand", "whole"] = "on_demand"
+    cache_bytes: int = 2**30  # bytes of decoded frames cached by each process (on_demand)
     decoded_dir: str | None = None  # folder for decoded frames (whole); None = .frames in path
-    on_bad: OnBad = "error"  # episodes with NaN or infinity: refuse the data set, or skip them
+    on_bad: OnBad = "error"  # episodes with NaN or infinity: "error" stops, "skip" leaves them out
 
     def __post_init__(self) -> None:
         """Checks the size of the cache."""

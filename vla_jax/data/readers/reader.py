@@ -1,6 +1,6 @@
-"""The family of data-set readers, and the function that picks one.
+"""Registry of the data-set readers, and the function that chooses one.
 
-A reader is one file or folder beside this one, and one line in `READERS`.
+A reader is a file or folder next to this one, and an entry of `READERS`.
 """
 
 import pathlib
@@ -71,13 +71,12 @@ def find_reader(config: DatasetConfig) -> Reader:
     path = pathlib.Path(config.path)
     if config.kind is not None and config.kind not in READERS:
         raise ValueError(
-            f"dataset.kind is '{config.kind}', which no reader has; "
-            f"{did_you_mean(config.kind, READERS)}"
+            f"unknown dataset.kind '{config.kind}'; {did_you_mean(config.kind, READERS)}"
         )
     if not path.exists():
-        partial = path.with_name(path.name + ".tmp")  # written by a recorder until it has finished
+        partial = path.with_name(path.name + ".tmp")  # folder of an unfinished recording
         remedy = (
-            f"its recording was interrupted ({partial} is left over), record it again"
+            f"its recording was interrupted ({partial} remains), record it again"
             if partial.exists()
             else "record it first or give another path"
         )

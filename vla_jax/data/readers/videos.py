@@ -16,7 +16,7 @@ def open_videos(
     *,
     image_size: tuple[int, int] | None,
 ) -> dict[str, Frames]:
-    """Opens the images of all episodes as `config.decode` says.
+    """Opens the images of all episodes, decoded on demand or as a whole (`config.decode`).
 
     Args:
       cameras: camera -> video segment of every episode, inside the folder `config.path`.
@@ -28,7 +28,7 @@ def open_videos(
 
     Raises:
       FileNotFoundError: a video is missing.
-      ValueError: a video is damaged; with "on_demand" most are found only when they are indexed.
+      ValueError: a video is damaged; with "on_demand" most damage is found only at indexing.
       OSError: no space for the decoded images ("whole").
     """
     if config.decode == "whole":

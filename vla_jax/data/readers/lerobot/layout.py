@@ -35,13 +35,13 @@ def read_info(root: pathlib.Path) -> dict[str, Any]:
     """Reads `meta/info.json` and checks its version.
 
     Raises:
-      FileNotFoundError: the file is missing; names the leftovers of an interrupted recording.
+      FileNotFoundError: the file is missing; names the rest of an interrupted recording, if any.
       ValueError: not JSON, another version, or a field is missing.
     """
     partial = root.with_name(root.name + ".tmp")
     if not (root / INFO_PATH).is_file():
         remedy = (
-            f"its recording was interrupted ({partial} is left over), record it again"
+            f"its recording was interrupted ({partial} remains), record it again"
             if partial.exists()
             else "give the folder that holds meta/, data/ and videos/"
         )
@@ -68,8 +68,8 @@ def check_fps(root: pathlib.Path, info: Mapping[str, Any], expected: float | Non
     """Checks the frame rate (Hz) of a data set against an expected one, if given."""
     if expected is not None and not np.isclose(info["fps"], expected):
         raise ValueError(
-            f"fps of {root} must be {expected:g} Hz as asked for, got {info['fps']:g} Hz; ask for "
-            "the rate of the data or record it again."
+            f"fps of {root} must be {expected:g} Hz (expected_fps), got {info['fps']:g} Hz; set "
+            "expected_fps to the rate of the data or record it again."
         )
 
 

@@ -27,7 +27,7 @@ TIME_TOLERANCE = 1e-3  # seconds; timestamps are float32
 
 
 def probe(path: pathlib.Path) -> bool:
-    """Returns whether `path` is a LeRobot data set of version 3."""
+    """Returns True if `path` is a LeRobot data set of version 3."""
     try:
         info = json.loads((path / INFO_PATH).read_text(encoding="utf-8"))
         return str(info["codebase_version"]).startswith("v3.")
@@ -46,7 +46,7 @@ def read(
     Args:
       config: `path` is the folder that holds `meta/`, `data/` and `videos/`. `feature_keys` maps
         our fields to keys on disk where they differ from `layout.FEATURE_KEYS`; these keys must
-        exist, the others are read if they do.
+        exist, other keys are read if they exist.
       cameras: image fields to read; None means all that have a key, () means none.
       image_size: (h, w) in pixels to resize to; None keeps the size on disk.
 
@@ -56,7 +56,7 @@ def read(
     Raises:
       FileNotFoundError: the folder or one of its files is missing.
       ValueError: another version, damaged or contradictory files, unknown keys, another fps,
-        NaN or infinity, gripper values that the declared meaning does not allow.
+        NaN or infinity, gripper values that contradict `config.gripper`.
       OSError: no space for the decoded images.
       ImportError: pyarrow or PyAV is missing.
     """
@@ -141,7 +141,7 @@ def _read_episodes(
     if (count, frames) != (info["total_episodes"], info["total_frames"]):
         raise ValueError(
             f"{root} must hold {info['total_episodes']} episodes with {info['total_frames']} "
-            f"frames as {INFO_PATH} promises, got {count} with {frames}; copy the data set again."
+            f"frames as {INFO_PATH} states, got {count} with {frames}; copy the data set again."
         )
     return episodes
 
@@ -167,7 +167,7 @@ def _read_data(
     if not np.array_equal(columns["episode_index"][order], expected):
         raise ValueError(
             f"data of {root} must hold {len(expected)} frames, as many of each episode as "
-            f"meta/episodes promises, got {len(order)}; copy the data set again."
+            f"meta/episodes states, got {len(order)}; copy the data set again."
         )
     return {name: column[order] for name, column in columns.items()}
 
@@ -179,7 +179,7 @@ def _matrix(table: Any, key: str, size: int, path: pathlib.Path) -> np.ndarray:
         values = values.flatten()
     if len(values) != len(column) * size:
         raise ValueError(
-            f"feature {key!r} must have {size} numbers per frame as {INFO_PATH} says, got "
+            f"feature {key!r} must have {size} numbers per frame as {INFO_PATH} states, got "
             f"{len(values) / max(len(column), 1):g} in {path}; record or convert it again."
         )
     numbers = values.to_numpy(zero_copy_only=False)
@@ -194,10 +194,10 @@ def _check_times(
     times = table["timestamp"].astype(np.float64)
     wrong = np.flatnonzero(np.abs(times - steps / info["fps"]) > TIME_TOLERANCE)
     if len(wrong):
-        found = steps[wrong[0]] / times[wrong[0]] if times[wrong[0]] > 0 else np.nan
+        rate = steps[wrong[0]] / times[wrong[0]] if times[wrong[0]] > 0 else np.nan
         raise ValueError(
             f"fps of {root} must fit its timestamps, got {info['fps']:g} Hz in {INFO_PATH} but "
-            f"{found:.4g} Hz at frame {wrong[0]}; correct the one that is wrong."
+            f"{rate:.4g} Hz at frame {wrong[0]}; correct the one that is wrong."
         )
 
 
@@ -254,7 +254,7 @@ def _fingerprint(
     segments: Mapping[str, Sequence[Segment]],
     image_size: tuple[int, int] | None,
 ) -> str:
-    """Returns the identity of the content; videos count by name and size, so copies are equal."""
+    """Returns a hash of the content; of videos only name and size, so that copies are equal."""
     videos = {
         name: sorted({(s.path.relative_to(root).as_posix(), s.path.stat().st_size) for s in parts})
         for name, parts in segments.items()

@@ -70,8 +70,8 @@ def write(
             raise
         raise OSError(
             error.errno,
-            f"data set {root} could not be written ({error.strerror}), nothing that was there "
-            "before is lost; free space and record again.",
+            f"data set {root} could not be written ({error.strerror}), an earlier one is "
+            "unchanged; free space and record again.",
         ) from error
     if root.exists():
         replaced = root.with_name(root.name + ".old")
