@@ -266,10 +266,10 @@ def test_a_caption_without_words_is_one_sentence():
 
 
 TRAININGS = {  # what is refused before any training
-    "state": ({"auxiliary": PIXELS}, r"'pixels' needs pictures in the batch, got backbone 'state'"),
+    "state": ({"auxiliary": PIXELS}, r"'pixels' needs images in the batch, got backbone 'state'"),
     "cached": (
         {"auxiliary": PIXELS, "backbone": tiny_demos.EYES, "frozen_backbone": True},
-        "'pixels' needs pictures .* 'perceiver' with frozen_backbone True; choose 'tokens'",
+        "'pixels' needs images .* 'perceiver' with frozen_backbone True; choose 'tokens'",
     ),
     "patches": (
         {
@@ -280,23 +280,23 @@ TRAININGS = {  # what is refused before any training
     ),
     "beyond the window": (
         {"auxiliary": AuxiliaryConfig(forward_horizon=6)},
-        r"auxiliary\.forward_horizon must be below window_size = 6, got 6; no step",
+        r"auxiliary\.forward_horizon must be below window_size = 6, got 6; reduce",
     ),
     "a kl weight": (
         {"loss": LossWeights(kl=2.0)},
-        r"loss\.kl must stay 0\.05, for no term of this training has it, got 2\.0; add the term",
+        r"loss\.kl must be 0\.05, since train\.imitate has no such loss term, got 2\.0; add",
     ),
     "a cotrain weight": (
         {"loss": LossWeights(cotrain=0.0)},
-        r"loss\.cotrain must stay 0\.05, for no term .* got 0\.0",
+        r"loss\.cotrain must be 0\.05, since .* got 0\.0",
     ),
     "no forward weight": (
         {"auxiliary": TOKENS, "loss": LossWeights(forward=0)},
-        r"loss\.forward must be above 0 where its auxiliary head is on, got 0",
+        r"loss\.forward must be above 0 if its auxiliary head is enabled, got 0",
     ),
     "no caption weight": (
         {"auxiliary": BOTH, "loss": LossWeights(caption=0)},
-        r"loss\.caption must be above 0 where its auxiliary head is on, got 0",
+        r"loss\.caption must be above 0 if its auxiliary head is enabled, got 0",
     ),
 }
 

@@ -235,7 +235,7 @@ def test_an_encoder_decoder_is_told_less_and_less_resumes_to_the_bit_and_plays(d
 
 
 def test_a_schedule_for_a_head_that_is_told_nothing_is_one_sentence():
-    with pytest.raises(ValueError, match="sampling must be left as it is for head 'continuous'"):
+    with pytest.raises(ValueError, match=r"sampling\.schedule must be 'always' for head 'cont"):
         tiny_demos.imitation("", "", sampling=SamplingConfig("linear"))
 
 

@@ -1,1 +1,1 @@
-"""Scripts that a researcher reads and edits: `python -m train.NAME --help`."""
+"""Training scripts to read and edit: `python -m train.NAME --help`."""

@@ -2,10 +2,9 @@
 
     python -m train.cache --dataset demos/table --backbone-from runs/pretrain
 
-The tokens and their mask are memory-mapped files in a folder whose name is the fingerprint of
-everything that they depend on: params and config of the backbone, data, statistics, and when the
-instruction is visible. `train.imitate` writes them itself where they are missing; the options are
-the same.
+The tokens and their mask are memory-mapped files in a folder whose name is a hash of everything
+that they depend on: params and config of the backbone, data, statistics, and when the instruction
+is visible. `train.imitate` computes them if they are missing; the options are the same.
 """
 
 import hashlib
@@ -95,7 +94,7 @@ def token_folder(config: ImitateConfig) -> pathlib.Path:
 def _write(folder: pathlib.Path, params: Params, config: BackboneConfig, frames: Windows) -> None:
     encode = jax.jit(registry.get(config).apply, static_argnums=1)
     shape = (len(frames), config.num_tokens)
-    # Written, not mapped: writing to a memory map on a full disk kills the process.
+    # No memory map: writing to one on a full disk kills the process.
     with (folder / TOKENS).open("wb") as tokens, (folder / MASK).open("wb") as mask:
         _write_header(tokens, "<f4", (*shape, config.token_dim))
         _write_header(mask, "|b1", shape)

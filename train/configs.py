@@ -1,6 +1,6 @@
-"""The presets of `train.imitate`: each a small paper.
+"""Config and presets of `train.imitate`.
 
-A preset's docstring says what it is, what to expect, how long it takes and on what.
+A preset's docstring states model, data, result, training time and hardware.
 """
 
 from dataclasses import dataclass, field, replace
@@ -27,47 +27,48 @@ from vla_jax.training.optim import OptimConfig
 
 @dataclass(frozen=True)
 class ImitateConfig:
-    """One training by behaviour cloning."""
+    """Config of a training by behaviour cloning."""
 
     dataset: DatasetConfig = DatasetConfig()  # demonstrations to learn from
-    run_dir: str = "runs/imitate"  # folder to write to
-    backbone_from: str = ""  # run folder whose backbone to start from; empty = random
-    decoder_from: str = ""  # run folder, or one that vla_jax.convert made; empty = random
+    run_dir: str = "runs/imitate"  # output folder of the run
+    backbone_from: str = ""  # run folder with the initial backbone; empty = random
+    decoder_from: str = ""  # run folder, or output of vla_jax.convert; empty = random
     frozen_backbone: bool = False  # compute every frame's tokens once, train only the decoder
     stride: int = 1  # environment steps between the ends of two windows of an episode
-    pack: bool = False  # whole episodes side by side in rows of window_size steps, no windows
-    action_bounds: tuple[float, float] | None = None  # of the arm, data units; None = the data's
-    sampling: SamplingConfig = SamplingConfig()  # teacher forcing of the autoregressive head
-    loss: LossWeights = LossWeights()  # factor of each term beside the arm's
-    auxiliary: AuxiliaryConfig = AuxiliaryConfig()  # heads that only train; none by default
-    agent: AgentConfig = AgentConfig()  # how the trained policy acts
-    world: WorldConfig = field(default_factory=MujocoTableConfig)  # where it will be evaluated
+    pack: bool = False  # pack whole episodes into rows of window_size steps, instead of windows
+    # limits (low, high) of the arm actions for normalisation, in data units; None = from the data
+    action_bounds: tuple[float, float] | None = None
+    sampling: SamplingConfig = SamplingConfig()  # scheduled sampling of the autoregressive head
+    loss: LossWeights = LossWeights()  # weight of each loss term; the arm's is 1
+    auxiliary: AuxiliaryConfig = AuxiliaryConfig()  # auxiliary heads for training; default none
+    agent: AgentConfig = AgentConfig()  # policy, and its settings for acting
+    world: WorldConfig = field(default_factory=MujocoTableConfig)  # environment to evaluate in
     loader: LoaderConfig = LoaderConfig()  # batch size, shuffling and workers
-    augment: AugmentConfig = AugmentConfig()  # random shifts and brightness of images
-    augment_on: Literal["host", "device"] = "host"  # in the loader's threads, or in the update
-    optim: OptimConfig = OptimConfig()  # learning rate, weight decay and averaging
+    augment: AugmentConfig = AugmentConfig()  # random shifts, brightness and contrast of images
+    augment_on: Literal["host", "device"] = "host"  # augment in loader threads or in the update
+    optim: OptimConfig = OptimConfig()  # learning rate, weight decay and EMA
     loop: LoopConfig = LoopConfig()  # number of updates, logs and checkpoints
-    seed: int = 0  # of the params and the dropout
-    overwrite: bool = False  # delete a run that is there
+    seed: int = 0  # random seed of params and dropout
+    overwrite: bool = False  # delete an existing run in run_dir
 
     upgrade = staticmethod(upgrade_config)
 
     def __post_init__(self):
-        """Checks that every auxiliary head can be trained, and is."""
+        """Checks that auxiliary heads and sampling fit the policy and the loss weights."""
         if self.auxiliary.forward_horizon and self.auxiliary.forward_target == "pixels":
-            _check_pictures(self)
+            _check_images(self)
         window_size = self.agent.policy.decoder.window_size
         if self.auxiliary.forward_horizon >= window_size:
             raise ValueError(
                 f"auxiliary.forward_horizon must be below window_size = {window_size}, got "
-                f"{self.auxiliary.forward_horizon}; no step further ahead is in a window."
+                f"{self.auxiliary.forward_horizon}; reduce it or choose a larger window_size."
             )
         _check_weights(self)
         head = self.agent.policy.decoder.head
         if self.sampling.schedule != "always" and head != "autoregressive":
             raise ValueError(
-                f"sampling must be left as it is for head '{head}', which takes no targets, got "
-                f"schedule '{self.sampling.schedule}'; choose head 'autoregressive'."
+                f"sampling.schedule must be 'always' for head '{head}', which takes no targets, "
+                f"got '{self.sampling.schedule}'; choose head 'autoregressive'."
             )
 
 
@@ -107,9 +108,10 @@ def table_fc() -> ImitateConfig:
 
 
 def table_jax_state() -> ImitateConfig:
-    """The JAX twin from the simulator's state: seconds per policy, for trying out decoders.
+    """The JAX table from the simulator's state: an LSTM, trained in seconds, to try out decoders.
 
-    99.3 % [98, 100] of 600 unseen episodes after 16,000 demonstrations, half a minute on 2 cores.
+    Success 99.3 % [98, 100] on 600 unseen episodes after 16,000 demonstrations; half a minute on
+    2 CPU cores.
     """
     decoder = DecoderConfig(
         kind="lstm",
@@ -134,9 +136,10 @@ def table_jax_state() -> ImitateConfig:
 
 
 def table_jax_encoder_decoder() -> ImitateConfig:
-    """The same, its LSTM read by another that writes two actions one by one.
+    """`table_jax_state` with an autoregressive head: a second LSTM decodes chunks of two actions.
 
-    99.3 % [97, 100] of 300 unseen episodes; an LSTM with chunks of two as well had 97.6 % [95, 99].
+    Success 99.3 % [97, 100] on 300 unseen episodes; 97.6 % [95, 99] with the continuous head and
+    chunks of two.
     """
     config = with_decoder(table_jax_state(), head="autoregressive", action_horizon=2)
     slope = 1.0 / config.loop.num_updates
@@ -148,7 +151,10 @@ def table_jax_encoder_decoder() -> ImitateConfig:
 
 
 def table_jax_gpt() -> ImitateConfig:
-    """The same with a transformer of two layers in place of the LSTM: 96.7 % [95, 98] of 600."""
+    """`table_jax_state` with a transformer of two layers instead of the LSTM.
+
+    Success 96.7 % [95, 98] on 600 unseen episodes.
+    """
     config = with_decoder(table_jax_state(), kind="gpt", num_layers=2, num_heads=4)
     return replace(
         config,
@@ -158,10 +164,10 @@ def table_jax_gpt() -> ImitateConfig:
 
 
 def gpu_end_to_end() -> ImitateConfig:
-    """Pictures to actions in one training on one GPU of 24 GB or more; not measured yet.
+    """Images to actions, trained end-to-end on one GPU of 24 GB or more; not measured yet.
 
-    A small ViT with latents on top, an LSTM of two layers over whole episodes, bfloat16 products,
-    random shifts; nothing is frozen and nothing is privileged. Record more for it:
+    A small ViT with latents, an LSTM of two layers over whole episodes, bfloat16 products, random
+    shifts; no frozen params and no privileged state. It needs more demonstrations:
     `python -m train.record --num-episodes 20000`.
     """
     backbone = PerceiverConfig(
@@ -195,49 +201,48 @@ def gpu_end_to_end() -> ImitateConfig:
 
 
 def with_kind(config: ImitateConfig, kind: str) -> ImitateConfig:
-    """The same training with another kind of decoder."""
+    """Returns the config with another kind of decoder."""
     return with_decoder(config, kind=kind)
 
 
 def with_decoder(config: ImitateConfig, **changes: Any) -> ImitateConfig:
-    """The same training with a decoder of which some fields have changed."""
+    """Returns the config with some fields of the decoder changed."""
     parts = config.agent.policy
     parts = replace(parts, decoder=replace(parts.decoder, **changes))
     return replace(config, agent=replace(config.agent, policy=parts))
 
 
-def _check_pictures(config: ImitateConfig) -> None:
-    """Raises a ValueError unless training will see pictures that can be cut into patches."""
+def _check_images(config: ImitateConfig) -> None:
+    """Raises a ValueError unless the training has images that can be split into patches."""
     backbone, size = config.agent.policy.backbone, config.auxiliary.forward_patch_size
     spec = registry.get(backbone).image_spec(backbone)
     if config.frozen_backbone or spec is None:
         raise ValueError(
-            "auxiliary.forward_target 'pixels' needs pictures in the batch, got backbone "
+            "auxiliary.forward_target 'pixels' needs images in the batch, got backbone "
             f"'{backbone.kind}' with frozen_backbone {config.frozen_backbone}; choose 'tokens', "
-            "or train a backbone that sees, not frozen."
+            "or an image backbone that is not frozen."
         )
     if spec.height % size or spec.width % size:
         raise ValueError(
             f"auxiliary.forward_patch_size must divide the image size {spec.height} × {spec.width} "
-            "pixels, "
-            f"got {size}."
+            f"pixels, got {size}."
         )
 
 
 def _check_weights(config: ImitateConfig) -> None:
-    """Raises a ValueError where a head gets no gradient, or a weight was given to no term."""
+    """Raises a ValueError for a head without a gradient, or a weight without a loss term."""
     heads = {"forward": config.auxiliary.forward_horizon > 0, "caption": config.auxiliary.caption}
     for name, is_on in heads.items():
         if is_on and getattr(config.loss, name) == 0:
             raise ValueError(
-                f"loss.{name} must be above 0 where its auxiliary head is on, got 0; raise "
-                "it, or leave the head off."
+                f"loss.{name} must be above 0 if its auxiliary head is enabled, got 0; raise "
+                "it, or disable the head."
             )
     for name in ("cotrain", "kl"):
         weight, default = getattr(config.loss, name), getattr(LossWeights(), name)
         if weight != default:
             raise ValueError(
-                f"loss.{name} must stay {default}, for no term of this training has it, got "
+                f"loss.{name} must be {default}, since train.imitate has no such loss term, got "
                 f"{weight}; add the term to make_loss in train/imitate.py first."
             )
 

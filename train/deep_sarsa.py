@@ -1,4 +1,4 @@
-"""Deep SARSA: Q-networks trained from reward in parallel environments.
+"""Deep SARSA: Q-networks trained in parallel environments.
 
     python -m train.deep_sarsa                                    # the grid with moving obstacles
     python -m train.deep_sarsa --preset grid_hidden       # velocities hidden: memory is needed
@@ -7,7 +7,7 @@
 
 Actor and learner are one compiled program; only Gymnasium environments are stepped by Python
 (`vla_jax/rl/gymnasium_loop.py`). The same command resumes an interrupted run, with results
-identical to the bit; a Gymnasium run starts new episodes instead.
+bitwise identical; a Gymnasium run starts new episodes instead.
 """
 
 import pathlib
@@ -35,7 +35,7 @@ from vla_jax.types import Array, Key, Metrics, Params
 
 @dataclass(frozen=True)
 class SarsaConfig(RewardTraining):
-    """A training by Deep SARSA."""
+    """Config of a training by Deep SARSA."""
 
     run_dir: str = "runs/sarsa"
     world: WorldConfig = GridConfig()
@@ -132,7 +132,7 @@ def _loss(
 
 
 def grid() -> SarsaConfig:
-    """The 5 × 5 grid with three moving obstacles, 16 seeds side by side.
+    """The 5 × 5 grid with three moving obstacles, 16 seeds in parallel.
 
     Success 97.1 % [96.6, 97.6] on new episodes (`--seed 5`), 95.3 % for the worst seed, in 2.4
     minutes on 2 CPU cores.
@@ -141,7 +141,7 @@ def grid() -> SarsaConfig:
 
 
 def grid_hidden() -> SarsaConfig:
-    """The same grid with velocities hidden: a GRU can infer how the obstacles move.
+    """The 5 × 5 grid with velocities hidden: a GRU can infer how the obstacles move.
 
     Success 97.4 % [95.4, 99.4] on new episodes over 4 seeds, after at most 1,200 updates; 96.9 %
     [95.9, 97.9] without memory (`--network.kind fc`), so that memory is hardly needed.
@@ -182,4 +182,4 @@ PRESETS = (grid, grid_hidden, cartpole, gymnasium)
 SARSA = {preset.__name__: preset for preset in PRESETS}
 
 if __name__ == "__main__":
-    run(train, SARSA, description="Trains Q-networks from reward by Deep SARSA.")
+    run(train, SARSA, description="Trains Q-networks by Deep SARSA.")

@@ -1,13 +1,13 @@
 """End-to-end demonstration: record, pre-train, imitate, evaluate, and one page with the results.
 
     python -m train.demo                             # the MuJoCo table, from images
-    python -m train.demo --world table_jax           # its JAX twin, which needs no OpenGL
+    python -m train.demo --world table_jax           # the JAX table, which needs no OpenGL
     python -m train.demo --preset table_jax_state    # LSTM, GRU, RNN, none; no images: 3 minutes
     python -m train.demo --preset table_jax_family   # GPT and encoder-decoder as well
     python -m train.demo --num-trainings 5           # mean and range over five trainings
 
-Every step is one of the other scripts with a preset, in a process of its own where steps do not
-depend on each other. Finished steps are not repeated. The steps' output goes to `RUN_DIR/log.txt`.
+Every step is one of the other scripts with a preset. Independent steps run in parallel processes;
+finished steps are not repeated. The steps' output is written to `RUN_DIR/log.txt`.
 """
 
 import pathlib
@@ -46,11 +46,11 @@ EXPERT = "expert that ignores the colour"
 class DemoConfig:
     """Options of the demonstration."""
 
-    show: Literal["pictures", "state"] = "pictures"  # input of the policies: images, or the state
+    show: Literal["images", "state"] = "images"  # input of the policies
     world: Literal["table_mujoco", "table_jax"] = (
         "table_mujoco"  # environment to record and evaluate in
     )
-    run_dir: str = "runs/demo"  # folder to write to
+    run_dir: str = "runs/demo"  # output folder
     dataset: str = "demos/table"  # folder of the demonstrations
     num_demonstrations: int = 3500  # episodes to record
     num_trainings: int = 1  # trainings of each policy; seeds 0, 1, … on the same demonstrations
@@ -75,7 +75,7 @@ def table() -> DemoConfig:
 
 
 def table_jax_state() -> DemoConfig:
-    """From the state of the JAX twin: LSTM, GRU, RNN against memoryless, 3 minutes."""
+    """Simulator state to actions on the JAX table: LSTM, GRU, RNN against memoryless, 3 minutes."""
     return DemoConfig(
         show="state",
         world="table_jax",
@@ -88,7 +88,7 @@ def table_jax_state() -> DemoConfig:
 
 
 def table_jax_family() -> DemoConfig:
-    """The same with all decoders, including encoder-decoder and GPT: 10 minutes of CPU time."""
+    """`table_jax_state` with all decoders, also encoder-decoder and GPT: 10 minutes of CPU time."""
     return replace(table_jax_state(), decoders=get_args(Decoder))
 
 
@@ -100,7 +100,7 @@ PRESETS = {
 
 
 def demo(config: DemoConfig) -> pathlib.Path:
-    """Runs all steps and prints a table; returns the page."""
+    """Runs all steps and prints a table; returns the page with the results."""
     began = time.perf_counter()
     run_dir = pathlib.Path(config.run_dir)
     steps, evaluations = make_steps(config)
@@ -114,7 +114,7 @@ def demo(config: DemoConfig) -> pathlib.Path:
 
 def make_steps(config: DemoConfig) -> tuple[list[Step], dict[str, list[pathlib.Path]]]:
     """Returns the steps, and the folders of every evaluation by title, one per training."""
-    on_images = config.show == "pictures"
+    on_images = config.show == "images"
     make = _on_images if on_images else _on_state
     world = replace(record.PRESETS[config.world]().world, image_size=64 if on_images else 0)
     demonstrations = RecordConfig(config.dataset, world, num_episodes=config.num_demonstrations)
@@ -138,7 +138,7 @@ def make_steps(config: DemoConfig) -> tuple[list[Step], dict[str, list[pathlib.P
 def _on_images(
     config: DemoConfig, world: WorldConfig, root: pathlib.Path, seed: int
 ) -> tuple[list[Step], list[Policy]]:
-    """One pre-training, and the policies on its frozen image encoder."""
+    """Returns the pre-training step, and the policies on its frozen image encoder."""
     pretrain = PretrainConfig(
         dataset=_demonstrations(config), run_dir=str(root / "pretrain"), seed=seed
     )
@@ -170,7 +170,7 @@ def _on_images(
 def _on_state(
     config: DemoConfig, world: WorldConfig, root: pathlib.Path, seed: int
 ) -> tuple[list[Step], list[Policy]]:
-    """The policies on the simulator's state."""
+    """Returns the policies on the simulator's state, which need no step before them."""
     policies = []
     for decoder in config.decoders:
         base = _imitation(_state_preset(decoder), config, world, root / decoder, seed)
@@ -217,7 +217,7 @@ def _state_preset(decoder: Decoder) -> ImitateConfig:
 
 
 def make_table(evaluations: dict[str, list[pathlib.Path]]) -> Table:
-    """Success rates by policy: of one training with its interval, of several mean and range."""
+    """Returns success rates by policy, with the interval of one training or range of several."""
     tasks = ("touch", "lift", "place")
     num_trainings = max(len(folders) for folders in evaluations.values())
     spread = "95 % interval" if num_trainings == 1 else f"range of {num_trainings} trainings"
@@ -238,4 +238,8 @@ def make_table(evaluations: dict[str, list[pathlib.Path]]) -> Table:
 
 
 if __name__ == "__main__":
-    run(demo, PRESETS, description="Shows everything from demonstrations to videos of a policy.")
+    run(
+        demo,
+        PRESETS,
+        description="Runs recording, training and evaluation; writes one page with results.",
+    )

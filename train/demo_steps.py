@@ -1,4 +1,4 @@
-"""Steps of the demonstration: run in processes, two at a time, under one progress bar."""
+"""Steps of `train.demo`, run in two processes with one progress bar."""
 
 import concurrent.futures
 import functools
@@ -24,12 +24,12 @@ from vla_jax.training.logs import read_metrics
 from vla_jax.training.malloc import keep_freed_memory
 
 NUM_PROCESSES = 2  # steps that run at a time
-PLAIN_LINES = 20  # over all steps, where the output is not a terminal
+PLAIN_LINES = 20  # for all steps, if the output is not a terminal
 # CPU seconds on one core without AVX-512, for the estimate and for the length of the bar.
 SECONDS_PER_EPISODE = {"record": 0.11, "images": 0.35, "state": 0.02}
 SECONDS_PER_UPDATE = {"pretrain": 0.11, "imitate": 0.08}
-SECONDS_TO_START = 10.0  # of every step, mostly compilation
-SPEED_UP = 1.8  # of two cores over one
+SECONDS_TO_START = 10.0  # per step, mostly compilation
+SPEED_UP = 1.8  # two cores relative to one
 
 
 class Step(NamedTuple):
@@ -39,7 +39,7 @@ class Step(NamedTuple):
     function: Callable[[], Any]
     fraction: Callable[[], float]  # finished fraction in [0, 1], read from the step's files
     seconds: float  # expected CPU time
-    after: Sequence[str] = ()  # names of the steps that it needs
+    after: Sequence[str] = ()  # names of the steps that must finish before
 
 
 class Policy(NamedTuple):
@@ -50,7 +50,7 @@ class Policy(NamedTuple):
 
 
 def recording(config: RecordConfig) -> Step:
-    """Records the demonstrations, unless they exist."""
+    """Returns the step that records the demonstrations, unless they exist."""
     counter = pathlib.Path(f"{config.dataset}.count")
     return Step(
         "record",
@@ -63,7 +63,7 @@ def recording(config: RecordConfig) -> Step:
 
 
 def pretraining(config: PretrainConfig, policy: ImitateConfig, *, after: Sequence[str]) -> Step:
-    """Pre-trains the image encoder and encodes all frames for `policy`."""
+    """Returns the step that pre-trains the image encoder and encodes all frames for `policy`."""
     seconds = SECONDS_PER_UPDATE["pretrain"] * config.loop.num_updates + 50  # 50 for the frames
     return Step(
         config.run_dir,
@@ -75,7 +75,7 @@ def pretraining(config: PretrainConfig, policy: ImitateConfig, *, after: Sequenc
 
 
 def training(policy: Policy, *, after: Sequence[str]) -> Step:
-    """Trains a policy by imitation."""
+    """Returns the step that trains a policy by imitation."""
     config = policy.config
     return Step(
         config.run_dir,
@@ -87,7 +87,7 @@ def training(policy: Policy, *, after: Sequence[str]) -> Step:
 
 
 def evaluation(run_dir: pathlib.Path, config: EvaluateConfig, *, after: Sequence[str]) -> Step:
-    """Evaluates a trained policy; `config` has a name."""
+    """Returns the step that evaluates a trained policy; `config.name` must be set."""
     file = run_dir / "evaluation" / str(config.name) / "episodes.jsonl"
     kind = "images" if config.num_videos else "state"
     return Step(
@@ -103,12 +103,12 @@ def run_steps(steps: Sequence[Step], log: pathlib.Path, *, console: Console) -> 
     """Runs every step once the steps that it needs are finished.
 
     Args:
-      steps: in the order in which they start where several could.
+      steps: in order of priority.
       log: file for their output.
-      console: for the progress bar, or plain lines where it is not a terminal.
+      console: for the progress bar, or plain lines if it is not a terminal.
 
     Raises:
-      Exception: whatever a step raised; the others are ended.
+      Exception: error of a step; the other steps are terminated.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     pool = ProcessPoolExecutor(
@@ -129,7 +129,7 @@ def run_steps(steps: Sequence[Step], log: pathlib.Path, *, console: Console) -> 
 def _schedule(
     steps: Sequence[Step], pool: ProcessPoolExecutor
 ) -> Iterator[tuple[list[Step], set[str]]]:
-    """Starts steps; yields those that run and the names of the finished ones, every second."""
+    """Starts steps; yields the running steps and the names of the finished ones, every second."""
     waiting, running, done = list(steps), {}, set()
     while waiting or running:
         for step in [step for step in waiting if done.issuperset(step.after)]:
@@ -167,12 +167,12 @@ class _Bar:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Removes it."""
+        """Removes the bar."""
         if self._console.is_terminal:
             self._progress.stop()
 
     def update(self, running: Sequence[Step], done: set[str]) -> None:
-        """Moves the bar."""
+        """Updates the bar."""
         seconds = sum(step.seconds for step in self._steps if step.name in done)
         seconds += sum(step.seconds * min(step.fraction(), 1.0) for step in running)
         names = ", ".join(step.name for step in running) or "finished"
@@ -186,7 +186,7 @@ class _Bar:
 
 
 def _start_process(log: pathlib.Path) -> None:
-    """Sends the output of this process to a file, and sets up memory as the scripts do."""
+    """Redirects the output of this process to a file; sets up memory as in the scripts."""
     keep_freed_memory()
     # Two processes share the memory of an accelerator.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

@@ -60,7 +60,7 @@ _POLICY_PARTS = ("backbone", "decoder")  # params of the policy; "value" is need
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """A fine-tuning of a cloned policy by REINFORCE."""
+    """Config of the fine-tuning of a cloned policy by REINFORCE."""
 
     init_from: str = ""  # run folder of train.imitate that holds the cloned policy
     run_dir: str = "runs/finetune"  # output folder of the run
@@ -73,7 +73,7 @@ class FinetuneConfig:
     seeds: SeedsConfig = SeedsConfig(
         num_seeds=1, num_worlds=512, num_steps=32
     )  # seeds and rollouts of each update
-    # learning rate, weight decay and averaging
+    # learning rate, weight decay and EMA
     optim: OptimConfig = OptimConfig(
         learning_rate=1e-3,
         weight_decay=0.0,
@@ -112,7 +112,7 @@ class Cloned(NamedTuple):
 
 def finetune(config: FinetuneConfig) -> pathlib.Path:
     """Fine-tunes a cloned policy; returns the folder of the run."""
-    # Refuse what cannot work before anything slow.
+    # Check the settings before anything slow starts.
     check_devices(config.seeds, config.loop)
     optim.make_schedule(config.optim, config.loop.num_updates)  # raises for a long warm-up
     if pathlib.Path(config.run_dir).resolve() == pathlib.Path(config.init_from).resolve():
@@ -158,10 +158,10 @@ def read_cloned(run_dir: str) -> Cloned:
         raise ValueError("init_from must name a run folder of train.imitate, got ''.")
     run = load_run(run_dir)
     if not isinstance(run.world, jax_env.JaxTableConfig):
-        found = "an unknown one" if run.world is None else f"'{run.world.kind}'"
+        kind = "an unknown one" if run.world is None else f"'{run.world.kind}'"
         raise ValueError(
             "init_from must be a run in the environment 'table_jax', which runs in JAX, got "
-            f"{found} in {run_dir}; clone a policy from demonstrations in 'table_jax'."
+            f"{kind} in {run_dir}; train a policy on demonstrations from 'table_jax'."
         )
     image_size = getattr(run.agent.policy.backbone, "image_size", 0)
     env = jax_env.make(replace(run.world, image_size=image_size))
@@ -210,7 +210,7 @@ def make_loss(config: FinetuneConfig, run: Run) -> LossFn:
 
     Args:
       config: β = `kl_weight`, c = `baseline_weight`; γ and λ of the advantages Â; the noise of π.
-      run: of the cloned policy π₀.
+      run: run of the cloned policy π₀.
     """
 
     def loss_fn(params: Params, rollout: EpisodeRollout, key: Key) -> tuple[jax.Array, Metrics]:

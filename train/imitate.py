@@ -4,8 +4,8 @@
     python -m train.imitate --preset table_lstm --decoder.kind gru --run-dir runs/gru
     python -m train.imitate --preset gpu_end_to_end
 
-The same command resumes an interrupted run, to the bit. `python -m vla_jax.evaluate RUN_DIR`
-evaluates the result in closed loop.
+The same command resumes an interrupted run, with bitwise identical results.
+`python -m vla_jax.evaluate RUN_DIR` evaluates the policy in closed loop.
 """
 
 import dataclasses
@@ -45,13 +45,13 @@ from vla_jax.types import Batch, Key, Metrics, Params
 
 def imitate(config: ImitateConfig) -> pathlib.Path:
     """Trains a policy; returns the run's folder."""
-    check(config)  # refuses what cannot work, before anything slow
+    check(config)  # before anything slow starts
 
-    # Data: episodes, and the normalisation statistics, which acting needs too.
+    # Data: episodes, and the normalisation statistics, also needed for acting.
     dataset = read_dataset(config)
     norm_stats = compute_norm_stats(config, dataset)
 
-    # Model: random params, or the backbone and decoder of earlier runs.
+    # Model: random params, or backbone and decoder of earlier runs.
     init_key, key = jax.random.split(jax.random.key(config.seed))
     params = init_params(init_key, config)
 
@@ -105,7 +105,7 @@ def imitate(config: ImitateConfig) -> pathlib.Path:
 
 
 def make_batches(config: ImitateConfig, windows: Windows) -> Loader:
-    """Returns endless batches of this process; images are augmented here on the host, if asked."""
+    """Returns endless batches of this process, with images augmented here if on the host."""
     on_host = windows.tokens is None and config.augment_on == "host"
     return make_loader(
         Packed(windows) if config.pack else windows,
@@ -121,7 +121,7 @@ def make_loss(config: ImitateConfig) -> LossFn:
 
     Huber loss on the arm and cross-entropy on the gripper (or on the bins of both) at every
     position of the window, plus the terms of the auxiliary heads. The autoregressive head is
-    trained with teacher forcing or scheduled sampling, as `config.sampling` says.
+    trained with teacher forcing or scheduled sampling (`config.sampling`).
     """
     parts = config.agent.policy
 
@@ -129,8 +129,8 @@ def make_loss(config: ImitateConfig) -> LossFn:
         batch: Batch = counted.batch
         if config.augment_on == "device":
             augment_key, key = jax.random.split(key)
-            changed = device_augment.apply(augment_key, batch.observation, config.augment)
-            batch = batch._replace(observation=changed)
+            observation = device_augment.apply(augment_key, batch.observation, config.augment)
+            batch = batch._replace(observation=observation)
         targets = None
         if policy.takes_targets(parts):
             rate = scheduled_sampling.rate(config.sampling, counted.num_updates)
@@ -147,15 +147,17 @@ def make_loss(config: ImitateConfig) -> LossFn:
         )
         terms, metrics = losses.action_terms(outputs.prediction, batch.action, batch.action_mask)
         if auxiliary.is_on(config.auxiliary):
-            # Padding tokens may hold anything; as targets they are zeros.
+            # Padding tokens are arbitrary; as targets they are set to 0.
             mask = outputs.tokens.mask[..., None]
             real_tokens = jnp.where(mask, outputs.tokens.tokens, 0.0)
             words = captions.visible_instruction(batch) if config.auxiliary.caption else None
-            guesses = auxiliary.apply(
+            predictions = auxiliary.apply(
                 params["auxiliary"], config.auxiliary, outputs.features, words
             )
-            more, accuracy = auxiliary.loss(guesses, config.auxiliary, batch, real_tokens)
-            terms, metrics = terms | more, metrics | accuracy
+            auxiliary_terms, accuracy = auxiliary.loss(
+                predictions, config.auxiliary, batch, real_tokens
+            )
+            terms, metrics = terms | auxiliary_terms, metrics | accuracy
         loss, by_term = loss_terms.total(terms, config.loss)
         return loss, {**by_term, **metrics}
 

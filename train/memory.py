@@ -5,8 +5,9 @@
     python -m train.memory --chunk 50 --burn-in 10           # truncated backpropagation
     python -m train.memory --small                           # tiny sizes: seconds, a smoke test
 
-Each training has one recurrent layer, one task and one length, and data that never repeat. It
-ends when the task is solved, or after `max_updates`. Results and plots are in the run's folder.
+Each training has one recurrent layer, one task and one length, and new random data in every
+update. It ends when the task is solved, or after `max_updates`. Results and plots are written to
+the run's folder.
 """
 
 import dataclasses
@@ -33,12 +34,12 @@ from vla_jax.nn.sequence_tasks import TASKS, Task, gradient_norms, init
 from vla_jax.runs import save_json
 from vla_jax.types import Array, Key, Params
 
-NAMES = {  # of cells in plots; others keep their name
+NAMES = {  # labels of cells in plots; default: the cell's name
     "rnn": "RNN", "lstm": "LSTM", "gru": "GRU", "layer_norm_lstm": "LayerNorm-LSTM",
     "min_gru": "minGRU",
 }  # fmt: skip
 BLOCK = 50  # updates per jitted call, one point of the curve each
-EXPLODING = {"rnn": 5.0}  # factor of the recurrent kernel for which the gradient explodes
+EXPLODING = {"rnn": 5.0}  # factor of the recurrent kernel with which the gradient explodes
 UPDATE_DIVISOR = {"adding": 1, "recall": 5}  # max_updates / updates of the task at most
 
 
@@ -53,15 +54,15 @@ class MemoryConfig:
     window_delay: int = 20  # delay of the recall that is trained with windows, steps
     hidden_size: int = 64  # hidden units H of the recurrent layer
     batch_size: int = 64  # sequences B per update
-    max_updates: int = 1500  # updates on the adding problem at most; on recall a fifth of them
+    max_updates: int = 1500  # maximum updates on the adding problem; on recall a fifth of it
     learning_rate: float = 1e-2  # learning rate of Adam
-    max_grad_norm: float = 1.0  # gradients of larger global norm are scaled down to it
+    max_grad_norm: float = 1.0  # clip gradients to this global norm
     spread_gates: bool = True  # chrono initialisation: gate time constants from 1 to T steps
     chunk: int = 0  # steps of truncated backpropagation, one update each; 0 = whole sequences
-    burn_in: int = 0  # steps before a chunk that are run again to refresh its carry
+    burn_in: int = 0  # steps before each chunk that are run again to recompute its carry
     num_trials: int = 2000  # fresh sequences of the final test
     seed: int = 0  # seed of params and data
-    small: bool = False  # use tiny sizes: a smoke test, results mean nothing
+    small: bool = False  # use tiny sizes: a smoke test without meaningful results
     run_dir: str = "runs/memory"  # folder of results and plots
 
     def __post_init__(self):
@@ -92,12 +93,12 @@ class MemoryConfig:
 
 
 def short() -> MemoryConfig:
-    """Adding up to 200 steps, recall up to 1,000: every cell, minutes on 2 CPU cores."""
+    """Adding up to 200 steps, recall up to 1,000: all cells, minutes on 2 CPU cores."""
     return MemoryConfig()
 
 
 def long() -> MemoryConfig:
-    """Adding up to 1,000 steps too: hours on 2 CPU cores."""
+    """Adding and recall up to 1,000 steps: all cells, hours on 2 CPU cores."""
     return MemoryConfig(adding=(10, 50, 200, 500, 1000), max_updates=5000)
 
 
@@ -196,7 +197,7 @@ def learn_windows(config: MemoryConfig, cell: CellName) -> list[float]:
 def norms_by_lag(config: MemoryConfig, cell: CellName, params: Params) -> dict[str, list[float]]:
     """Returns gradient norms at each lag, before and after training on the longest adding problem.
 
-    Where `EXPLODING` has the cell, "larger" is that of larger recurrent kernels before training.
+    If `EXPLODING` has the cell, "larger" holds those before training with larger recurrent kernels.
     """
     task, net, length = TASKS["adding"], _net(config, cell), config.adding[-1]
     init_key, _, key = jax.random.split(jax.random.key(config.seed), 3)
@@ -302,7 +303,7 @@ def _train(
         chunks = _chunks(config, trials.inputs, window)
         training = (*state, carry, trials.target)
         training, errors = jax.lax.scan(on_chunk, training, chunks)
-        return training[:2], jnp.sum(errors)  # those of all but the last chunk are 0
+        return training[:2], jnp.sum(errors)  # the errors of all but the last chunk are 0
 
     return jax.lax.scan(update, state, jnp.arange(BLOCK))
 

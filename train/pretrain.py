@@ -46,27 +46,27 @@ from vla_jax.types import Array, Batch, Key, Metrics, Params
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """One pre-training of a backbone."""
+    """Config of the pre-training of a backbone."""
 
     dataset: DatasetConfig = DatasetConfig()  # demonstrations with the target as a column
-    run_dir: str = "runs/pretrain"  # folder to write to
+    run_dir: str = "runs/pretrain"  # output folder of the run
     target: Literal["environment_state", "proprio", "action"] = (
         "environment_state"  # column of the data set to regress from each frame
     )
     reach: float = 0.04  # m, distance scale of the tool-relative targets; 0 = no such targets
     backbone: PerceiverConfig = PerceiverConfig()  # image encoder to train
     normalize: NormalizeConfig = NormalizeConfig()  # normalisation method of each column
-    augment: AugmentConfig = AugmentConfig()  # random image changes; none by default
+    augment: AugmentConfig = AugmentConfig()  # random image augmentation; none by default
     augment_on: Literal["host", "device"] = "host"  # augment in loader threads or in the update
     loader: LoaderConfig = LoaderConfig(batch_size=64)  # batch size, shuffling and workers
     optim: OptimConfig = OptimConfig(
         learning_rate=5e-3, end_factor=0.01, freeze=("*/words/*",)
-    )  # learning rate, weight decay and averaging
+    )  # learning rate, weight decay and EMA
     loop: LoopConfig = LoopConfig(
         num_updates=2000, save_every=1000
     )  # number of updates, logs and checkpoints
     seed: int = 0  # random seed of params and dropout
-    overwrite: bool = False  # delete an existing run
+    overwrite: bool = False  # delete an existing run in run_dir
 
     upgrade = staticmethod(upgrade_config)
 
@@ -81,7 +81,7 @@ PRESETS = {"table": table}
 
 def pretrain(config: PretrainConfig) -> pathlib.Path:
     """Trains an encoder; returns the run's folder, with params `{"backbone", "readout"}`."""
-    # Refuse what cannot work before anything slow.
+    # Check the settings before anything slow starts.
     loop.check(config.loop, config.optim, batch_size=config.loader.batch_size)
     check_run(config.run_dir, config, overwrite=config.overwrite)
     reader.find_reader(config.dataset)
@@ -106,12 +106,12 @@ def pretrain(config: PretrainConfig) -> pathlib.Path:
 
     def loss_fn(params: Params, batch: Batch, key: Key) -> tuple[jax.Array, Metrics]:
         if config.augment_on == "device":
-            changed = device_augment.apply(key, batch.observation, config.augment)
-            batch = batch._replace(observation=changed)
+            observation = device_augment.apply(key, batch.observation, config.augment)
+            batch = batch._replace(observation=observation)
         predicted = read_out(params, config.backbone, batch)
-        wanted, mask = make_targets(batch), batch.timestep_mask
-        loss = losses.masked_mean(optax.losses.huber_loss(predicted, wanted, delta=1.0), mask)
-        return loss, {"l1": losses.masked_mean(jnp.abs(predicted - wanted), mask)}
+        expected, mask = make_targets(batch), batch.timestep_mask
+        loss = losses.masked_mean(optax.losses.huber_loss(predicted, expected, delta=1.0), mask)
+        return loss, {"l1": losses.masked_mean(jnp.abs(predicted - expected), mask)}
 
     num_updates = config.loop.num_updates
     optimizer = optim.make_optimizer(config.optim, num_updates, params)
@@ -136,7 +136,7 @@ def read_dataset(config: PretrainConfig) -> Dataset:
     """Reads the demonstrations.
 
     Raises:
-      ValueError: the target is not among their columns.
+      ValueError: the data set has no target column.
     """
     size = config.backbone.image_size
     dataset = reader.read_dataset(config.dataset, image_size=(size, size))
@@ -199,13 +199,13 @@ def targets(
         column = target(batch, config.target)
         if not places:
             return jnp.asarray(column)
-        things, tool = (
+        objects, tool = (
             normalize.denormalize(part, norm_stats[name], getattr(config.normalize, name))
             for part, name in ((column, config.target), (target(batch, "proprio"), "proprio"))
         )
-        of_things, of_tool = np.array(places).T
-        near = jnp.tanh((things[..., of_things] - tool[..., of_tool]) / config.reach)
-        return jnp.concatenate([column, near], axis=-1)
+        object_dims, tool_dims = np.array(places).T
+        relative = jnp.tanh((objects[..., object_dims] - tool[..., tool_dims]) / config.reach)
+        return jnp.concatenate([column, relative], axis=-1)
 
     return make_targets, len(norm_stats[config.target].mean) + len(places)
 

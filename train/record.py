@@ -28,14 +28,14 @@ from vla_jax.envs.worlds import make_simulator
 from vla_jax.training.progress import progress_bar
 
 BURST = 3  # steps of random actions, gripper included: enough to miss a grasp or drop a block
-SHARE = 20  # episodes that a process plays before it returns them
+SHARE = 20  # episodes per job of a process
 OnEpisode = Callable[[int], None]
 CHUNK_BYTES = 64e6  # bytes of the episodes that a JAX environment plays at once; it needs 4x
 
 
 @dataclass(frozen=True)
 class RecordConfig:
-    """One recording of demonstrations."""
+    """Config of a recording of demonstrations."""
 
     dataset: str = "demos/table"  # folder of the data set to write
     # environment to record in
@@ -61,17 +61,17 @@ class RecordConfig:
             raise ValueError(f"disturbance must be in [0, 1] per step, got {self.disturbance}.")
 
 
-def mujoco() -> RecordConfig:
+def mujoco_table() -> RecordConfig:
     """The MuJoCo table with two cameras of 64 × 64 pixels."""
     return RecordConfig()
 
 
-def twin() -> RecordConfig:
-    """The pure-JAX table, which needs no OpenGL; takes seconds with --image-size 0."""
+def jax_table() -> RecordConfig:
+    """The JAX table, which needs no OpenGL; takes seconds with --image-size 0."""
     return RecordConfig(world=jax_env.JaxTableConfig())
 
 
-PRESETS = {"table_mujoco": mujoco, "table_jax": twin}
+PRESETS = {"table_mujoco": mujoco_table, "table_jax": jax_table}
 
 
 def record(config: RecordConfig, *, on_episode: OnEpisode | None = None) -> pathlib.Path:
@@ -79,12 +79,12 @@ def record(config: RecordConfig, *, on_episode: OnEpisode | None = None) -> path
 
     Args:
       config: options.
-      on_episode: called after every episode with the number of episodes played so far.
+      on_episode: called after every episode with the number of episodes so far.
     """
     if isinstance(config.world, jax_env.JaxTableConfig):
         played = _side_by_side(config.world, config)
     else:
-        make_simulator(config.world).close()  # a missing package is reported here, not in a process
+        make_simulator(config.world).close()  # reports a missing package before processes start
         played = _in_processes(config)
     return writer.write(
         config.dataset,
@@ -110,11 +110,11 @@ def demonstrate(simulator, seed: int, noise: float, disturbance: float) -> Episo
         observations.append(observation)
         actions.append(action)
         burst = BURST if rng.uniform() < disturbance else burst - 1
-        sent = action.copy()
-        sent[:-1] += rng.normal(0, noise, len(action) - 1)
+        noisy_action = action.copy()
+        noisy_action[:-1] += rng.normal(0, noise, len(action) - 1)
         if burst > 0:
-            sent = np.append(rng.uniform(-1, 1, len(action) - 1), rng.choice([-1.0, 1.0]))
-        step = simulator.step(sent)
+            noisy_action = np.append(rng.uniform(-1, 1, len(action) - 1), rng.choice([-1.0, 1.0]))
+        step = simulator.step(noisy_action)
         observation = step.observation
         if step.terminated or step.truncated:
             break
@@ -127,16 +127,16 @@ def demonstrate(simulator, seed: int, noise: float, disturbance: float) -> Episo
 def _successes(
     played: Iterable[Episode | None], num_episodes: int, on_episode: OnEpisode | None
 ) -> Iterator[Episode]:
-    kept = 0
+    num_successes = 0
     with progress_bar("record", num_episodes, unit="episodes") as show:
         for count, episode in enumerate(played, 1):
             if episode is not None:
-                kept += 1
+                num_successes += 1
                 yield episode
-            show(count, f"{kept} kept")
+            show(count, f"{num_successes} kept")
             if on_episode:
                 on_episode(count)
-    print(f"kept {kept} of {num_episodes} episodes", file=sys.stderr)
+    print(f"kept {num_successes} of {num_episodes} episodes", file=sys.stderr)
 
 
 def _side_by_side(world: jax_env.JaxTableConfig, config: RecordConfig) -> Iterator[Episode | None]:
@@ -183,7 +183,7 @@ def _stay_on_cpu() -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
-_SIMULATORS: dict = {}  # of this process, kept since building one takes longer than an episode
+_SIMULATORS: dict = {}  # reused by this process: building one takes longer than an episode
 
 
 def _play(job) -> list[Episode | None]:
@@ -195,4 +195,4 @@ def _play(job) -> list[Episode | None]:
 
 
 if __name__ == "__main__":
-    run(record, PRESETS, description="Records demonstrations.")
+    run(record, PRESETS, description="Records demonstrations of a scripted expert.")

@@ -1,4 +1,4 @@
-"""REINFORCE with a baseline: policies trained from reward in parallel environments.
+"""REINFORCE with a baseline, in parallel environments.
 
     python -m train.reinforce                                # CartPole-v1, 16 seeds
     python -m train.reinforce --preset cartpole_hidden       # velocities hidden: a GRU
@@ -8,7 +8,7 @@
 
 Actor and learner are one compiled program; only Gymnasium environments are stepped by Python
 (`vla_jax/rl/gymnasium_loop.py`). The same command resumes an interrupted run, with results
-identical to the bit; a Gymnasium run starts new episodes instead.
+bitwise identical; a Gymnasium run starts new episodes instead.
 """
 
 import pathlib
@@ -40,7 +40,7 @@ from vla_jax.types import Array, Key, Metrics, Params
 
 @dataclass(frozen=True)
 class ReinforceConfig(RewardTraining):
-    """A training by REINFORCE with a baseline."""
+    """Config of a training by REINFORCE with a baseline."""
 
     run_dir: str = "runs/reinforce"
     world: WorldConfig = CartPoleConfig()
@@ -196,7 +196,7 @@ def table() -> ReinforceConfig:
 
 
 def table_hidden() -> ReinforceConfig:
-    """The same with the instruction at the first step only: a GRU has to remember it.
+    """`table` with the instruction at the first step only: a GRU has to remember it.
 
     Not solved: success is 25 % after 850 updates, as for touching any block, and 23 % without
     memory (`--network.kind fc`). A larger step size, longer rollouts, an LSTM and more shaping
@@ -229,8 +229,8 @@ PRESETS = (cartpole, cartpole_hidden, grid, table, table_hidden, gymnasium)
 REINFORCE = {preset.__name__: preset for preset in PRESETS}
 
 if __name__ == "__main__":
-    # A cloned policy brings its own environment and network, so that the options differ.
+    # A cloned policy determines environment and network, so that the options differ.
     if any(word.startswith(("--init-from", "--init_from")) for word in sys.argv[1:]):
-        run(finetune, FINETUNE, description="Fine-tunes a cloned policy from reward.")
+        run(finetune, FINETUNE, description="Fine-tunes a cloned policy by REINFORCE.")
     else:
-        run(train, REINFORCE, description="Trains policies from reward by REINFORCE.")
+        run(train, REINFORCE, description="Trains policies by REINFORCE with a baseline.")

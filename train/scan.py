@@ -6,8 +6,8 @@
 
 Training uses teacher forcing, or scheduled sampling (`--sampling.schedule`). The test decodes
 greedily and reports exact match: a command counts if all its actions and its end are right. The
-same command resumes an interrupted run, to the bit. Choose hyperparameters with `--holdout 0.1`,
-not on the test set.
+same command line resumes an interrupted run, with bitwise identical results. Choose hyperparameters
+with `--holdout 0.1`, not on the test set.
 """
 
 import pathlib
@@ -49,13 +49,13 @@ class ScanConfig:
     """Config of one training on SCAN."""
 
     split: Split = "simple"  # division of the commands into training and test set
-    holdout: float = 0.0  # fraction of the training set to test on, instead of the test set
+    holdout: float = 0.0  # test on this fraction of the training set, not on the test set; 0 = off
     run_dir: str = "runs/scan"  # folder of checkpoints, metrics and results
     batch_size: int = 128  # commands B per update
     width_step: int = 8  # targets are padded to a multiple of this many steps
     sampling: SamplingConfig = SamplingConfig()  # scheduled sampling; teacher forcing by default
     model: Seq2SeqConfig = Seq2SeqConfig()  # sizes of the encoder-decoder
-    optim: OptimConfig = OptimConfig(  # learning rate, weight decay and averaging
+    optim: OptimConfig = OptimConfig(  # learning rate, weight decay and EMA
         learning_rate=2e-3, end_factor=0.01, b2=0.99, weight_decay=0.0, ema_decay=0.999
     )
     loop: LoopConfig = LoopConfig(
@@ -82,7 +82,7 @@ def attention() -> ScanConfig:
 
 
 def bottleneck() -> ScanConfig:
-    """The same without attention: one vector encodes the whole command.
+    """Encoder-decoder without attention: one vector encodes the whole command.
 
     Exact match 99.0 % on split "simple" after 3,000 updates.
     """
@@ -94,7 +94,7 @@ PRESETS = {"attention": attention, "bottleneck": bottleneck}
 
 def train(config: ScanConfig) -> pathlib.Path:
     """Trains and tests; returns the run's folder."""
-    # Refuse what cannot work before anything slow.
+    # Check the settings before anything slow starts.
     loop.check(config.loop, config.optim, batch_size=config.batch_size)
     check_run(config.run_dir, config, overwrite=config.overwrite)
 

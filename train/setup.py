@@ -24,7 +24,7 @@ from vla_jax.types import Key, Params, ShardingRules, Tokens
 
 
 def check(config: ImitateConfig) -> None:
-    """Raises an error for a training that cannot work, without reading any data.
+    """Raises an error for settings that cannot work, without reading any data.
 
     Raises:
       FileNotFoundError: the data set or an earlier run to start from is missing.
@@ -63,7 +63,7 @@ def read_dataset(config: ImitateConfig) -> Dataset:
 
 
 def compute_norm_stats(config: ImitateConfig, dataset: Dataset) -> dict[str, NormStats]:
-    """Returns the statistics of every column, with fixed action bounds if the config has some."""
+    """Returns the statistics of every column, with the config's action bounds if it has some."""
     norm_stats = normalize.compute_norm_stats(dataset)
     if config.action_bounds is not None:
         dim = dataset.columns["action"].shape[1]
@@ -143,8 +143,8 @@ def _read_part(part: str, folder: str) -> Params:
     return checkpoint.restore_params(pathlib.Path(folder) / "checkpoints").get(part, {})
 
 
-def _check_same_sizes(part: str, found: Params, expected: Params, folder: str) -> None:
-    difference = trees.first_difference(found, expected)
+def _check_same_sizes(part: str, saved: Params, expected: Params, folder: str) -> None:
+    difference = trees.first_difference(saved, expected)
     if difference:
         raise ValueError(
             f"the {part} of {folder} does not fit this config: {difference}; use the same options "

@@ -1,4 +1,4 @@
-"""Compares Deep SARSA with tabular SARSA on grids with more and more obstacles.
+"""Compares Deep SARSA with tabular SARSA on grids with increasing numbers of obstacles.
 
     python -m train.tabular
 
@@ -39,7 +39,7 @@ class TabularConfig:
     obstacles: tuple[int, ...] = (1, 2, 3, 4)  # numbers of obstacles, one comparison each
     max_rows: int = 2**21  # maximum rows of the table; with more states several share a row
     step_size: float = 0.3  # learning rate α of the table, in (0, 1]
-    deep: SarsaConfig = SarsaConfig()  # Deep SARSA; environment, steps, γ and ε hold for both
+    deep: SarsaConfig = SarsaConfig()  # Deep SARSA; both use its environment, steps, γ and ε
     overwrite: bool = False  # delete an existing run in run_dir
 
     def __post_init__(self):

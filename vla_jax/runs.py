@@ -35,7 +35,7 @@ class Run(NamedTuple):
     folder: pathlib.Path
     agent: AgentConfig
     norm_stats: dict[str, NormStats]
-    params: Params  # the average of the params (EMA), if the training kept one
+    params: Params  # EMA of the params if the training kept one, else the params
     world: WorldConfig | None  # environment of the demonstrations; None if unknown
     step: int  # updates of the params
 
@@ -103,7 +103,7 @@ def write_run(
     Both hold the statistics, so that either is sufficient.
 
     Args:
-      folder: of the run, from `open_run`.
+      folder: run folder, from `open_run`.
       config: whole config of the script.
       agent: config of the policy and of acting.
       norm_stats: statistics of the training data.

@@ -2,11 +2,11 @@
 
     python -m train.benchmark                                # all cases
     python -m train.benchmark --cases recurrence head        # some of them
-    python -m train.benchmark --cases start checkpoints      # vla_jax alone: start-up, saving
+    python -m train.benchmark --cases start checkpoints      # vla_jax alone: start-up, checkpoints
     python -m train.benchmark --small                        # tiny sizes: seconds, a smoke test
 
-The others are the RNNs of Flax and PyTorch, RoboVLMs' head written in PyTorch, a plain scan, and a
-window that is run again at every step. All of them get the same weights, and their outputs and
+The others are the RNNs of Flax and PyTorch, RoboVLMs' head written in PyTorch, a plain scan, and
+recomputation of the whole window at every step. All have the same weights, and their outputs and
 gradients must agree with those of vla_jax before any is timed. Run nothing else on the machine:
 other programs widen the spread.
 """
@@ -36,7 +36,7 @@ Case = Literal[
     "memory", "start", "checkpoints", "loader",
 ]  # fmt: skip
 CASES: tuple[Case, ...] = get_args(Case)
-WIDTH = 130  # characters per line where the output is not a terminal
+WIDTH = 130  # characters per line if the output is not a terminal
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class BenchmarkConfig:
 
     cases: tuple[Case, ...] = CASES  # cases to measure, in this order
     rounds: int = 15  # timed runs of each implementation
-    small: bool = False  # use tiny sizes: a smoke test, timings mean nothing
-    keep_freed_memory: bool = True  # keep freed memory in the process, as training does
+    small: bool = False  # use tiny sizes: a smoke test without meaningful timings
+    keep_freed_memory: bool = True  # keep freed memory in the process, as in training
     run_dir: str = "runs/benchmark"  # folder of the plot and of benchmark.json
     json: str = ""  # file of the measurements; empty = benchmark.json in run_dir
 
@@ -99,7 +99,7 @@ def benchmark(config: BenchmarkConfig) -> pathlib.Path:
             console.print(_table(case, timed))
             rows += timed
 
-    # The JSON file is written before the plot, which raises where its extra is not installed.
+    # The JSON file is written before the plot, which raises if its extra is not installed.
     file = pathlib.Path(config.json or pathlib.Path(config.run_dir) / "benchmark.json")
     file.parent.mkdir(parents=True, exist_ok=True)
     results = {
@@ -139,36 +139,36 @@ def _console() -> Console:
 
 
 def _introduction(conditions: dict[str, Any]) -> str:
-    on = conditions["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in on["versions"].items())
+    host = conditions["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in host["versions"].items())
     freed = (
         "kept in the process" if conditions["keep_freed_memory"] else "returned by the C library"
     )
     lines = [
-        f"{on['device']}, {on['cores']} cores, load {on['load']}; {versions}",
+        f"{host['device']}, {host['cores']} cores, load {host['load']}; {versions}",
         f"peak (one large float32 product): {conditions['peak_gflops']:.0f} GFLOP/s",
         f"freed memory: {freed}",
         *(f"left out: {reason}" for reason in conditions["left_out"]),
     ]
-    if on["load"] > on["cores"] / 2:
+    if host["load"] > host["cores"] / 2:
         # PyTorch suffers most: its threads spin while they wait for each other.
         lines.append("warning: other programs are running, the timings are not reliable")
     if conditions["small"]:
-        lines.append("tiny sizes: the timings mean nothing")
+        lines.append("tiny sizes: the timings are not meaningful")
     return "\n".join(lines)
 
 
 def _table(case: str, rows: Sequence[Row]) -> Table:
-    shown = Table(title=f"{case}: median (min – max) over rounds")
+    table = Table(title=f"{case}: median (min – max) over rounds")
     for name in ("setting", "implementation"):
-        shown.add_column(name)
+        table.add_column(name)
     for name in ("ms", "time / first", "GFLOP/s", "of peak", "weights read"):
-        shown.add_column(name, justify="right")
+        table.add_column(name, justify="right")
     setting = ""
     for row in rows:
         if row.setting != setting:
-            shown.add_section()
-        shown.add_row(
+            table.add_section()
+        table.add_row(
             "" if row.setting == setting else row.setting,
             row.implementation,
             _spread(row.ms, 1),
@@ -178,21 +178,21 @@ def _table(case: str, rows: Sequence[Row]) -> Table:
             f"{row.weight_bytes / 1e6:.1f} MB",
         )
         setting = row.setting
-    return shown
+    return table
 
 
 def _measurement_table(case: str, measurements: Sequence[Measurement]) -> Table:
-    shown = Table(title=f"{case}: median (min – max) where measured more than once")
+    table = Table(title=f"{case}: median (min – max) where measured more than once")
     for name in ("setting", "quantity", "value", "unit"):
-        shown.add_column(name, justify="right" if name == "value" else "left")
+        table.add_column(name, justify="right" if name == "value" else "left")
     setting = ""
     for each in measurements:
         if each.setting != setting:
-            shown.add_section()
+            table.add_section()
         label = "" if each.setting == setting else each.setting
-        shown.add_row(label, each.quantity, _spread(each.value, 2), each.unit)
+        table.add_row(label, each.quantity, _spread(each.value, 2), each.unit)
         setting = each.setting
-    return shown
+    return table
 
 
 def _spread(spread: Spread, digits: int) -> str:

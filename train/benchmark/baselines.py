@@ -1,6 +1,6 @@
 """Other libraries' implementations: Flax's RNNs, `torch.nn`, RoboVLMs' head written in PyTorch.
 
-All get the weights of vla_jax through `vla_jax.convert`, and their results are converted back.
+All have the weights of vla_jax, converted by `vla_jax.convert`; their results are converted back.
 """
 
 import importlib.util
@@ -20,7 +20,7 @@ from vla_jax.nn.recurrence import RecurrenceConfig
 from vla_jax.policies.decoder_config import DecoderConfig
 from vla_jax.types import Array, Params
 
-FLOAT_BYTES = 4  # of a float32
+FLOAT_BYTES = 4  # bytes of a float32
 
 
 class FlaxCell(NamedTuple):
@@ -40,7 +40,7 @@ FLAX_CELLS = {
 
 
 def torch_is_missing() -> str:
-    """Returns the reason why PyTorch is left out; empty where it takes part."""
+    """Returns the reason why PyTorch is not measured; empty if it is."""
     if importlib.util.find_spec("torch") is None:
         return "PyTorch is not installed: pip install 'vla-jax[torch]'"
     if jax.default_backend() != "cpu":
@@ -67,7 +67,7 @@ def recurrent_bytes(params: Params, num_steps: int, *, hoisted: bool = True) -> 
     """Returns the bytes of weights that the matrix products of a forward pass read.
 
     Args:
-      params: of the recurrence.
+      params: params of the recurrence.
       num_steps: T; the recurrent kernels are read at each step.
       hoisted: True if the input kernels are read once for all steps, False if at each step.
     """
@@ -208,9 +208,9 @@ def torch_stream(
     """Returns an acting step of RoboVLMs' `LSTMDecoder`: the last W frames from a zero state.
 
     Args:
-      config: of the decoder.
-      params: of the decoder.
-      frames: `[num_frames, B, N, D]`, repeated endlessly; the first W fill the window.
+      config: config of the decoder.
+      params: params of the decoder.
+      frames: `[num_frames, B, N, D]`, repeated cyclically; the first W fill the window.
       weight_bytes: see `Implementation`.
     """
     import torch
@@ -239,9 +239,9 @@ def torch_stream(
 def _read_flax(
     config: RecurrenceConfig, results: tuple, *, lacks: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Returns Flax's gradients in our tree.
+    """Returns Flax's results, with gradients in the tree of vla_jax.
 
-    Where two biases of ours are one in Flax, both have the gradient of Flax's.
+    If Flax has one bias instead of our two, both get its gradient.
     """
     outputs, by_stack, by_inputs = results
     _, by_params = convert.from_flax_stack(by_stack)

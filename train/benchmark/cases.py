@@ -1,4 +1,4 @@
-"""Comparisons of `train.benchmark`: cases that several implementations compute, and their sizes."""
+"""Cases of `train.benchmark` that compare implementations, and the sizes of all cases."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,19 +21,19 @@ from vla_jax.training.loss_terms import LossWeights
 
 
 class BenchmarkSizes(NamedTuple):
-    """BenchmarkSizes of all cases; D = H."""
+    """Sizes of all cases; D = H."""
 
-    decoder: DecoderConfig  # setting head; cases recurrence and growth take its recurrence
+    decoder: DecoderConfig  # of case head; cases recurrence and growth use its recurrence
     batch_size: int  # B of cases head and growth
-    sequences: tuple[tuple[int, int], ...]  # (B, T) of setting recurrence
-    windows: tuple[int, ...]  # W of setting streaming
-    num_robots: tuple[int, ...]  # B of setting streaming
-    products: tuple[tuple[int, ...], tuple[int, ...]]  # all H and all B of setting products
-    long_sequences: tuple[tuple[int, int], ...]  # (B, T) of setting memory
-    growth: dict[str, tuple[int, ...]]  # axis -> its sizes; the other axes are as in setting head
-    num_starts: int  # processes of setting start with a cold cache, and as many with a warm one
-    imitation: ImitateConfig  # training of setting loader
-    num_updates: tuple[int, int]  # updates of setting loader, from tokens and from images
+    sequences: tuple[tuple[int, int], ...]  # (B, T) of case recurrence
+    windows: tuple[int, ...]  # W of case streaming
+    num_robots: tuple[int, ...]  # B of case streaming
+    products: tuple[tuple[int, ...], tuple[int, ...]]  # all H and all B of case products
+    long_sequences: tuple[tuple[int, int], ...]  # (B, T) of case memory
+    growth: dict[str, tuple[int, ...]]  # axis -> its sizes; the other axes are as in case head
+    num_starts: int  # processes of case start with a cold cache, and as many with a warm one
+    imitation: ImitateConfig  # training of case loader
+    num_updates: tuple[int, int]  # updates of case loader, from tokens and from images
     peak_size: int  # rows and columns of the product that measures the peak GFLOP/s
 
 
@@ -90,12 +90,12 @@ def recurrences(sizes: BenchmarkSizes) -> Iterator[Comparison]:
         plain = replace(config, implementation="scan")
         for batch_size, num_steps in sizes.sequences:
             drawn = jax_runs.draw_sequence(config, batch_size, num_steps)
-            others = [baselines.linen_recurrence, baselines.nnx_recurrence]
-            others += [] if baselines.torch_is_missing() else [baselines.torch_recurrence]
+            makers = [baselines.linen_recurrence, baselines.nnx_recurrence]
+            makers += [] if baselines.torch_is_missing() else [baselines.torch_recurrence]
             implementations = [
                 jax_runs.run_recurrence("vla_jax", config, *drawn),
                 jax_runs.run_recurrence("vla_jax, plain scan", plain, *drawn),
-                *(make(config, *drawn) for make in others),
+                *(make(config, *drawn) for make in makers),
             ]
             layers = f"{decoder.num_layers} × {cell.upper()} {decoder.hidden_size}"
             setting = f"{layers}, B {batch_size}, T {num_steps}"
@@ -126,7 +126,7 @@ def heads(sizes: BenchmarkSizes) -> Iterator[Comparison]:
 
 
 def streams(sizes: BenchmarkSizes) -> Iterator[Comparison]:
-    """Yields one acting step; its FLOP are those of running the last W frames again."""
+    """Yields one acting step; its FLOP are those of recomputing the window of W frames."""
     for batch_size in sizes.num_robots:
         for window_size in sizes.windows:
             config = replace(sizes.decoder, window_size=window_size)

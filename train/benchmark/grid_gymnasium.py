@@ -11,7 +11,7 @@ _MOVES = {"stay": (0, 0), "up": (-1, 0), "down": (1, 0), "left": (0, -1), "right
 
 
 class GridEnv(gymnasium.Env):
-    """One grid environment; its state is public so that a test can set it."""
+    """Grid environment with public state, so that a test can set it."""
 
     def __init__(self, config: GridConfig):
         self.config = config
@@ -24,7 +24,7 @@ class GridEnv(gymnasium.Env):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Starts an episode."""
+        """Starts an episode; returns the observation and an empty info dict."""
         super().reset(seed=seed, options=options)
         size, draw = self.config.size, self.np_random.integers
         start = int(draw(size**2))
@@ -42,7 +42,7 @@ class GridEnv(gymnasium.Env):
         return self.observe(), {}
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Moves the agent, then the obstacles."""
+        """Moves the agent, then the obstacles; returns Gymnasium's step results."""
         last = self.config.size - 1
         down, right = _MOVES[ACTIONS[action]]
         self.agent = (

@@ -20,13 +20,13 @@ from vla_jax.policies.decoder_config import DecoderConfig
 from vla_jax.training import losses
 from vla_jax.types import Array, Params, Prediction
 
-LEARNING_RATE = 1e-4  # of Adam, in every implementation
+LEARNING_RATE = 1e-4  # of Adam, in all implementations
 
 
 def run_recurrence(
     name: str, config: RecurrenceConfig, params: Params, inputs: Array, cotangent: Array
 ) -> Implementation:
-    """Returns our recurrence, forward and backward."""
+    """Returns the recurrence of vla_jax, forward and backward."""
     both_ways = baselines.both_ways(lambda params, x: recurrence.apply(params, config, x)[1])
     return Implementation(
         name,
@@ -39,10 +39,10 @@ def run_recurrence(
 def run_products(
     name: str, transposed: Callable[[Array], Any], kernel: Array, deltas: Array
 ) -> Implementation:
-    """Returns the products of a backward scan: each δ · kernelᵀ depends on the one before.
+    """Returns the products of a backward scan: each δ · kernelᵀ depends on the previous one.
 
     Args:
-      name: of the implementation.
+      name: name of the implementation.
       transposed: prepares kernelᵀ once before the first step.
       kernel: `[H, G·H]`.
       deltas: δ of every step, `[T, B, G·H]`.
@@ -70,7 +70,7 @@ def run_products(
 def run_head(
     name: str, update: Callable[..., tuple], state: tuple, tokens: Array, action: Array, num_bytes
 ) -> Implementation:
-    """Returns a training step of our decoder; the state is donated, as in training."""
+    """Returns a training step of the decoder of vla_jax; the state is donated, as in training."""
 
     def run() -> tuple:
         nonlocal state
@@ -124,7 +124,7 @@ def run_stream(config: DecoderConfig, params: Params, frames: Array) -> Implemen
 
 
 def run_window_again(config: DecoderConfig, params: Params, frames: Array) -> Implementation:
-    """Returns an acting step that runs the last W of `frames [num_frames, B, N, D]` again."""
+    """Returns an acting step that recomputes the last W of `frames [num_frames, B, N, D]`."""
 
     @partial(jax.jit, donate_argnums=1)
     def step(params: Params, window: Array, frame: Array) -> tuple[jax.Array, Prediction]:
@@ -146,7 +146,7 @@ def run_window_again(config: DecoderConfig, params: Params, frames: Array) -> Im
 def _streamed(
     name: str, step: Callable, state: Any, frames: Array, num_warm_up: int, num_bytes: int
 ) -> Implementation:
-    """Returns one step per run over `frames`, repeated endlessly, after `num_warm_up` of them."""
+    """Returns one step per run over `frames`, repeated cyclically, after `num_warm_up` of them."""
     frame_list, time = list(frames), num_warm_up
     for frame in frame_list[:num_warm_up]:
         state, _ = step(state, frame)

@@ -40,7 +40,7 @@ class Measurement(NamedTuple):
     """One measured quantity."""
 
     case: str
-    setting: str  # its sizes, as text
+    setting: str  # sizes, as text
     quantity: str
     value: Spread
     unit: str
@@ -49,8 +49,8 @@ class Measurement(NamedTuple):
 def memory(sizes: BenchmarkSizes) -> Iterator[Measurement]:
     """Yields temporary memory without rematerialisation, and with chunks of √T steps.
 
-    Measured are the recurrence, forward and backward, and the training step around it. Equal
-    gradients are checked on the recurrence alone: a head's ReLU may amplify a rounding error.
+    Measured are the recurrence, forward and backward, and the whole training step. Gradients are
+    compared for the recurrence alone: a head's ReLU may amplify a rounding error.
 
     Raises:
       ValueError: the gradients differ.
@@ -110,7 +110,7 @@ print(json.dumps([imported - began, time.perf_counter() - imported]))
 
 
 def start(sizes: BenchmarkSizes) -> Iterator[Measurement]:
-    """Yields seconds to the first update of a new process, compile cache empty and filled."""
+    """Yields seconds to the first update of a new process, with empty and filled compile cache."""
     setting = jax_runs.describe_sizes(sizes.decoder, sizes.batch_size)
     cold, warm = [], []
     for _ in range(sizes.num_starts):
@@ -135,13 +135,13 @@ def _start(sizes: BenchmarkSizes, folder: str) -> tuple[float, float]:
         env=os.environ | cache, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
-        raise RuntimeError(f"a new process could not train: {done.stderr.splitlines()[-1:]}")
+        raise RuntimeError(f"the new process failed: {done.stderr.splitlines()[-1:]}")
     imports, update = json.loads(done.stdout)
     return imports, update
 
 
 def checkpoints(sizes: BenchmarkSizes) -> Iterator[Measurement]:
-    """Yields the time that saving params and Adam's moments takes, and its cost to the updates."""
+    """Yields the time to save params and Adam's moments, and the slowdown of the updates."""
     config, batch_size = sizes.decoder, sizes.batch_size
     params, *batch = jax_runs.draw_demonstrations(config, batch_size)
     update, begin = jax_runs.compile_update(config, params, *batch)
@@ -157,24 +157,25 @@ def checkpoints(sizes: BenchmarkSizes) -> Iterator[Measurement]:
     with tempfile.TemporaryDirectory() as folder:
         saving = checkpoint.open_checkpoints(folder, keep=1)
         seconds()
-        alone, blocked, on_disk, meanwhile, lost = [], [], [], [], []
+        alone, blocked, on_disk, during_save, lost = [], [], [], [], []
         for step in range(1, NUM_UPDATES + 1):
             alone += [seconds() for _ in range(NUM_UPDATES)]
             began = time.perf_counter()
             checkpoint.save(saving, step, state, {})
             blocked.append(time.perf_counter() - began)
-            slowed = []
+            slow_seconds = []
             while checkpoint.latest_step(folder) != step:
-                slowed.append(seconds())
+                slow_seconds.append(seconds())
             on_disk.append(time.perf_counter() - began)
-            lost.append(blocked[-1] + sum(slowed) - len(slowed) * float(np.median(alone)))
-            meanwhile += slowed
+            expected = len(slow_seconds) * float(np.median(alone))
+            lost.append(blocked[-1] + sum(slow_seconds) - expected)
+            during_save += slow_seconds
         checkpoint.close(saving)
     setting = f"{jax_runs.describe_sizes(config, batch_size)}, {num_bytes / 1e6:.0f} MB of state"
     yield _measured("checkpoints", setting, "save blocks the loop", blocked, "s")
     yield _measured("checkpoints", setting, "until it is on disk", on_disk, "s")
     yield _measured("checkpoints", setting, "an update alone", alone, "s")
-    yield _measured("checkpoints", setting, "an update meanwhile", meanwhile, "s")
+    yield _measured("checkpoints", setting, "an update during the save", during_save, "s")
     yield _measured("checkpoints", setting, "lost per save", lost, "s")
 
 
@@ -207,9 +208,7 @@ def _loader(
     with _draw_batches(config, demonstrations) as batches:
         batch = next(batches)
         jax.block_until_ready(train(batch))
-        for _ in range(
-            config.loader.prefetch + 1
-        ):  # discard batches prefetched before the clock started
+        for _ in range(config.loader.prefetch + 1):  # batches prefetched before the clock started
             next(batches)
         load_seconds = _seconds(lambda: next(batches), num_updates)
         update_seconds = _seconds(lambda: train(batch), num_updates)

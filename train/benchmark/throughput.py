@@ -1,10 +1,10 @@
-"""Measures steps per second on the grid: parallel environments in JAX against a Gymnasium loop.
+"""Steps per second on the grid: parallel environments in JAX compared with a Gymnasium loop.
 
     python -m train.benchmark.throughput
     python -m train.benchmark.throughput --num-worlds 16384 --rounds 9
 
-Both have the same rules (tested) and call the same network for every action. The loop evaluates it
-in NumPy, which for a single observation is faster than a call of a compiled function.
+Both implement the same environment (tested) and evaluate the same network for every action. The
+loop evaluates it in NumPy, which for a single observation is faster than a compiled function.
 """
 
 import statistics
@@ -29,7 +29,7 @@ _EPSILON = 0.1  # probability of a random action, in both
 
 @dataclass(frozen=True)
 class ThroughputConfig:
-    """A throughput measurement."""
+    """Config of a throughput measurement."""
 
     world: GridConfig = GridConfig()  # grid whose steps are measured
     network: NetworkConfig = NetworkConfig()  # network of the policy; must be feed-forward
@@ -90,7 +90,7 @@ def _make_parallel(config: ThroughputConfig, params: Params) -> Callable[[], flo
 
 
 def _make_loop(config: ThroughputConfig, params: Params) -> Callable[[], float]:
-    """Returns the same function for one environment in Python."""
+    """Returns a function that plays a round in Python and returns its steps per second."""
     from train.benchmark.grid_gymnasium import GridEnv  # needs the extra gym
 
     env, random = GridEnv(config.world), np.random.default_rng(0)

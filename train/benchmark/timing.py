@@ -1,7 +1,7 @@
 """Comparison of several implementations of one computation: checked for agreement, then timed.
 
-Every implementation returns everything that the case asks for, gradients included, and its clock
-stops when the last result is ready, so that none is fast by computing less.
+Every implementation returns all results of the case, gradients included, and is timed until the
+last result is ready, so that none is fast by computing less.
 """
 
 import time
@@ -14,7 +14,7 @@ import numpy as np
 from vla_jax import trees
 
 TOLERANCE = 1e-4  # largest ‖result - expected‖ / ‖expected‖ of each result
-PAUSE = 0.02  # s before each turn: threads of the previous implementation may still be spinning
+PAUSE = 0.02  # s before each run: threads of the previous implementation may still be spinning
 
 
 class Implementation(NamedTuple):
@@ -24,15 +24,15 @@ class Implementation(NamedTuple):
     run: Callable[[], Any]  # runs it once and blocks until all results are ready
     read: Callable[[Any], Any]  # result of `run` -> arrays, in the tree and layout of vla_jax
     weight_bytes: int  # bytes of weights that its matrix products read
-    lacks: tuple[str, ...] = ()  # names of leaves that the first implementation has and it has not
+    lacks: tuple[str, ...] = ()  # leaf names of the first implementation that this one lacks
 
 
 class Comparison(NamedTuple):
     """Implementations of one case at one setting; the first is the reference of the ratios."""
 
-    case: str  # what is measured, one table each
-    setting: str  # its sizes, as text
-    flop: float  # floating-point operations of its matrix products
+    case: str  # name of the case, one table each
+    setting: str  # sizes, as text
+    flop: float  # floating-point operations of the matrix products
     implementations: Sequence[Implementation]
 
 
@@ -51,9 +51,11 @@ class Row(NamedTuple):
     setting: str
     implementation: str
     ms: Spread
-    ratio: Spread  # its time / time of the first implementation in the same round
+    ratio: Spread  # time / time of the first implementation in the same round
     gflops: float  # GFLOP/s at the median time
-    fraction_of_peak: float  # of the GFLOP/s of one large product, measured in the same run
+    fraction_of_peak: (
+        float  # relative to the GFLOP/s of one large product, measured in the same run
+    )
     weight_bytes: int
 
 
@@ -80,16 +82,16 @@ def check(comparison: Comparison) -> None:
             raise ValueError(
                 f"{other.name} must agree with {reference.name} to {TOLERANCE:g} in "
                 f"{comparison.case}, {comparison.setting}, got other results for "
-                f"{', '.join(sorted(differing))}; mend it before comparing its speed."
+                f"{', '.join(sorted(differing))}; correct it before comparing its speed."
             )
 
 
 def measure(comparison: Comparison, rounds: int, peak_gflops: float) -> list[Row]:
-    """Times the implementations in turns, A B A B.
+    """Times the implementations in alternation, A B A B.
 
     Args:
-      comparison: its implementations are known to agree.
-      rounds: turns of each implementation; each turn runs it twice and times the second run.
+      comparison: checked by `check`.
+      rounds: rounds per implementation; each runs it twice and times the second run.
       peak_gflops: GFLOP/s of one large product.
     """
     implementations = comparison.implementations
@@ -136,7 +138,7 @@ def _leaves(results: Any) -> dict[str, np.ndarray]:
 
 
 def _agree(result: np.ndarray, expected: np.ndarray) -> bool:
-    """Returns whether shapes are equal, all values finite, and the relative error is small."""
+    """Returns True if shapes are equal, all values finite, and the relative error is small."""
     if result.shape != expected.shape:
         return False
     error, size = np.linalg.norm(result - expected), np.linalg.norm(expected)

@@ -34,7 +34,7 @@ class FramesOnDemand:
 
         Args:
           segments: video segment of every episode.
-          cache: of decoded images; may be shared by several cameras.
+          cache: cache of decoded images; may be shared by several cameras.
           image_size: (h, w) in pixels to resize to; None keeps the size of the first video.
 
         Raises:
@@ -123,17 +123,17 @@ class FramesOnDemand:
         times, starts = self._videos.index(path)
         bounds = np.append(starts, len(times))
         frame_bytes = int(np.prod(self._size)) * 3
-        wanted = []
+        piece_frames = []
         for piece in run:
             first, stop = bounds[piece : piece + 2]
             fits_cache = (stop - first) * frame_bytes <= self._cache.capacity
             inside = frames[(frames >= first) & (frames < stop)]
-            wanted.append(np.arange(first, stop) if fits_cache else inside)
-        numbers = np.concatenate(wanted)
+            piece_frames.append(np.arange(first, stop) if fits_cache else inside)
+        numbers = np.concatenate(piece_frames)
         decoded = self._videos.decode(path, numbers, self._size)
         needed = (frames >= bounds[run[0]]) & (frames < bounds[run[-1] + 1])
         images[places[needed]] = decoded[np.searchsorted(numbers, frames[needed])]
-        parts = np.split(decoded, np.cumsum([len(part) for part in wanted])[:-1])
+        parts = np.split(decoded, np.cumsum([len(part) for part in piece_frames])[:-1])
         for piece, part in zip(run, parts, strict=True):
             if len(part) == bounds[piece + 1] - bounds[piece]:
                 self._cache.put((path, self._size, piece), part.copy())

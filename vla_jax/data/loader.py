@@ -69,7 +69,7 @@ class Loader:
         return {"num_batches": self._num_batches, "pipeline": dict(self._pipeline)}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues exactly where `get_state` was called, in this or another process.
+        """Continues exactly from the position of `get_state`, in this or another process.
 
         Args:
           state: from `get_state` of a loader with the same pipeline. Threads, workers and

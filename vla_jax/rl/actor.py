@@ -33,7 +33,7 @@ class Actor(NamedTuple):
     reset: Array  # [B] bool, True where `observation` is the first of an episode
     ended: Array  # [B] bool, True where `observation` is the last of an episode
     return_: Array  # [B] float32, sum of rewards of the current episode
-    carry: Any  # of the policy's network, [B, ...]
+    carry: Any  # carry of the policy's network, [B, ...]
 
 
 class Rollout(NamedTuple):
@@ -48,7 +48,7 @@ class Rollout(NamedTuple):
     mask: Array  # [B, T] bool, False where the step only reset the environment
     success: Array  # [B, T] bool, the task was completed
     return_: Array  # [B, T] float32, sum of rewards of the episode up to this step
-    carry: Any  # of the policy's network before the first step, [B, ...]
+    carry: Any  # carry of the policy's network before the first step, [B, ...]
 
 
 def start(env: DiscreteEnv, num_envs: int, carry: Any, *, key: Key) -> Actor:
@@ -57,7 +57,7 @@ def start(env: DiscreteEnv, num_envs: int, carry: Any, *, key: Key) -> Actor:
     Args:
       env: the environment.
       num_envs: B.
-      carry: of the policy's network before the first step, `[B, ...]`.
+      carry: carry of the policy's network before the first step, `[B, ...]`.
       key: consumed.
     """
     env_state, observation = jax.vmap(env.reset)(jax.random.split(key, num_envs))
@@ -68,9 +68,9 @@ def first_actor(env_state: Any, observation: Array, carry: Any) -> Actor:
     """Returns the actor whose environments have just been reset.
 
     Args:
-      env_state: of the environments, `[B, ...]`, or `{}`.
+      env_state: state of the environments, `[B, ...]`, or `{}`.
       observation: first observations `[B, ...]`.
-      carry: of the policy's network before the first step, `[B, ...]`.
+      carry: carry of the policy's network before the first step, `[B, ...]`.
     """
     num_envs = len(observation)
     false = jnp.zeros(num_envs, bool)
@@ -121,7 +121,7 @@ def advance(env: DiscreteEnv, actor: Actor, action: Array, *, key: Key) -> tuple
 
     Args:
       env: as passed to `start`.
-      actor: before the step, with the policy's carry after its observation.
+      actor: actor before the step, with the policy's carry after its observation.
       action: `[B]` int32; ignored where an episode has ended.
       key: consumed, for resets.
     """
@@ -137,10 +137,10 @@ def record(
     """Returns the actor after a step of the environments, and that step, `[B, ...]`.
 
     Args:
-      actor: before the step, with the policy's carry after its observation.
+      actor: actor before the step, with the policy's carry after its observation.
       action: `[B]` int32.
-      env_state: after the step, or after the reset where an episode had ended.
-      transition: of the step, `[B, ...]`; where an episode had ended, its observation is the
+      env_state: state after the step, or after the reset where an episode had ended.
+      transition: result of the step, `[B, ...]`; where an episode had ended, its observation is the
         first of the new episode, and its other fields are ignored.
     """
     mask = ~actor.ended
@@ -199,7 +199,7 @@ def play(env: DiscreteEnv, policy: Policy, num_episodes: int, carry: Any, *, key
       env: the environment.
       policy: chooses the actions.
       num_episodes: B.
-      carry: of the policy's network before the first step, `[B, ...]`.
+      carry: carry of the policy's network before the first step, `[B, ...]`.
       key: consumed; determines the episodes.
 
     Returns:

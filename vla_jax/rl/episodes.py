@@ -68,9 +68,9 @@ def play(
     """Plays the first `num_steps` steps of one episode in each environment, with noise.
 
     Args:
-      config: of the agent; must pass `check_memory`.
-      norm_stats: of the agent.
-      params: of the agent's policy.
+      config: config of the agent; must pass `check_memory`.
+      norm_stats: statistics of the agent.
+      params: params of the agent's policy.
       env: the environment.
       instructions: token ids `[number of instructions, S]` of `env.instructions`.
       noise: scale of the exploration noise.
@@ -115,8 +115,8 @@ def mean_actions(
     """Returns the noise-free actions at every step of episodes, differentiable by the params.
 
     Args:
-      config: of the agent; must pass `check_memory`.
-      params: of the agent's policy.
+      config: config of the agent; must pass `check_memory`.
+      params: params of the agent's policy.
       observation: `[B, T, ...]`, whole episodes from their first step on.
 
     Returns:

@@ -40,7 +40,7 @@ def open_envs(
     """Returns environments that are closed together with the stack.
 
     Args:
-      config: of the environment.
+      config: config of the environment.
       num_envs: B.
       stack: closes the environments.
     """
@@ -56,7 +56,7 @@ def start(group: GymnasiumEnvs, carry: Any, *, key: Key) -> Actor:
 
     Args:
       group: the environments.
-      carry: of the policy's network before the first step, `[B, ...]`.
+      carry: carry of the policy's network before the first step, `[B, ...]`.
       key: consumed; determines these episodes and all later ones.
     """
     words = np.asarray(jax.random.key_data(key)).tolist()
@@ -90,7 +90,7 @@ def play(group: GymnasiumEnvs, act: Act, carry: Any, *, key: Key) -> dict[str, n
     Args:
       group: environments that no other actor uses.
       act: chooses the actions.
-      carry: of the policy's network before the first step, `[B, ...]`.
+      carry: carry of the policy's network before the first step, `[B, ...]`.
       key: consumed; determines the episodes.
     """
     start_key, key = jax.random.split(key)

@@ -78,9 +78,9 @@ def learn(
       config: number of environments, and the criterion for stopping early; `num_seeds` is 1.
       loop: number of updates, intervals of logs and checkpoints.
       run_dir: folder of the run.
-      env_config: of the environment.
+      env_config: config of the environment.
       algorithm: policies and loss.
-      optim_config: of the optimiser.
+      optim_config: config of the optimiser.
       seed: random seed of the whole training.
       name: label of the progress bar.
 

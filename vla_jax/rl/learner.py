@@ -1,4 +1,4 @@
-"""A learner from reward, for one seed: rollout, update, evaluation.
+"""Reinforcement learner for one seed: rollout, update, evaluation.
 
 `make_learner` is the part that Deep SARSA and REINFORCE share. The algorithm-specific part is an
 `Algorithm`: the policies that it acts with, and its loss.
@@ -83,7 +83,7 @@ def make_learner(
       env: the environment.
       algorithm: policies and loss.
       seeds: number of environments, steps and evaluation episodes.
-      optim_config: of the optimiser; with `ema_decay` the average of the params is evaluated.
+      optim_config: config of the optimiser; with `ema_decay` the EMA of the params is evaluated.
       num_updates: length of the training.
 
     Raises:
@@ -139,9 +139,9 @@ def make_training(
 
     Args:
       algorithm: network and loss.
-      observation_shape: of one observation.
+      observation_shape: shape of one observation.
       num_actions: number of discrete actions.
-      optim_config: of the optimiser.
+      optim_config: config of the optimiser.
       num_updates: length of the training.
     """
     heads, ema_decay = algorithm.heads(num_actions), optim_config.ema_decay
@@ -169,6 +169,6 @@ def zero_carry(algorithm: Algorithm, batch_size: int) -> Any:
 
 
 def acting_params(state: LearnState) -> Params:
-    """Returns the average of the params if one is kept (it is steadier), else the params."""
-    averaged = state.train_state.ema_params
-    return state.train_state.params if averaged is None else averaged
+    """Returns the EMA of the params if there is one, which is more stable, else the params."""
+    ema_params = state.train_state.ema_params
+    return state.train_state.params if ema_params is None else ema_params

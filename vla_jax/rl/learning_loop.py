@@ -1,4 +1,4 @@
-"""Training loop of learners from reward: parallel seeds, sharded environments, early stopping.
+"""Training loop of reinforcement learners: parallel seeds, sharded environments, early stopping.
 
 A learner is written for one seed. All seeds run in one program (`vmap`), which is compiled once
 and does `log_every` updates per call, rollouts included; the environments of every seed are
@@ -66,7 +66,7 @@ def learn(
 ) -> LearningResult:
     """Trains all seeds, from the latest checkpoint in `run_dir` if there is one.
 
-    A resumed training gives the same result, to the bit, as an uninterrupted one.
+    A resumed training gives bitwise the same result as an uninterrupted one.
 
     Args:
       config: seeds, environments, and the criterion for stopping early.
@@ -107,7 +107,7 @@ def first_state(run_dir: pathlib.Path, state: LearnState) -> tuple[LearnState, i
 
     Args:
       run_dir: folder of the run.
-      state: before the first update.
+      state: state before the first update.
     """
     directory = run_dir / "checkpoints"
     if (latest := checkpoint.latest_step(directory)) is None:
@@ -133,7 +133,7 @@ def keep_learning(
       run_dir: folder of the run.
       run: `run(state, start, stop)` does the updates from `start` to `stop` and evaluates; its
         metrics are `[num_seeds]`.
-      state: after `step` updates.
+      state: state after `step` updates.
       step: updates done so far.
       name: label of the progress bar.
 
@@ -263,7 +263,7 @@ def make_result(config: SeedsConfig, state: LearnState, report: Metrics) -> Lear
 
     Args:
       config: number of environments and steps of an update.
-      state: of all seeds, at the end.
+      state: final state of all seeds.
       report: metrics of the final episodes, `[num_seeds]`.
     """
     num_updates = np.asarray(state.train_state.num_updates)
@@ -281,7 +281,7 @@ def read_curve(run_dir: pathlib.Path, name: str) -> plots.Curve:
 
     Args:
       run_dir: folder of the run.
-      name: of the metric, "return" or "success".
+      name: metric, "return" or "success".
     """
     lines = read_metrics(run_dir / "metrics.jsonl")
     columns = sorted(key for key in lines[0] if key.startswith(f"{name}/"))

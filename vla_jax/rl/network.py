@@ -76,14 +76,14 @@ def init(
 ) -> Params:
     """Returns `{"object": ..., "mlp": ..., "recurrence": ..., "heads": {name: one linear layer}}`.
 
-    "object" and "recurrence" are absent where the config has none. The initial weights of the
+    "object" and "recurrence" are absent if the config has none. The initial weights of the
     heads are a hundred times smaller than those of the other layers, so that no action is
     preferred before the first update.
 
     Args:
       key: consumed.
       config: sizes.
-      observation_shape: of one observation, `[D]` or `[h, w, c]`.
+      observation_shape: shape of one observation, `[D]` or `[h, w, c]`.
       heads: name to output size.
 
     Raises:

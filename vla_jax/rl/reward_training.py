@@ -38,7 +38,7 @@ class RewardTraining:
     gamma: float = 0.99  # discount factor per environment step, in [0, 1]
     trace_decay: float = 0.95  # λ of the λ-returns, in [0, 1]; 0 = one step, 1 = whole rollout
     seeds: SeedsConfig = SeedsConfig()  # parallel seeds, rollout size, early stopping
-    optim: OptimConfig = OptimConfig()  # learning rate, weight decay and averaging
+    optim: OptimConfig = OptimConfig()  # learning rate, weight decay and EMA
     loop: LoopConfig = LoopConfig()  # number of updates, logs, checkpoints
     seed: int = 0  # random seed of the whole training
     overwrite: bool = False  # delete an existing run in run_dir
@@ -64,7 +64,7 @@ def train_from_reward(config: RewardTraining, algorithm: Algorithm) -> pathlib.P
     """Trains all seeds; returns the folder of the run.
 
     Args:
-      config: of the training.
+      config: config of the training.
       algorithm: policies and loss.
 
     Raises:
@@ -105,7 +105,7 @@ def record_video(
       path: MP4 to write.
       env: the environment.
       policy: chooses the actions.
-      carry: of the policy's network before the first step, `[1, ...]`.
+      carry: carry of the policy's network before the first step, `[1, ...]`.
       key: consumed; determines the episodes.
       num_steps: environment steps to record, one frame each.
 

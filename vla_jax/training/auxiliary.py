@@ -60,7 +60,7 @@ class AuxiliaryConfig:
 
 
 class AuxiliaryPrediction(NamedTuple):
-    """Predictions of the auxiliary heads at every step, float32; None where a head is off."""
+    """Predictions of the auxiliary heads at every step, float32; None for a disabled head."""
 
     tokens: Array | None = None  # [B, W, F, N·D], at step t those of t + 1 … t + F
     image_primary: Array | None = None  # [B, W, F, patches, 3·p²], pixels about in [0, 1]

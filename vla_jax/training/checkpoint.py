@@ -310,7 +310,7 @@ def _readable(path: pathlib.Path) -> Iterator[None]:
     with _quiet_orbax(), _quiet_pending_reads():
         try:
             yield
-        except Exception as error:  # of many types
+        except Exception as error:  # many types
             time.sleep(_PENDING_READS)
             traceback.clear_frames(error.__traceback__)  # they refer to the other failed reads,
             gc.collect()  # which Python reports when it collects them

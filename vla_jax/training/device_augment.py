@@ -42,7 +42,7 @@ def change(images: Array, by: Change) -> jax.Array:
     """Returns images `[W, h, w, 3]` uint8, shifted and relit as by `data.image_augment.change`.
 
     Args:
-      images: of one window and camera.
+      images: images of one window and camera.
       by: change of scalars `[]`.
     """
     h, w = images.shape[1:3]

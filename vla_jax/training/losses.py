@@ -59,7 +59,7 @@ def action_loss(
     Args:
       prediction: arm `[..., K, A-1]`, gripper logit `[..., K]`; or logits `[..., K, A, V]`.
       action: targets `[..., K, A]`, arm in [-1, 1], gripper +1 open / -1 closed.
-      action_mask: `[..., K]`, True where the target exists; the others may hold anything.
+      action_mask: `[..., K]`, True where the target exists; other targets are arbitrary.
       gripper_weight: weight of the gripper's term; bins have no such term.
       axis_name: mapped axis to sum over; None means that the batch is whole.
 
@@ -157,7 +157,7 @@ def action_token_loss(
       ids: targets `[..., S]`, as for `token_loss`; `action_tokens.to_token_ids` encodes
         actions.
       mask: `[..., S]`, True where the target is real (RoboVLMs: where it is not -100).
-      vocab_size: of the tokenizer, as for `to_token_ids`; V may be larger.
+      vocab_size: size of the tokenizer, as for `to_token_ids`; V may be larger.
       action_dim: A, tokens per action.
       num_bins: bins per action dimension.
       num_special: as for `to_token_ids`.
@@ -200,8 +200,8 @@ def categorical_kl(
     The reference gets no gradient.
 
     Args:
-      logits: of the policy π, `[..., V]`.
-      reference_logits: of the reference ρ, `[..., V]`.
+      logits: logits of the policy π, `[..., V]`.
+      reference_logits: logits of the reference ρ, `[..., V]`.
       mask: leading axes of `[...]`, True where the policies are compared; the logits elsewhere
         are arbitrary.
       axis_name: mapped axis to sum over; None means that the batch is whole.

@@ -7,7 +7,7 @@ import sys
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 _SETTINGS = (
     (_MMAP_THRESHOLD, 1 << 25),  # bytes; 32 MB is the largest value that glibc accepts
-    (_MMAP_MAX, 0),  # no block is mapped by itself, so those above 32 MB are kept too
+    (_MMAP_MAX, 0),  # no separate mappings, so that blocks above 32 MB are kept too
     (_TRIM_THRESHOLD, 1 << 30),  # bytes of free memory at the heap's end before it shrinks
 )
 
@@ -18,7 +18,7 @@ def keep_freed_memory() -> None:
     On a CPU, XLA frees its temporary buffers after every call. By default glibc returns large
     blocks to the kernel, and the next call causes a page fault for each of their pages: up to a
     third of the time of a small training. Memory use stays at its peak, and the settings cannot be
-    undone. Does nothing where the C library is not glibc.
+    undone. Does nothing if the C library is not glibc.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not every libc has it

@@ -145,7 +145,7 @@ def update_ema(
     The smaller d of the first updates removes the random initial params quickly.
 
     Args:
-      ema_params: average so far, shaped like `params`.
+      ema_params: EMA so far, shaped like `params`.
       params: params after the update.
       num_updates: n `[]`, updates done before this one.
       decay: d in the long run.

@@ -116,7 +116,7 @@ def jit_update(update: Update, mesh: Mesh, shardings: Any = None) -> Update:
     Args:
       update: from `update.make_update`, without `axis_name`.
       mesh: from `make_mesh`; the update's batch must be from `shard_batch`.
-      shardings: of the train state, from `make_shardings`; None means replicated.
+      shardings: shardings of the train state, from `make_shardings`; None means replicated.
     """
     replicated = NamedSharding(mesh, PartitionSpec())
     shardings = replicated if shardings is None else shardings

@@ -45,7 +45,7 @@ def progress_bar(
     """Yields a function `show(completed, text)`.
 
     Args:
-      name: of the job.
+      name: name of the job.
       total: units of the whole job.
       unit: plural noun.
       start: units already done.

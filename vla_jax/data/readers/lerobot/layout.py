@@ -99,8 +99,8 @@ def feature_keys(
     features = info["features"]
     chosen = chosen or {}
     known = {**FEATURE_KEYS, **chosen}
-    wanted = [*(cameras if cameras is not None else CAMERAS), "action"]
-    wanted += columns if columns is not None else COLUMNS
+    requested = [*(cameras if cameras is not None else CAMERAS), "action"]
+    requested += columns if columns is not None else COLUMNS
     for name in (*chosen, *(cameras or ()), *(columns or ()), "action"):
         if name not in FEATURE_KEYS:
             raise ValueError(f"{_unknown('field', name, FEATURE_KEYS)}.")
@@ -109,7 +109,7 @@ def feature_keys(
                 f"{_unknown('feature', known[name], features)} in {root}; name the key of "
                 f"{name} in feature_keys."
             )
-    keys = {name: key for name, key in known.items() if name in wanted and key in features}
+    keys = {name: key for name, key in known.items() if name in requested and key in features}
     for name, key in keys.items():
         expected = "video" if name in CAMERAS else "float32"
         stored = features[key]["dtype"]

@@ -47,7 +47,7 @@ def write(
     Raises:
       FileExistsError: `root` exists.
       ValueError: no episodes; an episode with different fields or sizes, NaN or infinity.
-      OSError: the disk is full; an existing data set is kept.
+      OSError: the disk is full; an existing data set is unchanged.
       ImportError: pyarrow or PyAV is missing.
     """
     root = pathlib.Path(root)
