@@ -117,7 +117,7 @@ def test_a_command_counts_if_every_action_and_the_end_are_right(monkeypatch):
     assert result["exact_match"] == pytest.approx(1 / 3)
     assert result["by_actions"] == {1: 0.5, 2: 0.0}
     assert [wrong["command"] for wrong in result["wrong"]] == ["walk twice", "look"]
-    assert result["wrong"][0]["written"] == "I_WALK"
+    assert result["wrong"][0]["decoded"] == "I_WALK"
 
 
 def test_options_are_named_after_their_fields():

@@ -55,8 +55,8 @@ class DemoConfig:
     num_demonstrations: int = 3500  # episodes to record
     num_trainings: int = 1  # trainings of each policy; seeds 0, 1, … on the same demonstrations
     num_episodes: int = 120  # unseen episodes per evaluation
-    # Choose settings on other seeds, such as those of `evaluate`, which start at 1,000,000:
-    # results on the seeds that a setting was chosen on are too good.
+    # Tune settings on other seeds, such as those of `evaluate`, which start at 1,000,000:
+    # results on the seeds used for tuning are biased upwards.
     first_seed: int = 2_000_000  # seed of the first of these episodes
     num_videos: int = 3  # episodes to record as video in each evaluation of a policy on images
     decoders: tuple[Decoder, ...] = ("lstm", "gru", "rnn", "fc")  # decoders to compare on the state
@@ -150,18 +150,18 @@ def _on_images(
         )
         for name, preset in (("lstm", configs.table_lstm), ("memoryless", configs.table_fc))
     )
-    filmed = _evaluation(config, num_videos=config.num_videos)
+    with_videos = _evaluation(config, num_videos=config.num_videos)
     policies = [
         Policy(
             lstm,
             {
-                "LSTM": replace(filmed, name="lstm", mode="persistent"),
+                "LSTM": replace(with_videos, name="lstm", mode="persistent"),
                 "LSTM, last 4 steps only": replace(
-                    filmed, name="lstm-last-4", mode="refresh", window_size=4
+                    with_videos, name="lstm-last-4", mode="refresh", window_size=4
                 ),
             },
         ),
-        Policy(fc, {"memoryless (FC)": replace(filmed, name="memoryless")}),
+        Policy(fc, {"memoryless (FC)": replace(with_videos, name="memoryless")}),
     ]
     policies[1].evaluations[EXPERT] = _expert(config)
     return [pretraining(pretrain, lstm, after=["record"])], policies

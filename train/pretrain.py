@@ -192,22 +192,22 @@ def targets(
     """
     names = dataset.names.get(config.target, ()) if config.reach else ()
     axes = {axis: index for index, axis in enumerate(dataset.names.get("proprio", ()))}
-    places = [(index, axes[name.partition(".")[2]]) for index, name in enumerate(names)
-              if name.partition(".")[2] in axes]  # fmt: skip
+    dim_pairs = [(index, axes[name.partition(".")[2]]) for index, name in enumerate(names)
+                 if name.partition(".")[2] in axes]  # fmt: skip
 
     def make_targets(batch: Batch) -> jax.Array:
         column = target(batch, config.target)
-        if not places:
+        if not dim_pairs:
             return jnp.asarray(column)
         objects, tool = (
             normalize.denormalize(part, norm_stats[name], getattr(config.normalize, name))
             for part, name in ((column, config.target), (target(batch, "proprio"), "proprio"))
         )
-        object_dims, tool_dims = np.array(places).T
+        object_dims, tool_dims = np.array(dim_pairs).T
         relative = jnp.tanh((objects[..., object_dims] - tool[..., tool_dims]) / config.reach)
         return jnp.concatenate([column, relative], axis=-1)
 
-    return make_targets, len(norm_stats[config.target].mean) + len(places)
+    return make_targets, len(norm_stats[config.target].mean) + len(dim_pairs)
 
 
 def target(batch: Batch, name: str) -> Array:

@@ -193,7 +193,7 @@ def test(params: Params, model: Seq2SeqConfig, pairs: Sequence[Pair]) -> dict[st
         "wrong": [
             {
                 **pairs[i]._asdict(),
-                "written": scan_commands.to_text(decoded[i], scan_commands.ACTIONS),
+                "decoded": scan_commands.to_text(decoded[i], scan_commands.ACTIONS),
             }
             for i in np.flatnonzero(~is_correct)[:20]
         ],

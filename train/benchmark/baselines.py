@@ -24,12 +24,12 @@ FLOAT_BYTES = 4  # bytes of a float32
 
 
 class FlaxCell(NamedTuple):
-    """Flax's two classes of one cell, and their differences from ours."""
+    """Flax's two classes of one cell, and their differences from the cell of vla_jax."""
 
     linen: Any  # class of flax.linen
     nnx: Any  # class of flax.nnx
     nnx_style: Style
-    nnx_lacks: tuple[str, ...]  # our params that the NNX class does not have
+    nnx_lacks: tuple[str, ...]  # params of vla_jax that the NNX class lacks
     num_summed: int  # leading gates whose two biases are one in Flax
 
 
@@ -241,7 +241,7 @@ def _read_flax(
 ) -> dict[str, Any]:
     """Returns Flax's results, with gradients in the tree of vla_jax.
 
-    If Flax has one bias instead of our two, both get its gradient.
+    If Flax has one bias instead of two, both get its gradient.
     """
     outputs, by_stack, by_inputs = results
     _, by_params = convert.from_flax_stack(by_stack)
@@ -255,7 +255,7 @@ def _read_flax(
 
 
 def _robovlms_head(config: DecoderConfig, params: Params) -> Any:
-    """Returns the modules of `LSTMDecoder`, under its names and with our weights."""
+    """Returns the modules of `LSTMDecoder`, with its names and the weights of vla_jax."""
     from torch import nn
 
     def mlp(num_outputs: int) -> nn.ModuleDict:

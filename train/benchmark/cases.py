@@ -153,7 +153,7 @@ def streams(sizes: BenchmarkSizes) -> Iterator[Comparison]:
 
 
 def growth(sizes: BenchmarkSizes) -> Iterator[Comparison]:
-    """Yields our LSTM, forward and backward, at several sizes of one axis at a time."""
+    """Yields the LSTM of vla_jax, forward and backward, at several sizes of one axis at a time."""
     decoder = sizes.decoder
     for axis, values in sizes.growth.items():
         for value in values:

@@ -72,8 +72,8 @@ def from_episodes(
       episodes: records with the same fields, each with at least one step.
       fps: steps per second, Hz.
       names: column -> name of each dimension.
-      on_bad: treatment of episodes with NaN or infinity: "error" refuses the data set, "skip"
-        leaves them out.
+      on_bad: treatment of episodes with NaN or infinity: "error" raises, "skip" leaves them
+        out.
 
     Returns:
       The data set; its arrays are copies.
@@ -162,7 +162,7 @@ def finite_episodes(
     Args:
       columns: name -> `[F, D]`.
       episode_ends: `[E]`, exclusive.
-      on_bad: "error" refuses a data set with NaN or infinity, "skip" leaves those episodes out
+      on_bad: "error" raises if there is NaN or infinity, "skip" leaves those episodes out
         and issues one warning with their number.
 
     Returns:

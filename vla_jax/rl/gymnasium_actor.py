@@ -1,4 +1,4 @@
-"""The counterpart of `rl.actor` for Gymnasium environments, which Python steps.
+"""The counterpart of `rl.actor` for Gymnasium environments, stepped by Python.
 
 `unroll` returns the same records as `actor.unroll`. The environments themselves hold their state
 and the random state of their next episodes.

@@ -1,4 +1,4 @@
-"""Training loop of one seed in Gymnasium environments, which Python steps.
+"""Training loop of one seed in Gymnasium environments, stepped by Python.
 
 Algorithms, networks and episode records are those of the JAX environments (`learning_loop`); the
 rollout is a Python loop instead of one compiled program, and slower. Checkpoints hold the params

@@ -29,7 +29,7 @@ _LONG_EPISODE = 100  # environment steps; longer episodes are played faster
 
 @dataclass(frozen=True)
 class RewardTraining:
-    """The fields that the configs of all algorithms share."""
+    """Config fields shared by all algorithms."""
 
     run_dir: str = "runs/reward"  # output folder of the run
     world: WorldConfig = GridConfig()  # environment to learn in
@@ -52,7 +52,7 @@ class RewardTraining:
 
 
 class Backend(NamedTuple):
-    """Training in JAX environments, or in environments that Python steps."""
+    """Training functions for JAX environments, or for Gymnasium environments."""
 
     check: Callable[[RewardTraining, Algorithm], Any]  # raises before anything is written
     learn: Callable[[RewardTraining, Algorithm, pathlib.Path], LearningResult]

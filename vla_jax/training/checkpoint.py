@@ -42,7 +42,7 @@ class Checkpoints(NamedTuple):
     """An open handle for saving, from `open_checkpoints`; `close` frees it."""
 
     orbax: ocp.training.Checkpointer
-    opened: contextlib.ExitStack  # what `close` undoes
+    opened: contextlib.ExitStack  # cleanup that `close` runs
 
 
 def open_checkpoints(directory: Path, *, keep: int = 2) -> Checkpoints:

@@ -69,7 +69,8 @@ def action_loss(
       `loss_arm`, `loss_gripper` (unweighted). Bins: `loss_bins`, `acc_arm` in [0, 1]
       (the argmax bin is correct).
 
-    Source: Li et al. 2024, RoboVLMs (arXiv:2412.14058), with its weight 0.01; the bins are ours.
+    Source: Li et al. 2024, RoboVLMs (arXiv:2412.14058), for the continuous loss and its
+    weight 0.01.
     """
     terms, metrics = action_terms(prediction, action, action_mask, axis_name=axis_name)
     loss, metrics_by_term = total(terms, LossWeights(gripper=gripper_weight))

@@ -34,7 +34,7 @@ def upgrade_config(data: Any) -> Any:
     """Converts a saved training config whose `dataset` is still a path to the present fields.
 
     Such configs were written before `DatasetConfig` existed. They held `gripper` and
-    `feature_keys` beside the path; videos were always decoded as a whole.
+    `feature_keys` as separate fields; videos were always decoded as a whole.
 
     Args:
       data: a training config as JSON; returned unchanged if its `dataset` is not a string.

@@ -1,4 +1,4 @@
-"""Images of data sets that store them as videos, for every reader of such a format."""
+"""Images of data sets that store them as videos, shared by the readers."""
 
 import pathlib
 from collections.abc import Mapping, Sequence

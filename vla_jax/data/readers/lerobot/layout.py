@@ -22,7 +22,7 @@ TASKS_PATH = "meta/tasks.parquet"
 EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
-FEATURE_KEYS = {  # our field -> the feature's key on disk
+FEATURE_KEYS = {  # field -> the feature's key on disk
     "image_primary": "observation.images.primary",
     "image_wrist": "observation.images.wrist",
     "proprio": "observation.state",
@@ -80,12 +80,12 @@ def feature_keys(
     cameras: Sequence[str] | None,
     columns: Sequence[str] | None,
 ) -> dict[str, str]:
-    """Returns our field -> key on disk for the fields to read; every key exists.
+    """Returns field -> key on disk for the fields to read; every key exists.
 
     Args:
       root: folder, for messages.
       info: from `read_info`.
-      chosen: our field -> key on disk, where it differs from `FEATURE_KEYS`.
+      chosen: field -> key on disk, where it differs from `FEATURE_KEYS`.
       cameras: image fields to read; None means all that have a key.
       columns: numeric fields to read besides "action"; None means all that have a key.
 

@@ -45,8 +45,8 @@ def read(
 
     Args:
       config: `path` is the folder that holds `meta/`, `data/` and `videos/`. `feature_keys` maps
-        our fields to keys on disk where they differ from `layout.FEATURE_KEYS`; these keys must
-        exist, other keys are read if they exist.
+        fields to keys on disk that differ from `layout.FEATURE_KEYS`; these keys must exist,
+        other keys are read if they exist.
       cameras: image fields to read; None means all that have a key, () means none.
       image_size: (h, w) in pixels to resize to; None keeps the size on disk.
 
