@@ -10,17 +10,17 @@ from importlib.metadata import version
 
 os.environ.setdefault("MUJOCO_GL", "egl")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Environment variables reach the processes that tests start. Another cache folder, by
-# JAX_COMPILATION_CACHE_DIR, measures the tests with a cold cache.
+# Environment variables reach the processes that tests start. Set JAX_COMPILATION_CACHE_DIR to
+# another folder to measure the tests with a cold cache.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".jax_cache")
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
-# Compilation takes most of the time, and the laws hold in unoptimised programs too;
-# `make test-optimised` sets it to 0.
+# Compilation takes most of the time, and the laws hold in unoptimised programs too; `make test-
+# optimised` sets it to 0.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# XLA's older code generators compile these programs in half the time. A jaxlib that does not know
-# a flag ends the process, so it is set for the versions that are known to have it.
+# XLA's older code generators compile these programs in half the time. A jaxlib that does not know a
+# flag ends the process, so it is set only for versions that are known to have it.
 if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and version("jaxlib").startswith("0.10."):
     flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
@@ -31,7 +31,7 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-SAMPLING = 4  # one in so many cases of a test marked "sampled" is fast
+SAMPLING = 4  # of a test marked "sampled", one case in this many is fast
 MAX_MAPS = 20_000  # memory maps of a process, of 65,530; a compiled program takes a dozen
 MAX_PAGES = 200_000  # resident memory of a process, pages of 4 kB
 

@@ -1,4 +1,4 @@
-"""The actor with auto-reset: ends, new episodes, carries; and the networks of agents."""
+"""The auto-resetting actor: ends of episodes, carries and metrics; the networks of agents."""
 
 from functools import partial
 
@@ -18,8 +18,8 @@ KINDS = list(network.MEMORIES)
 HEADS = {"q": 5, "value": 1}
 
 
-def counter(*, ends_at=3, late=False):
-    """An environment that counts its steps, from a multiple of ten that the key fixes."""
+def counter(*, end_step=3, late=False):
+    """An environment that counts its steps, from a multiple of ten that depends on the key."""
 
     def reset(key):
         count = 10 * jax.random.randint(key, (), 1, 5)
@@ -27,18 +27,18 @@ def counter(*, ends_at=3, late=False):
 
     def step(state, action):
         count, steps = state[0] + 1, state[1] + 1
-        over, in_time = steps >= ends_at, jnp.bool_(not late)
+        over, in_time = steps >= end_step, jnp.bool_(not late)
         observation = jnp.float32(count)[None]
         reward = 1.0 + jnp.float32(action)
         return (count, steps), Transition(
             observation, reward, over & in_time, over & ~in_time, over
         )
 
-    return DiscreteEnv(reset, step, lambda state: jnp.zeros((1, 1, 3)), (1,), (), 2, ends_at)
+    return DiscreteEnv(reset, step, lambda state: jnp.zeros((1, 1, 3)), (1,), (), 2, end_step)
 
 
 def ones(carry, observation, reset, key):
-    """Always action 1; the carry counts the steps of the policy."""
+    """Always takes action 1; its carry counts the steps of the policy."""
     return carry + 1, jnp.ones(observation.shape[0], jnp.int32)
 
 
@@ -49,7 +49,7 @@ def rollout():
     return jax.jit(lambda state, key: actor.unroll(env, ones, state, T, key=key))(state, key)[1]
 
 
-def test_after_an_end_the_last_observation_is_shown_and_then_a_new_episode(rollout):
+def test_the_last_observation_of_an_episode_is_returned_and_then_a_new_episode_starts(rollout):
     flags = np.arange(T) % 4  # three steps, and one that resets the environment
     np.testing.assert_array_equal(rollout.reset[0], np.arange(T + 1) % 4 == 0)
     np.testing.assert_array_equal(rollout.mask[0], flags != 3)
@@ -85,7 +85,7 @@ def test_metrics_count_whole_episodes(rollout):
 
 
 @pytest.mark.slow
-def test_two_rollouts_equal_one_of_both_lengths():
+def test_two_rollouts_equal_one_of_their_total_length():
     env = grid.make(GridConfig())
     net = NetworkConfig(kind="gru", hidden_sizes=(8,), memory_size=8)
     params = network.init(jax.random.key(0), net, env.observation_shape, {"q": 5})
@@ -99,7 +99,7 @@ def test_two_rollouts_equal_one_of_both_lengths():
     keys = jax.random.split(jax.random.key(2), T)
 
     def play(state, keys):
-        """The same as `unroll`, with one key per step."""
+        """Same as `unroll`, with one key per step."""
 
         def step(state, key):
             carry, action = policy(state.carry, state.observation, state.reset, key)
@@ -116,7 +116,7 @@ def test_two_rollouts_equal_one_of_both_lengths():
 
 
 def test_play_counts_the_first_episode_of_every_environment():
-    env = counter(ends_at=3)._replace(max_steps=10)
+    env = counter(end_step=3)._replace(max_steps=10)
     rollout = actor.play(env, ones, B, jnp.zeros(B), key=jax.random.key(0))
     np.testing.assert_array_equal(rollout.mask.sum(axis=1), [3] * B)
     np.testing.assert_array_equal(rollout.terminated.sum(axis=1), [1] * B)
@@ -148,7 +148,7 @@ def test_apply_equals_step_by_step_across_episodes(kind, object_size, key):
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), carry, last)
 
 
-def test_the_order_of_objects_does_not_matter(key):
+def test_the_order_of_objects_does_not_change_the_output(key):
     config = NetworkConfig(object_size=3, object_sizes=(8,), hidden_sizes=(8,))
     params = network.init(key, config, (12,), HEADS)
     objects = np.random.default_rng(0).normal(size=(B, 4, 3)).astype(np.float32)
@@ -183,12 +183,12 @@ def test_a_wrong_network_config_is_refused(wrong, message):
         NetworkConfig(**wrong)
 
 
-def test_objects_that_do_not_fit_are_refused(key):
+def test_objects_of_another_size_are_refused(key):
     with pytest.raises(ValueError, match=r"object_size must divide the 16 numbers .* got 3"):
         network.init(key, NetworkConfig(object_size=3), (16,), HEADS)
 
 
-def test_an_environment_is_made_by_its_config():
+def test_an_environment_is_made_from_its_config():
     assert discrete_worlds.make(GridConfig(num_obstacles=2)).observation_shape == (12,)
     assert discrete_worlds.make(
         discrete_worlds.CartPoleConfig(), partially_observed=True

@@ -1,4 +1,4 @@
-"""An agent is its policy on normalised observations, with the instruction where it is visible."""
+"""An agent equals its policy between normalisation of inputs and denormalisation of actions."""
 
 import dataclasses
 
@@ -33,7 +33,7 @@ def at(observation, t):
 
 
 def play(config, raw, *, norm_stats=None, resets=(0,), params=None):
-    """Actions `[B, T, 7]` of the agent, whose episode begins at the steps in `resets`."""
+    """Returns the actions `[B, T, 7]` of the agent; episodes begin at the steps in `resets`."""
     params = tiny_run.params() if params is None else params
     agent = agents.make_agent(config, norm_stats or tiny_run.norm_stats())
     step, state, actions = jax.jit(agent.step), agent.init(params, B), []
@@ -43,15 +43,15 @@ def play(config, raw, *, norm_stats=None, resets=(0,), params=None):
     return np.stack(actions, axis=1)
 
 
-def by_hand(raw, visible):
-    """The same from the policy's own window, with statistics applied in NumPy."""
+def expected_actions(raw, visible):
+    """The same actions from one window of the policy, with statistics applied in NumPy."""
     stats = tiny_run.norm_stats()
-    seen = {
+    inputs = {
         name: (getattr(raw, name) - stats[name].mean) / stats[name].std
         for name in ("proprio", "environment_state")
     }
-    seen["instruction"] = np.where(np.array(visible)[None, :, None], raw.instruction, 0)
-    chunk = policy.apply(tiny_run.params(), tiny_run.AGENT.policy, Observation(**seen))
+    inputs["instruction"] = np.where(np.array(visible)[None, :, None], raw.instruction, 0)
+    chunk = policy.apply(tiny_run.params(), tiny_run.AGENT.policy, Observation(**inputs))
     low, high = stats["action"].min[:6], stats["action"].max[:6]
     arm = (low + high) / 2 + (high - low) / 2 * np.asarray(chunk.arm)[:, :, 0]
     gripper = np.where(np.asarray(chunk.gripper_logit)[:, :, :1] > 0, 1, -1)
@@ -63,13 +63,15 @@ def by_hand(raw, visible):
     ("instruction_steps", "visible"),
     [(1, [1, 0, 0, 0]), (2, [1, 1, 0, 0]), (ALWAYS, [1, 1, 1, 1])],
 )
-def test_an_agent_is_its_policy_between_two_normalisations(raw, instruction_steps, visible):
+def test_an_agent_normalises_observations_and_denormalises_actions_of_its_policy(
+    raw, instruction_steps, visible
+):
     config = dataclasses.replace(tiny_run.AGENT, instruction_steps=instruction_steps)
-    expected = by_hand(raw, np.array(visible, bool))
+    expected = expected_actions(raw, np.array(visible, bool))
     np.testing.assert_allclose(play(config, raw), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_after_the_first_step_no_word_reaches_the_policy(raw):
+def test_the_instruction_does_not_reach_the_policy_after_the_first_step(raw):
     other = raw._replace(instruction=raw.instruction.copy())
     other.instruction[:, 1:] = 7
     np.testing.assert_array_equal(play(tiny_run.AGENT, raw), play(tiny_run.AGENT, other))
@@ -78,7 +80,7 @@ def test_after_the_first_step_no_word_reaches_the_policy(raw):
 
 
 @pytest.mark.parametrize("mode", ["refresh", "periodic", "persistent"])
-def test_a_reset_is_a_new_episode(raw, mode):
+def test_a_reset_starts_a_new_episode(raw, mode):
     config = dataclasses.replace(tiny_run.AGENT, mode=mode)
     later = jax.tree.map(lambda x: np.roll(x, -2, axis=1), raw)
     again = play(config, raw, resets=(0, 2))[:, 2:]
@@ -87,18 +89,18 @@ def test_a_reset_is_a_new_episode(raw, mode):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["refresh", "periodic"])
-def test_a_reset_is_a_new_episode_for_an_agent_that_looks_back_over_a_window_too(raw, mode):
+def test_a_reset_starts_a_new_episode_of_a_gpt(raw, mode):
     decoder = dataclasses.replace(tiny_run.DECODER, kind="gpt", window_size=2)
     parts = policy.connect(tiny_run.AGENT.policy.backbone, decoder)
     config = dataclasses.replace(tiny_run.AGENT, policy=parts, mode=mode)
     params = policy.init(jax.random.key(0), parts)
     later = jax.tree.map(lambda x: np.roll(x, -3, axis=1), raw)
-    again = play(config, raw, resets=(0, 3), params=params)[:, 3:]  # after a window and one step
+    again = play(config, raw, resets=(0, 3), params=params)[:, 3:]  # one step after a full window
     np.testing.assert_allclose(again, play(config, later, params=params)[:, :1], atol=1e-6)
 
 
 @pytest.mark.slow
-def test_robots_of_a_batch_reset_alone(raw):
+def test_each_robot_of_a_batch_is_reset_independently(raw):
     agent = agents.make_agent(tiny_run.AGENT, tiny_run.norm_stats())
     params, state = tiny_run.params(), None
     state = agent.init(params, B)
@@ -110,18 +112,18 @@ def test_robots_of_a_batch_reset_alone(raw):
     np.testing.assert_allclose(action[0], whole, atol=1e-6)
 
 
-def test_the_gripper_is_sent_as_plus_or_minus_one(raw):
+def test_gripper_commands_are_plus_or_minus_one(raw):
     assert set(np.unique(play(tiny_run.AGENT, raw)[..., -1])) <= {-1.0, 1.0}
 
 
-def test_a_column_without_statistics_is_hidden_from_the_policy(raw):
+def test_an_input_without_statistics_is_not_passed_to_the_policy(raw):
     stats = tiny_run.norm_stats()
     del stats["proprio"]
     with pytest.raises(ValueError, match=r"observation\.proprio is missing"):
         play(tiny_run.AGENT, raw, norm_stats=stats)
 
 
-def test_a_way_to_act_that_the_decoder_has_not_is_refused_before_any_training():
+def test_a_mode_that_the_decoder_does_not_support_is_refused_in_the_config():
     decoder = dataclasses.replace(tiny_run.DECODER, kind="gpt", num_heads=2)
     parts = policy.connect(tiny_run.AGENT.policy.backbone, decoder)
     with pytest.raises(
@@ -132,24 +134,24 @@ def test_a_way_to_act_that_the_decoder_has_not_is_refused_before_any_training():
         dataclasses.replace(tiny_run.AGENT, mode="persistant")
 
 
-def test_an_agent_without_statistics_of_the_action_is_refused():
+def test_an_agent_without_action_statistics_is_refused():
     stats = {"proprio": normalize.compute(np.zeros((2, 8)))}
     with pytest.raises(ValueError, match=r"norm_stats must have 'action', got \['proprio'\]"):
         agents.make_agent(tiny_run.AGENT, stats)
 
 
 @pytest.mark.slow
-def test_the_window_can_be_another_than_in_training(raw):
+def test_the_window_size_can_differ_from_training(raw):
     params = tiny_run.params()
     agent = agents.make_agent(tiny_run.AGENT, tiny_run.norm_stats(), window_size=1)
     state = agent.init(params, B)
     for t in range(T):
         state, short = agent.step(params, state, at(raw, t), np.full(B, t == 0))
-    alone = by_hand(jax.tree.map(lambda x: x[:, -1:], raw), np.array([False]))
+    alone = expected_actions(jax.tree.map(lambda x: x[:, -1:], raw), np.array([False]))
     np.testing.assert_allclose(short, alone[:, 0], rtol=1e-4, atol=1e-5)
 
 
-def test_an_instruction_becomes_the_word_ids_that_the_backbone_expects():
+def test_an_instruction_becomes_the_token_ids_that_the_backbone_expects():
     ids = agents.read_instruction(tiny_run.AGENT, "lift the red block")
     assert ids.shape == (12,)
     assert (ids > 0).sum() == 4

@@ -1,4 +1,4 @@
-"""Law: all steps at once = one after the other, outputs and gradients, for every linear cell."""
+"""Law: a parallel scan equals a step-by-step loop, outputs and gradients, for every linear cell."""
 
 from functools import partial
 
@@ -9,7 +9,7 @@ import pytest
 
 from vla_jax.nn import associative, bptt, cells
 
-B, T, H = 4, 11, 5  # steps that no power of two divides
+B, T, H = 4, 11, 5  # T is no power of two
 LINEAR = {name: cell for name, cell in cells.CELLS.items() if cell.coefficients is not None}
 FLAGS = {"whole": (), "mask": ("mask",), "reset": ("reset",), "mask-reset": ("mask", "reset")}
 each_cell = pytest.mark.parametrize("cell", LINEAR.values(), ids=LINEAR)
@@ -19,18 +19,18 @@ def draw(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def draw_case(cell, which=("mask", "reset")):
-    """Flags, carry, and the inputs' share of the gates."""
+def draw_case(cell, flag_names=("mask", "reset")):
+    """Returns flags, carry, and the input projections."""
     random = np.random.default_rng(5)
-    flags = {flag: random.uniform(size=(T, B)) < 0.6 for flag in which}
+    flags = {flag: random.uniform(size=(T, B)) < 0.6 for flag in flag_names}
     for flag in flags:
-        flags[flag][:, 0] = flag == "mask"  # one row keeps its first carry to the end
+        flags[flag][:, 0] = flag == "mask"  # one row has neither padding nor resets
     carry = type(cell.zero_carry(jnp.zeros((B, 1)), H))(draw(0, B, H))
     return flags, carry, draw(9, T, B, cell.num_gates * H)
 
 
-def weighed(scan, cell, flags, reverse, carry, projected):
-    """A number that every output and carry moves differently, and what it is made of."""
+def weighted_sum(scan, cell, flags, reverse, carry, projected):
+    """Returns a differently weighted sum of all outputs and carries, and the results themselves."""
     results = scan(cell, {}, carry, projected, reverse=reverse, **flags)
     terms = jax.tree.map(lambda leaf: jnp.sum(jnp.sin(leaf) * draw(3, *leaf.shape)), results)
     return sum(jax.tree.leaves(terms)), results
@@ -50,48 +50,52 @@ def test_there_is_a_linear_cell():
 @pytest.mark.sampled
 @each_cell
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize("which", FLAGS.values(), ids=FLAGS)
-def test_outputs_carry_and_gradients_are_those_of_the_loop(cell, which, reverse):
-    flags, *arguments = draw_case(cell, which)
-    ours, looped = (
+@pytest.mark.parametrize("flag_names", FLAGS.values(), ids=FLAGS)
+def test_outputs_carry_and_gradients_equal_those_of_the_loop(cell, flag_names, reverse):
+    flags, *arguments = draw_case(cell, flag_names)
+    parallel_results, expected_results = (
         jax.jit(
-            jax.value_and_grad(partial(weighed, scan, cell, flags, reverse), (0, 1), has_aux=True)
+            jax.value_and_grad(
+                partial(weighted_sum, scan, cell, flags, reverse), (0, 1), has_aux=True
+            )
         )(*arguments)
         for scan in (associative.scan, bptt.plain_scan)
     )
-    assert_close(ours, looped)
-    assert all(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(looped))
+    assert_close(parallel_results, expected_results)
+    assert all(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(expected_results))
 
 
 @pytest.mark.slow
 @each_cell
-def test_what_is_masked_may_be_nan(cell):
+def test_masked_inputs_may_be_nan(cell):
     flags, carry, projected = draw_case(cell)
-    unreal = np.where(flags["mask"][..., None], projected, np.nan)
+    with_nan = np.where(flags["mask"][..., None], projected, np.nan)
     expected = associative.scan(cell, {}, carry, projected, **flags)
-    assert_close(associative.scan(cell, {}, carry, unreal, **flags), expected, 0)
+    assert_close(associative.scan(cell, {}, carry, with_nan, **flags), expected, 0)
 
 
 @each_cell
-def test_a_sequence_of_one_step_is_a_step(cell):
+def test_a_sequence_of_one_step_equals_a_single_step(cell):
     _, carry, projected = draw_case(cell)
     last, outputs = associative.scan(cell, {}, carry, projected[:1])
     expected = cell.combine({}, carry, projected[0], None)
     assert_close((last, outputs[0]), expected)
 
 
-def test_joining_two_steps_is_doing_one_after_the_other_and_any_grouping_serves():
-    """An operator that is not associative would be taken without a word, and give wrong numbers."""
+def test_composition_of_two_steps_is_sequential_application_and_associative():
+    """JAX does not check that an operator is associative; otherwise results would be silently
+    wrong.
+    """
     first, second, third = ((draw(i, H), draw(i + 10, H)) for i in range(3))
-    join = associative._compose
-    assert_close(join(join(first, second), third), join(first, join(second, third)))
+    compose = associative._compose
+    assert_close(compose(compose(first, second), third), compose(first, compose(second, third)))
     hidden = draw(20, H)
-    decay, added = join(first, second)
+    decay, added = compose(first, second)
     after = second[0] * (first[0] * hidden + first[1]) + second[1]
     assert_close(decay * hidden + added, after)
 
 
 @pytest.mark.parametrize("name", sorted(cells.CELLS.keys() - LINEAR.keys()))
-def test_a_cell_whose_gates_see_the_carry_is_refused(name):
+def test_a_cell_whose_gates_depend_on_the_carry_is_refused(name):
     with pytest.raises(ValueError, match=r"linear in its carry, such as .min_gru."):
         associative.check(cells.CELLS[name])

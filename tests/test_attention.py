@@ -1,4 +1,4 @@
-"""Attention: each score by hand and by PyTorch, and what a mask must do to all of them."""
+"""Attention: each score compared with NumPy and PyTorch, and the laws of masking."""
 
 import dataclasses
 
@@ -35,8 +35,8 @@ def assert_close(one, other, atol=1e-6):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol), one, other)
 
 
-def score_by_hand(score, p, query, position):
-    """One query `[H]` with one position `[D]`, in float64."""
+def reference_score(score, p, query, position):
+    """Score of one query `[H]` with one position `[D]`, in float64."""
     if score == "additive":
         hidden = query @ p["query_kernel"] + position @ p["key_kernel"] + p["key_bias"]
         return np.tanh(hidden) @ p["score_kernel"]
@@ -51,7 +51,7 @@ def test_each_score_is_its_equation(score):
     query, memory = draw(1, B, H).astype(np.float64), draw(2, B, S, D).astype(np.float64)
     p = {name: np.asarray(leaf, np.float64) for name, leaf in params.items()}
     scores = np.array(
-        [[score_by_hand(score, p, query[b], memory[b, s]) for s in range(S)] for b in range(B)]
+        [[reference_score(score, p, query[b], memory[b, s]) for s in range(S)] for b in range(B)]
     )
     weights = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
     context = np.einsum("bs,bsd->bd", weights, memory)
@@ -59,7 +59,7 @@ def test_each_score_is_its_equation(score):
 
 
 @each_score
-def test_masked_weights_are_those_of_pytorch(score):
+def test_masked_weights_equal_those_of_pytorch(score):
     config, params = make(score)
     query, memory, mask = draw(1, B, T, H), draw(2, B, S, D), np.arange(S) < [[5], [2], [4]]
     q, m = torch.from_numpy(query), torch.from_numpy(memory)
@@ -78,7 +78,7 @@ def test_masked_weights_are_those_of_pytorch(score):
 
 
 @each_score
-def test_many_queries_at_once_are_one_after_the_other(score):
+def test_many_queries_at_once_equal_single_queries(score):
     config, params = make(score)
     query, memory, mask = draw(1, B, T, H), draw(2, B, S, D), np.arange(S) < [[5], [2], [4]]
     context, weights = attend(params, config, query, memory, mask)
@@ -89,19 +89,19 @@ def test_many_queries_at_once_are_one_after_the_other(score):
 
 
 @each_score
-def test_rows_that_share_a_source_are_rows_that_have_a_copy_each(score):
+def test_rows_that_share_a_source_equal_rows_with_a_copy_each(score):
     config, params = make(score)
     query, memory = draw(1, 2 * B, T, H), draw(2, B, S, D)
     mask = np.random.default_rng(3).random((2 * B, S)) < 0.6
     shared = attention.prepare(params, config, memory)._replace(mask=mask)
-    found = attention.apply(params, config, query, shared)
-    assert_close(found, attend(params, config, query, np.repeat(memory, 2, axis=0), mask))
+    outputs = attention.apply(params, config, query, shared)
+    assert_close(outputs, attend(params, config, query, np.repeat(memory, 2, axis=0), mask))
     one = attention.apply(params, config, query[:, 0], shared)
-    assert_close(one, jax.tree.map(lambda part: part[:, 0], found))
+    assert_close(one, jax.tree.map(lambda part: part[:, 0], outputs))
 
 
 @pytest.mark.parametrize("reach", [1, 2, 9])
-def test_looking_back_is_over_the_last_real_steps_of_the_episode(reach):
+def test_the_causal_mask_covers_the_last_real_steps_of_the_episode(reach):
     rng = np.random.default_rng(0)
     mask, reset = rng.random((8, 7)) < 0.7, rng.random((8, 7)) < 0.2
     expected = np.zeros((8, 7, 7), bool)
@@ -116,12 +116,12 @@ def test_looking_back_is_over_the_last_real_steps_of_the_episode(reach):
 @pytest.mark.sampled
 @each_score
 @pytest.mark.parametrize("real", [[0, 1, 2], [2, 3, 4], [1, 3]])
-def test_padded_is_cut_and_weights_sum_to_1_over_what_is_real(score, real):
+def test_padding_equals_truncation_and_weights_sum_to_1_over_real_positions(score, real):
     config, params = make(score)
     query, memory = draw(1, B, H), draw(2, B, S, D)
     mask = np.tile(np.isin(np.arange(S), real), (B, 1))
-    dirty = np.where(mask[..., None], memory, np.nan)
-    context, weights = attend(params, config, query, dirty, mask)
+    with_nan = np.where(mask[..., None], memory, np.nan)
+    context, weights = attend(params, config, query, with_nan, mask)
     cut_context, cut_weights = attend(params, config, query, memory[:, real])
     assert_close((context, weights[:, real]), (cut_context, cut_weights))
     assert_close(weights.sum(axis=1), np.ones(B))
@@ -130,7 +130,7 @@ def test_padded_is_cut_and_weights_sum_to_1_over_what_is_real(score, real):
 
 @pytest.mark.slow
 @each_score
-def test_a_row_without_a_real_position_finds_nothing_and_has_finite_gradients(score):
+def test_a_row_without_real_positions_has_zero_output_and_finite_gradients(score):
     config, params = make(score)
     mask = np.ones((B, S), bool)
     mask[1] = False
@@ -140,16 +140,16 @@ def test_a_row_without_a_real_position_finds_nothing_and_has_finite_gradients(sc
         return jnp.square(context).sum() + jnp.square(weights).sum(), (context, weights)
 
     arguments = (params, draw(1, B, H), draw(2, B, S, D))
-    gradient, found = jax.grad(total, (0, 1, 2), has_aux=True)(*arguments)
+    gradient, outputs = jax.grad(total, (0, 1, 2), has_aux=True)(*arguments)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
     assert not gradient[2][1].any()
-    for part in found:
+    for part in outputs:
         assert not part[1].any()
         assert part[0].any()
 
 
 @each_score
-def test_jit_and_bfloat16_change_nothing_or_little(score):
+def test_jit_does_not_change_results_and_bfloat16_changes_them_little(score):
     config, params = make(score)
     query, memory = draw(1, B, H), draw(2, B, S, D)
     expected = attend(params, config, query, memory)
@@ -166,17 +166,17 @@ def test_jit_and_bfloat16_change_nothing_or_little(score):
         ({"size": 0}, "size must be at least 1, got 0"),
     ],
 )
-def test_a_wrong_config_is_one_sentence(fields, sentence):
+def test_a_wrong_config_is_refused(fields, sentence):
     with pytest.raises(ValueError, match=sentence):
         AttentionConfig(**fields)
 
 
-def test_a_dot_of_two_sizes_is_one_sentence(key):
+def test_a_dot_score_of_two_sizes_is_refused(key):
     with pytest.raises(ValueError, match=r"must equal query_size = 4 .* got 8; choose 'general'"):
         attention.init(key, AttentionConfig(score="dot"), 4, 8)
 
 
-def test_rows_that_cannot_share_the_sources_are_refused_at_the_door():
+def test_a_source_batch_that_does_not_divide_the_rows_is_refused():
     config, params = make("general")
     source = attention.prepare(params, config, draw(2, B, S, D))
     source = source._replace(mask=np.ones((B + 1, S), bool))
@@ -184,7 +184,7 @@ def test_rows_that_cannot_share_the_sources_are_refused_at_the_door():
         attention.apply(params, config, draw(1, B + 1, H), source)
 
 
-def test_a_mask_of_another_size_is_refused_at_the_door():
+def test_a_mask_of_another_size_is_refused():
     config, params = make("general")
     with pytest.raises(AssertionError, match="assert_shape"):
         attend(params, config, draw(1, B, H), draw(2, B, S, D), np.ones((B, S + 1), bool))

@@ -1,4 +1,4 @@
-"""Image augmentation, in the loader and on the device: one law for both."""
+"""Image augmentation in the loader (NumPy) and on the device (JAX): the same laws hold for both."""
 
 from functools import partial
 
@@ -23,7 +23,7 @@ def make_batch(**images):
 
 
 def host(config, seed, **images):
-    """Observation after the loader's augmentation."""
+    """Returns the observation after augmentation in the loader."""
     return image_augment.apply(
         make_batch(**images), config, np.random.default_rng(seed)
     ).observation
@@ -33,7 +33,7 @@ _device = jax.jit(on_device.apply, static_argnums=2)
 
 
 def device(config, seed, **images):
-    """Observation after the device's."""
+    """Returns the observation after augmentation on the device."""
     return jax.device_get(_device(jax.random.key(seed), Observation(**images), config))
 
 
@@ -41,21 +41,21 @@ APPLY = pytest.mark.parametrize("apply", [host, device])
 
 
 @EITHER
-def test_a_shift_is_padding_with_the_edge_and_cropping(change):
+def test_a_shift_is_edge_padding_and_cropping(change):
     padded = np.pad(IMAGES[0], [(0, 0), (2, 2), (2, 2), (0, 0)], mode="edge")
     shifted = change(IMAGES[0], Change(2, -1, 0.0, 1.0))
     np.testing.assert_array_equal(shifted, padded[:, 0:8, 3:11])
 
 
 @EITHER
-def test_light_is_its_equation(change):
+def test_brightness_and_contrast_follow_their_equation(change):
     expected = np.clip(1.2 * (ALL_LEVELS / 255 - 0.5) + 0.6, 0, 1) * 255
     changed = change(ALL_LEVELS, Change(0, 0, 0.1, 1.2))
     assert changed.dtype == np.uint8
     np.testing.assert_allclose(changed, expected, atol=0.5001)
 
 
-def test_the_same_draw_gives_the_same_picture_to_the_bit_on_either():
+def test_the_same_draw_gives_bit_identical_images_in_numpy_and_jax():
     draws = [image_augment.draw(WIDE, np.random.default_rng(seed)) for seed in range(100)]
     by = Change(*np.array(draws, np.float32).T)
     by = by._replace(down=by.down.astype(int), right=by.right.astype(int))
@@ -64,7 +64,7 @@ def test_the_same_draw_gives_the_same_picture_to_the_bit_on_either():
     np.testing.assert_array_equal(changed, np.stack(expected))
 
 
-def test_draws_fill_their_ranges_on_either():
+def test_draws_cover_their_ranges_in_numpy_and_jax():
     rng = np.random.default_rng(0)
     of_host = Change(*np.array([image_augment.draw(WIDE, rng) for _ in range(400)]).T)
     keys = jax.random.split(jax.random.key(0), 400)
@@ -81,7 +81,7 @@ def test_draws_fill_their_ranges_on_either():
 
 
 @APPLY
-def test_all_steps_of_a_window_move_alike_and_by_no_more_than_the_limit(apply):
+def test_all_steps_of_a_window_are_shifted_equally_and_within_the_limit(apply):
     windows = np.repeat(IMAGES[:, :1], 3, axis=1)
     centres = set()
     for seed in range(40):
@@ -94,21 +94,21 @@ def test_all_steps_of_a_window_move_alike_and_by_no_more_than_the_limit(apply):
 
 
 @APPLY
-def test_no_change_is_asked_for_and_none_is_made(apply):
+def test_the_default_config_changes_nothing(apply):
     same = apply(AugmentConfig(), 0, image_primary=IMAGES)
     np.testing.assert_array_equal(same.image_primary, IMAGES)
 
 
 @EITHER
-def test_the_change_that_zero_ranges_draw_is_none(change):
-    still = AugmentConfig()
-    drawn = on_device.draw(jax.random.key(3), still)
-    assert drawn == image_augment.draw(still, np.random.default_rng(3)) == (0, 0, 0, 1)
+def test_zero_ranges_draw_the_identity(change):
+    no_change = AugmentConfig()
+    drawn = on_device.draw(jax.random.key(3), no_change)
+    assert drawn == image_augment.draw(no_change, np.random.default_rng(3)) == (0, 0, 0, 1)
     np.testing.assert_array_equal(change(ALL_LEVELS, drawn), ALL_LEVELS)
 
 
 @APPLY
-def test_windows_and_cameras_differ_and_absent_cameras_stay_absent(apply):
+def test_windows_and_cameras_get_different_changes_and_absent_cameras_stay_absent(apply):
     alike = np.stack([IMAGES[0]] * 2)
     changed = apply(WIDE, 1, image_wrist=alike)
     assert changed.image_primary is None
@@ -119,7 +119,7 @@ def test_windows_and_cameras_differ_and_absent_cameras_stay_absent(apply):
     assert not np.array_equal(both.image_primary, both.image_wrist)
 
 
-def test_on_the_device_a_key_is_a_picture():
+def test_on_the_device_the_key_determines_the_images():
     one, again, other = (device(WIDE, seed, image_primary=IMAGES) for seed in (0, 0, 1))
     np.testing.assert_array_equal(one.image_primary, again.image_primary)
     assert not np.array_equal(one.image_primary, other.image_primary)
@@ -133,6 +133,6 @@ def test_on_the_device_a_key_is_a_picture():
         ("contrast", -0.1, r"contrast must be in \[0, 1\), got -0.1"),
     ],
 )
-def test_a_range_that_makes_no_sense_is_refused(field, value, message):
+def test_a_range_out_of_bounds_is_refused(field, value, message):
     with pytest.raises(ValueError, match=message):
         AugmentConfig(**{field: value})

@@ -1,4 +1,4 @@
-"""The autoregressive head against NumPy by hand, and the laws of a window."""
+"""The autoregressive head compared with NumPy, and the laws of a window."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ CONFIG = DecoderConfig(
     kind="lstm",
     token_dim=D,
     num_tokens=N,
-    window_size=4,  # less than the steps below
+    window_size=4,  # fewer than the steps below
     action_horizon=K,
     action_dim=A,
     hidden_size=H,
@@ -60,24 +60,24 @@ def at(steps, chunk):
     return jax.tree.map(lambda leaf: leaf[:, steps], chunk)
 
 
-# --- by hand ----------------------------------------------------------------------------------
+# --- NumPy reference --------------------------------------------------------------------------
 
 
 def affine(p, inputs):
     return inputs @ np.asarray(p["kernel"], np.float64) + np.asarray(p["bias"], np.float64)
 
 
-def decode_by_hand(p, feature, seen):
-    """Outputs `[K, A]` of a plain RNN at one step, that attends to `seen [S, H]`."""
+def reference_decode(p, feature, source):
+    """Outputs `[K, A]` of a plain RNN at one step, which attends to `source [S, H]`."""
     cell = {name: np.asarray(leaf, np.float64) for name, leaf in p["decoder"].items()}
     hidden, inputs = np.tanh(affine(p["bridge"]["hidden"], feature)), np.asarray(p["start"])
     outputs = []
     for _ in range(K):
         products = inputs @ cell["input_kernel"] + hidden @ cell["recurrent_kernel"]
         hidden = np.tanh(products + cell["input_bias"] + cell["recurrent_bias"])
-        scores = (seen @ np.asarray(p["attention"]["key_kernel"], np.float64)) @ hidden
+        scores = (source @ np.asarray(p["attention"]["key_kernel"], np.float64)) @ hidden
         weights = np.exp(scores) / np.exp(scores).sum()
-        both = np.concatenate([hidden, weights @ seen])
+        both = np.concatenate([hidden, weights @ source])
         output = affine(p["output"], np.tanh(affine(p["combine"], both)))
         action = np.append(np.tanh(output[:-1]), 1.0 if output[-1] > 0 else -1.0)
         inputs = affine(p["target"], action)
@@ -86,7 +86,7 @@ def decode_by_hand(p, feature, seen):
 
 
 @pytest.mark.slow
-def test_every_step_follows_the_equations_over_its_own_past():
+def test_every_step_follows_the_equations_over_its_past_features():
     config = dataclasses.replace(CONFIG, kind="rnn")
     params, tokens = setup(config)
     reset, mask = np.zeros((B, W), bool), np.ones((B, W), bool)
@@ -95,31 +95,35 @@ def test_every_step_follows_the_equations_over_its_own_past():
     chunk = apply(params, config, tokens, **flags)
     _, features = decoders.run_trunk(params, config, tokens, **flags)
     p = {**params["heads"], "decoder": params["heads"]["decoder"]["layers_0"]["forward"]}
-    for row, first in enumerate((0, 2, 2)):  # first step of the last episode that is real
+    for row, first in enumerate((0, 2, 2)):  # first real step of the last episode
         for t in range(first, W):
-            seen = np.asarray(features[row, max(first, t - 3) : t + 1], np.float64)
-            outputs = decode_by_hand(p, seen[-1], seen)
+            source = np.asarray(features[row, max(first, t - 3) : t + 1], np.float64)
+            outputs = reference_decode(p, source[-1], source)
             assert_close(chunk.arm[row, t], np.tanh(outputs[:, :-1]))
             assert_close(chunk.gripper_logit[row, t], outputs[:, -1])
 
 
-def test_the_gripper_is_fed_back_as_it_is_sent():
-    sent = autoregressive_head.to_actions(np.float32([[0.5, -2.0, 0.3], [0.0, 1.0, -0.3]]))
-    assert_close(sent, [[np.tanh(0.5), np.tanh(-2.0), 1.0], [0.0, np.tanh(1.0), -1.0]])
+def test_the_gripper_is_fed_back_as_plus_or_minus_one():
+    fed_back = autoregressive_head.to_actions(np.float32([[0.5, -2.0, 0.3], [0.0, 1.0, -0.3]]))
+    assert_close(fed_back, [[np.tanh(0.5), np.tanh(-2.0), 1.0], [0.0, np.tanh(1.0), -1.0]])
 
 
 # --- teacher forcing --------------------------------------------------------------------------
 
 
 @each_config
-def test_teacher_forcing_with_its_own_actions_is_free_running(config):
+def test_teacher_forcing_with_the_heads_outputs_is_free_running(config):
     params, tokens = setup(config)
-    alone = apply(params, config, tokens)
-    own = np.concatenate([alone.arm, np.sign(alone.gripper_logit)[..., None]], axis=-1)
-    assert_close(apply(params, config, tokens, targets=teacher_forcing(own)), alone)
+    free_running = apply(params, config, tokens)
+    predicted_actions = np.concatenate(
+        [free_running.arm, np.sign(free_running.gripper_logit)[..., None]], axis=-1
+    )
+    assert_close(
+        apply(params, config, tokens, targets=teacher_forcing(predicted_actions)), free_running
+    )
 
 
-def test_an_action_depends_on_previous_targets_only():
+def test_an_action_depends_on_earlier_targets_only():
     params, tokens = setup()
     action = draw_action()
     other = action.copy()
@@ -136,14 +140,14 @@ def test_a_rate_of_0_is_free_running_and_of_1_is_teacher_forcing(rate, key):
     params, tokens = setup()
     action = draw_action()
     sampled = apply(params, CONFIG, tokens, targets=teacher_forcing(action, rate), key=key)
-    whole = teacher_forcing(action) if rate else None
-    assert_close(sampled, apply(params, CONFIG, tokens, targets=whole))
+    targets = teacher_forcing(action) if rate else None
+    assert_close(sampled, apply(params, CONFIG, tokens, targets=targets))
 
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("rate", [None, 0.5])
 @each_config
-def test_every_param_learns_and_stays_finite_whatever_masked_targets_hold(config, rate, key):
+def test_every_param_gets_a_finite_gradient_whatever_masked_targets_contain(config, rate, key):
     config = dataclasses.replace(config, pooling="none")
     params, tokens = setup(config)
     action, mask = draw_action(), np.ones((B, W, K), bool)
@@ -151,8 +155,8 @@ def test_every_param_learns_and_stays_finite_whatever_masked_targets_hold(config
     action[~mask] = np.nan
 
     def loss_fn(params):
-        known = TeacherForcing(action, mask, rate)
-        chunk = decoders.apply(params, config, tokens, targets=known, key=key)
+        targets = TeacherForcing(action, mask, rate)
+        chunk = decoders.apply(params, config, tokens, targets=targets, key=key)
         return losses.action_loss(chunk, action, mask)[0]
 
     gradient = jax.jit(jax.grad(loss_fn))(params)
@@ -163,18 +167,18 @@ def test_every_param_learns_and_stays_finite_whatever_masked_targets_hold(config
 
 
 @each_config
-def test_a_padded_window_is_a_cut_one_and_a_reset_is_a_new_episode(config):
+def test_padding_equals_truncation_and_a_reset_starts_a_new_episode(config):
     params, tokens = setup(config)
-    cut = apply(params, config, tokens[:, 2:])
+    truncated = apply(params, config, tokens[:, 2:])
     mask, reset = np.tile(np.arange(W) >= 2, (B, 1)), np.tile(np.arange(W) == 2, (B, 1))
     padded = apply(params, config, tokens, timestep_mask=mask)
-    assert_close(at(slice(2, None), padded), cut)
-    assert_close(at(slice(2, None), apply(params, config, tokens, reset=reset)), cut)
-    behind = apply(params, config, tokens, timestep_mask=np.tile(np.arange(W) < 4, (B, 1)))
-    assert_close(at(slice(4), behind), apply(params, config, tokens[:, :4]))
+    assert_close(at(slice(2, None), padded), truncated)
+    assert_close(at(slice(2, None), apply(params, config, tokens, reset=reset)), truncated)
+    right_padded = apply(params, config, tokens, timestep_mask=np.tile(np.arange(W) < 4, (B, 1)))
+    assert_close(at(slice(4), right_padded), apply(params, config, tokens[:, :4]))
 
 
-def test_a_later_frame_changes_nothing_earlier():
+def test_a_frame_does_not_change_earlier_outputs():
     params, tokens = setup()
     other = tokens.copy()
     other[:, 3] *= -1
@@ -189,34 +193,34 @@ def decode(features, source, visible):
     return autoregressive_head.decode(setup()[0]["heads"], CONFIG, features, source, visible)
 
 
-def test_weights_sum_to_1_over_what_is_visible_and_what_is_not_may_be_nan():
+def test_weights_sum_to_1_over_visible_positions_and_invisible_ones_may_be_nan():
     visible = np.random.default_rng(0).random((B, 2, W)) < 0.5
     visible[0, 0], visible[:, 1, 0] = False, True
-    seen, features = draw(1, B, W, H), draw(2, B, 2, H)
-    chunk, weights = decode(features, seen, visible)
+    source, features = draw(1, B, W, H), draw(2, B, 2, H)
+    chunk, weights = decode(features, source, visible)
     assert weights.shape == (B, 2, K, W)
     assert_close(weights.sum(axis=-1), np.tile(visible.any(axis=-1)[..., None], K).astype(float))
     assert not weights[np.broadcast_to(~visible[:, :, None], weights.shape)].any()
-    unseen = ~visible.any(axis=1)
-    assert unseen.any()
-    dirty = np.where(unseen[..., None], np.nan, seen)
-    assert_close(decode(features, dirty, visible)[0], chunk)
+    invisible = ~visible.any(axis=1)
+    assert invisible.any()
+    with_nan = np.where(invisible[..., None], np.nan, source)
+    assert_close(decode(features, with_nan, visible)[0], chunk)
 
 
-def test_attention_reaches_features_of_other_steps():
-    """The step's own features, and so the first carry, stay as they are."""
-    seen, features, visible = draw(1, B, W, H), draw(2, B, 2, H), np.ones((B, 2, W), bool)
-    one, two = (decode(features, x, visible)[0].arm for x in (seen, -seen))
+def test_attention_uses_features_of_other_steps():
+    """The step's own features, and so the initial carry, are unchanged."""
+    source, features, visible = draw(1, B, W, H), draw(2, B, 2, H), np.ones((B, 2, W), bool)
+    one, two = (decode(features, x, visible)[0].arm for x in (source, -source))
     assert np.abs(one - two).max() > 1e-2
     params = decoders.init(jax.random.key(0), CONFIGS["rnn-none"])["heads"]
     assert not {"attention", "combine"} & params.keys()
 
 
-# --- the rest ---------------------------------------------------------------------------------
+# --- other laws -------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_vmap_and_no_jit_change_nothing_and_bfloat16_little():
+def test_vmap_and_jit_do_not_change_results_and_bfloat16_changes_them_little():
     params, tokens = setup()
     expected = apply(params, CONFIG, tokens)
     assert_close(decoders.apply(params, CONFIG, tokens), expected)
@@ -230,10 +234,10 @@ def test_vmap_and_no_jit_change_nothing_and_bfloat16_little():
 def test_dropout_needs_a_key(key):
     params, tokens = setup()
     config = dataclasses.replace(CONFIG, dropout=0.5)
-    for known in (None, teacher_forcing(draw_action())):
-        plain = apply(params, CONFIG, tokens, targets=known)
-        assert_close(apply(params, config, tokens, targets=known), plain, 0)
-        dropped = apply(params, config, tokens, targets=known, key=key)
+    for targets in (None, teacher_forcing(draw_action())):
+        plain = apply(params, CONFIG, tokens, targets=targets)
+        assert_close(apply(params, config, tokens, targets=targets), plain, 0)
+        dropped = apply(params, config, tokens, targets=targets, key=key)
         assert np.abs(dropped.arm - plain.arm).max() > 1e-4
 
 
@@ -248,7 +252,7 @@ def test_dropout_needs_a_key(key):
         ({"score": "genral"}, "unknown score 'genral'; .* Did you mean 'general'"),
     ],
 )
-def test_a_wrong_config_is_one_sentence(fields, sentence):
+def test_a_wrong_config_is_refused(fields, sentence):
     with pytest.raises(ValueError, match=sentence):
         dataclasses.replace(CONFIG, **fields)
 
@@ -260,7 +264,7 @@ def test_targets_for_another_head_are_refused(key):
         decoders.apply(params, config, draw(0, B, W, N, D), targets=teacher_forcing(draw_action()))
 
 
-def test_a_rate_without_a_key_is_one_sentence():
+def test_a_teacher_forcing_rate_without_a_key_is_refused():
     params, tokens = setup()
     with pytest.raises(ValueError, match=r"key must be given with targets.rate, got None"):
         decoders.apply(params, CONFIG, tokens, targets=teacher_forcing(draw_action(), 0.5))

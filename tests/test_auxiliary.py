@@ -1,4 +1,4 @@
-"""What comes next, as NumPy has it; never beyond the window, another episode, or what is real."""
+"""Auxiliary losses compared with NumPy: never across the window, an episode or a masked step."""
 
 import dataclasses
 import functools
@@ -27,7 +27,7 @@ PICTURES = dict.fromkeys(auxiliary.CAMERAS, SIZE * SIZE * 3)
 
 
 def draw_batch(seed=0, *, cameras=auxiliary.CAMERAS):
-    """Left padding, an episode that starts in the middle, a hole; and the tokens."""
+    """Returns a batch with left padding, an episode start and a masked step inside, and tokens."""
     random = np.random.default_rng(seed)
     shape = (B, W, SIZE, SIZE, 3)
     pictures = {name: random.integers(0, 256, shape, np.uint8) for name in cameras}
@@ -37,8 +37,8 @@ def draw_batch(seed=0, *, cameras=auxiliary.CAMERAS):
     instruction = random.integers(1, V, (B, W, S)).astype(np.int32)
     instruction[:, 3:] = 0
     observation = Observation(**pictures, instruction=instruction)
-    nothing = np.zeros((B, W, 1, 1), np.float32)
-    batch = Batch(observation, None, mask, nothing, nothing[..., 0] > 0, reset)
+    no_action = np.zeros((B, W, 1, 1), np.float32)
+    batch = Batch(observation, None, mask, no_action, no_action[..., 0] > 0, reset)
     return batch, random.normal(size=(B, W, N, D)).astype(np.float32)
 
 
@@ -63,41 +63,41 @@ def assert_close(one, other, atol=1e-6):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol), one, other)
 
 
-# --- which steps ------------------------------------------------------------------------------
+# --- valid pairs of steps ---------------------------------------------------------------------
 
 
 def pairs(mask, reset, horizon):
-    """Where step t + f follows step t, in words."""
-    kept = np.zeros((*mask.shape, horizon), bool)
-    for row, t, f in np.ndindex(*kept.shape):
+    """True where step t + 1 + f continues the episode of step t and both are real."""
+    valid = np.zeros((*mask.shape, horizon), bool)
+    for row, t, f in np.ndindex(*valid.shape):
         later = t + 1 + f
         if later < mask.shape[1]:
-            apart = reset[row, t + 1 : later + 1].any()
-            kept[row, t, f] = mask[row, t] and mask[row, later] and not apart
-    return kept
+            separated = reset[row, t + 1 : later + 1].any()
+            valid[row, t, f] = mask[row, t] and mask[row, later] and not separated
+    return valid
 
 
 @pytest.mark.parametrize("horizon", [1, 3, 9])
-def test_what_can_be_predicted_is_real_in_the_window_and_of_the_same_episode(horizon):
+def test_prediction_targets_are_real_steps_of_the_same_window_and_episode(horizon):
     random = np.random.default_rng(horizon)
     mask, reset = random.random((50, 7)) < 0.8, random.random((50, 7)) < 0.2
-    found = auxiliary.forward_mask(mask, horizon, reset)
-    np.testing.assert_array_equal(found, pairs(mask, reset, horizon))
+    valid = auxiliary.forward_mask(mask, horizon, reset)
+    np.testing.assert_array_equal(valid, pairs(mask, reset, horizon))
     never = np.zeros_like(reset)
-    found = auxiliary.forward_mask(mask, horizon)
-    np.testing.assert_array_equal(found, pairs(mask, never, horizon))
+    valid = auxiliary.forward_mask(mask, horizon)
+    np.testing.assert_array_equal(valid, pairs(mask, never, horizon))
 
 
-def test_the_steps_ahead_are_those_that_follow():
+def test_the_targets_are_the_following_steps():
     steps = np.random.default_rng(0).normal(size=(B, W, N))
-    following = auxiliary.ahead(steps, F)
-    assert following.shape == (B, W, F, N)
+    targets = auxiliary.ahead(steps, F)
+    assert targets.shape == (B, W, F, N)
     for t in range(W - F):
-        np.testing.assert_array_equal(following[:, t], jnp.asarray(steps[:, t + 1 : t + 1 + F]))
+        np.testing.assert_array_equal(targets[:, t], jnp.asarray(steps[:, t + 1 : t + 1 + F]))
 
 
 @pytest.mark.slow
-def test_two_episodes_in_a_row_are_two_rows():
+def test_two_episodes_in_a_window_equal_two_windows():
     batch, tokens = draw_batch()
     features, weights = draw_features(), params(BOTH)
     prediction = auxiliary.apply(weights, BOTH, features, captions.visible_instruction(batch))
@@ -115,7 +115,7 @@ def test_two_episodes_in_a_row_are_two_rows():
 # --- the losses -------------------------------------------------------------------------------
 
 
-def test_the_loss_of_tokens_is_the_mean_squared_error_over_what_can_be_predicted():
+def test_the_token_loss_is_the_mean_squared_error_over_valid_targets():
     batch, tokens = draw_batch()
     prediction = auxiliary.apply(params(TOKENS), TOKENS, draw_features())
     assert prediction.tokens.shape == (B, W, F, N * D)
@@ -131,7 +131,7 @@ def test_the_loss_of_tokens_is_the_mean_squared_error_over_what_can_be_predicted
 
 
 @pytest.mark.parametrize("cameras", [auxiliary.CAMERAS, auxiliary.CAMERAS[:1]])
-def test_the_loss_of_pixels_has_a_term_for_each_camera_that_there_is(cameras):
+def test_the_pixel_loss_has_a_term_for_each_camera(cameras):
     batch, tokens = draw_batch(cameras=cameras)
     prediction = auxiliary.apply(params(PIXELS), PIXELS, draw_features())
     terms, _ = auxiliary.loss(prediction, PIXELS, batch, tokens)
@@ -152,7 +152,7 @@ def _at(place):
     return slice(place * PATCH, (place + 1) * PATCH)
 
 
-def test_the_caption_is_that_of_captions():
+def test_the_caption_loss_is_that_of_module_captions():
     batch, tokens = draw_batch()
     features, words = draw_features(), captions.visible_instruction(batch)
     prediction = auxiliary.apply(params(BOTH), BOTH, features, words)
@@ -169,31 +169,33 @@ def gradient(params, features, tokens, config, batch):
     return sum(loss_of(params, features, tokens, config, batch)[0].values())
 
 
-def test_the_gradient_reaches_the_memory_and_never_the_tokens_that_are_to_be_predicted():
+def test_the_gradient_reaches_the_features_but_not_the_target_tokens():
     batch, tokens = draw_batch()
     inputs = (params(BOTH), draw_features(), tokens, BOTH, batch)
-    by_params, by_features, by_tokens = gradient(*inputs)
-    assert all(leaf.any() for leaf in jax.tree.leaves(by_params))
+    params_gradient, features_gradient, tokens_gradient = gradient(*inputs)
+    assert all(leaf.any() for leaf in jax.tree.leaves(params_gradient))
     follows = pairs(batch.timestep_mask, batch.reset, F).any(-1)
-    knows = (np.asarray(captions.visible_instruction(batch)) > 0).any(-1)
-    np.testing.assert_array_equal((by_features != 0).any(-1), follows | knows)
-    assert not by_tokens.any()
+    has_words = (np.asarray(captions.visible_instruction(batch)) > 0).any(-1)
+    np.testing.assert_array_equal((features_gradient != 0).any(-1), follows | has_words)
+    assert not tokens_gradient.any()
 
 
-def test_what_is_masked_may_hold_anything():
+def test_masked_steps_may_contain_anything():
     batch, tokens = draw_batch()
-    spoilt = np.where(batch.timestep_mask[..., None, None], tokens, np.nan)
+    with_nan = np.where(batch.timestep_mask[..., None, None], tokens, np.nan)
     inputs = (params(BOTH), draw_features())
-    assert_close(loss_of(*inputs, spoilt, BOTH, batch), loss_of(*inputs, tokens, BOTH, batch), 0)
-    assert_close(gradient(*inputs, spoilt, BOTH, batch), gradient(*inputs, tokens, BOTH, batch), 0)
-    nothing = batch._replace(timestep_mask=np.zeros((B, W), bool))
-    terms, metrics = loss_of(*inputs, tokens, BOTH, nothing)
+    assert_close(loss_of(*inputs, with_nan, BOTH, batch), loss_of(*inputs, tokens, BOTH, batch), 0)
+    assert_close(
+        gradient(*inputs, with_nan, BOTH, batch), gradient(*inputs, tokens, BOTH, batch), 0
+    )
+    all_masked = batch._replace(timestep_mask=np.zeros((B, W), bool))
+    terms, metrics = loss_of(*inputs, tokens, BOTH, all_masked)
     assert all(value == 0 for value in [*terms.values(), *metrics.values()])
-    gradients = gradient(*inputs, tokens, BOTH, nothing)
+    gradients = gradient(*inputs, tokens, BOTH, all_masked)
     assert not any(leaf.any() for leaf in jax.tree.leaves(gradients))
 
 
-def test_there_are_params_only_for_what_is_on():
+def test_only_enabled_losses_have_params():
     assert not auxiliary.is_on(AuxiliaryConfig())
     assert params(AuxiliaryConfig()) == {}
     assert auxiliary.apply({}, AuxiliaryConfig(), draw_features()) == AuxiliaryPrediction()
@@ -205,7 +207,7 @@ def test_there_are_params_only_for_what_is_on():
 
 
 @pytest.mark.slow
-def test_a_training_sums_every_term_and_needs_words_only_to_give_them_back():
+def test_the_training_loss_sums_all_terms_and_needs_no_words_without_a_caption():
     config = tiny_demos.imitation("", "", auxiliary=TOKENS, loss=LossWeights(gripper=0.5))
     batch, _ = draw_batch(cameras=())
     batch = batch._replace(
@@ -218,13 +220,13 @@ def test_a_training_sums_every_term_and_needs_words_only_to_give_them_back():
         action_mask=np.ones((B, W, 2), bool),
     )
     key = jax.random.key(0)
-    loss, told = make_loss(config)(init_params(key, config), Counted(batch, jnp.array(0)), key)
-    terms = (told["loss_arm"], told["loss_gripper"], told["loss_forward_tokens"])
+    loss, metrics = make_loss(config)(init_params(key, config), Counted(batch, jnp.array(0)), key)
+    terms = (metrics["loss_arm"], metrics["loss_gripper"], metrics["loss_forward_tokens"])
     assert all(term > 0 for term in terms)
     assert_close(loss, np.dot([1, 0.5, 0.05], terms))
 
 
-# --- mistakes ---------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------
 
 MISTAKES = {
     "horizon": ({"forward_horizon": -1}, r"auxiliary\.forward_horizon must be at least 0, got -1"),
@@ -242,30 +244,30 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("changes", "sentence"), MISTAKES.values(), ids=MISTAKES)
-def test_a_config_out_of_range_is_one_sentence(changes, sentence):
+def test_a_config_out_of_range_is_refused(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
         AuxiliaryConfig(**changes)
 
 
-def test_pixels_of_a_batch_without_pictures_are_one_sentence():
+def test_a_pixel_loss_without_images_is_refused():
     batch, tokens = draw_batch(cameras=())
     with pytest.raises(ValueError, match=r"forward_target 'pixels' needs images .* got none"):
         auxiliary.frames(PIXELS, batch.observation, tokens)
 
 
-def test_patches_that_do_not_fit_are_one_sentence():
+def test_patches_that_do_not_divide_the_image_are_refused():
     with pytest.raises(ValueError, match="forward_patch_size must divide images of 4 x 4 pixels"):
         auxiliary.patches(np.zeros((1, 4, 4, 3), np.uint8), 3)
 
 
-def test_a_caption_without_words_is_one_sentence():
+def test_a_caption_without_words_is_refused():
     with pytest.raises(
         ValueError, match=r"words must be ids .* pass captions\.visible_instruction"
     ):
         auxiliary.apply(params(BOTH), BOTH, draw_features())
 
 
-TRAININGS = {  # what is refused before any training
+TRAININGS = {  # refused before any training
     "state": ({"auxiliary": PIXELS}, r"'pixels' needs images in the batch, got backbone 'state'"),
     "cached": (
         {"auxiliary": PIXELS, "backbone": tiny_demos.EYES, "frozen_backbone": True},
@@ -302,6 +304,6 @@ TRAININGS = {  # what is refused before any training
 
 
 @pytest.mark.parametrize(("options", "sentence"), TRAININGS.values(), ids=TRAININGS)
-def test_a_training_whose_head_could_not_learn_is_refused(options, sentence):
+def test_a_training_with_an_impossible_auxiliary_loss_is_refused(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         tiny_demos.imitation("demos", "run", **options)

@@ -1,4 +1,4 @@
-"""The laws of a backbone, over the whole family."""
+"""Laws of a backbone, for every member of the family."""
 
 import dataclasses
 import functools
@@ -39,7 +39,7 @@ def test_every_backbone_is_tested_here():
 
 
 def observe(kind, lead=(B,), seed=0):
-    """Random parts with an instruction of two words."""
+    """Random observation with an instruction of two words."""
     random = np.random.default_rng(seed)
     pictures = random.integers(0, 256, (2, *lead, 16, 16, 3), np.uint8)
     instruction = np.zeros((*lead, S), np.int32)
@@ -65,7 +65,7 @@ def compiled(kind):
 
 
 def encode(kind, observation, config=None):
-    """Tokens `[..., N, D]`, none of which is padding."""
+    """Tokens `[..., N, D]`, none of them padding."""
     tokens, mask = compiled(kind)(params(kind), config or CONFIGS[kind], observation)
     assert mask.all()
     return tokens
@@ -89,7 +89,7 @@ def test_tokens_have_the_leading_axes_of_the_observation(kind, lead):
 
 @pytest.mark.slow
 @each
-def test_vmap_is_a_loop_and_jit_is_no_jit(kind):
+def test_vmap_equals_a_loop_and_jit_does_not_change_tokens(kind):
     observation, backbone = observe(kind), BACKBONES[kind]
     together = encode(kind, observation)
 
@@ -104,7 +104,7 @@ def test_vmap_is_a_loop_and_jit_is_no_jit(kind):
 
 
 @each
-def test_every_part_and_the_order_of_the_words_can_be_seen(kind):
+def test_tokens_depend_on_every_input_and_on_word_order(kind):
     observation = observe(kind)
     tokens = encode(kind, observation)
     other = observe(kind, seed=1)
@@ -116,15 +116,15 @@ def test_every_part_and_the_order_of_the_words_can_be_seen(kind):
 
 
 @each
-def test_an_empty_instruction_is_the_learned_silence(kind):
-    unspoken = observe(kind)._replace(instruction=np.zeros((B, S), np.int32))
-    tokens = encode(kind, unspoken)
+def test_an_empty_instruction_gives_the_learned_silence_token(kind):
+    without_words = observe(kind)._replace(instruction=np.zeros((B, S), np.int32))
+    tokens = encode(kind, without_words)
     silence = params(kind)["words"]["silence"]
     np.testing.assert_allclose(tokens[:, -1], np.tile(silence, (B, 1)), atol=1e-6)
 
 
 @each
-def test_words_that_training_never_saw_are_words_like_others(kind):
+def test_words_unseen_in_training_get_distinct_finite_tokens(kind):
     sentences = ("touch the red block", "zzyzx über 触る 7", "?!")
     ids = np.stack([word_hashing.tokenize(s, max_words=S, vocab_size=VOCAB) for s in sentences])
     tokens = encode(kind, observe(kind)._replace(instruction=ids))[:, -1]
@@ -137,7 +137,7 @@ def test_words_that_training_never_saw_are_words_like_others(kind):
 @each
 def test_the_gradient_reaches_every_param(kind):
     observation = observe(kind)
-    observation.instruction[0] = 0  # silence is a param too
+    observation.instruction[0] = 0  # so that `silence` has a gradient too
 
     def loss_fn(params):
         weights = jax.random.normal(jax.random.key(1), (B, 1, CONFIGS[kind].token_dim))
@@ -147,24 +147,24 @@ def test_the_gradient_reaches_every_param(kind):
     grads = jax.jit(jax.grad(loss_fn))(params(kind))
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         name = jax.tree_util.keystr(path)
-        if not name.endswith("['key']['bias']"):  # softmax does not see what all keys share
+        if not name.endswith("['key']['bias']"):  # softmax is invariant to it
             assert np.abs(grad).max() > 0, name
 
 
 @each
-def test_bfloat16_computes_nearly_the_same_and_gives_float32(kind):
-    rough = dataclasses.replace(CONFIGS[kind], dtype="bfloat16")
+def test_bfloat16_products_give_nearly_the_same_float32_tokens(kind):
+    low_precision = dataclasses.replace(CONFIGS[kind], dtype="bfloat16")
     observation = observe(kind)
-    tokens, exact = encode(kind, observation, rough), encode(kind, observation)
+    tokens, exact = encode(kind, observation, low_precision), encode(kind, observation)
     assert tokens.dtype == jnp.float32
-    shapes = jax.eval_shape(lambda key: BACKBONES[kind].init(key, rough), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: BACKBONES[kind].init(key, low_precision), jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
     difference = np.abs(tokens - exact)
     assert 0 < difference.max() < 0.15 * np.abs(exact).max()
 
 
 @each
-def test_a_backbone_tokenises_and_states_its_images(kind):
+def test_a_backbone_tokenises_and_declares_its_images(kind):
     backbone, config = BACKBONES[kind], CONFIGS[kind]
     ids = backbone.tokenize(config, "touch the red block")
     assert ids.dtype == np.int32
@@ -178,7 +178,7 @@ def test_a_backbone_tokenises_and_states_its_images(kind):
 
 
 @each
-def test_instructions_that_become_the_same_ids_are_refused(kind):
+def test_instructions_with_the_same_ids_are_refused(kind):
     small = dataclasses.replace(CONFIGS[kind], vocab_size=3)
     with pytest.raises(ValueError, match="vocab_size must keep the words"):
         registry.make_tokenizer(small, ["lift the red block"])
@@ -194,7 +194,7 @@ def test_a_vocabulary_without_words_is_refused(kind, field, value, least):
 
 
 @each
-def test_a_missing_part_is_one_sentence(kind):
+def test_a_missing_input_is_refused(kind):
     for name in PARTS[kind]:
         observation = observe(kind)._replace(**{name: None})
         with pytest.raises(ValueError, match=rf"^observation\.{name} is missing; .*{name}"):
@@ -202,7 +202,7 @@ def test_a_missing_part_is_one_sentence(kind):
 
 
 @each
-def test_a_part_of_another_size_is_one_sentence(kind):
+def test_an_input_of_another_size_is_refused(kind):
     for name in PARTS[kind]:
         cut = getattr(observe(kind), name)[..., :-1]
         with pytest.raises(ValueError, match=rf"must be \[.*\], got \[{B}.*same leading axes"):
@@ -211,7 +211,7 @@ def test_a_part_of_another_size_is_one_sentence(kind):
             )
 
 
-def test_a_picture_that_is_not_uint8_is_one_sentence():
+def test_an_image_that_is_not_uint8_is_refused():
     observation = observe("perceiver")
     scaled = observation._replace(image_wrist=observation.image_wrist / np.float32(255))
     with pytest.raises(ValueError, match="image_wrist must be uint8 in 0 … 255, got float32"):
@@ -225,14 +225,14 @@ def test_a_picture_that_is_not_uint8_is_one_sentence():
         ({"num_heads": 3}, "width must be a multiple of num_heads 3, got 64"),
     ],
 )
-def test_a_perceiver_that_does_not_divide_is_refused(fields, sentence):
+def test_a_perceiver_whose_sizes_do_not_divide_is_refused(fields, sentence):
     with pytest.raises(ValueError, match=sentence):
         PerceiverConfig(**fields)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("overlap", [True, False])
-def test_the_perceiver_looks_at_every_pixel_of_both_pictures(overlap):
+def test_every_pixel_of_both_images_affects_the_perceiver(overlap):
     config = dataclasses.replace(CONFIGS["perceiver"], overlap=overlap)
     init = jax.jit(BACKBONES["perceiver"].init, static_argnums=1)
     weights = init(jax.random.key(0), config)

@@ -1,4 +1,4 @@
-"""The benchmark measures all cases, and refuses implementations that compute something else."""
+"""The benchmark measures all cases, and refuses implementations with different results."""
 
 import json
 import sys
@@ -20,7 +20,9 @@ STREAMS = {"vla_jax, refresh", "vla_jax, window re-run", "RoboVLMs (PyTorch), wi
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """PyTorch's threads spin while they wait, which on a busy machine takes seconds per step."""
+    """Limits PyTorch to one thread: waiting threads spin, which costs seconds per step on a busy
+    machine.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -49,7 +51,7 @@ def implementations_of(content, case):
 
 
 def median(content, case, quantity):
-    """The median of one measurement."""
+    """Returns the median of one measurement."""
     (value,) = (
         each["value"]
         for each in content["measurements"]
@@ -107,7 +109,7 @@ def corrupt(function, monkeypatch, name, change):
     monkeypatch.setattr(convert, function, wrong)
 
 
-def test_a_recurrence_with_another_weight_is_caught(tmp_path, monkeypatch, capsys):
+def test_a_recurrence_with_different_weights_is_detected(tmp_path, monkeypatch, capsys):
     corrupt("to_torch", monkeypatch, "weight_hh_l1", lambda kernel: kernel * np.float32(1.01))
     with pytest.raises(ValueError, match=r"torch\.nn\.LSTM must agree with vla_jax to"):
         measured(tmp_path, "recurrence")
@@ -115,7 +117,7 @@ def test_a_recurrence_with_another_weight_is_caught(tmp_path, monkeypatch, capsy
     assert not (tmp_path / "run").exists()
 
 
-def test_a_head_with_another_weight_is_caught(tmp_path, monkeypatch):
+def test_a_head_with_different_weights_is_detected(tmp_path, monkeypatch):
     corrupt("to_robovlms", monkeypatch, "act_head.gripper.mlp.2.bias", lambda bias: bias + 1)
     with pytest.raises(ValueError, match=r"RoboVLMs \(PyTorch\) must agree with vla_jax"):
         measured(tmp_path, "head")
@@ -134,7 +136,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_results_that_differ_raise(other):
+def test_different_results_raise(other):
     with pytest.raises(
         ValueError, match=r"theirs must agree with ours to 0\.0001 in case, setting"
     ):
@@ -149,7 +151,7 @@ def test_results_that_are_not_finite_never_agree():
         timing.check(comparison(implementation("ours", broken), implementation("theirs", broken)))
 
 
-def test_results_that_agree_pass_and_leaves_that_an_implementation_lacks_are_skipped():
+def test_equal_results_pass_and_leaves_that_an_implementation_lacks_are_skipped():
     near = {**OURS, "outputs": OURS["outputs"] * (1 + 1e-6)}
     timing.check(comparison(implementation("ours", OURS), implementation("theirs", near)))
     part = {"outputs": OURS["outputs"], "by_params": {}}
@@ -158,20 +160,20 @@ def test_results_that_agree_pass_and_leaves_that_an_implementation_lacks_are_ski
     )
 
 
-def test_implementations_run_in_turns_and_ratios_are_taken_per_round(monkeypatch):
+def test_implementations_alternate_and_ratios_are_taken_per_round(monkeypatch):
     order, clock = [], iter(np.cumsum([0, 1, 0, 4, 0, 2, 0, 4]))
 
     def run_of(name):
         return Implementation(name, lambda: order.append(name), lambda results: results, 8)
 
     monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
-    ours, theirs = timing.measure(comparison(run_of("a"), run_of("b")), 2, peak_gflops=2.0)
-    assert order == ["a", "a", "b", "b"] * 2  # the second of each turn is timed
+    ours, other = timing.measure(comparison(run_of("a"), run_of("b")), 2, peak_gflops=2.0)
+    assert order == ["a", "a", "b", "b"] * 2  # the second run of each round is timed
     assert ours.ms == (1000, 1500, 2000)
     assert ours.ratio == (1, 1, 1)
-    assert theirs.ratio == (2, 3, 4)
-    assert theirs.gflops == pytest.approx(1e6 / 4e9)
-    assert theirs.fraction_of_peak == pytest.approx(theirs.gflops / 2)
+    assert other.ratio == (2, 3, 4)
+    assert other.gflops == pytest.approx(1e6 / 4e9)
+    assert other.fraction_of_peak == pytest.approx(other.gflops / 2)
 
 
 def test_a_training_step_counts_three_products_per_kernel():
@@ -184,7 +186,9 @@ def test_a_training_step_counts_three_products_per_kernel():
     assert baselines.recurrent_bytes(params, 12, hoisted=False) == 24 * once
 
 
-def test_a_missing_pytorch_is_reported_and_the_others_are_measured(tmp_path, monkeypatch, capsys):
+def test_without_pytorch_the_others_are_measured_and_its_absence_is_reported(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: None)
     content = measured(tmp_path, "head")

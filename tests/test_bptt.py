@@ -1,4 +1,4 @@
-"""Law 3: the backward pass written by hand is the one that JAX derives, whatever the case."""
+"""Law 3: the hand-written backward pass equals the one that JAX derives, in every case."""
 
 from functools import partial
 
@@ -20,7 +20,7 @@ FLAGS = {
     "mask-reset": {"mask": True, "reset": True},
 }
 each_cell = pytest.mark.parametrize("name", cells.CELLS)
-# As which the kernel is multiplied; see `size`.
+# How the kernel is multiplied; see `size`.
 each_size = pytest.mark.parametrize("size", ["small", "large"], indirect=True)
 SIZES = [*(("small", which) for which in FLAGS), ("large", "mask-reset")]
 
@@ -48,21 +48,21 @@ def draw_case(name, key):
 def loss(scan, cell, flags, params, carry, projected, **options):
     """Weighs every output and carry differently, so that no two errors cancel out."""
     carry, outputs = scan(cell, params, carry, projected, **flags, **options)
-    weighed = jax.tree.map(
+    weighted = jax.tree.map(
         lambda leaf: jnp.sum(jnp.sin(leaf) * draw(3, *leaf.shape)), (carry, outputs)
     )
-    return sum(jax.tree.leaves(weighed))
+    return sum(jax.tree.leaves(weighted))
 
 
 @pytest.fixture(autouse=True)
 def size(request, monkeypatch):
-    """Has kernels of a few numbers multiplied as those of millions are, where it is "large"."""
+    """large": treats the small kernels of these tests as large ones."""
     if getattr(request, "param", "small") == "large":
         monkeypatch.setattr(matmul, "LARGE", 1)
 
 
 def gradients(name, key, flags, **options):
-    """By params, initial carry and inputs: by hand, and as JAX derives them."""
+    """Gradients by params, initial carry and inputs: hand-written, and derived by JAX."""
     cell, *arguments = draw_case(name, key)
     return [
         jax.jit(jax.grad(partial(loss, scan, cell, flags, **options), argnums=(0, 1, 2)))(
@@ -73,7 +73,7 @@ def gradients(name, key, flags, **options):
 
 
 def assert_close(one, other, atol=2e-6):
-    """To `atol`, or to that share of the largest number of the array where it is above 1."""
+    """Asserts agreement to `atol`, relative to the largest absolute value where that is above 1."""
 
     def compare(a, b):
         np.testing.assert_allclose(a, b, rtol=0, atol=atol * max(1.0, np.abs(b).max(initial=0.0)))
@@ -85,11 +85,11 @@ def assert_close(one, other, atol=2e-6):
 @each_cell
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize(("size", "which"), SIZES, indirect=["size"])
-def test_the_gradients_are_those_that_jax_derives(name, which, reverse, key):
+def test_the_gradients_equal_those_that_jax_derives(name, which, reverse, key):
     flags = draw_flags(FLAGS[which])
     by_hand, derived = gradients(name, key, flags, reverse=reverse)
     assert_close(by_hand, derived)
-    by_params, *others = derived  # else nothing was compared:
+    by_params, *others = derived  # the comparison is not one of zeros
     used = [by_params[path] for path in by_params if path not in ("input_kernel", "input_bias")]
     assert all(np.abs(leaf).max() > 0.01 for leaf in jax.tree.leaves((used, others)))
 
@@ -97,20 +97,20 @@ def test_the_gradients_are_those_that_jax_derives(name, which, reverse, key):
 @pytest.mark.sampled
 @each_cell
 @each_size
-def test_bfloat16_products_give_the_gradients_of_float32_but_for_rounding(name, key):
+def test_bfloat16_products_give_the_gradients_of_float32_up_to_rounding(name, key):
     flags = draw_flags(FLAGS["mask-reset"])
     by_hand, derived = gradients(name, key, flags, dtype="bfloat16")
     exact = gradients(name, key, flags)[1]
     for ours, theirs, right in zip(*map(jax.tree.leaves, (by_hand, derived, exact)), strict=True):
         assert ours.dtype == jnp.float32
         error = np.abs(ours - right).max()
-        assert error <= 2 * np.abs(theirs - right).max() + 1e-6  # as good as what JAX derives
+        assert error <= 2 * np.abs(theirs - right).max() + 1e-6  # as accurate as what JAX derives
         assert error <= 0.03 * np.abs(right).max() + 1e-6
 
 
 @pytest.mark.sampled
 @each_cell
-def test_the_outputs_and_the_carry_are_the_same(name, key):
+def test_the_outputs_and_the_carry_are_equal(name, key):
     cell, *arguments = draw_case(name, key)
     flags = draw_flags(FLAGS["mask-reset"])
     by_hand, plain = (
@@ -121,7 +121,7 @@ def test_the_outputs_and_the_carry_are_the_same(name, key):
 
 @pytest.mark.sampled
 @each_cell
-def test_the_gradients_are_those_of_differences(name, key):
+def test_the_gradients_equal_finite_differences(name, key):
     cell, *arguments = draw_case(name, key)
     flags = draw_flags(FLAGS["mask-reset"])
     check_grads(partial(loss, bptt.scan, cell, flags), arguments, 1, ["rev"], rtol=0.02)
@@ -130,7 +130,7 @@ def test_the_gradients_are_those_of_differences(name, key):
 @pytest.mark.sampled
 @each_cell
 @each_size
-def test_the_derivative_can_be_derived_again(name, key):
+def test_second_derivatives_equal_those_that_jax_derives(name, key):
     cell, params, carry, projected = draw_case(name, key)
 
     def penalty(scan, projected):
@@ -144,8 +144,8 @@ def test_the_derivative_can_be_derived_again(name, key):
     assert_close(by_hand, derived, atol=1e-5)
 
 
-def test_a_large_kernel_is_never_turned_over(key, monkeypatch):
-    cell, hidden_size = cells.LSTM, 48  # so that its kernel is the one array of its shape
+def test_a_large_kernel_is_never_transposed(key, monkeypatch):
+    cell, hidden_size = cells.LSTM, 48  # makes the shape of the kernel unique
     params = cell.init(key, D, hidden_size)
     carry = cell.zero_carry(jnp.zeros((B, 1)), hidden_size)
     projected = draw(9, T, B, 4 * hidden_size)
@@ -159,12 +159,12 @@ def test_a_large_kernel_is_never_turned_over(key, monkeypatch):
         moves = [line for line in lines if " transpose(" in line or " copy(" in line]
         return [line for line in moves if any(f"= {shape}" in line for shape in shapes)]
 
-    assert copies()  # of a small one
+    assert copies()  # small kernels are transposed
     monkeypatch.setattr(matmul, "LARGE", 1)
     assert copies() == []
 
 
-def test_forward_mode_is_refused_by_hand_and_there_with_implementation_scan(key):
+def test_forward_mode_is_refused_and_available_with_implementation_scan(key):
     config = RecurrenceConfig(cell="gru", hidden_size=H)
     inputs = draw(0, B, T, D)
     params = recurrence.init(key, config, D)
@@ -184,7 +184,7 @@ def test_forward_mode_is_refused_by_hand_and_there_with_implementation_scan(key)
 @pytest.mark.sampled
 @each_cell
 @each_size
-def test_vmap_is_a_loop(name, key):
+def test_vmap_equals_a_loop(name, key):
     cell, params, carry, projected = draw_case(name, key)
     stacked = np.stack([projected, 2 * projected])
     gradient = jax.grad(partial(loss, bptt.scan, cell, draw_flags(FLAGS["mask"]), params, carry))
@@ -195,7 +195,7 @@ def test_vmap_is_a_loop(name, key):
 @pytest.mark.sampled
 @each_cell
 @each_size
-def test_on_many_devices_the_gradients_are_the_same(name, key):
+def test_the_gradients_on_many_devices_are_equal(name, key):
     cell, params, carry, projected = draw_case(name, key)
     flags = draw_flags(FLAGS["mask-reset"])
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))

@@ -11,7 +11,7 @@ LENGTHS = np.random.default_rng(0).integers(0, K, F)
 
 
 def rows():
-    """A target consists of `length` times the row's number, which identifies the row."""
+    """Targets consist of `length` times the row's number, which identifies the row."""
     number = np.arange(1, F + 1)[:, None]
     return Ids(source=number, target=np.where(np.arange(K) < LENGTHS[:, None], number, 0))
 
@@ -27,7 +27,7 @@ def test_an_epoch_has_every_row_in_full_batches():
     assert set(numbers) == set(range(1, F + 1))
     counts = np.bincount(numbers)[1:]
     assert counts.max() <= 2
-    assert (counts == 2).sum() < B * 3  # less than a batch per width
+    assert (counts == 2).sum() < B * 3  # less than one batch per width
     assert {len(batch.source) for batch in epoch} == {B}
 
 
@@ -55,7 +55,7 @@ def test_epochs_differ_and_depend_on_the_seed():
 
 
 @pytest.mark.parametrize("position", [0, 5, 40])
-def test_resumed_is_uninterrupted(position):
+def test_resumed_equals_uninterrupted(position):
     whole = Buckets(rows(), batch_size=B, width_step=STEP)
     resumed = Buckets(rows(), batch_size=B, width_step=STEP)
     take(whole, position)
