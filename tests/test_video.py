@@ -42,7 +42,7 @@ def test_a_video_starts_to_play_before_it_is_loaded_and_is_written_whole(tmp_pat
 
 
 def test_a_video_without_frames_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="must be at least one picture, got none"):
+    with pytest.raises(ValueError, match="must be at least one frame, got none"):
         video.write_mp4(tmp_path / "video.mp4", [], 10)
 
 

@@ -1,1 +1,1 @@
-"""From a robot's observation to the action that is sent; rollouts."""
+"""Agents (raw observation in, robot action out) and rollouts."""

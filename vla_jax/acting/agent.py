@@ -31,11 +31,13 @@ class AgentConfig:
     """Config of an agent; params and norm_stats complete it."""
 
     policy: PolicyConfig = PolicyConfig()  # backbone and decoder of the policy
-    normalize: NormalizeConfig = NormalizeConfig()  # as in training
+    normalize: NormalizeConfig = NormalizeConfig()  # normalisation, as in training
     execution: ExecutionConfig = ExecutionConfig()  # how predicted chunks become single actions
-    mode: Mode = "refresh"  # what the decoder remembers: last W steps, since W·n, everything
-    instruction_steps: int = 1  # first steps that show the instruction; -1 = always
-    tool_frame: ToolFrame | None = None  # the policy speaks in the tool's frame; None = the data's
+    # streaming memory: "refresh" = last W steps, "periodic" = cleared every W steps, "persistent" =
+    # the whole episode
+    mode: Mode = "refresh"
+    instruction_steps: int = 1  # steps at the start that show the instruction; -1 = all steps
+    tool_frame: ToolFrame | None = None  # tool frame of the policy's actions; None = as in the data
 
     def __post_init__(self):
         check_mode(self.policy.decoder, self.mode)
@@ -61,7 +63,7 @@ class Agent(NamedTuple):
 def make_agent(
     config: AgentConfig, norm_stats: Mapping[str, NormStats], *, window_size: int | None = None
 ) -> Agent:
-    """Returns the two functions of an agent.
+    """Returns the functions of an agent.
 
     `step(params, state, observation, reset) -> (state, action [B, A])` takes raw observations
     `[B, ...]` with word ids of the whole instruction at every step, `reset [B]` True where an
@@ -132,10 +134,10 @@ def plan(
       arm `[B, A-1]`, gripper logit `[B]`.
     """
     age = jnp.where(reset, 0, state.age)
-    seen = _prepare(config, norm_stats, observation, age)
-    stream, chunk = policy.step(params, config.policy, state.stream, seen, reset=reset)
+    normalized = _prepare(config, norm_stats, observation, age)
+    stream, chunk = policy.step(params, config.policy, state.stream, normalized, reset=reset)
     executed, action = execution.plan(config.execution, state.execution, chunk, reset=reset)
-    return AgentState(stream, executed, age + 1), seen, action
+    return AgentState(stream, executed, age + 1), normalized, action
 
 
 def send(
@@ -152,7 +154,7 @@ def send(
       norm_stats: as for `make_agent`.
       state: from `plan`.
       observation: `[B, ...]`, raw.
-      planned: arm `[B, A-1]`, gripper logit `[B]`, from `plan` or an exploration of it.
+      planned: arm `[B, A-1]`, gripper logit `[B]`, from `plan`, possibly with exploration noise.
     """
     executed, action = execution.send(config.execution, state.execution, planned)
     action = normalize.denormalize_action(action, norm_stats["action"], config.normalize)
@@ -167,7 +169,7 @@ def send(
 def _prepare(
     config: AgentConfig, norm_stats: Mapping[str, NormStats], observation: Observation, age: Array
 ) -> Observation:
-    """Returns the normalised observation, without columns that have no norm_stats."""
+    """Returns the normalised observation, without columns that lack norm_stats."""
     columns = {}
     for name in ("proprio", "environment_state"):
         column, stats = getattr(observation, name), norm_stats.get(name)
@@ -175,7 +177,7 @@ def _prepare(
             if column.shape[-1] != len(stats.mean):
                 raise ValueError(
                     f"{name} must have {len(stats.mean)} numbers as in training, got "
-                    f"{column.shape[-1]}; choose a world that the policy was trained for."
+                    f"{column.shape[-1]}; choose an environment that the policy was trained for."
                 )
             column = normalize.normalize(column, stats, getattr(config.normalize, name))
         columns[name] = column if stats is not None else None

@@ -1,4 +1,4 @@
-"""Rollouts in batches: Python simulators side by side, JAX environments in one scan."""
+"""Rollouts in batches: Python simulators in lockstep, JAX environments in one scan."""
 
 import contextlib
 from collections import deque
@@ -28,7 +28,7 @@ class RecordedEpisode(NamedTuple):
     """An outcome with its video and actions."""
 
     outcome: Outcome
-    video: list[np.ndarray]  # pictures [h, w, 3] uint8; empty if not recorded
+    video: list[np.ndarray]  # frames [h, w, 3] uint8; empty if not recorded
     actions: np.ndarray  # [T, A] as sent to the simulator
 
 
@@ -39,11 +39,11 @@ class SimulatorView(NamedTuple):
     instruction: str
     step: int  # environment steps since the episode began
     seed: int  # of the episode
-    simulator: Simulator  # for references that use privileged state
+    simulator: Simulator  # for reference controllers that use privileged state
 
 
 class Controller(NamedTuple):
-    """A policy or a reference as functions of simulator views; its state is a value.
+    """A policy or a reference controller as pure functions of simulator views.
 
     `step(state, views, reset) -> (state, actions)` takes at most as many views as the state has
     rows; `reset [B]` is True where an episode starts. `actions` are `[B, A]`.
@@ -65,7 +65,7 @@ def run_simulators(
     video_seeds: Collection[int] = (),
     draw: Draw | None = None,
 ) -> Iterator[RecordedEpisode]:
-    """Runs one episode per seed, `num_simulators` side by side, so that the policy acts on a batch.
+    """Runs one episode per seed, `num_simulators` in lockstep, with batched policy steps.
 
     A simulator that raises is closed and replaced; the outcome of its episode has the error.
 
@@ -75,7 +75,7 @@ def run_simulators(
       seeds: one per episode.
       num_simulators: B.
       video_seeds: episodes to record.
-      draw: returns a picture `[h, w, 3]` uint8 of a simulator.
+      draw: returns an image `[h, w, 3]` uint8 of a simulator.
 
     Yields:
       Episodes in the order in which they end.
@@ -91,7 +91,7 @@ def run_simulators(
             views.append((yield from _until_view(lane, None)))
         state = controller.init(num_simulators)
         while any(view is not None for view in views):
-            # A lane without episodes keeps its row: the batch size, and so the compiled step, stay.
+            # A lane without episodes keeps its row: a new batch size would recompile the step.
             filler = next(view for view in views if view is not None)
             batch = [view or filler for view in views]
             reset = np.array([view.step == 0 for view in batch])
@@ -151,7 +151,7 @@ def _episode(
         if draw:
             video.append(draw(simulator))
         success = bool(step.success)
-    except Exception as raised:  # an outcome, whatever the simulator raises
+    except Exception as raised:  # recorded in the outcome, whatever the simulator raises
         error = f"{type(raised).__name__}: {raised}".splitlines()[0]
     outcome = Outcome(seed, task, instruction, success, len(actions), error)
     return RecordedEpisode(outcome, video, np.array(actions))

@@ -1,20 +1,20 @@
-"""From predicted chunks to the action that is sent.
+"""Selection of the action to send from the predicted chunks, and gripper rules.
 
-The policy predicts a chunk at every environment step, since a memory must see every frame;
-`kind` says what becomes of the chunks:
+The policy predicts a chunk at every environment step, since a memory must see every frame. `kind`
+determines which action is sent:
 
-- `first`: the first action of the newest chunk (RoboVLMs, whatever its chunks' length).
-- `receding_horizon`: `exec_horizon` actions of a chunk, then those of the newest one.
-- `temporal_ensemble`: the weighted mean of all chunks that speak of this step (ACT).
+- `first`: the first action of the newest chunk (RoboVLMs, for any chunk length).
+- `receding_horizon`: `exec_horizon` actions of a chunk, then those of the newest chunk.
+- `temporal_ensemble`: the weighted mean of all chunks that predict this step (ACT).
 
-The gripper is wanted open or closed, +1 or -1 exactly: open when its logit exceeds
-`gripper_threshold + gripper_hysteresis`, closed at `gripper_threshold - gripper_hysteresis` and
-below, as before in between. `gripper_rule` says what is sent:
+The target of the gripper is +1 (open) if its logit is above `gripper_threshold +
+gripper_hysteresis`, -1 (closed) if at or below `gripper_threshold - gripper_hysteresis`, and the
+previous target in between. `gripper_rule` determines the command that is sent:
 
-- `as_wanted`: +1 or -1.
-- `repeat_change`: only changes, +1 opens, -1 closes, 0 leaves it; each is sent for
-  `gripper_steps` steps, during which no other change is heard (SIMPLER's Google robot).
-- `open_late`: +1 from the `gripper_steps`-th step in a row on that wants it open, else -1
+- `as_wanted`: the target.
+- `repeat_change`: changes of the target only, +1 open, -1 close, 0 no change; a change is sent for
+  `gripper_steps` steps, during which further changes are ignored (SIMPLER's Google robot).
+- `open_late`: +1 once the target has been open for `gripper_steps` consecutive steps, else -1
   (SIMPLER's WidowX); every episode starts closed.
 """
 
@@ -39,15 +39,18 @@ GripperRule = Literal["as_wanted", "repeat_change", "open_late"]
 class ExecutionConfig:
     """Rules from predicted chunks to single actions."""
 
-    kind: Kind = "first"  # which actions of which chunks are sent
-    exec_horizon: int = 1  # environment steps for which "receding_horizon" keeps a chunk
-    ensemble_decay: float = (
-        0.01  # m in exp(-m·i), i = 0 the oldest chunk; negative favours new ones
-    )
+    kind: Kind = "first"  # which action is sent: first, receding_horizon or temporal_ensemble
+    exec_horizon: int = 1  # environment steps for which "receding_horizon" executes one chunk
+    # m of the weights exp(-m·i) of "temporal_ensemble", i = 0 the oldest chunk; negative favours
+    # new chunks
+    ensemble_decay: float = 0.01
     gripper_threshold: float = 0.0  # logit above which the gripper opens; 0 = probability 0.5
-    gripper_hysteresis: float = 0.0  # logits around the threshold in which it stays as it is
-    gripper_rule: GripperRule = "as_wanted"  # what is sent of what is wanted of the gripper
-    gripper_steps: int = 1  # environment steps: of "repeat_change" sent, of "open_late" waited
+    gripper_hysteresis: float = 0.0  # no change within this distance of the threshold, logits
+    # gripper command: "as_wanted" = the target, "repeat_change" = changes only, "open_late" = opens
+    # after `gripper_steps` open predictions
+    gripper_rule: GripperRule = "as_wanted"
+    # environment steps for which "repeat_change" sends a change, or "open_late" waits
+    gripper_steps: int = 1
 
     def __post_init__(self):
         if self.kind not in get_args(Kind):
@@ -85,7 +88,7 @@ class RecedingPlan(NamedTuple):
     """The chunk that is being executed."""
 
     chunk: ActionChunk  # [B, K, A-1], [B, K]
-    age: jax.Array  # [B] int32, how many of its actions were sent; 0 = take a new one
+    age: jax.Array  # [B] int32, actions of it that were sent; 0 = take a new chunk
 
 
 class EnsemblePlan(NamedTuple):
@@ -93,21 +96,21 @@ class EnsemblePlan(NamedTuple):
 
     total: ActionChunk  # [B, K, A-1], [B, K], weighted sums
     weight: jax.Array  # [B, K], sums of the weights
-    count: jax.Array  # [B, K], how many chunks speak of that step
+    count: jax.Array  # [B, K], number of chunks that predict that step
 
 
 class GripperState(NamedTuple):
     """State of the gripper rule."""
 
-    wanted: jax.Array  # [B] at the last step, +1 open / -1 closed, 0 before the first action
-    change: jax.Array  # [B] that "repeat_change" sent last, +1 opens, -1 closes, 0 none
-    steps: jax.Array  # [B] int32, for which it still will; with "open_late" those waited
+    wanted: jax.Array  # [B] target at the last step, +1 open / -1 closed, 0 before the first action
+    change: jax.Array  # [B] last change sent by "repeat_change", +1 open, -1 close, 0 none
+    steps: jax.Array  # [B] int32, steps left to send it; with "open_late" steps waited
 
 
 class ChunkRule(NamedTuple):
-    """A family member: which actions of which chunks are sent."""
+    """Member of `CHUNK_RULES`: selects one action from the chunks so far."""
 
-    holds_chunks: bool  # whether a chunk may be executed for several steps
+    holds_chunks: bool  # True if a chunk can be executed for several steps
     init: Callable[[ActionChunk], Any]  # chunk of zeros -> plan before the first action
     # (config, plan, chunk) -> (plan, action: arm [B, A-1], gripper logit [B])
     select: Callable[[ExecutionConfig, Any, ActionChunk], tuple[Any, ActionChunk]]
@@ -126,13 +129,13 @@ def init(
     """Returns the state before the first action.
 
     Args:
-      config: how chunks become actions.
+      config: execution config.
       batch_size: B, robots that act together.
       action_horizon: K of the chunks.
       action_dim: A, the gripper included.
 
     Raises:
-      ValueError: more actions are to be executed than a chunk has.
+      ValueError: `exec_horizon` is larger than the chunk.
     """
     if config.exec_horizon > action_horizon:
         raise ValueError(
@@ -158,14 +161,14 @@ def step(
     """Returns the state after this environment step, and the action to send.
 
     Args:
-      config: the one that `init` was given.
+      config: the config given to `init`.
       state: from `init` or the step before.
       chunk: predicted at this step, arm `[B, K, A-1]`, gripper logit `[B, K]`.
       reset: `[B]`, True where an episode starts; None means nowhere.
 
     Returns:
-      The state, and the action `[B, A]`: arm clipped to [-1, 1], gripper +1 open / -1 closed (0
-      is no change, with "repeat_change").
+      The state, and the action `[B, A]`: arm clipped to [-1, 1], gripper +1 open / -1 closed (with
+      "repeat_change" 0 is no change).
 
     Source: Zhao et al. 2023, ACT (arXiv:2304.13705), section IV, for "temporal_ensemble".
     """
@@ -183,8 +186,8 @@ def plan(
     """Runs the first half of `step`: selects one action from all chunks so far.
 
     Args:
-      config: as for `step`, and so are the others.
-      state: from `init`, `send` or, where nothing is sent, the `plan` before.
+      config: as for `step`.
+      state: from `init`, `send`, or the previous `plan` if nothing is sent.
       chunk: arm `[B, K, A-1]`, gripper logit `[B, K]`.
       reset: `[B]`.
 
@@ -207,7 +210,7 @@ def send(
     Args:
       config: as for `step`.
       state: from `plan`.
-      planned: arm `[B, A-1]`, gripper logit `[B]`, from `plan` or an exploration of it.
+      planned: arm `[B, A-1]`, gripper logit `[B]`, from `plan`, possibly with exploration noise.
     """
     gripper, sent = _grip(config, state.gripper, planned.gripper_logit)
     action = jnp.concatenate([jnp.clip(planned.arm, -1.0, 1.0), sent[:, None]], axis=-1)
@@ -221,8 +224,8 @@ def check_stride(config: ExecutionConfig, *, has_memory: bool) -> None:
     step for any `exec_horizon`. Predicting only when a chunk is used up would skip frames.
 
     Args:
-      config: how chunks become actions.
-      has_memory: whether the decoder remembers earlier steps; without memory nothing is wrong.
+      config: execution config.
+      has_memory: True if the decoder remembers earlier steps; False never warns.
     """
     if config.exec_horizon > 1 and has_memory:
         warnings.warn(
@@ -277,7 +280,7 @@ def _ensemble(
 def _grip(
     config: ExecutionConfig, state: GripperState, logit: Array
 ) -> tuple[GripperState, jax.Array]:
-    """Returns the state after this step, and what is sent `[B]`."""
+    """Returns the state after this step, and the gripper command `[B]`."""
     wanted = _switch(config, state.wanted, logit)
     return GRIPPER_RULES[config.gripper_rule](config, state, wanted)
 
@@ -308,7 +311,7 @@ def _open_late(
 
 
 def _switch(config: ExecutionConfig, before: jax.Array, logit: Array) -> jax.Array:
-    """Returns +1 or -1, the same as before inside the band around the threshold."""
+    """Returns the target, +1 or -1; inside the hysteresis band the previous target."""
     band = jnp.where(before == 0.0, 0.0, config.gripper_hysteresis)
     opens, closes = (
         logit > config.gripper_threshold + band,
@@ -322,7 +325,7 @@ def _restart(state: ExecutionState, reset: Array) -> ExecutionState:
 
 
 def _shift(steps: jax.Array) -> jax.Array:
-    """Returns `[B, K, ...]` one step on: what was next is first, the last is empty."""
+    """Returns `[B, K, ...]` shifted by one step, with zeros at the last."""
     return jnp.concatenate([steps[:, 1:], jnp.zeros_like(steps[:, :1])], axis=1)
 
 

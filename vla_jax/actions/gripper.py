@@ -14,17 +14,17 @@ Gripper = Literal[
 
 
 def gripper_to_open_positive(action: np.ndarray, gripper: Gripper) -> np.ndarray:
-    """Actions `[F, A]` with the gripper as +1 open, -1 closed.
+    """Returns the actions with the gripper as +1 open, -1 closed.
 
     Args:
       action: `[F, A]`, gripper last.
-      gripper: what its numbers mean.
+      gripper: the data set's convention.
 
     Returns:
-      A copy; values between the two ends stay between them, but for "open_one_else_closed".
+      A copy; values between open and closed are scaled, except for "open_one_else_closed".
 
     Raises:
-      ValueError: unknown meaning, or values that it does not allow.
+      ValueError: an unknown convention, or values outside its range.
     """
     if gripper not in get_args(Gripper):
         raise ValueError(f"gripper must be one of {get_args(Gripper)}, got {gripper!r}.")

@@ -1,7 +1,7 @@
-"""Pictures of numbers: a training, success per task, actions beside an expert's, attention.
+"""Plots: training curves, success per task, actions compared with an expert's, attention.
 
-Needs the extra `plots` (matplotlib). Colours are Okabe and Ito's, which the colour-blind tell
-apart; every function writes one PNG.
+Needs the extra `plots` (matplotlib). Every function writes one PNG. Colours are the colour-blind
+safe palette of Okabe and Ito.
 """
 
 import os
@@ -28,19 +28,19 @@ class Panel(NamedTuple):
     title: str
     x_label: str
     y_label: str
-    curves: Mapping[str, Curve]  # name -> x, y; of several seeds their mean and its 95 % interval
-    levels: Mapping[str, float] = {}  # name -> y of a line across
+    curves: Mapping[str, Curve]  # name -> x, y; several seeds: mean and its 95 % interval
+    levels: Mapping[str, float] = {}  # name -> y of a horizontal line
     log: str = ""  # axes with a logarithmic scale: "x", "y", "xy"
     y_range: tuple[float, float] | None = None
 
 
 def training(path: Path, metrics: Sequence[Mapping[str, float]], *, title: str = "") -> None:
-    """Draws the loss and its parts, and beside them the other metrics.
+    """Plots the loss terms and the other metrics of a training.
 
     Args:
       path: PNG to write.
       metrics: lines of a `metrics.jsonl`, with `step` in updates.
-      title: above the curves.
+      title: title of the figure.
 
     Raises:
       ValueError: there are no lines.
@@ -72,13 +72,13 @@ def success(
     references: Mapping[str, Summary] | None = None,
     title: str = "",
 ) -> None:
-    """Draws the success rate of each policy at each task, with 95 % intervals.
+    """Plots the success rate of each policy on each task, with 95 % intervals.
 
     Args:
       path: PNG to write.
-      summaries: name of a policy to its results; bars, side by side.
-      references: name to results; drawn as lines across the bars.
-      title: above the bars.
+      summaries: name of a policy to its results, drawn as bars.
+      references: name to results, drawn as horizontal lines.
+      title: title of the figure.
 
     Raises:
       ValueError: there are no results.
@@ -115,7 +115,7 @@ def actions(
     control_hz: float,
     title: str = "",
 ) -> None:
-    """Draws the predicted and the demonstrated actions of one episode.
+    """Plots the predicted and the demonstrated actions of one episode.
 
     Args:
       path: PNG to write.
@@ -144,10 +144,10 @@ def actions(
         axes.plot(seconds, predicted[:, i], color=COLOURS[0], linewidth=1.4, label="predicted")
         axes.set(ylim=(-1.15, 1.15), yticks=(-1, 0, 1))
         axes.set_title(name, fontsize=9, loc="left", color=_INK)
-        if i + columns >= len(names):  # the lowest of its column
+        if i + columns >= len(names):  # the last of its column
             axes.set_xlabel("time / s")
             axes.tick_params(labelbottom=True)
-    panels[0].set_ylabel("share of full speed")
+    panels[0].set_ylabel("normalised action")
     panels[len(names) - 1].set_yticks((-1, 1), ("closed", "open"))
     for axes in panels[len(names) :]:
         axes.set_axis_off()
@@ -162,12 +162,11 @@ def growth(
     *,
     title: str = "",
 ) -> None:
-    """Draws how long something takes along each axis, beside what its arithmetic foretells.
+    """Plots the time of an operation against each size, and the time predicted from its FLOPs.
 
     Args:
       path: PNG to write.
-      curves: axis to points, each its size, the least, middle and greatest time in ms, and the
-        time that arithmetic foretells, in ms.
+      curves: axis to points: size; minimum, median and maximum time, ms; predicted time, ms.
       title: above the panels.
 
     Raises:
@@ -180,11 +179,11 @@ def growth(
     panels = _panels(figure, 1, len(curves), sharex=False)
     for axes, (name, points) in zip(panels, curves.items(), strict=True):
         sizes = [size for size, _, _ in points]
-        least, middle, greatest = np.array([times for _, times, _ in points]).T
-        foretold = [time for _, _, time in points]
-        axes.fill_between(sizes, least, greatest, color=COLOURS[0], alpha=0.2, linewidth=0)
-        axes.plot(sizes, middle, color=COLOURS[0], marker="o", markersize=3, label="measured")
-        axes.plot(sizes, foretold, color=_INK, linestyle="--", linewidth=1, label="arithmetic")
+        lowest, median, highest = np.array([times for _, times, _ in points]).T
+        predicted = [time for _, _, time in points]
+        axes.fill_between(sizes, lowest, highest, color=COLOURS[0], alpha=0.2, linewidth=0)
+        axes.plot(sizes, median, color=COLOURS[0], marker="o", markersize=3, label="measured")
+        axes.plot(sizes, predicted, color=_INK, linestyle="--", linewidth=1, label="from FLOPs")
         axes.set(xscale="log", yscale="log", xlabel=name)
         axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
         axes.minorticks_off()
@@ -194,12 +193,12 @@ def growth(
 
 
 def curves(path: Path, panels: Sequence[Panel], *, columns: int = 3, title: str = "") -> None:
-    """Draws panels of curves; one that is in several panels has the same colour in all.
+    """Plots panels of curves; curves of the same name have the same colour in all panels.
 
     Args:
       path: PNG to write.
-      panels: what to draw, from the left to the right and down.
-      columns: panels side by side.
+      panels: in row-major order.
+      columns: panels per row.
       title: above the panels.
 
     Raises:
@@ -251,14 +250,14 @@ def attention(
     *,
     title: str = "",
 ) -> None:
-    """Draws where a decoder looked at each step: the darker, the more.
+    """Plots the attention weights of each step as a heat map.
 
     Args:
       path: PNG to write.
       weights: `[T, S]` in [0, 1].
       source: names of the S positions.
       target: names of the T steps.
-      title: above the map.
+      title: title of the figure.
 
     Raises:
       ValueError: there are not S and T names.
@@ -280,7 +279,7 @@ def attention(
 
 
 def _rates(summary: Summary, tasks: Sequence[str]) -> list[tuple[float, float, float]]:
-    """Rate, low, high in per cent, of each task and of their mean; NaN where unknown."""
+    """Returns rate, low, high in per cent of each task and of their mean; NaN if unknown."""
     blank = Rate(0, 0, None, (0.0, 1.0), None, 0)
     known = [(r.rate, *r.interval) for r in (summary.tasks.get(task, blank) for task in tasks)]
     known.append((summary.task_mean, *summary.task_mean_interval))

@@ -1,4 +1,4 @@
-"""`index.html` of a run folder: the results in one look, with plots and videos."""
+"""Report page `index.html` of a run folder: results, plots and videos."""
 
 import contextlib
 import html
@@ -21,12 +21,12 @@ class Evaluation(NamedTuple):
 
     folder: pathlib.Path
     command: str
-    is_reference: bool  # an expert or the like rather than a policy
+    is_reference: bool  # True for a reference, such as an expert, instead of a policy
     summary: Summary
 
 
 def read_evaluation(folder: Path) -> Evaluation:
-    """An evaluation from its folder.
+    """Reads an evaluation from its folder.
 
     Raises:
       FileNotFoundError: it has no `summary.json`.
@@ -46,30 +46,30 @@ def read_evaluation(folder: Path) -> Evaluation:
 def write_index(
     run_dir: Path, *, evaluations: Mapping[str, Path] | None = None, title: str | None = None
 ) -> pathlib.Path:
-    """Writes `index.html` into a run folder, and the plots that it shows; returns its path.
+    """Writes `index.html` and its plots into a run folder; returns the path of the page.
 
-    It shows every PNG that lies in the folder. Links are relative, so the folder can be moved.
-    Without matplotlib the page has no plots of its own.
+    The page shows every PNG in the folder. Links are relative, so the folder can be moved. Without
+    matplotlib no plots are drawn.
 
     Args:
       run_dir: the folder.
       evaluations: name to folder, in order (references come last); None means all in
-        `run_dir/evaluation`. Those of several runs make a page that compares them.
+        `run_dir/evaluation`. Evaluations of several runs can be compared on one page.
       title: headline; None means the folder's name.
 
     Raises:
-      FileNotFoundError: the run folder, or an evaluation that was named, is missing.
+      FileNotFoundError: the run folder or a named evaluation is missing.
       ValueError: a file is damaged.
     """
     run_dir = pathlib.Path(run_dir)
     if not run_dir.is_dir():
         raise FileNotFoundError(f"run folder {run_dir} is missing; name one that exists.")
     if evaluations is None:
-        found = sorted(run_dir.glob("evaluation/*/summary.json"))
-        evaluations = {path.parent.name: path.parent for path in found}
+        paths = sorted(run_dir.glob("evaluation/*/summary.json"))
+        evaluations = {path.parent.name: path.parent for path in paths}
     read = {name: read_evaluation(folder) for name, folder in evaluations.items()}
     played = dict(sorted(read.items(), key=lambda item: item[1].is_reference))
-    with contextlib.suppress(ImportError):  # the page is of use without pictures too
+    with contextlib.suppress(ImportError):  # the page is useful without plots too
         _draw(run_dir, played)
     title = title or run_dir.resolve().name
     parts = [
@@ -99,7 +99,7 @@ def _draw(run_dir: pathlib.Path, played: Mapping[str, Evaluation]) -> None:
 
 
 def _cards(played: Mapping[str, Evaluation]) -> str:
-    """The headline: one card per policy."""
+    """Returns the HTML of one card per policy with its main result."""
     cards = [
         f'<div class="card"><h3>{_escape(name)}</h3>'
         f'<p class="rate">{results.percent(e.summary.task_mean)}</p>'
@@ -130,8 +130,8 @@ def _table(played: Mapping[str, Evaluation]) -> str:
     return (
         "<section><h2>Success</h2><div class='wide'><table>"
         f"<thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table></div>"
-        "<p class='note'>Below each rate: its 95 % interval (Wilson). Episodes that the world "
-        "broke off are counted as crashed and are no part of the rates.</p></section>"
+        "<p class='note'>Below each rate: its 95 % interval (Wilson). Episodes in which the "
+        "environment crashed are not included in the rates.</p></section>"
     )
 
 

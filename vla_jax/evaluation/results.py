@@ -1,6 +1,6 @@
 """Success rates with confidence intervals, per task and over all tasks.
 
-An episode in which the world itself crashed says nothing about the policy: it is counted apart.
+Episodes in which the environment crashed say nothing about the policy and are counted separately.
 """
 
 import math
@@ -18,18 +18,18 @@ from vla_jax.files import Path, append_json_line, read_json_lines
 
 
 class Rate(NamedTuple):
-    """Successes among the episodes of one task, or of all."""
+    """Success rate over the episodes of one task, or of all tasks."""
 
-    episodes: int  # that came to an end
+    episodes: int  # completed episodes
     successes: int
     rate: float | None  # successes / episodes in [0, 1]; None without episodes
     interval: tuple[float, float]  # 95 % confidence, Wilson
     mean_length: float | None  # environment steps; None without episodes
-    crashed: int  # episodes that the world broke off, not among `episodes`
+    crashed: int  # episodes in which the environment crashed, not counted in `episodes`
 
 
 class Latency(NamedTuple):
-    """Time of one policy step for one robot, from arrays of the host to arrays of the host."""
+    """Time of one policy step for one robot, including transfers from and to the host."""
 
     p50: float  # milliseconds
     p95: float  # milliseconds
@@ -39,14 +39,14 @@ class Summary(NamedTuple):
     """Results of an evaluation."""
 
     tasks: dict[str, Rate]  # in alphabetical order
-    total: Rate  # all episodes alike
-    task_mean: float | None  # mean of the tasks' rates, the headline
+    total: Rate  # all episodes, equally weighted
+    task_mean: float | None  # mean of the tasks' rates, the main result
     task_mean_interval: tuple[float, float]  # 95 % confidence
-    latency: Latency | None  # None where no policy was asked
+    latency: Latency | None  # None if no policy was timed
 
 
 def wilson(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The interval in which the true rate lies, with the given confidence.
+    """Returns the Wilson confidence interval of a success rate.
 
         (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n)
 
@@ -77,13 +77,13 @@ def wilson(successes: int, trials: int, confidence: float = 0.95) -> tuple[float
 
 
 def mean_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """The interval in which the mean over all seeds lies, with 95 % confidence, from a few.
+    """Returns the 95 % confidence interval (Student's t) of the mean over seeds.
 
         x̄ ± t s / √n,    t = 97.5 % quantile of Student's distribution, n − 1 degrees of freedom
 
     Args:
-      values: one per seed, n of them, at least one; of a single one both ends are its value, for
-        nothing is known of the others.
+      values: one per seed, n of them, at least one; with a single value both ends are that value,
+        since the spread is unknown.
 
     Returns:
       Low and high.
@@ -99,11 +99,11 @@ def mean_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
 
 
 def summarize(outcomes: Iterable[Outcome], *, latency: Latency | None = None) -> Summary:
-    """Rates per task, over all episodes, and their mean over tasks.
+    """Returns success rates per task and over all episodes, and their mean over tasks.
 
     Args:
       outcomes: one per episode.
-      latency: of the policy's step.
+      latency: of one policy step.
     """
     outcomes = list(outcomes)
     names = sorted({outcome.task for outcome in outcomes})
@@ -126,7 +126,7 @@ def _rate(outcomes: Sequence[Outcome]) -> Rate:
 
 
 def _mean(rates: Sequence[Rate]) -> tuple[float | None, tuple[float, float]]:
-    """The mean of independent rates and its interval, from theirs.
+    """Returns the mean of independent rates, and its interval computed from their intervals.
 
     Source: Zou and Donner 2008, "Construction of confidence limits about effect measures".
     """
@@ -140,7 +140,7 @@ def _mean(rates: Sequence[Rate]) -> tuple[float | None, tuple[float, float]]:
 
 
 def to_json(summary: Summary) -> dict[str, Any]:
-    """The summary as dicts, lists and numbers that `json` can write."""
+    """Returns the summary as dicts, lists and numbers for JSON."""
     return {
         "tasks": {name: rate._asdict() for name, rate in summary.tasks.items()},
         "total": summary.total._asdict(),
@@ -151,7 +151,7 @@ def to_json(summary: Summary) -> dict[str, Any]:
 
 
 def from_json(data: Mapping[str, Any]) -> Summary:
-    """The summary that `to_json` turned into `data`."""
+    """Returns the summary from the result of `to_json`."""
     low, high = data["task_mean_interval"]
     return Summary(
         tasks={name: _rate_from_json(fields) for name, fields in data["tasks"].items()},
@@ -170,7 +170,7 @@ COLUMNS = ("task", "success", "95 % interval", "episodes", "steps", "crashed")
 
 
 def rows(summary: Summary) -> list[tuple[str, ...]]:
-    """The summary as text, a row per task, then all episodes, then the mean over tasks."""
+    """Returns the summary as text: a row per task, all episodes, and the mean over tasks."""
     named = [*summary.tasks.items(), ("all episodes", summary.total)]
     cells = [(name or "–", *_cells(rate)) for name, rate in named]
     mean, interval = percent(summary.task_mean), percent_interval(summary.task_mean_interval)
@@ -184,17 +184,17 @@ def _cells(rate: Rate) -> tuple[str, ...]:
 
 
 def percent(rate: float | None) -> str:
-    """A rate for people; a dash where there is none."""
+    """Returns a rate in per cent as text; a dash for None."""
     return "–" if rate is None else f"{100 * rate:.1f} %"
 
 
 def percent_interval(interval: tuple[float, float]) -> str:
-    """An interval for people."""
+    """Returns an interval in per cent as text."""
     return f"{100 * interval[0]:.1f} – {100 * interval[1]:.1f} %"
 
 
 def table(summary: Summary, *, title: str = "") -> Table:
-    """The summary for `rich` to print."""
+    """Returns the summary as a table for `rich`."""
     drawn = Table(title=title or None)
     for i, column in enumerate(COLUMNS):
         drawn.add_column(column, justify="right" if i else "left")
@@ -208,13 +208,13 @@ def table(summary: Summary, *, title: str = "") -> Table:
 
 
 def markdown(summary: Summary) -> str:
-    """The summary as a Markdown table."""
+    """Returns the summary as a Markdown table."""
     ruler = ("---", *("---:" for _ in COLUMNS[1:]))
     return "\n".join(f"| {' | '.join(row)} |" for row in (COLUMNS, ruler, *rows(summary)))
 
 
 def read_outcomes(path: str | os.PathLike[str]) -> list[Outcome]:
-    """The outcomes of an `episodes.jsonl`, none where it is missing.
+    """Returns the outcomes in an `episodes.jsonl`; an empty list if the file does not exist.
 
     Raises:
       ValueError: a line is damaged.

@@ -1,4 +1,4 @@
-"""Videos of episodes: pictures with the instruction below them, as MP4 files that browsers play.
+"""Videos of episodes as MP4 files for browsers: frames with the instruction below them.
 
 Needs the extra `data` (PyAV, Pillow).
 """
@@ -14,14 +14,14 @@ import numpy as np
 
 from vla_jax.files import replacing
 
-HOLD = 8  # times that the last picture is repeated, with the verdict on it
+HOLD = 8  # repetitions of the last frame, labelled with the result
 _BAR, _INK, _FAINT = (24, 26, 31), (245, 246, 248), (166, 172, 184)
-# Blue and vermilion: told apart by the colour-blind too (Okabe and Ito 2008).
+# Blue and vermilion: colour-blind safe (Okabe and Ito 2008).
 _VERDICTS = {True: ("success", (0, 114, 178)), False: ("failure", (213, 94, 0))}
 
 
 def file_name(seed: int, task: str, success: bool) -> str:
-    """The name of an episode's video: `<seed>_<task>_<success|failure>.mp4`."""
+    """Returns the name of an episode's video: `<seed>_<task>_<success|failure>.mp4`."""
     plain = re.sub(r"\W+", "-", task).strip("-") or "episode"
     return f"{seed}_{plain}_{_VERDICTS[success][0]}.mp4"
 
@@ -29,16 +29,15 @@ def file_name(seed: int, task: str, success: bool) -> str:
 def caption(
     frames: Sequence[np.ndarray], lines: Sequence[str], success: bool | None = None
 ) -> list[np.ndarray]:
-    """The pictures with a bar of text below, and the verdict at the end.
+    """Returns the frames with a bar of text below, and the result at the end.
 
     Args:
-      frames: pictures `[h, w, 3]` uint8 of one size, at least one.
-      lines: the first is written large, the others small; long ones are wrapped.
-      success: whether the task was done; then `HOLD` pictures with the verdict follow. None
-        means that there is no verdict.
+      frames: images `[h, w, 3]` uint8 of one size, at least one.
+      lines: text; the first line in large type, the others in small type; long lines are wrapped.
+      success: result of the episode; adds `HOLD` frames labelled with it. None adds no frames.
 
     Returns:
-      Pictures `[h + bar, w, 3]` uint8.
+      Frames `[h + bar, w, 3]` uint8.
     """
     bar = _bar(frames[0].shape[1], lines)
     captioned = [np.concatenate([frame, bar]) for frame in frames]
@@ -48,19 +47,19 @@ def caption(
 
 
 def write_mp4(path: str | os.PathLike[str], frames: Sequence[np.ndarray], fps: float) -> None:
-    """Writes a video (H.264, yuv420p, index at the front), whole or not at all.
+    """Writes a video (H.264, yuv420p, index at the front) atomically.
 
     Args:
-      path: file to write; its folder is made where it is missing.
-      frames: pictures `[h, w, 3]` uint8 of one size; odd sizes grow by a pixel.
-      fps: pictures per second.
+      path: file to write; its folder is created if missing.
+      frames: images `[h, w, 3]` uint8 of one size; odd sizes are padded by one pixel.
+      fps: frames per second.
 
     Raises:
-      ValueError: no pictures.
+      ValueError: no frames.
       ImportError: PyAV is missing.
     """
     if not len(frames):
-        raise ValueError(f"frames of {path} must be at least one picture, got none.")
+        raise ValueError(f"frames of {path} must be at least one frame, got none.")
     av, path = _import_av(), pathlib.Path(path)
     options = {"movflags": "+faststart"}
     with (
@@ -77,7 +76,7 @@ def write_mp4(path: str | os.PathLike[str], frames: Sequence[np.ndarray], fps: f
 
 
 def check_packages() -> None:
-    """Says before the first episode what a video would lack after it.
+    """Checks that the packages for videos are installed, before any episode runs.
 
     Raises:
       ImportError: PyAV or Pillow is missing; names the extra.
@@ -87,13 +86,13 @@ def check_packages() -> None:
 
 
 def _even(frame: np.ndarray) -> np.ndarray:
-    """yuv420p halves both sides of the colours."""
+    """Returns the frame padded to even sizes, which yuv420p needs."""
     height, width = frame.shape[:2]
     return np.ascontiguousarray(np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), "edge"))
 
 
 def _judged(frame: np.ndarray, success: bool) -> np.ndarray:
-    """The picture in a frame of the verdict's colour, with the word in its corner."""
+    """Returns the frame with a coloured border and the result in its corner."""
     image_module, draw_module, font_module = _import_pillow()
     word, colour = _VERDICTS[success]
     image = image_module.fromarray(frame)
@@ -107,7 +106,7 @@ def _judged(frame: np.ndarray, success: bool) -> np.ndarray:
 
 
 def _bar(width: int, lines: Sequence[str]) -> np.ndarray:
-    """Text on a dark ground `[bar, w, 3]`, as high as it needs."""
+    """Returns text on a dark background `[bar, w, 3]`, of the height it needs."""
     image_module, draw_module, font_module = _import_pillow()
     size, margin = _text_size(width), width // 32
     fonts = [font_module.load_default(s) for s in (size, max(8, round(0.72 * size)))]

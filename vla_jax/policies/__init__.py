@@ -1,1 +1,1 @@
-"""Heads, trunks, decoders and policies, over windows and one step at a time."""
+"""Policies: trunks, heads and decoders, over windows and one step at a time."""

@@ -1,22 +1,21 @@
-"""The autoregressive head: the actions of a chunk one after the other, as in an encoder-decoder.
+"""The autoregressive head: decodes the actions of a chunk one by one, as an encoder-decoder.
 
-The trunk has encoded the window: its features are the source of `nn.seq2seq`. At every step t a
-second recurrence decodes the K actions that follow. Each takes the previous action as input and
+The trunk's features of the window are the source of `nn.seq2seq`. At every step t a second
+recurrence decodes the K actions that follow. Each takes the previous action as input and
 attends to the features up to t:
 
     h₀ = tanh(W featuresₜ + b)      hₖ = cell(hₖ₋₁, embed(actionₖ₋₁))
     contextₖ = attention(hₖ, features up to t)      outputₖ = U tanh(V [hₖ; contextₖ])
 
-The arm is tanh of an output, whose last number is the gripper's logit. The gripper is fed back as
-+1 or −1, as in demonstrations and as it is sent, not as a logit.
+The arm is tanh of the first A − 1 outputs; the last output is the gripper's logit. The gripper is
+fed back as +1 or −1, as in the demonstrations, not as a logit.
 
 In training the previous action is the demonstrator's (teacher forcing) or, with some probability,
 the head's own (scheduled sampling); when acting it is always the head's own.
 
 Streaming keeps the features of the last steps in a ring buffer (attention does not depend on their
-order) with room for as many steps as the head attended to in training, or for the window if that
-is shorter. In mode "refresh" each of the W memories has features of its own, so that the buffer is
-W times as large.
+order) for as many steps as the head attended to in training, or for the window if that is shorter.
+In mode "refresh" each of the W memories has its own features, so the buffer is W times as large.
 
 Source: attention of Luong et al. 2015 (arXiv:1508.04025), scheduled sampling of Bengio et al. 2015
 (arXiv:1506.03099).
@@ -82,8 +81,8 @@ def init(key: Key, config: DecoderFields) -> Params:
     """
     decoder_key, bridge_key = jax.random.split(key)
     inner = seq2seq_config(config)
-    whole = seq2seq.init(decoder_key, inner)
-    params = {name: part for name, part in whole.items() if name not in ("source", "encoder")}
+    all_params = seq2seq.init(decoder_key, inner)
+    params = {name: part for name, part in all_params.items() if name not in ("source", "encoder")}
     parts = _zero_carry(inner, jnp.zeros((1, 1)))["layers_0"]["forward"]._fields
     size = config.hidden_size
     params["bridge"] = {
@@ -169,7 +168,7 @@ def decode(
 
 
 def to_actions(outputs: Array, key: Key | None = None) -> jax.Array:
-    """Returns the actions `[..., A]` that outputs feed back; the gripper's ±1 has no gradient."""
+    """Returns the actions `[..., A]` to feed back; the gripper's ±1 has no gradient."""
     del key
     arm, gripper_logit = outputs[..., :-1], outputs[..., -1:]
     return jnp.concatenate([jnp.tanh(arm), jnp.where(gripper_logit > 0, 1.0, -1.0)], axis=-1)
@@ -178,20 +177,20 @@ def to_actions(outputs: Array, key: Key | None = None) -> jax.Array:
 def _init_stream(
     config: DecoderFields, batch_size: int, num_memories: int, mode: Mode, window_size: int
 ) -> FeatureBuffer:
-    # A memory that is never zeroed has no window: as many steps as the head saw in training.
-    room = config.window_size if mode == "persistent" else min(window_size, config.window_size)
-    return FeatureBuffer(jnp.zeros((batch_size, room, num_memories, config.hidden_size)))
+    # Mode "persistent" has no window: as many steps as the head attended to in training.
+    capacity = config.window_size if mode == "persistent" else min(window_size, config.window_size)
+    return FeatureBuffer(jnp.zeros((batch_size, capacity, num_memories, config.hidden_size)))
 
 
 def _step(
     params: Params, config: DecoderFields, state: FeatureBuffer, step_features: StepFeatures
 ) -> tuple[FeatureBuffer, ActionChunk]:
-    count, room = step_features.num_previous, state.features.shape[1]
+    count, capacity = step_features.num_previous, state.features.shape[1]
     rows = jnp.arange(count.shape[0])
-    buffer = state.features.at[rows, count % room].set(step_features.features)
+    buffer = state.features.at[rows, count % capacity].set(step_features.features)
     source = jnp.take_along_axis(buffer, step_features.acting[:, None, None, None], axis=2)[:, :, 0]
-    visible = jnp.arange(room)[None] <= count[:, None]
-    features = source[rows, count % room]
+    visible = jnp.arange(capacity)[None] <= count[:, None]
+    features = source[rows, count % capacity]
     chunk, _ = decode(params, config, features[:, None], source, visible[:, None])
     return FeatureBuffer(buffer), jax.tree.map(lambda leaf: leaf[:, 0], chunk)
 
@@ -208,7 +207,7 @@ def _decode_rows(
         return scheduled_sampling.free_running(
             params, config, memory, action_horizon, choose=to_actions, key=key
         )[0]
-    # Select first: missing targets may be NaN, and so would be the gradient through them.
+    # Replaced by 0: missing targets may be NaN, which would make the gradient NaN.
     action = jnp.where(jnp.asarray(targets.action_mask)[..., None], targets.action, 0.0)
     action = action.reshape(-1, *action.shape[2:])
     chex.assert_axis_dimension(action, 1, action_horizon)

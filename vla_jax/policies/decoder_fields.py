@@ -28,14 +28,14 @@ class DecoderFields:
     num_layers: int = 4  # L, layers of the recurrence or transformer; unused by fc
     num_heads: int = 8  # M, attention heads of the gpt trunk
     pooling: Pooling = "max"  # how the N tokens of a step are pooled; none concatenates them
-    num_latents: int = 1  # vectors left of a step's tokens after pooling, concatenated
-    head: HeadName = "continuous"  # action head: numbers, bins, or an autoregressive decoder
+    num_latents: int = 1  # vectors per step after pooling, concatenated
+    head: HeadName = "continuous"  # action head: continuous, discrete (bins), or autoregressive
     score: AnyScore = "general"  # attention score of the autoregressive head; none = no attention
     num_bins: int = 256  # V, bins of each action dimension in [-1, 1], discrete head only
     head_sizes: tuple[int, ...] = (1024, 512, 256)  # hidden layers of each head MLP
     dropout: float = 0.0  # dropout probability: between recurrent layers, or as in GPT-2
     remat_chunk: int = 0  # steps per rematerialised chunk of the recurrence; 0 stores everything
-    implementation: Implementation = "auto"  # how the recurrence loops over time, auto = bptt
+    implementation: Implementation = "auto"  # time loop of the recurrence; auto = bptt
     dtype: Dtype = "float32"  # dtype of the factors of matrix products
 
 

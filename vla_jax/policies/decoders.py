@@ -11,8 +11,8 @@ window; `step` predicts the same chunks one step at a time:
 - mode "persistent": memory is cleared by `reset` alone and spans the whole episode.
 
 While an episode is not longer than W steps all three are the same. Every array of a streaming state
-has a leading axis B and every row its own age, so that the robots of a batch may start their
-episodes at any step. A state may be donated to `step`.
+has a leading axis B, and every row has its own age, so the robots of a batch may start episodes
+at any step. A state may be donated to `step`.
 """
 
 import math
@@ -36,8 +36,8 @@ from vla_jax.types import ActionChunk, Array, Key, Params, Prediction
 class StreamState(NamedTuple):
     """Streaming state; every leaf has a leading axis B."""
 
-    trunk: Any  # of the trunk's kind and the mode
-    head: Any  # of the head; empty where it looks at the current step alone
+    trunk: Any  # state of the trunk; its type depends on kind and mode
+    head: Any  # state of the head; empty if the head uses the current step only
 
 
 def init(key: Key, config: DecoderConfig) -> Params:
@@ -128,7 +128,7 @@ def run_trunk(
     carry: Carry | None = None,
     key: Key | None = None,
 ) -> tuple[Carry, jax.Array]:
-    """Returns the carry after the last step, and the features that the head gets.
+    """Returns the carry after the last step, and the features for the head.
 
     Args:
       params: from `init`.
@@ -249,8 +249,8 @@ def prepare_params(
     """Returns params stored for fast single steps on this device; results are unchanged.
 
     They are for `step` only, on states of the same batch size, mode and window. On a CPU, in mode
-    "refresh" and with few rows B · W, large kernels of the recurrence are transposed once. An agent
-    does this for its caller.
+    "refresh" and with few rows B · W, large kernels of the recurrence are transposed once.
+    `Agent.prepare` calls this.
 
     Args:
       params: from `init`.
@@ -279,7 +279,7 @@ def step(
     Args:
       params: from `init` or `prepare_params`.
       config: the one given to `init`.
-      state: from `init_stream` or the step before.
+      state: from `init_stream` or the previous step.
       tokens: of one step, `[B, N, D]`.
       token_mask: `[B, N]`, True where the token is real; None means everywhere.
       reset: `[B]`, True where this step is the first of an episode; None means nowhere.
@@ -325,7 +325,7 @@ def check_tokens(config: DecoderConfig, tokens: Array, axes: str) -> None:
 
     Args:
       config: of the decoder.
-      tokens: given by the user.
+      tokens: argument of the user.
       axes: expected axes, such as "[B, W, N, D]".
     """
     least = config.num_tokens or least_tokens(config)

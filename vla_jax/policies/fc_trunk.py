@@ -1,4 +1,4 @@
-"""The memoryless trunk: an MLP on each step alone, the baseline of every memory experiment.
+"""The memoryless trunk: an MLP applied to each step, the baseline without memory.
 
 Source: Li et al. 2024, RoboVLMs (arXiv:2412.14058), `FCDecoder`.
 """

@@ -1,13 +1,13 @@
 """The transformer trunk (GPT-2), over a window or one step at a time with a key-value cache.
 
-Its positions are learned and end at W: where the last W steps move on by one, each of them gets
-another position, so that all of its keys and values change.
+It has W learned positions. When the window of the last W steps slides, the position of every step
+changes, and with it all keys and values.
 
-- "refresh": while every row of the batch is in its first W steps, the cache is used. Once one row
-  is past them, the last W steps of the whole batch run again at every step (which also renews the
-  caches); the caches are used again when no such row is left.
-- "periodic": the cache is emptied every W steps, and is always used.
-- "persistent" does not exist: there are no positions after W.
+- "refresh": the cache is used while every row of the batch is in the first W steps of its episode.
+  If any row is past them, the last W steps of the whole batch are recomputed at every step, which
+  also renews the caches.
+- "periodic": the cache is cleared every W steps and always used.
+- "persistent" is not supported: there are no positions after W.
 
 Source: Li et al. 2024, RoboVLMs (arXiv:2412.14058), `GPTDecoder`.
 """
@@ -26,7 +26,7 @@ from vla_jax.types import Array, Key, Params
 
 
 class GPTState(NamedTuple):
-    """Key-value cache and, in mode "refresh", the inputs from which to compute it again."""
+    """Key-value cache and, in mode "refresh", the inputs from which it is recomputed."""
 
     inputs: jax.Array | None  # [B, W, H] float32, oldest first; undefined after `age`
     cache: Cache  # leaves [B, W, M, E]
@@ -34,7 +34,7 @@ class GPTState(NamedTuple):
 
 
 def transformer_config(config: DecoderFields) -> TransformerConfig:
-    """Returns the config of the transformer, which has a position for each step of a window."""
+    """Returns the config of the transformer, with one position per step of a window."""
     return TransformerConfig(
         num_layers=config.num_layers,
         num_heads=config.num_heads,
@@ -121,8 +121,8 @@ def _slide(
     window_size, age = inputs.shape[1], state.age
     is_past = age >= window_size
     position = jnp.minimum(age, window_size - 1)
-    moved = jnp.roll(inputs, -1, axis=1)
-    inputs = jnp.where(is_past[:, None, None], moved, inputs)
+    shifted = jnp.roll(inputs, -1, axis=1)
+    inputs = jnp.where(is_past[:, None, None], shifted, inputs)
     inputs = inputs.at[jnp.arange(age.shape[0]), position].set(newest)
 
     def run_window() -> tuple[Cache, jax.Array]:
@@ -140,7 +140,7 @@ def _slide(
 def _append(
     params: Params, config: DecoderFields, state: GPTState, newest: jax.Array
 ) -> tuple[Cache, jax.Array]:
-    """Advances mode "periodic": features `[B, H]` of the steps since age was a multiple of W."""
+    """Advances mode "periodic": features `[B, H]` of the steps since the last clearing."""
     window_size = state.cache["layers_0"].keys.shape[1]
     position = state.age % window_size
     return transformer.step(
@@ -149,7 +149,7 @@ def _append(
 
 
 def project(params: Params, config: DecoderFields, pooled: Array) -> jax.Array:
-    """Returns the transformer's inputs `[..., H]` float32 of pooled steps `[..., D']`."""
+    """Returns the transformer's inputs `[..., H]` float32, from pooled steps `[..., D']`."""
     if "projection" not in params:
         return jnp.asarray(pooled)
     return layers.dense(pooled, **params["projection"], dtype=config.dtype)

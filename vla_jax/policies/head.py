@@ -1,4 +1,4 @@
-"""The contract of an action head: features of the trunk in, a prediction of K actions out."""
+"""Interface of an action head: features of the trunk in, a prediction of K actions out."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,15 +14,15 @@ class TeacherForcing(NamedTuple):
     """Ground-truth actions for the training of a head that feeds its own actions back."""
 
     action: Array  # [B, W, K, A], arm in [-1, 1], gripper +1 open / -1 closed
-    action_mask: Array  # [B, W, K] bool, True where the action exists; others may hold anything
+    action_mask: Array  # [B, W, K] bool, True where the action exists; others may be NaN
     rate: Array | None = None  # [] probability of feeding the true action; None = always
 
 
 class Head(NamedTuple):
-    """A family member."""
+    """Member of the family of heads."""
 
-    takes_targets: bool  # whether `apply` uses ground-truth actions (teacher forcing)
-    check: Callable[[DecoderFields], None]  # raises a ValueError for a config it cannot have
+    takes_targets: bool  # True if `apply` uses ground-truth actions (teacher forcing)
+    check: Callable[[DecoderFields], None]  # raises a ValueError for an unsupported config
     init: Callable[[Key, DecoderFields], Params]
     # (params of the head, config, features [B, W, H], *, timestep_mask, reset, targets, key)
     apply: Callable[..., Prediction]
@@ -49,7 +49,7 @@ def no_stream(
 
 
 def make_step(apply: Callable[..., Prediction]) -> Callable[..., tuple[tuple, Prediction]]:
-    """Returns the `Head.step` of a head that looks at the features of the current step alone."""
+    """Returns the `Head.step` of a head that uses the features of the current step only."""
 
     def step(
         params: Params, config: DecoderFields, state: tuple, step_features: StepFeatures

@@ -1,4 +1,4 @@
-"""The action heads by the `head` of a decoder's config, and what their predictions mean."""
+"""Registry of the action heads, by `DecoderConfig.head`, and functions of their predictions."""
 
 import jax
 

@@ -1,14 +1,14 @@
-"""The cells, the recurrence and the decoder as Flax Linen modules, for models made of modules.
+"""Flax Linen modules of the cells, the recurrence and the decoder.
 
-Use these to put a part of this library into a model that is written in Flax; where the model is
-yours to write, the pure functions underneath are all you need. A module remembers nothing that
-they do not: its params are the same tree, so that `module.init(...)["params"]` goes into them
-(`decoders.init_stream`, `checkpoint`, `convert`) and what they make goes into `module.apply`.
+Use them to add parts of this library to a Flax model; otherwise use the pure functions that they
+wrap. The params of a module are the same tree as those of the functions: the functions
+(`decoders.init_stream`, `checkpoint`, `convert`) take `module.init(...)["params"]`, and
+`module.apply` takes the functions' params.
 
-    encoder → linen.Decoder(config)(tokens)                  in a module of your own
-    nn.RNN(linen.Cell("gru", 512))(inputs)                   our cell under Flax's own loop
+    encoder → linen.Decoder(config)(tokens)                  inside your own module
+    nn.RNN(linen.Cell("gru", 512))(inputs)                   a cell in Flax's time loop
 
-From NNX, through Flax's bridge, with a batch of inputs to make the params for:
+From NNX, by Flax's bridge, initialised with a batch of inputs:
 
     decoder = nnx.bridge.ToNNX(linen.Decoder(config), rngs=nnx.Rngs(0)).lazy_init(tokens)
     params = nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
@@ -41,7 +41,9 @@ class Cell(nn.RNNCellBase):
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the factors of matrix products
 
     def __post_init__(self):
-        RecurrenceConfig(self.cell, hidden_size=self.hidden_size, dtype=self.dtype)  # has checks
+        RecurrenceConfig(
+            self.cell, hidden_size=self.hidden_size, dtype=self.dtype
+        )  # checks the fields
         super().__post_init__()
 
     @nn.compact
@@ -64,7 +66,7 @@ class Cell(nn.RNNCellBase):
         """Returns the carry before the first step, zeros `[..., H]`.
 
         Args:
-          rng: not used; Flax's interface has it.
+          rng: not used; required by Flax's interface.
           input_shape: of the inputs of one step, `[..., D]`.
         """
         del rng
@@ -74,12 +76,12 @@ class Cell(nn.RNNCellBase):
 
     @property
     def num_feature_axes(self) -> int:
-        """Axes of an input that are not batch, which `nn.RNN` asks for."""
+        """Number of non-batch axes of an input, required by `nn.RNN`."""
         return 1
 
 
 class Recurrence(nn.Module):
-    """A stack of recurrent layers, `recurrence.apply` and `recurrence.step`."""
+    """A stack of recurrent layers: module of `recurrence.apply` and `recurrence.step`."""
 
     config: RecurrenceConfig
 
@@ -99,7 +101,7 @@ class Recurrence(nn.Module):
           mask: `[B, T]`, True where the step is real; None means everywhere.
           reset: `[B, T]`, True where a new episode starts; None means nowhere.
           carry: before the first step; None means zeros.
-          deterministic: False drops outputs between layers, and takes an rng named "dropout".
+          deterministic: False applies dropout between layers, with an rng named "dropout".
 
         Returns:
           The carry, and outputs `[B, T, H]` (`[B, T, 2·H]` in both directions), float32.
@@ -120,7 +122,7 @@ class Recurrence(nn.Module):
         """Returns the next carry and the output of one step, without dropout.
 
         Args:
-          carry: from `recurrence.zero_carry` or the step before.
+          carry: from `recurrence.zero_carry` or the previous step.
           inputs: `[B, D]`.
           reset: `[B]`, True where a new episode starts; None means nowhere.
 
@@ -136,7 +138,7 @@ class Recurrence(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens to action chunks, `decoders.apply` and `decoders.step`."""
+    """Tokens to action chunks: module of `decoders.apply` and `decoders.step`."""
 
     config: DecoderConfig
 
@@ -151,17 +153,17 @@ class Decoder(nn.Module):
         targets: TeacherForcing | None = None,
         deterministic: bool = True,
     ) -> Prediction:
-        """Returns what is predicted at every position: action chunks, or bins of them.
+        """Returns the prediction at every position of a window: action chunks, or logits of bins.
 
         Args:
           tokens: `[B, W, N, D]`; W may be any number of steps, at most the config's for "gpt".
           timestep_mask: `[B, W]`, True where the step is real; None means everywhere.
           token_mask: `[B, W, N]`, True where the token is real; None means everywhere.
           reset: `[B, W]`, True where a new episode starts; None means nowhere.
-          carry: of the recurrence before the first step; None means zeros. Of "gpt" always None.
+          carry: of the recurrence before the first step; None means zeros. Must be None for "gpt".
           targets: ground-truth actions for teacher forcing, without a rate (head "autoregressive"
             only); None decodes from the model's own actions.
-          deterministic: False drops as `DecoderConfig.dropout` says, by an rng named "dropout".
+          deterministic: False applies dropout with an rng named "dropout".
 
         Returns:
           Arm `[B, W, K, A-1]` in (-1, 1), gripper logit `[B, W, K]`; of head "discrete" logits
@@ -191,13 +193,13 @@ class Decoder(nn.Module):
         token_mask: Array | None = None,
         reset: Array | None = None,
     ) -> tuple[StreamState, ActionChunk]:
-        """Returns the state after one frame, and the chunk that is predicted there.
+        """Returns the next state, and the chunk predicted at one time step.
 
         Args:
-          state: from `decoders.init_stream` or the step before.
-          tokens: of one frame, `[B, N, D]`.
+          state: from `decoders.init_stream` or the previous step.
+          tokens: of one step, `[B, N, D]`.
           token_mask: `[B, N]`, True where the token is real; None means everywhere.
-          reset: `[B]`, True where this frame is the first of an episode; None means nowhere.
+          reset: `[B]`, True where this step is the first of an episode; None means nowhere.
 
         Returns:
           The state, and arm `[B, K, A-1]`, gripper logit `[B, K]`.
@@ -212,8 +214,8 @@ class Decoder(nn.Module):
 
 
 def _declare(module: nn.Module, init: Callable[[Key], Params]) -> Params:
-    """Returns the module's params, declared so that their tree is that of `init`."""
-    # One param for each subtree: Linen has no name for a tree as a whole.
+    """Declares and returns the module's params, with the tree of `init`."""
+    # One param per top-level subtree, since a Linen param needs a name.
     return {
         name: module.param(name, lambda key, name=name: init(key)[name])
         for name in jax.eval_shape(init, jax.random.key(0))

@@ -5,7 +5,7 @@
     state = policy.init_stream(params, config, batch_size)             # on the robot
     state, chunk = policy.step(params, config, state, observation)
 
-The chunks of the two ways are the same.
+Both give the same chunks.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from vla_jax.types import ActionChunk, Array, Key, Observation, Params, Predicti
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """A backbone and a decoder that fits it; `connect` makes them fit."""
+    """A backbone and a matching decoder; `connect` sets the decoder's input sizes."""
 
     backbone: BackboneConfig = PerceiverConfig()  # encoder of images and instruction
     # trunk and action head on the backbone's tokens
@@ -37,25 +37,26 @@ class PolicyConfig:
 
     def __post_init__(self):
         """Checks that the decoder expects the backbone's tokens."""
-        given = (self.backbone.num_tokens, self.backbone.token_dim)
-        expected = (self.decoder.num_tokens or given[0], self.decoder.token_dim)  # 0 = any number
-        if given != expected:
+        produced = (self.backbone.num_tokens, self.backbone.token_dim)
+        num_tokens = self.decoder.num_tokens or produced[0]  # 0 = any number
+        if produced != (num_tokens, self.decoder.token_dim):
             raise ValueError(
-                f"decoder must expect the backbone's tokens [{given[0]}, {given[1]}], got "
-                f"num_tokens {expected[0]} and token_dim {expected[1]}; use policy.connect."
+                f"decoder must expect the backbone's tokens {list(produced)}, got "
+                f"num_tokens {num_tokens} and token_dim {self.decoder.token_dim}; "
+                "use policy.connect."
             )
 
 
 class PolicyOutputs(NamedTuple):
     """Everything that a policy computes over a window."""
 
-    tokens: Tokens  # [B, W, N, D], the given ones or the backbone's
+    tokens: Tokens  # [B, W, N, D], the argument or the output of the backbone
     features: jax.Array  # [B, W, H] float32, of the decoder's trunk; zeros at masked steps
     prediction: Prediction  # [B, W, K, ...]
 
 
 def connect(backbone: BackboneConfig, decoder: DecoderConfig) -> PolicyConfig:
-    """Returns both as one config, with the decoder's `num_tokens` and `token_dim` set to fit."""
+    """Returns both as one config; sets the decoder's `num_tokens` and `token_dim`."""
     decoder = dataclasses.replace(
         decoder, num_tokens=backbone.num_tokens, token_dim=backbone.token_dim
     )
@@ -86,7 +87,7 @@ def encode(params: Params, config: PolicyConfig, observation: Observation) -> To
 
 
 def takes_targets(config: PolicyConfig) -> bool:
-    """Returns whether `apply` and `outputs` use ground-truth actions (teacher forcing)."""
+    """Returns True if `apply` and `outputs` use ground-truth actions (teacher forcing)."""
     return heads.HEADS[config.decoder.head].takes_targets
 
 
@@ -106,7 +107,7 @@ def apply(
     Args:
       params: from `init`.
       config: the one given to `init`.
-      observation: `[B, W, ...]`; unused where `tokens` are given.
+      observation: `[B, W, ...]`; not used if `tokens` are given.
       timestep_mask: `[B, W]`, True where the step is real; None means everywhere.
       reset: `[B, W]`, True where a new episode starts; None means nowhere.
       tokens: from `encode`, `[B, W, N, D]`, cached for a frozen backbone; None computes them.
@@ -118,7 +119,7 @@ def apply(
       Action chunks, or bins for a discrete head, `[B, W, K, …]`.
 
     Raises:
-      ValueError: as `decoders.apply`.
+      ValueError: as for `decoders.apply`.
     """
     return outputs(
         params,
@@ -143,10 +144,9 @@ def outputs(
     targets: TeacherForcing | None = None,
     key: Key | None = None,
 ) -> PolicyOutputs:
-    """Returns the prediction of `apply`, with the tokens and features behind it.
+    """Returns the prediction of `apply`, and the tokens and features it is computed from.
 
-    Auxiliary heads and value functions are trained on the features. The arguments are those of
-    `apply`.
+    The arguments are those of `apply`. Auxiliary heads and value functions use the features.
     """
     trunk_key, head_key = (None, None) if key is None else jax.random.split(key)
     tokens = encode(params, config, observation) if tokens is None else tokens
@@ -213,7 +213,7 @@ def step(
     Args:
       params: from `init` or `prepare_params`.
       config: the one given to `init`.
-      state: from `init_stream` or the step before.
+      state: from `init_stream` or the previous step.
       observation: `[B, ...]`.
       reset: `[B]`, True where a new episode starts with this observation.
 

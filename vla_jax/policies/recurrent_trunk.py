@@ -8,7 +8,7 @@ Streaming advances C carries per row of the batch. With `age` = steps since the 
   training and in RoboVLMs: W carries, each started one step after the one before, advance as one
   batch. That is one sequential step, where running the window again would take W.
 - "periodic": C = 1, period = W. The carry is zeroed every W steps: memory of 1 … W steps.
-- "persistent": C = 1 and an endless period. Memory of the whole episode.
+- "persistent": C = 1, infinite period. Memory of the whole episode.
 """
 
 from typing import NamedTuple, cast
@@ -23,11 +23,11 @@ from vla_jax.policies.decoder_fields import DecoderFields, pooled_size
 from vla_jax.policies.trunk import Mode, StepFeatures, Trunk
 from vla_jax.types import Array, Key, Params
 
-_ENDLESS = jnp.iinfo(jnp.int32).max  # steps; no episode is as long
+_INFINITE = jnp.iinfo(jnp.int32).max  # steps; longer than any episode
 
 
 class RecurrentState(NamedTuple):
-    """C carries and when to zero them."""
+    """C carries, and when each is zeroed."""
 
     carry: Carry  # leaves [B, C, H]
     age: jax.Array  # [B] int32, steps of this episode so far
@@ -84,7 +84,7 @@ def _init_stream(
     config: DecoderFields, batch_size: int, mode: Mode, window_size: int
 ) -> RecurrentState:
     num_carries = _num_memories(mode, window_size)
-    period = _ENDLESS if mode == "persistent" else window_size
+    period = _INFINITE if mode == "persistent" else window_size
     carry = recurrence.zero_carry(recurrence_config(config), jnp.zeros((batch_size, 1)))
     return RecurrentState(
         jax.tree.map(lambda h: jnp.repeat(h[:, None], num_carries, 1), carry),
@@ -109,7 +109,7 @@ def _step(
         reset=zeroed,
     )
     acting = jnp.where(age < num_carries, 0, (age + 1) % num_carries)
-    # Of several carries the oldest acts, whatever its age; a single one has seen age mod period.
+    # With C > 1 the head's ring buffer is indexed by the whole age.
     num_previous = age if num_carries > 1 else age % state.period
     return RecurrentState(carry, age + 1, state.period), StepFeatures(
         features, acting, num_previous

@@ -1,4 +1,4 @@
-"""The contract of a trunk: what stands between a step's pooled tokens and the action heads."""
+"""Interface of a trunk: pooled tokens of each step in, features for the action head out."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -14,10 +14,10 @@ Mode = Literal["refresh", "periodic", "persistent"]
 
 
 class StepFeatures(NamedTuple):
-    """Features of one streamed step, of every memory that the trunk advances side by side.
+    """Features of one streamed step, for each of the trunk's C parallel memories.
 
-    A trunk in mode "refresh" may advance C memories that started at different steps; one of them
-    is as old as the window and acts. All others have C = 1.
+    A recurrent trunk in mode "refresh" advances C memories that started at different steps; the
+    acting memory is the one as old as the window. Otherwise C = 1.
     """
 
     features: jax.Array  # [B, C, H] float32, of each memory
@@ -26,16 +26,16 @@ class StepFeatures(NamedTuple):
 
 
 class Trunk(NamedTuple):
-    """A family member; `pooled` stands for a step's pooled tokens `[..., D']`."""
+    """Member of the family of trunks; `pooled` are the pooled tokens `[..., D']` of a step."""
 
     params_name: str  # name of its subtree in the decoder's params
-    has_memory: bool  # whether the features of a step depend on earlier steps
+    has_memory: bool  # True if the features of a step depend on earlier steps
     modes: tuple[Mode, ...]  # streaming modes that it supports
-    check: Callable[[DecoderFields], None]  # raises a ValueError for a config it cannot have
+    check: Callable[[DecoderFields], None]  # raises a ValueError for an unsupported config
     init: Callable[[jax.Array, DecoderFields], Params]  # (key, config) -> its subtrees of params
     # (params, config, pooled [B, W, D'], *, mask, reset, carry, key) -> (carry, features [B, W, H])
     apply: Callable[..., tuple[Carry, jax.Array]]
-    # (mode, window_size) -> C, memories that streaming advances side by side
+    # (mode, window_size) -> C, number of parallel memories in streaming
     num_memories: Callable[[Mode, int], int]
     # (config, batch_size, mode, window_size) -> state, every leaf with a leading axis B
     init_stream: Callable[[DecoderFields, int, Mode, int], Any]

@@ -1,4 +1,4 @@
-"""The trunks by the `kind` of a decoder's config: every recurrent cell, gpt and fc."""
+"""Registry of the trunks, by `DecoderConfig.kind`: every recurrent cell, gpt and fc."""
 
 from vla_jax.nn.cells import CELLS
 from vla_jax.policies.fc_trunk import FC
@@ -6,7 +6,10 @@ from vla_jax.policies.gpt_trunk import GPT
 from vla_jax.policies.recurrent_trunk import RECURRENT
 from vla_jax.policies.trunk import Trunk
 
-TRUNKS: dict[str, Trunk] = {"fc": FC, "gpt": GPT}  # beside the recurrent trunk of every cell
+TRUNKS: dict[str, Trunk] = {
+    "fc": FC,
+    "gpt": GPT,
+}  # in addition to the recurrent trunk of every cell
 
 
 def names() -> tuple[str, ...]:
