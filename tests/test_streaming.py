@@ -145,7 +145,7 @@ def test_params_are_unchanged_where_preparing_gains_nothing(kind, mode, key, mon
 def test_prepared_params_are_for_single_steps_only(key, monkeypatch):
     config = configured("lstm")
     prepared = prepare(monkeypatch, decoders.init(key, config), config, "refresh")
-    with pytest.raises(ValueError, match="params must be as from `init`, got those of `prep"):
+    with pytest.raises(ValueError, match="params must come from `init`, got those of `prep"):
         decoders.apply(prepared, config, draw_tokens())
 
 

@@ -1,1 +1,1 @@
-"""Images and an instruction -> tokens `[..., N, D]`."""
+"""Backbones: images and an instruction to tokens `[..., N, D]`."""

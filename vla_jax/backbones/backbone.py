@@ -1,4 +1,4 @@
-"""The contract of a backbone: a step's images and instruction in, tokens out."""
+"""Interface of a backbone: images and instruction of a step in, tokens out."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
@@ -28,29 +28,29 @@ class BackboneConfig(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """V, token ids of instructions lie in [0, V)."""
+        """V; token ids of instructions are in [0, V)."""
         ...
 
 
 class ImageSpec(NamedTuple):
-    """The images that a backbone was made for; it normalises them itself."""
+    """Images that a backbone expects; it normalises them itself."""
 
     height: int  # pixels
     width: int  # pixels
     cameras: tuple[str, ...]  # fields of Observation
-    resampling: str  # "area", "bilinear" or "bicubic", where an image has another size
+    resampling: str  # "area", "bilinear" or "bicubic", for images of another size
     mean: tuple[float, float, float]  # of RGB values in [0, 1], subtracted
     std: tuple[float, float, float]  # of RGB values in [0, 1], divided by
 
 
 class Backbone(NamedTuple):
-    """A family member."""
+    """Member of the family of backbones."""
 
     config: type  # dataclass of its config, with a field `kind`
     init: Callable[[Key, Any], Params]
     # (params, config, observation [..., parts]) -> tokens [..., N, D], mask [..., N]
     apply: Callable[[Params, Any, Observation], Tokens]
     tokenize: Callable[[Any, str], np.ndarray]  # (config, instruction) -> ids [S] int32
-    check_instructions: Callable[[Any, Iterable[str]], None]  # raises where two become the same
-    image_spec: Callable[[Any], ImageSpec | None]  # None = the backbone sees no images
-    sharding_rules: ShardingRules = ()  # globs of its params' paths; replicated by default
+    check_instructions: Callable[[Any, Iterable[str]], None]  # raises if two give the same ids
+    image_spec: Callable[[Any], ImageSpec | None]  # None = uses no images
+    sharding_rules: ShardingRules = ()  # by globs of param paths; () = replicated

@@ -10,7 +10,7 @@ from vla_jax.types import Array, Observation, Tokens
 def flatten(
     observation: Observation, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, Array], tuple[int, ...]]:
-    """The parts with all leading axes made one, and those leading axes.
+    """Returns the parts with their leading axes flattened into one, and those leading axes.
 
     Args:
       observation: any leading axes, the same for every part that is needed.
@@ -33,10 +33,10 @@ def flatten(
     for name, shape in shapes.items():
         part = parts[name]
         if part.shape != (*lead, *shape):
-            wanted = ", ".join(map(str, (*lead, *shape)))
+            expected = ", ".join(map(str, (*lead, *shape)))
             raise ValueError(
-                f"{name} must be [{wanted}], got {list(part.shape)}; give what the backbone's "
-                "config says, with the same leading axes for every part."
+                f"{name} must be [{expected}], got {list(part.shape)}; check the sizes in the "
+                "backbone's config, and that all parts have the same leading axes."
             )
         if name.startswith("image_") and part.dtype != jnp.uint8:
             raise ValueError(f"{name} must be uint8 in 0 … 255, got {part.dtype}; convert it.")

@@ -40,7 +40,7 @@ class PerceiverConfig:
     proprio_dim: int = 8  # dimensions P of the proprioception
     vocab_size: int = 2048  # size of the vocabulary; word ids are in [0, vocab_size)
     max_words: int = 12  # words S of an instruction; further words are dropped
-    dtype: str = "float32"  # of the computation; params are float32
+    dtype: str = "float32"  # dtype of the computation; params are float32
 
     def __post_init__(self):
         """Checks that images divide into patches, and the sizes of the vocabulary."""
@@ -74,7 +74,7 @@ def init(key: Key, config: PerceiverConfig) -> Params:
 
 
 def apply(params: Params, config: PerceiverConfig, observation: Observation) -> Tokens:
-    """Tokens of each observation, on its own; time is the decoder's business.
+    """Returns the tokens of each observation, independently of other time steps.
 
     Args:
       params: from `init`.
@@ -150,7 +150,7 @@ class Perceiver(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Linear map of the patches of a picture, as a convolution.
+    """Linear map of the patches of an image, as a convolution.
 
     With `overlap`, a patch has twice the side of the stride: four stride × stride blocks. The
     kernel is stored as the rows of these blocks, top left, bottom left, top right, bottom right.
@@ -160,7 +160,7 @@ class PatchEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, image: Array) -> jax.Array:
-        """Features `[B, h / patch_size, w / patch_size, D]` of `[B, h, w, 3]`."""
+        """Returns features `[B, h / patch_size, w / patch_size, D]` of `[B, h, w, 3]`."""
         config = self.config
         p, blocks = config.patch_size, 2 if config.overlap else 1
         shape = (blocks * blocks * p * p * 3, config.width)

@@ -1,4 +1,4 @@
-"""The backbones by the `kind` of their config. A new one is a file and a line in `BACKBONES`."""
+"""Registry of the backbones, by the `kind` of their config."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -16,7 +16,7 @@ BACKBONES: dict[str, Backbone] = {
 if TYPE_CHECKING:
     BackboneConfig = backbone.BackboneConfig
 else:
-    # The union that the command line offers and that JSON is read into, by `kind`.
+    # Union of all backbone configs, for the command line and for reading JSON by `kind`.
     BackboneConfig = Union[tuple(member.config for member in BACKBONES.values())]  # noqa: UP007
 
 
@@ -37,10 +37,10 @@ def make_tokenizer(config: Any, instructions: Iterable[str]) -> Callable[[str], 
 
     Args:
       config: of the backbone.
-      instructions: all texts that it will be given in training.
+      instructions: all instructions of the training data.
 
     Raises:
-      ValueError: two of the instructions would become the same ids.
+      ValueError: two of the instructions would get the same ids.
     """
     member = get(config)
     member.check_instructions(config, instructions)

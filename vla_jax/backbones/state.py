@@ -16,7 +16,7 @@ from vla_jax.types import Array, Key, Observation, Params, Tokens
 
 @dataclass(frozen=True)
 class StateConfig:
-    """Sizes; the tokens are environment state, proprio and language."""
+    """Sizes of the state backbone; its tokens are environment state, proprio and instruction."""
 
     kind: Literal["state"] = "state"
     state_dim: int = 22  # dimensions of the environment state
@@ -24,7 +24,7 @@ class StateConfig:
     token_dim: int = 64  # features D of a token
     vocab_size: int = 2048  # size of the vocabulary; word ids are in [0, vocab_size)
     max_words: int = 12  # words S of an instruction; further words are dropped
-    dtype: str = "float32"  # of the computation; params are float32
+    dtype: str = "float32"  # dtype of the computation; params are float32
 
     def __post_init__(self):
         word_hashing.check_sizes(self)
@@ -46,7 +46,7 @@ def init(key: Key, config: StateConfig) -> Params:
 
 
 def apply(params: Params, config: StateConfig, observation: Observation) -> Tokens:
-    """Tokens of each observation.
+    """Returns the tokens of each observation.
 
     Args:
       params: from `init`.

@@ -1,4 +1,4 @@
-"""Tokenizer by hashing: every word has an id, also words that training did not contain."""
+"""Hashing tokenizer: every word has an id, including words that are not in the training data."""
 
 import re
 import unicodedata
@@ -58,9 +58,9 @@ def check_collisions(texts: Iterable[str], vocab_size: int) -> None:
     Raises:
       ValueError: two words share an id.
     """
-    owners: dict[int, str] = {}
+    words_by_id: dict[int, str] = {}
     for word in sorted({word for text in texts for word in words(text)}):
-        other = owners.setdefault(word_id(word, vocab_size), word)
+        other = words_by_id.setdefault(word_id(word, vocab_size), word)
         if other != word:
             raise ValueError(
                 f"vocab_size must keep the words of the instructions apart, got {vocab_size}, "
@@ -70,7 +70,7 @@ def check_collisions(texts: Iterable[str], vocab_size: int) -> None:
 
 
 def check_sizes(config: Any) -> None:
-    """Raises a ValueError unless the config's max_words and vocab_size leave room for words."""
+    """Raises a ValueError if the config's max_words or vocab_size is too small."""
     for name, least in (("max_words", 1), ("vocab_size", 2)):
         if getattr(config, name) < least:
             raise ValueError(f"{name} must be at least {least}, got {getattr(config, name)}.")
@@ -82,5 +82,5 @@ def tokenize_for(config: Any, text: str) -> np.ndarray:
 
 
 def check_collisions_for(config: Any, texts: Iterable[str]) -> None:
-    """Raises a ValueError where two words of the texts share an id in the config's vocabulary."""
+    """Raises a ValueError if two words of the texts share an id in the config's vocabulary."""
     check_collisions(texts, config.vocab_size)

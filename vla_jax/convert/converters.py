@@ -31,7 +31,9 @@ class ConvertConfig:
     pooling: Literal["max", "none"] = "max"  # token pooling, RoboVLMs' down_sample
     num_latents: int = 1  # tokens per step after pooling, RoboVLMs' latent
     num_heads: int = 8  # attention heads of a GPT
-    allow_missing: tuple[str, ...] = ()  # globs of tensors that may be missing; initialised anew
+    allow_missing: tuple[
+        str, ...
+    ] = ()  # globs of tensors that may be missing; randomly initialised
     prefix: str = ""  # prefix of the names of a torch.nn.LSTM, GRU or RNN, such as encoder.rnn.
     overwrite: bool = False  # replace DST if it exists
 
@@ -152,7 +154,7 @@ def _describe_decoder(config: DecoderConfig) -> str:
     )
 
 
-CONVERTERS: dict[str, Converter] = {  # in the order in which they are asked to recognise a file
+CONVERTERS: dict[str, Converter] = {  # in the order in which `recognises` is tried
     "recurrence": Converter(
         RecurrenceConfig, _is_torch, _convert_torch, _restore_torch, _to_torch, _describe_recurrence
     ),

@@ -29,7 +29,7 @@ _CONVERSION, _LEFT_OVER = "conversion.json", "left_over.safetensors"
 
 
 def is_folder(path: Path) -> bool:
-    """Returns whether `path` is a folder that `write_folder` wrote."""
+    """Returns True if `path` is a folder that `write_folder` wrote."""
     return (pathlib.Path(path) / _CONVERSION).is_file()
 
 
@@ -99,7 +99,7 @@ def read_recurrence(folder: Path) -> tuple[RecurrenceConfig, Params]:
 
 
 def read_folder(folder: Path) -> TensorFile:
-    """Returns the foreign file with the params that the folder holds now.
+    """Returns the foreign file with the current params of the folder.
 
     Tensors that were missing from the foreign file come last. One warning names the tensors that
     have been trained since and are rounded to the file's dtype.

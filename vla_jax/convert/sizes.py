@@ -56,10 +56,10 @@ def check_known(
 
 
 def check_config(config: Any, config_class: type) -> None:
-    """Raises a ValueError unless a config is of a class.
+    """Raises a ValueError unless a config is an instance of a class.
 
     Args:
-      config: argument of a user.
+      config: argument of the user.
       config_class: class that it must be of.
     """
     if not isinstance(config, config_class):

@@ -1,1 +1,1 @@
-"""Recurrent cells, the scan over time, attention: arrays in, arrays out."""
+"""Networks as pure functions: recurrent cells, scans over time, attention."""

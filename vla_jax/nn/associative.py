@@ -1,6 +1,6 @@
 """A linear cell over all time steps at once, by an associative scan.
 
-Two steps of hₜ = aₜ hₜ₋₁ + bₜ in sequence are again such a step,
+The composition of two steps of hₜ = aₜ hₜ₋₁ + bₜ has the same form,
 
     (a, b) then (a′, b′)  =  (a′ a, a′ b + b′),
 
@@ -65,6 +65,6 @@ def check(cell: Cell) -> None:
 
 
 def _compose(first: Step, second: Step) -> Step:
-    """Returns the two steps as one."""
+    """Returns the composition of two steps."""
     (decay, added), (next_decay, next_added) = first, second
     return next_decay * decay, next_decay * added + next_added

@@ -29,9 +29,9 @@ Score = Literal["additive", "dot", "general", "scaled_dot"]
 class AttentionConfig:
     """Attention over a source."""
 
-    score: Score = "additive"  # "additive", "dot", "general" or "scaled_dot"
-    size: int = 128  # E, features in which "additive" and "scaled_dot" compare query and position
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the factors of matrix products
+    score: Score = "additive"  # score function: additive, dot, general or scaled_dot
+    size: int = 128  # E, features of projected queries and keys, additive and scaled_dot only
+    dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the factors of matrix products
 
     def __post_init__(self):
         if self.score not in get_args(Score):
@@ -47,7 +47,7 @@ class Source(NamedTuple):
 
     keys: Array  # [B, S, E], compared with the query
     values: Array  # [B, S, D], averaged
-    mask: Array  # [B, S] bool, True where the position is real; or more rows, see `apply`
+    mask: Array  # [B, S] bool, True where the position is real; may have more rows, see `apply`
 
 
 def init(key: Key, config: AttentionConfig, query_size: int, memory_size: int) -> Params:

@@ -63,7 +63,7 @@ class Scan(Protocol):
 
 
 class _Static(NamedTuple):
-    """Arguments that are no arrays."""
+    """Static arguments."""
 
     cell: Cell
     reverse: bool
@@ -171,7 +171,7 @@ def _run(
     mask: Array | None,
     reset: Array | None,
 ) -> tuple[tuple[Any, jax.Array], _Saved]:
-    """Returns `(carry, outputs)`, and what the backward pass needs of every step."""
+    """Returns `(carry, outputs)`, and the values that the backward pass needs."""
 
     def body(carry: Any, step: Any) -> tuple[Any, Any]:
         projected, mask, reset = step

@@ -1,4 +1,4 @@
-"""Chrono initialisation: gate biases whose memories span a range of time scales."""
+"""Chrono initialisation: gate biases that give units a range of time constants."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from vla_jax.nn.cells import CELLS, CellName
 from vla_jax.types import Key, Params
 
-# cell -> bias of its gates, and gate -> sign: 1 keeps the carry, -1 lets new input in
+# cell -> bias of its gates, and gate -> sign: 1 if the gate keeps the carry, -1 if it admits input
 _GATES: dict[str, tuple[str, dict[int, int]]] = {
     "lstm": ("input_bias", {0: -1, 1: 1}),
     "layer_norm_lstm": ("gate_bias", {0: -1, 1: 1}),

@@ -36,7 +36,7 @@ def dense(
 
 
 def dropout(key: Key | None, inputs: jax.Array, rate: float) -> jax.Array:
-    """Sets inputs to zero at random and scales the others up to the same expectation.
+    """Sets inputs to zero at random and scales the others by 1 / (1 − rate).
 
     Args:
       key: consumed; None disables dropout.
@@ -50,8 +50,8 @@ def dropout(key: Key | None, inputs: jax.Array, rate: float) -> jax.Array:
     """
     if key is None or rate == 0.0:
         return inputs
-    kept = jax.random.bernoulli(key, 1.0 - rate, inputs.shape)
-    return jnp.where(kept, inputs / (1.0 - rate), 0.0)
+    keep = jax.random.bernoulli(key, 1.0 - rate, inputs.shape)
+    return jnp.where(keep, inputs / (1.0 - rate), 0.0)
 
 
 def layer_norm(inputs: Any, scale: Array, bias: Array | None = None) -> jax.Array:

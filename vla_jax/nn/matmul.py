@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from vla_jax.types import Array, Params
 
 LARGE = 2**20  # elements of a kernel, 4 MB in float32: exceeds the cache of one core
-MANY = 200  # rows from which on the order of the factors makes no difference
+MANY = 200  # number of rows from which the layout of the kernel makes no difference
 
 
 class Transposed(NamedTuple):

@@ -23,7 +23,7 @@ Pooling = Literal["max", "mean", "attention", "none"]  # keys of `POOLINGS`
 
 
 class PoolingMethod(NamedTuple):
-    """Member of the family."""
+    """Member of `POOLINGS`."""
 
     init: Callable[[Key, int, int], Params]  # (key, num_latents, D) -> params, often empty
     # (params, tokens [..., N, D], mask [..., N], num_latents) -> [..., n, D]; masked tokens are 0
@@ -100,7 +100,7 @@ def _mean(tokens: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def _attend(params: Params, tokens: jax.Array, mask: jax.Array, num_latents: int) -> jax.Array:
-    del num_latents  # the number of queries
+    del num_latents  # equals the number of queries
     queries = jnp.asarray(params["queries"])
     scores = jnp.einsum("...nd,qd->...qn", tokens, queries) / math.sqrt(tokens.shape[-1])
     weights = masked_softmax(scores, mask[..., None, :])

@@ -43,7 +43,7 @@ class RecurrenceConfig:
     # time loop: "bptt" (hand-written backward pass), "scan" (derived by JAX), "associative" (linear
     # cells, no loop), "cudnn" (NVIDIA GPUs), "auto" (the recommended one, at present "bptt")
     implementation: Implementation = "auto"
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the factors of matrix products
+    dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the factors of matrix products
 
     def __post_init__(self):
         if self.cell not in CELLS:
@@ -217,16 +217,19 @@ def step(
     chex.assert_axis_dimension(inputs, -1, _input_size(params))
     cell, outputs, next_carry = CELLS[config.cell], jnp.asarray(inputs), {}
     for index, name in enumerate(_layers(config)):
-        before, below = bptt.clear(layer(carry, index), reset), outputs
-        after, outputs = cells.step(cell, layer(params, index), before, below, dtype=config.dtype)
+        layer_inputs, layer_params = outputs, layer(params, index)
+        cleared = bptt.clear(layer(carry, index), reset)
+        layer_carry, outputs = cells.step(
+            cell, layer_params, cleared, layer_inputs, dtype=config.dtype
+        )
         if index > 0 and config.residual:
-            outputs = below + outputs
-        next_carry[name] = {"forward": after}
+            outputs = layer_inputs + outputs
+        next_carry[name] = {"forward": layer_carry}
     return next_carry, outputs
 
 
 class _TimeLoop(NamedTuple):
-    """Member of the family of implementations."""
+    """Implementation of the time loop: a member of `_IMPLEMENTATIONS`."""
 
     check: Callable[[RecurrenceConfig], None]  # raises a ValueError for an unsupported config
     # (params, config, carry, inputs, (mask, reset), key) -> carry, outputs; batch-major
@@ -292,7 +295,7 @@ _IMPLEMENTATIONS: dict[str, _TimeLoop] = {
 def _draw_dropout(
     config: RecurrenceConfig, key: Key | None, shape: tuple[int, ...]
 ) -> dict[str, Any]:
-    """Returns which inputs of each layer except the first are kept, `[T, B, H]` bool."""
+    """Returns the dropout mask of the inputs of each layer but the first, `[T, B, H]` bool."""
     if key is None or config.dropout == 0.0:
         return {}
     size = len(_directions(config)) * config.hidden_size
@@ -308,17 +311,17 @@ def _draw_dropout(
 def _run_stack(
     scan: bptt.Scan, params: Params, config: RecurrenceConfig, carry: Carry, steps: Any
 ) -> tuple[Carry, jax.Array]:
-    """Runs all layers over inputs `[T, B, D]`, mask and reset `[T, B]`, and the kept inputs."""
+    """Runs all layers over inputs `[T, B, D]`, mask and reset `[T, B]`, and dropout masks."""
     outputs, mask, reset, keep = steps
     last: Carry = {}
     for index, name in enumerate(_layers(config)):
-        below = outputs
+        layer_inputs = outputs
         if name in keep:
-            outputs = jnp.where(keep[name], below / (1.0 - config.dropout), 0.0)
+            outputs = jnp.where(keep[name], layer_inputs / (1.0 - config.dropout), 0.0)
         steps = (outputs, mask, reset)
         last[name], outputs = _run_layer(scan, params[name], config, carry[name], steps)
         if index > 0 and config.residual:
-            outputs = below + outputs
+            outputs = layer_inputs + outputs
     return last, outputs
 
 
@@ -388,8 +391,7 @@ def _input_size(params: Params) -> int:
 def _check(params: Params, inputs: Array, mask: Array | None, reset: Array | None) -> None:
     if matmul.is_prepared(params):
         raise ValueError(
-            "params must be as from `init`, got those of `prepare_params`, which are for single "
-            "steps."
+            "params must come from `init`, got those of `prepare_params`, which are for `step`."
         )
     chex.assert_shape(inputs, (None, None, _input_size(params)))
     for flags in (mask, reset):

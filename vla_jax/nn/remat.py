@@ -1,4 +1,4 @@
-"""Rematerialisation in time: less memory in the backward pass for a second forward pass."""
+"""Rematerialisation over time: saves activation memory by a second forward pass."""
 
 from collections.abc import Callable
 from functools import partial

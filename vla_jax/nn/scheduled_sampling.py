@@ -20,7 +20,9 @@ from vla_jax.nn import seq2seq
 from vla_jax.nn.seq2seq import Decoded, Memory, Seq2SeqConfig
 from vla_jax.types import Array, Key, Params
 
-Choose = Callable[[Array, Key | None], jax.Array]  # (outputs [B, V or A], key) -> fed back
+Choose = Callable[
+    [Array, Key | None], jax.Array
+]  # (outputs [B, V or A], key) -> values to feed back
 
 
 Schedule = Literal["always", "linear", "exponential", "inverse_sigmoid"]
@@ -209,5 +211,5 @@ def _run(
         chosen = choose(decoded.outputs, choose_key)
         return (state, seq2seq.embed(params, config, chosen)), (decoded, chosen)
 
-    _, run = jax.lax.scan(body, seq2seq.start(params, config, memory), steps, length=num_steps)
-    return jax.tree.map(lambda part: jnp.swapaxes(part, 0, 1), run)
+    _, results = jax.lax.scan(body, seq2seq.start(params, config, memory), steps, length=num_steps)
+    return jax.tree.map(lambda part: jnp.swapaxes(part, 0, 1), results)

@@ -46,15 +46,15 @@ class Seq2SeqConfig:
     target: Kind = "tokens"  # type of the target: ids or vectors
     target_size: int = 32  # number of ids, including 0 for the end; or features of a vector
     embed_size: int = 128  # features of an embedded source position or target step
-    cell: CellName = "lstm"  # of encoder and decoder: key of `cells.CELLS`
+    cell: CellName = "lstm"  # cell of encoder and decoder, such as rnn, lstm or gru
     num_layers: int = 1  # L, layers of the encoder and of the decoder
     hidden_size: int = 128  # H, units of each layer and direction
     bidirectional: bool = True  # encode in both directions
     score: AnyScore = "additive"  # score function of the attention; "none" = no attention
-    score_size: int = 128  # features in which the scores "additive" and "scaled_dot" compare
-    feed_context: bool = False  # the context of a step is part of the next step's inputs
-    dropout: float = 0.0  # probability, at the inputs, between layers, and before the output
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the factors of matrix products
+    score_size: int = 128  # features of projected queries and keys, additive and scaled_dot only
+    feed_context: bool = False  # append the context of a step to the inputs of the next step
+    dropout: float = 0.0  # dropout probability at inputs, between layers and before the output
+    dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the factors of matrix products
 
     def __post_init__(self):
         for name in ("source", "target"):
@@ -124,7 +124,7 @@ def attention_config(config: Seq2SeqConfig) -> AttentionConfig:
 
 
 def init(key: Key, config: Seq2SeqConfig) -> Params:
-    """Returns `{"source", "encoder", "target", "start", "decoder", "output"}`, and more.
+    """Returns params `{"source", "encoder", "target", "start", "decoder", "output", …}`.
 
     Also `bridge` if the encoder has two directions, and `combine` and `attention` with attention.
     Dense layers are initialised as in `layers.init_dense`, embeddings from N(0, 1).
@@ -256,7 +256,7 @@ def teacher_forcing(
     *,
     key: Key | None = None,
 ) -> Decoded:
-    """Returns the outputs of all steps, the true targets being the inputs of the following steps.
+    """Returns the outputs of all steps, with the true targets as inputs of the next steps.
 
     Args:
       params: from `init`.

@@ -1,4 +1,4 @@
-"""Memory tasks of sequences: the adding problem and delayed recall, and gradients over time.
+"""Synthetic memory tasks (adding problem, delayed recall), and gradient norms over time.
 
 Batches are generated inside `jit` and never repeat.
 """
@@ -70,7 +70,7 @@ def evaluate_number(outputs: Array, target: Array) -> tuple[jax.Array, jax.Array
 
 
 def draw_recall(key: Key, batch_size: int, delay: int) -> Trials:
-    """Returns delayed recall: symbols, the first one marked; target: that symbol, `delay` later.
+    """Returns delayed recall: the first symbol is marked and is the target `delay` steps later.
 
     Unmarked distractor symbols follow; the last step has a cue and no symbol.
 

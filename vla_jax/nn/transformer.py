@@ -38,14 +38,14 @@ Cache = dict[str, KeysValues]  # by layer, named as in the params
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """A stack of attention layers."""
+    """A GPT-2 transformer."""
 
     num_layers: int = 8  # L, stacked layers
     num_heads: int = 8  # M, attention heads
     hidden_size: int = 256  # H, features of a step; a multiple of num_heads
     num_positions: int = 16  # learned positions, the longest window in steps
-    dropout: float = 0.0  # probability, at embedding, attention weights and residual branches
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the factors of matrix products
+    dropout: float = 0.0  # dropout probability at embedding, attention weights, residual branches
+    dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the factors of matrix products
 
     def __post_init__(self):
         for name in ("num_layers", "num_heads", "hidden_size", "num_positions"):
@@ -117,7 +117,7 @@ def apply(
     """Returns the keys and values of all steps, and their outputs.
 
         h ← x + p;  h ← h + Attention(norm(h));  h ← h + MLP(norm(h));  output = norm(h)
-        Attention = softmax(q·k / √E) v over the real steps of the episode up to now
+        Attention = softmax(q·k / √E) v over the real steps of the episode so far
 
     Args:
       params: from `init`.

@@ -8,7 +8,7 @@ Gradients stop at the first step of a chunk; earlier steps influence it through 
 carry was computed with the params of an earlier update. Burn-in corrects this: the last steps
 before a chunk are run again with the current params, without gradient and without outputs.
 
-Every step is counted in exactly one chunk. A `reset` among the steps may start an episode anywhere.
+The outputs of every step are in exactly one chunk. A `reset` may start an episode at any step.
 
 Source: Williams & Peng 1990, "An Efficient Gradient-Based Algorithm for On-Line Training of
 Recurrent Network Trajectories"; burn-in: Kapturowski et al. 2019, R2D2.
@@ -36,8 +36,8 @@ def chunks(steps: Any, chunk_size: int, *, burn_in: int = 0) -> Any:
 
     Args:
       steps: tree with leaves `[B, T, ...]`, such as inputs, mask, reset and targets.
-      chunk_size: steps counted per chunk.
-      burn_in: steps before them, fewer than `chunk_size`.
+      chunk_size: steps per chunk, without burn-in.
+      burn_in: steps of burn-in before each chunk, fewer than `chunk_size`.
 
     Returns:
       The tree with leaves `[num_chunks, B, burn_in + chunk_size, ...]`, for a scan or a loop.
@@ -56,7 +56,7 @@ def chunks(steps: Any, chunk_size: int, *, burn_in: int = 0) -> Any:
 def apply(
     model: Model, params: Params, carry: Any, chunk: Any, *, burn_in: int = 0
 ) -> tuple[Any, Any]:
-    """Returns the carry for the next chunk, and the outputs of the steps counted in this one.
+    """Returns the carry for the next chunk, and the outputs of this one without its burn-in.
 
     No gradient passes through the two carries or the burn-in.
 

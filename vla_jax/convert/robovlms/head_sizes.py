@@ -45,7 +45,7 @@ def read_config(
 
     Args:
       shapes: of its tensors, by name without prefix; any tensor may determine a size.
-      window_size: as for `from_robovlms`, and so are the other arguments.
+      window_size: as for `from_robovlms`.
       pooling: "max" or "none".
       num_tokens: N.
       num_latents: RoboVLMs' `latent`.
