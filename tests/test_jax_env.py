@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vla_jax.envs.demonstrations import collect
 from vla_jax.envs.table import jax_env, renderer, rules
 
 BLIND = jax_env.JaxTableConfig(image_size=0)
@@ -15,7 +16,7 @@ OPEN, CLOSED = 1.0, -1.0
 
 @functools.cache
 def demonstrations(config=BLIND, num_episodes=512, noise=0.25):
-    return jax_env.collect(jax_env.make(config), jax.random.key(1), num_episodes, noise=noise)
+    return collect(jax_env.make(config), jax.random.key(1), num_episodes, noise=noise)
 
 
 def world(instruction, *, tool=(0.0, 0.0, 0.15), yaw=0.0, target_yaw=0.0, target=(0.0, 0.0)):
@@ -73,7 +74,7 @@ def test_episodes_have_the_length_that_they_are_meant_to_have(task, low, high):
 def test_expert_that_does_not_turn_fails_in_most_rotated_layouts():
     env = jax_env.make(BLIND)
     stiff = env._replace(expert=lambda state: env.expert(state).at[5].set(0))
-    demos = jax_env.collect(stiff, jax.random.key(1), 512)
+    demos = collect(stiff, jax.random.key(1), 512)
     rotated = np.array(demos.observation.environment_state[:, 0, 3]) != 0
     grasps = np.array(env.tasks)[np.array(demos.instruction)] != "touch"
     success = np.array(demos.success)

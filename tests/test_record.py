@@ -10,6 +10,7 @@ from train import record as module
 from train.record import RecordConfig, record
 from vla_jax.data.readers.dataset_config import DatasetConfig
 from vla_jax.data.readers.reader import read_dataset
+from vla_jax.envs.demonstrations import collect
 from vla_jax.envs.table import jax_env, mujoco_env
 
 TWIN = jax_env.JaxTableConfig(image_size=0, max_steps=20)
@@ -20,7 +21,7 @@ def test_the_jax_table_is_recorded_as_it_was_played(tmp_path, capsys):
     config = RecordConfig(str(tmp_path / "demos"), TWIN, num_episodes=12)
     assert record(config) == tmp_path / "demos"
     data = read_dataset(DatasetConfig(config.dataset), cameras=())
-    played = jax_env.collect(jax_env.make(TWIN), jax.random.key(0), 12)
+    played = collect(jax_env.make(TWIN), jax.random.key(0), 12)
     success = np.array(played.success)
     assert 0 < success.sum() < 12  # 20 steps are too few for some tasks
     assert f"kept {success.sum()} of 12 episodes" in capsys.readouterr().err
@@ -44,14 +45,13 @@ def test_chunks_bound_the_memory_and_no_episode_comes_twice(tmp_path, monkeypatc
     monkeypatch.setattr(module, "CHUNK_BYTES", 5 * 20 * 4 * 37)  # five episodes of 20 steps
     config = RecordConfig(str(tmp_path / "demos"), TWIN, num_episodes=12)
     chunks = []
-    collect = jax_env.collect
 
     def counted(env, key, num_episodes, *, noise):
         chunks.append(num_episodes)
         return collect(env, key, num_episodes, noise=noise)
 
-    monkeypatch.setattr(jax_env, "collect", counted)
-    episodes = list(module._side_by_side(TWIN, config))
+    monkeypatch.setattr(module, "collect", counted)
+    episodes = list(module._in_parallel(config))
     assert chunks == [5, 5, 5]
     assert len(episodes) == 12
     first = [e.observation["environment_state"][0].tobytes() for e in episodes if e]

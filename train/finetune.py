@@ -33,7 +33,8 @@ from rich.console import Console
 
 from vla_jax.acting.agent import make_agent, read_instruction
 from vla_jax.acting.rollout import run_env
-from vla_jax.envs.table import jax_env
+from vla_jax.backbones import registry
+from vla_jax.envs import worlds
 from vla_jax.evaluation import plots, results
 from vla_jax.evaluation.players import make_player
 from vla_jax.evaluation.results import Summary
@@ -157,14 +158,15 @@ def read_cloned(run_dir: str) -> Cloned:
     if not run_dir:
         raise ValueError("init_from must name a run folder of train.imitate, got ''.")
     run = load_run(run_dir)
-    if not isinstance(run.world, jax_env.JaxTableConfig):
+    make_env = worlds.get(run.world.kind).make_env if run.world else None
+    if run.world is None or make_env is None:
         kind = "an unknown one" if run.world is None else f"'{run.world.kind}'"
         raise ValueError(
             "init_from must be a run in the environment 'table_jax', which runs in JAX, got "
             f"{kind} in {run_dir}; train a policy on demonstrations from 'table_jax'."
         )
-    image_size = getattr(run.agent.policy.backbone, "image_size", 0)
-    env = jax_env.make(replace(run.world, image_size=image_size))
+    image_size = registry.image_size(run.agent.policy.backbone)
+    env = make_env(replace(run.world, image_size=image_size))
     words = [read_instruction(run.agent, sentence) for sentence in env.instructions]
     return Cloned(run, env, jnp.stack(words))
 

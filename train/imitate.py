@@ -10,6 +10,7 @@ The same command resumes an interrupted run, with bitwise identical results.
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,6 @@ from vla_jax.command_line import run
 from vla_jax.data.loader import Loader, make_loader
 from vla_jax.data.packing import Packed
 from vla_jax.data.windows import Windows
-from vla_jax.envs.table import rules
 from vla_jax.evaluation import plots
 from vla_jax.nn import scheduled_sampling
 from vla_jax.policies import heads, policy
@@ -100,7 +100,9 @@ def imitate(config: ImitateConfig) -> pathlib.Path:
         sharding_rules=sharding_rules(config),
     )
     if is_first_process():
-        _plot(run_dir, config, train_state.params, windows[[len(windows) - 1]])
+        last = windows[[len(windows) - 1]]
+        names = dataset.names.get("action") or _numbered(last.action.shape[-1])
+        _plot(run_dir, config, train_state.params, last, names=names, control_hz=dataset.fps)
     return run_dir
 
 
@@ -164,7 +166,19 @@ def make_loss(config: ImitateConfig) -> LossFn:
     return loss_fn
 
 
-def _plot(run_dir: pathlib.Path, config: ImitateConfig, params: Params, batch: Batch) -> None:
+def _numbered(action_dim: int) -> tuple[str, ...]:
+    return tuple(f"action {i}" for i in range(action_dim))
+
+
+def _plot(
+    run_dir: pathlib.Path,
+    config: ImitateConfig,
+    params: Params,
+    batch: Batch,
+    *,
+    names: Sequence[str],
+    control_hz: float,
+) -> None:
     """Plots the first action of each chunk along one demonstration, with the expert's action."""
     apply = jax.jit(policy.apply, static_argnums=1)
     prediction = apply(
@@ -182,8 +196,8 @@ def _plot(run_dir: pathlib.Path, config: ImitateConfig, params: Params, batch: B
         run_dir / "actions.png",
         predicted,
         np.asarray(batch.action)[0, real, 0],
-        names=rules.ACTION_NAMES,
-        control_hz=rules.CONTROL_HZ,
+        names=names,
+        control_hz=control_hz,
     )
 
 

@@ -23,8 +23,9 @@ import numpy as np
 from vla_jax.command_line import run
 from vla_jax.data.dataset import Episode
 from vla_jax.data.readers.lerobot import writer
-from vla_jax.envs.table import jax_env, mujoco_env, rules
-from vla_jax.envs.worlds import make_simulator
+from vla_jax.envs import worlds
+from vla_jax.envs.demonstrations import Demonstrations, collect
+from vla_jax.envs.table import jax_env, mujoco_env
 from vla_jax.training.progress import progress_bar
 
 BURST = 3  # steps of random actions, gripper included: enough to miss a grasp or drop a block
@@ -81,21 +82,17 @@ def record(config: RecordConfig, *, on_episode: OnEpisode | None = None) -> path
       config: options.
       on_episode: called after every episode with the number of episodes so far.
     """
-    if isinstance(config.world, jax_env.JaxTableConfig):
-        played = _side_by_side(config.world, config)
-    else:
-        make_simulator(config.world).close()  # reports a missing package before processes start
-        played = _in_processes(config)
+    world = worlds.get(config.world.kind)
+    simulator = world.make_simulator(config.world)  # reports a missing package before processes start
+    control_hz = simulator.control_hz
+    simulator.close()
+    played = _in_parallel(config) if world.make_env else _in_processes(config)
     return writer.write(
         config.dataset,
         _successes(played, config.num_episodes, on_episode),
-        fps=rules.CONTROL_HZ,
+        fps=control_hz,
         robot_type=config.world.kind,
-        names={
-            "action": rules.ACTION_NAMES,
-            "proprio": rules.PROPRIO_NAMES,
-            "environment_state": rules.STATE_NAMES,
-        },
+        names=world.names,
         overwrite=config.overwrite,
     )
 
@@ -139,22 +136,23 @@ def _successes(
     print(f"kept {num_successes} of {num_episodes} episodes", file=sys.stderr)
 
 
-def _side_by_side(world: jax_env.JaxTableConfig, config: RecordConfig) -> Iterator[Episode | None]:
+def _in_parallel(config: RecordConfig) -> Iterator[Episode | None]:
     """Plays chunks of episodes in parallel on the device; chunk n uses random key n."""
-    env = jax_env.make(world)
-    numbers = 4 * (rules.STATE_SIZE + rules.PROPRIO_SIZE + len(rules.ACTION_NAMES))
-    episode_bytes = world.max_steps * (6 * world.image_size**2 + numbers)
+    env = jax_env.make(config.world)
+    shapes = jax.eval_shape(lambda key: collect(env, key, 1), jax.random.key(0))
+    arrays = jax.tree.leaves((shapes.observation, shapes.action))
+    episode_bytes = sum(array.size * array.dtype.itemsize for array in arrays)
     chunk = min(config.num_episodes, max(1, int(CHUNK_BYTES / episode_bytes)))
     for number in range(math.ceil(config.num_episodes / chunk)):
         demonstrations = jax.device_get(
-            jax_env.collect(env, jax.random.key(number), chunk, noise=config.noise)
+            collect(env, jax.random.key(number), chunk, noise=config.noise)
         )
         for index in range(min(chunk, config.num_episodes - number * chunk)):
             yield _episode(env.instructions, demonstrations, index)
 
 
 def _episode(
-    instructions: tuple[str, ...], demonstrations: jax_env.Demonstrations, index: int
+    instructions: tuple[str, ...], demonstrations: Demonstrations, index: int
 ) -> Episode | None:
     if not demonstrations.success[index]:
         return None
@@ -189,7 +187,7 @@ _SIMULATORS: dict = {}  # reused by this process: building one takes longer than
 def _play(job) -> list[Episode | None]:
     config, seeds = job
     if config.world not in _SIMULATORS:
-        _SIMULATORS[config.world] = make_simulator(config.world)
+        _SIMULATORS[config.world] = worlds.make_simulator(config.world)
     simulator = _SIMULATORS[config.world]
     return [demonstrate(simulator, seed, config.noise, config.disturbance) for seed in seeds]
 

@@ -17,7 +17,7 @@ import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -32,8 +32,10 @@ from vla_jax.acting.rollout import (
     run_simulators,
 )
 from vla_jax.actions.execution import Kind
+from vla_jax.backbones import registry
 from vla_jax.command_line import exit_codes
-from vla_jax.envs.worlds import WORLDS, WorldConfig, find_reference, make_simulator
+from vla_jax.envs import worlds
+from vla_jax.envs.worlds import WorldConfig, find_reference, make_simulator
 from vla_jax.evaluation import players, report, results, video
 from vla_jax.evaluation.players import Player
 from vla_jax.evaluation.results import Latency, Summary
@@ -63,8 +65,8 @@ class EvaluateConfig:
     instruction_steps: int | None = None  # first steps that show the instruction; -1 = always
     exec_kind: Kind | None = None  # from predicted chunks to the action that is sent
     exec_horizon: int | None = None  # steps for which receding_horizon keeps a chunk
-    world: Literal["table_mujoco", "table_jax", "gymnasium"] | None = None  # where to play
-    env_id: str | None = None  # which environment of gymnasium
+    world: str | None = None  # kind of environment: table_mujoco, table_jax or gymnasium
+    env_id: str | None = None  # id of a registered Gymnasium environment, for world "gymnasium"
     reference: str | None = None  # reference policy of the world to run instead, such as "expert"
 
     def __post_init__(self):
@@ -155,7 +157,7 @@ def _count_successes(outcomes: Sequence[Outcome]) -> str:
 def _policy(run: Run | Path, config: EvaluateConfig) -> _Match:
     run = run if isinstance(run, Run) else load_run(run, step=config.step)
     agent = _agent(run.agent, config)
-    world = _world(run.world, config, getattr(agent.policy.backbone, "image_size", 0))
+    world = _world(run.world, config, registry.image_size(agent.policy.backbone))
     player = players.make_player(agent, run.norm_stats, run.params, window_size=config.window_size)
     settings = {
         "agent": configs.to_dict(agent),
@@ -189,19 +191,20 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _world(saved: WorldConfig | None, config: EvaluateConfig, image_size: int) -> WorldConfig:
-    """The world to play in, with pictures of the size that the policy looks at."""
+    """Returns the config of the environment, with images of the policy's size."""
     kind = config.world or (saved and saved.kind)
     if kind is None:
         raise ValueError(
-            f"the run has no world.json; choose with --world from {', '.join(WORLDS)}."
+            f"the run has no world.json; choose with --world from {', '.join(worlds.WORLDS)}."
         )
     options = {} if saved is None else configs.to_dict(saved)
     options |= {"image_size": image_size, "env_id": config.env_id or options.get("env_id")}
-    fields = {field.name for field in dataclasses.fields(WORLDS[kind].config)}
+    cls = worlds.get(kind).config
+    fields = {field.name for field in dataclasses.fields(cls)}
     if config.env_id and "env_id" not in fields:
         raise ValueError(f"env_id must be None in {kind}, got '{config.env_id}'; drop it.")
     kept = {name: value for name, value in _given(options).items() if name in fields}
-    return configs.from_dict(WORLDS[kind].config, {**kept, "kind": kind})
+    return configs.from_dict(cls, {**kept, "kind": kind})
 
 
 def _name(agent: AgentConfig, config: EvaluateConfig) -> str:
@@ -253,7 +256,7 @@ def _play(match: _Match, config: EvaluateConfig, seeds: Sequence[int]) -> Iterat
     """The episodes to record, then the others: those of a JAX world in one scan."""
     videos = range(config.first_seed, config.first_seed + config.num_videos)
     rest = [seed for seed in seeds if seed not in videos]
-    make_env = WORLDS[match.world.kind].make_env
+    make_env = worlds.get(match.world.kind).make_env
     yield from run_simulators(
         match.controller,
         functools.partial(make_simulator, _painted(match.world)),
@@ -272,7 +275,7 @@ def _play(match: _Match, config: EvaluateConfig, seeds: Sequence[int]) -> Iterat
 
 def _painted(world: WorldConfig) -> WorldConfig:
     """The world with pictures to record, where it would paint none for the policy."""
-    if WORLDS[world.kind].draws_observation and not world.image_size:
+    if worlds.get(world.kind).draws_observation and not world.image_size:
         return dataclasses.replace(world, image_size=_PAINTED_SIZE)
     return world
 

@@ -21,7 +21,8 @@ from vla_jax import config as configs
 from vla_jax.acting.agent import AgentConfig
 from vla_jax.data import normalize
 from vla_jax.data.normalize import NormStats
-from vla_jax.envs.worlds import WORLDS, WorldConfig
+from vla_jax.envs import worlds
+from vla_jax.envs.worlds import WorldConfig
 from vla_jax.files import Path, read_json, write_json
 from vla_jax.policies import policy
 from vla_jax.training import checkpoint
@@ -165,9 +166,11 @@ def read_world(run_dir: Path) -> WorldConfig | None:
         return None
     data = read_json(path, "world")
     kind = str(data.get("kind"))
-    if kind not in WORLDS:
-        raise ValueError(f"{path}: unknown world '{kind}'; {configs.did_you_mean(kind, WORLDS)}")
-    return configs.load(WORLDS[kind].config, path)
+    if kind not in worlds.WORLDS:
+        raise ValueError(
+            f"{path}: unknown world '{kind}'; {configs.did_you_mean(kind, worlds.WORLDS)}"
+        )
+    return configs.load(worlds.WORLDS[kind].config, path)
 
 
 def _restore(directory: pathlib.Path, like: Any, step: int | None) -> Params:

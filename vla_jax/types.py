@@ -83,11 +83,11 @@ class Env(NamedTuple):
 
     reset: Callable[[Key], tuple[Any, Observation]]  # key -> (env_state, first observation)
     step: Callable[[Any, Array], tuple[Any, Transition]]  # (env_state, action [A]) -> ...
-    expert: Callable[[Any], Array]  # env_state -> action [A] of the scripted expert
     instructions: tuple[str, ...]  # every instruction that an episode may have
     tasks: tuple[str, ...]  # task name of each instruction, for results per task
     instruction_index: Callable[[Any], Array]  # env_state -> [] int32 into `instructions`
     max_steps: int  # environment steps until truncation
+    expert: Callable[[Any], Array] | None = None  # env_state -> action [A] of the scripted expert
 
 
 class DiscreteEnv(NamedTuple):

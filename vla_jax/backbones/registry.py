@@ -32,6 +32,12 @@ def get(config: Any) -> Backbone:
     return BACKBONES[config.kind]
 
 
+def image_size(config: Any) -> int:
+    """Returns the pixels along each side of the images to render for a backbone; 0 = no images."""
+    spec = get(config).image_spec(config)
+    return max(spec.height, spec.width) if spec else 0
+
+
 def make_tokenizer(config: Any, instructions: Iterable[str]) -> Callable[[str], np.ndarray]:
     """Returns the function from an instruction to its ids `[S]` int32.
 

@@ -99,6 +99,7 @@ class GymnasiumSimulator:
     def __init__(self, env, task, instruction, image_size, max_steps, success):
         self._env, self._image_size, self._success = env, image_size, success
         self.task, self.instruction, self.max_steps = task, instruction, max_steps
+        self.action_dim = int(np.prod(env.action_space.shape))
         self.control_hz = float(env.metadata.get("render_fps") or _DEFAULT_HZ)
 
     def reset(self, seed: int) -> Mapping[str, np.ndarray]:
@@ -110,10 +111,10 @@ class GymnasiumSimulator:
         """Applies `action [A]` in [-1, 1], with `A` the number of dims of the environment's Box."""
         box = self._env.action_space
         action = np.asarray(action, np.float64)
-        size = int(np.prod(box.shape))
-        if action.shape != (size,) or not np.all(np.isfinite(action)):
+        if action.shape != (self.action_dim,) or not np.all(np.isfinite(action)):
             raise ValueError(
-                f"action of {self.task} must be {size} finite numbers, got {action.tolist()}."
+                f"action of {self.task} must be {self.action_dim} finite numbers, got "
+                f"{action.tolist()}."
             )
         share = (np.clip(action, -1, 1).reshape(box.shape) + 1) / 2
         sent = (box.low + share * (box.high - box.low)).astype(box.dtype)

@@ -1,4 +1,4 @@
-"""A JAX environment as a Python simulator, for code that plays or records simulators."""
+"""A JAX environment as a Python simulator, for evaluation and recording."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +20,7 @@ class EnvSimulator:
         self._state: Any = None
         self._observation: Any = None
         self._reset, self._step = jax.jit(env.reset), jax.jit(env.step)
-        self._expert = jax.jit(env.expert)
+        self._expert = jax.jit(env.expert) if env.expert else None
         self.max_steps = env.max_steps
         self.instruction, self.task = "", ""
 
@@ -43,8 +43,17 @@ class EnvSimulator:
         )
 
     def expert(self) -> np.ndarray:
-        """Returns the expert's action `[A]`."""
-        return np.asarray(self._expert(self._state))
+        """Returns the expert's action `[A]`.
+
+        Raises:
+          ValueError: the environment has no expert.
+        """
+        return self._act_as_expert(self._state)
+
+    def _act_as_expert(self, state: Any) -> np.ndarray:
+        if self._expert is None:
+            raise ValueError("expert must be a function of the environment, got None.")
+        return np.asarray(self._expert(state))
 
     def draw(self, size: int = 256) -> np.ndarray:
         """Returns the primary camera's image `[size, size, 3]`, enlarged; grey if there is none."""

@@ -1,12 +1,13 @@
-"""Simulated worlds of robots, a family by the `kind` of their config."""
+"""Simulated environments of robots, a family by the `kind` of their config."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Union
 
 import numpy as np
 
+from vla_jax.config import did_you_mean
 from vla_jax.envs import gymnasium
 from vla_jax.envs.table import jax_env, jax_simulator, mujoco_env, references, rules
 from vla_jax.types import Env, Simulator
@@ -20,23 +21,21 @@ class GymnasiumConfig:
 
     kind: Literal["gymnasium"] = "gymnasium"
     env_id: str = "Pendulum-v1"  # id of a registered Gymnasium environment
-    instruction: str = ""  # of the robot
-    image_size: int = 0  # pixels; 0 = no pictures
+    instruction: str = ""  # instruction of every episode
+    image_size: int = 0  # pixels along each side of the rendered image; 0 = no images
     max_steps: int = 0  # environment steps until truncation; 0 = the environment's own
 
 
-WorldConfig = mujoco_env.MujocoTableConfig | jax_env.JaxTableConfig | GymnasiumConfig
-
-
 class SimulatedWorld(NamedTuple):
-    """Functions of one kind of world; absent parts are None or empty."""
+    """A family member; absent parts are None or empty."""
 
-    config: type  # class of its config
+    config: type  # dataclass of its config, with a field `kind`
     make_simulator: Callable[[Any], Simulator]
-    make_env: Callable[[Any], Env] | None = None  # pure functions, where it has them
+    make_env: Callable[[Any], Env] | None = None  # pure functions, if it has them
     draws_observation: bool = False  # a video shows the observed image, so it needs image_size > 0
     references: Mapping[str, Reference] = MappingProxyType({})
-    action_names: tuple[str, ...] = ()  # A names
+    # names of the numbers of "action", and of the columns of an observation, where they are known
+    names: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
 
 def _make_gymnasium(config: GymnasiumConfig) -> Simulator:
@@ -49,15 +48,14 @@ def _make_gymnasium(config: GymnasiumConfig) -> Simulator:
 
 
 def random_action(simulator: Any, seed: int, step: int) -> np.ndarray:
-    """Returns a uniform action in [-1, 1] with as many numbers as a table takes.
+    """Returns a uniform action `[A]` in [-1, 1].
 
     Args:
-      simulator: not used.
-      seed: of the episode.
+      simulator: a simulator with the attribute `action_dim`.
+      seed: seed of the episode.
       step: environment steps since the start of the episode.
     """
-    del simulator
-    return np.random.default_rng([seed, step, 2]).uniform(-1, 1, len(rules.ACTION_NAMES))
+    return np.random.default_rng([seed, step, 2]).uniform(-1, 1, simulator.action_dim)
 
 
 _TABLE_REFERENCES: Mapping[str, Reference] = {**references.REFERENCES, "random": random_action}
@@ -66,7 +64,7 @@ WORLDS: dict[str, SimulatedWorld] = {
         config=mujoco_env.MujocoTableConfig,
         make_simulator=mujoco_env.TableMujoco,
         references=_TABLE_REFERENCES,
-        action_names=rules.ACTION_NAMES,
+        names=rules.NAMES,
     ),
     "table_jax": SimulatedWorld(
         config=jax_env.JaxTableConfig,
@@ -74,28 +72,60 @@ WORLDS: dict[str, SimulatedWorld] = {
         make_env=jax_env.make,
         draws_observation=True,
         references=_TABLE_REFERENCES,
-        action_names=rules.ACTION_NAMES,
+        names=rules.NAMES,
     ),
-    "gymnasium": SimulatedWorld(config=GymnasiumConfig, make_simulator=_make_gymnasium),
+    "gymnasium": SimulatedWorld(
+        config=GymnasiumConfig,
+        make_simulator=_make_gymnasium,
+        references={"random": random_action},
+    ),
 }
+if TYPE_CHECKING:
+
+    class WorldConfig(Protocol):
+        """Fields that the config of every world has."""
+
+        @property
+        def kind(self) -> str:
+            """Name of the world."""
+            ...
+
+        @property
+        def image_size(self) -> int:
+            """Pixels along each side of the observed images; 0 = no images."""
+            ...
+else:
+    # The union that the command line offers and that JSON is read into, by `kind`.
+    WorldConfig = Union[tuple(member.config for member in WORLDS.values())]  # noqa: UP007
+
+
+def get(kind: str) -> SimulatedWorld:
+    """Returns the world of a kind.
+
+    Raises:
+      ValueError: there is no world of this kind.
+    """
+    if kind not in WORLDS:
+        raise ValueError(f"unknown world '{kind}'; {did_you_mean(kind, WORLDS)}")
+    return WORLDS[kind]
 
 
 def make_simulator(config: WorldConfig) -> Simulator:
     """Returns a new simulator of the world of a config."""
-    return WORLDS[config.kind].make_simulator(config)
+    return get(config.kind).make_simulator(config)
 
 
 def find_reference(kind: str, name: str) -> Reference:
     """Returns a reference policy of a world.
 
     Args:
-      kind: of the world's config.
-      name: of the reference.
+      kind: kind of the world.
+      name: name of the reference.
 
     Raises:
       ValueError: the world has no reference of this name.
     """
-    known = WORLDS[kind].references
+    known = get(kind).references
     if name not in known:
         names = ", ".join(known) or "none"
         raise ValueError(

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vla_jax.acting.agent import AgentConfig
-from vla_jax.actions import reference_frames
+from vla_jax.actions import rotations
 from vla_jax.actions.execution import ExecutionConfig, GripperRule
 from vla_jax.actions.reference_frames import ToolFrame
 from vla_jax.config import did_you_mean
@@ -165,7 +165,7 @@ def simpler_command(action: Array, robot: Robot) -> jax.Array:
     """
     _check_robot(robot)
     action = jnp.asarray(action)
-    rotation = reference_frames.euler_to_rotation_vector(action[..., 3:6])
+    rotation = rotations.euler_to_rotation_vector(action[..., 3:6])
     gripper = action[..., 6:] * _GRIPPERS[robot].scale
     return jnp.concatenate([action[..., :3], rotation, gripper], axis=-1)
 

@@ -10,6 +10,8 @@ from vla_jax.envs.table import jax_env, rules
 class JaxTable(EnvSimulator):
     """One JAX table as a `types.Simulator`."""
 
+    action_dim = len(rules.ACTION_NAMES)
+
     def __init__(self, config: jax_env.JaxTableConfig):
         """Compiles the environment of a config."""
         super().__init__(jax_env.make(config), control_hz=rules.CONTROL_HZ)
@@ -24,4 +26,4 @@ class JaxTable(EnvSimulator):
         if target is not None:
             task = int(state.instruction) // rules.NUM_BLOCKS
             state = state._replace(instruction=jnp.int32(task * rules.NUM_BLOCKS + target))
-        return np.asarray(self._expert(state))
+        return self._act_as_expert(state)

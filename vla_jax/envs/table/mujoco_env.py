@@ -15,12 +15,18 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from vla_jax.actions.rotations import (
+    euler_to_matrix,
+    matrix_to_euler,
+    matrix_to_rotation_vector,
+)
 from vla_jax.envs.table import expert, rules, scene
 from vla_jax.envs.table.table_config import TableConfig
 from vla_jax.types import SimulatorStep
 
 _CHECKS = 4  # looks at the contacts in one control step
 _IK_ITERATIONS, _IK_DAMPING = 4, 1e-3
+_POINTS_DOWN = np.diag([1.0, -1.0, -1.0])  # orientation of the hand at roll, pitch, yaw 0
 
 _expert = jax.jit(expert.act)
 
@@ -63,6 +69,7 @@ class TableMujoco:
     """One table; `reset(seed)` fixes the layout and the instruction."""
 
     control_hz = rules.CONTROL_HZ
+    action_dim = len(rules.ACTION_NAMES)
 
     def __init__(self, config: MujocoTableConfig | None = None):
         config = config or MujocoTableConfig()
@@ -143,7 +150,7 @@ class TableMujoco:
 
     def draw(self, size: int = 256) -> np.ndarray:
         """A picture `[size, size, 3]` uint8 for people, with shadows."""
-        return self._render("film", size)
+        return self._render("video", size)
 
     def _render(self, camera: str, size: int) -> np.ndarray:
         if size not in self._renderers:
@@ -151,7 +158,7 @@ class TableMujoco:
         renderer = self._renderers[size]
         flags = renderer.scene.flags
         for flag in ("SHADOW", "REFLECTION", "SKYBOX"):  # a policy's picture needs none: 10x faster
-            flags[getattr(self._mujoco.mjtRndFlag, f"mjRND_{flag}")] = camera == "film"
+            flags[getattr(self._mujoco.mjtRndFlag, f"mjRND_{flag}")] = camera == "video"
         renderer.update_scene(self._data, camera)
         return renderer.render()
 
@@ -192,7 +199,8 @@ class TableMujoco:
 
     def _proprio(self) -> np.ndarray:
         position = self._data.site_xpos[self._site] - scene.TABLE_CENTRE
-        roll, pitch, yaw = _angles(self._data.site_xmat[self._site].reshape(3, 3))
+        hand = self._data.site_xmat[self._site].reshape(3, 3)
+        roll, pitch, yaw = matrix_to_euler(hand @ _POINTS_DOWN)
         opening = self._data.qpos[7:9].sum() / rules.MAX_OPENING
         return np.array([*position, np.sin(yaw), np.cos(yaw), roll, pitch, opening], np.float32)
 
@@ -214,14 +222,16 @@ class TableMujoco:
         mujoco, model, data = self._mujoco, self._model, self._scratch
         data.qpos[:7] = start
         position = goal[:3] + scene.TABLE_CENTRE
-        rotation = _rotation(goal[3:])
+        rotation = euler_to_matrix(goal[3:]) @ _POINTS_DOWN
         jacobian = np.zeros((6, model.nv))
         for _ in range(iterations):
             mujoco.mj_kinematics(model, data)
             mujoco.mj_comPos(model, data)
             mujoco.mj_jacSite(model, data, jacobian[:3], jacobian[3:], self._site)
             turn = rotation @ data.site_xmat[self._site].reshape(3, 3).T
-            error = np.concatenate([position - data.site_xpos[self._site], _rotvec(turn)])
+            error = np.concatenate(
+                [position - data.site_xpos[self._site], matrix_to_rotation_vector(turn)]
+            )
             J = jacobian[:, :7]
             data.qpos[:7] += J.T @ np.linalg.solve(J @ J.T + _IK_DAMPING * np.eye(6), error)
             data.qpos[:7] = np.clip(
@@ -284,28 +294,3 @@ def sample_layout(rng: np.random.Generator, rotated_share: float):
     turned = rng.uniform() < rotated_share
     yaws = rng.uniform(-rules.MAX_YAW, rules.MAX_YAW, rules.NUM_BLOCKS) * turned
     return points[0], points[1:], yaws
-
-
-def _rotation(angles: np.ndarray) -> np.ndarray:
-    """Tool orientation `[3, 3]`: yaw about z, then pitch, then roll, of a hand that points down."""
-    (cr, cp, cy), (sr, sp, sy) = np.cos(angles), np.sin(angles)
-    yaw = np.array([[cy, -sy, 0], [sy, cy, 0], [0, 0, 1]])
-    pitch = np.array([[cp, 0, sp], [0, 1, 0], [-sp, 0, cp]])
-    roll = np.array([[1, 0, 0], [0, cr, -sr], [0, sr, cr]])
-    return yaw @ pitch @ roll @ np.diag([1.0, -1.0, -1.0])
-
-
-def _angles(matrix: np.ndarray) -> tuple[float, float, float]:
-    """Roll, pitch, yaw of a tool orientation; the inverse of `_rotation`."""
-    m = matrix @ np.diag([1.0, -1.0, -1.0])
-    pitch = np.arcsin(np.clip(-m[2, 0], -1, 1))
-    return np.arctan2(m[2, 1], m[2, 2]), pitch, np.arctan2(m[1, 0], m[0, 0])
-
-
-def _rotvec(matrix: np.ndarray) -> np.ndarray:
-    """Axis times angle of a rotation matrix, for angles below π."""
-    axis = np.array(
-        [matrix[2, 1] - matrix[1, 2], matrix[0, 2] - matrix[2, 0], matrix[1, 0] - matrix[0, 1]]
-    )
-    angle = np.arccos(np.clip((np.trace(matrix) - 1) / 2, -1, 1))
-    return axis * (0.5 if angle < 1e-6 else angle / (2 * np.sin(angle)))

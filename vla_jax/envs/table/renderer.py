@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from vla_jax.actions.rotations import euler_to_matrix
 from vla_jax.envs.table import rules
 
 _COLOURS = ((0.95, 0.20, 0.20), (0.16, 0.74, 0.28), (0.20, 0.40, 0.96), (0.98, 0.85, 0.13))
@@ -59,7 +60,7 @@ def paint(
     Returns:
       image_primary and image_wrist, each `[h, w, 3]` uint8.
     """
-    hand = _rotation(*turns)
+    hand = euler_to_matrix(turns)
     boxes = _boxes(tool, hand, opening, blocks, yaws)
     cameras = (
         (jnp.array(_PRIMARY[0]), _rays(_PRIMARY, image_size)),
@@ -92,19 +93,6 @@ def _turned(rotation, planes):
     return tuple(sum(row[j] * planes[j] for j in range(3)) for row in rotation)
 
 
-def _rotation(roll, pitch, yaw) -> Array:
-    """Matrix `[3, 3]`: roll about x, then pitch about y, then yaw about z."""
-    cr, cp, cy = jnp.cos(roll), jnp.cos(pitch), jnp.cos(yaw)
-    sr, sp, sy = jnp.sin(roll), jnp.sin(pitch), jnp.sin(yaw)
-    return jnp.array(
-        [
-            [cy * cp, cy * sp * sr - sy * cr, cy * sp * cr + sy * sr],
-            [sy * cp, sy * sp * sr + cy * cr, sy * sp * cr - cy * sr],
-            [-sp, cp * sr, cp * cr],
-        ]
-    )
-
-
 def _boxes(tool, hand, opening, blocks, yaws) -> _Boxes:
     reach = opening * rules.MAX_OPENING / 2 + rules.FINGER_HALF_THICKNESS
     finger = (rules.FINGER_HALF_WIDTH, rules.FINGER_HALF_THICKNESS, 0.027)
@@ -117,13 +105,14 @@ def _boxes(tool, hand, opening, blocks, yaws) -> _Boxes:
             [middle, middle, 0.155],
         ]
     )
+    block_angles = jnp.pad(yaws[:, None], ((0, 0), (2, 0)))
     hands = jnp.broadcast_to(hand, (len(parts), 3, 3))
     halves = [rules.BLOCK_HALF_SIZE] * rules.NUM_BLOCKS
     halves += [finger, finger, (0.018, 0.065, 0.022), (0.030, 0.030, 0.060)]
     shades = (*_COLOURS, _FINGER_SHADE, _FINGER_SHADE, _PALM_SHADE, _WRIST_SHADE)
     return _Boxes(
         centre=jnp.concatenate([blocks, tool[None] + parts @ hand.T]),
-        rotation=jnp.concatenate([jax.vmap(_rotation, (None, None, 0))(0.0, 0.0, yaws), hands]),
+        rotation=jnp.concatenate([euler_to_matrix(block_angles), hands]),
         half_size=jnp.array(halves),
         colour=jnp.array(shades),
     )

@@ -53,3 +53,4 @@ STATE_NAMES = (
 )
 PROPRIO_NAMES = ("x", "y", "z", "sin_yaw", "cos_yaw", "roll", "pitch", "opening")
 ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
+NAMES = {"action": ACTION_NAMES, "proprio": PROPRIO_NAMES, "environment_state": STATE_NAMES}

@@ -124,7 +124,7 @@ def mjcf() -> str:
   <worldbody>
     <light pos="{x + 0.4} 0.5 1.5" dir="-0.2 -0.3 -1" diffuse="0.5 0.5 0.5" specular="0 0 0"/>
     <camera name="primary" pos="{x + 0.42} {y} 0.50" xyaxes="0 1 0 -0.785 0 0.62" fovy="38"/>
-    <camera name="film" pos="{x + 0.75} {y - 0.75} 0.70" xyaxes="0.65 0.76 0 -0.38 0.33 0.86"
+    <camera name="video" pos="{x + 0.75} {y - 0.75} 0.70" xyaxes="0.65 0.76 0 -0.38 0.33 0.86"
       fovy="42"/>
     <geom name="floor" type="box" pos="{x} {y} -0.03" size="8 8 0.01" rgba="0.75 0.77 0.80 1"
       contype="0" conaffinity="0"/>
