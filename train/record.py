@@ -83,7 +83,7 @@ def record(config: RecordConfig, *, on_episode: OnEpisode | None = None) -> path
       on_episode: called after every episode with the number of episodes so far.
     """
     world = worlds.get(config.world.kind)
-    simulator = world.make_simulator(config.world)  # reports a missing package before processes start
+    simulator = world.make_simulator(config.world)  # a missing package is an error here
     control_hz = simulator.control_hz
     simulator.close()
     played = _in_parallel(config) if world.make_env else _in_processes(config)

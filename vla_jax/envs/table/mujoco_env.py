@@ -1,7 +1,7 @@
-"""The MuJoCo table: a seven-joint arm, four coloured blocks, a plate; contact physics decides.
+"""The MuJoCo table: a seven-joint arm, four coloured blocks and a plate, with contact physics.
 
 A `types.Simulator`. Actions `[dx dy dz droll dpitch dyaw gripper]` in [-1, 1] move the tool at
-10 Hz; damped least squares turns its pose into joint angles. The instruction is in words.
+10 Hz; inverse kinematics by damped least squares gives the joint angles.
 
 Needs the extra `sim`, and an OpenGL library for the two cameras.
 """
@@ -15,17 +15,14 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from vla_jax.actions.rotations import (
-    euler_to_matrix,
-    matrix_to_euler,
-    matrix_to_rotation_vector,
-)
+from vla_jax.actions.rotations import matrix_to_rotation_vector
 from vla_jax.envs.table import expert, rules, scene
 from vla_jax.envs.table.table_config import TableConfig
 from vla_jax.types import SimulatorStep
 
-_CHECKS = 4  # looks at the contacts in one control step
-_IK_ITERATIONS, _IK_DAMPING = 4, 1e-3
+_CHECKS = 4  # contact checks per control step
+_IK_ITERATIONS = 4  # of inverse kinematics per control step
+_DAMPING = 1e-3 * np.eye(6)
 _POINTS_DOWN = np.diag([1.0, -1.0, -1.0])  # orientation of the hand at roll, pitch, yaw 0
 
 _expert = jax.jit(expert.act)
@@ -66,7 +63,7 @@ _NO_OPENGL = (
 
 
 class TableMujoco:
-    """One table; `reset(seed)` fixes the layout and the instruction."""
+    """One table."""
 
     control_hz = rules.CONTROL_HZ
     action_dim = len(rules.ACTION_NAMES)
@@ -85,10 +82,10 @@ class TableMujoco:
         self._hand_geoms = {int(model.geom(g).id) for g in ("palm", "left_finger", "right_finger")}
         self._renderers = {}
         if config.image_size:
-            self._render("primary", config.image_size)  # a missing OpenGL shows itself here
+            self._render("primary", config.image_size)  # a missing OpenGL is an error here
 
     def reset(self, seed: int) -> Mapping[str, np.ndarray]:
-        """Lays out the table and chooses what to ask for; the same seed gives the same episode."""
+        """Starts the episode of a seed, which determines the layout and the instruction."""
         rng = np.random.default_rng(seed)
         chosen = rules.INSTRUCTIONS[rng.integers(len(rules.INSTRUCTIONS))]
         self.instruction, self.task, self._target = chosen.text, chosen.task, chosen.colour
@@ -109,7 +106,11 @@ class TableMujoco:
         return self._observe()
 
     def step(self, action: np.ndarray) -> SimulatorStep:
-        """Moves the tool by `action [7]` for one tenth of a second."""
+        """Applies `action [7]` for one tenth of a second.
+
+        Raises:
+          ValueError: the action is not 7 finite numbers.
+        """
         action = np.asarray(action, np.float64)
         if action.shape != (7,) or not np.all(np.isfinite(action)):
             raise ValueError(
@@ -124,9 +125,10 @@ class TableMujoco:
         for i in range(1, _CHECKS + 1):
             self._data.ctrl[:] = start + (target - start) * (i / _CHECKS)
             self._mujoco.mj_step(self._model, self._data, nstep=scene.SUBSTEPS // _CHECKS)
-            self._note_touch()
+            if self.task == "touch":
+                self._note_touch()
         self._steps += 1
-        done = self._judge()
+        done = self._finished_block()
         success = done == self._target
         return SimulatorStep(
             observation=self._observe(),
@@ -137,10 +139,14 @@ class TableMujoco:
         )
 
     def expert(self, *, target: int | None = None) -> np.ndarray:
-        """The demonstrator's action `[7]`; `target` is another colour to reach for."""
+        """Returns the scripted expert's action `[7]`.
+
+        Args:
+          target: index in `rules.COLOURS` of the block to reach for; None means the instruction's.
+        """
         action = _expert(
-            self._state(),
-            self._proprio(),
+            self._observation["environment_state"],
+            self._observation["proprio"],
             rules.TASKS.index(self.task),
             self._target if target is None else target,
             step_size=self.config.step_size,
@@ -149,7 +155,7 @@ class TableMujoco:
         return np.asarray(action)
 
     def draw(self, size: int = 256) -> np.ndarray:
-        """A picture `[size, size, 3]` uint8 for people, with shadows."""
+        """Returns an image `[size, size, 3]` uint8 for people, with shadows."""
         return self._render("video", size)
 
     def _render(self, camera: str, size: int) -> np.ndarray:
@@ -157,7 +163,7 @@ class TableMujoco:
             self._renderers[size] = self._make_renderer(size)
         renderer = self._renderers[size]
         flags = renderer.scene.flags
-        for flag in ("SHADOW", "REFLECTION", "SKYBOX"):  # a policy's picture needs none: 10x faster
+        for flag in ("SHADOW", "REFLECTION", "SKYBOX"):  # a policy's images have none: 10x faster
             flags[getattr(self._mujoco.mjtRndFlag, f"mjRND_{flag}")] = camera == "video"
         renderer.update_scene(self._data, camera)
         return renderer.render()
@@ -169,7 +175,7 @@ class TableMujoco:
         self._renderers.clear()
 
     def _make_renderer(self, size: int):
-        # A renderer clears a buffer of this size for every picture, however small the picture is.
+        # A renderer clears a buffer of this size for every image, however small the image is.
         buffer = self._model.vis.global_
         buffer.offwidth = buffer.offheight = size
         try:
@@ -179,13 +185,11 @@ class TableMujoco:
             raise RuntimeError(_NO_OPENGL.format(backend, error)) from error
 
     def _observe(self) -> Mapping[str, np.ndarray]:
-        size = self.config.image_size
-        pictures = (
-            {f"image_{name}": self._render(name, size) for name in ("primary", "wrist")}
-            if size
-            else {}
-        )
-        return pictures | {"proprio": self._proprio(), "environment_state": self._state()}
+        size, cameras = self.config.image_size, ("primary", "wrist")
+        images = {f"image_{name}": self._render(name, size) for name in cameras if size}
+        state = {"proprio": self._proprio(), "environment_state": self._state()}
+        self._observation = images | state
+        return self._observation
 
     def _state(self) -> np.ndarray:
         rows = []
@@ -200,12 +204,12 @@ class TableMujoco:
     def _proprio(self) -> np.ndarray:
         position = self._data.site_xpos[self._site] - scene.TABLE_CENTRE
         hand = self._data.site_xmat[self._site].reshape(3, 3)
-        roll, pitch, yaw = matrix_to_euler(hand @ _POINTS_DOWN)
+        roll, pitch, yaw = _hand_angles(hand)
         opening = self._data.qpos[7:9].sum() / rules.MAX_OPENING
         return np.array([*position, np.sin(yaw), np.cos(yaw), roll, pitch, opening], np.float32)
 
     def _move_goal(self, arm: np.ndarray) -> None:
-        """The goal follows the commands, never further than two steps from the tool itself."""
+        """Moves the goal pose of the tool, which stays within two steps of the tool's position."""
         config = self.config
         goal = self._goal.copy()
         goal[:3] += arm[:3] * config.step_size
@@ -218,29 +222,27 @@ class TableMujoco:
         self._goal = goal
 
     def _solve(self, start: np.ndarray, goal: np.ndarray, iterations: int = _IK_ITERATIONS):
-        """Joint angles that bring the tool to `goal` (x y z roll pitch yaw), from `start`."""
+        """Returns joint angles `[7]` of the tool pose `goal` (x y z roll pitch yaw)."""
         mujoco, model, data = self._mujoco, self._model, self._scratch
         data.qpos[:7] = start
         position = goal[:3] + scene.TABLE_CENTRE
-        rotation = euler_to_matrix(goal[3:]) @ _POINTS_DOWN
+        rotation = _hand_rotation(goal[3:])
         jacobian = np.zeros((6, model.nv))
+        low, high = model.jnt_range[:7, 0] + 0.01, model.jnt_range[:7, 1] - 0.01
         for _ in range(iterations):
             mujoco.mj_kinematics(model, data)
             mujoco.mj_comPos(model, data)
             mujoco.mj_jacSite(model, data, jacobian[:3], jacobian[3:], self._site)
             turn = rotation @ data.site_xmat[self._site].reshape(3, 3).T
-            error = np.concatenate(
-                [position - data.site_xpos[self._site], matrix_to_rotation_vector(turn)]
-            )
+            offset = position - data.site_xpos[self._site]
+            error = np.concatenate([offset, matrix_to_rotation_vector(turn)])
             J = jacobian[:, :7]
-            data.qpos[:7] += J.T @ np.linalg.solve(J @ J.T + _IK_DAMPING * np.eye(6), error)
-            data.qpos[:7] = np.clip(
-                data.qpos[:7], model.jnt_range[:7, 0] + 0.01, model.jnt_range[:7, 1] - 0.01
-            )
+            angles = data.qpos[:7] + J.T @ np.linalg.solve(J @ J.T + _DAMPING, error)
+            data.qpos[:7] = np.minimum(np.maximum(angles, low), high)
         return data.qpos[:7].copy()
 
     def _contacts(self) -> set[int]:
-        """Blocks that the hand touches now."""
+        """Returns the blocks in contact with the hand."""
         pairs = self._data.contact.geom[: self._data.ncon]
         return {
             self._block_geoms[int(b)]
@@ -254,8 +256,8 @@ class TableMujoco:
             right = self._target in touched
             self._touched = self._target if right else min(touched)
 
-    def _judge(self) -> int | None:
-        """The block that the task was done with, right or wrong; None while it is not done."""
+    def _finished_block(self) -> int | None:
+        """Returns the block, right or wrong, that the task was done with; None if none."""
         if self.task == "touch":
             return self._touched
         height = self._data.xpos[self._bodies, 2] - rules.BLOCK_HALF_SIZE[2]
@@ -273,11 +275,11 @@ class TableMujoco:
 
 
 def sample_layout(rng: np.random.Generator, rotated_share: float):
-    """Places of the plate and the blocks, apart from each other.
+    """Returns random positions of the plate and the blocks that keep their distances.
 
     Args:
       rng: consumed.
-      rotated_share: share of layouts in which every block is turned, in [0, 1].
+      rotated_share: share of layouts in which every block is rotated, in [0, 1].
 
     Returns:
       plate `[2]`, blocks `[4, 2]` in metres from the table's centre, yaws `[4]` in radians.
@@ -294,3 +296,21 @@ def sample_layout(rng: np.random.Generator, rotated_share: float):
     turned = rng.uniform() < rotated_share
     yaws = rng.uniform(-rules.MAX_YAW, rules.MAX_YAW, rules.NUM_BLOCKS) * turned
     return points[0], points[1:], yaws
+
+
+# `rotations.euler_to_matrix` and `matrix_to_euler` round otherwise in the last bit of float64, which
+# contact physics amplifies: policies evaluated before would get other episodes.
+def _hand_rotation(angles: np.ndarray) -> np.ndarray:
+    """Returns the rotation matrix `[3, 3]` of the hand with these roll, pitch, yaw."""
+    (cr, cp, cy), (sr, sp, sy) = np.cos(angles), np.sin(angles)
+    yaw = np.array([[cy, -sy, 0], [sy, cy, 0], [0, 0, 1]])
+    pitch = np.array([[cp, 0, sp], [0, 1, 0], [-sp, 0, cp]])
+    roll = np.array([[1, 0, 0], [0, cr, -sr], [0, sr, cr]])
+    return yaw @ pitch @ roll @ _POINTS_DOWN
+
+
+def _hand_angles(matrix: np.ndarray) -> tuple[float, float, float]:
+    """Returns roll, pitch, yaw of the hand; the inverse of `_hand_rotation`."""
+    m = matrix @ _POINTS_DOWN
+    pitch = np.arcsin(np.clip(-m[2, 0], -1, 1))
+    return np.arctan2(m[2, 1], m[2, 2]), pitch, np.arctan2(m[1, 0], m[0, 0])
