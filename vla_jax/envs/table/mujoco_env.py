@@ -298,8 +298,8 @@ def sample_layout(rng: np.random.Generator, rotated_share: float):
     return points[0], points[1:], yaws
 
 
-# `rotations.euler_to_matrix` and `matrix_to_euler` round otherwise in the last bit of float64, which
-# contact physics amplifies: policies evaluated before would get other episodes.
+# The functions of `actions.rotations` round the last bit of float64 in another way. Contact physics
+# amplifies that, so a policy evaluated before would get other episodes.
 def _hand_rotation(angles: np.ndarray) -> np.ndarray:
     """Returns the rotation matrix `[3, 3]` of the hand with these roll, pitch, yaw."""
     (cr, cp, cy), (sr, sp, sy) = np.cos(angles), np.sin(angles)
