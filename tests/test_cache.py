@@ -1,4 +1,4 @@
-"""Tokens on disk are what the backbone gives, and are found again only where nothing changed."""
+"""Cached tokens equal the outputs of the backbone; a cache is reused only if nothing changed."""
 
 import dataclasses
 import pathlib
@@ -29,8 +29,8 @@ def tokens_of(config, *, seed=0):
 
 
 @pytest.mark.slow
-def test_each_frame_has_the_tokens_that_its_backbone_gives(config, monkeypatch):
-    monkeypatch.setattr(cache, "CHUNK", 32)  # several chunks, the last one cut
+def test_cached_tokens_equal_the_outputs_of_the_backbone(config, monkeypatch):
+    monkeypatch.setattr(cache, "CHUNK", 32)  # several chunks, the last one shorter
     params, tokens = tokens_of(config)
     dataset = read_dataset(config)
     assert all(isinstance(part, np.memmap) for part in tokens)
@@ -51,13 +51,13 @@ def test_each_frame_has_the_tokens_that_its_backbone_gives(config, monkeypatch):
     np.testing.assert_array_equal(blind.tokens.mask[mask], encoded.mask[mask])
 
 
-def test_the_file_is_made_once_and_anew_when_what_it_depends_on_changes(config):
+def test_the_file_is_reused_unless_something_that_it_depends_on_changes(config):
     files = {
         str(tokens_of(changed, seed=seed)[1].tokens.filename)
         for changed, seed in [
             (config, 0),
             (config, 0),
-            (dataclasses.replace(config, stride=7, pack=True), 0),  # no matter of single frames
+            (dataclasses.replace(config, stride=7, pack=True), 0),  # irrelevant to single frames
             (config, 1),
             (with_instruction_steps(config, 2), 0),
         ]
@@ -71,7 +71,7 @@ def with_instruction_steps(config, steps):
     )
 
 
-def test_a_full_disk_is_one_sentence_and_leaves_nothing(config):
+def test_a_full_disk_raises_one_sentence_and_leaves_no_file(config):
     changed = with_instruction_steps(config, 3)
     folder = pathlib.Path(config.dataset.path) / ".tokens"
     before = set(folder.glob("*"))

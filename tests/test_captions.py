@@ -1,4 +1,4 @@
-"""What was said is told again: the words that count, the GRU against PyTorch's, greedy words."""
+"""Instruction reconstruction: target words, logits of the GRU against PyTorch, greedy decoding."""
 
 from functools import partial
 
@@ -17,7 +17,7 @@ apply, decode = jax.jit(captions.apply), jax.jit(captions.decode, static_argname
 
 
 def draw_words(seed, *shape):
-    """Sentences of 1 to S words, 0 behind them."""
+    """Instructions of 1 to S words, padded with 0."""
     random = np.random.default_rng(seed)
     length = random.integers(1, S + 1, (*shape, 1))
     words = random.integers(1, V, (*shape, S)) * (np.arange(S) < length)
@@ -38,11 +38,11 @@ def assert_close(one, other, atol=1e-6):
     np.testing.assert_allclose(one, other, rtol=0, atol=atol)
 
 
-# --- the words that can be known --------------------------------------------------------------
+# --- target words -----------------------------------------------------------------------------
 
 
-def remembered(instruction, timestep_mask, reset):
-    """The same in words: who hears, remembers until a new episode starts."""
+def expected_instruction(instruction, timestep_mask, reset):
+    """The latest visible instruction since the last reset, computed in a loop."""
     words = np.zeros_like(instruction)
     for row in range(len(words)):
         heard = np.zeros(S, np.int32)
@@ -56,30 +56,30 @@ def remembered(instruction, timestep_mask, reset):
     return words
 
 
-def test_a_step_knows_the_latest_words_that_were_visible_since_the_last_reset():
+def test_a_step_has_the_latest_instruction_that_was_visible_since_the_last_reset():
     random = np.random.default_rng(0)
     shape = (200, 9)
     instruction = draw_words(1, *shape) * (random.random((*shape, 1)) < 0.3)
     mask, reset = random.random(shape) < 0.7, random.random(shape) < 0.2
-    expected = remembered(instruction, mask, reset)
+    expected = expected_instruction(instruction, mask, reset)
     assert 0.2 < (expected > 0).any(-1).mean() < 0.8
     np.testing.assert_array_equal(
         captions.visible_instruction(batch_of(instruction, mask, reset)), expected
     )
     never = np.zeros_like(reset)
-    expected = remembered(instruction, mask, never)
+    expected = expected_instruction(instruction, mask, never)
     for reset in (None, never):
         np.testing.assert_array_equal(
             captions.visible_instruction(batch_of(instruction, mask, reset)), expected
         )
 
 
-def test_a_batch_without_words_is_one_sentence():
+def test_a_batch_without_instructions_raises_one_sentence():
     with pytest.raises(ValueError, match=r"observation\.instruction must be in the batch.*None"):
         captions.visible_instruction(batch_of(None, np.ones((B, W), bool)))
 
 
-# --- the GRU that says them -------------------------------------------------------------------
+# --- the GRU ----------------------------------------------------------------------------------
 
 
 def torch_logits(features, words):
@@ -104,12 +104,12 @@ def torch_logits(features, words):
     return logits.reshape(B, W, S, V).numpy()
 
 
-def test_the_logits_are_those_of_a_gru_of_torchs():
+def test_the_logits_equal_those_of_a_gru_in_pytorch():
     features, words = draw_features(), draw_words(2, B, W)
     assert_close(apply(PARAMS, features, words), torch_logits(features, words), 1e-5)
 
 
-def test_a_word_is_said_without_looking_at_it_or_at_those_behind():
+def test_a_words_logits_depend_only_on_earlier_words():
     features, words, other = draw_features(), draw_words(2, B, W), draw_words(3, B, W)
     logits = apply(PARAMS, features, words)
     for place in range(S):
@@ -119,15 +119,15 @@ def test_a_word_is_said_without_looking_at_it_or_at_those_behind():
     assert np.abs(np.asarray(changed - apply(PARAMS, features, other))).max() > 1e-3
 
 
-def loud(params):
-    """Params whose greedy words differ from step to step, and end at different places."""
+def varied_params(params):
+    """Params whose greedy instructions differ between steps and end at different positions."""
     louder = {"kernel": 30 * params["summary"]["kernel"], "bias": params["summary"]["bias"]}
     output = {**params["output"], "bias": params["output"]["bias"].at[0].set(0.35)}
     return {**params, "summary": louder, "output": output}
 
 
-def test_greedy_words_are_the_likeliest_after_those_said_before_up_to_the_end():
-    params, features = loud(PARAMS), draw_features()
+def test_greedy_decoding_takes_the_most_probable_word_until_the_end_token():
+    params, features = varied_params(PARAMS), draw_features()
     words = np.zeros((B, W, S), np.int32)
     for place in range(S):
         likeliest = np.argmax(apply(params, features, words), axis=-1)[..., place]
@@ -145,9 +145,9 @@ def test_greedy_words_are_the_likeliest_after_those_said_before_up_to_the_end():
 
 
 @pytest.mark.slow
-def test_the_loss_is_the_cross_entropy_of_the_words_and_of_the_end_behind_them():
+def test_the_loss_is_the_cross_entropy_of_the_words_and_the_end_token():
     words = draw_words(4, B, W)
-    words[0, 2:] = 0  # steps at which nothing is known
+    words[0, 2:] = 0  # steps without a visible instruction
     logits = np.random.default_rng(0).normal(size=(B, W, S, V)).astype(np.float32)
     entropy, right = [], []
     for sentence, scores in zip(words.reshape(-1, S), logits.reshape(-1, S, V), strict=True):
@@ -163,7 +163,7 @@ def test_the_loss_is_the_cross_entropy_of_the_words_and_of_the_end_behind_them()
 
 
 @pytest.mark.slow
-def test_where_nothing_was_said_there_is_no_loss_and_no_gradient():
+def test_steps_without_instruction_have_zero_loss_and_gradient():
     features, words = draw_features(), np.zeros((B, W, S), np.int32)
 
     def loss_fn(params, features):
@@ -174,7 +174,7 @@ def test_where_nothing_was_said_there_is_no_loss_and_no_gradient():
     assert not any(leaf.any() for leaf in jax.tree.leaves(gradient))
 
 
-def test_the_gradient_reaches_the_features_of_the_steps_that_know_something():
+def test_the_gradient_reaches_the_features_of_steps_with_an_instruction_only():
     words = draw_words(5, B, W)
     words[:, 1] = 0
     loss_fn = partial(captions.loss, words=words)
@@ -183,7 +183,7 @@ def test_the_gradient_reaches_the_features_of_the_steps_that_know_something():
     np.testing.assert_array_equal(reached, (words > 0).any(-1))
 
 
-def test_words_of_another_shape_are_refused_at_the_door():
+def test_words_of_another_shape_are_refused():
     with pytest.raises(AssertionError, match="assert_equal_shape"):
         captions.apply(PARAMS, draw_features(), draw_words(0, B, W + 1))
     with pytest.raises(AssertionError, match="assert_shape"):

@@ -1,4 +1,4 @@
-"""CartPole compared with Gymnasium's, step by step."""
+"""CartPole compared with Gymnasium's implementation, step by step."""
 
 import gymnasium
 import jax
@@ -17,7 +17,7 @@ def state_of(numbers, num_steps=0):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_it_moves_as_gymnasiums_cartpole(seed):
+def test_the_dynamics_equal_gymnasiums(seed):
     env, random = gymnasium.make("CartPole-v1"), np.random.default_rng(seed)
     observation, _ = env.reset(seed=seed)
     terminated, state = False, state_of(observation)
@@ -33,7 +33,7 @@ def test_it_moves_as_gymnasiums_cartpole(seed):
 
 
 @pytest.mark.parametrize("numbers", [[2.39, 3, 0, 0], [-2.39, -3, 0, 0], [0, 0, 0.209, 1]])
-def test_it_ends_at_gymnasiums_bounds(numbers):
+def test_an_episode_ends_at_gymnasiums_bounds(numbers):
     env = gymnasium.make("CartPole-v1").unwrapped
     env.reset(seed=0)
     for scale in (0.9, 1.0):

@@ -1,4 +1,4 @@
-"""The cells against equations by hand, Flax's own cells, and the laws of a step."""
+"""The cells compared with NumPy equations and Flax's cells; properties of a step."""
 
 from functools import partial
 
@@ -27,7 +27,7 @@ def draw_carry(cell, batch_size=B):
 
 
 def draw_params(cell, input_size=D):
-    """Params as from `init`, with gains that are not all alike."""
+    """Params as from `init`, with gains that differ from one."""
     params = cell.init(jax.random.key(0), input_size, H)
     drawn = {name: leaf + draw(7, *leaf.shape) for name, leaf in cells.extra_params(params).items()}
     return {**params, **drawn}
@@ -45,7 +45,7 @@ def normalise(x):
     return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
 
 
-def step_by_hand(name, params, carry, inputs):
+def step_in_numpy(name, params, carry, inputs):
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     x = inputs @ params["input_kernel"] + params["input_bias"]
     if name == "min_gru":
@@ -71,16 +71,16 @@ def step_by_hand(name, params, carry, inputs):
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("name", cells.CELLS)
-def test_a_step_is_what_the_equations_give(name):
+def test_a_step_equals_the_equations_in_numpy(name):
     cell, inputs = cells.CELLS[name], draw(9, B, D)
     params, carry = draw_params(cell), draw_carry(cell)
     following, outputs = cells.step(cell, params, carry, inputs)
-    assert_close(following, step_by_hand(name, params, carry, inputs))
+    assert_close(following, step_in_numpy(name, params, carry, inputs))
     assert_close(outputs, following.hidden)
 
 
 def to_flax(name, params):
-    """Gates of ours as Flax names them, with the two biases summed where it keeps one."""
+    """Our gates under Flax's names, with the two biases summed where Flax has one."""
     gates = {"rnn": [""], "lstm": "ifgo", "gru": "rzn"}[name]
     split = {leaf: np.split(np.asarray(x), len(gates), -1) for leaf, x in params.items()}
     flax_params = {}
@@ -101,7 +101,7 @@ def to_flax(name, params):
     ("name", "flax_cell"),
     [("rnn", nn.SimpleCell), ("lstm", nn.OptimizedLSTMCell), ("gru", nn.GRUCell)],
 )
-def test_a_step_is_what_flax_gives(name, flax_cell, key):
+def test_a_step_equals_that_of_flax(name, flax_cell, key):
     cell, inputs = cells.CELLS[name], draw(9, B, D)
     params, carry = cell.init(key, D, H), draw_carry(cell)
     theirs = (carry.cell, carry.hidden) if name == "lstm" else carry.hidden
@@ -111,11 +111,11 @@ def test_a_step_is_what_flax_gives(name, flax_cell, key):
 
 @pytest.mark.sampled
 @each_cell
-def test_params_are_drawn_as_pytorch_draws_them(cell, key):
+def test_params_are_initialised_as_in_pytorch(cell, key):
     params = cell.init(key, D, 100)
     width = cell.num_gates * 100
     expected = {"input_kernel": (D, width), "input_bias": (width,)}
-    if cell is not cells.MIN_GRU:  # its gates do not see the carry
+    if cell is not cells.MIN_GRU:  # its gates do not depend on the carry
         expected |= {"recurrent_kernel": (100, width), "recurrent_bias": (width,)}
     drawn = {name: leaf for name, leaf in params.items() if name in cells.PRODUCT_PARAMS}
     assert {name: leaf.shape for name, leaf in drawn.items()} == expected
@@ -125,15 +125,15 @@ def test_params_are_drawn_as_pytorch_draws_them(cell, key):
     assert len({leaf.tobytes() for leaf in map(np.asarray, drawn.values())}) == len(drawn)
 
 
-def test_gains_begin_as_if_they_were_not_there(key):
+def test_gains_start_at_one_and_offsets_at_zero(key):
     for name, cell in cells.CELLS.items():
         for path, leaf in cells.extra_params(cell.init(key, D, H)).items():
             assert np.array_equal(leaf, np.full(leaf.shape, float(path.endswith("scale"))))
             assert name == "layer_norm_lstm"
 
 
-def test_layer_normalisation_forgets_the_size_of_each_product(key):
-    """Equations 20–22: only the direction of a product counts; ε matters little at this size."""
+def test_layer_normalisation_removes_the_scale_of_each_product(key):
+    """Equations 20–22: only the direction of a product counts; ε matters little at this scale."""
     cell, inputs = cells.LAYER_NORM_LSTM, draw(9, B, D)
     params, carry = cell.init(key, D, H), draw_carry(cell)
     larger = {
@@ -144,7 +144,7 @@ def test_layer_normalisation_forgets_the_size_of_each_product(key):
     )
 
 
-def test_a_linear_cell_says_how_its_carry_goes_on(key):
+def test_the_coefficients_of_a_linear_cell_give_its_next_carry(key):
     cell, inputs = cells.MIN_GRU, draw(9, B, D)
     params, carry = cell.init(key, D, H), draw_carry(cell)
     decay, added = cell.coefficients(cells.project(params, inputs))
@@ -153,7 +153,7 @@ def test_a_linear_cell_says_how_its_carry_goes_on(key):
 
 
 @each_cell
-def test_the_input_product_may_be_taken_for_all_steps_at_once(cell, key):
+def test_the_input_product_of_all_steps_can_be_computed_at_once(cell, key):
     params, inputs = cell.init(key, D, H), draw(9, B, T, D)
     carry = draw_carry(cell)
     projected = cells.project(params, inputs)
@@ -175,7 +175,7 @@ def test_jit_and_vmap_change_nothing(cell, key):
 
 @pytest.mark.sampled
 @each_cell
-def test_gradients_are_those_of_finite_differences(cell):
+def test_gradients_equal_finite_differences(cell):
     params, carry, inputs = draw_params(cell), draw_carry(cell), draw(9, B, D)
     check_grads(
         partial(cells.step, cell),
@@ -198,7 +198,7 @@ def test_bfloat16_products_keep_carry_and_outputs_in_float32(cell, key):
 
 
 @each_cell
-def test_the_zero_carry_is_zero_whatever_the_data_and_has_buffers_of_its_own(cell):
+def test_the_zero_carry_ignores_the_data_and_shares_no_buffers(cell):
     carry = cell.zero_carry(jnp.full((B, T, D), jnp.nan), H)
     assert_close(carry, jax.tree.map(lambda _: np.zeros((B, H), np.float32), carry))
     pointers = [leaf.unsafe_buffer_pointer() for leaf in carry]

@@ -1,4 +1,4 @@
-"""Law 4: saved then restored = same, resumed = uninterrupted; and nothing saved is ever lost."""
+"""Checkpoints: restored = saved, resumed = uninterrupted, and no saved step is ever lost."""
 
 import json
 import logging
@@ -40,7 +40,7 @@ def make_state():
 
 
 def train(state, steps):
-    """Continues on four devices; the batch and the dropout depend on the step."""
+    """Continues the training on four devices; the batch and the dropout depend on the step."""
     mesh = parallel.make_mesh(4)
     step_fn = update.make_update(dropout_loss, OPTIMIZER, ema_decay=OPTIM.ema_decay)
     step_fn, state = parallel.jit_update(step_fn, mesh), parallel.replicate(state, mesh)
@@ -59,7 +59,7 @@ def save_all(directory, steps, state, *, keep=2):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Folder with step 3 of a short training, and that train state."""
+    """Folder with step 3 of a short training, and its train state."""
     directory, state = tmp_path_factory.mktemp("saved"), train(make_state(), range(3))
     save_all(directory, [3], state)
     return directory, state
@@ -72,7 +72,7 @@ def assert_same(one, other):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
-def test_saved_then_restored_is_the_same(saved):
+def test_the_restored_state_equals_the_saved_one(saved):
     directory, state = saved
     restored, metadata = checkpoint.restore(directory, jax.eval_shape(make_state))
     assert_same(restored, state)
@@ -80,13 +80,13 @@ def test_saved_then_restored_is_the_same(saved):
     assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(restored))
 
 
-def test_resumed_is_uninterrupted_to_the_bit(saved):
+def test_a_resumed_training_equals_an_uninterrupted_one_to_the_bit(saved):
     directory, _ = saved
     resumed = train(checkpoint.restore(directory, make_state())[0], range(3, 6))
     assert_same(resumed, train(make_state(), range(6)))
 
 
-def test_a_save_keeps_the_values_of_its_moment_though_the_state_is_donated(tmp_path):
+def test_a_save_stores_the_values_of_its_call_although_the_state_is_donated(tmp_path):
     checkpoints = checkpoint.open_checkpoints(tmp_path)
     state = train(make_state(), range(1))
     expected = jax.device_get(state)
@@ -97,14 +97,14 @@ def test_a_save_keeps_the_values_of_its_moment_though_the_state_is_donated(tmp_p
 
 
 @pytest.mark.parametrize(("ema", "field"), [(False, "params"), (True, "ema_params")])
-def test_params_alone_are_read_without_knowing_the_optimiser(ema, field, saved):
+def test_params_are_read_without_knowing_the_optimizer(ema, field, saved):
     directory, state = saved
     params = checkpoint.restore_params(directory, make_params(), ema=ema)
     assert_same(params, getattr(state, field))
     assert_same(checkpoint.restore_params(directory, ema=ema), params)
 
 
-def test_exported_params_are_read_like_a_training(saved, tmp_path):
+def test_exported_params_are_read_like_a_checkpoint(saved, tmp_path):
     directory, state = saved
     path = checkpoint.export_params(directory, tmp_path, ema=True)
     assert path == tmp_path / "3"
@@ -126,7 +126,7 @@ print(float(total))
 """
 
 
-def test_what_four_devices_saved_one_device_reads(saved):
+def test_a_checkpoint_of_four_devices_is_read_on_one(saved):
     directory, state = saved
     args = [sys.executable, "-c", ONE_DEVICE, str(directory)]
     told = subprocess.run(args, capture_output=True, text=True, timeout=60, check=True)
@@ -135,7 +135,7 @@ def test_what_four_devices_saved_one_device_reads(saved):
     assert told.stderr == ""
 
 
-def test_the_latest_steps_are_kept_and_older_ones_go(tmp_path):
+def test_the_latest_steps_are_kept_and_older_ones_are_removed(tmp_path):
     save_all(tmp_path, [1, 2, 3], make_state(), keep=2)
     assert checkpoint.latest_step(tmp_path) == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
@@ -144,7 +144,7 @@ def test_the_latest_steps_are_kept_and_older_ones_go(tmp_path):
         checkpoint.open_checkpoints(tmp_path, keep=0)
 
 
-def test_a_step_is_saved_once_and_never_before_a_later_one(saved):
+def test_a_step_is_saved_once_and_steps_increase(saved):
     directory, state = saved
     checkpoints = checkpoint.open_checkpoints(directory)
     assert checkpoint.save(checkpoints, 3, state, {}) is False
@@ -156,7 +156,7 @@ def test_a_step_is_saved_once_and_never_before_a_later_one(saved):
     assert checkpoint.read_metadata(directory) == METADATA
 
 
-def test_a_checkpoint_that_is_not_there_is_told(saved, tmp_path):
+def test_a_missing_checkpoint_is_reported(saved, tmp_path):
     directory, _ = saved
     assert checkpoint.latest_step(tmp_path) is checkpoint.latest_step(tmp_path / "nowhere") is None
     for missing in (tmp_path, tmp_path / "nowhere"):
@@ -184,7 +184,7 @@ OTHER_PARAMS = {
 
 
 @pytest.mark.parametrize(("head", "sentence"), OTHER_PARAMS.values(), ids=OTHER_PARAMS)
-def test_a_checkpoint_of_another_shape_is_told_with_the_path(head, sentence, saved):
+def test_a_checkpoint_of_another_shape_is_reported_with_its_path(head, sentence, saved):
     directory, _ = saved
     other = {**make_params(), "head": head}
     with pytest.raises(ValueError, match=f"does not fit the policy: head/{sentence}"):
@@ -193,7 +193,7 @@ def test_a_checkpoint_of_another_shape_is_told_with_the_path(head, sentence, sav
         checkpoint.restore(directory, make_state().replace(params=other))
 
 
-def test_parts_that_nobody_asks_for_are_not_read(saved):
+def test_parts_that_are_not_requested_are_not_read(saved):
     directory, state = saved
     wanted = {"head": make_params()["head"]}
     params = checkpoint.restore_params(directory, wanted)
@@ -202,7 +202,9 @@ def test_parts_that_nobody_asks_for_are_not_read(saved):
 
 
 @pytest.mark.parametrize("pattern", ["state/d/*", "state/_METADATA", "_CHECKPOINT_METADATA"])
-def test_a_damaged_checkpoint_is_told_and_the_one_before_still_reads(pattern, tmp_path, caplog):
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_can_be_read(
+    pattern, tmp_path, caplog
+):
     save_all(tmp_path, [1, 2], make_state())
     for path in (tmp_path / "2").glob(pattern):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -212,7 +214,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_still_reads(pattern, tm
     assert caplog.text == ""
 
 
-def test_a_full_disk_is_told_once_and_training_and_saving_can_go_on(tmp_path, caplog):
+def test_a_full_disk_is_reported_once_and_training_and_saving_can_continue(tmp_path, caplog):
     small, big = {"x": np.ones(10)}, {"x": np.random.default_rng(0).bytes(400_000)}
     big = {"x": np.frombuffer(big["x"], np.uint8)}
     checkpoints = checkpoint.open_checkpoints(tmp_path)
@@ -246,10 +248,10 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_a_kill_in_the_middle_of_a_save_leaves_the_step_before(tmp_path):
+def test_a_kill_during_a_save_leaves_the_previous_step(tmp_path):
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], timeout=60)
     assert killed.returncode == -signal.SIGKILL
-    assert len(list(tmp_path.iterdir())) == 2  # step 1 and the beginning of step 2
+    assert len(list(tmp_path.iterdir())) == 2  # step 1 and the incomplete step 2
     assert checkpoint.latest_step(tmp_path) == 1
     like = {"x": np.ones(10)}
     restored, metadata = checkpoint.restore(tmp_path, like)
@@ -263,18 +265,18 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_step_before(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
 
 
-def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+def test_a_folder_that_cannot_be_created_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"could not save into .*file/run"):
         checkpoint.open_checkpoints(tmp_path / "file" / "run")
 
 
-def test_other_libraries_keep_their_log(caplog):
+def test_logs_of_other_libraries_are_not_suppressed(caplog):
     logging.getLogger("absl").error("of somebody else")
     assert "of somebody else" in caplog.text
 
 
-def test_metadata_lies_in_the_step_as_json(saved):
+def test_metadata_is_stored_in_the_step_as_json(saved):
     directory, _ = saved
     stored = json.loads((directory / "3" / "_CHECKPOINT_METADATA").read_text())
     assert stored["custom_metadata"] == {"metadata": METADATA}

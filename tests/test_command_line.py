@@ -1,4 +1,4 @@
-"""The command line: flat options over a preset; mistakes end in one message and exit code 2."""
+"""The command line: flat options over a preset; an error is one message and exit code 2."""
 
 import dataclasses
 import os
@@ -39,7 +39,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 class PatchConfig:
     kind: Literal["patch"] = "patch"
     patch_size: int = 8  # pixels
-    dropout: float = 0.0  # share of units
+    dropout: float = 0.0  # probability
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +51,10 @@ class StateConfig:
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     kind: Literal["lstm", "gru"] = "lstm"  # cell
-    head: Literal["one", "two"] = "one"  # what comes out
+    head: Literal["one", "two"] = "one"  # outputs
     window_size: int = 8  # environment steps
-    max_dropout: float = 1.0  # share of units
-    dropout: float = 0.1  # share of units
+    max_dropout: float = 1.0  # probability
+    dropout: float = 0.1  # probability
 
     def __post_init__(self):
         if self.window_size < 1:
@@ -63,26 +63,23 @@ class DecoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PolicyConfig:
-    backbone: PatchConfig | StateConfig = PatchConfig()  # what sees
-    decoder: DecoderConfig = DecoderConfig()  # what remembers
+    backbone: PatchConfig | StateConfig = PatchConfig()  # encoder of observations
+    decoder: DecoderConfig = DecoderConfig()  # memory of the policy
 
 
 @dataclasses.dataclass(frozen=True)
 class MainConfig:
-    seed: int = 0  # of everything
+    seed: int = 0  # of all random numbers
     freeze: tuple[str, ...] = ()  # path globs
     factors: tuple[tuple[str, float], ...] = ()  # glob and factor
     decay: float | None = None  # None = no average
-    max_dropout: float = 0.5  # share of units
-    policy: PolicyConfig = PolicyConfig()  # what acts
-    critic: StateConfig | None = None  # what judges
+    max_dropout: float = 0.5  # probability
+    policy: PolicyConfig = PolicyConfig()  # actor
+    critic: StateConfig | None = None  # estimates the value
 
 
 def images():
-    """From images: two minutes on a laptop.
-
-    More to read.
-    """
+    """From images: two minutes on a laptop. More to read."""
     return MainConfig()
 
 
@@ -100,11 +97,11 @@ def test_the_first_preset_is_the_default():
 
 
 @pytest.mark.parametrize("argv", [("--preset", "state"), ("--preset=state",)], ids=["two", "one"])
-def test_a_preset_is_picked_by_name(argv):
+def test_a_preset_is_selected_by_name(argv):
     assert parse(*argv) == state()
 
 
-def test_options_are_flat_and_go_over_the_preset():
+def test_options_are_flat_and_override_the_preset():
     chosen = parse(
         *("--preset", "state", "--hidden-size", "16", "--window-size", "4", "--seed", "7"),
         *("--freeze", "a/*", "b", "--factors", "a/*", "0.1", "b", "2", "--decay", "0.9"),
@@ -119,14 +116,14 @@ def test_options_are_flat_and_go_over_the_preset():
     assert type(chosen.policy.backbone) is StateConfig
 
 
-def test_an_option_that_two_parts_have_carries_the_name_of_its_part():
+def test_an_option_of_two_parts_is_prefixed_with_the_name_of_its_part():
     chosen = parse("--backbone.dropout", "0.3", "--decoder.dropout", "0.4").policy
     assert (chosen.backbone.dropout, chosen.decoder.dropout) == (0.3, 0.4)
     chosen = parse("--decoder.max-dropout", "0.3", "--max-dropout", "0.4")
     assert (chosen.policy.decoder.max_dropout, chosen.max_dropout) == (0.3, 0.4)
 
 
-def test_all_options_of_some_parts_carry_the_name_of_the_part():
+def test_all_options_of_some_parts_are_prefixed_with_the_name_of_the_part():
     chosen = command_line(
         IMITATE,
         ["--preset", "table_jax_state", "--dataset", "demos/a", "--loss.gripper", "0.3",
@@ -139,13 +136,13 @@ def test_all_options_of_some_parts_carry_the_name_of_the_part():
     assert (chosen.auxiliary.caption, chosen.auxiliary.forward_horizon) == (True, 1)
 
 
-def test_the_path_of_a_part_is_set_by_the_name_of_the_part_too():
+def test_the_path_of_a_part_can_be_given_by_the_name_of_the_part():
     for option in ("--dataset", "--dataset.path"):
         chosen = command_line(IMITATE, [option, "demos/a"], description="Imitates.")
         assert chosen.dataset == DatasetConfig("demos/a", decode="whole")
 
 
-def test_a_kind_or_head_with_a_choice_is_an_option_of_its_part():
+def test_a_kind_or_head_with_choices_is_an_option_of_its_part():
     decoder = parse("--decoder.kind", "gru", "--decoder.head", "two").policy.decoder
     assert (decoder.kind, decoder.head) == ("gru", "two")
 
@@ -155,7 +152,11 @@ def test_help_shows_the_presets_and_the_comment_of_every_field(capsys):
         parse("--preset", "state", "--help")
     shown = capsys.readouterr().out
     assert stopped.value.code == 0
-    for text in ["Imitates.", "images  From images: two minutes on a laptop.", "what remembers"]:
+    for text in [
+        "Imitates.",
+        "images  From images: two minutes on a laptop.",
+        "memory of the policy",
+    ]:
         assert text in shown
     for text in ["units of the only layer (default: 32)", "environment steps (default: 8)"]:
         assert text in shown
@@ -174,7 +175,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("argv", "sentence"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_ends_with_code_2_and_one_line_that_says_what_is_wrong(argv, sentence, capsys):
+def test_a_mistake_ends_with_code_2_and_one_line_that_explains_it(argv, sentence, capsys):
     with pytest.raises(SystemExit) as stopped:
         parse(*argv)
     assert stopped.value.code == 2
@@ -199,7 +200,7 @@ def test_run_calls_the_script_with_the_config_and_prints_what_it_returns(capsys)
 
 
 @pytest.mark.parametrize("kind", [ValueError, TypeError, OSError, ImportError, RuntimeError])
-def test_an_error_of_the_script_is_one_line_and_code_2(kind, capsys):
+def test_an_error_of_the_script_is_one_line_with_code_2(kind, capsys):
     def script(config):
         raise kind("dataset is missing;\n  record one.")
 
@@ -209,7 +210,7 @@ def test_an_error_of_the_script_is_one_line_and_code_2(kind, capsys):
     assert capsys.readouterr().err == "error: dataset is missing; record one.\n"
 
 
-def test_the_traceback_comes_back_on_demand(monkeypatch):
+def test_an_option_shows_the_traceback(monkeypatch):
     def script(config):
         raise ValueError("deep inside")
 
@@ -218,7 +219,7 @@ def test_the_traceback_comes_back_on_demand(monkeypatch):
         start(script)
 
 
-def test_ctrl_c_is_silent_and_code_130(capsys):
+def test_ctrl_c_prints_nothing_and_exits_with_code_130(capsys):
     def script(config):
         raise KeyboardInterrupt
 
@@ -247,7 +248,7 @@ def test_a_warning_of_the_script_is_one_line(capsys):
         ("imitate", ("--preset", "table_lsmt"), "unknown preset .* Did you mean 'table_lstm'"),
     ],
 )
-def test_every_script_tells_a_mistake_in_one_line(module, argv, sentence, tmp_path):
+def test_every_script_reports_a_mistake_in_one_line(module, argv, sentence, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", f"train.{module}", *argv],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -270,7 +271,7 @@ COMMANDS = (
 
 
 def config_classes():
-    """Every config that a command takes, the parts and members of unions inside included."""
+    """Every config class of a command, including parts and members of unions."""
     found = {}
 
     def walk(cls):
@@ -301,7 +302,7 @@ def test_every_option_of_every_command_has_a_help_text():
             assert "see there" not in text
 
 
-def test_a_comment_above_a_field_or_over_several_lines_is_its_help():
+def test_the_help_of_a_field_is_the_comment_above_it_or_on_several_lines():
     @dataclasses.dataclass
     class Options:
         one: int = 1  # behind the field

@@ -1,4 +1,4 @@
-"""A config through JSON is the same config, and every slip in the file is one clear sentence."""
+"""A config survives a round trip through JSON; every mistake in a file is one clear sentence."""
 
 import dataclasses
 import json
@@ -55,14 +55,14 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("original", CONFIGS.values(), ids=CONFIGS)
-def test_a_config_through_a_file_is_the_same_config(original, tmp_path):
+def test_a_config_survives_a_round_trip_through_a_file(original, tmp_path):
     path = tmp_path / "run" / "config.json"
     config.save(original, path)
     assert config.load(MainConfig, path) == original
     assert [file.name for file in path.parent.iterdir()] == ["config.json"]
 
 
-def test_absent_fields_keep_their_defaults_and_whole_numbers_become_floats():
+def test_missing_fields_have_their_defaults_and_integers_become_floats():
     read = config.from_dict(MainConfig, {"name": "a", "dropout": 1})
     assert read == MainConfig("a", dropout=1.0)
     assert type(read.dropout) is float
@@ -94,7 +94,7 @@ SLIPS = {
 
 
 @pytest.mark.parametrize(("data", "sentence"), SLIPS.values(), ids=SLIPS)
-def test_a_slip_in_a_file_is_one_sentence_with_the_file_and_the_path(data, sentence, tmp_path):
+def test_a_mistake_in_a_file_is_one_sentence_with_the_file_and_the_path(data, sentence, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(data))
     with pytest.raises(ValueError, match=sentence) as raised:
@@ -103,24 +103,24 @@ def test_a_slip_in_a_file_is_one_sentence_with_the_file_and_the_path(data, sente
     assert "\n" not in str(raised.value)
 
 
-def test_a_missing_file_is_told(tmp_path):
+def test_a_missing_file_is_reported(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nix\.json is missing: expected a MainConfig"):
         config.load(MainConfig, tmp_path / "nix.json")
 
 
 @pytest.mark.parametrize("content", [b'{"name": "a"', b"\xff"], ids=["cut off", "not text"])
-def test_a_file_that_is_not_json_is_told(content, tmp_path):
+def test_a_file_that_is_not_json_is_reported(content, tmp_path):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match="is not valid JSON"):
         config.load(MainConfig, tmp_path / "config.json")
 
 
-def test_a_value_that_a_config_may_not_hold_is_told():
+def test_a_value_of_an_unsupported_type_is_reported():
     with pytest.raises(TypeError, match=r"ListConfig.sizes must be a number.*got \[1\] \(list\)"):
         config.to_dict(ListConfig())
 
 
-def test_the_nearest_name_is_told():
+def test_the_most_similar_name_is_suggested():
     sentence = config.did_you_mean("lstmm", ("gru", "lstm"))
     assert sentence == "choose from gru, lstm. Did you mean 'lstm'?"
 
@@ -134,7 +134,7 @@ class RenamedConfig:
         return {("num_units" if name == "units" else name): data[name] for name in data}
 
 
-def test_a_class_reads_what_an_earlier_version_of_it_wrote():
+def test_a_class_reads_files_of_an_earlier_version():
     assert config.from_dict(RenamedConfig, {"units": 3}) == RenamedConfig(3)
     assert config.from_dict(RenamedConfig, {"num_units": 4}) == RenamedConfig(4)
     with pytest.raises(ValueError, match="no field 'unit'"):

@@ -1,4 +1,4 @@
-"""`python -m vla_jax.convert`: a file to a folder, and back to the same file."""
+"""`python -m vla_jax.convert`: from a file to a folder, and back to an equal file."""
 
 import json
 import os
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 def checkpoint_of(kind="lstm", dtype=np.float32, **sizes):
-    """Tensors of a policy: its head between others."""
+    """Tensors of a policy, with those of its head among others."""
     head = {PREFIX + name: x.astype(dtype) for name, x in robovlms_head(kind, **sizes).items()}
     vision = {"model.vision.weight": np.arange(6.0).reshape(2, 3), "model.step": np.array(3)}
     return {**vision, **head, "model.action_token": np.ones(4, jnp.bfloat16)}
@@ -97,7 +97,7 @@ def test_trained_params_replace_the_original_tensors(tmp_path):
     assert changed == {"model.act_head.rnn.bias_ih_l0"}
 
 
-def test_tensors_that_may_be_missing_are_initialised_and_written_last(tmp_path, capsys):
+def test_optional_tensors_that_are_missing_are_initialised_and_written_last(tmp_path, capsys):
     tensors = {name: x for name, x in checkpoint_of().items() if "gripper" not in name}
     write(tmp_path / "a.pt", tensors)
     src, out, again = (str(tmp_path / name) for name in ("a.pt", "out", "b.pt"))
@@ -116,15 +116,15 @@ def test_tensors_that_may_be_missing_are_initialised_and_written_last(tmp_path, 
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_a_warning_names_trained_params_that_are_rounded_to_the_files_dtype(dtype, tmp_path):
+def test_a_warning_names_trained_params_that_are_rounded_to_the_dtype_of_the_file(dtype, tmp_path):
     write(tmp_path / "a.pt", checkpoint_of(dtype=jnp.dtype(dtype)))
     main([str(tmp_path / "a.pt"), str(tmp_path / "out")])
     decoder, params = convert.read_params(tmp_path / "out")
     source = convert.read(tmp_path / "a.pt")
     report = convert.report_robovlms(source.tensors, decoder)
     params["recurrence"]["layers_0"]["forward"]["input_bias"] += 1e-5
-    params["heads"]["arm"]["layers_0"]["bias"] += 1e30  # beyond the range of float16
-    params["heads"]["gripper"]["layers_0"]["bias"][0] = np.nan  # which float16 has
+    params["heads"]["arm"]["layers_0"]["bias"] += 1e30  # outside the range of float16
+    params["heads"]["gripper"]["layers_0"]["bias"][0] = np.nan  # which float16 can represent
     convert.write_folder(tmp_path / "out", source, decoder, params, report, overwrite=True)
     names = "model.act_head.actions.mlp.0.bias, model.act_head.rnn.bias_ih_l0"
     with pytest.warns(UserWarning, match=f"2 tensors are rounded to the file's {dtype}: {names};"):
@@ -135,7 +135,7 @@ def test_a_warning_names_trained_params_that_are_rounded_to_the_files_dtype(dtyp
 
 
 def module_file(path, make=torch.nn.LSTM, prefix="", **options):
-    """A file of a torch.nn recurrence; with a prefix, inside a larger model."""
+    """A file of a torch.nn recurrence; with a prefix, as a part of a larger model."""
     torch.manual_seed(0)
     tensors = {prefix + name: x for name, x in make(3, 5, 2, **options).state_dict().items()}
     if prefix:
@@ -186,7 +186,7 @@ def test_biases_that_a_file_lacks_are_written_once_they_are_trained(tmp_path):
     assert (back["bias_ih_l1"] == 1.0).all()
 
 
-def test_an_incomplete_torch_recurrence_or_options_of_a_head_are_errors_of_one_line(
+def test_an_incomplete_torch_recurrence_or_an_option_of_a_head_is_an_error_of_one_line(
     tmp_path, capsys
 ):
     module_file(tmp_path / "a.pt", prefix="rnn.")
@@ -212,7 +212,7 @@ def fails(argv, capsys):
     return output
 
 
-def test_only_an_earlier_conversion_is_overwritten_and_only_on_demand(tmp_path, capsys):
+def test_only_an_earlier_conversion_is_overwritten_and_only_on_request(tmp_path, capsys):
     source, folder = tmp_path / "a.pt", tmp_path / "out"
     write(source, checkpoint_of())
     main([str(source), str(folder)])
@@ -256,7 +256,7 @@ def test_a_damaged_folder_is_an_error_of_one_line(name, tmp_path, capsys):
     assert not (tmp_path / "b.pt").exists()
 
 
-def test_a_kill_while_writing_keeps_the_earlier_folder(tmp_path, monkeypatch):
+def test_a_kill_while_writing_leaves_the_earlier_folder(tmp_path, monkeypatch):
     write(tmp_path / "a.pt", checkpoint_of())
     argv = [str(tmp_path / "a.pt"), str(tmp_path / "out"), "--window-size"]
     main([*argv, "6"])

@@ -1,4 +1,4 @@
-"""Cells of Flax (Linen, NNX) and ours agree: outputs, carries, gradients, params round trip."""
+"""Cells of Flax (Linen, NNX) and ours agree: outputs, carries, gradients, round trips of params."""
 
 from typing import Any
 
@@ -234,7 +234,7 @@ def test_params_of_other_modules_raise_one_sentence(other):
 
 
 @each_flax_cell
-def test_missing_left_over_and_misshapen_tensors_are_named_for_the_most_similar_cell(
+def test_missing_extra_and_misshapen_tensors_are_named_for_the_most_similar_cell(
     cell, style, flax_cell
 ):
     params = flax_params(flax_cell, style)
@@ -326,7 +326,7 @@ def test_an_empty_stack_or_swapped_arguments_raise_one_sentence(key):
 
 
 def test_params_of_another_cell_raise_one_sentence(key):
-    params = cells.GRU.init(key, D, 4)  # 3 · 4 columns can be split in four as well
+    params = cells.GRU.init(key, D, 4)  # 3 · 4 columns can be split into four as well
     with pytest.raises(
         ValueError, match=r"one cell 'lstm', got 4 of another shape: input_kernel .*; for"
     ):

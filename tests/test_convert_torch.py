@@ -180,7 +180,7 @@ def test_a_prefix_selects_a_part_of_a_larger_module():
 
 
 @each_cell
-def test_a_conversion_copies(cell):
+def test_a_conversion_copies_the_tensors(cell):
     """PyTorch optimizers change tensors in place."""
     module = make_module(cell)
     config, params = convert.from_torch(module.state_dict())

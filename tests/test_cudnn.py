@@ -1,4 +1,4 @@
-"""NVIDIA's LSTM: the packing against JAX's own unpacking and reference, the call on a GPU."""
+"""The cuDNN LSTM: packed params against JAX's own unpacking and reference; calls on a GPU."""
 
 import jax
 import numpy as np
@@ -28,7 +28,7 @@ def cells_of(params, bidirectional):
 
 
 @each_way
-def test_the_packed_params_are_what_jax_unpacks(bidirectional, key):
+def test_jax_unpacks_the_packed_params(bidirectional, key):
     cells = cells_of(recurrence.init(key, configured(bidirectional), D), bidirectional)
     packed = cudnn.pack(cells)
     assert packed.shape == (rnn.get_num_params_in_lstm(D, H, L, bidirectional),)
@@ -39,7 +39,7 @@ def test_the_packed_params_are_what_jax_unpacks(bidirectional, key):
             np.testing.assert_array_equal(np.asarray(found[place]).T, cell[name])
 
 
-def test_the_reference_of_the_packed_params_is_ours(key):
+def test_jaxs_reference_with_packed_params_equals_ours(key):
     config, inputs = configured(bidirectional=False), draw(B, T, D)
     params = recurrence.init(key, config, D)
     weights = rnn.unpack_lstm_weights(cudnn.pack(cells_of(params, False)), D, H, L, False)
@@ -56,7 +56,7 @@ def test_the_reference_of_the_packed_params_is_ours(key):
     jax.default_backend() != "gpu", reason="needs an NVIDIA GPU: JAX_PLATFORMS=cuda,cpu"
 )
 @each_way
-def test_on_a_gpu_outputs_carries_and_gradients_are_ours(bidirectional, key):
+def test_on_a_gpu_outputs_carries_and_gradients_equal_ours(bidirectional, key):
     inputs = draw(B, T, D)
     params = recurrence.init(key, configured(bidirectional), D)
 
@@ -73,7 +73,7 @@ def test_on_a_gpu_outputs_carries_and_gradients_are_ours(bidirectional, key):
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there it runs")
-def test_without_a_gpu_it_is_refused_in_one_sentence(key):
+def test_without_a_gpu_it_is_refused_with_one_sentence(key):
     config = configured(bidirectional=False, implementation="cudnn")
     params = recurrence.init(key, config, D)
     with pytest.raises(ValueError, match="'cudnn' needs an NVIDIA GPU, got cpu; choose 'auto'"):
@@ -99,7 +99,7 @@ def test_masks_and_resets_are_refused(flags, key):
     ],
     ids=str,
 )
-def test_what_it_cannot_compute_is_refused(change):
+def test_an_unsupported_config_is_refused(change):
     (name,) = change
     with pytest.raises(ValueError, match=f"{name} must be .* with implementation 'cudnn', got"):
         RecurrenceConfig(**{"cell": "lstm", "implementation": "cudnn", **change})

@@ -16,7 +16,7 @@ def make_episode(length, seed=0, **changes):
     return Episode({**fields, **changes}, rng.normal(size=(length, 2)), f"task {seed}")
 
 
-def test_episodes_lie_one_after_the_other():
+def test_episodes_are_concatenated():
     episodes = [make_episode(n, n) for n in (3, 1, 2)]
     data = dataset.from_episodes(episodes, fps=10, names={"proprio": ["x", "y", "z"]})
     assert data.episode_ends.tolist() == [3, 4, 6]
@@ -33,7 +33,7 @@ def test_episodes_lie_one_after_the_other():
 
 
 @pytest.mark.parametrize("changed", ["proprio", "image_primary", "instruction", "fps"])
-def test_the_fingerprint_names_the_content(changed):
+def test_the_fingerprint_identifies_the_content(changed):
     before = dataset.from_episodes([make_episode(3)], fps=10)
     assert before.fingerprint == dataset.from_episodes([make_episode(3)], fps=10).fingerprint
     episode = make_episode(3)
@@ -46,7 +46,7 @@ def test_the_fingerprint_names_the_content(changed):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_not_a_number_is_refused_with_its_place(value):
+def test_nan_is_refused_with_its_position(value):
     episodes = [make_episode(3), make_episode(4, 1)]
     episodes[1].observation["proprio"][2, 1] = value
     message = "proprio must be finite, got NaN or infinity in episode 1 at step 2; repair"
@@ -54,7 +54,7 @@ def test_not_a_number_is_refused_with_its_place(value):
         dataset.from_episodes(episodes, fps=10)
 
 
-def test_bad_episodes_are_skipped_with_one_counted_warning():
+def test_invalid_episodes_are_skipped_with_one_warning_that_counts_them():
     episodes = [make_episode(n, n) for n in (3, 2, 4)]
     episodes[1].observation["proprio"][0, 0] = np.nan
     episodes[1].action[1, 1] = np.nan
@@ -84,12 +84,12 @@ def test_bad_episodes_are_skipped_with_one_counted_warning():
         ),
     ],
 )
-def test_an_episode_unlike_the_first_is_refused(episode, message):
+def test_an_episode_with_other_fields_than_the_first_is_refused(episode, message):
     with pytest.raises(ValueError, match=message):
         dataset.from_episodes([make_episode(3), episode], fps=10)
 
 
-def test_no_episodes_and_unknown_fields_are_refused():
+def test_an_empty_data_set_and_unknown_fields_are_refused():
     with pytest.raises(ValueError, match="at least one episode, got none"):
         dataset.from_episodes([], fps=10)
     with pytest.raises(ValueError, match=r"observation field must be .*'depth' in episode 0"):

@@ -1,7 +1,7 @@
-"""The decoders against RoboVLMs' own heads, pooling by hand, and the laws of a window.
+"""The decoders compared with RoboVLMs' heads and with pooling in NumPy; properties of a window.
 
-`golden/*.safetensors` hold what RoboVLMs' `LSTMDecoder`, `GPTDecoder` and `FCDecoder` (PyTorch,
-float32) gave on random weights and inputs; the weights follow from the seed in the file.
+`golden/*.safetensors` hold the outputs of RoboVLMs' `LSTMDecoder`, `GPTDecoder` and `FCDecoder`
+(PyTorch, float32) for random weights and inputs; the weights follow from the seed in the file.
 """
 
 import dataclasses
@@ -70,7 +70,7 @@ def original(request, golden):
     return read_golden(golden / f"{request.param}.safetensors")
 
 
-def test_the_outputs_are_robovlms(original):
+def test_the_outputs_equal_those_of_robovlms(original):
     config, params, stored = original
     chunk = apply(params, config, stored["in.tokens"])
     assert_close(chunk.arm, stored["out.arm"], 1e-5)
@@ -79,7 +79,7 @@ def test_the_outputs_are_robovlms(original):
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("masked", ["", "_masked"])
-def test_losses_and_gradients_are_robovlms(original, masked):
+def test_losses_and_gradients_equal_those_of_robovlms(original, masked):
     config, params, stored = original
     labels = (stored["in.arm_label"], stored["in.gripper_label"][..., None] * 2 - 1)
     mask = stored["in.mask"] if masked else np.ones_like(stored["in.mask"])
@@ -118,7 +118,7 @@ def assert_params_gradient(by_params, stored):
         ("gpt_pooling", "periodic"),
     ],
 )
-def test_streaming_is_robovlms_in_refresh_far_past_the_window_else_up_to_its_end(
+def test_streaming_equals_robovlms_in_refresh_mode_beyond_the_window_else_up_to_its_end(
     name, mode, golden
 ):
     config, params, stored = read_golden(golden / f"{name}.safetensors")
@@ -148,8 +148,8 @@ def configured(**changes):
         (4, 4, [[0], [1], [2], [3]]),
     ],
 )
-def test_bins_are_those_of_adaptive_pooling(num_tokens, num_latents, bins):
-    """Bins as torch.nn.AdaptiveMaxPool1d documents them, by hand."""
+def test_bins_equal_those_of_adaptive_pooling(num_tokens, num_latents, bins):
+    """Bins as documented for torch.nn.AdaptiveMaxPool1d, in NumPy."""
     tokens = draw(0, B, W, num_tokens, D)
     for pooling, reduce in (("max", np.max), ("mean", np.mean)):
         config = configured(num_tokens=num_tokens, num_latents=num_latents, pooling=pooling)
@@ -159,7 +159,7 @@ def test_bins_are_those_of_adaptive_pooling(num_tokens, num_latents, bins):
         assert_close(pooled, expected)
 
 
-def test_attention_is_a_softmax_of_queries_with_tokens(key):
+def test_attention_is_a_softmax_over_the_tokens(key):
     config, tokens = configured(pooling="attention", num_latents=2), draw(0, B, W, N, D)
     params = decoders.init(key, config)
     queries = np.asarray(params["pooling"]["queries"])
@@ -169,14 +169,14 @@ def test_attention_is_a_softmax_of_queries_with_tokens(key):
     assert_close(decoders.pool(params, config, tokens), expected)
 
 
-def test_none_joins_all_tokens():
+def test_none_concatenates_all_tokens():
     tokens = draw(0, B, W, N, D)
     pooled = decoders.pool({}, configured(pooling="none"), tokens)
     assert_close(pooled, tokens.reshape(B, W, N * D), 0)
 
 
 @pytest.mark.parametrize("pooling", ["max", "mean", "attention"])
-def test_a_decoder_for_any_number_of_tokens_does_what_one_for_that_number_does(pooling, key):
+def test_a_decoder_for_any_number_of_tokens_equals_one_for_that_number(pooling, key):
     anything, tokens = configured(pooling=pooling, num_tokens=0, num_latents=2), draw(0, B, W, 7, D)
     seven = dataclasses.replace(anything, num_tokens=7)
     params = decoders.init(key, anything)
@@ -185,7 +185,7 @@ def test_a_decoder_for_any_number_of_tokens_does_what_one_for_that_number_does(p
 
 
 @pytest.mark.parametrize("pooling", ["max", "mean", "attention"])
-def test_masked_tokens_are_as_if_they_were_not_there(pooling, key):
+def test_masked_tokens_have_no_effect(pooling, key):
     config = configured(pooling=pooling)
     params, tokens = decoders.init(key, config), draw(0, B, W, N, D)
     mask = np.broadcast_to(np.array([True, False, True, False]), (B, W, N))
@@ -219,7 +219,7 @@ def test_a_step_without_tokens_gives_zeros_and_finite_gradients(pooling, key):
 @pytest.mark.sampled
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_a_padded_window_is_a_cut_one_and_an_action_comes_out_everywhere(kind, pooling, key):
+def test_a_padded_window_equals_a_cut_one_and_every_step_has_an_action(kind, pooling, key):
     config = configured(kind=kind, pooling=pooling, num_latents=2)
     params, tokens = decoders.init(key, config), draw(0, B, W, N, D)
     mask = np.tile(np.arange(W) >= 2, (B, 1))
@@ -235,7 +235,7 @@ def test_a_padded_window_is_a_cut_one_and_an_action_comes_out_everywhere(kind, p
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("kind", KINDS)
-def test_bins_come_out_everywhere_and_differ_from_numbers_in_the_heads_alone(kind, key):
+def test_every_step_has_bins_and_only_the_heads_differ_from_continuous_actions(kind, key):
     config, tokens = configured(kind=kind, head="discrete", num_bins=16), draw(0, B, W, N, D)
     params, numbers = decoders.init(key, config), decoders.init(key, configured(kind=kind))
     mask = np.tile(np.arange(W) >= 2, (B, 1))
@@ -250,7 +250,7 @@ def test_bins_come_out_everywhere_and_differ_from_numbers_in_the_heads_alone(kin
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_param_learns_from_bins_and_stays_finite(kind, key):
+def test_every_param_has_a_finite_nonzero_gradient_with_bins(kind, key):
     config = configured(kind=kind, pooling="none", head="discrete", num_bins=16)
     tokens = draw(0, B, W, N, D)
     action, mask = np.tanh(draw(1, B, W, K, 7)), np.ones((B, W, K), bool)
@@ -275,7 +275,7 @@ def test_only_a_decoder_with_memory_depends_on_earlier_frames(kind, key):
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "gpt"])
-def test_features_go_on_from_the_carry_of_the_window_before(kind, key):
+def test_features_continue_from_the_carry_of_the_previous_window(kind, key):
     config = configured(kind=kind)
     params, tokens = decoders.init(key, config), draw(0, B, 6, N, D)
     _, whole = decoders.run_trunk(params, config, tokens)
@@ -286,7 +286,7 @@ def test_features_go_on_from_the_carry_of_the_window_before(kind, key):
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_reset_inside_the_window_is_a_new_episode(kind, key):
+def test_a_reset_inside_the_window_starts_a_new_episode(kind, key):
     config = configured(kind=kind)
     params, tokens = decoders.init(key, config), draw(0, B, W, N, D)
     reset = np.tile(np.arange(W) == 2, (B, 1))
@@ -329,8 +329,8 @@ def test_dropout_needs_a_key(kind, key):
 
 
 @pytest.mark.parametrize("num_latents", [1, 2])
-def test_a_gpt_projects_what_is_not_of_its_size(num_latents, key):
-    """D' = 3 features of a pooled step meet H = 6, which are 2 latents of them."""
+def test_a_gpt_projects_features_of_another_size(num_latents, key):
+    """D' = 3 features of a pooled step, of which 2 latents make H = 6."""
     config = configured(kind="gpt", num_latents=num_latents)
     params, pooled = decoders.init(key, config), draw(0, B, W, pooled_size(config))
     projected = gpt_trunk.project(params, config, pooled)
@@ -348,7 +348,7 @@ def test_a_gpt_projects_what_is_not_of_its_size(num_latents, key):
 
 
 @pytest.mark.parametrize("shape", [(B, W, D), (B, W, N + 1, D), (B, W, N, D + 1)])
-def test_tokens_of_another_size_are_one_sentence(shape, key):
+def test_tokens_of_another_size_raise_one_sentence(shape, key):
     params = decoders.init(key, SMALL)
     with pytest.raises(
         ValueError, match=r"tokens must be \[B, W, N, D\] with N = 4 and D = 3, got"
@@ -359,7 +359,7 @@ def test_tokens_of_another_size_are_one_sentence(shape, key):
 @pytest.mark.parametrize(
     ("pooling", "num_tokens", "least"), [("max", 1, 2), ("mean", 1, 2), ("attention", 0, 1)]
 )
-def test_any_number_of_tokens_is_enough_for_every_latent(pooling, num_tokens, least, key):
+def test_any_number_of_tokens_must_suffice_for_every_latent(pooling, num_tokens, least, key):
     config = configured(pooling=pooling, num_tokens=0, num_latents=2)
     with pytest.raises(ValueError, match=rf"tokens must be \[B, W, N, D\] with N ≥ {least} and D"):
         decoders.apply(decoders.init(key, config), config, draw(0, B, W, num_tokens, D))
@@ -367,14 +367,14 @@ def test_any_number_of_tokens_is_enough_for_every_latent(pooling, num_tokens, le
 
 @pytest.mark.parametrize("wrong", [{"timestep_mask": (B, W + 1)}, {"token_mask": (B, W)}])
 @pytest.mark.parametrize("kind", ["lstm", "fc", "gpt"])
-def test_masks_of_another_size_are_refused_at_the_door(wrong, kind, key):
+def test_masks_of_another_size_are_refused(wrong, kind, key):
     config = configured(kind=kind)
     masks = {name: np.ones(shape, bool) for name, shape in wrong.items()}
     with pytest.raises(AssertionError, match="assert_shape"):
         decoders.apply(decoders.init(key, config), config, draw(0, B, W, N, D), **masks)
 
 
-def test_a_carry_for_a_gpt_is_one_sentence(key):
+def test_a_carry_for_a_gpt_raises_one_sentence(key):
     config, tokens = configured(kind="gpt"), draw(0, B, W, N, D)
     params = decoders.init(key, config)
     carry, _ = decoders.run_trunk(params, config, tokens)
@@ -384,7 +384,7 @@ def test_a_carry_for_a_gpt_is_one_sentence(key):
         decoders.run_trunk(params, config, tokens, carry=carry)
 
 
-def test_a_window_longer_than_the_positions_of_a_gpt_is_one_sentence(key):
+def test_a_window_longer_than_the_positions_of_a_gpt_raises_one_sentence(key):
     config = configured(kind="gpt")
     params = decoders.init(key, config)
     with pytest.raises(ValueError, match="at most its 5 positions, got 6 steps; cut it, or train"):
@@ -414,6 +414,6 @@ def test_a_window_longer_than_the_positions_of_a_gpt_is_one_sentence(key):
         ({"kind": "gpt", "num_heads": 4}, "hidden_size must be a multiple of num_heads = 4, got 6"),
     ],
 )
-def test_a_wrong_config_is_one_sentence(fields, sentence):
+def test_a_wrong_config_raises_one_sentence(fields, sentence):
     with pytest.raises(ValueError, match=sentence):
         configured(**fields)

@@ -1,4 +1,4 @@
-"""Order, errors and progress of the steps of the demonstration."""
+"""Order, errors and progress of the steps of the demo."""
 
 import functools
 import io
@@ -26,7 +26,7 @@ def make_step(path, name, after=()):
     return Step(name, functools.partial(note, path, name), lambda: 0.0, 1.0, after)
 
 
-def test_a_step_starts_after_the_steps_that_it_needs(tmp_path):
+def test_a_step_starts_after_the_steps_that_it_depends_on(tmp_path):
     path, output = tmp_path / "order", io.StringIO()
     needs = {"d": ["b", "c"], "b": ["a"], "c": ["a"], "a": []}
     steps = [make_step(path, name, after) for name, after in needs.items()]
@@ -40,7 +40,7 @@ def test_a_step_starts_after_the_steps_that_it_needs(tmp_path):
     assert "finished" in lines[-1]
 
 
-def test_an_error_in_a_step_is_raised_and_ends_the_others(tmp_path):
+def test_an_error_in_a_step_is_raised_and_stops_the_others(tmp_path):
     steps = [
         Step("sleep", functools.partial(time.sleep, 600), lambda: 0.0, 1.0),
         Step("fail", fail, lambda: 0.0, 1.0),

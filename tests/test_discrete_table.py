@@ -1,4 +1,4 @@
-"""The table with choices for actions: table_jax's own rules, what is shown, and the shaping."""
+"""The table with discrete actions: rules equal to `table_jax`, observations, reward shaping."""
 
 from functools import partial
 
@@ -29,8 +29,8 @@ def choose(name):
     return jnp.full(B, CHOICES.index(name))
 
 
-def moved(name):
-    """States before and after one choice."""
+def step_once(name):
+    """States before and after one action."""
     before, _ = reset(jax.random.split(jax.random.key(0), B))
     after, _ = step(before, choose(name))
     return jax.device_get((before.table, after.table))
@@ -38,7 +38,7 @@ def moved(name):
 
 @pytest.fixture(scope="module")
 def episodes():
-    """States, choices and transitions `[T]` of random choices, and no start anew."""
+    """States, actions and transitions `[T]` of random actions, without resets."""
     key, random = jax.random.key(1), np.random.default_rng(0)
     state, _ = reset(jax.random.split(key, B))
     walked = []
@@ -52,8 +52,8 @@ def episodes():
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("name", CHOICES[1:7])
-def test_a_choice_is_one_step_along_its_axis(name):
-    before, after = moved(name)
+def test_an_action_is_one_step_along_its_axis(name):
+    before, after = step_once(name)
     expected = np.zeros(3, np.float32)
     expected["xyz".index(name[1])] = float(f"{name[0]}1") * CONFIG.table.step_size
     free = np.abs(np.asarray(before.tool)[:, :2]).max(axis=1) < 0.1
@@ -63,23 +63,23 @@ def test_a_choice_is_one_step_along_its_axis(name):
     np.testing.assert_array_equal(after.turns, before.turns)
 
 
-def test_a_turn_is_a_turn_and_to_stay_changes_nothing_but_the_time():
-    before, after = moved("-yaw")
+def test_turning_changes_the_yaw_and_staying_only_the_time():
+    before, after = step_once("-yaw")
     np.testing.assert_allclose(after.turns[:, 2], -CONFIG.table.turn_size, atol=1e-6)
-    before, after = moved("stay")
+    before, after = step_once("stay")
     jax.tree.map(
         partial(np.testing.assert_allclose, atol=1e-6), before, after._replace(num_steps=0)
     )
 
 
-def test_the_fingers_stay_as_they_were_told():
+def test_the_gripper_keeps_its_last_command():
     state, _ = reset(jax.random.split(jax.random.key(0), B))
     for name, opening in [("close", 0.4), ("stay", 0), ("+z", 0), ("open", 0.6), ("stay", 1)]:
         state, _ = step(state, choose(name))
         np.testing.assert_allclose(state.table.opening, opening, atol=1e-6)
 
 
-def test_the_rules_are_those_of_the_table(episodes):
+def test_the_rules_equal_those_of_the_continuous_table(episodes):
     ended = 0
     for state, choice, after, transition in episodes:
         arm = np.zeros((B, 7), np.float32)
@@ -103,8 +103,8 @@ def test_the_reward_without_shaping_is_success(episodes):
         np.testing.assert_array_equal(transition.reward, shaped.success)
 
 
-def test_the_shaping_of_an_episode_is_its_first_potential_alone(episodes):
-    """Σ γᵗ (γ Φ(sₜ₊₁) − Φ(sₜ)) = γᵀ Φ(s_T) − Φ(s₀), with Φ = 0 at a true end."""
+def test_the_shaping_of_an_episode_sums_to_its_first_potential(episodes):
+    """Σ γᵗ (γ Φ(sₜ₊₁) − Φ(sₜ)) = γᵀ Φ(s_T) − Φ(s₀), with Φ = 0 after a termination."""
 
     def distance(state):
         target = np.asarray(state.instruction) % rules.NUM_BLOCKS
@@ -120,10 +120,10 @@ def test_the_shaping_of_an_episode_is_its_first_potential_alone(episodes):
         left = np.where(goes_on, -(GAMMA ** (t + 1)) * distance(after.table), 0)
     first = distance(episodes[0][0].table)
     np.testing.assert_allclose(total, WEIGHT * (left + first), atol=1e-5)
-    assert 0 < goes_on.sum() < B  # of both kinds
+    assert 0 < goes_on.sum() < B  # some terminate, some do not
 
 
-def test_what_is_shown_is_seen_from_the_tool():
+def test_observations_are_relative_to_the_tool():
     state, seen = reset(jax.random.split(jax.random.key(2), B))
     now, seen = jax.device_get(state.table), np.asarray(seen)
     assert seen.shape[1:] == WORLD.observation_shape == (22 + 8 + 8,)
@@ -137,15 +137,15 @@ def test_what_is_shown_is_seen_from_the_tool():
     assert (seen[:, WORLD.instruction].sum(axis=1) == 1).all()
 
 
-def test_only_the_tasks_that_are_wanted_are_asked_for():
+def test_only_the_selected_tasks_occur():
     keys = [jax.random.split(jax.random.key(seed), B) for seed in range(5)]
     asked = {i for key in keys for i in np.asarray(reset(key)[0].table.instruction).tolist()}
     assert {rules.INSTRUCTIONS[i].task for i in asked} == {"touch", "lift"}
     assert len(asked) == len(WORLD.instruction) == 8
 
 
-def test_a_straight_way_to_the_block_succeeds():
-    """What a person would choose: over the block with closed fingers, then down."""
+def test_moving_straight_to_the_block_succeeds():
+    """The actions of a person: above the block with closed gripper, then down."""
     world = discrete_table.make(TableChoicesConfig())
     state, seen = jax.jit(jax.vmap(world.reset))(jax.random.split(jax.random.key(3), B))
     step, succeeded, over = jax.jit(jax.vmap(world.step)), np.zeros(B, bool), np.zeros(B, bool)
@@ -164,14 +164,14 @@ def test_a_straight_way_to_the_block_succeeds():
 
 
 @pytest.mark.slow
-def test_the_picture_shows_the_table():
+def test_the_image_shows_the_table():
     state, _ = jax.jit(WORLD.reset)(jax.random.key(0))
     picture = np.asarray(jax.jit(WORLD.draw)(state))
     assert (picture.shape, picture.dtype) == ((96, 96, 3), np.uint8)
     assert picture.std() > 10
 
 
-def test_a_wrong_action_is_one_sentence():
+def test_a_wrong_action_raises_one_sentence():
     with pytest.raises(ValueError, match=r"one whole number in 0 … 10 .* got float32\[\]"):
         WORLD.step(None, jnp.float32(1))
 
@@ -185,6 +185,6 @@ def test_a_wrong_action_is_one_sentence():
         ({"table": JaxTableConfig()}, "image_size must be 0, got 64"),
     ],
 )
-def test_what_makes_no_table_is_refused(wrong, message):
+def test_a_wrong_config_is_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         TableChoicesConfig(**wrong)

@@ -1,4 +1,4 @@
-"""The manual: every Python block and the notebook run, commands exist, links lead somewhere."""
+"""The manual: every Python block and the notebook run, commands exist, links have targets."""
 
 import importlib.util
 import pathlib
@@ -36,7 +36,7 @@ PAGES = [
 
 
 def blocks(text, language="python"):
-    """Code blocks of a page; "" gives those without a language."""
+    """Code blocks of a page in a language; "" means without a language."""
     fences = re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     return [code for name, code in fences if name == language]
 
@@ -52,7 +52,7 @@ def commands(text):
 
 @pytest.fixture
 def families():
-    """Removes the members that a guide adds."""
+    """Removes the family members that a guide adds."""
     before = [(family, dict(family)) for family in (BACKBONES, CELLS, READERS, WORLDS)]
     yield
     for family, members in before:
@@ -95,7 +95,7 @@ def test_the_training_options_in_the_tables_of_a_guide_exist(name):
 
 
 @pytest.mark.parametrize("path", PAGES, ids=page_name)
-def test_the_links_of_a_page_lead_to_files(path):
+def test_the_links_of_a_page_have_targets(path):
     text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.M)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if "://" not in target and not target.startswith("#"):
@@ -110,7 +110,7 @@ def test_every_page_is_in_the_navigation():
 
 
 @pytest.mark.slow
-def test_the_notebook_runs_and_prints_what_it_stores(monkeypatch):
+def test_the_notebook_runs_with_outputs_of_the_stored_kinds(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     stored = nbformat.read(DOCS / "quickstart.ipynb", as_version=4)
     fresh = nbformat.read(DOCS / "quickstart.ipynb", as_version=4)
