@@ -22,13 +22,13 @@ def draw(*shape):
 
 @pytest.fixture
 def kernel(way):
-    """`[D, E]`, plain or lazily transposed."""
+    """Kernel `[D, E]`, plain or lazily transposed."""
     return Transposed(draw(D, E).T) if way == "transposed" else draw(D, E)
 
 
 @each_way
 @each_rows
-def test_product_equals_that_of_numpy(rows, kernel):
+def test_product_equals_numpy(rows, kernel):
     inputs = draw(*rows, D)
     product = jax.jit(matmul.product)(inputs, kernel)
     assert product.dtype == jnp.float32
@@ -38,7 +38,7 @@ def test_product_equals_that_of_numpy(rows, kernel):
 @pytest.mark.sampled
 @each_way
 @each_rows
-def test_gradients_equal_those_by_hand(rows, kernel):
+def test_gradients_equal_closed_form(rows, kernel):
     inputs, by_product = draw(*rows, D), draw(*rows, E)
     _, pull = jax.vjp(matmul.product, inputs, kernel)
     by_inputs, by_kernel = pull(jnp.asarray(by_product))
@@ -49,8 +49,8 @@ def test_gradients_equal_those_by_hand(rows, kernel):
 
 
 @each_way
-def test_factors_are_rounded_and_sums_are_not(kernel):
-    ones = jnp.full((5, D), 1 + 2.0**-9)  # 1 in bfloat16
+def test_factors_are_rounded_to_bfloat16_and_sums_stay_in_float32(kernel):
+    ones = jnp.full((5, D), 1 + 2.0**-9)  # rounds to 1 in bfloat16
     product = matmul.product(ones, kernel, dtype="bfloat16")
     assert product.dtype == jnp.float32
     rounded = np.asarray(draw(D, E), jnp.bfloat16).astype(np.float32)
@@ -58,7 +58,7 @@ def test_factors_are_rounded_and_sums_are_not(kernel):
 
 
 @pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
-def test_a_transpose_is_made_of_a_small_kernel_only(large, monkeypatch):
+def test_only_large_kernels_are_stored_transposed(large, monkeypatch):
     monkeypatch.setattr(matmul, "LARGE", D * E + (not large))
     values, kernel = draw(5, E), jnp.asarray(draw(D, E))
     transpose = matmul.transpose(kernel)
@@ -68,7 +68,7 @@ def test_a_transpose_is_made_of_a_small_kernel_only(large, monkeypatch):
 
 
 @each_way
-def test_the_batch_may_stay_open_in_an_export(kernel):
+def test_export_supports_a_symbolic_batch_size(kernel):
     (size,) = export.symbolic_shape("b")
     inputs = jax.ShapeDtypeStruct((size, D), jnp.float32)
     exported = export.export(jax.jit(lambda inputs: matmul.product(inputs, kernel)))(inputs)
@@ -76,7 +76,7 @@ def test_the_batch_may_stay_open_in_an_export(kernel):
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a matter of XLA on CPUs")
-def test_the_compiled_product_has_the_kernel_first():
+def test_the_compiled_product_has_the_kernel_as_first_operand():
     transposed = Transposed(jnp.asarray(draw(E, D)))
     program = jax.jit(lambda inputs: matmul.product(inputs, transposed)).lower(draw(4, D)).compile()
     (dot,) = [line for line in program.as_text().splitlines() if " dot(" in line]

@@ -16,7 +16,7 @@ TINY = MemoryConfig(
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory):
-    """One run: its folder, and the content of its JSON file."""
+    """Runs one training; returns its folder and the content of its JSON file."""
     folder = tmp_path_factory.mktemp("memory")
     file = memory.memory(dataclasses.replace(TINY, run_dir=str(folder)))
     return folder, json.loads(file.read_text())
@@ -80,6 +80,6 @@ def test_the_same_seed_gives_the_same_results():
         ({"burn_in": 1}, "burn_in must be 0 or below chunk = 0, got 1"),
     ],
 )
-def test_a_wrong_config_raises_one_sentence(fields, sentence):
+def test_a_wrong_config_is_refused(fields, sentence):
     with pytest.raises(ValueError, match=sentence):
         MemoryConfig(**fields)

@@ -1,4 +1,4 @@
-"""docs/migration.md: its commands and its code run."""
+"""The commands and the code of docs/migration.md run."""
 
 import pathlib
 import re
@@ -51,7 +51,7 @@ def test_the_commands_and_the_code_run(tmp_path, monkeypatch):
     assert names["config"].window_size == 8
 
 
-def test_the_options_for_a_released_head_give_a_decoder_of_its_size():
+def test_the_documented_options_for_a_released_head_give_a_decoder_of_its_size():
     found = re.search(r"^python -m train\.imitate (.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
     assert found
     argv = shlex.split(found[1].replace("\\\n", ""))
@@ -80,7 +80,7 @@ def test_a_trained_head_is_written_into_the_original_checkpoint(tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_the_block_on_action_tokens_runs():
+def test_the_code_block_on_action_tokens_runs():
     names: dict = {}
     exec(ACTION_TOKENS, names)
     np.testing.assert_allclose(names["loss"], np.log(32064), rtol=1e-5)
@@ -89,7 +89,7 @@ def test_the_block_on_action_tokens_runs():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("block", OTHERS, ids=["torch", "flax", "linen"])
-def test_the_blocks_on_torch_and_flax_run(block):
+def test_the_code_blocks_on_torch_and_flax_run(block):
     names: dict = {}
     exec(block, names)
     leaves = jax.tree.leaves(names["params"])

@@ -1,4 +1,4 @@
-"""The MuJoCo table: contacts decide, the expert can do it, and a missing OpenGL is a sentence."""
+"""The MuJoCo table: tasks, success of the expert, observations, cameras, and a missing OpenGL."""
 
 import functools
 import os
@@ -18,12 +18,12 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 @functools.cache
-def blind(rotated_share=0.5):
+def state_only(rotated_share=0.5):
     return TableMujoco(MujocoTableConfig(image_size=0, rotated_share=rotated_share))
 
 
 @pytest.fixture(scope="module")
-def seeing():
+def with_images():
     try:
         simulator = TableMujoco(MujocoTableConfig(image_size=64))
     except RuntimeError as error:
@@ -41,35 +41,35 @@ def reset_to(simulator, instruction):
     )
 
 
-def test_the_same_seed_is_the_same_episode():
+def test_the_same_seed_gives_the_same_episode():
     def play(simulator):
         seen = [simulator.reset(11)]
         for action in np.random.default_rng(0).uniform(-1, 1, (10, 7)):
             seen.append(simulator.step(action).observation)
         return simulator.instruction, seen
 
-    (sentence, first), (again, second) = play(blind()), play(blind())
+    (sentence, first), (again, second) = play(state_only()), play(state_only())
     elsewhere, third = play(TableMujoco(BLIND))
     assert sentence == again == elsewhere
     for one, other, another in zip(first, second, third, strict=True):
         for name in one:
             np.testing.assert_array_equal(one[name], other[name])
             np.testing.assert_array_equal(one[name], another[name])
-    assert not np.array_equal(first[0]["proprio"], blind().reset(12)["proprio"])
+    assert not np.array_equal(first[0]["proprio"], state_only().reset(12)["proprio"])
 
 
-def test_every_instruction_comes_up():
+def test_every_instruction_occurs():
     asked = set()
     for seed in range(120):
-        blind().reset(seed)
-        asked.add((blind().instruction, blind().task))
+        state_only().reset(seed)
+        asked.add((state_only().instruction, state_only().task))
     assert asked == {(i.text, i.task) for i in rules.INSTRUCTIONS}
 
 
 @pytest.mark.slow
 def test_the_expert_succeeds_under_noise_in_97_percent():
     done = [
-        demonstrate(blind(), seed, noise=0.25, disturbance=0.0) is not None
+        demonstrate(state_only(), seed, noise=0.25, disturbance=0.0) is not None
         for seed in range(60, 180)
     ]
     assert np.mean(done) >= 0.97
@@ -80,7 +80,7 @@ def test_the_expert_succeeds_under_noise_in_97_percent():
 def test_an_expert_that_does_not_turn_fails_in_rotated_layouts(
     rotated_share, low, high, monkeypatch
 ):
-    simulator = blind(rotated_share)
+    simulator = state_only(rotated_share)
     turning = simulator.expert
     monkeypatch.setattr(simulator, "expert", lambda: turning() * [1, 1, 1, 1, 1, 0, 1])
     done = [
@@ -94,9 +94,9 @@ def test_an_expert_that_does_not_turn_fails_in_rotated_layouts(
 
 @pytest.mark.parametrize("task", rules.TASKS)
 def test_the_wrong_block_ends_the_episode_without_success(task):
-    reset_to(blind(), rules.SENTENCES[task].format("red"))
-    for _ in range(blind().max_steps):
-        step = blind().step(blind().expert(target=2))
+    reset_to(state_only(), rules.SENTENCES[task].format("red"))
+    for _ in range(state_only().max_steps):
+        step = state_only().step(state_only().expert(target=2))
         if step.terminated or step.truncated:
             break
     assert step.terminated
@@ -105,16 +105,16 @@ def test_the_wrong_block_ends_the_episode_without_success(task):
 
 @pytest.mark.parametrize("task", rules.TASKS)
 def test_the_right_block_ends_the_episode_with_success(task):
-    reset_to(blind(), rules.SENTENCES[task].format("blue"))
-    for _ in range(blind().max_steps):
-        step = blind().step(blind().expert())
+    reset_to(state_only(), rules.SENTENCES[task].format("blue"))
+    for _ in range(state_only().max_steps):
+        step = state_only().step(state_only().expert())
         if step.terminated or step.truncated:
             break
     assert (step.terminated, step.success, step.reward) == (True, True, 1.0)
     assert [type(part) for part in step[1:]] == [float, bool, bool, bool]
 
 
-def test_time_runs_out_at_max_steps_and_only_then():
+def test_the_episode_is_truncated_at_max_steps_and_not_before():
     simulator = TableMujoco(MujocoTableConfig(image_size=0, max_steps=3))
     simulator.reset(0)
     stay = np.array([0, 0, 0, 0, 0, 0, 1.0])
@@ -122,14 +122,14 @@ def test_time_runs_out_at_max_steps_and_only_then():
 
 
 def test_observations_have_the_names_sizes_and_units_of_the_table():
-    seed, observation = reset_to(blind(), "lift the green block")
+    seed, observation = reset_to(state_only(), "lift the green block")
     assert observation.keys() == {"proprio", "environment_state"}
     assert observation["proprio"].shape == (len(rules.PROPRIO_NAMES),)
     assert observation["environment_state"].shape == (len(rules.STATE_NAMES),)
     assert {part.dtype for part in observation.values()} == {np.dtype(np.float32)}
     state = dict(zip(rules.STATE_NAMES, observation["environment_state"], strict=True))
     proprio = dict(zip(rules.PROPRIO_NAMES, observation["proprio"], strict=True))
-    # the layout by the same stream of random numbers, read apart
+    # the expected layout, drawn from the same random stream
     rng = np.random.default_rng(seed)
     rng.integers(12)
     plate, blocks, yaws = mujoco_env.sample_layout(rng, BLIND.rotated_share)
@@ -145,12 +145,12 @@ def test_observations_have_the_names_sizes_and_units_of_the_table():
 
 
 @pytest.mark.parametrize("dim", range(6))
-def test_each_dim_of_the_action_moves_what_it_is_named_for(dim):
-    before = blind().reset(1)["proprio"]
+def test_each_action_dimension_moves_the_coordinate_of_its_name(dim):
+    before = state_only().reset(1)["proprio"]
     action = np.zeros(7)
     action[dim], action[6] = -1.0, 1.0
     for _ in range(2):
-        after = blind().step(action).observation["proprio"]
+        after = state_only().step(action).observation["proprio"]
 
     def pose(p):
         return np.array([*p[:3], p[5], p[6], np.arctan2(p[3], p[4])])
@@ -164,10 +164,10 @@ def test_each_dim_of_the_action_moves_what_it_is_named_for(dim):
     ("action", "got"),
     [(np.zeros(6), r"\[0\.0, 0\.0"), (np.full(7, np.nan), r"\[nan"), (np.zeros((1, 7)), r"\[\[")],
 )
-def test_a_bad_action_is_one_sentence(action, got):
-    blind().reset(0)
+def test_an_invalid_action_is_refused(action, got):
+    state_only().reset(0)
     with pytest.raises(ValueError, match=rf"^action must be 7 finite numbers .*got {got}"):
-        blind().step(action)
+        state_only().step(action)
 
 
 @pytest.mark.parametrize(
@@ -179,19 +179,19 @@ def test_a_bad_action_is_one_sentence(action, got):
         ("max_steps", 0, "max_steps must be >= 1, got 0"),
     ],
 )
-def test_config_refuses_what_makes_no_table(field, value, sentence):
+def test_config_refuses_invalid_values(field, value, sentence):
     with pytest.raises(ValueError, match=sentence):
         MujocoTableConfig(**{field: value})
 
 
-RGB = {"red": (0, 1, 2), "green": (1, 0, 2), "blue": (2, 0, 1)}  # channel that leads, the others
+RGB = {"red": (0, 1, 2), "green": (1, 0, 2), "blue": (2, 0, 1)}  # dominant channel, the others
 
 
 @pytest.mark.parametrize("camera", ["image_primary", "image_wrist"])
-def test_the_cameras_see_the_blocks(seeing, camera):
+def test_the_cameras_see_the_blocks(with_images, camera):
     counts = dict.fromkeys(RGB, 0)
     for seed in range(8):
-        image = seeing.reset(seed)[camera]
+        image = with_images.reset(seed)[camera]
         assert image.shape == (64, 64, 3)
         assert image.dtype == np.uint8
         pixels = image.astype(np.int32)
@@ -202,10 +202,10 @@ def test_the_cameras_see_the_blocks(seeing, camera):
     assert min(counts.values()) > least, counts
 
 
-def test_a_block_that_goes_left_on_the_table_goes_right_in_the_primary_picture(seeing):
+def test_a_block_further_left_on_the_table_is_further_right_in_the_primary_image(with_images):
     places, columns = [], []
     for seed in range(12):
-        observation = seeing.reset(seed)
+        observation = with_images.reset(seed)
         red, green, blue = np.moveaxis(observation["image_primary"].astype(np.int32), -1, 0)
         found = np.nonzero((red > 2 * green) & (red > 2 * blue))[1]
         if len(found) > 10:
@@ -215,18 +215,18 @@ def test_a_block_that_goes_left_on_the_table_goes_right_in_the_primary_picture(s
     assert np.corrcoef(places, columns)[0, 1] > 0.97
 
 
-def test_the_same_state_is_drawn_alike_and_people_get_a_picture_of_their_own(seeing):
-    first = seeing.reset(4)
-    drawn = seeing.draw(96)
+def test_rendering_is_deterministic_and_draw_returns_an_image_of_the_requested_size(with_images):
+    first = with_images.reset(4)
+    drawn = with_images.draw(96)
     assert drawn.shape == (96, 96, 3)
     assert drawn.dtype == np.uint8
-    again = seeing.reset(4)
+    again = with_images.reset(4)
     for camera in ("image_primary", "image_wrist"):
         np.testing.assert_array_equal(first[camera], again[camera])
 
 
 @pytest.mark.parametrize("backend", ["osmesa", "nonsense"])
-def test_a_missing_opengl_is_one_sentence_that_says_what_to_do(backend):
+def test_a_missing_opengl_raises_one_sentence_with_remedies(backend):
     code = (
         "from vla_jax.envs.table.mujoco_env import TableMujoco\n"
         "try:\n    TableMujoco()\n"

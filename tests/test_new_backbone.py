@@ -1,6 +1,6 @@
-"""A backbone from outside the library: one file and one line, and the laws hold for it.
+"""A backbone defined outside of the library, added by one line to `BACKBONES`, obeys the laws.
 
-Its tokens are padded to a fixed number, and the padding is NaN: nothing may look at it.
+Its tokens are padded with NaN to a fixed number, so that any use of padding would show.
 """
 
 from dataclasses import dataclass
@@ -24,12 +24,12 @@ from vla_jax.types import Observation, Tokens
 B, T, W, S = 2, 5, 3, 6
 
 
-# --- the one file -----------------------------------------------------------------------------
+# --- the backbone -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class LettersConfig:
-    """One token per letter of the instruction, and one of the robot's own state."""
+    """One token per letter of the instruction, and one for the robot's state."""
 
     kind: Literal["letters"] = "letters"
     token_dim: int = 4
@@ -76,7 +76,7 @@ LETTERS = Backbone(
 )
 
 
-# --- the one line -----------------------------------------------------------------------------
+# --- its registration -------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +87,7 @@ def registered(monkeypatch):
 # --- the laws ---------------------------------------------------------------------------------
 
 
-def configured(pooling="max", kind="lstm"):
+def make_config(pooling="max", kind="lstm"):
     decoder = DecoderConfig(
         kind=kind, window_size=W, action_horizon=2, hidden_size=6, num_layers=1, num_heads=2,
         pooling=pooling, head_sizes=(8,),
@@ -104,7 +104,7 @@ def observe():
     )
 
 
-def at(tree, steps):
+def select_steps(tree, steps):
     return jax.tree.map(lambda part: part[:, steps], tree)
 
 
@@ -114,20 +114,20 @@ def assert_close(one, other):
 
 @pytest.mark.parametrize("pooling", ["max", "mean", "attention", "none"])
 @pytest.mark.parametrize("kind", ["lstm", "gpt", "fc"])
-def test_streamed_is_windowed_and_padding_is_never_seen(pooling, kind):
-    config, observation = configured(pooling, kind), observe()
+def test_streamed_equals_windowed_and_padding_is_ignored(pooling, kind):
+    config, observation = make_config(pooling, kind), observe()
     params = jax.jit(policy.init, static_argnums=1)(jax.random.key(0), config)
     step = jax.jit(policy.step, static_argnums=1)
     state = policy.init_stream(params, config, B)
     for t in range(T):
-        state, chunk = step(params, config, state, at(observation, t))
-        window = at(observation, slice(max(0, t + 1 - W), t + 1))
-        assert_close(chunk, at(policy.apply(params, config, window), -1))
+        state, chunk = step(params, config, state, select_steps(observation, t))
+        window = select_steps(observation, slice(max(0, t + 1 - W), t + 1))
+        assert_close(chunk, select_steps(policy.apply(params, config, window), -1))
         assert np.isfinite(chunk.arm).all()
 
 
-def test_cached_tokens_carry_their_mask_through_windows():
-    config = configured()
+def test_cached_tokens_keep_their_mask_in_windows():
+    config = make_config()
     params = policy.init(jax.random.key(0), config)
     random = np.random.default_rng(0)
     episodes = [
@@ -156,7 +156,7 @@ def test_cached_tokens_carry_their_mask_through_windows():
 
 
 def test_an_agent_tokenises_with_the_backbone():
-    config = AgentConfig(policy=configured(), instruction_steps=-1)
+    config = AgentConfig(policy=make_config(), instruction_steps=-1)
     random = np.random.default_rng(0)
     sizes = {"action": 7, "proprio": 2}
     stats = {
@@ -164,17 +164,17 @@ def test_an_agent_tokenises_with_the_backbone():
     }
     agent = make_agent(config, stats)
     params = policy.init(jax.random.key(0), config.policy)
-    observation = at(observe(), 0)
+    observation = select_steps(observe(), 0)
     _, action = agent.step(params, agent.init(params, B), observation, np.ones(B, bool))
     assert np.isfinite(action).all()
 
 
-def test_its_own_check_of_instructions_is_used():
+def test_the_backbone_checks_the_instructions():
     with pytest.raises(ValueError, match="at most 6 letters"):
         registry.make_tokenizer(LettersConfig(), ["pick up the block"])
 
 
-def test_an_unknown_backbone_lists_the_known_ones(monkeypatch):
+def test_an_unknown_backbone_is_refused_with_the_known_ones(monkeypatch):
     monkeypatch.delitem(registry.BACKBONES, "letters")
     with pytest.raises(ValueError, match="must be one of perceiver, state, got 'letters'"):
-        policy.init(jax.random.key(0), configured())
+        policy.init(jax.random.key(0), make_config())

@@ -1,4 +1,4 @@
-"""A cell defined outside of the library, added by one line to `CELLS`, obeys the family laws."""
+"""A cell defined outside of the library, added by one line to `CELLS`, obeys the laws of cells."""
 
 from functools import partial
 from typing import NamedTuple
@@ -46,7 +46,7 @@ def init_coupled(key, input_size, hidden_size):
 
 
 def couple_gates(extra_params, carry, projected, recurrent):
-    """An LSTM with input gate 1 − f, and an output gate that sees the cell state."""
+    """An LSTM with input gate 1 − f, and an output gate computed from the cell state."""
     f, g, o = jnp.split(projected + recurrent, 3, axis=-1)
     f = jax.nn.sigmoid(f)
     cell = f * carry.cell + (1 - f) * jnp.tanh(g)
@@ -97,7 +97,7 @@ def gradients(scan, cell, params, projected):
     return jax.jit(jax.grad(loss, (0, 1)))(params, projected)
 
 
-def test_the_hand_written_backward_pass_is_that_of_autodiff(cell, key):
+def test_the_custom_backward_pass_equals_autodiff(cell, key):
     params, projected = cell.init(key, D, H), draw(2, T, B, cell.num_gates * H)
     by_hand, derived = (
         gradients(scan, cell, params, projected) for scan in (bptt.scan, bptt.plain_scan)
@@ -106,7 +106,7 @@ def test_the_hand_written_backward_pass_is_that_of_autodiff(cell, key):
     assert all(derived[0][name].any() for name in cells.extra_params(params))
 
 
-def test_streamed_is_the_whole_sequence_with_resets(cell, key):
+def test_streamed_equals_windowed_with_resets(cell, key):
     config, params, inputs = draw_case(key)
     reset = draw_flags()["reset"].T
     last, outputs = recurrence.apply(params, config, inputs, reset=reset)
@@ -118,7 +118,7 @@ def test_streamed_is_the_whole_sequence_with_resets(cell, key):
 
 
 @pytest.mark.parametrize("fields", [{}, {"bidirectional": True, "remat_chunk": 4}], ids=str)
-def test_padded_is_cut_and_reset_is_separate_episodes(fields, cell, key):
+def test_padding_equals_truncation_and_resets_equal_separate_episodes(fields, cell, key):
     config, params, inputs = draw_case(key, **fields)
     mask = np.tile(np.arange(T) > 1, (B, 1))
     last, outputs = recurrence.apply(params, config, inputs, mask=mask)
@@ -131,7 +131,7 @@ def test_padded_is_cut_and_reset_is_separate_episodes(fields, cell, key):
     assert_close(outputs, jnp.concatenate(halves, axis=1))
 
 
-def test_a_linear_cell_runs_as_an_associative_scan_and_others_are_refused(cell, key):
+def test_only_a_linear_cell_runs_as_an_associative_scan(cell, key):
     if cell.coefficients is None:
         with pytest.raises(ValueError, match="linear in its carry"):
             RecurrenceConfig("new", implementation="associative")
@@ -145,7 +145,7 @@ def test_a_linear_cell_runs_as_an_associative_scan_and_others_are_refused(cell, 
 
 
 @pytest.mark.parametrize("mode", ["refresh", "periodic", "persistent"])
-def test_a_decoder_streams_it_as_it_was_trained(mode, cell, key):
+def test_a_decoder_with_the_cell_streams_as_in_training(mode, cell, key):
     config = DecoderConfig(
         kind="new", token_dim=D, window_size=3, action_horizon=2, hidden_size=H, num_layers=2,
         head_sizes=(8,),

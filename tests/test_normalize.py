@@ -16,7 +16,7 @@ METHODS = ["bounds", "quantiles", "mean_std", "none"]
 
 @pytest.fixture
 def column():
-    """[2, 50, 4]: two ordinary dimensions, a constant, one that moves in a single frame."""
+    """`[2, 50, 4]`: two ordinary dimensions, a constant, one that differs in a single frame."""
     values = np.random.default_rng(0).normal(size=(2, 50, 4)) * [1, 20, 0, 0] + [0, 5, 0.3, 1]
     values[1, 7, 3] = 2
     return values.astype(np.float32)
@@ -27,7 +27,7 @@ def stats(column):
     return normalize.compute(column)
 
 
-def test_statistics_are_those_of_numpy_over_all_leading_axes(column, stats):
+def test_statistics_equal_numpy_over_all_leading_axes(column, stats):
     flat = column.reshape(100, 4).astype(np.float64)
     expected = {
         "mean": flat.mean(0),
@@ -43,15 +43,15 @@ def test_statistics_are_those_of_numpy_over_all_leading_axes(column, stats):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_normalise_then_invert_is_identity_inside_the_bounds(method, column, stats):
+def test_denormalize_inverts_normalize_inside_the_bounds(method, column, stats):
     low, high = (stats.q01, stats.q99) if method == "quantiles" else (stats.min, stats.max)
-    moving = high > low  # a dimension whose quantiles coincide has the bounds min and max
+    moving = high > low  # where the quantiles coincide, the bounds are min and max
     inside = np.where(moving, np.clip(column, low, high), column)
     y = normalize.normalize(inside, stats, method)
     np.testing.assert_allclose(normalize.denormalize(y, stats, method), inside, atol=2e-5)
 
 
-def test_each_method_is_its_equation(column, stats):
+def test_each_method_equals_its_equation(column, stats):
     x, s = column[..., :2], normalize.NormStats(*(v[:2] for v in stats[:6]), count=100)
     np.testing.assert_allclose(
         normalize.normalize(x, s, "bounds"), 2 * (x - s.min) / (s.max - s.min) - 1, atol=1e-5
@@ -64,7 +64,7 @@ def test_each_method_is_its_equation(column, stats):
     np.testing.assert_array_equal(normalize.normalize(x, s, "none"), x)
 
 
-def test_quantiles_are_bounds_q99_of_rlds(column, stats):
+def test_quantiles_equal_bounds_q99_of_rlds(column, stats):
     low, high = np.percentile(column.reshape(-1, 4), [1, 99], axis=0)[:, :2]
     x = column[..., :2]
     y = np.clip(2 * (x - low) / (high - low + 1e-8) - 1, -1, 1)
@@ -78,7 +78,7 @@ def test_quantiles_are_bounds_q99_of_rlds(column, stats):
 
 @pytest.mark.parametrize("method", ["bounds", "quantiles"])
 @pytest.mark.parametrize("high", [0.65, np.array([0.65, 2, 3, 4])])
-def test_given_bounds_clip_and_scale_whatever_the_data(method, high, column):
+def test_fixed_bounds_clip_and_scale_independently_of_the_data(method, high, column):
     fixed = normalize.fixed_bounds(-0.65, high, 4)
     y = normalize.normalize(column, fixed, method)
     middle, half = (high - 0.65) / 2, (high + 0.65) / 2
@@ -87,7 +87,7 @@ def test_given_bounds_clip_and_scale_whatever_the_data(method, high, column):
     np.testing.assert_allclose(normalize.denormalize(y, fixed, method), inside, atol=1e-6)
 
 
-def test_given_bounds_survive_json_and_must_be_in_order():
+def test_fixed_bounds_survive_json_and_must_be_ordered():
     fixed = normalize.fixed_bounds(-1, 2, 3)
     again = normalize.from_json(json.loads(json.dumps(normalize.to_json({"action": fixed}))))
     np.testing.assert_array_equal(again["action"].max, [2, 2, 2])
@@ -98,10 +98,10 @@ def test_given_bounds_survive_json_and_must_be_in_order():
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("mu", [0.0, 10.0, 255.0])
-def test_an_action_there_and_back_is_identity_inside_the_bounds(method, mu, column, stats):
+def test_denormalize_action_inverts_normalize_action_inside_the_bounds(method, mu, column, stats):
     low, high = (stats.q01, stats.q99) if method == "quantiles" else (stats.min, stats.max)
     inside = np.where(high > low, np.clip(column, low, high), column)
-    inside[..., -1] = np.sign(column[..., 0])  # a gripper
+    inside[..., -1] = np.sign(column[..., 0])  # gripper
     config = normalize.NormalizeConfig(action=method, action_mu=mu)
     y = normalize.normalize_action(inside, stats, config)
     np.testing.assert_array_equal(y[..., -1], inside[..., -1])
@@ -109,7 +109,7 @@ def test_an_action_there_and_back_is_identity_inside_the_bounds(method, mu, colu
     np.testing.assert_allclose(back, inside, rtol=1e-5, atol=3e-5)
 
 
-def test_the_mu_law_is_its_equation_and_keeps_signs_and_ends():
+def test_mu_law_equals_its_equation_and_keeps_signs_and_end_points():
     fixed, x = normalize.fixed_bounds(-1, 1, 2), np.linspace(-1, 1, 41, dtype=np.float32)
     action = np.stack([x, x], axis=1)
     config = normalize.NormalizeConfig(action_mu=255.0)
@@ -120,7 +120,7 @@ def test_the_mu_law_is_its_equation_and_keeps_signs_and_ends():
     assert y[[0, 20, 40], 0].tolist() == [-1, 0, 1]
 
 
-def test_a_column_of_actions_is_companded_as_an_agent_expands_it(column, stats):
+def test_an_agent_inverts_the_mu_law_of_training(column, stats):
     config = normalize.NormalizeConfig(action_mu=255.0)
     grips = np.sign(column[..., :1])
     action = np.concatenate([column[..., :3], grips], axis=-1).reshape(100, 4)
@@ -137,20 +137,20 @@ def test_a_negative_mu_is_refused():
 
 
 @pytest.mark.parametrize("method", ["bounds", "quantiles", "mean_std"])
-def test_a_constant_dimension_gives_zero_and_inverts_to_the_constant(method, column, stats):
+def test_a_constant_dimension_becomes_zero_and_is_inverted_to_the_constant(method, column, stats):
     assert not normalize.normalize(column + 7, stats, method)[..., 2].any()
     anything = np.full((3, 4), 0.9, np.float32)
     np.testing.assert_allclose(normalize.denormalize(anything, stats, method)[:, 2], 0.3)
 
 
-def test_a_dimension_whose_quantiles_coincide_uses_its_bounds(column, stats):
+def test_a_dimension_with_coinciding_quantiles_uses_min_and_max(column, stats):
     y = normalize.normalize(column, stats, "quantiles")[..., 3]
     assert y[1, 7] == 1
     assert np.delete(y.ravel(), 57).max() == -1
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_gripper_is_left_alone(method, column, stats):
+def test_the_gripper_is_unchanged(method, column, stats):
     action = column.copy()
     action[..., -1] = np.sign(column[..., 0])
     y = normalize.normalize(action, stats, method, gripper=True)
@@ -160,19 +160,19 @@ def test_the_gripper_is_left_alone(method, column, stats):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_jit_gives_what_numpy_gives(method, column, stats):
-    def there_and_back(x):
+def test_jit_equals_numpy(method, column, stats):
+    def round_trip(x):
         y = normalize.normalize(x, stats, method, gripper=True)
         return y, normalize.denormalize(y, stats, method, gripper=True)
 
     for ours, theirs in zip(
-        there_and_back(column), jax.jit(there_and_back)(jnp.asarray(column)), strict=True
+        round_trip(column), jax.jit(round_trip)(jnp.asarray(column)), strict=True
     ):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
         assert theirs.dtype == jnp.float32
 
 
-def test_the_share_of_clipped_values_is_exact(column, stats):
+def test_the_fraction_of_clipped_values_is_exact(column, stats):
     wide = column.copy()
     wide[0, 0, 0], wide[0, 1, 1] = 1e3, -1e3
     assert normalize.count_clipped(column, stats, "bounds") == 0
@@ -182,7 +182,7 @@ def test_the_share_of_clipped_values_is_exact(column, stats):
 
 
 @pytest.mark.parametrize("method", ["bounds", "none"])
-def test_actions_outside_their_bounds_are_clipped_with_a_counted_warning(method):
+def test_actions_outside_their_bounds_are_clipped_with_a_warning_that_gives_their_share(method):
     action = np.zeros((100, 3), np.float32)
     action[:, 0] = np.linspace(-1, 1, 100)
     stats = normalize.compute(action)
@@ -193,7 +193,7 @@ def test_actions_outside_their_bounds_are_clipped_with_a_counted_warning(method)
     assert y.max() == 1
 
 
-def test_what_quantiles_leave_out_by_definition_is_no_warning():
+def test_clipping_by_quantiles_causes_no_warning():
     values = np.random.default_rng(0).normal(size=(2000, 3)).astype(np.float32)
     config = normalize.NormalizeConfig(proprio="quantiles")
     with warnings.catch_warnings():
@@ -201,7 +201,7 @@ def test_what_quantiles_leave_out_by_definition_is_no_warning():
         normalize.normalize_column("proprio", values, normalize.compute(values), config)
 
 
-def test_statistics_of_a_data_set_cover_its_columns_without_touching_images():
+def test_statistics_of_a_data_set_cover_its_columns_without_reading_images():
     steps = dataset.Episode({"proprio": np.eye(3)}, np.ones((3, 2)), "go")
     data = dataset.from_episodes([steps, steps], fps=10)
     untouchable = {"image_primary": None}
@@ -210,7 +210,7 @@ def test_statistics_of_a_data_set_cover_its_columns_without_touching_images():
     np.testing.assert_allclose(stats["proprio"].mean, np.full(3, 1 / 3), rtol=1e-6)
 
 
-def test_statistics_survive_json_to_the_bit(stats):
+def test_statistics_survive_json_bitwise(stats):
     there = json.loads(json.dumps(normalize.to_json({"action": stats})))
     back = normalize.from_json(there)["action"]
     for before, after in zip(stats, back, strict=True):
@@ -218,7 +218,7 @@ def test_statistics_survive_json_to_the_bit(stats):
     assert back.mean.dtype == np.float32
 
 
-def test_json_with_missing_unknown_or_uneven_statistics_is_refused(stats):
+def test_json_with_missing_unknown_or_inconsistent_statistics_is_refused(stats):
     good = normalize.to_json({"action": stats})["action"]
     for bad in ({**good, "median": [0]}, {k: v for k, v in good.items() if k != "q99"}):
         with pytest.raises(ValueError, match="norm_stats of action must have exactly"):

@@ -1,4 +1,4 @@
-"""The optimiser against AdamW written out in NumPy, and its choices by path."""
+"""The optimiser agrees with AdamW in NumPy; freezing and learning-rate factors by path."""
 
 import dataclasses
 
@@ -51,7 +51,7 @@ def descend(config, grads_list):
 
 
 def descend_by_hand(config, grads_list, *, frozen=()):
-    """The same in NumPy: clip, Adam with bias correction, decay on kernels, schedule."""
+    """The same in NumPy: clipping, Adam with bias correction, weight decay on kernels, schedule."""
     params = flat(make_params())
     trained = [path for path in params if path not in frozen]
     mean = {path: np.zeros_like(params[path]) for path in trained}
@@ -97,14 +97,14 @@ def test_the_schedule_rises_to_the_peak_and_falls_to_the_floor(warmup_steps):
     assert schedule(0) > 0
 
 
-def test_three_updates_are_those_of_clipped_adamw_by_hand():
+def test_three_updates_equal_clipped_adamw_in_numpy():
     config = OptimConfig(learning_rate=0.1, warmup_steps=2, weight_decay=0.3, max_grad_norm=0.5)
     grads = [make_grads(seed) for seed in range(3)]
     assert_close(descend(config, grads), descend_by_hand(config, grads))
 
 
-def test_each_number_of_a_gradient_may_be_cut_before_the_norm_is():
-    """Cut to ±0.3 the gradients are still longer than 0.5, so that the order counts."""
+def test_gradients_are_clipped_by_value_before_they_are_clipped_by_norm():
+    """Gradients clipped to ±0.3 still have a norm above 0.5, so that the order matters."""
     config = OptimConfig(learning_rate=0.1, warmup_steps=2, max_grad_value=0.3, max_grad_norm=0.5)
     grads = [make_grads(seed) for seed in range(3)]
     assert_close(descend(config, grads), descend_by_hand(config, grads))
@@ -112,7 +112,7 @@ def test_each_number_of_a_gradient_may_be_cut_before_the_norm_is():
     assert np.abs(uncut[KERNEL] - descend(config, grads)[KERNEL]).max() > 1e-3
 
 
-def test_frozen_params_stay_and_have_no_state_and_no_part_in_the_clipped_norm():
+def test_frozen_params_are_unchanged_without_optimiser_state_and_outside_the_norm():
     config = OptimConfig(learning_rate=0.1, warmup_steps=2, freeze=("backbone/*",))
     grads = [make_grads(seed) for seed in range(3)]
     assert_close(descend(config, grads), descend_by_hand(config, grads, frozen=[BACKBONE]))
@@ -121,7 +121,7 @@ def test_frozen_params_stay_and_have_no_state_and_no_part_in_the_clipped_norm():
     assert sizes == {(), (3, 2), (2,)}
 
 
-def test_the_last_matching_factor_scales_the_learning_rate_of_its_paths():
+def test_the_last_matching_factor_scales_the_learning_rate():
     factors = (("decoder/*", 0.5), ("*/bias", 0.1))
     config = OptimConfig(learning_rate=0.1, warmup_steps=2, lr_factors=factors)
     plain = OptimConfig(learning_rate=0.1, warmup_steps=2)
@@ -132,7 +132,7 @@ def test_the_last_matching_factor_scales_the_learning_rate_of_its_paths():
         np.testing.assert_allclose(moved[path] - start[path], expected, atol=1e-6)
 
 
-def test_accumulated_updates_are_one_update_with_the_mean_gradient():
+def test_accumulated_updates_equal_one_update_with_the_mean_gradient():
     config = OptimConfig(learning_rate=0.1, warmup_steps=0, accumulation_steps=2)
     plain = OptimConfig(learning_rate=0.1, warmup_steps=0)
     grads = [make_grads(0), make_grads(1)]
@@ -141,14 +141,14 @@ def test_accumulated_updates_are_one_update_with_the_mean_gradient():
     assert_close(descend(config, grads[:1]), flat(make_params()))
 
 
-def test_accumulation_follows_the_schedule_of_updates():
+def test_the_schedule_counts_batches_under_accumulation():
     config = OptimConfig(learning_rate=0.1, warmup_steps=0, end_factor=0.0, accumulation_steps=2)
     grads = [make_grads(0)] * NUM_UPDATES
     before, after = descend(config, grads), descend(config, [*grads, *grads[:2]])
     assert_close(before, after)  # the floor is reached after NUM_UPDATES updates, not twice that
 
 
-def test_no_gradient_goes_through_stopped_params():
+def test_stopped_params_get_no_gradient():
     def total(params):
         stopped = optim.stop_frozen(params, ("backbone/*", "*/bias"))
         return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(stopped))
@@ -161,7 +161,7 @@ def test_no_gradient_goes_through_stopped_params():
 
 
 @pytest.mark.parametrize(("n", "decay_by_hand"), [(0, 0.1), (2, 0.25), (1000, 0.9)])
-def test_the_slow_average_forgets_quickly_at_first(n, decay_by_hand):
+def test_the_ema_decay_is_smaller_at_first(n, decay_by_hand):
     ema, new = {"kernel": jnp.array([1.0, 2.0])}, {"kernel": jnp.array([3.0, -2.0])}
     averaged = optim.update_ema(ema, new, jnp.asarray(n), decay=0.9)
     expected = decay_by_hand * np.array([1.0, 2.0]) + (1 - decay_by_hand) * np.array([3.0, -2.0])
@@ -169,18 +169,18 @@ def test_the_slow_average_forgets_quickly_at_first(n, decay_by_hand):
 
 
 @pytest.mark.parametrize("field", ["freeze", "lr_factors"])
-def test_a_glob_without_a_match_names_the_nearest_path(field):
+def test_a_glob_without_a_match_is_refused_with_the_nearest_path(field):
     value = ("bakbone/*",) if field == "freeze" else (("bakbone/*", 0.1),)
     with pytest.raises(ValueError, match=r"matches 'bakbone/\*'; did you mean 'backbone/\*'"):
         optim.make_optimizer(OptimConfig(**{field: value}), 1000, make_params())
 
 
-def test_a_training_with_all_params_frozen_is_told():
+def test_freezing_all_params_is_refused():
     with pytest.raises(ValueError, match="leaves nothing to train"):
         optim.make_optimizer(OptimConfig(freeze=("*",)), 1000, make_params())
 
 
-def test_a_warm_up_longer_than_the_training_is_told():
+def test_a_warmup_longer_than_the_training_is_refused():
     with pytest.raises(ValueError, match="warmup_steps must be below num_updates = 20, got 30"):
         optim.make_schedule(OptimConfig(warmup_steps=30), NUM_UPDATES)
 
@@ -200,6 +200,6 @@ OUT_OF_RANGE = {
 
 
 @pytest.mark.parametrize(("field", "value"), OUT_OF_RANGE.items(), ids=OUT_OF_RANGE)
-def test_a_value_out_of_its_range_is_told(field, value):
+def test_a_value_out_of_range_is_refused(field, value):
     with pytest.raises(ValueError, match=f"{field} must be .*, got {value}"):
         OptimConfig(**{field: value})

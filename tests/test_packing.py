@@ -36,7 +36,7 @@ def windows():
     return Windows(dataset, config, tokenize=tokenize, norm_stats=stats, tokens=tokens)
 
 
-def test_every_step_is_in_exactly_one_place():
+def test_every_step_occurs_exactly_once():
     ends = np.cumsum(LENGTHS)
     frame, step, mask = pack(ends, W)
     assert sorted(frame[mask]) == list(range(ends[-1]))
@@ -58,7 +58,7 @@ def test_the_chunk_mask_counts_the_real_targets(windows):
     assert not batch.action[~batch.action_mask].any()
 
 
-def test_the_instruction_is_visible_at_the_first_step_of_an_episode_alone(windows):
+def test_the_instruction_is_visible_at_the_first_step_of_each_episode_only(windows):
     packed = Packed(windows)
     batch = packed[np.arange(len(packed))]
     shown = (batch.observation.instruction > 0).any(-1)
@@ -67,7 +67,7 @@ def test_the_instruction_is_visible_at_the_first_step_of_an_episode_alone(window
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lstm", "gpt"])
-def test_an_episode_in_a_packed_row_decodes_as_in_its_own_window(kind, windows, key):
+def test_an_episode_in_a_packed_row_gives_the_outputs_of_its_own_window(kind, windows, key):
     config = DecoderConfig(
         kind=kind, token_dim=4, num_tokens=2, window_size=W, action_horizon=K,
         hidden_size=8, num_layers=1, head_sizes=(8,),
@@ -76,7 +76,7 @@ def test_an_episode_in_a_packed_row_decodes_as_in_its_own_window(kind, windows, 
     packed = Packed(windows)
     rows, alone = packed[np.arange(len(packed))], windows[np.arange(len(windows))]
 
-    def arms(batch, reset):
+    def arm_actions(batch, reset):
         chunk = decoders.apply(
             params,
             config,
@@ -87,13 +87,13 @@ def test_an_episode_in_a_packed_row_decodes_as_in_its_own_window(kind, windows, 
         )
         return np.asarray(chunk.arm)[batch.timestep_mask]
 
-    together, separate = arms(rows, rows.reset), arms(alone, None)
+    together, separate = arm_actions(rows, rows.reset), arm_actions(alone, None)
     order = np.argsort(packed.frame[packed.mask])
     starts = np.concatenate([[0], np.cumsum(LENGTHS)[:-1]])
     index = windows.index
     steps = index[:, 1, None] + np.arange(1 - W, 1)
     frames = (starts[index[:, 0], None] + steps)[alone.timestep_mask]
-    # An episode longer than W is cut at other places by the two, so compare those that fit.
+    # Episodes longer than W are cut at different steps by the two; only the others are compared.
     fits = np.repeat(np.array(LENGTHS) <= W, LENGTHS)
     by_frame = {frame: arm for frame, arm in zip(frames, separate, strict=True)}
     for frame, arm in enumerate(together[order]):

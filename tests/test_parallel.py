@@ -27,7 +27,7 @@ def make_params():
 
 def make_batch(seed):
     draw = np.random.default_rng(seed)
-    mask = draw.random(8) > 0.4  # the devices get unequal shares of real rows
+    mask = draw.random(8) > 0.4  # the devices get different numbers of real rows
     return {"x": draw.normal(size=(8, 3)).astype(np.float32), "mask": mask, "absent": None}
 
 
@@ -40,7 +40,7 @@ def masked_loss(params, batch, key, axis_name=None):
 
 
 def plain_loss(params, batch, key, axis_name=None):
-    """Mean over the rows of this device alone: the average over devices does the rest."""
+    """Mean over the rows of this device; averaging over devices is left to the update."""
     return masked_loss(params, {**batch, "mask": jnp.ones(len(batch["x"]))}, key)
 
 
@@ -55,7 +55,7 @@ def rows_of_this_process(batch):
     return jax.tree.map(lambda rows: rows[first : first + size], batch)
 
 
-def run(num_devices, key, *, loss_fn=masked_loss, optim_config=OPTIM):
+def run_jit(num_devices, key, *, loss_fn=masked_loss, optim_config=OPTIM):
     mesh = parallel.make_mesh(num_devices)
     params = make_params()
     optimizer = optim.make_optimizer(optim_config, 10, params)
@@ -109,7 +109,7 @@ def run_sharded(mesh, rules, key):
 
 
 KERNELS = (("decoder/*/kernel", PartitionSpec("fsdp")),)
-SHARDED = {  # name: (mesh, rules)
+SHARDED = {  # name -> (mesh, rules)
     "one axis": (lambda: jax.make_mesh((4,), ("data",), (AxisType.Auto,)), ()),
     "one axis, sharded": (
         lambda: jax.make_mesh((4,), ("data",), (AxisType.Auto,)),
@@ -125,14 +125,14 @@ SHARDED = {  # name: (mesh, rules)
 
 
 @pytest.mark.parametrize(("make_mesh", "rules"), SHARDED.values(), ids=SHARDED)
-def test_every_sharding_gives_what_one_device_gives(make_mesh, rules, key):
+def test_every_sharding_equals_one_device(make_mesh, rules, key):
     expected = run_sharded(parallel.make_mesh(1), (), key)
     state, losses = run_sharded(make_mesh(), rules, key)
     for one, other in zip(jax.tree.leaves((state, losses)), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
 
 
-def test_the_params_the_average_and_the_optimiser_state_are_sharded_alike(key):
+def test_params_ema_and_optimiser_state_have_the_same_sharding(key):
     state, _ = run_sharded(parallel.make_mesh(4, fsdp_size=2), KERNELS, key)
     leaves = trees.leaves_by_path(state)
     kernels = {path for path in leaves if path.endswith("decoder/0/kernel")}
@@ -142,7 +142,7 @@ def test_the_params_the_average_and_the_optimiser_state_are_sharded_alike(key):
         assert leaf.sharding.spec == expected, path
 
 
-def test_the_first_rule_that_matches_counts():
+def test_the_first_matching_rule_applies():
     tree = {"a": {"kernel": np.zeros((4, 4))}, "b": {"kernel": np.zeros((4, 4)), "scale": 1.0}}
     rules = (("b/*", PartitionSpec(None, "fsdp")), ("*kernel", PartitionSpec("fsdp")))
     shardings = parallel.make_shardings(tree, parallel.make_mesh(4, fsdp_size=2), rules)
@@ -163,7 +163,7 @@ def test_the_first_rule_that_matches_counts():
         (PartitionSpec(None, None, "fsdp"), r"a has 3 entries, but its shape is \[3, 2\]; drop"),
     ],
 )
-def test_a_rule_that_does_not_fit_is_one_sentence(spec, sentence):
+def test_an_invalid_rule_is_refused(spec, sentence):
     mesh = parallel.make_mesh(4, fsdp_size=2)
     with pytest.raises(ValueError, match=sentence):
         parallel.make_shardings({"a": np.zeros((3, 2))}, mesh, (("a", spec),))
@@ -180,19 +180,19 @@ def assert_close(one, other):
 
 
 @pytest.mark.parametrize("loss_fn", [masked_loss, dropout_loss])
-def test_four_devices_give_what_one_device_gives(loss_fn, key):
-    assert_close(run(1, key, loss_fn=loss_fn), run(4, key, loss_fn=loss_fn))
+def test_four_devices_equal_one_device(loss_fn, key):
+    assert_close(run_jit(1, key, loss_fn=loss_fn), run_jit(4, key, loss_fn=loss_fn))
 
 
-def test_accumulation_on_four_devices_gives_what_it_gives_on_one(key):
+def test_accumulation_on_four_devices_equals_accumulation_on_one(key):
     config = OptimConfig(learning_rate=0.01, warmup_steps=2, accumulation_steps=2, ema_decay=0.9)
-    assert_close(run(1, key, optim_config=config), run(4, key, optim_config=config))
+    assert_close(run_jit(1, key, optim_config=config), run_jit(4, key, optim_config=config))
 
 
 @pytest.mark.parametrize("loss_fn", [masked_loss, plain_loss])
 @pytest.mark.parametrize("num_devices", [1, 4])
-def test_pmap_gives_what_jit_gives_for_a_loss_without_randomness(num_devices, loss_fn, key):
-    state, metrics = run(1, key, loss_fn=loss_fn)
+def test_pmap_equals_jit_for_a_loss_without_randomness(num_devices, loss_fn, key):
+    state, metrics = run_jit(1, key, loss_fn=loss_fn)
     expected = (state.params, state.ema_params, metrics["loss"], metrics["grad_norm"])
     assert_close(run_pmap(num_devices, key, loss_fn=loss_fn), expected)
 
@@ -205,7 +205,7 @@ port, process_id, directory = sys.argv[1:]
 jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(process_id))
 import test_parallel
 from vla_jax.training import checkpoint
-state, metrics = test_parallel.run(4, jax.random.key(0), loss_fn=test_parallel.dropout_loss)
+state, metrics = test_parallel.run_jit(4, jax.random.key(0), loss_fn=test_parallel.dropout_loss)
 checkpoints = checkpoint.open_checkpoints(directory)
 checkpoint.save(checkpoints, 3, state, {"loss": float(metrics["loss"])})
 checkpoint.close(checkpoints)
@@ -221,7 +221,7 @@ def free_port():
 
 
 @pytest.mark.slow
-def test_two_processes_give_what_one_process_gives_and_save_it_together(key, tmp_path):
+def test_two_processes_equal_one_process_and_save_one_checkpoint(key, tmp_path):
     args = [sys.executable, "-c", PROCESS, str(free_port())]
     processes = [
         subprocess.Popen(
@@ -235,13 +235,13 @@ def test_two_processes_give_what_one_process_gives_and_save_it_together(key, tmp
     for process in processes:
         _, told = process.communicate(timeout=120)
         assert process.returncode == 0, told
-    state, metrics = run(1, key, loss_fn=dropout_loss)
+    state, metrics = run_jit(1, key, loss_fn=dropout_loss)
     restored, metadata = checkpoint.restore(tmp_path, state)
     assert_close(restored, state)
     np.testing.assert_allclose(metadata["loss"], metrics["loss"], atol=1e-6)
 
 
-def test_a_batch_is_shared_out_by_rows_and_the_state_is_everywhere():
+def test_a_batch_is_sharded_by_rows_and_the_state_is_replicated():
     mesh = parallel.make_mesh(4)
     batch = parallel.shard_batch(make_batch(0), mesh)
     assert [shard.data.shape for shard in batch["x"].addressable_shards] == [(2, 3)] * 4
@@ -260,7 +260,7 @@ def test_the_train_state_is_donated():
     assert state.params["head"]["kernel"].is_deleted()
 
 
-def test_rows_that_cannot_be_shared_out_evenly_are_told():
+def test_a_batch_that_cannot_be_split_evenly_is_refused():
     mesh = parallel.make_mesh(4)
     batch = jax.tree.map(lambda rows: rows[:6], make_batch(0))
     with pytest.raises(ValueError, match="batch size 6 cannot be split evenly over 4 devices"):
@@ -270,6 +270,6 @@ def test_rows_that_cannot_be_shared_out_evenly_are_told():
 
 
 @pytest.mark.parametrize("num_devices", [0, 5])
-def test_a_mesh_of_more_devices_than_there_are_is_told(num_devices):
+def test_a_mesh_of_zero_or_too_many_devices_is_refused(num_devices):
     with pytest.raises(ValueError, match=f"num_devices must be in 1 … 4, got {num_devices}"):
         parallel.make_mesh(num_devices)

@@ -1,4 +1,4 @@
-"""Partially observed environments: the hidden features, and that nothing else changes."""
+"""Partially observed environments hide the documented features and change nothing else."""
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ from vla_jax.rl import actor
 
 T, B = 12, 4
 TABLE = TableChoicesConfig(table=JaxTableConfig(image_size=0, max_steps=5))
-ENVS = {  # environment, visible features, how many of them at the first step only
+ENVS = {  # environment, visible features, number of features visible at the first step only
     "cartpole": (cartpole.make(CartPoleConfig(max_steps=5)), [0, 2], 0),
     "grid": (grid.make(GridConfig(num_obstacles=1, max_steps=5)), [0, 1, 3, 4, 5, 7], 0),
     "table": (discrete_table.make(TABLE), list(range(34)), 4),
@@ -27,7 +27,7 @@ def random(carry, observation, reset, key):
 
 
 def unroll(env):
-    """The same random actions in the same episodes, some of which end."""
+    """Unrolls the same random actions and episodes, some of which end."""
     first = actor.start(env, B, {}, key=jax.random.key(0))
     return actor.unroll(env, random, first, T, key=jax.random.key(1))[1]
 
@@ -51,13 +51,13 @@ def test_velocities_are_hidden_and_the_instruction_is_shown_once_per_episode(nam
     assert full.reset.sum() > B  # new episodes within the rollout
 
 
-def test_the_same_environment_is_returned_each_time_so_that_jit_compiles_once():
+def test_the_same_environment_object_is_returned_so_that_jit_compiles_once():
     env = ENVS["cartpole"][0]
     assert partially_observe(env) is partially_observe(env)
 
 
 @pytest.mark.parametrize("env", [grid.make(GridConfig(observation="pixels")), "twice"])
-def test_an_environment_with_nothing_to_hide_is_refused(env):
+def test_an_environment_without_hidden_features_is_refused(env):
     env = partially_observe(ENVS["table"][0]) if env == "twice" else env
     with pytest.raises(ValueError, match="must name features to hide, got none"):
         partially_observe(env)

@@ -1,4 +1,4 @@
-"""A policy and the references as players."""
+"""A policy and the reference controllers as players."""
 
 import jax
 import numpy as np
@@ -34,7 +34,7 @@ def play(controller, seeds, world=WORLD):
     return sorted(episode.outcome for episode in episodes)
 
 
-def test_fewer_views_than_simulators_compile_nothing_again_and_change_no_action(player, caplog):
+def test_fewer_views_than_simulators_do_not_recompile_or_change_actions(player, caplog):
     seen, start = [view(seed) for seed in range(4)], np.ones(4, bool)
     controller = player.controller
     with jax.log_compiles():
@@ -46,7 +46,7 @@ def test_fewer_views_than_simulators_compile_nothing_again_and_change_no_action(
     assert caplog.text.count("Compiling") == before > 0
 
 
-def test_a_controller_keeps_nothing_between_calls_but_its_state(player):
+def test_a_controller_keeps_no_state_of_its_own(player):
     controller, reset = player.controller, np.ones(1, bool)
     initial = controller.init(1)
     state, first = controller.step(initial, [view(0)], reset)
@@ -65,7 +65,7 @@ def test_a_policy_has_the_same_outcomes_in_a_scan_and_step_by_step(player, monke
     assert list(player.play_env(env, [])) == []
 
 
-def test_latency_is_the_time_of_a_step_after_the_warm_up(player):
+def test_latency_is_the_time_of_a_step_after_the_warmup(player):
     calls = []
 
     def step(state, views, reset):
@@ -77,21 +77,21 @@ def test_latency_is_the_time_of_a_step_after_the_warm_up(player):
     assert 0 < latency.p50 <= latency.p95 < 1000
 
 
-def test_the_expert_does_what_it_is_told_and_the_others_do_not():
+def test_the_expert_follows_the_instruction_and_the_other_references_do_not():
     rates = {}
     for name in ("expert", "expert_ignoring_colour", "random"):
         controller = players.reference_controller(WORLDS["table_jax"].references[name])
         outcomes = play(controller, range(24))
         rates[name] = np.mean([outcome.success for outcome in outcomes])
-        assert play(controller, range(24)) == outcomes  # no chance involved
+        assert play(controller, range(24)) == outcomes  # deterministic
     assert rates["expert"] >= 0.95
     assert 0.05 < rates["expert_ignoring_colour"] < 0.5
     assert rates["random"] <= 0.1
 
 
-def test_the_expert_that_ignores_the_colour_reaches_for_any_as_often():
+def test_the_expert_that_ignores_the_colour_chooses_colours_uniformly():
     colours = [references.random_colour(seed) for seed in range(1_000_000, 1_000_400)]
     assert np.bincount(colours, minlength=4).min() > 70
-    # nor has the colour to do with the instruction, which MuJoCo's table draws from the same seed
+    # independent of the colour in the instruction, which the MuJoCo table draws from the same seed
     asked = [np.random.default_rng(seed).integers(12) % 4 for seed in range(1_000_000, 1_000_400)]
     assert 0.17 < np.mean(np.equal(colours, asked)) < 0.33

@@ -1,4 +1,4 @@
-"""From observations to chunks: a window at once, or a stream, are the same policy."""
+"""From observations to action chunks: streamed = windowed, frozen parts, and outputs."""
 
 import dataclasses
 import functools
@@ -51,7 +51,7 @@ def observe(name, seed=0):
     return Observation(**parts)
 
 
-def at(observation, steps):
+def select_steps(observation, steps):
     return jax.tree.map(lambda part: part[:, steps], observation)
 
 
@@ -75,21 +75,21 @@ def assert_close(one, other):
 @pytest.mark.parametrize(
     ("name", "decoder"), [("perceiver", DECODER), ("state", DECODER), ("state", GPT)]
 )
-def test_streamed_is_windowed_from_observations_on(name, decoder):
+def test_streamed_equals_windowed_from_observations(name, decoder):
     config, observation = policy.connect(BACKBONES[name], decoder), observe(name)
     step = jax.jit(policy.step, static_argnums=1)
     state = policy.init_stream(init(config), config, B)
     for t in range(T):
-        state, chunk = step(init(config), config, state, at(observation, t))
+        state, chunk = step(init(config), config, state, select_steps(observation, t))
         if t >= W - 1:
-            window = apply(init(config), config, at(observation, slice(t + 1 - W, t + 1)))
+            window = apply(init(config), config, select_steps(observation, slice(t + 1 - W, t + 1)))
             assert_close(chunk, jax.tree.map(lambda part: part[:, -1], window))
 
 
 @pytest.mark.slow
 @each
-def test_tokens_that_were_encoded_before_give_the_same_chunks(name):
-    config, observation = CONFIGS[name], at(observe(name), slice(W))
+def test_precomputed_tokens_give_the_same_chunks(name):
+    config, observation = CONFIGS[name], select_steps(observe(name), slice(W))
     tokens = policy.encode(params(name), config, observation)
     assert tokens.tokens.shape == (B, W, config.backbone.num_tokens, 8)
     assert tokens.mask.shape == (B, W, config.backbone.num_tokens)
@@ -100,8 +100,8 @@ def test_tokens_that_were_encoded_before_give_the_same_chunks(name):
 
 
 @each
-def test_outputs_are_tokens_features_and_the_prediction(name):
-    config, observation = CONFIGS[name], at(observe(name), slice(W))
+def test_outputs_are_tokens_features_and_prediction(name):
+    config, observation = CONFIGS[name], select_steps(observe(name), slice(W))
     outputs = policy.outputs(params(name), config, observation)
     assert_close(outputs.tokens, policy.encode(params(name), config, observation))
     assert outputs.features.shape == (B, W, DECODER.hidden_size)
@@ -110,17 +110,17 @@ def test_outputs_are_tokens_features_and_the_prediction(name):
     assert_close(chunk, apply(params(name), config, observation))
 
 
-def test_a_reset_inside_a_window_starts_an_episode_there():
+def test_a_reset_inside_a_window_starts_an_episode():
     config, observation = CONFIGS["state"], observe("state")
     reset = np.zeros((B, T), bool)
     reset[:, 4] = True
     together = apply(params("state"), config, observation, reset=reset)
-    alone = apply(params("state"), config, at(observation, slice(4, T)))
+    alone = apply(params("state"), config, select_steps(observation, slice(4, T)))
     assert_close(jax.tree.map(lambda part: part[:, 4:], together), alone)
 
 
 @each
-def test_connect_makes_the_decoder_fit_the_backbone(name):
+def test_connect_adapts_the_decoder_to_the_backbone(name):
     backbone, config = BACKBONES[name], CONFIGS[name]
     assert config.backbone == backbone
     assert config.decoder.num_tokens == backbone.num_tokens
@@ -128,7 +128,7 @@ def test_connect_makes_the_decoder_fit_the_backbone(name):
     assert config.decoder.hidden_size == DECODER.hidden_size
 
 
-def test_a_decoder_that_does_not_fit_is_refused():
+def test_a_decoder_that_does_not_fit_the_backbone_is_refused():
     with pytest.raises(
         ValueError, match=r"decoder must expect .* \[3, 8\], got .* use policy\.connect"
     ):
@@ -143,8 +143,8 @@ def test_a_decoder_for_any_number_of_tokens_fits_every_backbone_of_its_token_dim
 
 
 @pytest.mark.parametrize("frozen", ["backbone", "decoder"])
-def test_a_frozen_half_stays_as_it_was_to_the_bit_and_the_other_moves(frozen):
-    config, observation = CONFIGS["state"], at(observe("state"), slice(W))
+def test_a_frozen_half_is_bitwise_unchanged_and_the_other_is_trained(frozen):
+    config, observation = CONFIGS["state"], select_steps(observe("state"), slice(W))
     optim_config = optim.OptimConfig(warmup_steps=0, freeze=(f"{frozen}/*",))
     optimizer = optim.make_optimizer(optim_config, 4, params("state"))
 

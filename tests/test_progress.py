@@ -1,4 +1,4 @@
-"""Progress is a bar on a terminal and a few plain lines elsewhere."""
+"""Progress is a bar in a terminal and a few plain lines elsewhere."""
 
 import io
 
@@ -19,7 +19,7 @@ def run_job(console, total, *, chunk=1, start=0):
     ("total", "chunk", "start", "lines"),
     [(200, 1, 0, 10), (4, 1, 0, 4), (200, 100, 0, 2), (200, 1, 100, 5)],
 )
-def test_without_a_terminal_there_are_at_most_ten_plain_lines(total, chunk, start, lines):
+def test_without_a_terminal_at_most_ten_plain_lines_are_printed(total, chunk, start, lines):
     file = io.StringIO()
     run_job(Console(file=file), total, chunk=chunk, start=start)
     printed = file.getvalue().splitlines()
@@ -28,7 +28,7 @@ def test_without_a_terminal_there_are_at_most_ten_plain_lines(total, chunk, star
     assert file.getvalue().replace("\n", "").isprintable()
 
 
-def test_a_line_tells_the_time_left(monkeypatch):
+def test_a_line_gives_the_remaining_time(monkeypatch):
     clock, file = iter([0.0, 10.0]), io.StringIO()
     monkeypatch.setattr("time.monotonic", lambda: next(clock))
     with progress_bar("job", 30, unit="steps", start=10, console=Console(file=file)) as show:
@@ -36,7 +36,7 @@ def test_a_line_tells_the_time_left(monkeypatch):
     assert file.getvalue() == "job 15/30 steps  half of the rest  30 s left\n"
 
 
-def test_on_a_terminal_a_bar_shows_the_last_text():
+def test_in_a_terminal_a_bar_shows_the_last_text():
     file = io.StringIO()
     run_job(Console(file=file, force_terminal=True, width=120), 8)
     for text in ("job", "8/8", "4 successes", "left"):

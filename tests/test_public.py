@@ -19,7 +19,7 @@ SUBPACKAGES = sorted(module.name for module in pkgutil.iter_modules([str(PACKAGE
 
 
 def run(code):
-    """Standard output of `code` in a fresh interpreter."""
+    """Returns the standard output of `code` in a fresh interpreter."""
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -28,7 +28,7 @@ def run(code):
 
 
 def typed_names():
-    """Name -> (module, attribute) as type checkers read them from the TYPE_CHECKING block."""
+    """Returns name -> (module, attribute) from the TYPE_CHECKING block."""
     tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
     block = next(node for node in tree.body if isinstance(node, ast.If))
     return {
@@ -50,7 +50,7 @@ def test_the_import_adds_at_most_300_ms_to_jax():
 
 
 @pytest.mark.parametrize("name", vla_jax.__all__)
-def test_every_public_name_is_what_type_checkers_see(name):
+def test_every_public_name_is_the_object_that_type_checkers_see(name):
     module, attribute = typed_names()[name]
     if module == "vla_jax":
         assert getattr(vla_jax, name) is importlib.import_module(f"vla_jax.{name}")
@@ -59,28 +59,28 @@ def test_every_public_name_is_what_type_checkers_see(name):
     assert name in dir(vla_jax)
 
 
-def test_every_subpackage_is_an_attribute_and_nothing_else_is_typed():
+def test_every_subpackage_is_an_attribute_and_no_other_module_is_typed():
     assert set(SUBPACKAGES) <= set(vla_jax.__all__)
     assert set(typed_names()) == set(vla_jax.__all__)
     assert "True" in run("import vla_jax; print(vla_jax.nn.__name__ == 'vla_jax.nn')")
 
 
-def test_no_public_function_is_hidden_by_a_module_of_its_name():
+def test_no_module_hides_a_public_function_of_its_name():
     modules = {module.name for module in pkgutil.iter_modules([str(PACKAGE)])}
     assert modules & set(vla_jax.__all__) == set(SUBPACKAGES)
 
 
-def test_an_unknown_name_is_an_attribute_error():
+def test_an_unknown_name_raises_attribute_error():
     with pytest.raises(AttributeError, match="has no attribute 'no_such_name'"):
         vla_jax.no_such_name  # noqa: B018
 
 
-def test_the_version_is_that_of_the_distribution():
+def test_the_version_equals_that_of_the_distribution():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["version"] == vla_jax.__version__
     assert f"## {vla_jax.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert f"version: {vla_jax.__version__}" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
-def test_type_checkers_are_told_that_the_package_is_typed():
+def test_the_package_is_marked_as_typed():
     assert (PACKAGE / "py.typed").is_file()
