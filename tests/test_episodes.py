@@ -1,4 +1,4 @@
-"""Noisy episodes in closed loop: streamed = windowed, and nothing counts after the end."""
+"""Closed-loop episodes with noise: streamed = windowed, and steps after the end are masked."""
 
 import dataclasses
 from functools import partial
@@ -50,7 +50,7 @@ def play(agent, params, env, noise):
 
 @pytest.fixture(scope="module")
 def played():
-    """Episodes of the tiny policy, with noise."""
+    """Rollout of the tiny policy, with noise."""
     return jax.jit(partial(play, agent_of(), env=ENV, noise=NoiseConfig(0.5)))(tiny_run.params())
 
 
@@ -86,8 +86,8 @@ def test_the_noise_has_the_configured_scale(played):
 
 
 @pytest.mark.slow
-def test_without_noise_it_acts_as_the_agent(played):
-    """Episodes succeed exactly where they do under the agent itself, from the same layouts."""
+def test_without_noise_it_acts_like_the_agent(played):
+    """An episode succeeds if and only if it does with the agent itself, from the same layout."""
     env = ENV._replace(max_steps=T)
 
     def reward(state, action):
@@ -104,7 +104,7 @@ def test_without_noise_it_acts_as_the_agent(played):
 
 
 @pytest.mark.slow
-def test_nothing_counts_after_the_end(played):
+def test_steps_after_the_end_are_masked_and_their_reward_is_ignored(played):
     assert played.mask.all()  # the episodes of ENV are longer than T
 
     def step(state, action):
@@ -119,7 +119,7 @@ def test_nothing_counts_after_the_end(played):
     np.testing.assert_array_equal(rollout.reward, np.tile([1.0, 1.0, 0.0, 0.0], (B, 1)))
 
 
-def test_an_agent_that_forgets_or_predicts_bins_is_refused():
+def test_an_agent_whose_memory_ends_or_that_predicts_bins_is_refused():
     episodes.check_memory(agent_of(), T)
     episodes.check_memory(dataclasses.replace(agent_of(), mode="persistent"), T + 1)
     episodes.check_memory(agent_of(kind="fc"), T + 1)

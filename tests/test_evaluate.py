@@ -1,4 +1,4 @@
-"""An evaluation plays every seed once, goes on where it stopped, and ends in one clear table."""
+"""An evaluation plays every seed once, resumes after interruptions, and ends with a summary."""
 
 import dataclasses
 import io
@@ -39,7 +39,7 @@ def read(folder, name="refresh-4"):
 
 
 def crashing(monkeypatch, seeds):
-    """Makes worlds that break in the middle of the episodes of `seeds`."""
+    """Makes worlds that raise an error during the episodes of `seeds`."""
 
     class Crashing(JaxTable):
         def reset(self, seed):
@@ -54,9 +54,9 @@ def crashing(monkeypatch, seeds):
     monkeypatch.setattr(module, "make_simulator", Crashing)
 
 
-def test_an_evaluation_leaves_outcomes_videos_and_a_summary(folder):
+def test_an_evaluation_writes_outcomes_videos_and_a_summary(folder):
     summary = quiet(folder)
-    seeds = range(1_000_000, 1_000_005)  # those of demonstrations start at 0
+    seeds = range(1_000_000, 1_000_005)  # demonstrations have seeds from 0
     assert [outcome.seed for outcome in read(folder)] == list(seeds)
     assert summary == results.summarize(read(folder), latency=summary.latency)
     assert summary.latency is not None
@@ -71,7 +71,7 @@ def test_an_evaluation_leaves_outcomes_videos_and_a_summary(folder):
 
 
 @pytest.mark.slow
-def test_a_run_that_was_read_already_is_evaluated_the_same(folder):
+def test_a_run_that_is_already_loaded_is_evaluated_the_same(folder):
     run = runs.load_run(folder)
     quiet(run)
     outcomes = read(folder)
@@ -80,7 +80,7 @@ def test_a_run_that_was_read_already_is_evaluated_the_same(folder):
 
 
 @pytest.mark.slow
-def test_an_interrupted_evaluation_goes_on_to_equal_results(folder, monkeypatch):
+def test_a_resumed_evaluation_has_the_results_of_an_uninterrupted_one(folder, monkeypatch):
     whole = quiet(folder, dataclasses.replace(CONFIG, name="whole"))
     monkeypatch.setattr(module.results, "append_outcome", fail_after(3, results.append_outcome))
     with pytest.raises(KeyboardInterrupt):
@@ -88,7 +88,7 @@ def test_an_interrupted_evaluation_goes_on_to_equal_results(folder, monkeypatch)
     monkeypatch.undo()
     assert len(read(folder)) == 3
     with (folder / "evaluation" / "refresh-4" / "episodes.jsonl").open("a") as file:
-        file.write('{"seed": 1000')  # a kill in mid-line
+        file.write('{"seed": 1000')  # a kill in the middle of a line
     again = quiet(folder)
     assert read(folder) == read(folder, "whole")
     assert again == whole._replace(latency=again.latency)
@@ -107,15 +107,15 @@ def fail_after(count, function):
 
 
 @pytest.mark.slow
-def test_what_was_played_is_not_played_again(folder, monkeypatch):
+def test_finished_episodes_are_not_played_again(folder, monkeypatch):
     first = quiet(folder)
-    crashing(monkeypatch, range(1_000_000, 1_000_005))  # would show if they were
+    crashing(monkeypatch, range(1_000_000, 1_000_005))  # they would be counted as crashed
     assert quiet(folder).total == first.total
     assert quiet(folder, dataclasses.replace(CONFIG, num_episodes=3)).total.episodes == 3
 
 
 @pytest.mark.slow
-def test_other_settings_are_refused_under_the_same_name(folder):
+def test_other_settings_under_the_same_name_are_refused(folder):
     named = dataclasses.replace(CONFIG, name="mine")
     quiet(folder, named)
     other = dataclasses.replace(named, mode="persistent")
@@ -128,7 +128,7 @@ def test_other_settings_are_refused_under_the_same_name(folder):
     assert settings["agent"]["mode"] == "persistent"
 
 
-def test_damaged_settings_are_one_sentence(folder):
+def test_damaged_settings_raise_one_sentence(folder):
     (folder / "evaluation" / "refresh-4").mkdir(parents=True)
     (folder / "evaluation" / "refresh-4" / "settings.json").write_text("{")
     with pytest.raises(ValueError, match=r"settings\.json is not valid JSON"):
@@ -145,12 +145,12 @@ def test_damaged_settings_are_one_sentence(folder):
         ({"world": "table_jax", "step": 10}, "refresh-4-table_jax-10"),
     ],
 )  # fmt: skip
-def test_each_way_of_acting_has_a_folder_of_its_own(folder, options, name):
+def test_each_way_of_acting_has_its_own_folder(folder, options, name):
     quiet(folder, EvaluateConfig(num_episodes=2, num_videos=0, **options))
     assert len(read(folder, name)) == 2
 
 
-def test_crashed_episodes_are_counted_apart_and_the_others_are_played(folder, monkeypatch):
+def test_crashed_episodes_are_counted_separately_and_the_others_are_played(folder, monkeypatch):
     crashing(monkeypatch, {1_000_001})
     reference = dataclasses.replace(CONFIG, reference="expert", num_videos=2)
     summary = quiet(folder, reference)
@@ -159,7 +159,7 @@ def test_crashed_episodes_are_counted_apart_and_the_others_are_played(folder, mo
     assert len(list((folder / "evaluation" / "expert").glob("*.mp4"))) == 1
 
 
-def test_a_world_that_always_crashes_is_one_sentence(folder, monkeypatch):
+def test_a_world_that_always_crashes_raises_one_sentence(folder, monkeypatch):
     crashing(monkeypatch, range(2_000_000))
     with pytest.raises(RuntimeError, match=r"crashed in every episode, .*the cable came off"):
         quiet(folder, dataclasses.replace(CONFIG, reference="expert"))
@@ -174,7 +174,7 @@ def test_a_reference_needs_no_checkpoint(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_world_has_pictures_of_the_size_that_the_policy_looks_at(folder):
+def test_the_world_renders_images_of_the_size_that_the_policy_takes(folder):
     painted = dataclasses.replace(tiny_run.WORLD, image_size=64, step_size=0.02)
     module.configs.save(painted, folder / "world.json")
     quiet(folder, dataclasses.replace(CONFIG, num_videos=0))
@@ -193,7 +193,7 @@ def test_the_world_has_pictures_of_the_size_that_the_policy_looks_at(folder):
         ({"name": "../up"}, r"name must be a folder's, .* got '\.\./up'"),
     ],
 )
-def test_a_config_that_makes_no_sense_is_refused(options, sentence):
+def test_an_inconsistent_config_is_refused(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         EvaluateConfig(**options)
 
@@ -211,26 +211,28 @@ def test_a_config_that_makes_no_sense_is_refused(options, sentence):
         ({"step": 5}, "no step 5"),
     ],
 )
-def test_an_option_that_does_not_fit_the_run_leaves_nothing_behind(folder, options, sentence):
+def test_an_option_that_does_not_fit_the_run_is_refused_and_creates_no_folder(
+    folder, options, sentence
+):
     with pytest.raises((ValueError, FileNotFoundError), match=sentence):
         quiet(folder, EvaluateConfig(**options))
     assert not (folder / "evaluation").exists()
 
 
-def test_a_world_without_the_parts_that_the_policy_needs_is_refused(folder):
+def test_a_world_without_the_inputs_of_the_policy_is_refused(folder):
     module.configs.save(GymnasiumConfig(), folder / "world.json")
     with pytest.raises(ValueError, match="proprio must have 8 numbers as in training, got 3"):
         quiet(folder)
 
 
-def test_a_run_without_a_world_asks_for_one(folder):
+def test_a_run_without_a_world_requires_one_as_an_option(folder):
     (folder / "world.json").unlink()
     with pytest.raises(ValueError, match=r"no world\.json; choose with --world from table_mujoco"):
         quiet(folder)
 
 
 @pytest.mark.slow
-def test_the_command_line_plays_and_shows_the_table_and_the_page(folder, capsys):
+def test_the_command_prints_the_table_and_the_path_of_the_page(folder, capsys):
     main([str(folder), "--num-episodes", "3", "--num-videos", "0", "--mode", "persistent"])
     told = capsys.readouterr()
     assert "mean over tasks" in told.out
@@ -249,7 +251,7 @@ def test_the_command_line_plays_and_shows_the_table_and_the_page(folder, capsys)
         (["{run}", "--windowsize", "3"], "--window-size"),
     ],
 )
-def test_a_mistake_at_the_command_line_is_told_without_a_traceback(folder, capsys, argv, words):
+def test_a_mistake_at_the_command_line_is_reported_without_a_traceback(folder, capsys, argv, words):
     with pytest.raises(SystemExit) as caught:
         main([word.format(run=folder) for word in argv])
     assert caught.value.code == 2
@@ -259,7 +261,7 @@ def test_a_mistake_at_the_command_line_is_told_without_a_traceback(folder, capsy
 
 
 @pytest.mark.slow
-def test_an_interruption_at_the_command_line_says_how_to_go_on(folder, monkeypatch):
+def test_an_interruption_at_the_command_line_says_how_to_resume(folder, monkeypatch):
     monkeypatch.setattr(module.results, "append_outcome", fail_after(0, results.append_outcome))
     with pytest.raises(SystemExit, match="130"):
         main([str(folder), "--num-episodes", "3", "--num-videos", "0"])

@@ -1,4 +1,4 @@
-"""From chunks to actions, against loops over remembered chunks in NumPy."""
+"""Actions from chunks, compared with loops over stored chunks in NumPy."""
 
 import warnings
 
@@ -26,7 +26,7 @@ def draw_chunks(seed=0):
 
 
 def resets(*starts):
-    """`[B, T]`, episodes of the second robot start at these frames."""
+    """`[B, T]`; the second robot starts new episodes at these steps."""
     reset = np.zeros((B, T), bool)
     reset[1, list(starts)] = True
     return reset
@@ -43,34 +43,35 @@ def run(config, chunks, reset=None, step=execution.step):
     return np.stack(actions, axis=1)
 
 
-def by_hand(config, chunks, row, t, start):
-    """Arm and gripper logit of robot `row` at frame `t` of an episode that began at `start`."""
-    said = np.concatenate([chunks.arm[row], chunks.gripper_logit[row][..., None]], axis=-1)
+def action_in_numpy(config, chunks, row, t, start):
+    """Arm and gripper logit of robot `row` at step `t` of an episode that began at `start`."""
+    predicted = np.concatenate([chunks.arm[row], chunks.gripper_logit[row][..., None]], axis=-1)
     age = t - start
     if config.kind == "first":
-        return said[t, 0]
+        return predicted[t, 0]
     if config.kind == "receding_horizon":
-        return said[t - age % config.exec_horizon, age % config.exec_horizon]
-    spoken = [said[t - ahead, ahead] for ahead in range(min(K - 1, age), -1, -1)]  # oldest first
+        return predicted[t - age % config.exec_horizon, age % config.exec_horizon]
+    oldest = min(K - 1, age)
+    candidates = [predicted[t - ahead, ahead] for ahead in range(oldest, -1, -1)]
     return np.average(
-        spoken, axis=0, weights=np.exp(-config.ensemble_decay * np.arange(len(spoken)))
+        candidates, axis=0, weights=np.exp(-config.ensemble_decay * np.arange(len(candidates)))
     )
 
 
 @each_kind
-def test_actions_are_those_by_hand_and_episodes_are_separate(kind):
+def test_actions_equal_those_in_numpy_and_episodes_are_independent(kind):
     config, chunks, starts = CONFIGS[kind], draw_chunks(), (4, 5)
     actions = run(config, chunks, resets(*starts))
     for row in range(B):
         for t in range(T):
             begun = max([0, *(s for s in starts if s <= t and row == 1)])
-            expected = by_hand(config, chunks, row, t, begun)
+            expected = action_in_numpy(config, chunks, row, t, begun)
             np.testing.assert_allclose(actions[row, t, :-1], expected[:-1], atol=1e-6)
             assert actions[row, t, -1] == (1.0 if expected[-1] > 0 else -1.0)
 
 
 @each_kind
-def test_an_action_is_within_its_bounds_and_the_gripper_is_exactly_open_or_closed(kind):
+def test_actions_are_bounded_and_the_gripper_is_either_open_or_closed(kind):
     chunks = jax.tree.map(lambda leaf: 3 * leaf, draw_chunks())
     actions = run(CONFIGS[kind], chunks)
     assert actions.shape == (B, T, A)
@@ -93,19 +94,19 @@ def test_jit_and_a_scan_change_nothing(kind):
     np.testing.assert_allclose(np.swapaxes(actions, 0, 1), expected, atol=1e-6)
 
 
-def test_an_ensemble_without_decay_is_the_plain_mean_and_a_negative_one_favours_new_chunks():
+def test_an_ensemble_without_decay_is_the_mean_and_a_negative_decay_favours_new_chunks():
     chunks = draw_chunks()
-    spoken = np.stack([chunks.arm[:, 4 - ahead, ahead] for ahead in (2, 1, 0)])
+    candidates = np.stack([chunks.arm[:, 4 - ahead, ahead] for ahead in (2, 1, 0)])
     plain, new = (
         run(ExecutionConfig(kind="temporal_ensemble", ensemble_decay=m), chunks)[:, 4, :-1]
         for m in (0.0, -20.0)
     )
-    np.testing.assert_allclose(plain, spoken.mean(axis=0), atol=1e-6)
-    np.testing.assert_allclose(new, spoken[-1], atol=1e-6)
+    np.testing.assert_allclose(plain, candidates.mean(axis=0), atol=1e-6)
+    np.testing.assert_allclose(new, candidates[-1], atol=1e-6)
 
 
-def grip(config, logits, reset=None):
-    """Gripper commands `[T]` of one robot whose logits these are."""
+def gripper_commands(config, logits, reset=None):
+    """Gripper commands `[T]` of one robot with these logits."""
     state, commands = execution.init(config, 1, 1, A), []
     for t, logit in enumerate(logits):
         chunk = ActionChunk(np.zeros((1, 1, A - 1), np.float32), np.full((1, 1), logit, np.float32))
@@ -116,19 +117,19 @@ def grip(config, logits, reset=None):
 
 
 def test_the_gripper_switches_at_its_threshold():
-    assert grip(ExecutionConfig(), [-0.1, 0.1, 0.0, 0.1]) == [-1, 1, -1, 1]
-    assert grip(ExecutionConfig(gripper_threshold=1.0), [0.9, 1.1, 0.9]) == [-1, 1, -1]
+    assert gripper_commands(ExecutionConfig(), [-0.1, 0.1, 0.0, 0.1]) == [-1, 1, -1, 1]
+    assert gripper_commands(ExecutionConfig(gripper_threshold=1.0), [0.9, 1.1, 0.9]) == [-1, 1, -1]
 
 
 def test_hysteresis_holds_the_gripper_inside_the_band():
     config = ExecutionConfig(gripper_threshold=1.0, gripper_hysteresis=0.5)
     logits = [1.1, 0.6, 0.4, 1.4, 1.6, 0.6]
-    assert grip(config, logits) == [1, 1, -1, -1, 1, 1]
+    assert gripper_commands(config, logits) == [1, 1, -1, -1, 1, 1]
 
 
-def test_the_first_action_of_an_episode_has_no_gripper_to_hold():
+def test_the_first_action_of_an_episode_has_no_previous_gripper_state():
     config = ExecutionConfig(gripper_hysteresis=0.5)
-    assert grip(config, [1.0, -0.1, -0.1], [True, False, True]) == [1, 1, -1]
+    assert gripper_commands(config, [1.0, -0.1, -0.1], [True, False, True]) == [1, 1, -1]
 
 
 def as_logits(commands):
@@ -139,58 +140,60 @@ def as_logits(commands):
     ("gripper_steps", "sent"),
     [
         (1, [0, 0, 1, 0, -1, 1, 0, 0, -1]),
-        (2, [0, 0, 1, 1, -1, -1, 0, 0, -1]),  # the wish of step 5 is not heard
-        (3, [0, 0, 1, 1, 1, 1, 1, 1, -1]),  # that of step 4 is not
+        (2, [0, 0, 1, 1, -1, -1, 0, 0, -1]),  # the prediction of step 5 is ignored
+        (3, [0, 0, 1, 1, 1, 1, 1, 1, -1]),  # that of step 4 is ignored
     ],
 )
-def test_a_change_of_the_gripper_is_repeated_and_nothing_else_is_heard(gripper_steps, sent):
+def test_a_change_of_the_gripper_is_repeated_while_other_predictions_are_ignored(
+    gripper_steps, sent
+):
     config = ExecutionConfig(gripper_rule="repeat_change", gripper_steps=gripper_steps)
-    assert grip(config, as_logits([-1, -1, 1, 1, -1, 1, 1, 1, -1])) == sent
+    assert gripper_commands(config, as_logits([-1, -1, 1, 1, -1, 1, 1, 1, -1])) == sent
 
 
 @pytest.mark.parametrize(
     ("gripper_steps", "sent"),
     [(1, [1, -1, 1, 1, 1, -1]), (2, [-1, -1, -1, 1, 1, -1]), (3, [-1, -1, -1, -1, 1, -1])],
 )
-def test_a_late_gripper_opens_after_as_many_wishes_in_a_row_and_closes_at_once(gripper_steps, sent):
+def test_open_late_opens_after_consecutive_predictions_and_closes_at_once(gripper_steps, sent):
     config = ExecutionConfig(gripper_rule="open_late", gripper_steps=gripper_steps)
-    assert grip(config, as_logits([1, -1, 1, 1, 1, -1])) == sent
+    assert gripper_commands(config, as_logits([1, -1, 1, 1, 1, -1])) == sent
 
 
 @pytest.mark.parametrize("rule", ["repeat_change", "open_late"])
-def test_a_reset_forgets_what_the_gripper_was_doing(rule):
+def test_a_reset_clears_the_state_of_the_gripper_rule(rule):
     config = ExecutionConfig(gripper_rule=rule, gripper_steps=3)
     wishes, fresh = as_logits([-1, 1, 1, 1, 1, -1, 1]), as_logits([1, 1, -1, 1])
     reset = [False, False, False, True, False, False, False]
-    assert grip(config, wishes, reset)[3:] == grip(config, fresh)
-    assert grip(config, wishes)[3:] != grip(config, fresh)
+    assert gripper_commands(config, wishes, reset)[3:] == gripper_commands(config, fresh)
+    assert gripper_commands(config, wishes)[3:] != gripper_commands(config, fresh)
 
 
-def test_hysteresis_decides_what_is_wanted_before_the_rule_decides_what_is_sent():
+def test_hysteresis_is_applied_before_the_gripper_rule():
     config = ExecutionConfig(
         gripper_rule="open_late", gripper_steps=2, gripper_hysteresis=0.5, gripper_threshold=1.0
     )
-    assert grip(config, [1.6, 0.6, 0.4, 1.4, 1.6, 1.4]) == [-1, 1, -1, -1, -1, 1]
+    assert gripper_commands(config, [1.6, 0.6, 0.4, 1.4, 1.6, 1.4]) == [-1, 1, -1, -1, -1, 1]
 
 
 @pytest.mark.parametrize("rule", ["repeat_change", "open_late"])
-def test_robots_of_a_batch_grip_alone(rule):
+def test_grippers_of_a_batch_are_independent(rule):
     config = ExecutionConfig(gripper_rule=rule, gripper_steps=2)
     chunks, reset = draw_chunks(3), resets(4, 7)
     together = run(config, chunks, reset, jax.jit(execution.step, static_argnums=0))[..., -1]
     for row in range(B):
         logits = chunks.gripper_logit[row, :, 0].tolist()
-        assert together[row].tolist() == grip(config, logits, reset[row].tolist())
+        assert together[row].tolist() == gripper_commands(config, logits, reset[row].tolist())
 
 
-def test_a_warning_for_a_decoder_with_memory_that_executes_several_actions():
+def test_a_decoder_with_memory_that_executes_several_actions_gives_a_warning():
     config = ExecutionConfig(kind="receding_horizon", exec_horizon=3)
     with pytest.warns(UserWarning, match=r"exec_horizon is 3, but .* memory .* every frame"):
         execution.check_stride(config, has_memory=True)
 
 
 @pytest.mark.parametrize(("exec_horizon", "has_memory"), [(3, False), (1, True)])
-def test_no_warning_where_no_frame_can_be_skipped(exec_horizon, has_memory):
+def test_no_warning_if_no_frame_can_be_skipped(exec_horizon, has_memory):
     config = ExecutionConfig(kind="receding_horizon", exec_horizon=exec_horizon)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -209,18 +212,18 @@ def test_no_warning_where_no_frame_can_be_skipped(exec_horizon, has_memory):
         ({"gripper_steps": 2}, "gripper_steps must be 1 with gripper_rule='as_wanted', got 2"),
     ],
 )
-def test_a_wrong_config_is_one_sentence(fields, sentence):
+def test_a_wrong_config_raises_one_sentence(fields, sentence):
     with pytest.raises(ValueError, match=sentence):
         ExecutionConfig(**fields)
 
 
-def test_more_actions_than_a_chunk_has_cannot_be_executed():
+def test_an_exec_horizon_longer_than_a_chunk_is_refused():
     config = ExecutionConfig(kind="receding_horizon", exec_horizon=4)
     with pytest.raises(ValueError, match="exec_horizon must be at most action_horizon = 3, got 4"):
         execution.init(config, B, K, A)
 
 
-def test_a_chunk_of_another_batch_is_refused_at_the_door():
+def test_a_chunk_of_another_batch_is_refused():
     chunk = ActionChunk(np.zeros((B + 1, K, A - 1)), np.zeros((B + 1, K)))
     with pytest.raises(AssertionError, match="assert_shape"):
         execution.step(ExecutionConfig(), execution.init(ExecutionConfig(), B, K, A), chunk)

@@ -52,7 +52,7 @@ def test_a_folder_replaces_a_folder(tmp_path):
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_the_remains_of_a_killed_program_do_not_disturb(tmp_path):
+def test_leftovers_of_a_killed_program_do_no_harm(tmp_path):
     path = tmp_path / "file.json"
     with files.replacing(path) as part:
         name = part.name
@@ -87,7 +87,7 @@ def test_json_survives_a_round_trip_and_is_readable(tmp_path):
     assert (tmp_path / "file.json").read_text().endswith("\n}\n")
 
 
-def test_what_json_cannot_hold_leaves_the_file_unchanged(tmp_path):
+def test_what_json_cannot_represent_leaves_the_file_unchanged(tmp_path):
     path = tmp_path / "file.json"
     files.write_json(path, {"a": 1})
     with pytest.raises(TypeError, match="not JSON serializable"):
@@ -111,7 +111,7 @@ def test_a_damaged_json_file_is_reported_with_its_name(content, sentence, tmp_pa
     assert str(path) in str(raised.value)
 
 
-def test_a_missing_json_file_is_reported_with_its_content(tmp_path):
+def test_a_missing_json_file_is_reported_with_its_expected_content(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nix\.json is missing: expected numbers as JSON"):
         files.read_json(tmp_path / "nix.json", "numbers")
 
@@ -124,13 +124,13 @@ def test_json_lines_are_written_appended_and_read(tmp_path):
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
 
 
-def test_a_last_line_without_its_line_feed_is_ignored(tmp_path):
+def test_a_last_line_without_a_newline_is_ignored(tmp_path):
     path = tmp_path / "lines.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}')
     assert files.read_json_lines(path) == [{"step": 1}]
 
 
-def test_a_missing_file_of_json_lines_has_no_lines(tmp_path):
+def test_a_missing_json_lines_file_has_no_lines(tmp_path):
     assert files.read_json_lines(tmp_path / "nix.jsonl") == []
 
 

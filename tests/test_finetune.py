@@ -1,4 +1,4 @@
-"""Fine-tuning from reward: it learns, resumes to the bit, and writes a run that acts."""
+"""Fine-tuning from reward: it learns, resumes to the bit, and writes a run whose policy acts."""
 
 import dataclasses
 import json
@@ -52,7 +52,7 @@ def cloned(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tuned(cloned, tmp_path_factory):
-    """Folder of a fine-tuning of the tiny run."""
+    """Folder of a fine-tuned copy of the tiny run."""
     return finetune(config_of(cloned, tmp_path_factory.mktemp("tuned") / "run"))
 
 
@@ -61,7 +61,7 @@ def assert_same(found, expected):
 
 
 @pytest.mark.slow
-def test_the_result_is_a_run_folder_that_acts(cloned, tuned):
+def test_the_result_is_a_run_folder_whose_policy_acts(cloned, tuned):
     before, after = load_run(cloned), load_run(tuned)
     assert (after.agent, after.world, after.step) == (before.agent, before.world, 10 + 4)
     assert_same(after.norm_stats, before.norm_stats)
@@ -74,7 +74,7 @@ def test_the_result_is_a_run_folder_that_acts(cloned, tuned):
             strict=True,
         )
     ]
-    assert min(moved) > 0  # every part of the decoder learns
+    assert min(moved) > 0  # every part of the decoder changes
     summary = evaluate(tuned, EvaluateConfig(num_episodes=6, num_videos=0))
     assert summary.total.episodes == 6
     assert (tuned / "curve.png").stat().st_size > 1000
@@ -91,7 +91,7 @@ def test_both_policies_are_compared_on_the_same_layouts(tuned):
     assert report["env_steps"] == 2 * 4 * 8 * 4  # seeds, updates, environments, steps
 
 
-def test_resumed_is_uninterrupted_to_the_bit(cloned, tuned, tmp_path):
+def test_a_resumed_training_equals_an_uninterrupted_one_to_the_bit(cloned, tuned, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(tuned, copy)
     shutil.rmtree(copy / "checkpoints")
@@ -101,7 +101,7 @@ def test_resumed_is_uninterrupted_to_the_bit(cloned, tuned, tmp_path):
 
 
 def rewarding(env, extra):
-    """Episodes of one step, with a reward for an arm to the right and an open gripper."""
+    """Episodes of one step, with a reward for moving the arm to +x and opening the gripper."""
 
     def step(state, action):
         state, transition = env.step(state, action)
@@ -113,7 +113,7 @@ def rewarding(env, extra):
 
 @pytest.fixture(scope="module")
 def rewards(cloned):
-    """Function from a number added to the reward to the mean rewards of 40 updates."""
+    """Function from an offset of the reward to the mean rewards of 40 updates."""
     config = config_of(cloned, "")
     config = dataclasses.replace(config, seeds=dataclasses.replace(SEEDS, num_worlds=64))
     config = dataclasses.replace(config, loop=dataclasses.replace(config.loop, num_updates=40))
@@ -133,14 +133,14 @@ def rewards(cloned):
     return learn
 
 
-def test_a_policy_learns_what_is_rewarded(rewards):
+def test_a_policy_learns_rewarded_actions(rewards):
     mean_rewards = rewards(0.0)
     assert np.mean(mean_rewards[:3]) < 0.5
     assert np.mean(mean_rewards[-3:]) > 0.8
 
 
 def test_a_reward_of_nan_reaches_the_metrics(rewards):
-    assert np.isnan(rewards(jnp.nan)[0])  # `learn` stops there: tests/test_learning_loop.py
+    assert np.isnan(rewards(jnp.nan)[0])  # `learn` then stops: tests/test_learning_loop.py
 
 
 @pytest.mark.slow
@@ -171,7 +171,7 @@ def test_the_divergence_is_zero_before_the_first_update(cloned):
 
 
 def changed(cloned, tmp_path, name, data):
-    """A copy of a run in which one file is replaced."""
+    """A copy of a run with one file replaced."""
     copy = tmp_path / "copy"
     shutil.copytree(cloned, copy)
     (copy / name).write_text(json.dumps(data))
@@ -203,7 +203,7 @@ def test_a_run_that_cannot_be_fine_tuned_is_refused(cloned, tmp_path):
         ("num_episodes", 0, "num_episodes must be at least 1, got 0"),
     ],
 )
-def test_a_wrong_config_is_one_sentence(field, value, sentence):
+def test_a_wrong_config_raises_one_sentence(field, value, sentence):
     with pytest.raises(ValueError, match=sentence):
         FinetuneConfig(**{field: value})
 

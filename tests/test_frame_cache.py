@@ -1,4 +1,4 @@
-"""Cache of decoded images: bounded in bytes, least recently used first, safe in threads."""
+"""Cache of decoded images: bounded in bytes, least recently used evicted first, thread-safe."""
 
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -9,14 +9,14 @@ from vla_jax.data.frame_cache import FrameCache
 
 
 def piece(num_frames, value=0):
-    return np.full((num_frames, 2, 5, 3), value, np.uint8)  # 30 bytes each frame
+    return np.full((num_frames, 2, 5, 3), value, np.uint8)  # 30 bytes per frame
 
 
-def test_the_least_recently_used_piece_is_removed_first():
+def test_the_least_recently_used_piece_is_evicted_first():
     cache = FrameCache(90)
     for key in "abc":
         cache.put(key, piece(1))
-    assert cache.get("a") is not None  # used again, so "b" is the oldest
+    assert cache.get("a") is not None  # used again, so "b" is the least recently used
     cache.put("d", piece(1))
     assert [key for key in "abcd" if cache.get(key) is not None] == ["a", "c", "d"]
     cache.put("e", piece(2))
@@ -24,7 +24,7 @@ def test_the_least_recently_used_piece_is_removed_first():
     assert cache.num_bytes == 90
 
 
-def test_a_piece_larger_than_the_capacity_is_not_kept_and_removes_nothing():
+def test_a_piece_larger_than_the_capacity_is_not_stored_and_evicts_nothing():
     cache = FrameCache(60)
     cache.put("small", piece(1))
     cache.put("large", piece(3))
@@ -33,7 +33,7 @@ def test_a_piece_larger_than_the_capacity_is_not_kept_and_removes_nothing():
     assert cache.num_bytes == 30
 
 
-def test_a_piece_that_is_put_twice_counts_once():
+def test_a_piece_that_is_stored_twice_counts_once():
     cache = FrameCache(60)
     for value in (1, 2):
         cache.put("a", piece(2, value))
@@ -41,7 +41,7 @@ def test_a_piece_that_is_put_twice_counts_once():
     np.testing.assert_array_equal(cache.get("a"), piece(2, 2))
 
 
-def test_a_pickled_cache_is_empty_and_as_large():
+def test_a_pickled_cache_is_empty_and_has_the_same_capacity():
     cache = FrameCache(60)
     cache.put("a", piece(2))
     copy = pickle.loads(pickle.dumps(cache))

@@ -1,4 +1,4 @@
-"""Law: images decoded on demand equal those of whole-set decoding, whatever the cache holds."""
+"""Images decoded on demand equal those of whole-set decoding, whatever the cache holds."""
 
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +18,7 @@ from vla_jax.data.video_frames import Segment, read_frames
 
 SIZE = (16, 24)
 FRAME_BYTES = 16 * 24 * 3
-NUM_FRAMES = (41, 1, 26)  # of the files
+NUM_FRAMES = (41, 1, 26)  # per file
 VIDEOS = {  # codec, file ending and encoder options
     "groups of 10": ("libx264rgb", "mp4", {"g": "10", "crf": "18"}),
     "one group": ("libx264rgb", "mp4", {"g": "250", "crf": "18"}),
@@ -32,7 +32,7 @@ VIDEOS = {  # codec, file ending and encoder options
 
 
 def make_video(path, num_frames, codec, options):
-    """Writes a bright bar that moves over noise, so that every frame differs from the others."""
+    """Writes a video of a bright bar that moves over noise, so that all frames differ."""
     rng = np.random.default_rng(num_frames)
     noise = rng.integers(0, 100, (*SIZE, 3))
     with av.open(str(path), "w") as container:
@@ -48,7 +48,7 @@ def make_video(path, num_frames, codec, options):
 
 
 def make_segments(folder, video):
-    """Segments in the order of no file, with a gap before and between them."""
+    """Segments in another order than in the files, with gaps before and between them."""
     codec, ending, options = VIDEOS[video]
     paths = [folder / f"{i}.{ending}" for i in range(len(NUM_FRAMES))]
     for path, num_frames in zip(paths, NUM_FRAMES, strict=True):
@@ -72,7 +72,7 @@ def video(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("capacity", [0, 5 * FRAME_BYTES, 25 * FRAME_BYTES, 10**8])
-def test_on_demand_equals_whole_for_random_access(video, capacity):
+def test_images_on_demand_equal_whole_set_decoding_for_random_access(video, capacity):
     segments, whole = video
     cache = FrameCache(capacity)
     frames = FramesOnDemand(segments, cache, image_size=SIZE)
@@ -108,7 +108,7 @@ def h264(tmp_path_factory):
 
 
 def count_decoded(monkeypatch):
-    """Records the numbers of frames that are decoded and kept."""
+    """Records the numbers of decoded and kept frames."""
     counts = []
     decode = video_pieces.VideoPieces.decode
 
@@ -125,7 +125,7 @@ def test_only_missing_pieces_are_decoded(h264, monkeypatch):
     counts = count_decoded(monkeypatch)
     frames = FramesOnDemand(segments, FrameCache(10**8))
     assert counts == []
-    frames[10]  # in the file's frames 20 … 29 or a group that a scene change made shorter
+    frames[10]  # in the file's frames 20 … 29, or a group of pictures shortened by a scene change
     assert sum(counts) <= 10
     decoded = sum(counts)
     frames[10]
@@ -136,7 +136,7 @@ def test_only_missing_pieces_are_decoded(h264, monkeypatch):
     assert sum(counts) == total <= sum(NUM_FRAMES)
 
 
-def test_of_a_piece_larger_than_the_cache_only_the_needed_frames_are_converted(h264, monkeypatch):
+def test_only_the_needed_frames_of_a_piece_larger_than_the_cache_are_converted(h264, monkeypatch):
     segments, whole = h264
     counts = count_decoded(monkeypatch)
     frames = FramesOnDemand(segments, FrameCache(0))
@@ -145,14 +145,14 @@ def test_of_a_piece_larger_than_the_cache_only_the_needed_frames_are_converted(h
     assert counts == [2, 2]
 
 
-def test_a_long_run_of_pieces_is_decoded_in_parts(h264, monkeypatch):
+def test_a_long_sequence_of_pieces_is_decoded_in_parts(h264, monkeypatch):
     monkeypatch.setattr(frames_on_demand, "RUN_PIECES", 2)
     segments, whole = h264
     frames = FramesOnDemand(segments, FrameCache(10**8))
     np.testing.assert_array_equal(frames[:], whole)
 
 
-def test_many_files_are_read_with_few_open(h264, monkeypatch):
+def test_many_files_are_read_with_few_of_them_open(h264, monkeypatch):
     monkeypatch.setattr(video_pieces, "MAX_OPEN", 1)
     segments, whole = h264
     frames = FramesOnDemand(segments, FrameCache(0))
@@ -162,7 +162,7 @@ def test_many_files_are_read_with_few_open(h264, monkeypatch):
     assert len(frames._videos._local.containers) == 1
 
 
-def test_threads_that_share_the_cameras_get_the_same_images(h264):
+def test_threads_that_share_a_reader_get_the_same_images(h264):
     segments, whole = h264
     cache = FrameCache(12 * FRAME_BYTES)
     frames = FramesOnDemand(segments, cache)
@@ -176,7 +176,7 @@ def test_threads_that_share_the_cameras_get_the_same_images(h264):
         list(pool.map(work, range(4)))
 
 
-def test_a_pickled_copy_reads_the_same_and_carries_no_images(h264):
+def test_a_pickled_copy_reads_the_same_and_contains_no_images(h264):
     segments, whole = h264
     cache = FrameCache(10**8)
     cameras = {name: FramesOnDemand(segments, cache) for name in ("image_primary", "image_wrist")}
@@ -188,7 +188,7 @@ def test_a_pickled_copy_reads_the_same_and_carries_no_images(h264):
     assert there["image_primary"]._cache is there["image_wrist"]._cache
 
 
-def test_indices_that_no_array_takes_are_refused(h264):
+def test_invalid_indices_are_refused(h264):
     frames = FramesOnDemand(h264[0], FrameCache(0))
     for index in (len(frames), [0, -len(frames) - 1]):
         with pytest.raises(IndexError, match=f"must be within {len(frames)} frames"):
@@ -198,7 +198,7 @@ def test_indices_that_no_array_takes_are_refused(h264):
     assert frames[[]].shape == (0, *SIZE, 3)
 
 
-def test_missing_damaged_and_short_videos_are_named(tmp_path):
+def test_missing_damaged_and_short_videos_are_reported(tmp_path):
     path = tmp_path / "a.mp4"
     with pytest.raises(FileNotFoundError, match=r"video .*a\.mp4 is missing; copy"):
         FramesOnDemand([Segment(path, 0, 12)], FrameCache(0))
@@ -215,7 +215,7 @@ def test_missing_damaged_and_short_videos_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 32 * 32 * 3 * 11, 2**30])
-def test_a_data_set_read_on_demand_equals_one_decoded_whole(cache_bytes, tmp_path):
+def test_a_data_set_read_on_demand_equals_one_decoded_as_a_whole(cache_bytes, tmp_path):
     root = writer.write(tmp_path / "data", make_episodes(), fps=10)
     on_demand = tiny_lerobot.read(root, decode="on_demand", cache_bytes=cache_bytes)
     assert not (root / ".frames").exists()

@@ -1,4 +1,4 @@
-"""The noisy policy: PyTorch's probabilities, and gradients in the direction of the reward."""
+"""The policy with noise: probabilities as in PyTorch, gradients that increase the reward."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def torch_distributions(mean):
     return Normal(torch.from_numpy(mean.arm), NOISE.arm_std), Bernoulli(logits=logits)
 
 
-def test_probability_and_divergence_equal_torch(key):
+def test_probability_and_divergence_equal_those_of_torch(key):
     mean, other = random_mean(0), random_mean(1)
     action = gaussian.sample(mean, NOISE, key=key)
     arm, gripper = torch_distributions(mean)
@@ -71,8 +71,8 @@ def test_a_certain_gripper_has_a_finite_divergence_and_gradient(logit):
 
 
 @pytest.mark.slow
-def test_what_was_rewarded_becomes_more_probable(key):
-    """Reward for an arm to the right and an open gripper: the gradient increases both."""
+def test_rewarded_actions_become_more_probable(key):
+    """Reward for moving the arm to +x and opening the gripper: the gradient increases both."""
     mean = ActionChunk(jnp.zeros((512, 6)), jnp.zeros(512))
     action = gaussian.sample(mean, NOISE, key=key)
     reward = jnp.asarray((action.arm[:, 0] > 0.1) & action.gripper_open, jnp.float32)
@@ -85,7 +85,7 @@ def test_what_was_rewarded_becomes_more_probable(key):
     grads = jax.tree.map(lambda g: np.asarray(g).sum(axis=0), jax.grad(loss)(mean))
     assert grads.arm[0] < -1
     assert grads.gripper_logit < -0.05
-    assert np.abs(grads.arm[1:]).max() < 0.3 * -grads.arm[0]  # what did not matter
+    assert np.abs(grads.arm[1:]).max() < 0.3 * -grads.arm[0]  # no effect on the reward
 
 
 def test_the_chunk_of_a_noisy_action_is_certain():

@@ -1,4 +1,4 @@
-"""The grid environment: equal to its Python implementation; observations; errors."""
+"""The grid environment: comparison with a Python implementation; observations; errors."""
 
 import dataclasses
 from functools import partial
@@ -69,7 +69,7 @@ def test_an_episode_starts_without_a_hit_or_a_success(config):
     env = grid.make(config)
     state, _ = jax.vmap(env.reset)(jax.random.split(jax.random.key(1), 500))
     assert not jnp.all(state.agent == state.goal, axis=1).any()
-    assert not (state.obstacles[..., 0] == state.agent[:, :1]).any()  # rows
+    assert not (state.obstacles[..., 0] == state.agent[:, :1]).any()  # not in the same row
     for cells in (state.agent, state.goal, state.obstacles):
         assert np.unique(cells).tolist() == list(range(config.size))
     assert np.unique(state.velocities).tolist() == [-config.speed, config.speed]

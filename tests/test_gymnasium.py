@@ -8,7 +8,7 @@ from vla_jax.envs import gymnasium as adapter
 
 
 class Slider(gym.Env):
-    """A bead that is pushed along a wire; it draws itself, and says when it has arrived."""
+    """A bead that is pushed along a wire; it has images, and reports success in `info`."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012
 
@@ -45,7 +45,7 @@ class Slider(gym.Env):
 
 
 class Broken(Slider):
-    """It can't be drawn without a package that is missing."""
+    """An environment whose rendering needs a missing package."""
 
     def render(self):
         raise gym.error.DependencyNotInstalled("pygame is not installed")
@@ -55,7 +55,7 @@ def slider(**options):
     return adapter.make(Slider(), max_steps=5, **options)
 
 
-def test_pendulum_runs_an_episode_to_its_end():
+def test_an_episode_of_pendulum_runs_to_its_end():
     world = adapter.make("Pendulum-v1", instruction="swing up")
     assert (world.instruction, world.task, world.max_steps) == ("swing up", "Pendulum-v1", 200)
     assert world.control_hz == 30
@@ -69,7 +69,7 @@ def test_pendulum_runs_an_episode_to_its_end():
     world.close()
 
 
-def test_pendulum_gives_the_numbers_of_the_bare_environment():
+def test_pendulum_equals_the_environment_without_adapter():
     world, bare = adapter.make("Pendulum-v1"), gym.make("Pendulum-v1")
     start, _ = bare.reset(seed=5)
     np.testing.assert_allclose(world.reset(5)["proprio"], start, rtol=1e-6)
@@ -91,7 +91,7 @@ def test_same_seed_gives_the_same_episode():
     ("action", "sent"),
     [([-1, -1], [0, -1]), ([0, 0], [2, 0]), ([1, 1], [4, 1]), ([9, -9], [4, -1])],
 )
-def test_actions_are_mapped_onto_the_bounds_and_shape_of_the_box(action, sent):
+def test_actions_are_mapped_to_the_bounds_and_the_shape_of_the_box(action, sent):
     env = Slider()
     world = adapter.make(env, max_steps=5)
     world.reset(0)
@@ -107,7 +107,7 @@ def test_dict_observations_are_flattened_in_the_order_of_their_keys():
     np.testing.assert_allclose(step.observation["proprio"][2:], [0, 0, 1])
 
 
-def test_pictures_are_squeezed_into_a_square():
+def test_images_are_resized_to_a_square():
     world = slider(image_size=8)
     image = world.reset(0)["image_primary"]
     assert image.shape == (8, 8, 3)
@@ -116,14 +116,14 @@ def test_pictures_are_squeezed_into_a_square():
     np.testing.assert_array_equal(image[6, 4], [0, 0, 100])
 
 
-def test_people_get_a_picture_of_any_size_or_grey():
+def test_draw_renders_at_any_size_or_grey_without_rendering():
     drawing, blind = slider(), adapter.make(Slider(render_mode=None), max_steps=5)
     drawing.reset(0)
     np.testing.assert_array_equal(drawing.draw(16)[[2, 13], 8], [[200, 0, 0], [0, 0, 100]])
     assert np.all(blind.draw(16) == 128)
 
 
-def test_success_is_what_info_says_or_what_the_caller_says():
+def test_success_comes_from_info_or_a_function_of_the_caller():
     def ever(info, reward):
         return info["seen"] == 7 and reward == 1.5
 
@@ -139,7 +139,7 @@ def test_success_is_what_info_says_or_what_the_caller_says():
     assert not adapter.is_success({}, 1.0)
 
 
-def test_time_runs_out_at_the_lower_limit():
+def test_an_episode_is_truncated_at_the_lower_limit():
     world = slider()
     world.reset(0)
     still = np.array([-1.0, 0.0])
@@ -147,7 +147,7 @@ def test_time_runs_out_at_the_lower_limit():
     assert adapter.make("Pendulum-v1", max_steps=300).max_steps == 200
 
 
-def test_what_the_environment_raises_goes_on_to_the_caller():
+def test_exceptions_of_the_environment_reach_the_caller():
     env = Slider(high=100.0)
     world = adapter.make(env, max_steps=5)
     world.reset(0)
@@ -155,7 +155,7 @@ def test_what_the_environment_raises_goes_on_to_the_caller():
         world.step(np.array([1.0, 0.0]))
 
 
-def test_unknown_id_is_a_sentence_with_the_nearest_one():
+def test_an_unknown_id_raises_one_sentence_with_the_most_similar_one():
     with pytest.raises(ValueError, match=r"'Pendulm-v1' is not registered.*Pendulum"):
         adapter.make("Pendulm-v1")
 
@@ -170,7 +170,7 @@ def test_actions_without_bounds_are_refused():
         adapter.make(Slider(high=np.inf), max_steps=5)
 
 
-def test_observations_without_a_size_are_refused():
+def test_observations_of_unknown_size_are_refused():
     env = Slider()
     env.observation_space = gym.spaces.Sequence(gym.spaces.Discrete(2))
     with pytest.raises(ValueError, match="observation_space of Slider must be of fixed size"):
@@ -178,7 +178,7 @@ def test_observations_without_a_size_are_refused():
 
 
 @pytest.mark.parametrize("max_steps", [None, 0])
-def test_an_endless_environment_needs_max_steps(max_steps):
+def test_an_environment_without_time_limit_needs_max_steps(max_steps):
     with pytest.raises(ValueError, match=f"max_steps of Slider must be >= 1, got {max_steps}"):
         adapter.make(Slider(), max_steps=max_steps)
 
@@ -191,7 +191,7 @@ def test_an_action_of_another_size_or_not_finite_is_refused(action):
         world.step(np.array(action))
 
 
-def test_pictures_that_cannot_be_had_are_refused_at_once():
+def test_images_that_cannot_be_rendered_are_refused_at_construction():
     with pytest.raises(ValueError, match=r"render_mode of Slider must be 'rgb_array'.*got None"):
         adapter.make(Slider(render_mode=None), max_steps=5, image_size=8)
     with pytest.raises(ImportError, match="Broken needs a package to draw with: pygame"):

@@ -1,4 +1,4 @@
-"""The actor of Gymnasium environments equals the actor of JAX environments."""
+"""The actor of Gymnasium environments, compared with the actor of JAX environments."""
 
 import contextlib
 from functools import partial
@@ -85,8 +85,8 @@ def unroll(group, act, num_steps=T):
     return gymnasium_actor.unroll(group, act, first, num_steps, key=jax.random.key(1))
 
 
-def test_its_records_equal_those_of_the_jax_actor_in_cartpole(stack):
-    """For the same states and actions; a new episode begins where Gymnasium's begins."""
+def test_its_rollouts_equal_those_of_the_jax_actor_in_cartpole(stack):
+    """With the same states and actions; new episodes start from Gymnasium's initial states."""
     group = gymnasium_actor.open_envs(DiscreteGymnasiumConfig(max_steps=MAX_STEPS), B, stack)
     _, rollout = unroll(group, at_random)
     observation = np.asarray(rollout.observation)
@@ -120,7 +120,7 @@ def jax_rollout(env):
 
 
 @pytest.mark.parametrize(("length", "late"), [(1, False), (3, False), (2, True)])
-def test_an_end_is_followed_by_a_step_that_only_resets(stack, length, late):
+def test_the_end_of_an_episode_is_followed_by_a_step_that_only_resets(stack, length, late):
     last, rollout = unroll(counters(stack, length=length, late=late), ones, 12)
     place = np.arange(12) % (length + 1)
     np.testing.assert_array_equal(rollout.reset[0], np.arange(13) % (length + 1) == 0)
@@ -136,7 +136,7 @@ def test_an_end_is_followed_by_a_step_that_only_resets(stack, length, late):
     np.testing.assert_array_equal(last.carry, np.full(B, 12))
 
 
-def test_two_rollouts_equal_one_of_both_lengths(stack):
+def test_two_rollouts_equal_one_of_their_total_length(stack):
     """Episodes continue from one rollout to the next."""
     _, whole = unroll(counters(stack, length=4), ones, 9)
     group = counters(stack, length=4)
@@ -150,7 +150,7 @@ def test_two_rollouts_equal_one_of_both_lengths(stack):
     jax.tree.map(np.testing.assert_array_equal, joined, whole._replace(carry=None))
 
 
-def test_a_key_fixes_the_episodes_and_environments_differ(stack):
+def test_a_key_determines_the_episodes_and_environments_differ(stack):
     group = gymnasium_actor.open_envs(DiscreteGymnasiumConfig(), B, stack)
     start = partial(gymnasium_actor.start, group, {})
     one, same, other = (np.asarray(start(key=jax.random.key(s)).observation) for s in (0, 0, 1))
@@ -159,7 +159,7 @@ def test_a_key_fixes_the_episodes_and_environments_differ(stack):
     assert np.abs(one[0] - one[1]).min() > 0
 
 
-def test_play_counts_one_episode_of_each(stack):
+def test_play_counts_one_episode_per_environment(stack):
     group = counters(stack)
     for length, env in enumerate(group.envs, start=1):
         env.unwrapped.length = length

@@ -1,4 +1,4 @@
-"""Learning in Gymnasium environments: learning, checkpoints, errors of an environment."""
+"""Learning in Gymnasium environments: returns, checkpoints, errors of an environment."""
 
 import gymnasium
 import jax
@@ -34,11 +34,11 @@ ALGORITHMS = {"sarsa": (SarsaConfig, deep_sarsa), "reinforce": (ReinforceConfig,
 
 
 class Lever(gymnasium.Env):
-    """The second of two levers is the right one; the episode is over after one step, or two."""
+    """The second of two levers is rewarded; an episode has one or two steps."""
 
     observation_space = gymnasium.spaces.Box(0.0, 1.0, (1,), np.float32)
     action_space = gymnasium.spaces.Discrete(2)
-    fault, calls = None, 0  # type of the fault, and number of steps of all levers
+    fault, calls = None, 0  # type of the injected error, and number of steps of all levers
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -75,14 +75,14 @@ def run(run_dir, algorithm="reinforce", *, seeds=SEEDS, loop=LOOP, env_id="Lever
 
 
 def saved(run_dir, step):
-    """The files of a checkpoint."""
+    """Paths of the files of a checkpoint."""
     folder = run_dir / "checkpoints" / str(step)
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_a_script_learns_which_lever_is_the_right_one(algorithm, tmp_path, capsys):
+def test_a_script_learns_to_choose_the_rewarded_lever(algorithm, tmp_path, capsys):
     config_type, script = ALGORITHMS[algorithm]
     parts = {**PARTS, "loop": LoopConfig(num_updates=60, log_every=20, save_every=60)}
     config = config_type(str(tmp_path / "run"), DiscreteGymnasiumConfig(env_id="Lever-v0"), **parts)
@@ -91,12 +91,12 @@ def test_a_script_learns_which_lever_is_the_right_one(algorithm, tmp_path, capsy
     assert {"config.json", "metrics.jsonl", "curve.png", "report.json"} <= left
     lines = read_metrics(run_dir / "metrics.jsonl")
     assert [line["env_steps"] for line in lines] == [20 * 32, 40 * 32, 60 * 32]
-    assert lines[-1]["return/00"] > 1.2  # 1 or 2 steps, each worth 1
+    assert lines[-1]["return/00"] > 1.2  # 1 or 2 steps with a reward of 1 each
     assert "of 1 seeds" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_a_resumed_training_keeps_its_params_and_starts_new_episodes(tmp_path, capsys):
+def test_a_resumed_training_continues_with_its_params_and_new_episodes(tmp_path, capsys):
     first = run(tmp_path, loop=TWO)
     assert "new episodes" not in capsys.readouterr().out
     same = run(tmp_path, loop=TWO)  # all updates are done already
@@ -109,7 +109,7 @@ def test_a_resumed_training_keeps_its_params_and_starts_new_episodes(tmp_path, c
     )
 
 
-def test_the_same_seed_learns_the_same(tmp_path):
+def test_equal_seeds_give_equal_results(tmp_path):
     one, other = (run(tmp_path / name).params for name in ("one", "other"))
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
@@ -131,23 +131,23 @@ def test_the_same_seed_learns_the_same(tmp_path):
         ),
     ],
 )
-def test_a_faulty_environment_is_reported_and_the_last_checkpoint_is_kept(
+def test_an_error_of_the_environment_is_reported_and_the_last_checkpoint_is_kept(
     fault, error, message, tmp_path, monkeypatch
 ):
     run(tmp_path, loop=TWO)
     before = saved(tmp_path, 2)
     assert before
-    monkeypatch.setattr(Lever, "calls", 70)  # the fault then occurs between two updates
+    monkeypatch.setattr(Lever, "calls", 70)  # the error then occurs between two updates
     monkeypatch.setattr(Lever, "fault", fault)
     with pytest.raises(error, match=message):
         run(tmp_path)
     assert checkpoint.latest_step(tmp_path / "checkpoints") == 2
     assert saved(tmp_path, 2) == before
     monkeypatch.setattr(Lever, "fault", None)
-    assert run(tmp_path).num_updates.tolist() == [4]  # it resumes without the fault
+    assert run(tmp_path).num_updates.tolist() == [4]  # resumes without the error
 
 
-def test_a_fault_before_the_first_checkpoint_is_reported(tmp_path, monkeypatch):
+def test_an_error_before_the_first_checkpoint_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(Lever, "calls", 100)
     monkeypatch.setattr(Lever, "fault", "raises")
     with pytest.raises(RuntimeError, match=r"the lever broke\); .* no checkpoint was saved"):
@@ -162,7 +162,7 @@ def test_a_fault_before_the_first_checkpoint_is_reported(tmp_path, monkeypatch):
         ({"seeds": SeedsConfig()}, "num_seeds must be 1 in a Gymnasium environment, .* got 16"),
     ],
 )
-def test_an_environment_that_does_not_fit_is_refused(wrong, message, tmp_path):
+def test_an_unsupported_environment_is_refused(wrong, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         run(tmp_path, **wrong)
 

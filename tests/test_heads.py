@@ -1,4 +1,4 @@
-"""Heads against NumPy by hand."""
+"""The heads compared with NumPy."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ def features():
     return np.random.default_rng(0).normal(size=(2, 6, H)).astype(np.float32)
 
 
-def mlp_by_hand(params, x):
+def mlp_in_numpy(params, x):
     for layer in range(len(params)):
         x = np.maximum(x, 0) if layer > 0 else x
         x = x @ np.asarray(params[f"layers_{layer}"]["kernel"], np.float64)
@@ -35,11 +35,11 @@ def test_the_arm_is_chunk_major_and_bounded_and_the_gripper_is_a_logit(key):
     config = configured()
     params = continuous_head.init(key, config)
     chunk = continuous_head.apply(params, config, 10 * features())
-    arm = np.tanh(mlp_by_hand(params["arm"], 10 * features()))
+    arm = np.tanh(mlp_in_numpy(params["arm"], 10 * features()))
     assert chunk.arm.shape == (2, 6, K, A - 1)
     np.testing.assert_allclose(chunk.arm[..., 1, 2], arm[..., 1 * (A - 1) + 2], atol=1e-5)
     np.testing.assert_allclose(
-        chunk.gripper_logit, mlp_by_hand(params["gripper"], 10 * features()), atol=1e-5
+        chunk.gripper_logit, mlp_in_numpy(params["gripper"], 10 * features()), atol=1e-5
     )
     assert np.abs(chunk.arm).max() <= 1 < np.abs(chunk.gripper_logit).max()
 
@@ -48,14 +48,16 @@ def test_logits_are_chunk_major_then_by_action_dim_then_by_bin(key):
     config = configured("discrete", num_bins=5)
     params = discrete_head.init(key, config)
     prediction = discrete_head.apply(params, config, features())
-    expected = mlp_by_hand(params["bins"], features()).reshape(2, 6, K, A, 5)
+    expected = mlp_in_numpy(params["bins"], features()).reshape(2, 6, K, A, 5)
     assert isinstance(prediction, BinChunk)
     np.testing.assert_allclose(prediction.logits, expected, atol=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("num_bins", "middle"), [(3, []), (16, [7]), (5, [])])
-def test_the_most_probable_bin_gives_the_arm_and_the_sides_of_0_the_gripper(num_bins, middle):
+def test_the_arm_is_the_most_probable_bin_and_the_gripper_compares_the_bins_below_and_above_0(
+    num_bins, middle
+):
     logits = np.random.default_rng(0).normal(size=(50, K, A, num_bins)).astype(np.float32)
     chunk = heads.actions(BinChunk(logits))
     edges = np.linspace(-1, 1, num_bins)
@@ -67,14 +69,14 @@ def test_the_most_probable_bin_gives_the_arm_and_the_sides_of_0_the_gripper(num_
     np.testing.assert_allclose(chunk.gripper_logit, np.log(is_open / is_closed), atol=1e-5)
 
 
-def test_a_certain_gripper_has_a_finite_logit():
+def test_a_saturated_gripper_has_a_finite_logit():
     logits = np.zeros((2, 1, 2, 16), np.float32)
     logits[0, ..., -1], logits[1, ..., 0] = 1e4, 1e4
     logit = heads.actions(BinChunk(logits)).gripper_logit
     np.testing.assert_allclose(logit[:, 0], [1e4, -1e4], rtol=1e-3)
 
 
-def test_actions_of_numbers_are_the_numbers(key):
+def test_a_continuous_chunk_is_returned_unchanged(key):
     chunk = continuous_head.apply(continuous_head.init(key, configured()), configured(), features())
     assert heads.actions(chunk) is chunk
     assert isinstance(chunk, ActionChunk)

@@ -12,7 +12,7 @@ MODULES = sorted(
     for path in (ROOT / "vla_jax").rglob("*.py")
     if path.stem != "__main__"
 )
-# Third-party packages are imported first: what they change is not this library's doing.
+# Third-party packages are imported first: their side effects are not ours.
 SCRIPT = """
 import ast, importlib, logging, os, pathlib, signal, sys, warnings
 
@@ -78,6 +78,6 @@ def test_no_import_has_a_side_effect():
         ("import warnings; warnings.simplefilter('ignore')", "warnings.filters"),
     ],
 )
-def test_a_planted_side_effect_is_found(line, name, tmp_path):
+def test_an_injected_side_effect_is_found(line, name, tmp_path):
     (tmp_path / "planted.py").write_text(line)
     assert side_effects(tmp_path, ["planted"]) == [f"planted changes {name}"]

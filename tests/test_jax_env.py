@@ -20,7 +20,7 @@ def demonstrations(config=BLIND, num_episodes=512, noise=0.25):
 
 
 def world(instruction, *, tool=(0.0, 0.0, 0.15), yaw=0.0, target_yaw=0.0, target=(0.0, 0.0)):
-    """An upright table with its first block at `target`, the others and the plate far from it."""
+    """A table with upright tool and the first block at `target`, other objects far away."""
     env = jax_env.make(UPRIGHT)
     state, _ = env.reset(jax.random.key(0))
     far = jnp.array([[0.15, 0.15], [0.15, -0.15], [-0.15, 0.15]])
@@ -64,14 +64,14 @@ def test_expert_succeeds_in_98_percent_under_noise(task):
 @pytest.mark.parametrize(
     ("task", "low", "high"), [("touch", 5, 10), ("lift", 9, 18), ("place", 17, 32)]
 )
-def test_episodes_have_the_length_that_they_are_meant_to_have(task, low, high):
+def test_mean_episode_lengths_are_in_the_expected_range(task, low, high):
     env, demos = jax_env.make(BLIND), demonstrations()
     asked = np.array(env.tasks)[np.array(demos.instruction)] == task
     assert low <= np.array(demos.length)[asked].mean() <= high
 
 
 @pytest.mark.slow
-def test_expert_that_does_not_turn_fails_in_most_rotated_layouts():
+def test_an_expert_that_does_not_turn_fails_in_most_rotated_layouts():
     env = jax_env.make(BLIND)
     stiff = env._replace(expert=lambda state: env.expert(state).at[5].set(0))
     demos = collect(stiff, jax.random.key(1), 512)
@@ -84,13 +84,13 @@ def test_expert_that_does_not_turn_fails_in_most_rotated_layouts():
     assert success[~grasps].mean() >= 0.98
 
 
-def test_blocks_and_plate_keep_their_distance():
+def test_blocks_and_the_plate_keep_a_minimum_distance():
     keys = jax.random.split(jax.random.key(3), 2000)
     plate, blocks, _ = layouts(0.5, keys)
     points = np.concatenate([np.array(plate)[:, None], np.array(blocks)], axis=1)
     distance = np.linalg.norm(points[:, :, None] - points[:, None], axis=-1) + np.eye(5)
     assert np.abs(points).max() <= rules.LAYOUT_HALF_SIZE
-    # the best place is taken where none is good: now and then in thousands of layouts
+    # the best of some candidates is taken if none is far enough, rarely in thousands of layouts
     assert (distance[:, 0].min(axis=1) > rules.PLATE_SPACING).mean() > 0.998
     assert (distance[:, 1:, 1:].min(axis=(1, 2)) > rules.LAYOUT_SPACING).mean() > 0.998
 
@@ -106,7 +106,7 @@ def test_rotated_share_is_the_share_of_rotated_layouts(share):
 
 
 @pytest.mark.slow
-def test_same_key_gives_the_same_episode_and_every_instruction_comes_up(key):
+def test_the_same_key_gives_the_same_episode_and_every_instruction_occurs(key):
     env = jax_env.make(BLIND)
     first, again = jax.jit(env.reset)(key), jax.jit(env.reset)(key)
     jax.tree.map(np.testing.assert_array_equal, first, again)
@@ -117,7 +117,7 @@ def test_same_key_gives_the_same_episode_and_every_instruction_comes_up(key):
 
 
 @pytest.mark.slow
-def test_vmap_is_a_loop_and_jit_is_no_jit(key):
+def test_jit_and_vmap_change_nothing(key):
     env = jax_env.make(BLIND)
     actions = jax.random.uniform(key, (3, 7), minval=-1)
     states, _ = jax.jit(jax.vmap(env.reset))(jax.random.split(key, 3))
@@ -146,7 +146,7 @@ def test_observation_is_the_state_in_metres_and_radians():
     assert transition.observation.image_primary is None
 
 
-def test_each_dim_of_the_action_moves_what_it_is_named_for():
+def test_each_action_dimension_moves_the_axis_of_its_name():
     env, state = world("lift the red block")
     _, transition = env.step(state, jnp.array([0.5, -0.5, 1.0, 0.25, -0.25, 0.5, CLOSED]))
     x, y, z, sin, cos, roll, pitch, opening = np.array(transition.observation.proprio)
@@ -155,7 +155,7 @@ def test_each_dim_of_the_action_moves_what_it_is_named_for():
     assert opening < 1
 
 
-def test_actions_are_clipped_and_the_workspace_has_walls():
+def test_actions_are_clipped_and_the_tool_stays_in_the_workspace():
     env, state = world("lift the red block", tool=(0.2, 0.0, 0.24))
     far, step = jnp.full(7, 100.0), jax.jit(env.step)
     once, _ = step(state, far)
@@ -169,7 +169,7 @@ def test_actions_are_clipped_and_the_workspace_has_walls():
 
 
 @pytest.mark.parametrize(("asked", "success"), [("red", True), ("blue", False)])
-def test_first_touch_ends_the_touch_task(asked, success):
+def test_the_first_touch_ends_the_touch_task(asked, success):
     env, state = world(f"touch the {asked} block", tool=(0.0, 0.0, 0.10))
     state, transition = play(env, state, [(STAY, CLOSED), (STAY, CLOSED)])
     assert not transition.terminated
@@ -181,7 +181,7 @@ def test_first_touch_ends_the_touch_task(asked, success):
 
 
 @pytest.mark.parametrize(("asked", "success"), [("red", True), ("green", False)])
-def test_any_block_lifted_ends_the_lift_task(asked, success):
+def test_lifting_any_block_ends_the_lift_task(asked, success):
     env, state = world(f"lift the {asked} block", tool=(0.0, 0.0, 0.02))
     state, transition = play(env, state, [(STAY, CLOSED), (UP, CLOSED)])
     assert not transition.terminated  # 3 cm are not enough
@@ -191,20 +191,20 @@ def test_any_block_lifted_ends_the_lift_task(asked, success):
 
 
 @pytest.mark.parametrize(("asked", "success"), [("red", True), ("yellow", False)])
-def test_any_block_let_go_on_the_plate_ends_the_place_task(asked, success):
+def test_releasing_any_block_on_the_plate_ends_the_place_task(asked, success):
     env, state = world(f"put the {asked} block on the plate", tool=(0.0, 0.0, 0.02))
     state = state._replace(plate=jnp.array([0.0, -0.12]))
     side = (0.0, -0.03, 0.0)
     carry = [(STAY, CLOSED), (UP, CLOSED), *[(side, CLOSED)] * 4, (DOWN, CLOSED)]
     state, transition = play(env, state, carry)
-    assert not transition.terminated  # it stands there, but the fingers hold it
+    assert not transition.terminated  # on the plate, but still held
     np.testing.assert_allclose(state.blocks[0], [0, -0.12, 0.028], atol=1e-5)
     _, transition = play(env, state, [(STAY, OPEN)])
     assert transition.terminated
     assert bool(transition.success) is success
 
 
-def test_block_let_go_beside_the_plate_falls_and_ends_nothing():
+def test_a_block_released_beside_the_plate_falls_and_ends_nothing():
     env, state = world("put the red block on the plate", tool=(0.0, 0.0, 0.02))
     lifted, _ = play(env, state, [(STAY, CLOSED), (UP, CLOSED), (UP, CLOSED)])
     assert float(lifted.blocks[0, 2]) == pytest.approx(0.08)
@@ -213,7 +213,7 @@ def test_block_let_go_beside_the_plate_falls_and_ends_nothing():
     assert not transition.terminated
 
 
-def test_block_let_go_over_another_lies_on_it():
+def test_a_block_released_above_another_one_rests_on_it():
     env, state = world("lift the green block", tool=(0.0, 0.0, 0.02))
     state, _ = play(env, state, [(STAY, CLOSED), (UP, CLOSED), (UP, CLOSED)])
     blocks = state.blocks.at[1, :2].set(0.0)
@@ -241,7 +241,7 @@ def closes_on(**kwargs):
         ({"tool": (0.0, 0.0, 0.05)}, False),
     ],
 )
-def test_fingers_hold_what_lies_between_and_along_them(case, grasps):
+def test_the_fingers_grasp_a_block_between_and_along_them(case, grasps):
     held, opening = closes_on(**({"tool": (0.0, 0.0, 0.018)} | case))
     assert held is grasps
     if held:
@@ -250,20 +250,20 @@ def test_fingers_hold_what_lies_between_and_along_them(case, grasps):
         assert opening == pytest.approx(width / rules.MAX_OPENING)
 
 
-def test_closing_further_turns_the_block_along_the_fingers():
+def test_closing_further_aligns_the_block_with_the_fingers():
     env, state = world("lift the red block", tool=(0.0, 0.0, 0.018), target_yaw=0.4)
     state, _ = play(env, state, [(STAY, CLOSED), (STAY, CLOSED)])
     assert float(state.yaws[0]) == 0
     assert float(state.opening) == pytest.approx(0.035 / rules.MAX_OPENING)
 
 
-def test_tilted_hand_grasps_nothing():
+def test_a_tilted_gripper_grasps_nothing():
     env, state = world("lift the red block", tool=(0.0, 0.0, 0.018))
     state, _ = play(env, state._replace(turns=jnp.array([0.3, 0.0, 0.0])), [(STAY, CLOSED)])
     assert not bool(state.held[0])
 
 
-def test_held_block_turns_and_travels_with_the_hand():
+def test_a_held_block_moves_and_turns_with_the_gripper():
     env, state = world("lift the red block", tool=(0.01, 0.005, 0.018))
     state, _ = play(env, state, [(STAY, CLOSED)])
     state, _ = env.step(state, jnp.array([1.0, 0, 0, 0, 0, 1.0, CLOSED]))
@@ -272,14 +272,14 @@ def test_held_block_turns_and_travels_with_the_hand():
     np.testing.assert_allclose(state.blocks[0, :2], expected, atol=1e-6)
 
 
-def test_fingers_that_come_down_on_a_block_stop_on_its_top():
+def test_fingers_that_descend_on_a_block_stop_at_its_top():
     env, state = world("lift the green block", tool=(0.0, 0.035, 0.10))
     state, _ = play(env, state, [(DOWN, OPEN)] * 4)
     assert float(state.tool[2]) == pytest.approx(0.04 + 0.009)
     np.testing.assert_allclose(state.blocks[0], [0, 0, 0.02], atol=1e-6)
 
 
-def test_block_that_a_finger_runs_into_goes_along_with_it():
+def test_a_finger_pushes_a_block_along():
     env, state = world("lift the green block", tool=(0.0, -0.08, 0.02))
     state, transition = play(env, state, [(STAY, CLOSED), *[((0.0, 0.02, 0.0), CLOSED)] * 4])
     assert float(state.blocks[0, 1]) > 0.01
@@ -288,7 +288,7 @@ def test_block_that_a_finger_runs_into_goes_along_with_it():
 
 
 @pytest.mark.slow
-def test_time_runs_out_at_max_steps_and_only_then():
+def test_episodes_are_truncated_at_max_steps_and_not_earlier():
     env = jax_env.make(SEEING)
     state, _ = env.reset(jax.random.key(0))
     step = jax.jit(env.step)
@@ -300,7 +300,7 @@ def test_time_runs_out_at_max_steps_and_only_then():
 
 
 @pytest.mark.slow
-def test_demonstrations_record_what_the_expert_saw_and_wanted():
+def test_demonstrations_record_observations_and_clean_actions_of_the_expert():
     env, demos = jax_env.make(SEEING), demonstrations(SEEING, 2, 0.25)
     shapes = jax.tree.map(jnp.shape, demos.observation)
     assert shapes.image_primary == shapes.image_wrist == (2, 6, 16, 16, 3)
@@ -317,7 +317,7 @@ def test_demonstrations_record_what_the_expert_saw_and_wanted():
 
 @pytest.fixture(scope="module")
 def picture():
-    """Paints one table: red in the middle, the hand high up behind it."""
+    """Renders one table: a red block in the middle, the gripper high up behind it."""
 
     @functools.partial(jax.jit, static_argnames="size")
     def paint(tool, turns, opening, blocks, size=32):
@@ -343,10 +343,11 @@ def red(image):
     return (r > 2 * g) & (r > 2 * b)
 
 
-def test_block_is_painted_where_the_camera_projects_it(picture):
+def test_a_block_is_drawn_where_the_camera_projects_it(picture):
     image, _ = picture(HIGH, (0.0, 0.0, 0.0), 1.0, BLOCKS)
     rows, columns = np.nonzero(red(image))
-    # pinhole by hand: camera at (0.42, 0, 0.50), looking along (-0.62, 0, -0.785), 38° high
+    # pinhole camera in NumPy: at (0.42, 0, 0.50), looking along (-0.62, 0, -0.785), 38° field of
+    # view
     offset = np.array([0.0, 0.0, 0.02]) - np.array([0.42, 0.0, 0.50])
     forward, up = np.array([-0.62, 0, -0.785]), np.array([-0.785, 0, 0.62])
     focal = 16 / np.tan(np.radians(19))
@@ -355,14 +356,14 @@ def test_block_is_painted_where_the_camera_projects_it(picture):
     assert abs(columns.mean() - 15.5) < 1
 
 
-def test_block_moves_right_in_the_primary_picture_when_it_moves_left_on_the_table(picture):
+def test_a_block_that_moves_left_on_the_table_moves_right_in_the_primary_image(picture):
     moved = [[0.0, 0.05, 0.02], *BLOCKS[1:]]
     before, _ = picture(HIGH, (0.0, 0.0, 0.0), 1.0, BLOCKS)
     after, _ = picture(HIGH, (0.0, 0.0, 0.0), 1.0, moved)
     assert np.nonzero(red(after))[1].mean() > np.nonzero(red(before))[1].mean() + 2
 
 
-def test_wrist_camera_travels_and_turns_with_the_hand(picture):
+def test_the_wrist_camera_moves_and_turns_with_the_gripper(picture):
     def wrist(tool, turns):
         return red(picture(tool, turns, 1.0, BLOCKS)[1])
 
@@ -371,12 +372,12 @@ def test_wrist_camera_travels_and_turns_with_the_hand(picture):
     turned = wrist((0.0, 0.0, 0.12), (0.0, 0.0, 0.5))
     assert above.sum() > 20
     assert abs(np.nonzero(above)[1].mean() - 15.5) < 1
-    assert np.nonzero(left)[1].mean() > 18  # the picture's right is the table's right
+    assert np.nonzero(left)[1].mean() > 18  # right in the image is right on the table
     assert (above != turned).sum() > 10
     assert (above != wrist((0.0, 0.0, 0.12), (0.2, 0.0, 0.0))).sum() > 10
 
 
-def test_near_things_hide_far_ones(picture):
+def test_near_objects_occlude_far_ones(picture):
     seen, _ = picture(HIGH, (0.0, 0.0, 0.0), 1.0, BLOCKS)
     hidden, _ = picture((0.06, 0.0, 0.06), (0.0, 0.0, 1.57), 1.0, BLOCKS)
     assert red(hidden).sum() < 0.5 * red(seen).sum()
@@ -391,12 +392,12 @@ def test_near_things_hide_far_ones(picture):
         ("max_steps", 0, "max_steps must be >= 1, got 0"),
     ],
 )
-def test_config_refuses_what_makes_no_table(field, value, sentence):
+def test_a_wrong_config_is_refused(field, value, sentence):
     with pytest.raises(ValueError, match=sentence):
         jax_env.JaxTableConfig(**{field: value})
 
 
-def test_step_refuses_an_action_of_another_size(key):
+def test_an_action_of_another_size_is_refused(key):
     env = jax_env.make(BLIND)
     state, _ = env.reset(key)
     with pytest.raises(ValueError, match=r"action must be 7 numbers .*got shape \(6,\)"):

@@ -1,4 +1,4 @@
-"""Dense layers, MLPs, dropout, layer normalisation and masked softmax against NumPy and PyTorch."""
+"""Dense layers, MLPs, dropout, layer norm and masked softmax, compared with NumPy and PyTorch."""
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +64,7 @@ def test_dropout_zeroes_inputs_at_the_given_rate_and_keeps_their_mean(key):
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_layer_norm_is_that_of_pytorch(has_bias):
+def test_layer_norm_equals_that_of_pytorch(has_bias):
     inputs, scale, bias = draw(0, 3, 4, H), draw(1, H), draw(2, H)
     bias = bias if has_bias else None
     expected = torch.nn.functional.layer_norm(
@@ -86,7 +86,7 @@ def test_masked_softmax_is_the_softmax_over_the_unmasked_positions():
     assert not weights[:, ~mask[0]].any()
 
 
-def test_masked_softmax_over_nothing_is_zero_with_zero_gradients():
+def test_masked_softmax_without_unmasked_positions_is_zero_with_zero_gradients():
     scores, mask = jnp.asarray(draw(0, 2, 4)), np.array([[True] * 4, [False] * 4])
     gradient, weights = jax.grad(
         lambda s: (jnp.sum(layers.masked_softmax(s, mask) ** 2), layers.masked_softmax(s, mask)),

@@ -1,4 +1,4 @@
-"""The shape of the repository: who may import whom, and how large a file may grow."""
+"""Structure of the repository: directions of imports, size of files."""
 
 import ast
 import graphlib
@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-LAYERS = (  # a file imports only from layers above its own, and within one without a circle
+LAYERS = (  # a file imports only from its own layer and those above, without cycles
     "types", "files", "config", "trees", "command_line",
     "nn", "actions", "envs", "data", "backbones", "policies", "training", "acting", "runs",
     "convert", "evaluation", "rl", "serving",
@@ -26,7 +26,7 @@ def module(path, root=ROOT):
 
 
 def layer(name):
-    """Position of a module's layer in `LAYERS`; scripts lie below all of the library."""
+    """Position of a module's layer in `LAYERS`; scripts are below the library."""
     package, _, rest = name.partition(".")
     return len(LAYERS) if package == "train" else LAYERS.index(rest.partition(".")[0])
 
@@ -41,13 +41,13 @@ def names_of(node):
 
 
 def imported(path):
-    """Every dotted name that the file imports, wherever in the file."""
+    """All dotted names that the file imports, at any depth."""
     for node in ast.walk(ast.parse(path.read_text())):
         yield from names_of(node)
 
 
 def import_graph(root=ROOT):
-    """Module -> the modules of this repository that it imports."""
+    """Maps each module to the modules of this repository that it imports."""
     paths = [path for folder in ("vla_jax", "train") for path in (root / folder).rglob("*.py")]
     graph = {module(path, root): set() for path in paths}
     for path in paths:
@@ -60,9 +60,9 @@ def import_graph(root=ROOT):
 
 
 def upward_imports(graph):
-    """Imports `(from, to)` of a layer below the importing file's own.
+    """Imports `(from, to)` of a layer below that of the file.
 
-    The package `vla_jax` itself is left out: it imports the public functions lazily.
+    The package `vla_jax` itself is omitted: it imports the public functions lazily.
     """
     return [
         (name, other)
@@ -80,12 +80,12 @@ def test_no_file_imports_from_a_layer_below_its_own():
     assert not upward_imports(import_graph())
 
 
-def test_no_import_goes_in_a_circle():
+def test_there_are_no_import_cycles():
     graph = {name: others - {"vla_jax"} for name, others in import_graph().items()}
-    graphlib.TopologicalSorter(graph).prepare()  # raises a CycleError that names the circle
+    graphlib.TopologicalSorter(graph).prepare()  # raises a CycleError that names the cycle
 
 
-def test_a_planted_upward_import_is_found(tmp_path):
+def test_an_injected_upward_import_is_found(tmp_path):
     (tmp_path / "vla_jax/nn").mkdir(parents=True)
     (tmp_path / "vla_jax/policies").mkdir()
     (tmp_path / "vla_jax/nn/cells.py").write_text("from vla_jax.policies import policy\n")
@@ -117,7 +117,7 @@ def test_torch_is_imported_only_in_tests_converters_and_the_benchmarks_peers():
 
 
 @pytest.mark.parametrize("path", [*library(), ROOT / "train/benchmark/baselines.py"], ids=module)
-def test_what_an_extra_brings_is_imported_where_it_is_used(path):
+def test_packages_of_an_extra_are_imported_where_they_are_used(path):
     top = [name for node in ast.parse(path.read_text()).body for name in names_of(node)]
     assert not [name for name in top if name.partition(".")[0] in HEAVY]
 
@@ -131,5 +131,5 @@ def test_no_import_is_relative():
     assert not [module(p) for p in FILES for name in imported(p) if name.startswith(".")]
 
 
-def test_no_file_is_a_drawer_for_everything():
+def test_no_file_has_a_catch_all_name():
     assert not [p for p in FILES if p.stem in ("utils", "util", "helpers", "helper", "common")]

@@ -62,7 +62,7 @@ def whole(request, tmp_path_factory):
 
 
 def interrupted(run_dir, tmp_path):
-    """A copy of the folder as it was after the second of four updates."""
+    """A copy of the folder after the second of four updates."""
     copy = tmp_path / "copy"
     shutil.copytree(run_dir, copy)
     shutil.rmtree(copy / "checkpoints" / "4")
@@ -71,7 +71,7 @@ def interrupted(run_dir, tmp_path):
 
 
 @pytest.mark.slow
-def test_resumed_is_uninterrupted_to_the_bit(whole, tmp_path):
+def test_a_resumed_training_equals_an_uninterrupted_one_to_the_bit(whole, tmp_path):
     name, run_dir, result = whole
     copy = interrupted(run_dir, tmp_path)
     resumed = run(copy, name)
@@ -88,7 +88,7 @@ def test_four_devices_equal_one(whole, tmp_path):
     jax.tree.map(close, sharded.params, result.params)
 
 
-def test_seeds_differ_and_each_has_its_curve(whole, capsys):
+def test_seeds_differ_and_each_has_its_learning_curve(whole, capsys):
     _, run_dir, result = whole
     kernel = result.params["mlp"]["layers_0"]["kernel"]
     assert np.abs(kernel[0] - kernel[1]).max() > 0.01
@@ -130,7 +130,7 @@ def test_a_reward_of_nan_is_reported_and_the_last_checkpoint_is_kept(whole, tmp_
         run(copy, name, learner=broken)
     assert checkpoint.latest_step(copy / "checkpoints") == 2
     assert checkpoint.read_metadata(copy / "checkpoints") == before
-    jax.tree.map(np.testing.assert_array_equal, run(copy, name), result)  # resumes without it
+    jax.tree.map(np.testing.assert_array_equal, run(copy, name), result)  # without the fault
 
 
 def test_environments_that_cannot_be_sharded_are_refused(tmp_path):
@@ -140,7 +140,7 @@ def test_environments_that_cannot_be_sharded_are_refused(tmp_path):
         run(tmp_path, "sarsa", seeds=seeds, loop=loop)
 
 
-def test_a_config_that_does_not_fit_leaves_an_earlier_run_alone(tmp_path):
+def test_a_config_that_does_not_fit_leaves_an_earlier_run_unchanged(tmp_path):
     parts = {**PARTS, "network": NetworkConfig(object_size=3)}
     config = SarsaConfig(run_dir=str(tmp_path), loop=LOOP, overwrite=True, **parts)
     (tmp_path / "config.json").write_text("{}")
@@ -150,7 +150,7 @@ def test_a_config_that_does_not_fit_leaves_an_earlier_run_alone(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_table_learns_a_small_grid_and_worse_with_shared_rows(tmp_path):
+def test_a_table_learns_a_small_grid_and_performs_worse_with_shared_rows(tmp_path):
     deep = SarsaConfig(
         loop=LoopConfig(num_updates=400), seeds=SeedsConfig(num_worlds=32, report_episodes=200)
     )
@@ -210,7 +210,7 @@ def test_throughput_reports_both_and_their_ratio():
         (throughput.THROUGHPUT, ["--num-worlds", "64"]),
     ],
 )
-def test_every_script_reads_its_options(presets, argv):
+def test_every_script_parses_its_options(presets, argv):
     config = command_line(presets, argv, description="")
     assert str(argv[-1]) in repr(config)
 

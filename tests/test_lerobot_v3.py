@@ -31,11 +31,11 @@ def written(tmp_path_factory):
 
 @pytest.fixture
 def root(written, tmp_path):
-    """A copy that a test may damage."""
+    """A copy that a test may modify."""
     return shutil.copytree(written, tmp_path / "data", ignore=shutil.ignore_patterns(".frames"))
 
 
-def test_numbers_come_back_exactly_and_images_within_40_db(written):
+def test_numbers_are_read_exactly_and_images_within_40_db(written):
     data = read(written)
     episodes = list(make_episodes())
     for name in ("proprio", "environment_state", "action"):
@@ -53,7 +53,7 @@ def test_numbers_come_back_exactly_and_images_within_40_db(written):
     assert data.names["environment_state"] == ()
 
 
-def test_norm_stats_never_touch_a_video(root):
+def test_norm_stats_read_no_video(root):
     shutil.rmtree(root / "videos")
     data = read(root, cameras=())
     assert data.frames == {}
@@ -62,7 +62,7 @@ def test_norm_stats_never_touch_a_video(root):
     np.testing.assert_allclose(stats.q99, np.quantile(expected, 0.99, axis=0), rtol=1e-6)
 
 
-def test_only_what_is_asked_for_is_read(written):
+def test_only_requested_fields_are_read(written):
     data = read(written, cameras=("image_wrist",), columns=("proprio",))
     assert set(data.frames) == {"image_wrist"}
     assert set(data.columns) == {"proprio", "action"}
@@ -83,7 +83,7 @@ def test_other_keys_are_mapped_to_our_fields(root):
         read(root, feature_keys=(("image_wrist", "observation.images.hnd"),))
 
 
-def test_the_fingerprint_changes_with_the_content_and_survives_a_copy(written, root):
+def test_the_fingerprint_depends_on_the_content_and_not_on_the_folder(written, root):
     before = read(written).fingerprint
     assert read(root).fingerprint == before
     change_table(
@@ -173,7 +173,7 @@ def test_a_wrong_rate_is_refused(root):
         read(root)
 
 
-def test_counts_that_contradict_each_other_are_refused(root):
+def test_contradictory_counts_are_refused(root):
     change_info(root, total_frames=23)
     with pytest.raises(ValueError, match=r"3 episodes with 23 frames .* got 3 with 22"):
         read(root)
@@ -183,7 +183,7 @@ def test_counts_that_contradict_each_other_are_refused(root):
         read(root)
 
 
-def test_a_number_missing_from_the_action_is_refused(root):
+def test_a_missing_dimension_of_the_action_is_refused(root):
     change_table(
         data_path(root),
         "action",
@@ -193,7 +193,7 @@ def test_a_number_missing_from_the_action_is_refused(root):
         read(root)
 
 
-def test_not_a_number_is_refused_or_skipped(root):
+def test_nan_is_refused_or_skipped(root):
     def spoil(column):
         rows = column.to_pylist()
         rows[8] = [float("nan"), 1.0]
@@ -211,7 +211,7 @@ def test_not_a_number_is_refused_or_skipped(root):
     assert np.abs(data.frames["image_wrist"].astype(int) - expected).mean() < 3
 
 
-def test_a_task_without_words_is_refused(root):
+def test_an_empty_task_is_refused(root):
     change_table(root / "meta/tasks.parquet", "task_index", lambda _: pa.array([0, 7]))
     with pytest.raises(ValueError, match=r"must name every task, got no task_index 1"):
         read(root)
@@ -221,7 +221,7 @@ def test_a_task_without_words_is_refused(root):
         read(root)
 
 
-def test_unknown_fields_and_keys_are_refused_with_the_nearest(root):
+def test_unknown_fields_and_keys_are_refused_with_the_most_similar_one(root):
     with pytest.raises(ValueError, match=r"field must be .*'image_wist', did you mean 'image_w"):
         read(root, cameras=("image_wist",))
     with pytest.raises(ValueError, match=r"'observation\.image\.top', did you mean 'observ"):
@@ -232,7 +232,7 @@ def test_unknown_fields_and_keys_are_refused_with_the_nearest(root):
         read(root, feature_keys=(("proprio", "observation.images.wrist"),))
 
 
-def test_images_kept_in_parquet_are_refused(root):
+def test_images_stored_in_parquet_are_refused(root):
     info = json.loads((root / "meta/info.json").read_text())
     info["features"]["observation.images.wrist"]["dtype"] = "image"
     change_info(root, features=info["features"])
@@ -251,7 +251,7 @@ def test_a_missing_package_is_named_with_its_extra(package, root, tmp_path, monk
     assert not (tmp_path / "new").exists()
 
 
-def test_a_data_set_that_lerobot_wrote_is_read(golden, tmp_path):
+def test_a_data_set_written_by_lerobot_is_read(golden, tmp_path):
     """Golden files of lerobot 0.4.4: `LeRobotDataset.create`, `add_frame`, `save_episode`."""
     data = read(
         golden / "lerobot_0_4_4",

@@ -22,11 +22,11 @@ def written(tmp_path_factory):
 
 @pytest.fixture
 def root(written, tmp_path):
-    """A copy that a test may damage."""
+    """A copy that a test may modify."""
     return shutil.copytree(written, tmp_path / "data", ignore=shutil.ignore_patterns(".frames"))
 
 
-def test_the_folder_is_laid_out_as_lerobot_has_it(written):
+def test_the_folder_has_the_layout_of_lerobot(written):
     files = {p.relative_to(written).as_posix() for p in written.rglob("*") if p.is_file()}
     assert {path for path in files if not path.startswith(".frames")} == {
         "meta/info.json",
@@ -64,7 +64,7 @@ def test_the_folder_is_laid_out_as_lerobot_has_it(written):
         assert features[key] == {**times, "dtype": "int64"}
 
 
-def test_frames_are_numbered_as_lerobot_has_them(written):
+def test_frames_are_numbered_as_in_lerobot(written):
     table = pq.read_table(data_path(written))
     assert table.schema.field("action").type == pa.list_(pa.float32(), 2)
     assert table.schema.field("observation.environment_state").type == pa.float32()
@@ -78,7 +78,7 @@ def test_frames_are_numbered_as_lerobot_has_them(written):
     assert pq.ParquetFile(data_path(written)).num_row_groups == 3
 
 
-def test_episodes_say_where_their_frames_lie(written):
+def test_episodes_contain_the_positions_of_their_frames(written):
     rows = pq.read_table(written / "meta/episodes/chunk-000/file-000.parquet").to_pylist()
     assert [row["tasks"] for row in rows] == [[task] for task in TASKS]
     assert [row["length"] for row in rows] == list(LENGTHS)
@@ -98,7 +98,7 @@ def test_every_frame_is_found_at_its_timestamp(written):
     path = written / "videos/observation.images.primary/chunk-000/file-000.mp4"
     with av.open(str(path)) as container:
         times = [frame.time for frame in container.decode(video=0)]
-    np.testing.assert_allclose(times, np.arange(22) / 10, atol=1e-4)  # lerobot's tolerance
+    np.testing.assert_allclose(times, np.arange(22) / 10, atol=1e-4)  # tolerance of lerobot
 
 
 def test_the_task_is_the_index_of_a_pandas_frame(written):
@@ -120,7 +120,7 @@ def test_pandas_restores_the_index_of_tasks(written):
     assert list(tasks.columns) == ["task_index"]
 
 
-def test_statistics_are_those_of_numpy(written):
+def test_statistics_equal_those_of_numpy(written):
     stats = json.loads((written / "meta/stats.json").read_text())
     episodes = list(make_episodes())
     action = np.concatenate([episode.action for episode in episodes]).astype(np.float64)
@@ -142,7 +142,7 @@ def test_statistics_are_those_of_numpy(written):
     assert camera["count"] == [7 + 3 + 8]
 
 
-def test_large_files_are_split_and_read_back_in_order(tmp_path, monkeypatch, written):
+def test_large_files_are_split_and_read_in_order(tmp_path, monkeypatch, written):
     monkeypatch.setattr(shards, "DATA_MB", -1)
     monkeypatch.setattr(shards, "VIDEO_MB", -1)
     monkeypatch.setattr(shards, "CHUNK_FILES", 2)
@@ -157,7 +157,7 @@ def test_large_files_are_split_and_read_back_in_order(tmp_path, monkeypatch, wri
         assert np.abs(difference).mean() < 2
 
 
-def test_an_interrupted_recording_is_no_data_set_and_is_named(tmp_path):
+def test_an_interrupted_recording_is_reported_as_incomplete(tmp_path):
     def interrupted():
         yield from list(make_episodes())[:2]
         raise KeyboardInterrupt
@@ -170,7 +170,7 @@ def test_an_interrupted_recording_is_no_data_set_and_is_named(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
-def test_the_writer_keeps_what_is_there_unless_told(root):
+def test_the_writer_overwrites_a_data_set_only_on_request(root):
     with pytest.raises(FileExistsError, match="data exists; choose another folder or overwrite"):
         writer.write(root, make_episodes(), fps=10)
     writer.write(root, list(make_episodes())[:1], fps=10, overwrite=True)
@@ -178,7 +178,7 @@ def test_the_writer_keeps_what_is_there_unless_told(root):
     assert [path.name for path in root.parent.iterdir()] == ["data"]
 
 
-def test_the_writer_refuses_what_no_data_set_can_hold(tmp_path):
+def test_the_writer_refuses_invalid_data(tmp_path):
     with pytest.raises(ValueError, match="at least one episode, got none"):
         writer.write(tmp_path / "data", [], fps=10)
     episodes = list(make_episodes())
@@ -208,7 +208,7 @@ except OSError as error:
 """
 
 
-def test_a_full_disk_is_one_sentence_and_the_old_data_set_is_kept(root):
+def test_a_full_disk_raises_one_sentence_and_the_old_data_set_is_kept(root):
     command = [sys.executable, "-c", FULL_DISK, str(root)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
@@ -217,7 +217,7 @@ def test_a_full_disk_is_one_sentence_and_the_old_data_set_is_kept(root):
     assert read(root).instructions == TASKS
 
 
-def test_an_error_of_the_recorder_is_not_taken_for_a_full_disk(tmp_path):
+def test_an_error_of_the_recorder_is_not_reported_as_a_full_disk(tmp_path):
     def recorder():
         yield next(make_episodes())
         raise ConnectionResetError("the robot went away")

@@ -1,4 +1,4 @@
-"""The Flax modules are the pure functions, with the same params; Flax's loops and NNX take them."""
+"""The Flax modules equal the pure functions with the same params, also in Flax's loops and NNX."""
 
 import flax.errors
 import flax.linen as nn
@@ -40,20 +40,20 @@ def assert_close(one, other, atol=1e-6):
 
 
 def assert_same_tree(one, other):
-    """The same paths, shapes and dtypes, in plain dicts."""
+    """Checks that two trees have the same paths, shapes and dtypes, in plain dicts."""
     shapes = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (one, other)]
     assert shapes[0] == shapes[1]
 
 
 def assert_all_differ(params):
-    """No two leaves of one shape were drawn alike; those of zeros or ones were not drawn."""
+    """Checks that any two leaves of one shape differ, except constant zeros and ones."""
     leaves = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params) if np.ptp(leaf)]
     assert len(set(leaves)) == len(leaves)
 
 
 @pytest.mark.sampled
 @each_cell
-def test_a_cell_under_flaxs_loop_is_the_recurrence(cell, key):
+def test_a_cell_in_flaxs_loop_equals_the_recurrence(cell, key):
     inputs, run = draw(0, B, T, D), nn.RNN(linen.Cell(cell, H), return_carry=True)
     params = run.init(key, inputs)["params"]
     assert_same_tree(params["cell"], cells.CELLS[cell].init(key, D, H))
@@ -100,7 +100,7 @@ def test_a_cell_in_bfloat16_keeps_params_carries_and_outputs_in_float32(key):
     ],
     ids=["cell", "recurrence", "decoder"],
 )
-def test_params_are_drawn_from_the_key(module, shape):
+def test_params_depend_on_the_key(module, shape):
     init = jax.jit(lambda number: module.init(jax.random.key(number), jnp.zeros(shape)))
     one, same, other = init(0), init(0), init(1)
     assert_close(one, same, atol=0)
@@ -116,14 +116,14 @@ def test_params_are_drawn_from_the_key(module, shape):
         (("lstm", H, "float16"), "unknown dtype 'float16'"),
     ],
 )
-def test_a_wrong_cell_is_one_sentence(arguments, sentence):
+def test_a_wrong_cell_raises_one_sentence(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         linen.Cell(*arguments)
 
 
 @pytest.mark.sampled
 @each_cell
-def test_the_recurrence_is_the_pure_one(cell, key):
+def test_the_recurrence_equals_the_pure_function(cell, key):
     config = RecurrenceConfig(cell, num_layers=2, hidden_size=H, bidirectional=True)
     module, inputs, reset = linen.Recurrence(config), draw(0, B, T, D), np.zeros((B, T), bool)
     reset[:, 3] = True
@@ -148,7 +148,7 @@ def test_the_recurrence_steps(cell, key):
 
 @pytest.mark.sampled
 @each_decoder
-def test_the_decoder_is_the_pure_one(config, key):
+def test_the_decoder_equals_the_pure_function(config, key):
     module, tokens = linen.Decoder(config), draw(0, B, T, N, D)
     params = module.init(key, tokens)["params"]
     assert_same_tree(params, decoders.init(key, config))
@@ -160,7 +160,7 @@ def test_the_decoder_is_the_pure_one(config, key):
     assert_close(chunk, decoders.apply(params, config, tokens, **given))
 
 
-def test_the_decoder_takes_targets_as_the_pure_one_does(key):
+def test_the_decoder_takes_targets_like_the_pure_function(key):
     config, tokens = DECODERS["encoder-decoder"], draw(0, B, T, N, D)
     targets = TeacherForcing(np.tanh(draw(1, B, T, 2, 7)), np.ones((B, T, 2), bool))
     params = decoders.init(key, config)
@@ -193,7 +193,7 @@ def test_the_decoder_streams(config, key):
     ],
     ids=["recurrence", "decoder"],
 )
-def test_dropout_takes_an_rng_and_only_when_it_is_asked_for(module, inputs, key):
+def test_dropout_uses_an_rng_and_is_off_by_default(module, inputs, key):
     inputs = draw(0, *inputs)
     variables = module.init(key, inputs)
 
@@ -219,7 +219,7 @@ def test_params_of_another_size_are_refused_by_flax(key):
 
 
 class Policy(nn.Module):
-    """A model of somebody else, with our decoder in it."""
+    """A user's model that contains our decoder."""
 
     config: DecoderConfig
 
@@ -229,7 +229,7 @@ class Policy(nn.Module):
         return linen.Decoder(self.config, name="decoder")(tokens)
 
 
-def test_the_decoder_trains_inside_a_model_of_modules(key):
+def test_the_decoder_is_trained_inside_a_flax_model(key):
     config, images = DECODERS["lstm"], draw(0, B, T, N, 7)
     model = Policy(config)
     variables = model.init(key, images)
@@ -249,7 +249,7 @@ def test_the_decoder_trains_inside_a_model_of_modules(key):
 
 @pytest.mark.sampled
 @each_decoder
-def test_the_documented_bridge_to_nnx_runs(config, key):
+def test_the_documented_conversion_to_nnx_runs(config, key):
     tokens = draw(0, B, T, N, D)
 
     decoder = nnx.bridge.ToNNX(linen.Decoder(config), rngs=nnx.Rngs(0)).lazy_init(tokens)
@@ -268,7 +268,7 @@ def test_the_documented_bridge_to_nnx_runs(config, key):
     assert_close(nnx.to_pure_dict(gradients), expected, atol=1e-5)
 
 
-def test_dropout_of_nnx_draws_anew_at_every_call():
+def test_dropout_in_nnx_differs_between_calls():
     tokens, module = draw(0, B, T, N, D), linen.Decoder(DecoderConfig(dropout=0.5, **SIZES))
     decoder = nnx.bridge.ToNNX(module, rngs=nnx.Rngs(0, dropout=1)).lazy_init(tokens)
     one, other = (decoder(tokens, deterministic=False).arm for _ in range(2))

@@ -13,7 +13,7 @@ from vla_jax.data.windows import WindowConfig, Windows
 
 
 def make_source(num_frames=24, window_size=3, seed=0):
-    """One episode whose proprio is its step, so that a batch tells its windows."""
+    """One episode whose proprio is its step, so that a batch identifies its windows."""
     rng = np.random.default_rng(seed)
     observation = {
         "proprio": np.arange(num_frames, dtype=np.float32)[:, None],
@@ -46,14 +46,14 @@ def assert_same(ours, theirs):
         np.testing.assert_array_equal(a.action_mask, b.action_mask)
 
 
-def test_every_epoch_holds_every_window_once_in_another_order():
+def test_every_epoch_contains_every_window_once_in_another_order():
     with loader.make_loader(make_source(), LoaderConfig(batch_size=8)) as batches:
         epochs = [[s for b in take(batches, 3) for s in last_steps(b)] for _ in range(3)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(24))] * 3
     assert len({tuple(epoch) for epoch in [*epochs, range(24)]}) == 4
 
 
-def test_without_shuffling_windows_come_in_order_and_a_batch_is_the_sources():
+def test_without_shuffling_windows_are_in_order_and_batches_are_those_of_the_source():
     source = make_source()
     with loader.make_loader(source, LoaderConfig(batch_size=5, shuffle=False)) as batches:
         taken = take(batches, 6)
@@ -62,7 +62,7 @@ def test_without_shuffling_windows_come_in_order_and_a_batch_is_the_sources():
     assert_same([source[np.arange(5, 10)]], [taken[1]])
 
 
-def test_the_same_seed_gives_the_same_batches_and_another_seed_others():
+def test_equal_seeds_give_equal_batches_and_other_seeds_others():
     def first(seed):
         with loader.make_loader(make_source(), LoaderConfig(batch_size=8, seed=seed)) as batches:
             return take(batches, 4)
@@ -79,7 +79,7 @@ def test_a_data_set_smaller_than_a_batch_still_fills_it():
 
 
 @pytest.mark.parametrize("num_frames", [24, 25])
-def test_shards_are_disjoint_complete_and_together_the_batch_of_one_process(num_frames):
+def test_shards_are_disjoint_and_together_equal_the_batch_of_one_process(num_frames):
     source = make_source(num_frames=num_frames)
     config = LoaderConfig(batch_size=8)
     shards = [
@@ -99,7 +99,7 @@ def test_shards_are_disjoint_complete_and_together_the_batch_of_one_process(num_
 
 
 @pytest.mark.parametrize("num_threads", [0, 1, 3])
-def test_resumed_is_uninterrupted_to_the_bit_augmentation_included(num_threads):
+def test_a_resumed_loader_equals_an_uninterrupted_one_with_augmentation(num_threads):
     augment = AugmentConfig(shift=2, brightness=0.1, contrast=0.1)
     source = make_source()
     config = LoaderConfig(batch_size=5, num_threads=num_threads)
@@ -107,7 +107,7 @@ def test_resumed_is_uninterrupted_to_the_bit_augmentation_included(num_threads):
         take(batches, 7)
         state = json.loads(json.dumps(batches.get_state()))
         expected = take(batches, 12)
-    for threads in (0, 2):  # another number of threads than before is no other pipeline
+    for threads in (0, 2):  # the number of threads may change
         config = LoaderConfig(batch_size=5, num_threads=threads)
         with loader.make_loader(source, config, augment=augment) as batches:
             next(batches)
@@ -131,7 +131,7 @@ def test_worker_processes_give_the_same_batches_and_resume_exactly():
         assert_same(expected[4:], take(batches, 5))
 
 
-def test_augmentation_changes_from_epoch_to_epoch():
+def test_augmentation_differs_between_epochs():
     config = LoaderConfig(batch_size=24, shuffle=False)
     augment = AugmentConfig(shift=2)
     with loader.make_loader(make_source(), config, augment=augment) as batches:
@@ -151,7 +151,7 @@ def test_augmentation_changes_from_epoch_to_epoch():
         ({}, {}, {"augment": AugmentConfig(shift=1)}, "augment_shift was None and is 1"),
     ],
 )
-def test_the_state_of_another_pipeline_is_refused_with_what_differs(
+def test_the_state_of_another_pipeline_is_refused_with_the_differences(
     source, config, options, message
 ):
     state = loader.make_loader(make_source(), LoaderConfig(batch_size=8)).get_state()
@@ -161,7 +161,7 @@ def test_the_state_of_another_pipeline_is_refused_with_what_differs(
         batches.set_state(state)
 
 
-def test_what_cannot_be_dealt_out_is_refused():
+def test_windows_that_cannot_be_split_among_processes_are_refused():
     with pytest.raises(ValueError, match="batch_size must divide among 3 processes, got 8"):
         loader.make_loader(make_source(), LoaderConfig(batch_size=8), process_count=3)
     with pytest.raises(ValueError, match="at least one window for each of 4 processes, got 3"):
@@ -178,7 +178,7 @@ def test_what_cannot_be_dealt_out_is_refused():
         ("seed", -1, 0),
     ],
 )
-def test_a_size_that_makes_no_sense_is_refused(field, value, least):
+def test_a_size_out_of_range_is_refused(field, value, least):
     with pytest.raises(ValueError, match=f"{field} must be at least {least}, got {value}"):
         LoaderConfig(**{field: value})
 

@@ -1,4 +1,4 @@
-"""The record of a training: one line per log, no doubles after a resume, readable anywhere."""
+"""Logs of a training: one line per log, no duplicates after a resume, plain text or a terminal."""
 
 import io
 import json
@@ -39,17 +39,17 @@ def test_every_log_is_a_line_of_json_with_the_metrics_and_the_speed(tmp_path):
     assert logs.read_metrics(tmp_path / "run" / "metrics.jsonl") == lines
 
 
-def test_lines_after_the_resumed_step_are_dropped_and_written_again(tmp_path):
+def test_lines_after_the_resumed_step_are_removed_and_written_again(tmp_path):
     train(tmp_path, [1, 2, 3, 4])
     with (tmp_path / "metrics.jsonl").open("a") as cut:
-        cut.write('{"step": 5, "los')  # what a kill leaves
+        cut.write('{"step": 5, "los')  # an incomplete line of a killed process
     train(tmp_path, [3, 4, 5], start=2)
     steps = [line["step"] for line in logs.read_metrics(tmp_path / "metrics.jsonl")]
     assert steps == [1, 2, 3, 4, 5]
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_no_file_is_no_lines(tmp_path):
+def test_a_missing_file_has_no_lines(tmp_path):
     assert logs.read_metrics(tmp_path / "metrics.jsonl") == []
 
 
@@ -59,8 +59,8 @@ def test_a_line_is_in_the_file_as_soon_as_it_is_written(tmp_path):
         assert len(logs.read_metrics(tmp_path / "metrics.jsonl")) == 1
 
 
-def test_the_share_of_waiting_for_data_is_measured(tmp_path, monkeypatch):
-    clock = iter([0.0, 1.0, 4.0, 5.0])  # opened, next asked, next given, written
+def test_the_fraction_of_time_spent_waiting_for_data_is_measured(tmp_path, monkeypatch):
+    clock = iter([0.0, 1.0, 4.0, 5.0])  # opened, batch requested, batch received, written
     monkeypatch.setattr(logs.time, "perf_counter", lambda: next(clock))
     with logs.Logs(tmp_path, num_updates=10, console=plain_console()) as open_logs:
         assert next(open_logs.timed(["batch"])) == "batch"
@@ -69,7 +69,7 @@ def test_the_share_of_waiting_for_data_is_measured(tmp_path, monkeypatch):
     assert (line["data_wait"], line["steps_per_second"]) == (3 / 5, 2 / 5)
 
 
-def test_where_there_is_no_terminal_a_few_plain_lines_are_told(tmp_path):
+def test_without_a_terminal_a_few_plain_lines_are_printed(tmp_path):
     console = plain_console()
     train(tmp_path, range(1, 101), console=console)
     told = console.file.getvalue().splitlines()
@@ -79,7 +79,7 @@ def test_where_there_is_no_terminal_a_few_plain_lines_are_told(tmp_path):
     assert all(line.isprintable() for line in told)
 
 
-def test_on_a_terminal_a_bar_shows_loss_speed_data_wait_and_time_left(tmp_path):
+def test_a_terminal_shows_a_bar_with_loss_speed_data_wait_and_time_left(tmp_path):
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
     train(tmp_path, [50, 100], console=console)
     told = console.file.getvalue()

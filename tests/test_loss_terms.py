@@ -1,4 +1,4 @@
-"""The total is the sum of the terms that are there, each times its weight, and tells them all."""
+"""The total loss is the weighted sum of the given terms; its metrics are the unweighted terms."""
 
 import itertools
 
@@ -30,7 +30,7 @@ def subsets():
     return [(), *((name,) for name in FACTORS), *pairs, tuple(FACTORS)]
 
 
-def test_any_choice_of_terms_is_summed_with_their_weights_and_told_without():
+def test_any_set_of_terms_is_summed_with_its_weights_and_reported_without_them():
     for names in subsets():
         terms = {name: TERMS[name] for name in names}
         loss, metrics = total(terms, WEIGHTS)
@@ -45,7 +45,7 @@ def test_a_weight_is_the_gradient_of_its_term():
     assert {name: float(slope) for name, slope in gradient.items()} == FACTORS
 
 
-def test_the_first_two_terms_are_the_action_loss():
+def test_the_first_two_terms_equal_the_action_loss():
     random = np.random.default_rng(0)
     arm, logit = random.normal(size=(2, 3, 6)), random.normal(size=(2, 3))
     chunk = ActionChunk(*(np.asarray(part, np.float32) for part in (arm, logit)))
@@ -55,21 +55,21 @@ def test_the_first_two_terms_are_the_action_loss():
     assert total(terms, LossWeights())[0] == loss
 
 
-def test_no_term_is_switched_off_unless_told():
+def test_all_default_weights_are_positive():
     assert all(weight > 0 for weight in vars(LossWeights()).values())
 
 
-def test_an_unknown_term_is_one_sentence():
+def test_an_unknown_term_raises_one_sentence():
     with pytest.raises(ValueError, match=r"unknown loss term 'captoin'; .*Did you mean 'caption'"):
         total({"arm": jnp.float32(1), "captoin": jnp.float32(1)}, LossWeights())
 
 
-def test_a_term_that_is_no_scalar_is_refused_at_the_door():
+def test_a_term_that_is_not_a_scalar_is_refused():
     with pytest.raises(AssertionError, match="assert_shape"):
         total({"arm": jnp.ones(3)}, LossWeights())
 
 
 @pytest.mark.parametrize("weight", [-0.1, float("inf"), float("nan")])
-def test_a_weight_out_of_range_is_one_sentence(weight):
+def test_a_weight_out_of_range_raises_one_sentence(weight):
     with pytest.raises(ValueError, match=r"loss\.kl must be a finite number, 0 or more, got"):
         LossWeights(kl=weight)

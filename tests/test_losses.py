@@ -1,4 +1,4 @@
-"""Law 8, and the losses against NumPy by hand; RoboVLMs' own values are in test_decoders."""
+"""The losses compared with NumPy, PyTorch and finite differences; masks; several devices."""
 
 from functools import partial
 
@@ -24,10 +24,10 @@ def draw_batch(head="continuous"):
     chunk = ActionChunk(arm, random.normal(size=(B, W, K)).astype(np.float32))
     if head == "discrete":
         chunk = BinChunk(random.normal(size=(B, W, K, A, V)).astype(np.float32))
-    action = random.uniform(-3, 3, (B, W, K, A)).astype(np.float32)  # Huber's two branches
+    action = random.uniform(-3, 3, (B, W, K, A)).astype(np.float32)  # both branches of Huber
     action[..., -1] = np.sign(action[..., -1])
     mask = random.random((B, W, K)) < 0.6
-    mask[0] = False  # a device that has this row alone has nothing real
+    mask[0] = False  # a device with this row only has no unmasked target
     return chunk, action, mask
 
 
@@ -35,13 +35,13 @@ def assert_close(one, other, atol=1e-6):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol), one, other)
 
 
-def test_a_masked_mean_is_the_mean_of_what_is_kept():
+def test_a_masked_mean_is_the_mean_of_the_unmasked_values():
     values, mask = draw_batch()[1], draw_batch()[2]
     assert_close(losses.masked_mean(values, mask), values[mask].mean())
     assert_close(losses.masked_mean(values[..., 0], mask), values[..., 0][mask].mean())
 
 
-def test_the_loss_is_huber_and_cross_entropy_over_the_real_targets():
+def test_the_loss_is_huber_and_cross_entropy_over_the_unmasked_targets():
     chunk, action, mask = draw_batch()
     error = np.abs(chunk.arm - action[..., :-1])
     huber = np.where(error < 1, error**2 / 2, error - 0.5)[mask].mean()
@@ -59,13 +59,13 @@ def test_the_loss_is_huber_and_cross_entropy_over_the_real_targets():
     assert_close(metrics, expected)
 
 
-def test_the_gripper_weighs_a_hundredth_unless_told():
+def test_the_default_weight_of_the_gripper_is_one_hundredth():
     loss, metrics = losses.action_loss(*draw_batch())
     assert_close(loss, metrics["loss_arm"] + 0.01 * metrics["loss_gripper"], 1e-7)
 
 
 @pytest.mark.slow
-def test_the_loss_of_bins_is_torchs_cross_entropy_with_the_bins_of_the_real_targets():
+def test_the_loss_of_bins_is_torchs_cross_entropy_of_the_bins_of_the_unmasked_targets():
     prediction, action, mask = draw_batch("discrete")
     edges = np.linspace(-1, 1, V)
     bins = np.digitize(np.clip(action, -1, 1), edges) - 1
@@ -93,7 +93,7 @@ def test_the_loss_of_bins_is_torchs_cross_entropy_with_the_bins_of_the_real_targ
     assert_close(metrics, by_hand)
 
 
-def test_bins_of_what_was_said_have_no_loss_and_full_marks():
+def test_predicted_bins_equal_to_the_targets_have_zero_loss_and_full_accuracy():
     _, action, mask = draw_batch("discrete")
     bins = np.digitize(np.clip(action, -1, 1), np.linspace(-1, 1, V)) - 1
     said = BinChunk(100 * np.eye(V, dtype=np.float32)[bins])
@@ -105,7 +105,7 @@ def test_bins_of_what_was_said_have_no_loss_and_full_marks():
 
 @pytest.mark.slow
 @each_head
-def test_an_all_masked_batch_gives_zero_with_zero_gradient(head):
+def test_a_fully_masked_batch_has_zero_loss_and_gradient(head):
     chunk, action, mask = draw_batch(head)
     value_and_grad = jax.value_and_grad(losses.action_loss, has_aux=True)
     (loss, metrics), gradient = value_and_grad(chunk, action, np.zeros_like(mask))
@@ -115,7 +115,7 @@ def test_an_all_masked_batch_gives_zero_with_zero_gradient(head):
 
 
 @each_head
-def test_what_is_masked_may_hold_anything(head):
+def test_masked_values_have_no_effect(head):
     chunk, action, mask = draw_batch(head)
     value_and_grad = jax.value_and_grad(losses.action_loss, has_aux=True)
     expected = value_and_grad(chunk, action, mask)
@@ -135,7 +135,7 @@ def test_extreme_logits_stay_finite():
     assert all(np.isfinite(leaf).all() for leaf in gradient)
 
 
-def test_gradients_are_those_of_finite_differences():
+def test_gradients_equal_finite_differences():
     chunk, action, mask = draw_batch()
 
     def loss(chunk):
@@ -145,7 +145,7 @@ def test_gradients_are_those_of_finite_differences():
 
 
 def test_bfloat16_predictions_give_a_float32_loss():
-    values = jnp.ones((600,), jnp.bfloat16)  # 257 does not exist in bfloat16
+    values = jnp.ones((600,), jnp.bfloat16)  # 257 is not representable in bfloat16
     mean = losses.masked_mean(values, np.arange(600) < 500)
     assert mean.dtype == jnp.float32
     assert mean == 1.0
@@ -167,7 +167,7 @@ GRADIENT = partial(jax.value_and_grad, has_aux=True)
 
 @each_head
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_a_sharded_batch_under_jit_gives_what_the_whole_one_gives(axis_type, head):
+def test_the_loss_of_a_sharded_batch_under_jit_equals_that_of_the_whole_batch(axis_type, head):
     batch = draw_batch(head)
     expected = GRADIENT(parameter_loss)(0.7, *batch)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(axis_type,))
@@ -177,8 +177,8 @@ def test_a_sharded_batch_under_jit_gives_what_the_whole_one_gives(axis_type, hea
 
 
 @each_head
-def test_a_sharded_batch_under_pmap_gives_what_the_whole_one_gives(head):
-    """Devices hold unequal shares of the real targets, one of them none."""
+def test_the_loss_of_a_sharded_batch_under_pmap_equals_that_of_the_whole_batch(head):
+    """Devices have different numbers of unmasked targets, one of them none."""
     batch = draw_batch(head)
     (loss, metrics), gradient = GRADIENT(parameter_loss)(0.7, *batch)
 
@@ -201,7 +201,7 @@ def draw_sentences():
 
 
 @pytest.mark.slow
-def test_a_language_models_loss_is_torchs_when_its_caller_shifts():
+def test_the_loss_of_a_language_model_with_shifted_labels_equals_torchs():
     logits, ids, mask = draw_sentences()
     labels = np.where(mask, ids, -100)
     theirs = torch.from_numpy(logits).requires_grad_()
@@ -221,7 +221,7 @@ def test_a_language_models_loss_is_torchs_when_its_caller_shifts():
 
 
 @pytest.mark.slow
-def test_sentences_without_a_real_token_give_zero_with_zero_gradient():
+def test_sentences_without_unmasked_tokens_have_zero_loss_and_gradient():
     logits, ids, mask = draw_sentences()
     value_and_grad = jax.value_and_grad(losses.token_loss, has_aux=True)
     (loss, metrics), gradient = value_and_grad(logits, ids, np.zeros_like(mask))
@@ -229,7 +229,7 @@ def test_sentences_without_a_real_token_give_zero_with_zero_gradient():
     assert not gradient.any()
 
 
-def test_sentences_on_many_devices_give_what_they_give_on_one():
+def test_the_loss_of_sentences_on_many_devices_equals_that_on_one():
     batch = draw_sentences()
     shares = jax.tree.map(lambda leaf: leaf[:, None], batch)
     mapped = jax.pmap(partial(losses.token_loss, axis_name="data"), "data")(*shares)
@@ -238,38 +238,38 @@ def test_sentences_on_many_devices_give_what_they_give_on_one():
         assert_close(own, losses.token_loss(*batch))
 
 
-VOCABULARY = {"vocab_size": 60, "num_special": 3, "offset": 4}  # V of the logits is 64
-SPOKEN = 24  # words, actions of A numbers, words again
+VOCABULARY = {"vocab_size": 60, "num_special": 3, "offset": 4}  # logits have V = 64
+NUM_TOKENS = 24  # text, actions of A tokens, text again
 
 
-def draw_spoken_actions(num_bins=V):
-    """Logits `[B, S, V]` that are right now and then, and labels with -100 where none is real."""
+def draw_action_tokens(num_bins=V):
+    """Logits `[B, S, V]`, some of them correct, and labels, with -100 where masked."""
     random = np.random.default_rng(2)
-    labels = random.integers(0, 20, (B, SPOKEN))
+    labels = random.integers(0, 20, (B, NUM_TOKENS))
     bins = random.integers(0, num_bins, (B, 3 * A))
     bins[0, :2] = 0, num_bins - 1
     labels[:, 8 : 8 + 3 * A] = 60 - 3 - 4 - (bins + 1)
-    labels[:, :5] = labels[-1, 8:16] = -100  # the prompt; two actions that are not there
-    logits = random.normal(size=(B, SPOKEN, 64)).astype(np.float32)
+    labels[:, :5] = labels[-1, 8:16] = -100  # the prompt; two missing actions
+    logits = random.normal(size=(B, NUM_TOKENS, 64)).astype(np.float32)
     right = np.argwhere((random.random(labels.shape) < 0.6) & (labels >= 0))
     for row, place in right[right[:, 1] > 0]:
-        logits[row, place - 1, labels[row, place]] += 9  # said one place before
+        logits[row, place - 1, labels[row, place]] += 9  # shifted by one position
     return logits, labels
 
 
-def by_their_discrete_decoder(logits, labels, num_bins=V):
-    """Its arithmetic in PyTorch and NumPy: shift, all words' cross-entropy, tokens in sevens."""
+def robovlms_discrete_decoder(logits, labels, num_bins=V):
+    """RoboVLMs' `DiscreteDecoder` in PyTorch and NumPy: shift, cross-entropy, actions of 7."""
     logits, labels = torch.from_numpy(logits)[:, :-1], torch.from_numpy(labels)[:, 1:]
     loss = torch.nn.functional.cross_entropy(
         logits.reshape(-1, 64), labels.reshape(-1), ignore_index=-100
     )
     last = 60 - 3 - 4
-    spoken = (labels > last - (num_bins + 1)) & (labels < last)
-    said, label = logits.argmax(-1)[spoken].numpy(), labels[spoken].numpy()
+    is_action = (labels > last - (num_bins + 1)) & (labels < last)
+    predicted, label = logits.argmax(-1)[is_action].numpy(), labels[is_action].numpy()
     edges = np.linspace(-1, 1, num_bins)
     centres = (edges[:-1] + edges[1:]) / 2
-    decoded = [centres[np.clip(last - ids - 1, 0, num_bins - 2)] for ids in (said, label)]
-    right = (said == label).reshape(-1, A)
+    decoded = [centres[np.clip(last - ids - 1, 0, num_bins - 2)] for ids in (predicted, label)]
+    right = (predicted == label).reshape(-1, A)
     return {
         "loss_tokens": loss.item(),
         "action_l1": np.abs(decoded[0] - decoded[1]).mean(),
@@ -278,7 +278,7 @@ def by_their_discrete_decoder(logits, labels, num_bins=V):
     }
 
 
-def spoken_loss(logits, labels, axis_name=None):
+def token_loss(logits, labels, axis_name=None):
     ids = labels[..., 1:]
     return losses.action_token_loss(
         logits[..., :-1, :],
@@ -292,10 +292,10 @@ def spoken_loss(logits, labels, axis_name=None):
 
 
 @pytest.mark.slow
-def test_the_loss_of_spoken_actions_is_that_of_robovlms_discrete_decoder():
-    logits, labels = draw_spoken_actions()
-    loss, metrics = spoken_loss(logits, labels)
-    expected = by_their_discrete_decoder(logits, labels)
+def test_the_loss_of_action_tokens_equals_that_of_robovlms_discrete_decoder():
+    logits, labels = draw_action_tokens()
+    loss, metrics = token_loss(logits, labels)
+    expected = robovlms_discrete_decoder(logits, labels)
     assert metrics.pop("acc_tokens") > 0
     assert_close(metrics, expected)
     assert_close(loss, expected["loss_tokens"])
@@ -303,41 +303,41 @@ def test_the_loss_of_spoken_actions_is_that_of_robovlms_discrete_decoder():
     assert expected["action_l1"] > 0.1
 
 
-def test_the_gradient_of_spoken_actions_is_that_of_every_real_token_words_included():
-    logits, labels = draw_spoken_actions()
-    slope = jax.grad(lambda logits: spoken_loss(logits, labels)[0])(logits)
+def test_every_unmasked_token_has_a_gradient_text_included():
+    logits, labels = draw_action_tokens()
+    slope = jax.grad(lambda logits: token_loss(logits, labels)[0])(logits)
     np.testing.assert_array_equal((slope != 0).any(-1)[:, :-1], labels[:, 1:] != -100)
 
 
-def test_spoken_actions_that_are_right_have_full_marks():
-    _, labels = draw_spoken_actions()
+def test_correct_action_tokens_have_full_accuracy():
+    _, labels = draw_action_tokens()
     said = np.roll(np.eye(64, dtype=np.float32)[np.maximum(labels, 0)], -1, axis=1)
-    _, metrics = spoken_loss(100 * said, labels)
+    _, metrics = token_loss(100 * said, labels)
     assert metrics["acc_arm"] == metrics["acc_gripper"] == metrics["acc_tokens"] == 1
     assert metrics["action_l1"] == 0
 
 
-def test_where_no_action_is_spoken_the_metrics_are_zero():
-    logits, labels = draw_spoken_actions()
-    for silent in (np.minimum(labels, 19), np.full_like(labels, -100)):
-        _, metrics = spoken_loss(logits, silent)
+def test_without_action_tokens_the_metrics_are_zero():
+    logits, labels = draw_action_tokens()
+    for no_actions in (np.minimum(labels, 19), np.full_like(labels, -100)):
+        _, metrics = token_loss(logits, no_actions)
         assert metrics["action_l1"] == metrics["acc_arm"] == metrics["acc_gripper"] == 0
 
 
-def test_spoken_actions_on_many_devices_give_what_they_give_on_one():
-    batch = draw_spoken_actions()
+def test_the_loss_of_action_tokens_on_many_devices_equals_that_on_one():
+    batch = draw_action_tokens()
     shares = jax.tree.map(lambda leaf: leaf[:, None], batch)
-    mapped = jax.pmap(partial(spoken_loss, axis_name="data"), "data")(*shares)
+    mapped = jax.pmap(partial(token_loss, axis_name="data"), "data")(*shares)
     for device in range(4):
         own = jax.tree.map(lambda leaf, device=device: leaf[device], mapped)
-        assert_close(own, spoken_loss(*batch))
+        assert_close(own, token_loss(*batch))
 
 
 @pytest.mark.parametrize(
     ("head", "part"),
     [("continuous", "arm"), ("continuous", "gripper_logit"), ("discrete", "logits")],
 )
-def test_a_chunk_of_another_shape_is_refused_at_the_door(head, part):
+def test_a_chunk_of_another_shape_is_refused(head, part):
     """A gripper logit [..., 1] would otherwise broadcast against all targets."""
     chunk, action, mask = draw_batch(head)
     wrong = chunk._replace(**{part: getattr(chunk, part)[..., None]})
@@ -345,7 +345,7 @@ def test_a_chunk_of_another_shape_is_refused_at_the_door(head, part):
         losses.action_loss(wrong, action, mask)
 
 
-def test_a_mask_of_another_shape_is_refused_at_the_door():
+def test_a_mask_of_another_shape_is_refused():
     _, action, mask = draw_batch()
     with pytest.raises(AssertionError, match="assert_tree_shape_prefix"):
         losses.masked_mean(action, mask[:, :1])
@@ -359,7 +359,7 @@ def draw_logits():
     return logits, reference, mask
 
 
-def test_the_distance_to_a_reference_policy_and_its_gradient_are_torchs():
+def test_the_divergence_from_a_reference_policy_and_its_gradient_equal_torchs():
     logits, reference, mask = draw_logits()
     distance, gradient = jax.value_and_grad(losses.categorical_kl)(logits, reference, mask)
     policy = torch.tensor(logits, requires_grad=True)
@@ -379,14 +379,14 @@ def test_the_distance_to_a_reference_policy_and_its_gradient_are_torchs():
     assert_close(gradient, policy.grad.numpy())
 
 
-def test_a_policy_is_no_distance_from_itself_and_its_reference_gets_no_gradient():
+def test_the_divergence_of_a_policy_from_itself_is_zero_and_the_reference_gets_no_gradient():
     logits, reference, mask = draw_logits()
     assert_close(losses.categorical_kl(logits, logits, mask), 0.0)
     assert losses.categorical_kl(logits, reference, mask) > 0
     assert not jax.grad(losses.categorical_kl, 1)(logits, reference, mask).any()
 
 
-def test_policies_that_are_masked_may_hold_anything():
+def test_masked_policies_have_no_effect_on_the_divergence():
     logits, reference, mask = draw_logits()
     spoilt = [np.where(mask[..., None, None], part, np.nan) for part in (logits, reference)]
     value_and_grad = jax.value_and_grad(losses.categorical_kl)
