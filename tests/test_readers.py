@@ -1,4 +1,4 @@
-"""Laws of the reader family, with a toy format that is added from outside."""
+"""Laws of data set readers, with a toy format added from outside of the library."""
 
 import functools
 import pathlib
@@ -32,7 +32,7 @@ def make_episodes():
 
 
 def write_npz(folder):
-    """Writes one file per episode, the format of the toy reader."""
+    """Writes one file per episode, the toy format."""
     for index, episode in enumerate(make_episodes()):
         fields = {**episode.observation, "action": episode.action}
         np.savez(folder / f"{index}.npz", instruction=episode.instruction, **fields)
@@ -57,7 +57,7 @@ def read_npz(config, *, cameras, image_size):
 
 @pytest.fixture
 def npz(monkeypatch, tmp_path):
-    """A folder of the toy format, whose reader is in the family."""
+    """Writes a folder of the toy format and registers its reader."""
     monkeypatch.setitem(READERS, "npz", Reader(probe_npz, read_npz))
     (tmp_path / "npz").mkdir()
     return write_npz(tmp_path / "npz")
@@ -107,12 +107,12 @@ def test_windows_of_a_read_data_set_equal_those_of_its_episodes(npz):
         np.testing.assert_array_equal(one, other)
 
 
-def test_a_policy_trains_on_a_format_that_was_added_from_outside(npz, tmp_path):
+def test_a_policy_trains_on_an_added_format(npz, tmp_path):
     run_dir = imitate(tiny_demos.imitation(npz, tmp_path / "run"))
     assert load_run(run_dir).step == tiny_demos.LOOP.num_updates
 
 
-def test_cameras_are_left_out_where_none_are_asked_for(npz, lerobot):
+def test_cameras_are_not_read_when_none_are_requested(npz, lerobot):
     for path in (npz, lerobot):
         assert not read_dataset(DatasetConfig(str(path)), cameras=()).frames
 
@@ -122,7 +122,7 @@ def test_no_reader_accepts_the_folder_of_another(npz, lerobot):
         assert [k for k, reader in READERS.items() if reader.probe(pathlib.Path(path))] == [kind]
 
 
-def test_a_missing_path_is_refused_and_an_interrupted_recording_named(tmp_path):
+def test_a_missing_path_is_refused_and_an_interrupted_recording_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"data set .*nowhere is missing; record it first"):
         read_dataset(DatasetConfig(str(tmp_path / "nowhere")))
     (tmp_path / "demos.tmp").mkdir()

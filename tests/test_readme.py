@@ -1,4 +1,4 @@
-"""The README's code runs, its tree names every folder, and the files it names exist."""
+"""The README's code runs, its tree lists every folder, and the files it names exist."""
 
 import os
 import pathlib
@@ -27,7 +27,7 @@ def test_the_twenty_lines_run_and_streamed_equals_windowed():
     assert jnp.allclose(names["chunk"].gripper_logit, windowed.gripper_logit[:, -1], atol=1e-5)
 
 
-def test_the_tree_names_every_folder_of_the_library_and_only_what_exists():
+def test_the_tree_lists_every_folder_of_the_library_and_nothing_missing():
     entries, folder = set(), ""
     for line in TREE.splitlines():
         name = line.split()[0]
@@ -63,7 +63,7 @@ def test_the_twenty_lines_run_from_the_installed_wheel(tmp_path):
     run(sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv"))
     python = str(tmp_path / "venv/bin/python")
     (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
-    # the dependencies; path files inside that folder are not followed, so the clone is not seen
+    # makes the dependencies importable, but not the clone: .pth files there are not processed
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     (wheel,) = tmp_path.glob("vla_jax-*.whl")
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", str(wheel))

@@ -1,4 +1,4 @@
-"""Demonstrations on disk: only what succeeded, and the expert's own action."""
+"""Demonstrations on disk: successful episodes, labelled with the expert's own action."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ TWIN = jax_env.JaxTableConfig(image_size=0, max_steps=20)
 
 
 @pytest.mark.slow
-def test_the_jax_table_is_recorded_as_it_was_played(tmp_path, capsys):
+def test_the_jax_table_is_recorded_as_played(tmp_path, capsys):
     config = RecordConfig(str(tmp_path / "demos"), TWIN, num_episodes=12)
     assert record(config) == tmp_path / "demos"
     data = read_dataset(DatasetConfig(config.dataset), cameras=())
@@ -41,16 +41,16 @@ def test_the_jax_table_is_recorded_as_it_was_played(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_chunks_bound_the_memory_and_no_episode_comes_twice(tmp_path, monkeypatch):
+def test_chunks_limit_the_memory_and_no_episode_is_repeated(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "CHUNK_BYTES", 5 * 20 * 4 * 37)  # five episodes of 20 steps
     config = RecordConfig(str(tmp_path / "demos"), TWIN, num_episodes=12)
     chunks = []
 
-    def counted(env, key, num_episodes, *, noise):
+    def counting_collect(env, key, num_episodes, *, noise):
         chunks.append(num_episodes)
         return collect(env, key, num_episodes, noise=noise)
 
-    monkeypatch.setattr(module, "collect", counted)
+    monkeypatch.setattr(module, "collect", counting_collect)
     episodes = list(module._in_parallel(config))
     assert chunks == [5, 5, 5]
     assert len(episodes) == 12
@@ -59,7 +59,7 @@ def test_chunks_bound_the_memory_and_no_episode_comes_twice(tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-def test_pictures_are_recorded_where_there_are_some(tmp_path):
+def test_images_are_recorded_if_the_world_has_them(tmp_path):
     world = dataclasses.replace(TWIN, image_size=16)
     record(RecordConfig(str(tmp_path / "demos"), world, num_episodes=4))
     data = read_dataset(DatasetConfig(str(tmp_path / "demos")))
@@ -69,7 +69,7 @@ def test_pictures_are_recorded_where_there_are_some(tmp_path):
     }
 
 
-def test_mujoco_is_recorded_in_processes_and_is_what_one_process_plays(tmp_path):
+def test_recording_mujoco_equals_playing_in_one_process(tmp_path):
     world = mujoco_env.MujocoTableConfig(image_size=0)
     config = RecordConfig(str(tmp_path / "demos"), world, num_episodes=3, num_processes=1)
     record(config)
@@ -84,10 +84,10 @@ def test_mujoco_is_recorded_in_processes_and_is_what_one_process_plays(tmp_path)
     np.testing.assert_allclose(data.columns["action"], actions, atol=1e-6)
 
 
-def test_a_disturbance_moves_the_robot_elsewhere_than_the_labels_say():
+def test_a_disturbance_makes_the_motion_differ_from_the_labels():
     simulator = mujoco_env.TableMujoco(mujoco_env.MujocoTableConfig(image_size=0))
 
-    def share_astray(disturbance):  # of steps: the tool moves against what the label says
+    def fraction_against_label(disturbance):  # share of steps whose motion opposes
         played = [module.demonstrate(simulator, seed, 0.0, disturbance) for seed in range(8)]
         off = []
         for episode in filter(None, played):
@@ -95,16 +95,16 @@ def test_a_disturbance_moves_the_robot_elsewhere_than_the_labels_say():
             off.append((moved * episode.action[:-1, :2]).min(axis=1) < -0.1)
         return np.concatenate(off).mean()
 
-    assert share_astray(0.0) < 0.02
-    assert share_astray(0.1) > 0.05
+    assert fraction_against_label(0.0) < 0.02
+    assert fraction_against_label(0.1) > 0.05
 
 
-def test_an_episode_that_fails_is_not_kept():
+def test_a_failed_episode_is_not_recorded():
     simulator = mujoco_env.TableMujoco(mujoco_env.MujocoTableConfig(image_size=0, max_steps=2))
     assert module.demonstrate(simulator, seed=0, noise=0.0, disturbance=0.0) is None
 
 
-def test_a_data_set_that_is_there_is_not_replaced_unless_asked(tmp_path):
+def test_an_existing_data_set_is_replaced_only_with_overwrite(tmp_path):
     config = RecordConfig(str(tmp_path / "demos"), TWIN, num_episodes=12)
     record(config)
     with pytest.raises(FileExistsError, match="exists; choose another folder or overwrite it"):
@@ -121,6 +121,6 @@ def test_a_data_set_that_is_there_is_not_replaced_unless_asked(tmp_path):
         ({"disturbance": 1.5}, r"disturbance must be in \[0, 1\] per step, got 1.5"),
     ],
 )
-def test_numbers_that_make_no_sense_are_refused(fields, sentence):
+def test_invalid_numbers_are_refused(fields, sentence):
     with pytest.raises(ValueError, match=sentence):
         RecordConfig(**fields)

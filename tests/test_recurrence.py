@@ -1,4 +1,4 @@
-"""Law 2 over every cell and both directions: padded = cut, reset = separate episodes, and more."""
+"""Law 2 over every cell and both directions: padding, resets, chunks, dropout, remat."""
 
 import dataclasses
 from functools import partial
@@ -52,16 +52,14 @@ def assert_close(one, other, atol=1e-6):
 
 
 def flags(*true_at):
-    """`[B, T]`, the same in all rows."""
+    """Flags `[B, T]`, the same in all rows."""
     return np.tile(np.isin(np.arange(T), true_at), (B, 1))
 
 
 @pytest.mark.sampled
 @each_cell
 @pytest.mark.parametrize("num_layers", [1, 2])
-def test_a_sequence_is_one_step_after_the_other_and_one_layer_after_the_other(
-    cell, num_layers, key
-):
+def test_a_sequence_equals_single_steps_and_single_layers(cell, num_layers, key):
     config = RecurrenceConfig(cell=cell, num_layers=num_layers, hidden_size=H)
     params, inputs = recurrence.init(key, config, D), draw(0, B, T, D)
     last, outputs = apply(params, config, inputs)
@@ -81,7 +79,7 @@ def test_a_sequence_is_one_step_after_the_other_and_one_layer_after_the_other(
 @pytest.mark.sampled
 @each_cell
 @pytest.mark.parametrize("residual", [False, True])
-def test_streamed_is_the_whole_sequence(cell, residual, key):
+def test_streamed_equals_windowed(cell, residual, key):
     config = RecurrenceConfig(cell=cell, num_layers=2, hidden_size=H, residual=residual)
     params, inputs, reset = recurrence.init(key, config, D), draw(0, B, T, D), flags(3)
     reset[1] = False
@@ -95,8 +93,8 @@ def test_streamed_is_the_whole_sequence(cell, residual, key):
 
 @pytest.mark.sampled
 @each_cell
-def test_many_carries_share_one_input(cell, key):
-    """What refresh streaming does: carries `[B, S, H]`, inputs `[B, 1, D]`."""
+def test_many_carries_can_share_one_input(cell, key):
+    """As in refresh streaming: carries `[B, S, H]`, inputs `[B, 1, D]`."""
     config = RecurrenceConfig(cell=cell, num_layers=2, hidden_size=H)
     params, inputs = recurrence.init(key, config, D), draw(0, B, D)
     carry = draw_carry(config)
@@ -112,7 +110,7 @@ def test_many_carries_share_one_input(cell, key):
 @pytest.mark.sampled
 @each_config
 @pytest.mark.parametrize("padding", ["left", "right", "middle"])
-def test_padded_is_cut(config, padding, key):
+def test_padding_equals_removing_the_steps(config, padding, key):
     params, inputs, carry = recurrence.init(key, config, D), draw(0, B, T, D), draw_carry(config)
     padded = {"left": [0, 1], "right": [T - 2, T - 1], "middle": [2, 4]}[padding]
     real = np.setdiff1d(np.arange(T), padded)
@@ -125,7 +123,7 @@ def test_padded_is_cut(config, padding, key):
 
 @pytest.mark.sampled
 @each_config
-def test_what_is_masked_changes_nothing_and_gets_no_gradient(config, key):
+def test_masked_inputs_have_no_effect_and_no_gradient(config, key):
     params, inputs, mask = recurrence.init(key, config, D), draw(0, B, T, D), ~flags(0, 4)
 
     def total(params, inputs):
@@ -140,7 +138,7 @@ def test_what_is_masked_changes_nothing_and_gets_no_gradient(config, key):
 
 
 @each_config
-def test_an_all_masked_sequence_gives_back_its_carry(config, key):
+def test_a_fully_masked_sequence_returns_its_carry(config, key):
     params, carry = recurrence.init(key, config, D), draw_carry(config)
     last, outputs = apply(
         params, config, draw(0, B, T, D), mask=np.zeros((B, T), bool), carry=carry
@@ -151,7 +149,7 @@ def test_an_all_masked_sequence_gives_back_its_carry(config, key):
 
 @pytest.mark.sampled
 @each_config
-def test_reset_is_separate_episodes(config, key):
+def test_resets_equal_separate_episodes(config, key):
     params, inputs = recurrence.init(key, config, D), draw(0, B, T, D)
     _, outputs = apply(params, config, inputs, reset=flags(0, 2, 5))
     for start, stop in ((0, 2), (2, 5), (5, T)):
@@ -161,7 +159,7 @@ def test_reset_is_separate_episodes(config, key):
 
 @pytest.mark.sampled
 @each_cell
-def test_reset_on_a_masked_step_forgets_as_well(cell, key):
+def test_a_reset_on_a_masked_step_applies(cell, key):
     config = RecurrenceConfig(cell=cell, hidden_size=H)
     params, inputs = recurrence.init(key, config, D), draw(0, B, T, D)
     _, outputs = apply(params, config, inputs, mask=~flags(3), reset=flags(3))
@@ -171,7 +169,7 @@ def test_reset_on_a_masked_step_forgets_as_well(cell, key):
 
 @pytest.mark.sampled
 @each_cell
-def test_rows_have_lengths_of_their_own(cell, key):
+def test_rows_can_have_different_lengths(cell, key):
     config = RecurrenceConfig(cell=cell, hidden_size=H, bidirectional=True)
     params, inputs = recurrence.init(key, config, D), draw(0, B, T, D)
     lengths = [7, 5, 5, 0]
@@ -185,7 +183,7 @@ def test_rows_have_lengths_of_their_own(cell, key):
 
 @pytest.mark.sampled
 @each_cell
-def test_the_backward_direction_is_the_forward_one_on_the_reversed_sequence(cell, key):
+def test_the_backward_direction_equals_the_forward_one_on_the_reversed_sequence(cell, key):
     both = RecurrenceConfig(cell=cell, hidden_size=H, bidirectional=True)
     one = RecurrenceConfig(cell=cell, hidden_size=H)
     params, inputs = recurrence.init(key, both, D), draw(0, B, T, D)
@@ -198,8 +196,8 @@ def test_the_backward_direction_is_the_forward_one_on_the_reversed_sequence(cell
 
 
 @each_cell
-def test_reversed_twice_is_the_same(cell, key):
-    """Directions exchanged and the sequence reversed: outputs come reversed, halves exchanged."""
+def test_exchanging_directions_and_reversing_the_sequence_reverses_the_outputs(cell, key):
+    """The two halves of the outputs are exchanged as well."""
     config = RecurrenceConfig(cell=cell, hidden_size=H, bidirectional=True)
     params, inputs = recurrence.init(key, config, D), draw(0, B, T, D)
     layer = params["layers_0"]
@@ -211,7 +209,7 @@ def test_reversed_twice_is_the_same(cell, key):
 
 @pytest.mark.sampled
 @each_cell
-def test_two_halves_are_the_whole(cell, key):
+def test_two_halves_equal_the_whole_sequence(cell, key):
     config = RecurrenceConfig(cell=cell, num_layers=2, hidden_size=H)
     params, inputs = recurrence.init(key, config, D), draw(0, B, 6, D)
     carry, first = apply(params, config, inputs[:, :3])
@@ -229,7 +227,7 @@ STACKS = {
 @pytest.mark.sampled
 @each_cell
 @pytest.mark.parametrize(("kind", "remat_chunk"), STACKS.values(), ids=STACKS)
-def test_remat_changes_no_output_and_no_gradient(cell, kind, remat_chunk, key):
+def test_remat_changes_neither_outputs_nor_gradients(cell, kind, remat_chunk, key):
     config = RecurrenceConfig(cell=cell, hidden_size=H, **kind)
     params, inputs = recurrence.init(key, config, D), draw(0, B, T, D)
     mask, reset = ~flags(0, 1), flags(4)
@@ -285,7 +283,7 @@ def test_bfloat16_products_keep_carries_and_outputs_in_float32(cell, key):
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_a_residual_adds_what_came_in_to_what_goes_out_above_the_first_layer(bidirectional, key):
+def test_a_residual_connection_adds_the_input_of_every_layer_above_the_first(bidirectional, key):
     config = RecurrenceConfig(num_layers=3, hidden_size=H, bidirectional=bidirectional)
     adding = dataclasses.replace(config, residual=True)
     params, mask = recurrence.init(key, config, 2 * H), ~flags(0, 4)
@@ -301,16 +299,16 @@ def test_a_residual_adds_what_came_in_to_what_goes_out_above_the_first_layer(bid
     assert not outputs[~mask].any()
 
 
-def test_with_a_residual_what_is_dropped_for_a_layer_still_passes_by_it(key):
+def test_dropout_does_not_apply_to_the_residual_connection(key):
     config = RecurrenceConfig(num_layers=2, hidden_size=H, residual=True, dropout=0.9)
     params, inputs = recurrence.init(key, config, D), draw(0, B, T, D)
-    params["layers_1"] = jax.tree.map(jnp.zeros_like, params["layers_1"])  # gives nothing but zeros
+    params["layers_1"] = jax.tree.map(jnp.zeros_like, params["layers_1"])  # outputs zeros
     first = apply(params, dataclasses.replace(config, num_layers=1), inputs)[1]
     assert_close(apply(params, config, inputs, key=key)[1], first, atol=0)
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_dropout_acts_between_layers_alone_and_only_with_a_key(bidirectional, key):
+def test_dropout_acts_only_between_layers_and_only_with_a_key(bidirectional, key):
     config = RecurrenceConfig(num_layers=2, hidden_size=H, bidirectional=bidirectional)
     dropping = dataclasses.replace(config, dropout=0.5)
     params, inputs = recurrence.init(key, config, D), draw(0, B, T, D)
@@ -318,7 +316,7 @@ def test_dropout_acts_between_layers_alone_and_only_with_a_key(bidirectional, ke
     assert_close(apply(params, dropping, inputs)[1], plain, atol=0)
     _, dropped = apply(params, dropping, inputs, key=key)
     assert np.abs(dropped - plain).max() > 1e-3
-    assert dropped.all()  # nothing is dropped after the last layer
+    assert dropped.all()  # no dropout after the last layer
     assert_close(apply(params, dropping, inputs, key=key)[1], dropped, atol=0)
     other = apply(params, dropping, inputs, key=jax.random.key(1))[1]
     assert np.abs(dropped - other).max() > 1e-3
@@ -326,7 +324,7 @@ def test_dropout_acts_between_layers_alone_and_only_with_a_key(bidirectional, ke
 
 @pytest.mark.slow
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_a_sharded_batch_gives_what_a_whole_one_gives(axis_type, key):
+def test_a_sharded_batch_equals_an_unsharded_one(axis_type, key):
     config = RecurrenceConfig(
         num_layers=2, hidden_size=H, bidirectional=True, dropout=0.5, remat_chunk=3
     )
@@ -368,12 +366,12 @@ def test_params_and_carries_have_the_same_paths(key):
         ({"implementation": "bpt"}, "unknown implementation .bpt.; .* Did you mean .bptt."),
     ],
 )
-def test_a_wrong_config_is_one_sentence(fields, sentence):
+def test_a_wrong_config_is_refused(fields, sentence):
     with pytest.raises(ValueError, match=sentence):
         RecurrenceConfig(**fields)
 
 
-def test_a_bidirectional_recurrence_has_no_single_step(key):
+def test_a_bidirectional_recurrence_cannot_be_stepped(key):
     config = RecurrenceConfig(hidden_size=H, bidirectional=True)
     params, carry = recurrence.init(key, config, D), recurrence.zero_carry(config, jnp.ones((B, D)))
     with pytest.raises(ValueError, match=r"step needs bidirectional=False, got True: .* future"):
@@ -390,7 +388,7 @@ def test_a_bidirectional_recurrence_has_no_single_step(key):
         {"reset": np.ones((B,), bool)},
     ],
 )
-def test_wrong_shapes_are_refused_at_the_door(wrong, key):
+def test_wrong_shapes_are_refused(wrong, key):
     config = RecurrenceConfig(hidden_size=H)
     params = recurrence.init(key, config, D)
     arguments = {"inputs": np.zeros((B, T, D), np.float32), **wrong}
@@ -399,7 +397,7 @@ def test_wrong_shapes_are_refused_at_the_door(wrong, key):
 
 
 @pytest.mark.slow
-def test_a_carry_of_another_batch_is_refused_at_the_door(key):
+def test_a_carry_of_another_batch_size_is_refused(key):
     config = RecurrenceConfig(hidden_size=H)
     params, carry = recurrence.init(key, config, D), draw_carry(config, batch_size=B + 1)
     with pytest.raises(AssertionError, match="assert_tree_shape_prefix"):

@@ -1,4 +1,4 @@
-"""The index shows everything that lies in a run folder, and its links lead somewhere."""
+"""The index page shows all results in a run folder, and its links point to existing files."""
 
 import html.parser
 import json
@@ -56,7 +56,7 @@ class Page(html.parser.HTMLParser):
         self.words += data
 
 
-def test_the_index_shows_numbers_plots_films_command_and_config(run_dir):
+def test_the_index_shows_numbers_plots_videos_command_and_config(run_dir):
     page = Page(report.write_index(run_dir))
     for words in ("my run", "75.0 %", "3/4", "100.0 %", "4 episodes, 1 crashed", "1.2 ms", NASTY):
         assert words in page.words
@@ -67,13 +67,13 @@ def test_the_index_shows_numbers_plots_films_command_and_config(run_dir):
     assert page.tags.count("video") == 2
 
 
-def test_policies_come_before_the_references_they_are_held_against(run_dir):
+def test_policies_are_listed_before_references(run_dir):
     words = Page(report.write_index(run_dir)).words
     assert words.index("refresh-8") < words.index("expert")
 
 
 @pytest.mark.parametrize("where", ["title", "name", "task", "config"])
-def test_whatever_a_file_or_name_holds_is_shown_as_text(run_dir, where):
+def test_text_from_files_and_names_is_escaped(run_dir, where):
     nasty = {"where": run_dir / "evaluation" / "refresh-8"}
     title, evaluations = None, nasty
     if where == "title":
@@ -88,7 +88,7 @@ def test_whatever_a_file_or_name_holds_is_shown_as_text(run_dir, where):
     assert "alert('x')" in page.words
 
 
-def test_evaluations_of_several_runs_make_one_page(run_dir, tmp_path):
+def test_evaluations_of_several_runs_can_share_one_page(run_dir, tmp_path):
     other = tmp_path / "other"
     write_evaluation(other / "evaluation" / "memoryless", successes=1)
     chosen = {
@@ -101,18 +101,18 @@ def test_evaluations_of_several_runs_make_one_page(run_dir, tmp_path):
     assert all((tmp_path / urllib.parse.unquote(link)).is_file() for link in page.links)
 
 
-def test_without_matplotlib_there_is_a_page_without_plots(run_dir, monkeypatch):
+def test_without_matplotlib_the_page_has_no_plots(run_dir, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     page = Page(report.write_index(run_dir))
     assert "75.0 %" in page.words
     assert "img" not in page.tags
 
 
-def test_a_run_that_was_not_evaluated_says_so(tmp_path):
+def test_the_page_of_a_run_without_evaluations_says_so(tmp_path):
     assert "Nothing has been evaluated yet" in Page(report.write_index(tmp_path)).words
 
 
-def test_what_is_missing_or_damaged_is_one_sentence(tmp_path):
+def test_missing_or_damaged_files_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"run folder .* is missing"):
         report.write_index(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"summary\.json is missing"):

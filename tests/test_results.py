@@ -1,4 +1,4 @@
-"""Rates, intervals and tables; known values are Newcombe's (1998, table I, method 3)."""
+"""Rates, intervals and tables; reference values from Newcombe (1998, table I, method 3)."""
 
 import json
 import math
@@ -31,25 +31,25 @@ def outcomes(task, successes, failures, crashed=0, first_seed=0):
         (0, 0, 0.0, 1.0),
     ],
 )
-def test_wilson_gives_the_published_intervals(successes, trials, low, high):
+def test_wilson_equals_the_published_intervals(successes, trials, low, high):
     assert results.wilson(successes, trials) == pytest.approx((low, high), abs=6e-5)
 
 
 @pytest.mark.parametrize("confidence", [0.8, 0.95, 0.99])
-def test_a_wilson_bound_is_where_the_rate_is_z_deviations_away(confidence):
+def test_the_rate_is_z_standard_deviations_from_each_wilson_bound(confidence):
     z = {0.8: 1.281552, 0.95: 1.959964, 0.99: 2.575829}[confidence]
     for bound in results.wilson(14, 60, confidence):
         assert abs(14 / 60 - bound) == pytest.approx(z * math.sqrt(bound * (1 - bound) / 60))
 
 
-def test_wilson_refuses_what_is_no_share():
+def test_wilson_refuses_invalid_counts_and_confidence():
     with pytest.raises(ValueError, match=r"successes must be in \[0, 3\], got 4"):
         results.wilson(4, 3)
     with pytest.raises(ValueError, match="confidence must be in"):
         results.wilson(1, 3, confidence=1.0)
 
 
-def test_crashed_episodes_are_counted_apart_from_failed_ones():
+def test_crashed_episodes_are_counted_separately_from_failed_ones():
     summary = results.summarize(outcomes("lift", 3, 1, crashed=2))
     rate = summary.tasks["lift"]
     assert (rate.episodes, rate.successes, rate.crashed) == (4, 3, 2)
@@ -59,7 +59,7 @@ def test_crashed_episodes_are_counted_apart_from_failed_ones():
     assert summary.total == rate
 
 
-def test_the_headline_is_the_mean_of_the_tasks_rates():
+def test_the_headline_is_the_mean_over_tasks():
     played = outcomes("touch", 9, 1) + outcomes("place", 1, 1) + outcomes("lift", 0, 0, crashed=3)
     summary = results.summarize(played)
     assert list(summary.tasks) == ["lift", "place", "touch"]
@@ -72,12 +72,12 @@ def test_the_headline_is_the_mean_of_the_tasks_rates():
     assert low < 0.7 < high
 
 
-def test_the_mean_over_one_task_has_that_tasks_interval():
+def test_the_mean_over_one_task_has_the_interval_of_that_task():
     summary = results.summarize(outcomes("touch", 7, 3))
     assert summary.task_mean_interval == pytest.approx(results.wilson(7, 10))
 
 
-def test_nothing_played_is_no_rate_rather_than_a_division_by_zero():
+def test_without_episodes_the_rate_is_none():
     summary = results.summarize([])
     assert summary.task_mean is None
     assert summary.total.rate is None
@@ -91,7 +91,7 @@ def test_a_summary_survives_json(latency):
     assert results.from_json(json.loads(json.dumps(results.to_json(summary)))) == summary
 
 
-def test_the_rich_table_and_markdown_say_the_same():
+def test_the_rich_table_and_markdown_have_the_same_cells():
     summary = results.summarize(outcomes("touch", 2, 2) + outcomes("lift", 1, 0, crashed=1))
     lines = results.markdown(summary).splitlines()
     assert lines[2] == "| lift | 100.0 % | 20.7 – 100.0 % | 1/1 | 10.0 | 1 |"
@@ -103,7 +103,7 @@ def test_the_rich_table_and_markdown_say_the_same():
         assert all(cell in capture.get() for cell in row)
 
 
-def test_outcomes_are_read_as_they_were_written_without_a_line_cut_in_half(tmp_path):
+def test_outcomes_are_read_as_written_except_a_truncated_last_line(tmp_path):
     path, played = tmp_path / "episodes.jsonl", outcomes("touch", 2, 1, crashed=1)
     assert results.read_outcomes(path) == []
     for outcome in played:
@@ -113,7 +113,7 @@ def test_outcomes_are_read_as_they_were_written_without_a_line_cut_in_half(tmp_p
     assert results.read_outcomes(path) == played
 
 
-def test_a_damaged_file_of_outcomes_is_one_sentence(tmp_path):
+def test_a_damaged_outcomes_file_is_refused(tmp_path):
     path = tmp_path / "episodes.jsonl"
     path.write_text("{oh\n")
     with pytest.raises(ValueError, match="has a damaged line"):
@@ -124,11 +124,11 @@ def test_a_damaged_file_of_outcomes_is_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize("num_seeds", [4, 16])
-def test_the_interval_of_a_mean_over_seeds_holds_it_in_95_of_100_cases(num_seeds):
+def test_the_interval_of_a_mean_over_seeds_has_its_nominal_coverage(num_seeds):
     drawn = np.random.default_rng(0).normal(5, 2, (2000, num_seeds))
     low, high = np.array([results.mean_interval(values) for values in drawn]).T
     assert np.mean((low < 5) & (high > 5)) == pytest.approx(0.95, abs=0.015)
 
 
-def test_the_interval_of_a_single_seed_has_no_width():
+def test_the_interval_of_a_single_seed_has_zero_width():
     assert results.mean_interval([0.5]) == (0.5, 0.5)

@@ -1,4 +1,4 @@
-"""The equations of `rl/`: rlax's values, the exact policy gradient, SARSA's fixed point."""
+"""The equations of `rl/`: agreement with rlax, the exact policy gradient, SARSA's fixed point."""
 
 import itertools
 
@@ -19,21 +19,21 @@ def rlax(golden):
         return {name: file[name] for name in file.files}
 
 
-def ours(of):
+def ours(targets):
     """The same values from this library, for one sequence."""
-    reward, discount, lambda_ = of["in.reward"], of["in.discount"], of["in.lambda_"]
-    value, next_value = of["in.value"][:-1], of["in.value"][1:]
-    q, next_q = of["in.q"][:-1], of["in.q"][1:]
-    action, next_action = of["in.action"][:-1], of["in.action"][1:]
-    logits, weight = of["in.logits"][:-1], of["in.weight"]
-    probability = exploration.epsilon_greedy_probability(of["in.q"], 0.3)
+    reward, discount, lambda_ = targets["in.reward"], targets["in.discount"], targets["in.lambda_"]
+    value, next_value = targets["in.value"][:-1], targets["in.value"][1:]
+    q, next_q = targets["in.q"][:-1], targets["in.q"][1:]
+    action, next_action = targets["in.action"][:-1], targets["in.action"][1:]
+    logits, weight = targets["in.logits"][:-1], targets["in.weight"]
+    probability = exploration.epsilon_greedy_probability(targets["in.q"], 0.3)
     taken = (q, action, reward, discount, next_q)
     return {
         "discounted_returns": returns.discounted_returns(reward, discount, next_value[-1]),
         "lambda_returns": returns.lambda_returns(reward, discount, next_value, lambda_),
         "advantages": returns.advantages(reward, discount, value, next_value, lambda_),
         "reinforce_loss": policy_gradient.reinforce_loss(
-            logits, action, of["in.advantage"], weight
+            logits, action, targets["in.advantage"], weight
         ),
         "entropy_loss": policy_gradient.entropy_loss(logits, weight),
         "epsilon_greedy": probability,
@@ -69,16 +69,16 @@ def test_two_episodes_in_one_sequence_equal_two_sequences():
     random = np.random.default_rng(0)
     reward, value, next_value = random.normal(size=(3, 7)).astype(np.float32)
     discount = np.full(7, GAMMA, np.float32)
-    discount[2] = 0  # a true end
+    discount[2] = 0  # a termination
     first, second = slice(0, 3), slice(3, 7)
 
-    def of(part):
+    def targets(part):
         taken = reward[part], discount[part]
         lambda_return = returns.lambda_returns(*taken, next_value[part], 0.8)
         return lambda_return, returns.advantages(*taken, value[part], next_value[part], 0.8)
 
-    apart = [np.concatenate(pair) for pair in zip(of(first), of(second), strict=True)]
-    np.testing.assert_allclose(of(slice(0, 7)), apart, atol=1e-6)
+    apart = [np.concatenate(pair) for pair in zip(targets(first), targets(second), strict=True)]
+    np.testing.assert_allclose(targets(slice(0, 7)), apart, atol=1e-6)
 
 
 def test_at_a_truncation_the_return_bootstraps_from_the_value():
@@ -130,7 +130,7 @@ def test_reinforce_is_the_exact_policy_gradient_of_a_two_state_problem(gamma, ba
     np.testing.assert_allclose(mean, -jax.grad(exact)(LOGITS), atol=1e-6)
 
 
-# A chain of three states; action 0 stays, action 1 advances, and ends in the last state.
+# A chain of three states: action 0 stays, action 1 advances and, in the last state, terminates.
 REWARD = np.array([[0.1, -0.2], [0.0, 0.5], [-0.3, 1.0]], np.float32)
 POLICY = np.array([[0.2, 0.8], [0.5, 0.5], [0.6, 0.4]], np.float32)
 STATE, ACTION = (part.ravel() for part in np.indices((3, 2)))

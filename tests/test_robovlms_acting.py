@@ -1,4 +1,4 @@
-"""Our agent and RoboVLMs' wrappers, re-implemented in NumPy, send the same commands."""
+"""The agent sends the same commands as RoboVLMs' wrappers, re-implemented in NumPy."""
 
 import dataclasses
 import math
@@ -31,7 +31,7 @@ IDENTITY = {"proprio": normalize.fixed_bounds(-1, 1, 15)}  # (x - 0) / 1
 IDENTITY["environment_state"] = normalize.fixed_bounds(-1, 1, 4)
 RESET = np.zeros((B, T), bool)
 RESET[:, 0] = RESET[1, 17] = True
-OXE = {  # as in configs/data/oxe_dataset_stats: all numbers different
+OXE = {  # as in configs/data/oxe_dataset_stats; all values differ
     "action": {
         "mean": [0.007, 0.006, -0.013, 0.04, -0.006, 0.001, 0.54],
         "std": [0.069, 0.06, 0.074, 0.156, 0.131, 0.146, 0.49],
@@ -46,7 +46,7 @@ OXE = {  # as in configs/data/oxe_dataset_stats: all numbers different
 
 @pytest.fixture(scope="module")
 def observation():
-    """`[B, T, …]`; the arm points down, so that its roll is near ±π."""
+    """Observations `[B, T, …]`; the arm points down, so that its roll is near ±π."""
     random = np.random.default_rng(0)
     proprio = random.normal(size=(B, T, 15)).astype(np.float32)
     proprio[..., 3] = np.where(proprio[..., 3] > 0, 1, -1) * (math.pi - 0.01)
@@ -100,7 +100,7 @@ def their_action(arm, gripper_logit, *, limit=0.65, mu=0.0):
 
 
 def their_calvin(chunk, robot_obs=None, **options):
-    """Returns one command; with `robot_obs` the action is in the tool's frame, m and rad."""
+    """Returns one command; with `robot_obs` the action is in the tool frame, in m and rad."""
     action = their_action(*chunk, **options)
     if robot_obs is not None:
         tool = Rotation.from_euler("xyz", robot_obs[3:6])
@@ -113,7 +113,7 @@ def their_calvin(chunk, robot_obs=None, **options):
 
 
 class TheirSimpler:
-    """RoboVLMs' wrapper for SIMPLER, one robot."""
+    """RoboVLMs' wrapper for SIMPLER, for one robot."""
 
     def __init__(self, robot, steps, *, twice=True):
         self.robot, self.steps, self.twice = robot, steps, twice
@@ -167,7 +167,7 @@ def test_commands_on_calvin_equal_the_wrappers(mu, params, observation, chunks):
     np.testing.assert_allclose(sent, theirs, atol=1e-6)
 
 
-def test_commands_on_calvin_in_the_tools_frame_equal_the_wrappers(params, observation, chunks):
+def test_commands_on_calvin_in_the_tool_frame_equal_the_wrappers(params, observation, chunks):
     config, units = (
         acting_presets.calvin(POLICY, tool_frame=True),
         np.array([50] * 3 + [20] * 3 + [1]),
@@ -188,7 +188,7 @@ def test_commands_on_calvin_in_the_tools_frame_equal_the_wrappers(params, observ
 @pytest.mark.parametrize("steps", [1, 2, 3])
 @pytest.mark.parametrize("robot", ROBOTS)
 def test_commands_on_simpler_equal_the_wrappers(robot, steps, params, observation, chunks):
-    """Uses the statistics that the released checkpoints need."""
+    """With the statistics that the released checkpoints need."""
     config = acting_presets.simpler(POLICY, robot, gripper_steps=steps)
     stats = acting_presets.released_oxe_stats(acting_presets.oxe_stats(OXE))
     sent = acting_presets.simpler_command(ours(config, stats, params, observation), robot)
@@ -249,7 +249,7 @@ def test_the_released_statistics_combine_both_normalisations():
     assert (np.abs(twice[:, :6]) == 1).mean() > (np.abs(by_default[:, :6]) == 1).mean() + 0.2
 
 
-def test_narrow_bounds_keep_only_the_wrappers_gripper_closed(params, observation, chunks):
+def test_with_narrow_bounds_only_the_wrappers_gripper_stays_closed(params, observation, chunks):
     config, stats = acting_presets.calvin(POLICY), acting_presets.calvin_stats(0.5)
     sent = ours(config, stats, params, observation)
     theirs = every_step(lambda row, t: their_calvin(at(chunks, row, t), limit=0.5))
@@ -270,7 +270,7 @@ def test_robovlms_mu_law_skips_the_last_step_of_a_window_and_ours_the_gripper():
     np.testing.assert_array_equal(label[:, 6], window[:, 6])
 
 
-def test_an_agent_in_the_tools_frame_needs_the_orientation_in_proprio(params, observation):
+def test_an_agent_in_the_tool_frame_needs_the_orientation_in_proprio(params, observation):
     config = acting_presets.calvin(POLICY, tool_frame=True)
     beyond = dataclasses.replace(config.tool_frame, orientation=(13, 14, 15))
     config = dataclasses.replace(config, tool_frame=beyond)
@@ -278,7 +278,7 @@ def test_an_agent_in_the_tools_frame_needs_the_orientation_in_proprio(params, ob
         ours(config, acting_presets.calvin_tool_stats(0.1), params, observation)
 
 
-def test_actions_in_the_tools_frame_are_sent_in_the_world_frame(params, observation, chunks):
+def test_actions_in_the_tool_frame_are_sent_in_the_world_frame(params, observation, chunks):
     """An expert's action, converted to a target and back, is unchanged."""
     config, stats = (
         acting_presets.calvin(POLICY, tool_frame=True),
@@ -317,7 +317,7 @@ def test_simpler_commands_have_rotation_vectors():
     )
 
 
-def test_wrong_robots_and_statistics_raise_one_sentence():
+def test_wrong_robots_and_statistics_are_refused():
     with pytest.raises(ValueError, match=r"unknown robot 'widow'; .* Did you mean 'widowx'"):
         acting_presets.simpler(POLICY, "widow")
     with pytest.raises(ValueError, match="unknown robot 'octo'"):

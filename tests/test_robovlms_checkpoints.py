@@ -1,4 +1,4 @@
-"""RoboVLMs' heads: a round trip is the identity, and every tensor is accounted for."""
+"""RoboVLMs' heads: a round trip is the identity, and every tensor is reported."""
 
 import math
 import re
@@ -14,7 +14,7 @@ from vla_jax.convert.robovlms.key_names import head_tensors
 from vla_jax.policies import decoders
 from vla_jax.policies.decoder_config import DecoderConfig
 
-KINDS = ("rnn", "lstm", "gru", "fc", "gpt")  # that RoboVLMs' names can express
+KINDS = ("rnn", "lstm", "gru", "fc", "gpt")  # kinds that RoboVLMs' names can express
 pytestmark = pytest.mark.filterwarnings("ignore:assuming window_size 8")
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -73,7 +73,7 @@ def test_without_pooling_a_step_has_num_latents_tokens():
     joined, _ = convert.from_robovlms(theirs, pooling="none", num_tokens=2)
     assert (joined.num_tokens, joined.token_dim) == (2, 9)
     tokens = np.random.default_rng(0).normal(size=(2, 3, 3, 6)).astype(np.float32)
-    pooled = convert.from_robovlms(theirs, num_latents=3)  # over bins of one token each
+    pooled = convert.from_robovlms(theirs, num_latents=3)  # pooling over bins of one token each
     for one, other in zip(
         decoders.apply(params, config, tokens),
         decoders.apply(pooled[1], pooled[0], tokens),
@@ -85,7 +85,7 @@ def test_without_pooling_a_step_has_num_latents_tokens():
 def test_a_head_of_kosmos_size_has_the_tensors_and_parameters_of_robovlms():
     sizes = {"in_features": 2048, "hidden": 1024, "layers": 4, "chunk": 10}
     shapes = robovlms_shapes("lstm", **sizes, sizes=(1024, 512, 256))
-    config = DecoderConfig(token_dim=2048, num_tokens=1)  # the other defaults are theirs
+    config = DecoderConfig(token_dim=2048, num_tokens=1)  # the other defaults equal RoboVLMs'
     tensors = head_tensors(config)
     assert {f"act_head.{name}": x.their_shape for name, x in tensors.items()} == shapes
     params = jax.eval_shape(lambda key: decoders.init(key, config), jax.random.key(0))
@@ -198,12 +198,12 @@ def test_half_of_a_head_is_refused_and_all_missing_tensors_are_named(kind, half,
     message = str(caught.value)
     assert "\n" not in message
     trunk = ("act_head.rnn.", "act_head.gpt.", "act_head.mlp.")
-    if not any(name.startswith(trunk) for name in kept):  # its names follow from its kind
+    if not any(name.startswith(trunk) for name in kept):  # the prefix follows from the kind
         assert "kind" in message
         assert "act_head.rnn., gpt. or mlp." in message
         theirs = {name: x for name, x in theirs.items() if not name.startswith(trunk)}
     if not any(name.startswith(("act_head.actions.", "act_head.gripper.")) for name in kept):
-        theirs = {name: x for name, x in theirs.items() if ".mlp.4." not in name}  # nor its depth
+        theirs = {name: x for name, x in theirs.items() if ".mlp.4." not in name}  # gives the depth
     assert [name for name in theirs if name not in kept and name not in message] == []
     assert [name for name in kept if re.search(rf"{re.escape(name)}[,;]", message)] == []
 
@@ -241,13 +241,13 @@ def test_sizes_are_inferred_from_the_tensors_that_are_present(kind):
         (r"\w+\.mlp\.0\..*|\w+\.mlp\.2\.weight", "head_sizes"),
     ],
 )
-def test_a_size_that_no_tensor_determines_raises(lacking, unknown):
+def test_a_size_that_no_tensor_determines_is_refused(lacking, unknown):
     theirs = robovlms_head("lstm")
     gone = [name for name in theirs if re.fullmatch(rf"act_head\.(?:{lacking})", name)]
     with pytest.raises(ValueError, match=f"^{unknown} cannot be inferred .* missing") as caught:
         convert.from_robovlms(without(theirs, *gone), allow_missing="*")
     message = str(caught.value)
-    if lacking == r"\w+\.mlp\..*":  # their depth is not determined
+    if lacking == r"\w+\.mlp\..*":  # the depth is not determined
         gone = [name for name in gone if ".mlp.4." not in name]
     assert [name for name in gone if name not in message] == []
     assert "\n" not in message
@@ -312,7 +312,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("tensors", "options", "sentence"), WRONG.values(), ids=WRONG)
-def test_wrong_input_raises_one_sentence(tensors, options, sentence):
+def test_wrong_input_is_refused(tensors, options, sentence):
     expect(sentence, tensors, **options)
 
 
@@ -391,7 +391,7 @@ def test_params_of_another_config_are_refused():
         convert.to_robovlms(config, params)
 
 
-def test_swapped_config_and_params_raise_one_sentence():
+def test_swapped_config_and_params_are_refused():
     config, params = convert.from_robovlms(robovlms_head("lstm"))
     with pytest.raises(ValueError, match="config must be a DecoderConfig, got a dict; it is the"):
         convert.to_robovlms(params, config)  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""Every seed is played once, whatever the world does; both ways of playing agree."""
+"""Every seed is played once, despite crashes; simulators and a scan give the same outcomes."""
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ def _counts(monkeypatch):
     monkeypatch.setattr(Countdown, "closed", 0)
 
 
-def say_seed(views):
+def act_with_seed(views):
     return np.stack([view.observation["proprio"] for view in views])
 
 
@@ -60,12 +60,12 @@ def stateless(act):
     return Controller(lambda num_simulators: None, lambda state, views, reset: (state, act(views)))
 
 
-def play(seeds, *, act=say_seed, raises=(), **options):
+def play(seeds, *, act=act_with_seed, raises=(), **options):
     return list(run_simulators(stateless(act), lambda: Countdown(raises), seeds, **options))
 
 
 @pytest.mark.parametrize("num_simulators", [1, 3, 16])
-def test_every_seed_is_played_once_with_outcomes_that_do_not_depend_on_the_batch(num_simulators):
+def test_every_seed_is_played_once_with_outcomes_independent_of_the_batch(num_simulators):
     played = play(range(9), num_simulators=num_simulators)
     expected = [
         Outcome(seed, f"task {seed % 2}", f"say {seed}", True, seed % 4 + 1, "")
@@ -77,24 +77,24 @@ def test_every_seed_is_played_once_with_outcomes_that_do_not_depend_on_the_batch
         assert episode.actions.shape == (episode.outcome.num_steps, 2)
 
 
-def test_the_policy_always_sees_as_many_sights_and_each_simulator_keeps_its_row():
+def test_the_policy_always_gets_one_view_per_simulator_in_a_fixed_row():
     owners, ages, starts = [], [-1] * 3, []
 
     def act(views):
         owners.extend(view.simulator for view in views[len(owners) :])
         for row, view in enumerate(views):
-            if view.simulator is owners[row]:  # else it is out of episodes, and shows another's
+            if view.simulator is owners[row]:  # else no episode is left: another view repeated
                 ages[row] = 0 if view.step == 0 else ages[row] + 1
                 assert view.step == ages[row]
                 starts.extend([view.seed] if view.step == 0 else [])
         assert len(views) == len(set(owners)) == 3
-        return say_seed(views)
+        return act_with_seed(views)
 
     play(range(7), act=act, num_simulators=3)
     assert sorted(starts) == list(range(7))
 
 
-def test_a_crash_is_told_apart_and_the_evaluation_goes_on():
+def test_a_crash_is_recorded_and_the_evaluation_continues():
     raises = {(2, "step"), (4, "reset")}
     played = {w.outcome.seed: w.outcome for w in play(range(6), raises=raises, num_simulators=2)}
     assert played[2] == Outcome(2, "task 0", "say 2", False, 2, "ValueError: arm broke")
@@ -103,20 +103,20 @@ def test_a_crash_is_told_apart_and_the_evaluation_goes_on():
     assert Countdown.made == Countdown.closed == 4
 
 
-def test_a_world_that_always_crashes_yields_all_its_outcomes():
+def test_a_world_that_always_crashes_yields_all_outcomes():
     raises = {(seed, "reset") for seed in range(5)}
     played = play(range(5), raises=raises, num_simulators=2)
     assert sorted(episode.outcome.seed for episode in played) == list(range(5))
     assert all(episode.outcome.error for episode in played)
 
 
-def test_lanes_left_without_an_episode_by_early_crashes_do_no_harm():
+def test_simulators_without_an_episode_after_early_crashes_do_no_harm():
     raises = {(seed, "reset") for seed in range(4)}
     played = play(range(5), raises=raises, num_simulators=5)
     assert sorted(w.outcome.success for w in played) == [False] * 4 + [True]
 
 
-def test_only_the_asked_episodes_are_recorded_from_first_to_last_view():
+def test_only_the_requested_episodes_are_recorded_from_first_to_last_view():
     played = play(range(6), video_seeds=(3, 5), draw=lambda s: s.draw(4), num_simulators=4)
     for episode in played:
         seed = episode.outcome.seed
@@ -124,15 +124,15 @@ def test_only_the_asked_episodes_are_recorded_from_first_to_last_view():
         assert recorded == (list(range(seed % 4 + 1, -1, -1)) if seed in (3, 5) else [])
 
 
-def test_whoever_stops_early_leaves_no_simulator_open():
-    episodes = run_simulators(stateless(say_seed), Countdown, range(9), num_simulators=3)
+def test_closing_the_generator_early_closes_all_simulators():
+    episodes = run_simulators(stateless(act_with_seed), Countdown, range(9), num_simulators=3)
     next(episodes)
     episodes.close()
     assert Countdown.made == Countdown.closed == 3
 
 
-def agent_of(choose):
-    """An agent that knows the instruction's index and acts as the expert for another one."""
+def make_expert_agent(choose):
+    """An agent that gets the index i of the instruction and acts as the expert for choose(i)."""
 
     def step(params, state, observation, reset):
         def one(environment_state, proprio, instruction):
@@ -162,8 +162,8 @@ def sometimes_wrong(index):
 
 
 @pytest.mark.slow
-def test_a_scan_over_a_jax_world_gives_the_outcomes_of_its_simulator():
-    env, agent, seeds = jax_env.make(WORLD), agent_of(sometimes_wrong), range(30, 42)
+def test_a_scan_over_a_jax_world_equals_its_simulator():
+    env, agent, seeds = jax_env.make(WORLD), make_expert_agent(sometimes_wrong), range(30, 42)
     ids = jnp.arange(len(env.instructions))[:, None]
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
     scanned = jax.jit(lambda keys: run_env(agent, {}, env, ids, keys))(keys)
@@ -183,12 +183,16 @@ def test_a_scan_over_a_jax_world_gives_the_outcomes_of_its_simulator():
     assert [o.num_steps for o in outcomes] == scanned.num_steps.tolist()
     sentences = [env.instructions[index] for index in scanned.instruction_index]
     assert [o.instruction for o in outcomes] == sentences
-    assert 0 < scanned.success.sum() < len(seeds)  # both verdicts occur
+    assert 0 < scanned.success.sum() < len(seeds)  # both outcomes occur
 
 
 @pytest.mark.slow
-def test_what_happens_after_the_end_of_an_episode_does_not_count():
-    env, right, wrong = jax_env.make(WORLD), agent_of(lambda i: i), agent_of(lambda i: i ^ 1)
+def test_steps_after_the_end_of_an_episode_do_not_count():
+    env, right, wrong = (
+        jax_env.make(WORLD),
+        make_expert_agent(lambda i: i),
+        make_expert_agent(lambda i: i ^ 1),
+    )
     ids = jnp.arange(len(env.instructions))[:, None]
     keys = jax.random.split(jax.random.key(3), 16)
     good, bad = (

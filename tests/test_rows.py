@@ -1,4 +1,4 @@
-"""Rows of acting state: a session in a table acts as it does alone, in every mode and kind."""
+"""Rows of agent state: a session in a table acts as it does alone, in every mode and kind."""
 
 import dataclasses
 
@@ -70,7 +70,7 @@ def test_a_session_in_a_table_equals_the_session_alone(kind, head, mode, executi
     assert all(leaf.shape[0] == TABLE for leaf in leaves)
     for t in range(5):
         others = rng.permutation([0, 1, 3, 4])[:2]
-        index = np.array([others[0], 2, others[1]])  # the session has row 2 of the table
+        index = np.array([others[0], 2, others[1]])  # the session is in row 2 of the table
         observation, reset = observe(rng, 3), np.array([False, t == 0, True])
         rows, actions = step(params, gather_rows(table, index), observation, reset)
         table = scatter_rows(table, index, rows)
@@ -82,7 +82,7 @@ def test_a_session_in_a_table_equals_the_session_alone(kind, head, mode, executi
     assert_equal(gather_rows(table, np.array([2, 4])), agent.init(params, 2))
 
 
-def test_gather_after_scatter_returns_the_rows_and_leaves_the_others():
+def test_gather_after_scatter_returns_the_rows_and_the_others_are_unchanged():
     table = {"a": jnp.arange(10.0).reshape(5, 2), "b": (jnp.arange(5),)}
     rows = {"a": -jnp.ones((2, 2)), "b": (jnp.array([7, 8]),)}
     index, rest = np.array([3, 0]), np.array([1, 2, 4])

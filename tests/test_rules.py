@@ -1,4 +1,4 @@
-"""What both tables share says the same thing everywhere."""
+"""Instructions, names and sizes shared by both tables."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from vla_jax.backbones import word_hashing
 from vla_jax.envs.table import jax_env, mujoco_env, rules, scene
 
 
-def test_each_task_asks_for_each_colour_in_a_sentence_of_its_own():
+def test_each_pair_of_task_and_colour_has_a_sentence_of_its_own():
     assert len({instruction.text for instruction in rules.INSTRUCTIONS}) == 12
     for index, (task, colour, sentence) in enumerate(rules.INSTRUCTIONS):
         assert (rules.TASKS.index(task), colour) == divmod(index, rules.NUM_BLOCKS)
@@ -14,7 +14,7 @@ def test_each_task_asks_for_each_colour_in_a_sentence_of_its_own():
     word_hashing.check_collisions([i.text for i in rules.INSTRUCTIONS], 2048)
 
 
-def test_every_number_has_a_name():
+def test_every_feature_has_a_name():
     assert len(rules.STATE_NAMES) == len(set(rules.STATE_NAMES)) == rules.STATE_SIZE
     assert len(rules.PROPRIO_NAMES) == len(set(rules.PROPRIO_NAMES)) == rules.PROPRIO_SIZE
     assert len(rules.ACTION_NAMES) == 7

@@ -1,4 +1,4 @@
-"""A run folder is read whole, or one sentence says what is wrong with it."""
+"""A run folder is read completely, or refused with one sentence."""
 
 import dataclasses
 import json
@@ -25,19 +25,19 @@ def folder(written, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("step", "expected"), [(None, 10), (3, 3)])
-def test_a_run_is_read_as_it_was_written(folder, step, expected):
+def test_a_run_is_read_as_written(folder, step, expected):
     run = runs.load_run(folder, step=step)
     assert (run.agent, run.world, run.step) == (tiny_run.AGENT, tiny_run.WORLD, expected)
     jax.tree.map(np.testing.assert_array_equal, run.params, tiny_run.params(expected))
     jax.tree.map(np.testing.assert_array_equal, run.norm_stats, tiny_run.norm_stats())
 
 
-def test_the_slow_average_acts_where_one_was_kept(tmp_path):
+def test_the_ema_params_are_loaded_if_present(tmp_path):
     run = runs.load_run(tiny_run.write(tmp_path, ema=tiny_run.params(seed=99)))
     jax.tree.map(np.testing.assert_array_equal, run.params, tiny_run.params(99))
 
 
-def test_a_run_without_a_world_is_read_too(folder):
+def test_a_run_without_a_world_can_be_read(folder):
     (folder / "world.json").unlink()
     assert runs.load_run(folder).world is None
 
@@ -54,7 +54,7 @@ def write(name, text):
     return lambda folder: (folder / name).write_text(text)
 
 
-FAULTS = {  # name: (what happens to the folder, error, sentence)
+FAULTS = {  # name -> (change of the folder, error, sentence)
     "no folder": (shutil.rmtree, FileNotFoundError, "run folder .* is missing"),
     "no agent": (
         lambda f: (f / "agent.json").unlink(),
@@ -89,14 +89,14 @@ FAULTS = {  # name: (what happens to the folder, error, sentence)
 
 
 @pytest.mark.parametrize(("damage", "error", "sentence"), FAULTS.values(), ids=FAULTS)
-def test_a_damaged_run_is_one_sentence(folder, damage, error, sentence):
+def test_a_damaged_run_raises_one_sentence(folder, damage, error, sentence):
     damage(folder)
     with pytest.raises(error, match=sentence) as caught:
         runs.load_run(folder)
     assert "\n" not in str(caught.value)
 
 
-def test_a_checkpoint_of_another_shape_is_one_sentence(folder):
+def test_a_checkpoint_of_another_shape_is_refused(folder):
     data = json.loads((folder / "agent.json").read_text())
     data["policy"]["decoder"]["hidden_size"] = 16
     (folder / "agent.json").write_text(json.dumps(data))
@@ -104,13 +104,13 @@ def test_a_checkpoint_of_another_shape_is_one_sentence(folder):
         runs.load_run(folder)
 
 
-def test_a_step_that_is_not_there_is_one_sentence(folder):
+def test_a_missing_step_is_refused(folder):
     with pytest.raises(FileNotFoundError, match=r"no step 4 in .*; choose from 3, 10"):
         runs.load_run(folder, step=4)
 
 
 @pytest.mark.parametrize("fault", ["shape", "name"])
-def test_a_damaged_average_is_never_replaced_by_the_raw_params(fault, tmp_path):
+def test_a_damaged_ema_is_not_replaced_by_the_raw_params(fault, tmp_path):
     ema = tiny_run.params(seed=99)
     if fault == "shape":
         ema = jax.tree.map(lambda leaf: leaf[..., None], ema)
@@ -121,7 +121,7 @@ def test_a_damaged_average_is_never_replaced_by_the_raw_params(fault, tmp_path):
         runs.load_run(folder)
 
 
-def test_what_is_checked_first_is_what_open_run_would_refuse(tmp_path):
+def test_check_run_refuses_what_open_run_would_refuse(tmp_path):
     config = tiny_demos.imitation("demos", tmp_path / "run")
     runs.check_run(config.run_dir, config, overwrite=False)
     assert list(tmp_path.iterdir()) == []
@@ -141,7 +141,7 @@ def test_a_run_folder_that_cannot_be_written_is_refused(tmp_path):
         runs.check_run(config.run_dir, config, overwrite=False)
 
 
-def test_a_written_run_is_read_again(folder, tmp_path):
+def test_a_written_run_can_be_read(folder, tmp_path):
     run = runs.load_run(folder)
     config = tiny_demos.imitation("demos", tmp_path / "run")
     metadata = runs.write_run(folder, config, run.agent, run.norm_stats, run.world)
