@@ -45,14 +45,14 @@ def expected_instruction(instruction, timestep_mask, reset):
     """The latest visible instruction since the last reset, computed in a loop."""
     words = np.zeros_like(instruction)
     for row in range(len(words)):
-        heard = np.zeros(S, np.int32)
+        latest = np.zeros(S, np.int32)
         for t in range(words.shape[1]):
             if reset[row, t]:
-                heard = np.zeros(S, np.int32)
+                latest = np.zeros(S, np.int32)
             if timestep_mask[row, t] and instruction[row, t].any():
-                heard = instruction[row, t]
+                latest = instruction[row, t]
             if timestep_mask[row, t]:
-                words[row, t] = heard
+                words[row, t] = latest
     return words
 
 

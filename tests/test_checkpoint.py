@@ -129,10 +129,10 @@ print(float(total))
 def test_a_checkpoint_of_four_devices_is_read_on_one(saved):
     directory, state = saved
     args = [sys.executable, "-c", ONE_DEVICE, str(directory)]
-    told = subprocess.run(args, capture_output=True, text=True, timeout=60, check=True)
+    completed = subprocess.run(args, capture_output=True, text=True, timeout=60, check=True)
     total = sum(np.asarray(leaf, np.float32).sum() for leaf in jax.tree.leaves(state.params))
-    np.testing.assert_allclose(float(told.stdout), total, atol=1e-6)
-    assert told.stderr == ""
+    np.testing.assert_allclose(float(completed.stdout), total, atol=1e-6)
+    assert completed.stderr == ""
 
 
 def test_the_latest_steps_are_kept_and_older_ones_are_removed(tmp_path):

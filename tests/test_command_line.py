@@ -179,9 +179,9 @@ def test_a_mistake_ends_with_code_2_and_one_line_that_explains_it(argv, sentence
     with pytest.raises(SystemExit) as stopped:
         parse(*argv)
     assert stopped.value.code == 2
-    told = capsys.readouterr().err
-    assert re.match(f"error: .*{sentence}", told)
-    assert told.count("\n") == 1
+    stderr = capsys.readouterr().err
+    assert re.match(f"error: .*{sentence}", stderr)
+    assert stderr.count("\n") == 1
 
 
 def start(function, *argv):

@@ -94,7 +94,9 @@ SLIPS = {
 
 
 @pytest.mark.parametrize(("data", "sentence"), SLIPS.values(), ids=SLIPS)
-def test_a_mistake_in_a_file_is_one_sentence_with_the_file_and_the_path(data, sentence, tmp_path):
+def test_a_mistake_in_a_file_raises_one_sentence_with_the_file_and_the_path(
+    data, sentence, tmp_path
+):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(data))
     with pytest.raises(ValueError, match=sentence) as raised:

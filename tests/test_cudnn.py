@@ -73,7 +73,7 @@ def test_on_a_gpu_outputs_carries_and_gradients_equal_ours(bidirectional, key):
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there it runs")
-def test_without_a_gpu_it_is_refused_with_one_sentence(key):
+def test_without_a_gpu_it_raises_one_sentence(key):
     config = configured(bidirectional=False, implementation="cudnn")
     params = recurrence.init(key, config, D)
     with pytest.raises(ValueError, match="'cudnn' needs an NVIDIA GPU, got cpu; choose 'auto'"):

@@ -88,11 +88,13 @@ def test_the_rules_equal_those_of_the_continuous_table(episodes):
             if axis is not None:
                 arm[i, axis] = 1 if name[0] == "+" else -1
             arm[i, 6] = 1 if name == "open" or (state.opens[i] and name != "close") else -1
-        expected, told = env_step(state.table, arm)
+        expected, expected_transition = env_step(state.table, arm)
         jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), after.table, expected)
         for field in ("terminated", "truncated", "success"):
-            np.testing.assert_array_equal(getattr(transition, field), getattr(told, field))
-        ended += int(told.terminated.sum())
+            np.testing.assert_array_equal(
+                getattr(transition, field), getattr(expected_transition, field)
+            )
+        ended += int(expected_transition.terminated.sum())
     assert ended > 0
     assert transition.truncated.any()
 

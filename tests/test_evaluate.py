@@ -234,10 +234,10 @@ def test_a_run_without_a_world_requires_one_as_an_option(folder):
 @pytest.mark.slow
 def test_the_command_prints_the_table_and_the_path_of_the_page(folder, capsys):
     main([str(folder), "--num-episodes", "3", "--num-videos", "0", "--mode", "persistent"])
-    told = capsys.readouterr()
-    assert "mean over tasks" in told.out
-    assert told.out.rstrip().endswith("index.html")
-    assert "persistent 3/3 episodes" in told.err
+    printed = capsys.readouterr()
+    assert "mean over tasks" in printed.out
+    assert printed.out.rstrip().endswith("index.html")
+    assert "persistent 3/3 episodes" in printed.err
     assert (folder / "index.html").is_file()
 
 
@@ -255,9 +255,9 @@ def test_a_mistake_at_the_command_line_is_reported_without_a_traceback(folder, c
     with pytest.raises(SystemExit) as caught:
         main([word.format(run=folder) for word in argv])
     assert caught.value.code == 2
-    told = capsys.readouterr().err
-    assert words in told
-    assert "Traceback" not in told
+    printed = capsys.readouterr().err
+    assert words in printed
+    assert "Traceback" not in printed
 
 
 @pytest.mark.slow

@@ -124,14 +124,14 @@ def test_draw_renders_at_any_size_or_grey_without_rendering():
 
 
 def test_success_comes_from_info_or_a_function_of_the_caller():
-    def ever(info, reward):
+    def succeeded(info, reward):
         return info["seen"] == 7 and reward == 1.5
 
-    told, asked = slider(), slider(success=ever)
-    for world in (told, asked):
+    default, custom = slider(), slider(success=succeeded)
+    for world in (default, custom):
         world.reset(0)
     push = np.array([1.0, 0.0])
-    steps = [(told.step(push), asked.step(push)) for _ in range(3)]
+    steps = [(default.step(push), custom.step(push)) for _ in range(3)]
     assert [a.success for a, _ in steps] == [False, False, True]
     assert [a.terminated for a, _ in steps] == [False, False, True]
     assert all(b.success for _, b in steps)

@@ -182,7 +182,7 @@ def test_a_script_writes_a_curve_a_report_and_a_video(train, config, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_comparison_plots_both(tmp_path, capsys):
+def test_the_comparison_plots_both_learners(tmp_path, capsys):
     deep = SarsaConfig(loop=LOOP, **PARTS)
     config = tabular.TabularConfig(run_dir=str(tmp_path / "run"), obstacles=(1,), deep=deep)
     run_dir = tabular.compare(config)

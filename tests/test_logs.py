@@ -72,19 +72,19 @@ def test_the_fraction_of_time_spent_waiting_for_data_is_measured(tmp_path, monke
 def test_without_a_terminal_a_few_plain_lines_are_printed(tmp_path):
     console = plain_console()
     train(tmp_path, range(1, 101), console=console)
-    told = console.file.getvalue().splitlines()
-    assert len(told) == logs.PLAIN_LINES
-    assert told[-1].startswith("train 100/100 updates  loss 0.0100")
-    assert told[-1].endswith("0 s left")
-    assert all(line.isprintable() for line in told)
+    printed = console.file.getvalue().splitlines()
+    assert len(printed) == logs.PLAIN_LINES
+    assert printed[-1].startswith("train 100/100 updates  loss 0.0100")
+    assert printed[-1].endswith("0 s left")
+    assert all(line.isprintable() for line in printed)
 
 
 def test_a_terminal_shows_a_bar_with_loss_speed_data_wait_and_time_left(tmp_path):
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
     train(tmp_path, [50, 100], console=console)
-    told = console.file.getvalue()
+    printed = console.file.getvalue()
     for text in ["100/100", "loss 0.0100", "steps/s", "data ", "left"]:
-        assert text in told
+        assert text in printed
 
 
 def test_tensorboard_gets_the_same_scalars(tmp_path):
