@@ -270,13 +270,13 @@ def test_a_caption_without_words_is_refused():
 TRAININGS = {  # refused before any training
     "state": ({"auxiliary": PIXELS}, r"'pixels' needs images in the batch, got backbone 'state'"),
     "cached": (
-        {"auxiliary": PIXELS, "backbone": tiny_demos.EYES, "frozen_backbone": True},
+        {"auxiliary": PIXELS, "backbone": tiny_demos.PERCEIVER, "frozen_backbone": True},
         "'pixels' needs images .* 'perceiver' with frozen_backbone True; choose 'tokens'",
     ),
     "patches": (
         {
             "auxiliary": dataclasses.replace(PIXELS, forward_patch_size=5),
-            "backbone": tiny_demos.EYES,
+            "backbone": tiny_demos.PERCEIVER,
         },
         "forward_patch_size must divide the image size 16 × 16 pixels, got 5",
     ),

@@ -18,7 +18,7 @@ from vla_jax.policies import policy
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     demos = tiny_demos.write(tmp_path_factory.mktemp("demos") / "table")
-    return tiny_demos.imitation(demos, "", backbone=tiny_demos.EYES)
+    return tiny_demos.imitation(demos, "", backbone=tiny_demos.PERCEIVER)
 
 
 def tokens_of(config, *, seed=0):

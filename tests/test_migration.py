@@ -67,7 +67,7 @@ def test_a_trained_head_is_written_into_the_original_checkpoint(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     tiny_run.write(tmp_path / "runs/fine")
     head = robovlms_head("lstm", in_features=8, hidden=8, layers=1, sizes=(8,))
-    tensors = {f"model.{name}": x for name, x in head.items()} | {"model.eyes": np.ones(6)}
+    tensors = {f"model.{name}": x for name, x in head.items()} | {"model.vision": np.ones(6)}
     convert.write("policy.ckpt", convert.TensorFile(tensors))
     exec(EXPORT, {})
     fine = convert.read("fine.ckpt").tensors
@@ -76,7 +76,7 @@ def test_a_trained_head_is_written_into_the_original_checkpoint(tmp_path, monkey
     config, params = convert.from_robovlms(head, window_size=8)
     assert config.hidden_size == 8
     jax.tree.map(np.testing.assert_array_equal, params, tiny_run.params(10)["decoder"])
-    np.testing.assert_array_equal(fine["model.eyes"], tensors["model.eyes"])
+    np.testing.assert_array_equal(fine["model.vision"], tensors["model.eyes"])
 
 
 @pytest.mark.slow

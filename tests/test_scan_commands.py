@@ -50,7 +50,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("command", PUBLISHED)
-def test_a_command_means_what_was_published_or_is_none(command):
+def test_commands_have_the_published_actions_and_others_are_invalid(command):
     actions = PUBLISHED[command]
     if actions is None:
         assert command not in ACTIONS_OF
@@ -71,7 +71,7 @@ def test_there_are_20910_commands_of_up_to_9_words_and_48_actions():
 
 
 @each_split
-def test_each_split_has_the_published_counts_and_shares_nothing(name):
+def test_splits_have_the_published_sizes_and_are_disjoint(name):
     train, test = scan_commands.split(name)
     assert (len(train), len(test)) == COUNTS[name]
     assert not set(train) & set(test)
@@ -91,7 +91,7 @@ def test_the_length_split_trains_up_to_22_actions_and_tests_from_24():
     ("name", "bare", "copies"),
     [("addprim_jump", "jump", 1_467), ("addprim_turn_left", "turn left", 2_189)],
 )
-def test_a_new_word_is_trained_alone_and_tested_in_combinations(name, bare, copies):
+def test_a_new_primitive_is_trained_alone_and_tested_in_combinations(name, bare, copies):
     train, test = scan_commands.split(name)
     with_word = collections.Counter(pair.command for pair in train if bare in pair.command)
     assert with_word == {bare: copies}
@@ -103,7 +103,7 @@ def test_the_simple_split_depends_on_the_seed():
     assert set(scan_commands.split("simple", seed=1)[1]) != set(scan_commands.split("simple")[1])
 
 
-def test_held_out_commands_are_not_trained_on_and_bare_words_stay():
+def test_held_out_commands_are_not_trained_on_and_single_words_are_kept():
     train, _ = scan_commands.split("addprim_jump")
     kept, held = scan_commands.hold_out(train, 0.1)
     assert sorted(kept + held) == sorted(train)
@@ -127,7 +127,7 @@ def test_ids_are_indices_and_convert_back_to_text():
         assert scan_commands.to_text(target, scan_commands.ACTIONS) == pair.actions
 
 
-def test_unknown_splits_and_words_raise_one_sentence():
+def test_unknown_splits_and_words_are_refused():
     with pytest.raises(ValueError, match=r"unknown split 'addprim_jum'; .* Did you mean 'add"):
         scan_commands.split("addprim_jum")
     with pytest.raises(ValueError, match="unknown word 'hop'; choose from walk, look"):

@@ -1,4 +1,4 @@
-"""Schedules by hand; told always = teacher forcing, told never = free running."""
+"""Schedules equal their equations; rate 1 = teacher forcing, rate 0 = free running."""
 
 import jax
 import numpy as np
@@ -30,7 +30,7 @@ force = jax.jit(seq2seq.teacher_forcing, static_argnums=1)
 run_free = jax.jit(scheduled_sampling.free_running, static_argnums=(1, 3), static_argnames="choose")
 
 
-def given(kind, seed, steps):
+def make_sequence(kind, seed, steps):
     rng = np.random.default_rng(seed)
     if kind == "tokens":
         return rng.integers(1, V, (B, steps))
@@ -39,8 +39,8 @@ def given(kind, seed, steps):
 
 def setup(config):
     params = init(jax.random.key(0), config)
-    memory = encode(params, config, given(config.source, 0, S))
-    return params, memory, given(config.target, 1, T)
+    memory = encode(params, config, make_sequence(config.source, 0, S))
+    return params, memory, make_sequence(config.target, 1, T)
 
 
 def assert_close(one, other, atol=1e-6):
@@ -48,7 +48,7 @@ def assert_close(one, other, atol=1e-6):
 
 
 @pytest.mark.parametrize("i", [0, 1, 10, 100, 1000, 100_000])
-def test_the_schedules_are_their_equations(i):
+def test_the_schedules_equal_their_equations(i):
     linear = scheduled_sampling.linear(i, slope=0.004, least=0.1)
     assert linear == pytest.approx(max(0.1, 1 - 0.004 * i), abs=1e-6)
     exponential = scheduled_sampling.exponential(i, base=0.99)
@@ -59,7 +59,7 @@ def test_the_schedules_are_their_equations(i):
 
 
 @pytest.mark.parametrize("i", [0, 70])
-def test_a_config_is_a_schedule_with_its_numbers(i):
+def test_a_config_selects_a_schedule_with_its_parameters(i):
     numbers = {"slope": 0.01, "least": 0.4, "base": 0.98, "k": 20.0}
     expected = {
         "linear": scheduled_sampling.linear(i, slope=0.01, least=0.4),
@@ -82,14 +82,14 @@ def test_a_config_is_a_schedule_with_its_numbers(i):
         ({"k": 0.5}, r"k must be at least 1, got 0.5"),
     ],
 )
-def test_a_wrong_config_is_one_sentence(fields, sentence):
+def test_a_wrong_config_is_refused(fields, sentence):
     with pytest.raises(ValueError, match=sentence):
         SamplingConfig(**fields)
 
 
 @pytest.mark.slow
 @each_config
-def test_told_always_is_teacher_forcing(config, key):
+def test_rate_1_equals_teacher_forcing(config, key):
     params, memory, targets = setup(config)
     told = schedule_and_run(params, config, memory, targets, 1.0, key)
     assert_close(told, force(params, config, memory, targets))
@@ -97,14 +97,14 @@ def test_told_always_is_teacher_forcing(config, key):
 
 @pytest.mark.parametrize("rate", [0.0, 1.0])
 @each_config
-def test_a_target_of_one_step_is_told_nothing(config, rate, key):
+def test_a_target_of_one_step_does_not_depend_on_the_rate(config, rate, key):
     params, memory, targets = setup(config)
     told = schedule_and_run(params, config, memory, targets[:, :1], rate, key)
     assert_close(told, force(params, config, memory, targets[:, :1]))
 
 
 @each_config
-def test_told_never_is_free_running(config, key):
+def test_rate_0_equals_free_running(config, key):
     params, memory, targets = setup(config)
     told = schedule_and_run(params, config, memory, targets, 0.0, key)
     alone, _ = run_free(params, config, memory, T)
@@ -112,13 +112,13 @@ def test_told_never_is_free_running(config, key):
 
 
 @each_config
-def test_told_its_own_outputs_a_decoder_does_what_it_does_alone(config):
+def test_teacher_forcing_with_its_own_outputs_equals_free_running(config):
     params, memory, _ = setup(config)
     alone, said = run_free(params, config, memory, T)
     assert_close(force(params, config, memory, said), alone)
 
 
-def test_a_coin_is_thrown_for_every_row_and_step(key):
+def test_each_row_and_step_is_sampled_independently(key):
     config = CONFIGS["tokens"]
     params, memory, targets = setup(config)
     mixed, told, alone = (
@@ -132,14 +132,14 @@ def test_a_coin_is_thrown_for_every_row_and_step(key):
     assert np.abs(other_key.outputs[:, 1] - mixed).max() > 1e-3
 
 
-def test_drawn_ids_follow_the_logits(key):
+def test_sampled_ids_follow_the_logits(key):
     logits = np.log(np.tile([0.1, 0.2, 0.7], (4000, 1)))
     share = np.bincount(scheduled_sampling.sample(logits, key)) / 4000
     assert_close(share, np.array([0.1, 0.2, 0.7]), atol=0.03)
     np.testing.assert_array_equal(scheduled_sampling.argmax(logits), np.full(4000, 2))
 
 
-def test_drawing_needs_a_key_and_each_step_draws_anew(key):
+def test_sampling_needs_a_key_and_is_independent_at_each_step(key):
     config = CONFIGS["tokens"]
     params, memory, _ = setup(config)
     with pytest.raises(ValueError, match="key must be given to sample outputs, got None"):
@@ -148,14 +148,14 @@ def test_drawing_needs_a_key_and_each_step_draws_anew(key):
     assert len({tuple(row) for row in said.tolist()}) > B // 2
 
 
-def test_a_choice_of_ones_own_turns_outputs_into_what_is_eaten():
-    """As a policy sends tanh of its outputs, and eats what it has sent."""
+def test_a_custom_choose_function_maps_outputs_to_the_next_inputs():
+    """As in a policy that sends a function of its outputs and gets it back as input."""
     config = CONFIGS["vectors-feed-context"]
     params, memory, _ = setup(config)
 
-    def sent(outputs, key):
+    def scale(outputs, key):
         return np.tanh(1.0) * outputs
 
-    alone, said = run_free(params, config, memory, T, choose=sent)
+    alone, said = run_free(params, config, memory, T, choose=scale)
     assert_close(said, np.tanh(1.0) * alone.outputs)
     assert_close(force(params, config, memory, said), alone)

@@ -1,4 +1,4 @@
-"""Greedy and beam search: against every short target there is, and against each other."""
+"""Greedy and beam search agree with exhaustive search over short targets, and with each other."""
 
 import itertools
 
@@ -31,7 +31,7 @@ force = jax.jit(seq2seq.teacher_forcing, static_argnums=1)
 
 
 def setup(config):
-    """Outputs are sharpened, so that rows end at different steps."""
+    """Returns params and memory; outputs are sharpened, so that rows end at different steps."""
     params = init(jax.random.key(3), config)
     params["output"]["kernel"] = 4 * params["output"]["kernel"]
     source = np.random.default_rng(0).integers(1, 6, (B, S))
@@ -43,13 +43,13 @@ def row_of(memory, row):
 
 
 def lengths_of(ids):
-    """Steps up to the end, it among them; all of those that have none."""
+    """Number of steps up to and including the end id; all steps if there is none."""
     ended = ids == 0
     return np.where(ended.any(axis=-1), ended.argmax(axis=-1) + 1, ids.shape[-1])
 
 
 def log_probs(params, config, memory, ids):
-    """Of targets `[N, T]` for a memory of one row, up to their ends."""
+    """Log-probabilities of targets `[N, T]` for a memory of one row, up to their ends."""
     many = jax.tree.map(lambda leaf: jnp.repeat(leaf, len(ids), axis=0), memory)
     steps = jax.nn.log_softmax(force(params, config, many, ids).outputs)
     each = np.take_along_axis(np.asarray(steps), ids[..., None], axis=-1)[..., 0]
@@ -57,7 +57,7 @@ def log_probs(params, config, memory, ids):
 
 
 def all_targets():
-    """Every target of up to T ids, `[N, T]`: behind an end there is nothing but ends."""
+    """Every target of up to T ids, `[N, T]`, padded with the end id."""
     ids = np.array(list(itertools.product(range(V), repeat=T)), np.int32)
     behind = np.cumsum(ids == 0, axis=1) > (ids == 0)
     return ids[~(behind & (ids != 0)).any(axis=1)]
@@ -70,7 +70,7 @@ def assert_close(one, other, atol=1e-5):
 @pytest.mark.sampled
 @each_config
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
-def test_a_beam_as_wide_as_all_targets_finds_the_best_of_them(config, alpha):
+def test_a_beam_as_wide_as_all_targets_equals_exhaustive_search(config, alpha):
     params, memory = setup(config)
     targets = all_targets()
     found = beam(params, config, memory, beam_size=V**T, max_steps=T, length_penalty=alpha)
@@ -84,7 +84,7 @@ def test_a_beam_as_wide_as_all_targets_finds_the_best_of_them(config, alpha):
 
 
 @each_config
-def test_a_beam_of_one_is_greedy(config):
+def test_a_beam_of_one_equals_greedy_search(config):
     params, memory = setup(config)
     one = beam(params, config, memory, beam_size=1, max_steps=T, length_penalty=0.0)
     best = greedy(params, config, memory, max_steps=T)
@@ -94,7 +94,7 @@ def test_a_beam_of_one_is_greedy(config):
 
 
 @each_config
-def test_a_beam_gives_its_scores_and_weights_of_its_own_ids_best_first(config):
+def test_beams_are_sorted_and_have_the_scores_and_weights_of_their_ids(config):
     params, memory = setup(config)
     found = beam(params, config, memory, beam_size=3, max_steps=T, length_penalty=0.6)
     assert (np.diff(found.score, axis=1) <= 0).all()
@@ -110,7 +110,7 @@ def test_a_beam_gives_its_scores_and_weights_of_its_own_ids_best_first(config):
 
 
 @each_config
-def test_greedy_is_free_running_up_to_each_rows_own_end(config):
+def test_greedy_search_equals_free_running_up_to_the_end_of_each_row(config):
     params, memory = setup(config)
     steps = 12
     written = greedy(params, config, memory, max_steps=steps)
@@ -128,7 +128,7 @@ def test_greedy_is_free_running_up_to_each_rows_own_end(config):
 
 
 @each_config
-def test_no_row_changes_once_all_have_ended(config):
+def test_ended_rows_do_not_change_with_more_steps(config):
     params, memory = setup(config)
     short, long = (greedy(params, config, memory, max_steps=steps) for steps in (12, 500))
     ended = np.asarray(short.ids == 0).any(axis=1)
@@ -137,8 +137,8 @@ def test_no_row_changes_once_all_have_ended(config):
     assert_close(short.score[ended], long.score[ended])
 
 
-def test_it_stops_when_the_last_row_has_ended():
-    """A decoder that ends at once would take a thousand times as long if it did not."""
+def test_search_stops_when_the_last_row_has_ended():
+    """With a decoder that ends at once, only one of 1000 steps is computed."""
     config = CONFIGS["attention"]
     params, memory = setup(config)
     params["output"]["bias"] = np.array([50.0, 0, 0], np.float32)
@@ -172,7 +172,7 @@ def test_jit_changes_nothing():
         ({}, {"beam_size": 0}, "beam_size must be at least 1, got 0"),
     ],
 )
-def test_what_cannot_be_searched_is_one_sentence(fields, options, sentence, key):
+def test_wrong_arguments_are_refused(fields, options, sentence, key):
     config = Seq2SeqConfig(**SIZES, **fields)
     params = init(key, config)
     memory = encode(params, config, np.ones((1, 2), int))

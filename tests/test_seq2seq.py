@@ -1,4 +1,4 @@
-"""Laws of the encoder-decoder, over cells, scores, directions and kinds; PyTorch as oracle."""
+"""Laws of the encoder-decoder, over cells, scores, directions and kinds; agreement with PyTorch."""
 
 import dataclasses
 
@@ -31,7 +31,7 @@ MASK = np.arange(S) < LENGTHS[:, None]
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
-def given(kind, seed, steps, size):
+def make_sequence(kind, seed, steps, size):
     rng = np.random.default_rng(seed)
     if kind == "tokens":
         return rng.integers(1, size, (B, steps))
@@ -43,8 +43,8 @@ init = jax.jit(seq2seq.init, static_argnums=1)
 
 def setup(config):
     params = init(jax.random.key(0), config)
-    source = given(config.source, 0, S, config.source_size)
-    return params, source, given(config.target, 1, T, config.target_size)
+    source = make_sequence(config.source, 0, S, config.source_size)
+    return params, source, make_sequence(config.target, 1, T, config.target_size)
 
 
 def run(params, config, source, targets, mask=None, key=None):
@@ -63,7 +63,7 @@ def assert_close(one, other, atol=1e-6):
 
 @pytest.mark.sampled
 @each_config
-def test_teacher_forcing_is_one_step_after_the_other(config):
+def test_teacher_forcing_equals_single_steps(config):
     params, source, targets = setup(config)
     memory = encode(params, config, source, mask=MASK)
     state, inputs = seq2seq.start(params, config, memory)
@@ -76,7 +76,7 @@ def test_teacher_forcing_is_one_step_after_the_other(config):
 
 @pytest.mark.sampled
 @each_config
-def test_a_padded_source_is_a_cut_one(config):
+def test_padding_equals_truncation(config):
     params, source, targets = setup(config)
     dirty = np.where(MASK if source.ndim == 2 else MASK[..., None], source, 7)
     whole = jit_run(params, config, dirty, targets, MASK)
@@ -99,7 +99,7 @@ def test_weights_sum_to_1_over_the_real_positions(config):
 
 @pytest.mark.sampled
 @each_config
-def test_an_output_depends_on_the_whole_source_and_on_the_targets_before_it(config):
+def test_an_output_depends_on_the_whole_source_and_on_the_previous_targets(config):
     params, source, targets = setup(config)
     plain = jit_run(params, config, source, targets).outputs
     for place in (0, S - 1):
@@ -129,7 +129,7 @@ def test_jit_and_vmap_change_nothing(config):
 
 @pytest.mark.sampled
 @each_config
-def test_every_param_learns_and_stays_finite_where_a_source_is_empty(config):
+def test_every_param_gets_a_finite_gradient_even_with_an_empty_source(config):
     params, source, targets = setup(config)
     mask = MASK & (np.arange(B) != 1)[:, None]
 
@@ -146,7 +146,7 @@ def test_every_param_learns_and_stays_finite_where_a_source_is_empty(config):
         assert leaf.any(), path
 
 
-def test_without_attention_the_carry_is_all_that_is_left():
+def test_without_attention_the_memory_is_only_the_carry():
     config = CONFIGS["gru-bottleneck"]
     params, source, _ = setup(config)
     memory = encode(params, config, source)
@@ -174,7 +174,7 @@ def test_bfloat16_products_give_float32_outputs(name):
     assert {part.dtype for part in half} == {jnp.dtype("float32")}
 
 
-def test_a_target_counts_up_to_its_end():
+def test_a_target_is_masked_after_its_end():
     mask = seq2seq.target_mask(np.array([[3, 1, 0, 0], [0, 0, 0, 0], [2, 2, 2, 2]]))
     np.testing.assert_array_equal(mask, [[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]])
 
@@ -191,7 +191,7 @@ def torch_affine(inputs, p):
 
 
 def torch_run(config, params, encoder, decoder, source, targets):
-    """The same composed of PyTorch's modules: packed rows in, `bmm` and `softmax` to look."""
+    """The same in PyTorch: packed sequences, attention by `bmm` and `softmax`."""
     p = torch_params(params)
     embedded = p["source"]["embedding"][torch.from_numpy(source)]
     packed = pack_padded_sequence(
@@ -217,7 +217,7 @@ def torch_run(config, params, encoder, decoder, source, targets):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
-def test_outputs_and_weights_are_those_of_pytorch(cell):
+def test_outputs_and_weights_equal_pytorch(cell):
     torch.manual_seed(0)
     config = Seq2SeqConfig(**SIZES, cell=cell, score="general")
     params, source, targets = setup(config)
@@ -257,12 +257,12 @@ def test_outputs_and_weights_are_those_of_pytorch(cell):
         ),
     ],
 )
-def test_a_wrong_config_is_one_sentence(fields, sentence):
+def test_a_wrong_config_is_refused(fields, sentence):
     with pytest.raises(ValueError, match=sentence):
         Seq2SeqConfig(**{**SIZES, **fields})
 
 
-def test_a_memory_without_a_source_is_one_sentence():
+def test_a_memory_without_a_source_is_refused():
     config = CONFIGS["rnn-additive"]
     params, source, targets = setup(config)
     memory = encode(params, config, source)._replace(source=None)
@@ -278,7 +278,7 @@ def test_a_memory_without_a_source_is_one_sentence():
         ("rnn-additive", np.zeros((B, S, 2), int)),
     ],
 )
-def test_a_source_of_another_kind_or_size_is_refused_at_the_door(name, source, key):
+def test_a_source_of_another_kind_or_size_is_refused(name, source, key):
     config = CONFIGS[name]
     with pytest.raises(AssertionError, match="assert_"):
         seq2seq.encode(seq2seq.init(key, config), config, source)

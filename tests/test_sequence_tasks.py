@@ -90,7 +90,7 @@ def draw_net(cell, key, num_steps=7):
 
 @pytest.mark.slow
 def test_the_gradient_norms_of_a_linear_cell_are_products_of_its_decays(key):
-    """∂hₜ₊₁/∂hₜ is diagonal: the a of hₜ₊₁ = a hₜ + b."""
+    """∂hₜ₊₁/∂hₜ is diagonal, with the factors a of hₜ₊₁ = a hₜ + b."""
     config, params, trials = draw_net("min_gru", key)
     row = Trials(trials.inputs[:1], trials.target[:1])
     cell, own = cells.MIN_GRU, params["recurrence"]["layers_0"]["forward"]
@@ -104,7 +104,7 @@ def test_the_gradient_norms_of_a_linear_cell_are_products_of_its_decays(key):
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("cell", cells.CELLS)
-def test_the_gradient_norms_agree_with_the_gradient_by_an_initial_carry(cell, key):
+def test_the_gradient_norms_equal_the_gradient_with_respect_to_an_initial_carry(cell, key):
     config, params, trials = draw_net(cell, key)
     norms = sequence_tasks.gradient_norms(params, config, trials)
 

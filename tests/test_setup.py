@@ -1,4 +1,4 @@
-"""What a training makes of a data set before it begins."""
+"""Preparation of a data set for training: frames, bounds, and checks before reading."""
 
 import dataclasses
 
@@ -26,14 +26,14 @@ def config(tmp_path_factory):
     return tiny_demos.imitation(demos, "")
 
 
-def test_by_default_actions_stay_and_bounds_are_those_of_the_data(config):
+def test_by_default_actions_are_unchanged_and_bounds_come_from_the_data(config):
     dataset = read_dataset(config)
     found, expected = compute_norm_stats(config, dataset), normalize.compute_norm_stats(dataset)
     assert normalize.to_json(found) == normalize.to_json(expected)
     np.testing.assert_array_equal(found["action"].max, dataset.columns["action"].max(axis=0))
 
 
-def test_an_agent_of_the_tools_frame_learns_from_actions_in_that_frame(config):
+def test_an_agent_in_the_tool_frame_is_trained_on_actions_in_that_frame(config):
     agent = dataclasses.replace(config.agent, tool_frame=FRAME)
     turned = read_dataset(dataclasses.replace(config, agent=agent))
     expected = in_tool_frame(read_dataset(config), FRAME)
@@ -41,7 +41,7 @@ def test_an_agent_of_the_tools_frame_learns_from_actions_in_that_frame(config):
     np.testing.assert_array_equal(turned.columns["action"], expected.columns["action"])
 
 
-def test_given_bounds_are_those_that_a_window_is_cut_at(config):
+def test_configured_action_bounds_clip_the_actions_of_windows(config):
     config = dataclasses.replace(config, action_bounds=(-0.25, 0.25))
     dataset = read_dataset(config)
     norm_stats = compute_norm_stats(config, dataset)
@@ -88,10 +88,10 @@ def test_given_bounds_are_those_that_a_window_is_cut_at(config):
         ),
     ],
 )
-def test_what_cannot_work_is_refused_before_data_are_read(
+def test_invalid_configs_are_refused_before_data_are_read(
     config, changes, error, sentence, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(imitate, "read_dataset", read_nothing)
+    monkeypatch.setattr(imitate, "read_dataset", refuse_to_read)
     changed = dataclasses.replace(config, run_dir=str(tmp_path / "run"), **changes)
     with pytest.raises(error, match=sentence):
         imitate.imitate(changed)
@@ -99,12 +99,12 @@ def test_what_cannot_work_is_refused_before_data_are_read(
 
 
 def test_a_run_of_another_config_is_refused_before_data_are_read(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(imitate, "read_dataset", read_nothing)
+    monkeypatch.setattr(imitate, "read_dataset", refuse_to_read)
     first = dataclasses.replace(config, run_dir=str(tmp_path))
     runs.open_run(first.run_dir, first, overwrite=False)
     with pytest.raises(ValueError, match="seed"):
         imitate.imitate(dataclasses.replace(first, seed=5))
 
 
-def read_nothing(config):
+def refuse_to_read(config):
     raise AssertionError("the data set was read")

@@ -1,4 +1,4 @@
-"""Law 1: streamed = windowed, over every kind of decoder and every mode, far past the window."""
+"""Law 1: streamed = windowed, over every kind of decoder and every mode, beyond the window."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from vla_jax.policies import decoders, heads, trunks
 from vla_jax.policies.decoder_config import DecoderConfig
 
 B, T, W, N, D, K = 3, 14, 4, 2, 3, 2
-STARTS = ([0], [0, 5], [0, 3, 4, 12])  # frames at which the episodes of each robot start
+STARTS = ([0], [0, 5], [0, 3, 4, 12])  # steps at which the episodes of each robot start
 
 AUTOREGRESSIVE = "autoregressive"  # an LSTM with the autoregressive head
 KINDS = (*trunks.names(), AUTOREGRESSIVE)
@@ -28,7 +28,7 @@ each_mode = pytest.mark.parametrize("mode", MODES)
 each_kind_and_mode = pytest.mark.parametrize(("kind", "mode"), KINDS_AND_MODES)
 
 
-def configured(kind, head="continuous"):
+def make_config(kind, head="continuous"):
     if kind == AUTOREGRESSIVE:
         kind, head = "lstm", "autoregressive"
     return DecoderConfig(
@@ -58,7 +58,7 @@ def resets():
 
 
 def stream(params, config, tokens, *, reset=None, mode="refresh", window_size=None):
-    """Returns the chunks of all frames `[B, T, K, ...]`."""
+    """Returns the chunks of all steps `[B, T, K, ...]`."""
     state = decoders.init_stream(params, config, B, mode=mode, window_size=window_size)
     chex.clear_trace_counter()
     step = jax.jit(chex.assert_max_traces(decoders.step, 1), static_argnames="config")
@@ -71,7 +71,7 @@ def stream(params, config, tokens, *, reset=None, mode="refresh", window_size=No
 
 
 def first_remembered(mode, start, t, window_size):
-    """The earliest frame that the output at `t` of an episode that began at `start` depends on."""
+    """First step that affects the output at `t`, for an episode that began at `start`."""
     return {
         "refresh": max(start, t - window_size + 1),
         "periodic": t - (t - start) % window_size,
@@ -80,9 +80,9 @@ def first_remembered(mode, start, t, window_size):
 
 
 def windowed(params, config, tokens, starts, mode, window_size):
-    """Returns what `decoders.apply` gives at the end of the frames that are remembered.
+    """Returns `decoders.apply` at the last of the steps that affect each output.
 
-    One batch of windows that end at frame t, left-padded to the most that is remembered.
+    Uses one batch of windows that end at step t, left-padded to the same size.
     """
     size = T if mode == "persistent" else min(window_size, T)
     windows = np.zeros((B, T, size, N, D), np.float32)
@@ -106,25 +106,25 @@ def assert_close(one, other):
 
 @pytest.mark.sampled
 @each_kind_and_mode
-def test_streamed_is_windowed(kind, mode, key):
-    config, tokens = configured(kind), draw_tokens()
+def test_streamed_equals_windowed(kind, mode, key):
+    config, tokens = make_config(kind), draw_tokens()
     params = decoders.init(key, config)
     streamed = stream(params, config, tokens, mode=mode)
     assert_close(streamed, windowed(params, config, tokens, [[0]] * B, mode, W))
 
 
 def prepare(monkeypatch, params, config, mode, batch_size=B):
-    """Prepares params as at sizes where a CPU is faster with transposed kernels."""
+    """Prepares params with a threshold so low that kernels are stored transposed."""
     with monkeypatch.context() as patch:
-        patch.setattr(matmul, "LARGE", 30)  # numbers: kernels, not biases
+        patch.setattr(matmul, "LARGE", 30)  # number of elements: kernels, not biases
         return decoders.prepare_params(params, config, batch_size, mode=mode)
 
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("kind", [*CELLS, AUTOREGRESSIVE])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_prepared_params_give_the_same(kind, dtype, key, monkeypatch):
-    config, tokens = dataclasses.replace(configured(kind), dtype=dtype), draw_tokens()
+def test_prepared_params_give_the_same_chunks(kind, dtype, key, monkeypatch):
+    config, tokens = dataclasses.replace(make_config(kind), dtype=dtype), draw_tokens()
     params = decoders.init(key, config)
     prepared = prepare(monkeypatch, params, config, "refresh")
     assert isinstance(prepared["recurrence"]["layers_1"]["forward"]["input_kernel"], Transposed)
@@ -133,8 +133,8 @@ def test_prepared_params_give_the_same(kind, dtype, key, monkeypatch):
 
 
 @each_kind_and_mode
-def test_params_are_unchanged_where_preparing_gains_nothing(kind, mode, key, monkeypatch):
-    config = configured(kind)
+def test_params_are_unchanged_where_preparing_has_no_benefit(kind, mode, key, monkeypatch):
+    config = make_config(kind)
     params = decoders.init(key, config)
     if mode != "refresh" or kind in ("fc", "gpt"):
         assert prepare(monkeypatch, params, config, mode) is params
@@ -143,7 +143,7 @@ def test_params_are_unchanged_where_preparing_gains_nothing(kind, mode, key, mon
 
 
 def test_prepared_params_are_for_single_steps_only(key, monkeypatch):
-    config = configured("lstm")
+    config = make_config("lstm")
     prepared = prepare(monkeypatch, decoders.init(key, config), config, "refresh")
     with pytest.raises(ValueError, match="params must come from `init`, got those of `prep"):
         decoders.apply(prepared, config, draw_tokens())
@@ -158,8 +158,8 @@ def test_prepared_params_are_for_single_steps_only(key, monkeypatch):
         *((cell, "refresh", "autoregressive") for cell in ("rnn", "gru")),
     ],
 )
-def test_streamed_is_windowed_when_every_robot_starts_episodes_of_its_own(kind, mode, head, key):
-    config, tokens = configured(kind, head), draw_tokens()
+def test_streamed_equals_windowed_with_different_episode_starts(kind, mode, head, key):
+    config, tokens = make_config(kind, head), draw_tokens()
     params = decoders.init(key, config)
     streamed = stream(params, config, tokens, reset=resets(), mode=mode)
     assert_close(streamed, windowed(params, config, tokens, STARTS, mode, W))
@@ -172,8 +172,10 @@ def test_streamed_is_windowed_when_every_robot_starts_episodes_of_its_own(kind, 
     + [(AUTOREGRESSIVE, mode, size) for mode in MODES for size in (1, 6)]
     + [("gpt", mode, size) for mode in ("refresh", "periodic") for size in (1, 3)],
 )
-def test_a_window_other_than_in_training_is_as_exact(kind, mode, window_size, key):
-    config, tokens = configured(kind), draw_tokens()
+def test_streamed_equals_windowed_with_another_window_size_than_in_training(
+    kind, mode, window_size, key
+):
+    config, tokens = make_config(kind), draw_tokens()
     params = decoders.init(key, config)
     streamed = stream(params, config, tokens, reset=resets(), mode=mode, window_size=window_size)
     assert_close(streamed, windowed(params, config, tokens, STARTS, mode, window_size))
@@ -187,9 +189,9 @@ def test_a_window_other_than_in_training_is_as_exact(kind, mode, window_size, ke
         *(("gpt", mode) for mode in ("refresh", "periodic")),
     ],
 )
-def test_modes_forget_what_they_should(kind, mode, key):
-    """The first frame is changed; who still remembers it at the last?"""
-    config, tokens = configured(kind), draw_tokens()
+def test_only_persistent_mode_remembers_steps_before_the_window(kind, mode, key):
+    """Changes the first step, and compares the chunks of all later steps."""
+    config, tokens = make_config(kind), draw_tokens()
     params = decoders.init(key, config)
     other = np.concatenate([-tokens[:, :1], tokens[:, 1:]], axis=1)
     one, two = (stream(params, config, x, mode=mode) for x in (tokens, other))
@@ -200,8 +202,8 @@ def test_modes_forget_what_they_should(kind, mode, key):
 
 @pytest.mark.sampled
 @each_kind_and_mode
-def test_the_state_never_grows_and_may_be_donated(kind, mode, key):
-    config, tokens = configured(kind), draw_tokens()
+def test_the_state_has_a_constant_size_and_can_be_donated(kind, mode, key):
+    config, tokens = make_config(kind), draw_tokens()
     params = decoders.init(key, config)
     state = decoders.init_stream(params, config, B, mode=mode)
     step = jax.jit(decoders.step, static_argnames="config", donate_argnames="state")
@@ -219,62 +221,63 @@ def test_the_state_never_grows_and_may_be_donated(kind, mode, key):
     ("mode", "num_memories"), [("refresh", W), ("periodic", 1), ("persistent", 1)]
 )
 @pytest.mark.parametrize("kind", [*CELLS, AUTOREGRESSIVE])
-def test_a_state_holds_as_many_carries_as_the_mode_needs(kind, mode, num_memories, key):
-    config = configured(kind)
+def test_a_state_has_as_many_carries_as_the_mode_needs(kind, mode, num_memories, key):
+    config = make_config(kind)
     state = decoders.init_stream(decoders.init(key, config), config, B, mode=mode)
     assert {leaf.shape for leaf in jax.tree.leaves(state.trunk.carry)} == {(B, num_memories, 6)}
     buffers = {leaf.shape for leaf in jax.tree.leaves(state.head)}
     assert buffers == ({(B, W, num_memories, 6)} if kind == AUTOREGRESSIVE else set())
 
 
-def with_trunk(state, **fields):
+def replace_in_trunk(state, **fields):
     return state._replace(trunk=state.trunk._replace(**fields))
 
 
-def poisoned(tree):
+def fill_with_nan(tree):
     return jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), tree)
 
 
-def test_a_gpt_goes_on_from_its_cache_while_all_robots_are_in_their_first_window(key):
-    """The frames kept for later are poisoned; past the window the cache is, and they count."""
-    config, tokens = configured("gpt"), draw_tokens()
+def test_a_gpt_uses_its_cache_while_all_robots_are_in_their_first_window(key):
+    """Sets the unused part of the state to NaN: first the stored inputs, then the cache."""
+    config, tokens = make_config("gpt"), draw_tokens()
     params = decoders.init(key, config)
     expected = stream(params, config, tokens)
     step = jax.jit(decoders.step, static_argnames="config")
     state = decoders.init_stream(params, config, B)
     for t in range(T):
         harmed = (
-            {"inputs": poisoned(state.trunk.inputs)}
+            {"inputs": fill_with_nan(state.trunk.inputs)}
             if t < W
-            else {"cache": poisoned(state.trunk.cache)}
+            else {"cache": fill_with_nan(state.trunk.cache)}
         )
-        _, chunk = step(params, config, with_trunk(state, **harmed), tokens[:, t])
+        _, chunk = step(params, config, replace_in_trunk(state, **harmed), tokens[:, t])
         assert_close(chunk, jax.tree.map(lambda leaf, t=t: leaf[:, t], expected))
         state, _ = step(params, config, state, tokens[:, t])
 
 
-def test_an_old_robot_fills_the_caches_of_the_young_who_go_on_from_them_when_it_starts_anew(key):
-    config, tokens = configured("gpt"), draw_tokens()
+def test_a_gpt_uses_its_cache_again_after_the_last_long_episode_ends(key):
+    config, tokens = make_config("gpt"), draw_tokens()
     params, reset = decoders.init(key, config), np.zeros((B, T), bool)
     starts = ([0, 6], [0, 5], [0, 4])
     for row, frames in enumerate(starts):
         reset[row, frames] = True
     streamed = stream(params, config, tokens, reset=reset)
     assert_close(streamed, windowed(params, config, tokens, starts, "refresh", W))
-    # At frame 6 the last old robot starts anew: the two others go on from what it has filled.
+    # At step 6 the last robot beyond its first window is reset; the caches of the other two are
+    # valid.
     step = jax.jit(decoders.step, static_argnames="config")
     state = decoders.init_stream(params, config, B)
     for t in range(6):
         state, _ = step(params, config, state, tokens[:, t], reset=reset[:, t])
-    harmed = with_trunk(state, inputs=poisoned(state.trunk.inputs))
+    harmed = replace_in_trunk(state, inputs=fill_with_nan(state.trunk.inputs))
     _, chunk = step(params, config, harmed, tokens[:, 6], reset=reset[:, 6])
     assert_close(chunk, jax.tree.map(lambda leaf: leaf[:, 6], streamed))
 
 
 @pytest.mark.sampled
 @each_kind_and_mode
-def test_masked_tokens_are_as_if_they_were_not_there(kind, mode, key):
-    config, tokens = configured(kind), draw_tokens()
+def test_masked_tokens_have_no_effect(kind, mode, key):
+    config, tokens = make_config(kind), draw_tokens()
     params = decoders.init(key, config)
     state = decoders.init_stream(params, config, B, mode=mode)
     mask = np.tile([True, False], (B, 1))
@@ -288,8 +291,8 @@ def test_masked_tokens_are_as_if_they_were_not_there(kind, mode, key):
 
 @pytest.mark.sampled
 @each_kind_and_mode
-def test_a_new_episode_forgets_a_broken_frame_too(kind, mode, key):
-    config, tokens = configured(kind), draw_tokens()
+def test_after_a_reset_earlier_nans_have_no_effect(kind, mode, key):
+    config, tokens = make_config(kind), draw_tokens()
     params, reset = decoders.init(key, config), np.zeros((B, T), bool)
     reset[:, 3] = True
     broken = tokens.copy()
@@ -300,8 +303,8 @@ def test_a_new_episode_forgets_a_broken_frame_too(kind, mode, key):
 
 
 @pytest.mark.parametrize("kind", ["lstm", "gpt"])
-def test_a_robot_does_not_see_the_others(kind, key):
-    config, tokens = configured(kind), draw_tokens()
+def test_robots_of_a_batch_are_independent(kind, key):
+    config, tokens = make_config(kind), draw_tokens()
     params = decoders.init(key, config)
     other = np.concatenate([tokens[:1], draw_tokens(1)[1:]])
     one, two = (stream(params, config, x, reset=resets()) for x in (tokens, other))
@@ -309,8 +312,8 @@ def test_a_robot_does_not_see_the_others(kind, key):
 
 
 @pytest.mark.parametrize("kind", ["lstm", "gpt"])
-def test_a_scan_of_steps_is_a_loop_of_steps(kind, key):
-    config, tokens = configured(kind), draw_tokens()
+def test_a_scan_of_steps_equals_a_loop_of_steps(kind, key):
+    config, tokens = make_config(kind), draw_tokens()
     params = decoders.init(key, config)
     frames = (np.swapaxes(tokens, 0, 1), resets().T)
 
@@ -328,11 +331,11 @@ def test_a_scan_of_steps_is_a_loop_of_steps(kind, key):
         ({"mode": "refesh"}, "unknown mode 'refesh'; .* Did you mean 'refresh'"),
         ({"window_size": 0}, "window_size must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"config": configured("fc")}, "params must have 'mlp' for a decoder of kind 'fc', got"),
+        ({"config": make_config("fc")}, "params must have 'mlp' for a decoder of kind 'fc', got"),
     ],
 )
-def test_a_wrong_start_is_one_sentence(changes, sentence, key):
-    config = configured("lstm")
+def test_wrong_arguments_of_init_stream_are_refused(changes, sentence, key):
+    config = make_config("lstm")
     arguments = {"config": config, "batch_size": B, **changes}
     with pytest.raises(ValueError, match=sentence):
         decoders.init_stream(decoders.init(key, config), **arguments)
@@ -345,21 +348,21 @@ def test_a_wrong_start_is_one_sentence(changes, sentence, key):
         ({"window_size": 5}, "window_size must be at most 4 for a decoder of kind 'gpt', .* got 5"),
     ],
 )
-def test_more_than_the_positions_of_a_gpt_is_one_sentence(options, sentence, key):
-    config = configured("gpt")
+def test_more_steps_than_positions_of_a_gpt_are_refused(options, sentence, key):
+    config = make_config("gpt")
     with pytest.raises(ValueError, match=sentence):
         decoders.init_stream(decoders.init(key, config), config, B, **options)
 
 
-def test_tokens_of_a_window_are_refused_by_a_step(key):
-    config = configured("lstm")
+def test_a_step_refuses_tokens_of_a_window(key):
+    config = make_config("lstm")
     params = decoders.init(key, config)
     with pytest.raises(ValueError, match=r"tokens must be \[B, N, D\] with N = 2 and D = 3, got"):
         decoders.step(params, config, decoders.init_stream(params, config, B), draw_tokens())
 
 
-def test_a_state_of_another_batch_is_refused(key):
-    config = configured("lstm")
+def test_a_state_of_another_batch_size_is_refused(key):
+    config = make_config("lstm")
     params = decoders.init(key, config)
     with pytest.raises(AssertionError, match="assert_tree_shape_prefix"):
         decoders.step(

@@ -1,4 +1,4 @@
-"""Data sets whose actions are turned into the tool's frame."""
+"""Conversion of a data set's actions to the tool frame."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def draw(proprio_dim=7):
     return dataset.from_episodes(episodes, fps=10)
 
 
-def test_every_action_is_turned_by_the_orientation_of_its_own_frame():
+def test_every_action_is_rotated_by_the_orientation_of_its_step():
     data, frame = draw(), ToolFrame(delta="euler_difference", radians=0.1)
     turned = in_tool_frame(data, frame)
     for row in range(8):

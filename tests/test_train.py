@@ -1,4 +1,4 @@
-"""The whole road in small: demonstrations, eyes, tokens, imitation, and what interrupts it."""
+"""Training end to end at a small size: demonstrations, pre-training, imitation, interruptions."""
 
 import dataclasses
 import json
@@ -51,8 +51,8 @@ def demos(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def eyes(demos, tmp_path_factory):
-    return pretrain(tiny_demos.pretraining(demos, tmp_path_factory.mktemp("runs") / "eyes"))
+def pretrained_run(demos, tmp_path_factory):
+    return pretrain(tiny_demos.pretraining(demos, tmp_path_factory.mktemp("runs") / "pretrained"))
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def trained(demos, tmp_path_factory):
 
 
 def train_state(run_dir, *, step=None):
-    """The saved state, params and optimiser and average, of a run on the state."""
+    """The saved params, optimiser state and EMA of a run on the state."""
     config = tiny_demos.imitation("", run_dir)
     params = init_params(jax.random.key(0), config)
     optimizer = optim.make_optimizer(config.optim, config.loop.num_updates, params)
@@ -69,29 +69,31 @@ def train_state(run_dir, *, step=None):
     return checkpoint.restore(run_dir / "checkpoints", like, step=step)[0]
 
 
-def assert_same_bits(one, other):
+def assert_bitwise_equal(one, other):
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 @pytest.mark.slow
-def test_pretraining_moves_the_eyes_and_keeps_what_acting_needs(eyes):
-    losses = [line["loss"] for line in read_metrics(eyes / "metrics.jsonl")]
+def test_pretraining_trains_the_backbone_and_saves_params_and_statistics(pretrained_run):
+    losses = [line["loss"] for line in read_metrics(pretrained_run / "metrics.jsonl")]
     assert len(losses) == 2
     assert np.all(np.isfinite(losses))
-    params = checkpoint.restore_params(eyes / "checkpoints")
+    params = checkpoint.restore_params(pretrained_run / "checkpoints")
     assert params.keys() == {"backbone", "readout"}
     assert params["readout"]["kernel"].shape == (4 * 8, 22 + 14)  # positions twice, see `targets`
-    assert json.loads((eyes / "norm_stats.json").read_text()).keys() >= {"environment_state"}
+    assert json.loads((pretrained_run / "norm_stats.json").read_text()).keys() >= {
+        "environment_state"
+    }
 
 
 @pytest.mark.slow
-def test_the_eyes_can_look_for_another_column(demos, tmp_path):
+def test_the_backbone_can_be_pretrained_on_another_column(demos, tmp_path):
     config = dataclasses.replace(tiny_demos.pretraining(demos, tmp_path), target="action")
     params = checkpoint.restore_params(pretrain(config) / "checkpoints")
     assert params["readout"]["bias"].shape == (7,)
 
 
-def test_a_run_folder_is_all_that_is_needed_to_act(trained):
+def test_a_run_folder_contains_all_that_acting_needs(trained):
     run = load_run(trained)
     assert run.agent == tiny_demos.imitation("", "").agent
     assert json.loads((trained / "world.json").read_text())["kind"] == "table_jax"
@@ -100,14 +102,14 @@ def test_a_run_folder_is_all_that_is_needed_to_act(trained):
     assert (trained / "actions.png").stat().st_size > 0
 
 
-def test_resumed_is_uninterrupted_to_the_bit(demos, trained, tmp_path):
+def test_resumed_equals_uninterrupted_bitwise(demos, trained, tmp_path):
     run_dir = shutil.copytree(trained, tmp_path / "resumed")
     shutil.rmtree(run_dir / "checkpoints" / "4")
     assert int(train_state(run_dir).num_updates) == 2
     imitate(tiny_demos.imitation(demos, run_dir))
     whole, resumed = train_state(trained), train_state(run_dir)
     assert int(resumed.num_updates) == 4
-    assert_same_bits(whole, resumed)
+    assert_bitwise_equal(whole, resumed)
     told = [read_metrics(folder / "metrics.jsonl") for folder in (trained, run_dir)]
     for one, other in zip(*told, strict=True):
         assert {k: one[k] for k in ("step", "loss", "grad_norm")} == {
@@ -115,19 +117,19 @@ def test_resumed_is_uninterrupted_to_the_bit(demos, trained, tmp_path):
         }
 
 
-def test_a_finished_run_is_left_as_it_is(demos, trained):
+def test_resuming_a_finished_run_changes_nothing(demos, trained):
     before = train_state(trained)
     imitate(tiny_demos.imitation(demos, trained))
-    assert_same_bits(before, train_state(trained))
+    assert_bitwise_equal(before, train_state(trained))
 
 
 @pytest.mark.slow
-def test_a_frozen_backbone_stays_as_it_was_pre_trained_to_the_bit(demos, eyes, tmp_path):
+def test_a_frozen_backbone_is_bitwise_unchanged(demos, pretrained_run, tmp_path):
     config = tiny_demos.imitation(
         demos,
         tmp_path / "run",
-        backbone=tiny_demos.EYES,
-        backbone_from=str(eyes),
+        backbone=tiny_demos.PERCEIVER,
+        backbone_from=str(pretrained_run),
         frozen_backbone=True,
         auxiliary=AuxiliaryConfig(forward_horizon=2, caption=True, caption_size=8),
     )
@@ -135,11 +137,11 @@ def test_a_frozen_backbone_stays_as_it_was_pre_trained_to_the_bit(demos, eyes, t
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     run_dir = imitate(config)
     after = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert after == before  # used, not written again
+    assert after == before  # reused, not written again
     assert list(folder.parent.iterdir()) == [folder]
     params = checkpoint.restore_params(run_dir / "checkpoints")
-    pretrained = checkpoint.restore_params(eyes / "checkpoints")
-    assert_same_bits(params["backbone"], pretrained["backbone"])
+    pretrained = checkpoint.restore_params(pretrained_run / "checkpoints")
+    assert_bitwise_equal(params["backbone"], pretrained["backbone"])
     first = init_params(jax.random.split(jax.random.key(0))[0], config)
     for part in ("decoder", "auxiliary"):
         moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), first[part], params[part])
@@ -147,37 +149,39 @@ def test_a_frozen_backbone_stays_as_it_was_pre_trained_to_the_bit(demos, eyes, t
 
 
 @pytest.mark.slow
-def test_pictures_changed_on_the_device_resume_to_the_bit(demos, tmp_path):
-    seeing = dict(backbone=tiny_demos.EYES, augment_on="device")
-    config = tiny_demos.imitation(demos, tmp_path / "whole", **seeing)
+def test_with_augmentation_on_the_device_resumed_equals_uninterrupted_bitwise(demos, tmp_path):
+    options = dict(backbone=tiny_demos.PERCEIVER, augment_on="device")
+    config = tiny_demos.imitation(demos, tmp_path / "whole", **options)
     config = dataclasses.replace(config, augment=AugmentConfig(shift=2, brightness=0.2))
     whole = imitate(config)
     resumed = shutil.copytree(whole, tmp_path / "resumed")
     shutil.rmtree(resumed / "checkpoints" / "4")
     imitate(dataclasses.replace(config, run_dir=str(resumed)))
-    assert_same_bits(*(checkpoint.restore_params(run / "checkpoints") for run in (whole, resumed)))
-    plain = imitate(tiny_demos.imitation(demos, tmp_path / "plain", **seeing))
+    assert_bitwise_equal(
+        *(checkpoint.restore_params(run / "checkpoints") for run in (whole, resumed))
+    )
+    plain = imitate(tiny_demos.imitation(demos, tmp_path / "plain", **options))
     first = [read_metrics(run / "metrics.jsonl")[0]["loss"] for run in (whole, plain)]
     assert first[0] != first[1]
 
 
 @pytest.mark.slow
-def test_the_eyes_too_may_see_pictures_that_the_device_has_changed(demos, eyes, tmp_path):
+def test_pretraining_can_augment_on_the_device(demos, pretrained_run, tmp_path):
     config = tiny_demos.pretraining(demos, tmp_path / "run")
     changed = pretrain(
         dataclasses.replace(config, augment=AugmentConfig(shift=2), augment_on="device")
     )
-    first = [read_metrics(run / "metrics.jsonl")[0]["loss"] for run in (eyes, changed)]
+    first = [read_metrics(run / "metrics.jsonl")[0]["loss"] for run in (pretrained_run, changed)]
     assert first[0] != first[1]
 
 
 @pytest.mark.slow
-def test_end_to_end_training_moves_the_backbone_too(demos, eyes, tmp_path):
+def test_end_to_end_training_changes_the_backbone(demos, pretrained_run, tmp_path):
     config = tiny_demos.imitation(
         demos,
         tmp_path / "run",
-        backbone=tiny_demos.EYES,
-        backbone_from=str(eyes),
+        backbone=tiny_demos.PERCEIVER,
+        backbone_from=str(pretrained_run),
         pack=True,
         auxiliary=AuxiliaryConfig(forward_horizon=1, forward_target="pixels"),
     )
@@ -185,14 +189,14 @@ def test_end_to_end_training_moves_the_backbone_too(demos, eyes, tmp_path):
     told = read_metrics(run_dir / "metrics.jsonl")[-1]
     assert told.keys() >= {"loss_forward_image_primary", "loss_forward_image_wrist"}
     params = checkpoint.restore_params(run_dir / "checkpoints")
-    pretrained = checkpoint.restore_params(eyes / "checkpoints")["backbone"]
+    pretrained = checkpoint.restore_params(pretrained_run / "checkpoints")["backbone"]
     for name in ("latents", "image_primary_embed", "words"):
         same = jax.tree.map(np.array_equal, params["backbone"][name], pretrained[name])
         assert not all(jax.tree.leaves(same)), name
 
 
 @pytest.mark.slow
-def test_a_gpt_trains_on_packed_episodes_and_plays_past_its_window(demos, tmp_path):
+def test_a_gpt_trains_on_packed_episodes_and_acts_beyond_its_window(demos, tmp_path):
     config = with_kind(tiny_demos.imitation(demos, tmp_path / "run", pack=True), "gpt")
     config = dataclasses.replace(config, loop=loop.LoopConfig(2, log_every=1, save_every=2))
     run_dir = imitate(config)
@@ -210,7 +214,9 @@ def test_a_gpt_trains_on_packed_episodes_and_plays_past_its_window(demos, tmp_pa
 
 
 @pytest.mark.slow
-def test_an_encoder_decoder_is_told_less_and_less_resumes_to_the_bit_and_plays(demos, tmp_path):
+def test_an_encoder_decoder_trains_with_scheduled_sampling_resumes_bitwise_and_acts(
+    demos, tmp_path
+):
     always = with_decoder(
         tiny_demos.imitation(demos, tmp_path / "always", pack=True),
         head="autoregressive",
@@ -226,15 +232,15 @@ def test_an_encoder_decoder_is_told_less_and_less_resumes_to_the_bit_and_plays(d
     whole = checkpoint.restore_params(run_dir / "checkpoints")
     shutil.rmtree(run_dir / "checkpoints" / "4")
     imitate(config)
-    assert_same_bits(whole, checkpoint.restore_params(run_dir / "checkpoints"))
+    assert_bitwise_equal(whole, checkpoint.restore_params(run_dir / "checkpoints"))
     told = [line["loss"] for line in read_metrics(imitate(always) / "metrics.jsonl")]
-    assert losses[0] == pytest.approx(told[0], abs=1e-5)  # the rate begins at 1
+    assert losses[0] == pytest.approx(told[0], abs=1e-5)  # the teacher-forcing rate begins at 1
     assert losses[-1] != told[-1]
     options = EvaluateConfig(num_episodes=2, num_simulators=2, num_videos=0, mode="persistent")
     assert evaluate(run_dir, options).total.episodes == 2
 
 
-def test_a_schedule_for_a_head_that_is_told_nothing_is_one_sentence():
+def test_a_sampling_schedule_for_a_head_without_feedback_is_refused():
     with pytest.raises(ValueError, match=r"sampling\.schedule must be 'always' for head 'cont"):
         tiny_demos.imitation("", "", sampling=SamplingConfig("linear"))
 
@@ -250,7 +256,7 @@ def test_every_decoder_of_the_demo_has_its_preset_on_the_same_data(decoder):
     assert (chosen.kind, chosen.head) == kinds.get(decoder, (decoder, "continuous"))
 
 
-def test_a_demo_of_nothing_is_one_sentence():
+def test_a_demo_without_decoders_is_refused():
     with pytest.raises(ValueError, match="decoders must name at least one, got none"):
         demo.DemoConfig(decoders=())
 
@@ -259,7 +265,7 @@ def test_a_demo_of_nothing_is_one_sentence():
 
 
 def overfitting(demos, run_dir):
-    """Both heads on, whole episodes, a memory that is large enough for what was said."""
+    """Both auxiliary heads, whole episodes, and a memory large enough for the instruction."""
     config = tiny_demos.imitation(
         demos,
         run_dir,
@@ -285,7 +291,7 @@ def overfitted(demos, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_both_auxiliary_losses_fall_and_the_memory_says_what_it_was_told(demos, overfitted):
+def test_both_auxiliary_losses_fall_and_captions_equal_the_instructions(demos, overfitted):
     config = overfitting(demos, overfitted)
     told = read_metrics(overfitted / "metrics.jsonl")
     for name in ("loss_forward_tokens", "loss_caption"):
@@ -311,15 +317,15 @@ def test_both_auxiliary_losses_fall_and_the_memory_says_what_it_was_told(demos, 
 
 
 @pytest.mark.slow
-def test_with_auxiliary_heads_resumed_is_uninterrupted_to_the_bit(demos, overfitted, tmp_path):
+def test_with_auxiliary_heads_resumed_equals_uninterrupted_bitwise(demos, overfitted, tmp_path):
     run_dir = shutil.copytree(overfitted, tmp_path / "resumed")
     shutil.rmtree(run_dir / "checkpoints" / "240")
     imitate(overfitting(demos, run_dir))
-    assert_same_bits(*(saved(folder) for folder in (overfitted, run_dir)))
+    assert_bitwise_equal(*(saved(folder) for folder in (overfitted, run_dir)))
 
 
 @pytest.mark.slow
-def test_acting_reads_what_acts_and_leaves_the_auxiliary_heads_where_they_are(overfitted):
+def test_load_run_omits_the_auxiliary_params_of_the_checkpoint(overfitted):
     run = load_run(overfitted)
     assert run.params.keys() == {"backbone", "decoder"}
     assert checkpoint.restore_params(overfitted / "checkpoints").keys() == {
@@ -327,15 +333,15 @@ def test_acting_reads_what_acts_and_leaves_the_auxiliary_heads_where_they_are(ov
     }  # fmt: skip
 
 
-def test_auxiliary_heads_leave_the_first_params_of_the_policy_as_they_are():
+def test_auxiliary_heads_do_not_change_the_initial_params_of_the_policy():
     config = tiny_demos.imitation("", "")
     more = dataclasses.replace(config, auxiliary=AuxiliaryConfig(caption=True))
     plain, params = (init_params(jax.random.key(0), each) for each in (config, more))
     assert plain.keys() == {"backbone", "decoder"}
-    assert_same_bits(plain, {part: params[part] for part in plain})
+    assert_bitwise_equal(plain, {part: params[part] for part in plain})
 
 
-def test_another_config_in_the_same_folder_is_one_sentence_that_names_the_field(demos, trained):
+def test_another_config_in_the_same_folder_is_refused_and_the_field_is_named(demos, trained):
     config = tiny_demos.imitation(demos, trained, loss=LossWeights(gripper=0.5))
     with pytest.raises(
         ValueError, match=r"another config: loss\.gripper was 0\.01 and is 0\.5; .*--overwrite"
@@ -344,25 +350,23 @@ def test_another_config_in_the_same_folder_is_one_sentence_that_names_the_field(
     assert checkpoint.latest_step(trained / "checkpoints") == 4
 
 
-def test_a_run_whose_config_names_only_the_folder_of_its_data_set_is_resumed(
-    demos, trained, tmp_path
-):
+def test_a_run_with_an_old_config_of_the_data_set_is_resumed(demos, trained, tmp_path):
     run_dir = shutil.copytree(trained, tmp_path / "old")
     shutil.rmtree(run_dir / "checkpoints" / "4")
     saved = json.loads((run_dir / "config.json").read_text())
     old = {"dataset": str(demos), "gripper": "open_positive", "feature_keys": []}
     (run_dir / "config.json").write_text(json.dumps({**saved, **old}))
-    whole = DatasetConfig(str(demos), decode="whole")  # the only way that there was
+    whole = DatasetConfig(str(demos), decode="whole")  # the only option at that time
     config = dataclasses.replace(tiny_demos.imitation(demos, run_dir), dataset=whole)
     imitate(config)
-    assert_same_bits(train_state(trained), train_state(run_dir))
+    assert_bitwise_equal(train_state(trained), train_state(run_dir))
     old["gripper"] = "closed_positive"
     (run_dir / "config.json").write_text(json.dumps({**saved, **old}))
     with pytest.raises(ValueError, match=r"dataset\.gripper was 'closed_positive' and is 'open_p"):
         imitate(config)
 
 
-def test_overwrite_starts_anew_and_its_run_can_be_resumed_without_it(tmp_path):
+def test_overwrite_starts_again_and_the_new_run_can_be_resumed(tmp_path):
     config = tiny_demos.imitation("demos", tmp_path / "run")
     folder = runs.open_run(config.run_dir, config, overwrite=False)
     (folder / "left").touch()
@@ -381,21 +385,21 @@ def test_a_folder_that_is_no_run_is_never_deleted(tmp_path):
     assert (tmp_path / "thesis.tex").exists()
 
 
-def test_only_the_first_process_writes_and_tells(tmp_path, monkeypatch):
+def test_only_the_first_process_writes_files(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     runs.open_run(str(tmp_path / "run"), tiny_demos.imitation("demos", "run"), overwrite=False)
     runs.save_json({"a": 1}, tmp_path / "a.json")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_data_set_leaves_no_run_behind(tmp_path):
+def test_a_missing_data_set_creates_no_run_folder(tmp_path):
     config = tiny_demos.imitation(tmp_path / "nowhere", tmp_path / "run")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         imitate(config)
     assert not (tmp_path / "run").exists()
 
 
-def test_the_targets_are_the_column_and_what_lies_within_reach_of_the_tool(demos, tmp_path):
+def test_the_targets_are_the_column_and_positions_relative_to_the_tool(demos, tmp_path):
     config = dataclasses.replace(tiny_demos.pretraining(demos, tmp_path), reach=0.05)
     dataset = pretrain_script.read_dataset(config)
     norm_stats = compute_norm_stats(dataset)
@@ -417,25 +421,27 @@ def test_the_targets_are_the_column_and_what_lies_within_reach_of_the_tool(demos
     assert num_targets == make_targets(batch).shape[-1] == 22
 
 
-def test_a_target_that_the_data_lack_is_one_sentence(demos, tmp_path):
+def test_a_missing_target_column_is_refused(demos, tmp_path):
     config = tiny_demos.pretraining(demos, tmp_path)
     with pytest.raises(ValueError, match=r"target must be a column of .* got 'state'; choose"):
         pretrain(dataclasses.replace(config, target="state"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backbone", [StateConfig(), dataclasses.replace(tiny_demos.EYES, width=8)])
-def test_a_backbone_of_other_sizes_is_one_sentence(eyes, backbone):
-    config = tiny_demos.imitation("", "", backbone=backbone, backbone_from=str(eyes))
-    with pytest.raises(ValueError, match=r"backbone of .*eyes does not fit this config: \w+"):
+@pytest.mark.parametrize(
+    "backbone", [StateConfig(), dataclasses.replace(tiny_demos.PERCEIVER, width=8)]
+)
+def test_a_backbone_of_another_size_is_refused(pretrained_run, backbone):
+    config = tiny_demos.imitation("", "", backbone=backbone, backbone_from=str(pretrained_run))
+    with pytest.raises(ValueError, match=r"backbone of .*pretrained does not fit this config: \w+"):
         init_params(jax.random.key(0), config)
 
 
-# --- a decoder to start from -------------------------------------------------------------------
+# --- initial decoder params -------------------------------------------------------------------
 
 
 def write_converted(folder, **sizes):
-    """A head of RoboVLMs' that fits the small policy on the state, converted."""
+    """Writes a converted RoboVLMs head for the small policy on the state; returns its params."""
     head = robovlms_head("lstm", in_features=8 * 3, hidden=8, layers=1, sizes=(8,), **sizes)
     decoder, params = convert.from_robovlms(head, window_size=6)
     told = convert.report_robovlms(head, decoder)
@@ -443,7 +449,7 @@ def write_converted(folder, **sizes):
     return params
 
 
-def test_a_training_starts_from_the_decoder_of_a_conversion_or_of_a_run(trained, tmp_path):
+def test_training_starts_from_the_decoder_of_a_conversion_or_of_a_run(trained, tmp_path):
     given = {
         tmp_path / "head": write_converted(tmp_path / "head"),
         trained: checkpoint.restore_params(trained / "checkpoints")["decoder"],
@@ -452,12 +458,12 @@ def test_a_training_starts_from_the_decoder_of_a_conversion_or_of_a_run(trained,
     for folder, decoder in given.items():
         config = tiny_demos.imitation("", "", decoder_from=str(folder))
         params = init_params(jax.random.key(0), config)
-        assert_same_bits(params["decoder"], decoder)
-        assert_same_bits(params["backbone"], fresh["backbone"])
+        assert_bitwise_equal(params["decoder"], decoder)
+        assert_bitwise_equal(params["backbone"], fresh["backbone"])
 
 
 @pytest.mark.slow
-def test_a_converted_head_is_trained_on_goes_back_and_moved(demos, tmp_path):
+def test_a_converted_head_is_trained_and_converted_back(demos, tmp_path):
     write_converted(tmp_path / "head")
     options = {"decoder_from": str(tmp_path / "head")}
     run = load_run(imitate(tiny_demos.imitation(demos, tmp_path / "run", **options)))
@@ -469,17 +475,17 @@ def test_a_converted_head_is_trained_on_goes_back_and_moved(demos, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_decoder_of_other_sizes_is_one_sentence(eyes, tmp_path):
+def test_a_decoder_of_another_size_is_refused(pretrained_run, tmp_path):
     write_converted(tmp_path / "head", chunk=3)
     sentence = r"decoder of .*head does not fit this config: .*heads/arm/layers_1/bias.*18"
     missing = "decoder of .* does not fit this config: "
-    for folder, told in ((tmp_path / "head", sentence), (eyes, missing)):
+    for folder, told in ((tmp_path / "head", sentence), (pretrained_run, missing)):
         config = tiny_demos.imitation("", "", decoder_from=str(folder))
         with pytest.raises(ValueError, match=told):
             init_params(jax.random.key(0), config)
 
 
-def test_num_updates_below_one_are_refused():
+def test_save_every_below_one_is_refused():
     with pytest.raises(ValueError, match="save_every must be at least 1, got 0"):
         loop.LoopConfig(save_every=0)
 
@@ -503,14 +509,14 @@ def small(demos, run_dir):
 
 
 @pytest.mark.slow
-def test_a_discrete_head_learns_from_the_command_line_and_its_run_acts(demos, tmp_path):
+def test_a_discrete_head_trains_from_the_command_line_and_acts(demos, tmp_path):
     options = ("--decoder.head", "discrete", "--num-bins", 16, "--max-steps", 8)
     updates = ("--num-updates", 60, "--save-every", 60, "--log-every", 20, "--warmup-steps", 0)
     argv = [str(word) for word in (*small(demos, tmp_path / "run"), *options, *updates)]
     run_dir = imitate(command_line(IMITATE, argv, description="Trains."))
     told = read_metrics(run_dir / "metrics.jsonl")
     assert [line["loss"] for line in told] == [line["loss_bins"] for line in told]
-    assert told[-1]["loss"] < 0.9 * np.log(16)  # that of a guess
+    assert told[-1]["loss"] < 0.9 * np.log(16)  # uniform guess
     assert (run_dir / "actions.png").stat().st_size > 0
     assert load_run(run_dir).params["decoder"]["heads"].keys() == {"bins"}
     assert evaluate(run_dir, EvaluateConfig(num_episodes=2, num_videos=0)).total.episodes == 2
@@ -526,19 +532,19 @@ def small_run(demos, run_dir):
 
 
 def kill_while_training(process, run_dir, seconds, *, once_saved=False):
-    """Kills -9 some time after the first new updates (and a checkpoint), and before the last."""
+    """Sends SIGKILL after the first new updates (and a checkpoint), and before the last update."""
     lines = run_dir / "metrics.jsonl"
     before = lines.stat().st_ino if lines.exists() else None
     start = checkpoint.latest_step(run_dir / "checkpoints") or 0
 
-    def trains():  # the loop begins by replacing the file, cut to what was saved
+    def is_training():  # the loop begins by replacing the file, cut to what was saved
         replaced = lines.exists() and lines.stat().st_ino != before
         return replaced and any(line["step"] > start for line in read_metrics(lines))
 
-    while process.poll() is None and not trains():
+    while process.poll() is None and not is_training():
         time.sleep(0.01)
     time.sleep(seconds)
-    while once_saved and process.poll() is None:  # a busy machine may not have saved any yet
+    while once_saved and process.poll() is None:  # on a busy machine, none may be saved yet
         once_saved = not checkpoint.latest_step(run_dir / "checkpoints")
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -547,7 +553,7 @@ def kill_while_training(process, run_dir, seconds, *, once_saved=False):
 
 
 @pytest.mark.slow
-def test_killed_five_times_is_uninterrupted_to_the_bit(demos, tmp_path):
+def test_a_run_killed_five_times_equals_uninterrupted_bitwise(demos, tmp_path):
     seconds = [random.uniform(0.2, 0.8) for _ in range(5)]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     with small_run(demos, whole) as uninterrupted:
@@ -561,7 +567,7 @@ def test_killed_five_times_is_uninterrupted_to_the_bit(demos, tmp_path):
             assert process.returncode == 0, told
     print(f"killed {seconds} s into the updates, with checkpoints of {reached}")
     assert 0 < reached[-1] < 1500, reached
-    assert_same_bits(*(saved(folder) for folder in (whole, killed)))
+    assert_bitwise_equal(*(saved(folder) for folder in (whole, killed)))
     told = [read_metrics(folder / "metrics.jsonl") for folder in (whole, killed)]
     steps = [[(line["step"], line["loss"]) for line in lines] for lines in told]
     assert steps[0] == steps[1]

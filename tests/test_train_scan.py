@@ -47,7 +47,7 @@ def saved(run_dir):
     return checkpoint.restore_params(run_dir / "checkpoints")
 
 
-def assert_same_bits(one, other):
+def assert_bitwise_equal(one, other):
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
@@ -63,18 +63,18 @@ def test_a_run_writes_results_metrics_and_plots(trained):
         assert (trained / plot).stat().st_size > 0
 
 
-def test_resumed_is_uninterrupted_to_the_bit(trained, tmp_path):
+def test_resumed_equals_uninterrupted_bitwise(trained, tmp_path):
     run_dir = shutil.copytree(trained, tmp_path / "resumed")
     shutil.rmtree(run_dir / "checkpoints" / "4")
     script.train(tiny(run_dir))
     assert checkpoint.latest_step(run_dir / "checkpoints") == 4
-    assert_same_bits(saved(trained), saved(run_dir))
+    assert_bitwise_equal(saved(trained), saved(run_dir))
     one, other = (read_metrics(folder / "metrics.jsonl") for folder in (trained, run_dir))
     assert [line["loss"] for line in one] == [line["loss"] for line in other]
 
 
 @pytest.mark.slow
-def test_a_bottleneck_has_no_attention_plot(tmp_path):
+def test_a_model_without_attention_has_no_attention_plot(tmp_path):
     run_dir = script.train(tiny(tmp_path / "run", "bottleneck"))
     assert "attention" not in saved(run_dir)
     assert (run_dir / "training.png").exists()
@@ -82,7 +82,7 @@ def test_a_bottleneck_has_no_attention_plot(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_teacher_forcing_rate_falls_with_the_updates():
+def test_the_teacher_forcing_rate_decreases_with_the_updates():
     config = tiny("", sampling=SamplingConfig("linear", slope=0.125))
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.0))
     key, params = jax.random.key(1), seq2seq.init(jax.random.key(0), config.model)
@@ -100,7 +100,7 @@ def test_the_teacher_forcing_rate_falls_with_the_updates():
         assert loss == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_command_counts_if_every_action_and_the_end_are_right(monkeypatch):
+def test_a_command_is_correct_if_all_actions_and_the_end_match(monkeypatch):
     pairs = [
         scan_commands.Pair(command, ACTIONS_OF[command])
         for command in ("jump", "walk twice", "look")
@@ -120,7 +120,7 @@ def test_a_command_counts_if_every_action_and_the_end_are_right(monkeypatch):
     assert result["wrong"][0]["decoded"] == "I_WALK"
 
 
-def test_options_are_named_after_their_fields():
+def test_options_have_the_names_of_their_fields():
     config = command_line(
         script.PRESETS,
         ["--preset", "bottleneck", "--split", "length", "--cell", "gru", "--hidden-size", "16"],
@@ -130,7 +130,7 @@ def test_options_are_named_after_their_fields():
     assert config.model.score == "none"
 
 
-def test_a_wrong_config_raises_one_sentence():
+def test_a_wrong_config_is_refused():
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         script.ScanConfig(batch_size=0)
     with pytest.raises(ValueError, match=r"holdout must be in \[0, 1\), got 1.0"):

@@ -16,7 +16,7 @@ from vla_jax.training.loop import LoopConfig
 from vla_jax.training.optim import OptimConfig
 
 WORLD = jax_env.JaxTableConfig(image_size=16, max_steps=24)
-EYES = PerceiverConfig(image_size=16, width=16, num_latents=2, token_dim=8, num_heads=2)
+PERCEIVER = PerceiverConfig(image_size=16, width=16, num_latents=2, token_dim=8, num_heads=2)
 STATE = StateConfig(token_dim=8)
 DECODER = DecoderConfig(
     kind="lstm",
@@ -44,7 +44,7 @@ def pretraining(demos, run_dir):
     return PretrainConfig(
         DatasetConfig(str(demos)),
         str(run_dir),
-        backbone=EYES,
+        backbone=PERCEIVER,
         loader=LOADER,
         optim=OPTIM,
         loop=loop,
