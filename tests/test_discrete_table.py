@@ -174,7 +174,7 @@ def test_the_image_shows_the_table():
 
 
 def test_a_wrong_action_raises_one_sentence():
-    with pytest.raises(ValueError, match=r"one whole number in 0 … 10 .* got float32\[\]"):
+    with pytest.raises(ValueError, match=r"one integer in 0 … 10 .* got float32\[\]"):
         WORLD.step(None, jnp.float32(1))
 
 

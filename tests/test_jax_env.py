@@ -321,7 +321,7 @@ def picture():
 
     @functools.partial(jax.jit, static_argnames="size")
     def paint(tool, turns, opening, blocks, size=32):
-        return renderer.paint(
+        return renderer.render(
             jnp.array(tool),
             jnp.array(turns),
             jnp.array(opening),

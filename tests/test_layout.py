@@ -100,6 +100,15 @@ def test_no_two_files_share_a_name():
     assert not {name for name in names if names.count(name) > 1}
 
 
+def test_no_two_classes_share_a_name():
+    paths = [p for p in FILES if p.parts[len(ROOT.parts)] != "tests"]
+    statements = [node for path in paths for node in ast.parse(path.read_text()).body]
+    names = [node.name for node in statements if isinstance(node, ast.ClassDef)]
+    public = [name for name in names if name[0] != "_"]
+    assert len(public) > 100
+    assert not {name for name in public if public.count(name) > 1}
+
+
 def test_the_data_files_are_numpy_only():
     foreign = {
         module(path): name

@@ -54,7 +54,7 @@ def assert_all_differ(params):
 @pytest.mark.sampled
 @each_cell
 def test_a_cell_in_flaxs_loop_equals_the_recurrence(cell, key):
-    inputs, run = draw(0, B, T, D), nn.RNN(linen.Cell(cell, H), return_carry=True)
+    inputs, run = draw(0, B, T, D), nn.RNN(linen.RecurrentCell(cell, H), return_carry=True)
     params = run.init(key, inputs)["params"]
     assert_same_tree(params["cell"], cells.CELLS[cell].init(key, D, H))
     assert_all_differ(params)
@@ -70,7 +70,7 @@ def test_a_cell_in_flaxs_loop_equals_the_recurrence(cell, key):
 @each_cell
 @pytest.mark.parametrize("lead", [(), (B,), (2, B)])
 def test_a_cell_takes_any_batch_axes(cell, lead, key):
-    module, inputs = linen.Cell(cell, H), draw(0, *lead, D)
+    module, inputs = linen.RecurrentCell(cell, H), draw(0, *lead, D)
     carry = module.initialize_carry(key, inputs.shape)
     variables = module.init(key, carry, inputs)
     following, outputs = module.apply(variables, carry, inputs)
@@ -82,7 +82,7 @@ def test_a_cell_takes_any_batch_axes(cell, lead, key):
 
 
 def test_a_cell_in_bfloat16_keeps_params_carries_and_outputs_in_float32(key):
-    module, inputs = linen.Cell("gru", H, dtype="bfloat16"), draw(0, B, D)
+    module, inputs = linen.RecurrentCell("gru", H, dtype="bfloat16"), draw(0, B, D)
     carry = module.initialize_carry(key, inputs.shape)
     results, variables = module.init_with_output(key, carry, inputs)
     leaves = jax.tree.leaves((results, variables))
@@ -94,7 +94,7 @@ def test_a_cell_in_bfloat16_keeps_params_carries_and_outputs_in_float32(key):
 @pytest.mark.parametrize(
     ("module", "shape"),
     [
-        (nn.RNN(linen.Cell("gru", H)), (B, T, D)),
+        (nn.RNN(linen.RecurrentCell("gru", H)), (B, T, D)),
         (linen.Recurrence(RecurrenceConfig("gru", num_layers=2, hidden_size=H)), (B, T, D)),
         (linen.Decoder(DECODERS["gru-attention"]), (B, T, N, D)),
     ],
@@ -118,7 +118,7 @@ def test_params_depend_on_the_key(module, shape):
 )
 def test_a_wrong_cell_raises_one_sentence(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
-        linen.Cell(*arguments)
+        linen.RecurrentCell(*arguments)
 
 
 @pytest.mark.sampled

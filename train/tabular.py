@@ -58,7 +58,7 @@ class TabularConfig:
             )
 
 
-class TableState(NamedTuple):
+class TabularState(NamedTuple):
     """Everything that tabular learning changes, for one seed."""
 
     q: jax.Array  # [rows · num_actions]
@@ -111,11 +111,11 @@ def train_table(
     zeros = jnp.zeros(rows * env.num_actions)
     first = actor.start(env, deep.seeds.num_worlds, {}, key=start_key)
 
-    def update(state: TableState, count: jax.Array) -> tuple[TableState, None]:
+    def update(state: TabularState, count: jax.Array) -> tuple[TabularState, None]:
         key = jax.random.fold_in(update_key, count)
         return _update(config, deep, env, state, count, key=key), None
 
-    state = TableState(zeros, jnp.zeros(zeros.shape, jnp.int32), first)
+    state = TabularState(zeros, jnp.zeros(zeros.shape, jnp.int32), first)
     state, _ = jax.lax.scan(update, state, jnp.arange(deep.loop.num_updates))
     policy = _make_policy(state.q, env.num_actions, 0.0)
     rollout = actor.play(env, policy, deep.seeds.report_episodes, {}, key=report_key)
@@ -126,11 +126,11 @@ def _update(
     config: TabularConfig,
     deep: SarsaConfig,
     env: DiscreteEnv,
-    state: TableState,
+    state: TabularState,
     count: jax.Array,
     *,
     key: Key,
-) -> TableState:
+) -> TabularState:
     """Returns the state after a rollout; visited values move towards the mean of their targets."""
     act_key, next_key = jax.random.split(key)
     epsilon = exploration.decayed_epsilon(
@@ -155,7 +155,7 @@ def _update(
     visits = state.visits.at[visited].add(rollout.mask.astype(jnp.int32))
     step_size = config.step_size / jnp.maximum(visits[visited] - state.visits[visited], 1)
     q = state.q.at[visited].add(jnp.where(rollout.mask, step_size * error, 0.0))
-    return TableState(q, visits, next_actor)
+    return TabularState(q, visits, next_actor)
 
 
 def _make_policy(q: jax.Array, num_actions: int, epsilon: Any) -> Policy:

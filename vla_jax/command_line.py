@@ -31,6 +31,7 @@ from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar
 from vla_jax import config as configs
 
 Config = TypeVar("Config")
+Result = TypeVar("Result")
 NAMED_PARTS = ("loss", "auxiliary", "dataset")  # parts whose options always carry their name
 TRACEBACK = "VLA_JAX_TRACEBACK"  # environment variable: show the traceback of an error
 
@@ -107,8 +108,6 @@ def command_line(
     Raises:
       SystemExit: 0 after `--help`; 2 after a mistake, with one line on stderr.
     """
-    import tyro
-
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", default=next(iter(presets)))
     known, rest = parser.parse_known_args(argv)
@@ -117,20 +116,43 @@ def command_line(
             f"error: unknown preset '{known.preset}'; {configs.did_you_mean(known.preset, presets)}"
         )
     default = presets[known.preset]()
+    chosen = parse(
+        _flat_class(default, "", ambiguous=_ambiguous(default)),
+        rest,
+        prog=program(),
+        description=f"{description}\n\n{_preset_list(presets, known.preset)}",
+    )
+    return configs.from_dict(type(default), configs.to_dict(chosen))
+
+
+def parse(
+    make: Callable[..., Result],
+    argv: Sequence[str] | None,
+    *,
+    prog: str | None,
+    description: str | None = None,
+) -> Result:
+    """Returns `make(…)`, called with its arguments from the command line.
+
+    Args:
+      make: a function or config class, whose parameters become options.
+      argv: arguments after the program's name; None means `sys.argv[1:]`.
+      prog: name of the program in the usage line; None means that of `sys.argv`.
+      description: text above the options; None means the docstring of `make`.
+
+    Raises:
+      SystemExit: 0 after `--help`; 2 after a mistake, with one line on stderr.
+    """
+    import tyro
+
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
-            chosen = tyro.cli(
-                _flat_class(default, "", ambiguous=_ambiguous(default)),
-                description=f"{description}\n\n{_preset_list(presets, known.preset)}",
-                args=rest,
-                prog=program(),
-            )
+            return tyro.cli(make, args=argv, prog=prog, description=description)
     except SystemExit as stopped:
         if stopped.code:
             _stop(_one_line(messages.getvalue()))
         raise
-    return configs.from_dict(type(default), configs.to_dict(chosen))
 
 
 def _flat_class(config: Any, part: str, *, ambiguous: Container[str]) -> type:

@@ -4,8 +4,9 @@
     python -m vla_jax.evaluate RUN_DIR --mode persistent --num-episodes 500
     python -m vla_jax.evaluate RUN_DIR --reference expert_ignoring_colour --world table_mujoco
 
-Everything goes into `RUN_DIR/evaluation/NAME`: a line per episode in `episodes.jsonl`, videos, and
-`summary.json`; `RUN_DIR/index.html` shows it all. What was interrupted goes on where it stopped.
+Writes into `RUN_DIR/evaluation/NAME`: a line per episode in `episodes.jsonl`, videos, and
+`summary.json`; `RUN_DIR/index.html` shows them. An interrupted evaluation is resumed by the same
+command.
 """
 
 import contextlib
@@ -33,7 +34,7 @@ from vla_jax.acting.rollout import (
 )
 from vla_jax.actions.execution import Kind
 from vla_jax.backbones import registry
-from vla_jax.command_line import exit_codes
+from vla_jax.command_line import exit_codes, parse
 from vla_jax.envs import worlds
 from vla_jax.envs.worlds import WorldConfig, find_reference, make_simulator
 from vla_jax.evaluation import players, report, results, video
@@ -46,7 +47,7 @@ from vla_jax.training.progress import progress_bar
 from vla_jax.types import Simulator
 
 _VIDEO_SIZE = 320  # pixels along each side
-_PAINTED_SIZE = 160  # pixels that a JAX world paints for a video, then enlarged
+_RENDERED_SIZE = 160  # pixels of the images that a JAX environment renders for a video
 
 
 @dataclass(frozen=True)
@@ -56,15 +57,15 @@ class EvaluateConfig:
     name: str | None = None  # folder inside RUN_DIR/evaluation; None = made from the options below
     num_episodes: int = 120  # episodes, one per seed
     first_seed: int = 1_000_000  # seeds count up from here; those of demonstrations start at 0
-    num_simulators: int = 16  # worlds side by side, so that the policy sees a batch
+    num_simulators: int = 16  # simulators stepped in parallel: the batch size of the policy
     num_videos: int = 6  # episodes to record, the first ones
     overwrite: bool = False  # delete an earlier evaluation of this name
-    step: int | None = None  # checkpoint to play, in updates; None = the latest
-    mode: Mode | None = None  # what the policy remembers: last W steps, since W·n, everything
+    step: int | None = None  # checkpoint to evaluate, in updates; None = the latest
+    mode: Mode | None = None  # streaming mode: refresh, periodic or persistent
     window_size: int | None = None  # W, in environment steps
-    instruction_steps: int | None = None  # first steps that show the instruction; -1 = always
-    exec_kind: Kind | None = None  # from predicted chunks to the action that is sent
-    exec_horizon: int | None = None  # steps for which receding_horizon keeps a chunk
+    instruction_steps: int | None = None  # first steps that show the instruction; -1 = all
+    exec_kind: Kind | None = None  # rule that selects actions from predicted chunks
+    exec_horizon: int | None = None  # steps of a chunk that receding_horizon executes
     world: str | None = None  # kind of environment: table_mujoco, table_jax or gymnasium
     env_id: str | None = None  # id of a registered Gymnasium environment, for world "gymnasium"
     reference: str | None = None  # reference policy of the world to run instead, such as "expert"
@@ -102,21 +103,21 @@ class _Match(NamedTuple):
 def evaluate(
     run: Run | Path, config: EvaluateConfig | None = None, *, console: Console | None = None
 ) -> Summary:
-    """Plays what has not been played yet, and sums up all episodes.
+    """Evaluates a policy in closed loop; episodes of an interrupted evaluation are not repeated.
 
     Args:
-      run: from `load_run`, or the folder of one.
-      config: what to play.
+      run: run of `load_run`, or its folder.
+      config: episodes, environment and execution.
       console: console for progress; None means stderr.
 
     Returns:
-      Rates per task and in all, also written to `summary.json`.
+      Success rates per task and in total, also written to `summary.json`.
 
     Raises:
       FileNotFoundError: the run or one of its files is missing.
-      ValueError: a file is damaged, an option doesn't fit, or an evaluation of this name was made
-        with other settings.
-      RuntimeError: the world crashed in every episode.
+      ValueError: a file is damaged, an option does not fit, or an evaluation of this name has
+        other settings.
+      RuntimeError: the simulator crashed in every episode.
     """
     config = config or EvaluateConfig()
     reference = config.reference
@@ -136,7 +137,7 @@ def evaluate(
     summary = results.summarize((played[seed] for seed in seeds), latency=trial.latency)
     crashed = next((o.error for o in played.values() if o.error), "")
     if not summary.total.episodes:
-        raise RuntimeError(f"the world crashed in every episode, the first time with {crashed}")
+        raise RuntimeError(f"the simulator crashed in every episode, the first time: {crashed}")
     write_json(
         match.folder / "summary.json",
         {
@@ -171,7 +172,7 @@ def _policy(run: Run | Path, config: EvaluateConfig) -> _Match:
 
 def _reference(run: Run | Path, config: EvaluateConfig, reference: str) -> _Match:
     folder = run.folder if isinstance(run, Run) else pathlib.Path(run)
-    world = _world(read_world(folder), config, image_size=0)  # a reference looks at the state
+    world = _world(read_world(folder), config, image_size=0)  # references use the state
     controller = players.reference_controller(find_reference(world.kind, reference))
     settings = {"reference": reference, "world": configs.to_dict(world)}
     place = folder / "evaluation" / (config.name or reference)
@@ -179,7 +180,7 @@ def _reference(run: Run | Path, config: EvaluateConfig, reference: str) -> _Matc
 
 
 def _agent(agent: AgentConfig, config: EvaluateConfig) -> AgentConfig:
-    """The run's way of acting, with the options that were given."""
+    """Returns the run's agent config with the options of the evaluation."""
     execution = _given({"kind": config.exec_kind, "exec_horizon": config.exec_horizon})
     acting = _given({"mode": config.mode, "instruction_steps": config.instruction_steps})
     executing = dataclasses.replace(agent.execution, **execution)
@@ -202,13 +203,13 @@ def _world(saved: WorldConfig | None, config: EvaluateConfig, image_size: int) -
     cls = worlds.get(kind).config
     fields = {field.name for field in dataclasses.fields(cls)}
     if config.env_id and "env_id" not in fields:
-        raise ValueError(f"env_id must be None in {kind}, got '{config.env_id}'; drop it.")
+        raise ValueError(f"env_id must be None in {kind}, got '{config.env_id}'; leave it out.")
     kept = {name: value for name, value in _given(options).items() if name in fields}
     return configs.from_dict(cls, {**kept, "kind": kind})
 
 
 def _name(agent: AgentConfig, config: EvaluateConfig) -> str:
-    """Returns the name of an evaluation, made of its settings."""
+    """Returns the default name of an evaluation, made from its settings."""
     decoder = agent.policy.decoder
     memory = [agent.mode]
     if agent.mode != "persistent":
@@ -221,7 +222,7 @@ def _name(agent: AgentConfig, config: EvaluateConfig) -> str:
 
 
 def _open(match: _Match, *, overwrite: bool) -> None:
-    """Makes the folder, or checks that what is in it was played with the same settings."""
+    """Makes the folder, or checks that the episodes in it have the same settings."""
     path = match.folder / "settings.json"
     if overwrite:
         shutil.rmtree(match.folder, ignore_errors=True)
@@ -229,17 +230,17 @@ def _open(match: _Match, *, overwrite: bool) -> None:
         changed = configs.differences(read_json(path, "settings"), match.settings)
         if changed:
             raise ValueError(
-                f"{match.folder} was played with other settings: {'; '.join(changed)}; choose "
+                f"{match.folder} has episodes with other settings: {'; '.join(changed)}; choose "
                 "another --name, or --overwrite."
             )
     match.folder.mkdir(parents=True, exist_ok=True)
     write_json(path, match.settings)
-    file = match.folder / "episodes.jsonl"  # without a line that a kill cut in half
+    file = match.folder / "episodes.jsonl"  # drops a line that a killed process left incomplete
     write_json_lines(file, [outcome._asdict() for outcome in results.read_outcomes(file)])
 
 
 def _try_out(match: _Match, config: EvaluateConfig) -> _Trial:
-    """A look at the world: what it lacks shows itself here, not in an episode."""
+    """Plays one step, so that missing packages are an error before the first episode."""
     with contextlib.closing(make_simulator(match.world)) as simulator:
         observation = simulator.reset(config.first_seed)
         if config.num_videos:
@@ -253,13 +254,13 @@ def _try_out(match: _Match, config: EvaluateConfig) -> _Trial:
 
 
 def _play(match: _Match, config: EvaluateConfig, seeds: Sequence[int]) -> Iterator[RecordedEpisode]:
-    """The episodes to record, then the others: those of a JAX world in one scan."""
+    """Plays the episodes to record, then the others; those of a JAX environment in one scan."""
     videos = range(config.first_seed, config.first_seed + config.num_videos)
     rest = [seed for seed in seeds if seed not in videos]
     make_env = worlds.get(match.world.kind).make_env
     yield from run_simulators(
         match.controller,
-        functools.partial(make_simulator, _painted(match.world)),
+        functools.partial(make_simulator, _with_images(match.world)),
         [seed for seed in seeds if seed in videos],
         num_simulators=config.num_simulators,
         video_seeds=videos,
@@ -273,10 +274,10 @@ def _play(match: _Match, config: EvaluateConfig, seeds: Sequence[int]) -> Iterat
     yield from run_simulators(match.controller, make, rest, num_simulators=config.num_simulators)
 
 
-def _painted(world: WorldConfig) -> WorldConfig:
-    """The world with pictures to record, where it would paint none for the policy."""
+def _with_images(world: WorldConfig) -> WorldConfig:
+    """Returns the environment config with images, if videos need them and the policy does not."""
     if worlds.get(world.kind).draws_observation and not world.image_size:
-        return dataclasses.replace(world, image_size=_PAINTED_SIZE)
+        return dataclasses.replace(world, image_size=_RENDERED_SIZE)
     return world
 
 
@@ -285,7 +286,7 @@ def _draw(simulator: Simulator) -> np.ndarray:
 
 
 def _keep(match: _Match, episode: RecordedEpisode, fps: float) -> None:
-    """Writes the video, then the outcome: an episode that is listed is complete."""
+    """Writes the video, then the outcome, so that a listed episode is complete."""
     outcome = episode.outcome
     if episode.video and not outcome.error:
         lines = [outcome.instruction, f"{match.folder.name} · seed {outcome.seed}"]
@@ -296,7 +297,7 @@ def _keep(match: _Match, episode: RecordedEpisode, fps: float) -> None:
 
 
 def _command(run_dir: pathlib.Path, config: EvaluateConfig) -> str:
-    """The line that asks for this evaluation."""
+    """Returns the command line of this evaluation."""
     words = ["python", "-m", "vla_jax.evaluate", str(run_dir)]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -306,25 +307,26 @@ def _command(run_dir: pathlib.Path, config: EvaluateConfig) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line; exit codes are those of `command_line`."""
+    """Runs the command with arguments from the command line; exit codes are in `command_line`."""
     import tyro
 
-    def command(
+    def arguments(
         run_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")],
         config: Annotated[EvaluateConfig, tyro.conf.arg(name="")] = EvaluateConfig(),
-    ) -> None:
+    ) -> tuple[str, EvaluateConfig]:
         """Plays a run's policy in closed loop and shows its success rate per task.
 
         Args:
-          run_dir: folder of the run.
-          config: what to play.
+          run_dir: run folder of train.imitate.
+          config: episodes, environment and execution.
         """
+        return run_dir, config
+
+    with exit_codes():
+        run_dir, config = parse(arguments, argv, prog="python -m vla_jax.evaluate")
         summary = evaluate(run_dir, config)
         Console().print(results.table(summary))
         print(report.write_index(run_dir))
-
-    with exit_codes():
-        tyro.cli(command, args=argv, prog="python -m vla_jax.evaluate")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import jax
 from rich.console import Console
 
-from vla_jax.command_line import exit_codes
+from vla_jax.command_line import exit_codes, parse
 from vla_jax.convert import conversion_report, weight_files
 from vla_jax.convert.converters import CONVERTERS, ConvertConfig, kind_of_file
 from vla_jax.convert.folder import check_target, is_folder, read_folder, write_folder
@@ -71,14 +71,14 @@ def _count(tensors: Any) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line; exit codes are those of `command_line`."""
+    """Runs the command with arguments from the command line; exit codes are in `command_line`."""
     import tyro
 
-    def command(
+    def arguments(
         src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")],
         dst: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")],
         config: Annotated[ConvertConfig, tyro.conf.arg(name="")] = _DEFAULTS,
-    ) -> None:
+    ) -> tuple[str, str, ConvertConfig]:
         """Converts a foreign checkpoint to a folder, and such a folder back to a checkpoint.
 
         A checkpoint holds RoboVLMs' policy head, or a torch.nn.LSTM, GRU or RNN. Flax params are
@@ -89,11 +89,12 @@ def main(argv: Sequence[str] | None = None) -> None:
           dst: folder to write, or file to restore.
           config: options of the conversion.
         """
-        convert(src, dst, config)
-        print(dst)
+        return src, dst, config
 
     with exit_codes():
-        tyro.cli(command, args=argv, prog="python -m vla_jax.convert")
+        src, dst, config = parse(arguments, argv, prog="python -m vla_jax.convert")
+        convert(src, dst, config)
+        print(dst)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Worlds to act in: pure-JAX ones behind `types.Env`, Python ones behind `types.Simulator`."""
+"""Environments: pure JAX functions (`types.Env`) and Python simulators (`types.Simulator`)."""

@@ -1,6 +1,6 @@
-"""Any Gymnasium environment: with continuous actions, behind `types.Simulator`; with choices, bare.
+"""Gymnasium environments: with continuous actions as a `types.Simulator`, with discrete ones as is.
 
-Needs the extra `gym`; what an environment needs beyond it is the environment's own affair.
+Needs the extra `gym`, and the packages of the environment.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ import numpy as np
 
 from vla_jax.types import Simulator, SimulatorStep
 
-_DEFAULT_HZ = 10.0  # where the environment doesn't say how fast it runs
+_DEFAULT_HZ = 10.0  # if the environment has no render_fps
 
 
 def is_success(info: Mapping[str, Any], reward: float) -> bool:
@@ -28,30 +28,28 @@ def make(
     max_steps: int | None = None,
     success: Callable[[Mapping[str, Any], float], bool] = is_success,
 ) -> Simulator:
-    """A simulator over a Gymnasium environment.
+    """Returns a simulator of a Gymnasium environment.
 
-    The observation, flattened, becomes `proprio [P]`; the picture that the environment draws
-    becomes `image_primary`, squeezed into a square. An action in [-1, 1] is mapped onto the
-    bounds of the environment's `Box`, whatever its dims mean. What the environment raises in the
-    middle of an episode goes on to the caller.
+    The flattened observation becomes `proprio [P]`; the rendered image becomes `image_primary`,
+    resized to a square. Actions in [-1, 1] are scaled to the bounds of the environment's `Box`.
+    Exceptions of the environment during an episode are passed on.
 
     Args:
-      env: id of a registered environment, or a `gymnasium.Env` with options and wrappers of
-        your own.
+      env: id of a registered environment, or a `gymnasium.Env` with your options and wrappers.
       instruction: instruction of every episode.
-      image_size: pixels along each side of `image_primary`; 0 = no pictures, for people neither
-        unless `env` is one that draws "rgb_array".
-      max_steps: environment steps until truncation; None = what the environment is registered
-        with. The lower of the two holds.
-      success: `(info, reward)` of a step -> whether the task is done. Many environments never
-        say so, and without a rule of yours their success rate is 0.
+      image_size: pixels along each side of `image_primary`; 0 = no images, also for videos, unless
+        `env` has the render mode "rgb_array".
+      max_steps: environment steps until truncation, at most the registered number; None = the
+        registered number.
+      success: `(info, reward)` of a step -> True if the task is done. Many environments have no
+        success flag; without a rule their success rate is 0.
 
     Returns:
       The simulator; its `task` is the environment's id.
 
     Raises:
       ImportError: gymnasium, or a package that the environment needs, is missing.
-      ValueError: an unknown id, or an environment that doesn't fit.
+      ValueError: an unknown id, or an environment that does not fit.
     """
     gymnasium = _import_gymnasium()
     if isinstance(env, str):
@@ -68,10 +66,10 @@ def make(
 
 
 def make_choices(env_id: str, *, max_steps: int | None = None) -> Any:
-    """A `gymnasium.Env` in which one of a few actions is chosen, and what is seen is a vector.
+    """Returns a `gymnasium.Env` with discrete actions and a vector as observation.
 
     Args:
-      env_id: of a registered environment.
+      env_id: id of a registered environment.
       max_steps: as for `make`.
 
     Returns:
@@ -79,7 +77,7 @@ def make_choices(env_id: str, *, max_steps: int | None = None) -> Any:
 
     Raises:
       ImportError: gymnasium, or a package that the environment needs, is missing.
-      ValueError: an unknown id, or an environment that doesn't fit.
+      ValueError: an unknown id, or an environment that does not fit.
     """
     gymnasium = _import_gymnasium()
     env = _make_env(gymnasium, env_id, None)
@@ -103,12 +101,12 @@ class GymnasiumSimulator:
         self.control_hz = float(env.metadata.get("render_fps") or _DEFAULT_HZ)
 
     def reset(self, seed: int) -> Mapping[str, np.ndarray]:
-        """Starts the episode that `seed` fixes."""
+        """Starts the episode of a seed; returns its first observation."""
         observation, _ = self._env.reset(seed=seed)
         return self._observe(observation)
 
     def step(self, action: np.ndarray) -> SimulatorStep:
-        """Applies `action [A]` in [-1, 1], with `A` the number of dims of the environment's Box."""
+        """Applies `action [A]` in [-1, 1], with `A` the dims of the environment's Box."""
         box = self._env.action_space
         action = np.asarray(action, np.float64)
         if action.shape != (self.action_dim,) or not np.all(np.isfinite(action)):
@@ -128,7 +126,7 @@ class GymnasiumSimulator:
         )
 
     def draw(self, size: int = 256) -> np.ndarray:
-        """The environment's picture `[size, size, 3]` uint8; grey where it draws none."""
+        """Returns the rendered image `[size, size, 3]` uint8; grey if there is none."""
         if self._env.render_mode != "rgb_array":
             return np.full((size, size, 3), 128, np.uint8)
         frame = np.asarray(self._env.render(), np.float32)
@@ -157,7 +155,7 @@ def _import_gymnasium():
 
 def _make_env(gymnasium, env_id: str, render_mode: str | None):
     try:
-        # An environment that never draws need not know what a render_mode is.
+        # Not every environment has the argument render_mode.
         return gymnasium.make(env_id, **({"render_mode": render_mode} if render_mode else {}))
     except gymnasium.error.UnregisteredEnv as error:  # its message names the nearest id
         raise ValueError(f"env {env_id!r} is not registered in gymnasium: {error}") from error
@@ -166,7 +164,7 @@ def _make_env(gymnasium, env_id: str, render_mode: str | None):
 
 
 def _limit(env, name: str, max_steps: int | None) -> int:
-    """Environment steps until truncation: the caller's, or the environment's own."""
+    """Returns the environment steps until truncation, by the caller or the environment."""
     limits = [max_steps, env.spec.max_episode_steps if env.spec else None]
     known = [limit for limit in limits if limit is not None]
     if not known or min(known) < 1:
@@ -197,7 +195,7 @@ def _check_observation(env, name: str) -> None:
 
 
 def _try_to_draw(gymnasium, env, name: str) -> None:
-    """A picture that can't be had shows itself here rather than in the first episode."""
+    """Renders once, so that missing packages are an error before the first episode."""
     if env.render_mode != "rgb_array":
         raise ValueError(
             f"render_mode of {name} must be 'rgb_array' for image_size > 0, got "

@@ -1,7 +1,7 @@
 """Stacks of recurrent layers over time: masked, reset at episode starts, in one or two directions.
 
 `apply` runs a whole sequence, `step` one time step of the same recurrence. Params and carries have
-the same paths, `["layers_0"]["forward"]`; `layer`, `last_hidden` and `from_layer` access them.
+the same paths, `["layers_0"]["forward"]`; `layer` and `from_layer` access them.
 Sequences are batch-major `[B, T, D]` outside and time-major inside.
 
 - A step whose `mask` is False keeps the carry and gives zeros, so that a padded sequence gives the
@@ -127,14 +127,6 @@ def from_layer(cell: Any) -> dict[str, dict[str, Any]]:
       cell: params or carry of the cell.
     """
     return {"layers_0": {"forward": cell}}
-
-
-def last_hidden(carry: Carry) -> jax.Array:
-    """Returns the hidden state `[..., H]` of the last layer (forward direction).
-
-    Without a residual this is the output of the step that returned the carry.
-    """
-    return layer(carry, -1).hidden
 
 
 def prepare_params(params: Params, config: RecurrenceConfig, *, num_rows: int) -> Params:

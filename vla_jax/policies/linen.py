@@ -6,7 +6,7 @@ wrap. The params of a module are the same tree as those of the functions: the fu
 `module.apply` takes the functions' params.
 
     encoder → linen.Decoder(config)(tokens)                  inside your own module
-    nn.RNN(linen.Cell("gru", 512))(inputs)                   a cell in Flax's time loop
+    nn.RNN(linen.RecurrentCell("gru", 512))(inputs)                   a cell in Flax's time loop
 
 From NNX, by Flax's bridge, initialised with a batch of inputs:
 
@@ -33,7 +33,7 @@ from vla_jax.policies.head import TeacherForcing
 from vla_jax.types import ActionChunk, Array, Key, Params, Prediction
 
 
-class Cell(nn.RNNCellBase):
+class RecurrentCell(nn.RNNCellBase):
     """A cell of `cells.CELLS`; its carry is the cell's own, such as `LSTMCarry(hidden, cell)`."""
 
     cell: CellName  # key of `cells.CELLS`

@@ -47,6 +47,11 @@ class LearningResult(NamedTuple):
 
 def check_devices(config: SeedsConfig, loop: LoopConfig) -> None:
     """Raises a ValueError unless the environments of a seed can be sharded over the devices."""
+    if loop.fsdp_size != 1:
+        raise ValueError(
+            f"fsdp_size must be 1 in reinforcement learning, got {loop.fsdp_size}; its params are "
+            "replicated on all devices."
+        )
     num_devices = parallel.make_mesh(loop.num_devices or None).size
     if config.num_worlds % num_devices:
         raise ValueError(

@@ -56,7 +56,7 @@ class NetworkConfig:
             )
 
 
-class Memory(NamedTuple):
+class MemoryPart(NamedTuple):
     """The part of a network between its MLP and its heads: a member of the family `MEMORIES`.
 
     `params` are those of the whole network.
@@ -207,14 +207,14 @@ def _pass_through(
     return carry, hidden
 
 
-_FEED_FORWARD = Memory(
+_FEED_FORWARD = MemoryPart(
     is_recurrent=False,
     init=lambda key, config, input_size: ({}, input_size),
     zero_carry=lambda config, like: {},
     apply=_pass_through,
     step=_pass_through,
 )
-_RECURRENT = Memory(
+_RECURRENT = MemoryPart(
     is_recurrent=True,
     init=_init_recurrence,
     zero_carry=lambda config, like: recurrence.zero_carry(_recurrence(config), like),

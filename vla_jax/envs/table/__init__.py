@@ -1,1 +1,1 @@
-"""The table-top world: rules, expert, MuJoCo simulator and JAX environment."""
+"""The table-top environment: rules, expert, MuJoCo simulator and JAX environment."""

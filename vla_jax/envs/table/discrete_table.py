@@ -1,7 +1,7 @@
-"""The JAX table as a `DiscreteEnv`: one choice per step moves an axis, turns, or opens and closes.
+"""The JAX table with discrete actions: each moves or rotates the tool, or opens or closes it.
 
-Each choice is one action of `table_jax`, whose rules hold: an episode ends with what was asked
-for, or with the same done to a wrong block. The fingers keep their last command.
+Each discrete action is one action of `table_jax`, whose rules apply: an episode ends when the task
+is done, with the right or a wrong block. The gripper keeps its last command.
 """
 
 import functools
@@ -19,22 +19,22 @@ from vla_jax.types import Array, DiscreteEnv, Env, Key, Observation, Transition
 
 CHOICES = ("stay", "+x", "-x", "+y", "-y", "+z", "-z", "+yaw", "-yaw", "open", "close")
 _AXES = {"x": 0, "y": 1, "z": 2, "yaw": 5}  # of the arm's six numbers
-_UNIT = 0.1  # m, so that places are numbers near one
-_PICTURE = 96  # pixels of a picture for people
+_UNIT = 0.1  # m, so that positions are numbers near one
+_DRAWN_SIZE = 96  # pixels along each side of the image of `draw`
 
 
 @dataclass(frozen=True)
 class TableChoicesConfig:
-    """The table with choices for actions."""
+    """The JAX table with discrete actions."""
 
     kind: Literal["table"] = "table"
-    tasks: tuple[str, ...] = ("touch",)  # what may be asked for, of table.TASKS
-    shaping: float = 0.0  # reward for each metre nearer to the asked block; 0 = for success alone
-    shaping_gamma: float = 0.97  # γ of that reward, the learner's; else the best policy may change
-    table: JaxTableConfig = JaxTableConfig(image_size=0)  # sizes of steps; there are no pictures
+    tasks: tuple[str, ...] = ("touch",)  # tasks of an episode: touch, lift, place
+    shaping: float = 0.0  # reward per metre of approach to the block; 0 = success only
+    shaping_gamma: float = 0.97  # discount factor of the shaping reward: the learner's γ
+    table: JaxTableConfig = JaxTableConfig(image_size=0)  # options of the table, without images
 
     def __post_init__(self):
-        """Refuses tasks that are none, and pictures that nobody would see."""
+        """Checks the tasks, the shaping and the image size."""
         for task in self.tasks:
             if task not in rules.TASKS:
                 raise ValueError(f"unknown task '{task}'; {did_you_mean(task, rules.TASKS)}")
@@ -47,80 +47,80 @@ class TableChoicesConfig:
             )
         if self.table.image_size:
             raise ValueError(
-                f"image_size must be 0, got {self.table.image_size}; what is shown are numbers."
+                f"image_size must be 0, got {self.table.image_size}; observations are features."
             )
 
 
 class ChoicesState(NamedTuple):
-    """All that one world remembers."""
+    """State of one environment."""
 
     table: TableState
-    opens: Array  # [] bool, last command of the fingers
+    opens: Array  # [] bool, last gripper command
 
 
 @functools.cache  # the same functions for the same config, so that jit compiles them once
 def make(config: TableChoicesConfig) -> DiscreteEnv:
-    """The table as a `DiscreteEnv`, with `CHOICES` for actions.
+    """Returns the table as a `DiscreteEnv` with the actions `CHOICES`.
 
-    An observation is `environment_state [22]` and `proprio [8]` of the table, with the blocks and
-    the plate as seen from the tool and all places in decimetres; then the instruction, one-hot
-    among the sentences that `tasks` allow.
+    An observation is `environment_state [22]` and `proprio [8]` of the table, with positions of
+    blocks and plate relative to the tool, in decimetres; then the one-hot instruction among those
+    of `config.tasks`.
 
     The reward is 1 for success, and with `shaping` w
 
-        w (γ Φ(s′) − Φ(s)),    Φ(s) = −‖tool − block asked for‖,    Φ = 0 at a true end
+        w (γ Φ(s′) − Φ(s)),    Φ(s) = −‖tool − block of the instruction‖,    Φ(terminal) = 0
 
-    which changes how fast the best policy is found, but not which it is.
+    which speeds up learning and leaves the optimal policy unchanged.
 
     Source: Ng, Harada and Russell 1999, "Policy Invariance Under Reward Transformations".
     """
     env = jax_env.make(config.table)
-    asked = [i for i, task in enumerate(env.tasks) if task in config.tasks]
+    allowed = [i for i, task in enumerate(env.tasks) if task in config.tasks]
     num_visible = rules.STATE_SIZE + rules.PROPRIO_SIZE
     return DiscreteEnv(
-        reset=functools.partial(_reset, env, np.array(asked)),
-        step=functools.partial(_step, config, env, np.array(asked)),
+        reset=functools.partial(_reset, env, np.array(allowed)),
+        step=functools.partial(_step, config, env, np.array(allowed)),
         draw=draw,
-        observation_shape=(num_visible + len(asked),),
+        observation_shape=(num_visible + len(allowed),),
         velocities=(),
         num_actions=len(CHOICES),
         max_steps=env.max_steps,
-        instruction=tuple(range(num_visible, num_visible + len(asked))),
+        instruction=tuple(range(num_visible, num_visible + len(allowed))),
     )
 
 
 def draw(state: ChoicesState) -> Array:
-    """Returns a picture of the table from in front of it, `[h, w, 3]` uint8."""
-    now = state.table
-    places = now.tool, now.turns, now.opening, now.blocks, now.yaws, now.plate
-    return renderer.paint(*places, image_size=_PICTURE)[0]
+    """Returns the primary camera's image of the table, `[h, w, 3]` uint8."""
+    table = state.table
+    poses = table.tool, table.turns, table.opening, table.blocks, table.yaws, table.plate
+    return renderer.render(*poses, image_size=_DRAWN_SIZE)[0]
 
 
-def _reset(env: Env, asked: np.ndarray, key: Key) -> tuple[ChoicesState, Array]:
+def _reset(env: Env, allowed: np.ndarray, key: Key) -> tuple[ChoicesState, Array]:
     layout_key, instruction_key = jax.random.split(key)
     state, observation = env.reset(layout_key)
-    state = state._replace(instruction=jax.random.choice(instruction_key, asked))
-    return ChoicesState(state, jnp.ones((), bool)), _show(state, observation, asked)
+    state = state._replace(instruction=jax.random.choice(instruction_key, allowed))
+    return ChoicesState(state, jnp.ones((), bool)), _observe(state, observation, allowed)
 
 
 def _step(
-    config: TableChoicesConfig, env: Env, asked: np.ndarray, state: ChoicesState, choice: Array
+    config: TableChoicesConfig, env: Env, allowed: np.ndarray, state: ChoicesState, choice: Array
 ) -> tuple[ChoicesState, Transition]:
     choice = jnp.asarray(choice)
     if choice.shape != () or not jnp.issubdtype(choice.dtype, jnp.integer):
         raise ValueError(
-            f"action must be one whole number in 0 … {len(CHOICES) - 1} {CHOICES}, got "
-            f"{choice.dtype}{list(choice.shape)}; vmap the step over worlds."
+            f"action must be one integer in 0 … {len(CHOICES) - 1} {CHOICES}, got "
+            f"{choice.dtype}{list(choice.shape)}; vmap the step over environments."
         )
     is_open, is_close = (choice == CHOICES.index(name) for name in ("open", "close"))
     opens = is_open | (state.opens & ~is_close)
     action = jnp.append(jnp.asarray(_arms())[choice], jnp.where(opens, 1.0, -1.0))
-    now, transition = env.step(state.table, action)
-    after = jnp.where(transition.terminated, 0.0, _potential(now))
-    nearer = config.shaping_gamma * after - _potential(state.table)
-    return ChoicesState(now, opens), transition._replace(
-        observation=_show(now, transition.observation, asked),
-        reward=transition.reward + config.shaping * nearer,
+    table, transition = env.step(state.table, action)
+    potential = jnp.where(transition.terminated, 0.0, _potential(table))
+    shaping = config.shaping_gamma * potential - _potential(state.table)
+    return ChoicesState(table, opens), transition._replace(
+        observation=_observe(table, transition.observation, allowed),
+        reward=transition.reward + config.shaping * shaping,
     )
 
 
@@ -138,15 +138,15 @@ def _potential(state: TableState) -> Array:
     return -jnp.linalg.norm(state.tool - block)
 
 
-def _show(state: TableState, observation: Observation, asked: np.ndarray) -> Array:
+def _observe(state: TableState, observation: Observation, allowed: np.ndarray) -> Array:
     tool = state.tool[None]
-    turned = jnp.stack([jnp.sin(2 * state.yaws), jnp.cos(2 * state.yaws)], axis=1)
-    blocks = jnp.concatenate([(state.blocks - tool) / _UNIT, turned], axis=1)
+    rotation = jnp.stack([jnp.sin(2 * state.yaws), jnp.cos(2 * state.yaws)], axis=1)
+    blocks = jnp.concatenate([(state.blocks - tool) / _UNIT, rotation], axis=1)
     parts: list[Any] = [
         blocks.reshape(-1),
         (state.plate - state.tool[:2]) / _UNIT,
         state.tool / _UNIT,
         jnp.asarray(observation.proprio)[3:],
-        state.instruction == asked,
+        state.instruction == allowed,
     ]
     return jnp.concatenate([jnp.asarray(part, jnp.float32) for part in parts])

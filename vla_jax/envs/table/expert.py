@@ -1,7 +1,6 @@
-"""The demonstrator of both tables: an action from what can be seen, with no memory of its own.
+"""Scripted expert of both tables: a pure function of the observation and the instruction.
 
-It is a function of the observation and the instruction, so that a policy which knows the
-instruction can imitate it exactly; `jit`, `vmap` and `scan` it.
+It has no memory, so a policy that knows the instruction can imitate it exactly.
 """
 
 import jax.numpy as jnp
@@ -9,13 +8,13 @@ from jax import Array
 
 from vla_jax.envs.table import rules
 
-_HOVER = 0.06  # m above the grasp, on the way to it
+_HOVER = 0.06  # m above the grasp during the approach
 _TOUCH_Z = 2 * rules.BLOCK_HALF_SIZE[2] - 0.004  # m, tool centre just inside a block's top
 _GRASP_Z = 0.018  # m, tool centre at a grasp
 _CARRY_Z = 0.115  # m, tool centre while a block is carried or was lifted
 _GRASPED = 0.68  # opening below which the fingers hold a block (35 of 65 mm)
-_TOUCH_AIM = 0.010  # m, horizontal error at which to go all the way down to touch
-_AIM = 0.012  # m, horizontal error at which a grasp is worth trying
+_TOUCH_AIM = 0.010  # m, horizontal error below which the tool descends to touch
+_AIM = 0.012  # m, horizontal error below which the fingers close
 _AIM_YAW = 0.15  # rad, likewise
 _RELEASE_DISTANCE = 0.02  # m from the plate's centre
 
@@ -33,14 +32,14 @@ def act(
 
     Args:
       environment_state: blocks and plate `[22]`, metres from the table's centre.
-      proprio: the tool `[8]`, not normalised.
-      task: index into `table.TASKS`, `[]` int32.
+      proprio: raw state of the tool `[8]`.
+      task: index into `rules.TASKS`, `[]` int32.
       target: index of the block's colour, `[]` int32.
       step_size: metres per unit of action.
       turn_size: radians per unit of action.
 
     Returns:
-      Action `[7]` float32 in [-1, 1]: proportional to what is left to move, then clipped.
+      Action `[7]` float32 in [-1, 1], proportional to the remaining motion and clipped.
     """
     row = environment_state[:-2].reshape(rules.NUM_BLOCKS, 5)[target]
     block, plate, tool = row[:3], environment_state[-2:], proprio[:3]
@@ -59,7 +58,7 @@ def act(
 
 
 def _grasp_and_carry(tool, block, turn, opening, plate, task):
-    """Movement, turn and gripper: reach for the block, or carry it, or leave it on the plate."""
+    """Returns translation, rotation and gripper command to grasp, carry or release a block."""
     error = jnp.linalg.norm(block[:2] - tool[:2])
     around = (error < 2 * _AIM) & (tool[2] - block[2] < 0.015)
     holding = around & (opening < _GRASPED)
@@ -68,7 +67,7 @@ def _grasp_and_carry(tool, block, turn, opening, plate, task):
     reach = _approach(tool, block, _GRASP_Z, _AIM, wait)
     move = jnp.where(holding, _carry(tool, plate, task), reach)
     grip = jnp.where(holding | ready | (around & (opening < 0.95)), -1.0, 1.0)
-    leave = _lies_on_plate(block, plate) & (task == rules.TASKS.index("place"))
+    leave = _is_on_plate(block, plate) & (task == rules.TASKS.index("place"))
     up = jnp.array([0, 0, 0.5 * _HOVER]) * (opening > 0.9)
     return (
         jnp.where(leave, up, move),
@@ -77,16 +76,16 @@ def _grasp_and_carry(tool, block, turn, opening, plate, task):
     )
 
 
-def _lies_on_plate(block, plate):
+def _is_on_plate(block, plate):
     down = block[2] < rules.BLOCK_HALF_SIZE[2] + rules.PLATE_HEIGHT + 0.012
     return down & (jnp.linalg.norm(plate - block[:2]) < _RELEASE_DISTANCE + 0.015)
 
 
 def _carry(tool, plate, task):
-    """Straight up for `lift`; for `place` up, across, and down a funnel onto the plate."""
+    """Returns the translation: up for `lift`; up, across and down onto the plate for `place`."""
     across = plate - tool[:2]
     distance = jnp.linalg.norm(across)
-    # straight up first, clear of the neighbours
+    # straight up first, to clear the other blocks
     rise = (tool[2] < _CARRY_Z - 0.045) & (distance > _RELEASE_DISTANCE + 0.02)
     height = _GRASP_Z + rules.PLATE_HEIGHT + _funnel(distance, _RELEASE_DISTANCE)
     is_lift = task == rules.TASKS.index("lift")
@@ -96,17 +95,17 @@ def _carry(tool, plate, task):
 
 
 def _approach(tool, block, height, allow, wait):
-    """Over the block first, then down a funnel onto it, no lower than `wait` above the goal."""
+    """Returns the translation to above the block, then down to `height` (plus at least `wait`)."""
     across = block[:2] - tool[:2]
     above = jnp.clip(_funnel(jnp.linalg.norm(across), allow), wait, _HOVER)
     return jnp.append(across, height + above - tool[2])
 
 
 def _funnel(distance, allow):
-    """Height to keep at this distance: none within `allow`, then rising steeply."""
+    """Returns the least height at a horizontal distance: 0 within `allow`, then rising steeply."""
     return jnp.maximum(0.0, distance - allow) * 3.0
 
 
 def _wrap(angle):
-    """Into [-π/2, π/2): a block looks the same after half a turn."""
+    """Wraps an angle to [-π/2, π/2), since a block has a rotational symmetry of π."""
     return (angle + jnp.pi / 2) % jnp.pi - jnp.pi / 2

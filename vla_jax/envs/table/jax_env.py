@@ -1,10 +1,10 @@
-"""The table as pure functions of JAX: thousands of worlds at once, under `jit`, `vmap` and `scan`.
+"""The table as pure JAX functions: thousands of environments in parallel.
 
-The quasi-static twin of `table_mujoco`: same words, layouts, actions, observations and rules,
-but geometry instead of contact forces. Fingers that come down on a block stop on its top; a block
-that a finger runs into from the side goes along with it; fingers that close around a block hold
-it, if they stand along its short side; what is let go falls straight down. Blocks do not push one
-another. At yaw 0 a block's long axis is x and the fingers close along y.
+It is the quasi-static counterpart of `table_mujoco`: same instructions, layouts, actions,
+observations and rules, with geometry instead of contact forces. Fingers stop on top of a block;
+they push a block that they hit from the side; fingers that close around the short side of a block
+hold it; a released block falls straight down. Blocks do not push each other. At yaw 0 a block's
+long axis is x and the fingers close along y.
 """
 
 import functools
@@ -23,11 +23,11 @@ from vla_jax.types import Env, Key, Observation, Transition
 _HALF = rules.BLOCK_HALF_SIZE
 _TIP = 0.009  # m, from the tool's centre down to the fingertips
 _FINGER = rules.FINGER_HALF_THICKNESS
-_FINGER_REACH = rules.FINGER_HALF_WIDTH  # a footprint grown by it is where fingers hit
-_FINGER_SPEED = 0.6  # of the whole opening per step
-_GRASP_ALONG, _GRASP_HEIGHT = 0.025, 0.02  # m, how far off a block's centre the fingers may be
-_GRASP_TILT = 0.2  # rad of roll or pitch at which fingers still grasp
-_CANDIDATES = 32  # places tried for each block before the best of them is taken
+_FINGER_REACH = rules.FINGER_HALF_WIDTH  # margin around a block within which a finger touches it
+_FINGER_SPEED = 0.6  # share of the whole opening per step
+_GRASP_ALONG, _GRASP_HEIGHT = 0.025, 0.02  # m, greatest distance of fingers that grasp a block
+_GRASP_TILT = 0.2  # rad, greatest roll or pitch of fingers that grasp
+_CANDIDATES = 32  # random positions per block, of which one is chosen
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class JaxTableConfig(TableConfig):
 
 
 class TableState(NamedTuple):
-    """All that one world remembers; metres from the table's centre, radians."""
+    """State of one environment; metres from the table's centre, radians."""
 
     tool: Array  # [3] x y z of the point between the fingers
-    turns: Array  # [3] roll pitch yaw of the hand; 0 = it points straight down
+    turns: Array  # [3] roll pitch yaw of the hand; 0 = pointing straight down
     opening: Array  # [] from 0 = closed to 1 = MAX_OPENING
     blocks: Array  # [4, 3] centres
     yaws: Array  # [4]
@@ -53,12 +53,12 @@ class TableState(NamedTuple):
 
 @functools.cache  # the same functions for the same config, so that jit compiles them once
 def make(config: JaxTableConfig) -> Env:
-    """The table as an `Env`.
+    """Returns the table as an `Env`.
 
-    Observations are those of `table_mujoco`: `environment_state [22]` and `proprio [8]` (named by
-    `table.STATE_NAMES` and `table.PROPRIO_NAMES`), and two pictures where `image_size > 0`. The
-    instruction is not among them: `instruction_index` gives it, and the caller decides when it is
-    visible.
+    Observations are those of `table_mujoco`: `environment_state [22]` and `proprio [8]` (names in
+    `rules.STATE_NAMES` and `rules.PROPRIO_NAMES`), and two images if `image_size > 0`. They do not
+    contain the instruction: `instruction_index` returns it, and the caller decides when the policy
+    sees it.
     """
     return Env(
         reset=functools.partial(_reset, config),
@@ -90,13 +90,13 @@ def _reset(config: JaxTableConfig, key: Key) -> tuple[TableState, Observation]:
 
 
 def sample_layout(rotated_share: float, key: Key) -> tuple[Array, Array, Array]:
-    """Places of the plate and the blocks, apart from each other.
+    """Returns random positions of the plate and the blocks that keep their distances.
 
-    One after the other takes the first of a few random places that keeps its distance from those
-    before it (the best of them where none does).
+    Each object in turn gets the first of a few random positions that keeps its distance from the
+    objects before it, or the best of them if none does.
 
     Args:
-      rotated_share: share of layouts in which every block is turned, in [0, 1].
+      rotated_share: share of layouts in which every block is rotated, in [0, 1].
       key: consumed.
 
     Returns:
@@ -125,7 +125,7 @@ def _step(
     if action.shape != (7,):
         raise ValueError(
             f"action must be 7 numbers {rules.ACTION_NAMES}, got shape {action.shape}; "
-            "vmap the step over worlds."
+            "vmap the step over environments."
         )
     action = jnp.clip(action, -1, 1)
     state, hit = _move(config, state, action[:6])
@@ -138,7 +138,7 @@ def _step(
 
 
 def _move(config: JaxTableConfig, state: TableState, arm: Array) -> tuple[TableState, Array]:
-    """Moves the hand and what goes along with it; also gives the blocks `[4]` it ran into."""
+    """Moves the hand and the blocks it pushes or holds; also returns the blocks `[4]` it hit."""
     low, high = jnp.array(rules.WORKSPACE_LOW), jnp.array(rules.WORKSPACE_HIGH)
     limit = jnp.array([rules.MAX_TILT, rules.MAX_TILT, rules.MAX_TOOL_YAW])
     tool = jnp.clip(state.tool + config.step_size * arm[:3], low, high)
@@ -147,8 +147,8 @@ def _move(config: JaxTableConfig, state: TableState, arm: Array) -> tuple[TableS
     over = jnp.any(_covers(state, fingers, _FINGER_REACH), axis=0) & ~state.held
     top = state.blocks[:, 2] + _HALF[2]
     from_above = over & (state.tool[2] - _TIP > top - 0.004)
-    hangs = state.tool[2] - state.blocks[:, 2] + _HALF[2]  # what is held, below the tool
-    stops = jnp.where(from_above, top + _TIP, jnp.where(state.held, _support(state) + hangs, 0))
+    below = state.tool[2] - state.blocks[:, 2] + _HALF[2]  # m from a block's bottom to the tool
+    stops = jnp.where(from_above, top + _TIP, jnp.where(state.held, _support(state) + below, 0))
     tool = tool.at[2].max(jnp.max(stops))
     hit = over & (tool[2] - _TIP < top + 0.002)
     pushed = state.blocks.at[:, :2].add((tool - state.tool)[None, :2])
@@ -160,18 +160,18 @@ def _move(config: JaxTableConfig, state: TableState, arm: Array) -> tuple[TableS
 
 
 def _carried(state: TableState, tool: Array, yaw: Array) -> Array:
-    """Places `[4, 3]` that the blocks would have between the fingers of a hand at `tool`."""
-    centred = _seen_from_hand(state) * jnp.array([[1.0, 0.0]])  # the fingers close along y
+    """Returns the positions `[4, 3]` of the blocks if held by a hand at `tool`."""
+    centred = _in_hand_frame(state) * jnp.array([[1.0, 0.0]])  # the fingers close along y
     offset = jnp.concatenate([_rotate(centred, yaw), state.blocks[:, 2:] - state.tool[2]], axis=1)
     return tool[None] + offset
 
 
 def _grip(state: TableState, opens: Array) -> TableState:
-    """Opens or closes the fingers; closing stops at a block, and holds it if they stand along it.
+    """Opens or closes the fingers; they stop at a block, and hold it if they fit around it.
 
-    A block of length a and width b takes a·|sin θ| + b·|cos θ| of the opening, turned by θ.
+    A block of length a and width b at the angle θ needs an opening of a·|sin θ| + b·|cos θ|.
     """
-    local, turn = _seen_from_hand(state), state.yaws - state.turns[2]
+    local, turn = _in_hand_frame(state), state.yaws - state.turns[2]
     width = 2 * (_HALF[0] * jnp.abs(jnp.sin(turn)) + _HALF[1] * jnp.abs(jnp.cos(turn)))
     between = (
         (jnp.abs(local[:, 0]) < _GRASP_ALONG)
@@ -183,19 +183,19 @@ def _grip(state: TableState, opens: Array) -> TableState:
     closed = jnp.maximum(state.opening - _FINGER_SPEED, least)
     opened = jnp.minimum(state.opening + _FINGER_SPEED, 1.0)
     grasped = between & (width < rules.MAX_OPENING) & (closed <= least)
-    # one block at most, and the one that is held already before all others
+    # at most one block: the one that is held already, if any
     best = jnp.argmax(grasped + 2 * state.held)
     held = (state.held | grasped) & (jnp.arange(rules.NUM_BLOCKS) == best) & ~opens
     return state._replace(opening=jnp.where(opens, opened, closed), held=held)
 
 
 def _judge(config: JaxTableConfig, state: TableState, touching: Array) -> Transition:
-    """Returns whether the task is done with the right block, with a wrong one, or not yet."""
+    """Returns the transition; done with a wrong block also terminates the episode."""
     task, target = jnp.divmod(state.instruction, rules.NUM_BLOCKS)
     height = state.blocks[:, 2] - _HALF[2]
     away = jnp.linalg.norm(state.blocks[:, :2] - state.plate[None], axis=-1)
-    lies = (away < rules.PLACE_DISTANCE) & (height < 0.02) & ~touching
-    done = jnp.stack([touching, height > rules.LIFT_HEIGHT, lies])[task]
+    placed = (away < rules.PLACE_DISTANCE) & (height < 0.02) & ~touching
+    done = jnp.stack([touching, height > rules.LIFT_HEIGHT, placed])[task]
     success, terminated = done[target], jnp.any(done)
     return Transition(
         observation=_observe(config, state),
@@ -209,7 +209,7 @@ def _judge(config: JaxTableConfig, state: TableState, touching: Array) -> Transi
 def _observe(config: JaxTableConfig, state: TableState) -> Observation:
     primary = wrist = None
     if config.image_size:
-        primary, wrist = renderer.paint(
+        primary, wrist = renderer.render(
             state.tool, state.turns, state.opening, state.blocks, state.yaws, state.plate,
             image_size=config.image_size,
         )  # fmt: skip
@@ -240,7 +240,7 @@ def _expert(config: JaxTableConfig, state: TableState) -> Array:
 
 
 def _support(state: TableState) -> Array:
-    """Height `[4]` of what lies under each block: the table, the plate, or another block."""
+    """Returns the height `[4]` of the surface below each block: table, plate or another block."""
     on_plate = jnp.linalg.norm(state.blocks[:, :2] - state.plate[None], axis=-1)
     ground = jnp.where(on_plate < rules.PLATE_RADIUS, rules.PLATE_HEIGHT, 0.0)
     over = _covers(state, state.blocks[:, :2], _HALF[1])
@@ -257,19 +257,19 @@ def _covers(state: TableState, points: Array, margin: float) -> Array:
 
 
 def _fingers(tool: Array, yaw: Array, opening: Array) -> Array:
-    """Centres `[2, 2]` of the fingers, seen from above."""
+    """Returns the horizontal positions `[2, 2]` of the two fingers."""
     reach = opening * rules.MAX_OPENING / 2 + _FINGER
     sides = jnp.stack([jnp.zeros(2), jnp.array([-1.0, 1.0]) * reach], axis=1)
     return tool[None, :2] + _rotate(sides, yaw)
 
 
-def _seen_from_hand(state: TableState) -> Array:
-    """Block centres `[4, 2]` in the hand's frame: x along the fingers' width, y across them."""
+def _in_hand_frame(state: TableState) -> Array:
+    """Returns block centres `[4, 2]` in the hand's frame: y along the opening, x across it."""
     return _rotate(state.blocks[:, :2] - state.tool[None, :2], -state.turns[2])
 
 
 def _rotate(points: Array, angle: Array) -> Array:
-    """Points `[..., 2]` turned by `angle`, radians, which broadcasts against `[...]`."""
+    """Returns points `[..., 2]` rotated by `angle`, radians, which broadcasts to `[...]`."""
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     x, y = points[..., 0], points[..., 1]
     return jnp.stack([cos * x - sin * y, sin * x + cos * y], axis=-1)

@@ -36,14 +36,14 @@ class MujocoTableConfig(TableConfig):
 
 
 def import_mujoco() -> Any:
-    """Imports mujoco with a rendering backend that works without a screen.
+    """Imports mujoco, on Linux without a display with the rendering backend EGL.
 
     Raises:
       ImportError: the package is missing; names the extra.
+      RuntimeError: there is no OpenGL library.
     """
-    headless = sys.platform == "linux" and not os.environ.get("DISPLAY")
-    if headless and not os.environ.get("MUJOCO_GL"):
-        os.environ["MUJOCO_GL"] = "egl"
+    before = os.environ.get("MUJOCO_GL")
+    os.environ["MUJOCO_GL"] = _backend()  # mujoco reads it only while it is imported
     try:
         import mujoco
     except ImportError as error:
@@ -51,8 +51,17 @@ def import_mujoco() -> Any:
             "mujoco is missing; run pip install 'vla-jax[sim]', or use --world table_jax."
         ) from error
     except Exception as error:  # a missing libEGL is an AttributeError deep inside PyOpenGL
-        raise RuntimeError(_NO_OPENGL.format(os.environ.get("MUJOCO_GL"), error)) from error
+        raise RuntimeError(_NO_OPENGL.format(_backend(), error)) from error
+    finally:
+        if before is None:
+            del os.environ["MUJOCO_GL"]
     return mujoco
+
+
+def _backend() -> str:
+    """Returns mujoco's rendering backend: the user's choice, or EGL on Linux without a display."""
+    headless = sys.platform == "linux" and not os.environ.get("DISPLAY")
+    return os.environ.get("MUJOCO_GL") or ("egl" if headless else "")
 
 
 _NO_OPENGL = (
@@ -181,8 +190,7 @@ class TableMujoco:
         try:
             return self._mujoco.Renderer(self._model, size, size)
         except Exception as error:  # the binding raises whatever the OpenGL loader raised
-            backend = os.environ.get("MUJOCO_GL")
-            raise RuntimeError(_NO_OPENGL.format(backend, error)) from error
+            raise RuntimeError(_NO_OPENGL.format(_backend(), error)) from error
 
     def _observe(self) -> Mapping[str, np.ndarray]:
         size, cameras = self.config.image_size, ("primary", "wrist")

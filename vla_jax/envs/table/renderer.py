@@ -1,8 +1,8 @@
-"""The pictures of the JAX table: rays against boxes, a plate and the table, seen by two cameras.
+"""Ray-cast images of the JAX table: boxes, plate and table, from two cameras.
 
-The cameras stand where those of `table_scene` stand. Shadows are soft and fall straight down:
-they show how high the hand is. Everything is computed on planes `[h, w]`, which XLA fuses into
-one loop over the pixels; arrays `[h, w, 3]` and matrix products made it many times slower.
+The cameras have the poses of those of the MuJoCo table (`scene`). Soft shadows, cast straight down,
+show the height of the hand. Everything is computed on planes `[h, w]`, which XLA fuses into one
+loop over the pixels; arrays `[h, w, 3]` and matrix products were many times slower.
 """
 
 import math
@@ -20,15 +20,15 @@ _COLOURS = ((0.95, 0.20, 0.20), (0.16, 0.74, 0.28), (0.20, 0.40, 0.96), (0.98, 0
 _WOOD, _FLOOR, _PLATE, _RIM = (0.80, 0.70, 0.59), (0.86, 0.88, 0.91), (0.98,) * 3, (0.84,) * 3
 _FINGER_SHADE, _PALM_SHADE, _WRIST_SHADE = (0.20, 0.20, 0.22), (0.35, 0.36, 0.40), (0.88, 0.88, 0.9)
 _TABLE_HALF_SIZE = 0.30  # m
-_LIGHT = (0.35, -0.25, 0.90)  # direction towards the lamp
-_AMBIENT = 0.55  # brightness of a side that the lamp doesn't reach
-# position (m, from the table's centre or the tool), right and up of the picture, height (degrees)
+_LIGHT = (0.35, -0.25, 0.90)  # direction towards the light
+_AMBIENT = 0.55  # brightness of a side without direct light
+# position (m, from the table's centre or the tool), right and up of the image, height (degrees)
 _PRIMARY = ((0.42, 0.0, 0.50), (0.0, 1.0, 0.0), (-0.785, 0.0, 0.62), 38.0)
 _WRIST = ((0.07, 0.0, 0.098), (0.0, -1.0, 0.0), (0.97, 0.0, -0.22), 75.0)
 
 
 class _Boxes(NamedTuple):
-    """All that is a box: blocks, fingers, palm, wrist."""
+    """Boxes of the scene: blocks, fingers, palm, wrist."""
 
     centre: Array  # [M, 3] m
     rotation: Array  # [M, 3, 3] from the box's frame into the table's
@@ -36,7 +36,7 @@ class _Boxes(NamedTuple):
     colour: Array  # [M, 3] in [0, 1]
 
 
-def paint(
+def render(
     tool: Array,
     turns: Array,
     opening: Array,
@@ -46,14 +46,14 @@ def paint(
     *,
     image_size: int,
 ) -> tuple[Array, Array]:
-    """The table seen from in front of it, and from the hand.
+    """Returns the images of the camera in front of the table and of the camera on the hand.
 
     Args:
       tool: point between the fingers `[3]`, metres from the table's centre.
       turns: roll, pitch, yaw of the hand `[3]`, radians.
-      opening: of the fingers `[]`, in [0, 1].
+      opening: opening of the fingers `[]`, in [0, 1].
       blocks: centres `[4, 3]`, metres.
-      yaws: of the blocks `[4]`, radians.
+      yaws: angles of the blocks `[4]`, radians.
       plate: centre `[2]`, metres.
       image_size: pixels along each side.
 
@@ -79,7 +79,7 @@ def _look(origin, rays, boxes, tool, plate):
 
 
 def _rays(camera: tuple, size: int) -> tuple[np.ndarray, ...]:
-    """Direction x y z of every pixel, planes `[h, w]` in the frame that the camera is given in."""
+    """Returns directions x, y, z of the pixels, planes `[h, w]` in the camera's parent frame."""
     _, right, up, height = camera
     right, up = np.array(right), np.array(up) / np.linalg.norm(up)
     half = math.tan(math.radians(height) / 2)
@@ -89,7 +89,7 @@ def _rays(camera: tuple, size: int) -> tuple[np.ndarray, ...]:
 
 
 def _turned(rotation, planes):
-    """The vectors of three planes, turned by `rotation [3, 3]`."""
+    """Returns the vectors of three planes `[h, w]`, rotated by `rotation [3, 3]`."""
     return tuple(sum(row[j] * planes[j] for j in range(3)) for row in rotation)
 
 
@@ -119,7 +119,7 @@ def _boxes(tool, hand, opening, blocks, yaws) -> _Boxes:
 
 
 def _ground(origin, rays, boxes, tool, plate):
-    """Depth and colour, four planes `[h, w]`, of the table, the plate on it, and the floor."""
+    """Returns depth and colour, four planes `[h, w]`, of the table, the plate and the floor."""
     depth = -origin[2] / jnp.minimum(rays[2], -1e-6)
     x, y = origin[0] + depth * rays[0], origin[1] + depth * rays[1]
     on_table = jnp.maximum(jnp.abs(x), jnp.abs(y)) < _TABLE_HALF_SIZE
@@ -141,13 +141,13 @@ def _ground(origin, rays, boxes, tool, plate):
 
 
 def _shadow(squared_distance, radius, height):
-    """Light left at a distance from what hangs at `height`: a shadow is wider and paler below."""
+    """Returns the light in [0, 1] near an object at `height`; higher ones have softer shadows."""
     softness = radius + 0.2 * height
     return 1 - 0.4 / (1 + 6 * height) / (1 + squared_distance / softness**2)
 
 
 def _draw(image, origin, rays, box):
-    """Draws a box over the depth and colour so far, where it is nearer."""
+    """Returns the image with a box drawn where it is nearer than the depth so far."""
     depth, *planes = image
     start, lamp = (origin - box.centre) @ box.rotation, jnp.array(_LIGHT) @ box.rotation
     enter, leave, side = 0.0, jnp.inf, 0.0

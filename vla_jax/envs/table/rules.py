@@ -1,6 +1,5 @@
-"""Rules shared by both tables: instructions, sizes, layouts and tasks.
+"""Rules shared by the MuJoCo table and the JAX table: instructions, sizes, layouts and tasks.
 
-`table_mujoco` and `table_jax` are one world twice, so that numbers and sentences have one home.
 Positions are in metres from the table's centre: x away from the arm, y to its left, z up.
 """
 
@@ -34,12 +33,12 @@ BLOCK_HALF_SIZE = (0.035, 0.0175, 0.02)  # m; long axis x: at yaw 0 the fingers 
 PLATE_RADIUS, PLATE_HEIGHT = 0.06, 0.008  # m
 MAX_OPENING = 0.065  # m between the fingers
 FINGER_HALF_THICKNESS, FINGER_HALF_WIDTH = 0.007, 0.010  # m, along and across the opening
-LAYOUT_HALF_SIZE = 0.16  # m, block centres lie in this square
-LAYOUT_SPACING = 0.09  # m, least distance of two block centres
+LAYOUT_HALF_SIZE = 0.16  # m, of the square of block centres
+LAYOUT_SPACING = 0.09  # m, least distance between block centres
 PLATE_SPACING = 0.11  # m, least distance of a block's centre from the plate's
 MAX_YAW = 1.05  # rad, of a rotated block; the pose at +90° is the same as at -90°
-LIFT_HEIGHT = 0.05  # m under a lifted block
-PLACE_DISTANCE = 0.05  # m from the plate's centre to that of a block that lies on it
+LIFT_HEIGHT = 0.05  # m of free space below a lifted block
+PLACE_DISTANCE = 0.05  # m, greatest distance of a placed block's centre from the plate's
 WORKSPACE_LOW = (-0.22, -0.22, 0.012)  # m, limits of the tool's centre
 WORKSPACE_HIGH = (0.22, 0.22, 0.25)
 MAX_TILT, MAX_TOOL_YAW = 0.5, 1.6  # rad

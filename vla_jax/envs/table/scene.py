@@ -1,10 +1,10 @@
-"""The MuJoCo table as MJCF text: an arm of capsules, four blocks, a plate, two cameras.
+"""MJCF model of the MuJoCo table: an arm of capsules, four blocks, a plate and cameras.
 
-Primitives only, so that nothing has to be downloaded. The floor is a box since MuJoCo cuts an
-infinite plane into so many pieces that it took 8/9 of the time to draw the scene. The joint frames
-and limits are the Franka Emika Panda's Denavit-Hartenberg parameters (Franka Control Interface
-documentation, "Denavit–Hartenberg parameters"); bodies are capsules of our own. Units: metres,
-radians, seconds.
+It consists of primitives, so no assets are needed. The floor is a box, since MuJoCo tessellates an
+infinite plane so finely that rendering it took 8/9 of the time. Joint frames and limits are those
+of the Franka Emika Panda. Units: metres, radians, seconds.
+
+Source: Franka Control Interface documentation, "Denavit–Hartenberg parameters".
 """
 
 from vla_jax.envs.table import rules

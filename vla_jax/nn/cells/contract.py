@@ -42,6 +42,10 @@ class Cell(NamedTuple):
     sums_gates: bool = False
     # projected -> (a, b) with hₜ = aₜ hₜ₋₁ + bₜ, if the cell is linear in its carry `hidden`
     coefficients: Callable[[Array], tuple[jax.Array, jax.Array]] | None = None
+    # gates that set the time constant of a unit, as (gate, sign) with sign 1 if the gate keeps the
+    # carry and -1 if it admits the input; `gate_bias` is the param with their biases
+    time_gates: tuple[tuple[int, int], ...] = ()
+    gate_bias: str = "input_bias"
 
 
 def project(params: Params, inputs: Array, *, dtype: str = "float32") -> jax.Array:

@@ -48,4 +48,5 @@ GRU = Cell(
     init=partial(init_uniform, num_gates=3),
     zero_carry=partial(zeros, carry_type=GRUCarry),
     combine=combine,
+    time_gates=((1, 1),),  # update gate
 )

@@ -65,5 +65,10 @@ def combine(
 
 
 LAYER_NORM_LSTM = Cell(
-    num_gates=4, init=init, zero_carry=partial(zeros, carry_type=LSTMCarry), combine=combine
+    num_gates=4,
+    init=init,
+    zero_carry=partial(zeros, carry_type=LSTMCarry),
+    combine=combine,
+    time_gates=((0, -1), (1, 1)),  # input gate, forget gate
+    gate_bias="gate_bias",
 )

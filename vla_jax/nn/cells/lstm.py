@@ -47,4 +47,5 @@ LSTM = Cell(
     zero_carry=partial(zeros, carry_type=LSTMCarry),
     combine=combine,
     sums_gates=True,
+    time_gates=((0, -1), (1, 1)),  # input gate, forget gate
 )

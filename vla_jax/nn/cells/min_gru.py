@@ -65,4 +65,5 @@ MIN_GRU = Cell(
     combine=combine,
     sums_gates=True,
     coefficients=coefficients,
+    time_gates=((0, -1),),  # update gate, which admits the input
 )

@@ -1,0 +1,71 @@
+"""Settings that cannot work are refused before any data, run or environment is read."""
+
+import dataclasses
+
+import pytest
+import tiny_demos
+
+from train import finetune, imitate, pretrain, scan
+from train.finetune import FinetuneConfig
+from train.pretrain import PretrainConfig
+from train.scan import ScanConfig
+from vla_jax import runs
+from vla_jax.data.readers.dataset_config import DatasetConfig
+from vla_jax.training.loop import LoopConfig
+from vla_jax.training.optim import OptimConfig
+
+# name -> script, config without data, and the function that reads
+SCRIPTS = {
+    "imitate": (imitate.imitate, tiny_demos.imitation("", ""), (imitate, "read_dataset")),
+    "pretrain": (pretrain.pretrain, PretrainConfig(), (pretrain, "read_dataset")),
+    "scan": (scan.train, ScanConfig(), (scan, "data_sets")),
+    "finetune": (finetune.finetune, FinetuneConfig(init_from="r"), (finetune, "read_cloned")),
+}
+LONG_WARM_UP = {"optim": OptimConfig(warmup_steps=100), "loop": LoopConfig(num_updates=80)}
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request, tmp_path, monkeypatch):
+    """Returns a script whose reading function fails, with a config that lacks nothing else."""
+    function, config, reader = SCRIPTS[request.param]
+    (tmp_path / "demos").mkdir()
+    (tmp_path / "demos/meta").mkdir()
+    (tmp_path / "demos/meta/info.json").write_text('{"codebase_version": "v3.0"}')
+    changes = {"run_dir": str(tmp_path / "run")}
+    if hasattr(config, "dataset"):
+        changes["dataset"] = DatasetConfig(str(tmp_path / "demos"), kind="lerobot_v3")
+    monkeypatch.setattr(*reader, read_nothing)
+    return function, dataclasses.replace(config, **changes), tmp_path / "run"
+
+
+def read_nothing(*_, **__):
+    raise AssertionError("data were read")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (LONG_WARM_UP, "warmup_steps must be below num_updates = 80, got 100"),
+        ({"loop": LoopConfig(num_devices=99)}, "num_devices must be"),
+        ({"loop": LoopConfig(fsdp_size=3)}, "fsdp_size must"),
+    ],
+    ids=["warmup_steps", "num_devices", "fsdp_size"],
+)
+def test_settings_that_cannot_work_are_refused_before_reading(script, changes, sentence):
+    function, config, run_dir = script
+    with pytest.raises(ValueError, match=sentence):
+        function(dataclasses.replace(config, **changes))
+    assert not run_dir.exists()
+
+
+def test_a_run_of_another_config_is_refused_before_reading(script):
+    function, config, run_dir = script
+    runs.open_run(run_dir, config, overwrite=False)
+    with pytest.raises(ValueError, match="seed was 0 and is 5"):
+        function(dataclasses.replace(config, seed=5))
+
+
+def test_a_script_with_possible_settings_begins_to_read(script):
+    function, config, _ = script
+    with pytest.raises(AssertionError, match="data were read"):
+        function(config)
