@@ -1,4 +1,4 @@
-"""The transformer against PyTorch, and the laws of a window with masks, resets and a cache."""
+"""The transformer agrees with PyTorch, and obeys the laws of masks, resets and the cache."""
 
 import dataclasses
 
@@ -37,7 +37,7 @@ def assert_close(one, other, atol=1e-5):
 
 
 def flags(*true_at):
-    """`[B, T]`, the same in all rows."""
+    """Flags `[B, T]`, the same in all rows."""
     return np.tile(np.isin(np.arange(T), true_at), (B, 1))
 
 
@@ -53,7 +53,7 @@ def dense_in_torch(params, hidden):
 
 
 def in_torch(params, inputs):
-    """GPT-2 of PyTorch's own parts."""
+    """Returns the outputs of GPT-2 built from PyTorch functions."""
     hidden = inputs + params["position_embedding"][: inputs.shape[1]]
     for layer in (params[f"layers_{number}"] for number in range(L)):
         qkv = dense_in_torch(
@@ -69,7 +69,7 @@ def in_torch(params, inputs):
     return norm_in_torch(params["output_norm"], hidden)
 
 
-def test_outputs_and_gradients_are_pytorchs():
+def test_outputs_and_gradients_equal_pytorch():
     params, inputs, weights = draw_params(), draw(100, B, T, H), draw(101, B, T, H)
 
     def total(params, inputs):
@@ -91,7 +91,7 @@ def test_outputs_and_gradients_are_pytorchs():
 # --- laws of a window -------------------------------------------------------------------------
 
 
-def test_a_step_depends_on_itself_and_on_earlier_ones_alone():
+def test_a_step_depends_only_on_itself_and_earlier_steps():
     params, inputs = draw_params(), draw(0, B, T, H)
     _, outputs = apply(params, CONFIG, inputs)
     for t in range(T):
@@ -102,7 +102,7 @@ def test_a_step_depends_on_itself_and_on_earlier_ones_alone():
 
 
 @pytest.mark.parametrize("padding", ["left", "right", "middle"])
-def test_padded_is_cut(padding):
+def test_padding_equals_removing_the_steps(padding):
     params, inputs = draw_params(), draw(0, B, T, H)
     padded = {"left": [0, 1], "right": [T - 2, T - 1], "middle": [1, 3]}[padding]
     real = np.setdiff1d(np.arange(T), padded)
@@ -113,8 +113,8 @@ def test_padded_is_cut(padding):
 
 
 @pytest.mark.parametrize("masked", [(), (1,), (3,)])
-def test_reset_is_separate_episodes(masked):
-    """Also where a step before the reset is padding, and where the reset itself lies on one."""
+def test_resets_equal_separate_episodes(masked):
+    """Also if a step before the reset, or the step of the reset itself, is padding."""
     params, inputs, mask = draw_params(), draw(0, B, T, H), ~flags(*masked)
     _, outputs = apply(params, CONFIG, inputs, mask=mask, reset=flags(0, 3))
     halves = [
@@ -124,7 +124,7 @@ def test_reset_is_separate_episodes(masked):
     assert_close(outputs, np.concatenate(halves, axis=1))
 
 
-def test_rows_have_masks_and_resets_of_their_own():
+def test_rows_can_have_different_masks_and_resets():
     params, inputs = draw_params(), draw(0, B, T, H)
     random = np.random.default_rng(1)
     mask, reset = random.random((B, T)) > 0.3, random.random((B, T)) > 0.7
@@ -135,7 +135,7 @@ def test_rows_have_masks_and_resets_of_their_own():
         assert_close(outputs[one], alone)
 
 
-def test_what_is_masked_changes_nothing_and_gradients_are_finite_even_if_all_is():
+def test_masked_inputs_have_no_effect_and_gradients_are_finite_even_in_fully_masked_rows():
     params, inputs, mask = draw_params(), draw(0, B, T, H), ~flags(0, 3)
     mask[0] = False
 
@@ -153,7 +153,7 @@ def test_what_is_masked_changes_nothing_and_gradients_are_finite_even_if_all_is(
 
 
 @pytest.mark.slow
-def test_vmap_is_a_loop_and_jit_is_no_jit():
+def test_jit_and_vmap_change_nothing():
     params, inputs, reset = draw_params(), draw(0, B, T, H), flags(2)
     cache, outputs = transformer.apply(params, CONFIG, inputs, reset=reset)
     assert_close(apply(params, CONFIG, inputs, reset=reset), (cache, outputs))
@@ -163,7 +163,7 @@ def test_vmap_is_a_loop_and_jit_is_no_jit():
 
 
 @pytest.mark.slow
-def test_a_sharded_batch_gives_what_a_whole_one_gives(key):
+def test_a_sharded_batch_equals_an_unsharded_one(key):
     config = dataclasses.replace(CONFIG, dropout=0.5)
     params, inputs, mask = draw_params(), draw(0, 4, T, H), np.tile(np.arange(T) > 0, (4, 1))
     expected = apply(params, config, inputs, mask=mask, key=key)
@@ -176,8 +176,8 @@ def test_a_sharded_batch_gives_what_a_whole_one_gives(key):
 # --- the cache --------------------------------------------------------------------------------
 
 
-def test_a_step_at_a_time_is_the_window():
-    """Each robot begins its next episodes when it likes."""
+def test_single_steps_equal_the_window():
+    """With different episode starts in each row."""
     params, inputs = draw_params(), draw(0, B, T, H)
     reset = np.zeros((B, T), bool)
     reset[1, 3] = reset[2, [1, 4]] = True
@@ -189,7 +189,7 @@ def test_a_step_at_a_time_is_the_window():
         assert_close(output, outputs[:, t])
 
 
-def test_a_step_goes_on_from_the_cache_of_a_window():
+def test_a_step_continues_from_the_cache_of_a_window():
     params, inputs = draw_params(), draw(0, B, T, H)
     lengths = np.array([1, 3, 5])
     _, outputs = apply(params, CONFIG, inputs)
@@ -199,7 +199,7 @@ def test_a_step_goes_on_from_the_cache_of_a_window():
     assert_close(output, outputs[rows, lengths])
 
 
-def test_a_step_forgets_what_lies_past_it_even_if_it_is_nan():
+def test_a_step_ignores_later_cache_entries_even_if_they_are_nan():
     params, inputs, position = draw_params(), draw(0, B, 2, H), np.array([0, 1, 1])
     cache = transformer.init_cache(CONFIG, B, T)
     cache, _ = step(params, CONFIG, cache, inputs[:, 0], np.zeros(B, int))
@@ -214,7 +214,7 @@ def test_a_step_forgets_what_lies_past_it_even_if_it_is_nan():
 
 
 @pytest.mark.slow
-def test_bfloat16_products_give_float32_outputs_and_gradients_and_a_cache_of_half_the_size():
+def test_bfloat16_products_give_float32_outputs_and_gradients_and_a_bfloat16_cache():
     half = dataclasses.replace(CONFIG, dtype="bfloat16")
     params, inputs = draw_params(), draw(0, B, T, H)
     cache, outputs = apply(params, half, inputs)
@@ -226,7 +226,7 @@ def test_bfloat16_products_give_float32_outputs_and_gradients_and_a_cache_of_hal
     assert {leaf.dtype for leaf in jax.tree.leaves((cache, empty))} == {jnp.dtype("bfloat16")}
 
 
-def test_dropout_needs_a_key_and_draws_anew_with_another(key):
+def test_dropout_needs_a_key_and_depends_on_it(key):
     config = dataclasses.replace(CONFIG, dropout=0.5)
     params, inputs = draw_params(), draw(0, B, T, H)
     plain = apply(params, CONFIG, inputs, key=key)[1]
@@ -240,29 +240,29 @@ def test_dropout_needs_a_key_and_draws_anew_with_another(key):
 
 
 def leaves_at(params, *names):
-    """The leaves of all layers at a path."""
+    """Returns the leaves of all layers at a path."""
     flat = flatten_dict(params)
     return [leaf for path, leaf in flat.items() if path[-len(names) :] == names]
 
 
-def test_dropout_falls_on_the_embedding_the_attention_and_the_residual(key):
-    """Each of the three alone moves the outputs where the two others have nothing to drop."""
+def test_dropout_applies_to_the_embedding_the_attention_and_the_residual(key):
+    """Tests each of the three alone, with zeros where the two others apply."""
     config = TransformerConfig(1, M, H, T, dropout=0.5)
     inputs = draw(0, B, T, H)
     silent = jax.tree.map(np.zeros_like, draw_params(config))
     silent["output_norm"]["scale"] += 1.0
 
-    def is_moved(params, inputs):
+    def depends_on_key(params, inputs):
         one, other = (apply(params, config, inputs, key=k)[1] for k in (None, key))
         return np.abs(one - other).max() > 1e-3
 
-    assert is_moved(silent, inputs)  # embedding
+    assert depends_on_key(silent, inputs)  # embedding
     nothing = np.zeros_like(inputs)
-    assert not is_moved(silent, nothing)
+    assert not depends_on_key(silent, nothing)
     residual = jax.tree.map(np.copy, silent)
     residual["layers_0"]["mlp"]["layers_1"]["bias"] += draw(1, H)
-    assert is_moved(residual, nothing)
-    # The outputs' gradient by a value passes only where its weight was kept.
+    assert depends_on_key(residual, nothing)
+    # attention alone, with its weights dropped or not
     attention = draw_params(config)["layers_0"]
     qkv = transformer._project(attention, config, jnp.asarray(inputs))
     visible = np.broadcast_to(np.tril(np.ones((T, T), bool)), (B, T, T))
@@ -271,7 +271,7 @@ def test_dropout_falls_on_the_embedding_the_attention_and_the_residual(key):
 
 
 @pytest.mark.slow
-def test_params_begin_as_gpt_2_begins(key):
+def test_params_are_initialised_as_in_gpt_2(key):
     config = TransformerConfig(num_layers=3, num_heads=4, hidden_size=64, num_positions=32)
     params = transformer.init(key, config)
     residual = 0.02 / np.sqrt(2 * 3)
@@ -304,18 +304,18 @@ def test_params_begin_as_gpt_2_begins(key):
         ({"dtype": "float16"}, "unknown dtype 'float16'; .* 'bfloat16'"),
     ],
 )
-def test_a_wrong_config_is_one_sentence(fields, sentence):
+def test_a_wrong_config_is_refused(fields, sentence):
     with pytest.raises(ValueError, match=sentence):
         dataclasses.replace(CONFIG, **fields)
 
 
-def test_more_steps_than_positions_are_one_sentence():
+def test_more_steps_than_positions_are_refused():
     with pytest.raises(ValueError, match="must have at most its 6 positions, got 7 steps; cut it"):
         transformer.apply(draw_params(), CONFIG, draw(0, B, T + 1, H))
 
 
 @pytest.mark.parametrize("name", ["mask", "reset"])
-def test_flags_of_another_size_or_kind_are_refused_at_the_door(name):
+def test_flags_of_another_size_or_dtype_are_refused(name):
     params, inputs = draw_params(), draw(0, B, T, H)
     with pytest.raises(AssertionError, match="assert_shape"):
         transformer.apply(params, CONFIG, inputs, **{name: np.ones((B, T + 1), bool)})

@@ -20,13 +20,13 @@ PATHS = [
 ]  # fmt: skip
 
 
-def test_paths_are_in_the_order_of_the_leaves():
+def test_paths_have_the_order_of_the_leaves():
     assert trees.leaf_paths(PARAMS) == PATHS
     leaves = zip(trees.leaves_by_path(PARAMS).values(), jax.tree.leaves(PARAMS), strict=True)
     assert all(one is other for one, other in leaves)
 
 
-def test_named_tuples_have_their_fields_as_names():
+def test_fields_of_named_tuples_are_path_names():
     chunk = ActionChunk(np.zeros((1, 6)), np.zeros(1))
     assert trees.leaf_paths({"chunk": chunk}) == ["chunk/arm", "chunk/gripper_logit"]
 
@@ -37,19 +37,19 @@ def test_mapping_paths_keeps_the_structure():
     assert jax.tree.leaves(lengths) == [len(path) for path in PATHS]
 
 
-def test_a_star_crosses_slashes():
+def test_a_star_also_matches_slashes():
     assert trees.matches("decoder/layers/0/kernel", ["decoder/*"])
     assert trees.matches("decoder/layers/0/kernel", ["x", "*/kernel"])
     assert not trees.matches("decoder/bias", ["backbone/*", "bias"])
 
 
-def test_the_first_rule_that_matches_counts():
+def test_the_first_matching_rule_applies():
     rules = (("*/kernel", 1), ("decoder/*", 2))
     assert [trees.lookup(path, rules, 0) for path in PATHS] == [1, 2, 1, 1]
     assert trees.lookup("other", rules, 0) == 0
 
 
-def test_a_glob_without_a_match_is_reported_with_the_nearest_path():
+def test_a_glob_without_a_match_is_refused_with_the_nearest_path():
     trees.check_globs(("backbone/*", "*bias"), PARAMS)
     with pytest.raises(ValueError, match=r"no parameter path matches 'backbon/\*'.*'backbone/\*'"):
         trees.check_globs(("decoder/*", "backbon/*"), PARAMS)
@@ -60,7 +60,7 @@ def test_equal_shapes_and_dtypes_have_no_difference():
     assert trees.first_difference(PARAMS, shapes) == ""
 
 
-def test_the_first_leaf_that_differs_is_named():
+def test_the_first_different_leaf_is_named():
     def change(**changes):
         return {**PARAMS, "decoder": {**PARAMS["decoder"], **changes}}
 

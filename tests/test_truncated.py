@@ -1,4 +1,4 @@
-"""Chunks with a carry handed on: outputs of the whole sequence, gradients of the chunk alone."""
+"""Chunks with a carry: outputs of the whole sequence, gradients of each chunk only."""
 
 from functools import partial
 from itertools import pairwise
@@ -21,7 +21,7 @@ def draw(seed, *shape):
 
 
 def draw_case(cell):
-    """A model, params, a carry, and steps with padding on the left and episodes of several rows."""
+    """Returns a model, params, a carry, and steps with left padding and several episodes."""
     config = RecurrenceConfig(cell=cell, num_layers=2, hidden_size=H)
     random = np.random.default_rng(1)
     steps = {
@@ -59,7 +59,7 @@ def assert_close(one, other, atol=1e-6):
 
 
 @each_cut
-def test_chunks_are_the_steps_in_order_each_with_those_before_it(chunk_size, burn_in):
+def test_chunks_are_the_steps_in_order_each_after_its_burn_in(chunk_size, burn_in):
     numbers = np.arange(1, T + 1)[None] + 100 * np.arange(B)[:, None]
     cut = truncated.chunks({"numbers": numbers}, chunk_size, burn_in=burn_in)["numbers"]
     num_chunks = -(-T // chunk_size)
@@ -75,7 +75,7 @@ def test_chunks_are_the_steps_in_order_each_with_those_before_it(chunk_size, bur
 @pytest.mark.sampled
 @each_cell
 @each_cut
-def test_the_carry_handed_on_gives_the_outputs_of_the_whole_sequence(cell, chunk_size, burn_in):
+def test_chunks_with_a_carry_give_the_outputs_of_the_whole_sequence(cell, chunk_size, burn_in):
     model, params, carry, steps = draw_case(cell)
     _, expected = model(params, carry, steps)
     _, outputs = run_chunks(model, params, carry, steps, chunk_size, burn_in)
@@ -84,7 +84,7 @@ def test_the_carry_handed_on_gives_the_outputs_of_the_whole_sequence(cell, chunk
 
 @pytest.mark.sampled
 @each_cell
-def test_a_chunk_as_long_as_the_episode_is_back_propagation_through_all_of_it(cell):
+def test_a_chunk_as_long_as_the_episode_gives_the_full_gradient(cell):
     model, params, carry, steps = draw_case(cell)
 
     def chunked(params, chunk_size):
@@ -94,34 +94,34 @@ def test_a_chunk_as_long_as_the_episode_is_back_propagation_through_all_of_it(ce
     for chunk_size in (T, T + 3):
         assert_close(jax.grad(chunked)(params, chunk_size), whole, atol=1e-5)
     shorter = jax.grad(chunked)(params, 5)
-    assert max(map(float, jax.tree.leaves(jax.tree.map(gap, shorter, whole)))) > 1e-2
+    assert max(map(float, jax.tree.leaves(jax.tree.map(max_difference, shorter, whole)))) > 1e-2
 
 
-def gap(one, other):
+def max_difference(one, other):
     return np.abs(one - other).max()
 
 
 @pytest.mark.sampled
 @each_cell
-def test_the_gradient_of_a_chunk_is_that_of_a_sequence_that_begins_there(cell):
+def test_the_gradient_of_a_chunk_equals_that_of_a_sequence_that_starts_there(cell):
     model, params, carry, steps = draw_case(cell)
     first, second = (
         jax.tree.map(lambda leaf, half=half: leaf[half], truncated.chunks(steps, 5))
         for half in (0, 1)
     )
 
-    def of_second(params):
+    def loss_of_second_chunk(params):
         handed_on, _ = truncated.apply(model, params, carry, first)
         return total(truncated.apply(model, params, handed_on, second)[1])
 
     before, _ = model(params, carry, first)
     expected = jax.grad(lambda params: total(model(params, before, second)[1]))(params)
-    assert_close(jax.grad(of_second)(params), expected, atol=1e-5)
+    assert_close(jax.grad(loss_of_second_chunk)(params), expected, atol=1e-5)
 
 
 @pytest.mark.sampled
 @each_cell
-def test_burn_in_shapes_the_outputs_but_has_no_gradient(cell):
+def test_burn_in_affects_the_outputs_but_has_no_gradient(cell):
     model, params, carry, steps = draw_case(cell)
     everywhere = {"mask": np.ones((B, T), bool), "reset": np.zeros((B, T), bool)}
 
@@ -140,8 +140,8 @@ def test_burn_in_shapes_the_outputs_but_has_no_gradient(cell):
 
 
 @pytest.mark.slow
-def test_burn_in_mends_a_carry_that_older_params_made():
-    """After a long burn-in a forgetful cell stands where today's params would have brought it."""
+def test_burn_in_reduces_the_error_of_a_stale_carry():
+    """A carry from older params has little effect after a long burn-in of a forgetful cell."""
     model, params, carry, steps = draw_case("rnn")
     steps = {**steps, "mask": np.ones((B, T), bool), "reset": np.zeros((B, T), bool)}
     stale = jax.tree.map(lambda leaf: leaf + 1.0, carry)
@@ -149,10 +149,10 @@ def test_burn_in_mends_a_carry_that_older_params_made():
     _, mended = truncated.apply(model, params, stale, steps, burn_in=4)
     _, unmended = model(params, stale, steps)
     _, right = model(params, carry, steps)
-    assert gap(mended, expected) < 0.2 * gap(unmended, right)
+    assert max_difference(mended, expected) < 0.2 * max_difference(unmended, right)
 
 
 @pytest.mark.parametrize(("chunk_size", "burn_in"), [(4, 4), (4, -1), (0, 0)])
-def test_a_chunk_without_steps_of_its_own_is_refused(chunk_size, burn_in):
+def test_a_chunk_with_no_steps_after_burn_in_is_refused(chunk_size, burn_in):
     with pytest.raises(ValueError, match=f"below chunk_size, got burn_in {burn_in} and"):
         truncated.chunks(np.zeros((B, T)), chunk_size, burn_in=burn_in)

@@ -1,4 +1,4 @@
-"""One update: the gradient of the loss, randomness by count, the slow average, the metrics."""
+"""One update: gradient step, random key per update, EMA, metrics."""
 
 import jax
 import jax.numpy as jnp
@@ -39,14 +39,14 @@ def run(num_updates, *, loss=loss_fn, ema_decay=None, freeze=(), compiled=True):
     return state, history
 
 
-def gradient_by_hand(kernel, bias):
+def closed_form_gradient(kernel, bias):
     outputs = BATCH @ kernel + bias
     return 2 * BATCH.T @ outputs / 4, np.array([2 * outputs.mean()])
 
 
-def test_one_update_takes_one_step_along_the_gradient_and_counts_it():
+def test_one_update_takes_one_gradient_step_and_counts_it():
     state, [metrics] = run(1)
-    kernel_grad, bias_grad = gradient_by_hand(np.array([2.0, -1.0]), 0.5)
+    kernel_grad, bias_grad = closed_form_gradient(np.array([2.0, -1.0]), 0.5)
     expected = {
         "backbone": {"kernel": np.array([2.0, -1.0]) - RATE * kernel_grad},
         "head": {"bias": np.array([0.5]) - RATE * bias_grad},
@@ -61,14 +61,14 @@ def test_one_update_takes_one_step_along_the_gradient_and_counts_it():
     assert metrics["loss"].dtype == jnp.float32
 
 
-def test_frozen_params_stay_and_have_no_part_in_the_norm():
+def test_frozen_params_are_unchanged_and_not_part_of_the_norm():
     state, [metrics] = run(1, freeze=("backbone/*",))
-    _, bias_grad = gradient_by_hand(np.array([2.0, -1.0]), 0.5)
+    _, bias_grad = closed_form_gradient(np.array([2.0, -1.0]), 0.5)
     np.testing.assert_array_equal(state.params["backbone"]["kernel"], [2.0, -1.0])
     np.testing.assert_allclose(metrics["grad_norm"], abs(bias_grad[0]), rtol=0.01)
 
 
-def test_the_randomness_is_that_of_the_key_folded_with_the_count():
+def test_the_key_of_an_update_is_folded_with_its_count():
     _, history = run(3, loss=noisy_loss_fn)
     keys = [jax.random.fold_in(jax.random.key(7), n) for n in range(3)]
     expected = [jax.random.normal(key, BATCH.shape)[0, 0] for key in keys]
@@ -76,35 +76,35 @@ def test_the_randomness_is_that_of_the_key_folded_with_the_count():
     assert len(set(map(float, expected))) == 3
 
 
-def test_the_slow_average_starts_at_the_params_and_follows_them():
+def test_the_ema_starts_at_the_params_and_follows_them():
     state, _ = run(1, ema_decay=0.9)
     start, moved = make_params(), state.params
-    expected = jax.tree.map(lambda a, b: 0.1 * a + 0.9 * b, start, moved)  # d = 1/10 at n = 0
+    expected = jax.tree.map(lambda a, b: 0.1 * a + 0.9 * b, start, moved)  # decay 1/10 at n = 0
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), state.ema_params, expected
     )
 
 
-def test_the_slow_average_has_buffers_of_its_own():
+def test_the_ema_has_its_own_buffers():
     state = update.init_train_state(make_params(), optax.sgd(RATE), ema=True)
     for param, ema in zip(*map(jax.tree.leaves, (state.params, state.ema_params)), strict=True):
         assert param.unsafe_buffer_pointer() != ema.unsafe_buffer_pointer()
 
 
-def test_jit_gives_what_no_jit_gives():
+def test_jit_changes_nothing():
     pair = (run(2, ema_decay=0.9), run(2, ema_decay=0.9, compiled=False))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *pair)
 
 
 @pytest.mark.parametrize("decay", [None, 0.9])
-def test_a_decay_without_an_average_or_the_other_way_round_is_told(decay):
+def test_an_ema_decay_without_ema_params_or_vice_versa_is_refused(decay):
     step = update.make_update(loss_fn, optax.sgd(RATE), ema_decay=decay)
     state = update.init_train_state(make_params(), optax.sgd(RATE), ema=decay is None)
     with pytest.raises(ValueError, match=f"ema_decay is {decay}, but ema_params are"):
         step(state, BATCH, jax.random.key(0))
 
 
-def test_a_loss_can_follow_the_number_of_updates_done():
+def test_a_loss_can_depend_on_the_number_of_updates():
     def counted_loss_fn(params, counted, key):
         loss, metrics = loss_fn(params, counted.batch, key)
         return loss, {**metrics, "done": counted.num_updates}

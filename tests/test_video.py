@@ -1,4 +1,4 @@
-"""Videos are read back by PyAV; captions leave the picture alone."""
+"""Videos written by the library are read back by PyAV; captions leave the image unchanged."""
 
 import sys
 
@@ -19,7 +19,7 @@ def frames(count=5, height=48, width=64):
 
 @pytest.mark.parametrize(("height", "width"), [(48, 64), (47, 63)])
 @pytest.mark.parametrize("fps", [10.0, 29.97])
-def test_a_video_has_every_frame_at_its_rate_in_even_sizes(tmp_path, height, width, fps):
+def test_a_video_has_every_frame_the_given_rate_and_even_sizes(tmp_path, height, width, fps):
     shown = frames(height=height, width=width)
     video.write_mp4(tmp_path / "new" / "video.mp4", shown, fps)
     with av.open(str(tmp_path / "new" / "video.mp4")) as container:
@@ -34,7 +34,7 @@ def test_a_video_has_every_frame_at_its_rate_in_even_sizes(tmp_path, height, wid
         assert np.abs(got[:height, :width].astype(int) - expected).mean() < 4
 
 
-def test_a_video_starts_to_play_before_it_is_loaded_and_is_written_whole(tmp_path):
+def test_a_video_can_be_streamed_and_is_written_atomically(tmp_path):
     video.write_mp4(tmp_path / "video.mp4", frames(), 10)
     data = (tmp_path / "video.mp4").read_bytes()
     assert data.index(b"moov") < data.index(b"mdat")
@@ -46,7 +46,7 @@ def test_a_video_without_frames_is_refused(tmp_path):
         video.write_mp4(tmp_path / "video.mp4", [], 10)
 
 
-def test_a_caption_stands_below_the_picture_and_grows_with_the_text():
+def test_a_caption_is_below_the_image_and_grows_with_the_text():
     shown = frames()
     short = video.caption(shown, ["lift it"])
     long = video.caption(shown, ["lift the very long and very red block over there", "seed 1"])
@@ -55,12 +55,12 @@ def test_a_caption_stands_below_the_picture_and_grows_with_the_text():
     for captioned, picture in zip(long, shown, strict=True):
         np.testing.assert_array_equal(captioned[: len(picture)], picture)
     bar = long[0][len(shown[0]) :]
-    assert bar.max() > 180  # there is light text
-    assert np.median(bar) < 40  # on a dark ground
+    assert bar.max() > 180  # light text
+    assert np.median(bar) < 40  # on a dark background
 
 
 @pytest.mark.parametrize(("success", "colour"), [(True, (0, 114, 178)), (False, (213, 94, 0))])
-def test_the_verdict_is_held_at_the_end_in_its_colour(success, colour):
+def test_the_outcome_is_shown_at_the_end_in_its_colour(success, colour):
     shown = frames()
     captioned = video.caption(shown, ["lift it"], success)
     assert len(captioned) == len(shown) + video.HOLD
@@ -77,12 +77,12 @@ def test_the_verdict_is_held_at_the_end_in_its_colour(success, colour):
         ("a/b c", "7_a-b-c_success.mp4"),
     ],
 )
-def test_a_video_is_named_after_seed_task_and_verdict(task, name):
+def test_a_video_is_named_after_seed_task_and_outcome(task, name):
     assert video.file_name(7, task, True) == name
 
 
 @pytest.mark.parametrize(("module", "name"), [("av", "PyAV"), ("PIL", "Pillow")])
-def test_a_missing_package_is_told_with_its_extra(monkeypatch, module, name):
+def test_a_missing_package_raises_with_the_extra_to_install(monkeypatch, module, name):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=rf"{name}; run pip install 'vla-jax\[data\]'"):
         video.check_packages()

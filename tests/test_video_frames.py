@@ -1,4 +1,4 @@
-"""Videos decoded once into memory-mapped images."""
+"""Videos are decoded once, into memory-mapped images."""
 
 import os
 import pathlib
@@ -14,7 +14,7 @@ from vla_jax.data.video_frames import Segment
 
 
 def make_video(path, count=12, size=(16, 24), codec="libx264rgb", seed=0):
-    """A video of smooth frames, each of its own brightness; returns the images."""
+    """Writes a video of smooth frames of different brightness; returns the images."""
     ramp = np.linspace(0, 60, size[0] * size[1] * 3).reshape(*size, 3)
     images = np.stack([ramp + 12 * i + seed for i in range(count)]).astype(np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -29,7 +29,7 @@ def make_video(path, count=12, size=(16, 24), codec="libx264rgb", seed=0):
 
 
 @pytest.mark.parametrize(("codec", "error"), [("libx264rgb", 1.0), ("libx264", 3.0)])
-def test_each_segment_lands_on_its_rows(codec, error, tmp_path):
+def test_each_segment_is_decoded_into_its_rows(codec, error, tmp_path):
     first = make_video(tmp_path / "videos/a.mp4", codec=codec)
     second = make_video(tmp_path / "videos/b.mp4", codec=codec, seed=60)
     segments = [
@@ -59,7 +59,7 @@ def test_videos_are_decoded_once_and_again_only_when_they_change(tmp_path, monke
     assert np.abs(changed.astype(int) - before).mean() > 40
 
 
-def test_images_are_resized_when_asked(tmp_path):
+def test_images_are_resized_to_the_requested_size(tmp_path):
     images = make_video(tmp_path / "a.mp4")
     cameras = {"image_primary": [Segment(tmp_path / "a.mp4", 0, 12)]}
     small = video_frames.read_frames(cameras, tmp_path, image_size=(8, 12))["image_primary"]
@@ -68,14 +68,12 @@ def test_images_are_resized_when_asked(tmp_path):
     assert np.abs(small - means).mean() < 2
 
 
-def test_no_cameras_give_no_images_and_touch_nothing(tmp_path):
+def test_without_cameras_no_images_are_read_or_written(tmp_path):
     assert video_frames.read_frames({}, tmp_path) == {}
     assert not list(tmp_path.iterdir())
 
 
-def test_the_cache_can_lie_elsewhere_and_does_where_the_data_set_cannot_be_written(
-    tmp_path, monkeypatch
-):
+def test_the_cache_folder_can_be_chosen_and_has_a_fallback_if_not_writable(tmp_path, monkeypatch):
     root, home = tmp_path / "data", tmp_path / "home"
     make_video(root / "a.mp4")
     cameras = {"image_primary": [Segment(root / "a.mp4", 0, 12)]}
@@ -89,13 +87,13 @@ def test_the_cache_can_lie_elsewhere_and_does_where_the_data_set_cannot_be_writt
     assert not (root / ".frames").exists()
 
 
-def test_a_missing_video_is_named(tmp_path):
+def test_a_missing_video_is_refused_by_name(tmp_path):
     cameras = {"image_primary": [Segment(tmp_path / "a.mp4", 0, 12)]}
     with pytest.raises(FileNotFoundError, match=r"video .*a\.mp4 is missing; copy"):
         video_frames.read_frames(cameras, tmp_path)
 
 
-def test_a_video_with_fewer_frames_than_promised_is_refused_and_leaves_nothing(tmp_path):
+def test_a_video_with_too_few_frames_is_refused_and_nothing_is_cached(tmp_path):
     make_video(tmp_path / "a.mp4")
     cameras = {"image_primary": [Segment(tmp_path / "a.mp4", 8, 6)]}
     with pytest.raises(ValueError, match=r"a\.mp4 must hold 14 frames, got 12"):
@@ -138,7 +136,7 @@ except OSError as error:
 """
 
 
-def test_a_full_disk_is_one_sentence_not_a_crash(tmp_path):
+def test_a_full_disk_raises_one_sentence(tmp_path):
     make_video(tmp_path / "a.mp4")
     command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)

@@ -1,4 +1,4 @@
-"""docs/from_rnn_to_attention.md: the code runs and gives the documented shapes."""
+"""The code of docs/from_rnn_to_attention.md runs and gives the documented shapes."""
 
 import pathlib
 import re
@@ -12,7 +12,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
 @pytest.mark.slow
-def test_the_blocks_run_in_order_and_give_the_documented_shapes():
+def test_the_code_blocks_run_in_order_and_give_the_documented_shapes():
     carry, gates, associative, bidirectional, bottleneck, attention = BLOCKS
     names: dict = {}
     exec(carry, names)
@@ -37,7 +37,7 @@ def test_the_blocks_run_in_order_and_give_the_documented_shapes():
     assert names["beams"].ids.shape == (2, 4, 10)
 
 
-def test_no_block_is_longer_than_ten_lines():
+def test_no_code_block_is_longer_than_ten_lines():
     assert max(len(block.splitlines()) for block in BLOCKS) <= 10
 
 

@@ -1,4 +1,4 @@
-"""Files of other libraries: read without executing code, written atomically, bytes preserved."""
+"""Weight files of other libraries: read without executing code, written atomically."""
 
 import collections
 import os
@@ -27,18 +27,18 @@ each_suffix = pytest.mark.parametrize("suffix", [".pt", ".pth", ".ckpt", ".safet
 
 
 @each_suffix
-def test_written_then_read_is_the_same(suffix, tmp_path):
+def test_written_tensors_are_read_back(suffix, tmp_path):
     path = tmp_path / f"deep/file{suffix}"
     convert.write(path, TensorFile(TENSORS, metadata={"format": "pt"}))
     content = convert.read(path)
-    by_name = suffix == ".safetensors"  # that format has an order of its own
+    by_name = suffix == ".safetensors"  # safetensors has its own order
     assert_same(content.tensors, dict(sorted(TENSORS.items())) if by_name else TENSORS)
     assert content.metadata == ({"format": "pt"} if by_name else {})
     assert [child.name for child in path.parent.iterdir()] == [path.name]
 
 
 @pytest.mark.parametrize("container", ["state_dict", "model_state_dict", ""])
-def test_a_torch_file_keeps_its_tensors_in_a_container_or_not(container, tmp_path):
+def test_a_torch_file_can_have_its_tensors_in_a_container(container, tmp_path):
     convert.write(tmp_path / "a.pt", TensorFile(TENSORS, container))
     stored = torch.load(tmp_path / "a.pt", weights_only=True)
     stored = stored[container] if container else stored
@@ -91,7 +91,7 @@ def test_a_pickle_that_executes_code_is_refused_and_not_executed(zipped, tmp_pat
 
 
 @pytest.mark.parametrize("protocol", range(6))
-def test_a_pickle_that_is_no_torch_file_is_refused_and_not_executed(protocol, tmp_path):
+def test_a_pickle_that_is_not_a_torch_file_is_refused_and_not_executed(protocol, tmp_path):
     ran, path = tmp_path / "ran", tmp_path / "a.pt"
     path.write_bytes(pickle.dumps(Attack(str(ran)), protocol))
     with pytest.raises(ValueError, match=r"a\.pt would import \S+, .* executed: if") as caught:
@@ -103,7 +103,7 @@ def test_a_pickle_that_is_no_torch_file_is_refused_and_not_executed(protocol, tm
         convert.read(path)
 
 
-def test_a_foreign_class_is_refused_by_name(tmp_path):
+def test_an_unknown_class_is_refused_by_name(tmp_path):
     content = {"state_dict": {"a": torch.ones(2)}, "hyper_parameters": pathlib.PurePosixPath("x")}
     torch.save(content, tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match=r"would import pathlib\S*PurePosixPath"):
@@ -149,13 +149,13 @@ def test_an_empty_file_or_one_of_another_format_is_refused(suffix, tmp_path):
         ({"state_dict": {"a": torch.ones(2), "b": 3}}, "must hold tensors only, got others in b"),
     ],
 )
-def test_a_file_without_tensors_by_name_is_refused(content, sentence, tmp_path):
+def test_a_file_without_named_tensors_is_refused(content, sentence, tmp_path):
     torch.save(content, tmp_path / "a.pt")
     with pytest.raises(ValueError, match=sentence):
         convert.read(tmp_path / "a.pt")
 
 
-def test_an_unknown_suffix_and_a_missing_file_raise(tmp_path):
+def test_an_unknown_suffix_and_a_missing_file_are_refused(tmp_path):
     for act in (convert.read, lambda path: convert.write(path, TensorFile(TENSORS))):
         with pytest.raises(ValueError, match=r"must end in \.pt, .*, got '\.bin'"):
             act(tmp_path / "a.bin")
@@ -163,7 +163,7 @@ def test_an_unknown_suffix_and_a_missing_file_raise(tmp_path):
         convert.read(tmp_path / "a.pt")
 
 
-def test_without_torch_its_files_name_the_extra_and_safetensors_works(tmp_path, monkeypatch):
+def test_without_torch_its_files_are_refused_and_safetensors_works(tmp_path, monkeypatch):
     convert.write(tmp_path / "a.pt", TensorFile(TENSORS))
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(ImportError, match=r"pip install 'vla-jax\[torch\]'"):
@@ -173,13 +173,13 @@ def test_without_torch_its_files_name_the_extra_and_safetensors_works(tmp_path, 
 
 
 @each_suffix
-def test_a_file_is_overwritten_only_on_demand_and_atomically(suffix, tmp_path):
+def test_a_file_is_overwritten_only_with_overwrite_and_atomically(suffix, tmp_path):
     path = tmp_path / f"a{suffix}"
     convert.write(path, TensorFile({"a": np.zeros(3)}))
     before = path.read_bytes()
     with pytest.raises(FileExistsError, match="exists already; choose another name"):
         convert.write(path, TensorFile({"a": np.ones(3)}))
-    with pytest.raises(ValueError, match="cannot store these tensors"):  # no format has strings
+    with pytest.raises(ValueError, match="cannot store these tensors"):  # strings are unsupported
         convert.write(path, TensorFile({"a": np.array(["text"])}), overwrite=True)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

@@ -1,4 +1,4 @@
-"""Windows and chunks."""
+"""Windows of episodes: steps, chunk masks, instructions, tokens, statistics."""
 
 import functools
 import pickle
@@ -17,7 +17,7 @@ LENGTHS = (5, 1, 9)
 
 @pytest.fixture
 def data():
-    """Three episodes whose numbers say where they come from: 100 · episode + step."""
+    """Three episodes whose values encode their position: 100 · episode + step."""
     episodes = []
     for e, length in enumerate(LENGTHS):
         place = 100.0 * e + np.arange(length)
@@ -31,7 +31,7 @@ def data():
 tokenize = functools.partial(word_hashing.tokenize, max_words=12, vocab_size=2048)
 
 
-def cut(data, config, episode, last, **options):
+def cut_window(data, config, episode, last, **options):
     table = windows.instruction_table(data, tokenize)
     return windows.cut(data, config, episode, last, instructions=table, **options)
 
@@ -47,17 +47,17 @@ def test_windows_end_at_the_last_step_and_every_stride_before(data, stride):
     assert [tuple(row) for row in index] == expected
 
 
-def test_with_a_stride_of_at_least_an_episode_each_episode_is_one_window(data):
+def test_with_a_large_stride_each_episode_is_one_window(data):
     index = windows.window_index(data, WindowConfig(window_size=9, stride=9))
     assert index.tolist() == [[0, 4], [1, 0], [2, 8]]
 
 
 @pytest.mark.parametrize("window_size", [1, 4, 12])
 @pytest.mark.parametrize("horizon", [1, 3, 12])
-def test_a_window_is_what_a_loop_over_its_steps_gives(data, window_size, horizon):
+def test_a_window_equals_a_loop_over_its_steps(data, window_size, horizon):
     config = WindowConfig(window_size=window_size, action_horizon=horizon)
     for episode, last in windows.window_index(data, config):
-        batch = cut(data, config, episode, last)
+        batch = cut_window(data, config, episode, last)
         for j in range(window_size):
             step = last - window_size + 1 + j
             place = 100 * episode + max(step, 0)  # padding repeats the first observation
@@ -72,21 +72,21 @@ def test_a_window_is_what_a_loop_over_its_steps_gives(data, window_size, horizon
 
 
 @pytest.mark.parametrize(("window_size", "horizon"), [(9, 1), (9, 4), (12, 10), (16, 1)])
-def test_chunk_masks_count_exactly_the_real_targets(data, window_size, horizon):
+def test_chunk_masks_count_the_real_targets(data, window_size, horizon):
     config = WindowConfig(window_size=window_size, action_horizon=horizon, stride=window_size)
     index = windows.window_index(data, config)
-    batch = cut(data, config, *index.T)
+    batch = cut_window(data, config, *index.T)
     real = sum(min(horizon, length - step) for length in LENGTHS for step in range(length))
     assert batch.action_mask.sum() == real
     assert batch.timestep_mask.sum() == sum(LENGTHS)
 
 
-def test_a_batch_of_windows_is_the_windows_stacked(data):
+def test_a_batch_of_windows_equals_the_stacked_windows(data):
     config = WindowConfig(window_size=4, action_horizon=2)
     index = windows.window_index(data, config)
-    batch = cut(data, config, *index.T)
+    batch = cut_window(data, config, *index.T)
     for i, (episode, last) in enumerate(index):
-        one = cut(data, config, episode, last)
+        one = cut_window(data, config, episode, last)
         np.testing.assert_array_equal(batch.action[i], one.action)
         np.testing.assert_array_equal(batch.observation.instruction[i], one.observation.instruction)
         np.testing.assert_array_equal(batch.observation.image_wrist[i], one.observation.image_wrist)
@@ -100,20 +100,20 @@ def test_the_instruction_is_visible_at_the_first_steps_of_the_episode(data, inst
     config = WindowConfig(window_size=4, instruction_steps=instruction_steps)
     ids = tokenize("lift block 2")
     for last in range(9):
-        shown = cut(data, config, 2, last).observation.instruction
+        shown = cut_window(data, config, 2, last).observation.instruction
         for j in range(4):
             step = max(last - 3 + j, 0)
             visible = instruction_steps == -1 or step < instruction_steps
             np.testing.assert_array_equal(shown[j], ids if visible else np.zeros(12))
 
 
-def test_tokens_take_the_place_of_images(data, tmp_path):
+def test_tokens_replace_images(data, tmp_path):
     path = tmp_path / "tokens.npy"
     np.save(path, np.arange(15 * 2 * 3, dtype=np.float32).reshape(15, 2, 3))
     mask = np.random.default_rng(0).random((15, 2)) < 0.5
     for array in (np.load(path), np.load(path, mmap_mode="r")):
         tokens = Tokens(array, mask)
-        batch = cut(data, WindowConfig(window_size=3), 2, 1, tokens=tokens)
+        batch = cut_window(data, WindowConfig(window_size=3), 2, 1, tokens=tokens)
         assert batch.observation.image_wrist is None
         np.testing.assert_array_equal(batch.tokens.tokens, array[[6, 6, 7]])
         np.testing.assert_array_equal(batch.tokens.mask, mask[[6, 6, 7]])
@@ -126,7 +126,7 @@ def make_source(data, **options):
     return Windows(data, config, tokenize=tokenize, norm_stats=stats, **options)
 
 
-def test_the_source_normalises_and_indexes(data):
+def test_windows_are_normalised_and_can_be_indexed(data):
     methods = normalize.NormalizeConfig(action="bounds", proprio="bounds")
     source = make_source(data, normalization=methods)
     assert len(source) == 15
@@ -139,7 +139,7 @@ def test_the_source_normalises_and_indexes(data):
     np.testing.assert_array_equal(one.action[:, 0, 2], np.ones(4))
 
 
-def test_the_source_travels_to_a_worker_without_copying_memory_maps(data, tmp_path):
+def test_windows_are_pickled_without_copying_memory_maps(data, tmp_path):
     path = tmp_path / "images.npy"
     np.save(path, np.random.default_rng(0).integers(0, 256, (15, 64, 64, 3), np.uint8))
     frames = {"image_wrist": np.load(path, mmap_mode="r")}
@@ -157,7 +157,7 @@ def test_the_source_travels_to_a_worker_without_copying_memory_maps(data, tmp_pa
         jax.tree.map(np.testing.assert_array_equal, before.tokens, after.tokens)
 
 
-def test_what_does_not_fit_the_data_set_is_refused(data):
+def test_arguments_that_do_not_fit_the_data_set_are_refused(data):
     with pytest.raises(ValueError, match=r"tokens must be \[15, N, D\], .*got \(14, 2"):
         make_source(data, tokens=Tokens(np.zeros((14, 2, 3)), np.ones((14, 2), bool)))
     stats = normalize.compute_norm_stats(data)
@@ -175,6 +175,6 @@ def test_what_does_not_fit_the_data_set_is_refused(data):
         ("instruction_steps", -2, -1),
     ],
 )
-def test_a_size_that_makes_no_sense_is_refused(field, value, least):
+def test_an_invalid_size_is_refused(field, value, least):
     with pytest.raises(ValueError, match=f"{field} must be at least {least}, got {value}"):
         WindowConfig(**{field: value})

@@ -1,4 +1,4 @@
-"""Instructions as word ids."""
+"""Conversion of instructions to word ids by hashing."""
 
 import warnings
 import zlib
@@ -27,7 +27,7 @@ def test_words_are_lower_case_letters_and_digits(sentence, expected):
     assert word_hashing.words(sentence) == expected
 
 
-def test_ids_are_the_hash_of_the_word_above_zero_padded_with_zeros():
+def test_ids_are_word_hashes_above_zero_padded_with_zeros():
     expected = [1 + zlib.crc32(b"lift") % 999, 1 + zlib.crc32(b"blocks") % 999, 0, 0]
     ids = word_hashing.tokenize("Lift blocks", **SIZES)
     assert ids.tolist() == expected
@@ -35,18 +35,18 @@ def test_ids_are_the_hash_of_the_word_above_zero_padded_with_zeros():
 
 
 @pytest.mark.parametrize("sentence", ["", "éclair", "zyxwv 😀 qqq", "a\x00b", "𝔘nicode"])
-def test_no_text_crashes_and_all_ids_are_inside_the_vocabulary(sentence):
+def test_any_text_gives_ids_inside_the_vocabulary(sentence):
     ids = word_hashing.tokenize(sentence, max_words=4, vocab_size=2)
     assert ids.shape == (4,)
     assert ids.min() >= 0
     assert ids.max() < 2
 
 
-def test_composed_and_decomposed_letters_are_the_same_word():
+def test_composed_and_decomposed_unicode_letters_are_the_same_word():
     assert word_hashing.words("caf\u00e9") == word_hashing.words("cafe\u0301")
 
 
-def test_a_longer_text_is_cut_with_one_warning():
+def test_a_longer_text_is_truncated_with_one_warning():
     with pytest.warns(UserWarning, match=r"6 words, kept the first 4 \(max_words\)") as caught:
         ids = word_hashing.tokenize("one two three four five six", **SIZES)
     assert len(caught) == 1
@@ -55,7 +55,7 @@ def test_a_longer_text_is_cut_with_one_warning():
         assert np.array_equal(ids, word_hashing.tokenize("one two three four", **SIZES))
 
 
-def test_colliding_words_are_named_with_the_remedy():
+def test_colliding_words_are_named_with_a_remedy():
     word_hashing.check_collisions(["put the red block", "the red block"], 2048)
     with pytest.raises(ValueError, match=r"got 3, where 'block' and '\w+' share id .* such as 6"):
         word_hashing.check_collisions(["put the red block"], 3)

@@ -1,4 +1,4 @@
-"""One simulator for every kind of world; a JAX world as a simulator is that very world."""
+"""One simulator interface for every kind of world; a JAX world as a simulator is the same world."""
 
 import jax
 import numpy as np
@@ -28,7 +28,7 @@ def assert_same(got, expected):
 
 
 @pytest.mark.slow
-def test_an_env_as_a_simulator_is_the_env(simulator):
+def test_a_simulator_of_an_env_equals_the_env(simulator):
     env = jax_env.make(TABLE)
     reset, step = jax.jit(env.reset), jax.jit(env.step)
     state, observation = reset(jax.random.key(5))
@@ -53,7 +53,7 @@ def test_an_env_as_a_simulator_is_the_env(simulator):
     assert got.truncated
 
 
-def test_the_expert_can_be_asked_for_another_colour(simulator):
+def test_the_expert_accepts_another_target_colour(simulator):
     simulator.reset(0)
     asked = simulator.instruction
     colours = [simulator.expert(target=colour) for colour in range(4)]
@@ -62,7 +62,7 @@ def test_the_expert_can_be_asked_for_another_colour(simulator):
     assert simulator.instruction == asked
 
 
-def test_the_picture_is_the_outside_camera_enlarged(simulator):
+def test_draw_enlarges_the_primary_image(simulator):
     image = simulator.reset(0)["image_primary"]
     drawn = simulator.draw(24)
     assert drawn.shape == (24, 24, 3)
@@ -70,14 +70,14 @@ def test_the_picture_is_the_outside_camera_enlarged(simulator):
     simulator.close()
 
 
-def test_a_world_without_pictures_draws_grey():
+def test_a_world_without_images_draws_grey():
     blind = EnvSimulator(jax_env.make(jax_env.JaxTableConfig(image_size=0)))
     blind.reset(0)
     assert np.all(blind.draw(5) == 128)
 
 
 @pytest.mark.parametrize("kind", worlds.WORLDS)
-def test_every_kind_of_world_plays(kind):
+def test_every_kind_of_world_can_be_stepped(kind):
     options = {} if kind == "gymnasium" else {"image_size": 0}
     config = worlds.WORLDS[kind].config(**options)
     assert config.kind == kind

@@ -39,7 +39,7 @@ def write(folder):
 
 
 def pretraining(demos, run_dir):
-    """Two updates of the eyes."""
+    """Returns the config of two pre-training updates of the backbone."""
     loop = LoopConfig(num_updates=2, log_every=1, save_every=2)
     return PretrainConfig(
         DatasetConfig(str(demos)),
@@ -52,7 +52,7 @@ def pretraining(demos, run_dir):
 
 
 def imitation(demos, run_dir, *, backbone=STATE, **options):
-    """Four updates of a policy."""
+    """Returns the config of four updates of a policy."""
     return ImitateConfig(
         DatasetConfig(str(demos)),
         str(run_dir),

@@ -16,7 +16,7 @@ CAMERAS = {"image_primary": "observation.images.primary", "image_wrist": "observ
 
 
 def draw(length, rng):
-    """Small coloured blocks that move over a shaded table `[T, 32, 32, 3]`."""
+    """Returns images `[T, 32, 32, 3]` of small coloured blocks that move over a shaded table."""
     y, x = np.mgrid[:32, :32]
     table = np.stack([150 + x / 2, 140 + y / 2, 120 + 0 * x], axis=-1)
     images = np.repeat(table[None], length, axis=0)
@@ -63,5 +63,5 @@ def read(root, *, cameras=None, image_size=None, decode="whole", **fields):
 
 
 def data_path(root):
-    """Path of the only data file."""
+    """Returns the path of the only data file."""
     return root / "data/chunk-000/file-000.parquet"

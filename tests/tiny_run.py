@@ -1,4 +1,4 @@
-"""The smallest run folder there can be: a random policy that acts from the state."""
+"""The smallest possible run folder: a random policy on the state."""
 
 import json
 
@@ -33,7 +33,7 @@ def params(seed=0):
 
 
 def write(folder, *, steps=(10,), ema=None):
-    """Writes what `train.imitate` writes."""
+    """Writes the files that `train.imitate` writes."""
     config.save(AGENT, folder / "agent.json")
     config.save(WORLD, folder / "world.json")
     (folder / "norm_stats.json").write_text(json.dumps(normalize.to_json(norm_stats())))
