@@ -22,6 +22,7 @@ from vla_jax.policies.decoder_config import DecoderConfig
 from vla_jax.types import Observation, Tokens
 
 B, T, W, S = 2, 5, 3, 6
+PAD = 127  # token id of padding, which other code must not know
 
 
 # --- the backbone -----------------------------------------------------------------------------
@@ -50,15 +51,15 @@ def init(key, config):
 
 def apply(params, config, observation):
     ids = jnp.asarray(observation.instruction)
-    letters = jnp.where(ids[..., None] > 0, params["letters"][ids], jnp.nan)
+    letters = jnp.where(ids[..., None] != PAD, params["letters"][ids], jnp.nan)
     own = (observation.proprio @ params["proprio"])[..., None, :]
-    mask = jnp.concatenate([jnp.ones((*ids.shape[:-1], 1), bool), ids > 0], axis=-1)
+    mask = jnp.concatenate([jnp.ones((*ids.shape[:-1], 1), bool), ids != PAD], axis=-1)
     return Tokens(jnp.concatenate([own, letters], axis=-2), mask)
 
 
 def tokenize(config, text):
     ids = [ord(letter) % config.vocab_size for letter in text[:S]]
-    return np.array(ids + [0] * (S - len(ids)), np.int32)
+    return np.array(ids + [PAD] * (S - len(ids)), np.int32)
 
 
 def check_instructions(config, texts):
@@ -126,7 +127,8 @@ def test_streamed_equals_windowed_and_padding_is_ignored(pooling, kind):
         assert np.isfinite(chunk.arm).all()
 
 
-def test_cached_tokens_keep_their_mask_in_windows():
+@pytest.mark.parametrize("instruction_steps", [-1, 1])
+def test_cached_tokens_keep_their_mask_in_windows(instruction_steps):
     config = make_config()
     params = policy.init(jax.random.key(0), config)
     random = np.random.default_rng(0)
@@ -142,7 +144,9 @@ def test_cached_tokens_keep_their_mask_in_windows():
     tokenize_text = registry.make_tokenizer(config.backbone, data.instructions)
 
     def windows(tokens=None, size=W):
-        sizes = WindowConfig(window_size=size, action_horizon=2, instruction_steps=-1)
+        sizes = WindowConfig(
+            window_size=size, action_horizon=2, instruction_steps=instruction_steps
+        )
         stats = normalize.compute_norm_stats(data)
         source = Windows(data, sizes, tokenize=tokenize_text, norm_stats=stats, tokens=tokens)
         return source[np.arange(len(source))]
@@ -155,8 +159,9 @@ def test_cached_tokens_keep_their_mask_in_windows():
     assert_close(one, policy.apply(params, config, fresh.observation))
 
 
-def test_an_agent_tokenises_with_the_backbone():
-    config = AgentConfig(policy=make_config(), instruction_steps=-1)
+@pytest.mark.parametrize("kind", ["lstm", "fc"])
+def test_an_agent_hides_the_instruction_with_the_ids_of_the_empty_text(kind):
+    config = AgentConfig(policy=make_config(kind=kind), instruction_steps=1)
     random = np.random.default_rng(0)
     sizes = {"action": 7, "proprio": 2}
     stats = {
@@ -164,9 +169,16 @@ def test_an_agent_tokenises_with_the_backbone():
     }
     agent = make_agent(config, stats)
     params = policy.init(jax.random.key(0), config.policy)
-    observation = select_steps(observe(), 0)
-    _, action = agent.step(params, agent.init(params, B), observation, np.ones(B, bool))
+    observation, start = select_steps(observe(), 0), np.ones(B, bool)
+    empty = np.tile(tokenize(LettersConfig(), ""), (B, 1))
+    hidden = observation._replace(instruction=empty)
+    state, visible_action = agent.step(params, agent.init(params, B), observation, start)
+    _, action = agent.step(params, state, observation, ~start)
+    _, expected = agent.step(params, state, hidden, ~start)
+    _, hidden_action = agent.step(params, agent.init(params, B), hidden, start)
+    np.testing.assert_array_equal(action, expected)
     assert np.isfinite(action).all()
+    assert not np.allclose(visible_action, hidden_action)
 
 
 def test_the_backbone_checks_the_instructions():
@@ -176,5 +188,5 @@ def test_the_backbone_checks_the_instructions():
 
 def test_an_unknown_backbone_is_refused_with_the_known_ones(monkeypatch):
     monkeypatch.delitem(registry.BACKBONES, "letters")
-    with pytest.raises(ValueError, match="must be one of perceiver, state, got 'letters'"):
+    with pytest.raises(ValueError, match="unknown backbone 'letters'"):
         policy.init(jax.random.key(0), make_config())

@@ -51,7 +51,7 @@ def test_chunks_limit_the_memory_and_no_episode_is_repeated(tmp_path, monkeypatc
         return collect(env, key, num_episodes, noise=noise)
 
     monkeypatch.setattr(module, "collect", counting_collect)
-    episodes = list(module._in_parallel(config))
+    episodes = list(module._in_parallel(jax_env.make(TWIN), config))
     assert chunks == [5, 5, 5]
     assert len(episodes) == 12
     first = [e.observation["environment_state"][0].tobytes() for e in episodes if e]

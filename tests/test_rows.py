@@ -90,3 +90,7 @@ def test_gather_after_scatter_returns_the_rows_and_the_others_are_unchanged():
     assert_equal(gather_rows(written, index), rows)
     assert_equal(gather_rows(written, rest), gather_rows(table, rest))
     assert_equal(scatter_rows(table, index, gather_rows(table, index)), table)
+    filled = np.array([3, 0, 5, 5])  # 5 is no row: it fills up the batch
+    padded = jax.tree.map(lambda row: jnp.concatenate([row, row]), rows)
+    assert_equal(jax.jit(scatter_rows)(table, filled, padded), written)
+    assert_equal(jax.tree.map(lambda row: row[:2], gather_rows(written, filled)), rows)

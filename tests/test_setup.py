@@ -82,6 +82,11 @@ def test_configured_action_bounds_clip_the_actions_of_windows(config):
             "decoder_from must be a run folder with checkpoints, got nowhere",
         ),
         (
+            {"optim": OptimConfig(warmup_steps=0, freeze=("bakbone/*",))},
+            ValueError,
+            r"bakbone/\*",
+        ),
+        (
             {"dataset": DatasetConfig("nowhere")},
             FileNotFoundError,
             "data set nowhere is missing",
@@ -104,6 +109,23 @@ def test_a_run_of_another_config_is_refused_before_data_are_read(config, tmp_pat
     runs.open_run(first.run_dir, first, overwrite=False)
     with pytest.raises(ValueError, match="seed"):
         imitate.imitate(dataclasses.replace(first, seed=5))
+
+
+def test_a_converted_folder_is_refused_as_backbone_before_data_are_read(
+    config, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(imitate, "read_dataset", refuse_to_read)
+    (tmp_path / "conversion.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="backbone_from must be a run folder"):
+        imitate.imitate(dataclasses.replace(config, backbone_from=str(tmp_path)))
+
+
+def test_another_action_dim_than_the_data_is_refused(config):
+    decoder = dataclasses.replace(config.agent.policy.decoder, action_dim=6)
+    parts = dataclasses.replace(config.agent.policy, decoder=decoder)
+    agent = dataclasses.replace(config.agent, policy=parts)
+    with pytest.raises(ValueError, match=r"action_dim must be 7 .* got 6; use --action-dim 7"):
+        read_dataset(dataclasses.replace(config, agent=agent))
 
 
 def refuse_to_read(config):

@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from typing import get_args
 
 import av
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from vla_jax.data import video_frames
 from vla_jax.data.video_frames import Segment
+from vla_jax.types import Resampling
 
 
 def make_video(path, count=12, size=(16, 24), codec="libx264rgb", seed=0):
@@ -66,6 +68,18 @@ def test_images_are_resized_to_the_requested_size(tmp_path):
     assert small.shape == (12, 8, 12, 3)
     means = images.reshape(12, 8, 2, 12, 2, 3).mean((2, 4))
     assert np.abs(small - means).mean() < 2
+
+
+def test_images_are_resized_by_the_requested_method(tmp_path):
+    make_video(tmp_path / "a.mp4")
+    cameras = {"image_primary": [Segment(tmp_path / "a.mp4", 0, 12)]}
+    size = {"image_size": (40, 60)}
+    with av.open(tmp_path / "a.mp4") as container:
+        frames = list(container.decode(video=0))
+    for method in get_args(Resampling):
+        images = video_frames.read_frames(cameras, tmp_path, **size, resampling=method)
+        resized = frames[3].reformat(60, 40, "rgb24", interpolation=method.upper()).to_ndarray()
+        np.testing.assert_array_equal(images["image_primary"][3], resized)
 
 
 def test_without_cameras_no_images_are_read_or_written(tmp_path):

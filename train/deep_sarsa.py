@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from vla_jax.command_line import run
 from vla_jax.envs.cartpole import CartPoleConfig
-from vla_jax.envs.discrete_worlds import DiscreteGymnasiumConfig, WorldConfig
+from vla_jax.envs.discrete_worlds import DiscreteGymnasiumConfig, DiscreteWorldConfig
 from vla_jax.envs.grid import GridConfig
 from vla_jax.rl import actor, exploration, network, reward_training
 from vla_jax.rl.actor import Policy, Rollout
@@ -38,7 +38,7 @@ class SarsaConfig(RewardTraining):
     """Config of a training by Deep SARSA."""
 
     run_dir: str = "runs/sarsa"
-    world: WorldConfig = GridConfig()
+    world: DiscreteWorldConfig = GridConfig()
     network: NetworkConfig = NetworkConfig(object_size=4, object_sizes=(32, 32), hidden_sizes=(64,))
     gamma: float = 0.95
     trace_decay: float = 0.5

@@ -153,17 +153,18 @@ def read_cloned(run_dir: str) -> Cloned:
 
     Raises:
       FileNotFoundError: the folder, or one of its files, is missing.
-      ValueError: no folder was named, or the environment is not the JAX table.
+      ValueError: no folder was named, or the environment does not consist of JAX functions.
     """
     if not run_dir:
         raise ValueError("init_from must name a run folder of train.imitate, got ''.")
     run = load_run(run_dir)
     make_env = worlds.get(run.world.kind).make_env if run.world else None
     if run.world is None or make_env is None:
+        known = [name for name, member in worlds.WORLDS.items() if member.make_env]
         kind = "an unknown one" if run.world is None else f"'{run.world.kind}'"
         raise ValueError(
-            "init_from must be a run in the environment 'table_jax', which runs in JAX, got "
-            f"{kind} in {run_dir}; train a policy on demonstrations from 'table_jax'."
+            f"init_from must be a run in an environment of JAX functions ({', '.join(known)}), got "
+            f"{kind} in {run_dir}; train a policy on demonstrations from one of these."
         )
     image_size = registry.image_size(run.agent.policy.backbone)
     env = make_env(replace(run.world, image_size=image_size))

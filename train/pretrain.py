@@ -25,7 +25,7 @@ from einops import rearrange
 
 from vla_jax import config as configs
 from vla_jax.backbones import registry
-from vla_jax.backbones.perceiver import PerceiverConfig
+from vla_jax.backbones.perceiver import PerceiverConfig, image_spec
 from vla_jax.command_line import run
 from vla_jax.data import normalize
 from vla_jax.data.dataset import Dataset
@@ -138,8 +138,13 @@ def read_dataset(config: PretrainConfig) -> Dataset:
     Raises:
       ValueError: the data set has no target column.
     """
-    size = config.backbone.image_size
-    dataset = reader.read_dataset(config.dataset, image_size=(size, size))
+    spec = image_spec(config.backbone)
+    dataset = reader.read_dataset(
+        config.dataset,
+        cameras=spec.cameras,
+        image_size=(spec.height, spec.width),
+        resampling=spec.resampling,
+    )
     if config.target not in dataset.columns:
         raise ValueError(
             f"target must be a column of {config.dataset.path}, got '{config.target}'; "

@@ -27,6 +27,7 @@ from vla_jax.envs import worlds
 from vla_jax.envs.demonstrations import Demonstrations, collect
 from vla_jax.envs.table import jax_env, mujoco_env
 from vla_jax.training.progress import progress_bar
+from vla_jax.types import Env
 
 BURST = 3  # steps of random actions, gripper included: enough to miss a grasp or drop a block
 SHARE = 20  # episodes per job of a process
@@ -40,9 +41,7 @@ class RecordConfig:
 
     dataset: str = "demos/table"  # folder of the data set to write
     # environment to record in
-    world: mujoco_env.MujocoTableConfig | jax_env.JaxTableConfig = field(
-        default_factory=mujoco_env.MujocoTableConfig
-    )
+    world: worlds.WorldConfig = field(default_factory=mujoco_env.MujocoTableConfig)
     num_episodes: int = 2000  # episodes to play, with seeds 0, 1, …; only successes are kept
     noise: float = 0.25  # standard deviation of the noise on the arm dims, in action units
     disturbance: float = 0.0  # probability per step that a burst of random actions begins
@@ -81,12 +80,22 @@ def record(config: RecordConfig, *, on_episode: OnEpisode | None = None) -> path
     Args:
       config: options.
       on_episode: called after every episode with the number of episodes so far.
+
+    Raises:
+      ValueError: the environment has no expert.
     """
     world = worlds.get(config.world.kind)
+    if "expert" not in world.references:
+        raise ValueError(
+            f"world must have an expert to record, got '{config.world.kind}'; choose another world."
+        )
     simulator = world.make_simulator(config.world)  # a missing package is an error here
     control_hz = simulator.control_hz
     simulator.close()
-    played = _in_parallel(config) if world.make_env else _in_processes(config)
+    if world.make_env:
+        played = _in_parallel(world.make_env(config.world), config)
+    else:
+        played = _in_processes(config)
     return writer.write(
         config.dataset,
         _successes(played, config.num_episodes, on_episode),
@@ -136,9 +145,8 @@ def _successes(
     print(f"kept {num_successes} of {num_episodes} episodes", file=sys.stderr)
 
 
-def _in_parallel(config: RecordConfig) -> Iterator[Episode | None]:
+def _in_parallel(env: Env, config: RecordConfig) -> Iterator[Episode | None]:
     """Plays chunks of episodes in parallel on the device; chunk n uses random key n."""
-    env = jax_env.make(config.world)
     shapes = jax.eval_shape(lambda key: collect(env, key, 1), jax.random.key(0))
     arrays = jax.tree.leaves((shapes.observation, shapes.action))
     episode_bytes = sum(array.size * array.dtype.itemsize for array in arrays)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from train.finetune import FINETUNE, finetune
 from vla_jax.command_line import run
 from vla_jax.envs.cartpole import CartPoleConfig
-from vla_jax.envs.discrete_worlds import DiscreteGymnasiumConfig, WorldConfig
+from vla_jax.envs.discrete_worlds import DiscreteGymnasiumConfig, DiscreteWorldConfig
 from vla_jax.envs.grid import GridConfig
 from vla_jax.envs.table.discrete_table import TableChoicesConfig
 from vla_jax.rl import actor, exploration, network, reward_training
@@ -43,7 +43,7 @@ class ReinforceConfig(RewardTraining):
     """Config of a training by REINFORCE with a baseline."""
 
     run_dir: str = "runs/reinforce"
-    world: WorldConfig = CartPoleConfig()
+    world: DiscreteWorldConfig = CartPoleConfig()
     gamma: float = 0.99
     trace_decay: float = 0.95
     entropy_weight: float = 0.01  # weight of the entropy bonus in the loss, >= 0

@@ -4,6 +4,7 @@
 """
 
 import pathlib
+from functools import partial
 
 import jax
 
@@ -19,7 +20,7 @@ from vla_jax.data.tool_frame import in_tool_frame
 from vla_jax.data.windows import WindowConfig, Windows
 from vla_jax.policies import policy
 from vla_jax.runs import check_run
-from vla_jax.training import auxiliary, checkpoint, loop
+from vla_jax.training import auxiliary, checkpoint, loop, optim
 from vla_jax.types import Key, Params, ShardingRules, Tokens
 
 
@@ -29,7 +30,7 @@ def check(config: ImitateConfig) -> None:
     Raises:
       FileNotFoundError: the data set or an earlier run to start from is missing.
       ValueError: warm-up, batch size, devices or run folder do not fit; no reader, or several,
-        recognise the data set.
+        recognise the data set; a glob of `freeze` or `lr_factors` matches no param.
       OSError: the run folder cannot be written.
     """
     loop.check(config.loop, config.optim, batch_size=config.loader.batch_size)
@@ -37,27 +38,44 @@ def check(config: ImitateConfig) -> None:
     reader.find_reader(config.dataset)
     for name in ("backbone_from", "decoder_from"):
         folder = getattr(config, name)
-        if folder and not is_folder(folder) and not (pathlib.Path(folder) / "checkpoints").is_dir():
+        is_run = (pathlib.Path(folder) / "checkpoints").is_dir()
+        is_converted = name == "decoder_from" and is_folder(folder)
+        if folder and not is_run and not is_converted:
             raise FileNotFoundError(
                 f"{name} must be a run folder with checkpoints, got {folder}; train it first, or "
                 "name another."
             )
+    shapes = jax.eval_shape(partial(_random_params, config=config), jax.random.key(0))
+    optim.make_optimizer(config.optim, config.loop.num_updates, shapes)
 
 
 def sharding_rules(config: ImitateConfig) -> ShardingRules:
     """Returns the sharding rules of the backbone, for the params of the whole policy."""
     rules = registry.get(config.agent.policy.backbone).sharding_rules
-    return tuple((f"*backbone/{glob}", spec) for glob, spec in rules)
+    return tuple((f"backbone/{glob}", spec) for glob, spec in rules)
 
 
 def read_dataset(config: ImitateConfig) -> Dataset:
-    """Reads the demonstrations, in the policy's action frame, without images it does not use."""
+    """Reads the demonstrations, in the policy's action frame, without images it does not use.
+
+    Raises:
+      ValueError: the actions have another number of dimensions than the policy's.
+    """
     backbone = config.agent.policy.backbone
     spec = registry.get(backbone).image_spec(backbone)
     size = None if spec is None else (spec.height, spec.width)
     dataset = reader.read_dataset(
-        config.dataset, cameras=() if spec is None else spec.cameras, image_size=size
+        config.dataset,
+        cameras=() if spec is None else spec.cameras,
+        image_size=size,
+        resampling="area" if spec is None else spec.resampling,
     )
+    action_dim = dataset.columns["action"].shape[1]
+    if action_dim != config.agent.policy.decoder.action_dim:
+        raise ValueError(
+            f"action_dim must be {action_dim} as in {config.dataset.path}, got "
+            f"{config.agent.policy.decoder.action_dim}; use --action-dim {action_dim}."
+        )
     tool_frame = config.agent.tool_frame
     return dataset if tool_frame is None else in_tool_frame(dataset, tool_frame)
 
@@ -82,12 +100,17 @@ def init_params(key: Key, config: ImitateConfig) -> Params:
       ValueError: its backbone or decoder has other sizes.
     """
     # jit: one compilation instead of one for each kind and shape of param.
-    params = jax.jit(policy.init, static_argnums=1)(key, config.agent.policy)
+    params = jax.jit(partial(_random_params, config=config))(key)
     for part, folder in (("backbone", config.backbone_from), ("decoder", config.decoder_from)):
         if folder:
             saved = _read_part(part, folder)
             _check_same_sizes(part, saved, params[part], folder)
             params[part] = saved
+    return params
+
+
+def _random_params(key: Key, config: ImitateConfig) -> Params:
+    params = policy.init(key, config.agent.policy)
     if auxiliary.is_on(config.auxiliary):
         # 2: policy.init draws from the parts 0 and 1 of the key.
         params["auxiliary"] = _init_auxiliary(jax.random.fold_in(key, 2), config)

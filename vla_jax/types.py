@@ -11,7 +11,7 @@ Records are `NamedTuple`s: they are pytrees, they stack, and `None` marks what i
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ import numpy as np
 Array = jax.Array | np.ndarray
 Params = dict[str, Any]  # nested dict of arrays, nothing else
 Key = jax.Array  # typed JAX key; consumed by the function that takes it
+Resampling = Literal["area", "bilinear", "bicubic", "lanczos"]  # methods to resize images
 Metrics = dict[str, jax.Array]  # scalars for the log
 # (path glob, how the axes of the matching params are sharded); the first match counts
 ShardingRules = tuple[tuple[str, jax.sharding.PartitionSpec], ...]
@@ -31,7 +32,7 @@ class Observation(NamedTuple):
     image_wrist: Array | None = None  # [..., h, w, 3] uint8, camera on the hand
     proprio: Array | None = None  # [..., P] float32, normalised by `norm_stats`
     environment_state: Array | None = None  # [..., E] float32, privileged simulator state
-    instruction: Array | None = None  # [..., S] int32 token ids, 0 = padding (or not visible)
+    instruction: Array | None = None  # [..., S] int32 token ids, of "" where hidden
 
 
 class Tokens(NamedTuple):

@@ -181,8 +181,10 @@ def _prepare(
                 )
             column = normalize.normalize(column, stats, getattr(config.normalize, name))
         columns[name] = column if stats is not None else None
-    visible = (config.instruction_steps == ALWAYS) | (age < config.instruction_steps)
-    instruction = jnp.where(visible[:, None], jnp.asarray(observation.instruction), 0)
+    instruction = observation.instruction
+    if instruction is not None:
+        visible = (config.instruction_steps == ALWAYS) | (age < config.instruction_steps)
+        instruction = jnp.where(visible[:, None], instruction, read_instruction(config, ""))
     return observation._replace(**columns, instruction=instruction)
 
 

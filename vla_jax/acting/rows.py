@@ -1,7 +1,8 @@
 """Rows of acting state: the robots of a batch, or the sessions of a table, selected by index.
 
 All functions take any tree whose leaves are `[B, ...]`, such as an `AgentState`. They are pure and
-can be jitted. Indices must be in [0, B); repeated indices in `scatter_rows` have no fixed order.
+can be jitted. To fill up a batch of fixed size, use the index B: `gather_rows` returns the last row
+for it, and `scatter_rows` drops what is written there.
 """
 
 from typing import TypeVar
@@ -9,7 +10,6 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 
-from vla_jax import trees
 from vla_jax.types import Array
 
 State = TypeVar("State")
@@ -20,12 +20,12 @@ def gather_rows(state: State, index: Array) -> State:
 
     Args:
       state: leaves `[B, ...]`.
-      index: `[R]` int, rows to read.
+      index: `[R]` int in [0, B], rows to read.
 
     Returns:
       Leaves `[R, ...]`.
     """
-    return trees.gather(state, index)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf).at[index].get(mode="clip"), state)
 
 
 def scatter_rows(state: State, index: Array, rows: State) -> State:
@@ -33,13 +33,17 @@ def scatter_rows(state: State, index: Array, rows: State) -> State:
 
     Args:
       state: leaves `[B, ...]`.
-      index: `[R]` int, rows to write, without repetition.
+      index: `[R]` int in [0, B], rows to write; those below B without repetition.
       rows: leaves `[R, ...]`, or `[1, ...]` for the same row everywhere.
 
     Returns:
       Leaves `[B, ...]`.
     """
-    return jax.tree.map(lambda leaf, row: jnp.asarray(leaf).at[index].set(row), state, rows)
+
+    def write(leaf: Array, row: Array) -> Array:
+        return jnp.asarray(leaf).at[index].set(row, mode="drop")
+
+    return jax.tree.map(write, state, rows)
 
 
 def reset_rows(state: State, index: Array, initial: State) -> State:
@@ -47,7 +51,7 @@ def reset_rows(state: State, index: Array, initial: State) -> State:
 
     Args:
       state: leaves `[B, ...]`.
-      index: `[R]` int, rows to reset.
+      index: `[R]` int in [0, B], rows to reset.
       initial: leaves `[1, ...]`, from `Agent.init(params, 1)`.
 
     Returns:

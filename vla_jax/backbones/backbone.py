@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from vla_jax.types import Key, Observation, Params, ShardingRules, Tokens
+from vla_jax.types import Key, Observation, Params, Resampling, ShardingRules, Tokens
 
 
 class BackboneConfig(Protocol):
@@ -38,7 +38,7 @@ class ImageSpec(NamedTuple):
     height: int  # pixels
     width: int  # pixels
     cameras: tuple[str, ...]  # fields of Observation
-    resampling: str  # "area", "bilinear" or "bicubic", for images of another size
+    resampling: Resampling  # how the reader resizes images of another size
     mean: tuple[float, float, float]  # of RGB values in [0, 1], subtracted
     std: tuple[float, float, float]  # of RGB values in [0, 1], divided by
 
@@ -50,7 +50,8 @@ class Backbone(NamedTuple):
     init: Callable[[Key, Any], Params]
     # (params, config, observation [..., parts]) -> tokens [..., N, D], mask [..., N]
     apply: Callable[[Params, Any, Observation], Tokens]
-    tokenize: Callable[[Any, str], np.ndarray]  # (config, instruction) -> ids [S] int32
+    # (config, instruction) -> ids [S] int32; those of "" stand for a hidden instruction
+    tokenize: Callable[[Any, str], np.ndarray]
     check_instructions: Callable[[Any, Iterable[str]], None]  # raises if two give the same ids
     image_spec: Callable[[Any], ImageSpec | None]  # None = uses no images
     sharding_rules: ShardingRules = ()  # by globs of param paths; () = replicated

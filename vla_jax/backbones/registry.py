@@ -8,6 +8,7 @@ import numpy as np
 
 from vla_jax.backbones import backbone, perceiver, state
 from vla_jax.backbones.backbone import Backbone
+from vla_jax.config import did_you_mean
 
 BACKBONES: dict[str, Backbone] = {
     "perceiver": perceiver.BACKBONE,
@@ -27,15 +28,27 @@ def get(config: Any) -> Backbone:
       ValueError: there is no backbone of its kind.
     """
     if config.kind not in BACKBONES:
-        known = ", ".join(BACKBONES)
-        raise ValueError(f"backbone.kind must be one of {known}, got '{config.kind}'.")
+        raise ValueError(
+            f"unknown backbone '{config.kind}'; {did_you_mean(config.kind, BACKBONES)}"
+        )
     return BACKBONES[config.kind]
 
 
 def image_size(config: Any) -> int:
-    """Returns the pixels along each side of the images to render for a backbone; 0 = no images."""
+    """Returns the pixels along each side of the images to render for a backbone; 0 = no images.
+
+    Raises:
+      ValueError: the backbone takes images that are not square.
+    """
     spec = get(config).image_spec(config)
-    return max(spec.height, spec.width) if spec else 0
+    if spec is None:
+        return 0
+    if spec.height != spec.width:
+        raise ValueError(
+            f"images of a simulator are square, got {spec.height} × {spec.width} pixels for "
+            f"backbone '{config.kind}'; choose a backbone with square images."
+        )
+    return spec.height
 
 
 def make_tokenizer(config: Any, instructions: Iterable[str]) -> Callable[[str], np.ndarray]:

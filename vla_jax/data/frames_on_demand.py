@@ -9,6 +9,7 @@ from vla_jax.data.frame_cache import FrameCache
 from vla_jax.data.video_files import too_short, video_size
 from vla_jax.data.video_frames import Segment, check_present
 from vla_jax.data.video_pieces import VideoPieces
+from vla_jax.types import Resampling
 
 RUN_PIECES = 16  # neighbouring pieces that are decoded in one pass
 
@@ -29,6 +30,7 @@ class FramesOnDemand:
         cache: FrameCache,
         *,
         image_size: tuple[int, int] | None = None,
+        resampling: Resampling = "area",
     ) -> None:
         """Reads the size of the first video; decodes nothing.
 
@@ -36,6 +38,7 @@ class FramesOnDemand:
           segments: video segment of every episode.
           cache: cache of decoded images; may be shared by several cameras.
           image_size: (h, w) in pixels to resize to; None keeps the size of the first video.
+          resampling: how to resize.
 
         Raises:
           FileNotFoundError: a video is missing.
@@ -48,7 +51,7 @@ class FramesOnDemand:
         self._files = np.array([path_index[segment.path] for segment in segments])  # [E]
         self._ends = np.cumsum([segment.length for segment in segments])  # [E] in the data set
         self._stops = np.array([s.start + s.length for s in segments])  # [E] in the file
-        self._cache = cache
+        self._cache, self._resampling = cache, resampling
         self._videos = VideoPieces()
 
     @property
@@ -130,7 +133,7 @@ class FramesOnDemand:
             inside = frames[(frames >= first) & (frames < stop)]
             piece_frames.append(np.arange(first, stop) if fits_cache else inside)
         numbers = np.concatenate(piece_frames)
-        decoded = self._videos.decode(path, numbers, self._size)
+        decoded = self._videos.decode(path, numbers, self._size, self._resampling)
         needed = (frames >= bounds[run[0]]) & (frames < bounds[run[-1] + 1])
         images[places[needed]] = decoded[np.searchsorted(numbers, frames[needed])]
         parts = np.split(decoded, np.cumsum([len(part) for part in piece_frames])[:-1])

@@ -13,6 +13,7 @@ import numpy as np
 from vla_jax.data.dataset import digest
 from vla_jax.data.video_files import damaged, open_video, to_rgb, too_short, video_size
 from vla_jax.files import replacing
+from vla_jax.types import Resampling
 
 
 class Segment(NamedTuple):
@@ -29,6 +30,7 @@ def read_frames(
     *,
     decoded_dir: pathlib.Path | None = None,
     image_size: tuple[int, int] | None = None,
+    resampling: Resampling = "area",
 ) -> dict[str, np.ndarray]:
     """Reads the images of all episodes, concatenated, as memory maps.
 
@@ -41,6 +43,7 @@ def read_frames(
       decoded_dir: folder for the decoded images; None means `root/.frames`, or the user's cache
         folder if `root` is not writable.
       image_size: (h, w) in pixels to resize to; None keeps the size of the videos.
+      resampling: how to resize.
 
     Returns:
       Camera -> `[F, h, w, 3]` uint8, read-only memory map.
@@ -54,7 +57,7 @@ def read_frames(
         return {}
     folder = _decoded_folder(root, decoded_dir)
     paths = {
-        name: folder / f"{name}-{_fingerprint(segments, root, image_size)}.npy"
+        name: folder / f"{name}-{_fingerprint(segments, root, image_size, resampling)}.npy"
         for name, segments in cameras.items()
     }
     with contextlib.ExitStack() as files:
@@ -64,7 +67,7 @@ def read_frames(
                 part = files.enter_context(replacing(path))
                 images = _create(part, cameras[name], image_size)
                 jobs += _plan(cameras[name], images)
-        _decode_all(jobs)
+        _decode_all(jobs, resampling)
     return {name: np.load(path, mmap_mode="r") for name, path in paths.items()}
 
 
@@ -79,13 +82,16 @@ def check_present(segments: Sequence[Segment]) -> None:
             raise FileNotFoundError(f"video {path} is missing; copy the data set again.")
 
 
-def decode(path: pathlib.Path, images: np.ndarray, rows: np.ndarray) -> None:
+def decode(
+    path: pathlib.Path, images: np.ndarray, rows: np.ndarray, resampling: Resampling = "area"
+) -> None:
     """Decodes a video from its first frame; frame i is written to `images[rows[i]]`.
 
     Args:
       path: MP4 file.
       images: `[F, h, w, 3]` uint8, written to; frames are resized to h, w.
       rows: `[n]` for the first n frames of the file; frames with row -1 are dropped.
+      resampling: how to resize.
 
     Raises:
       ValueError: the file is damaged or has fewer than n frames.
@@ -102,7 +108,9 @@ def decode(path: pathlib.Path, images: np.ndarray, rows: np.ndarray) -> None:
                 if num_decoded == len(rows):
                     break
                 if rows[num_decoded] >= 0:
-                    images[rows[num_decoded]] = to_rgb(frame, (height, width), scaler)
+                    images[rows[num_decoded]] = to_rgb(
+                        frame, (height, width), scaler, resampling=resampling
+                    )
                 num_decoded += 1
         except FFmpegError as error:
             detail = f"frame {num_decoded} of {len(rows)}: {error.strerror}"
@@ -149,21 +157,26 @@ def _plan(
     return jobs
 
 
-def _decode_all(jobs: Sequence[tuple[pathlib.Path, np.ndarray, np.ndarray]]) -> None:
+def _decode_all(
+    jobs: Sequence[tuple[pathlib.Path, np.ndarray, np.ndarray]], resampling: Resampling
+) -> None:
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        for future in [pool.submit(decode, *job) for job in jobs]:
+        for future in [pool.submit(decode, *job, resampling) for job in jobs]:
             future.result()
 
 
 def _fingerprint(
-    segments: Sequence[Segment], root: pathlib.Path, image_size: tuple[int, int] | None
+    segments: Sequence[Segment],
+    root: pathlib.Path,
+    image_size: tuple[int, int] | None,
+    resampling: Resampling,
 ) -> str:
     """Returns a hash of the segments, and of size and modification time of every file."""
     check_present(segments)
     stats = {path: path.stat() for path in {segment.path for segment in segments}}
     files = [(p.relative_to(root).as_posix(), s.st_size, s.st_mtime_ns) for p, s in stats.items()]
     places = [(s.path.relative_to(root).as_posix(), s.start, s.length) for s in segments]
-    return digest(sorted(files), places, image_size)
+    return digest(sorted(files), places, image_size, resampling)
 
 
 def _decoded_folder(root: pathlib.Path, decoded_dir: pathlib.Path | None) -> pathlib.Path:

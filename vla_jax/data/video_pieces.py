@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from vla_jax.data.video_files import FrameIndex, damaged, open_video, read_index, to_rgb
+from vla_jax.types import Resampling
 
 MAX_OPEN = 8  # files that a thread keeps open
 MAX_BACK = 2  # pieces before that of a frame, from which decoding may have to start
@@ -39,7 +40,13 @@ class VideoPieces:
             self._open(path)
         return self._indices[path]
 
-    def decode(self, path: pathlib.Path, frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    def decode(
+        self,
+        path: pathlib.Path,
+        frames: np.ndarray,
+        size: tuple[int, int],
+        resampling: Resampling = "area",
+    ) -> np.ndarray:
         """Decodes some frames of a file in one pass.
 
         Args:
@@ -47,6 +54,7 @@ class VideoPieces:
           frames: `[n]` frame numbers, ascending and without repetition; decoding also passes the
             frames between them.
           size: (h, w) in pixels to resize to.
+          resampling: how to resize.
 
         Returns:
           `[n, h, w, 3]` uint8.
@@ -67,7 +75,7 @@ class VideoPieces:
                 num_found = 0
                 for number, frame in self._frames_from(path, start):
                     if number == frames[num_found]:
-                        images[num_found] = to_rgb(frame, size, scaler)
+                        images[num_found] = to_rgb(frame, size, scaler, resampling=resampling)
                         num_found += 1
                     if num_found == len(frames):
                         return images

@@ -32,9 +32,13 @@ class WindowConfig:
 
 
 def instruction_table(dataset: Dataset, tokenize: Tokenize) -> np.ndarray:
-    """Returns the token ids `[num_episodes, S]` int32 of every episode's instruction."""
-    ids = {instruction: tokenize(instruction) for instruction in set(dataset.instructions)}
-    return np.stack([ids[instruction] for instruction in dataset.instructions])
+    """Returns the token ids `[num_episodes + 1, S]` int32 of every episode's instruction.
+
+    The last row has the ids of the empty text, for steps at which the instruction is hidden.
+    """
+    texts = (*dataset.instructions, "")
+    ids = {text: tokenize(text) for text in set(texts)}
+    return np.stack([ids[text] for text in texts])
 
 
 def window_index(dataset: Dataset, config: WindowConfig) -> np.ndarray:
@@ -72,7 +76,7 @@ def cut(
       config: sizes.
       episode: `[...]` episode of each window.
       last: `[...]` last step of each window.
-      instructions: `[num_episodes, S]` token ids, from `instruction_table`.
+      instructions: `[num_episodes + 1, S]` token ids, from `instruction_table`.
       tokens: cached outputs of the backbone, `[num_frames, N, D]`; images are then left out.
 
     Returns:
@@ -109,7 +113,7 @@ def gather(
       episode: `[..., W]` episode of each step.
       step: `[..., W]` index of each step within its episode.
       mask: `[..., W]`, True where the step is real; other steps are arbitrary.
-      instructions: `[num_episodes, S]` token ids, from `instruction_table`.
+      instructions: `[num_episodes + 1, S]` token ids, from `instruction_table`.
       tokens: cached outputs of the backbone, `[num_frames, N, D]`; images are then left out.
 
     Returns:
@@ -126,7 +130,7 @@ def gather(
     return Batch(
         observation=Observation(
             **{name: take(source, rows) for name, source in sources.items() if name != "action"},
-            instruction=instructions[episode] * visible[..., None],
+            instruction=instructions[np.where(visible, episode, -1)],
         ),
         tokens=None
         if tokens is None
@@ -197,7 +201,7 @@ class Windows:
         self.index = window_index(dataset, config)
         self.identity = {
             **_identity(dataset, config, norm_stats, methods, tokens),
-            "instructions": digest(self.instructions),
+            "instructions": digest(self.instructions[:-1]),
         }
 
     def __len__(self) -> int:

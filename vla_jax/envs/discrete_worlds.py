@@ -1,8 +1,8 @@
-"""The worlds that an agent learns in from reward, by the `kind` of their config."""
+"""Environments with discrete actions, for learning from reward: a family by `kind`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Union
 
 from vla_jax.envs import cartpole, grid
 from vla_jax.envs.cartpole import CartPoleConfig
@@ -22,39 +22,63 @@ class DiscreteGymnasiumConfig:
     max_steps: int = 0  # environment steps until truncation; 0 = the environment's own
 
 
-WorldConfig = GridConfig | CartPoleConfig | TableChoicesConfig | DiscreteGymnasiumConfig
+class DiscreteWorld(NamedTuple):
+    """A family member."""
+
+    config: type  # dataclass of its config, with a field `kind`
+    make: Callable[[Any], DiscreteEnv] | None  # pure functions; None if Python steps it
 
 
-def check(config: WorldConfig, *, partially_observed: bool) -> None:
-    """Refuses to hide what Gymnasium shows: nothing tells which of its numbers are speeds."""
-    if partially_observed and config.kind not in MAKE:
+DISCRETE_WORLDS: dict[str, DiscreteWorld] = {
+    "grid": DiscreteWorld(GridConfig, grid.make),
+    "cartpole": DiscreteWorld(CartPoleConfig, cartpole.make),
+    "table": DiscreteWorld(TableChoicesConfig, discrete_table.make),
+    "gymnasium": DiscreteWorld(DiscreteGymnasiumConfig, make=None),
+}
+if TYPE_CHECKING:
+
+    class DiscreteWorldConfig(Protocol):
+        """Field that the config of every environment has."""
+
+        @property
+        def kind(self) -> str:
+            """Name of the environment."""
+            ...
+else:
+    # The union that the command line offers and that JSON is read into, by `kind`.
+    DiscreteWorldConfig = Union[  # noqa: UP007
+        tuple(member.config for member in DISCRETE_WORLDS.values())
+    ]
+
+
+def check(config: DiscreteWorldConfig, *, partially_observed: bool) -> None:
+    """Raises a ValueError if a Gymnasium environment is to be partially observed.
+
+    Which of its features are velocities is unknown.
+    """
+    if partially_observed and DISCRETE_WORLDS[config.kind].make is None:
         raise ValueError(
             "partially_observed must be False in a Gymnasium environment, got True; register one "
             "with a gymnasium.ObservationWrapper around it."
         )
 
 
-MAKE: dict[str, Callable[[Any], DiscreteEnv]] = {
-    "grid": grid.make,
-    "cartpole": cartpole.make,
-    "table": discrete_table.make,
-}
-
-
-def make(config: WorldConfig, *, partially_observed: bool = False) -> DiscreteEnv:
+def make(config: DiscreteWorldConfig, *, partially_observed: bool = False) -> DiscreteEnv:
     """Returns the environment of a config.
 
     Args:
-      config: of a pure-JAX environment.
-      partially_observed: whether to hide velocities, and the instruction after the first step.
+      config: config of a pure-JAX environment.
+      partially_observed: hides velocities, and the instruction after the first step.
 
     Raises:
       ValueError: Python steps the environment, or it has nothing to hide.
     """
-    if config.kind not in MAKE:
+    make_env = DISCRETE_WORLDS[config.kind].make
+    if make_env is None:
+        known = ", ".join(kind for kind, world in DISCRETE_WORLDS.items() if world.make)
         raise ValueError(
-            f"world must be one of {', '.join(MAKE)}, which are pure functions, got "
-            f"'{config.kind}'; use vla_jax.rl.gymnasium_loop, which steps it in Python."
+            f"world must be one of {known}, which are pure functions, got '{config.kind}'; use "
+            "vla_jax.rl.gymnasium_loop, which steps it in Python."
         )
-    env = MAKE[config.kind](config)
+    env = make_env(config)
     return partially_observe(env) if partially_observed else env

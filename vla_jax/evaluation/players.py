@@ -43,9 +43,9 @@ def make_player(
       window_size: W in environment steps; None = as in training.
     """
     agent = make_agent(config, norm_stats, window_size=window_size)
-    words = functools.cache(functools.partial(read_instruction, config))
+    words = functools.lru_cache(256)(functools.partial(read_instruction, config))
     params, step = jax.device_put(params), jax.jit(agent.step)
-    prepare = functools.cache(lambda batch_size: agent.prepare(params, batch_size))
+    prepare = functools.lru_cache(2)(lambda batch_size: agent.prepare(params, batch_size))
 
     def act(
         state: AgentState, views: list[SimulatorView], reset: np.ndarray

@@ -10,7 +10,11 @@ import jax
 import numpy as np
 
 from vla_jax.envs import discrete_worlds
-from vla_jax.envs.discrete_worlds import DiscreteGymnasiumConfig, WorldConfig
+from vla_jax.envs.discrete_worlds import (
+    DISCRETE_WORLDS,
+    DiscreteGymnasiumConfig,
+    DiscreteWorldConfig,
+)
 from vla_jax.envs.grid import GridConfig
 from vla_jax.evaluation import video
 from vla_jax.rl import actor, gymnasium_loop, learning_loop
@@ -32,7 +36,7 @@ class RewardTraining:
     """Config fields shared by all algorithms."""
 
     run_dir: str = "runs/reward"  # output folder of the run
-    world: WorldConfig = GridConfig()  # environment to learn in
+    world: DiscreteWorldConfig = GridConfig()  # environment to learn in
     partially_observed: bool = False  # hide velocities; show the instruction at the first step only
     network: NetworkConfig = NetworkConfig()  # network of the policy or Q-function
     gamma: float = 0.99  # discount factor per environment step, in [0, 1]
@@ -72,7 +76,7 @@ def train_from_reward(config: RewardTraining, algorithm: Algorithm) -> pathlib.P
       ValueError: the config does not fit the environment or the devices, or `run_dir` holds another
         run; nothing is written then. Or a reward or a loss is not finite.
     """
-    backend = BACKENDS[config.world.kind]
+    backend = _backend(config)
     video.check_packages()
     backend.check(config, algorithm)
     run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
@@ -184,4 +188,8 @@ _GYMNASIUM = Backend(
     learn=_learn_gymnasium,
     record=lambda config, algorithm, result, run_dir: None,  # Gymnasium draws on request only
 )
-BACKENDS = {"grid": _JAX, "cartpole": _JAX, "table": _JAX, "gymnasium": _GYMNASIUM}
+
+
+def _backend(config: RewardTraining) -> Backend:
+    is_jax = DISCRETE_WORLDS[config.world.kind].make is not None
+    return _JAX if is_jax else _GYMNASIUM

@@ -16,10 +16,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vla_jax import trees
 from vla_jax.training.update import TrainState, Update
-from vla_jax.types import Key, Metrics
+from vla_jax.types import Key, Metrics, ShardingRules
 
 Tree = TypeVar("Tree")
-ShardingRules = tuple[tuple[str, PartitionSpec], ...]  # glob over leaf paths, and how to split
 _BATCH_AXES = ("data", "fsdp")  # mesh axes over which the rows of a batch are split
 
 

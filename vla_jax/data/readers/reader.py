@@ -11,6 +11,7 @@ from vla_jax.config import did_you_mean
 from vla_jax.data.dataset import Dataset
 from vla_jax.data.readers.dataset_config import DatasetConfig
 from vla_jax.data.readers.lerobot import lerobot_v3
+from vla_jax.types import Resampling
 
 
 class Read(Protocol):
@@ -22,6 +23,7 @@ class Read(Protocol):
         *,
         cameras: Sequence[str] | None,
         image_size: tuple[int, int] | None,
+        resampling: Resampling,
     ) -> Dataset:
         """Reads a data set; arguments as in `read_dataset`."""
         ...
@@ -42,6 +44,7 @@ def read_dataset(
     *,
     cameras: Sequence[str] | None = None,
     image_size: tuple[int, int] | None = None,
+    resampling: Resampling = "area",
 ) -> Dataset:
     """Reads a data set with the reader of its format.
 
@@ -50,6 +53,7 @@ def read_dataset(
         is used.
       cameras: image fields to read; None means all that the data set has, () means none.
       image_size: (h, w) in pixels to resize to; None keeps the size on disk.
+      resampling: how to resize.
 
     Returns:
       The data set.
@@ -58,7 +62,9 @@ def read_dataset(
       FileNotFoundError: the path is missing, or a file of the data set.
       ValueError: unknown kind; no reader or several readers accept the path; damaged data.
     """
-    return find_reader(config).read(config, cameras=cameras, image_size=image_size)
+    return find_reader(config).read(
+        config, cameras=cameras, image_size=image_size, resampling=resampling
+    )
 
 
 def find_reader(config: DatasetConfig) -> Reader:

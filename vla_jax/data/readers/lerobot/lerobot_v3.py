@@ -22,6 +22,7 @@ from vla_jax.data.readers.lerobot import layout
 from vla_jax.data.readers.lerobot.layout import DATA_PATH, INFO_PATH, TASKS_PATH, VIDEO_PATH
 from vla_jax.data.readers.videos import open_videos
 from vla_jax.data.video_frames import Segment
+from vla_jax.types import Resampling
 
 TIME_TOLERANCE = 1e-3  # seconds; timestamps are float32
 
@@ -40,6 +41,7 @@ def read(
     *,
     cameras: Sequence[str] | None = None,
     image_size: tuple[int, int] | None = None,
+    resampling: Resampling = "area",
 ) -> Dataset:
     """Reads a LeRobot v3.0 data set.
 
@@ -49,6 +51,7 @@ def read(
         other keys are read if they exist.
       cameras: image fields to read; None means all that have a key, () means none.
       image_size: (h, w) in pixels to resize to; None keeps the size on disk.
+      resampling: how to resize.
 
     Returns:
       The data set; the gripper is +1 open, -1 closed.
@@ -82,7 +85,7 @@ def read(
     lengths = np.asarray(episodes["length"])[keep]
     return Dataset(
         columns=columns,
-        frames=open_videos(segments, config, image_size=image_size),
+        frames=open_videos(segments, config, image_size=image_size, resampling=resampling),
         episode_ends=np.cumsum(lengths),
         instructions=instructions,
         fps=float(info["fps"]),
