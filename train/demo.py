@@ -29,6 +29,7 @@ from vla_jax.data.readers.dataset_config import DatasetConfig
 from vla_jax.envs.worlds import WorldConfig
 from vla_jax.evaluate import EvaluateConfig
 from vla_jax.evaluation import report, results
+from vla_jax.policies import trunks
 
 Decoder = Literal["lstm", "gru", "rnn", "encoder_decoder", "gpt", "fc"]
 TITLES = {
@@ -174,7 +175,8 @@ def _on_state(
     policies = []
     for decoder in config.decoders:
         base = _imitation(_state_preset(decoder), config, world, root / decoder, seed)
-        mode = None if decoder == "fc" else "refresh" if decoder == "gpt" else "persistent"
+        trunk = trunks.get(base.agent.policy.decoder.kind)
+        mode = "persistent" if trunk.has_memory and "persistent" in trunk.modes else None
         options = replace(_evaluation(config), name=decoder, mode=mode)
         policies.append(Policy(base, {TITLES[decoder]: options}))
     policies[0].evaluations[EXPERT] = _expert(config)

@@ -76,8 +76,8 @@ __all__ = [
     "training",
 ]
 
-# name -> (module, attribute). None is called as a module of the package is: `vla_jax.evaluate`
-# becomes the module as soon as anyone imports it, hence `evaluate_run`.
+# name -> (module, attribute). No name may be that of a module of the package: `vla_jax.evaluate` is
+# the module once it is imported, hence `evaluate_run` for the function.
 _SOURCES = {
     "ActionChunk": ("types", "ActionChunk"),
     "AgentConfig": ("acting.agent", "AgentConfig"),

@@ -83,14 +83,14 @@ class EvaluateConfig:
             )
 
 
-class _Trial(NamedTuple):
+class _Probe(NamedTuple):
     """Parts of an evaluation that are known before the first episode."""
 
     control_hz: float
     latency: Latency | None  # None for a reference
 
 
-class _Match(NamedTuple):
+class _Setup(NamedTuple):
     """Controller and environment of an evaluation."""
 
     folder: pathlib.Path
@@ -121,28 +121,28 @@ def evaluate(
     """
     config = config or EvaluateConfig()
     reference = config.reference
-    match = _reference(run, config, reference) if reference else _policy(run, config)
-    trial = _try_out(match, config)
-    _open(match, overwrite=config.overwrite)
+    setup = _reference(run, config, reference) if reference else _policy(run, config)
+    probe = _probe(setup, config)
+    _open(setup, overwrite=config.overwrite)
     seeds = range(config.first_seed, config.first_seed + config.num_episodes)
-    file = match.folder / "episodes.jsonl"
+    file = setup.folder / "episodes.jsonl"
     played = {outcome.seed: outcome for outcome in results.read_outcomes(file)}
     left = [seed for seed in seeds if seed not in played]
-    with progress_bar(match.folder.name, len(seeds), unit="episodes", console=console) as show:
-        for episode in _play(match, config, left):
-            _keep(match, episode, trial.control_hz)
+    with progress_bar(setup.folder.name, len(seeds), unit="episodes", console=console) as show:
+        for episode in _play(setup, config, left):
+            _keep(setup, episode, probe.control_hz)
             played[episode.outcome.seed] = episode.outcome
             finished = [played[seed] for seed in seeds if seed in played]
             show(len(finished), _count_successes(finished))
-    summary = results.summarize((played[seed] for seed in seeds), latency=trial.latency)
+    summary = results.summarize((played[seed] for seed in seeds), latency=probe.latency)
     crashed = next((o.error for o in played.values() if o.error), "")
     if not summary.total.episodes:
         raise RuntimeError(f"the simulator crashed in every episode, the first time: {crashed}")
     write_json(
-        match.folder / "summary.json",
+        setup.folder / "summary.json",
         {
-            "command": _command(match.folder.parents[1], config),
-            "settings": match.settings,
+            "command": _command(setup.folder.parents[1], config),
+            "settings": setup.settings,
             "summary": results.to_json(summary),
         },
     )
@@ -155,7 +155,7 @@ def _count_successes(outcomes: Sequence[Outcome]) -> str:
     return f"{successes} successes" + (f", {crashed} crashed" if crashed else "")
 
 
-def _policy(run: Run | Path, config: EvaluateConfig) -> _Match:
+def _policy(run: Run | Path, config: EvaluateConfig) -> _Setup:
     run = run if isinstance(run, Run) else load_run(run, step=config.step)
     agent = _agent(run.agent, config)
     world = _world(run.world, config, registry.image_size(agent.policy.backbone))
@@ -167,16 +167,16 @@ def _policy(run: Run | Path, config: EvaluateConfig) -> _Match:
         "world": configs.to_dict(world),
     }
     name = config.name or _name(agent, config)
-    return _Match(run.folder / "evaluation" / name, settings, world, player.controller, player)
+    return _Setup(run.folder / "evaluation" / name, settings, world, player.controller, player)
 
 
-def _reference(run: Run | Path, config: EvaluateConfig, reference: str) -> _Match:
+def _reference(run: Run | Path, config: EvaluateConfig, reference: str) -> _Setup:
     folder = run.folder if isinstance(run, Run) else pathlib.Path(run)
     world = _world(read_world(folder), config, image_size=0)  # references use the state
     controller = players.reference_controller(find_reference(world.kind, reference))
     settings = {"reference": reference, "world": configs.to_dict(world)}
     place = folder / "evaluation" / (config.name or reference)
-    return _Match(place, settings, world, controller, None)
+    return _Setup(place, settings, world, controller, None)
 
 
 def _agent(agent: AgentConfig, config: EvaluateConfig) -> AgentConfig:
@@ -221,57 +221,57 @@ def _name(agent: AgentConfig, config: EvaluateConfig) -> str:
     return re.sub(r"[^\w.-]", "_", "-".join([*parts, *(str(o) for o in options if o is not None)]))
 
 
-def _open(match: _Match, *, overwrite: bool) -> None:
+def _open(setup: _Setup, *, overwrite: bool) -> None:
     """Makes the folder, or checks that the episodes in it have the same settings."""
-    path = match.folder / "settings.json"
+    path = setup.folder / "settings.json"
     if overwrite:
-        shutil.rmtree(match.folder, ignore_errors=True)
+        shutil.rmtree(setup.folder, ignore_errors=True)
     if path.is_file():
-        changed = configs.differences(read_json(path, "settings"), match.settings)
+        changed = configs.differences(read_json(path, "settings"), setup.settings)
         if changed:
             raise ValueError(
-                f"{match.folder} has episodes with other settings: {'; '.join(changed)}; choose "
+                f"{setup.folder} has episodes with other settings: {'; '.join(changed)}; choose "
                 "another --name, or --overwrite."
             )
-    match.folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, match.settings)
-    file = match.folder / "episodes.jsonl"  # drops a line that a killed process left incomplete
+    setup.folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, setup.settings)
+    file = setup.folder / "episodes.jsonl"  # drops a line that a killed process left incomplete
     write_json_lines(file, [outcome._asdict() for outcome in results.read_outcomes(file)])
 
 
-def _try_out(match: _Match, config: EvaluateConfig) -> _Trial:
+def _probe(setup: _Setup, config: EvaluateConfig) -> _Probe:
     """Plays one step, so that missing packages are an error before the first episode."""
-    with contextlib.closing(make_simulator(match.world)) as simulator:
+    with contextlib.closing(make_simulator(setup.world)) as simulator:
         observation = simulator.reset(config.first_seed)
         if config.num_videos:
             video.check_packages()
             _draw(simulator)
-        if match.player is None:
-            return _Trial(simulator.control_hz, None)
+        if setup.player is None:
+            return _Probe(simulator.control_hz, None)
         view = SimulatorView(observation, simulator.instruction, 0, config.first_seed, simulator)
-        latency = players.measure_latency(match.controller, view)
-        return _Trial(simulator.control_hz, latency)
+        latency = players.measure_latency(setup.controller, view)
+        return _Probe(simulator.control_hz, latency)
 
 
-def _play(match: _Match, config: EvaluateConfig, seeds: Sequence[int]) -> Iterator[RecordedEpisode]:
+def _play(setup: _Setup, config: EvaluateConfig, seeds: Sequence[int]) -> Iterator[RecordedEpisode]:
     """Plays the episodes to record, then the others; those of a JAX environment in one scan."""
     videos = range(config.first_seed, config.first_seed + config.num_videos)
     rest = [seed for seed in seeds if seed not in videos]
-    make_env = worlds.get(match.world.kind).make_env
+    make_env = worlds.get(setup.world.kind).make_env
     yield from run_simulators(
-        match.controller,
-        functools.partial(make_simulator, _with_images(match.world)),
+        setup.controller,
+        functools.partial(make_simulator, _with_images(setup.world)),
         [seed for seed in seeds if seed in videos],
         num_simulators=config.num_simulators,
         video_seeds=videos,
         draw=_draw,
     )
-    if match.player is not None and make_env is not None:
-        for outcome in match.player.play_env(make_env(match.world), rest):
+    if setup.player is not None and make_env is not None:
+        for outcome in setup.player.play_env(make_env(setup.world), rest):
             yield RecordedEpisode(outcome, [], np.zeros((0, 0)))
         return
-    make = functools.partial(make_simulator, match.world)
-    yield from run_simulators(match.controller, make, rest, num_simulators=config.num_simulators)
+    make = functools.partial(make_simulator, setup.world)
+    yield from run_simulators(setup.controller, make, rest, num_simulators=config.num_simulators)
 
 
 def _with_images(world: WorldConfig) -> WorldConfig:
@@ -285,15 +285,15 @@ def _draw(simulator: Simulator) -> np.ndarray:
     return simulator.draw(_VIDEO_SIZE)
 
 
-def _keep(match: _Match, episode: RecordedEpisode, fps: float) -> None:
+def _keep(setup: _Setup, episode: RecordedEpisode, fps: float) -> None:
     """Writes the video, then the outcome, so that a listed episode is complete."""
     outcome = episode.outcome
     if episode.video and not outcome.error:
-        lines = [outcome.instruction, f"{match.folder.name} · seed {outcome.seed}"]
-        path = match.folder / video.file_name(outcome.seed, outcome.task, outcome.success)
+        lines = [outcome.instruction, f"{setup.folder.name} · seed {outcome.seed}"]
+        path = setup.folder / video.file_name(outcome.seed, outcome.task, outcome.success)
         frames = video.caption(episode.video, [line for line in lines if line], outcome.success)
         video.write_mp4(path, frames, fps)
-    results.append_outcome(match.folder / "episodes.jsonl", outcome)
+    results.append_outcome(setup.folder / "episodes.jsonl", outcome)
 
 
 def _command(run_dir: pathlib.Path, config: EvaluateConfig) -> str:

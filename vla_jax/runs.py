@@ -185,5 +185,5 @@ def _check_same_config(file: pathlib.Path, config: Any) -> None:
         differing = configs.differences(saved, config)
         raise ValueError(
             f"{file.parent} holds a run of another config: {'; '.join(differing)}; choose another "
-            "--run-dir, restore those options, or add --overwrite to start anew."
+            "--run-dir, restore those options, or add --overwrite to start again."
         )

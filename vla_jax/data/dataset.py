@@ -112,11 +112,6 @@ def episode_starts(episode_ends: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], episode_ends[:-1]]).astype(np.int64)
 
 
-def episode_start(dataset: Dataset, episode: int) -> int:
-    """Returns the first frame of one episode."""
-    return int(dataset.episode_ends[episode - 1]) if episode else 0
-
-
 def check_episode(episode: Episode, index: int, *, like: Episode) -> None:
     """Checks that an episode can be part of a data set.
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from vla_jax.evaluation import plots, results
 from vla_jax.evaluation.results import Rate, Summary
-from vla_jax.files import read_json_lines
+from vla_jax.files import read_json_lines, replacing
 
 Path = str | os.PathLike[str]
 
@@ -83,7 +83,8 @@ def write_index(
     ]
     page = _PAGE.format(title=_escape(title), style=_STYLE, body="\n".join(filter(None, parts)))
     index = run_dir / "index.html"
-    index.write_text(page, encoding="utf-8")
+    with replacing(index) as part:
+        part.write_text(page, encoding="utf-8")
     return index
 
 

@@ -300,7 +300,7 @@ def _one_sentence(directory: Any) -> Iterator[None]:
             shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
             f"could not save into {directory} ({_reason(error)}); the steps saved before are "
-            "unharmed: free some space if the disk is full, and save again."
+            "intact: free some space if the disk is full, and save again."
         ) from error
 
 
