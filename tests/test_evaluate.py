@@ -206,7 +206,7 @@ def test_an_inconsistent_config_is_refused(options, sentence):
         ({"env_id": "Pendulum-v1"}, "env_id must be None in table_jax"),
         (
             {"reference": "expert", "world": "gymnasium"},
-            r"that gymnasium provides \(none\)",
+            r"that gymnasium provides \(random\)",
         ),
         ({"step": 5}, "no step 5"),
     ],
