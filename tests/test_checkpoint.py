@@ -17,14 +17,14 @@ from vla_jax.training import checkpoint, optim, parallel, update
 from vla_jax.training.optim import OptimConfig
 
 OPTIM = OptimConfig(
-    learning_rate=0.01, warmup_steps=2, ema_decay=0.9, accumulation_steps=2, freeze=("eyes/*",)
+    learning_rate=0.01, warmup_steps=2, ema_decay=0.9, accumulation_steps=2, freeze=("backbone/*",)
 )
 METADATA = {"config": {"name": "a", "decay": None}, "loader": {"next_index": 6}, "q01": [0.5, 1]}
 
 
 def make_params():
     kernel = jnp.linspace(-1.0, 1.0, 6).reshape(3, 2)
-    return {"eyes": {"kernel": kernel.astype(jnp.bfloat16)}, "head": {"kernel": kernel}}
+    return {"backbone": {"kernel": kernel.astype(jnp.bfloat16)}, "head": {"kernel": kernel}}
 
 
 def dropout_loss(params, batch, key):

@@ -76,7 +76,7 @@ def test_a_trained_head_is_written_into_the_original_checkpoint(tmp_path, monkey
     config, params = convert.from_robovlms(head, window_size=8)
     assert config.hidden_size == 8
     jax.tree.map(np.testing.assert_array_equal, params, tiny_run.params(10)["decoder"])
-    np.testing.assert_array_equal(fine["model.vision"], tensors["model.eyes"])
+    np.testing.assert_array_equal(fine["model.vision"], tensors["model.vision"])
 
 
 @pytest.mark.slow

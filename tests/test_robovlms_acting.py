@@ -274,7 +274,7 @@ def test_an_agent_in_the_tool_frame_needs_the_orientation_in_proprio(params, obs
     config = acting_presets.calvin(POLICY, tool_frame=True)
     beyond = dataclasses.replace(config.tool_frame, orientation=(13, 14, 15))
     config = dataclasses.replace(config, tool_frame=beyond)
-    with pytest.raises(ValueError, match=r"orientation in its columns \(13, 14, 15\), got 15"):
+    with pytest.raises(ValueError, match=r"orientation in columns \(13, 14, 15\), got 15"):
         ours(config, acting_presets.calvin_tool_stats(0.1), params, observation)
 
 

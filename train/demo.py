@@ -51,7 +51,7 @@ class DemoConfig:
     world: Literal["table_mujoco", "table_jax"] = (
         "table_mujoco"  # environment to record and evaluate in
     )
-    run_dir: str = "runs/demo"  # output folder
+    run_dir: str = "runs/demo"  # folder to write to
     dataset: str = "demos/table"  # folder of the demonstrations
     num_demonstrations: int = 3500  # episodes to record
     num_trainings: int = 1  # trainings of each policy; seeds 0, 1, … on the same demonstrations
