@@ -193,7 +193,7 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 
 def _world(saved: WorldConfig | None, config: EvaluateConfig, image_size: int) -> WorldConfig:
     """Returns the config of the environment, with images of the policy's size."""
-    kind = config.world or (saved and saved.kind)
+    kind = config.world or (saved.kind if saved else None)
     if kind is None:
         raise ValueError(
             f"the run has no world.json; choose with --world from {', '.join(worlds.WORLDS)}."

@@ -51,7 +51,8 @@ class FramesOnDemand:
         self._files = np.array([path_index[segment.path] for segment in segments])  # [E]
         self._ends = np.cumsum([segment.length for segment in segments])  # [E] in the data set
         self._stops = np.array([s.start + s.length for s in segments])  # [E] in the file
-        self._cache, self._resampling = cache, resampling
+        self._cache = cache
+        self._resampling: Resampling = resampling
         self._videos = VideoPieces()
 
     @property

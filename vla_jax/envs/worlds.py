@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Union
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, Union
 
 import numpy as np
 
@@ -83,7 +83,9 @@ WORLDS: dict[str, SimulatedWorld] = {
 if TYPE_CHECKING:
 
     class WorldConfig(Protocol):
-        """Fields that the config of every world has."""
+        """Fields that the config of every world, a dataclass, has."""
+
+        __dataclass_fields__: ClassVar[dict[str, Any]]
 
         @property
         def kind(self) -> str:
