@@ -26,8 +26,8 @@ from vla_jax.training.malloc import keep_freed_memory
 NUM_PROCESSES = 2  # steps that run at a time
 PLAIN_LINES = 20  # for all steps, if the output is not a terminal
 # CPU seconds on one core without AVX-512, for the estimate and for the length of the bar.
-SECONDS_PER_EPISODE = {"record": 0.11, "images": 0.35, "state": 0.02}
-SECONDS_PER_UPDATE = {"pretrain": 0.11, "imitate": 0.08}
+SECONDS_PER_EPISODE = {"record": 0.13, "images": 0.35, "state": 0.02}
+SECONDS_PER_UPDATE = {"pretrain": 0.155, "imitate": 0.09}
 SECONDS_TO_START = 10.0  # per step, mostly compilation
 SPEED_UP = 1.8  # two cores relative to one
 
