@@ -43,8 +43,8 @@ def probe_npz(path: pathlib.Path) -> bool:
     return bool(list(path.glob("*.npz")))
 
 
-def read_npz(config, *, cameras, image_size):
-    assert image_size is None
+def read_npz(config, *, cameras, image_size, resampling):
+    assert (image_size, resampling) == (None, "area")
     episodes = []
     for path in sorted(pathlib.Path(config.path).glob("*.npz")):
         fields = dict(np.load(path))
