@@ -112,9 +112,9 @@ def count_decoded(monkeypatch):
     counts = []
     decode = video_pieces.VideoPieces.decode
 
-    def counted(self, path, numbers, size):
+    def counted(self, path, numbers, size, resampling):
         counts.append(len(numbers))
-        return decode(self, path, numbers, size)
+        return decode(self, path, numbers, size, resampling)
 
     monkeypatch.setattr(video_pieces.VideoPieces, "decode", counted)
     return counts
