@@ -46,13 +46,13 @@ def test_chunks_limit_the_memory_and_no_episode_is_repeated(tmp_path, monkeypatc
     config = RecordConfig(str(tmp_path / "demos"), TWIN, num_episodes=12)
     chunks = []
 
-    def counting_collect(env, key, num_episodes, *, noise):
+    def counting_collect(env, key, num_episodes, *, noise=0.0):
         chunks.append(num_episodes)
         return collect(env, key, num_episodes, noise=noise)
 
     monkeypatch.setattr(module, "collect", counting_collect)
     episodes = list(module._in_parallel(jax_env.make(TWIN), config))
-    assert chunks == [5, 5, 5]
+    assert chunks == [1, 5, 5, 5]  # the first one only for the shapes
     assert len(episodes) == 12
     first = [e.observation["environment_state"][0].tobytes() for e in episodes if e]
     assert len(set(first)) == len(first)
