@@ -189,8 +189,8 @@ def test_the_world_renders_images_of_the_size_that_the_policy_takes(folder):
         ({"num_episodes": 0}, "num_episodes must be at least 1, got 0"),
         ({"num_simulators": 0}, "num_simulators must be at least 1, got 0"),
         ({"num_videos": -1}, "num_videos must be at least 0, got -1"),
-        ({"first_seed": -1}, r"first_seed must be in \[0, 2\^31\), got -1"),
-        ({"name": "../up"}, r"name must be a folder's, .* got '\.\./up'"),
+        ({"first_seed": -1}, r"first_seed must be in \[0, 2\^31 - num_episodes\), got -1"),
+        ({"name": "../up"}, r"name must be letters, .* got '\.\./up'"),
     ],
 )
 def test_an_inconsistent_config_is_refused(options, sentence):

@@ -194,7 +194,7 @@ def test_an_action_of_another_size_or_not_finite_is_refused(action):
 def test_images_that_cannot_be_rendered_are_refused_at_construction():
     with pytest.raises(ValueError, match=r"render_mode of Slider must be 'rgb_array'.*got None"):
         adapter.make(Slider(render_mode=None), max_steps=5, image_size=8)
-    with pytest.raises(ImportError, match="Broken needs a package to draw with: pygame"):
+    with pytest.raises(ImportError, match=r"rendering Broken needs a package .* missing: pygame"):
         adapter.make(Broken(), max_steps=5, image_size=8)
 
 

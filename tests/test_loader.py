@@ -162,7 +162,7 @@ def test_the_state_of_another_pipeline_is_refused_with_the_differences(
 
 
 def test_windows_that_cannot_be_split_among_processes_are_refused():
-    with pytest.raises(ValueError, match="batch_size must divide among 3 processes, got 8"):
+    with pytest.raises(ValueError, match="batch_size must be a multiple of the 3 processes, got 8"):
         loader.make_loader(make_source(), LoaderConfig(batch_size=8), process_count=3)
     with pytest.raises(ValueError, match="at least one window for each of 4 processes, got 3"):
         loader.make_loader(make_source(3), LoaderConfig(batch_size=8), process_count=4)

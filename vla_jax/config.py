@@ -32,10 +32,10 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[Config], data: Mapping[str, Any]) -> Config:
-    """Returns the `cls` that `to_dict` turned into `data`.
+    """Returns the instance of `cls` that `to_dict` converted to `data`.
 
-    Absent fields get their defaults, so that files from before a new option can be read. A field
-    that `cls` does not have is an error, so that no misspelt one is ignored. A class whose
+    Absent fields get their defaults, so that files older than a new option can be read. A field
+    that `cls` does not have is an error, so that a misspelt one is not ignored. A class whose
     fields were renamed or moved has a static method `upgrade(data)`, which returns the fields of
     an earlier version under their present names.
 
@@ -61,7 +61,7 @@ def save(config: Any, path: str | os.PathLike[str]) -> None:
 
 
 def load(cls: type[Config], path: str | os.PathLike[str]) -> Config:
-    """Returns the `cls` that `save` wrote to `path`.
+    """Returns the instance of `cls` that `save` wrote to `path`.
 
     Raises:
       FileNotFoundError: there is no such file.

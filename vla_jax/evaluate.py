@@ -63,7 +63,7 @@ class EvaluateConfig:
     step: int | None = None  # checkpoint to evaluate, in updates; None = the latest
     mode: Mode | None = None  # streaming mode: refresh, periodic or persistent
     window_size: int | None = None  # W, in environment steps
-    instruction_steps: int | None = None  # first steps that show the instruction; -1 = all
+    instruction_steps: int | None = None  # initial steps with a visible instruction; -1 = all
     exec_kind: Kind | None = None  # rule that selects actions from predicted chunks
     exec_horizon: int | None = None  # steps of a chunk that receding_horizon executes
     world: str | None = None  # kind of environment: table_mujoco, table_jax or gymnasium
@@ -76,10 +76,13 @@ class EvaluateConfig:
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
         if not 0 <= self.first_seed < 2**31 - self.num_episodes:
-            raise ValueError(f"first_seed must be in [0, 2^31), got {self.first_seed}.")
+            raise ValueError(
+                f"first_seed must be in [0, 2^31 - num_episodes), got {self.first_seed}."
+            )
         if self.name is not None and not re.fullmatch(r"\w[\w.-]*", self.name):
             raise ValueError(
-                f"name must be a folder's, of letters, digits and '_-.', got '{self.name}'; rename."
+                "name must be letters, digits and '_-.', not starting with '-' or '.', got "
+                f"'{self.name}'; choose another."
             )
 
 
@@ -94,7 +97,7 @@ class _Setup(NamedTuple):
     """Controller and environment of an evaluation."""
 
     folder: pathlib.Path
-    settings: dict[str, Any]  # all that the outcomes depend on
+    settings: dict[str, Any]  # everything that the outcomes depend on
     world: WorldConfig
     controller: Controller
     player: Player | None  # None for a reference
@@ -135,9 +138,9 @@ def evaluate(
             finished = [played[seed] for seed in seeds if seed in played]
             show(len(finished), _count_successes(finished))
     summary = results.summarize((played[seed] for seed in seeds), latency=probe.latency)
-    crashed = next((o.error for o in played.values() if o.error), "")
+    first_error = next((o.error for o in played.values() if o.error), "")
     if not summary.total.episodes:
-        raise RuntimeError(f"the simulator crashed in every episode, the first time: {crashed}")
+        raise RuntimeError(f"the simulator crashed in every episode, first with {first_error}")
     write_json(
         setup.folder / "summary.json",
         {
@@ -240,7 +243,7 @@ def _open(setup: _Setup, *, overwrite: bool) -> None:
 
 
 def _probe(setup: _Setup, config: EvaluateConfig) -> _Probe:
-    """Plays one step, so that missing packages are an error before the first episode."""
+    """Resets a simulator and times the policy: missing packages fail before the first episode."""
     with contextlib.closing(make_simulator(setup.world)) as simulator:
         observation = simulator.reset(config.first_seed)
         if config.num_videos:

@@ -101,7 +101,7 @@ def write_run(
 ) -> dict[str, Any]:
     """Writes what acting needs besides the params, and returns the metadata for the checkpoints.
 
-    Both hold the statistics, so that either is sufficient.
+    The run folder and each checkpoint both hold the statistics, so that either is sufficient.
 
     Args:
       folder: run folder, from `open_run`.
@@ -145,7 +145,7 @@ def load_run(run_dir: Path, *, step: int | None = None) -> Run:
     """
     folder = pathlib.Path(run_dir)
     if not folder.is_dir():
-        raise FileNotFoundError(f"run folder {folder} is missing; train first, or name another.")
+        raise FileNotFoundError(f"run folder {folder} is missing; train first, or give another.")
     agent = configs.load(AgentConfig, folder / "agent.json")
     statistics = normalize.from_json(read_json(folder / "norm_stats.json", "statistics"))
     directory = folder / "checkpoints"

@@ -77,9 +77,10 @@ def first_difference(found: Any, expected: Any) -> str:
     """
     found_leaves, expected_leaves = _descriptions(found), _descriptions(expected)
     for path in {**expected_leaves, **found_leaves}:
-        one, other = found_leaves.get(path, "missing"), expected_leaves.get(path, "nothing")
-        if one != other:
-            return f"{path} is {one}, expected {other}"
+        found_leaf = found_leaves.get(path, "missing")
+        expected_leaf = expected_leaves.get(path, "nothing")
+        if found_leaf != expected_leaf:
+            return f"{path} is {found_leaf}, expected {expected_leaf}"
     return ""
 
 
@@ -92,8 +93,8 @@ def select(mask: Array, if_true: Tree, if_false: Tree) -> Tree:
       if_false: arrays of the same shapes.
     """
 
-    def select_leaf(one: Any, other: Any) -> jax.Array:
-        return jnp.where(mask.reshape(-1, *(1,) * (one.ndim - 1)), one, other)
+    def select_leaf(true_leaf: Any, false_leaf: Any) -> jax.Array:
+        return jnp.where(mask.reshape(-1, *(1,) * (true_leaf.ndim - 1)), true_leaf, false_leaf)
 
     return jax.tree.map(select_leaf, if_true, if_false)
 

@@ -106,7 +106,7 @@ class DiscreteEnv(NamedTuple):
     num_actions: int
     max_steps: int  # environment steps until truncation
     instruction: tuple[int, ...] = ()  # indices of the D features that encode the instruction
-    object_size: int = 0  # features per object, if the D features are a list of objects; 0 = not
+    object_size: int = 0  # features per object, if the D features are a list of objects; else 0
 
 
 class SimulatorStep(NamedTuple):

@@ -24,10 +24,10 @@ class Buckets:
         Args:
           rows: ids, each target followed by at least one 0.
           batch_size: B.
-          width_step: widths are multiples of it, or the length of the longest target with its end.
+          width_step: widths are multiples of it, but at most the longest target and its final 0.
           seed: random seed of shuffling.
         """
-        lengths = 1 + np.count_nonzero(rows.target, axis=1)  # including the end
+        lengths = 1 + np.count_nonzero(rows.target, axis=1)  # including the final 0
         widths = np.minimum(-(-lengths // width_step) * width_step, lengths.max())
         self._groups = {int(width): np.flatnonzero(widths == width) for width in np.unique(widths)}
         self._rows, self._batch_size, self._seed = rows, batch_size, seed

@@ -10,8 +10,8 @@ import numpy as np
 
 from vla_jax.types import Batch
 
-# Steps per unit of brightness and contrast. With such values every product and sum below is exact
-# in float32, so that NumPy and JAX give identical images.
+# Brightness and contrast are multiples of 1 / GRAIN. Every product and sum below is then exact in
+# float32, so that NumPy and JAX give identical images.
 GRAIN = 4096
 
 
@@ -82,5 +82,5 @@ def change(images: np.ndarray, by: Change) -> np.ndarray:
     rows = np.clip(np.arange(h) - by.down, 0, h - 1)
     columns = np.clip(np.arange(w) - by.right, 0, w - 1)
     levels = by.contrast * (np.arange(256) - 127.5) + (127.5 + 255 * by.brightness)
-    lit = np.rint(np.clip(levels, 0, 255)).astype(np.uint8)
-    return lit[images[:, rows[:, None], columns]]
+    new_levels = np.rint(np.clip(levels, 0, 255)).astype(np.uint8)
+    return new_levels[images[:, rows[:, None], columns]]

@@ -122,12 +122,14 @@ def make_loader(
       A loader of `Batch` with leading axis `B = batch_size / process_count`.
 
     Raises:
-      ValueError: the batch size is not a multiple of the processes; fewer windows than processes.
+      ValueError: the batch size is not a multiple of the number of processes, or there are fewer
+        windows than processes.
       ImportError: grain is missing.
     """
     if config.batch_size % process_count:
         raise ValueError(
-            f"batch_size must divide among {process_count} processes, got {config.batch_size}."
+            f"batch_size must be a multiple of the {process_count} processes, got "
+            f"{config.batch_size}."
         )
     if len(source) < process_count:
         raise ValueError(

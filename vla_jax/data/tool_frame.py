@@ -10,7 +10,7 @@ from vla_jax.data.dataset import Dataset, digest
 def in_tool_frame(dataset: Dataset, config: ToolFrame) -> Dataset:
     """Returns the data set with every action in the tool frame at the time of its execution.
 
-    Later actions of a chunk are thus in later frames, which an agent knows when it sends them.
+    Each action of a chunk is thus in a later frame, which is known when the action is sent.
 
     Args:
       dataset: actions in the world frame, proprio in the robot's units, not normalised.

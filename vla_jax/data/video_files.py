@@ -71,7 +71,7 @@ def to_rgb(
     Args:
       frame: PyAV frame.
       size: (h, w) in pixels to resize to.
-      scaler: a `VideoReformatter`; one for all frames is 4 times as fast as one for each.
+      scaler: a `VideoReformatter`; reusing it for all frames is 4 times as fast as new ones.
       resampling: how to resize.
     """
     height, width = size

@@ -16,7 +16,7 @@ from vla_jax.data.video_files import FrameIndex, damaged, open_video, read_index
 from vla_jax.types import Resampling
 
 MAX_OPEN = 8  # files that a thread keeps open
-MAX_BACK = 2  # pieces before that of a frame, from which decoding may have to start
+MAX_BACK = 2  # decoding of a frame starts at most this many pieces before its own
 
 
 class VideoPieces:
@@ -70,7 +70,7 @@ class VideoPieces:
         index = self.index(path)
         piece = int(np.searchsorted(index.starts, frames[0], side="right")) - 1
         try:
-            # In an open group of pictures the first frames of a piece need the piece before it.
+            # In an open GOP (group of pictures) the first frames need those of the piece before it.
             for start in index.starts[max(piece - MAX_BACK, 0) : piece + 1][::-1]:
                 num_found = 0
                 for number, frame in self._frames_from(path, start):

@@ -101,16 +101,16 @@ def _step(
     position, speed, angle, turn, num_steps = state
     force = jnp.where(action > 0, _FORCE, -_FORCE)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    pole = _POLE_MASS * _HALF_LENGTH
-    push = (force + pole * jnp.square(turn) * sin) / _TOTAL_MASS
+    mass_length = _POLE_MASS * _HALF_LENGTH
+    push = (force + mass_length * jnp.square(turn) * sin) / _TOTAL_MASS
     inertia = _HALF_LENGTH * (4.0 / 3.0 - _POLE_MASS * jnp.square(cos) / _TOTAL_MASS)
-    turn_rate = (_GRAVITY * sin - cos * push) / inertia
-    acceleration = push - pole * turn_rate * cos / _TOTAL_MASS
+    turn_acceleration = (_GRAVITY * sin - cos * push) / inertia
+    acceleration = push - mass_length * turn_acceleration * cos / _TOTAL_MASS
     state = CartPoleState(  # explicit Euler: positions use the speeds before the step
         position + _TIMESTEP * speed,
         speed + _TIMESTEP * acceleration,
         angle + _TIMESTEP * turn,
-        turn + _TIMESTEP * turn_rate,
+        turn + _TIMESTEP * turn_acceleration,
         num_steps + 1,
     )
     return state, _judge(config, state)

@@ -1,4 +1,4 @@
-"""Environments with discrete actions, for learning from reward: a family by `kind`."""
+"""Environments with discrete actions, selected by the `kind` of their config."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,18 +15,18 @@ from vla_jax.types import DiscreteEnv
 
 @dataclass(frozen=True)
 class DiscreteGymnasiumConfig:
-    """Any registered Gymnasium environment with a few actions to choose from; Python steps it."""
+    """Any registered Gymnasium environment with discrete actions, stepped in Python."""
 
     kind: Literal["gymnasium"] = "gymnasium"
     env_id: str = "CartPole-v1"  # id of a registered Gymnasium environment
-    max_steps: int = 0  # environment steps until truncation; 0 = the environment's own
+    max_steps: int = 0  # environment steps until truncation; 0 = the environment's default
 
 
 class DiscreteWorld(NamedTuple):
-    """A family member."""
+    """One kind of environment."""
 
     config: type  # dataclass of its config, with a field `kind`
-    make: Callable[[Any], DiscreteEnv] | None  # pure functions; None if Python steps it
+    make: Callable[[Any], DiscreteEnv] | None  # pure functions; None if stepped in Python
 
 
 DISCRETE_WORLDS: dict[str, DiscreteWorld] = {
@@ -54,12 +54,12 @@ else:
 def check(config: DiscreteWorldConfig, *, partially_observed: bool) -> None:
     """Raises a ValueError if a Gymnasium environment is to be partially observed.
 
-    Which of its features are velocities is unknown.
+    It is not known which of its features are velocities.
     """
     if partially_observed and DISCRETE_WORLDS[config.kind].make is None:
         raise ValueError(
-            "partially_observed must be False in a Gymnasium environment, got True; register one "
-            "with a gymnasium.ObservationWrapper around it."
+            "partially_observed must be False in a Gymnasium environment, got True; hide features "
+            "with a gymnasium.ObservationWrapper and register that environment."
         )
 
 
@@ -71,7 +71,7 @@ def make(config: DiscreteWorldConfig, *, partially_observed: bool = False) -> Di
       partially_observed: hides velocities, and the instruction after the first step.
 
     Raises:
-      ValueError: Python steps the environment, or it has nothing to hide.
+      ValueError: the environment is stepped in Python, or it has nothing to hide.
     """
     make_env = DISCRETE_WORLDS[config.kind].make
     if make_env is None:

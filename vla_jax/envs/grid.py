@@ -1,8 +1,8 @@
 """A grid environment with moving obstacles, as pure JAX functions.
 
 Agent and goal start in random cells. Obstacles move back and forth along rows, initially not along
-the agent's row. If the agent shares a cell with an obstacle after a step, the episode is lost, in
-the goal's cell too. Rows count downwards, columns to the right, in cells.
+the agent's row. If the agent shares a cell with an obstacle after a step, the episode is lost, even
+in the goal's cell. Rows count downwards, columns to the right, in cells.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Gymnasium environments: with continuous actions as a `types.Simulator`, with discrete ones as is.
+"""Gymnasium environments: `types.Simulator` (continuous actions), `gymnasium.Env` (discrete).
 
 Needs the extra `gym`, and the packages of the environment.
 """
@@ -39,10 +39,10 @@ def make(
       instruction: instruction of every episode.
       image_size: pixels along each side of `image_primary`; 0 = no images, also for videos, unless
         `env` has the render mode "rgb_array".
-      max_steps: environment steps until truncation, at most the registered number; None = the
-        registered number.
+      max_steps: environment steps until truncation, at most the registered limit; None = the
+        registered limit.
       success: `(info, reward)` of a step -> True if the task is done. Many environments have no
-        success flag; without a rule their success rate is 0.
+        success flag; the default then never reports success.
 
     Returns:
       The simulator; its `task` is the environment's id.
@@ -73,7 +73,7 @@ def make_choices(env_id: str, *, max_steps: int | None = None) -> Any:
       max_steps: as for `make`.
 
     Returns:
-      The environment, with a `Discrete` of actions and a `Box` `[D]` of observations.
+      The environment, with a `Discrete` action space and a `Box` `[D]` observation space.
 
     Raises:
       ImportError: gymnasium, or a package that the environment needs, is missing.
@@ -85,7 +85,7 @@ def make_choices(env_id: str, *, max_steps: int | None = None) -> Any:
     if not isinstance(env.action_space, gymnasium.spaces.Discrete):
         raise ValueError(
             f"action_space of {env_id} must be Discrete, got {env.action_space}; register the "
-            "environment with a gymnasium.ActionWrapper around it that has a few actions to choose."
+            "environment with a gymnasium.ActionWrapper that has discrete actions."
         )
     _check_observation(env, env_id)
     return gymnasium.wrappers.FlattenObservation(gymnasium.wrappers.TimeLimit(env, limit))
@@ -114,9 +114,9 @@ class GymnasiumSimulator:
                 f"action of {self.task} must be {self.action_dim} finite numbers, got "
                 f"{action.tolist()}."
             )
-        share = (np.clip(action, -1, 1).reshape(box.shape) + 1) / 2
-        sent = (box.low + share * (box.high - box.low)).astype(box.dtype)
-        observation, reward, terminated, truncated, info = self._env.step(sent)
+        fraction = (np.clip(action, -1, 1).reshape(box.shape) + 1) / 2
+        scaled = (box.low + fraction * (box.high - box.low)).astype(box.dtype)
+        observation, reward, terminated, truncated, info = self._env.step(scaled)
         return SimulatorStep(
             observation=self._observe(observation),
             reward=float(reward),
@@ -205,4 +205,4 @@ def _try_to_draw(gymnasium, env, name: str) -> None:
         env.reset(seed=0)
         env.render()
     except (ImportError, gymnasium.error.DependencyNotInstalled) as error:
-        raise ImportError(f"{name} needs a package to draw with: {error}") from error
+        raise ImportError(f"rendering {name} needs a package that is missing: {error}") from error

@@ -52,7 +52,7 @@ class EnvSimulator:
 
     def _act_as_expert(self, state: Any) -> np.ndarray:
         if self._expert is None:
-            raise ValueError("expert must be a function of the environment, got None.")
+            raise ValueError("env must have an expert, got None; choose another world.")
         return np.asarray(self._expert(state))
 
     def draw(self, size: int = 256) -> np.ndarray:

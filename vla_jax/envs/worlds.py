@@ -1,4 +1,4 @@
-"""Simulated environments of robots, a family by the `kind` of their config."""
+"""Simulated robot environments, selected by the `kind` of their config."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,24 +17,24 @@ Reference = Callable[[Any, int, int], np.ndarray]  # (simulator, seed, step) -> 
 
 @dataclass(frozen=True)
 class GymnasiumConfig:
-    """Any registered Gymnasium environment with a Box of actions."""
+    """Any registered Gymnasium environment with a `Box` action space."""
 
     kind: Literal["gymnasium"] = "gymnasium"
     env_id: str = "Pendulum-v1"  # id of a registered Gymnasium environment
     instruction: str = ""  # instruction of every episode
     image_size: int = 0  # pixels along each side of the rendered image; 0 = no images
-    max_steps: int = 0  # environment steps until truncation; 0 = the environment's own
+    max_steps: int = 0  # environment steps until truncation; 0 = the environment's default
 
 
 class SimulatedWorld(NamedTuple):
-    """A family member; absent parts are None or empty."""
+    """One kind of environment; absent parts are None or empty."""
 
     config: type  # dataclass of its config, with a field `kind`
     make_simulator: Callable[[Any], Simulator]
     make_env: Callable[[Any], Env] | None = None  # pure functions, if it has them
     draws_observation: bool = False  # a video shows the observed image, so it needs image_size > 0
     references: Mapping[str, Reference] = MappingProxyType({})
-    # names of the numbers of "action", and of the columns of an observation, where they are known
+    # "action" or column of the observation -> name of each dimension, where known
     names: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
 

@@ -1,4 +1,4 @@
-"""Controllers of an evaluation: a policy, or a reference policy that the world provides."""
+"""Controllers of an evaluation: the trained policy, or a reference policy of the world."""
 
 import functools
 import time
@@ -37,46 +37,46 @@ def make_player(
     """Returns a policy as a player.
 
     Args:
-      config: of the agent.
-      norm_stats: of the training data.
-      params: of the policy.
+      config: config of the agent.
+      norm_stats: statistics of the training data.
+      params: params of the policy.
       window_size: W in environment steps; None = as in training.
     """
     agent = make_agent(config, norm_stats, window_size=window_size)
-    words = functools.lru_cache(256)(functools.partial(read_instruction, config))
+    tokenize = functools.lru_cache(256)(functools.partial(read_instruction, config))
     params, step = jax.device_put(params), jax.jit(agent.step)
     prepare = functools.lru_cache(2)(lambda batch_size: agent.prepare(params, batch_size))
 
     def act(
         state: AgentState, views: list[SimulatorView], reset: np.ndarray
     ) -> tuple[AgentState, np.ndarray]:
-        # The batch size of the state stays, so that nothing is compiled again for fewer views.
+        # Padded to the batch size of the state, so that fewer views need no recompilation.
         batch_size = len(state.age)
         missing = batch_size - len(views)
-        observation = _observe([*views, *[views[0]] * missing], words)
+        observation = _observe([*views, *[views[0]] * missing], tokenize)
         reset = np.concatenate([reset, np.repeat(reset[:1], missing)])
         state, actions = step(prepare(batch_size), state, observation, reset)
         return state, np.asarray(actions)[: len(views)]
 
     controller = Controller(functools.partial(agent.init, params), act)
-    return Player(controller, functools.partial(_play_env, agent, params, words))
+    return Player(controller, functools.partial(_play_env, agent, params, tokenize))
 
 
-def _observe(views: list[SimulatorView], words: Callable[[str], np.ndarray]) -> Observation:
+def _observe(views: list[SimulatorView], tokenize: Callable[[str], np.ndarray]) -> Observation:
     parts = {
         name: np.stack([view.observation[name] for view in views]) for name in views[0].observation
     }
-    return Observation(**parts, instruction=np.stack([words(s.instruction) for s in views]))
+    return Observation(**parts, instruction=np.stack([tokenize(s.instruction) for s in views]))
 
 
 def _play_env(
     agent: Agent,
     params: Params,
-    words: Callable[[str], np.ndarray],
+    tokenize: Callable[[str], np.ndarray],
     env: Env,
     seeds: Sequence[int],
 ) -> Iterator[Outcome]:
-    ids = jnp.stack([words(sentence) for sentence in env.instructions])
+    ids = jnp.stack([tokenize(sentence) for sentence in env.instructions])
     play = jax.jit(lambda params, keys: run_env(agent, params, env, ids, keys))
     size = min(_CHUNK, len(seeds))
     for start in range(0, len(seeds), _CHUNK):

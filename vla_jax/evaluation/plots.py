@@ -121,7 +121,7 @@ def actions(
       path: PNG to write.
       predicted: `[T, A]`, arm in [-1, 1], gripper +1 open / -1 closed.
       expert: `[T, A]`.
-      names: of the `A` dims.
+      names: names of the `A` dims.
       control_hz: actions per second.
       title: above the panels.
 

@@ -63,7 +63,7 @@ def write_index(
     """
     run_dir = pathlib.Path(run_dir)
     if not run_dir.is_dir():
-        raise FileNotFoundError(f"run folder {run_dir} is missing; name one that exists.")
+        raise FileNotFoundError(f"run folder {run_dir} is missing; give one that exists.")
     if evaluations is None:
         paths = sorted(run_dir.glob("evaluation/*/summary.json"))
         evaluations = {path.parent.name: path.parent for path in paths}
@@ -76,7 +76,7 @@ def write_index(
         f"<h1>{_escape(title)}</h1>",
         _cards(played),
         _table(played),
-        _pictures(run_dir),
+        _plots(run_dir),
         *(_videos(run_dir, name, evaluation) for name, evaluation in played.items()),
         _commands(played),
         _configs(run_dir),
@@ -113,12 +113,12 @@ def _cards(played: Mapping[str, Evaluation]) -> str:
 
 
 def _counts(summary: Summary) -> str:
-    words = f"{summary.total.episodes} episodes"
+    text = f"{summary.total.episodes} episodes"
     if summary.total.crashed:
-        words += f", {summary.total.crashed} crashed"
+        text += f", {summary.total.crashed} crashed"
     if summary.latency:
-        words += f" · policy step {summary.latency.p50:.1f} ms (p95 {summary.latency.p95:.1f} ms)"
-    return words
+        text += f" · policy step {summary.latency.p50:.1f} ms (p95 {summary.latency.p95:.1f} ms)"
+    return text
 
 
 def _table(played: Mapping[str, Evaluation]) -> str:
@@ -155,7 +155,7 @@ def _row(name: str, summary: Summary, tasks: Sequence[str]) -> str:
     )
 
 
-def _pictures(run_dir: pathlib.Path) -> str:
+def _plots(run_dir: pathlib.Path) -> str:
     shown = "".join(
         f'<img src="{_link(path, run_dir)}" alt="{_escape(path.stem)}" loading="lazy">'
         for path in sorted(run_dir.glob("*.png"))

@@ -70,8 +70,8 @@ def write_mp4(path: str | os.PathLike[str], frames: Sequence[np.ndarray], fps: f
         stream.height, stream.width = (size + size % 2 for size in frames[0].shape[:2])
         stream.pix_fmt, stream.options = "yuv420p", {"crf": "20", "preset": "veryfast"}
         for frame in frames:
-            picture = av.VideoFrame.from_ndarray(_even(frame), format="rgb24")
-            container.mux(stream.encode(picture))
+            video_frame = av.VideoFrame.from_ndarray(_even(frame), format="rgb24")
+            container.mux(stream.encode(video_frame))
         container.mux(stream.encode(None))
 
 
@@ -79,7 +79,7 @@ def check_packages() -> None:
     """Checks that the packages for videos are installed, before any episode runs.
 
     Raises:
-      ImportError: PyAV or Pillow is missing; names the extra.
+      ImportError: PyAV or Pillow is missing; the message names the extra.
     """
     _import_av()
     _import_pillow()
@@ -144,7 +144,7 @@ def _import_av() -> Any:
         import av
     except ImportError as error:
         raise ImportError(
-            "videos need PyAV; run pip install 'vla-jax[data]', or ask for none (--num-videos 0)."
+            "videos need PyAV; run pip install 'vla-jax[data]', or use --num-videos 0."
         ) from error
     return av
 
@@ -154,6 +154,6 @@ def _import_pillow() -> Any:
         from PIL import Image, ImageDraw, ImageFont
     except ImportError as error:
         raise ImportError(
-            "videos need Pillow; run pip install 'vla-jax[data]', or ask for none (--num-videos 0)."
+            "videos need Pillow; run pip install 'vla-jax[data]', or use --num-videos 0."
         ) from error
     return Image, ImageDraw, ImageFont

@@ -3,7 +3,7 @@
     features [B, W, H] → forward → tokens or images of the next F steps
                        → caption → the instruction, word by word (`captions`)
 
-Both take the memory's features of every step, and their losses train the memory through them.
+Both take the recurrent trunk's features of every step, and their losses train the trunk.
 `F` is the number of predicted steps here.
 
     prediction = apply(params, config, features, captions.visible_instruction(batch))
@@ -86,7 +86,7 @@ def init(
     Args:
       key: consumed.
       config: heads and their sizes.
-      feature_size: H, the memory's features per step.
+      feature_size: H, the trunk's features per step.
       frame_sizes: size of the forward target of one step, by name: `tokens` N·D, or h·w·3 for
         each existing camera of `image_primary` and `image_wrist`.
       vocab_size: V, word ids are in [0, V).
@@ -111,7 +111,7 @@ def init(
 def apply(
     params: Params, config: AuxiliaryConfig, features: Array, words: Array | None = None
 ) -> AuxiliaryPrediction:
-    """Returns the heads' predictions from the memory's features.
+    """Returns the heads' predictions from the trunk's features.
 
     Args:
       params: from `init`.
@@ -156,7 +156,7 @@ def loss(
       config: as for `apply`.
       batch: the batch that the features were computed from.
       tokens: `[B, W, N, D]`, the backbone's output for the batch; targets get no gradient.
-      axis_name: mapped axis to sum over; None means that the batch is whole.
+      axis_name: mapped axis to sum over; None outside `pmap` and `shard_map`.
 
     Returns:
       The terms of the enabled heads, `[]` float32, among `forward_tokens`,

@@ -1,11 +1,11 @@
-"""Caption head: decodes the instruction from the memory's features, for training only.
+"""Caption head: decodes the instruction from the trunk's features, for training only.
 
     features [..., H] → summary [..., E] → GRU → word, word, …, end
 
-The instruction is visible at an episode's first steps only. The head trains the memory to retain
-it: the instruction must be decodable at every step.
+The instruction is visible at an episode's first steps only. The head trains the recurrent trunk
+to remember it: the instruction must be decodable at every step.
 
-Word ids are those of `data.text`; id 0 after the last word marks the end.
+Word ids are those of `backbones.word_hashing`; id 0 after the last word marks the end.
 """
 
 import chex
@@ -26,7 +26,7 @@ def init(key: Key, feature_size: int, size: int, vocab_size: int) -> Params:
 
     Args:
       key: consumed.
-      feature_size: H, the memory's features per step.
+      feature_size: H, the trunk's features per step.
       size: E, word embedding size and units of the GRU.
       vocab_size: V, word ids are in [0, V).
     """
@@ -40,7 +40,7 @@ def init(key: Key, feature_size: int, size: int, vocab_size: int) -> Params:
 
 
 def apply(params: Params, features: Array, words: Array) -> jax.Array:
-    """Returns the logits of each word, given the true ones before it (teacher forcing).
+    """Returns the logits of each word given the ground-truth words before it (teacher forcing).
 
         c₀ = tanh(features · W + b),    cₛ = GRU(cₛ₋₁, wordₛ₋₁ + c₀),    logitsₛ = cₛ · U + u
 
@@ -82,9 +82,8 @@ def decode(params: Params, features: Array, *, max_words: int) -> jax.Array:
     """
     summary = _summary(params, features)
     gru = _gru(summary.shape[-1])
-    embedding = jnp.asarray(
-        params["embedding"]
-    )  # restored params are NumPy arrays, which a tracer cannot index
+    # Restored params are NumPy arrays, which a tracer cannot index.
+    embedding = jnp.asarray(params["embedding"])
 
     def decode_word(state, _):
         carry, word, ended = state
@@ -108,7 +107,7 @@ def loss(logits: Array, words: Array, *, axis_name: str | None = None) -> tuple[
     Args:
       logits: `[B, W, S, V]` from `apply`.
       words: `[B, W, S]` ids from `visible_instruction`.
-      axis_name: mapped axis to sum over; None means that the batch is whole.
+      axis_name: mapped axis to sum over; None outside `pmap` and `shard_map`.
 
     Returns:
       Loss `[]` float32, and `acc_caption` in [0, 1], the fraction of words that are the argmax.

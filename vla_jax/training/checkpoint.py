@@ -35,7 +35,7 @@ from vla_jax.types import Params
 
 Path = str | os.PathLike[str]
 State = TypeVar("State")
-_PENDING_READS = 0.1  # s that other reads of a damaged checkpoint take to end
+_PENDING_READS = 0.1  # s to wait until the other reads of a damaged checkpoint have ended
 
 
 class Checkpoints(NamedTuple):
@@ -250,7 +250,7 @@ def _step_path(directory: Path, step: int | None) -> pathlib.Path:
     """Returns the folder of an existing step."""
     steps = _steps(directory)
     if not steps:
-        raise FileNotFoundError(f"no checkpoint in {directory}; train first, or name its folder.")
+        raise FileNotFoundError(f"no checkpoint in {directory}; train first, or give another.")
     step = steps[-1] if step is None else step
     if step not in steps:
         listed = ", ".join(map(str, steps))
@@ -312,8 +312,10 @@ def _readable(path: pathlib.Path) -> Iterator[None]:
             yield
         except Exception as error:  # many types
             time.sleep(_PENDING_READS)
-            traceback.clear_frames(error.__traceback__)  # they refer to the other failed reads,
-            gc.collect()  # which Python reports when it collects them
+            # Python reports the other failed reads when it collects the frames that refer to them:
+            # collect these here, where the reports are ignored.
+            traceback.clear_frames(error.__traceback__)
+            gc.collect()
             raise ValueError(
                 f"{path} cannot be read ({_reason(error)}); delete it to use the step before."
             ) from error

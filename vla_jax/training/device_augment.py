@@ -39,7 +39,7 @@ def draw(key: Key, config: AugmentConfig) -> Change:
 
 
 def change(images: Array, by: Change) -> jax.Array:
-    """Returns images `[W, h, w, 3]` uint8, shifted and relit as by `data.image_augment.change`.
+    """Returns images `[W, h, w, 3]` uint8, changed as by `data.image_augment.change`.
 
     Args:
       images: images of one window and camera.

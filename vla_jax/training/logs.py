@@ -143,6 +143,6 @@ def _tensorboard_writer(run_dir: pathlib.Path, start: int) -> Any:
         from tensorboardX import SummaryWriter
     except ImportError as error:
         raise ImportError(
-            "TensorBoard logs need tensorboardX; pip install 'vla-jax[tensorboard]'."
+            "TensorBoard logs need tensorboardX; run pip install 'vla-jax[tensorboard]'."
         ) from error
     return SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)

@@ -29,7 +29,7 @@ class Batches(Protocol):
         ...
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues at a position."""
+        """Continues from a position of `get_state`."""
         ...
 
     def close(self) -> None:

@@ -24,7 +24,7 @@ def masked_mean(values: Array, mask: Array, *, axis_name: str | None = None) -> 
     Args:
       values: `[..., any trailing axes]`; may be NaN where the mask is False.
       mask: `[...]`, True for values that count.
-      axis_name: mapped axis to sum over; None means that the batch is whole.
+      axis_name: mapped axis to sum over; None outside `pmap` and `shard_map`.
 
     Returns:
       `[]` float32.
@@ -61,7 +61,7 @@ def action_loss(
       action: targets `[..., K, A]`, arm in [-1, 1], gripper +1 open / -1 closed.
       action_mask: `[..., K]`, True where the target exists; other targets are arbitrary.
       gripper_weight: weight of the gripper's term; bins have no such term.
-      axis_name: mapped axis to sum over; None means that the batch is whole.
+      axis_name: mapped axis to sum over; None outside `pmap` and `shard_map`.
 
     Returns:
       Loss `[]` float32, and metrics. For both: `acc_gripper` in [0, 1] (open or closed)
@@ -119,7 +119,7 @@ def token_loss(
       logits: `[..., S, V]`.
       ids: targets `[..., S]`, integers in [0, V) where real, arbitrary elsewhere.
       mask: `[..., S]`, True where the target is real (PyTorch: where it is not -100).
-      axis_name: mapped axis to sum over; None means that the batch is whole.
+      axis_name: mapped axis to sum over; None outside `pmap` and `shard_map`.
 
     Returns:
       Loss `[]` float32, and metrics `loss_tokens`, the same, and `acc_tokens` in [0, 1].
@@ -149,7 +149,7 @@ def action_token_loss(
 ) -> tuple[jax.Array, Metrics]:
     """Returns the cross-entropy of a language model whose tokens encode actions, and its errors.
 
-    The loss is `token_loss` over all real tokens, words included, shifted by the caller as there.
+    The loss is `token_loss` over all real tokens, words included; the caller shifts them.
     The metrics cover the action tokens: in each row `[S]` they form groups of A, and the last of
     a group is the gripper's.
 
@@ -163,7 +163,7 @@ def action_token_loss(
       num_bins: bins per action dimension.
       num_special: as for `to_token_ids`.
       offset: as for `to_token_ids`.
-      axis_name: mapped axis to sum over; None means that the batch is whole.
+      axis_name: mapped axis to sum over; None outside `pmap` and `shard_map`.
 
     Returns:
       Loss `[]` float32, and metrics: those of `token_loss`; `action_l1`, the mean absolute error
@@ -194,7 +194,7 @@ def action_token_loss(
 def categorical_kl(
     logits: Array, reference_logits: Array, mask: Array, *, axis_name: str | None = None
 ) -> jax.Array:
-    """Returns the KL divergence of a discrete policy from a reference, as for fine-tuning.
+    """Returns the KL divergence of a discrete policy from a reference, a term for fine-tuning.
 
         KL(π ‖ ρ) = Σᵥ π(v) (log π(v) − log ρ(v)),    mean where the mask is True
 
@@ -205,7 +205,7 @@ def categorical_kl(
       reference_logits: logits of the reference ρ, `[..., V]`.
       mask: leading axes of `[...]`, True where the policies are compared; the logits elsewhere
         are arbitrary.
-      axis_name: mapped axis to sum over; None means that the batch is whole.
+      axis_name: mapped axis to sum over; None outside `pmap` and `shard_map`.
 
     Returns:
       `[]` float32, at least 0.

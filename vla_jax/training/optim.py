@@ -148,7 +148,7 @@ def update_ema(
       ema_params: EMA so far, shaped like `params`.
       params: params after the update.
       num_updates: n `[]`, updates done before this one.
-      decay: d in the long run.
+      decay: the upper limit of d.
 
     Source: the warm-up is that of TensorFlow's `ExponentialMovingAverage(num_updates=)`.
     """

@@ -63,8 +63,8 @@ def _grasp_and_carry(tool, block, turn, opening, plate, task):
     around = (error < 2 * _AIM) & (tool[2] - block[2] < 0.015)
     holding = around & (opening < _GRASPED)
     ready = (error < _AIM) & (jnp.abs(turn) < _AIM_YAW) & (tool[2] < _GRASP_Z + 0.012)
-    wait = jnp.where(jnp.abs(turn) > 2 * _AIM_YAW, _HOVER, 0.0)
-    reach = _approach(tool, block, _GRASP_Z, _AIM, wait)
+    clearance = jnp.where(jnp.abs(turn) > 2 * _AIM_YAW, _HOVER, 0.0)  # rotate above the block
+    reach = _approach(tool, block, _GRASP_Z, _AIM, clearance)
     move = jnp.where(holding, _carry(tool, plate, task), reach)
     grip = jnp.where(holding | ready | (around & (opening < 0.95)), -1.0, 1.0)
     leave = _is_on_plate(block, plate) & (task == rules.TASKS.index("place"))
@@ -94,16 +94,16 @@ def _carry(tool, plate, task):
     return jnp.append(across, height - tool[2])
 
 
-def _approach(tool, block, height, allow, wait):
-    """Returns the translation to above the block, then down to `height` (plus at least `wait`)."""
+def _approach(tool, block, height, tolerance, clearance):
+    """Returns the translation to above the block, then down to `height + clearance`."""
     across = block[:2] - tool[:2]
-    above = jnp.clip(_funnel(jnp.linalg.norm(across), allow), wait, _HOVER)
+    above = jnp.clip(_funnel(jnp.linalg.norm(across), tolerance), clearance, _HOVER)
     return jnp.append(across, height + above - tool[2])
 
 
-def _funnel(distance, allow):
-    """Returns the least height at a horizontal distance: 0 within `allow`, then rising steeply."""
-    return jnp.maximum(0.0, distance - allow) * 3.0
+def _funnel(distance, tolerance):
+    """Returns the least height at a horizontal distance: 0 within `tolerance`, then rising."""
+    return jnp.maximum(0.0, distance - tolerance) * 3.0
 
 
 def _wrap(angle):

@@ -36,10 +36,10 @@ class MujocoTableConfig(TableConfig):
 
 
 def import_mujoco() -> Any:
-    """Imports mujoco, on Linux without a display with the rendering backend EGL.
+    """Imports mujoco; on Linux without a display it uses the rendering backend EGL.
 
     Raises:
-      ImportError: the package is missing; names the extra.
+      ImportError: the package is missing; the message names the extra.
       RuntimeError: there is no OpenGL library.
     """
     before = os.environ.get("MUJOCO_GL")
@@ -66,13 +66,13 @@ def _backend() -> str:
 
 _NO_OPENGL = (
     "mujoco found no OpenGL to draw with (MUJOCO_GL={}: {}); run apt-get install libegl1 "
-    "libopengl0 libgl1-mesa-dri, or use --world table_jax (of train.record: --preset table_jax), "
+    "libopengl0 libgl1-mesa-dri, or use --world table_jax (in train.record: --preset table_jax), "
     "which needs none."
 )
 
 
 class TableMujoco:
-    """One table."""
+    """One MuJoCo table as a `types.Simulator`."""
 
     control_hz = rules.CONTROL_HZ
     action_dim = len(rules.ACTION_NAMES)
@@ -164,7 +164,7 @@ class TableMujoco:
         return np.asarray(action)
 
     def draw(self, size: int = 256) -> np.ndarray:
-        """Returns an image `[size, size, 3]` uint8 for people, with shadows."""
+        """Returns an image `[size, size, 3]` uint8, with shadows, for viewing."""
         return self._render("video", size)
 
     def _render(self, camera: str, size: int) -> np.ndarray:
@@ -222,8 +222,8 @@ class TableMujoco:
         goal = self._goal.copy()
         goal[:3] += arm[:3] * config.step_size
         goal[3:] += arm[3:] * config.turn_size
-        here = self._data.site_xpos[self._site] - scene.TABLE_CENTRE
-        goal[:3] = here + np.clip(goal[:3] - here, -2 * config.step_size, 2 * config.step_size)
+        tool = self._data.site_xpos[self._site] - scene.TABLE_CENTRE
+        goal[:3] = tool + np.clip(goal[:3] - tool, -2 * config.step_size, 2 * config.step_size)
         goal[:3] = np.clip(goal[:3], rules.WORKSPACE_LOW, rules.WORKSPACE_HIGH)
         limit = np.array([rules.MAX_TILT, rules.MAX_TILT, rules.MAX_TOOL_YAW])
         goal[3:] = np.clip(goal[3:], -limit, limit)
@@ -286,7 +286,7 @@ def sample_layout(rng: np.random.Generator, rotated_share: float):
     """Returns random positions of the plate and the blocks that keep their distances.
 
     Args:
-      rng: consumed.
+      rng: source of randomness; advanced.
       rotated_share: share of layouts in which every block is rotated, in [0, 1].
 
     Returns:
@@ -306,8 +306,8 @@ def sample_layout(rng: np.random.Generator, rotated_share: float):
     return points[0], points[1:], yaws
 
 
-# The functions of `actions.rotations` round the last bit of float64 in another way. Contact physics
-# amplifies that, so a policy evaluated before would get other episodes.
+# Not `actions.rotations`, which rounds the last bit of float64 differently: contact physics would
+# amplify that, and the episodes of earlier evaluations could not be reproduced.
 def _hand_rotation(angles: np.ndarray) -> np.ndarray:
     """Returns the rotation matrix `[3, 3]` of the hand with these roll, pitch, yaw."""
     (cr, cp, cy), (sr, sp, sy) = np.cos(angles), np.sin(angles)

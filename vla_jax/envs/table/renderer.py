@@ -1,7 +1,7 @@
 """Ray-cast images of the JAX table: boxes, plate and table, from two cameras.
 
-The cameras have the poses of those of the MuJoCo table (`scene`). Soft shadows, cast straight down,
-show the height of the hand. Everything is computed on planes `[h, w]`, which XLA fuses into one
+The camera poses are those of the MuJoCo table (`scene`). Soft shadows, cast straight down, show
+the height of the hand. Everything is computed on planes `[h, w]`, which XLA fuses into one
 loop over the pixels; arrays `[h, w, 3]` and matrix products were many times slower.
 """
 
@@ -22,7 +22,7 @@ _FINGER_SHADE, _PALM_SHADE, _WRIST_SHADE = (0.20, 0.20, 0.22), (0.35, 0.36, 0.40
 _TABLE_HALF_SIZE = 0.30  # m
 _LIGHT = (0.35, -0.25, 0.90)  # direction towards the light
 _AMBIENT = 0.55  # brightness of a side without direct light
-# position (m, from the table's centre or the tool), right and up of the image, height (degrees)
+# position (m, from the table's centre or the tool), right, up, vertical field of view (degrees)
 _PRIMARY = ((0.42, 0.0, 0.50), (0.0, 1.0, 0.0), (-0.785, 0.0, 0.62), 38.0)
 _WRIST = ((0.07, 0.0, 0.098), (0.0, -1.0, 0.0), (0.97, 0.0, -0.22), 75.0)
 
@@ -72,7 +72,7 @@ def render(
 
 
 def _look(origin, rays, boxes, tool, plate):
-    """Returns the image `[h, w, 3]` uint8 of a camera at `origin` along `rays`, as three planes."""
+    """Returns the image `[h, w, 3]` uint8 of a camera at `origin`; `rays` are three planes."""
     image = _ground(origin, rays, boxes, tool, plate)
     image, _ = jax.lax.scan(lambda i, box: (_draw(i, origin, rays, box), None), image, boxes)
     return jnp.round(255 * jnp.clip(jnp.stack(image[1:], axis=-1), 0, 1)).astype(jnp.uint8)
@@ -80,9 +80,9 @@ def _look(origin, rays, boxes, tool, plate):
 
 def _rays(camera: tuple, size: int) -> tuple[np.ndarray, ...]:
     """Returns directions x, y, z of the pixels, planes `[h, w]` in the camera's parent frame."""
-    _, right, up, height = camera
+    _, right, up, field_of_view = camera
     right, up = np.array(right), np.array(up) / np.linalg.norm(up)
-    half = math.tan(math.radians(height) / 2)
+    half = math.tan(math.radians(field_of_view) / 2)
     steps = half * ((np.arange(size) + 0.5) / size * 2 - 1)
     rays = steps[None, :, None] * right - steps[:, None, None] * up - np.cross(right, up)
     return tuple(np.moveaxis(rays, -1, 0).astype(np.float32))
@@ -157,7 +157,7 @@ def _draw(image, origin, rays, box):
         side = jnp.where(middle - reach > enter, -lamp[i] * jnp.sign(inverse), side)
         enter = jnp.maximum(enter, middle - reach)
         leave = jnp.minimum(leave, middle + reach)
-    seen = (enter < leave) & (enter > 0) & (enter < depth)
+    visible = (enter < leave) & (enter > 0) & (enter < depth)
     light = _AMBIENT + (1 - _AMBIENT) * jnp.maximum(side, 0)
-    planes = (jnp.where(seen, light * c, p) for c, p in zip(box.colour, planes, strict=True))
-    return jnp.where(seen, enter, depth), *planes
+    planes = (jnp.where(visible, light * c, p) for c, p in zip(box.colour, planes, strict=True))
+    return jnp.where(visible, enter, depth), *planes

@@ -1,8 +1,8 @@
 """MJCF model of the MuJoCo table: an arm of capsules, four blocks, a plate and cameras.
 
 It consists of primitives, so no assets are needed. The floor is a box, since MuJoCo tessellates an
-infinite plane so finely that rendering it took 8/9 of the time. Joint frames and limits are those
-of the Franka Emika Panda. Units: metres, radians, seconds.
+infinite plane so finely that it would take 8/9 of the rendering time. Joint frames and limits are
+those of the Franka Emika Panda. Units: metres, radians, seconds.
 
 Source: Franka Control Interface documentation, "Denavit–Hartenberg parameters".
 """
@@ -86,7 +86,7 @@ def _block(colour: str, rgba: str) -> str:
 
 
 def mjcf() -> str:
-    """The scene's XML: `mujoco.MjModel.from_xml_string(mjcf())`."""
+    """Returns the scene's XML, for `mujoco.MjModel.from_xml_string`."""
     x, y, _ = TABLE_CENTRE
     arm_servos = "".join(
         f'<position joint="joint{i}" kp="{kp}" kv="{kv}"/>'

@@ -35,7 +35,7 @@ def read_info(root: pathlib.Path) -> dict[str, Any]:
     """Reads `meta/info.json` and checks its version.
 
     Raises:
-      FileNotFoundError: the file is missing; names the rest of an interrupted recording, if any.
+      FileNotFoundError: the file is missing; the message names an interrupted recording, if any.
       ValueError: not JSON, another version, or a field is missing.
     """
     partial = root.with_name(root.name + ".tmp")
@@ -93,8 +93,8 @@ def feature_keys(
       Field -> key; always contains "action".
 
     Raises:
-      ValueError: an unknown field or key, named with the nearest known one; images where
-        numbers are expected, or the reverse.
+      ValueError: an unknown field or key (the message suggests the nearest known one); images
+        where numbers are expected, or the reverse.
     """
     features = info["features"]
     chosen = chosen or {}

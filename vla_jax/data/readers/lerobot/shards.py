@@ -9,7 +9,7 @@ import numpy as np
 
 from vla_jax.data.readers.lerobot import layout
 
-DATA_MB, VIDEO_MB, CHUNK_FILES = 100, 200, 1000  # lerobot's limits of a file and a folder
+DATA_MB, VIDEO_MB, CHUNK_FILES = 100, 200, 1000  # lerobot's limits: MB per file, files per folder
 # Measured on 64-pixel scenes with small coloured blocks: 48 dB at 12,000 frames/s and 330 bytes
 # per frame; yuv444p reaches 43 dB, yuv420p 33 dB since it halves the resolution of colour.
 CODEC, CODEC_NAME, PIXELS = "libx264rgb", "h264", "gbrp"

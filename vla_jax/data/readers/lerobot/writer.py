@@ -66,7 +66,7 @@ def write(
         rows, tasks = _write_episodes(partial, chain([first], episodes), fps)
         _write_meta(partial, rows, tasks, features, fps, robot_type)
     except OSError as error:
-        if error.errno not in DISK_FULL:  # raised by the recorder, whose message is more precise
+        if error.errno not in DISK_FULL:  # from the caller's iterator, with a more precise message
             raise
         raise OSError(
             error.errno,
