@@ -172,7 +172,9 @@ def test_a_wrong_config_is_refused(fields, sentence):
 
 
 def test_a_dot_score_of_two_sizes_is_refused(key):
-    with pytest.raises(ValueError, match=r"must equal query_size = 4 .* got 8; choose 'general'"):
+    with pytest.raises(
+        ValueError, match=r"must equal query_size = 4 .* got 8; choose score 'general'"
+    ):
         attention.init(key, AttentionConfig(score="dot"), 4, 8)
 
 

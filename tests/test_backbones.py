@@ -180,7 +180,7 @@ def test_a_backbone_tokenises_and_declares_its_images(kind):
 @each
 def test_instructions_with_the_same_ids_are_refused(kind):
     small = dataclasses.replace(CONFIGS[kind], vocab_size=3)
-    with pytest.raises(ValueError, match="vocab_size must keep the words"):
+    with pytest.raises(ValueError, match="vocab_size must give all words"):
         registry.make_tokenizer(small, ["lift the red block"])
     tokenize = registry.make_tokenizer(CONFIGS[kind], ["lift the red block"])
     assert tokenize("lift").any()

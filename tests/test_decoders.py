@@ -387,7 +387,7 @@ def test_a_carry_for_a_gpt_raises_one_sentence(key):
 def test_a_window_longer_than_the_positions_of_a_gpt_raises_one_sentence(key):
     config = configured(kind="gpt")
     params = decoders.init(key, config)
-    with pytest.raises(ValueError, match="at most its 5 positions, got 6 steps; cut it, or train"):
+    with pytest.raises(ValueError, match="at most num_positions = 5 steps, got 6; shorten the"):
         decoders.apply(params, config, draw(0, B, W + 1, N, D))
 
 

@@ -143,7 +143,7 @@ def test_an_arm_without_rotations_is_refused():
     ("fields", "sentence"),
     [
         ({"delta": "euler"}, "unknown delta 'euler'; .* Did you mean 'euler_difference'"),
-        ({"orientation": (-1, 4, 5)}, "orientation must be columns from 0 on, got"),
+        ({"orientation": (-1, 4, 5)}, "orientation must be column indices of 0 or more, got"),
         ({"radians": 0.0}, "radians must be positive, got 0.0"),
     ],
 )

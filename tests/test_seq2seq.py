@@ -253,7 +253,7 @@ def test_outputs_and_weights_equal_pytorch(cell):
         ),
         (
             {"score": "dot"},
-            "bidirectional must be False with score 'dot', got True; choose 'general'",
+            "bidirectional must be False with score 'dot', got True; choose score 'general'",
         ),
     ],
 )

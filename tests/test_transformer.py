@@ -310,7 +310,7 @@ def test_a_wrong_config_is_refused(fields, sentence):
 
 
 def test_more_steps_than_positions_are_refused():
-    with pytest.raises(ValueError, match="must have at most its 6 positions, got 7 steps; cut it"):
+    with pytest.raises(ValueError, match="at most num_positions = 6 steps, got 7; shorten the"):
         transformer.apply(draw_params(), CONFIG, draw(0, B, T + 1, H))
 
 

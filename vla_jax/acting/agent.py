@@ -2,7 +2,7 @@
 
 An agent normalises proprioception, masks the instruction after its first steps, runs one streaming
 step of the policy, selects one action from the predicted chunks and converts it to the robot's
-units and frame. Its state is a value; `rows.py` selects and replaces robots of a batch.
+units and frame. Its state is a tree of arrays `[B, ...]`; `rows` reads and replaces its rows.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,7 +28,7 @@ from vla_jax.types import ActionChunk, Array, Observation, Params
 
 @dataclass(frozen=True)
 class AgentConfig:
-    """Config of an agent; params and norm_stats complete it."""
+    """Config of an agent, which also needs params and norm_stats."""
 
     policy: PolicyConfig = PolicyConfig()  # backbone and decoder of the policy
     normalize: NormalizeConfig = NormalizeConfig()  # normalisation, as in training
@@ -36,7 +36,7 @@ class AgentConfig:
     # streaming memory: "refresh" = last W steps, "periodic" = cleared every W steps, "persistent" =
     # the whole episode
     mode: Mode = "refresh"
-    instruction_steps: int = 1  # steps at the start that show the instruction; -1 = all steps
+    instruction_steps: int = 1  # first steps at which the policy gets the instruction; -1 = all
     tool_frame: ToolFrame | None = None  # tool frame of the policy's actions; None = as in the data
 
     def __post_init__(self):
@@ -52,7 +52,7 @@ class AgentState(NamedTuple):
 
 
 class Agent(NamedTuple):
-    """Pure functions; `jit` the step."""
+    """An agent as pure functions; `jit` the step."""
 
     init: Callable[[Params, int], AgentState]  # (params, batch_size) -> state
     # (params, batch_size) -> params stored for fast steps of that batch size on this device
@@ -81,7 +81,8 @@ def make_agent(
     """
     if "action" not in norm_stats:
         raise ValueError(
-            f"norm_stats must have 'action', got {sorted(norm_stats)}; use those of the run."
+            f"norm_stats must have 'action', got {sorted(norm_stats)}; use those of the training "
+            "run."
         )
     decoder = config.policy.decoder
     execution.check_stride(config.execution, has_memory=trunks.get(decoder.kind).has_memory)
@@ -147,7 +148,7 @@ def send(
     observation: Observation,
     planned: ActionChunk,
 ) -> tuple[AgentState, Array]:
-    """Runs the second half: returns the action `[B, A]` in the robot's units and frame.
+    """Runs the second half of a step: returns the action `[B, A]` in the robot's units and frame.
 
     Args:
       config: as for `make_agent`.

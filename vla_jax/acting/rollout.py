@@ -20,7 +20,7 @@ class Outcome(NamedTuple):
     task: str
     instruction: str
     success: bool
-    num_steps: int  # environment steps until the end, or the crash
+    num_steps: int  # environment steps until the end, or the exception
     error: str  # message of the exception the simulator raised; empty if none
 
 
@@ -75,7 +75,7 @@ def run_simulators(
       seeds: one per episode.
       num_simulators: B.
       video_seeds: episodes to record.
-      draw: returns an image `[h, w, 3]` uint8 of a simulator.
+      draw: renders an image `[h, w, 3]` uint8 of a simulator.
 
     Yields:
       Episodes in the order in which they end.
@@ -91,7 +91,7 @@ def run_simulators(
             views.append((yield from _until_view(lane, None)))
         state = controller.init(num_simulators)
         while any(view is not None for view in views):
-            # A lane without episodes keeps its row: a new batch size would recompile the step.
+            # A simulator without episodes keeps its row: a new batch size would recompile `step`.
             filler = next(view for view in views if view is not None)
             batch = [view or filler for view in views]
             reset = np.array([view.step == 0 for view in batch])
@@ -184,19 +184,19 @@ def run_env(agent: Agent, params: Params, env: Env, instructions: Array, keys: K
 
     def step(carry, t):
         agent_state, states, observations, done, success, num_steps = carry
-        visible = observations._replace(instruction=instructions[index])
+        observations = observations._replace(instruction=instructions[index])
         reset = jnp.full(num_episodes, t == 0)
-        agent_state, actions = agent.step(params, agent_state, visible, reset)
+        agent_state, actions = agent.step(params, agent_state, observations, reset)
         states, transition = jax.vmap(env.step)(states, actions)
         success |= transition.success & ~done
         num_steps += ~done
         done |= transition.terminated | transition.truncated
         return (agent_state, states, transition.observation, done, success, num_steps), None
 
-    none = jnp.zeros(num_episodes, bool)
+    false = jnp.zeros(num_episodes, bool)
     start = (
         agent.init(params, num_episodes), states, observations,
-        none, none, jnp.zeros(num_episodes, jnp.int32),
+        false, false, jnp.zeros(num_episodes, jnp.int32),
     )  # fmt: skip
     (*_, success, num_steps), _ = jax.lax.scan(step, start, jnp.arange(env.max_steps))
     return Episodes(success, num_steps, index)

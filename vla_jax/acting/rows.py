@@ -1,8 +1,8 @@
 """Rows of acting state: the robots of a batch, or the sessions of a table, selected by index.
 
 All functions take any tree whose leaves are `[B, ...]`, such as an `AgentState`. They are pure and
-can be jitted. To fill up a batch of fixed size, use the index B: `gather_rows` returns the last row
-for it, and `scatter_rows` drops what is written there.
+can be jitted. To pad a batch to a fixed size, use the index B: `gather_rows` returns the last row
+for it, and `scatter_rows` ignores the row written to it.
 """
 
 from typing import TypeVar

@@ -1,6 +1,6 @@
 """Discretisation of actions into bins, and bins as the last tokens of a vocabulary.
 
-`num_bins` edges, evenly spaced from `low` to `high`, leave `num_bins - 1` intervals. Bin b is the
+`num_bins` edges, evenly spaced from `low` to `high`, bound `num_bins - 1` intervals. Bin b is the
 b-th interval; the last bin, `num_bins - 1`, contains only `high` itself and is decoded like the
 interval below it. Bin indices are those of OpenVLA and RoboVLMs minus one.
 """

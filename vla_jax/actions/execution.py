@@ -1,6 +1,6 @@
 """Selection of the action to send from the predicted chunks, and gripper rules.
 
-The policy predicts a chunk at every environment step, since a memory must see every frame. `kind`
+The policy predicts a chunk at every environment step, so that its memory gets every frame. `kind`
 determines which action is sent:
 
 - `first`: the first action of the newest chunk (RoboVLMs, for any chunk length).
@@ -37,7 +37,7 @@ GripperRule = Literal["as_wanted", "repeat_change", "open_late"]
 
 @dataclasses.dataclass(frozen=True)
 class ExecutionConfig:
-    """Rules from predicted chunks to single actions."""
+    """Rules that turn predicted chunks into single actions."""
 
     kind: Kind = "first"  # which action is sent: first, receding_horizon or temporal_ensemble
     exec_horizon: int = 1  # environment steps for which "receding_horizon" executes one chunk
@@ -88,7 +88,7 @@ class RecedingPlan(NamedTuple):
     """The chunk that is being executed."""
 
     chunk: ActionChunk  # [B, K, A-1], [B, K]
-    age: jax.Array  # [B] int32, actions of it that were sent; 0 = take a new chunk
+    age: jax.Array  # [B] int32, number of its actions sent so far; 0 = take a new chunk
 
 
 class EnsemblePlan(NamedTuple):
@@ -104,7 +104,7 @@ class GripperState(NamedTuple):
 
     wanted: jax.Array  # [B] target at the last step, +1 open / -1 closed, 0 before the first action
     change: jax.Array  # [B] last change sent by "repeat_change", +1 open, -1 close, 0 none
-    steps: jax.Array  # [B] int32, steps left to send it; with "open_late" steps waited
+    steps: jax.Array  # [B] int32, steps left to send it; "open_late": steps the target is open
 
 
 class ChunkRule(NamedTuple):

@@ -5,11 +5,11 @@ from typing import Literal, get_args
 import numpy as np
 
 Gripper = Literal[
-    "open_positive",  # +1 open, -1 closed: the library's own, and CALVIN's
+    "open_positive",  # +1 open, -1 closed: that of this library and of CALVIN
     "closed_positive",  # +1 closed, -1 open
     "open_one_closed_zero",  # 1 open, 0 closed
     "closed_one_open_zero",  # 1 closed, 0 open
-    "open_one_else_closed",  # 1 open, anything else closed: RoboVLMs' reading of Open X-Embodiment
+    "open_one_else_closed",  # 1 open, anything else closed: as RoboVLMs reads Open X-Embodiment
 ]
 
 
@@ -17,7 +17,7 @@ def gripper_to_open_positive(action: np.ndarray, gripper: Gripper) -> np.ndarray
     """Returns the actions with the gripper as +1 open, -1 closed.
 
     Args:
-      action: `[F, A]`, gripper last.
+      action: `[num_frames, A]`, gripper last.
       gripper: the data set's convention.
 
     Returns:
@@ -33,11 +33,12 @@ def gripper_to_open_positive(action: np.ndarray, gripper: Gripper) -> np.ndarray
     from_zero = gripper in ("open_one_closed_zero", "closed_one_open_zero")
     least = 0 if from_zero else -1
     signs = gripper in ("open_positive", "closed_positive")
-    halfway = signs and low >= 0 and low < 0.5  # 0 … 1 where -1 … 1 was declared
-    if low < least - 1e-3 or high > 1 + 1e-3 or halfway:
+    is_unsigned = signs and low >= 0 and low < 0.5  # 0 … 1 where -1 … 1 was declared
+    if low < least - 1e-3 or high > 1 + 1e-3 or is_unsigned:
+        remark = ", some below 0" if is_unsigned else ""
         raise ValueError(
-            f"gripper declared as {gripper!r} must lie in [{least}, 1], got values from {low:g} "
-            f"to {high:g}; declare another of {get_args(Gripper)}."
+            f"gripper declared as {gripper!r} must lie in [{least}, 1]{remark}, got values from "
+            f"{low:g} to {high:g}; declare another of {get_args(Gripper)}."
         )
     signed = 2 * values - 1 if from_zero else values
     if gripper == "open_one_else_closed":

@@ -34,7 +34,9 @@ class ToolFrame:
                 f"unknown delta '{self.delta}'; {did_you_mean(self.delta, get_args(Delta))}"
             )
         if min(self.orientation) < 0:
-            raise ValueError(f"orientation must be columns from 0 on, got {self.orientation}.")
+            raise ValueError(
+                f"orientation must be column indices of 0 or more, got {self.orientation}."
+            )
         if self.radians <= 0:
             raise ValueError(f"radians must be positive, got {self.radians}.")
 

@@ -38,7 +38,7 @@ class ImageSpec(NamedTuple):
     height: int  # pixels
     width: int  # pixels
     cameras: tuple[str, ...]  # fields of Observation
-    resampling: Resampling  # how the reader resizes images of another size
+    resampling: Resampling  # method of resizing images of another size
     mean: tuple[float, float, float]  # of RGB values in [0, 1], subtracted
     std: tuple[float, float, float]  # of RGB values in [0, 1], divided by
 
@@ -48,9 +48,9 @@ class Backbone(NamedTuple):
 
     config: type  # dataclass of its config, with a field `kind`
     init: Callable[[Key, Any], Params]
-    # (params, config, observation [..., parts]) -> tokens [..., N, D], mask [..., N]
+    # (params, config, observation [...]) -> tokens [..., N, D], mask [..., N]
     apply: Callable[[Params, Any, Observation], Tokens]
-    # (config, instruction) -> ids [S] int32; those of "" stand for a hidden instruction
+    # (config, instruction) -> ids [S] int32; those of "" stand for a masked instruction
     tokenize: Callable[[Any, str], np.ndarray]
     check_instructions: Callable[[Any, Iterable[str]], None]  # raises if two give the same ids
     image_spec: Callable[[Any], ImageSpec | None]  # None = uses no images

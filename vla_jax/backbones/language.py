@@ -24,13 +24,13 @@ class Words(nn.Module):
         embed = nn.Embed(self.vocab_size, self.token_dim, dtype=jnp.dtype(self.dtype), name="embed")
         place = self.param("place", nn.initializers.normal(1.0), (self.max_words, self.token_dim))
         silence = self.param("silence", nn.initializers.normal(1.0), (self.token_dim,))
-        visible = (instruction > 0)[..., None]
+        is_word = (instruction > 0)[..., None]
         words = embed(instruction) * self.token_dim**0.5
         words = words + place.astype(words.dtype).reshape(
             *(1,) * (instruction.ndim - 1), *place.shape
         )
         words = jnp.tanh(nn.Dense(self.token_dim, dtype=jnp.dtype(self.dtype), name="mix")(words))
-        count = visible.sum(-2)
-        total = (words * visible).sum(-2) / jnp.sqrt(jnp.maximum(count, 1))
+        count = is_word.sum(-2)
+        total = (words * is_word).sum(-2) / jnp.sqrt(jnp.maximum(count, 1))
         silence = repeat(silence, "D -> B D", B=instruction.shape[0]).astype(total.dtype)
         return jnp.where(count > 0, total, silence)

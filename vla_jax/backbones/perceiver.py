@@ -34,7 +34,7 @@ class PerceiverConfig:
     width: int = 64  # features of patches and latents
     num_heads: int = 4  # heads of every attention layer
     num_latents: int = 8  # visual tokens per step
-    token_dim: int = 16  # features D of a token; small: the decoder needs fewer demonstrations
+    token_dim: int = 16  # features D of a token; a small D needs fewer demonstrations
     patch_layers: int = 0  # self-attention layers over the patches (ViT); slow on a CPU
     latent_layers: int = 1  # self-attention layers over the latents
     proprio_dim: int = 8  # dimensions P of the proprioception

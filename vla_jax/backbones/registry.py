@@ -35,7 +35,7 @@ def get(config: Any) -> Backbone:
 
 
 def image_size(config: Any) -> int:
-    """Returns the pixels along each side of the images to render for a backbone; 0 = no images.
+    """Returns the height and width, in pixels, of the images to render for a backbone; 0 = none.
 
     Raises:
       ValueError: the backbone takes images that are not square.
@@ -45,7 +45,7 @@ def image_size(config: Any) -> int:
         return 0
     if spec.height != spec.width:
         raise ValueError(
-            f"images of a simulator are square, got {spec.height} × {spec.width} pixels for "
+            f"images of a simulator must be square, got {spec.height} × {spec.width} pixels for "
             f"backbone '{config.kind}'; choose a backbone with square images."
         )
     return spec.height

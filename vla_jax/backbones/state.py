@@ -51,8 +51,8 @@ def apply(params: Params, config: StateConfig, observation: Observation) -> Toke
     Args:
       params: from `init`.
       config: config of the params.
-      observation: `environment_state [..., E]`, `proprio [..., P]`, `instruction [..., S]`, with
-        any leading axes.
+      observation: `environment_state [..., state_dim]`, `proprio [..., P]`, `instruction
+        [..., S]`, with any leading axes.
 
     Returns:
       Tokens `[..., 3, D]` float32, all of them real.

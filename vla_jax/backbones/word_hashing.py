@@ -25,7 +25,7 @@ def word_id(word: str, vocab_size: int) -> int:
 def tokenize(text: str, *, max_words: int, vocab_size: int) -> np.ndarray:
     """Returns the word ids of an instruction, padded with 0 (no word).
 
-    Two words may have the same id; `check_collisions` tests it for known words.
+    Two words may have the same id; `check_collisions` checks a set of known words.
 
     Args:
       text: the instruction, any language; an empty one gives zeros.
@@ -63,8 +63,8 @@ def check_collisions(texts: Iterable[str], vocab_size: int) -> None:
         other = words_by_id.setdefault(word_id(word, vocab_size), word)
         if other != word:
             raise ValueError(
-                f"vocab_size must keep the words of the instructions apart, got {vocab_size}, "
-                f"where {other!r} and {word!r} share id {word_id(word, vocab_size)}; "
+                f"vocab_size must give all words of the instructions different ids, got "
+                f"{vocab_size}, where {other!r} and {word!r} share id {word_id(word, vocab_size)}; "
                 f"choose another vocab_size, such as {2 * vocab_size}."
             )
 

@@ -5,8 +5,7 @@ The composition of two steps of hₜ = aₜ hₜ₋₁ + bₜ has the same form,
     (a, b) then (a′, b′)  =  (a′ a, a′ b + b′),
 
 and this operation is associative: log₂ T rounds replace a loop of T steps, with more arithmetic.
-It pays on a GPU for long sequences; on a CPU a loop over a cell without a recurrent product is
-faster.
+It is faster on a GPU for long sequences; on a CPU a loop is faster, as its steps are elementwise.
 
 Source: Blelloch 1990, "Prefix Sums and Their Applications"; Martin & Cundy 2018, "Parallelizing
 Linear Recurrent Neural Nets Over Sequence Length" (arXiv:1709.04057).

@@ -69,7 +69,7 @@ def init(key: Key, config: AttentionConfig, query_size: int, memory_size: int) -
     if config.score == "dot" and query_size != memory_size:
         raise ValueError(
             f"memory_size must equal query_size = {query_size} with score 'dot', got "
-            f"{memory_size}; choose 'general'."
+            f"{memory_size}; choose score 'general'."
         )
     shapes = _shapes(config, query_size, memory_size)
     keys = jax.random.split(key, max(1, len(shapes)))

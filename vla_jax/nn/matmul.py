@@ -109,7 +109,7 @@ def _kernel_first(inputs: jax.Array, stored: jax.Array) -> jax.Array:
     *leading, size = inputs.shape
     num_rows = math.prod(leading)
     rows = inputs.reshape(num_rows, size)
-    if isinstance(num_rows, int) and num_rows > 1:  # symbolic if an export leaves the batch open
+    if isinstance(num_rows, int) and num_rows > 1:  # symbolic in an export with any batch size
         rows = jnp.pad(rows, ((0, -num_rows % 4), (0, 0)))  # multiples of four rows are faster
     columns = jnp.einsum("oi,bi->ob", stored, rows, preferred_element_type=jnp.float32)
     # Without the barrier XLA would fold this transpose into the product and lose the layout.

@@ -17,7 +17,7 @@ def run_in_chunks(
 ) -> tuple[Any, jax.Array]:
     """Same result as `run(carry, steps)`, but stores only the carries between chunks.
 
-    Each chunk is run again in the backward pass. The last chunk is filled up with masked steps.
+    Each chunk is run again in the backward pass. The last chunk is padded with masked steps.
 
     Args:
       run: runs some steps in sequence; a masked step keeps the carry.

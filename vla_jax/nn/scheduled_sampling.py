@@ -20,11 +20,8 @@ from vla_jax.nn import seq2seq
 from vla_jax.nn.seq2seq import Decoded, Memory, Seq2SeqConfig
 from vla_jax.types import Array, Key, Params
 
-Choose = Callable[
-    [Array, Key | None], jax.Array
-]  # (outputs [B, V or A], key) -> values to feed back
-
-
+# (outputs [B, V or A], key) -> values to feed back
+Choose = Callable[[Array, Key | None], jax.Array]
 Schedule = Literal["always", "linear", "exponential", "inverse_sigmoid"]
 
 
@@ -32,7 +29,7 @@ Schedule = Literal["always", "linear", "exponential", "inverse_sigmoid"]
 class SamplingConfig:
     """Schedule of the probability of feeding back the true outputs (teacher forcing)."""
 
-    schedule: Schedule = "always"  # how the probability decreases; "always" = teacher forcing
+    schedule: Schedule = "always"  # how the probability of teacher forcing decreases; "always" = 1
     slope: float = 1e-3  # of "linear": decrease of the probability per update
     least: float = 0.0  # of "linear": lower bound of the probability
     base: float = 0.999  # of "exponential": factor of the probability per update
@@ -194,9 +191,16 @@ def _run(
     steps: Any,
     num_steps: int,
 ) -> tuple[Decoded, jax.Array]:
-    """Runs over embedded targets `[T, B, embed_size]`, flags where they are used `[T, B]`, keys.
+    """Runs the decoder, each step on a target or on its own previous output.
 
-    Each of `steps` may be None.
+    Args:
+      params: from `seq2seq.init`.
+      config: the config given to `init`.
+      memory: from `seq2seq.encode`.
+      choose: as for `free_running`.
+      steps: embedded targets `[T, B, embed_size]`, flags `[T, B]` True where they are the inputs,
+        and keys `[T]`; each may be None.
+      num_steps: T.
     """
     if choose is None:
         choose = argmax if config.target == "tokens" else identity

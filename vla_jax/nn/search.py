@@ -1,7 +1,7 @@
 """Greedy decoding and beam search for `seq2seq`.
 
-Both stop when every row of the batch has ended. They compile: the number of steps depends on the
-data, the shapes of the results do not.
+Both stop when every row of the batch has ended. Both can be jitted: the number of steps depends on
+the data, the shapes of the results do not.
 """
 
 from typing import Any, NamedTuple
@@ -79,8 +79,8 @@ def beam(
         score = log P(ids) / ((5 + length) / 6)^α        length includes the end
 
     Log probabilities decrease with every id, so α = 0 prefers short targets; α ≈ 0.6 … 1
-    compensates for this. A beam that has ended stays and competes with its score. One beam is
-    `greedy`.
+    compensates for this. A beam that has ended stays and competes with its score. With one beam the
+    ids are those of `greedy`.
 
     Args:
       params: from `seq2seq.init`.

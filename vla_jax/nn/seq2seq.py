@@ -74,7 +74,7 @@ class Seq2SeqConfig:
             )
         if self.bidirectional and self.score == "dot":
             raise ValueError(
-                "bidirectional must be False with score 'dot', got True; choose 'general'."
+                "bidirectional must be False with score 'dot', got True; choose score 'general'."
             )
         encoder_config(self)  # checks the other fields
 

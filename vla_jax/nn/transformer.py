@@ -308,6 +308,6 @@ def _check(
             chex.assert_type(flags, bool)
     if inputs.shape[1] > config.num_positions:
         raise ValueError(
-            f"a window of a transformer must have at most its {config.num_positions} positions, "
-            f"got {inputs.shape[1]} steps; cut it, or train with a larger window_size."
+            f"inputs must have at most num_positions = {config.num_positions} steps, got "
+            f"{inputs.shape[1]}; shorten the window, or train with a larger window_size."
         )

@@ -1,10 +1,10 @@
-"""Truncated back-propagation through time: long episodes in chunks that share their carry.
+"""Truncated back-propagation through time: long episodes in chunks that pass on their carry.
 
     chunks = truncated.chunks(steps, 50, burn_in=10)     # each [B, 10 + 50, ...]
     for every chunk, with an update of the params after each:
         carry, outputs = truncated.apply(model, params, carry, chunk, burn_in=10)
 
-Gradients stop at the first step of a chunk; earlier steps influence it through the carry only. A
+Gradients stop at the first step of a chunk; earlier steps influence it through the carry only. The
 carry was computed with the params of an earlier update. Burn-in corrects this: the last steps
 before a chunk are run again with the current params, without gradient and without outputs.
 

@@ -73,7 +73,7 @@ def check(config: DecoderFields) -> None:
 
 
 def init(key: Key, config: DecoderFields) -> Params:
-    """Returns the decoder part of `seq2seq.init`, and `"bridge"` to its first carry.
+    """Returns the decoder part of `seq2seq.init`, and `"bridge"`, from features to its first carry.
 
     Args:
       key: consumed.

@@ -32,7 +32,7 @@ class DecoderFields:
     head: HeadName = "continuous"  # action head: continuous, discrete (bins), or autoregressive
     score: AnyScore = "general"  # attention score of the autoregressive head; none = no attention
     num_bins: int = 256  # V, bins of each action dimension in [-1, 1], discrete head only
-    head_sizes: tuple[int, ...] = (1024, 512, 256)  # hidden layers of each head MLP
+    head_sizes: tuple[int, ...] = (1024, 512, 256)  # widths of the hidden layers of each head MLP
     dropout: float = 0.0  # dropout probability: between recurrent layers, or as in GPT-2
     remat_chunk: int = 0  # steps per rematerialised chunk of the recurrence; 0 stores everything
     implementation: Implementation = "auto"  # time loop of the recurrence; auto = bptt

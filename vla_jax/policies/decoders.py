@@ -80,7 +80,7 @@ def apply(
       timestep_mask: `[B, W]`, True where the step is real; None means everywhere.
       token_mask: `[B, W, N]`, True where the token is real; None means everywhere.
       reset: `[B, W]`, True where a new episode starts; None means nowhere.
-      carry: of the recurrence before the first step; None means zeros. None for "gpt".
+      carry: of the recurrence before the first step; None means zeros. Must be None for "gpt".
       targets: ground-truth actions for teacher forcing (head "autoregressive" only); None decodes
         from the model's own actions.
       key: consumed, for dropout and for `targets.rate`; None disables dropout.
@@ -325,7 +325,7 @@ def check_tokens(config: DecoderConfig, tokens: Array, axes: str) -> None:
 
     Args:
       config: of the decoder.
-      tokens: argument of the user.
+      tokens: tokens to check.
       axes: expected axes, such as "[B, W, N, D]".
     """
     least = config.num_tokens or least_tokens(config)

@@ -28,7 +28,7 @@ from vla_jax.types import Array, Key, Params
 class GPTState(NamedTuple):
     """Key-value cache and, in mode "refresh", the inputs from which it is recomputed."""
 
-    inputs: jax.Array | None  # [B, W, H] float32, oldest first; undefined after `age`
+    inputs: jax.Array | None  # [B, W, H] float32, oldest first; undefined from index `age` on
     cache: Cache  # leaves [B, W, M, E]
     age: jax.Array  # [B] int32, steps of this episode so far
 
@@ -87,8 +87,8 @@ def _apply(
 def _init_stream(config: DecoderFields, batch_size: int, mode: Mode, window_size: int) -> GPTState:
     if window_size > config.window_size:
         raise ValueError(
-            f"window_size must be at most {config.window_size} for a decoder of kind 'gpt', which "
-            f"has learned no later position, got {window_size}; train with a larger window_size."
+            f"window_size must be at most {config.window_size} for a decoder of kind 'gpt', its "
+            f"number of learned positions, got {window_size}; train with a larger window_size."
         )
     inputs = jnp.zeros((batch_size, window_size, config.hidden_size))
     return GPTState(
@@ -116,7 +116,7 @@ def _step(
 def _slide(
     params: Params, config: DecoderFields, state: GPTState, inputs: jax.Array, newest: jax.Array
 ) -> tuple[jax.Array, Cache, jax.Array]:
-    """Advances mode "refresh": features `[B, H]` of the last W steps."""
+    """Advances mode "refresh"; returns the inputs, the cache and the features `[B, H]`."""
     trunk, trunk_config = params["transformer"], transformer_config(config)
     window_size, age = inputs.shape[1], state.age
     is_past = age >= window_size
@@ -140,7 +140,7 @@ def _slide(
 def _append(
     params: Params, config: DecoderFields, state: GPTState, newest: jax.Array
 ) -> tuple[Cache, jax.Array]:
-    """Advances mode "periodic": features `[B, H]` of the steps since the last clearing."""
+    """Advances mode "periodic"; returns the cache and the features `[B, H]`."""
     window_size = state.cache["layers_0"].keys.shape[1]
     position = state.age % window_size
     return transformer.step(

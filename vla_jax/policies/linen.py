@@ -5,10 +5,10 @@ wrap. The params of a module are the same tree as those of the functions: the fu
 (`decoders.init_stream`, `checkpoint`, `convert`) take `module.init(...)["params"]`, and
 `module.apply` takes the functions' params.
 
-    encoder → linen.Decoder(config)(tokens)                  inside your own module
-    nn.RNN(linen.RecurrentCell("gru", 512))(inputs)                   a cell in Flax's time loop
+    linen.Decoder(config)(tokens)                        in your own module, after an encoder
+    nn.RNN(linen.RecurrentCell("gru", 512))(inputs)      a cell in Flax's time loop
 
-From NNX, by Flax's bridge, initialised with a batch of inputs:
+From NNX, through Flax's bridge, initialised with a batch of inputs:
 
     decoder = nnx.bridge.ToNNX(linen.Decoder(config), rngs=nnx.Rngs(0)).lazy_init(tokens)
     params = nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
@@ -34,7 +34,7 @@ from vla_jax.types import ActionChunk, Array, Key, Params, Prediction
 
 
 class RecurrentCell(nn.RNNCellBase):
-    """A cell of `cells.CELLS`; its carry is the cell's own, such as `LSTMCarry(hidden, cell)`."""
+    """A cell of `cells.CELLS`; its carry is that of the cell, such as `LSTMCarry`."""
 
     cell: CellName  # key of `cells.CELLS`
     hidden_size: int  # H

@@ -5,7 +5,7 @@
     state = policy.init_stream(params, config, batch_size)             # on the robot
     state, chunk = policy.step(params, config, state, observation)
 
-Both give the same chunks.
+`apply` and `step` predict the same chunks.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ class PolicyConfig:
         num_tokens = self.decoder.num_tokens or produced[0]  # 0 = any number
         if produced != (num_tokens, self.decoder.token_dim):
             raise ValueError(
-                f"decoder must expect the backbone's tokens {list(produced)}, got "
+                f"decoder must expect the backbone's tokens [N, D] = {list(produced)}, got "
                 f"num_tokens {num_tokens} and token_dim {self.decoder.token_dim}; "
                 "use policy.connect."
             )
@@ -73,7 +73,7 @@ def init(key: Key, config: PolicyConfig) -> Params:
 
 
 def encode(params: Params, config: PolicyConfig, observation: Observation) -> Tokens:
-    """Returns the tokens of observations, each on its own.
+    """Returns the tokens of observations, each encoded independently.
 
     Args:
       params: from `init`.

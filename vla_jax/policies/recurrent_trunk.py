@@ -2,7 +2,8 @@
 
 Streaming advances C carries per row of the batch. With `age` = steps since the episode began,
 
-    carry c is zeroed where age mod period = c;   carry 0 acts while age < C, then (age + 1) mod C
+    carry c is zeroed where age mod period = c
+    acting carry = 0 while age < C, then (age + 1) mod C
 
 - "refresh": C = period = W. Every output is that of the last W steps from a zero carry, as in
   training and in RoboVLMs: W carries, each started one step after the one before, advance as one
@@ -109,7 +110,7 @@ def _step(
         reset=zeroed,
     )
     acting = jnp.where(age < num_carries, 0, (age + 1) % num_carries)
-    # With C > 1 the head's ring buffer is indexed by the whole age.
+    # With C > 1 the head's ring buffer is indexed by the age in the episode, not in the period.
     num_previous = age if num_carries > 1 else age % state.period
     return RecurrentState(carry, age + 1, state.period), StepFeatures(
         features, acting, num_previous

@@ -17,7 +17,8 @@ class StepFeatures(NamedTuple):
     """Features of one streamed step, for each of the trunk's C parallel memories.
 
     A recurrent trunk in mode "refresh" advances C memories that started at different steps; the
-    acting memory is the one as old as the window. Otherwise C = 1.
+    acting memory is the one that has seen the last W steps, or a shorter episode so far. Otherwise
+    C = 1.
     """
 
     features: jax.Array  # [B, C, H] float32, of each memory
