@@ -175,7 +175,10 @@ def test_images_are_scaled_to_one(key):
     [
         ({"kind": "lstn"}, "unknown kind 'lstn'; .* Did you mean 'lstm'"),
         ({"hidden_sizes": ()}, "hidden_sizes must hold at least one width"),
-        ({"object_size": 2, "object_sizes": ()}, "object_size must be >= 0, and above 0"),
+        (
+            {"object_size": 2, "object_sizes": ()},
+            "object_size must be at least 0, and object_sizes not",
+        ),
     ],
 )
 def test_a_wrong_network_config_is_refused(wrong, message):

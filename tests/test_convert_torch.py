@@ -300,7 +300,7 @@ def test_projections_are_refused():
 def test_omitting_nonzero_biases_raises(key):
     config = RecurrenceConfig("gru", hidden_size=H)
     params = recurrence.init(key, config, D)
-    with pytest.raises(ValueError, match="needs biases of zero, got others in bias_ih_l0, bias_hh"):
+    with pytest.raises(ValueError, match="needs biases of zero, got nonzero bias_ih_l0, bias_hh"):
         convert.to_torch(config, params, bias=False)
 
 

@@ -365,7 +365,9 @@ def test_buffers_of_old_gpt_files_are_not_weights():
     assert config.window_size == 5
     assert set(convert.report_robovlms(theirs | buffers, config).buffers) == set(buffers)
     assert_same(convert.to_robovlms(config, params), sort(theirs))
-    expect("window_size must be the 5 positions of the GPT, got 8", theirs, window_size=8)
+    expect(
+        "window_size must be 5, the number of positions of the GPT, got 8", theirs, window_size=8
+    )
 
 
 @pytest.mark.parametrize("pooling", ["mean", "attention"])

@@ -98,7 +98,7 @@ def check(
 
 
 def warn(report: Report) -> None:
-    """Warns of tensors that were cast, or missing and randomly initialised (at the user's call)."""
+    """Warns, at the line of the user's call, of tensors that were cast or randomly initialised."""
     if report.cast:
         dtypes = ", ".join(sorted(set(report.cast.values())))
         warnings.warn(f"{len(report.cast)} tensors cast from {dtypes} to float32", stacklevel=3)
@@ -120,7 +120,7 @@ def to_json(report: Report) -> dict[str, Any]:
 def table(report: Report) -> Table:
     """Returns the report as a table for `rich`, without empty rows.
 
-    Missing and misshapen tensors are all named, of used and left-over ones the first few.
+    All missing and misshapen tensors are named, but only the first few of the others.
     """
     shown = Table()
     for column in ("", "tensors", "parameters", "names"):
@@ -133,10 +133,10 @@ def table(report: Report) -> Table:
         ("of another shape", misshapen, "\n".join(_misshapen(report))),
         ("buffers", report.buffers, abbreviate(list(report.buffers))),
     )
-    for fate, shapes, names in rows:
+    for label, shapes, names in rows:
         if shapes:
             count = sum(math.prod(shape) for shape in shapes.values())
-            shown.add_row(fate, f"{len(shapes)}", f"{count:,}", names)
+            shown.add_row(label, f"{len(shapes)}", f"{count:,}", names)
     if report.cast:
         dtypes = sorted(set(report.cast.values()))
         shown.add_row("cast to float32", f"{len(report.cast)}", "", f"from {abbreviate(dtypes)}")
@@ -146,7 +146,7 @@ def table(report: Report) -> Table:
 
 
 def abbreviate(names: Sequence[str]) -> str:
-    """Joins names with commas; of many the first, and the number of others."""
+    """Joins names with commas; a long list is cut, and the number of other names follows."""
     more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
     return ", ".join(names[:_MAX_NAMES]) + more
 

@@ -25,15 +25,14 @@ from vla_jax.types import Params
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """Options of a conversion: what the shapes of the tensors do not determine."""
+    """Options of a conversion that the shapes of the tensors do not determine."""
 
     window_size: int | None = None  # W, steps; None = positions of a GPT, 8 for other heads
     pooling: Literal["max", "none"] = "max"  # token pooling, RoboVLMs' down_sample
     num_latents: int = 1  # tokens per step after pooling, RoboVLMs' latent
     num_heads: int = 8  # attention heads of a GPT
-    allow_missing: tuple[
-        str, ...
-    ] = ()  # globs of tensors that may be missing; randomly initialised
+    # globs of names of tensors that may be missing; their params are randomly initialised
+    allow_missing: tuple[str, ...] = ()
     prefix: str = ""  # prefix of the names of a torch.nn.LSTM, GRU or RNN, such as encoder.rnn.
     overwrite: bool = False  # replace DST if it exists
 

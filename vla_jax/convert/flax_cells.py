@@ -40,7 +40,7 @@ Style = Literal["linen", "nnx", "nnx_optimized"]
 
 
 class Layout(NamedTuple):
-    """Submodules of a Flax cell that hold our gates, all of them the same number of gates."""
+    """Submodules of a Flax cell that hold our gates, the same number of gates in each."""
 
     inputs: tuple[str, ...]  # modules of the input kernels, in the order of our gates
     recurrent: tuple[str, ...]  # modules of the recurrent kernels
@@ -121,7 +121,7 @@ def to_flax(cell: CellName, params: Params, style: Style = "linen") -> Params:
     if (cell, style) == ("gru", "nnx") and np.any(np.split(params["recurrent_bias"], 3)[2]):
         raise ValueError(
             "style='nnx' needs a recurrent bias of zero for gate n, which NNX's GRUCell does not "
-            "have, got another; choose style='linen'."
+            "have, got nonzero values; choose style='linen'."
         )
     parts = {name: np.split(leaf, len(layout.inputs), axis=-1) for name, leaf in params.items()}
     converted: Params = {}
@@ -201,13 +201,13 @@ def to_flax_stack(
     return [convert(layer, "forward") for layer in range(config.num_layers)]
 
 
-def _leaves(params: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields "module.leaf" and array, of nested dicts or NNX states."""
+def _leaves(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields "module.leaf" and its array, from nested dicts or NNX states."""
     for name, value in params.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{above}{name}.")
+            yield from _leaves(value, f"{prefix}{name}.")
         else:
-            yield f"{above}{name}", np.asarray(value)
+            yield f"{prefix}{name}", np.asarray(value)
 
 
 def _recognise(leaves: Mapping[str, np.ndarray]) -> tuple[CellName, Layout, Report]:

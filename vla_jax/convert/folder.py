@@ -41,8 +41,11 @@ def check_target(folder: Path, *, overwrite: bool) -> None:
       overwrite: True if an earlier conversion there, and nothing else, may be replaced.
     """
     if pathlib.Path(folder).exists() and not (overwrite and is_folder(folder)):
-        remedy = "or --overwrite" if is_folder(folder) else "it is not an earlier conversion"
-        raise FileExistsError(f"{folder} exists already; choose another name, {remedy}.")
+        if is_folder(folder):
+            raise FileExistsError(f"{folder} exists already; choose another name, or --overwrite.")
+        raise FileExistsError(
+            f"{folder} exists already and is not an earlier conversion; choose another name."
+        )
 
 
 def write_folder(

@@ -59,7 +59,7 @@ def check_config(config: Any, config_class: type) -> None:
     """Raises a ValueError unless a config is an instance of a class.
 
     Args:
-      config: argument of the user.
+      config: config to check.
       config_class: class that it must be of.
     """
     if not isinstance(config, config_class):

@@ -7,10 +7,10 @@
 
 The cells compute the same and have the same gate order: only names change and kernels are
 transposed. A round trip preserves every byte, and training is the same. A state dict does not
-contain `dropout`; `batch_first` (here the batch axis is always first); and the `nonlinearity` of
+contain `dropout`, `batch_first` (here the batch axis is always first), or the `nonlinearity` of
 a plain RNN, which must be tanh.
 
-Tensors may be of NumPy, JAX or PyTorch; PyTorch need not be installed.
+Tensors may be NumPy, JAX or PyTorch arrays; PyTorch need not be installed.
 """
 
 import re
@@ -124,7 +124,7 @@ def to_torch(
     nonzero = [name for name in tensors if name not in selected and tensors[name].any()]
     if nonzero:
         raise ValueError(
-            f"bias=False needs biases of zero, got others in {abbreviate(nonzero)}; use bias=True."
+            f"bias=False needs biases of zero, got nonzero {abbreviate(nonzero)}; use bias=True."
         )
     return {prefix + name: tensors[name] for name in selected}
 

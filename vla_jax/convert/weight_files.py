@@ -1,4 +1,4 @@
-"""Files of tensors of other libraries, read without executing code in them, and written.
+"""Reading and writing of tensor files of other libraries, without executing code in them.
 
 `.pt`, `.pth` and `.ckpt` are PyTorch files and need torch, which `vla-jax[torch]` installs;
 `.safetensors` needs no extra. Tensors become NumPy arrays, bfloat16 included, and keep their
@@ -118,7 +118,8 @@ def _read_torch(path: pathlib.Path) -> TensorFile:
     foreign = [name for name, tensor in tensors.items() if not isinstance(tensor, torch.Tensor)]
     if foreign:
         raise ValueError(
-            f"{path} must hold tensors only, got others in {abbreviate(foreign)}; remove them."
+            f"{path} must hold tensors only, got other values in {abbreviate(foreign)}; remove "
+            "them."
         )
     ignored = tuple(str(name) for name in content if container and name != container)
     return TensorFile({name: as_numpy(x) for name, x in tensors.items()}, container, ignored)

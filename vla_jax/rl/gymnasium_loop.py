@@ -55,7 +55,7 @@ def check(config: SeedsConfig, env_config: DiscreteGymnasiumConfig) -> None:
     if config.num_seeds != 1 or jax.process_count() > 1:
         raise ValueError(
             f"num_seeds must be 1 in a Gymnasium environment, in one process, got "
-            f"{config.num_seeds} in {jax.process_count()}; start one training per --seed."
+            f"{config.num_seeds} in {jax.process_count()} processes; start one training per seed."
         )
     with contextlib.ExitStack() as stack:
         open_envs(env_config, 1, stack)

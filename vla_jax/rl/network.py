@@ -34,7 +34,7 @@ Outputs = dict[str, jax.Array]  # name of a head -> [..., size of the head]
 class NetworkConfig:
     """The network of a policy or of a Q-function."""
 
-    kind: str = "fc"  # "fc" = feed-forward (no memory), or a recurrent cell
+    kind: str = "fc"  # "fc" = feed-forward (no memory), or a recurrent cell: rnn, lstm, gru, …
     object_size: int = 0  # features per object in the observation; 0 = no list of objects
     object_sizes: tuple[int, ...] = (64, 64)  # layer widths of the MLP applied to each object
     hidden_sizes: tuple[int, ...] = (64, 64)  # layer widths of the main MLP
@@ -46,13 +46,13 @@ class NetworkConfig:
             raise ValueError(f"unknown kind '{self.kind}'; {did_you_mean(self.kind, MEMORIES)}")
         if not self.hidden_sizes or min(self.hidden_sizes) < 1 or self.memory_size < 1:
             raise ValueError(
-                "hidden_sizes must hold at least one width and all be >= 1, memory_size too, got "
-                f"{self.hidden_sizes} and {self.memory_size}."
+                "hidden_sizes must hold at least one width, all widths and memory_size at least 1, "
+                f"got {self.hidden_sizes} and {self.memory_size}."
             )
         if self.object_size < 0 or (self.object_size and not self.object_sizes):
             raise ValueError(
-                "object_size must be >= 0, and above 0 object_sizes hold at least one width, got "
-                f"{self.object_size} and {self.object_sizes}."
+                "object_size must be at least 0, and object_sizes not empty if it is above 0, "
+                f"got {self.object_size} and {self.object_sizes}."
             )
 
 

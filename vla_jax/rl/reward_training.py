@@ -186,7 +186,7 @@ _JAX = Backend(_check_jax, _learn_jax, _record_jax)
 _GYMNASIUM = Backend(
     check=_check_gymnasium,
     learn=_learn_gymnasium,
-    record=lambda config, algorithm, result, run_dir: None,  # Gymnasium draws on request only
+    record=lambda config, algorithm, result, run_dir: None,  # its environments do not render
 )
 
 

@@ -26,7 +26,7 @@ def sarsa_error(
         Gₜ = rₜ + γₜ [(1 − λₜ) q(s′ₜ, a′ₜ) + λₜ Gₜ₊₁]
 
     λ = 0 is plain SARSA, with the target r + γ q(s′, a′). The target is a stop-gradient, so that
-    descending δ² / 2 is the semi-gradient update q(s, a) ← q(s, a) + α δ.
+    gradient descent on δ² / 2 is the semi-gradient update q(s, a) ← q(s, a) + α δ.
 
     Args:
       q: q(sₜ, ·) `[T, num_actions]`.

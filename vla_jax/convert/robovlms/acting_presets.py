@@ -8,7 +8,7 @@ W = the decoder's `window_size`) and send the first action of every chunk. They 
 the start of an episode and when the instruction changes: pass the agent a `reset` there. Train
 with the same statistics and the same `normalize` and `tool_frame`.
 
-Source: Liu et al. 2024, RoboVLMs (arXiv:2412.14058), its wrappers for CALVIN and SIMPLER.
+Source: Li et al. 2024, RoboVLMs (arXiv:2412.14058), its wrappers for CALVIN and SIMPLER.
 """
 
 from collections.abc import Mapping

@@ -52,8 +52,8 @@ def from_robovlms(
       pooling: "max" for RoboVLMs' `down_sample` "pooling", "none" for its "none".
       num_tokens: N, tokens per step; 0 means any number, with pooling="none" `num_latents`.
       num_latents: RoboVLMs' `latent`; the sizes in the file are multiples of it.
-      action_dim: A; used only if it cannot be inferred, since the MLP of arm or gripper is missing
-        or both have equal output sizes (taken as missing outputs unless A = 2).
+      action_dim: A; used only if it cannot be inferred: the MLP of arm or gripper is missing, or
+        both have the same output size (taken as missing outputs unless A = 2).
       num_heads: M, attention heads of a GPT.
       allow_missing: glob or globs of names, such as "act_head.gripper.*", that may be missing;
         their params are randomly initialised, with one warning that names them.

@@ -108,8 +108,8 @@ def _check_known(
 def _window_size(trunk: _TrunkSizes, window_size: int | None) -> int:
     if window_size and trunk.window_size and window_size != trunk.window_size:
         raise ValueError(
-            f"window_size must be the {trunk.window_size} positions of the GPT, got {window_size}; "
-            "omit it, and stream with a smaller one."
+            f"window_size must be {trunk.window_size}, the number of positions of the GPT, got "
+            f"{window_size}; omit it (streaming can use a smaller one)."
         )
     known = trunk.window_size if window_size is None else window_size
     if known is None:

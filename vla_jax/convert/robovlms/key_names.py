@@ -1,7 +1,7 @@
 """Names of the tensors of RoboVLMs' policy heads, and their paths in our params.
 
-Kernels of PyTorch's `Linear` and `LSTM` are `[out, in]`, ours `[in, out]`, and so are those of
-Hugging Face's GPT-2.
+Kernels of PyTorch's `Linear` and `LSTM` are `[out, in]`; ours, like those of Hugging Face's GPT-2,
+are `[in, out]`.
 """
 
 import re
@@ -43,7 +43,7 @@ class HeadTensor(NamedTuple):
 
 
 def head_tensors(config: DecoderConfig) -> dict[str, HeadTensor]:
-    """Returns RoboVLMs' name, without prefix, to its counterpart, for all params of a decoder."""
+    """Returns a dict from RoboVLMs' names, without prefix, to all params of a decoder."""
     params = jax.eval_shape(partial(decoders.init, config=config), jax.random.key(0))
     leaves: dict[tuple[str, ...], Any] = flatten_dict(params)
     return {
@@ -64,7 +64,7 @@ def head_name(name: str) -> str:
 
 
 def find_head(tensors: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the head's tensors, name without prefixes to name in the file.
+    """Returns a dict from the names of the head's tensors without prefixes to those in the file.
 
     Raises:
       ValueError: there is no head, or two names differ only in their prefixes.
@@ -77,7 +77,7 @@ def find_head(tensors: Mapping[str, Any]) -> dict[str, str]:
         raise ValueError(
             f"tensors must hold '{HEAD}…', RoboVLMs' policy head, got "
             f"{abbreviate(sorted({_module(name) for name in tensors})) or 'none'}; convert a "
-            "checkpoint that was trained with one (a DiscreteDecoder has no tensors)."
+            "checkpoint that has one (a DiscreteDecoder has no tensors)."
         )
     head: dict[str, str] = {}
     for name in inside:
@@ -109,7 +109,7 @@ def _transformer_name(inner: list[str], leaf: str, kind: str) -> str:
     return f"gpt.h.{_index(inner[0])}.{_BLOCK['.'.join(inner[1:])]}.{kind}"
 
 
-# first key of a path -> RoboVLMs' name of (the keys between, the last key, weight or bias)
+# first key of a path -> (keys in between, last key, "weight" or "bias") -> RoboVLMs' name
 _NAMES: dict[str, Callable[[list[str], str, str], str]] = {
     "recurrence": _recurrence_name,
     "transformer": _transformer_name,
