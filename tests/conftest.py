@@ -10,14 +10,14 @@ from importlib.metadata import version
 
 os.environ.setdefault("MUJOCO_GL", "egl")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Environment variables reach the processes that tests start. Set JAX_COMPILATION_CACHE_DIR to
-# another folder to measure the tests with a cold cache.
+# Environment variables, since processes that tests start inherit them. Set
+# JAX_COMPILATION_CACHE_DIR to another folder to time the tests with a cold cache.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".jax_cache")
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 # Compilation takes most of the time, and the laws hold in unoptimised programs too; `make test-
-# optimised` sets it to 0.
+# optimised` sets this to 0.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # XLA's older code generators compile these programs in half the time. A jaxlib that does not know a
 # flag ends the process, so it is set only for versions that are known to have it.
@@ -31,8 +31,8 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-SAMPLING = 4  # of a test marked "sampled", one case in this many is fast
-MAX_MAPS = 20_000  # memory maps of a process, of 65,530; a compiled program takes a dozen
+SAMPLING = 4  # one in this many cases of a test marked "sampled" is fast
+MAX_MAPS = 20_000  # memory maps of a process; Linux allows 65,530, a compiled program takes ~12
 MAX_PAGES = 200_000  # resident memory of a process, pages of 4 kB
 
 

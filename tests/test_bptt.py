@@ -1,4 +1,4 @@
-"""Law 3: the hand-written backward pass equals the one that JAX derives, in every case."""
+"""Law 3: the hand-written backward pass equals JAX's automatic differentiation in every case."""
 
 from functools import partial
 
@@ -62,7 +62,7 @@ def size(request, monkeypatch):
 
 
 def gradients(name, key, flags, **options):
-    """Gradients by params, initial carry and inputs: hand-written, and derived by JAX."""
+    """Gradients by params, initial carry and inputs: hand-written, and by JAX."""
     cell, *arguments = draw_case(name, key)
     return [
         jax.jit(jax.grad(partial(loss, scan, cell, flags, **options), argnums=(0, 1, 2)))(
@@ -85,7 +85,7 @@ def assert_close(one, other, atol=2e-6):
 @each_cell
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize(("size", "which"), SIZES, indirect=["size"])
-def test_the_gradients_equal_those_that_jax_derives(name, which, reverse, key):
+def test_the_gradients_equal_those_of_jax(name, which, reverse, key):
     flags = draw_flags(FLAGS[which])
     by_hand, derived = gradients(name, key, flags, reverse=reverse)
     assert_close(by_hand, derived)
@@ -104,7 +104,7 @@ def test_bfloat16_products_give_the_gradients_of_float32_up_to_rounding(name, ke
     for ours, theirs, right in zip(*map(jax.tree.leaves, (by_hand, derived, exact)), strict=True):
         assert ours.dtype == jnp.float32
         error = np.abs(ours - right).max()
-        assert error <= 2 * np.abs(theirs - right).max() + 1e-6  # as accurate as what JAX derives
+        assert error <= 2 * np.abs(theirs - right).max() + 1e-6  # as accurate as JAX's
         assert error <= 0.03 * np.abs(right).max() + 1e-6
 
 
@@ -130,7 +130,7 @@ def test_the_gradients_equal_finite_differences(name, key):
 @pytest.mark.sampled
 @each_cell
 @each_size
-def test_second_derivatives_equal_those_that_jax_derives(name, key):
+def test_second_derivatives_equal_those_of_jax(name, key):
     cell, params, carry, projected = draw_case(name, key)
 
     def penalty(scan, projected):

@@ -147,7 +147,7 @@ def test_only_the_selected_tasks_occur():
 
 
 def test_moving_straight_to_the_block_succeeds():
-    """The actions of a person: above the block with closed gripper, then down."""
+    """Scripted: moves above the block with closed gripper, then down."""
     world = discrete_table.make(TableChoicesConfig())
     state, seen = jax.jit(jax.vmap(world.reset))(jax.random.split(jax.random.key(3), B))
     step, succeeded, over = jax.jit(jax.vmap(world.step)), np.zeros(B, bool), np.zeros(B, bool)

@@ -52,7 +52,7 @@ def commands(text):
 
 @pytest.fixture
 def families():
-    """Removes the family members that a guide adds."""
+    """Restores the registries to which a guide adds entries."""
     before = [(family, dict(family)) for family in (BACKBONES, CELLS, READERS, WORLDS)]
     yield
     for family, members in before:

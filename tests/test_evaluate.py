@@ -145,7 +145,7 @@ def test_damaged_settings_raise_one_sentence(folder):
         ({"world": "table_jax", "step": 10}, "refresh-4-table_jax-10"),
     ],
 )  # fmt: skip
-def test_each_way_of_acting_has_its_own_folder(folder, options, name):
+def test_each_set_of_options_has_its_own_folder(folder, options, name):
     quiet(folder, EvaluateConfig(num_episodes=2, num_videos=0, **options))
     assert len(read(folder, name)) == 2
 

@@ -1,3 +1,5 @@
+"""Gymnasium environments as simulators, with images and errors."""
+
 import sys
 
 import gymnasium as gym

@@ -1,3 +1,5 @@
+"""The JAX table: expert, layouts, contacts, tasks and images."""
+
 import functools
 
 import jax

@@ -22,7 +22,7 @@ from vla_jax.policies.decoder_config import DecoderConfig
 from vla_jax.types import Observation, Tokens
 
 B, T, W, S = 2, 5, 3, 6
-PAD = 127  # token id of padding, which other code must not know
+PAD = 127  # token id of padding; no other code may depend on it
 
 
 # --- the backbone -----------------------------------------------------------------------------

@@ -1,3 +1,5 @@
+"""Packed rows: every step once, with the outputs of separate windows."""
+
 import functools
 
 import numpy as np

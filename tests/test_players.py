@@ -46,7 +46,7 @@ def test_fewer_views_than_simulators_do_not_recompile_or_change_actions(player, 
     assert caplog.text.count("Compiling") == before > 0
 
 
-def test_a_controller_keeps_no_state_of_its_own(player):
+def test_a_controller_is_stateless(player):
     controller, reset = player.controller, np.ones(1, bool)
     initial = controller.init(1)
     state, first = controller.step(initial, [view(0)], reset)

@@ -6,7 +6,7 @@ from vla_jax.backbones import word_hashing
 from vla_jax.envs.table import jax_env, mujoco_env, rules, scene
 
 
-def test_each_pair_of_task_and_colour_has_a_sentence_of_its_own():
+def test_each_pair_of_task_and_colour_has_a_distinct_sentence():
     assert len({instruction.text for instruction in rules.INSTRUCTIONS}) == 12
     for index, (task, colour, sentence) in enumerate(rules.INSTRUCTIONS):
         assert (rules.TASKS.index(task), colour) == divmod(index, rules.NUM_BLOCKS)

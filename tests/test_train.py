@@ -537,7 +537,7 @@ def kill_while_training(process, run_dir, seconds, *, once_saved=False):
     before = lines.stat().st_ino if lines.exists() else None
     start = checkpoint.latest_step(run_dir / "checkpoints") or 0
 
-    def is_training():  # the loop begins by replacing the file, cut to what was saved
+    def is_training():  # the loop first replaces the file, without unsaved lines
         replaced = lines.exists() and lines.stat().st_ino != before
         return replaced and any(line["step"] > start for line in read_metrics(lines))
 

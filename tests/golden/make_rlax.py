@@ -1,10 +1,10 @@
-"""Makes rlax.npz, the values of rlax 0.1.9 (jax 0.10.2) that tests/test_rl.py holds `rl/` to.
+"""Writes rlax.npz, the results of rlax 0.1.9 (jax 0.10.2) that tests/test_rl.py compares with.
 
     pip install rlax==0.1.9
     python tests/golden/make_rlax.py
 
-rlax brings TensorFlow Probability along, hence the file. Two episodes of T = 9 steps: an end at
-step 3 (discount 0), time run out at step 6 (lambda 0).
+They are stored because rlax depends on TensorFlow Probability. Two sequences of T = 9 steps with a
+termination at step 3 (discount 0) and a truncation at step 6 (lambda 0).
 """
 
 import pathlib
@@ -31,7 +31,7 @@ def make_inputs():
 
 
 def values(of):
-    """What rlax gives for one episode."""
+    """Returns the results of rlax for one sequence."""
     reward, discount, lambda_ = of["reward"], of["discount"], of["lambda_"]
     value, q, logits, action = of["value"], of["q"], of["logits"][:-1], of["action"]
     weight = of["weight"]

@@ -192,13 +192,13 @@ def normalize_column(
       method clips by definition.
     """
     method, gripper = getattr(config, name), name == "action"
-    share = count_clipped(column, stats, method, gripper=gripper)
+    fraction = count_clipped(column, stats, method, gripper=gripper)
     y = normalize_action(column, stats, config) if gripper else normalize(column, stats, method)
     if gripper and method == "none":  # the tanh of a policy's arm output is within [-1, 1]
-        share, y = float((np.abs(y) > 1 + 1e-5).mean()), y.clip(-1, 1)
-    if share > (QUANTILE_SHARE * 1.25 if method == "quantiles" else 0):
+        fraction, y = float((np.abs(y) > 1 + 1e-5).mean()), y.clip(-1, 1)
+    if fraction > (QUANTILE_SHARE * 1.25 if method == "quantiles" else 0):
         warnings.warn(
-            f"{share:.2%} of the values of {name} lie outside [-1, 1] after normalisation by "
+            f"{fraction:.2%} of the values of {name} lie outside [-1, 1] after normalisation by "
             f"{method!r} and were clipped; compute norm_stats on this data set to avoid it",
             stacklevel=2,
         )

@@ -20,7 +20,7 @@ class WindowConfig:
 
     window_size: int = 16  # W, environment steps
     action_horizon: int = 1  # K, actions predicted at each step, environment steps
-    stride: int = 1  # environment steps between the ends of two windows of an episode
+    stride: int = 1  # environment steps between the ends of consecutive windows
     instruction_steps: int = 1  # initial steps with a visible instruction; -1 = all steps
 
     def __post_init__(self) -> None:

@@ -41,7 +41,7 @@ class Batches(Protocol):
 class LoopConfig:
     """Length of a training, its logs, checkpoints and devices."""
 
-    num_updates: int = 3000  # updates in all
+    num_updates: int = 3000  # total number of updates
     log_every: int = 50  # updates between two lines of metrics.jsonl
     save_every: int = 500  # updates between two checkpoints
     keep: int = 2  # number of latest checkpoints to keep

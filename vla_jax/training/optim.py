@@ -2,7 +2,7 @@
 
 A path joins the keys from the root of the params to a leaf, as in `decoder/layer_0/kernel`. Globs
 follow `fnmatch`, and `*` also crosses `/`: `backbone/*` is the whole backbone. One `update` takes
-one batch; with `accumulation_steps` k the params change at every k-th.
+one batch; with `accumulation_steps` k the params change at every k-th update.
 """
 
 import dataclasses
