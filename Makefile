@@ -18,7 +18,7 @@ test: $(VENV)/.test
 test-slow: $(VENV)/.test
 	$(PYTEST) -m slow
 
-# The laws of the library in programs that XLA optimises, as users run them.
+# The tests of `make test`, compiled with XLA's optimisations as in normal use.
 test-optimised: $(VENV)/.test
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTEST)
 
