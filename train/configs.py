@@ -34,7 +34,7 @@ class ImitateConfig:
     backbone_from: str = ""  # run folder with the initial backbone; empty = random
     decoder_from: str = ""  # run folder, or output of vla_jax.convert; empty = random
     frozen_backbone: bool = False  # compute every frame's tokens once, train only the decoder
-    stride: int = 1  # environment steps between the ends of two windows of an episode
+    stride: int = 1  # environment steps between consecutive windows of an episode
     pack: bool = False  # pack whole episodes into rows of window_size steps, instead of windows
     # limits (low, high) of the arm actions for normalisation, in data units; None = from the data
     action_bounds: tuple[float, float] | None = None
@@ -108,7 +108,7 @@ def table_fc() -> ImitateConfig:
 
 
 def table_jax_state() -> ImitateConfig:
-    """The JAX table from the simulator's state: an LSTM, trained in seconds, to try out decoders.
+    """The JAX table from the simulator's state: an LSTM trained in seconds, to try decoders.
 
     Success 99.3 % [98, 100] on 600 unseen episodes after 16,000 demonstrations; half a minute on
     2 CPU cores.
@@ -207,9 +207,9 @@ def with_kind(config: ImitateConfig, kind: str) -> ImitateConfig:
 
 def with_decoder(config: ImitateConfig, **changes: Any) -> ImitateConfig:
     """Returns the config with some fields of the decoder changed."""
-    parts = config.agent.policy
-    parts = replace(parts, decoder=replace(parts.decoder, **changes))
-    return replace(config, agent=replace(config.agent, policy=parts))
+    policy_config = config.agent.policy
+    policy_config = replace(policy_config, decoder=replace(policy_config.decoder, **changes))
+    return replace(config, agent=replace(config.agent, policy=policy_config))
 
 
 def _check_images(config: ImitateConfig) -> None:

@@ -1,7 +1,7 @@
 """Deep SARSA: Q-networks trained in parallel environments.
 
     python -m train.deep_sarsa                                    # the grid with moving obstacles
-    python -m train.deep_sarsa --preset grid_hidden       # velocities hidden: memory is needed
+    python -m train.deep_sarsa --preset grid_hidden       # velocities hidden: a GRU
     python -m train.deep_sarsa --preset cartpole --num-seeds 4
     python -m train.deep_sarsa --preset gymnasium --env-id CartPole-v1
 

@@ -2,7 +2,7 @@
 
     python -m train.demo                             # the MuJoCo table, from images
     python -m train.demo --world table_jax           # the JAX table, which needs no OpenGL
-    python -m train.demo --preset table_jax_state    # LSTM, GRU, RNN, none; no images: 3 minutes
+    python -m train.demo --preset table_jax_state    # LSTM, GRU, RNN, FC; no images: 3 minutes
     python -m train.demo --preset table_jax_family   # GPT and encoder-decoder as well
     python -m train.demo --num-trainings 5           # mean and range over five trainings
 
@@ -60,23 +60,24 @@ class DemoConfig:
     # results on the seeds used for tuning are biased upwards.
     first_seed: int = 2_000_000  # seed of the first of these episodes
     num_videos: int = 3  # episodes to record as video in each evaluation of a policy on images
-    decoders: tuple[Decoder, ...] = ("lstm", "gru", "rnn", "fc")  # decoders to compare on the state
+    # decoders to compare, with show "state" only
+    decoders: tuple[Decoder, ...] = ("lstm", "gru", "rnn", "fc")
 
     def __post_init__(self):
         """Checks the decoders and the counts."""
         if not self.decoders:
-            raise ValueError("decoders must name at least one, got none; leave the option out.")
+            raise ValueError("decoders must name at least one, got none; omit the option.")
         if self.num_trainings < 1:
             raise ValueError(f"num_trainings must be at least 1, got {self.num_trainings}.")
 
 
 def table() -> DemoConfig:
-    """Images and instructions to actions: LSTM against memoryless on the MuJoCo table."""
+    """Images and instructions to actions: LSTM and memoryless policy on the MuJoCo table."""
     return DemoConfig()
 
 
 def table_jax_state() -> DemoConfig:
-    """Simulator state to actions on the JAX table: LSTM, GRU, RNN against memoryless, 3 minutes."""
+    """Simulator state to actions on the JAX table: LSTM, GRU, RNN and memoryless, 3 minutes."""
     return DemoConfig(
         show="state",
         world="table_jax",
@@ -171,7 +172,7 @@ def _on_images(
 def _on_state(
     config: DemoConfig, world: WorldConfig, root: pathlib.Path, seed: int
 ) -> tuple[list[Step], list[Policy]]:
-    """Returns the policies on the simulator's state, which need no step before them."""
+    """Returns the policies on the simulator's state, which need no pre-training."""
     policies = []
     for decoder in config.decoders:
         base = _imitation(_state_preset(decoder), config, world, root / decoder, seed)

@@ -24,7 +24,7 @@ from vla_jax.training.logs import read_metrics
 from vla_jax.training.malloc import keep_freed_memory
 
 NUM_PROCESSES = 2  # steps that run at a time
-PLAIN_LINES = 20  # for all steps, if the output is not a terminal
+PLAIN_LINES = 20  # progress lines in total, if the output is not a terminal
 # CPU seconds on one core without AVX-512, for the estimate and for the length of the bar.
 SECONDS_PER_EPISODE = {"record": 0.13, "images": 0.35, "state": 0.02}
 SECONDS_PER_UPDATE = {"pretrain": 0.155, "imitate": 0.09}
@@ -100,7 +100,7 @@ def evaluation(run_dir: pathlib.Path, config: EvaluateConfig, *, after: Sequence
 
 
 def run_steps(steps: Sequence[Step], log: pathlib.Path, *, console: Console) -> None:
-    """Runs every step once the steps that it needs are finished.
+    """Runs every step as soon as the steps that it depends on are finished.
 
     Args:
       steps: in order of priority.
@@ -157,8 +157,8 @@ class _Bar:
         self._progress = Progress(*columns, TimeElapsedColumn(), console=console)
         self._task = self._progress.add_task("starting", total=self._total)
         minutes = math.ceil(self._total / SPEED_UP / 60)
-        cores = f"about {minutes} minutes on 2 CPU cores" if minutes > 1 else "about a minute"
-        console.print(f"{len(steps)} steps, {cores}; details in {log}", highlight=False)
+        duration = f"about {minutes} minutes on 2 CPU cores" if minutes > 1 else "about a minute"
+        console.print(f"{len(steps)} steps, {duration}; details in {log}", highlight=False)
 
     def __enter__(self) -> "_Bar":
         """Shows the bar."""

@@ -11,10 +11,10 @@ A small LSTM after one minute of cloning succeeds on 69.3 % [66, 73] of 600 unse
 about 5 minutes on 2 CPU cores: touch from 98 to 99 %, lift from 57 to 85 %, place from 53 to 82 %
 (one seed).
 
-The algorithm is REINFORCE with a baseline on whole episodes of the JAX table. The policy streams as
-at deployment, with noise added to its actions; a value head on its features is the baseline. The KL
-divergence from the cloned policy, at all observations of the rollouts, limits forgetting. The run
-folder holds the fine-tuned policy and is read like a run folder of `train.imitate`.
+The algorithm is REINFORCE with a baseline on whole episodes of the JAX table. The policy runs step
+by step as at deployment, with noise added to its actions; a value head on its features is the
+baseline. The KL divergence from the cloned policy, at all observations of the rollouts, limits
+forgetting. The run folder holds the fine-tuned policy and is read like one of `train.imitate`.
 
 Source: KL divergence from the initial policy, Jaques et al. 2017, "Sequence Tutor"
 (arXiv:1611.02796).
@@ -115,7 +115,7 @@ def finetune(config: FinetuneConfig) -> pathlib.Path:
     """Fine-tunes a cloned policy; returns the folder of the run."""
     # Check the settings before anything slow starts.
     check_devices(config.seeds, config.loop)
-    optim.make_schedule(config.optim, config.loop.num_updates)  # raises for a long warm-up
+    optim.make_schedule(config.optim, config.loop.num_updates)  # raises if the warm-up is too long
     if pathlib.Path(config.run_dir).resolve() == pathlib.Path(config.init_from).resolve():
         raise ValueError(
             f"run_dir must be another folder than init_from, got {config.run_dir} for both; choose "

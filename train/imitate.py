@@ -107,7 +107,7 @@ def imitate(config: ImitateConfig) -> pathlib.Path:
 
 
 def make_batches(config: ImitateConfig, windows: Windows) -> Loader:
-    """Returns endless batches of this process, with images augmented here if on the host."""
+    """Returns an endless loader of this process's batches, which augments images if on the host."""
     on_host = windows.tokens is None and config.augment_on == "host"
     return make_loader(
         Packed(windows) if config.pack else windows,
@@ -125,7 +125,7 @@ def make_loss(config: ImitateConfig) -> LossFn:
     position of the window, plus the terms of the auxiliary heads. The autoregressive head is
     trained with teacher forcing or scheduled sampling (`config.sampling`).
     """
-    parts = config.agent.policy
+    policy_config = config.agent.policy
 
     def loss_fn(params: Params, counted: Counted, key: Key) -> tuple[jax.Array, Metrics]:
         batch: Batch = counted.batch
@@ -134,12 +134,12 @@ def make_loss(config: ImitateConfig) -> LossFn:
             observation = device_augment.apply(augment_key, batch.observation, config.augment)
             batch = batch._replace(observation=observation)
         targets = None
-        if policy.takes_targets(parts):
+        if policy.takes_targets(policy_config):
             rate = scheduled_sampling.rate(config.sampling, counted.num_updates)
             targets = TeacherForcing(batch.action, batch.action_mask, rate)
         outputs = policy.outputs(
             params,
-            parts,
+            policy_config,
             batch.observation,
             timestep_mask=batch.timestep_mask,
             reset=batch.reset,

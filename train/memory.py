@@ -40,7 +40,7 @@ NAMES = {  # labels of cells in plots; default: the cell's name
 }  # fmt: skip
 BLOCK = 50  # updates per jitted call, one point of the curve each
 EXPLODING = {"rnn": 5.0}  # factor of the recurrent kernel with which the gradient explodes
-UPDATE_DIVISOR = {"adding": 1, "recall": 5}  # max_updates / updates of the task at most
+UPDATE_DIVISOR = {"adding": 1, "recall": 5}  # the maximum updates of a task are max_updates / this
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def memory(config: MemoryConfig) -> pathlib.Path:
 def learn(
     config: MemoryConfig, name: str, cell: CellName, length: int
 ) -> tuple[TaskResult, Params]:
-    """Trains one network on one task until it is solved, or for the maximum of updates."""
+    """Trains one network on one task until it is solved, or for the maximum number of updates."""
     task, net, began = TASKS[name], _net(config, cell), time.perf_counter()
     init_key, data_key, test_key = jax.random.split(jax.random.key(config.seed), 3)
     num_steps = task.num_steps(length)

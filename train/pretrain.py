@@ -2,10 +2,11 @@
 
     python -m train.pretrain --dataset demos/table --run-dir runs/pretrain
 
-The target is a column of the demonstrations, here the simulator's block positions
+The target is a column of the demonstrations, by default the simulator's block positions
 (`environment_state`). A linear readout predicts it from the tokens, so that a recurrent decoder on
-the frozen tokens can read it off directly. The readout is discarded afterwards. The word embedding
-stays random: these targets carry no information about words and would only make sentences alike.
+the frozen tokens can decode it linearly. The readout is discarded afterwards. The word embedding
+stays random: these targets carry no information about words, and training would only make
+sentence embeddings alike.
 
 A second target is the same positions relative to the tool, squashed by tanh at distance `reach`:
 an error of a centimetre is small on the table but large between the fingers, where the wrist

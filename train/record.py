@@ -32,7 +32,7 @@ from vla_jax.types import Env
 BURST = 3  # steps of random actions, gripper included: enough to miss a grasp or drop a block
 SHARE = 20  # episodes per job of a process
 OnEpisode = Callable[[int], None]
-CHUNK_BYTES = 64e6  # bytes of the episodes that a JAX environment plays at once; it needs 4x
+CHUNK_BYTES = 64e6  # bytes of the episodes played at once in JAX; peak memory is 4 times that
 
 
 @dataclass(frozen=True)
@@ -165,16 +165,16 @@ def _episode(
     if not demonstrations.success[index]:
         return None
     steps = slice(int(demonstrations.length[index]))
-    parts = demonstrations.observation._asdict()
+    columns = demonstrations.observation._asdict()
     return Episode(
-        {name: part[index, steps] for name, part in parts.items() if part is not None},
+        {name: column[index, steps] for name, column in columns.items() if column is not None},
         np.asarray(demonstrations.action[index, steps]),
         instructions[int(demonstrations.instruction[index])],
     )
 
 
 def _in_processes(config: RecordConfig) -> Iterator[Episode | None]:
-    """Plays in several processes with one simulator each."""
+    """Plays episodes in several processes with one simulator each."""
     starts = range(0, config.num_episodes, SHARE)
     jobs = [(config, range(start, min(start + SHARE, config.num_episodes))) for start in starts]
     num_processes = config.num_processes or os.cpu_count() or 1
@@ -185,7 +185,7 @@ def _in_processes(config: RecordConfig) -> Iterator[Episode | None]:
 
 
 def _stay_on_cpu() -> None:
-    """Keeps the processes on the CPU: the first one would reserve most of the GPU's memory."""
+    """Keeps this process on the CPU: JAX would otherwise reserve most of the GPU's memory."""
     jax.config.update("jax_platforms", "cpu")
 
 

@@ -146,17 +146,18 @@ def make_windows(
 
 
 def _init_auxiliary(key: Key, config: ImitateConfig) -> Params:
-    parts = config.agent.policy
-    frame_sizes: dict[str, int] = {"tokens": parts.backbone.num_tokens * parts.backbone.token_dim}
-    spec = registry.get(parts.backbone).image_spec(parts.backbone)
+    policy_config = config.agent.policy
+    backbone = policy_config.backbone
+    frame_sizes: dict[str, int] = {"tokens": backbone.num_tokens * backbone.token_dim}
+    spec = registry.get(backbone).image_spec(backbone)
     if config.auxiliary.forward_target == "pixels" and spec is not None:
         frame_sizes = dict.fromkeys(spec.cameras, 3 * spec.height * spec.width)
     return auxiliary.init(
         key,
         config.auxiliary,
-        feature_size=parts.decoder.hidden_size,
+        feature_size=policy_config.decoder.hidden_size,
         frame_sizes=frame_sizes,
-        vocab_size=parts.backbone.vocab_size,
+        vocab_size=backbone.vocab_size,
     )
 
 

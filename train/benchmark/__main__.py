@@ -5,10 +5,10 @@
     python -m train.benchmark --cases start checkpoints      # vla_jax alone: start-up, checkpoints
     python -m train.benchmark --small                        # tiny sizes: seconds, a smoke test
 
-The others are the RNNs of Flax and PyTorch, RoboVLMs' head written in PyTorch, a plain scan, and
-recomputation of the whole window at every step. All have the same weights, and their outputs and
-gradients must agree with those of vla_jax before any is timed. Run nothing else on the machine:
-other programs widen the spread.
+The others are the RNNs of Flax and PyTorch, RoboVLMs' head written in PyTorch, autodiff of a plain
+scan, and recomputation of the whole window at every step. All have the same weights, and their
+outputs and gradients must agree with those of vla_jax before any is timed. Run nothing else on the
+machine: other programs widen the spread.
 """
 
 import importlib.metadata
@@ -141,18 +141,16 @@ def _console() -> Console:
 def _introduction(conditions: dict[str, Any]) -> str:
     host = conditions["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in host["versions"].items())
-    freed = (
-        "kept in the process" if conditions["keep_freed_memory"] else "returned by the C library"
-    )
+    freed = "kept in the process" if conditions["keep_freed_memory"] else "returned to the system"
     lines = [
         f"{host['device']}, {host['cores']} cores, load {host['load']}; {versions}",
-        f"peak (one large float32 product): {conditions['peak_gflops']:.0f} GFLOP/s",
+        f"peak (one large float32 matrix product): {conditions['peak_gflops']:.0f} GFLOP/s",
         f"freed memory: {freed}",
         *(f"left out: {reason}" for reason in conditions["left_out"]),
     ]
     if host["load"] > host["cores"] / 2:
         # PyTorch suffers most: its threads spin while they wait for each other.
-        lines.append("warning: other programs are running, the timings are not reliable")
+        lines.append("warning: other programs are running, so the timings are not reliable")
     if conditions["small"]:
         lines.append("tiny sizes: the timings are not meaningful")
     return "\n".join(lines)

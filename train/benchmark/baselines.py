@@ -49,7 +49,7 @@ def torch_is_missing() -> str:
 
 
 def both_ways(forward: Callable[[Any, Array], jax.Array]) -> Callable[..., tuple]:
-    """Returns a jitted function of `(outputs, gradient by params, gradient by inputs)`.
+    """Returns a jitted function that computes outputs and the gradients of params and inputs.
 
     Args:
       forward: `(params, inputs) -> outputs`.

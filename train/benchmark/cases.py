@@ -83,7 +83,7 @@ SMALL = BenchmarkSizes(
 
 
 def recurrences(sizes: BenchmarkSizes) -> Iterator[Comparison]:
-    """Yields LSTM and GRU stacks: outputs, and gradients by inputs and all params."""
+    """Yields LSTM and GRU stacks: outputs, and gradients with respect to inputs and params."""
     decoder = sizes.decoder
     for cell in ("lstm", "gru"):
         config = RecurrenceConfig(cell, decoder.num_layers, decoder.hidden_size)
@@ -118,7 +118,7 @@ def heads(sizes: BenchmarkSizes) -> Iterator[Comparison]:
             learning_rate=jax_runs.LEARNING_RATE, weight_bytes=num_bytes,
         )  # fmt: skip
         implementations.append(other)
-    # The tokens need no gradient: one product less than three per kernel.
+    # The tokens need no gradient: the first input kernel has two products instead of three.
     products = 3 * jax_runs.num_weights(params)
     products -= recurrence.layer(params["recurrence"])["input_kernel"].size
     flop = 2 * batch_size * config.window_size * products
@@ -126,7 +126,7 @@ def heads(sizes: BenchmarkSizes) -> Iterator[Comparison]:
 
 
 def streams(sizes: BenchmarkSizes) -> Iterator[Comparison]:
-    """Yields one acting step; its FLOP are those of recomputing the window of W frames."""
+    """Yields one acting step; its FLOP count is that of recomputing the window of W frames."""
     for batch_size in sizes.num_robots:
         for window_size in sizes.windows:
             config = replace(sizes.decoder, window_size=window_size)

@@ -163,7 +163,7 @@ def _streamed(
 def draw_sequence(
     config: RecurrenceConfig, batch_size: int, num_steps: int
 ) -> tuple[Params, jax.Array, jax.Array]:
-    """Returns params, inputs `[B, T, H]`, and the gradient by the outputs `[B, T, H]`."""
+    """Returns params, inputs `[B, T, H]`, and the cotangent of the outputs `[B, T, H]`."""
     keys = jax.random.split(jax.random.key(0), 3)
     params = recurrence.init(keys[0], config, config.hidden_size)
     # All implementations must compute the same, and NNX's GRU has no recurrent bias of gate n.
@@ -202,7 +202,7 @@ def describe_sizes(config: DecoderConfig, batch_size: int) -> str:
 
 
 def recurrence_flop(params: Params, num_rows: int) -> float:
-    """Returns FLOP forward and backward: three products per kernel, two operations per weight."""
+    """Returns FLOP of both passes: three products per kernel, two operations per weight and row."""
     return 6 * num_rows * num_weights(params)
 
 

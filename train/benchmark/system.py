@@ -155,13 +155,13 @@ def checkpoints(sizes: BenchmarkSizes) -> Iterator[Measurement]:
         return time.perf_counter() - began
 
     with tempfile.TemporaryDirectory() as folder:
-        saving = checkpoint.open_checkpoints(folder, keep=1)
+        manager = checkpoint.open_checkpoints(folder, keep=1)
         seconds()
         alone, blocked, on_disk, during_save, lost = [], [], [], [], []
         for step in range(1, NUM_UPDATES + 1):
             alone += [seconds() for _ in range(NUM_UPDATES)]
             began = time.perf_counter()
-            checkpoint.save(saving, step, state, {})
+            checkpoint.save(manager, step, state, {})
             blocked.append(time.perf_counter() - began)
             slow_seconds = []
             while checkpoint.latest_step(folder) != step:
@@ -170,13 +170,13 @@ def checkpoints(sizes: BenchmarkSizes) -> Iterator[Measurement]:
             expected = len(slow_seconds) * float(np.median(alone))
             lost.append(blocked[-1] + sum(slow_seconds) - expected)
             during_save += slow_seconds
-        checkpoint.close(saving)
+        checkpoint.close(manager)
     setting = f"{jax_runs.describe_sizes(config, batch_size)}, {num_bytes / 1e6:.0f} MB of state"
     yield _measured("checkpoints", setting, "save blocks the loop", blocked, "s")
     yield _measured("checkpoints", setting, "until it is on disk", on_disk, "s")
     yield _measured("checkpoints", setting, "an update alone", alone, "s")
     yield _measured("checkpoints", setting, "an update during the save", during_save, "s")
-    yield _measured("checkpoints", setting, "lost per save", lost, "s")
+    yield _measured("checkpoints", setting, "time lost per save", lost, "s")
 
 
 def loader(sizes: BenchmarkSizes) -> Iterator[Measurement]:
@@ -264,10 +264,10 @@ def _draw_batches(config: ImitateConfig, demonstrations: Dataset) -> Loader:
 
 def _draw_demonstrations(config: ImitateConfig) -> Dataset:
     """Returns random episodes of two images and proprio, at most one window long."""
-    rng, parts = np.random.default_rng(0), config.agent.policy
-    spec = registry.get(parts.backbone).image_spec(parts.backbone)
+    rng, policy_config = np.random.default_rng(0), config.agent.policy
+    spec = registry.get(policy_config.backbone).image_spec(policy_config.backbone)
     size = spec.height if spec else 0
-    window_size = parts.decoder.window_size
+    window_size = policy_config.decoder.window_size
     episodes = []
     for length in rng.integers(window_size // 3, window_size + 1, 2 * config.loader.batch_size):
         images = rng.integers(0, 256, (2, length, size, size, 3), np.uint8)
@@ -276,7 +276,7 @@ def _draw_demonstrations(config: ImitateConfig) -> Dataset:
             "image_wrist": images[1],
             "proprio": rng.normal(size=(length, PerceiverConfig.proprio_dim)).astype(np.float32),
         }
-        action = rng.uniform(-1, 1, (length, parts.decoder.action_dim)).astype(np.float32)
+        action = rng.uniform(-1, 1, (length, policy_config.decoder.action_dim)).astype(np.float32)
         episodes.append(Episode(observation, action, "lift the red block"))
     return dataset.from_episodes(episodes, fps=10)
 

@@ -81,7 +81,7 @@ def check(comparison: Comparison) -> None:
         if differing:
             raise ValueError(
                 f"{other.name} must agree with {reference.name} to {TOLERANCE:g} in "
-                f"{comparison.case}, {comparison.setting}, got other results for "
+                f"{comparison.case}, {comparison.setting}, got different results for "
                 f"{', '.join(sorted(differing))}; correct it before comparing its speed."
             )
 
