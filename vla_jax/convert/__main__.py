@@ -44,7 +44,7 @@ def convert(src: str, dst: str, config: ConvertConfig) -> None:
         print(f"wrote {len(content.tensors)} tensors, {_count(content.tensors):,} parameters")
     elif pathlib.Path(src).is_dir():
         raise ValueError(
-            f"{src} must contain conversion.json, as a folder written by this command does; name "
+            f"{src} must contain conversion.json, as a folder written by this command does; give "
             "such a folder, or a file."
         )
     else:

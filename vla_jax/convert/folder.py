@@ -41,11 +41,9 @@ def check_target(folder: Path, *, overwrite: bool) -> None:
       overwrite: True if an earlier conversion there, and nothing else, may be replaced.
     """
     if pathlib.Path(folder).exists() and not (overwrite and is_folder(folder)):
-        if is_folder(folder):
-            raise FileExistsError(f"{folder} exists already; choose another name, or --overwrite.")
-        raise FileExistsError(
-            f"{folder} exists already and is not an earlier conversion; choose another name."
-        )
+        reason = "" if is_folder(folder) else " and is not an earlier conversion"
+        remedy = "choose another name, or --overwrite" if not reason else "choose another name"
+        raise FileExistsError(f"{folder} exists already{reason}; {remedy}.")
 
 
 def write_folder(

@@ -48,7 +48,7 @@ def read(path: Path) -> TensorFile:
     path = pathlib.Path(path)
     _check_suffix(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file; name a checkpoint.")
+        raise FileNotFoundError(f"{path} is not a file; give the path of a checkpoint.")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty, expected a checkpoint; copy it again.")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)

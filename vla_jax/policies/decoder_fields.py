@@ -1,6 +1,6 @@
 """Fields of a decoder's config, and the sizes that follow from them.
 
-The checks are in `decoder_config`, which knows every trunk and head; trunks and heads import this.
+The checks are in `decoder_config`, which imports every trunk and head; these import this file.
 """
 
 import dataclasses

@@ -35,7 +35,7 @@ def apply(
       params: from `init`.
       config: of the decoder.
       features: `[..., H]`.
-      timestep_mask: unused, as are the following: each step is predicted on its own.
+      timestep_mask: unused, as are the following: each step is predicted independently.
       reset: unused.
       targets: unused.
       key: unused.

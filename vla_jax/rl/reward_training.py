@@ -28,7 +28,7 @@ from vla_jax.training.optim import OptimConfig
 from vla_jax.training.parallel import is_first_process
 from vla_jax.types import Array, DiscreteEnv, Key
 
-_LONG_EPISODE = 100  # environment steps; longer episodes are played faster
+_LONG_EPISODE = 100  # environment steps; videos of longer episodes have more frames per second
 
 
 @dataclass(frozen=True)

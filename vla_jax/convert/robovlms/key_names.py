@@ -83,7 +83,9 @@ def find_head(tensors: Mapping[str, Any]) -> dict[str, str]:
     for name in inside:
         short = name.removeprefix(prefix_of(name))
         if short in head:
-            raise ValueError(f"'{head[short]}' and '{name}' are the same tensor; keep one of them.")
+            raise ValueError(
+                f"'{head[short]}' and '{name}' name the same tensor; keep one of them."
+            )
         head[short] = name
     return head
 
