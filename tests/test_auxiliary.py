@@ -50,7 +50,7 @@ def draw_features(seed=0):
 def params(config):
     sizes = PICTURES if config.forward_target == "pixels" else FRAMES
     return auxiliary.init(
-        jax.random.key(0), config, feature_size=H, frame_sizes=sizes, vocab_size=V
+        jax.random.key(0), config, feature_size=H, target_sizes=sizes, vocab_size=V
     )
 
 

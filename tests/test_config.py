@@ -131,9 +131,7 @@ def test_the_most_similar_name_is_suggested():
 class RenamedConfig:
     num_units: int = 8
 
-    @staticmethod
-    def upgrade(data):
-        return {("num_units" if name == "units" else name): data[name] for name in data}
+    upgrade = config.renamed({"units": "num_units"})
 
 
 def test_a_class_reads_files_of_an_earlier_version():
@@ -141,3 +139,5 @@ def test_a_class_reads_files_of_an_earlier_version():
     assert config.from_dict(RenamedConfig, {"num_units": 4}) == RenamedConfig(4)
     with pytest.raises(ValueError, match="no field 'unit'"):
         config.from_dict(RenamedConfig, {"unit": 3})
+    with pytest.raises(ValueError, match="must be a dict of RenamedConfig's fields, got 3"):
+        config.from_dict(RenamedConfig, 3)

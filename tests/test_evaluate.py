@@ -143,6 +143,8 @@ def test_damaged_settings_raise_one_sentence(folder):
         ({"mode": "periodic", "window_size": 2}, "periodic-2"),
         ({"instruction_steps": 2, "exec_kind": "first"}, "refresh-4-instruction2-first"),
         ({"world": "table_jax", "step": 10}, "refresh-4-table_jax-10"),
+        ({"reference": "expert"}, "expert"),
+        ({"reference": "expert", "world": "table_jax"}, "expert-table_jax"),
     ],
 )  # fmt: skip
 def test_each_set_of_options_has_its_own_folder(folder, options, name):
@@ -217,6 +219,12 @@ def test_an_option_that_does_not_fit_the_run_is_refused_and_creates_no_folder(
     with pytest.raises((ValueError, FileNotFoundError), match=sentence):
         quiet(folder, EvaluateConfig(**options))
     assert not (folder / "evaluation").exists()
+
+
+@pytest.mark.slow
+def test_a_loaded_run_is_refused_with_another_step(folder):
+    with pytest.raises(ValueError, match="step must be 10 as in the loaded run, got 5"):
+        quiet(runs.load_run(folder), EvaluateConfig(step=5))
 
 
 def test_a_world_without_the_inputs_of_the_policy_is_refused(folder):

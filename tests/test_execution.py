@@ -189,7 +189,7 @@ def test_grippers_of_a_batch_are_independent(rule):
 def test_a_decoder_with_memory_that_executes_several_actions_gives_a_warning():
     config = ExecutionConfig(kind="receding_horizon", exec_horizon=3)
     with pytest.warns(UserWarning, match=r"exec_horizon is 3, but .* memory .* every frame"):
-        execution.check_stride(config, has_memory=True)
+        execution.warn_if_frames_skipped(config, has_memory=True)
 
 
 @pytest.mark.parametrize(("exec_horizon", "has_memory"), [(3, False), (1, True)])
@@ -197,7 +197,7 @@ def test_no_warning_if_no_frame_can_be_skipped(exec_horizon, has_memory):
     config = ExecutionConfig(kind="receding_horizon", exec_horizon=exec_horizon)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        execution.check_stride(config, has_memory=has_memory)
+        execution.warn_if_frames_skipped(config, has_memory=has_memory)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_no_warning_if_no_frame_can_be_skipped(exec_horizon, has_memory):
         ({"gripper_hysteresis": -1.0}, "gripper_hysteresis must be 0 or more logits, got -1.0"),
         ({"gripper_rule": "late"}, "unknown gripper_rule 'late'; .* Did you mean 'open_late'"),
         ({"gripper_steps": 0}, "gripper_steps must be at least 1, got 0"),
-        ({"gripper_steps": 2}, "gripper_steps must be 1 with gripper_rule='as_wanted', got 2"),
+        ({"gripper_steps": 2}, "gripper_steps must be 1 with gripper_rule='target', got 2"),
     ],
 )
 def test_a_wrong_config_raises_one_sentence(fields, sentence):

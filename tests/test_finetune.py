@@ -25,7 +25,7 @@ from vla_jax.training.optim import OptimConfig
 from vla_jax.types import Observation
 
 SEEDS = SeedsConfig(
-    num_seeds=2, num_worlds=8, num_steps=4, eval_episodes=12, report_episodes=12, solved_at=2.0
+    num_seeds=2, num_envs=8, num_steps=4, eval_episodes=12, report_episodes=12, solved_at=2.0
 )
 
 
@@ -115,7 +115,7 @@ def rewarding(env, extra):
 def rewards(cloned):
     """Function from an offset of the reward to the mean rewards of 40 updates."""
     config = config_of(cloned, "")
-    config = dataclasses.replace(config, seeds=dataclasses.replace(SEEDS, num_worlds=64))
+    config = dataclasses.replace(config, seeds=dataclasses.replace(SEEDS, num_envs=64))
     config = dataclasses.replace(config, loop=dataclasses.replace(config.loop, num_updates=40))
     policy = read_cloned(str(cloned))
     keys = jax.random.split(jax.random.key(1), 40)

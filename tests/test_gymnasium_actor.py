@@ -97,7 +97,7 @@ def test_its_rollouts_equal_those_of_the_jax_actor_in_cartpole(stack):
     for t in range(T):
         new = CartPoleState(*observation[:, t].T, np.zeros(B, np.int32))
         state = state._replace(
-            world_state=trees.select(state.reset, new, state.world_state),
+            env_state=trees.select(state.reset, new, state.env_state),
             observation=trees.select(state.reset, observation[:, t], state.observation),
         )
         state, step = advance(env, state, rollout.action[:, t], key=jax.random.key(t))

@@ -19,7 +19,7 @@ from vla_jax.training.loop import LoopConfig
 from vla_jax.training.optim import OptimConfig
 
 SEEDS = SeedsConfig(
-    num_seeds=1, num_worlds=4, num_steps=8, eval_episodes=6, report_episodes=6, solved_by="return",
+    num_seeds=1, num_envs=4, num_steps=8, eval_episodes=6, report_episodes=6, solved_by="return",
     solved_at=1e9,
 )  # fmt: skip
 LOOP = LoopConfig(num_updates=4, log_every=2, save_every=2)

@@ -27,7 +27,7 @@ from vla_jax.training.loop import LoopConfig
 from vla_jax.training.optim import OptimConfig
 
 SEEDS = SeedsConfig(
-    num_seeds=2, num_worlds=8, num_steps=6, eval_episodes=4, report_episodes=6, solved_at=2.0
+    num_seeds=2, num_envs=8, num_steps=6, eval_episodes=4, report_episodes=6, solved_at=2.0
 )
 PARTS = {
     "seeds": SEEDS,
@@ -134,8 +134,8 @@ def test_a_reward_of_nan_is_reported_and_the_last_checkpoint_is_kept(whole, tmp_
 
 
 def test_environments_that_cannot_be_sharded_are_refused(tmp_path):
-    seeds, loop = SeedsConfig(num_worlds=6), LoopConfig(num_devices=4)
-    message = "num_worlds must be a multiple of the number of devices, 4, got 6"
+    seeds, loop = SeedsConfig(num_envs=6), LoopConfig(num_devices=4)
+    message = "num_envs must be a multiple of the number of devices, 4, got 6"
     with pytest.raises(ValueError, match=message):
         run(tmp_path, "sarsa", seeds=seeds, loop=loop)
 
@@ -152,7 +152,7 @@ def test_a_config_that_does_not_fit_leaves_an_earlier_run_unchanged(tmp_path):
 @pytest.mark.slow
 def test_a_table_learns_a_small_grid_and_performs_worse_with_shared_rows(tmp_path):
     deep = SarsaConfig(
-        loop=LoopConfig(num_updates=400), seeds=SeedsConfig(num_worlds=32, report_episodes=200)
+        loop=LoopConfig(num_updates=400), seeds=SeedsConfig(num_envs=32, report_episodes=200)
     )
     env_config = GridConfig(size=3, num_obstacles=1, max_steps=20)
     success = {}
@@ -194,7 +194,7 @@ def test_the_comparison_plots_both_learners(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_throughput_reports_both_and_their_ratio():
-    config = throughput.ThroughputConfig(num_worlds=16, num_steps=4, loop_steps=50, rounds=1)
+    config = throughput.ThroughputConfig(num_envs=16, num_steps=4, loop_steps=50, rounds=1)
     report = throughput.measure(config)
     assert re.search(r"16 environments .* million steps/s; .* thousand; ratio \d+ \(", report)
 
@@ -207,7 +207,7 @@ def test_throughput_reports_both_and_their_ratio():
         (deep_sarsa.SARSA, ["--preset", "grid_hidden", "--network.kind", "lstm"]),
         (reinforce.REINFORCE, ["--preset", "cartpole_hidden", "--num-seeds", "3"]),
         (tabular.TABULAR, ["--obstacles", "1", "2"]),
-        (throughput.THROUGHPUT, ["--num-worlds", "64"]),
+        (throughput.THROUGHPUT, ["--num-envs", "64"]),
     ],
 )
 def test_every_script_parses_its_options(presets, argv):

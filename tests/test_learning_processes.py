@@ -18,7 +18,7 @@ from vla_jax.training.loop import LoopConfig
 from vla_jax.training.optim import OptimConfig
 
 SEEDS = SeedsConfig(
-    num_seeds=2, num_worlds=8, num_steps=6, eval_episodes=4, report_episodes=6, solved_at=2.0
+    num_seeds=2, num_envs=8, num_steps=6, eval_episodes=4, report_episodes=6, solved_at=2.0
 )
 PROCESS = """
 import sys

@@ -175,9 +175,9 @@ def test_jit_equals_numpy(method, column, stats):
 def test_the_fraction_of_clipped_values_is_exact(column, stats):
     wide = column.copy()
     wide[0, 0, 0], wide[0, 1, 1] = 1e3, -1e3
-    assert normalize.count_clipped(column, stats, "bounds") == 0
-    assert normalize.count_clipped(wide, stats, "bounds") == 2 / 400
-    assert normalize.count_clipped(wide, stats, "mean_std") == 0
+    assert normalize.clipped_fraction(column, stats, "bounds") == 0
+    assert normalize.clipped_fraction(wide, stats, "bounds") == 2 / 400
+    assert normalize.clipped_fraction(wide, stats, "mean_std") == 0
     assert np.abs(normalize.normalize(wide, stats, "bounds")).max() == 1
 
 

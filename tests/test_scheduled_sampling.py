@@ -49,7 +49,7 @@ def assert_close(one, other, atol=1e-6):
 
 @pytest.mark.parametrize("i", [0, 1, 10, 100, 1000, 100_000])
 def test_the_schedules_equal_their_equations(i):
-    linear = scheduled_sampling.linear(i, slope=0.004, least=0.1)
+    linear = scheduled_sampling.linear(i, slope=0.004, min_rate=0.1)
     assert linear == pytest.approx(max(0.1, 1 - 0.004 * i), abs=1e-6)
     exponential = scheduled_sampling.exponential(i, base=0.99)
     assert exponential == pytest.approx(0.99**i, abs=1e-6)
@@ -62,7 +62,7 @@ def test_the_schedules_equal_their_equations(i):
 def test_a_config_selects_a_schedule_with_its_parameters(i):
     numbers = {"slope": 0.01, "least": 0.4, "base": 0.98, "k": 20.0}
     expected = {
-        "linear": scheduled_sampling.linear(i, slope=0.01, least=0.4),
+        "linear": scheduled_sampling.linear(i, slope=0.01, min_rate=0.4),
         "exponential": scheduled_sampling.exponential(i, base=0.98),
         "inverse_sigmoid": scheduled_sampling.inverse_sigmoid(i, k=20.0),
     }

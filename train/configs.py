@@ -34,7 +34,7 @@ class ImitateConfig:
     backbone_from: str = ""  # run folder with the initial backbone; empty = random
     decoder_from: str = ""  # run folder, or output of vla_jax.convert; empty = random
     frozen_backbone: bool = False  # compute every frame's tokens once, train only the decoder
-    stride: int = 1  # environment steps between consecutive windows of an episode
+    stride: int = 1  # environment steps between the ends of consecutive windows
     pack: bool = False  # pack whole episodes into rows of window_size steps, instead of windows
     # limits (low, high) of the arm actions for normalisation, in data units; None = from the data
     action_bounds: tuple[float, float] | None = None

@@ -172,7 +172,7 @@ def cartpole() -> SarsaConfig:
 
 def gymnasium() -> SarsaConfig:
     """A Gymnasium environment with discrete actions (--env-id), stepped by Python; one seed."""
-    seeds = replace(cartpole().seeds, num_seeds=1, num_worlds=16, eval_episodes=32)
+    seeds = replace(cartpole().seeds, num_seeds=1, num_envs=16, eval_episodes=32)
     return replace(
         cartpole(), run_dir="runs/sarsa_gymnasium", world=DiscreteGymnasiumConfig(), seeds=seeds
     )

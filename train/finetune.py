@@ -72,7 +72,7 @@ class FinetuneConfig:
     baseline_weight: float = 0.5  # weight of the baseline's squared error in the loss, >= 0
     value_sizes: tuple[int, ...] = (128,)  # hidden layer widths of the baseline's MLP
     seeds: SeedsConfig = SeedsConfig(
-        num_seeds=1, num_worlds=512, num_steps=32
+        num_seeds=1, num_envs=512, num_steps=32
     )  # seeds and rollouts of each update
     # learning rate, weight decay and EMA
     optim: OptimConfig = OptimConfig(
@@ -188,7 +188,7 @@ def make_finetune(config: FinetuneConfig, cloned: Cloned) -> Learner:
     def init(key: Key) -> LearnState:
         train_state = init_train_state(init_params(key), optimizer, ema=ema_decay is not None)
         # Every rollout starts new episodes; an environment's only state is its index.
-        return LearnState(train_state, jnp.arange(seeds.num_worlds), jnp.zeros((), bool))
+        return LearnState(train_state, jnp.arange(seeds.num_envs), jnp.zeros((), bool))
 
     def update(state: LearnState, key: Key) -> tuple[LearnState, Metrics]:
         play_key, learn_key = jax.random.split(key)

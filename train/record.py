@@ -30,7 +30,7 @@ from vla_jax.training.progress import progress_bar
 from vla_jax.types import Env
 
 BURST = 3  # steps of random actions, gripper included: enough to miss a grasp or drop a block
-SHARE = 20  # episodes per job of a process
+EPISODES_PER_JOB = 20  # episodes per job of a process
 OnEpisode = Callable[[int], None]
 CHUNK_BYTES = 64e6  # bytes of the episodes played at once in JAX; peak memory is 4 times that
 
@@ -175,8 +175,9 @@ def _episode(
 
 def _in_processes(config: RecordConfig) -> Iterator[Episode | None]:
     """Plays episodes in several processes with one simulator each."""
-    starts = range(0, config.num_episodes, SHARE)
-    jobs = [(config, range(start, min(start + SHARE, config.num_episodes))) for start in starts]
+    starts = range(0, config.num_episodes, EPISODES_PER_JOB)
+    stops = (min(start + EPISODES_PER_JOB, config.num_episodes) for start in starts)
+    jobs = [(config, range(*seeds)) for seeds in zip(starts, stops, strict=True)]
     num_processes = config.num_processes or os.cpu_count() or 1
     # spawn: a fork of a process that runs JAX threads may hang.
     with multiprocessing.get_context("spawn").Pool(num_processes, _stay_on_cpu) as pool:

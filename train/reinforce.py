@@ -215,7 +215,7 @@ def gymnasium() -> ReinforceConfig:
 
     CartPole-v1: return 500 after 300 updates of 512 environment steps, in 36 seconds.
     """
-    seeds = replace(cartpole().seeds, num_seeds=1, num_worlds=16, eval_episodes=32)
+    seeds = replace(cartpole().seeds, num_seeds=1, num_envs=16, eval_episodes=32)
     return replace(
         cartpole(),
         run_dir="runs/reinforce_gymnasium",

@@ -148,15 +148,15 @@ def make_windows(
 def _init_auxiliary(key: Key, config: ImitateConfig) -> Params:
     policy_config = config.agent.policy
     backbone = policy_config.backbone
-    frame_sizes: dict[str, int] = {"tokens": backbone.num_tokens * backbone.token_dim}
+    target_sizes: dict[str, int] = {"tokens": backbone.num_tokens * backbone.token_dim}
     spec = registry.get(backbone).image_spec(backbone)
     if config.auxiliary.forward_target == "pixels" and spec is not None:
-        frame_sizes = dict.fromkeys(spec.cameras, 3 * spec.height * spec.width)
+        target_sizes = dict.fromkeys(spec.cameras, 3 * spec.height * spec.width)
     return auxiliary.init(
         key,
         config.auxiliary,
         feature_size=policy_config.decoder.hidden_size,
-        frame_sizes=frame_sizes,
+        target_sizes=target_sizes,
         vocab_size=backbone.vocab_size,
     )
 

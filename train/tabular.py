@@ -109,7 +109,7 @@ def train_table(
     rows = min(grid.num_states(env_config), config.max_rows)
     start_key, update_key, report_key = jax.random.split(key, 3)
     zeros = jnp.zeros(rows * env.num_actions)
-    first = actor.start(env, deep.seeds.num_worlds, {}, key=start_key)
+    first = actor.start(env, deep.seeds.num_envs, {}, key=start_key)
 
     def update(state: TabularState, count: jax.Array) -> tuple[TabularState, None]:
         key = jax.random.fold_in(update_key, count)

@@ -11,7 +11,7 @@ import difflib
 import os
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from vla_jax.files import read_json, write_json
@@ -123,6 +123,21 @@ def _plain(value: Any, path: str) -> Any:
         f"{path} must be a number, str, bool, None, tuple or config, got {_shown(value)}; "
         "convert it to one of these."
     )
+
+
+def renamed(names: Mapping[str, str]) -> Callable[[Any], Any]:
+    """Returns an `upgrade` for a class whose fields had other names in an earlier version.
+
+    Args:
+      names: earlier name -> present name.
+    """
+
+    def upgrade(data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        return {names.get(name, name): value for name, value in data.items()}
+
+    return staticmethod(upgrade)
 
 
 def _read(annotation: Any, value: Any, path: str) -> Any:

@@ -159,6 +159,11 @@ def _count_successes(outcomes: Sequence[Outcome]) -> str:
 
 
 def _policy(run: Run | Path, config: EvaluateConfig) -> _Setup:
+    if isinstance(run, Run) and config.step not in (None, run.step):
+        raise ValueError(
+            f"step must be {run.step} as in the loaded run, got {config.step}; give the run's "
+            "folder instead."
+        )
     run = run if isinstance(run, Run) else load_run(run, step=config.step)
     agent = _agent(run.agent, config)
     world = _world(run.world, config, registry.image_size(agent.policy.backbone))
@@ -178,8 +183,8 @@ def _reference(run: Run | Path, config: EvaluateConfig, reference: str) -> _Setu
     world = _world(read_world(folder), config, image_size=0)  # references use the state
     controller = players.reference_controller(find_reference(world.kind, reference))
     settings = {"reference": reference, "world": configs.to_dict(world)}
-    place = folder / "evaluation" / (config.name or reference)
-    return _Setup(place, settings, world, controller, None)
+    name = config.name or _join(reference, config.world, config.env_id)
+    return _Setup(folder / "evaluation" / name, settings, world, controller, None)
 
 
 def _agent(agent: AgentConfig, config: EvaluateConfig) -> AgentConfig:
@@ -221,7 +226,12 @@ def _name(agent: AgentConfig, config: EvaluateConfig) -> str:
     if config.instruction_steps is not None:
         parts.append(f"instruction{config.instruction_steps}")
     options = (config.exec_kind, config.exec_horizon, config.world, config.env_id, config.step)
-    return re.sub(r"[^\w.-]", "_", "-".join([*parts, *(str(o) for o in options if o is not None)]))
+    return _join(*parts, *options)
+
+
+def _join(*options: Any) -> str:
+    """Returns a folder name made of the options that are set."""
+    return re.sub(r"[^\w.-]", "_", "-".join(str(o) for o in options if o is not None))
 
 
 def _open(setup: _Setup, *, overwrite: bool) -> None:

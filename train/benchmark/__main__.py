@@ -79,7 +79,7 @@ def benchmark(config: BenchmarkConfig) -> pathlib.Path:
         peak_gflops = timing.measure_peak(sizes.peak_size, config.rounds)
         conditions = {
             "machine": machine(),
-            "left_out": [reason for reason in [baselines.torch_is_missing()] if reason],
+            "left_out": [reason for reason in [baselines.why_no_torch()] if reason],
             "small": config.small,
             "keep_freed_memory": config.keep_freed_memory,
             "rounds": config.rounds,

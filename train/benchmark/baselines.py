@@ -39,7 +39,7 @@ FLAX_CELLS = {
 }
 
 
-def torch_is_missing() -> str:
+def why_no_torch() -> str:
     """Returns the reason why PyTorch is not measured; empty if it is."""
     if importlib.util.find_spec("torch") is None:
         return "PyTorch is not installed: pip install 'vla-jax[torch]'"
@@ -48,7 +48,7 @@ def torch_is_missing() -> str:
     return ""
 
 
-def both_ways(forward: Callable[[Any, Array], jax.Array]) -> Callable[..., tuple]:
+def forward_and_backward(forward: Callable[[Any, Array], jax.Array]) -> Callable[..., tuple]:
     """Returns a jitted function that computes outputs and the gradients of params and inputs.
 
     Args:
@@ -90,7 +90,7 @@ def linen_recurrence(
         return outputs
 
     stack = convert.to_flax_stack(config, params)
-    run = both_ways(forward)
+    run = forward_and_backward(forward)
     return Implementation(
         "flax.linen.RNN",
         lambda: jax.block_until_ready(run(stack, inputs, cotangent)),
@@ -121,7 +121,7 @@ def nnx_recurrence(
         return _read_flax(config, (outputs, by_cells, by_inputs), lacks=cell.nnx_lacks)
 
     stack = [layer_params for _, layer_params, _ in layers]
-    run = both_ways(forward)
+    run = forward_and_backward(forward)
     return Implementation(
         "flax.nnx.RNN",
         lambda: jax.block_until_ready(run(stack, inputs, cotangent)),

@@ -91,7 +91,7 @@ def recurrences(sizes: BenchmarkSizes) -> Iterator[Comparison]:
         for batch_size, num_steps in sizes.sequences:
             drawn = jax_runs.draw_sequence(config, batch_size, num_steps)
             makers = [baselines.linen_recurrence, baselines.nnx_recurrence]
-            makers += [] if baselines.torch_is_missing() else [baselines.torch_recurrence]
+            makers += [] if baselines.why_no_torch() else [baselines.torch_recurrence]
             implementations = [
                 jax_runs.run_recurrence("vla_jax", config, *drawn),
                 jax_runs.run_recurrence("vla_jax, plain scan", plain, *drawn),
@@ -112,7 +112,7 @@ def heads(sizes: BenchmarkSizes) -> Iterator[Comparison]:
     implementations = [
         jax_runs.run_head("vla_jax", update, begin(params), tokens, action, num_bytes)
     ]
-    if not baselines.torch_is_missing():
+    if not baselines.why_no_torch():
         other = baselines.torch_head(
             config, params, tokens, action, gripper_weight=LossWeights.gripper,
             learning_rate=jax_runs.LEARNING_RATE, weight_bytes=num_bytes,
@@ -136,9 +136,9 @@ def streams(sizes: BenchmarkSizes) -> Iterator[Comparison]:
             frames = jnp.moveaxis(tokens, 1, 0)
             implementations = [
                 jax_runs.run_stream(config, params, frames),
-                jax_runs.run_window_again(config, params, frames),
+                jax_runs.run_window_recomputed(config, params, frames),
             ]
-            if not baselines.torch_is_missing():
+            if not baselines.why_no_torch():
                 num_bytes = jax_runs.decoder_bytes(params, window_size)
                 other = baselines.torch_stream(config, params, frames, weight_bytes=num_bytes)
                 implementations.append(other)

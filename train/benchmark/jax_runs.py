@@ -27,10 +27,10 @@ def run_recurrence(
     name: str, config: RecurrenceConfig, params: Params, inputs: Array, cotangent: Array
 ) -> Implementation:
     """Returns the recurrence of vla_jax, forward and backward."""
-    both_ways = baselines.both_ways(lambda params, x: recurrence.apply(params, config, x)[1])
+    run = baselines.forward_and_backward(lambda params, x: recurrence.apply(params, config, x)[1])
     return Implementation(
         name,
-        lambda: jax.block_until_ready(both_ways(params, inputs, cotangent)),
+        lambda: jax.block_until_ready(run(params, inputs, cotangent)),
         lambda results: dict(zip(("outputs", "by_params", "by_inputs"), results, strict=True)),
         2 * baselines.recurrent_bytes(params, inputs.shape[1]),
     )
@@ -123,7 +123,7 @@ def run_stream(config: DecoderConfig, params: Params, frames: Array) -> Implemen
     )
 
 
-def run_window_again(config: DecoderConfig, params: Params, frames: Array) -> Implementation:
+def run_window_recomputed(config: DecoderConfig, params: Params, frames: Array) -> Implementation:
     """Returns an acting step that recomputes the last W of `frames [num_frames, B, N, D]`."""
 
     @partial(jax.jit, donate_argnums=1)

@@ -82,7 +82,9 @@ def _check_gradients(setting: str, decoders: Sequence[DecoderConfig], batch_size
 def _recurrence_bytes(decoder: DecoderConfig, batch_size: int) -> int:
     config = recurrence_config(decoder)
     drawn = jax_runs.draw_sequence(config, batch_size, decoder.window_size)
-    run = baselines.both_ways(lambda params, inputs: recurrence.apply(params, config, inputs)[1])
+    run = baselines.forward_and_backward(
+        lambda params, inputs: recurrence.apply(params, config, inputs)[1]
+    )
     return run.lower(*drawn).compile().memory_analysis().temp_size_in_bytes
 
 

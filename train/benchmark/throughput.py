@@ -1,7 +1,7 @@
 """Steps per second on the grid: parallel environments in JAX compared with a Gymnasium loop.
 
     python -m train.benchmark.throughput
-    python -m train.benchmark.throughput --num-worlds 16384 --rounds 9
+    python -m train.benchmark.throughput --num-envs 16384 --rounds 9
 
 Both implement the same environment (tested) and evaluate the same network for every action. The
 loop evaluates it in NumPy, which for a single observation is faster than a compiled function.
@@ -33,14 +33,14 @@ class ThroughputConfig:
 
     world: GridConfig = GridConfig()  # grid whose steps are measured
     network: NetworkConfig = NetworkConfig()  # network of the policy; must be feed-forward
-    num_worlds: int = 4096  # parallel environments in the JAX program
+    num_envs: int = 4096  # parallel environments in the JAX program
     num_steps: int = 128  # environment steps of each of them per round
     loop_steps: int = 5000  # environment steps of the Python loop per round
     rounds: int = 5  # measured rounds, alternating between both, after one warm-up round
 
     def __post_init__(self):
         """Checks the counts, and that the network can be evaluated in NumPy."""
-        for name in ("num_worlds", "num_steps", "loop_steps", "rounds"):
+        for name in ("num_envs", "num_steps", "loop_steps", "rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if MEMORIES[self.network.kind].is_recurrent or self.network.object_size:
@@ -61,7 +61,7 @@ def measure(config: ThroughputConfig) -> str:
     parallel_rate, loop_rate = (statistics.median(column) for column in zip(*rates, strict=True))
     ratios = sorted(jax_rate / loop_rate for jax_rate, loop_rate in rates)
     return (
-        f"{config.num_worlds} environments in one program: {parallel_rate / 1e6:.2f} million "
+        f"{config.num_envs} environments in one program: {parallel_rate / 1e6:.2f} million "
         f"steps/s; Python loop over Gymnasium's API: {loop_rate / 1e3:.1f} thousand; ratio "
         f"{statistics.median(ratios):.0f} ({ratios[0]:.0f} to {ratios[-1]:.0f}, "
         f"{config.rounds} alternating rounds)"
@@ -79,7 +79,7 @@ def _make_parallel(config: ThroughputConfig, params: Params) -> Callable[[], flo
         # The sum keeps the compiler from removing the observations.
         return state, jnp.sum(rollout.mask), jnp.sum(rollout.observation)
 
-    start = actor.start(env, config.num_worlds, {}, key=jax.random.key(1))
+    start = actor.start(env, config.num_envs, {}, key=jax.random.key(1))
 
     def play_round() -> float:
         before = time.perf_counter()

@@ -85,7 +85,8 @@ def make_agent(
             "run."
         )
     decoder = config.policy.decoder
-    execution.check_stride(config.execution, has_memory=trunks.get(decoder.kind).has_memory)
+    has_memory = trunks.get(decoder.kind).has_memory
+    execution.warn_if_frames_skipped(config.execution, has_memory=has_memory)
 
     def init(params: Params, batch_size: int) -> AgentState:
         return AgentState(

@@ -11,7 +11,7 @@ The target of the gripper is +1 (open) if its logit is above `gripper_threshold 
 gripper_hysteresis`, -1 (closed) if at or below `gripper_threshold - gripper_hysteresis`, and the
 previous target in between. `gripper_rule` determines the command that is sent:
 
-- `as_wanted`: the target.
+- `target`: the target.
 - `repeat_change`: changes of the target only, +1 open, -1 close, 0 no change; a change is sent for
   `gripper_steps` steps, during which further changes are ignored (SIMPLER's Google robot).
 - `open_late`: +1 once the target has been open for `gripper_steps` consecutive steps, else -1
@@ -20,7 +20,7 @@ previous target in between. `gripper_rule` determines the command that is sent:
 
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import chex
@@ -32,7 +32,7 @@ from vla_jax.config import did_you_mean
 from vla_jax.types import ActionChunk, Array
 
 Kind = Literal["first", "receding_horizon", "temporal_ensemble"]
-GripperRule = Literal["as_wanted", "repeat_change", "open_late"]
+GripperRule = Literal["target", "repeat_change", "open_late"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +46,17 @@ class ExecutionConfig:
     ensemble_decay: float = 0.01
     gripper_threshold: float = 0.0  # logit above which the gripper opens; 0 = probability 0.5
     gripper_hysteresis: float = 0.0  # no change within this distance of the threshold, logits
-    # gripper command: "as_wanted" = the target, "repeat_change" = changes only, "open_late" = opens
+    # gripper command: "target" = the target, "repeat_change" = changes only, "open_late" = opens
     # after `gripper_steps` open predictions
-    gripper_rule: GripperRule = "as_wanted"
+    gripper_rule: GripperRule = "target"
     # environment steps for which "repeat_change" sends a change, or "open_late" waits
     gripper_steps: int = 1
+
+    @staticmethod
+    def upgrade(data: Any) -> Any:
+        """Renames a gripper rule of configs saved by version 0.1.0."""
+        is_old = isinstance(data, Mapping) and data.get("gripper_rule") == "as_wanted"
+        return {**data, "gripper_rule": "target"} if is_old else data
 
     def __post_init__(self):
         if self.kind not in get_args(Kind):
@@ -77,9 +83,9 @@ class ExecutionConfig:
             raise ValueError(f"unknown gripper_rule '{rule}'; {did_you_mean(rule, known)}")
         if self.gripper_steps < 1:
             raise ValueError(f"gripper_steps must be at least 1, got {self.gripper_steps}.")
-        if self.gripper_steps > 1 and rule == "as_wanted":
+        if self.gripper_steps > 1 and rule == "target":
             raise ValueError(
-                f"gripper_steps must be 1 with gripper_rule='as_wanted', got "
+                f"gripper_steps must be 1 with gripper_rule='target', got "
                 f"{self.gripper_steps}; choose gripper_rule='repeat_change' or 'open_late'."
             )
 
@@ -102,7 +108,7 @@ class EnsemblePlan(NamedTuple):
 class GripperState(NamedTuple):
     """State of the gripper rule."""
 
-    wanted: jax.Array  # [B] target at the last step, +1 open / -1 closed, 0 before the first action
+    target: jax.Array  # [B] target at the last step, +1 open / -1 closed, 0 before the first action
     change: jax.Array  # [B] last change sent by "repeat_change", +1 open, -1 close, 0 none
     steps: jax.Array  # [B] int32, steps left to send it; "open_late": steps the target is open
 
@@ -147,8 +153,8 @@ def init(
         jnp.zeros((batch_size, action_horizon)),
     )
     plan = CHUNK_RULES[config.kind].init(chunk)
-    wanted, change = jnp.zeros((2, batch_size))
-    return ExecutionState(plan, GripperState(wanted, change, jnp.zeros((batch_size,), jnp.int32)))
+    target, change = jnp.zeros((2, batch_size))
+    return ExecutionState(plan, GripperState(target, change, jnp.zeros((batch_size,), jnp.int32)))
 
 
 def step(
@@ -195,7 +201,7 @@ def plan(
       The state, and one action: arm `[B, A-1]`, gripper logit `[B]`.
     """
     chex.assert_shape(chunk.arm, (*chunk.gripper_logit.shape, None))
-    chex.assert_shape(chunk.gripper_logit, (state.gripper.wanted.shape[0], None))
+    chex.assert_shape(chunk.gripper_logit, (state.gripper.target.shape[0], None))
     if reset is not None:
         state = _restart(state, reset)
     planned, action = CHUNK_RULES[config.kind].select(config, state.plan, chunk)
@@ -217,7 +223,7 @@ def send(
     return state._replace(gripper=gripper), action
 
 
-def check_stride(config: ExecutionConfig, *, has_memory: bool) -> None:
+def warn_if_frames_skipped(config: ExecutionConfig, *, has_memory: bool) -> None:
     """Warns if a decoder with memory executes more than one action of a chunk.
 
     Training windows contain consecutive frames, so `step` must be called at every environment
@@ -281,33 +287,33 @@ def _grip(
     config: ExecutionConfig, state: GripperState, logit: Array
 ) -> tuple[GripperState, jax.Array]:
     """Returns the state after this step, and the gripper command `[B]`."""
-    wanted = _switch(config, state.wanted, logit)
-    return GRIPPER_RULES[config.gripper_rule](config, state, wanted)
+    target = _switch(config, state.target, logit)
+    return GRIPPER_RULES[config.gripper_rule](config, state, target)
 
 
-def _as_wanted(
-    config: ExecutionConfig, state: GripperState, wanted: jax.Array
+def _send_target(
+    config: ExecutionConfig, state: GripperState, target: jax.Array
 ) -> tuple[GripperState, jax.Array]:
     del config
-    return state._replace(wanted=wanted), wanted
+    return state._replace(target=target), target
 
 
 def _repeat_change(
-    config: ExecutionConfig, state: GripperState, wanted: jax.Array
+    config: ExecutionConfig, state: GripperState, target: jax.Array
 ) -> tuple[GripperState, jax.Array]:
-    new = jnp.where(state.wanted == 0.0, 0.0, (wanted - state.wanted) / 2)
+    new = jnp.where(state.target == 0.0, 0.0, (target - state.target) / 2)
     change = jnp.where(state.steps > 0, state.change, new)
     left = jnp.where(new != 0.0, config.gripper_steps - 1, 0)
     steps = jnp.where(state.steps > 0, state.steps - 1, left)
-    return GripperState(wanted, change, steps), change
+    return GripperState(target, change, steps), change
 
 
 def _open_late(
-    config: ExecutionConfig, state: GripperState, wanted: jax.Array
+    config: ExecutionConfig, state: GripperState, target: jax.Array
 ) -> tuple[GripperState, jax.Array]:
-    steps = jnp.where(wanted > 0.0, state.steps + 1, 0)
+    steps = jnp.where(target > 0.0, state.steps + 1, 0)
     sent = jnp.where(steps >= config.gripper_steps, 1.0, -1.0)
-    return GripperState(wanted, state.change, steps), sent
+    return GripperState(target, state.change, steps), sent
 
 
 def _switch(config: ExecutionConfig, before: jax.Array, logit: Array) -> jax.Array:
@@ -334,9 +340,9 @@ CHUNK_RULES: dict[str, ChunkRule] = {
     "receding_horizon": ChunkRule(True, _init_recede, _recede),
     "temporal_ensemble": ChunkRule(False, _init_ensemble, _ensemble),
 }
-# (config, state, wanted [B]) -> (state, sent [B])
+# (config, state, target [B]) -> (state, sent [B])
 GRIPPER_RULES: dict[str, Callable[..., tuple[GripperState, jax.Array]]] = {
-    "as_wanted": _as_wanted,
+    "target": _send_target,
     "repeat_change": _repeat_change,
     "open_late": _open_late,
 }

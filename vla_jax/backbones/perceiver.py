@@ -1,8 +1,8 @@
 """Perceiver: a small vision-language encoder that can be trained from scratch on a laptop.
 
-The images of both cameras are divided into patches, which dense layers encode; a few learned
-latents cross-attend to all patches, then self-attend together with the proprioception. All of it is
-matrix products, which on a CPU is several times faster than convolutions.
+The images of both cameras are divided into patches, each encoded by a linear map and a dense layer;
+a few learned latents cross-attend to all patches, then self-attend together with the
+proprioception. On a CPU this is several times faster than a convolutional network.
 
 Source: Jaegle et al. 2021, "Perceiver" (arXiv:2103.03206), §3.1; Alayrac et al. 2022, "Flamingo"
 (arXiv:2204.14198), use such latents as a resampler between vision and language.

@@ -17,7 +17,7 @@ from vla_jax.types import Array
 
 Method = Literal["bounds", "quantiles", "mean_std", "none"]
 CLIPPED = ("bounds", "quantiles")  # methods that clip to [-1, 1]
-QUANTILE_SHARE = 0.02  # fraction of values outside [q01, q99] by definition
+QUANTILE_FRACTION = 0.02  # fraction of values outside [q01, q99] by definition
 
 
 class NormStats(NamedTuple):
@@ -165,7 +165,7 @@ def denormalize_action(action: Array, stats: NormStats, config: NormalizeConfig)
     return denormalize(_expand(action, config.action_mu), stats, config.action, gripper=True)
 
 
-def count_clipped(
+def clipped_fraction(
     x: np.ndarray, stats: NormStats, method: Method, *, gripper: bool = False
 ) -> float:
     """Returns the fraction of the values of `x [..., D]` that `normalize` clips."""
@@ -192,11 +192,11 @@ def normalize_column(
       method clips by definition.
     """
     method, gripper = getattr(config, name), name == "action"
-    fraction = count_clipped(column, stats, method, gripper=gripper)
+    fraction = clipped_fraction(column, stats, method, gripper=gripper)
     y = normalize_action(column, stats, config) if gripper else normalize(column, stats, method)
     if gripper and method == "none":  # the tanh of a policy's arm output is within [-1, 1]
         fraction, y = float((np.abs(y) > 1 + 1e-5).mean()), y.clip(-1, 1)
-    if fraction > (QUANTILE_SHARE * 1.25 if method == "quantiles" else 0):
+    if fraction > (QUANTILE_FRACTION * 1.25 if method == "quantiles" else 0):
         warnings.warn(
             f"{fraction:.2%} of the values of {name} lie outside [-1, 1] after normalisation by "
             f"{method!r} and were clipped; compute norm_stats on this data set to avoid it",

@@ -45,7 +45,7 @@ class CartPoleState(NamedTuple):
     position: Array  # [] of the cart, m
     speed: Array  # [] of the cart, m/s
     angle: Array  # [] of the pole, rad
-    turn: Array  # [] angular velocity of the pole, rad/s
+    angular_velocity: Array  # [] angular velocity of the pole, rad/s
     num_steps: Array  # [] int32
 
 
@@ -53,7 +53,7 @@ class CartPoleState(NamedTuple):
 def make(config: CartPoleConfig) -> DiscreteEnv:
     """Returns CartPole as a `DiscreteEnv`: reward 1 per step, action 0 pushes left, action 1 right.
 
-    Observations `[4]` are the fields of `CartPoleState`: position, speed, angle, turn. An episode
+    Observations `[4]` are position, speed, angle, angular_velocity of `CartPoleState`. An episode
     that reaches the time limit is a success.
     """
     return DiscreteEnv(
@@ -85,8 +85,7 @@ def draw(state: CartPoleState) -> Array:
 
 def _reset(key: Key) -> tuple[CartPoleState, Array]:
     numbers = jax.random.uniform(key, (4,), minval=-_START, maxval=_START)
-    position, speed, angle, turn = numbers
-    return CartPoleState(position, speed, angle, turn, jnp.zeros((), jnp.int32)), numbers
+    return CartPoleState(*numbers, num_steps=jnp.zeros((), jnp.int32)), numbers
 
 
 def _step(
@@ -98,19 +97,19 @@ def _step(
             "action must be one integer, 0 (left) or 1 (right), got "
             f"{action.dtype}{list(action.shape)}; vmap the step over environments."
         )
-    position, speed, angle, turn, num_steps = state
+    position, speed, angle, angular_velocity, num_steps = state
     force = jnp.where(action > 0, _FORCE, -_FORCE)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     mass_length = _POLE_MASS * _HALF_LENGTH
-    push = (force + mass_length * jnp.square(turn) * sin) / _TOTAL_MASS
+    push = (force + mass_length * jnp.square(angular_velocity) * sin) / _TOTAL_MASS
     inertia = _HALF_LENGTH * (4.0 / 3.0 - _POLE_MASS * jnp.square(cos) / _TOTAL_MASS)
-    turn_acceleration = (_GRAVITY * sin - cos * push) / inertia
-    acceleration = push - mass_length * turn_acceleration * cos / _TOTAL_MASS
+    angular_acceleration = (_GRAVITY * sin - cos * push) / inertia
+    acceleration = push - mass_length * angular_acceleration * cos / _TOTAL_MASS
     state = CartPoleState(  # explicit Euler: positions use the speeds before the step
         position + _TIMESTEP * speed,
         speed + _TIMESTEP * acceleration,
-        angle + _TIMESTEP * turn,
-        turn + _TIMESTEP * turn_acceleration,
+        angle + _TIMESTEP * angular_velocity,
+        angular_velocity + _TIMESTEP * angular_acceleration,
         num_steps + 1,
     )
     return state, _judge(config, state)
@@ -120,7 +119,7 @@ def _judge(config: CartPoleConfig, state: CartPoleState) -> Transition:
     fallen = (jnp.abs(state.position) > _MAX_POSITION) | (jnp.abs(state.angle) > _MAX_ANGLE)
     truncated = ~fallen & (state.num_steps >= config.max_steps)
     return Transition(
-        observation=jnp.stack([state.position, state.speed, state.angle, state.turn]),
+        observation=jnp.stack([state.position, state.speed, state.angle, state.angular_velocity]),
         reward=jnp.ones(()),
         terminated=fallen,
         truncated=truncated,

@@ -65,7 +65,7 @@ def make(
     return simulator
 
 
-def make_choices(env_id: str, *, max_steps: int | None = None) -> Any:
+def make_discrete(env_id: str, *, max_steps: int | None = None) -> Any:
     """Returns a `gymnasium.Env` with discrete actions and a vector as observation.
 
     Args:

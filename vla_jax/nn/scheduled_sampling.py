@@ -15,7 +15,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from vla_jax.config import did_you_mean
+from vla_jax.config import did_you_mean, renamed
 from vla_jax.nn import seq2seq
 from vla_jax.nn.seq2seq import Decoded, Memory, Seq2SeqConfig
 from vla_jax.types import Array, Key, Params
@@ -31,16 +31,18 @@ class SamplingConfig:
 
     schedule: Schedule = "always"  # how the probability of teacher forcing decreases; "always" = 1
     slope: float = 1e-3  # of "linear": decrease of the probability per update
-    least: float = 0.0  # of "linear": lower bound of the probability
+    min_rate: float = 0.0  # of "linear": lower bound of the probability
     base: float = 0.999  # of "exponential": factor of the probability per update
     k: float = 100.0  # of "inverse_sigmoid", in updates: the probability is 0.5 after k ln k
+
+    upgrade = renamed({"least": "min_rate"})
 
     def __post_init__(self):
         if self.schedule not in _SCHEDULES:
             raise ValueError(
                 f"unknown schedule '{self.schedule}'; {did_you_mean(self.schedule, _SCHEDULES)}"
             )
-        for name in ("slope", "least", "base"):
+        for name in ("slope", "min_rate", "base"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
         if self.k < 1:
@@ -57,17 +59,17 @@ def rate(config: SamplingConfig, num_updates: Array | int) -> jax.Array | None:
     return _SCHEDULES[config.schedule](config, num_updates)
 
 
-def linear(num_updates: Array | int, *, slope: float, least: float = 0.0) -> jax.Array:
+def linear(num_updates: Array | int, *, slope: float, min_rate: float = 0.0) -> jax.Array:
     """Returns a probability of teacher forcing that decreases linearly.
 
-        rate = max(least, 1 − slope · i)
+        rate = max(min_rate, 1 − slope · i)
 
     Args:
       num_updates: i `[]`, number of updates so far.
       slope: decrease per update.
-      least: lower bound.
+      min_rate: lower bound.
     """
-    return jnp.maximum(least, 1.0 - slope * jnp.asarray(num_updates, jnp.float32))
+    return jnp.maximum(min_rate, 1.0 - slope * jnp.asarray(num_updates, jnp.float32))
 
 
 def exponential(num_updates: Array | int, *, base: float) -> jax.Array:
@@ -98,7 +100,7 @@ def inverse_sigmoid(num_updates: Array | int, *, k: float) -> jax.Array:
 
 _SCHEDULES: dict[str, Callable[[SamplingConfig, Array | int], jax.Array | None]] = {
     "always": lambda config, i: None,
-    "linear": lambda config, i: linear(i, slope=config.slope, least=config.least),
+    "linear": lambda config, i: linear(i, slope=config.slope, min_rate=config.min_rate),
     "exponential": lambda config, i: exponential(i, base=config.base),
     "inverse_sigmoid": lambda config, i: inverse_sigmoid(i, k=config.k),
 }

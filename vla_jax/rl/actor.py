@@ -28,7 +28,7 @@ Policy = Callable[[Any, Array, Array, Key], tuple[Any, Array]]
 class Actor(NamedTuple):
     """State between two rollouts."""
 
-    world_state: Any  # state of the environments, [B, ...]; {} if they hold it themselves
+    env_state: Any  # state of the environments, [B, ...]; {} if they hold it themselves
     observation: Array  # [B, ...], next input of the policy
     reset: Array  # [B] bool, True where `observation` is the first of an episode
     ended: Array  # [B] bool, True where `observation` is the last of an episode
@@ -97,10 +97,10 @@ def unroll(
 
     chex.assert_equal_shape_prefix([actor.observation, actor.ended], 1)
     last, steps = jax.lax.scan(step, actor, jax.random.split(key, num_steps))
-    return last, join(steps, actor, last)
+    return last, stack_steps(steps, actor, last)
 
 
-def join(steps: Rollout, first: Actor, last: Actor) -> Rollout:
+def stack_steps(steps: Rollout, first: Actor, last: Actor) -> Rollout:
     """Returns single steps as one rollout.
 
     Args:
@@ -125,7 +125,7 @@ def advance(env: DiscreteEnv, actor: Actor, action: Array, *, key: Key) -> tuple
       action: `[B]` int32; ignored where an episode has ended.
       key: consumed, for resets.
     """
-    env_state, transition = jax.vmap(env.step)(actor.world_state, action)
+    env_state, transition = jax.vmap(env.step)(actor.env_state, action)
     fresh = jax.vmap(env.reset)(jax.random.split(key, action.shape[0]))
     env_state, observation = trees.select(actor.ended, fresh, (env_state, transition.observation))
     return record(actor, action, env_state, transition._replace(observation=observation))
@@ -160,7 +160,7 @@ def record(
         carry=None,
     )
     next_actor = Actor(
-        world_state=env_state,
+        env_state=env_state,
         observation=transition.observation,
         reset=actor.ended,
         ended=terminated | truncated,

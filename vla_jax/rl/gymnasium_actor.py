@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vla_jax.envs.discrete_worlds import DiscreteGymnasiumConfig
-from vla_jax.envs.gymnasium import is_success, make_choices
+from vla_jax.envs.gymnasium import is_success, make_discrete
 from vla_jax.rl import actor
 from vla_jax.rl.actor import Actor, Rollout
 from vla_jax.types import Array, Key, Transition
@@ -27,7 +27,7 @@ class GymnasiumEnvs(NamedTuple):
     """Parallel environments; `start`, `unroll` and `play` change their state."""
 
     env_id: str
-    envs: tuple[Any, ...]  # B, from `make_choices`
+    envs: tuple[Any, ...]  # B, from `make_discrete`
 
 
 class EpisodeError(RuntimeError):
@@ -44,7 +44,7 @@ def open_envs(
       num_envs: B.
       stack: closes the environments.
     """
-    make = partial(make_choices, config.env_id, max_steps=config.max_steps or None)
+    make = partial(make_discrete, config.env_id, max_steps=config.max_steps or None)
     group = GymnasiumEnvs(config.env_id, tuple(make() for _ in range(num_envs)))
     for env in group.envs:
         stack.callback(env.close)
@@ -81,7 +81,7 @@ def unroll(
     walk = itertools.islice(_walk(group, act, first, key), num_steps)
     states, steps = zip(*walk, strict=True)
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *steps)
-    return states[-1], actor.join(stacked, first, states[-1])
+    return states[-1], actor.stack_steps(stacked, first, states[-1])
 
 
 def play(group: GymnasiumEnvs, act: Act, carry: Any, *, key: Key) -> dict[str, np.ndarray]:

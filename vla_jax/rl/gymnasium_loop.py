@@ -32,9 +32,9 @@ from vla_jax.rl.learning_loop import (
     LearningResult,
     describe_latest,
     first_state,
-    keep_learning,
     make_keys,
     make_result,
+    run_updates,
 )
 from vla_jax.training.loop import LoopConfig
 from vla_jax.training.optim import OptimConfig
@@ -94,7 +94,7 @@ def learn(
     keys = jax.tree.map(lambda key: key[0], make_keys(seed, 1))
     with contextlib.ExitStack() as stack:
         stack.enter_context(_naming_the_last_checkpoint(run_dir))
-        train_envs, eval_envs = (open_envs(env_config, config.num_worlds, stack) for _ in range(2))
+        train_envs, eval_envs = (open_envs(env_config, config.num_envs, stack) for _ in range(2))
         init, update = _make_training(train_envs, algorithm, config, optim_config, loop.num_updates)
         state, step = first_state(run_dir, init(keys.init))
         if step:
@@ -103,7 +103,7 @@ def learn(
             state = state._replace(actor=init(jax.random.fold_in(keys.init, step)).actor)
         evaluate = _make_evaluation(eval_envs, algorithm)
         run = _make_run(train_envs, algorithm, config, update, evaluate, keys)
-        state = keep_learning(config, loop, run_dir, run, state, step, name=name)
+        state = run_updates(config, loop, run_dir, run, state, step, name=name)
         report = evaluate(acting_params(state), keys.report, config.report_episodes)
     return make_result(config, jax.tree.map(lambda leaf: leaf[None], state), report)
 
@@ -131,7 +131,7 @@ def _make_training(
 
     def init(key: Key) -> LearnState:
         params_key, actor_key = jax.random.split(key)
-        first = start(group, zero_carry(algorithm, config.num_worlds), key=actor_key)
+        first = start(group, zero_carry(algorithm, config.num_envs), key=actor_key)
         return LearnState(init_params(params_key), first, jnp.zeros((), bool))
 
     return init, jax.jit(update)

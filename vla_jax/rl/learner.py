@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from vla_jax.config import renamed
 from vla_jax.rl import actor, network
 from vla_jax.rl.actor import Policy, Rollout
 from vla_jax.rl.network import NetworkConfig
@@ -53,16 +54,18 @@ class SeedsConfig:
     """Number of parallel trainings, size of their rollouts, and when they stop early."""
 
     num_seeds: int = 16  # independent trainings that differ only in their random seed
-    num_worlds: int = 64  # parallel environments of each seed
+    num_envs: int = 64  # parallel environments of each seed
     num_steps: int = 32  # rollout length between two updates, in environment steps
     eval_episodes: int = 256  # evaluation episodes of each seed at every log
     report_episodes: int = 256  # episodes of each seed for the final report
     solved_by: str = "success"  # metric for early stopping: "success" or "return"
     solved_at: float = 0.98  # value of the metric at which a seed stops learning
 
+    upgrade = renamed({"num_worlds": "num_envs"})
+
     def __post_init__(self):
         """Checks the counts and the name of the metric."""
-        names = ("num_seeds", "num_worlds", "num_steps", "eval_episodes", "report_episodes")
+        names = ("num_seeds", "num_envs", "num_steps", "eval_episodes", "report_episodes")
         for name in names:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -96,8 +99,8 @@ def make_learner(
 
     def init(key: Key) -> LearnState:
         params_key, actor_key = jax.random.split(key)
-        carry = zero_carry(algorithm, seeds.num_worlds)
-        first = actor.start(env, seeds.num_worlds, carry, key=actor_key)
+        carry = zero_carry(algorithm, seeds.num_envs)
+        first = actor.start(env, seeds.num_envs, carry, key=actor_key)
         return LearnState(init_params(params_key), first, jnp.zeros((), bool))
 
     def update(state: LearnState, key: Key) -> tuple[LearnState, Metrics]:

@@ -53,10 +53,10 @@ def check_devices(config: SeedsConfig, loop: LoopConfig) -> None:
             "replicated on all devices."
         )
     num_devices = parallel.make_mesh(loop.num_devices or None).size
-    if config.num_worlds % num_devices:
+    if config.num_envs % num_devices:
         raise ValueError(
-            f"num_worlds must be a multiple of the number of devices, {num_devices}, got "
-            f"{config.num_worlds}; change num_worlds or num_devices."
+            f"num_envs must be a multiple of the number of devices, {num_devices}, got "
+            f"{config.num_envs}; change num_envs or num_devices."
         )
 
 
@@ -95,7 +95,7 @@ def learn(
     def run(state: LearnState, start: int, stop: int) -> tuple[LearnState, Metrics]:
         return compiled(state, keys, np.int32(stop), stop - start)
 
-    state = keep_learning(config, loop, run_dir, run, state, step, name=name)
+    state = run_updates(config, loop, run_dir, run, state, step, name=name)
     replicated = NamedSharding(mesh, PartitionSpec())
     evaluate = jax.jit(jax.vmap(learner.report), out_shardings=replicated)
     return make_result(config, state, evaluate(acting_params(state), keys.report))
@@ -120,7 +120,7 @@ def first_state(run_dir: pathlib.Path, state: LearnState) -> tuple[LearnState, i
     return checkpoint.restore(directory, state)[0], latest
 
 
-def keep_learning(
+def run_updates(
     config: SeedsConfig,
     loop: LoopConfig,
     run_dir: pathlib.Path,
@@ -238,7 +238,7 @@ def _scalars(metrics: Metrics, config: SeedsConfig, step: int) -> dict[str, floa
     scalars = {name: float(values.mean()) for name, values in arrays.items()}
     for name in ("return", "success"):
         scalars |= {f"{name}/{i:02d}": float(value) for i, value in enumerate(arrays[name])}
-    env_steps = step * config.num_steps * config.num_worlds  # of each seed
+    env_steps = step * config.num_steps * config.num_envs  # of each seed
     return {**scalars, "env_steps": float(env_steps)}
 
 
@@ -272,7 +272,7 @@ def make_result(config: SeedsConfig, state: LearnState, report: Metrics) -> Lear
       report: metrics of the final episodes, `[num_seeds]`.
     """
     num_updates = np.asarray(state.train_state.num_updates)
-    env_steps = int(num_updates.sum()) * config.num_steps * config.num_worlds
+    env_steps = int(num_updates.sum()) * config.num_steps * config.num_envs
     return LearningResult(
         jax.device_get(acting_params(state)),
         {name: np.asarray(values) for name, values in report.items()},

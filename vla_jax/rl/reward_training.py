@@ -121,7 +121,7 @@ def record_video(
     def step(state: Actor, key: Key) -> tuple[Actor, Array]:
         policy_key, env_key = jax.random.split(key)
         carry, action = policy(state.carry, state.observation, state.reset, policy_key)
-        frame = jax.vmap(env.draw)(state.world_state)[0]
+        frame = jax.vmap(env.draw)(state.env_state)[0]
         state, _ = actor.advance(env, state._replace(carry=carry), action, key=env_key)
         return state, frame
 

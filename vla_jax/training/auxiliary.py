@@ -78,7 +78,7 @@ def init(
     config: AuxiliaryConfig,
     *,
     feature_size: int,
-    frame_sizes: Mapping[str, int],
+    target_sizes: Mapping[str, int],
     vocab_size: int,
 ) -> Params:
     """Returns `{"forward": {name: mlp, ...}, "caption": {...}}`, of the enabled heads only.
@@ -87,19 +87,19 @@ def init(
       key: consumed.
       config: heads and their sizes.
       feature_size: H, the trunk's features per step.
-      frame_sizes: size of the forward target of one step, by name: `tokens` N·D, or h·w·3 for
+      target_sizes: size of the forward target of one step, by name: `tokens` N·D, or h·w·3 for
         each existing camera of `image_primary` and `image_wrist`.
       vocab_size: V, word ids are in [0, V).
     """
     forward_key, caption_key = jax.random.split(key)
     params: Params = {}
     if config.forward_horizon:
-        keys = jax.random.split(forward_key, len(frame_sizes))
+        keys = jax.random.split(forward_key, len(target_sizes))
         params["forward"] = {
             name: layers.init_mlp(
                 name_key, (feature_size, *config.forward_sizes, config.forward_horizon * size)
             )
-            for name_key, (name, size) in zip(keys, frame_sizes.items(), strict=True)
+            for name_key, (name, size) in zip(keys, target_sizes.items(), strict=True)
         }
     if config.caption:
         params["caption"] = captions.init(
