@@ -60,7 +60,7 @@ def test_the_schedules_equal_their_equations(i):
 
 @pytest.mark.parametrize("i", [0, 70])
 def test_a_config_selects_a_schedule_with_its_parameters(i):
-    numbers = {"slope": 0.01, "least": 0.4, "base": 0.98, "k": 20.0}
+    numbers = {"slope": 0.01, "min_rate": 0.4, "base": 0.98, "k": 20.0}
     expected = {
         "linear": scheduled_sampling.linear(i, slope=0.01, min_rate=0.4),
         "exponential": scheduled_sampling.exponential(i, base=0.98),
@@ -77,7 +77,7 @@ def test_a_config_selects_a_schedule_with_its_parameters(i):
     [
         ({"schedule": "lineal"}, r"unknown schedule 'lineal'; .* Did you mean 'linear'"),
         ({"slope": -0.1}, r"slope must be in \[0, 1\], got -0.1"),
-        ({"least": 1.1}, r"least must be in \[0, 1\], got 1.1"),
+        ({"min_rate": 1.1}, r"min_rate must be in \[0, 1\], got 1.1"),
         ({"base": 2.0}, r"base must be in \[0, 1\], got 2.0"),
         ({"k": 0.5}, r"k must be at least 1, got 0.5"),
     ],
