@@ -180,14 +180,15 @@ def _in_processes(config: RecordConfig) -> Iterator[Episode | None]:
     jobs = [(config, range(*seeds)) for seeds in zip(starts, stops, strict=True)]
     num_processes = config.num_processes or os.cpu_count() or 1
     # spawn: a fork of a process that runs JAX threads may hang.
-    with multiprocessing.get_context("spawn").Pool(num_processes, _stay_on_cpu) as pool:
+    with multiprocessing.get_context("spawn").Pool(num_processes, _start_process) as pool:
         for episodes in pool.imap(_play, jobs):
             yield from episodes
 
 
-def _stay_on_cpu() -> None:
-    """Keeps this process on the CPU: JAX would otherwise reserve most of the GPU's memory."""
-    jax.config.update("jax_platforms", "cpu")
+def _start_process() -> None:
+    """Keeps JAX of this process on the CPU, and OpenGL in software on one core."""
+    jax.config.update("jax_platforms", "cpu")  # else it would reserve most of the GPU's memory
+    os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa's threads would contend for busy cores
 
 
 _SIMULATORS: dict = {}  # reused by this process: building one takes longer than an episode
