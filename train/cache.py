@@ -28,7 +28,7 @@ from vla_jax.files import replacing
 from vla_jax.training.progress import progress_bar
 from vla_jax.types import Params, Tokens
 
-CHUNK = 256  # frames per forward pass
+CHUNK = 64  # frames per forward pass; larger ones do not fit the cache of a CPU
 TOKENS, MASK = "tokens.npy", "mask.npy"
 
 

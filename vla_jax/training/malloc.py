@@ -4,11 +4,12 @@ import ctypes
 import sys
 
 # Parameters of mallopt in malloc.h, in the order in which they are set.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4
 _SETTINGS = (
     (_MMAP_THRESHOLD, 1 << 25),  # bytes; 32 MB is the largest value that glibc accepts
     (_MMAP_MAX, 0),  # no separate mappings, so that blocks above 32 MB are kept too
     (_TRIM_THRESHOLD, 1 << 30),  # bytes of free memory at the heap's end before it shrinks
+    (_TOP_PAD, 1 << 26),  # bytes; with the size of a thread's heap, an empty heap is not unmapped
 )
 
 
