@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any, NamedTuple
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
@@ -186,8 +187,10 @@ class _Bar:
 
 
 def _start_process(log: pathlib.Path) -> None:
-    """Redirects the output of this process to a file; sets up memory as in the scripts."""
+    """Redirects the output of this process to a file; sets up memory and compile cache."""
     keep_freed_memory()
+    if jax.config.jax_compilation_cache_dir is None:  # steps of several trainings are alike
+        jax.config.update("jax_compilation_cache_dir", str(log.parent / ".jax_cache"))
     # Two processes share the memory of an accelerator.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     with log.open("a", encoding="utf-8") as file:

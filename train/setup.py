@@ -99,14 +99,15 @@ def init_params(key: Key, config: ImitateConfig) -> Params:
       FileNotFoundError: an earlier run has no checkpoint.
       ValueError: its backbone or decoder has other sizes.
     """
-    # jit: one compilation instead of one for each kind and shape of param.
-    params = jax.jit(partial(_random_params, config=config))(key)
-    for part, folder in (("backbone", config.backbone_from), ("decoder", config.decoder_from)):
-        if folder:
-            saved = _read_part(part, folder)
-            _check_same_sizes(part, saved, params[part], folder)
-            params[part] = saved
-    return params
+    init = partial(_random_params, config=config)
+    shapes = jax.eval_shape(init, key)
+    folders = {"backbone": config.backbone_from, "decoder": config.decoder_from}
+    saved = {part: _read_part(part, folder) for part, folder in folders.items() if folder}
+    for part, params in saved.items():
+        _check_same_sizes(part, params, shapes[part], folders[part])
+    # jit: one compilation instead of one for each param, without those that were read.
+    missing = jax.jit(lambda key: {p: v for p, v in init(key).items() if p not in saved})(key)
+    return missing | saved
 
 
 def _random_params(key: Key, config: ImitateConfig) -> Params:
