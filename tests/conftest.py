@@ -5,6 +5,10 @@ import ctypes
 import gc
 import os
 import pathlib
+import subprocess
+import sys
+import sysconfig
+import venv
 import zlib
 from importlib.metadata import version
 
@@ -60,6 +64,23 @@ def key():
 def golden():
     """Folder of reference values made by the original systems."""
     return pathlib.Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def wheel_python(tmp_path_factory):
+    """Python of an environment with the library installed from its wheel, without the clone."""
+    root, folder = pathlib.Path(__file__).parents[1], tmp_path_factory.mktemp("wheel")
+    pip, python = [sys.executable, "-m", "pip"], folder / "venv/bin/python"
+    build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, root]
+    subprocess.run([*pip, *build], check=True, capture_output=True)
+    venv.create(folder / "venv", with_pip=False)
+    # makes the dependencies importable, but not the clone: .pth files there are not processed
+    (site,) = (folder / "venv").glob("lib/python*/site-packages")
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    (wheel,) = folder.glob("vla_jax-*.whl")
+    install = ["--python", python, "install", "--no-deps", wheel]
+    subprocess.run([*pip, *install], check=True, capture_output=True)
+    return python
 
 
 @pytest.fixture(scope="module", autouse=True)

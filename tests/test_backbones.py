@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from vla_jax.backbones import registry, word_hashing
 from vla_jax.backbones.perceiver import Perceiver, PerceiverConfig
@@ -15,6 +17,7 @@ from vla_jax.backbones.state import StateConfig
 from vla_jax.types import Observation
 
 B, S, VOCAB = 3, 4, 64
+GOLDEN = pathlib.Path(__file__).parent / "golden/perceiver.npz"
 CONFIGS = {
     "perceiver": PerceiverConfig(
         image_size=16,
@@ -228,6 +231,21 @@ def test_an_image_that_is_not_uint8_is_refused():
 def test_a_perceiver_whose_sizes_do_not_divide_is_refused(fields, sentence):
     with pytest.raises(ValueError, match=sentence):
         PerceiverConfig(**fields)
+
+
+@pytest.mark.parametrize("patches", ["overlap", "tiles"])
+def test_the_tokens_of_a_perceiver_equal_those_of_an_earlier_version(patches):
+    """The golden tokens were computed by revision ba0bd99, with a convolution over the patches."""
+    config = PerceiverConfig(
+        image_size=16, patch_size=8, overlap=patches == "overlap", width=8, num_heads=2,
+        num_latents=3, token_dim=4, proprio_dim=2, vocab_size=16, max_words=3,
+    )  # fmt: skip
+    with np.load(GOLDEN) as file:
+        arrays = traverse_util.unflatten_dict(dict(file), sep="/")[patches]
+    observation = Observation(**{name: arrays[name] for name in PARTS["perceiver"]})
+    apply = jax.jit(BACKBONES["perceiver"].apply, static_argnums=1)
+    tokens = apply(arrays["params"], config, observation).tokens
+    np.testing.assert_allclose(tokens, arrays["tokens"], atol=1e-5)
 
 
 @pytest.mark.slow

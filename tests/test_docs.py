@@ -8,6 +8,7 @@ import shlex
 import nbformat
 import pytest
 import tiny_run
+from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
 
 from train.configs import IMITATE
@@ -110,11 +111,19 @@ def test_every_page_is_in_the_navigation():
 
 
 @pytest.mark.slow
-def test_the_notebook_runs_with_outputs_of_the_stored_kinds(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+def test_the_notebook_runs_from_the_wheel_with_outputs_of_the_stored_kinds(
+    wheel_python, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.chdir(tmp_path)
     stored = nbformat.read(DOCS / "quickstart.ipynb", as_version=4)
     fresh = nbformat.read(DOCS / "quickstart.ipynb", as_version=4)
-    NotebookClient(fresh, timeout=600, kernel_name="python3").execute()
+    fresh.cells.append(nbformat.v4.new_code_cell("print(vla_jax.__file__)"))
+    kernel = AsyncKernelManager(kernel_name="python3")
+    kernel.kernel_spec.argv[0] = str(wheel_python)
+    NotebookClient(fresh, timeout=600, km=kernel).execute()
+    package = pathlib.Path(fresh.cells.pop().outputs[0].text.strip())
+    assert package.is_relative_to(wheel_python.parents[1])
     kinds = [
         [
             [(o.output_type, *sorted(o.get("data", {}))) for o in cell.get("outputs", ())]

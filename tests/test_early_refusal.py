@@ -58,6 +58,14 @@ def test_settings_that_cannot_work_are_refused_before_reading(script, changes, s
     assert not run_dir.exists()
 
 
+@pytest.mark.parametrize("script", ["imitate", "pretrain"], indirect=True)
+def test_a_glob_that_matches_no_param_is_refused_before_reading(script):
+    function, config, run_dir = script
+    with pytest.raises(ValueError, match=r"no parameter path matches 'bakbone/\*'"):
+        function(dataclasses.replace(config, optim=OptimConfig(freeze=("bakbone/*",))))
+    assert not run_dir.exists()
+
+
 def test_a_run_of_another_config_is_refused_before_reading(script):
     function, config, run_dir = script
     runs.open_run(run_dir, config, overwrite=False)

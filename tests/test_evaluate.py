@@ -128,6 +128,17 @@ def test_other_settings_under_the_same_name_are_refused(folder):
     assert settings["agent"]["mode"] == "persistent"
 
 
+@pytest.mark.slow
+def test_an_evaluation_with_earlier_names_of_settings_is_resumed(folder):
+    quiet(folder)
+    path = folder / "evaluation" / "refresh-4" / "settings.json"
+    settings = json.loads(path.read_text())
+    settings["agent"]["execution"]["gripper_rule"] = "as_wanted"
+    path.write_text(json.dumps(settings))
+    quiet(folder)
+    assert json.loads(path.read_text())["agent"]["execution"]["gripper_rule"] == "target"
+
+
 def test_damaged_settings_raise_one_sentence(folder):
     (folder / "evaluation" / "refresh-4").mkdir(parents=True)
     (folder / "evaluation" / "refresh-4" / "settings.json").write_text("{")
@@ -192,6 +203,10 @@ def test_the_world_renders_images_of_the_size_that_the_policy_takes(folder):
         ({"num_simulators": 0}, "num_simulators must be at least 1, got 0"),
         ({"num_videos": -1}, "num_videos must be at least 0, got -1"),
         ({"first_seed": -1}, r"first_seed must be in \[0, 2\^31 - num_episodes\), got -1"),
+        (
+            {"reference": "expert", "mode": "persistent"},
+            "mode must be None with reference 'expert', .* got persistent; omit it",
+        ),
         ({"name": "../up"}, r"name must be letters, .* got '\.\./up'"),
     ],
 )

@@ -1,5 +1,6 @@
 """Freed memory stays with the process: repeated large allocations cause no page faults."""
 
+import platform
 import resource
 import subprocess
 import sys
@@ -39,7 +40,7 @@ def main() -> None:
     print(before, faults_of_repeated_allocations())
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="settings of glibc")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="settings of glibc")
 def test_freed_memory_of_a_thread_is_reused():
     command = [sys.executable, __file__]  # the settings cannot be undone in this process
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from train import setup
+from train.configs import ImitateConfig
 from vla_jax.acting.agent import AgentConfig, make_agent
 from vla_jax.backbones import registry
 from vla_jax.backbones.backbone import Backbone
@@ -19,6 +21,8 @@ from vla_jax.data.dataset import Episode, from_episodes
 from vla_jax.data.windows import WindowConfig, Windows
 from vla_jax.policies import policy
 from vla_jax.policies.decoder_config import DecoderConfig
+from vla_jax.training.auxiliary import AuxiliaryConfig
+from vla_jax.training.loss_terms import LossWeights
 from vla_jax.types import Observation, Tokens
 
 B, T, W, S = 2, 5, 3, 6
@@ -103,6 +107,13 @@ def observe():
         proprio=random.normal(size=(B, T, 2)).astype(np.float32),
         instruction=np.tile(ids[:, None], (1, T, 1)),
     )
+
+
+def test_the_caption_head_refuses_other_padding_than_0():
+    agent, auxiliary = AgentConfig(make_config()), AuxiliaryConfig(caption=True)
+    config = ImitateConfig(agent=agent, auxiliary=auxiliary, loss=LossWeights(caption=0.1))
+    with pytest.raises(ValueError, match=r"caption must be False .* backbone 'letters'"):
+        setup.check(config)
 
 
 def select_steps(tree, steps):

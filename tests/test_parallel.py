@@ -233,8 +233,8 @@ def test_two_processes_equal_one_process_and_save_one_checkpoint(key, tmp_path):
         for process_id in range(2)
     ]
     for process in processes:
-        _, told = process.communicate(timeout=120)
-        assert process.returncode == 0, told
+        _, output = process.communicate(timeout=120)
+        assert process.returncode == 0, output
     state, metrics = run_jit(1, key, loss_fn=dropout_loss)
     restored, metadata = checkpoint.restore(tmp_path, state)
     assert_close(restored, state)

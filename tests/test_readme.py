@@ -4,8 +4,6 @@ import os
 import pathlib
 import re
 import subprocess
-import sys
-import sysconfig
 
 import jax.numpy as jnp
 import pytest
@@ -17,7 +15,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 TREE = re.search(r"^```\n(vla_jax/ .*?)^```", README, re.DOTALL | re.MULTILINE)[1]
 
 
-def test_the_twenty_lines_run_and_streamed_equals_windowed():
+def test_the_example_runs_and_streamed_equals_windowed():
     code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
     names: dict = {}
     exec(code, names)
@@ -49,26 +47,16 @@ def test_it_is_short():
 
 
 @pytest.mark.slow
-def test_the_twenty_lines_run_from_the_installed_wheel(tmp_path):
-    def run(*command):
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        done = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    build = ("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path))
-    run(sys.executable, "-m", "pip", *build, str(ROOT))
-    run(sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv"))
-    python = str(tmp_path / "venv/bin/python")
-    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
-    # makes the dependencies importable, but not the clone: .pth files there are not processed
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
-    (wheel,) = tmp_path.glob("vla_jax-*.whl")
-    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", str(wheel))
+def test_the_example_runs_from_the_installed_wheel(wheel_python, tmp_path):
     code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
-    (tmp_path / "twenty_lines.py").write_text(f"{code}\nprint(vla_jax.__file__)\n")
-    assert run(python, "twenty_lines.py").strip() == str(site / "vla_jax/__init__.py")
-    assert (site / "vla_jax/py.typed").is_file()
-    assert not (site / "train").exists()
+    (tmp_path / "example.py").write_text(f"{code}\nprint(vla_jax.__file__)\n")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [wheel_python, "example.py"], cwd=tmp_path, env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    package = pathlib.Path(done.stdout.strip()).parent
+    assert package.is_relative_to(wheel_python.parents[1])
+    assert (package / "py.typed").is_file()
+    assert not (package.parent / "train").exists()

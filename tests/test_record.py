@@ -104,6 +104,19 @@ def test_a_failed_episode_is_not_recorded():
     assert module.demonstrate(simulator, seed=0, noise=0.0, disturbance=0.0) is None
 
 
+def test_a_recording_with_other_settings_is_not_taken_for_this_one(tmp_path):
+    config = RecordConfig(str(tmp_path / "demos"), TWIN, num_episodes=12)
+    assert not module.is_recorded(config)
+    record(config)
+    assert module.is_recorded(dataclasses.replace(config, num_processes=2, overwrite=True))
+    other = dataclasses.replace(config, num_episodes=13)
+    with pytest.raises(ValueError, match="other settings: num_episodes was 12 and is 13; choose"):
+        module.is_recorded(other)
+    (tmp_path / "demos" / module.SETTINGS).unlink()
+    with pytest.raises(ValueError, match=r"must have the record\.json of a recording, got none"):
+        module.is_recorded(config)
+
+
 def test_an_existing_data_set_is_replaced_only_with_overwrite(tmp_path):
     config = RecordConfig(str(tmp_path / "demos"), TWIN, num_episodes=12)
     record(config)

@@ -91,24 +91,24 @@ def test_a_wrong_config_is_refused(fields, sentence):
 @each_config
 def test_rate_1_equals_teacher_forcing(config, key):
     params, memory, targets = setup(config)
-    told = schedule_and_run(params, config, memory, targets, 1.0, key)
-    assert_close(told, force(params, config, memory, targets))
+    forced = schedule_and_run(params, config, memory, targets, 1.0, key)
+    assert_close(forced, force(params, config, memory, targets))
 
 
 @pytest.mark.parametrize("rate", [0.0, 1.0])
 @each_config
 def test_a_target_of_one_step_does_not_depend_on_the_rate(config, rate, key):
     params, memory, targets = setup(config)
-    told = schedule_and_run(params, config, memory, targets[:, :1], rate, key)
-    assert_close(told, force(params, config, memory, targets[:, :1]))
+    forced = schedule_and_run(params, config, memory, targets[:, :1], rate, key)
+    assert_close(forced, force(params, config, memory, targets[:, :1]))
 
 
 @each_config
 def test_rate_0_equals_free_running(config, key):
     params, memory, targets = setup(config)
-    told = schedule_and_run(params, config, memory, targets, 0.0, key)
+    forced = schedule_and_run(params, config, memory, targets, 0.0, key)
     alone, _ = run_free(params, config, memory, T)
-    assert_close(told, alone)
+    assert_close(forced, alone)
 
 
 @each_config
@@ -121,13 +121,13 @@ def test_teacher_forcing_with_its_own_outputs_equals_free_running(config):
 def test_each_row_and_step_is_sampled_independently(key):
     config = CONFIGS["tokens"]
     params, memory, targets = setup(config)
-    mixed, told, alone = (
+    mixed, forced, alone = (
         schedule_and_run(params, config, memory, targets, rate, key).outputs[:, 1]
         for rate in (0.3, 1.0, 0.0)
     )
-    is_told, is_alone = (np.abs(mixed - other).max(axis=1) < 1e-6 for other in (told, alone))
-    assert (is_told | is_alone).all()
-    assert 0.1 < is_told[~is_alone].sum() / B < 0.5
+    is_forced, is_alone = (np.abs(mixed - other).max(axis=1) < 1e-6 for other in (forced, alone))
+    assert (is_forced | is_alone).all()
+    assert 0.1 < is_forced[~is_alone].sum() / B < 0.5
     other_key = schedule_and_run(params, config, memory, targets, 0.3, jax.random.key(1))
     assert np.abs(other_key.outputs[:, 1] - mixed).max() > 1e-3
 

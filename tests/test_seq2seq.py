@@ -206,8 +206,8 @@ def torch_run(config, params, encoder, decoder, source, targets):
         torch.tanh(torch_affine(torch.cat([part[0], part[1]], dim=-1), bridge[name]))[None]
         for name, part in zip(names, last, strict=True)
     ]
-    told = p["target"]["embedding"][torch.from_numpy(targets[:, :-1])]
-    inputs = torch.cat([p["start"].expand(B, 1, E), told], dim=1)
+    embedded = p["target"]["embedding"][torch.from_numpy(targets[:, :-1])]
+    inputs = torch.cat([p["start"].expand(B, 1, E), embedded], dim=1)
     hidden, _ = decoder(inputs, tuple(first) if len(first) > 1 else first[0])
     scores = torch.bmm(hidden, (states @ p["attention"]["key_kernel"]).transpose(1, 2))
     weights = scores.masked_fill(~torch.from_numpy(MASK)[:, None], -torch.inf).softmax(dim=-1)

@@ -110,8 +110,8 @@ def test_resumed_equals_uninterrupted_bitwise(demos, trained, tmp_path):
     whole, resumed = train_state(trained), train_state(run_dir)
     assert int(resumed.num_updates) == 4
     assert_bitwise_equal(whole, resumed)
-    told = [read_metrics(folder / "metrics.jsonl") for folder in (trained, run_dir)]
-    for one, other in zip(*told, strict=True):
+    metrics = [read_metrics(folder / "metrics.jsonl") for folder in (trained, run_dir)]
+    for one, other in zip(*metrics, strict=True):
         assert {k: one[k] for k in ("step", "loss", "grad_norm")} == {
             k: other[k] for k in ("step", "loss", "grad_norm")
         }
@@ -186,8 +186,8 @@ def test_end_to_end_training_changes_the_backbone(demos, pretrained_run, tmp_pat
         auxiliary=AuxiliaryConfig(forward_horizon=1, forward_target="pixels"),
     )
     run_dir = imitate(config)
-    told = read_metrics(run_dir / "metrics.jsonl")[-1]
-    assert told.keys() >= {"loss_forward_image_primary", "loss_forward_image_wrist"}
+    metrics = read_metrics(run_dir / "metrics.jsonl")[-1]
+    assert metrics.keys() >= {"loss_forward_image_primary", "loss_forward_image_wrist"}
     params = checkpoint.restore_params(run_dir / "checkpoints")
     pretrained = checkpoint.restore_params(pretrained_run / "checkpoints")["backbone"]
     for name in ("latents", "image_primary_embed", "words"):
@@ -233,9 +233,9 @@ def test_an_encoder_decoder_trains_with_scheduled_sampling_resumes_bitwise_and_a
     shutil.rmtree(run_dir / "checkpoints" / "4")
     imitate(config)
     assert_bitwise_equal(whole, checkpoint.restore_params(run_dir / "checkpoints"))
-    told = [line["loss"] for line in read_metrics(imitate(always) / "metrics.jsonl")]
-    assert losses[0] == pytest.approx(told[0], abs=1e-5)  # the teacher-forcing rate begins at 1
-    assert losses[-1] != told[-1]
+    forced = [line["loss"] for line in read_metrics(imitate(always) / "metrics.jsonl")]
+    assert losses[0] == pytest.approx(forced[0], abs=1e-5)  # the teacher-forcing rate begins at 1
+    assert losses[-1] != forced[-1]
     options = EvaluateConfig(num_episodes=2, num_simulators=2, num_videos=0, mode="persistent")
     assert evaluate(run_dir, options).total.episodes == 2
 
@@ -293,9 +293,9 @@ def overfitted(demos, tmp_path_factory):
 @pytest.mark.slow
 def test_both_auxiliary_losses_fall_and_captions_equal_the_instructions(demos, overfitted):
     config = overfitting(demos, overfitted)
-    told = read_metrics(overfitted / "metrics.jsonl")
+    metrics = read_metrics(overfitted / "metrics.jsonl")
     for name in ("loss_forward_tokens", "loss_caption"):
-        assert told[-1][name] < 0.2 * told[0][name], name
+        assert metrics[-1][name] < 0.2 * metrics[0][name], name
     params = checkpoint.restore_params(overfitted / "checkpoints")
     dataset = read_dataset(config)
     windows = make_windows(
@@ -444,8 +444,8 @@ def write_converted(folder, **sizes):
     """Writes a converted RoboVLMs head for the small policy on the state; returns its params."""
     head = robovlms_head("lstm", in_features=8 * 3, hidden=8, layers=1, sizes=(8,), **sizes)
     decoder, params = convert.from_robovlms(head, window_size=6)
-    told = convert.report_robovlms(head, decoder)
-    convert.write_folder(folder, convert.TensorFile(head), decoder, params, told)
+    report = convert.report_robovlms(head, decoder)
+    convert.write_folder(folder, convert.TensorFile(head), decoder, params, report)
     return params
 
 
@@ -479,9 +479,9 @@ def test_a_decoder_of_another_size_is_refused(pretrained_run, tmp_path):
     write_converted(tmp_path / "head", chunk=3)
     sentence = r"decoder of .*head does not fit this config: .*heads/arm/layers_1/bias.*18"
     missing = "decoder of .* does not fit this config: "
-    for folder, told in ((tmp_path / "head", sentence), (pretrained_run, missing)):
+    for folder, message in ((tmp_path / "head", sentence), (pretrained_run, missing)):
         config = tiny_demos.imitation("", "", decoder_from=str(folder))
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             init_params(jax.random.key(0), config)
 
 
@@ -514,9 +514,9 @@ def test_a_discrete_head_trains_from_the_command_line_and_acts(demos, tmp_path):
     updates = ("--num-updates", 60, "--save-every", 60, "--log-every", 20, "--warmup-steps", 0)
     argv = [str(word) for word in (*small(demos, tmp_path / "run"), *options, *updates)]
     run_dir = imitate(command_line(IMITATE, argv, description="Trains."))
-    told = read_metrics(run_dir / "metrics.jsonl")
-    assert [line["loss"] for line in told] == [line["loss_bins"] for line in told]
-    assert told[-1]["loss"] < 0.9 * np.log(16)  # uniform guess
+    metrics = read_metrics(run_dir / "metrics.jsonl")
+    assert [line["loss"] for line in metrics] == [line["loss_bins"] for line in metrics]
+    assert metrics[-1]["loss"] < 0.9 * np.log(16)  # uniform guess
     assert (run_dir / "actions.png").stat().st_size > 0
     assert load_run(run_dir).params["decoder"]["heads"].keys() == {"bins"}
     assert evaluate(run_dir, EvaluateConfig(num_episodes=2, num_videos=0)).total.episodes == 2
@@ -548,8 +548,8 @@ def kill_while_training(process, run_dir, seconds, *, once_saved=False):
         once_saved = not checkpoint.latest_step(run_dir / "checkpoints")
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    _, told = process.communicate()
-    assert process.returncode == -signal.SIGKILL, told
+    _, output = process.communicate()
+    assert process.returncode == -signal.SIGKILL, output
 
 
 @pytest.mark.slow
@@ -563,13 +563,13 @@ def test_a_run_killed_five_times_equals_uninterrupted_bitwise(demos, tmp_path):
             kill_while_training(small_run(demos, killed), killed, pause, once_saved=last)
             reached.append(checkpoint.latest_step(killed / "checkpoints") or 0)
         for process in (small_run(demos, killed), uninterrupted):
-            _, told = process.communicate()
-            assert process.returncode == 0, told
+            _, output = process.communicate()
+            assert process.returncode == 0, output
     print(f"killed {seconds} s into the updates, with checkpoints of {reached}")
     assert 0 < reached[-1] < 1500, reached
     assert_bitwise_equal(*(saved(folder) for folder in (whole, killed)))
-    told = [read_metrics(folder / "metrics.jsonl") for folder in (whole, killed)]
-    steps = [[(line["step"], line["loss"]) for line in lines] for lines in told]
+    metrics = [read_metrics(folder / "metrics.jsonl") for folder in (whole, killed)]
+    steps = [[(line["step"], line["loss"]) for line in lines] for lines in metrics]
     assert steps[0] == steps[1]
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from train.configs import IMITATE, ImitateConfig
 from train.setup import compute_norm_stats, init_params, make_windows, read_dataset
 from vla_jax import config as configs
+from vla_jax import trees
 from vla_jax.backbones import registry
 from vla_jax.backbones.registry import BackboneConfig
 from vla_jax.command_line import run
@@ -80,8 +81,8 @@ def frame_tokens(
 def fingerprint(params: Params, config: BackboneConfig, frames: Windows) -> str:
     """Returns a hash of everything that the tokens depend on: 16 hexadecimal digits."""
     state = hashlib.sha256(json.dumps([configs.to_dict(config), frames.identity]).encode())
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        state.update(jax.tree_util.keystr(path).encode())
+    for path, leaf in trees.leaves_by_path(params).items():
+        state.update(path.encode())
         state.update(np.ascontiguousarray(leaf).tobytes())
     return state.hexdigest()[:16]
 

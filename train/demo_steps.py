@@ -1,4 +1,4 @@
-"""Steps of `train.demo`, run in two processes with one progress bar."""
+"""Steps of `train.demo`, run in two processes with one progress bar, weighted by expected times."""
 
 import concurrent.futures
 import functools
@@ -7,14 +7,12 @@ import multiprocessing
 import os
 import pathlib
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from train import cache, imitate, pretrain, record
 from train.configs import ImitateConfig
@@ -23,9 +21,10 @@ from train.record import RecordConfig
 from vla_jax.evaluate import EvaluateConfig, evaluate
 from vla_jax.training.logs import read_metrics
 from vla_jax.training.malloc import keep_freed_memory
+from vla_jax.training.progress import progress_bar
 
 NUM_PROCESSES = 2  # steps that run at a time
-PLAIN_LINES = 20  # progress lines in total, if the output is not a terminal
+NUM_LINES = 20  # for all steps, if the output is not a terminal
 # CPU seconds on one core without AVX-512, for the estimate and for the length of the bar.
 SECONDS_PER_EPISODE = {"record": 0.13, "images": 0.35, "state": 0.02}
 SECONDS_PER_UPDATE = {"pretrain": 0.155, "imitate": 0.09}
@@ -52,11 +51,12 @@ class Policy(NamedTuple):
 
 def recording(config: RecordConfig) -> Step:
     """Returns the step that records the demonstrations, unless they exist."""
+    record.is_recorded(config)  # other settings are an error before the first step
     counter = pathlib.Path(f"{config.dataset}.count")
     return Step(
         "record",
         functools.partial(_record, config, counter),
-        lambda: float(counter.read_text() or 0) / config.num_episodes if counter.exists() else 0.0,
+        lambda: _read_count(counter) / config.num_episodes,
         SECONDS_TO_START
         + SECONDS_PER_EPISODE["record" if config.world.image_size else "state"]
         * config.num_episodes,
@@ -115,10 +115,17 @@ def run_steps(steps: Sequence[Step], log: pathlib.Path, *, console: Console) -> 
     pool = ProcessPoolExecutor(
         NUM_PROCESSES, multiprocessing.get_context("spawn"), _start_process, (log,)
     )
+    total = sum(step.seconds for step in steps)
+    minutes = math.ceil(total / SPEED_UP / 60)
+    duration = f"about {minutes} minutes on 2 CPU cores" if minutes > 1 else "about a minute"
+    console.print(f"{len(steps)} steps, {duration}; details in {log}", highlight=False)
     try:
-        with _Bar(steps, log, console) as bar:
+        with progress_bar("demo", 100, unit="%", num_lines=NUM_LINES, console=console) as show:
             for running, done in _schedule(steps, pool):
-                bar.update(running, done)
+                seconds = sum(step.seconds for step in steps if step.name in done)
+                seconds += sum(step.seconds * min(step.fraction(), 1.0) for step in running)
+                names = ", ".join(step.name for step in running) or "finished"
+                show(int(100 * seconds / total), names)
     except BaseException:
         for process in multiprocessing.active_children():
             process.terminate()
@@ -147,45 +154,6 @@ def _schedule(
         yield list(running.values()), done
 
 
-class _Bar:
-    """Progress over all steps, weighted by their expected times."""
-
-    def __init__(self, steps: Sequence[Step], log: pathlib.Path, console: Console):
-        self._steps, self._console, self._lines = steps, console, 0
-        self._total = sum(step.seconds for step in steps)
-        self._began = time.perf_counter()
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
-        self._progress = Progress(*columns, TimeElapsedColumn(), console=console)
-        self._task = self._progress.add_task("starting", total=self._total)
-        minutes = math.ceil(self._total / SPEED_UP / 60)
-        duration = f"about {minutes} minutes on 2 CPU cores" if minutes > 1 else "about a minute"
-        console.print(f"{len(steps)} steps, {duration}; details in {log}", highlight=False)
-
-    def __enter__(self) -> "_Bar":
-        """Shows the bar."""
-        if self._console.is_terminal:
-            self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Removes the bar."""
-        if self._console.is_terminal:
-            self._progress.stop()
-
-    def update(self, running: Sequence[Step], done: set[str]) -> None:
-        """Updates the bar."""
-        seconds = sum(step.seconds for step in self._steps if step.name in done)
-        seconds += sum(step.seconds * min(step.fraction(), 1.0) for step in running)
-        names = ", ".join(step.name for step in running) or "finished"
-        self._progress.update(self._task, completed=seconds, description=names)
-        line = int(PLAIN_LINES * seconds / self._total)
-        if line > self._lines and not self._console.is_terminal:
-            minutes = (time.perf_counter() - self._began) / 60
-            text = f"{seconds / self._total:4.0%}  {minutes:4.1f} minutes  {names}"
-            print(text, file=self._console.file, flush=True)
-        self._lines = max(line, self._lines)
-
-
 def _start_process(log: pathlib.Path) -> None:
     """Redirects the output of this process to a file; sets up memory and compile cache."""
     keep_freed_memory()
@@ -200,7 +168,7 @@ def _start_process(log: pathlib.Path) -> None:
 
 
 def _record(config: RecordConfig, counter: pathlib.Path) -> None:
-    if (pathlib.Path(config.dataset) / "meta" / "info.json").exists():
+    if record.is_recorded(config):
         return
     counter.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -213,6 +181,14 @@ def _count(counter: pathlib.Path, num_episodes: int, count: int) -> None:
     """Writes the number of episodes played so far, a hundred times over all episodes."""
     if count % max(1, num_episodes // 100) == 0:
         counter.write_text(str(count))
+
+
+def _read_count(counter: pathlib.Path) -> int:
+    """Returns the number of episodes played so far; 0 before and after the recording."""
+    try:
+        return int(counter.read_text() or 0)
+    except FileNotFoundError:
+        return 0
 
 
 def _pretrain(config: PretrainConfig, policy: ImitateConfig) -> None:

@@ -16,6 +16,7 @@ camera resolves it well.
 import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import jax
@@ -86,6 +87,9 @@ def pretrain(config: PretrainConfig) -> pathlib.Path:
     loop.check(config.loop, config.optim, batch_size=config.loader.batch_size)
     check_run(config.run_dir, config, overwrite=config.overwrite)
     reader.find_reader(config.dataset)
+    init = partial(init_params, backbone=config.backbone, num_targets=1)
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    optim.make_optimizer(config.optim, config.loop.num_updates, shapes)  # checks its globs
 
     # Data: single frames.
     dataset = read_dataset(config)

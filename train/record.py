@@ -15,11 +15,12 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import numpy as np
 
+from vla_jax import config as configs
 from vla_jax.command_line import run
 from vla_jax.data.dataset import Episode
 from vla_jax.data.readers.lerobot import writer
@@ -31,6 +32,7 @@ from vla_jax.types import Env
 
 BURST = 3  # steps of random actions, gripper included: enough to miss a grasp or drop a block
 EPISODES_PER_JOB = 20  # episodes per job of a process
+SETTINGS = "record.json"  # file in the data set with the config of its recording
 OnEpisode = Callable[[int], None]
 CHUNK_BYTES = 64e6  # bytes of the episodes played at once in JAX; peak memory is 4 times that
 
@@ -96,7 +98,7 @@ def record(config: RecordConfig, *, on_episode: OnEpisode | None = None) -> path
         played = _in_parallel(world.make_env(config.world), config)
     else:
         played = _in_processes(config)
-    return writer.write(
+    folder = writer.write(
         config.dataset,
         _successes(played, config.num_episodes, on_episode),
         fps=control_hz,
@@ -104,6 +106,36 @@ def record(config: RecordConfig, *, on_episode: OnEpisode | None = None) -> path
         names=world.names,
         overwrite=config.overwrite,
     )
+    configs.save(config, folder / SETTINGS)
+    return folder
+
+
+def is_recorded(config: RecordConfig) -> bool:
+    """Returns True if the data set exists.
+
+    Raises:
+      ValueError: it was recorded with other settings, or by another program.
+    """
+    folder = pathlib.Path(config.dataset)
+    if not (folder / "meta" / "info.json").exists():
+        return False
+    settings = folder / SETTINGS
+    saved = configs.load(RecordConfig, settings) if settings.exists() else None
+    if saved is None:
+        raise ValueError(
+            f"data set {folder} must have the {SETTINGS} of a recording, got none; choose another "
+            "folder."
+        )
+    same = {"dataset": config.dataset, "num_processes": config.num_processes, "overwrite": False}
+    changed = configs.differences(
+        configs.to_dict(replace(saved, **same)), configs.to_dict(replace(config, overwrite=False))
+    )
+    if changed:
+        raise ValueError(
+            f"data set {folder} was recorded with other settings: {'; '.join(changed)}; choose "
+            "another folder, or delete this one."
+        )
+    return True
 
 
 def demonstrate(simulator, seed: int, noise: float, disturbance: float) -> Episode | None:

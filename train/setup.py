@@ -30,10 +30,12 @@ def check(config: ImitateConfig) -> None:
     Raises:
       FileNotFoundError: the data set or an earlier run to start from is missing.
       ValueError: warm-up, batch size, devices or run folder do not fit; no reader, or several,
-        recognise the data set; a glob of `freeze` or `lr_factors` matches no param.
+        recognise the data set; a glob of `freeze` or `lr_factors` matches no param; the caption
+        head cannot read the backbone's token ids.
       OSError: the run folder cannot be written.
     """
     loop.check(config.loop, config.optim, batch_size=config.loader.batch_size)
+    _check_caption(config)
     check_run(config.run_dir, config, overwrite=config.overwrite)
     reader.find_reader(config.dataset)
     for name in ("backbone_from", "decoder_from"):
@@ -47,6 +49,16 @@ def check(config: ImitateConfig) -> None:
             )
     shapes = jax.eval_shape(partial(_random_params, config=config), jax.random.key(0))
     optim.make_optimizer(config.optim, config.loop.num_updates, shapes)
+
+
+def _check_caption(config: ImitateConfig) -> None:
+    """Raises a ValueError for a caption head, whose id 0 means no word, with other padding."""
+    backbone = config.agent.policy.backbone
+    if config.auxiliary.caption and registry.get(backbone).tokenize(backbone, "").any():
+        raise ValueError(
+            "auxiliary.caption must be False with a backbone that pads instructions with an id "
+            f"other than 0, got backbone '{backbone.kind}'; disable the caption head."
+        )
 
 
 def sharding_rules(config: ImitateConfig) -> ShardingRules:

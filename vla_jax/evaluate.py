@@ -46,6 +46,10 @@ from vla_jax.runs import Run, load_run, read_world
 from vla_jax.training.progress import progress_bar
 from vla_jax.types import Simulator
 
+# Options of `EvaluateConfig` that a reference does not have.
+_POLICY_OPTIONS = (
+    "step", "mode", "window_size", "instruction_steps", "exec_kind", "exec_horizon"
+)  # fmt: skip
 _VIDEO_SIZE = 320  # pixels along each side
 _RENDERED_SIZE = 160  # pixels of the images that a JAX environment renders for a video
 
@@ -66,7 +70,7 @@ class EvaluateConfig:
     instruction_steps: int | None = None  # initial steps with a visible instruction; -1 = all
     exec_kind: Kind | None = None  # rule that selects actions from predicted chunks
     exec_horizon: int | None = None  # steps of a chunk that receding_horizon executes
-    world: str | None = None  # kind of environment: table_mujoco, table_jax or gymnasium
+    world: str | None = None  # kind of environment, such as table_jax; None = that of the run
     env_id: str | None = None  # id of a registered Gymnasium environment, for world "gymnasium"
     reference: str | None = None  # reference policy of the world to run instead, such as "expert"
 
@@ -79,6 +83,12 @@ class EvaluateConfig:
             raise ValueError(
                 f"first_seed must be in [0, 2^31 - num_episodes), got {self.first_seed}."
             )
+        for name in _POLICY_OPTIONS if self.reference else ():
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} must be None with reference '{self.reference}', which needs no "
+                    f"policy, got {getattr(self, name)}; omit it."
+                )
         if self.name is not None and not re.fullmatch(r"\w[\w.-]*", self.name):
             raise ValueError(
                 "name must be letters, digits and '_-.', not starting with '-' or '.', got "
@@ -240,7 +250,7 @@ def _open(setup: _Setup, *, overwrite: bool) -> None:
     if overwrite:
         shutil.rmtree(setup.folder, ignore_errors=True)
     if path.is_file():
-        changed = configs.differences(read_json(path, "settings"), setup.settings)
+        changed = configs.differences(_read_settings(path), setup.settings)
         if changed:
             raise ValueError(
                 f"{setup.folder} has episodes with other settings: {'; '.join(changed)}; choose "
@@ -250,6 +260,15 @@ def _open(setup: _Setup, *, overwrite: bool) -> None:
     write_json(path, setup.settings)
     file = setup.folder / "episodes.jsonl"  # drops a line that a killed process left incomplete
     write_json_lines(file, [outcome._asdict() for outcome in results.read_outcomes(file)])
+
+
+def _read_settings(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the settings of an earlier evaluation, with the present names of the fields."""
+    settings = read_json(path, "settings")
+    if "agent" in settings:  # not for a reference
+        agent = configs.from_dict(AgentConfig, settings["agent"])
+        settings["agent"] = configs.to_dict(agent)
+    return settings
 
 
 def _probe(setup: _Setup, config: EvaluateConfig) -> _Probe:

@@ -59,7 +59,7 @@ def measure(config: ThroughputConfig) -> str:
     _ = parallel(), loop()  # warm-up: compiles
     rates = [(parallel(), loop()) for _ in range(config.rounds)]
     parallel_rate, loop_rate = (statistics.median(column) for column in zip(*rates, strict=True))
-    ratios = sorted(jax_rate / loop_rate for jax_rate, loop_rate in rates)
+    ratios = sorted(in_jax / in_python for in_jax, in_python in rates)
     return (
         f"{config.num_envs} environments in one program: {parallel_rate / 1e6:.2f} million "
         f"steps/s; Python loop over Gymnasium's API: {loop_rate / 1e3:.1f} thousand; ratio "

@@ -35,10 +35,10 @@ def gripper_to_open_positive(action: np.ndarray, gripper: Gripper) -> np.ndarray
     signs = gripper in ("open_positive", "closed_positive")
     is_unsigned = signs and low >= 0 and low < 0.5  # 0 … 1 where -1 … 1 was declared
     if low < least - 1e-3 or high > 1 + 1e-3 or is_unsigned:
-        remark = ", some below 0" if is_unsigned else ""
+        expected = "have both signs in [-1, 1]" if signs else f"lie in [{least}, 1]"
         raise ValueError(
-            f"gripper declared as {gripper!r} must lie in [{least}, 1]{remark}, got values from "
-            f"{low:g} to {high:g}; declare another of {get_args(Gripper)}."
+            f"gripper declared as {gripper!r} must {expected}, got values from {low:g} to "
+            f"{high:g}; declare another of {get_args(Gripper)}."
         )
     signed = 2 * values - 1 if from_zero else values
     if gripper == "open_one_else_closed":

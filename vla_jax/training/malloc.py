@@ -18,8 +18,9 @@ def keep_freed_memory() -> None:
 
     On a CPU, XLA frees its temporary buffers after every call. By default glibc returns large
     blocks to the kernel, and the next call causes a page fault for each of their pages: up to a
-    third of the time of a small training. Memory use stays at its peak, and the settings cannot be
-    undone. Does nothing if the C library is not glibc.
+    third of the time of a small training. Memory use stays at its peak, the address space of every
+    thread grows in steps of 64 MB, and the settings cannot be undone. Does nothing if the C library
+    is not glibc.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not every libc has it

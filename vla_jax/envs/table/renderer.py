@@ -19,12 +19,11 @@ from vla_jax.envs.table import rules
 _COLOURS = ((0.95, 0.20, 0.20), (0.16, 0.74, 0.28), (0.20, 0.40, 0.96), (0.98, 0.85, 0.13))
 _WOOD, _FLOOR, _PLATE, _RIM = (0.80, 0.70, 0.59), (0.86, 0.88, 0.91), (0.98,) * 3, (0.84,) * 3
 _FINGER_SHADE, _PALM_SHADE, _WRIST_SHADE = (0.20, 0.20, 0.22), (0.35, 0.36, 0.40), (0.88, 0.88, 0.9)
-_TABLE_HALF_SIZE = 0.30  # m
 _LIGHT = (0.35, -0.25, 0.90)  # direction towards the light
 _AMBIENT = 0.55  # brightness of a side without direct light
 # position (m, from the table's centre or the tool), right, up, vertical field of view (degrees)
-_PRIMARY = ((0.42, 0.0, 0.50), (0.0, 1.0, 0.0), (-0.785, 0.0, 0.62), 38.0)
-_WRIST = ((0.07, 0.0, 0.098), (0.0, -1.0, 0.0), (0.97, 0.0, -0.22), 75.0)
+_PRIMARY = (*rules.PRIMARY_CAMERA, rules.PRIMARY_FOVY)
+_WRIST = ((0.07, 0.0, 0.098), (0.0, -1.0, 0.0), (0.97, 0.0, -0.22), rules.WRIST_FOVY)
 
 
 class _Boxes(NamedTuple):
@@ -108,7 +107,7 @@ def _boxes(tool, hand, opening, blocks, yaws) -> _Boxes:
     block_angles = jnp.pad(yaws[:, None], ((0, 0), (2, 0)))
     hands = jnp.broadcast_to(hand, (len(parts), 3, 3))
     halves = [rules.BLOCK_HALF_SIZE] * rules.NUM_BLOCKS
-    halves += [finger, finger, (0.018, 0.065, 0.022), (0.030, 0.030, 0.060)]
+    halves += [finger, finger, rules.PALM_HALF_SIZE, (0.030, 0.030, 0.060)]
     shades = (*_COLOURS, _FINGER_SHADE, _FINGER_SHADE, _PALM_SHADE, _WRIST_SHADE)
     return _Boxes(
         centre=jnp.concatenate([blocks, tool[None] + parts @ hand.T]),
@@ -122,7 +121,7 @@ def _ground(origin, rays, boxes, tool, plate):
     """Returns depth and colour, four planes `[h, w]`, of the table, the plate and the floor."""
     depth = -origin[2] / jnp.minimum(rays[2], -1e-6)
     x, y = origin[0] + depth * rays[0], origin[1] + depth * rays[1]
-    on_table = jnp.maximum(jnp.abs(x), jnp.abs(y)) < _TABLE_HALF_SIZE
+    on_table = jnp.maximum(jnp.abs(x), jnp.abs(y)) < rules.TABLE_HALF_SIZE
     from_plate = (x - plate[0]) ** 2 + (y - plate[1]) ** 2
     light = _shadow((x - tool[0]) ** 2 + (y - tool[1]) ** 2, 0.04, tool[2])
     for i in range(rules.NUM_BLOCKS):

@@ -7,6 +7,8 @@ those of the Franka Emika Panda. Units: metres, radians, seconds.
 Source: Franka Control Interface documentation, "Denavit–Hartenberg parameters".
 """
 
+from collections.abc import Iterable
+
 from vla_jax.envs.table import rules
 
 COLOURS = {
@@ -19,6 +21,10 @@ TABLE_CENTRE = (0.5, 0.0, 0.0)  # of the reachable square, in the arm's base fra
 FINGER_TRAVEL = rules.MAX_OPENING / 2  # of each finger
 HOME = (0.0, 0.1, 0.0, -2.2, 0.0, 2.3, 0.785)  # joint angles, tool above the table's centre
 SUBSTEPS, TIMESTEP = 20, 0.005  # one control step is 0.1 s
+
+
+def _numbers(values: Iterable[float]) -> str:
+    return " ".join(map(str, values))
 
 
 def _link(joint: str, pos: str, quat: str, limits: str, geoms: str, inside: str) -> str:
@@ -50,9 +56,10 @@ def _arm() -> str:
     hand = f"""
     <body name="hand" pos="0 0 0.107" quat="0.9238795 0 0 -0.3826834" gravcomp="1">
       <inertial mass="0.5" pos="0 0 0.03" diaginertia="0.002 0.002 0.002"/>
-      <geom class="hand" name="palm" type="box" pos="0 0 0.03" size="0.018 0.065 0.022"
-        rgba="0.35 0.36 0.4 1"/>
-      <camera name="wrist" pos="0.07 0 0.005" xyaxes="0 1 0 0.97 0 0.22" fovy="75"/>
+      <geom class="hand" name="palm" type="box" pos="0 0 0.03"
+        size="{_numbers(rules.PALM_HALF_SIZE)}" rgba="0.35 0.36 0.4 1"/>
+      <camera name="wrist" pos="0.07 0 0.005" xyaxes="0 1 0 0.97 0 0.22"
+        fovy="{rules.WRIST_FOVY}"/>
       <site name="tool" pos="0 0 0.1034" group="4"/>
       {_finger("left_finger", "1 0 0 0")}
       {_finger("right_finger", "0 0 0 1")}
@@ -88,6 +95,7 @@ def _block(colour: str, rgba: str) -> str:
 def mjcf() -> str:
     """Returns the scene's XML, for `mujoco.MjModel.from_xml_string`."""
     x, y, _ = TABLE_CENTRE
+    (eye, right, up), half = rules.PRIMARY_CAMERA, rules.TABLE_HALF_SIZE
     arm_servos = "".join(
         f'<position joint="joint{i}" kp="{kp}" kv="{kv}"/>'
         for i, (kp, kv) in enumerate([(4500, 450)] * 2 + [(3500, 350)] * 2 + [(2000, 200)] * 3, 1)
@@ -123,12 +131,13 @@ def mjcf() -> str:
   </default>
   <worldbody>
     <light pos="{x + 0.4} 0.5 1.5" dir="-0.2 -0.3 -1" diffuse="0.5 0.5 0.5" specular="0 0 0"/>
-    <camera name="primary" pos="{x + 0.42} {y} 0.50" xyaxes="0 1 0 -0.785 0 0.62" fovy="38"/>
+    <camera name="primary" pos="{x + eye[0]} {y + eye[1]} {eye[2]}"
+      xyaxes="{_numbers(right + up)}" fovy="{rules.PRIMARY_FOVY}"/>
     <camera name="video" pos="{x + 0.75} {y - 0.75} 0.70" xyaxes="0.65 0.76 0 -0.38 0.33 0.86"
       fovy="42"/>
     <geom name="floor" type="box" pos="{x} {y} -0.03" size="8 8 0.01" rgba="0.75 0.77 0.80 1"
       contype="0" conaffinity="0"/>
-    <geom name="table" type="box" pos="{x} {y} -0.01" size="0.30 0.30 0.01"
+    <geom name="table" type="box" pos="{x} {y} -0.01" size="{half} {half} 0.01"
       rgba="0.63 0.55 0.47 1" contype="4" conaffinity="3" friction="1 0.02 0.001"/>
     <body name="plate" pos="{x} {y} 0">
       <geom name="plate" type="cylinder" pos="0 0 {rules.PLATE_HEIGHT / 2}"
