@@ -26,8 +26,8 @@ from vla_jax.training.progress import progress_bar
 NUM_PROCESSES = 2  # steps that run at a time
 NUM_LINES = 20  # for all steps, if the output is not a terminal
 # CPU seconds on one core without AVX-512, for the estimate and for the length of the bar.
-SECONDS_PER_EPISODE = {"record": 0.13, "images": 0.35, "state": 0.02}
-SECONDS_PER_UPDATE = {"pretrain": 0.155, "imitate": 0.09}
+SECONDS_PER_EPISODE = {"record": 0.115, "images": 0.25, "state": 0.02}
+SECONDS_PER_UPDATE = {"pretrain": 0.13, "imitate": 0.09}
 SECONDS_TO_START = 10.0  # per step, mostly compilation
 SPEED_UP = 1.8  # two cores relative to one
 
@@ -157,7 +157,7 @@ def _schedule(
 def _start_process(log: pathlib.Path) -> None:
     """Redirects the output of this process to a file; sets up memory and compile cache."""
     keep_freed_memory()
-    if jax.config.jax_compilation_cache_dir is None:  # steps of several trainings are alike
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # steps of several trainings are alike
         jax.config.update("jax_compilation_cache_dir", str(log.parent / ".jax_cache"))
     # Two processes share the memory of an accelerator.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
