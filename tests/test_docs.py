@@ -11,6 +11,7 @@ import tiny_run
 from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
 
+from train import deep_sarsa, demo, pretrain, record, scan
 from train.configs import IMITATE
 from vla_jax.backbones.registry import BACKBONES
 from vla_jax.command_line import command_line
@@ -30,6 +31,15 @@ GUIDES = (
     "extend/reader",
     "extend/world",
 )
+PRESETS = {
+    "train.cache": IMITATE,
+    "train.deep_sarsa": deep_sarsa.SARSA,
+    "train.demo": demo.PRESETS,
+    "train.imitate": IMITATE,
+    "train.pretrain": pretrain.PRESETS,
+    "train.record": record.PRESETS,
+    "train.scan": scan.PRESETS,
+}
 PAGES = [
     *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
     *(path for path in sorted(DOCS.rglob("*.md")) if path.name != "quickstart.md"),
@@ -81,8 +91,8 @@ def page_name(path):
 def test_the_commands_of_a_page_exist(path):
     for argv in commands(path.read_text(encoding="utf-8")):
         assert importlib.util.find_spec(argv[0]), argv
-        if argv[0] == "train.imitate":
-            command_line(IMITATE, argv[1:], description="Trains a policy.")
+        if argv[0] in PRESETS:
+            command_line(PRESETS[argv[0]], argv[1:], description="Runs a script.")
 
 
 @pytest.mark.parametrize("name", ["your_data", "gpu"])

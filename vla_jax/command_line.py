@@ -68,6 +68,7 @@ def exit_codes() -> Iterator[None]:
     Raises:
       SystemExit: 2 after an error, 130 after Ctrl-C.
     """
+    before = warnings.formatwarning
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         yield
@@ -77,6 +78,8 @@ def exit_codes() -> Iterator[None]:
         if os.environ.get(TRACEBACK):
             raise
         _stop(f"error: {' '.join(str(error).split())}")
+    finally:
+        warnings.formatwarning = before
 
 
 def program() -> str | None:
