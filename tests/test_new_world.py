@@ -109,6 +109,6 @@ def test_without_an_expert_there_are_no_demonstrations():
         collect(env, jax.random.key(0), 2)
     simulator = Countdown(CountdownConfig())
     simulator.reset(0)
-    with pytest.raises(ValueError, match="expert must be a function"):
+    with pytest.raises(ValueError, match="env must have an expert, got None"):
         simulator.expert()
     assert np.all(simulator.step(np.zeros(7)).observation["proprio"] == 1)

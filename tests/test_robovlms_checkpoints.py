@@ -293,7 +293,7 @@ WRONG = {
     "twice": (
         robovlms_head("fc") | {"model.act_head.mlp.0.bias": np.zeros(3)},
         {},
-        "'act_head.mlp.0.bias' and 'model.act_head.mlp.0.bias' are the same",
+        "'act_head.mlp.0.bias' and 'model.act_head.mlp.0.bias' name the same tensor",
     ),
     "integers": (
         robovlms_head("fc") | {"act_head.mlp.0.bias": np.zeros(3, np.int8)},
