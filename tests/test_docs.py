@@ -131,7 +131,7 @@ def test_the_notebook_runs_from_the_wheel_with_outputs_of_the_stored_kinds(
     fresh.cells.append(nbformat.v4.new_code_cell("print(vla_jax.__file__)"))
     kernel = AsyncKernelManager(kernel_name="python3")
     kernel.kernel_spec.argv[0] = str(wheel_python)
-    NotebookClient(fresh, timeout=600, km=kernel).execute()
+    NotebookClient(fresh, timeout=600, km=kernel).execute(cleanup_kc=True)
     package = pathlib.Path(fresh.cells.pop().outputs[0].text.strip())
     assert package.is_relative_to(wheel_python.parents[1])
     kinds = [
