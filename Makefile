@@ -10,7 +10,7 @@ demo: $(VENV)/.demo
 
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-# Every law, on some of its cases; CONTRIBUTING.md has the times. The limit is 16 minutes of CPU time.
+# Every law, on some of its cases; CONTRIBUTING.md has the times.
 test: $(VENV)/.test
 	$(PYTEST)
 

@@ -11,8 +11,8 @@ from vla_jax.data.readers.lerobot import layout
 
 DATA_MB, VIDEO_MB, CHUNK_FILES = 100, 200, 1000  # lerobot's limits: MB per file, files per folder
 # Measured on 64-pixel scenes with small coloured blocks: 45-49 dB, 0.15 ms of one core and 1.4 kB
-# per frame. Preset veryfast with crf 18 has 41-43 dB in 0.35 ms and 0.8 kB; yuv420p halves the
-# resolution of colour and loses another 10 dB.
+# per frame. Preset veryfast with crf 18 has 41-43 dB in 0.35 ms and 0.8 kB; yuv420p would halve
+# the resolution of colour.
 CODEC, CODEC_NAME, PIXELS = "libx264rgb", "h264", "gbrp"
 CODEC_OPTIONS = {"crf": "22", "preset": "ultrafast", "g": "10"}
 
