@@ -104,6 +104,28 @@ def test_params_are_read_without_knowing_the_optimizer(ema, field, saved):
     assert_same(checkpoint.restore_params(directory, ema=ema), params)
 
 
+def test_an_ema_of_the_trained_params_is_completed_by_the_frozen_ones(tmp_path):
+    state = update.init_train_state(make_params(), OPTIMIZER, ema=True, freeze=OPTIM.freeze)
+    state = state.replace(ema_params=jax.tree.map(lambda leaf: leaf + 1, state.ema_params))
+    save_all(tmp_path, [1], state)
+    assert_same(checkpoint.restore(tmp_path, state)[0], state)
+    expected = update.averaged_params(state)
+    assert np.any(expected["head"]["kernel"] != state.params["head"]["kernel"])
+    for like in (None, make_params()):
+        assert_same(checkpoint.restore_params(tmp_path, like, ema=True), expected)
+    part = {"backbone": make_params()["backbone"]}
+    assert_same(checkpoint.restore_params(tmp_path, part, ema=True), part)
+
+
+def test_a_checkpoint_with_an_ema_of_frozen_params_is_resumed_without_it(saved):
+    directory, state = saved  # all params have an EMA, as in earlier versions
+    like = update.init_train_state(make_params(), OPTIMIZER, ema=True, freeze=OPTIM.freeze)
+    restored, _ = checkpoint.restore(directory, like)
+    assert jax.tree.structure(restored) == jax.tree.structure(like)
+    assert_same(restored.ema_params["head"], state.ema_params["head"])
+    assert_same((restored.params, restored.opt_state), (state.params, state.opt_state))
+
+
 def test_exported_params_are_read_like_a_checkpoint(saved, tmp_path):
     directory, state = saved
     path = checkpoint.export_params(directory, tmp_path, ema=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vla_jax import trees
-from vla_jax.training import optim
+from vla_jax.training import freezing, optim
 from vla_jax.training.optim import OptimConfig
 
 NUM_UPDATES = 20
@@ -148,16 +148,28 @@ def test_the_schedule_counts_batches_under_accumulation():
     assert_close(before, after)  # the floor is reached after NUM_UPDATES updates, not twice that
 
 
-def test_stopped_params_get_no_gradient():
-    def total(params):
-        stopped = optim.stop_frozen(params, ("backbone/*", "*/bias"))
-        return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(stopped))
+def test_an_exception_to_freezing_is_trained():
+    freeze, train = ("*/kernel",), ("decoder/*/kernel",)
+    config = OptimConfig(learning_rate=0.1, warmup_steps=2, freeze=freeze, train=train)
+    grads = [make_grads(seed) for seed in range(3)]
+    assert_close(descend(config, grads), descend_by_hand(config, grads, frozen=[BACKBONE]))
 
-    grads = flat(jax.grad(total)(make_params()))
-    assert {path: float(grad.sum()) for path, grad in grads.items()} == {
-        **{BACKBONE: 0.0, BIAS: 0.0},
-        KERNEL: 6.0,
-    }
+
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+def test_gradients_of_frozen_params_may_be_absent(accumulation_steps):
+    config = OptimConfig(
+        warmup_steps=0, freeze=("backbone/*",), accumulation_steps=accumulation_steps
+    )
+    params = make_params()
+    optimizer = optim.make_optimizer(config, NUM_UPDATES, params)
+    (trained, _), (grads, _) = (
+        freezing.split(tree, config.freeze) for tree in (params, make_grads(0))
+    )
+    updates, opt_state = optimizer.update(grads, optimizer.init(params), trained)
+    expected, whole_state = optimizer.update(make_grads(0), optimizer.init(params), params)
+    assert flat(updates).keys() == {KERNEL, BIAS}
+    assert_close(flat(opt_state), flat(whole_state))
+    assert_close(flat(updates), {path: flat(expected)[path] for path in (BIAS, KERNEL)})
 
 
 @pytest.mark.parametrize(("n", "decay_by_hand"), [(0, 0.1), (2, 0.25), (1000, 0.9)])
@@ -168,9 +180,9 @@ def test_the_ema_decay_is_smaller_at_first(n, decay_by_hand):
     np.testing.assert_allclose(averaged["kernel"], expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("field", ["freeze", "lr_factors"])
+@pytest.mark.parametrize("field", ["freeze", "train", "lr_factors"])
 def test_a_glob_without_a_match_is_refused_with_the_nearest_path(field):
-    value = ("bakbone/*",) if field == "freeze" else (("bakbone/*", 0.1),)
+    value = (("bakbone/*", 0.1),) if field == "lr_factors" else ("bakbone/*",)
     with pytest.raises(ValueError, match=r"matches 'bakbone/\*'; did you mean 'backbone/\*'"):
         optim.make_optimizer(OptimConfig(**{field: value}), 1000, make_params())
 

@@ -6,7 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from vla_jax.training import update
+from vla_jax import trees
+from vla_jax.training import optim, update
+from vla_jax.training.optim import OptimConfig
 
 RATE = 0.1
 BATCH = np.arange(8, dtype=np.float32).reshape(4, 2)
@@ -117,3 +119,77 @@ def test_a_loss_can_depend_on_the_number_of_updates():
         history.append(int(metrics["done"]))
     assert history == [0, 1, 2]
     jax.tree.map(np.testing.assert_array_equal, state.params, run(3)[0].params)
+
+
+SIZE, FREEZE, TRAIN = 128, ("backbone/*",), ("*/lora",)
+ROWS = np.ones((4, SIZE), np.float32)
+
+
+def make_adapted_params(dtype):
+    """Params of which one in ten is trained; the others are of the given dtype."""
+    kernels = {f"layer_{i}": jnp.full((SIZE, SIZE), 0.01, dtype) for i in range(9)}
+    return {"backbone": {**kernels, "lora": jnp.ones((SIZE, 1))}, "head": jnp.ones((SIZE, SIZE))}
+
+
+def adapted_loss_fn(params, batch, key):
+    del key
+    hidden = batch * params["backbone"]["lora"][None, :, 0]
+    for i in range(9):
+        hidden = jnp.tanh(hidden @ params["backbone"][f"layer_{i}"].astype(jnp.float32))
+    return jnp.mean(jnp.square(hidden @ params["head"] - 1.0)), {}
+
+
+def compile_adapted(freeze, train, dtype=jnp.float32):
+    params = make_adapted_params(dtype)
+    config = OptimConfig(warmup_steps=0, freeze=freeze, train=train)
+    optimizer = optim.make_optimizer(config, 10, params)
+    step = update.make_update(adapted_loss_fn, optimizer, ema_decay=0.5, freeze=freeze, train=train)
+    state = update.init_train_state(params, optimizer, ema=True, freeze=freeze, train=train)
+    compiled = jax.jit(step, donate_argnums=0).lower(state, ROWS, jax.random.key(0)).compile()
+    return state, compiled
+
+
+def num_bytes(tree):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def peak_bytes(compiled):
+    analysis = compiled.memory_analysis()
+    return (
+        analysis.argument_size_in_bytes
+        + analysis.output_size_in_bytes
+        + analysis.temp_size_in_bytes
+        - analysis.alias_size_in_bytes
+    )
+
+
+def test_frozen_params_take_no_memory_for_gradients_moments_and_ema():
+    state, compiled = compile_adapted(FREEZE, TRAIN)
+    params = state.params
+    trained = num_bytes([params["head"], params["backbone"]["lora"]])
+    counters = num_bytes(state.opt_state) - 2 * trained  # Adam has two moments
+    assert 0 <= counters < 64
+    assert num_bytes(state.ema_params) == trained
+
+    whole_state, whole = compile_adapted((), ())
+    frozen = num_bytes(params) - trained
+    assert num_bytes(whole_state) - num_bytes(state) == 3 * frozen
+    assert peak_bytes(whole) - peak_bytes(compiled) >= 4 * frozen  # with the gradients
+
+
+def test_frozen_params_of_another_dtype_are_unchanged_and_not_averaged():
+    state, compiled = compile_adapted(FREEZE, TRAIN, jnp.bfloat16)
+    before = trees.leaves_by_path(jax.tree.map(np.asarray, state.params))
+    state, _ = compiled(state, ROWS, jax.random.key(0))
+    for path, leaf in trees.leaves_by_path(state.params).items():
+        assert leaf.dtype == before[path].dtype
+        is_frozen = path.startswith("backbone/layer")
+        assert np.array_equal(np.asarray(leaf), before[path]) is is_frozen, path
+    averaged = update.averaged_params(state)
+    assert averaged["head"] is state.ema_params["head"]
+    assert averaged["backbone"]["layer_0"] is state.params["backbone"]["layer_0"]
+
+
+def test_without_an_ema_the_params_are_for_acting():
+    state = update.init_train_state(make_params(), optax.sgd(RATE))
+    assert update.averaged_params(state) is state.params

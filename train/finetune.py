@@ -182,11 +182,15 @@ def make_finetune(config: FinetuneConfig, cloned: Cloned) -> Learner:
 
     shapes = jax.eval_shape(init_params, jax.random.key(0))
     optimizer = optim.make_optimizer(config.optim, config.loop.num_updates, shapes)
-    loss_fn = make_loss(config, run)
-    update_params = make_update(loss_fn, optimizer, ema_decay=ema_decay, freeze=config.optim.freeze)
+    freeze, train = config.optim.freeze, config.optim.train
+    update_params = make_update(
+        make_loss(config, run), optimizer, ema_decay=ema_decay, freeze=freeze, train=train
+    )
 
     def init(key: Key) -> LearnState:
-        train_state = init_train_state(init_params(key), optimizer, ema=ema_decay is not None)
+        train_state = init_train_state(
+            init_params(key), optimizer, ema=ema_decay is not None, freeze=freeze, train=train
+        )
         # Every rollout starts new episodes; an environment's only state is its index.
         return LearnState(train_state, jnp.arange(seeds.num_envs), jnp.zeros((), bool))
 

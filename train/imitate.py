@@ -78,11 +78,13 @@ def imitate(config: ImitateConfig) -> pathlib.Path:
     # Update: the gradient of `make_loss` below, through the optimiser.
     num_updates = config.loop.num_updates
     optimizer = optim.make_optimizer(optim_config, num_updates, params)
-    ema_decay, freeze = optim_config.ema_decay, optim_config.freeze
-    update = with_count(
-        make_update(make_loss(config), optimizer, ema_decay=ema_decay, freeze=freeze)
+    ema_decay, freeze, train = optim_config.ema_decay, optim_config.freeze, optim_config.train
+    update = make_update(
+        make_loss(config), optimizer, ema_decay=ema_decay, freeze=freeze, train=train
     )
-    train_state = init_train_state(params, optimizer, ema=ema_decay is not None)
+    train_state = init_train_state(
+        params, optimizer, ema=ema_decay is not None, freeze=freeze, train=train
+    )
 
     # Loop, from the last checkpoint if there is one.
     run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
@@ -90,7 +92,7 @@ def imitate(config: ImitateConfig) -> pathlib.Path:
     train_state = fit(
         config.loop,
         run_dir,
-        update,
+        with_count(update),
         train_state,
         loader,
         key,

@@ -126,7 +126,7 @@ def pretrain(config: PretrainConfig) -> pathlib.Path:
     fit(
         config.loop,
         run_dir,
-        make_update(loss_fn, optimizer, freeze=config.optim.freeze),
+        make_update(loss_fn, optimizer, freeze=config.optim.freeze, train=config.optim.train),
         init_train_state(params, optimizer),
         loader,
         key,

@@ -36,7 +36,14 @@ from vla_jax.training.loop import LoopConfig, fit
 from vla_jax.training.malloc import keep_freed_memory
 from vla_jax.training.optim import OptimConfig
 from vla_jax.training.parallel import is_first_process
-from vla_jax.training.update import Counted, LossFn, init_train_state, make_update, with_count
+from vla_jax.training.update import (
+    Counted,
+    LossFn,
+    averaged_params,
+    init_train_state,
+    make_update,
+    with_count,
+)
 from vla_jax.types import Array, Key, Metrics, Params
 
 MAX_STEPS = 64  # decoding steps at most; the longest target has 48 actions
@@ -113,15 +120,18 @@ def train(config: ScanConfig) -> pathlib.Path:
     num_updates = config.loop.num_updates
     optimizer = optim.make_optimizer(config.optim, num_updates, params)
     ema_decay = config.optim.ema_decay
-    update = with_count(make_update(make_loss(config), optimizer, ema_decay=ema_decay))
+    freeze, train = config.optim.freeze, config.optim.train
+    update = make_update(
+        make_loss(config), optimizer, ema_decay=ema_decay, freeze=freeze, train=train
+    )
 
     # Loop, from the last checkpoint if there is one.
     run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
     train_state = fit(
         config.loop,
         run_dir,
-        update,
-        init_train_state(params, optimizer, ema=ema_decay is not None),
+        with_count(update),
+        init_train_state(params, optimizer, ema=ema_decay is not None, freeze=freeze, train=train),
         loader,
         key,
         schedule=optim.make_schedule(config.optim, num_updates),
@@ -131,7 +141,7 @@ def train(config: ScanConfig) -> pathlib.Path:
 
     # Test: greedy decoding of every command.
     if is_first_process():
-        params = train_state.ema_params or train_state.params
+        params = averaged_params(train_state)
         result = test(params, config.model, test_pairs)
         metrics = read_metrics(run_dir / "metrics.jsonl")
         result |= {"split": config.split, "train_seconds": train_seconds(metrics)}

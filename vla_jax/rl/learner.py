@@ -18,7 +18,14 @@ from vla_jax.rl.actor import Policy, Rollout
 from vla_jax.rl.network import NetworkConfig
 from vla_jax.training import optim
 from vla_jax.training.optim import OptimConfig
-from vla_jax.training.update import LossFn, TrainState, Update, init_train_state, make_update
+from vla_jax.training.update import (
+    LossFn,
+    TrainState,
+    Update,
+    averaged_params,
+    init_train_state,
+    make_update,
+)
 from vla_jax.types import DiscreteEnv, Key, Metrics, Params
 
 
@@ -154,10 +161,15 @@ def make_training(
 
     shapes = jax.eval_shape(init_params, jax.random.key(0))
     optimizer = optim.make_optimizer(optim_config, num_updates, shapes)
-    update_params = make_update(algorithm.loss_fn, optimizer, ema_decay=ema_decay)
+    freeze, train = optim_config.freeze, optim_config.train
+    update_params = make_update(
+        algorithm.loss_fn, optimizer, ema_decay=ema_decay, freeze=freeze, train=train
+    )
 
     def init(key: Key) -> TrainState:
-        return init_train_state(init_params(key), optimizer, ema=ema_decay is not None)
+        return init_train_state(
+            init_params(key), optimizer, ema=ema_decay is not None, freeze=freeze, train=train
+        )
 
     def update(state: TrainState, rollout: Rollout, key: Key) -> tuple[TrainState, Metrics]:
         state, metrics = update_params(state, (rollout, state.num_updates), key)
@@ -173,5 +185,4 @@ def zero_carry(algorithm: Algorithm, batch_size: int) -> Any:
 
 def acting_params(state: LearnState) -> Params:
     """Returns the EMA of the params if there is one, which is more stable, else the params."""
-    ema_params = state.train_state.ema_params
-    return state.train_state.params if ema_params is None else ema_params
+    return averaged_params(state.train_state)

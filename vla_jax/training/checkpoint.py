@@ -31,6 +31,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from vla_jax import trees
+from vla_jax.training import freezing
 from vla_jax.types import Params
 
 Path = str | os.PathLike[str]
@@ -178,7 +179,10 @@ def restore(
     """
     path = _step_path(directory, step)
     saved, metadata = _stored(path)
-    _check_same(saved, like, path)
+    # Earlier versions saved an EMA of frozen params, which is not read.
+    absent = freezing.absent_paths(like)
+    leaves = trees.leaves_by_path(saved).items()
+    _check_same({name: leaf for name, leaf in leaves if name not in absent}, like, path)
     return _load(path, _as_numpy(like)), metadata
 
 
@@ -186,6 +190,8 @@ def restore_params(
     directory: Path, like: Params | None = None, *, step: int | None = None, ema: bool = False
 ) -> Params:
     """Returns the params alone, as NumPy arrays; the optimiser's state is not read.
+
+    The EMA of frozen params is not saved, since it equals the params.
 
     Args:
       directory: folder of the steps, of a training or from `export_params`.
@@ -200,13 +206,15 @@ def restore_params(
     """
     path = _step_path(directory, step)
     field = "ema_params" if ema else "params"
-    saved = _stored(path)[0].get(field)
+    stored = _stored(path)[0]
+    saved, params = stored.get(field), stored["params"]
     if saved is None:
         raise ValueError(f"{path} holds no {field}; train with ema_decay, or read params.")
     if like is not None:
-        saved = {part: saved[part] for part in like if part in saved}
-        _check_same(saved, like, path)
-    return _load(path, {field: _as_numpy(saved)})[field]
+        saved, params = ({part: t[part] for part in like if part in t} for t in (saved, params))
+        _check_same(_fill(saved, params), like, path)
+    loaded = _load(path, _as_numpy({"params": _missing(saved, params), field: saved}))
+    return _fill(loaded[field], loaded["params"])
 
 
 def export_params(
@@ -279,6 +287,22 @@ def _load(path: pathlib.Path, target: Any) -> Any:
 def _as_numpy(tree: Any) -> Any:
     """Returns a target that makes Orbax return NumPy arrays, independent of the devices."""
     return jax.tree.map(lambda x: np.empty(x.shape, x.dtype), tree)
+
+
+def _missing(tree: Any, whole: Any) -> Any:
+    """Returns the leaves of `whole` where `tree` has None, and None elsewhere."""
+    marks, leaves = trees.leaves_by_path(_mark_none(tree)), trees.leaves_by_path(whole)
+    return trees.map_paths(lambda path: leaves[path] if marks.get(path) else None, whole)
+
+
+def _fill(tree: Any, rest: Any) -> Any:
+    """Returns `tree` with the leaves of `rest` where it has None."""
+    leaves = {**trees.leaves_by_path(rest), **trees.leaves_by_path(tree)}
+    return trees.map_paths(leaves.get, _mark_none(tree))
+
+
+def _mark_none(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf is None, tree, is_leaf=lambda leaf: leaf is None)
 
 
 def _check_same(saved: Any, like: Any, path: pathlib.Path) -> None:

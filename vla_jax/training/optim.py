@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from vla_jax import trees
+from vla_jax.training import freezing
 from vla_jax.types import Params
 
 
@@ -33,6 +34,7 @@ class OptimConfig:
     accumulation_steps: int = 1  # updates (batches) whose gradients are averaged per optimiser step
     ema_decay: float | None = None  # decay of the EMA of the params, per update; None = no EMA
     freeze: tuple[str, ...] = ()  # path globs of params that are not trained
+    train: tuple[str, ...] = ()  # path globs of params that are trained although `freeze` matches
     lr_factors: tuple[tuple[str, float], ...] = ()  # (path glob, factor) pairs; last match counts
 
     def __post_init__(self):
@@ -83,7 +85,8 @@ def make_optimizer(
     """Returns the optimiser: clipping, AdamW with schedule, factors, accumulation, freezing.
 
     Weight decay applies to leaves whose name ends in `kernel`, not to biases, scales and
-    embeddings. Frozen leaves have no optimiser state and do not count in the clipped norm.
+    embeddings. Frozen leaves have no optimiser state and do not count in the clipped norm; their
+    gradients may be absent, as in `make_update`.
 
     Args:
       config: settings of the optimiser.
@@ -93,8 +96,13 @@ def make_optimizer(
     Raises:
       ValueError: a glob matches no path, all params are frozen, or the warm-up is too long.
     """
-    trees.check_globs((*config.freeze, *(glob for glob, _ in config.lr_factors)), params)
-    if all(trees.matches(path, config.freeze) for path in trees.leaf_paths(params)):
+    factors = (glob for glob, _ in config.lr_factors)
+    trees.check_globs((*config.freeze, *config.train, *factors), params)
+
+    def is_trained(path: str) -> bool:
+        return freezing.is_trained(path, config.freeze, config.train)
+
+    if not any(map(is_trained, trees.leaf_paths(params))):
         raise ValueError(f"freeze = {config.freeze} leaves nothing to train; drop a glob.")
 
     every = config.accumulation_steps
@@ -115,24 +123,8 @@ def make_optimizer(
     if every > 1:
         train = optax.MultiSteps(train, every).gradient_transformation()
 
-    def label(path: str) -> str:
-        return "frozen" if trees.matches(path, config.freeze) else "train"
-
-    labels = partial(trees.map_paths, label)
+    labels = partial(trees.map_paths, lambda path: "train" if is_trained(path) else "frozen")
     return optax.partition({"train": train, "frozen": optax.set_to_zero()}, labels)
-
-
-def stop_frozen(params: Params, freeze: Sequence[str]) -> Params:
-    """Returns the params with no gradient through the leaves that a glob of `freeze` matches.
-
-    Inside a loss this saves the backward pass of a frozen part.
-
-    Args:
-      params: the tree.
-      freeze: path globs, as in `OptimConfig.freeze`.
-    """
-    frozen = trees.map_paths(lambda path: trees.matches(path, freeze), params)
-    return jax.tree.map(lambda x, stop: jax.lax.stop_gradient(x) if stop else x, params, frozen)
 
 
 def update_ema(

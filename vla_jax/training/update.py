@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vla_jax.training.optim import stop_frozen, update_ema
+from vla_jax.training import freezing
+from vla_jax.training.optim import update_ema
 from vla_jax.types import Key, Metrics, Params
 
 LossFn = Callable[[Params, Any, Key], tuple[jax.Array, Metrics]]
@@ -25,7 +26,7 @@ class TrainState:
     num_updates: jax.Array  # [] int32, updates done
     params: Params
     opt_state: optax.OptState
-    ema_params: Params | None  # EMA of the params; None if disabled
+    ema_params: Params | None  # EMA of the trained params, see `freezing`; None if disabled
 
 
 class Counted(NamedTuple):
@@ -39,7 +40,12 @@ Update = Callable[[TrainState, Any, Key], tuple[TrainState, Metrics]]
 
 
 def init_train_state(
-    params: Params, optimizer: optax.GradientTransformation, *, ema: bool = False
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    *,
+    ema: bool = False,
+    freeze: Sequence[str] = (),
+    train: Sequence[str] = (),
 ) -> TrainState:
     """Returns the state before the first update.
 
@@ -47,14 +53,24 @@ def init_train_state(
       params: initial params.
       optimizer: the same as for `make_update`.
       ema: whether to keep an EMA of the params.
+      freeze: path globs of the params without an EMA, as for `make_update`.
+      train: exceptions to `freeze`, as for `make_update`.
     """
+    trained, _ = freezing.split(params, freeze, train)
     return TrainState(
         num_updates=jnp.zeros([], jnp.int32),
         params=params,
         opt_state=optimizer.init(params),
         # A copy: buffers are donated to the update, and none may be donated twice.
-        ema_params=jax.tree.map(jnp.copy, params) if ema else None,
+        ema_params=jax.tree.map(jnp.copy, trained) if ema else None,
     )
+
+
+def averaged_params(train_state: TrainState) -> Params:
+    """Returns the params for acting: the EMA where there is one, which is more stable."""
+    if train_state.ema_params is None:
+        return train_state.params
+    return freezing.merge(train_state.ema_params, train_state.params)
 
 
 def make_update(
@@ -63,19 +79,22 @@ def make_update(
     *,
     ema_decay: float | None = None,
     freeze: Sequence[str] = (),
+    train: Sequence[str] = (),
     axis_name: str | None = None,
 ) -> Update:
     """Returns `update(train_state, batch, key) -> (train_state, metrics)`.
 
     Randomness comes from `fold_in(key, num_updates)`: pass the same `key` at every update; a
     resumed training then draws the same numbers as an uninterrupted one. The metrics are those of
-    `loss_fn`, `loss`, and `grad_norm` (before clipping, without frozen leaves).
+    `loss_fn`, `loss`, and `grad_norm` (before clipping, without frozen leaves). No gradient of a
+    frozen leaf is computed, and frozen leaves are returned unchanged.
 
     Args:
       loss_fn: `(params, batch, key) -> (loss [], metrics)`.
       optimizer: from `optim.make_optimizer`.
       ema_decay: decay of the EMA; needs a train state made with `ema=True`.
       freeze: path globs of the params that get no gradient, as in the optimiser's config.
+      train: path globs of the params that get one although a glob of `freeze` matches.
       axis_name: mapped axis to average over, for `parallel.pmap_update` only; all devices then
         use the same random numbers.
 
@@ -83,18 +102,19 @@ def make_update(
       ValueError: by `update`, if only one of `ema_decay` and `ema_params` is None.
     """
 
-    def loss_of(params: Params, batch: Any, key: Key) -> tuple[jax.Array, Metrics]:
-        loss, metrics = loss_fn(stop_frozen(params, freeze), batch, key)
+    def loss_of(trained: Any, frozen: Any, batch: Any, key: Key) -> tuple[jax.Array, Metrics]:
+        loss, metrics = loss_fn(freezing.merge(trained, frozen), batch, key)
         return loss.astype(jnp.float32), metrics
 
     def update(train_state: TrainState, batch: Any, key: Key) -> tuple[TrainState, Metrics]:
-        count, params = train_state.num_updates, train_state.params
+        count = train_state.num_updates
+        trained, frozen = freezing.split(train_state.params, freeze, train)
         grad_fn = jax.value_and_grad(loss_of, has_aux=True)
-        (loss, metrics), grads = grad_fn(params, batch, jax.random.fold_in(key, count))
+        (loss, metrics), grads = grad_fn(trained, frozen, batch, jax.random.fold_in(key, count))
         if axis_name is not None:
             loss, metrics, grads = jax.lax.pmean((loss, metrics, grads), axis_name)
-        updates, opt_state = optimizer.update(grads, train_state.opt_state, params)
-        params: Any = optax.apply_updates(params, updates)
+        updates, opt_state = optimizer.update(grads, train_state.opt_state, trained)
+        params = freezing.merge(optax.apply_updates(trained, updates), frozen)
         ema_params = _next_ema(train_state, params, ema_decay)
         metrics = {**metrics, "loss": loss, "grad_norm": optax.tree.norm(grads)}
         return TrainState(count + 1, params, opt_state, ema_params), metrics
@@ -124,4 +144,5 @@ def _next_ema(train_state: TrainState, params: Params, decay: float | None) -> P
         )
     if train_state.ema_params is None or decay is None:
         return None
-    return update_ema(train_state.ema_params, params, train_state.num_updates, decay=decay)
+    new = freezing.take_present(params, train_state.ema_params)
+    return update_ema(train_state.ema_params, new, train_state.num_updates, decay=decay)
