@@ -18,6 +18,7 @@ FILES = sorted(
 )
 HEAVY = (
     "torch", "mujoco", "gymnasium", "grain", "pyarrow", "av", "PIL", "matplotlib", "tensorboardX",
+    "tokenizers",
 )  # fmt: skip
 
 
