@@ -39,7 +39,8 @@ def read_tokenizer(path: Path) -> Any:
 def ids(tokenizer: Any, text: str, special: bool) -> list[int]:
     """Returns the ids of a text.
 
-    Names of special tokens in the text, such as `<image>`, become the ids of these tokens.
+    Names of special tokens in the text, such as `<image>`, become the ids of these tokens. What
+    `special` adds is in the file: for PaliGemma `<bos>`, or nothing where its processor wrote it.
 
     Args:
       tokenizer: from `read_tokenizer`.
