@@ -6,13 +6,16 @@ from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 
-from vla_jax.backbones import backbone, perceiver, state
+from vla_jax.backbones import backbone, kosmos2, paligemma, perceiver, smolvlm, state
 from vla_jax.backbones.backbone import Backbone
 from vla_jax.config import did_you_mean
 
 BACKBONES: dict[str, Backbone] = {
     "perceiver": perceiver.BACKBONE,
     "state": state.BACKBONE,
+    "kosmos2": kosmos2.BACKBONE,
+    "paligemma": paligemma.BACKBONE,
+    "smolvlm": smolvlm.BACKBONE,
 }
 if TYPE_CHECKING:
     BackboneConfig = backbone.BackboneConfig

@@ -1,0 +1,194 @@
+"""Layers shared by vision-language models: linear maps, norms, activations, attention, stacks.
+
+A linear map is `{"kernel" [in, out]}` with an optional `"bias" [out]` and, while it is adapted, the
+entries of `nn.lora`. The params of a stack of equal layers have a leading axis L and are run by
+`jax.lax.scan`. Activations have the dtype of the inputs; norms, softmax and sums are float32.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from vla_jax.config import did_you_mean
+from vla_jax.nn import lora
+from vla_jax.nn.layers import masked_softmax
+from vla_jax.types import Array, Key, Params
+
+Remat = Literal["none", "layers", "products"]
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "silu": jax.nn.silu,
+}
+
+
+def check_activation(name: str) -> None:
+    """Raises a ValueError for an activation that is not in `ACTIVATIONS`."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"unknown activation '{name}'; {did_you_mean(name, ACTIVATIONS)}")
+
+
+def linear(params: Params, x: jax.Array) -> jax.Array:
+    """Returns `x · kernel + bias`, plus the low-rank update of `nn.lora` if there is one.
+
+    Args:
+      params: kernel `[in, out]`, optional bias `[out]`, optional low-rank factors.
+      x: `[..., in]`.
+
+    Returns:
+      `[..., out]` in the dtype of `x`; sums are float32.
+    """
+    y = _matmul(x, params["kernel"])
+    if lora.is_adapted(params):
+        y = y + lora.update(params, x)
+    if "bias" in params:
+        y = y + params["bias"]
+    return y.astype(x.dtype)
+
+
+def layer_norm(params: Params, x: jax.Array, epsilon: float) -> jax.Array:
+    """Returns `(x − mean) / √(var + epsilon) · scale + bias` over the last axis, dtype of `x`."""
+    wide = x.astype(jnp.float32)
+    centred = wide - wide.mean(-1, keepdims=True)
+    variance = jnp.square(centred).mean(-1, keepdims=True)
+    normal = centred * jax.lax.rsqrt(variance + epsilon)
+    return (normal * params["scale"] + params["bias"]).astype(x.dtype)
+
+
+def rms_norm(params: Params, x: jax.Array, epsilon: float, *, offset: float = 0.0) -> jax.Array:
+    """Returns `x / √(mean(x²) + epsilon) · (offset + scale)` over the last axis, dtype of `x`.
+
+    Source: Zhang and Sennrich 2019 (arXiv:1910.07467); Gemma has offset 1.
+    """
+    wide = x.astype(jnp.float32)
+    normal = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + epsilon)
+    return (normal * (offset + params["scale"])).astype(x.dtype)
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: Array,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> jax.Array:
+    """Returns scaled dot-product attention, with groups of query heads that share a key head.
+
+        softmax over the unmasked s of cap(scale · query · keyₛ), times valueₛ
+        cap(x) = softcap · tanh(x / softcap)
+
+    Args:
+      query: `[B, T, M, E]`; M is a multiple of the number of key heads.
+      key: `[B, S, M', E]`.
+      value: `[B, S, M', E]`.
+      mask: bool, broadcastable to `[B, T, S]`, True where a query attends to a key. A query without
+        any key gives zeros.
+      scale: factor of the scores.
+      softcap: bound of the scores (Gemma 2); None = no bound.
+
+    Returns:
+      `[B, T, M·E]`.
+    """
+    num_key_heads = key.shape[2]
+    query = rearrange(query, "B T (G Q) E -> B G Q T E", G=num_key_heads)
+    scores = scale * jnp.einsum("bgqte,bsge->bgqts", query, key, preferred_element_type=jnp.float32)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    weights = masked_softmax(scores, jnp.asarray(mask)[:, None, None]).astype(value.dtype)
+    outputs = jnp.einsum("bgqts,bsge->bgqte", weights, value, preferred_element_type=jnp.float32)
+    return rearrange(outputs, "B G Q T E -> B T (G Q E)").astype(value.dtype)
+
+
+def split_heads(x: jax.Array, num_heads: int) -> jax.Array:
+    """Returns `[B, T, M·E]` as `[B, T, M, E]`."""
+    return rearrange(x, "B T (M E) -> B T M E", M=num_heads)
+
+
+def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
+    """Returns the features rotated by position: pairs (i, i + E/2), each by its angle.
+
+    Args:
+      x: `[B, T, M, E]`.
+      angles: `[B, T, E/2]` rad, or `[1, T, E/2]`.
+
+    Source: Su et al. 2021, RoFormer (arXiv:2104.09864), in the layout of Hugging Face's models.
+    """
+    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+def run_layers(
+    layer: Callable[[jax.Array, Any], jax.Array], x: jax.Array, stacked: Any, *, remat: Remat
+) -> jax.Array:
+    """Returns `x` after all layers, run as one scan.
+
+    Args:
+      layer: `(x, params and other arrays of one layer) -> x`.
+      x: input of the first layer.
+      stacked: arrays `[L, ...]`, sliced along L.
+      remat: activations kept for the backward pass: "none" = all, "layers" = only the inputs of the
+        layers, "products" = those and the outputs of matrix products.
+    """
+    policies = {
+        "layers": jax.checkpoint_policies.nothing_saveable,
+        "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    }
+    if remat in policies:
+        layer = jax.checkpoint(layer, policy=policies[remat], prevent_cse=False)
+    return jax.lax.scan(lambda x, arrays: (layer(x, arrays), None), x, stacked)[0]
+
+
+def patches(images: Array, patch_size: int) -> jax.Array:
+    """Returns the patches of images in raster order, with pixels as `(row, column, channel)`.
+
+    Pixels beyond the last whole patch are left out.
+
+    Args:
+      images: `[I, h, w, 3]`.
+      patch_size: height and width of a patch, pixels.
+
+    Returns:
+      `[I, number of patches, patch_size² · 3]`.
+    """
+    _, height, width, _ = images.shape
+    whole = images[:, : height - height % patch_size, : width - width % patch_size]
+    return rearrange(
+        jnp.asarray(whole), "I (h p) (w q) c -> I (h w) (p q c)", p=patch_size, q=patch_size
+    )
+
+
+def init_tree(key: Key, shapes: Mapping[str, Any], path: str = "") -> Params:
+    """Returns random params of the given shapes.
+
+    Kernels and embeddings are drawn from N(0, 0.02²); scales are 1, and biases and all others 0.
+
+    Args:
+      key: consumed.
+      shapes: nested dict of shapes.
+      path: of the dict inside the params, for the keys of its leaves.
+    """
+    params = {}
+    for number, (name, shape) in enumerate(sorted(shapes.items())):
+        part = jax.random.fold_in(key, number)
+        if isinstance(shape, Mapping):
+            params[name] = init_tree(part, shape, f"{path}{name}/")
+        elif name in ("kernel", "embedding"):
+            params[name] = 0.02 * jax.random.normal(part, shape)
+        else:
+            params[name] = jnp.full(shape, 1.0 if name == "scale" else 0.0)
+    return params
+
+
+def _matmul(x: jax.Array, kernel: Array) -> jax.Array:
+    kernel = jnp.asarray(kernel).astype(x.dtype)
+    return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)

@@ -1,0 +1,47 @@
+"""Registry of the vision-language models, by the `kind` of their config."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vla_jax.backbones import kosmos2, paligemma, smolvlm
+from vla_jax.backbones.vlm import VisionLanguageModel
+from vla_jax.config import did_you_mean
+
+MODELS: dict[str, VisionLanguageModel] = {
+    "kosmos2": kosmos2.MODEL,
+    "paligemma": paligemma.MODEL,
+    "smolvlm": smolvlm.MODEL,
+}
+# `model_type` of a config.json -> kind
+MODEL_TYPES = {
+    "kosmos-2": "kosmos2",
+    "paligemma": "paligemma",
+    "smolvlm": "smolvlm",
+    "idefics3": "smolvlm",
+}
+
+
+def get(config: Any) -> VisionLanguageModel:
+    """Returns the model of a config.
+
+    Raises:
+      ValueError: the config is of another backbone.
+    """
+    if config.kind not in MODELS:
+        raise ValueError(
+            f"config must be of a vision-language model, got '{config.kind}'; "
+            f"{did_you_mean(config.kind, MODELS)}"
+        )
+    return MODELS[config.kind]
+
+
+def from_json(data: Mapping[str, Any]) -> Any:
+    """Returns the config of a model's `config.json`.
+
+    Raises:
+      ValueError: the model is not supported, or a field is.
+    """
+    name = data.get("model_type")
+    if name not in MODEL_TYPES:
+        raise ValueError(f"unknown model_type {name!r}; {did_you_mean(str(name), MODEL_TYPES)}")
+    return MODELS[MODEL_TYPES[name]].from_json(data)

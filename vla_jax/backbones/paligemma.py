@@ -1,0 +1,350 @@
+"""PaliGemma and PaliGemma 2: a SigLIP vision tower and a Gemma or Gemma 2 language model.
+
+Source: Beyer et al. 2024 (arXiv:2407.07726); Steiner et al. 2024 (arXiv:2412.03555); as in Hugging
+Face's `PaliGemmaForConditionalGeneration`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vla_jax.backbones import model_json, rotary_decoder, sequence, tensor_names, vit, vlm
+from vla_jax.backbones.blocks import linear
+from vla_jax.backbones.rotary_decoder import RotaryDecoderConfig
+from vla_jax.backbones.sequence import PADDING
+from vla_jax.backbones.tensor_names import Tensor
+from vla_jax.backbones.vit import VisionConfig
+from vla_jax.backbones.vlm import VisionLanguageModel, VLMSizes
+from vla_jax.backbones.vlm_options import VLMOptions
+from vla_jax.types import Array, Params
+
+HALF = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class PaliGemmaConfig(VLMSizes):
+    """PaliGemma or PaliGemma 2 as a backbone; the default is PaliGemma 3B with 224 pixels."""
+
+    kind: Literal["paligemma"] = "paligemma"
+    vision: VisionConfig = VisionConfig()  # vision tower
+    language: RotaryDecoderConfig = RotaryDecoderConfig(  # language model
+        vocab_size=257216,
+        hidden_size=2048,
+        intermediate_size=16384,
+        num_layers=18,
+        num_heads=8,
+        num_key_value_heads=1,
+        head_dim=256,
+        activation="gelu_pytorch_tanh",
+        epsilon=1e-6,
+        rope_theta=10_000.0,
+        norm_offset=1.0,
+        embedding_scale=math.sqrt(2048),
+    )
+    image_token_id: int = 257152  # id of an image's places in the original's inputs
+    # tokens of the prompt that see each other in both directions; "none" = causal, as RoboVLMs
+    prefix: Literal["prompt", "none"] = "prompt"
+    # version of transformers whose faults `reference.forward` reproduces; the policy never does
+    reference_version: str = ""
+    options: VLMOptions = VLMOptions()  # cameras, prompt, readout, precision
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Positions of the sequence that one image takes."""
+        return self.vision.grid_size**2
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Height and width of the images, pixels."""
+        return self.vision.image_size, self.vision.image_size
+
+
+def image_tokens(params: Params, config: PaliGemmaConfig, pixels: Array) -> jax.Array:
+    """Returns the tokens of images, as they stand among scaled embeddings.
+
+    Args:
+      params: of the model.
+      config: of the model.
+      pixels: normalised images `[I, h, w, 3]`.
+
+    Returns:
+      `[I, tokens_per_image, D]` in the dtype of the options.
+    """
+    pixels = jnp.asarray(pixels, config.options.dtype)
+    features = vit.siglip(params["vision"], config.vision, pixels, remat=config.options.remat)
+    return linear(params["projection"], features)
+
+
+def language_model(
+    params: Params,
+    config: PaliGemmaConfig,
+    embeddings: Array,
+    mask: Array,
+    prefix: Array,
+) -> jax.Array:
+    """Returns the hidden states after the last norm.
+
+    Args:
+      params: of the model.
+      config: of the model.
+      embeddings: scaled, `[B, T, D]`.
+      mask: bool `[B, T]`, True where a token is real.
+      prefix: bool `[B, T]`, True where a token is seen by the whole prefix; all others are seen
+        by later tokens only.
+
+    Returns:
+      `[B, T, D]` float32.
+    """
+    language, num_tokens = config.language, mask.shape[1]
+    mask, prefix = jnp.asarray(mask), jnp.asarray(prefix)
+    both = prefix[:, :, None] & prefix[:, None, :]
+    position = np.arange(num_tokens)
+    distance = position[:, None] - position
+    causal, near = distance >= 0, distance < (language.sliding_window or num_tokens)
+    return rotary_decoder.apply(
+        params["language"],
+        language,
+        embeddings,
+        rotary_decoder.rotary_angles(language, position)[None],
+        (causal | both) & mask[:, None, :],
+        sliding_mask=((causal & near) | both) & mask[:, None, :],
+        dtype=config.options.dtype,
+        remat=config.options.remat,
+    )
+
+
+def hidden_states(params: Params, config: PaliGemmaConfig, ids: Array, images: Array) -> jax.Array:
+    """Returns the hidden states `[B, S, D]` of sequences `[B, S]` with their images."""
+    language = config.language
+    pixels = vlm.normalize(HALF, HALF, vlm.fold_cameras(jnp.asarray(images)))
+    image = vlm.unfold_cameras(image_tokens(params, config, pixels), len(ids))
+    learned = params.get("action_token")
+    embeddings = sequence.place(
+        rotary_decoder.embed(params["language"], language, ids),
+        ids,
+        image,
+        vocab_size=language.vocab_size,
+        learned=None if learned is None else language.embedding_scale * learned,
+    )
+    is_prompt = ids < language.vocab_size
+    prefix = is_prompt if config.prefix == "prompt" else jnp.zeros_like(is_prompt)
+    return language_model(params, config, embeddings, ids != PADDING, prefix)
+
+
+def forward(
+    params: Params, config: PaliGemmaConfig, inputs: Mapping[str, Array]
+) -> dict[str, jax.Array]:
+    """Returns the outputs of the original's forward; see `reference.forward`.
+
+    Args:
+      params: of the model.
+      config: of the model.
+      inputs: `input_ids [B, T]`; optional `attention_mask [B, T]`, `pixel_values [I, 3, h, w]`,
+        `token_type_ids [B, T]` (0 = prefix; absent = no prefix, but all of it if transformers 4
+        saved the model). Or `inputs_embeds [B, T, D]`, as transformers 4.44 takes them and
+        RoboVLMs trains: scaled by √D here, and causal.
+    """
+    version, language = config.reference_version, config.language
+    if version.startswith("4.57."):  # its default attention and its logits have no bounds
+        language = dataclasses.replace(language, score_cap=None, logit_cap=None)
+        config = dataclasses.replace(config, language=language)
+    if "inputs_embeds" in inputs:
+        embeddings = language.embedding_scale * jnp.asarray(inputs["inputs_embeds"])
+        prefix = jnp.zeros(embeddings.shape[:2], bool)
+    else:
+        ids = jnp.asarray(inputs["input_ids"])
+        embeddings = rotary_decoder.embed(params["language"], language, ids)
+        types = jnp.full_like(ids, 0 if version.startswith("4.") else 1)
+        prefix = jnp.asarray(inputs.get("token_type_ids", types)) == 0
+        if "pixel_values" in inputs:
+            pixels = jnp.moveaxis(jnp.asarray(inputs["pixel_values"]), 1, -1)
+            is_image = np.asarray(inputs["input_ids"]) == config.image_token_id
+            images = image_tokens(params, config, pixels)
+            embeddings = sequence.scatter(embeddings, is_image, images)
+    real = jnp.ones(embeddings.shape[:2], bool)
+    mask = jnp.asarray(inputs.get("attention_mask", real)).astype(bool)
+    hidden = language_model(params, config, embeddings, mask, prefix)
+    logits = rotary_decoder.logits(params["language"], language, hidden)
+    return {"last_hidden": hidden, "logits": logits}
+
+
+def shapes(config: PaliGemmaConfig) -> Params:
+    """Returns the shapes of the params."""
+    dim = config.language.hidden_size
+    return {
+        "vision": vit.siglip_shapes(config.vision),
+        "projection": {"kernel": (config.vision.hidden_size, dim), "bias": (dim,)},
+        "language": rotary_decoder.shapes(config.language),
+    }
+
+
+def tensors(config: PaliGemmaConfig) -> tuple[Tensor, ...]:
+    """Returns the places of the params in a file."""
+    return tensor_names.join(
+        vit.siglip_tensors(config.vision, "vision", "vision_tower"),
+        tensor_names.linear("projection", "multi_modal_projector.linear", bias=True),
+        rotary_decoder.tensors(
+            config.language,
+            "language",
+            "language_model.model",
+            head_name="language_model.lm_head",
+        ),
+    )
+
+
+def from_json(data: Mapping[str, Any]) -> PaliGemmaConfig:
+    """Returns the config of a `config.json`."""
+    text = model_json.section(data, "text_config")
+    vision = model_json.section(data, "vision_config")
+    model_json.only(text, "attention_bias", False)
+    kind = model_json.number(text, "model_type", "gemma")
+    if kind not in _GEMMAS:
+        raise ValueError(f"text_config.model_type must be gemma or gemma2, got {kind!r}.")
+    return PaliGemmaConfig(
+        vision=VisionConfig(**model_json.read(vision, vit.SIGLIP_BASE, vit.JSON_FIELDS)),
+        language=_GEMMAS[kind](text),
+        image_token_id=model_json.number(
+            data, "image_token_id", model_json.number(data, "image_token_index", 256000)
+        ),
+        reference_version=model_json.number(data, "transformers_version", ""),
+    )
+
+
+def to_json(config: PaliGemmaConfig) -> dict[str, Any]:
+    """Returns the `config.json` of a config."""
+    language, dim = config.language, config.language.hidden_size
+    text = {
+        "model_type": "gemma",
+        **rotary_decoder.to_json(language),
+        "hidden_activation": language.activation,
+        "num_image_tokens": config.tokens_per_image,
+    }
+    if language.post_norms:
+        text |= {
+            "model_type": "gemma2",
+            "attn_logit_softcapping": language.score_cap,
+            "final_logit_softcapping": language.logit_cap,
+            "query_pre_attn_scalar": round(language.query_scale**-2),
+            "sliding_window": language.sliding_window,
+            "layer_types": [
+                "sliding_attention" if slides else "full_attention"
+                for slides in language.sliding_layers
+            ],
+        }
+    return {
+        "architectures": ["PaliGemmaForConditionalGeneration"],
+        "model_type": "paligemma",
+        "hidden_size": dim,
+        "projection_dim": dim,
+        "image_token_index": config.image_token_id,
+        "tie_word_embeddings": True,
+        "text_config": text,
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "projection_dim": dim,
+            "vision_use_head": False,
+            **model_json.write(config.vision, vit.JSON_FIELDS),
+        },
+    }
+
+
+def _gemma_1(text: Mapping[str, Any]) -> RotaryDecoderConfig:
+    """Returns Gemma's config."""
+    return RotaryDecoderConfig(**_gemma_fields(text, _GEMMA_1))
+
+
+def _gemma_2(text: Mapping[str, Any]) -> RotaryDecoderConfig:
+    """Returns Gemma 2's config."""
+    fields = _gemma_fields(text, _GEMMA_2)
+    alternating = [
+        "full_attention" if i % 2 else "sliding_attention" for i in range(fields["num_layers"])
+    ]
+    types = model_json.number(text, "layer_types", alternating)
+    return RotaryDecoderConfig(
+        **fields,
+        query_scale=model_json.number(text, "query_pre_attn_scalar", 256.0) ** -0.5,
+        post_norms=True,
+        score_cap=_optional(text, "attn_logit_softcapping", 50.0),
+        logit_cap=_optional(text, "final_logit_softcapping", 30.0),
+        sliding_window=_optional(text, "sliding_window", 4096),
+        sliding_layers=tuple(name == "sliding_attention" for name in types),
+    )
+
+
+def _gemma_fields(text: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    fields = rotary_decoder.from_json(text, defaults)
+    # "gelu" in old configs means the tanh approximation, which Gemma was trained with.
+    name = text.get("hidden_activation") or text.get("hidden_act") or "gelu"
+    return {
+        **fields,
+        "activation": "gelu_pytorch_tanh" if name == "gelu" else name,
+        "norm_offset": 1.0,
+        "embedding_scale": math.sqrt(fields["hidden_size"]),
+    }
+
+
+def _optional(data: Mapping[str, Any], name: str, default: Any) -> Any:
+    """Returns a field that may be null, which is different from absent."""
+    return None if data.get(name, default) is None else model_json.number(data, name, default)
+
+
+def prompt(config: PaliGemmaConfig, tokenizer: str, text: str) -> Sequence[int]:
+    """Returns the ids of a step's prompt."""
+    raise NotImplementedError
+
+
+_GEMMAS = {"gemma": _gemma_1, "gemma2": _gemma_2}
+# Defaults of Hugging Face's `GemmaConfig` and `Gemma2Config`.
+_GEMMA_1 = {
+    "vocab_size": 256000,
+    "hidden_size": 3072,
+    "intermediate_size": 24576,
+    "num_layers": 28,
+    "num_heads": 16,
+    "num_key_value_heads": 16,
+    "head_dim": 256,
+    "activation": "gelu_pytorch_tanh",
+    "epsilon": 1e-6,
+    "rope_theta": 10_000.0,
+}
+_GEMMA_2 = {
+    **_GEMMA_1,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_layers": 26,
+    "num_heads": 8,
+    "num_key_value_heads": 4,
+}
+
+MODEL = VisionLanguageModel(
+    config=PaliGemmaConfig,
+    from_json=from_json,
+    to_json=to_json,
+    shapes=shapes,
+    tensors=tensors,
+    renames=(
+        # names of live modules, and of files of transformers 4
+        (r"^model\.(?=language_model\.|vision_tower\.|multi_modal_projector\.)", ""),
+        (r"^language_model\.(?!model\.|lm_head\.)", "language_model.model."),
+        (r"^vision_tower\.vision_model\.", "vision_tower."),
+    ),
+    ignored=(
+        r"(language_model\.)?lm_head\.weight",
+        r"vision_tower\.head\..*",
+        r".*rotary_emb\.inv_freq",
+        r".*position_ids",
+    ),
+    hidden_states=hidden_states,
+    forward=forward,
+    prompt=prompt,
+    resampling="bicubic",
+    mean=HALF,
+    std=HALF,
+)
+BACKBONE = vlm.make_backbone(MODEL)

@@ -1,0 +1,219 @@
+"""Interface of a vision-language model, and the backbone that is made from one.
+
+A model is a `VisionLanguageModel`: its tables and functions. `make_backbone` turns it into a member
+of the family of backbones.
+"""
+
+import abc
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jax.sharding import PartitionSpec
+
+from vla_jax.backbones import sequence, word_hashing
+from vla_jax.backbones.backbone import Backbone, ImageSpec
+from vla_jax.backbones.blocks import init_tree
+from vla_jax.backbones.parts import flatten
+from vla_jax.backbones.sequence import IMAGE
+from vla_jax.backbones.tensor_names import Tensor
+from vla_jax.backbones.vlm_options import VLMOptions
+from vla_jax.nn import lora
+from vla_jax.types import Array, Key, Observation, Params, Resampling, ShardingRules, Tokens
+
+SHARDING_RULES: ShardingRules = (
+    # Maps out of a wide layer are split along their inputs, all others along their outputs.
+    ("*/out/kernel", PartitionSpec(None, "fsdp", None)),
+    ("*/down/kernel", PartitionSpec(None, "fsdp", None)),
+    ("*/layers/*/kernel", PartitionSpec(None, None, "fsdp")),
+    ("*/embedding", PartitionSpec(None, "fsdp")),
+)
+
+
+class VLMSizes(abc.ABC):
+    """Sizes of a step's tokens, from the config of a vision-language model."""
+
+    language: Any  # config of the language model, with vocab_size and hidden_size
+    options: VLMOptions
+
+    @property
+    @abc.abstractmethod
+    def tokens_per_image(self) -> int:
+        """Positions of the sequence that one image takes."""
+
+    @property
+    @abc.abstractmethod
+    def image_shape(self) -> tuple[int, int]:
+        """Height and width of the images, pixels."""
+
+    @property
+    def token_dim(self) -> int:
+        """D, features of a token."""
+        return self.language.hidden_size
+
+    @property
+    def num_tokens(self) -> int:
+        """N, tokens per step."""
+        return sequence.num_tokens(self)
+
+    @property
+    def vocab_size(self) -> int:
+        """V, with the learned tokens, whose ids follow those of the language model."""
+        return self.language.vocab_size + self.options.num_learned
+
+    @property
+    def sequence_length(self) -> int:
+        """S, positions of a step's sequence."""
+        num_images = len(self.options.cameras) * self.tokens_per_image
+        return num_images + self.options.max_text_tokens + self.options.num_learned
+
+
+class VisionLanguageModel(NamedTuple):
+    """Tables and functions of a vision-language model."""
+
+    config: type  # dataclass of its config, with the properties of `VLMSizes`
+    from_json: Callable[[Mapping[str, Any]], Any]  # config.json -> config
+    to_json: Callable[[Any], dict[str, Any]]  # the inverse
+    shapes: Callable[[Any], Params]  # config -> shapes of the params
+    tensors: Callable[[Any], tuple[Tensor, ...]]  # config -> places of the params in a file
+    renames: tuple[tuple[str, str], ...]  # (pattern, replacement) from other names to those
+    ignored: tuple[str, ...]  # patterns of tensors of a file that have no param
+    # (params, config, sequences [B, S], images [B, C, h, w, 3] uint8) -> hidden states [B, S, D]
+    hidden_states: Callable[[Params, Any, Array, Array], jax.Array]
+    # (params, config, inputs of the original's forward) -> last_hidden, logits
+    forward: Callable[[Params, Any, Mapping[str, Array]], dict[str, jax.Array]]
+    # (config, tokenizer, text) -> ids of a prompt with all its images
+    prompt: Callable[[Any, Any, str], Sequence[int]]
+    resampling: Resampling  # of images of another size
+    mean: tuple[float, float, float]  # of RGB values in [0, 1], subtracted
+    std: tuple[float, float, float]  # of RGB values in [0, 1], divided by
+
+
+def make_backbone(model: VisionLanguageModel) -> Backbone:
+    """Returns the member of the family of backbones for a vision-language model."""
+    return Backbone(
+        config=model.config,
+        init=partial(init, model),
+        apply=partial(apply, model),
+        tokenize=partial(tokenize, model),
+        check_instructions=partial(check_instructions, model),
+        image_spec=partial(image_spec, model),
+        sharding_rules=SHARDING_RULES,
+    )
+
+
+def init(model: VisionLanguageModel, key: Key, config: Any) -> Params:
+    """Returns random params; `key` is consumed."""
+    model_key, lora_key = jax.random.split(key)
+    return complete(lora_key, init_tree(model_key, model.shapes(config)), config)
+
+
+def complete(key: Key, params: Params, config: Any) -> Params:
+    """Returns a model's params with what the options add: learned tokens and low-rank factors.
+
+    Args:
+      key: consumed.
+      params: of the model alone.
+      config: its config.
+    """
+    options = config.options
+    dtype = jnp.dtype(options.param_dtype)
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
+    params = lora.add(key, params, options.lora)
+    if options.num_learned:
+        params = {**params, "action_token": jnp.zeros((options.num_learned, config.token_dim))}
+    return params
+
+
+def apply(
+    model: VisionLanguageModel, params: Params, config: Any, observation: Observation
+) -> Tokens:
+    """Returns the tokens of each observation, independently of other time steps.
+
+    Args:
+      model: the model.
+      params: from `init`.
+      config: config of the params.
+      observation: the cameras' images uint8 `[..., h, w, 3]`, `instruction [..., S]` from
+        `tokenize`, with any leading axes.
+
+    Returns:
+      Tokens `[..., N, D]` float32, mask `[..., N]`.
+
+    Raises:
+      ValueError: a part is missing or has another size.
+    """
+    options = config.options
+    image = (*config.image_shape, 3)
+    shapes = {**dict.fromkeys(options.cameras, image), "instruction": (config.sequence_length,)}
+    parts, lead = flatten(observation, shapes)
+    ids = jnp.asarray(parts["instruction"])
+    images = jnp.stack([jnp.asarray(parts[name]) for name in options.cameras], axis=1)
+    hidden = model.hidden_states(params, config, ids, images)
+    tokens = sequence.read_out(hidden, ids, config)
+    return Tokens(*(x.reshape(*lead, *x.shape[1:]) for x in tokens))
+
+
+def tokenize(model: VisionLanguageModel, config: Any, text: str) -> np.ndarray:
+    """Returns the sequence `[S]` int32 of a step with this instruction.
+
+    Raises:
+      ValueError: the prompt is longer than `max_text_tokens`, or the tokenizer is of another model.
+      FileNotFoundError: the tokenizer's file is missing.
+    """
+    options = config.options
+    prompt = options.prompt.replace("{instruction}", text.strip())
+    if options.tokenizer:
+        ids = model.prompt(config, options.tokenizer, prompt)
+    else:
+        ids = _hashed(config, prompt)
+    return sequence.arrange(
+        ids, options, vocab_size=config.language.vocab_size, length=config.sequence_length
+    )
+
+
+def check_instructions(model: VisionLanguageModel, config: Any, texts: Iterable[str]) -> None:
+    """Raises a ValueError if two instructions give the same ids, or one is too long."""
+    text_by_ids: dict[bytes, str] = {}
+    for text in sorted(set(texts)):
+        other = text_by_ids.setdefault(tokenize(model, config, text).tobytes(), text)
+        if other != text:
+            raise ValueError(
+                f"the tokenizer must give all instructions different ids, but {other!r} and "
+                f"{text!r} have the same; change one of them, or the tokenizer."
+            )
+
+
+def image_spec(model: VisionLanguageModel, config: Any) -> ImageSpec:
+    """Returns the images of all cameras."""
+    height, width = config.image_shape
+    return ImageSpec(height, width, config.options.cameras, model.resampling, model.mean, model.std)
+
+
+def normalize(mean: Sequence[float], std: Sequence[float], images: Array) -> jax.Array:
+    """Returns `(images / 255 − mean) / std`, float32, of uint8 images `[..., h, w, 3]`."""
+    scaled = jnp.asarray(images, jnp.float32) / 255.0
+    return (scaled - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+
+
+def fold_cameras(images: jax.Array) -> jax.Array:
+    """Returns `[B, C, h, w, 3]` as `[B·C, h, w, 3]`."""
+    return rearrange(images, "B C h w c -> (B C) h w c")
+
+
+def unfold_cameras(features: jax.Array, batch_size: int) -> jax.Array:
+    """Returns the features of all images `[B·C, N, D]` as `[B, C·N, D]`."""
+    return rearrange(features, "(B C) N D -> B (C N) D", B=batch_size)
+
+
+def _hashed(config: Any, prompt: str) -> list[int]:
+    """Returns the places of all images, then hashed words, for a model with random weights."""
+    words = [
+        word_hashing.word_id(word, config.language.vocab_size)
+        for word in word_hashing.words(prompt)
+    ]
+    return [IMAGE] * (len(config.options.cameras) * config.tokens_per_image) + [0, *words]

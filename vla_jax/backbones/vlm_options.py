@@ -1,0 +1,63 @@
+"""Use of a vision-language model by a policy: cameras, prompt, readout, precision."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from vla_jax.backbones.blocks import Remat
+from vla_jax.config import did_you_mean
+from vla_jax.nn.lora import LoraConfig
+
+Readout = Literal["action_token", "image", "image_mean", "text", "last", "all"]
+Layout = Literal["native", "robovlms", "robovlms_padded"]
+
+
+@dataclass(frozen=True)
+class VLMOptions:
+    """Use of a vision-language model by a policy."""
+
+    # cameras in the order in which the model sees their images; fields of an observation
+    cameras: tuple[str, ...] = ("image_primary", "image_wrist")
+    # hidden states that become the tokens of a step: "action_token" = of learned tokens after the
+    # prompt, "image" = of all image positions, "image_mean" = their mean per camera, "text" = of
+    # the text, "last" = of the last position, "all" = of all positions
+    readout: Readout = "action_token"
+    num_action_tokens: int = 1  # learned tokens after the prompt; readout "action_token" only
+    max_text_tokens: int = 48  # tokens of the prompt, without images and learned tokens
+    # order of the sequence and position of the learned token: "native" = as in the model's
+    # pre-training, token last; "robovlms" = as RoboVLMs does for one sample; "robovlms_padded" =
+    # as RoboVLMs trains, where the token's position depends on the padding
+    layout: Layout = "native"
+    prompt: str = "{instruction}"  # text of a step; {instruction} is replaced
+    tokenizer: str = ""  # path of tokenizer.json; empty = hashed words, for random weights only
+    dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of activations and matrix products
+    # dtype in which the weights are stored; "bfloat16" halves their memory and needs frozen weights
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    # activations kept for the backward pass: "none" = all, "layers" = inputs of the layers only,
+    # "products" = those and the outputs of matrix products
+    remat: Remat = "none"
+    lora: LoraConfig = LoraConfig()  # low-rank adaptation of the weights
+
+    def __post_init__(self):
+        for name, choices in (
+            ("readout", get_args(Readout)),
+            ("layout", get_args(Layout)),
+            ("dtype", ("float32", "bfloat16")),
+            ("param_dtype", ("float32", "bfloat16")),
+            ("remat", get_args(Remat)),
+        ):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"unknown {name} '{value}'; {did_you_mean(value, choices)}")
+        if not self.cameras or len(set(self.cameras)) < len(self.cameras):
+            raise ValueError(f"cameras must be one or more different names, got {self.cameras}.")
+        if "{instruction}" not in self.prompt:
+            raise ValueError(f"prompt must contain {{instruction}}, got {self.prompt!r}.")
+        if self.num_action_tokens < 1:
+            raise ValueError(f"num_action_tokens must be at least 1, got {self.num_action_tokens}.")
+        if self.max_text_tokens < 1:
+            raise ValueError(f"max_text_tokens must be at least 1, got {self.max_text_tokens}.")
+
+    @property
+    def num_learned(self) -> int:
+        """Learned tokens in the sequence: `num_action_tokens`, or 0 with another readout."""
+        return self.num_action_tokens if self.readout == "action_token" else 0
