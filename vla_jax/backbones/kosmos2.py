@@ -205,10 +205,8 @@ def from_json(data: Mapping[str, Any]) -> Kosmos2Config:
     text = model_json.section(data, "text_config")
     vision = model_json.section(data, "vision_config")
     model_json.only(text, "add_cross_attention", False)
-    decoder = KosmosDecoderConfig(
-        **model_json.read(text, KosmosDecoderConfig(), kosmos_decoder.JSON_FIELDS)
-    )
     default = Kosmos2Config()
+    decoder = model_json.read(text, default.language, kosmos_decoder.JSON_FIELDS)
     return Kosmos2Config(
         vision=VisionConfig(**model_json.read(vision, default.vision, vit.JSON_FIELDS)),
         language=KosmosDecoderConfig(**decoder),
@@ -243,9 +241,9 @@ def _resample(params: Params, config: Kosmos2Config, x: jax.Array, *, causal: bo
     latents = jnp.broadcast_to(latents, (len(x), *latents.shape))
     sources = {"query": latents, "key": jnp.concatenate([x, latents], axis=1)}
     sources["value"] = sources["key"]
-    heads = [
+    query, key, value = (
         split_heads(linear(params[name], sources[name]), language.num_heads) for name in PROJECTIONS
-    ]
+    )
     num_keys = sources["key"].shape[1]
     mask = jnp.tri(config.num_latents, num_keys, num_keys * (not causal), dtype=bool)[None]
     scale = (language.hidden_size // language.num_heads) ** -0.5
