@@ -12,7 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vla_jax.backbones import kosmos_decoder, model_json, sequence, tensor_names, vit, vlm
+from vla_jax.backbones import (
+    kosmos_decoder,
+    model_json,
+    prompts,
+    sequence,
+    tensor_names,
+    tokenizers,
+    vit,
+    vlm,
+)
 from vla_jax.backbones.blocks import (
     attention,
     layer_norm,
@@ -20,16 +29,14 @@ from vla_jax.backbones.blocks import (
     patches,
     split_heads,
 )
+from vla_jax.backbones.image_settings import CLIP_MEAN, CLIP_STD
 from vla_jax.backbones.kosmos_decoder import ATTENTION_NAMES, PROJECTIONS, KosmosDecoderConfig
-from vla_jax.backbones.sequence import PADDING
+from vla_jax.backbones.sequence import IMAGE, PADDING
 from vla_jax.backbones.tensor_names import SAME, Tensor
 from vla_jax.backbones.vit import VisionConfig
 from vla_jax.backbones.vlm import VisionLanguageModel, VLMSizes
 from vla_jax.backbones.vlm_options import VLMOptions
 from vla_jax.types import Array, Params
-
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
@@ -37,14 +44,14 @@ class Kosmos2Config(VLMSizes):
     """Kosmos-2 as a backbone."""
 
     kind: Literal["kosmos2"] = "kosmos2"
-    vision: VisionConfig = VisionConfig(  # vision tower
+    vision: VisionConfig = VisionConfig(  # sizes of the vision tower
         hidden_size=1024,
         intermediate_size=4096,
         num_layers=24,
         activation="quick_gelu",
         epsilon=1e-5,
     )
-    language: KosmosDecoderConfig = KosmosDecoderConfig()  # language model
+    language: KosmosDecoderConfig = KosmosDecoderConfig()  # sizes of the language model
     num_latents: int = 64  # tokens of an image in the sequence
     # version of transformers whose faults `reference.forward` reproduces; the policy never does
     reference_version: str = ""
@@ -95,7 +102,7 @@ def image_tokens(
 def hidden_states(params: Params, config: Kosmos2Config, ids: Array, images: Array) -> jax.Array:
     """Returns the hidden states `[B, S, D]` of sequences `[B, S]` with their images."""
     options, language = config.options, config.language
-    pixels = vlm.normalize(MEAN, STD, vlm.fold_cameras(jnp.asarray(images)))
+    pixels = vlm.pixels(images, MODEL)
     image = vlm.unfold_cameras(image_tokens(params, config, pixels), len(ids))
     embeddings = sequence.place(
         kosmos_decoder.embed(params["language"], language, ids),
@@ -250,9 +257,16 @@ def _resample(params: Params, config: Kosmos2Config, x: jax.Array, *, causal: bo
     return linear(params["out"], attention(query, key, value, mask, scale=scale))
 
 
-def prompt(config: Kosmos2Config, tokenizer: str, text: str) -> Sequence[int]:
-    """Returns the ids of a step's prompt."""
-    raise NotImplementedError
+def prompt(config: Kosmos2Config, tokenizer: Any, text: str) -> Sequence[int]:
+    """Returns the ids of a step's prompt, with `IMAGE` for every feature of an image."""
+    num_images, num_latents = len(config.options.cameras), config.num_latents
+    if config.options.layout == "native":
+        ids = prompts.kosmos2(tokenizer, text, num_images, num_latents)
+        for position in prompts.kosmos2_image_positions(num_images, num_latents):
+            ids[position] = IMAGE
+        return ids
+    first, *others = tokenizers.ids(tokenizer, text, special=True)
+    return [first, *[IMAGE] * (num_images * num_latents), *others]
 
 
 MODEL = VisionLanguageModel(
@@ -270,7 +284,7 @@ MODEL = VisionLanguageModel(
     forward=forward,
     prompt=prompt,
     resampling="bicubic",
-    mean=MEAN,
-    std=STD,
+    mean=CLIP_MEAN,
+    std=CLIP_STD,
 )
 BACKBONE = vlm.make_backbone(MODEL)

@@ -14,17 +14,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vla_jax.backbones import model_json, rotary_decoder, sequence, tensor_names, vit, vlm
+from vla_jax.backbones import (
+    model_json,
+    prompts,
+    rotary_decoder,
+    sequence,
+    tensor_names,
+    tokenizers,
+    vit,
+    vlm,
+)
 from vla_jax.backbones.blocks import linear
+from vla_jax.backbones.image_settings import HALF
 from vla_jax.backbones.rotary_decoder import RotaryDecoderConfig
-from vla_jax.backbones.sequence import PADDING
+from vla_jax.backbones.sequence import IMAGE, PADDING
 from vla_jax.backbones.tensor_names import Tensor
 from vla_jax.backbones.vit import VisionConfig
 from vla_jax.backbones.vlm import VisionLanguageModel, VLMSizes
 from vla_jax.backbones.vlm_options import VLMOptions
 from vla_jax.types import Array, Params
-
-HALF = (0.5, 0.5, 0.5)
 
 
 @dataclass(frozen=True)
@@ -32,8 +40,8 @@ class PaliGemmaConfig(VLMSizes):
     """PaliGemma or PaliGemma 2 as a backbone; the default is PaliGemma 3B with 224 pixels."""
 
     kind: Literal["paligemma"] = "paligemma"
-    vision: VisionConfig = VisionConfig()  # vision tower
-    language: RotaryDecoderConfig = RotaryDecoderConfig(  # language model
+    vision: VisionConfig = VisionConfig()  # sizes of the vision tower
+    language: RotaryDecoderConfig = RotaryDecoderConfig(  # sizes of the language model
         vocab_size=257216,
         hidden_size=2048,
         intermediate_size=16384,
@@ -122,7 +130,7 @@ def language_model(
 def hidden_states(params: Params, config: PaliGemmaConfig, ids: Array, images: Array) -> jax.Array:
     """Returns the hidden states `[B, S, D]` of sequences `[B, S]` with their images."""
     language = config.language
-    pixels = vlm.normalize(HALF, HALF, vlm.fold_cameras(jnp.asarray(images)))
+    pixels = vlm.pixels(images, MODEL)
     image = vlm.unfold_cameras(image_tokens(params, config, pixels), len(ids))
     learned = params.get("action_token")
     embeddings = sequence.place(
@@ -294,9 +302,14 @@ def _optional(data: Mapping[str, Any], name: str, default: Any) -> Any:
     return None if data.get(name, default) is None else model_json.number(data, name, default)
 
 
-def prompt(config: PaliGemmaConfig, tokenizer: str, text: str) -> Sequence[int]:
-    """Returns the ids of a step's prompt."""
-    raise NotImplementedError
+def prompt(config: PaliGemmaConfig, tokenizer: Any, text: str) -> Sequence[int]:
+    """Returns the ids of a step's prompt, with `IMAGE` for every feature of an image."""
+    num_images, count = len(config.options.cameras), config.tokens_per_image
+    if config.options.layout == "native":
+        ids = prompts.paligemma(tokenizer, text, num_images, count)
+        return sequence.mark_images(ids, tokenizers.token_id(tokenizer, "<image>"))
+    first, *others = tokenizers.ids(tokenizer, f"<eos>{text}\n", special=False)
+    return [first, *[IMAGE] * (num_images * count), *others]
 
 
 _GEMMAS = {"gemma": _gemma_1, "gemma2": _gemma_2}

@@ -50,6 +50,11 @@ def arrange(ids: Sequence[int], options: VLMOptions, *, vocab_size: int, length:
     return np.asarray(sequence, np.int32)
 
 
+def mark_images(ids: Sequence[int], image_id: int) -> list[int]:
+    """Returns the ids of a prompt with `IMAGE` instead of the model's own placeholder."""
+    return [IMAGE if token == image_id else token for token in ids]
+
+
 def place(
     text: jax.Array, ids: Array, images: Array, *, vocab_size: int, learned: Array | None = None
 ) -> jax.Array:

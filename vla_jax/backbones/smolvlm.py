@@ -13,8 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, reduce
 
-from vla_jax.backbones import model_json, rotary_decoder, sequence, tensor_names, vit, vlm
+from vla_jax.backbones import (
+    model_json,
+    prompts,
+    rotary_decoder,
+    sequence,
+    tensor_names,
+    tokenizers,
+    vit,
+    vlm,
+)
 from vla_jax.backbones.blocks import linear
+from vla_jax.backbones.image_settings import HALF
 from vla_jax.backbones.rotary_decoder import RotaryDecoderConfig
 from vla_jax.backbones.sequence import PADDING
 from vla_jax.backbones.tensor_names import Tensor
@@ -23,15 +33,13 @@ from vla_jax.backbones.vlm import VisionLanguageModel, VLMSizes
 from vla_jax.backbones.vlm_options import VLMOptions
 from vla_jax.types import Array, Params
 
-HALF = (0.5, 0.5, 0.5)
-
 
 @dataclass(frozen=True)
 class SmolVLMConfig(VLMSizes):
     """SmolVLM or SmolVLM2 as a backbone; the default is SmolVLM2 500M."""
 
     kind: Literal["smolvlm"] = "smolvlm"
-    vision: VisionConfig = VisionConfig(  # vision tower
+    vision: VisionConfig = VisionConfig(  # sizes of the vision tower
         hidden_size=768,
         intermediate_size=3072,
         num_layers=12,
@@ -39,7 +47,9 @@ class SmolVLMConfig(VLMSizes):
         image_size=512,
         patch_size=16,
     )
-    language: RotaryDecoderConfig = RotaryDecoderConfig(tied_head=False)  # language model
+    language: RotaryDecoderConfig = RotaryDecoderConfig(
+        tied_head=False
+    )  # sizes of the language model
     shuffle: int = 4  # patches along each side that are joined into one token
     image_token_id: int = 49190  # id of an image's places in the original's inputs
     # version of transformers whose faults `reference.forward` reproduces; the policy never does
@@ -133,7 +143,7 @@ def language_model(
 
 def hidden_states(params: Params, config: SmolVLMConfig, ids: Array, images: Array) -> jax.Array:
     """Returns the hidden states `[B, S, D]` of sequences `[B, S]` with their images."""
-    pixels = vlm.normalize(HALF, HALF, vlm.fold_cameras(jnp.asarray(images)))
+    pixels = vlm.pixels(images, MODEL)
     embeddings = sequence.place(
         rotary_decoder.embed(params["language"], config.language, ids),
         ids,
@@ -238,9 +248,11 @@ def to_json(config: SmolVLMConfig) -> dict[str, Any]:
     }
 
 
-def prompt(config: SmolVLMConfig, tokenizer: str, text: str) -> Sequence[int]:
-    """Returns the ids of a step's prompt."""
-    raise NotImplementedError
+def prompt(config: SmolVLMConfig, tokenizer: Any, text: str) -> Sequence[int]:
+    """Returns the ids of a step's prompt, with `IMAGE` for every feature of an image."""
+    num_images = len(config.options.cameras)
+    ids = prompts.smolvlm(tokenizer, text, num_images, config.tokens_per_image)
+    return sequence.mark_images(ids, tokenizers.token_id(tokenizer, "<image>"))
 
 
 def _patch_mask(config: VisionConfig, mask: np.ndarray) -> np.ndarray:

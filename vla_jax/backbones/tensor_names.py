@@ -12,7 +12,7 @@ import numpy as np
 Shape = tuple[int, ...]
 
 
-class Layout(NamedTuple):
+class AxisOrder(NamedTuple):
     """Order of the axes of a tensor in a file."""
 
     to_params: Callable[[np.ndarray], np.ndarray]  # tensor of the file -> param, a view if possible
@@ -25,19 +25,19 @@ class Tensor(NamedTuple):
 
     path: str  # of the param, such as language/layers/mlp/up/kernel
     name: str  # in the file; `{}` stands for the number of the layer
-    layout: Layout
+    order: AxisOrder
 
 
 def _same(array: np.ndarray) -> np.ndarray:
     return array
 
 
-SAME = Layout(_same, _same, tuple)
-LINEAR = Layout(np.transpose, np.transpose, lambda shape: shape[::-1])  # [out, in] in the file
+SAME = AxisOrder(_same, _same, tuple)
+LINEAR = AxisOrder(np.transpose, np.transpose, lambda shape: shape[::-1])  # [out, in] in the file
 
 
-def patch_convolution(patch_size: int) -> Layout:
-    """Returns the layout of a convolution over patches: `[D, 3, p, p]` in the file.
+def patch_convolution(patch_size: int) -> AxisOrder:
+    """Returns the axis order of a convolution over patches: `[D, 3, p, p]` in the file.
 
     The param is `[p·p·3, D]`, as `blocks.patches` orders the pixels.
 
@@ -45,15 +45,15 @@ def patch_convolution(patch_size: int) -> Layout:
       patch_size: p, pixels.
     """
     p = patch_size
-    return Layout(
+    return AxisOrder(
         lambda file: file.transpose(2, 3, 1, 0).reshape(-1, file.shape[0]),
         lambda kernel: kernel.reshape(p, p, 3, -1).transpose(3, 2, 0, 1),
         lambda shape: (shape[1], 3, p, p),
     )
 
 
-def video_convolution(patch_size: int, num_frames: int) -> Layout:
-    """Returns the layout of a convolution over patches of several frames, `[D, 3, F, p, p]`.
+def video_convolution(patch_size: int, num_frames: int) -> AxisOrder:
+    """Returns the axis order of a convolution over patches of several frames, `[D, 3, F, p, p]`.
 
     The param is `[3·F·p·p, D]`, in the order of the rows of `pixel_values` (Qwen-VL).
 
@@ -62,7 +62,7 @@ def video_convolution(patch_size: int, num_frames: int) -> Layout:
       num_frames: F, frames of a patch.
     """
     shape = (3, num_frames, patch_size, patch_size)
-    return Layout(
+    return AxisOrder(
         lambda file: file.reshape(file.shape[0], -1).T,
         lambda kernel: kernel.T.reshape(-1, *shape),
         lambda param: (param[1], *shape),

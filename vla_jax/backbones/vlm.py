@@ -15,7 +15,7 @@ import numpy as np
 from einops import rearrange
 from jax.sharding import PartitionSpec
 
-from vla_jax.backbones import sequence, word_hashing
+from vla_jax.backbones import preprocess, sequence, tokenizers, word_hashing
 from vla_jax.backbones.backbone import Backbone, ImageSpec
 from vla_jax.backbones.blocks import init_tree
 from vla_jax.backbones.parts import flatten
@@ -86,7 +86,7 @@ class VisionLanguageModel(NamedTuple):
     hidden_states: Callable[[Params, Any, Array, Array], jax.Array]
     # (params, config, inputs of the original's forward) -> last_hidden, logits
     forward: Callable[[Params, Any, Mapping[str, Array]], dict[str, jax.Array]]
-    # (config, tokenizer, text) -> ids of a prompt with all its images
+    # (config, tokenizer, text) -> ids of a prompt with `IMAGE` for every feature of an image
     prompt: Callable[[Any, Any, str], Sequence[int]]
     resampling: Resampling  # of images of another size
     mean: tuple[float, float, float]  # of RGB values in [0, 1], subtracted
@@ -168,7 +168,10 @@ def tokenize(model: VisionLanguageModel, config: Any, text: str) -> np.ndarray:
     options = config.options
     prompt = options.prompt.replace("{instruction}", text.strip())
     if options.tokenizer:
-        ids = model.prompt(config, options.tokenizer, prompt)
+        tokenizer = tokenizers.read_tokenizer(options.tokenizer)
+        ids = model.prompt(config, tokenizer, prompt)
+        if max(ids) >= config.language.vocab_size:
+            tokenizers.check_vocabulary(tokenizer, config.language.vocab_size)
     else:
         ids = _hashed(config, prompt)
     return sequence.arrange(
@@ -194,15 +197,10 @@ def image_spec(model: VisionLanguageModel, config: Any) -> ImageSpec:
     return ImageSpec(height, width, config.options.cameras, model.resampling, model.mean, model.std)
 
 
-def normalize(mean: Sequence[float], std: Sequence[float], images: Array) -> jax.Array:
-    """Returns `(images / 255 − mean) / std`, float32, of uint8 images `[..., h, w, 3]`."""
-    scaled = jnp.asarray(images, jnp.float32) / 255.0
-    return (scaled - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
-
-
-def fold_cameras(images: jax.Array) -> jax.Array:
-    """Returns `[B, C, h, w, 3]` as `[B·C, h, w, 3]`."""
-    return rearrange(images, "B C h w c -> (B C) h w c")
+def pixels(images: Array, model: VisionLanguageModel) -> jax.Array:
+    """Returns the normalised images `[B·C, h, w, 3]` of all cameras, uint8 `[B, C, h, w, 3]`."""
+    flat = rearrange(jnp.asarray(images), "B C h w c -> (B C) h w c")
+    return jnp.asarray(preprocess.normalize(flat, model.mean, model.std))
 
 
 def unfold_cameras(features: jax.Array, batch_size: int) -> jax.Array:

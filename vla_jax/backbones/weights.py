@@ -164,9 +164,9 @@ def to_tensors(config: Any, params: Params) -> dict[str, np.ndarray]:
         leaf = np.asarray(leaves[tensor.path])
         if "{}" in tensor.name:
             for number, layer in enumerate(leaf):
-                tensors[tensor.name.format(number)] = tensor.layout.to_file(layer)
+                tensors[tensor.name.format(number)] = tensor.order.to_file(layer)
         else:
-            tensors[tensor.name] = tensor.layout.to_file(leaf)
+            tensors[tensor.name] = tensor.order.to_file(leaf)
     return {name: np.ascontiguousarray(array) for name, array in tensors.items()}
 
 
@@ -251,7 +251,7 @@ def _check(
     leaves = trees.leaves_by_path(expected)
     for tensor in tensors:
         shape, is_stacked = leaves[tensor.path].shape, "{}" in tensor.name
-        expected_shape = tensor.layout.file_shape(shape[1:] if is_stacked else shape)
+        expected_shape = tensor.order.file_shape(shape[1:] if is_stacked else shape)
         count = shape[0] if is_stacked else 1
         for name in (tensor.name.format(number) for number in range(count)):
             if stored[name].shape != expected_shape:
@@ -284,9 +284,9 @@ def _slice(
     bounds = [part.indices(size) for part, size in zip(index, leaf.shape, strict=True)]
     result = np.empty([len(range(*bound)) for bound in bounds], dtype)
     if "{}" not in tensor.name:
-        result[...] = tensor.layout.to_params(stored[tensor.name].open())[index]
+        result[...] = tensor.order.to_params(stored[tensor.name].open())[index]
         return result
     for row, number in enumerate(range(*bounds[0])):
-        layer = tensor.layout.to_params(stored[tensor.name.format(number)].open())
+        layer = tensor.order.to_params(stored[tensor.name.format(number)].open())
         result[row] = layer[index[1:]]
     return result
