@@ -74,6 +74,14 @@ def encode(kind, observation, config=None):
     return tokens
 
 
+@each
+def test_the_example_has_the_shapes_of_an_observation(kind):
+    example, real = BACKBONES[kind].example(CONFIGS[kind]), observe(kind, lead=())
+    for shape, part in zip(example, real, strict=True):
+        assert (shape is None) is (part is None)
+        assert shape is None or (shape.shape, shape.dtype) == (part.shape, part.dtype)
+
+
 @pytest.mark.sampled
 @each
 @pytest.mark.parametrize("lead", [(B,), (2, B), ()])

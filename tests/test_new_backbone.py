@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train import setup
+from train import memory_check, setup
 from train.configs import ImitateConfig
+from train.imitate import make_loss
 from vla_jax.acting.agent import AgentConfig, make_agent
 from vla_jax.backbones import registry
 from vla_jax.backbones.backbone import Backbone
+from vla_jax.backbones.parts import shape
 from vla_jax.data import normalize
 from vla_jax.data.dataset import Episode, from_episodes
 from vla_jax.data.windows import WindowConfig, Windows
@@ -71,6 +73,10 @@ def check_instructions(config, texts):
         raise ValueError(f"instructions must have at most {S} letters.")
 
 
+def example(config):
+    return Observation(proprio=shape(2), instruction=shape(S, dtype=jnp.int32))
+
+
 LETTERS = Backbone(
     config=LettersConfig,
     init=init,
@@ -78,6 +84,7 @@ LETTERS = Backbone(
     tokenize=tokenize,
     check_instructions=check_instructions,
     image_spec=lambda config: None,
+    example=example,
 )
 
 
@@ -114,6 +121,14 @@ def test_the_caption_head_refuses_other_padding_than_0():
     config = ImitateConfig(agent=agent, auxiliary=auxiliary, loss=LossWeights(caption=0.1))
     with pytest.raises(ValueError, match=r"caption must be False .* backbone 'letters'"):
         setup.check(config)
+
+
+def test_the_memory_of_its_training_is_estimated():
+    config = ImitateConfig(agent=AgentConfig(make_config()))
+    shapes = setup.param_shapes(config)
+    estimate = memory_check.estimate_memory(config, make_loss(config), shapes)
+    assert estimate.params == estimate.gradients == 4 * sum(x.size for x in jax.tree.leaves(shapes))
+    assert estimate.activations > 0
 
 
 def select_steps(tree, steps):

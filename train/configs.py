@@ -164,7 +164,9 @@ def table_jax_gpt() -> ImitateConfig:
 
 
 def gpu_end_to_end() -> ImitateConfig:
-    """Images to actions, trained end-to-end on one GPU of 24 GB or more; not measured yet.
+    """Images to actions, trained end-to-end on one GPU; not measured yet.
+
+    About 45 GB of GPU memory by the estimate, 12 GB with `--batch-size 16`.
 
     A small ViT with latents, an LSTM of two layers over whole episodes, bfloat16 products, random
     shifts; no frozen params and no privileged state. It needs more demonstrations:

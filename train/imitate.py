@@ -8,7 +8,6 @@ The same command resumes an interrupted run, with bitwise identical results.
 `python -m vla_jax.evaluate RUN_DIR` evaluates the policy in closed loop.
 """
 
-import dataclasses
 import pathlib
 from collections.abc import Sequence
 
@@ -18,6 +17,7 @@ import numpy as np
 
 from train.cache import frame_tokens
 from train.configs import IMITATE, ImitateConfig
+from train.memory_check import check_memory
 from train.setup import (
     check,
     compute_norm_stats,
@@ -25,6 +25,7 @@ from train.setup import (
     make_windows,
     read_dataset,
     sharding_rules,
+    trained_config,
 )
 from vla_jax.command_line import run
 from vla_jax.data.loader import Loader, make_loader
@@ -45,7 +46,9 @@ from vla_jax.types import Batch, Key, Metrics, Params
 
 def imitate(config: ImitateConfig) -> pathlib.Path:
     """Trains a policy; returns the run's folder."""
-    check(config)  # before anything slow starts
+    # Checks before anything slow starts.
+    check(config)
+    check_memory(config, make_loss(config))
 
     # Data: episodes, and the normalisation statistics, also needed for acting.
     dataset = read_dataset(config)
@@ -56,11 +59,9 @@ def imitate(config: ImitateConfig) -> pathlib.Path:
     params = init_params(init_key, config)
 
     # A frozen backbone encodes every frame once; the decoder then trains on cached tokens.
-    tokens, optim_config = None, config.optim
+    tokens, optim_config = None, trained_config(config)
     if config.frozen_backbone:
         tokens = frame_tokens(params, config, dataset, norm_stats)
-        freeze = (*optim_config.freeze, "backbone/*")
-        optim_config = dataclasses.replace(optim_config, freeze=freeze)
 
     # Batches: episodes -> windows of W steps, chunks of K actions.
     decoder = config.agent.policy.decoder

@@ -4,6 +4,7 @@
 """
 
 import pathlib
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -21,6 +22,7 @@ from vla_jax.data.windows import WindowConfig, Windows
 from vla_jax.policies import policy
 from vla_jax.runs import check_run
 from vla_jax.training import auxiliary, checkpoint, loop, optim
+from vla_jax.training.optim import OptimConfig
 from vla_jax.types import Key, Params, ShardingRules, Tokens
 
 
@@ -30,8 +32,9 @@ def check(config: ImitateConfig) -> None:
     Raises:
       FileNotFoundError: the data set or an earlier run to start from is missing.
       ValueError: warm-up, batch size, devices or run folder do not fit; no reader, or several,
-        recognise the data set; a glob of `freeze` or `lr_factors` matches no param; the caption
-        head cannot read the backbone's token ids.
+        recognise the data set; a glob of `freeze`, `train` or `lr_factors` matches no param;
+        `train` names params of a backbone whose tokens are cached; the caption head cannot read
+        the backbone's token ids.
       OSError: the run folder cannot be written.
     """
     loop.check(config.loop, config.optim, batch_size=config.loader.batch_size)
@@ -47,8 +50,15 @@ def check(config: ImitateConfig) -> None:
                 f"{name} must be a run folder with checkpoints, got {folder}; train it first, or "
                 "name another."
             )
-    shapes = jax.eval_shape(partial(_random_params, config=config), jax.random.key(0))
-    optim.make_optimizer(config.optim, config.loop.num_updates, shapes)
+    shapes = param_shapes(config)
+    optim.make_optimizer(trained_config(config), config.loop.num_updates, shapes)
+    cached = [path for path in trees.leaf_paths(shapes) if path.startswith("backbone/")]
+    if config.frozen_backbone and any(trees.matches(path, config.optim.train) for path in cached):
+        raise ValueError(
+            f"train must match no param of the backbone with frozen_backbone, whose tokens are "
+            f'computed once, got {config.optim.train}; use --freeze "backbone/*" instead of '
+            "--frozen-backbone."
+        )
 
 
 def _check_caption(config: ImitateConfig) -> None:
@@ -59,6 +69,18 @@ def _check_caption(config: ImitateConfig) -> None:
             "auxiliary.caption must be False with a backbone that pads instructions with an id "
             f"other than 0, got backbone '{backbone.kind}'; disable the caption head."
         )
+
+
+def trained_config(config: ImitateConfig) -> OptimConfig:
+    """Returns the optimiser's config, with the backbone frozen if its tokens are cached."""
+    if not config.frozen_backbone:
+        return config.optim
+    return replace(config.optim, freeze=(*config.optim.freeze, "backbone/*"))
+
+
+def param_shapes(config: ImitateConfig) -> Params:
+    """Returns the shapes of all params of a training."""
+    return jax.eval_shape(partial(_random_params, config=config), jax.random.key(0))
 
 
 def sharding_rules(config: ImitateConfig) -> ShardingRules:
@@ -111,8 +133,7 @@ def init_params(key: Key, config: ImitateConfig) -> Params:
       FileNotFoundError: an earlier run has no checkpoint.
       ValueError: its backbone or decoder has other sizes.
     """
-    init = partial(_random_params, config=config)
-    shapes = jax.eval_shape(init, key)
+    init, shapes = partial(_random_params, config=config), param_shapes(config)
     folders = {"backbone": config.backbone_from, "decoder": config.decoder_from}
     saved = {part: _read_part(part, folder) for part, folder in folders.items() if folder}
     for part, params in saved.items():

@@ -55,3 +55,5 @@ class Backbone(NamedTuple):
     check_instructions: Callable[[Any, Iterable[str]], None]  # raises if two give the same ids
     image_spec: Callable[[Any], ImageSpec | None]  # None = uses no images
     sharding_rules: ShardingRules = ()  # by globs of param paths; () = replicated
+    # config -> shapes of the observation of one step, for estimates of memory; None = not known
+    example: Callable[[Any], Observation] | None = None

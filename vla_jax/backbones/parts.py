@@ -1,7 +1,9 @@
 """Selection and validation of the parts of an observation that a backbone needs."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from vla_jax.types import Array, Observation, Tokens
@@ -42,6 +44,26 @@ def flatten(
             raise ValueError(f"{name} must be uint8 in 0 … 255, got {part.dtype}; convert it.")
         parts[name] = part.reshape(-1, *shape)
     return parts, lead
+
+
+def shape(*sizes: int, dtype: Any = jnp.float32) -> Any:
+    """Returns a `jax.ShapeDtypeStruct` that stands for a part of an observation."""
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def blank(example: Observation) -> dict[str, Array]:
+    """Returns a batch of one observation of zeros, to initialise a Linen module.
+
+    Args:
+      example: shapes of one step's observation.
+
+    Returns:
+      Name -> `[1, ...]`; without the parts that are None.
+    """
+    parts = example._asdict().items()
+    return {
+        name: jnp.zeros((1, *part.shape), part.dtype) for name, part in parts if part is not None
+    }
 
 
 def all_real(tokens: Array, lead: Sequence[int]) -> Tokens:

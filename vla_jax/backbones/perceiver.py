@@ -19,7 +19,7 @@ from einops import rearrange, repeat
 from vla_jax.backbones import word_hashing
 from vla_jax.backbones.backbone import Backbone, ImageSpec
 from vla_jax.backbones.language import Words
-from vla_jax.backbones.parts import all_real, flatten
+from vla_jax.backbones.parts import all_real, blank, flatten, shape
 from vla_jax.types import Array, Key, Observation, Params, Tokens
 
 
@@ -63,14 +63,7 @@ class PerceiverConfig:
 
 def init(key: Key, config: PerceiverConfig) -> Params:
     """Returns random params; `key` is consumed."""
-    size = config.image_size
-    blank = {
-        "image_primary": jnp.zeros((1, size, size, 3), jnp.uint8),
-        "image_wrist": jnp.zeros((1, size, size, 3), jnp.uint8),
-        "proprio": jnp.zeros((1, config.proprio_dim)),
-        "instruction": jnp.zeros((1, config.max_words), jnp.int32),
-    }
-    return dict(Perceiver(config).init(key, blank)["params"])
+    return dict(Perceiver(config).init(key, blank(example(config)))["params"])
 
 
 def apply(params: Params, config: PerceiverConfig, observation: Observation) -> Tokens:
@@ -104,6 +97,17 @@ def image_spec(config: PerceiverConfig) -> ImageSpec:
     """Returns the size of both cameras' images; they are normalised to [-1, 1]."""
     size, half = config.image_size, (0.5, 0.5, 0.5)
     return ImageSpec(size, size, ("image_primary", "image_wrist"), "area", mean=half, std=half)
+
+
+def example(config: PerceiverConfig) -> Observation:
+    """Returns the shapes of the observation of one step."""
+    image = shape(config.image_size, config.image_size, 3, dtype=jnp.uint8)
+    return Observation(
+        image_primary=image,
+        image_wrist=image,
+        proprio=shape(config.proprio_dim),
+        instruction=shape(config.max_words, dtype=jnp.int32),
+    )
 
 
 class Perceiver(nn.Module):
@@ -199,4 +203,5 @@ BACKBONE = Backbone(
     tokenize=word_hashing.tokenize_for,
     check_instructions=word_hashing.check_collisions_for,
     image_spec=image_spec,
+    example=example,
 )

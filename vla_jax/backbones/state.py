@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from vla_jax.backbones import word_hashing
 from vla_jax.backbones.backbone import Backbone
 from vla_jax.backbones.language import Words
-from vla_jax.backbones.parts import all_real, flatten
+from vla_jax.backbones.parts import all_real, blank, flatten, shape
 from vla_jax.types import Array, Key, Observation, Params, Tokens
 
 
@@ -37,12 +37,7 @@ class StateConfig:
 
 def init(key: Key, config: StateConfig) -> Params:
     """Returns random params; `key` is consumed."""
-    blank = {
-        "environment_state": jnp.zeros((1, config.state_dim)),
-        "proprio": jnp.zeros((1, config.proprio_dim)),
-        "instruction": jnp.zeros((1, config.max_words), jnp.int32),
-    }
-    return dict(State(config).init(key, blank)["params"])
+    return dict(State(config).init(key, blank(example(config)))["params"])
 
 
 def apply(params: Params, config: StateConfig, observation: Observation) -> Tokens:
@@ -94,6 +89,15 @@ class State(nn.Module):
         )
 
 
+def example(config: StateConfig) -> Observation:
+    """Returns the shapes of the observation of one step."""
+    return Observation(
+        environment_state=shape(config.state_dim),
+        proprio=shape(config.proprio_dim),
+        instruction=shape(config.max_words, dtype=jnp.int32),
+    )
+
+
 def _no_images(config: StateConfig) -> None:
     del config
 
@@ -105,4 +109,5 @@ BACKBONE = Backbone(
     tokenize=word_hashing.tokenize_for,
     check_instructions=word_hashing.check_collisions_for,
     image_spec=_no_images,
+    example=example,
 )

@@ -1,0 +1,115 @@
+"""Memory that a training needs on each device, checked before data are read."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+from train.configs import ImitateConfig
+from train.setup import param_shapes, sharding_rules, trained_config
+from vla_jax.backbones import registry
+from vla_jax.training import memory_estimate, optim, parallel
+from vla_jax.training.memory_estimate import MemoryEstimate
+from vla_jax.training.update import Counted, LossFn
+from vla_jax.types import Batch, Params, Tokens
+
+LARGE = 20_000_000  # params from which the estimate is printed
+_GB = 1e9  # bytes
+
+
+def check_memory(config: ImitateConfig, loss_fn: LossFn) -> None:
+    """Raises an error if the training cannot fit; prints the estimate of a large model.
+
+    Args:
+      config: of the training.
+      loss_fn: of `(params, Counted, key)`, from `imitate.make_loss`.
+
+    Raises:
+      ValueError: the devices have too little memory.
+    """
+    shapes = param_shapes(config)
+    estimate = estimate_memory(config, loss_fn, shapes)
+    mesh = parallel.make_mesh(config.loop.num_devices or None, fsdp_size=config.loop.fsdp_size)
+    available = memory_estimate.available_bytes(mesh.local_devices[0])
+    if available is not None and estimate.least > available:
+        raise ValueError(
+            f"memory per device must be at least {estimate.least / _GB:.1f} GB for this training "
+            f"({describe(estimate)}), got {available / _GB:.1f} GB; train fewer params (LoRA, "
+            "--freeze), use rematerialisation, a smaller --batch-size, or more devices with "
+            "--fsdp-size."
+        )
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    if num_params >= LARGE and parallel.is_first_process():
+        limit = "" if available is None else f" of {available / _GB:.1f} GB available"
+        Console(stderr=True, highlight=False, soft_wrap=True).print(
+            f"memory per device: {describe(estimate)}; total {estimate.total / _GB:.1f} GB{limit}"
+        )
+
+
+def estimate_memory(config: ImitateConfig, loss_fn: LossFn, shapes: Params) -> MemoryEstimate:
+    """Returns the memory of one update; nothing is allocated or compiled.
+
+    Args:
+      config: of the training.
+      loss_fn: of `(params, Counted, key)`, from `imitate.make_loss`.
+      shapes: of all params, from `setup.param_shapes`.
+    """
+
+    def loss_of_batch(params: Any, batch: Batch, key: Any) -> Any:
+        return loss_fn(params, Counted(batch, jnp.zeros([], jnp.int32)), key)
+
+    optim_config = trained_config(config)
+    return memory_estimate.estimate(
+        loss_of_batch,
+        shapes,
+        optim.make_optimizer(optim_config, config.loop.num_updates, shapes),
+        example_batch(config),
+        optim_config,
+        mesh=parallel.make_mesh(config.loop.num_devices or None, fsdp_size=config.loop.fsdp_size),
+        rules=sharding_rules(config),
+    )
+
+
+def example_batch(config: ImitateConfig) -> Batch | None:
+    """Returns the shapes of a batch; None if the backbone does not tell its observation's.
+
+    Columns that the backbone does not use are left out.
+    """
+    decoder, backbone = config.agent.policy.decoder, config.agent.policy.backbone
+    example = registry.get(backbone).example
+    if example is None:
+        return None
+    lead = (config.loader.batch_size, decoder.window_size)
+    chunk = (*lead, decoder.action_horizon)
+    observation = example(backbone)
+    tokens = None
+    if config.frozen_backbone:
+        observation = observation._replace(image_primary=None, image_wrist=None)
+        tokens = Tokens(
+            _shape(*lead, backbone.num_tokens, backbone.token_dim, dtype="float32"),
+            _shape(*lead, backbone.num_tokens, dtype="bool"),
+        )
+    return Batch(
+        observation=jax.tree.map(
+            lambda part: _shape(*lead, *part.shape, dtype=part.dtype), observation
+        ),
+        tokens=tokens,
+        timestep_mask=_shape(*lead, dtype="bool"),
+        action=_shape(*chunk, decoder.action_dim, dtype="float32"),
+        action_mask=_shape(*chunk, dtype="bool"),
+        reset=_shape(*lead, dtype="bool") if config.pack else None,
+    )
+
+
+def describe(estimate: MemoryEstimate) -> str:
+    """Returns the parts of an estimate in GB, separated by commas."""
+    names = ("params", "gradients", "optimiser", "EMA", "activations")
+    return ", ".join(
+        f"{name} unknown" if part is None else f"{name} {part / _GB:.2f} GB"
+        for name, part in zip(names, estimate, strict=True)
+    )
+
+
+def _shape(*sizes: int, dtype: Any) -> Any:
+    return jax.ShapeDtypeStruct(sizes, dtype)
