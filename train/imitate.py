@@ -22,10 +22,10 @@ from train.setup import (
     check,
     compute_norm_stats,
     init_params,
+    make_optim_config,
     make_windows,
     read_dataset,
     sharding_rules,
-    trained_config,
 )
 from vla_jax.command_line import run
 from vla_jax.data.loader import Loader, make_loader
@@ -59,7 +59,7 @@ def imitate(config: ImitateConfig) -> pathlib.Path:
     params = init_params(init_key, config)
 
     # A frozen backbone encodes every frame once; the decoder then trains on cached tokens.
-    tokens, optim_config = None, trained_config(config)
+    tokens, optim_config = None, make_optim_config(config)
     if config.frozen_backbone:
         tokens = frame_tokens(params, config, dataset, norm_stats)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from train.configs import ImitateConfig
-from train.setup import param_shapes, sharding_rules, trained_config
+from train.setup import make_optim_config, param_shapes, sharding_rules
 from vla_jax.backbones import registry
 from vla_jax.training import memory_estimate, optim, parallel
 from vla_jax.training.memory_estimate import MemoryEstimate
@@ -59,7 +59,7 @@ def estimate_memory(config: ImitateConfig, loss_fn: LossFn, shapes: Params) -> M
     def loss_of_batch(params: Any, batch: Batch, key: Any) -> Any:
         return loss_fn(params, Counted(batch, jnp.zeros([], jnp.int32)), key)
 
-    optim_config = trained_config(config)
+    optim_config = make_optim_config(config)
     return memory_estimate.estimate(
         loss_of_batch,
         shapes,

@@ -51,7 +51,7 @@ def check(config: ImitateConfig) -> None:
                 "name another."
             )
     shapes = param_shapes(config)
-    optim.make_optimizer(trained_config(config), config.loop.num_updates, shapes)
+    optim.make_optimizer(make_optim_config(config), config.loop.num_updates, shapes)
     cached = [path for path in trees.leaf_paths(shapes) if path.startswith("backbone/")]
     if config.frozen_backbone and any(trees.matches(path, config.optim.train) for path in cached):
         raise ValueError(
@@ -71,7 +71,7 @@ def _check_caption(config: ImitateConfig) -> None:
         )
 
 
-def trained_config(config: ImitateConfig) -> OptimConfig:
+def make_optim_config(config: ImitateConfig) -> OptimConfig:
     """Returns the optimiser's config, with the backbone frozen if its tokens are cached."""
     if not config.frozen_backbone:
         return config.optim

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from vla_jax.backbones import preprocess, sequence, tokenizers, word_hashing
 from vla_jax.backbones.backbone import Backbone, ImageSpec
 from vla_jax.backbones.blocks import init_tree
-from vla_jax.backbones.parts import flatten
+from vla_jax.backbones.parts import flatten, shape
 from vla_jax.backbones.sequence import IMAGE
 from vla_jax.backbones.tensor_names import Tensor
 from vla_jax.backbones.vlm_options import VLMOptions
@@ -27,8 +27,8 @@ from vla_jax.types import Array, Key, Observation, Params, Resampling, ShardingR
 
 SHARDING_RULES: ShardingRules = (
     # Maps out of a wide layer are split along their inputs, all others along their outputs.
-    ("*/out/kernel", PartitionSpec(None, "fsdp", None)),
-    ("*/down/kernel", PartitionSpec(None, "fsdp", None)),
+    ("*/layers/*/out/kernel", PartitionSpec(None, "fsdp", None)),
+    ("*/layers/*/down/kernel", PartitionSpec(None, "fsdp", None)),
     ("*/layers/*/kernel", PartitionSpec(None, None, "fsdp")),
     ("*/embedding", PartitionSpec(None, "fsdp")),
 )
@@ -103,6 +103,7 @@ def make_backbone(model: VisionLanguageModel) -> Backbone:
         check_instructions=partial(check_instructions, model),
         image_spec=partial(image_spec, model),
         sharding_rules=SHARDING_RULES,
+        example=example,
     )
 
 
@@ -195,6 +196,13 @@ def image_spec(model: VisionLanguageModel, config: Any) -> ImageSpec:
     """Returns the images of all cameras."""
     height, width = config.image_shape
     return ImageSpec(height, width, config.options.cameras, model.resampling, model.mean, model.std)
+
+
+def example(config: Any) -> Observation:
+    """Returns the shapes of the observation of one step."""
+    image = shape(*config.image_shape, 3, dtype=jnp.uint8)
+    ids = shape(config.sequence_length, dtype=jnp.int32)
+    return Observation(**dict.fromkeys(config.options.cameras, image), instruction=ids)
 
 
 def pixels(images: Array, model: VisionLanguageModel) -> jax.Array:
