@@ -3,6 +3,9 @@
 Its tokens are padded with NaN to a fixed number, so that any use of padding would show.
 """
 
+import dataclasses
+import json
+import pathlib
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +17,7 @@ import pytest
 from train import memory_check, setup
 from train.configs import ImitateConfig
 from train.imitate import make_loss
+from vla_jax import runs
 from vla_jax.acting.agent import AgentConfig, make_agent
 from vla_jax.backbones import registry
 from vla_jax.backbones.backbone import Backbone
@@ -41,6 +45,7 @@ class LettersConfig:
     kind: Literal["letters"] = "letters"
     token_dim: int = 4
     vocab_size: int = 128
+    alphabet: str = ""  # path of a file
 
     @property
     def num_tokens(self) -> int:
@@ -73,6 +78,15 @@ def check_instructions(config, texts):
         raise ValueError(f"instructions must have at most {S} letters.")
 
 
+def files(config):
+    return {"alphabet.txt": config.alphabet} if config.alphabet else {}
+
+
+def with_files(config, folder):
+    alphabet = str(pathlib.Path(folder) / "alphabet.txt") if config.alphabet else ""
+    return dataclasses.replace(config, alphabet=alphabet)
+
+
 def example(config):
     return Observation(proprio=shape(2), instruction=shape(S, dtype=jnp.int32))
 
@@ -85,6 +99,8 @@ LETTERS = Backbone(
     check_instructions=check_instructions,
     image_spec=lambda config: None,
     example=example,
+    files=files,
+    with_files=with_files,
 )
 
 
@@ -129,6 +145,17 @@ def test_the_memory_of_its_training_is_estimated():
     estimate = memory_check.estimate_memory(config, make_loss(config), shapes)
     assert estimate.params == estimate.gradients == 4 * sum(x.size for x in jax.tree.leaves(shapes))
     assert estimate.activations > 0
+
+
+def test_a_run_folder_holds_its_files(tmp_path):
+    file = tmp_path / "letters.txt"
+    file.write_text("abc")
+    backbone = LettersConfig(alphabet=str(file))
+    agent = AgentConfig(policy.connect(backbone, make_config().decoder))
+    runs.write_run(tmp_path / "run", ImitateConfig(), agent, {}, None)
+    saved = json.loads((tmp_path / "run" / "agent.json").read_text())
+    assert saved["policy"]["backbone"]["alphabet"] == "alphabet.txt"
+    assert (tmp_path / "run" / "alphabet.txt").read_text() == "abc"
 
 
 def select_steps(tree, steps):

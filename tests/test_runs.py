@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import shutil
 
 import jax
@@ -10,7 +11,12 @@ import pytest
 import tiny_demos
 import tiny_run
 
-from vla_jax import runs
+from vla_jax import backbones, runs
+from vla_jax.acting.agent import AgentConfig, read_instruction
+from vla_jax.policies import policy
+from vla_jax.training import checkpoint
+
+MODEL = pathlib.Path(__file__).parent / "golden" / "robovlms" / "kosmos_lstm" / "vlm"
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +155,33 @@ def test_a_written_run_can_be_read(folder, tmp_path):
     assert (again.agent, again.world) == (run.agent, run.world)
     jax.tree.map(np.testing.assert_array_equal, again.norm_stats, run.norm_stats)
     assert metadata.keys() == {"config", "norm_stats"}
+
+
+def test_a_run_holds_a_copy_of_its_tokenizer(tmp_path, monkeypatch):
+    folder, config = tmp_path / "run", tiny_demos.imitation("demos", tmp_path / "run")
+    model = shutil.copytree(MODEL, tmp_path / "model")
+    backbone = backbones.load_config(model)
+    agent = AgentConfig(policy.connect(backbone, tiny_run.DECODER))
+    ids = read_instruction(agent, "open the drawer")
+    runs.write_run(folder, config, agent, tiny_run.norm_stats(), None)
+    params = policy.init(jax.random.key(0), agent.policy)
+    checkpoints = checkpoint.open_checkpoints(folder / "checkpoints")
+    checkpoint.save(checkpoints, 0, {"params": params}, {})
+    checkpoint.close(checkpoints)
+    shutil.rmtree(model)
+    moved = folder.rename(tmp_path / "moved")
+    data = json.loads((moved / "agent.json").read_text())
+    assert data["policy"]["backbone"]["options"]["tokenizer"] == "tokenizer.json"
+    monkeypatch.chdir(tmp_path)
+    run = runs.load_run("moved")
+    assert run.agent.policy.backbone.options.tokenizer == "moved/tokenizer.json"
+    np.testing.assert_array_equal(read_instruction(run.agent, "open the drawer"), ids)
+    runs.write_run(moved, config, run.agent, run.norm_stats, None)  # onto itself
+    assert runs.load_run("moved").agent == run.agent
+    (moved / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json is missing, which backbone 'kos"):
+        runs.load_run(moved)
+    with pytest.raises(
+        FileNotFoundError, match=r"model/tokenizer\.json is missing, which backbone"
+    ):
+        runs.write_run(tmp_path / "other", config, agent, tiny_run.norm_stats(), None)

@@ -4,6 +4,7 @@ config.json         config of the training script; the same config resumes the r
 agent.json          config of the policy and of acting
 norm_stats.json     statistics of the training data
 world.json          config of the environment to evaluate in, if there is one
+tokenizer.json      a file that the backbone reads, if it reads any; under the backbone's name
 checkpoints/STEP    params, optimiser state, and metadata: config and norm_stats
 """
 
@@ -19,11 +20,12 @@ from jax.experimental import multihost_utils
 
 from vla_jax import config as configs
 from vla_jax.acting.agent import AgentConfig
+from vla_jax.backbones import registry
 from vla_jax.data import normalize
 from vla_jax.data.normalize import NormStats
 from vla_jax.envs import worlds
 from vla_jax.envs.worlds import WorldConfig
-from vla_jax.files import Path, read_json, write_json
+from vla_jax.files import Path, read_json, replacing, write_json
 from vla_jax.policies import policy
 from vla_jax.training import checkpoint
 from vla_jax.training.parallel import is_first_process
@@ -101,7 +103,8 @@ def write_run(
 ) -> dict[str, Any]:
     """Writes what acting needs besides the params, and returns the metadata for the checkpoints.
 
-    The run folder and each checkpoint both hold the statistics, so that either is sufficient.
+    The run folder and each checkpoint both hold the statistics, so that either is sufficient. Files
+    that the backbone reads are copied into the run folder, which no longer depends on their origin.
 
     Args:
       folder: run folder, from `open_run`.
@@ -112,9 +115,13 @@ def write_run(
 
     Returns:
       Metadata for `checkpoint.save`: `config` and `norm_stats`.
+
+    Raises:
+      FileNotFoundError: a file of the backbone is missing.
     """
     folder, statistics = pathlib.Path(folder), normalize.to_json(dict(norm_stats))
-    save_json(configs.to_dict(agent), folder / "agent.json")
+    _copy_files(agent, folder)
+    save_json(configs.to_dict(_with_files(agent, "")), folder / "agent.json")
     if world is not None:
         save_json(configs.to_dict(world), folder / "world.json")
     save_json(statistics, folder / "norm_stats.json")
@@ -146,7 +153,8 @@ def load_run(run_dir: Path, *, step: int | None = None) -> Run:
     folder = pathlib.Path(run_dir)
     if not folder.is_dir():
         raise FileNotFoundError(f"run folder {folder} is missing; train first, or give another.")
-    agent = configs.load(AgentConfig, folder / "agent.json")
+    agent = _with_files(configs.load(AgentConfig, folder / "agent.json"), folder)
+    _check_files(agent)
     statistics = normalize.from_json(read_json(folder / "norm_stats.json", "statistics"))
     directory = folder / "checkpoints"
     like = jax.eval_shape(lambda key: policy.init(key, agent.policy), jax.random.key(0))
@@ -171,6 +179,39 @@ def read_world(run_dir: Path) -> WorldConfig | None:
             f"{path}: unknown world '{kind}'; {configs.did_you_mean(kind, worlds.WORLDS)}"
         )
     return configs.load(worlds.WORLDS[kind].config, path)
+
+
+def _files(agent: AgentConfig) -> dict[str, pathlib.Path]:
+    """Returns name in the run folder -> path of each file that the backbone reads."""
+    backbone = agent.policy.backbone
+    files = registry.get(backbone).files(backbone)
+    return {name: pathlib.Path(path) for name, path in files.items()}
+
+
+def _with_files(agent: AgentConfig, folder: Path) -> AgentConfig:
+    """Returns the config of an agent whose backbone reads its files from a folder."""
+    backbone = agent.policy.backbone
+    backbone = registry.get(backbone).with_files(backbone, folder)
+    return replace(agent, policy=replace(agent.policy, backbone=backbone))
+
+
+def _copy_files(agent: AgentConfig, folder: pathlib.Path) -> None:
+    """Copies the files of the backbone into a run folder, from the first process."""
+    _check_files(agent)
+    for name, path in _files(agent).items():
+        target = folder / name
+        if is_first_process() and path.resolve() != target.resolve():
+            with replacing(target) as part:
+                shutil.copyfile(path, part)
+
+
+def _check_files(agent: AgentConfig) -> None:
+    for path in _files(agent).values():
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is missing, which backbone '{agent.policy.backbone.kind}' reads; copy it "
+                "from the folder of the model."
+            )
 
 
 def _restore(directory: pathlib.Path, like: Any, step: int | None) -> Params:

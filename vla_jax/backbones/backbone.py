@@ -1,10 +1,11 @@
 """Interface of a backbone: images and instruction of a step in, tokens out."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from vla_jax.files import Path
 from vla_jax.types import Key, Observation, Params, Resampling, ShardingRules, Tokens
 
 
@@ -43,6 +44,18 @@ class ImageSpec(NamedTuple):
     std: tuple[float, float, float]  # of RGB values in [0, 1], divided by
 
 
+def no_files(config: Any) -> Mapping[str, Path]:
+    """Returns an empty dict: the default `Backbone.files`."""
+    del config
+    return {}
+
+
+def same_config(config: Any, folder: Path) -> Any:
+    """Returns the config unchanged: the default `Backbone.with_files`."""
+    del folder
+    return config
+
+
 class Backbone(NamedTuple):
     """Member of the family of backbones."""
 
@@ -57,3 +70,7 @@ class Backbone(NamedTuple):
     sharding_rules: ShardingRules = ()  # by globs of param paths; () = replicated
     # config -> shapes of the observation of one step, for estimates of memory; None = not known
     example: Callable[[Any], Observation] | None = None
+    # config -> name in a run folder -> path of each file that the backbone reads when it is used
+    files: Callable[[Any], Mapping[str, Path]] = no_files
+    # (config, folder) -> config that reads these files, by the names above, from a folder
+    with_files: Callable[[Any, Path], Any] = same_config

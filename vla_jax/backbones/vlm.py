@@ -5,6 +5,8 @@ of the family of backbones.
 """
 
 import abc
+import dataclasses
+import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,9 +24,11 @@ from vla_jax.backbones.parts import flatten, shape
 from vla_jax.backbones.sequence import IMAGE
 from vla_jax.backbones.tensor_names import Tensor
 from vla_jax.backbones.vlm_options import VLMOptions
+from vla_jax.files import Path
 from vla_jax.nn import lora
 from vla_jax.types import Array, Key, Observation, Params, Resampling, ShardingRules, Tokens
 
+TOKENIZER = "tokenizer.json"  # its name in the folder of a model, and in a run folder
 SHARDING_RULES: ShardingRules = (
     # Maps out of a wide layer are split along their inputs, all others along their outputs.
     ("*/layers/*/out/kernel", PartitionSpec(None, "fsdp", None)),
@@ -103,6 +107,8 @@ def make_backbone(model: VisionLanguageModel) -> Backbone:
         check_instructions=partial(check_instructions, model),
         image_spec=partial(image_spec, model),
         sharding_rules=SHARDING_RULES,
+        files=files,
+        with_files=with_files,
         example=example,
     )
 
@@ -196,6 +202,19 @@ def image_spec(model: VisionLanguageModel, config: Any) -> ImageSpec:
     """Returns the images of all cameras."""
     height, width = config.image_shape
     return ImageSpec(height, width, config.options.cameras, model.resampling, model.mean, model.std)
+
+
+def files(config: Any) -> Mapping[str, Path]:
+    """Returns the tokenizer's file by its name in a run folder; none for hashed words."""
+    return {TOKENIZER: config.options.tokenizer} if config.options.tokenizer else {}
+
+
+def with_files(config: Any, folder: Path) -> Any:
+    """Returns the config with the tokenizer of another folder; unchanged for hashed words."""
+    if not config.options.tokenizer:
+        return config
+    options = dataclasses.replace(config.options, tokenizer=str(pathlib.Path(folder) / TOKENIZER))
+    return dataclasses.replace(config, options=options)
 
 
 def example(config: Any) -> Observation:

@@ -26,7 +26,7 @@ from vla_jax.files import Path, read_json, replacing, write_json
 from vla_jax.nn import lora
 from vla_jax.types import Params
 
-CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+CONFIG = "config.json"
 
 
 class LoadReport(NamedTuple):
@@ -66,7 +66,7 @@ def load_config(folder: Path, *, options: Any = None) -> Any:
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     options = config.options if options is None else options
-    tokenizer = str(pathlib.Path(folder) / TOKENIZER)
+    tokenizer = str(pathlib.Path(folder) / vlm.TOKENIZER)
     return dataclasses.replace(config, options=dataclasses.replace(options, tokenizer=tokenizer))
 
 
