@@ -5,12 +5,13 @@ entries of `nn.lora`. The params of a stack of equal layers have a leading axis 
 `jax.lax.scan`. Activations have the dtype of the inputs; norms, softmax and sums are float32.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 
 from vla_jax.config import did_you_mean
@@ -139,13 +140,47 @@ def run_layers(
       remat: activations kept for the backward pass: "none" = all, "layers" = only the inputs of the
         layers, "products" = those and the outputs of matrix products.
     """
-    policies = {
-        "layers": jax.checkpoint_policies.nothing_saveable,
-        "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    }
-    if remat in policies:
-        layer = jax.checkpoint(layer, policy=policies[remat], prevent_cse=False)
+    layer = _rematerialised(layer, remat)
     return jax.lax.scan(lambda x, arrays: (layer(x, arrays), None), x, stacked)[0]
+
+
+def run_tapped_layers(
+    layer: Callable[[jax.Array, Any], jax.Array],
+    x: jax.Array,
+    stacked: Any,
+    *,
+    taps: Sequence[int],
+    num_layers: int,
+    remat: Remat,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns `x` after all layers, and after J layers in between.
+
+    Besides what `run_layers` needs, only the J + 1 arrays are in memory.
+
+    Args:
+      layer: `(x, params and other arrays of one layer) -> x`.
+      x: input of the first layer.
+      stacked: arrays `[L, ...]`, sliced along L.
+      taps: numbers of the J layers, from 0.
+      num_layers: L.
+      remat: see `run_layers`.
+
+    Returns:
+      `x`, and `[J, ...]` with the shape of `x`.
+    """
+    layer = _rematerialised(layer, remat)
+    slots = np.full(num_layers, len(taps), np.int32)  # the last slot is overwritten by most layers
+    slots[list(taps)] = np.arange(len(taps))
+
+    def step(carry: tuple[jax.Array, jax.Array], arrays: Any) -> tuple[Any, None]:
+        x, tapped = carry
+        of_layer, slot = arrays
+        x = layer(x, of_layer)
+        return (x, jax.lax.dynamic_update_index_in_dim(tapped, x, slot, 0)), None
+
+    tapped = jnp.zeros((len(taps) + 1, *x.shape), x.dtype)
+    (x, tapped), _ = jax.lax.scan(step, (x, tapped), (stacked, slots))
+    return x, tapped[:-1]
 
 
 def patches(images: Array, patch_size: int) -> jax.Array:
@@ -187,6 +222,18 @@ def init_tree(key: Key, shapes: Mapping[str, Any], path: str = "") -> Params:
         else:
             params[name] = jnp.full(shape, 1.0 if name == "scale" else 0.0)
     return params
+
+
+def _rematerialised(
+    layer: Callable[[jax.Array, Any], jax.Array], remat: Remat
+) -> Callable[[jax.Array, Any], jax.Array]:
+    policies = {
+        "layers": jax.checkpoint_policies.nothing_saveable,
+        "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    }
+    if remat not in policies:
+        return layer
+    return jax.checkpoint(layer, policy=policies[remat], prevent_cse=False)
 
 
 def _matmul(x: jax.Array, kernel: Array) -> jax.Array:

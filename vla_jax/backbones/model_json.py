@@ -40,6 +40,19 @@ def number(data: Json, name: str, default: Any) -> Any:
     return float(value) if isinstance(default, float) else value
 
 
+def integers(data: Json, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns a field that is a list of integers; None counts as absent.
+
+    Raises:
+      ValueError: the field has another type.
+    """
+    value = data.get(name)
+    value = default if value is None else value
+    if not isinstance(value, list | tuple) or not all(isinstance(x, int) for x in value):
+        raise ValueError(f"{name} must be a list of integers, got {value!r}.")
+    return tuple(value)
+
+
 def rope_theta(data: Json, default: float) -> float:
     """Returns the base of the rotary positions, from the fields of either version.
 

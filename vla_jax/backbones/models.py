@@ -3,19 +3,23 @@
 from collections.abc import Mapping
 from typing import Any
 
-from vla_jax.backbones import kosmos2, paligemma, smolvlm
+from vla_jax.backbones import kosmos2, paligemma, qwen3_vl, qwen25_vl, smolvlm
 from vla_jax.backbones.vlm import VisionLanguageModel
 from vla_jax.config import did_you_mean
 
 MODELS: dict[str, VisionLanguageModel] = {
     "kosmos2": kosmos2.MODEL,
     "paligemma": paligemma.MODEL,
+    "qwen3_vl": qwen3_vl.MODEL,
+    "qwen25_vl": qwen25_vl.MODEL,
     "smolvlm": smolvlm.MODEL,
 }
 # `model_type` of a config.json -> kind
 MODEL_TYPES = {
     "kosmos-2": "kosmos2",
     "paligemma": "paligemma",
+    "qwen3_vl": "qwen3_vl",
+    "qwen2_5_vl": "qwen25_vl",
     "smolvlm": "smolvlm",
     "idefics3": "smolvlm",
 }

@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 
-from vla_jax.backbones import backbone, kosmos2, paligemma, perceiver, smolvlm, state
+from vla_jax.backbones import (
+    backbone,
+    kosmos2,
+    paligemma,
+    perceiver,
+    qwen3_vl,
+    qwen25_vl,
+    smolvlm,
+    state,
+)
 from vla_jax.backbones.backbone import Backbone
 from vla_jax.config import did_you_mean
 
@@ -15,6 +24,8 @@ BACKBONES: dict[str, Backbone] = {
     "state": state.BACKBONE,
     "kosmos2": kosmos2.BACKBONE,
     "paligemma": paligemma.BACKBONE,
+    "qwen3_vl": qwen3_vl.BACKBONE,
+    "qwen25_vl": qwen25_vl.BACKBONE,
     "smolvlm": smolvlm.BACKBONE,
 }
 if TYPE_CHECKING:

@@ -34,6 +34,8 @@ SHARDING_RULES: ShardingRules = (
     ("*/layers/*/out/kernel", PartitionSpec(None, "fsdp", None)),
     ("*/layers/*/down/kernel", PartitionSpec(None, "fsdp", None)),
     ("*/layers/*/kernel", PartitionSpec(None, None, "fsdp")),
+    ("*/deepstack/*/kernel", PartitionSpec(None, None, "fsdp")),
+    ("*/merger/*/kernel", PartitionSpec(None, "fsdp")),
     ("*/embedding", PartitionSpec(None, "fsdp")),
 )
 
