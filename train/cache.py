@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from train.configs import IMITATE, ImitateConfig
-from train.setup import compute_norm_stats, init_params, make_windows, read_dataset
+from train.setup import compute_norm_stats, init_params, make_windows, read_dataset, resolve
 from vla_jax import config as configs
 from vla_jax import trees
 from vla_jax.backbones import registry
@@ -35,6 +35,7 @@ TOKENS, MASK = "tokens.npy", "mask.npy"
 
 def cache(config: ImitateConfig) -> pathlib.Path:
     """Writes the tokens that `imitate` will read; returns their folder."""
+    config = resolve(config)
     dataset = read_dataset(config)
     key, _ = jax.random.split(jax.random.key(config.seed))
     params = init_params(key, config)

@@ -25,6 +25,7 @@ from train.setup import (
     make_optim_config,
     make_windows,
     read_dataset,
+    resolve,
     sharding_rules,
 )
 from vla_jax.command_line import run
@@ -46,6 +47,7 @@ from vla_jax.types import Batch, Key, Metrics, Params
 
 def imitate(config: ImitateConfig) -> pathlib.Path:
     """Trains a policy; returns the run's folder."""
+    config = resolve(config)
     # Checks before anything slow starts.
     check(config)
     check_memory(config, make_loss(config))

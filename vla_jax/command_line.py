@@ -32,7 +32,7 @@ from vla_jax import config as configs
 
 Config = TypeVar("Config")
 Result = TypeVar("Result")
-NAMED_PARTS = ("loss", "auxiliary", "dataset")  # parts whose options always carry their name
+NAMED_PARTS = ("loss", "auxiliary", "dataset", "lora")  # their options always carry the name
 TRACEBACK = "VLA_JAX_TRACEBACK"  # environment variable: show the traceback of an error
 
 
@@ -98,9 +98,9 @@ def command_line(
 
     An option has the bare name of its field (`--window-size`). The part's name is prepended
     (`--decoder.dropout`) if two parts of the config have a field of that name, for the fields
-    `kind` and `head`, and for all fields of the parts `loss`, `auxiliary` and `dataset`, whose
-    bare names would be ambiguous. The field `path` of a part can also be set by the part's own
-    name (`--dataset demos/table`, `--dataset.path demos/table`).
+    `kind` and `head`, and for all fields of the parts `loss`, `auxiliary`, `dataset` and `lora`,
+    whose bare names would be ambiguous. The field `path` of a part can also be set by the part's
+    own name (`--dataset demos/table`, `--dataset.path demos/table`).
     Where a field may hold one of several config classes, the preset determines which.
 
     Args:

@@ -33,6 +33,9 @@ class BackboneConfig(Protocol):
         ...
 
 
+Globs = tuple[str, ...]
+
+
 class ImageSpec(NamedTuple):
     """Images that a backbone expects; it normalises them itself."""
 
@@ -74,3 +77,5 @@ class Backbone(NamedTuple):
     files: Callable[[Any], Mapping[str, Path]] = no_files
     # (config, folder) -> config that reads these files, by the names above, from a folder
     with_files: Callable[[Any, Path], Any] = same_config
+    # config -> path globs of params that are not trained, and of exceptions that are
+    frozen: Callable[[Any], tuple[Globs, Globs]] = lambda config: ((), ())

@@ -51,7 +51,7 @@ class KosmosDecoderConfig:
     vocab_size: int = 65037  # V, token ids are in [0, vocab_size)
     hidden_size: int = 2048  # D, features of a token
     intermediate_size: int = 8192  # hidden units of the MLPs
-    num_layers: int = 24  # transformer layers
+    num_layers: int = 24  # number of transformer layers
     num_heads: int = 32  # M, attention heads
     activation: str = "gelu"  # of the MLPs, by Hugging Face's name
     epsilon: float = 1e-5  # added to the variance in layer norms

@@ -38,7 +38,7 @@ class RotaryDecoderConfig:
     vocab_size: int = 49280  # V, token ids are in [0, vocab_size)
     hidden_size: int = 960  # D, features of a token
     intermediate_size: int = 2560  # hidden units of the MLPs
-    num_layers: int = 32  # transformer layers
+    num_layers: int = 32  # number of transformer layers
     num_heads: int = 15  # M, query heads
     num_key_value_heads: int = 5  # key and value heads; divides num_heads
     head_dim: int = 64  # E, features of a head

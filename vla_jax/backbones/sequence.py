@@ -112,7 +112,7 @@ def read_out(hidden: jax.Array, ids: Array, config: Any) -> Tokens:
 
 
 def num_tokens(config: Any) -> int:
-    """Returns N, the tokens per step of `read_out`."""
+    """Returns the tokens per step of `read_out`."""
     options = config.options
     num_images = len(options.cameras) * config.tokens_per_image
     return {

@@ -32,8 +32,8 @@ class VisionConfig:
 
     hidden_size: int = 1152  # features of a patch
     intermediate_size: int = 4304  # hidden units of the MLPs
-    num_layers: int = 27  # transformer layers
-    num_heads: int = 16  # attention heads
+    num_layers: int = 27  # number of transformer layers
+    num_heads: int = 16  # heads of every attention layer
     image_size: int = 224  # height and width of an image, pixels
     patch_size: int = 14  # height and width of a patch, pixels
     activation: str = "gelu_pytorch_tanh"  # of the MLPs, by Hugging Face's name

@@ -18,7 +18,7 @@ from einops import rearrange
 from jax.sharding import PartitionSpec
 
 from vla_jax.backbones import preprocess, sequence, tokenizers, word_hashing
-from vla_jax.backbones.backbone import Backbone, ImageSpec
+from vla_jax.backbones.backbone import Backbone, Globs, ImageSpec
 from vla_jax.backbones.blocks import init_tree
 from vla_jax.backbones.parts import flatten, shape
 from vla_jax.backbones.sequence import IMAGE
@@ -26,6 +26,7 @@ from vla_jax.backbones.tensor_names import Tensor
 from vla_jax.backbones.vlm_options import VLMOptions
 from vla_jax.files import Path
 from vla_jax.nn import lora
+from vla_jax.nn.layers import dense, init_dense
 from vla_jax.types import Array, Key, Observation, Params, Resampling, ShardingRules, Tokens
 
 TOKENIZER = "tokenizer.json"  # its name in the folder of a model, and in a run folder
@@ -64,7 +65,7 @@ class VLMSizes(abc.ABC):
     @property
     def num_tokens(self) -> int:
         """N, tokens per step."""
-        return sequence.num_tokens(self)
+        return sequence.num_tokens(self) + bool(self.options.proprio_dim)
 
     @property
     def vocab_size(self) -> int:
@@ -112,17 +113,18 @@ def make_backbone(model: VisionLanguageModel) -> Backbone:
         files=files,
         with_files=with_files,
         example=example,
+        frozen=frozen,
     )
 
 
 def init(model: VisionLanguageModel, key: Key, config: Any) -> Params:
     """Returns random params; `key` is consumed."""
-    model_key, lora_key = jax.random.split(key)
-    return complete(lora_key, init_tree(model_key, model.shapes(config)), config)
+    model_key, added_key = jax.random.split(key)
+    return complete(added_key, init_tree(model_key, model.shapes(config)), config)
 
 
 def complete(key: Key, params: Params, config: Any) -> Params:
-    """Returns a model's params with what the options add: learned tokens and low-rank factors.
+    """Returns params with what the options add: low-rank factors, learned tokens, proprioception.
 
     Args:
       key: consumed.
@@ -130,12 +132,16 @@ def complete(key: Key, params: Params, config: Any) -> Params:
       config: its config.
     """
     options = config.options
+    lora_key, proprio_key = jax.random.split(key)
     dtype = jnp.dtype(options.param_dtype)
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
-    params = lora.add(key, params, options.lora)
+    params = lora.add(lora_key, params, options.lora)
+    added = {}
     if options.num_learned:
-        params = {**params, "action_token": jnp.zeros((options.num_learned, config.token_dim))}
-    return params
+        added["action_token"] = jnp.zeros((options.num_learned, config.token_dim))
+    if options.proprio_dim:
+        added["proprio"] = init_dense(proprio_key, options.proprio_dim, config.token_dim)
+    return params | added
 
 
 def apply(
@@ -148,7 +154,7 @@ def apply(
       params: from `init`.
       config: config of the params.
       observation: the cameras' images uint8 `[..., h, w, 3]`, `instruction [..., S]` from
-        `tokenize`, with any leading axes.
+        `tokenize`, `proprio [..., P]` if the options have a `proprio_dim`; any leading axes.
 
     Returns:
       Tokens `[..., N, D]` float32, mask `[..., N]`.
@@ -159,11 +165,15 @@ def apply(
     options = config.options
     image = (*config.image_shape, 3)
     shapes = {**dict.fromkeys(options.cameras, image), "instruction": (config.sequence_length,)}
+    if options.proprio_dim:
+        shapes["proprio"] = (options.proprio_dim,)
     parts, lead = flatten(observation, shapes)
     ids = jnp.asarray(parts["instruction"])
     images = jnp.stack([jnp.asarray(parts[name]) for name in options.cameras], axis=1)
     hidden = model.hidden_states(params, config, ids, images)
     tokens = sequence.read_out(hidden, ids, config)
+    if options.proprio_dim:
+        tokens = _with_proprio(params["proprio"], tokens, parts["proprio"])
     return Tokens(*(x.reshape(*lead, *x.shape[1:]) for x in tokens))
 
 
@@ -186,6 +196,23 @@ def tokenize(model: VisionLanguageModel, config: Any, text: str) -> np.ndarray:
     return sequence.arrange(
         ids, options, vocab_size=config.language.vocab_size, length=config.sequence_length
     )
+
+
+def frozen(config: Any) -> tuple[Globs, Globs]:
+    """Returns the globs of frozen params, and of those trained nevertheless.
+
+    With low-rank adaptation, or weights stored in bfloat16, only the factors and what the policy
+    adds to the model are trained.
+    """
+    options = config.options
+    if not options.lora.rank and options.param_dtype == "float32":
+        return (), ()
+    added = [
+        *(lora.TRAINED if options.lora.rank else ()),
+        *(("action_token",) if options.num_learned else ()),
+        *(("proprio/*",) if options.proprio_dim else ()),
+    ]
+    return ("*",), tuple(added)
 
 
 def check_instructions(model: VisionLanguageModel, config: Any, texts: Iterable[str]) -> None:
@@ -235,6 +262,15 @@ def pixels(images: Array, model: VisionLanguageModel) -> jax.Array:
 def unfold_cameras(features: jax.Array, batch_size: int) -> jax.Array:
     """Returns the features of all images `[B·C, N, D]` as `[B, C·N, D]`."""
     return rearrange(features, "(B C) N D -> B (C N) D", B=batch_size)
+
+
+def _with_proprio(params: Params, tokens: Tokens, proprio: Array) -> Tokens:
+    """Returns the tokens and one more, linear in the proprioception `[B, P]`."""
+    token = dense(proprio, **params)[:, None]
+    return Tokens(
+        jnp.concatenate([tokens.tokens, token], axis=1),
+        jnp.pad(tokens.mask, ((0, 0), (0, 1)), constant_values=True),
+    )
 
 
 def _hashed(config: Any, prompt: str) -> list[int]:

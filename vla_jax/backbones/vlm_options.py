@@ -29,6 +29,7 @@ class VLMOptions:
     layout: Layout = "native"
     prompt: str = "{instruction}"  # text of a step; {instruction} is replaced
     tokenizer: str = ""  # path of tokenizer.json; empty = hashed words, for random weights only
+    proprio_dim: int = 0  # P; above 0, one more token that is linear in the proprioception
     dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of activations and matrix products
     # dtype in which the weights are stored; "bfloat16" halves their memory and needs frozen weights
     param_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -54,6 +55,8 @@ class VLMOptions:
             raise ValueError(f"prompt must contain {{instruction}}, got {self.prompt!r}.")
         if self.num_action_tokens < 1:
             raise ValueError(f"num_action_tokens must be at least 1, got {self.num_action_tokens}.")
+        if self.proprio_dim < 0:
+            raise ValueError(f"proprio_dim must be 0 or more, got {self.proprio_dim}.")
         if self.max_text_tokens < 1:
             raise ValueError(f"max_text_tokens must be at least 1, got {self.max_text_tokens}.")
 
