@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_vlm
 from flax import traverse_util
 
 from vla_jax.backbones import registry, word_hashing
@@ -29,12 +30,17 @@ CONFIGS = {
         max_words=S,
     ),
     "state": StateConfig(token_dim=8, vocab_size=VOCAB, max_words=S),
+    **tiny_vlm.CONFIGS,
 }
+PICTURES = ("image_primary", "image_wrist", "proprio", "instruction")
 PARTS = {
-    "perceiver": ("image_primary", "image_wrist", "proprio", "instruction"),
+    **dict.fromkeys(CONFIGS, PICTURES),
     "state": ("environment_state", "proprio", "instruction"),
 }
+TEXTS = ("touch red", "lift blue", "red touch")
 each = pytest.mark.parametrize("kind", BACKBONES)
+with_hashed_words = pytest.mark.parametrize("kind", ["perceiver", "state"])
+with_images = pytest.mark.parametrize("kind", [kind for kind in PARTS if PARTS[kind] == PICTURES])
 
 
 def test_every_backbone_is_tested_here():
@@ -45,20 +51,25 @@ def observe(kind, lead=(B,), seed=0):
     """Random observation with an instruction of two words."""
     random = np.random.default_rng(seed)
     pictures = random.integers(0, 256, (2, *lead, 16, 16, 3), np.uint8)
-    instruction = np.zeros((*lead, S), np.int32)
-    instruction[..., :2] = random.integers(1, VOCAB, (*lead, 2))
     parts = Observation(
         image_primary=pictures[0],
         image_wrist=pictures[1],
         proprio=random.normal(size=(*lead, 8)).astype(np.float32),
         environment_state=random.normal(size=(*lead, 22)).astype(np.float32),
-        instruction=instruction,
+        instruction=instruction(kind, TEXTS[seed], lead),
     )
     return Observation(**{name: getattr(parts, name) for name in PARTS[kind]})
 
 
+def instruction(kind, text, lead=(B,)):
+    ids = BACKBONES[kind].tokenize(CONFIGS[kind], text)
+    return np.tile(ids, (*lead, 1))
+
+
 @functools.cache
 def params(kind):
+    if kind in tiny_vlm.CONFIGS:
+        return tiny_vlm.params(CONFIGS[kind])
     return jax.jit(BACKBONES[kind].init, static_argnums=1)(jax.random.key(0), CONFIGS[kind])
 
 
@@ -122,11 +133,11 @@ def test_tokens_depend_on_every_input_and_on_word_order(kind):
     for name in PARTS[kind]:
         changed = encode(kind, observation._replace(**{name: getattr(other, name)}))
         assert np.abs(changed - tokens).max() > 1e-3, name
-    swapped = observation.instruction[:, [1, 0, 2, 3]]
+    swapped = instruction(kind, TEXTS[2])
     assert np.abs(encode(kind, observation._replace(instruction=swapped)) - tokens).max() > 1e-3
 
 
-@each
+@with_hashed_words
 def test_an_empty_instruction_gives_the_learned_silence_token(kind):
     without_words = observe(kind)._replace(instruction=np.zeros((B, S), np.int32))
     tokens = encode(kind, without_words)
@@ -134,7 +145,7 @@ def test_an_empty_instruction_gives_the_learned_silence_token(kind):
     np.testing.assert_allclose(tokens[:, -1], np.tile(silence, (B, 1)), atol=1e-6)
 
 
-@each
+@with_hashed_words
 def test_words_unseen_in_training_get_distinct_finite_tokens(kind):
     sentences = ("touch the red block", "zzyzx über 触る 7", "?!")
     ids = np.stack([word_hashing.tokenize(s, max_words=S, vocab_size=VOCAB) for s in sentences])
@@ -148,7 +159,7 @@ def test_words_unseen_in_training_get_distinct_finite_tokens(kind):
 @each
 def test_the_gradient_reaches_every_param(kind):
     observation = observe(kind)
-    observation.instruction[0] = 0  # so that `silence` has a gradient too
+    observation.instruction[0] = instruction(kind, "")[0]  # so that `silence` has a gradient too
 
     def loss_fn(params):
         weights = jax.random.normal(jax.random.key(1), (B, 1, CONFIGS[kind].token_dim))
@@ -158,13 +169,21 @@ def test_the_gradient_reaches_every_param(kind):
     grads = jax.jit(jax.grad(loss_fn))(params(kind))
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         name = jax.tree_util.keystr(path)
-        if not name.endswith("['key']['bias']"):  # softmax is invariant to it
+        # Softmax is invariant to the bias of keys.
+        if not name.endswith(("['key']['bias']", "['lora_scale']")):
             assert np.abs(grad).max() > 0, name
+
+
+def in_bfloat16(config):
+    if hasattr(config, "dtype"):
+        return dataclasses.replace(config, dtype="bfloat16")
+    options = dataclasses.replace(config.options, dtype="bfloat16")
+    return dataclasses.replace(config, options=options)
 
 
 @each
 def test_bfloat16_products_give_nearly_the_same_float32_tokens(kind):
-    low_precision = dataclasses.replace(CONFIGS[kind], dtype="bfloat16")
+    low_precision = in_bfloat16(CONFIGS[kind])
     observation = observe(kind)
     tokens, exact = encode(kind, observation, low_precision), encode(kind, observation)
     assert tokens.dtype == jnp.float32
@@ -179,7 +198,7 @@ def test_a_backbone_tokenises_and_declares_its_images(kind):
     backbone, config = BACKBONES[kind], CONFIGS[kind]
     ids = backbone.tokenize(config, "touch the red block")
     assert ids.dtype == np.int32
-    assert ids.shape == (S,)
+    assert ids.shape == observe(kind).instruction.shape[1:]
     assert ids.max() < config.vocab_size
     spec = backbone.image_spec(config)
     cameras = () if spec is None else spec.cameras
@@ -188,7 +207,7 @@ def test_a_backbone_tokenises_and_declares_its_images(kind):
         assert getattr(observe(kind), cameras[0]).shape[1:3] == (spec.height, spec.width)
 
 
-@each
+@with_hashed_words
 def test_instructions_with_the_same_ids_are_refused(kind):
     small = dataclasses.replace(CONFIGS[kind], vocab_size=3)
     with pytest.raises(ValueError, match="vocab_size must give all words"):
@@ -197,7 +216,7 @@ def test_instructions_with_the_same_ids_are_refused(kind):
     assert tokenize("lift").any()
 
 
-@each
+@with_hashed_words
 @pytest.mark.parametrize(("field", "value", "least"), [("max_words", 0, 1), ("vocab_size", 1, 2)])
 def test_a_vocabulary_without_words_is_refused(kind, field, value, least):
     with pytest.raises(ValueError, match=f"{field} must be at least {least}, got {value}"):
@@ -222,11 +241,12 @@ def test_an_input_of_another_size_is_refused(kind):
             )
 
 
-def test_an_image_that_is_not_uint8_is_refused():
-    observation = observe("perceiver")
+@with_images
+def test_an_image_that_is_not_uint8_is_refused(kind):
+    observation = observe(kind)
     scaled = observation._replace(image_wrist=observation.image_wrist / np.float32(255))
     with pytest.raises(ValueError, match="image_wrist must be uint8 in 0 … 255, got float32"):
-        BACKBONES["perceiver"].apply(params("perceiver"), CONFIGS["perceiver"], scaled)
+        BACKBONES[kind].apply(params(kind), CONFIGS[kind], scaled)
 
 
 @pytest.mark.parametrize(

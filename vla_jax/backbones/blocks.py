@@ -49,7 +49,7 @@ def linear(params: Params, x: jax.Array) -> jax.Array:
     if lora.is_adapted(params):
         y = y + lora.update(params, x)
     if "bias" in params:
-        y = y + params["bias"]
+        y = y + jnp.broadcast_to(params["bias"], y.shape)
     return y.astype(x.dtype)
 
 
@@ -59,7 +59,8 @@ def layer_norm(params: Params, x: jax.Array, epsilon: float) -> jax.Array:
     centred = wide - wide.mean(-1, keepdims=True)
     variance = jnp.square(centred).mean(-1, keepdims=True)
     normal = centred * jax.lax.rsqrt(variance + epsilon)
-    return (normal * params["scale"] + params["bias"]).astype(x.dtype)
+    scale, bias = (jnp.broadcast_to(params[name], x.shape) for name in ("scale", "bias"))
+    return (normal * scale + bias).astype(x.dtype)
 
 
 def rms_norm(params: Params, x: jax.Array, epsilon: float, *, offset: float = 0.0) -> jax.Array:
@@ -69,7 +70,8 @@ def rms_norm(params: Params, x: jax.Array, epsilon: float, *, offset: float = 0.
     """
     wide = x.astype(jnp.float32)
     normal = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + epsilon)
-    return (normal * (offset + params["scale"])).astype(x.dtype)
+    scale = offset + jnp.broadcast_to(params["scale"], x.shape)
+    return (normal * scale).astype(x.dtype)
 
 
 def attention(
@@ -126,6 +128,16 @@ def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
+
+
+def outer(positions: Array, frequencies: Array) -> jax.Array:
+    """Returns `[..., F]` float32, each of the positions `[...]` times each frequency `[F]`.
+
+    Not a matrix product, whose factors a GPU rounds to TF32.
+    """
+    positions = jnp.asarray(positions, jnp.float32)
+    row = jnp.asarray(frequencies).reshape(*(1,) * positions.ndim, -1)
+    return positions[..., None] * row
 
 
 def run_layers(

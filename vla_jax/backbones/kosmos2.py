@@ -89,7 +89,7 @@ def image_tokens(
     x = linear(vision["patches"], patches(jnp.asarray(pixels, options.dtype), size.patch_size))
     first = jnp.broadcast_to(vision["class_embedding"], (len(x), 1, size.hidden_size))
     x = jnp.concatenate([first.astype(x.dtype), x], axis=1)
-    x = (x + vision["positions"]["embedding"]).astype(x.dtype)
+    x = (x + jnp.broadcast_to(vision["positions"]["embedding"], x.shape)).astype(x.dtype)
     x = layer_norm(vision["pre_norm"], x, size.epsilon)
     mask = vit.all_patches(x.shape[1])
     x = vit.apply_layers(vision["layers"], size, x, mask=mask, remat=options.remat)

@@ -18,6 +18,7 @@ from vla_jax.backbones.blocks import (
     check_activation,
     layer_norm,
     linear,
+    outer,
     run_layers,
     split_heads,
 )
@@ -118,7 +119,8 @@ def sinusoids(config: KosmosDecoderConfig, positions: Array) -> jax.Array:
     half = config.hidden_size // 2
     step = math.log(10000.0) / (half - 1)
     frequencies = np.exp(np.arange(half, dtype=np.float32) * np.float32(-step))
-    angles = jnp.asarray(positions, jnp.float32)[..., None] * frequencies
+    positions = jnp.asarray(positions)
+    angles = outer(positions, frequencies)
     table = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
     return jnp.where((positions == config.padding_id)[..., None], 0.0, table)
 

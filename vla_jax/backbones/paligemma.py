@@ -113,7 +113,7 @@ def language_model(
     mask, prefix = jnp.asarray(mask), jnp.asarray(prefix)
     both = prefix[:, :, None] & prefix[:, None, :]
     position = np.arange(num_tokens)
-    distance = position[:, None] - position
+    distance = (position[:, None] - position)[None]
     causal, near = distance >= 0, distance < (language.sliding_window or num_tokens)
     return rotary_decoder.apply(
         params["language"],

@@ -22,6 +22,7 @@ from vla_jax.backbones.blocks import (
     attention,
     check_activation,
     linear,
+    outer,
     rms_norm,
     rotate,
     run_layers,
@@ -129,7 +130,7 @@ def rotary_angles(config: RotaryDecoderConfig, positions: Array) -> jax.Array:
     """Returns the rotary angles `[..., E/2]` rad of positions `[...]`."""
     size = config.head_dim
     frequencies = 1.0 / config.rope_theta ** (np.arange(0, size, 2, dtype=np.float32) / size)
-    return jnp.asarray(positions, jnp.float32)[..., None] * frequencies
+    return outer(positions, frequencies)
 
 
 def logits(params: Params, config: RotaryDecoderConfig, hidden: Array) -> jax.Array:

@@ -95,7 +95,7 @@ def read_out(hidden: jax.Array, ids: Array, config: Any) -> Tokens:
     options, count = config.options, num_tokens(config)
     is_learned = ids >= config.language.vocab_size
     is_text = (ids >= 0) & ~is_learned
-    position = jnp.arange(ids.shape[1])
+    position = jnp.arange(ids.shape[1])[None]
     chosen = {
         "action_token": is_learned,
         "image": ids == IMAGE,
@@ -135,7 +135,7 @@ def _select(hidden: jax.Array, chosen: jax.Array, count: int) -> Tokens:
 
 def causal_mask(real: Array) -> jax.Array:
     """Returns the mask `[B, T, T]` of causal attention to real tokens, bool `[B, T]`."""
-    return jnp.tri(real.shape[1], dtype=bool) & jnp.asarray(real)[:, None, :]
+    return jnp.tri(real.shape[1], dtype=bool)[None] & jnp.asarray(real)[:, None, :]
 
 
 def scatter(embeddings: jax.Array, is_image: np.ndarray, features: Array) -> jax.Array:

@@ -178,7 +178,7 @@ def siglip(
     embeddings = jnp.asarray(params["positions"]["embedding"])
     if positions is None:
         positions = np.arange(x.shape[1])[None]
-    x = (x + embeddings[positions]).astype(x.dtype)
+    x = (x + jnp.broadcast_to(embeddings[positions], x.shape)).astype(x.dtype)
     seen = all_patches(x.shape[1]) if mask is None else jnp.asarray(mask)[:, None]
     x = apply_layers(params["layers"], config, x, mask=seen, remat=remat)
     return layer_norm(params["post_norm"], x, config.epsilon)

@@ -63,7 +63,7 @@ def update(params: Params, x: jax.Array) -> jax.Array:
     high = jnp.matmul(
         low.astype(x.dtype), params["lora_b"].astype(x.dtype), preferred_element_type=jnp.float32
     )
-    return jax.lax.stop_gradient(params["lora_scale"]) * high
+    return jnp.broadcast_to(jax.lax.stop_gradient(params["lora_scale"]), high.shape) * high
 
 
 def add(key: Key, params: Params, config: LoraConfig) -> Params:
