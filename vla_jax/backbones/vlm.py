@@ -163,11 +163,7 @@ def apply(
       ValueError: a part is missing or has another size.
     """
     options = config.options
-    image = (*config.image_shape, 3)
-    shapes = {**dict.fromkeys(options.cameras, image), "instruction": (config.sequence_length,)}
-    if options.proprio_dim:
-        shapes["proprio"] = (options.proprio_dim,)
-    parts, lead = flatten(observation, shapes)
+    parts, lead = flatten(observation, _part_shapes(config))
     ids = jnp.asarray(parts["instruction"])
     images = jnp.stack([jnp.asarray(parts[name]) for name in options.cameras], axis=1)
     hidden = model.hidden_states(params, config, ids, images)
@@ -248,9 +244,13 @@ def with_files(config: Any, folder: Path) -> Any:
 
 def example(config: Any) -> Observation:
     """Returns the shapes of the observation of one step."""
-    image = shape(*config.image_shape, 3, dtype=jnp.uint8)
-    ids = shape(config.sequence_length, dtype=jnp.int32)
-    return Observation(**dict.fromkeys(config.options.cameras, image), instruction=ids)
+    dtypes = {"instruction": jnp.int32, "proprio": jnp.float32}
+    return Observation(
+        **{
+            name: shape(*sizes, dtype=dtypes.get(name, jnp.uint8))
+            for name, sizes in _part_shapes(config).items()
+        }
+    )
 
 
 def pixels(images: Array, model: VisionLanguageModel) -> jax.Array:
@@ -262,6 +262,14 @@ def pixels(images: Array, model: VisionLanguageModel) -> jax.Array:
 def unfold_cameras(features: jax.Array, batch_size: int) -> jax.Array:
     """Returns the features of all images `[B·C, N, D]` as `[B, C·N, D]`."""
     return rearrange(features, "(B C) N D -> B (C N) D", B=batch_size)
+
+
+def _part_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """Returns the last axes of the parts of an observation that the backbone needs."""
+    options = config.options
+    proprio = {"proprio": (options.proprio_dim,)} if options.proprio_dim else {}
+    images = dict.fromkeys(options.cameras, (*config.image_shape, 3))
+    return {**images, "instruction": (config.sequence_length,), **proprio}
 
 
 def _with_proprio(params: Params, tokens: Tokens, proprio: Array) -> Tokens:
