@@ -1,5 +1,6 @@
 """Tiny configs of the vision-language models, with hashed words, and random params for them."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,6 +9,10 @@ from vla_jax.backbones.kosmos2 import Kosmos2Config
 from vla_jax.backbones.kosmos_decoder import KosmosDecoderConfig
 from vla_jax.backbones.models import MODELS
 from vla_jax.backbones.paligemma import PaliGemmaConfig
+from vla_jax.backbones.qwen3_vision import Qwen3VisionConfig
+from vla_jax.backbones.qwen3_vl import Qwen3VLConfig
+from vla_jax.backbones.qwen25_vision import Qwen25VisionConfig
+from vla_jax.backbones.qwen25_vl import Qwen25VLConfig
 from vla_jax.backbones.registry import BACKBONES
 from vla_jax.backbones.rotary_decoder import RotaryDecoderConfig
 from vla_jax.backbones.smolvlm import SmolVLMConfig
@@ -26,6 +31,9 @@ LANGUAGE = RotaryDecoderConfig(
     num_key_value_heads=2,
     head_dim=8,
 )
+QWEN_VISION = {
+    "hidden_size": 8, "intermediate_size": 16, "num_layers": 2, "num_heads": 2, "patch_size": 4,
+}  # fmt: skip
 OPTIONS = VLMOptions(max_text_tokens=6, proprio_dim=8)
 CONFIGS = {
     "kosmos2": Kosmos2Config(
@@ -38,6 +46,22 @@ CONFIGS = {
     ),
     "paligemma": PaliGemmaConfig(
         vision=VISION, language=LANGUAGE, image_token_id=63, options=OPTIONS
+    ),
+    "qwen3_vl": Qwen3VLConfig(
+        vision=Qwen3VisionConfig(**QWEN_VISION, num_positions=9, deepstack_layers=(0,)),
+        language=dataclasses.replace(LANGUAGE, qk_norm=True),
+        rope_sections=(2, 1, 1),
+        image_size=(16, 16),
+        image_token_id=63,
+        options=OPTIONS,
+    ),
+    "qwen25_vl": Qwen25VLConfig(
+        vision=Qwen25VisionConfig(**QWEN_VISION, window_size=8, full_layers=(1,)),
+        language=dataclasses.replace(LANGUAGE, qkv_bias=True),
+        rope_sections=(2, 1, 1),
+        image_size=(16, 16),
+        image_token_id=63,
+        options=OPTIONS,
     ),
     "smolvlm": SmolVLMConfig(
         vision=VISION, language=LANGUAGE, shuffle=2, image_token_id=63, options=OPTIONS

@@ -84,6 +84,7 @@ def rotary_angles(
       dimensions: `[E/2]`, from `blocks` or `interleaved`.
     """
     time, row, column = rotary_decoder.rotary_angles(config, positions)
+    dimensions = dimensions[None, None]
     return jnp.where(dimensions == 0, time, jnp.where(dimensions == 1, row, column))
 
 

@@ -58,6 +58,7 @@ class Qwen25VLConfig(QwenVLSizes):
     # height and width of all images, pixels, multiples of patch_size · merge_size
     image_size: tuple[int, int] = (224, 224)
     image_token_id: int = 151655  # id of an image's places in the original's inputs
+    vision_start_token_id: int = 151652  # id before an image, for a config.json only
     options: VLMOptions = VLMOptions()  # cameras, prompt, readout, precision
 
     def __post_init__(self):
@@ -190,6 +191,7 @@ def from_json(data: Mapping[str, Any]) -> Qwen25VLConfig:
         rope_sections=qwen_vision.sections(text, (16, 24, 24)),
         image_size=qwen_vision.default_image_size(vision, 224),
         image_token_id=model_json.number(data, "image_token_id", 151655),
+        vision_start_token_id=model_json.number(data, "vision_start_token_id", 151652),
     )
 
 
@@ -200,6 +202,7 @@ def to_json(config: Qwen25VLConfig) -> dict[str, Any]:
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
         "model_type": "qwen2_5_vl",
         "image_token_id": config.image_token_id,
+        "vision_start_token_id": config.vision_start_token_id,  # transformers 4 looks for it
         "tie_word_embeddings": tied,
         "text_config": {
             "model_type": "qwen2_5_vl_text",

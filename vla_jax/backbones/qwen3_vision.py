@@ -77,7 +77,8 @@ def apply(
         return x + linear(params["mlp"]["down"], activation(linear(params["mlp"]["up"], h)))
 
     x = linear(params["patches"], patches)
-    x = x + _position_embeddings(params["positions"]["embedding"], grids, places).astype(x.dtype)
+    embeddings = _position_embeddings(params["positions"]["embedding"], grids, places)
+    x = (x + jnp.broadcast_to(embeddings, x.shape)).astype(x.dtype)
     x, tapped = run_tapped_layers(
         layer,
         x,

@@ -59,6 +59,7 @@ class Qwen3VLConfig(QwenVLSizes):
     # than 256 × 256 would be enlarged by the original's image processor
     image_size: tuple[int, int] = (256, 256)
     image_token_id: int = 151655  # id of an image's places in the original's inputs
+    vision_start_token_id: int = 151652  # id before an image, for a config.json only
     options: VLMOptions = VLMOptions()  # cameras, prompt, readout, precision
 
 
@@ -208,6 +209,7 @@ def from_json(data: Mapping[str, Any]) -> Qwen3VLConfig:
         rope_sections=qwen_vision.sections(text, (24, 20, 20)),
         image_size=qwen_vision.default_image_size(vision, 256),
         image_token_id=model_json.number(data, "image_token_id", 151655),
+        vision_start_token_id=model_json.number(data, "vision_start_token_id", 151652),
     )
 
 
@@ -218,6 +220,7 @@ def to_json(config: Qwen3VLConfig) -> dict[str, Any]:
         "architectures": ["Qwen3VLForConditionalGeneration"],
         "model_type": "qwen3_vl",
         "image_token_id": config.image_token_id,
+        "vision_start_token_id": config.vision_start_token_id,  # transformers 4 looks for it
         "tie_word_embeddings": tied,
         "text_config": {
             "model_type": "qwen3_vl_text",
