@@ -1,8 +1,10 @@
 """Cached tokens equal the outputs of the backbone; a cache is reused only if nothing changed."""
 
 import dataclasses
+import functools
 import pathlib
 import resource
+import shutil
 
 import jax
 import numpy as np
@@ -11,8 +13,12 @@ import tiny_demos
 
 from train import cache
 from train.setup import init_params, make_windows, read_dataset
-from vla_jax.data import normalize
+from vla_jax.data import normalize, token_files
+from vla_jax.data.token_files import ShardedArray
 from vla_jax.policies import policy
+from vla_jax.types import Observation, Tokens
+
+FRAME_BYTES = 4 * (8 * 4 + 1)  # 4 tokens of 8 features in float32, and their mask
 
 
 @pytest.fixture(scope="module")
@@ -21,21 +27,32 @@ def config(tmp_path_factory):
     return tiny_demos.imitation(demos, "", backbone=tiny_demos.PERCEIVER)
 
 
-def tokens_of(config, *, seed=0):
-    dataset = read_dataset(config)
-    params = init_params(jax.random.key(seed), config)
+@functools.cache
+def params_of(seed):
+    config = tiny_demos.imitation("", "", backbone=tiny_demos.PERCEIVER)
+    return init_params(jax.random.key(seed), config)
+
+
+def tokens_of(config, *, seed=0, checksums=False):
+    dataset, params = read_dataset(config), params_of(seed)
     norm_stats = normalize.compute_norm_stats(dataset)
-    return params, cache.frame_tokens(params, config, dataset, norm_stats)
+    return params, cache.frame_tokens(params, config, dataset, norm_stats, checksums=checksums)
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Limits a shard to 50 frames of float32, so that there are several."""
+    monkeypatch.setattr(token_files, "SHARD_BYTES", 50 * FRAME_BYTES)
 
 
 @pytest.mark.slow
-def test_cached_tokens_equal_the_outputs_of_the_backbone(config, monkeypatch):
-    monkeypatch.setattr(cache, "CHUNK", 32)  # several chunks, the last one shorter
-    params, tokens = tokens_of(config)
+def test_cached_tokens_equal_the_outputs_of_the_backbone(config, small_shards):
+    # several chunks, the last one of a shard shorter
+    params, tokens = tokens_of(dataclasses.replace(config, cache_batch=32))
     dataset = read_dataset(config)
-    assert all(isinstance(part, np.memmap) for part in tokens)
+    assert all(isinstance(part, ShardedArray) for part in tokens)
     assert {len(part) for part in tokens} == {dataset.episode_ends[-1]}
-    assert len(tokens.tokens) % 32
+    assert len(tokens.tokens.files) > 2
     norm_stats = normalize.compute_norm_stats(dataset)
     blind, seeing = (
         make_windows(
@@ -51,13 +68,108 @@ def test_cached_tokens_equal_the_outputs_of_the_backbone(config, monkeypatch):
     np.testing.assert_array_equal(blind.tokens.mask[mask], encoded.mask[mask])
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_tokens_in_half_precision_are_rounded_and_train_the_policy(dtype, config):
+    whole = np.asarray(tokens_of(config)[1].tokens[:50])
+    half = dataclasses.replace(config, cache_dtype=dtype)
+    params, tokens = tokens_of(half)
+    apply = jax.jit(policy.apply, static_argnums=1)
+    assert str(tokens.tokens.dtype) == dtype
+    rounded = tokens.tokens[:50]
+    np.testing.assert_array_equal(rounded, whole.astype(rounded.dtype))
+    outputs = [
+        apply(
+            params,
+            config.agent.policy,
+            Observation(),
+            tokens=Tokens(part[None, :5], np.ones((1, 5, 4), bool)),
+        )
+        for part in (rounded, rounded.astype(np.float32))
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *outputs)
+
+
+def test_an_interrupted_computation_continues_after_the_last_file(
+    config, small_shards, monkeypatch
+):
+    changed = with_instruction_steps(config, 5)
+    expected = tokens_of(changed)[1]
+    folder = expected.tokens.files[0].parent.parent
+    shutil.move(folder, folder.with_name("expected"))
+    expected = [np.load(file.parents[2] / "expected" / file.parent.name / file.name)
+                for file in expected.tokens.files]  # fmt: skip
+
+    encode, passes = cache._encode_frames, []
+
+    def interrupted(*args):
+        passes.append(args[2])
+        if len(passes) == 2:
+            raise KeyboardInterrupt
+        return encode(*args)
+
+    monkeypatch.setattr(cache, "_encode_frames", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tokens_of(changed)
+    assert [path.name for path in folder.iterdir()] == ["shard_00000"]
+    before = (folder / "shard_00000/tokens.npy").stat().st_mtime_ns
+    passes[:] = [None] * 5
+    found = tokens_of(changed)[1].tokens
+    assert [wanted.start for wanted in passes[5:]] == [50, 100, 150]
+    assert (folder / "shard_00000/tokens.npy").stat().st_mtime_ns == before
+    for file, array in zip(found.files, expected, strict=True):
+        np.testing.assert_array_equal(np.load(file), array)
+
+
+def test_a_damaged_file_is_found_by_its_checksum_and_a_short_one_always(config):
+    changed = with_instruction_steps(config, 4)
+    file = tokens_of(changed)[1].tokens.files[0]
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert tokens_of(changed)
+    with pytest.raises(ValueError, match=r"shard_00000 is damaged .*checksum.* delete this folder"):
+        tokens_of(changed, checksums=True)
+    file.write_bytes(content[:-1])
+    with pytest.raises(ValueError, match=r"shard_00000 is damaged \(tokens.npy has \d+ bytes"):
+        tokens_of(changed)
+
+
+def test_too_large_a_cache_is_refused_before_it_is_computed(config, monkeypatch):
+    monkeypatch.setattr(cache, "_encode_frames", None)
+    changed = dataclasses.replace(with_instruction_steps(config, 6), max_cache_gb=1e-6)
+    with pytest.raises(ValueError, match=r"max_cache_gb must be .* 4 × 8 float32, got 1e-06; use"):
+        tokens_of(changed)
+    free = shutil._ntuple_diskusage(10**6, 10**6, 1000)
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: free)
+    with pytest.raises(OSError, match=r"needs 0\.00 GB, but its disk has 0\.00 GB left; free"):
+        tokens_of(dataclasses.replace(changed, max_cache_gb=1))
+
+
+def test_tokens_beyond_the_range_of_float16_are_refused(config):
+    changed = dataclasses.replace(config, cache_dtype="float16")
+    backbone = params_of(0)["backbone"]
+    narrow = {**backbone["narrow"], "bias": backbone["narrow"]["bias"] + 1e6}
+    params = {"backbone": {**backbone, "narrow": narrow}}
+    dataset = read_dataset(changed)
+    norm_stats = normalize.compute_norm_stats(dataset)
+    with pytest.raises(ValueError, match="got float16, whose range they exceed"):
+        cache.frame_tokens(params, changed, dataset, norm_stats)
+
+
+@pytest.mark.parametrize("field", ["cache_batch", "max_cache_gb"])
+def test_a_size_that_is_not_positive_is_refused(field, config):
+    with pytest.raises(ValueError, match=f"{field} must be above 0, got 0"):
+        dataclasses.replace(config, **{field: 0})
+
+
 def test_the_file_is_reused_unless_something_that_it_depends_on_changes(config):
     files = {
-        str(tokens_of(changed, seed=seed)[1].tokens.filename)
+        str(tokens_of(changed, seed=seed)[1].tokens.files[0])
         for changed, seed in [
             (config, 0),
             (config, 0),
             (dataclasses.replace(config, stride=7, pack=True), 0),  # irrelevant to single frames
+            (dataclasses.replace(config, cache_batch=8, max_cache_gb=1), 0),
             (config, 1),
             (with_instruction_steps(config, 2), 0),
         ]
@@ -82,4 +194,5 @@ def test_a_full_disk_raises_one_sentence_and_leaves_no_file(config):
             tokens_of(changed)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert set(folder.glob("*")) == before
+    left = set(folder.glob("*")) - before
+    assert not [path for new in left for path in new.iterdir()]

@@ -142,6 +142,13 @@ def test_params_ema_and_optimiser_state_have_the_same_sharding(key):
         assert leaf.sharding.spec == expected, path
 
 
+def test_a_mesh_may_be_made_of_some_devices():
+    devices = jax.devices()[1:]
+    assert set(parallel.make_mesh(2, devices=devices).devices.flat) == set(devices[:2])
+    with pytest.raises(ValueError, match=r"num_devices must be in 1 … 3, got 4"):
+        parallel.make_mesh(4, devices=devices)
+
+
 def test_the_first_matching_rule_applies():
     tree = {"a": {"kernel": np.zeros((4, 4))}, "b": {"kernel": np.zeros((4, 4)), "scale": 1.0}}
     rules = (("b/*", PartitionSpec(None, "fsdp")), ("*kernel", PartitionSpec("fsdp")))

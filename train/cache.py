@@ -2,18 +2,26 @@
 
     python -m train.cache --dataset demos/table --backbone-from runs/pretrain
 
-The tokens and their mask are memory-mapped files in a folder whose name is a hash of everything
-that they depend on: params and config of the backbone, data, statistics, and when the instruction
-is visible. `train.imitate` computes them if they are missing; the options are the same.
+The tokens and their mask are memory-mapped files (`vla_jax.data.token_files`) in a folder whose
+name is a hash of everything that they depend on: params and config of the backbone, dtype, data,
+statistics, ids of the instructions, and when the instruction is visible. `train.imitate` computes
+them if they are missing; the options are the same. An interrupted computation continues after its
+last complete file. This script also compares the checksums of files that exist.
 """
 
 import hashlib
 import json
+import math
 import pathlib
-from typing import IO, Any
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from rich.console import Console
 
 from train.configs import IMITATE, ImitateConfig
 from train.setup import compute_norm_stats, init_params, make_windows, read_dataset, resolve
@@ -22,26 +30,26 @@ from vla_jax import trees
 from vla_jax.backbones import registry
 from vla_jax.backbones.registry import BackboneConfig
 from vla_jax.command_line import run
-from vla_jax.data import normalize
-from vla_jax.data.dataset import Dataset
+from vla_jax.data import normalize, token_files
+from vla_jax.data.dataset import Dataset, digest
+from vla_jax.data.token_files import TokenSizes
 from vla_jax.data.windows import Windows
-from vla_jax.files import replacing
+from vla_jax.training import parallel
 from vla_jax.training.progress import progress_bar
-from vla_jax.types import Params, Tokens
+from vla_jax.types import Observation, Params, Tokens
 
-CHUNK = 64  # frames per forward pass; larger ones do not fit the cache of a CPU
-TOKENS, MASK = "tokens.npy", "mask.npy"
+Encode = Callable[[Observation], tuple[jax.Array, jax.Array]]  # [B, 1, ...] -> [B, N, D], [B, N]
+_GB = 1e9  # bytes
 
 
 def cache(config: ImitateConfig) -> pathlib.Path:
-    """Writes the tokens that `imitate` will read; returns their folder."""
+    """Writes the tokens that `imitate` will read, and checks them; returns their folder."""
     config = resolve(config)
     dataset = read_dataset(config)
     key, _ = jax.random.split(jax.random.key(config.seed))
-    params = init_params(key, config)
-    tokens = frame_tokens(params, config, dataset, compute_norm_stats(config, dataset))
-    memory_map: Any = tokens.tokens
-    return pathlib.Path(memory_map.filename).parent
+    params, norm_stats = init_params(key, config), compute_norm_stats(config, dataset)
+    tokens: Any = frame_tokens(params, config, dataset, norm_stats, checksums=True).tokens
+    return tokens.files[0].parent.parent
 
 
 def frame_tokens(
@@ -49,6 +57,8 @@ def frame_tokens(
     config: ImitateConfig,
     dataset: Dataset,
     norm_stats: dict[str, normalize.NormStats],
+    *,
+    checksums: bool = False,
 ) -> Tokens:
     """Returns the tokens of every frame, from files in the data set's folder if they exist.
 
@@ -57,34 +67,58 @@ def frame_tokens(
       config: config of the training.
       dataset: from `read_dataset`.
       norm_stats: statistics of that data set.
+      checksums: whether to read files that exist once, and compare their checksums; those of an
+        interrupted computation are always compared.
 
     Returns:
-      Tokens `[num_frames, N, D]` float32 and mask `[num_frames, N]` bool, read-only memory maps.
+      Tokens `[num_frames, N, D]` of the config's `cache_dtype` and mask `[num_frames, N]` bool,
+      read-only arrays on disk.
 
     Raises:
-      OSError: the disk is full; no partial file is left.
+      OSError: the disk is full, or will be; complete files are kept, no partial file is left.
+      ValueError: the tokens take more than `max_cache_gb`, exceed the range of float16, or a file
+        is damaged.
     """
     backbone = config.agent.policy.backbone
     frames = make_windows(config, dataset, norm_stats, window_size=1, action_horizon=1)
-    folder = token_folder(config) / fingerprint(params["backbone"], backbone, frames)
-    if not folder.exists():
+    sizes = TokenSizes(len(frames), backbone.num_tokens, backbone.token_dim, config.cache_dtype)
+    folder = token_folder(config) / fingerprint(params["backbone"], backbone, frames, sizes)
+    missing = token_files.missing_shards(folder, sizes)
+    if missing or checksums:
+        for shard in sorted({*range(sizes.num_shards)} - {*missing}):
+            token_files.check_shard(folder, shard, sizes, checksums=True)
+    if missing:
+        _check_space(folder, sizes, missing, config.max_cache_gb)
         try:
-            with replacing(folder) as part:
-                part.mkdir()
-                _write(part, params["backbone"], backbone, frames)
+            _write(folder, sizes, missing, _make_encode(params, config), frames, config)
         except OSError as error:
             raise OSError(
                 error.errno, f"{folder} could not be written ({error.strerror}); free space."
             ) from error
-    return Tokens(*(np.load(folder / name, mmap_mode="r") for name in (TOKENS, MASK)))
+    return token_files.open_tokens(folder, sizes)
 
 
-def fingerprint(params: Params, config: BackboneConfig, frames: Windows) -> str:
-    """Returns a hash of everything that the tokens depend on: 16 hexadecimal digits."""
-    state = hashlib.sha256(json.dumps([configs.to_dict(config), frames.identity]).encode())
+def fingerprint(params: Params, config: BackboneConfig, frames: Windows, sizes: TokenSizes) -> str:
+    """Returns a hash of everything that the tokens depend on: 16 hexadecimal digits.
+
+    Args:
+      params: params of the backbone.
+      config: config of the backbone.
+      frames: windows of one step.
+      sizes: of the tokens.
+    """
+    settings = [
+        configs.to_dict(config),
+        registry.get(config).image_spec(config),
+        frames.identity,
+        digest(frames.instructions),  # with the ids of a hidden instruction
+        [sizes.dtype, sizes.frames_per_shard],
+    ]
+    state = hashlib.sha256(json.dumps(settings).encode())
     for path, leaf in trees.leaves_by_path(params).items():
-        state.update(path.encode())
-        state.update(np.ascontiguousarray(leaf).tobytes())
+        array = np.ascontiguousarray(leaf)
+        state.update(f"{path} {array.dtype} {array.shape}".encode())
+        state.update(array.reshape(-1).view(np.uint8).data)
     return state.hexdigest()[:16]
 
 
@@ -93,27 +127,113 @@ def token_folder(config: ImitateConfig) -> pathlib.Path:
     return pathlib.Path(config.dataset.path) / ".tokens"
 
 
-def _write(folder: pathlib.Path, params: Params, config: BackboneConfig, frames: Windows) -> None:
-    encode = jax.jit(registry.get(config).apply, static_argnums=1)
-    shape = (len(frames), config.num_tokens)
-    # No memory map: writing to one on a full disk kills the process.
-    with (folder / TOKENS).open("wb") as tokens, (folder / MASK).open("wb") as mask:
-        _write_header(tokens, "<f4", (*shape, config.token_dim))
-        _write_header(mask, "|b1", shape)
-        with progress_bar("encode", len(frames), unit="frames") as show:
-            for start in range(0, len(frames), CHUNK):
-                # The last chunk repeats its last frame, so that one shape is compiled.
-                rows = np.minimum(np.arange(start, start + CHUNK), len(frames) - 1)
-                encoded = encode(params, config, frames[rows].observation)
-                count = len(frames) - start
-                tokens.write(np.asarray(encoded.tokens[:, 0], "<f4")[:count].tobytes())
-                mask.write(np.asarray(encoded.mask[:, 0], bool)[:count].tobytes())
-                show(min(start + CHUNK, len(frames)), "")
+def _check_space(
+    folder: pathlib.Path, sizes: TokenSizes, missing: Sequence[int], max_gb: float
+) -> None:
+    """Prints the size of the tokens; raises an error if it exceeds the bound or the free space."""
+    size = sizes.total_bytes / _GB
+    shape = f"{sizes.num_frames} frames of {sizes.num_tokens} × {sizes.token_dim} {sizes.dtype}"
+    if size > max_gb:
+        raise ValueError(
+            f"max_cache_gb must be at least {size:.2f} for the tokens of {shape}, got {max_gb:g}; "
+            "use a readout of fewer tokens, --cache-dtype bfloat16, or raise --max-cache-gb."
+        )
+    needed = sum(len(sizes.frames(shard)) for shard in missing) * sizes.frame_bytes
+    existing = next(path for path in folder.absolute().parents if path.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise OSError(
+            f"{folder} needs {needed / _GB:.2f} GB, but its disk has {free / _GB:.2f} GB left; "
+            "free space, or use --cache-dtype bfloat16."
+        )
+    if parallel.is_first_process():
+        done = sizes.num_shards - len(missing)
+        Console(stderr=True, highlight=False, soft_wrap=True).print(
+            f"{folder}: {size:.2f} GB in {sizes.num_shards} files, tokens of {shape}"
+            + (f"; {done} files are done" if done else "")
+        )
 
 
-def _write_header(file: IO[bytes], dtype: str, shape: tuple[int, ...]) -> None:
-    header = {"descr": dtype, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, header)
+def _make_encode(params: Params, config: ImitateConfig) -> Encode:
+    """Returns the compiled backbone, over all devices of this process."""
+    backbone, mesh = config.agent.policy.backbone, _local_mesh(config)
+    rules = registry.get(backbone).sharding_rules
+    shardings = parallel.make_shardings(params["backbone"], mesh, rules)
+    placed = jax.device_put(params["backbone"], shardings)
+    return lambda observation: _encode(
+        placed, backbone, config.cache_dtype, parallel.shard_batch(observation, mesh)
+    )
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _encode(
+    params: Params, config: BackboneConfig, dtype: str, observation: Observation
+) -> tuple[jax.Array, jax.Array]:
+    encoded = registry.get(config).apply(params, config, observation)
+    return jnp.asarray(encoded.tokens[:, 0], jnp.dtype(dtype)), jnp.asarray(encoded.mask[:, 0])
+
+
+def _local_mesh(config: ImitateConfig) -> jax.sharding.Mesh:
+    """Returns a mesh of this process's devices: each process encodes all frames for itself."""
+    local = jax.local_devices()
+    wanted = config.loop.num_devices // jax.process_count() or len(local)
+    num_devices = min(wanted, len(local))
+    fsdp_size = math.gcd(config.loop.fsdp_size, num_devices)
+    return parallel.make_mesh(num_devices, fsdp_size=fsdp_size, devices=local)
+
+
+def _write(
+    folder: pathlib.Path,
+    sizes: TokenSizes,
+    missing: Sequence[int],
+    encode: Encode,
+    frames: Windows,
+    config: ImitateConfig,
+) -> None:
+    num_devices = _local_mesh(config).size
+    chunk_size = max(1, config.cache_batch // num_devices) * num_devices
+    done = sizes.num_frames - sum(len(sizes.frames(shard)) for shard in missing)
+    with progress_bar("encode", sizes.num_frames, unit="frames", start=done) as show:
+
+        def chunks(shard: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            nonlocal done
+            for tokens, mask in _encode_frames(encode, frames, sizes.frames(shard), chunk_size):
+                _check_range(tokens, mask)
+                yield tokens, mask
+                done += len(tokens)
+                show(done, "")
+
+        for shard in missing:
+            token_files.write_shard(folder, shard, sizes, chunks(shard))
+
+
+def _encode_frames(
+    encode: Encode, frames: Windows, wanted: range, chunk_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields tokens `[C, N, D]` and mask `[C, N]` of the frames, in chunks."""
+    running: tuple[int, Any] | None = None
+    for start in range(wanted.start, wanted.stop, chunk_size):
+        # The last chunk repeats its last frame, so that one shape is compiled.
+        rows = np.minimum(np.arange(start, start + chunk_size), wanted.stop - 1)
+        started = (min(chunk_size, wanted.stop - start), encode(frames[rows].observation))
+        if running:  # the devices compute while the frames of the next chunk are read
+            yield _fetch(*running)
+        running = started
+    if running:
+        yield _fetch(*running)
+
+
+def _fetch(count: int, encoded: tuple[jax.Array, jax.Array]) -> tuple[np.ndarray, np.ndarray]:
+    tokens, mask = (np.asarray(part)[:count] for part in encoded)
+    return tokens, mask
+
+
+def _check_range(tokens: np.ndarray, mask: np.ndarray) -> None:
+    if tokens.dtype == np.float16 and np.isinf(tokens[mask]).any():
+        raise ValueError(
+            "cache_dtype must hold the tokens, got float16, whose range they exceed; use "
+            "--cache-dtype bfloat16."
+        )
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from vla_jax.backbones.vlm_options import VLMOptions
 from vla_jax.data.image_augment import AugmentConfig
 from vla_jax.data.loader import LoaderConfig
 from vla_jax.data.readers.dataset_config import DatasetConfig, upgrade_config
+from vla_jax.data.token_files import CacheDtype
 from vla_jax.envs.table.jax_env import JaxTableConfig
 from vla_jax.envs.table.mujoco_env import MujocoTableConfig
 from vla_jax.envs.worlds import WorldConfig
@@ -40,6 +41,9 @@ class ImitateConfig:
     backbone_from: str = ""
     decoder_from: str = ""  # run folder, or output of vla_jax.convert; empty = random
     frozen_backbone: bool = False  # compute every frame's tokens once, train only the decoder
+    cache_dtype: CacheDtype = "float32"  # dtype of those tokens on disk
+    cache_batch: int = 64  # frames per forward pass that computes those tokens
+    max_cache_gb: float = 50.0  # limit of the size of those tokens on disk, GB
     stride: int = 1  # environment steps between the ends of consecutive windows
     pack: bool = False  # pack whole episodes into rows of window_size steps, instead of windows
     # limits (low, high) of the arm actions for normalisation, in data units; None = from the data
@@ -70,6 +74,9 @@ class ImitateConfig:
                 f"{self.auxiliary.forward_horizon}; reduce it or choose a larger window_size."
             )
         _check_weights(self)
+        for name in ("cache_batch", "max_cache_gb"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
         head = self.agent.policy.decoder.head
         if self.sampling.schedule != "always" and head != "autoregressive":
             raise ValueError(

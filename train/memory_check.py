@@ -87,7 +87,7 @@ def example_batch(config: ImitateConfig) -> Batch | None:
     if config.frozen_backbone:
         observation = observation._replace(image_primary=None, image_wrist=None)
         tokens = Tokens(
-            _shape(*lead, backbone.num_tokens, backbone.token_dim, dtype="float32"),
+            _shape(*lead, backbone.num_tokens, backbone.token_dim, dtype=config.cache_dtype),
             _shape(*lead, backbone.num_tokens, dtype="bool"),
         )
     return Batch(

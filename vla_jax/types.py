@@ -38,7 +38,7 @@ class Observation(NamedTuple):
 class Tokens(NamedTuple):
     """Output of a backbone for each step; any leading axes (`[B, W]`, `[B]`, …)."""
 
-    tokens: Array  # [..., N, D] float32
+    tokens: Array  # [..., N, D] float32; bfloat16 or float16 if cached so
     mask: Array  # [..., N] bool, True where the token is real (False = padding)
 
 

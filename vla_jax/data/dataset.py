@@ -204,7 +204,8 @@ def digest(*parts: object) -> str:
             part = digest(*(item for key in sorted(part) for item in (key, part[key])))
         if isinstance(part, np.ndarray):
             state.update(f"{part.dtype.str}{part.shape}".encode())
-            state.update(np.ascontiguousarray(part).data)
+            # bytes: bfloat16 has no buffer format
+            state.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
         else:
             state.update(repr(part).encode())
     return state.hexdigest()[:16]

@@ -132,17 +132,15 @@ def gather(
             **{name: take(source, rows) for name, source in sources.items() if name != "action"},
             instruction=instructions[np.where(visible, episode, -1)],
         ),
-        tokens=None
-        if tokens is None
-        else Tokens(*(take(np.asarray(part), rows) for part in tokens)),
+        tokens=None if tokens is None else Tokens(*(take(part, rows) for part in tokens)),
         timestep_mask=mask,
         action=action,
         action_mask=action_mask,
     )
 
 
-def take(source: Frames, rows: np.ndarray) -> np.ndarray:
-    """Returns `source[rows]` in memory: `[..., W]` rows of an array or images `[F, ...]`."""
+def take(source: Any, rows: np.ndarray) -> np.ndarray:
+    """Returns `source[rows]` in memory: `[..., W]` rows of an array or of an array on disk."""
     return np.asarray(source[rows])
 
 
@@ -172,7 +170,7 @@ class Windows:
           norm_stats: statistics of every column, from `compute_norm_stats` or a checkpoint.
           normalization: method of each column; None means the defaults.
           tokens: cached outputs of the backbone, `[num_frames, N, D]` and `[num_frames, N]`,
-            arrays or memory maps.
+            arrays, or arrays on disk of `token_files`.
 
         Raises:
           ValueError: `tokens` have another number of frames; a column has no statistics.

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from vla_jax.backbones import registry
 from vla_jax.backbones.perceiver import PerceiverConfig
@@ -150,6 +151,7 @@ def outputs(
     """
     trunk_key, head_key = (None, None) if key is None else jax.random.split(key)
     tokens = encode(params, config, observation) if tokens is None else tokens
+    tokens = tokens._replace(tokens=jnp.asarray(tokens.tokens, jnp.float32))  # cached in half
     _, features = decoders.run_trunk(
         params["decoder"],
         config.decoder,

@@ -8,6 +8,7 @@ rows of the batch, and all run the same program.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -22,17 +23,23 @@ Tree = TypeVar("Tree")
 _BATCH_AXES = ("data", "fsdp")  # mesh axes over which the rows of a batch are split
 
 
-def make_mesh(num_devices: int | None = None, *, fsdp_size: int = 1) -> Mesh:
+def make_mesh(
+    num_devices: int | None = None,
+    *,
+    fsdp_size: int = 1,
+    devices: Sequence[Any] | None = None,
+) -> Mesh:
     """Returns a mesh `[num_devices / fsdp_size, fsdp_size]` with the axes `"data"` and `"fsdp"`.
 
     Args:
       num_devices: devices to use, over all processes; None means all.
       fsdp_size: devices that share one copy of the sharded params.
+      devices: devices to choose from; None means those of all processes.
 
     Raises:
       ValueError: there are fewer devices, or `fsdp_size` does not divide them.
     """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     num_devices = len(devices) if num_devices is None else num_devices
     if not 1 <= num_devices <= len(devices):
         raise ValueError(f"num_devices must be in 1 … {len(devices)}, got {num_devices}.")
