@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vla_jax.backbones import reference
-    from vla_jax.backbones.weights import export, load, load_config
+    from vla_jax.backbones.weight_export import export
+    from vla_jax.backbones.weights import load, load_config
 
+_MODULES = {"export": "weight_export", "load": "weights", "load_config": "weights"}
 __all__ = ["export", "load", "load_config", "reference"]
 
 
@@ -18,6 +20,6 @@ def __getattr__(name: str) -> Any:
     # On first use, since the modules of this package import it.
     if name == "reference":
         return importlib.import_module("vla_jax.backbones.reference")
-    if name in __all__:
-        return getattr(importlib.import_module("vla_jax.backbones.weights"), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"vla_jax.backbones.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'vla_jax.backbones' has no attribute '{name}'")

@@ -279,6 +279,7 @@ MODEL = VisionLanguageModel(
         (r"^model\.(?=text_model|vision_model|image_to_text)", ""),
         (r"\.latent_query\.weight$", ".latent_query"),
     ),
+    live_names=(),
     ignored=(r"text_model\.lm_head\.weight", r".*\.embed_positions\.weights", r".*position_ids"),
     hidden_states=hidden_states,
     forward=forward,

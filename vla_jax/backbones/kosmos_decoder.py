@@ -61,6 +61,9 @@ class KosmosDecoderConfig:
 
     def __post_init__(self):
         check_activation(self.activation)
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.hidden_size % self.num_heads or self.hidden_size % 2:
             raise ValueError(
                 f"hidden_size must be even and a multiple of num_heads {self.num_heads}, got "

@@ -1,30 +1,40 @@
 """Fields of a Hugging Face `config.json`; absent ones have the original's defaults."""
 
+import sys
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 Json = Mapping[str, Any]
+_LARGEST = 2**31 - 1
+_MOST_LAYERS = 1000
 
 
-def section(data: Json, name: str) -> Json:
-    """Returns a nested dict of the config; an absent one is empty.
+def section(data: Json, name: str, *, absent: Json = MappingProxyType({})) -> Json:
+    """Returns a nested dict of the config, or `absent`.
 
     Raises:
       ValueError: it is not a dict.
     """
     value = data.get(name)
     if value is None:
-        return {}
+        return absent
     if not isinstance(value, Mapping):
         raise ValueError(f"{name} must be a dict, got {value!r}.")
     return value
 
 
-def number(data: Json, name: str, default: Any) -> Any:
+def number(data: Json, name: str, default: Any, *, least: int = 0) -> Any:
     """Returns a field of the type of its default; None counts as absent.
 
+    Args:
+      data: the dict.
+      name: of the field.
+      default: value if it is absent, not checked.
+      least: smallest value of an integer; a float must be above 0.
+
     Raises:
-      ValueError: the field has another type.
+      ValueError: the field has another type, or is out of range.
     """
     value = data.get(name)
     if value is None:
@@ -37,7 +47,24 @@ def number(data: Json, name: str, default: Any) -> Any:
         fits = isinstance(value, type(default))
     if not fits:
         raise ValueError(f"{name} must be {type(default).__name__}, got {value!r}.")
-    return float(value) if isinstance(default, float) else value
+    if isinstance(default, float):
+        if not 0 < value <= sys.float_info.max:
+            raise ValueError(f"{name} must be above 0 and finite, got {value!r}.")
+        return float(value)
+    if type(value) is int and not least <= value <= _LARGEST:
+        raise ValueError(f"{name} must be in {least} … {_LARGEST}, got {value}.")
+    return value
+
+
+def check_num_layers(count: int) -> int:
+    """Returns the number of layers.
+
+    Raises:
+      ValueError: there are so many that a list of their names would fill the memory.
+    """
+    if count > _MOST_LAYERS:
+        raise ValueError(f"the number of layers must be at most {_MOST_LAYERS}, got {count}.")
+    return count
 
 
 def integers(data: Json, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
@@ -88,7 +115,9 @@ def read(data: Json, defaults: Any, names: Mapping[str, str]) -> dict[str, Any]:
     Raises:
       ValueError: a field has another type.
     """
-    return {ours: number(data, name, getattr(defaults, ours)) for ours, name in names.items()}
+    fields = {ours: number(data, name, getattr(defaults, ours)) for ours, name in names.items()}
+    check_num_layers(fields["num_layers"])
+    return fields
 
 
 def write(config: Any, names: Mapping[str, str]) -> dict[str, Any]:

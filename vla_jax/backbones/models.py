@@ -46,6 +46,6 @@ def from_json(data: Mapping[str, Any]) -> Any:
       ValueError: the model is not supported, or a field is.
     """
     name = data.get("model_type")
-    if name not in MODEL_TYPES:
+    if not isinstance(name, str) or name not in MODEL_TYPES:
         raise ValueError(f"unknown model_type {name!r}; {did_you_mean(str(name), MODEL_TYPES)}")
     return MODELS[MODEL_TYPES[name]].from_json(data)

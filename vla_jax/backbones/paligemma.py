@@ -208,8 +208,8 @@ def tensors(config: PaliGemmaConfig) -> tuple[Tensor, ...]:
 
 def from_json(data: Mapping[str, Any]) -> PaliGemmaConfig:
     """Returns the config of a `config.json`."""
-    text = model_json.section(data, "text_config")
-    vision = model_json.section(data, "vision_config")
+    text = model_json.section(data, "text_config", absent=_ABSENT_TEXT)
+    vision = model_json.section(data, "vision_config", absent=_ABSENT_VISION)
     model_json.only(text, "attention_bias", False)
     kind = model_json.number(text, "model_type", "gemma")
     if kind not in _GEMMAS:
@@ -274,6 +274,12 @@ def _gemma_2(text: Mapping[str, Any]) -> RotaryDecoderConfig:
         "full_attention" if i % 2 else "sliding_attention" for i in range(fields["num_layers"])
     ]
     types = model_json.number(text, "layer_types", alternating)
+    known = {"full_attention", "sliding_attention"}
+    if len(types) != len(alternating) or not all(t in known for t in map(str, types)):
+        raise ValueError(
+            f"layer_types must have one of {sorted(known)} for each of the {len(alternating)} "
+            f"layers, got {types}."
+        )
     return RotaryDecoderConfig(
         **fields,
         query_scale=model_json.number(text, "query_pre_attn_scalar", 256.0) ** -0.5,
@@ -288,7 +294,11 @@ def _gemma_2(text: Mapping[str, Any]) -> RotaryDecoderConfig:
 def _gemma_fields(text: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     fields = rotary_decoder.from_json(text, defaults)
     # "gelu" in old configs means the tanh approximation, which Gemma was trained with.
-    name = text.get("hidden_activation") or text.get("hidden_act") or "gelu"
+    name = (
+        model_json.number(text, "hidden_activation", "")
+        or model_json.number(text, "hidden_act", "")
+        or "gelu"
+    )
     return {
         **fields,
         "activation": "gelu_pytorch_tanh" if name == "gelu" else name,
@@ -335,6 +345,23 @@ _GEMMA_2 = {
     "num_key_value_heads": 4,
 }
 
+# What `PaliGemmaConfig` takes for a whole `text_config` or `vision_config` that is absent.
+_ABSENT_TEXT = {
+    "hidden_size": 2048,
+    "num_hidden_layers": 18,
+    "intermediate_size": 16384,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 1,
+    "vocab_size": 257152,
+}
+_ABSENT_VISION = {
+    "intermediate_size": 4096,
+    "hidden_size": 1152,
+    "patch_size": 14,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+}
+
 MODEL = VisionLanguageModel(
     config=PaliGemmaConfig,
     from_json=from_json,
@@ -346,6 +373,10 @@ MODEL = VisionLanguageModel(
         (r"^model\.(?=language_model\.|vision_tower\.|multi_modal_projector\.)", ""),
         (r"^language_model\.(?!model\.|lm_head\.)", "language_model.model."),
         (r"^vision_tower\.vision_model\.", "vision_tower."),
+    ),
+    live_names=(
+        (r"^language_model\.model\.", "model.language_model."),
+        (r"^(?=vision_tower\.|multi_modal_projector\.)", "model."),
     ),
     ignored=(
         r"(language_model\.)?lm_head\.weight",

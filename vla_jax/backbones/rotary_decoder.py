@@ -135,8 +135,8 @@ def rotary_angles(config: RotaryDecoderConfig, positions: Array) -> jax.Array:
 
 def logits(params: Params, config: RotaryDecoderConfig, hidden: Array) -> jax.Array:
     """Returns the scores `[..., V]` float32 of the next token."""
-    kernel = params["embed"]["embedding"].T if config.tied_head else params["head"]["kernel"]
-    scores = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+    head = {"kernel": params["embed"]["embedding"].T} if config.tied_head else params["head"]
+    scores = linear(head, jnp.asarray(hidden, jnp.float32))
     cap = config.logit_cap
     return scores if cap is None else cap * jnp.tanh(scores / cap)
 
@@ -289,9 +289,10 @@ def from_json(text: model_json.Json, defaults: Mapping[str, Any]) -> dict[str, A
       ValueError: a field has another type or a value that is not supported.
     """
     fields = {
-        ours: model_json.number(text, name, defaults.get(ours, 0))
+        ours: model_json.number(text, name, defaults.get(ours, 0), least=1)
         for ours, name in _JSON_FIELDS.items()
     }
+    model_json.check_num_layers(fields["num_layers"])
     fields["num_key_value_heads"] = fields["num_key_value_heads"] or fields["num_heads"]
     fields["head_dim"] = fields["head_dim"] or fields["hidden_size"] // fields["num_heads"]
     return {**fields, "rope_theta": model_json.rope_theta(text, defaults["rope_theta"])}

@@ -7,8 +7,8 @@ through its open file, whose pages would all count as resident memory until it i
 import json
 import math
 import pathlib
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +26,7 @@ _DTYPES = {
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 class StoredTensor(NamedTuple):
@@ -46,6 +46,19 @@ class StoredTensor(NamedTuple):
         return mapped.reshape(self.shape)
 
 
+class Entry(NamedTuple):
+    """Tensor to be written."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the tensor, bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 def find(folder: Path) -> dict[str, StoredTensor]:
     """Returns name -> place of every tensor in a model's folder.
 
@@ -56,14 +69,14 @@ def find(folder: Path) -> dict[str, StoredTensor]:
       ValueError: a file is truncated or damaged, or lacks a tensor that the index places there.
     """
     folder = pathlib.Path(folder)
-    if (folder / _INDEX).is_file():
+    if (folder / INDEX).is_file():
         return _find_by_index(folder)
-    if not (folder / _SINGLE).is_file():
+    if not (folder / SINGLE).is_file():
         raise FileNotFoundError(
-            f"{folder} must contain {_SINGLE} or {_INDEX}, found neither; download the complete "
+            f"{folder} must contain {SINGLE} or {INDEX}, found neither; download the complete "
             "model, in safetensors format."
         )
-    return tensors_of_file(folder / _SINGLE)
+    return tensors_of_file(folder / SINGLE)
 
 
 def tensors_of_file(path: pathlib.Path) -> dict[str, StoredTensor]:
@@ -86,29 +99,50 @@ def tensors_of_file(path: pathlib.Path) -> dict[str, StoredTensor]:
     return {name: _place(path, 8 + size, name, entry) for name, entry in header.items()}
 
 
-def total_bytes(tensors: Mapping[str, StoredTensor]) -> int:
-    """Returns the number of bytes of all tensors."""
-    return sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors.values())
+def write(path: pathlib.Path, entries: Sequence[Entry], read: Callable[[str], np.ndarray]) -> None:
+    """Writes a file tensor by tensor, so that the host holds one at a time.
+
+    Args:
+      path: of the file.
+      entries: tensors of the file, in order.
+      read: name -> array, of the dtype and shape of its entry.
+    """
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, dtype, shape in entries:
+        stop = start + Entry(name, dtype, shape).num_bytes
+        header[name] = {
+            "dtype": names[dtype], "shape": list(shape), "data_offsets": [start, stop]
+        }  # fmt: skip
+        start = stop
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8 bytes
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for entry in entries:
+            np.asarray(read(entry.name), entry.dtype).tofile(file)
 
 
 def _find_by_index(folder: pathlib.Path) -> dict[str, StoredTensor]:
-    index = read_json(folder / _INDEX, "the index of a model's weights").get("weight_map")
+    index = read_json(folder / INDEX, "the index of a model's weights").get("weight_map")
     if not isinstance(index, Mapping) or not all(isinstance(f, str) for f in index.values()):
         raise ValueError(
-            f"{folder / _INDEX} must have a dict 'weight_map' from names to files; download it "
+            f"{folder / INDEX} must have a dict 'weight_map' from names to files; download it "
             "again."
         )
     files = {}
     for name in sorted(set(index.values())):
         if pathlib.PurePath(name).name != name or not (folder / name).is_file():
             raise FileNotFoundError(
-                f"{folder / name} is missing, which {_INDEX} names; download the complete model."
+                f"{folder / name} is missing, which {INDEX} names; download the complete model."
             )
         files[name] = tensors_of_file(folder / name)
     for name, file in index.items():
         if name not in files[file]:
             raise ValueError(
-                f"{folder / file} lacks the tensor {name}, which {_INDEX} places there; download "
+                f"{folder / file} lacks the tensor {name}, which {INDEX} places there; download "
                 "the model again."
             )
     return {name: files[file][name] for name, file in index.items()}

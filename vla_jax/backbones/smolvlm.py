@@ -57,7 +57,7 @@ class SmolVLMConfig(VLMSizes):
     options: VLMOptions = VLMOptions()  # cameras, prompt, readout, precision
 
     def __post_init__(self):
-        if self.vision.grid_size % self.shuffle:
+        if self.shuffle < 1 or self.vision.grid_size % self.shuffle:
             raise ValueError(
                 f"shuffle must divide the {self.vision.grid_size} patches along a side, got "
                 f"{self.shuffle}."
@@ -213,7 +213,7 @@ def tensors(config: SmolVLMConfig) -> tuple[Tensor, ...]:
 
 def from_json(data: Mapping[str, Any]) -> SmolVLMConfig:
     """Returns the config of a `config.json`."""
-    text = model_json.section(data, "text_config")
+    text = model_json.section(data, "text_config", absent={"rms_norm_eps": 1e-5})
     vision = model_json.section(data, "vision_config")
     for name in ("attention_bias", "mlp_bias"):
         model_json.only(text, name, False)
@@ -297,7 +297,7 @@ _LLAMA = {
     "num_layers": 32,
     "num_heads": 32,
     "activation": "silu",
-    "epsilon": 1e-5,
+    "epsilon": 1e-6,
     "rope_theta": 10_000.0,
 }  # of its text model
 
@@ -308,6 +308,7 @@ MODEL = VisionLanguageModel(
     shapes=shapes,
     tensors=tensors,
     renames=((r"^(?=(text_model|vision_model|connector)\.)", "model."),),
+    live_names=(),
     ignored=(r".*rotary_emb\.inv_freq", r".*position_ids"),
     hidden_states=hidden_states,
     forward=forward,

@@ -4,8 +4,8 @@ A param whose file name contains `{}` is stacked: entry i of its leading axis is
 name has i in that place.
 """
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,14 @@ class Tensor(NamedTuple):
     path: str  # of the param, such as language/layers/mlp/up/kernel
     name: str  # in the file; `{}` stands for the number of the layer
     order: AxisOrder
+
+
+class Place(NamedTuple):
+    """Place of a tensor of a file in the params."""
+
+    tensor: Tensor
+    layer: int | None  # entry of the leading axis of the param; None = the whole param
+    shape: Shape  # in the file
 
 
 def _same(array: np.ndarray) -> np.ndarray:
@@ -84,3 +92,24 @@ def norm(path: str, name: str, *, bias: bool) -> list[Tensor]:
 def join(*groups: Iterable[Tensor]) -> tuple[Tensor, ...]:
     """Returns all tensors as one table."""
     return tuple(tensor for group in groups for tensor in group)
+
+
+def places(tensors: Iterable[Tensor], shapes: Mapping[str, Any]) -> dict[str, Place]:
+    """Returns name in the file -> place in the params, in the order of the table.
+
+    Args:
+      tensors: the table.
+      shapes: of the params, nested dict of tuples.
+    """
+    found = {}
+    for tensor in tensors:
+        shape: Any = shapes
+        for name in tensor.path.split("/"):
+            shape = shape[name]
+        if "{}" not in tensor.name:
+            found[tensor.name] = Place(tensor, None, tensor.order.file_shape(shape))
+            continue
+        file_shape = tensor.order.file_shape(shape[1:])
+        for layer in range(shape[0]):
+            found[tensor.name.format(layer)] = Place(tensor, layer, file_shape)
+    return found

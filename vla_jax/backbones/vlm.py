@@ -88,6 +88,8 @@ class VisionLanguageModel(NamedTuple):
     shapes: Callable[[Any], Params]  # config -> shapes of the params
     tensors: Callable[[Any], tuple[Tensor, ...]]  # config -> places of the params in a file
     renames: tuple[tuple[str, str], ...]  # (pattern, replacement) from other names to those
+    # (pattern, replacement) from the table's names to those of live modules in transformers 5
+    live_names: tuple[tuple[str, str], ...]
     ignored: tuple[str, ...]  # patterns of tensors of a file that have no param
     # (params, config, sequences [B, S], images [B, C, h, w, 3] uint8) -> hidden states [B, S, D]
     hidden_states: Callable[[Params, Any, Array, Array], jax.Array]

@@ -112,9 +112,38 @@ def _replace(params: Params, names: list[str], key: Key, config: LoraConfig) -> 
 def merge(params: Params) -> Params:
     """Returns the params with each low-rank update added to its kernel, without the factors."""
     if is_adapted(params):
-        product = jnp.matmul(params["lora_a"], params["lora_b"])
+        product = jnp.matmul(params["lora_a"], params["lora_b"], precision="highest")
         scale = jnp.asarray(params["lora_scale"])[..., None, None]
         kernel = jnp.asarray(params["kernel"])
         kernel = (kernel + scale * product).astype(kernel.dtype)
-        return {**{k: v for k, v in params.items() if not k.startswith("lora_")}, "kernel": kernel}
+        return {**remove(params), "kernel": kernel}
     return {k: merge(v) if isinstance(v, dict) else v for k, v in params.items()}
+
+
+def remove(params: Params) -> Params:
+    """Returns the params without low-rank factors; the kernels are not changed."""
+    return {
+        k: remove(v) if isinstance(v, dict) else v
+        for k, v in params.items()
+        if not k.startswith("lora_")
+    }
+
+
+def describe(params: Params) -> LoraConfig:
+    """Returns a config whose `add` gives factors of the same shapes; alpha is the default.
+
+    Args:
+      params: with factors of one rank, or without any.
+
+    Raises:
+      ValueError: the ranks differ.
+    """
+    factors = {
+        path.removesuffix("/lora_a"): leaf.shape[-1]
+        for path, leaf in trees.leaves_by_path(params).items()
+        if path.endswith("/lora_a")
+    }
+    ranks = set(factors.values())
+    if len(ranks) > 1:
+        raise ValueError(f"all low-rank factors must have one rank, got {sorted(ranks)}.")
+    return LoraConfig(rank=ranks.pop(), targets=tuple(factors)) if factors else LoraConfig()
