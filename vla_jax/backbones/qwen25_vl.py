@@ -254,6 +254,7 @@ MODEL = VisionLanguageModel(
         (r"^model\.(?=visual\.)", ""),
         (r"^(model\.)?language_model\.", "model."),
     ),
+    live_names=((r"^model\.", "model.language_model."), (r"^visual\.", "model.visual.")),
     ignored=(r"lm_head\.weight", r".*rotary_(pos_)?emb\.inv_freq"),
     hidden_states=hidden_states,
     forward=forward,

@@ -268,6 +268,7 @@ MODEL = VisionLanguageModel(
         (r"^(?=(visual|language_model)\.)", "model."),
         (r"^model\.(?=(layers|norm|embed_tokens)\.)", "model.language_model."),
     ),
+    live_names=(),
     ignored=(r"lm_head\.weight", r".*rotary_(pos_)?emb\.inv_freq"),
     hidden_states=hidden_states,
     forward=forward,

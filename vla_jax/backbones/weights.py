@@ -1,6 +1,7 @@
 """Weights of vision-language models: from a Hugging Face folder to params on the devices."""
 
 import dataclasses
+import math
 import pathlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -155,9 +156,9 @@ def _place_slices(
     arrays = []
     for bounds, group in devices.items():
         part = read_slice(bounds)
-        # Waiting, and not sharing memory with `part`, lets its memory be freed before the next.
-        arrays += [jax.device_put(part, device, may_alias=False) for device in group]
+        arrays += [jax.device_put(part, device) for device in group]
         jax.block_until_ready(arrays)
+        del part  # its memory is free, or that of the device, before the next slice is read
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
@@ -173,7 +174,7 @@ def _slice(
     bounds: Index,
 ) -> np.ndarray:
     """Returns a slice of a param, read from the file layer by layer."""
-    result = np.empty([stop - start for start, stop in bounds], dtype)
+    result = _empty([stop - start for start, stop in bounds], dtype)
     index = tuple(slice(*pair) for pair in bounds)
     if "{}" not in tensor.name:
         result[...] = tensor.order.to_params(stored[tensor.name].open())[index]
@@ -182,3 +183,11 @@ def _slice(
         layer = tensor.order.to_params(stored[tensor.name.format(number)].open())
         result[row] = layer[index[1:]]
     return result
+
+
+def _empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """Returns an array aligned to 64 bytes, whose memory a CPU device takes over uncopied."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    buffer = np.empty(num_bytes + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + num_bytes].view(dtype).reshape(shape)

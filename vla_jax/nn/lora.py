@@ -28,7 +28,7 @@ class LoraConfig:
     rank: int = 0  # r, rank of the update of each kernel; 0 = no adaptation
     alpha: float = 16.0  # the update is scaled by alpha / rank
     # path globs of the linear maps to adapt, inside the model
-    targets: tuple[str, ...] = ("language/layers/*/query", "language/layers/*/value")
+    targets: tuple[str, ...] = ("language/layers/query", "language/layers/value")
     rank_stabilized: bool = False  # scale by alpha / √rank instead
 
     def __post_init__(self):
