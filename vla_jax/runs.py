@@ -119,13 +119,27 @@ def write_run(
     Raises:
       FileNotFoundError: a file of the backbone is missing.
     """
-    folder, statistics = pathlib.Path(folder), normalize.to_json(dict(norm_stats))
+    write_acting(folder, agent, norm_stats, world)
+    return {"config": configs.to_dict(config), "norm_stats": normalize.to_json(dict(norm_stats))}
+
+
+def write_acting(
+    folder: Path,
+    agent: AgentConfig,
+    norm_stats: Mapping[str, NormStats],
+    world: WorldConfig | None,
+) -> None:
+    """Writes what acting needs besides the params; the arguments are those of `write_run`.
+
+    Raises:
+      FileNotFoundError: a file of the backbone is missing.
+    """
+    folder = pathlib.Path(folder)
     _copy_files(agent, folder)
     save_json(configs.to_dict(_with_files(agent, "")), folder / "agent.json")
     if world is not None:
         save_json(configs.to_dict(world), folder / "world.json")
-    save_json(statistics, folder / "norm_stats.json")
-    return {"config": configs.to_dict(config), "norm_stats": statistics}
+    save_json(normalize.to_json(dict(norm_stats)), folder / "norm_stats.json")
 
 
 def save_json(data: Mapping[str, Any], path: pathlib.Path) -> None:

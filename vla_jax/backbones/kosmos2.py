@@ -99,18 +99,22 @@ def image_tokens(
     return _resample(params["projection"], config, x.astype(options.dtype), causal=causal)
 
 
+def embed(params: Params, config: Kosmos2Config, ids: Array, images: Array) -> jax.Array:
+    """Returns the embeddings `[B, S, D]`, not scaled, of sequences `[B, S]` with their images."""
+    pixels = vlm.pixels(images, MODEL)
+    return sequence.place(
+        kosmos_decoder.embed(params["language"], config.language, ids),
+        ids,
+        vlm.unfold_cameras(image_tokens(params, config, pixels), len(ids)),
+        vocab_size=config.language.vocab_size,
+        learned=params.get("action_token"),
+    )
+
+
 def hidden_states(params: Params, config: Kosmos2Config, ids: Array, images: Array) -> jax.Array:
     """Returns the hidden states `[B, S, D]` of sequences `[B, S]` with their images."""
     options, language = config.options, config.language
-    pixels = vlm.pixels(images, MODEL)
-    image = vlm.unfold_cameras(image_tokens(params, config, pixels), len(ids))
-    embeddings = sequence.place(
-        kosmos_decoder.embed(params["language"], language, ids),
-        ids,
-        image,
-        vocab_size=language.vocab_size,
-        learned=params.get("action_token"),
-    )
+    embeddings = embed(params, config, ids, images)
     real = ids != PADDING
     # RoboVLMs passes embeddings, so that the original counts padding too.
     counts = jnp.ones_like(real) if options.layout == "robovlms_padded" else real

@@ -127,20 +127,25 @@ def language_model(
     )
 
 
-def hidden_states(params: Params, config: PaliGemmaConfig, ids: Array, images: Array) -> jax.Array:
-    """Returns the hidden states `[B, S, D]` of sequences `[B, S]` with their images."""
+def embed(params: Params, config: PaliGemmaConfig, ids: Array, images: Array) -> jax.Array:
+    """Returns the scaled embeddings `[B, S, D]` of sequences `[B, S]` with their images."""
     language = config.language
     pixels = vlm.pixels(images, MODEL)
     image = vlm.unfold_cameras(image_tokens(params, config, pixels), len(ids))
     learned = params.get("action_token")
-    embeddings = sequence.place(
+    return sequence.place(
         rotary_decoder.embed(params["language"], language, ids),
         ids,
         image,
         vocab_size=language.vocab_size,
         learned=None if learned is None else language.embedding_scale * learned,
     )
-    is_prompt = ids < language.vocab_size
+
+
+def hidden_states(params: Params, config: PaliGemmaConfig, ids: Array, images: Array) -> jax.Array:
+    """Returns the hidden states `[B, S, D]` of sequences `[B, S]` with their images."""
+    embeddings = embed(params, config, ids, images)
+    is_prompt = ids < config.language.vocab_size
     prefix = is_prompt if config.prefix == "prompt" else jnp.zeros_like(is_prompt)
     return language_model(params, config, embeddings, ids != PADDING, prefix)
 

@@ -1,12 +1,14 @@
 """Conversion of a foreign checkpoint to a folder, and of such a folder back.
 
+    python -m vla_jax.convert released.pt RUN --vlm kosmos-2-patch14-224 --config released.json
     python -m vla_jax.convert kosmos_ph_calvin_abcd.pt converted --window-size 8
     python -m vla_jax.convert model.pt converted --prefix encoder.rnn.
     python -m vla_jax.convert converted again.pt
 
-The first two convert RoboVLMs' policy head and a `torch.nn.LSTM`, `GRU` or `RNN` to a folder: a
-config, the params, and the tensors that have no counterpart in them. The third restores the
-foreign file from such a folder: the same tensors, byte for byte.
+The first converts a whole policy of RoboVLMs to a run folder, which `vla_jax.evaluate` reads. The
+next two convert RoboVLMs' policy head and a `torch.nn.LSTM`, `GRU` or `RNN` to a folder: a config,
+the params, and the tensors that have no counterpart in them. The last restores the foreign file
+from such a folder: the same tensors, byte for byte.
 """
 
 import pathlib
@@ -57,10 +59,17 @@ def _from_file(src: str, dst: str, options: ConvertConfig) -> None:
     check_target(dst, overwrite=options.overwrite)  # before reading, which is slow for large files
     source = weight_files.read(src)
     converter = CONVERTERS[kind_of_file(source, options)]
-    config, params, report = converter.convert(source, options)
+    config, params, report, norm_stats = converter.convert(source, options)
     report = report._replace(ignored=source.ignored)
     write_folder(
-        dst, source, config, params, report, prefix=options.prefix, overwrite=options.overwrite
+        dst,
+        source,
+        config,
+        params,
+        report,
+        norm_stats=norm_stats,
+        prefix=options.prefix,
+        overwrite=options.overwrite,
     )
     Console().print(conversion_report.table(report))
     print(f"{converter.describe(config)}, {_count(params):,} parameters")
@@ -81,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     ) -> tuple[str, str, ConvertConfig]:
         """Converts a foreign checkpoint to a folder, and such a folder back to a checkpoint.
 
-        A checkpoint holds RoboVLMs' policy head, or a torch.nn.LSTM, GRU or RNN. Flax params are
+        A checkpoint holds a policy of RoboVLMs, of which the head alone is converted unless --vlm
+        is given, or a torch.nn.LSTM, GRU or RNN. Flax params are
         converted in Python, with vla_jax.convert.from_flax.
 
         Args:

@@ -3,21 +3,28 @@
 The kind of a converted folder is the name of its config file, such as `decoder.json`.
 """
 
-from collections.abc import Callable, Collection
+import pathlib
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
+from vla_jax import config as configs
+from vla_jax import runs
+from vla_jax.acting.agent import AgentConfig
 from vla_jax.convert.conversion_report import Report
 from vla_jax.convert.robovlms.checkpoints import from_robovlms, report_robovlms, to_robovlms
 from vla_jax.convert.robovlms.key_names import HEAD, head_name, prefix_of
+from vla_jax.convert.robovlms.policies import from_robovlms_policy, to_robovlms_policy
+from vla_jax.convert.robovlms.training_json import find_training
 from vla_jax.convert.sizes import check_params
 from vla_jax.convert.torch_rnn import from_torch, report_torch, to_torch
 from vla_jax.convert.weight_files import Path, TensorFile
+from vla_jax.data.normalize import NormStats
 from vla_jax.nn.recurrence import RecurrenceConfig
-from vla_jax.policies import decoders
+from vla_jax.policies import decoders, policy
 from vla_jax.policies.decoder_config import DecoderConfig
 from vla_jax.training import checkpoint
 from vla_jax.types import Params
@@ -33,6 +40,10 @@ class ConvertConfig:
     num_heads: int = 8  # attention heads of a GPT
     # globs of names of tensors that may be missing; their params are randomly initialised
     allow_missing: tuple[str, ...] = ()
+    # folder of the vision-language model of a whole policy of RoboVLMs, which becomes a run folder
+    vlm: str = ""
+    # RoboVLMs' training config; empty = the JSON of the same name, or config.json, beside SRC
+    config: str = ""
     prefix: str = ""  # prefix of the names of a torch.nn.LSTM, GRU or RNN, such as encoder.rnn.
     overwrite: bool = False  # replace DST if it exists
 
@@ -44,16 +55,33 @@ class ConvertConfig:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
+class Conversion(NamedTuple):
+    """A converted model."""
+
+    config: Any  # of the decoder, the recurrence, or the agent
+    params: Params
+    report: Report
+    norm_stats: Mapping[str, NormStats] = {}  # of an agent
+
+
+def save_config(folder: Path, kind: str, conversion: Conversion) -> None:
+    """Writes the config of a conversion: the default `Converter.save`."""
+    configs.save(conversion.config, pathlib.Path(folder) / f"{kind}.json")
+
+
 class Converter(NamedTuple):
     """Conversion of one kind of foreign model."""
 
     config_class: type
     recognises: Callable[[TensorFile, ConvertConfig], bool]
-    convert: Callable[[TensorFile, ConvertConfig], tuple[Any, Params, Report]]
+    convert: Callable[[TensorFile, ConvertConfig], Conversion]
     restore: Callable[[Path, Any], Params]  # (folder, config) -> params of its checkpoint
     # (config, params, names in the foreign file, prefix) -> tensors under those names
     to_tensors: Callable[[Any, Params, Collection[str], str], dict[str, np.ndarray]]
     describe: Callable[[Any], str]  # config -> its sizes as text
+    # (folder, kind, conversion) -> None; writes everything but the params
+    save: Callable[[Path, str, Conversion], None] = save_config
+    checkpoints: str = "."  # folder of the checkpoint inside that of the conversion
 
 
 def kind_of_config(config: Any) -> str:
@@ -83,16 +111,15 @@ def _is_torch(source: TensorFile, options: ConvertConfig) -> bool:
     return bool(options.prefix) or "weight_ih_l0" in source.tensors
 
 
-def _convert_torch(
-    source: TensorFile, options: ConvertConfig
-) -> tuple[RecurrenceConfig, Params, Report]:
+def _convert_torch(source: TensorFile, options: ConvertConfig) -> Conversion:
     if options != ConvertConfig(prefix=options.prefix, overwrite=options.overwrite):
         raise ValueError(
             "options of a torch.nn.LSTM, GRU or RNN must be --prefix and --overwrite only, got "
             "options of RoboVLMs' heads; remove them."
         )
     config, params = from_torch(source.tensors, prefix=options.prefix)
-    return config, params, report_torch(source.tensors, config, prefix=options.prefix)
+    report = report_torch(source.tensors, config, prefix=options.prefix)
+    return Conversion(config, params, report)
 
 
 def _restore_torch(folder: Path, config: RecurrenceConfig) -> Params:
@@ -114,9 +141,53 @@ def _describe_recurrence(config: RecurrenceConfig) -> str:
     return f"{config.cell}, {config.num_layers} layers of {config.hidden_size}{directions}"
 
 
-def _convert_robovlms(
-    source: TensorFile, options: ConvertConfig
-) -> tuple[DecoderConfig, Params, Report]:
+def _convert_policy(source: TensorFile, options: ConvertConfig) -> Conversion:
+    default = ConvertConfig()
+    if (options.pooling, options.num_latents) != (default.pooling, default.num_latents):
+        raise ValueError(
+            "--pooling and --num-latents must be left out with --vlm, which reads them from "
+            "RoboVLMs' training config; give that as --config."
+        )
+    training = find_training(source.path, options.config)
+    if options.window_size:
+        training = training._replace(window_size=options.window_size)
+    agent, norm_stats, params, report = from_robovlms_policy(
+        source.tensors,
+        options.vlm,
+        training,
+        num_heads=options.num_heads,
+        allow_missing=options.allow_missing,
+    )
+    return Conversion(agent, params, report, norm_stats)
+
+
+def _restore_policy(folder: Path, config: AgentConfig) -> Params:
+    like = jax.eval_shape(lambda key: policy.init(key, config.policy), jax.random.key(0))
+    return checkpoint.restore_params(folder, like)
+
+
+def _to_policy(
+    config: AgentConfig, params: Params, names: Collection[str], _prefix: str
+) -> dict[str, np.ndarray]:
+    return to_robovlms_policy(config, params, names)
+
+
+def _describe_policy(config: AgentConfig) -> str:
+    backbone, decoder = config.policy.backbone, config.policy.decoder
+    return f"policy on {backbone.kind}: {_describe_decoder(decoder)}"
+
+
+def _save_policy(folder: Path, kind: str, conversion: Conversion) -> None:
+    del kind
+    runs.write_acting(folder, conversion.config, conversion.norm_stats, None)
+
+
+def _convert_robovlms(source: TensorFile, options: ConvertConfig) -> Conversion:
+    if options.config:
+        raise ValueError(
+            "--config must come with --vlm, the folder of the model; without it the head alone is "
+            "converted, with the other options."
+        )
     config, params = from_robovlms(
         source.tensors,
         window_size=options.window_size,
@@ -125,7 +196,7 @@ def _convert_robovlms(
         num_heads=options.num_heads,
         allow_missing=options.allow_missing,
     )
-    return config, params, report_robovlms(source.tensors, config)
+    return Conversion(config, params, report_robovlms(source.tensors, config))
 
 
 def _restore_robovlms(folder: Path, config: DecoderConfig) -> Params:
@@ -156,6 +227,16 @@ def _describe_decoder(config: DecoderConfig) -> str:
 CONVERTERS: dict[str, Converter] = {  # in the order in which `recognises` is tried
     "recurrence": Converter(
         RecurrenceConfig, _is_torch, _convert_torch, _restore_torch, _to_torch, _describe_recurrence
+    ),
+    "agent": Converter(
+        AgentConfig,
+        lambda source, options: bool(options.vlm),
+        _convert_policy,
+        _restore_policy,
+        _to_policy,
+        _describe_policy,
+        _save_policy,
+        checkpoints="checkpoints",
     ),
     "decoder": Converter(
         DecoderConfig,

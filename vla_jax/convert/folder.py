@@ -4,6 +4,8 @@ decoder.json           config of the decoder (of a torch.nn recurrence: recurren
 0/                     its params, as `checkpoint.restore_params` reads them
 conversion.json        the report; names, order and dtypes of the foreign tensors
 left_over.safetensors  tensors that have no counterpart in the params
+
+A whole policy becomes a run folder (see `runs`) with the last two files.
 """
 
 import json
@@ -15,10 +17,12 @@ from typing import Any
 import numpy as np
 
 from vla_jax import config as configs
+from vla_jax.acting.agent import AgentConfig
 from vla_jax.convert import conversion_report, weight_files
 from vla_jax.convert.conversion_report import Report, abbreviate
-from vla_jax.convert.converters import CONVERTERS, kind_of_config
+from vla_jax.convert.converters import CONVERTERS, Conversion, kind_of_config
 from vla_jax.convert.weight_files import Path, TensorFile
+from vla_jax.data.normalize import NormStats
 from vla_jax.files import replacing, write_json
 from vla_jax.nn.recurrence import RecurrenceConfig
 from vla_jax.policies.decoder_config import DecoderConfig
@@ -49,10 +53,11 @@ def check_target(folder: Path, *, overwrite: bool) -> None:
 def write_folder(
     folder: Path,
     source: TensorFile,
-    config: DecoderConfig | RecurrenceConfig,
+    config: DecoderConfig | RecurrenceConfig | AgentConfig,
     params: Params,
     report: Report,
     *,
+    norm_stats: Mapping[str, NormStats] | None = None,
     prefix: str = "",
     overwrite: bool = False,
 ) -> None:
@@ -61,9 +66,10 @@ def write_folder(
     Args:
       folder: folder to create.
       source: the foreign file.
-      config: of the decoder, or of the recurrence.
+      config: of the decoder, of the recurrence, or of the agent of a whole policy.
       params: of the same.
       report: of the conversion.
+      norm_stats: statistics of the actions, for an agent only.
       prefix: prefix of the names of a recurrence in the foreign file.
       overwrite: True if an earlier conversion in `folder` may be replaced.
 
@@ -76,7 +82,7 @@ def write_folder(
     check_target(folder, overwrite=overwrite)
     with replacing(folder) as part:
         part.mkdir()
-        _fill(part, source, config, params, report, prefix)
+        _fill(part, source, Conversion(config, params, report, norm_stats or {}), prefix)
 
 
 def read_params(folder: Path) -> tuple[DecoderConfig, Params]:
@@ -123,7 +129,8 @@ def read_folder(folder: Path) -> TensorFile:
     converted = CONVERTERS[kind].to_tensors(*_read(folder, kind), names, prefix)
     with np.errstate(over="ignore"):  # overflow is reported below, in one warning
         cast = {
-            n: array.astype(np.dtype(dtypes.get(n, "float32"))) for n, array in converted.items()
+            n: array.astype(np.dtype(dtypes.get(n, "float32")), copy=False)
+            for n, array in converted.items()
         }
     _warn_rounded(converted, cast)
     tensors = {name: others[name] if name in others else cast.pop(name) for name in dtypes}
@@ -141,7 +148,7 @@ def _kind_of_folder(folder: Path) -> str:
 def _read(folder: Path, kind: str) -> tuple[Any, Params]:
     converter = CONVERTERS[kind]
     config = configs.load(converter.config_class, pathlib.Path(folder) / f"{kind}.json")
-    return config, converter.restore(folder, config)
+    return config, converter.restore(pathlib.Path(folder) / converter.checkpoints, config)
 
 
 def _warn_rounded(exact: Mapping[str, np.ndarray], cast: Mapping[str, np.ndarray]) -> None:
@@ -162,18 +169,18 @@ def _warn_rounded(exact: Mapping[str, np.ndarray], cast: Mapping[str, np.ndarray
 def _fill(
     folder: pathlib.Path,
     source: TensorFile,
-    config: DecoderConfig | RecurrenceConfig,
-    params: Params,
-    report: Report,
+    conversion: Conversion,
     prefix: str,
 ) -> None:
+    config, params, report, _ = conversion
     kind = kind_of_config(config)
-    configs.save(config, folder / f"{kind}.json")
+    converter = CONVERTERS[kind]
+    converter.save(folder, kind, conversion)
     unused = {*report.left_over, *report.buffers}
     others = {name: array for name, array in source.tensors.items() if name in unused}
     if others:
         weight_files.write(folder / _LEFT_OVER, TensorFile(others))
-    conversion = {
+    record = {
         "source": {
             "dtypes": {name: array.dtype.name for name, array in source.tensors.items()},
             "prefix": prefix,
@@ -182,7 +189,7 @@ def _fill(
         },
         "report": conversion_report.to_json(report),
     }
-    write_json(folder / _CONVERSION, conversion)
-    saver = checkpoint.open_checkpoints(folder, keep=1)
+    write_json(folder / _CONVERSION, record)
+    saver = checkpoint.open_checkpoints(folder / converter.checkpoints, keep=1)
     checkpoint.save(saver, 0, {"params": params}, {kind: configs.to_dict(config)})
     checkpoint.close(saver)

@@ -11,6 +11,7 @@ import pathlib
 import pickletools
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -34,10 +35,13 @@ class TensorFile(NamedTuple):
     container: str = CONTAINERS[0]  # entry of a torch file that holds them; "" = the file itself
     ignored: tuple[str, ...] = ()  # names of the other entries of a torch file
     metadata: Mapping[str, str] = {}  # metadata of a safetensors file
+    path: Path = ""  # of the file that was read
 
 
 def read(path: Path) -> TensorFile:
     """Returns the tensors of a `.pt`, `.pth`, `.ckpt` or `.safetensors` file.
+
+    Those of a PyTorch file are memory-mapped where its format allows it, and not to be changed.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -52,6 +56,7 @@ def read(path: Path) -> TensorFile:
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty, expected a checkpoint; copy it again.")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    content = content._replace(path=path)
     if not content.tensors:
         raise ValueError(f"{path} holds no tensors, expected a checkpoint; save it again.")
     return content
@@ -111,7 +116,9 @@ def _read_torch(path: pathlib.Path) -> TensorFile:
     torch = _torch()
     try:
         with warnings.catch_warnings(action="ignore"):  # errors become one sentence below
-            content = torch.load(path, weights_only=True, map_location="cpu")
+            content = torch.load(
+                path, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(path)
+            )
     except Exception as error:  # torch.load raises many types
         raise ValueError(_why_unreadable(path, error)) from error
     container, tensors = _state_dict(path, content)
