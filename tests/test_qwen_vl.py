@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +26,8 @@ from vla_jax.backbones import (
     qwen_vision,
     tokenizers,
     vlm,
-    weights,
+    weight_export,
+    weight_report,
 )
 from vla_jax.backbones.image_settings import PatchSettings
 from vla_jax.backbones.qwen3_vision import Qwen3VisionConfig
@@ -150,9 +150,8 @@ def test_all_names_of_a_tensor_are_known(kind):
     live = [name.replace("model.language_model.visual", "model.visual") for name in live]
     base = [name.removeprefix("model.") for name in live]
     for variant in (names, live, base):
-        files: dict[str, Any] = dict.fromkeys(variant)
-        stored = weights.rename(model, files)
-        report = weights.compare(model, config, stored)
+        renamed = [weight_report.rename(model, name) for name in variant]
+        report = weight_report.compare(model, config, renamed)
         assert (report.missing, report.left_over, report.ignored) == ((), (), ())
 
 
@@ -160,7 +159,7 @@ def test_all_names_of_a_tensor_are_known(kind):
 def test_params_give_the_tensors_of_the_file(kind):
     config, params = load(kind)
     expected = load_file(FOLDERS[kind] / "model.safetensors")
-    tensors = weights.to_tensors(config, params)
+    tensors = weight_export.to_tensors(config, params)
     assert tensors.keys() == expected.keys()
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(tensor, expected[name], err_msg=name)
@@ -242,6 +241,7 @@ def test_a_prompt_has_a_place_for_every_token_of_an_image(kind):
         (lambda: Qwen3VisionConfig(deepstack_layers=(5, 3)), "must be ascending numbers of the 24"),
         (lambda: Qwen3VisionConfig(deepstack_layers=(24,)), "must be ascending numbers of the 24"),
         (lambda: Qwen25VisionConfig(window_size=20), "must be at least patch_size · merge_size 28"),
+        (lambda: Qwen3VisionConfig(num_positions=0), "num_positions must be at least 1, got 0"),
         (lambda: Qwen3VisionConfig(hidden_size=96), "must be a multiple of 4 · num_heads 64"),
     ],
 )

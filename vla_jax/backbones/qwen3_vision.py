@@ -29,6 +29,8 @@ class Qwen3VisionConfig(QwenVisionConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.num_positions < 1:
+            raise ValueError(f"num_positions must be at least 1, got {self.num_positions}.")
         layers = self.deepstack_layers
         if list(layers) != sorted(set(layers)) or not set(layers) <= set(range(self.num_layers)):
             raise ValueError(
