@@ -10,6 +10,7 @@ Source: Hu et al. 2021, LoRA (arXiv:2106.09685), §4.1; `rank_stabilized` is Kal
 (arXiv:2312.03732).
 """
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -34,8 +35,8 @@ class LoraConfig:
     def __post_init__(self):
         if self.rank < 0:
             raise ValueError(f"rank must be 0 or more, got {self.rank}.")
-        if self.alpha <= 0:
-            raise ValueError(f"alpha must be above 0, got {self.alpha}.")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha must be above 0 and finite, got {self.alpha}.")
         if self.rank and not self.targets:
             raise ValueError("targets must name at least one linear map if rank is above 0.")
 
