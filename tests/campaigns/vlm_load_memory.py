@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vla_jax.backbones import models, safetensors_files, weight_export, weights
+from vla_jax.backbones import models, safetensors_files, tensor_names, weights
 from vla_jax.backbones.rotary_decoder import RotaryDecoderConfig
 from vla_jax.backbones.safetensors_files import Entry
 from vla_jax.backbones.smolvlm import SmolVLMConfig
@@ -39,7 +39,8 @@ def write_checkpoint(folder: pathlib.Path, gigabytes: float) -> None:
         num_heads=wide // 64, num_key_value_heads=wide // 64,
     )  # fmt: skip
     config = SmolVLMConfig(language=language, options=VLMOptions(param_dtype="bfloat16"))
-    places = weight_export._places(config)
+    model = models.get(config)
+    places = tensor_names.places(model.tensors(config), model.shapes(config))
     names = list(places)
     weight_map = {}
     for number in range(NUM_FILES):
@@ -51,8 +52,7 @@ def write_checkpoint(folder: pathlib.Path, gigabytes: float) -> None:
         )
         weight_map |= dict.fromkeys(part, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    data = models.get(config).to_json(config)
-    (folder / "config.json").write_text(json.dumps(data))
+    (folder / "config.json").write_text(json.dumps(model.to_json(config)))
 
 
 def memory(field: str) -> float:
