@@ -79,7 +79,10 @@ def measure(folder: str, dtype: str, num_devices: int) -> dict[str, float]:
     params = weights.load(folder, config=config, mesh=mesh)[1]
     jax.block_until_ready(params)
     leaves = jax.tree.leaves(params)
-    on_devices = sum(s.data.nbytes for leaf in leaves for s in leaf.addressable_shards) / 1e6
+    shards = [shard.data for leaf in leaves for shard in leaf.addressable_shards]
+    # simulated devices share the memory of a replicated param
+    memories = {shard.unsafe_buffer_pointer(): shard.nbytes for shard in shards}
+    on_devices = sum(memories.values()) / 1e6
     largest = max(leaf.addressable_shards[0].data.nbytes for leaf in leaves) / 1e6
     shard = on_devices / num_devices
     peak = memory("VmHWM") - before
