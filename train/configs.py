@@ -226,7 +226,7 @@ def smolvlm_lstm() -> ImitateConfig:
     `--backbone-from FOLDER` names the model's folder; `--readout image_mean --frozen-backbone`
     trains the LSTM alone on cached features.
     """
-    options = VLMOptions(dtype="bfloat16", remat="layers", proprio_dim=8)
+    options = VLMOptions(dtype="bfloat16", remat="layers", proprio_dim=8, images_per_pass=16)
     return _vlm_lstm(SmolVLMConfig(options=options), "runs/smolvlm_lstm")
 
 
@@ -242,6 +242,7 @@ def kosmos_lstm() -> ImitateConfig:
         prompt=Kosmos2Config().options.prompt,
         dtype="bfloat16",
         remat="layers",
+        images_per_pass=32,
     )
     config = _vlm_lstm(Kosmos2Config(options=options), "runs/kosmos_lstm")
     config = with_decoder(

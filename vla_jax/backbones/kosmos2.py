@@ -6,6 +6,7 @@ Hugging Face's `Kosmos2ForConditionalGeneration`.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax

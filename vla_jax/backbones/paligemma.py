@@ -8,6 +8,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -131,12 +132,12 @@ def embed(params: Params, config: PaliGemmaConfig, ids: Array, images: Array) ->
     """Returns the scaled embeddings `[B, S, D]` of sequences `[B, S]` with their images."""
     language = config.language
     pixels = vlm.pixels(images, MODEL)
-    image = vlm.unfold_cameras(image_tokens(params, config, pixels), len(ids))
+    image = vlm.map_images(partial(image_tokens, params, config), pixels, config)
     learned = params.get("action_token")
     return sequence.place(
         rotary_decoder.embed(params["language"], language, ids),
         ids,
-        image,
+        vlm.unfold_cameras(image, len(ids)),
         vocab_size=language.vocab_size,
         learned=None if learned is None else language.embedding_scale * learned,
     )

@@ -6,6 +6,7 @@ Source: Bai et al. 2025 (arXiv:2502.13923); as in Hugging Face's
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -121,7 +122,8 @@ def language_model(
 def hidden_states(params: Params, config: Qwen25VLConfig, ids: Array, images: Array) -> jax.Array:
     """Returns the hidden states `[B, S, D]` of sequences `[B, S]` with their images."""
     patches = qwen_vision.patches(config.vision, vlm.pixels(images, MODEL))
-    tokens = image_tokens(params, config, patches, [config.grid])
+    encode = partial(image_tokens, params, config, grids=[config.grid])
+    tokens = vlm.map_images(encode, patches, config)
     embeddings = sequence.place(
         rotary_decoder.embed(params["language"], config.language, ids),
         ids,

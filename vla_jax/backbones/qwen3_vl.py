@@ -124,15 +124,20 @@ def hidden_states(params: Params, config: Qwen3VLConfig, ids: Array, images: Arr
     """Returns the hidden states `[B, S, D]` of sequences `[B, S]` with their images."""
     language, vision = config.language, config.vision
     patches = qwen_vision.patches(vision, vlm.pixels(images, MODEL))
-    features = image_tokens(params, config, patches, [config.grid])
+
+    def encode(patches: jax.Array) -> tuple[jax.Array, jax.Array]:
+        features = image_tokens(params, config, patches, [config.grid])
+        return features.tokens, jnp.moveaxis(features.added, 0, 1)  # images first
+
+    tokens, added = vlm.map_images(encode, patches, config)
 
     def place(text: jax.Array, tokens: jax.Array, learned: Array | None = None) -> jax.Array:
         tokens = vlm.unfold_cameras(tokens, len(ids))
         return sequence.place(text, ids, tokens, vocab_size=language.vocab_size, learned=learned)
 
     embeddings = rotary_decoder.embed(params["language"], language, ids)
-    embeddings = place(embeddings, features.tokens, params.get("action_token"))
-    nothing = jnp.zeros(embeddings.shape, features.added.dtype)
+    embeddings = place(embeddings, tokens, params.get("action_token"))
+    nothing = jnp.zeros(embeddings.shape, added.dtype)
     mask, is_image = ids != PADDING, ids == IMAGE
     return language_model(
         params,
@@ -140,7 +145,7 @@ def hidden_states(params: Params, config: Qwen3VLConfig, ids: Array, images: Arr
         embeddings,
         mask,
         mrope.positions(mask, is_image, qwen_vision.token_grids(vision, [config.grid])),
-        added=jax.vmap(lambda tokens: place(nothing, tokens))(features.added),
+        added=jax.vmap(lambda tokens: place(nothing, tokens), in_axes=1)(added),
     )
 
 

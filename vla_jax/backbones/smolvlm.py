@@ -6,6 +6,7 @@ Source: Marafioti et al. 2025 (arXiv:2504.05299); Laurençon et al. 2024, Idefic
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -144,10 +145,11 @@ def language_model(
 def hidden_states(params: Params, config: SmolVLMConfig, ids: Array, images: Array) -> jax.Array:
     """Returns the hidden states `[B, S, D]` of sequences `[B, S]` with their images."""
     pixels = vlm.pixels(images, MODEL)
+    image = vlm.map_images(partial(image_tokens, params, config), pixels, config)
     embeddings = sequence.place(
         rotary_decoder.embed(params["language"], config.language, ids),
         ids,
-        vlm.unfold_cameras(image_tokens(params, config, pixels), len(ids)),
+        vlm.unfold_cameras(image, len(ids)),
         vocab_size=config.language.vocab_size,
         learned=params.get("action_token"),
     )

@@ -36,6 +36,9 @@ class VLMOptions:
     # activations kept for the backward pass: "none" = all, "layers" = inputs of the layers only,
     # "products" = those and the outputs of matrix products
     remat: Remat = "none"
+    # images that the vision tower encodes at once; fewer save memory and are recomputed in the
+    # backward pass; 0 = all of a batch
+    images_per_pass: int = 0
     lora: LoraConfig = LoraConfig()  # low-rank adaptation of the weights
 
     def __post_init__(self):
@@ -55,6 +58,8 @@ class VLMOptions:
             raise ValueError(f"prompt must contain {{instruction}}, got {self.prompt!r}.")
         if self.num_action_tokens < 1:
             raise ValueError(f"num_action_tokens must be at least 1, got {self.num_action_tokens}.")
+        if self.images_per_pass < 0:
+            raise ValueError(f"images_per_pass must be 0 or more, got {self.images_per_pass}.")
         if self.proprio_dim < 0:
             raise ValueError(f"proprio_dim must be 0 or more, got {self.proprio_dim}.")
         if self.max_text_tokens < 1:
