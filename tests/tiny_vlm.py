@@ -4,7 +4,9 @@ import dataclasses
 import functools
 
 import jax
+import numpy as np
 
+from vla_jax.backbones import qwen_vision
 from vla_jax.backbones.kosmos2 import Kosmos2Config
 from vla_jax.backbones.kosmos_decoder import KosmosDecoderConfig
 from vla_jax.backbones.models import MODELS
@@ -34,6 +36,7 @@ LANGUAGE = RotaryDecoderConfig(
 QWEN_VISION = {
     "hidden_size": 8, "intermediate_size": 16, "num_layers": 2, "num_heads": 2, "patch_size": 4,
 }  # fmt: skip
+IMAGE_ID = 63  # of the original's inputs
 OPTIONS = VLMOptions(max_text_tokens=6, proprio_dim=8)
 CONFIGS = {
     "kosmos2": Kosmos2Config(
@@ -45,14 +48,14 @@ CONFIGS = {
         options=OPTIONS,
     ),
     "paligemma": PaliGemmaConfig(
-        vision=VISION, language=LANGUAGE, image_token_id=63, options=OPTIONS
+        vision=VISION, language=LANGUAGE, image_token_id=IMAGE_ID, options=OPTIONS
     ),
     "qwen3_vl": Qwen3VLConfig(
         vision=Qwen3VisionConfig(**QWEN_VISION, num_positions=9, deepstack_layers=(0,)),
         language=dataclasses.replace(LANGUAGE, qk_norm=True),
         rope_sections=(2, 1, 1),
         image_size=(16, 16),
-        image_token_id=63,
+        image_token_id=IMAGE_ID,
         options=OPTIONS,
     ),
     "qwen25_vl": Qwen25VLConfig(
@@ -60,11 +63,11 @@ CONFIGS = {
         language=dataclasses.replace(LANGUAGE, qkv_bias=True),
         rope_sections=(2, 1, 1),
         image_size=(16, 16),
-        image_token_id=63,
+        image_token_id=IMAGE_ID,
         options=OPTIONS,
     ),
     "smolvlm": SmolVLMConfig(
-        vision=VISION, language=LANGUAGE, shuffle=2, image_token_id=63, options=OPTIONS
+        vision=VISION, language=LANGUAGE, shuffle=2, image_token_id=IMAGE_ID, options=OPTIONS
     ),
 }
 assert CONFIGS.keys() == MODELS.keys()
@@ -80,3 +83,38 @@ def params(config):
         0.3 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)
     ]
     return jax.tree.unflatten(structure, [a + b for a, b in zip(leaves, noise, strict=True)])
+
+
+def image_inputs(config, pixels, is_image):
+    """Inputs of the original's forward for normalised images `[B·C, h, w, 3]` of two cameras."""
+    return _IMAGE_INPUTS[config.kind](config, pixels, is_image)
+
+
+def _plain(config, pixels, is_image):
+    return {"pixel_values": np.moveaxis(pixels, -1, 1)}
+
+
+def _kosmos2(config, pixels, is_image):
+    return {"pixel_values": np.moveaxis(pixels, -1, 1), "image_embeds_position_mask": is_image}
+
+
+def _smolvlm(config, pixels, is_image):
+    flat = np.moveaxis(pixels, -1, 1)
+    return {"pixel_values": flat.reshape(-1, 2, *flat.shape[1:])}
+
+
+def _qwen(config, pixels, is_image):
+    patches = np.asarray(qwen_vision.patches(config.vision, pixels))
+    return {
+        "pixel_values": patches.reshape(-1, patches.shape[-1]),
+        "image_grid_thw": np.tile((1, *config.grid), (len(patches), 1)),
+    }
+
+
+_IMAGE_INPUTS = {
+    "kosmos2": _kosmos2,
+    "paligemma": _plain,
+    "smolvlm": _smolvlm,
+    "qwen3_vl": _qwen,
+    "qwen25_vl": _qwen,
+}
