@@ -103,10 +103,11 @@ def image_tokens(
 def embed(params: Params, config: Kosmos2Config, ids: Array, images: Array) -> jax.Array:
     """Returns the embeddings `[B, S, D]`, not scaled, of sequences `[B, S]` with their images."""
     pixels = vlm.pixels(images, MODEL)
+    image = vlm.map_images(partial(image_tokens, params, config), pixels, config)
     return sequence.place(
         kosmos_decoder.embed(params["language"], config.language, ids),
         ids,
-        vlm.unfold_cameras(image_tokens(params, config, pixels), len(ids)),
+        vlm.unfold_cameras(image, len(ids)),
         vocab_size=config.language.vocab_size,
         learned=params.get("action_token"),
     )

@@ -20,7 +20,7 @@ from flax.traverse_util import unflatten_dict
 
 from vla_jax import trees
 from vla_jax.acting.agent import AgentConfig
-from vla_jax.backbones import models, weights
+from vla_jax.backbones import models, weight_export, weights
 from vla_jax.convert.arrays import as_float32, as_numpy
 from vla_jax.convert.conversion_report import Report, Shape, check, compare, warn
 from vla_jax.convert.robovlms.acting_presets import calvin
@@ -125,7 +125,7 @@ def to_robovlms_policy(
     backbone = agent.policy.backbone
     tensors = {
         MODEL + name: array
-        for name, array in weights.to_tensors(backbone, params["backbone"]).items()
+        for name, array in weight_export.to_tensors(backbone, params["backbone"]).items()
     }
     tensors[TOKEN] = _common_row(np.asarray(params["backbone"]["action_token"]))
     tensors |= to_robovlms(agent.policy.decoder, params["decoder"])
