@@ -9,7 +9,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from robovlms_heads import assert_same
+from robovlms_heads import assert_same, robovlms_head
 from safetensors import safe_open
 
 from vla_jax import convert, runs
@@ -257,11 +257,27 @@ def test_copies_of_the_learned_token(kosmos):
         policies.to_robovlms_policy(agent, params, tensors)
 
 
+def test_history_pre_becomes_one_sequence_of_a_window(kosmos):
+    head = robovlms_head("fc", in_features=16, hidden=6, chunk=3)
+    tensors = {n: x for n, x in kosmos.source.tensors.items() if "act_head." not in n}
+    tensors |= {f"model.{name}": x for name, x in head.items()}
+    changes = {"head_type": "FCDecoder", "head_hidden_size": 6, "head_history_type": "pre"}
+    agent, _, params, _ = make(kosmos, tensors, **changes)
+    assert agent.policy.backbone.options.history == "window"
+    assert agent.policy.decoder.kind == "fc"
+    back = policies.to_robovlms_policy(agent, params, tensors)
+    assert_same({name: back[name] for name in tensors}, tensors)
+
+
 REFUSED = {  # changes of the training config -> sentence
     "model": ({"model": "flamingo"}, "unknown model 'flamingo'; choose from kosmos, paligemma"),
     "discrete": ({"head_action_space": "discrete"}, "act_head.action_space must be 'continuous'"),
+    "history": ({"head_history_type": "pre"}, "kind of the decoder must be 'fc' .* got 'lstm'"),
     "head": ({"head_type": "DiscreteDecoder"}, "act_head.type must be 'LSTMDecoder' or"),
-    "video": ({"head_history_type": "video"}, "act_head.history_type must be 'post'.*got 'video'"),
+    "video": (
+        {"head_history_type": "video"},
+        "act_head.history_type must be .* got 'video'",
+    ),
     "resampler": ({"use_vision_resampler": True}, "use_vision_resampler must be false, got true"),
     "state": ({"use_state": True}, "use_state must be false, got true"),
     "encoder": ({"act_encoder": {}}, "act_encoder must be absent"),

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from vla_jax.files import Path
-from vla_jax.types import Key, Observation, Params, Resampling, ShardingRules, Tokens
+from vla_jax.types import Array, Key, Observation, Params, Resampling, ShardingRules, Tokens
 
 
 class BackboneConfig(Protocol):
@@ -47,6 +47,21 @@ class ImageSpec(NamedTuple):
     std: tuple[float, float, float]  # of RGB values in [0, 1], divided by
 
 
+class History(NamedTuple):
+    """Encoding of steps whose tokens depend on the earlier steps of a window."""
+
+    # (params, config, observation [...]) -> the part that depends on one step, a tree [...]
+    embed: Callable[[Params, Any, Observation], Any]
+    # (params, config, tree [B, W, ...], bool [B, W, W]) -> tokens [B, W, N, D]; entry [b, w, v] is
+    # True where step w may depend on step v
+    attend: Callable[[Params, Any, Any, Array], Tokens]
+
+
+def no_history(config: Any) -> History | None:
+    """Returns None, each step is encoded alone: the default `Backbone.history`."""
+    del config
+
+
 def no_files(config: Any) -> Mapping[str, Path]:
     """Returns an empty dict: the default `Backbone.files`."""
     del config
@@ -79,3 +94,5 @@ class Backbone(NamedTuple):
     with_files: Callable[[Any, Path], Any] = same_config
     # config -> path globs of params that are not trained, and of exceptions that are
     frozen: Callable[[Any], tuple[Globs, Globs]] = lambda config: ((), ())
+    # config -> functions with which tokens depend on earlier steps; None = `apply` to each step
+    history: Callable[[Any], History | None] = no_history

@@ -115,20 +115,37 @@ def embed(params: Params, config: Kosmos2Config, ids: Array, images: Array) -> j
 
 def hidden_states(params: Params, config: Kosmos2Config, ids: Array, images: Array) -> jax.Array:
     """Returns the hidden states `[B, S, D]` of sequences `[B, S]` with their images."""
-    options, language = config.options, config.language
-    embeddings = embed(params, config, ids, images)
     real = ids != PADDING
     # RoboVLMs passes embeddings, so that the original counts padding too.
-    counts = jnp.ones_like(real) if options.layout == "robovlms_padded" else real
-    positions = language.padding_id + jnp.cumsum(counts, axis=1)
+    counts = jnp.ones_like(real) if config.options.layout == "robovlms_padded" else real
+    positions = jnp.cumsum(counts, axis=1) - 1
+    embeddings = embed(params, config, ids, images)
+    return attend(params, config, embeddings, positions, sequence.causal_mask(real))
+
+
+def attend(
+    params: Params, config: Kosmos2Config, embeddings: Array, positions: Array, mask: Array
+) -> jax.Array:
+    """Returns the hidden states after the last norm.
+
+    Args:
+      params: of the model.
+      config: of the model.
+      embeddings: from `embed`, `[B, T, D]`.
+      positions: `[B, T]`, from 0.
+      mask: bool `[B, T, T]`, True where a query attends to a key.
+
+    Returns:
+      `[B, T, D]` float32.
+    """
     return kosmos_decoder.apply(
         params["language"],
-        language,
+        config.language,
         embeddings,
-        positions,
-        sequence.causal_mask(real),
-        dtype=options.dtype,
-        remat=options.remat,
+        config.language.padding_id + 1 + positions,
+        mask,
+        dtype=config.options.dtype,
+        remat=config.options.remat,
     )
 
 
@@ -293,5 +310,7 @@ MODEL = VisionLanguageModel(
     resampling="bicubic",
     mean=CLIP_MEAN,
     std=CLIP_STD,
+    embed=embed,
+    attend=attend,
 )
 BACKBONE = vlm.make_backbone(MODEL)

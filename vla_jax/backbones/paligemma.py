@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vla_jax.backbones import (
+    gemma_json,
     model_json,
     prompts,
     rotary_decoder,
@@ -62,6 +63,13 @@ class PaliGemmaConfig(VLMSizes):
     # version of transformers whose faults `reference.forward` reproduces; the policy never does
     reference_version: str = ""
     options: VLMOptions = VLMOptions()  # cameras, prompt, readout, precision
+
+    def __post_init__(self):
+        if self.options.history == "window" and self.prefix != "none":
+            raise ValueError(
+                "prefix must be 'none' with history 'window', in which later steps would be seen, "
+                f"got '{self.prefix}'."
+            )
 
     @property
     def tokens_per_image(self) -> int:
@@ -110,19 +118,43 @@ def language_model(
     Returns:
       `[B, T, D]` float32.
     """
-    language, num_tokens = config.language, mask.shape[1]
     mask, prefix = jnp.asarray(mask), jnp.asarray(prefix)
     both = prefix[:, :, None] & prefix[:, None, :]
-    position = np.arange(num_tokens)
-    distance = (position[:, None] - position)[None]
-    causal, near = distance >= 0, distance < (language.sliding_window or num_tokens)
+    position = np.arange(mask.shape[1])[None]
+    causal = position[:, :, None] >= position[:, None, :]
+    seen = (causal | both) & mask[:, None, :]
+    return attend(params, config, embeddings, position, seen, both=both)
+
+
+def attend(
+    params: Params,
+    config: PaliGemmaConfig,
+    embeddings: Array,
+    positions: Array,
+    mask: Array,
+    *,
+    both: Array | bool = False,
+) -> jax.Array:
+    """Returns the hidden states `[B, T, D]` float32 after the last norm.
+
+    Args:
+      params: of the model.
+      config: of the model.
+      embeddings: scaled, `[B, T, D]`.
+      positions: `[B or 1, T]`, from 0.
+      mask: bool `[B, T, T]`, True where a query attends to a key.
+      both: bool `[B, T, T]`, True where sliding layers do so at any distance.
+    """
+    language = config.language
+    distance = positions[:, :, None] - positions[:, None, :]
+    near = distance < (language.sliding_window or mask.shape[2])
     return rotary_decoder.apply(
         params["language"],
         language,
         embeddings,
-        rotary_decoder.rotary_angles(language, position)[None],
-        (causal | both) & mask[:, None, :],
-        sliding_mask=((causal & near) | both) & mask[:, None, :],
+        rotary_decoder.rotary_angles(language, positions),
+        mask,
+        sliding_mask=mask & (near | both),
         dtype=config.options.dtype,
         remat=config.options.remat,
     )
@@ -218,11 +250,11 @@ def from_json(data: Mapping[str, Any]) -> PaliGemmaConfig:
     vision = model_json.section(data, "vision_config", absent=_ABSENT_VISION)
     model_json.only(text, "attention_bias", False)
     kind = model_json.number(text, "model_type", "gemma")
-    if kind not in _GEMMAS:
+    if kind not in gemma_json.GEMMAS:
         raise ValueError(f"text_config.model_type must be gemma or gemma2, got {kind!r}.")
     return PaliGemmaConfig(
         vision=VisionConfig(**model_json.read(vision, vit.SIGLIP_BASE, vit.JSON_FIELDS)),
-        language=_GEMMAS[kind](text),
+        language=gemma_json.GEMMAS[kind](text),
         image_token_id=model_json.number(
             data, "image_token_id", model_json.number(data, "image_token_index", 256000)
         ),
@@ -268,56 +300,6 @@ def to_json(config: PaliGemmaConfig) -> dict[str, Any]:
     }
 
 
-def _gemma_1(text: Mapping[str, Any]) -> RotaryDecoderConfig:
-    """Returns Gemma's config."""
-    return RotaryDecoderConfig(**_gemma_fields(text, _GEMMA_1))
-
-
-def _gemma_2(text: Mapping[str, Any]) -> RotaryDecoderConfig:
-    """Returns Gemma 2's config."""
-    fields = _gemma_fields(text, _GEMMA_2)
-    alternating = [
-        "full_attention" if i % 2 else "sliding_attention" for i in range(fields["num_layers"])
-    ]
-    types = model_json.number(text, "layer_types", alternating)
-    known = {"full_attention", "sliding_attention"}
-    if len(types) != len(alternating) or not all(t in known for t in map(str, types)):
-        raise ValueError(
-            f"layer_types must have one of {sorted(known)} for each of the {len(alternating)} "
-            f"layers, got {types}."
-        )
-    return RotaryDecoderConfig(
-        **fields,
-        query_scale=model_json.number(text, "query_pre_attn_scalar", 256.0) ** -0.5,
-        post_norms=True,
-        score_cap=_optional(text, "attn_logit_softcapping", 50.0),
-        logit_cap=_optional(text, "final_logit_softcapping", 30.0),
-        sliding_window=_optional(text, "sliding_window", 4096),
-        sliding_layers=tuple(name == "sliding_attention" for name in types),
-    )
-
-
-def _gemma_fields(text: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    fields = rotary_decoder.from_json(text, defaults)
-    # "gelu" in old configs means the tanh approximation, which Gemma was trained with.
-    name = (
-        model_json.number(text, "hidden_activation", "")
-        or model_json.number(text, "hidden_act", "")
-        or "gelu"
-    )
-    return {
-        **fields,
-        "activation": "gelu_pytorch_tanh" if name == "gelu" else name,
-        "norm_offset": 1.0,
-        "embedding_scale": math.sqrt(fields["hidden_size"]),
-    }
-
-
-def _optional(data: Mapping[str, Any], name: str, default: Any) -> Any:
-    """Returns a field that may be null, which is different from absent."""
-    return None if data.get(name, default) is None else model_json.number(data, name, default)
-
-
 def prompt(config: PaliGemmaConfig, tokenizer: Any, text: str) -> Sequence[int]:
     """Returns the ids of a step's prompt, with `IMAGE` for every feature of an image."""
     num_images, count = len(config.options.cameras), config.tokens_per_image
@@ -327,29 +309,6 @@ def prompt(config: PaliGemmaConfig, tokenizer: Any, text: str) -> Sequence[int]:
     first, *others = tokenizers.ids(tokenizer, f"<eos>{text}\n", special=False)
     return [first, *[IMAGE] * (num_images * count), *others]
 
-
-_GEMMAS = {"gemma": _gemma_1, "gemma2": _gemma_2}
-# Defaults of Hugging Face's `GemmaConfig` and `Gemma2Config`.
-_GEMMA_1 = {
-    "vocab_size": 256000,
-    "hidden_size": 3072,
-    "intermediate_size": 24576,
-    "num_layers": 28,
-    "num_heads": 16,
-    "num_key_value_heads": 16,
-    "head_dim": 256,
-    "activation": "gelu_pytorch_tanh",
-    "epsilon": 1e-6,
-    "rope_theta": 10_000.0,
-}
-_GEMMA_2 = {
-    **_GEMMA_1,
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_layers": 26,
-    "num_heads": 8,
-    "num_key_value_heads": 4,
-}
 
 # What `PaliGemmaConfig` takes for a whole `text_config` or `vision_config` that is absent.
 _ABSENT_TEXT = {
@@ -396,5 +355,7 @@ MODEL = VisionLanguageModel(
     resampling="bicubic",
     mean=HALF,
     std=HALF,
+    embed=embed,
+    attend=attend,
 )
 BACKBONE = vlm.make_backbone(MODEL)

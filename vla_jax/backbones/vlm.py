@@ -17,13 +17,14 @@ import numpy as np
 from einops import rearrange
 from jax.sharding import PartitionSpec
 
-from vla_jax.backbones import preprocess, sequence, tokenizers, word_hashing
-from vla_jax.backbones.backbone import Backbone, Globs, ImageSpec
+from vla_jax.backbones import preprocess, sequence, tokenizers, vlm_window, word_hashing
+from vla_jax.backbones.backbone import Backbone, Globs, History, ImageSpec
 from vla_jax.backbones.blocks import init_tree
 from vla_jax.backbones.parts import flatten, shape
 from vla_jax.backbones.sequence import IMAGE
 from vla_jax.backbones.tensor_names import Tensor
 from vla_jax.backbones.vlm_options import VLMOptions
+from vla_jax.backbones.vlm_window import EmbeddedStep
 from vla_jax.files import Path
 from vla_jax.nn import lora
 from vla_jax.nn.layers import dense, init_dense
@@ -100,6 +101,11 @@ class VisionLanguageModel(NamedTuple):
     resampling: Resampling  # of images of another size
     mean: tuple[float, float, float]  # of RGB values in [0, 1], subtracted
     std: tuple[float, float, float]  # of RGB values in [0, 1], divided by
+    # The two halves of `hidden_states`, for history "window"; None = not supported:
+    # (params, config, sequences [B, S], images [B, C, h, w, 3] uint8) -> embeddings [B, S, D]
+    embed: Callable[[Params, Any, Array, Array], jax.Array] | None = None
+    # (params, config, embeddings [B, T, D], positions [B, T], mask [B, T, T]) -> hidden states
+    attend: Callable[[Params, Any, Array, Array, Array], jax.Array] | None = None
 
 
 def make_backbone(model: VisionLanguageModel) -> Backbone:
@@ -116,6 +122,7 @@ def make_backbone(model: VisionLanguageModel) -> Backbone:
         with_files=with_files,
         example=example,
         frozen=frozen,
+        history=partial(history, model),
     )
 
 
@@ -172,6 +179,63 @@ def apply(
     tokens = sequence.read_out(hidden, ids, config)
     if options.proprio_dim:
         tokens = _with_proprio(params["proprio"], tokens, parts["proprio"])
+    return Tokens(*(x.reshape(*lead, *x.shape[1:]) for x in tokens))
+
+
+def history(model: VisionLanguageModel, config: Any) -> History | None:
+    """Returns the functions of history "window"; None for "step".
+
+    Raises:
+      ValueError: the model does not support it.
+    """
+    if config.options.history == "step":
+        return None
+    if model.attend is None:
+        raise ValueError(
+            f"history must be 'step' for backbone '{config.kind}', got 'window'; choose another "
+            "backbone for windows in one sequence."
+        )
+    return History(partial(embed_step, model), partial(attend_window, model))
+
+
+def embed_step(
+    model: VisionLanguageModel, params: Params, config: Any, observation: Observation
+) -> EmbeddedStep:
+    """Returns the embedded sequences of steps; arguments and errors as `apply`."""
+    assert model.embed is not None
+    parts, lead = flatten(observation, _part_shapes(config))
+    ids = jnp.asarray(parts["instruction"])
+    images = jnp.stack([jnp.asarray(parts[name]) for name in config.options.cameras], axis=1)
+    step = EmbeddedStep(model.embed(params, config, ids, images), ids, parts.get("proprio"))
+    return jax.tree.map(lambda part: jnp.reshape(part, (*lead, *part.shape[1:])), step)
+
+
+def attend_window(
+    model: VisionLanguageModel, params: Params, config: Any, steps: EmbeddedStep, visible: Array
+) -> Tokens:
+    """Returns the tokens of the steps of a window, each from the steps that it may see.
+
+    Args:
+      model: the model.
+      params: from `init`.
+      config: config of the params.
+      steps: from `embed_step`, `[B, W, ...]`.
+      visible: bool `[B, W, W]`, True where a step may see another.
+
+    Returns:
+      Tokens `[B, W, N, D]` float32, mask `[B, W, N]`.
+    """
+    assert model.attend is not None
+    options = config.options
+    window = vlm_window.concatenate(
+        steps, visible, count_padding=options.layout == "robovlms_padded"
+    )
+    hidden, ids = vlm_window.split(model.attend(params, config, *window), steps)
+    tokens = sequence.read_out(hidden, ids, config)
+    if steps.proprio is not None:
+        proprio = jnp.reshape(steps.proprio, (-1, options.proprio_dim))
+        tokens = _with_proprio(params["proprio"], tokens, proprio)
+    lead = jnp.shape(steps.ids)[:2]
     return Tokens(*(x.reshape(*lead, *x.shape[1:]) for x in tokens))
 
 

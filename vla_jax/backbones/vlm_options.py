@@ -8,6 +8,7 @@ from vla_jax.config import did_you_mean
 from vla_jax.nn.lora import LoraConfig
 
 Readout = Literal["action_token", "image", "image_mean", "text", "last", "all"]
+History = Literal["step", "window"]
 Layout = Literal["native", "robovlms", "robovlms_padded"]
 
 
@@ -27,6 +28,9 @@ class VLMOptions:
     # pre-training, token last; "robovlms" = as RoboVLMs does for one sample; "robovlms_padded" =
     # as RoboVLMs trains, where the token's position depends on the padding
     layout: Layout = "native"
+    # steps of a window that the model sees: "step" = one, "window" = all up to the present one, in
+    # one causal sequence, as RoboVLMs' history "pre"; needs a decoder without memory
+    history: History = "step"
     prompt: str = "{instruction}"  # text of a step; {instruction} is replaced
     tokenizer: str = ""  # path of tokenizer.json; empty = hashed words, for random weights only
     proprio_dim: int = 0  # P; above 0, one more token that is linear in the proprioception
@@ -45,6 +49,7 @@ class VLMOptions:
         for name, choices in (
             ("readout", get_args(Readout)),
             ("layout", get_args(Layout)),
+            ("history", get_args(History)),
             ("dtype", ("float32", "bfloat16")),
             ("param_dtype", ("float32", "bfloat16")),
             ("remat", get_args(Remat)),

@@ -10,7 +10,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,12 @@ import jax.numpy as jnp
 from vla_jax.backbones import registry
 from vla_jax.backbones.perceiver import PerceiverConfig
 from vla_jax.backbones.registry import BackboneConfig
-from vla_jax.policies import decoders, heads
+from vla_jax.policies import decoders, heads, trunks, window_history
 from vla_jax.policies.decoder_config import DecoderConfig
 from vla_jax.policies.decoders import StreamState
 from vla_jax.policies.head import TeacherForcing
 from vla_jax.policies.trunk import Mode
+from vla_jax.policies.window_history import PastSteps
 from vla_jax.types import ActionChunk, Array, Key, Observation, Params, Prediction, Tokens
 
 
@@ -46,6 +47,19 @@ class PolicyConfig:
                 f"num_tokens {num_tokens} and token_dim {self.decoder.token_dim}; "
                 "use policy.connect."
             )
+        sees_window = registry.get(self.backbone).history(self.backbone) is not None
+        if sees_window and trunks.get(self.decoder.kind).has_memory:
+            raise ValueError(
+                "kind of the decoder must be 'fc' with a backbone of history 'window', which sees "
+                f"the earlier steps itself, got '{self.decoder.kind}'; choose one of them."
+            )
+
+
+class WindowStream(NamedTuple):
+    """Streaming state of a policy whose backbone sees earlier steps; leaves have an axis B."""
+
+    past: PastSteps
+    decoder: StreamState
 
 
 class PolicyOutputs(NamedTuple):
@@ -83,8 +97,53 @@ def encode(params: Params, config: PolicyConfig, observation: Observation) -> To
 
     Returns:
       Tokens `[..., N, D]`, mask `[..., N]`.
+
+    Raises:
+      ValueError: the tokens of a step depend on earlier steps.
     """
-    return registry.get(config.backbone).apply(params["backbone"], config.backbone, observation)
+    backbone = config.backbone
+    member = registry.get(backbone)
+    if member.history(backbone) is not None:
+        raise ValueError(
+            f"history of backbone '{backbone.kind}' must be 'step' to encode steps one by one, as "
+            "a cache of tokens does, got 'window'; use `encode_window`."
+        )
+    return member.apply(params["backbone"], backbone, observation)
+
+
+def encode_window(
+    params: Params,
+    config: PolicyConfig,
+    observation: Observation,
+    *,
+    timestep_mask: Array | None = None,
+    reset: Array | None = None,
+) -> Tokens:
+    """Returns the tokens of the steps of a window, from the steps that the backbone sees.
+
+    Args:
+      params: from `init`.
+      config: the one given to `init`.
+      observation: `[B, W, ...]`.
+      timestep_mask: `[B, W]`, True where the step is real; None means everywhere.
+      reset: `[B, W]`, True where a new episode starts; None means nowhere.
+
+    Returns:
+      Tokens `[B, W, N, D]`, mask `[B, W, N]`.
+    """
+    backbone = config.backbone
+    history = registry.get(backbone).history(backbone)
+    if history is None:
+        return encode(params, config, observation)
+    return window_history.encode_window(
+        history,
+        params["backbone"],
+        backbone,
+        observation,
+        config.decoder.window_size,
+        timestep_mask=timestep_mask,
+        reset=reset,
+    )
 
 
 def takes_targets(config: PolicyConfig) -> bool:
@@ -150,7 +209,10 @@ def outputs(
     The arguments are those of `apply`. Auxiliary heads and value functions use the features.
     """
     trunk_key, head_key = (None, None) if key is None else jax.random.split(key)
-    tokens = encode(params, config, observation) if tokens is None else tokens
+    if tokens is None:
+        tokens = encode_window(
+            params, config, observation, timestep_mask=timestep_mask, reset=reset
+        )
     tokens = tokens._replace(tokens=jnp.asarray(tokens.tokens, jnp.float32))  # cached in half
     _, features = decoders.run_trunk(
         params["decoder"],
@@ -180,11 +242,19 @@ def init_stream(
     *,
     mode: Mode = "refresh",
     window_size: int | None = None,
-) -> StreamState:
+) -> StreamState | WindowStream:
     """Returns the state before the first step; see `decoders.init_stream`."""
-    return decoders.init_stream(
+    decoder = decoders.init_stream(
         params["decoder"], config.decoder, batch_size, mode=mode, window_size=window_size
     )
+    backbone = config.backbone
+    member = registry.get(backbone)
+    history = member.history(backbone)
+    if history is None:
+        return decoder
+    size = window_size or config.decoder.window_size
+    past = window_history.init(member, history, params["backbone"], backbone, batch_size, size)
+    return WindowStream(past, decoder)
 
 
 def prepare_params(
@@ -205,11 +275,11 @@ def prepare_params(
 def step(
     params: Params,
     config: PolicyConfig,
-    state: StreamState,
+    state: Any,
     observation: Observation,
     *,
     reset: Array | None = None,
-) -> tuple[StreamState, ActionChunk]:
+) -> tuple[Any, ActionChunk]:
     """Advances one time step.
 
     Args:
@@ -222,7 +292,20 @@ def step(
     Returns:
       The next state, and chunks `[B, K, …]`.
     """
-    tokens = encode(params, config, observation)
+    backbone = config.backbone
+    history = registry.get(backbone).history(backbone)
+    if history is None:
+        return _decode(params, config, state, encode(params, config, observation), reset)
+    past, tokens = window_history.step(
+        history, params["backbone"], backbone, state.past, observation, reset
+    )
+    decoder, chunk = _decode(params, config, state.decoder, tokens, reset)
+    return WindowStream(past, decoder), chunk
+
+
+def _decode(
+    params: Params, config: PolicyConfig, state: StreamState, tokens: Tokens, reset: Array | None
+) -> tuple[StreamState, ActionChunk]:
     return decoders.step(
         params["decoder"],
         config.decoder,

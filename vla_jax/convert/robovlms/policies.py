@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vla_jax import trees
 from vla_jax.acting.agent import AgentConfig
-from vla_jax.backbones import models, weight_export, weights
+from vla_jax.backbones import models, tensor_names, weight_export, weight_report, weights
+from vla_jax.backbones.tensor_names import Place
 from vla_jax.convert.arrays import as_float32, as_numpy
-from vla_jax.convert.conversion_report import Report, Shape, check, compare, warn
+from vla_jax.convert.conversion_report import Report, check, compare, warn
 from vla_jax.convert.robovlms.acting_presets import calvin
 from vla_jax.convert.robovlms.checkpoints import from_robovlms, report_robovlms, to_robovlms
 from vla_jax.convert.robovlms.key_names import HEAD, find_head, head_name, head_tensors
@@ -145,7 +145,7 @@ def report_robovlms_policy(tensors: Mapping[str, Any], agent: AgentConfig) -> Re
     backbone, decoder = agent.policy.backbone, agent.policy.decoder
     in_file = _by_common_name(tensors, backbone)
     needed = {
-        **{MODEL + name: shape for name, shape in _shapes(backbone).items()},
+        **{MODEL + name: place.shape for name, place in _places(backbone).items()},
         TOKEN: (backbone.token_dim,),
         **{HEAD + name: tensor.their_shape for name, tensor in head_tensors(decoder).items()},
     }
@@ -187,6 +187,7 @@ def read_backbone_config(folder: Path, training: Training) -> Any:
         cameras=training.cameras,
         layout="robovlms",
         readout="action_token",
+        history=training.history,
         num_action_tokens=training.num_latents,
     )
     return dataclasses.replace(config, **_AS_TRAINED.get(config.kind, {}), options=options)
@@ -215,43 +216,23 @@ def _check_decoder(decoder: DecoderConfig, training: Training, backbone: Any) ->
 
 
 def _read_backbone(tensors: Mapping[str, Any], config: Any) -> Params:
-    """Returns the params of the backbone, float32, one after the other."""
-    model, in_file = models.get(config), _by_common_name(tensors, config)
-    shapes: Any = trees.leaves_by_path(_zero_shapes(config))
-    leaves = {}
-    for tensor in model.tensors(config):
-        leaf = np.empty(shapes[tensor.path].shape, np.float32)
-        is_stacked = "{}" in tensor.name
-        for number in range(len(leaf) if is_stacked else 1):
-            name = in_file[MODEL + tensor.name.format(number)]
-            array = tensor.order.to_params(as_numpy(tensors[name]))
-            leaf[number if is_stacked else ...] = array
-        leaves[tensor.path] = jnp.asarray(leaf)
+    """Returns the params of the backbone, float32; one copy of every tensor is made."""
+    in_file, shapes = _by_common_name(tensors, config), models.get(config).shapes(config)
+    leaves = {
+        path: np.empty(shape, np.float32) for path, shape in flatten_dict(shapes, sep="/").items()
+    }
+    for name, place in _places(config).items():
+        array = as_numpy(tensors[in_file[MODEL + name]])
+        row = ... if place.layer is None else place.layer
+        leaves[place.tensor.path][row] = place.tensor.order.to_params(array)
     token = as_float32(in_file[TOKEN], tensors[in_file[TOKEN]])
-    leaves["action_token"] = jnp.tile(token, (config.options.num_action_tokens, 1))
-    return unflatten_dict(leaves, sep="/")
+    leaves["action_token"] = np.tile(token, (config.options.num_action_tokens, 1))
+    return jax.tree.map(jnp.asarray, unflatten_dict(leaves, sep="/"))
 
 
-def _shapes(config: Any) -> dict[str, Shape]:
-    """Returns name in the model's table -> shape in the file."""
-    leaves: Any = trees.leaves_by_path(_zero_shapes(config))
-    shapes = {}
-    for tensor in models.get(config).tensors(config):
-        shape = leaves[tensor.path].shape
-        is_stacked = "{}" in tensor.name
-        for number in range(shape[0] if is_stacked else 1):
-            file_shape = tensor.order.file_shape(shape[1:] if is_stacked else shape)
-            shapes[tensor.name.format(number)] = file_shape
-    return shapes
-
-
-def _zero_shapes(config: Any) -> Params:
-    shapes = models.get(config).shapes(config)
-    return jax.tree.map(
-        lambda shape: jax.ShapeDtypeStruct(shape, np.float32),
-        shapes,
-        is_leaf=lambda leaf: isinstance(leaf, tuple),
-    )
+def _places(config: Any) -> dict[str, Place]:
+    model = models.get(config)
+    return tensor_names.places(model.tensors(config), model.shapes(config))
 
 
 def _by_common_name(names: Collection[str], config: Any) -> dict[str, str]:
@@ -276,10 +257,7 @@ def _common_name(name: str, config: Any) -> str:
     rest = name.removeprefix(match[0] if match else "")
     if not rest.startswith(MODEL):
         return rest
-    inner = rest.removeprefix(MODEL)
-    for pattern, replacement in models.get(config).renames:
-        inner = re.sub(pattern, replacement, inner)
-    return MODEL + inner
+    return MODEL + weight_report.rename(models.get(config), rest.removeprefix(MODEL))
 
 
 def _embedding_name(config: Any) -> str:

@@ -8,14 +8,15 @@ RoboVLMs either: the image processor and the top-level entries are.
 import pathlib
 import warnings
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
+from vla_jax.backbones.vlm_options import History
 from vla_jax.config import did_you_mean
 from vla_jax.files import Path, read_json
 
 MODELS = {"kosmos": "kosmos2", "paligemma": "paligemma"}  # RoboVLMs' `model` -> our kind
 HEADS = ("LSTMDecoder", "FCDecoder", "GPTDecoder")
-History = Literal["post"]
+HISTORIES: dict[str, History] = {"post": "step", "pre": "window"}  # RoboVLMs' -> ours
 _CONTENT = "the training config of RoboVLMs"
 _MISSING = object()
 
@@ -29,7 +30,7 @@ class Training(NamedTuple):
     pooling: Literal["max", "none"] = "none"  # of the tokens of a step
     num_latents: int = 1  # copies of the learned token
     hidden_size: int | None = None  # of the head, for each copy; None = not stated
-    history: History = "post"  # where the steps of a window meet: "post" = in the head
+    history: History = "step"  # steps that the model sees, see `VLMOptions.history`
     cameras: tuple[str, ...] = ("image_wrist", "image_primary")  # in the order of the sequence
     bounds: tuple[float, float] | None = (-0.65, 0.65)  # actions mapped to ±1; None = not scaled
     action_mu: float = 0.0  # μ of the μ-law companding of the arm; 0 = off
@@ -98,6 +99,7 @@ def from_json(data: Mapping[str, Any]) -> Training:
         pooling="max" if pooling == "pooling" else "none",
         num_latents=_count(head, "latent", 1),
         hidden_size=_count(head, "hidden_size", 1024),
+        history=HISTORIES[head.get("history_type", "post")],
         cameras=(*wrist, "image_primary"),
         bounds=limits if data.get("norm_action", True) else None,
         action_mu=_number(data, "mu_val", 255.0) if data.get("use_mu_law") else 0.0,
@@ -109,7 +111,7 @@ def _check_supported(data: Mapping[str, Any], head: Mapping[str, Any]) -> None:
     entries = (
         ("act_head.type", head.get("type"), HEADS),
         ("act_head.action_space", head.get("action_space", "continuous"), ("continuous",)),
-        ("act_head.history_type", head.get("history_type", "post"), get_args(History)),
+        ("act_head.history_type", head.get("history_type", "post"), tuple(HISTORIES)),
         ("act_head.down_sample", head.get("down_sample", "none"), ("none", "pooling")),
         ("use_vision_resampler", data.get("use_vision_resampler", False), (False,)),
         ("use_state", data.get("use_state", False), (False,)),
