@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -217,17 +216,18 @@ def _check_decoder(decoder: DecoderConfig, training: Training, backbone: Any) ->
 
 def _read_backbone(tensors: Mapping[str, Any], config: Any) -> Params:
     """Returns the params of the backbone, float32; one copy of every tensor is made."""
-    in_file, shapes = _by_common_name(tensors, config), models.get(config).shapes(config)
-    leaves = {
-        path: np.empty(shape, np.float32) for path, shape in flatten_dict(shapes, sep="/").items()
-    }
+    in_file = _by_common_name(tensors, config)
+    shapes: dict[str, Any] = flatten_dict(models.get(config).shapes(config), sep="/")
+    leaves: dict[str, Any] = {path: np.empty(shape, np.float32) for path, shape in shapes.items()}
     for name, place in _places(config).items():
         array = as_numpy(tensors[in_file[MODEL + name]])
         row = ... if place.layer is None else place.layer
         leaves[place.tensor.path][row] = place.tensor.order.to_params(array)
     token = as_float32(in_file[TOKEN], tensors[in_file[TOKEN]])
     leaves["action_token"] = np.tile(token, (config.options.num_action_tokens, 1))
-    return jax.tree.map(jnp.asarray, unflatten_dict(leaves, sep="/"))
+    for path in leaves:  # the host's copy of a leaf is freed before the next one is placed
+        leaves[path] = jnp.asarray(leaves[path])
+    return unflatten_dict(leaves, sep="/")
 
 
 def _places(config: Any) -> dict[str, Place]:
