@@ -26,7 +26,7 @@ import tokenize
 import typing
 import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar
 
 from vla_jax import config as configs
 
@@ -125,7 +125,10 @@ def command_line(
         prog=program(),
         description=f"{description}\n\n{_preset_list(presets, known.preset)}",
     )
-    return configs.from_dict(type(default), configs.to_dict(chosen))
+    try:
+        return configs.from_dict(type(default), configs.to_dict(_complete(chosen)))
+    except ValueError as error:
+        _stop(f"error: {error}")
 
 
 def parse(
@@ -158,23 +161,30 @@ def parse(
         raise
 
 
-def _flat_class(config: Any, part: str, *, ambiguous: Container[str]) -> type:
+def _flat_class(
+    config: Any, part: str, *, ambiguous: Container[str], hidden: Container[str] = ()
+) -> type:
     """Returns a subclass of the config's class for tyro to read.
 
     Its defaults are the config's values, each union is narrowed to the member that the config
     holds (tyro would make sub-commands of it), and options are flat; those named in `ambiguous`
-    and those of `NAMED_PARTS` begin with `part`.
+    and those of `NAMED_PARTS` begin with `part`. There are none for the fields in `hidden`, and for
+    those that a class lists as DERIVED.
     """
     import tyro
 
     cls = type(config)
+    derived = getattr(cls, "DERIVED", ())
     fields: list[Any] = []
     for name, kind in typing.get_type_hints(cls).items():
+        if typing.get_origin(kind) is ClassVar:
+            continue
         value, about = getattr(config, name), comments(cls).get(name, "")
         if dataclasses.is_dataclass(value):
-            kind, marker = _flat_class(value, name, ambiguous=ambiguous), tyro.conf.arg(help=about)
-            value = kind()
-        elif _fixed(kind):
+            inner = [path.partition(".")[2] for path in derived if path.startswith(f"{name}.")]
+            kind = _flat_class(value, name, ambiguous=ambiguous, hidden=inner)
+            marker, value = tyro.conf.arg(help=about), kind()
+        elif _fixed(kind) or name in hidden:
             marker = tyro.conf.Suppress
         else:
             dotted = part in NAMED_PARTS or (part and name in ambiguous)
@@ -182,7 +192,19 @@ def _flat_class(config: Any, part: str, *, ambiguous: Container[str]) -> type:
             aliases = [f"--{part}"] if part and name == "path" else None
             marker = tyro.conf.arg(name=flag, help=about, prefix_name=False, aliases=aliases)
         fields.append((name, Annotated[kind, marker], dataclasses.field(default=value)))
-    return dataclasses.make_dataclass(cls.__name__, fields, bases=(cls,), frozen=True)
+    # Checked once all options are known, by the class itself.
+    unchecked = {"__post_init__": lambda self: None}
+    return dataclasses.make_dataclass(
+        cls.__name__, fields, bases=(cls,), namespace=unchecked, frozen=True
+    )
+
+
+def _complete(config: Any) -> Any:
+    """Returns the config with the fields that its classes derive from others (`complete`)."""
+    parts = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    changed = {name: _complete(v) for name, v in parts.items() if dataclasses.is_dataclass(v)}
+    config = dataclasses.replace(config, **changed)
+    return config.complete() if hasattr(config, "complete") else config
 
 
 def _fixed(kind: Any) -> bool:

@@ -10,7 +10,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,9 @@ from vla_jax.types import ActionChunk, Array, Key, Observation, Params, Predicti
 @dataclass(frozen=True)
 class PolicyConfig:
     """A backbone and a matching decoder; `connect` sets the decoder's input sizes."""
+
+    # fields without an option on the command line, where `complete` sets them
+    DERIVED: ClassVar[tuple[str, ...]] = ("decoder.num_tokens", "decoder.token_dim")
 
     backbone: BackboneConfig = PerceiverConfig()  # encoder of images and instruction
     # trunk and action head on the backbone's tokens
@@ -60,6 +63,13 @@ class WindowStream(NamedTuple):
 
     past: PastSteps
     decoder: StreamState
+
+    def complete(self) -> Self:
+        """Returns the config with the decoder's input sizes set by the backbone."""
+        connected = connect(self.backbone, self.decoder).decoder
+        if not self.decoder.num_tokens:  # any number
+            connected = dataclasses.replace(connected, num_tokens=0)
+        return dataclasses.replace(self, decoder=connected)
 
 
 class PolicyOutputs(NamedTuple):

@@ -108,7 +108,8 @@ def fit(
       sharding_rules: how to shard params over the devices; () replicates them.
 
     Returns:
-      The state after the last update, in the host's memory.
+      The state after the last update, sharded over the devices; with several processes it is in
+      the host's memory.
     """
     directory = run_dir / "checkpoints"
     if checkpoint.latest_step(directory) is not None:
@@ -144,4 +145,6 @@ def fit(
             if step % config.save_every == 0 or step == config.num_updates:
                 position = {"loader": loader.get_state()}
                 checkpoint.save(checkpoints, step, train_state, metadata | position)
+    if jax.process_count() == 1:
+        return train_state  # not gathered: a large model may not fit one device
     return jax.device_get(parallel.replicate(train_state, mesh))
