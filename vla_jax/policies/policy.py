@@ -57,19 +57,19 @@ class PolicyConfig:
                 f"the earlier steps itself, got '{self.decoder.kind}'; choose one of them."
             )
 
-
-class WindowStream(NamedTuple):
-    """Streaming state of a policy whose backbone sees earlier steps; leaves have an axis B."""
-
-    past: PastSteps
-    decoder: StreamState
-
     def complete(self) -> Self:
         """Returns the config with the decoder's input sizes set by the backbone."""
         connected = connect(self.backbone, self.decoder).decoder
         if not self.decoder.num_tokens:  # any number
             connected = dataclasses.replace(connected, num_tokens=0)
         return dataclasses.replace(self, decoder=connected)
+
+
+class WindowStream(NamedTuple):
+    """Streaming state of a policy whose backbone sees earlier steps; leaves have an axis B."""
+
+    past: PastSteps
+    decoder: StreamState
 
 
 class PolicyOutputs(NamedTuple):
