@@ -5,10 +5,10 @@
     python -m train.benchmark --cases start checkpoints      # vla_jax alone: start-up, checkpoints
     python -m train.benchmark --small                        # tiny sizes: seconds, a smoke test
 
-The others are the RNNs of Flax and PyTorch, RoboVLMs' head written in PyTorch, autodiff of a plain
-scan, and recomputation of the whole window at every step. All have the same weights, and their
-outputs and gradients must agree with those of vla_jax before any is timed. Run nothing else on the
-machine: other programs widen the spread.
+The others are the RNNs of Flax and PyTorch, RoboVLMs' head written in PyTorch, the SmolVLM of
+transformers, autodiff of a plain scan, and recomputation of the whole window at every step. All
+have the same weights, and their outputs and gradients must agree with those of vla_jax before any
+is timed. Run nothing else on the machine: other programs widen the spread.
 """
 
 import importlib.metadata
@@ -22,7 +22,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from train.benchmark import baselines, system, timing
+from train.benchmark import baselines, baselines_vlm, system, timing
 from train.benchmark import cases as benchmark_cases
 from train.benchmark.system import Measurement
 from train.benchmark.timing import Row, Spread
@@ -33,7 +33,7 @@ from vla_jax.training.malloc import keep_freed_memory
 
 Case = Literal[
     "recurrence", "head", "streaming", "growth", "products",
-    "memory", "start", "checkpoints", "loader",
+    "backbone", "memory", "start", "checkpoints", "loader",
 ]  # fmt: skip
 CASES: tuple[Case, ...] = get_args(Case)
 WIDTH = 130  # characters per line if the output is not a terminal
@@ -79,7 +79,9 @@ def benchmark(config: BenchmarkConfig) -> pathlib.Path:
         peak_gflops = timing.measure_peak(sizes.peak_size, config.rounds)
         conditions = {
             "machine": machine(),
-            "left_out": [reason for reason in [baselines.why_no_torch()] if reason],
+            "left_out": sorted(
+                {baselines.why_no_torch(), baselines_vlm.why_no_transformers()} - {""}
+            ),
             "small": config.small,
             "keep_freed_memory": config.keep_freed_memory,
             "rounds": config.rounds,

@@ -6,11 +6,15 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from train.benchmark import baselines, jax_runs
+from train.benchmark import baselines, jax_runs, vlm_runs
 from train.benchmark.timing import Comparison
 from train.configs import ImitateConfig, table_lstm
 from vla_jax.acting.agent import AgentConfig
 from vla_jax.backbones.perceiver import PerceiverConfig
+from vla_jax.backbones.rotary_decoder import RotaryDecoderConfig
+from vla_jax.backbones.smolvlm import SmolVLMConfig
+from vla_jax.backbones.vit import VisionConfig
+from vla_jax.backbones.vlm_options import VLMOptions
 from vla_jax.data.loader import LoaderConfig
 from vla_jax.nn import recurrence
 from vla_jax.nn.matmul import Transposed
@@ -34,6 +38,8 @@ class BenchmarkSizes(NamedTuple):
     num_starts: int  # processes of case start with a cold cache, and as many with a warm one
     imitation: ImitateConfig  # training of case loader
     num_updates: tuple[int, int]  # updates of case loader, from tokens and from images
+    backbone: SmolVLMConfig  # model of case backbone
+    num_frames: int  # B of case backbone
     peak_size: int  # rows and columns of the product that measures the peak GFLOP/s
 
 
@@ -54,8 +60,22 @@ LARGE = BenchmarkSizes(
     num_starts=3,
     imitation=replace(table_lstm(), backbone_from=""),
     num_updates=(60, 6),
+    backbone=SmolVLMConfig(
+        vision=VisionConfig(
+            hidden_size=384, intermediate_size=1536, num_layers=6, num_heads=6, image_size=128,
+            patch_size=16,
+        ),
+        language=RotaryDecoderConfig(
+            vocab_size=8192, hidden_size=384, intermediate_size=1152, num_layers=8, num_heads=6,
+            num_key_value_heads=2, head_dim=64,
+        ),
+        shuffle=2,
+        image_token_id=8191,
+        options=VLMOptions(readout="last", max_text_tokens=32),
+    ),
+    num_frames=8,
     peak_size=2048,
-)
+)  # fmt: skip
 _TINY_BACKBONE = PerceiverConfig(image_size=8, width=8, num_latents=2, token_dim=4, num_heads=2)
 _TINY_DECODER = DecoderConfig(
     window_size=6, hidden_size=8, num_layers=1, pooling="none", head_sizes=(8,)
@@ -78,6 +98,20 @@ SMALL = BenchmarkSizes(
         loader=LoaderConfig(batch_size=2),
     ),
     num_updates=(2, 2),
+    backbone=SmolVLMConfig(
+        vision=VisionConfig(
+            hidden_size=8, intermediate_size=8, num_layers=1, num_heads=2, image_size=16,
+            patch_size=8,
+        ),
+        language=RotaryDecoderConfig(
+            vocab_size=32, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=2,
+            num_key_value_heads=1, head_dim=4,
+        ),
+        shuffle=2,
+        image_token_id=31,
+        options=VLMOptions(readout="last", max_text_tokens=4),
+    ),
+    num_frames=2,
     peak_size=64,
 )  # fmt: skip
 
@@ -195,4 +229,5 @@ COMPARISONS: dict[str, Callable[[BenchmarkSizes], Iterator[Comparison]]] = {
     "streaming": streams,
     "growth": growth,
     "products": products,
+    "backbone": lambda sizes: vlm_runs.backbones(sizes.backbone, sizes.num_frames),
 }

@@ -1,0 +1,89 @@
+"""The SmolVLM of Hugging Face's transformers in PyTorch, with the weights of vla_jax."""
+
+import importlib.util
+import pathlib
+import tempfile
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from train.benchmark import baselines
+from train.benchmark.timing import Implementation
+from vla_jax.backbones import models, preprocess, weights
+from vla_jax.backbones.sequence import IMAGE
+from vla_jax.backbones.smolvlm import SmolVLMConfig
+from vla_jax.backbones.weight_export import export
+from vla_jax.types import Params
+
+PREFIX = "model."  # of the inner model's tensors in a file
+
+
+def why_no_transformers() -> str:
+    """Returns the reason why transformers is not measured; empty if it is."""
+    if importlib.util.find_spec("transformers") is None:
+        return "transformers is not installed: pip install 'vla-jax[oracles]'"
+    return baselines.why_no_torch()
+
+
+def run_transformers(
+    config: SmolVLMConfig, params: Params, frames: Any, *, gradients: bool, weight_bytes: int
+) -> Implementation:
+    """Returns transformers' implementation, with its default attention (SDPA).
+
+    Args:
+      config: of the model.
+      params: of the model.
+      frames: `vlm_runs.Frames`.
+      gradients: compute the gradients of all params as well.
+      weight_bytes: see `Implementation`.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    with tempfile.TemporaryDirectory() as parent:
+        folder = pathlib.Path(parent) / "model"
+        export(folder, config, params)
+        model = AutoModelForImageTextToText.from_pretrained(folder).model.eval()
+    vlm = models.get(config)
+    pixels = preprocess.normalize(frames.images, vlm.mean, vlm.std)
+    inputs = {
+        "input_ids": torch.tensor(
+            np.where(frames.ids == IMAGE, config.image_token_id, frames.ids).astype(np.int64)
+        ),
+        "attention_mask": torch.ones(frames.ids.shape, dtype=torch.int64),
+        "pixel_values": torch.tensor(np.moveaxis(pixels, -1, 2)),
+    }
+    cotangent = torch.tensor(frames.cotangent)
+
+    def run() -> Any:
+        if not gradients:
+            with torch.inference_mode():
+                return model(**inputs, use_cache=False).last_hidden_state
+        model.zero_grad(set_to_none=True)
+        hidden = model(**inputs, use_cache=False).last_hidden_state
+        hidden.backward(cotangent)
+        return hidden.detach()
+
+    def read(hidden: Any) -> dict[str, Any]:
+        if not gradients:
+            return {"hidden": hidden.numpy()}
+        named = {PREFIX + name: leaf.grad.numpy() for name, leaf in model.named_parameters()}
+        grads = _to_params(config, params, named)
+        del grads["vision"]["layers"]["attention"]["key"]["bias"]
+        return {"hidden": hidden.numpy(), "grads": grads}
+
+    # The softmax is invariant to the bias of keys: its gradient is rounding errors.
+    return Implementation(
+        "transformers (PyTorch)", run, read, weight_bytes, lacks=("attention/key/bias",)
+    )
+
+
+def _to_params(config: SmolVLMConfig, params: Params, named: dict[str, Any]) -> Params:
+    """Returns tensors of a file in the tree and layout of the params."""
+    with tempfile.TemporaryDirectory() as parent:
+        folder = pathlib.Path(parent) / "model"
+        export(folder, config, params)
+        contiguous = {name: np.ascontiguousarray(array) for name, array in named.items()}
+        save_file(contiguous, folder / "model.safetensors")
+        return weights.load(folder, config=config)[1]
