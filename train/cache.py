@@ -23,8 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
+from train.backbone_source import resolve
 from train.configs import IMITATE, ImitateConfig
-from train.setup import compute_norm_stats, init_params, make_windows, read_dataset, resolve
+from train.setup import compute_norm_stats, init_params, make_windows, read_dataset
 from vla_jax import config as configs
 from vla_jax import trees
 from vla_jax.backbones import registry
@@ -108,7 +109,7 @@ def fingerprint(params: Params, config: BackboneConfig, frames: Windows, sizes: 
       sizes: of the tokens.
     """
     settings = [
-        configs.to_dict(config),
+        _relevant(configs.to_dict(config)),
         registry.get(config).image_spec(config),
         frames.identity,
         digest(frames.instructions),  # with the ids of a hidden instruction
@@ -120,6 +121,15 @@ def fingerprint(params: Params, config: BackboneConfig, frames: Windows, sizes: 
         state.update(f"{path} {array.dtype} {array.shape}".encode())
         state.update(array.reshape(-1).view(np.uint8).data)
     return state.hexdigest()[:16]
+
+
+def _relevant(settings: Any) -> Any:
+    """Returns nested settings without those that the tokens do not depend on."""
+    if not isinstance(settings, dict):
+        return settings
+    # The tokenizer's ids are hashed instead of its path.
+    others = ("tokenizer", "remat", "images_per_pass", "reference_version")
+    return {name: _relevant(value) for name, value in settings.items() if name not in others}
 
 
 def token_folder(config: ImitateConfig) -> pathlib.Path:

@@ -9,7 +9,10 @@ from typing import Any, Literal
 from vla_jax.acting.agent import AgentConfig
 from vla_jax.backbones import registry
 from vla_jax.backbones.kosmos2 import Kosmos2Config
+from vla_jax.backbones.paligemma import PaliGemmaConfig
 from vla_jax.backbones.perceiver import PerceiverConfig
+from vla_jax.backbones.qwen3_vl import Qwen3VLConfig
+from vla_jax.backbones.registry import BackboneConfig
 from vla_jax.backbones.rotary_decoder import RotaryDecoderConfig
 from vla_jax.backbones.smolvlm import SmolVLMConfig
 from vla_jax.backbones.state import StateConfig
@@ -22,6 +25,7 @@ from vla_jax.data.token_files import CacheDtype
 from vla_jax.envs.table.jax_env import JaxTableConfig
 from vla_jax.envs.table.mujoco_env import MujocoTableConfig
 from vla_jax.envs.worlds import WorldConfig
+from vla_jax.nn.lora import LoraConfig
 from vla_jax.nn.scheduled_sampling import SamplingConfig
 from vla_jax.policies import policy
 from vla_jax.policies.decoder_config import DecoderConfig
@@ -224,7 +228,7 @@ def smolvlm_lstm() -> ImitateConfig:
     """SmolVLM2 500M and an LSTM, trained end to end on one GPU of 24 GB; not measured yet.
 
     `--backbone-from FOLDER` names the model's folder; `--readout image_mean --frozen-backbone`
-    trains the LSTM alone on cached features.
+    trains the LSTM alone on cached features. An update needs 15 GB by the estimate.
     """
     options = VLMOptions(dtype="bfloat16", remat="layers", proprio_dim=8, images_per_pass=16)
     return _vlm_lstm(SmolVLMConfig(options=options), "runs/smolvlm_lstm")
@@ -256,7 +260,28 @@ def kosmos_lstm() -> ImitateConfig:
     )
 
 
-def _vlm_lstm(backbone: SmolVLMConfig | Kosmos2Config, run_dir: str) -> ImitateConfig:
+def paligemma_lstm() -> ImitateConfig:
+    """PaliGemma 3B with low-rank adaptation, and an LSTM, on one GPU of 24 GB; not measured yet."""
+    return _vlm_lstm(PaliGemmaConfig(options=_adapted()), "runs/paligemma_lstm")
+
+
+def qwen3_lstm() -> ImitateConfig:
+    """Qwen3-VL 2B with low-rank adaptation, and an LSTM, on one GPU of 24 GB; not measured yet."""
+    return _vlm_lstm(Qwen3VLConfig(options=_adapted()), "runs/qwen3_lstm")
+
+
+def _adapted() -> VLMOptions:
+    return VLMOptions(
+        dtype="bfloat16",
+        param_dtype="bfloat16",
+        remat="layers",
+        proprio_dim=8,
+        images_per_pass=16,
+        lora=LoraConfig(rank=16),
+    )
+
+
+def _vlm_lstm(backbone: BackboneConfig, run_dir: str) -> ImitateConfig:
     """Returns the common part of the trainings of a large vision-language model on one GPU."""
     decoder = DecoderConfig(
         kind="lstm",
@@ -377,4 +402,6 @@ IMITATE = {
     "tiny_vlm": tiny_vlm,
     "smolvlm_lstm": smolvlm_lstm,
     "kosmos_lstm": kosmos_lstm,
+    "paligemma_lstm": paligemma_lstm,
+    "qwen3_lstm": qwen3_lstm,
 }

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from train.backbone_source import resolve
 from train.cache import frame_tokens
 from train.configs import IMITATE, ImitateConfig
 from train.memory_check import check_memory
@@ -25,7 +26,6 @@ from train.setup import (
     make_optim_config,
     make_windows,
     read_dataset,
-    resolve,
     sharding_rules,
 )
 from vla_jax.command_line import run

@@ -9,9 +9,10 @@ from functools import partial
 
 import jax
 
+from train.backbone_source import check_backbone, is_run, read_backbone
 from train.configs import ImitateConfig
 from vla_jax import trees
-from vla_jax.backbones import registry, weights
+from vla_jax.backbones import registry
 from vla_jax.convert.folder import is_folder, read_params
 from vla_jax.data import normalize
 from vla_jax.data.dataset import Dataset
@@ -23,38 +24,7 @@ from vla_jax.policies import policy
 from vla_jax.runs import check_run
 from vla_jax.training import auxiliary, checkpoint, loop, optim
 from vla_jax.training.optim import OptimConfig
-from vla_jax.training.parallel import make_mesh
 from vla_jax.types import Key, Params, ShardingRules, Tokens
-
-# Folders that `backbone_from` and `decoder_from` accept besides those of runs.
-_OTHERS = {
-    "backbone_from": "the folder of a vision-language model (config.json, *.safetensors)",
-    "decoder_from": "an output of vla_jax.convert",
-}
-
-
-def resolve(config: ImitateConfig) -> ImitateConfig:
-    """Returns the config with the sizes of the vision-language model in `backbone_from`.
-
-    The policy's use of the model (readout, cameras, adaptation) stays that of the config, whose
-    backbone must be a vision-language model too. A run folder in `backbone_from` changes nothing.
-
-    Raises:
-      ValueError: the model is not supported, or the config's backbone is of another kind.
-    """
-    if not weights.is_folder(config.backbone_from):
-        return config
-    agent, backbone = config.agent, config.agent.policy.backbone
-    loaded = weights.load_config(config.backbone_from)
-    if loaded.kind != backbone.kind:
-        raise ValueError(
-            f"backbone_from must hold a model '{backbone.kind}', as the config's backbone, got "
-            f"'{loaded.kind}' in {config.backbone_from}; choose a --preset of that model."
-        )
-    tokenizer = loaded.options.tokenizer
-    options = replace(getattr(backbone, "options"), tokenizer=tokenizer)  # noqa: B009
-    policy_config = policy.connect(replace(loaded, options=options), agent.policy.decoder)
-    return replace(config, agent=replace(agent, policy=policy_config))
 
 
 def make_optim_config(config: ImitateConfig) -> OptimConfig:
@@ -85,18 +55,14 @@ def check(config: ImitateConfig) -> None:
     _check_caption(config)
     check_run(config.run_dir, config, overwrite=config.overwrite)
     reader.find_reader(config.dataset)
-    for name in ("backbone_from", "decoder_from"):
-        folder = getattr(config, name)
-        is_run = (pathlib.Path(folder) / "checkpoints").is_dir()
-        is_other = {"backbone_from": weights.is_folder, "decoder_from": is_folder}[name](folder)
-        if folder and not is_run and not is_other:
-            raise FileNotFoundError(
-                f"{name} must be a run folder with checkpoints, or {_OTHERS[name]}, got {folder}; "
-                "train it first, or name another."
-            )
-    backbone = config.agent.policy.backbone
-    registry.get(backbone).tokenize(backbone, "")  # a missing tokenizer is an error here
+    folder = config.decoder_from
+    if folder and not is_run(folder) and not is_folder(folder):
+        raise FileNotFoundError(
+            "decoder_from must be a run folder with checkpoints, or an output of vla_jax.convert, "
+            f"got {folder}; train it first, or name another."
+        )
     shapes = param_shapes(config)
+    check_backbone(config, shapes)
     optim.make_optimizer(make_optim_config(config), config.loop.num_updates, shapes)
     cached = [path for path in trees.leaf_paths(shapes) if path.startswith("backbone/")]
     if config.frozen_backbone and any(trees.matches(path, config.optim.train) for path in cached):
@@ -174,7 +140,7 @@ def init_params(key: Key, config: ImitateConfig) -> Params:
     """
     init, shapes = partial(_random_params, config=config), param_shapes(config)
     folders = {"backbone": config.backbone_from, "decoder": config.decoder_from}
-    readers = {"backbone": partial(_read_backbone, config), "decoder": _read_decoder}
+    readers = {"backbone": lambda folder: read_backbone(config), "decoder": _read_decoder}
     saved = {part: readers[part](folder) for part, folder in folders.items() if folder}
     for part, params in saved.items():
         _check_same_sizes(part, params, shapes[part], folders[part])
@@ -235,17 +201,10 @@ def _init_auxiliary(key: Key, config: ImitateConfig) -> Params:
     )
 
 
-def _read_backbone(config: ImitateConfig, folder: str) -> Params:
-    """Reads the backbone of a run, or a vision-language model, whose shards go to their devices."""
-    if not weights.is_folder(folder):
-        return _read_checkpoint("backbone", folder)
-    mesh = make_mesh(config.loop.num_devices or None, fsdp_size=config.loop.fsdp_size)
-    key = jax.random.key(config.seed)
-    return weights.load(folder, config=config.agent.policy.backbone, mesh=mesh, key=key)[1]
-
-
 def _read_decoder(folder: str) -> Params:
-    return read_params(folder)[1] if is_folder(folder) else _read_checkpoint("decoder", folder)
+    if is_run(folder):
+        return _read_checkpoint("decoder", folder)
+    return read_params(folder)[1]
 
 
 def _read_checkpoint(part: str, folder: str) -> Params:

@@ -167,7 +167,7 @@ def load_run(run_dir: Path, *, step: int | None = None) -> Run:
     folder = pathlib.Path(run_dir)
     if not folder.is_dir():
         raise FileNotFoundError(f"run folder {folder} is missing; train first, or give another.")
-    agent = _with_files(configs.load(AgentConfig, folder / "agent.json"), folder)
+    agent = read_agent(folder)
     _check_files(agent)
     statistics = normalize.from_json(read_json(folder / "norm_stats.json", "statistics"))
     directory = folder / "checkpoints"
@@ -175,6 +175,17 @@ def load_run(run_dir: Path, *, step: int | None = None) -> Run:
     params = _restore(directory, like, step)
     step = checkpoint.latest_step(directory) if step is None else step
     return Run(folder, agent, statistics, params, read_world(folder), step or 0)
+
+
+def read_agent(run_dir: Path) -> AgentConfig:
+    """Returns the agent's config of a run folder, which reads the folder's own files.
+
+    Raises:
+      FileNotFoundError: there is no `agent.json`.
+      ValueError: the file is damaged.
+    """
+    folder = pathlib.Path(run_dir)
+    return _with_files(configs.load(AgentConfig, folder / "agent.json"), folder)
 
 
 def read_world(run_dir: Path) -> WorldConfig | None:

@@ -34,7 +34,7 @@ def run_transformers(
     Args:
       config: of the model.
       params: of the model.
-      frames: `vlm_runs.Frames`.
+      frames: `vlm_runs.FrameBatch`.
       gradients: compute the gradients of all params as well.
       weight_bytes: see `Implementation`.
     """

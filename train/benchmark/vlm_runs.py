@@ -15,7 +15,7 @@ from vla_jax.backbones.smolvlm import SmolVLMConfig
 from vla_jax.types import Params
 
 
-class Frames(NamedTuple):
+class FrameBatch(NamedTuple):
     """Inputs of one batch of frames."""
 
     ids: np.ndarray  # [B, S] int32, IMAGE for the features of images
@@ -47,7 +47,7 @@ def backbones(config: SmolVLMConfig, batch_size: int) -> Iterator[Comparison]:
 
 
 def run_vla_jax(
-    config: SmolVLMConfig, params: Params, frames: Frames, *, gradients: bool, weight_bytes: int
+    config: SmolVLMConfig, params: Params, frames: FrameBatch, *, gradients: bool, weight_bytes: int
 ) -> Implementation:
     """Returns our implementation; see `backbones`."""
 
@@ -67,7 +67,7 @@ def run_vla_jax(
     )
 
 
-def draw(config: SmolVLMConfig, batch_size: int) -> tuple[Params, Frames]:
+def draw(config: SmolVLMConfig, batch_size: int) -> tuple[Params, FrameBatch]:
     """Returns random params, and frames whose sequences are images followed by text."""
     random = np.random.default_rng(0)
     params = jax.tree.map(
@@ -81,7 +81,7 @@ def draw(config: SmolVLMConfig, batch_size: int) -> tuple[Params, Frames]:
     ids = np.concatenate([places, ids], axis=1).astype(np.int32)
     shape = (batch_size, num_cameras, *config.image_shape, 3)
     cotangent = random.normal(size=(*ids.shape, config.token_dim)).astype(np.float32)
-    return params, Frames(ids, random.integers(0, 256, shape, np.uint8), cotangent)
+    return params, FrameBatch(ids, random.integers(0, 256, shape, np.uint8), cotangent)
 
 
 def forward_flop(config: SmolVLMConfig, params: Params, batch_size: int) -> float:

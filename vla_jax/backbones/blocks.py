@@ -241,7 +241,7 @@ def _rematerialised(
 ) -> Callable[[jax.Array, Any], jax.Array]:
     policies = {
         "layers": jax.checkpoint_policies.nothing_saveable,
-        "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "products": jax.checkpoint_policies.dots_saveable,
     }
     if remat not in policies:
         return layer

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,8 @@ from vla_jax.types import Array, Params
 @dataclass(frozen=True)
 class PaliGemmaConfig(VLMSizes):
     """PaliGemma or PaliGemma 2 as a backbone; the default is PaliGemma 3B with 224 pixels."""
+
+    POLICY_FIELDS: ClassVar[tuple[str, ...]] = ("prefix", "options")
 
     kind: Literal["paligemma"] = "paligemma"
     vision: VisionConfig = VisionConfig()  # sizes of the vision tower

@@ -7,7 +7,7 @@ Source: Bai et al. 2025 (arXiv:2502.13923); as in Hugging Face's
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,8 @@ from vla_jax.types import Array, Params
 @dataclass(frozen=True)
 class Qwen25VLConfig(QwenVLSizes):
     """Qwen2.5-VL as a backbone; the default is Qwen2.5-VL-3B-Instruct."""
+
+    POLICY_FIELDS: ClassVar[tuple[str, ...]] = ("image_size", "options")
 
     kind: Literal["qwen25_vl"] = "qwen25_vl"
     vision: Qwen25VisionConfig = Qwen25VisionConfig()  # sizes of the vision tower

@@ -6,7 +6,7 @@ Source: Bai et al. 2025, Qwen3-VL (arXiv:2511.21631); Meng et al. 2024, DeepStac
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,8 @@ from vla_jax.types import Array, Params
 @dataclass(frozen=True)
 class Qwen3VLConfig(QwenVLSizes):
     """Qwen3-VL as a backbone; the default is Qwen3-VL-2B-Instruct."""
+
+    POLICY_FIELDS: ClassVar[tuple[str, ...]] = ("image_size", "options")
 
     kind: Literal["qwen3_vl"] = "qwen3_vl"
     vision: Qwen3VisionConfig = Qwen3VisionConfig()  # sizes of the vision tower

@@ -3,6 +3,7 @@
 For parity checks against Hugging Face's models, by anyone with both installed.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,5 +25,16 @@ def forward(params: Params, config: Any, inputs: Mapping[str, Array]) -> dict[st
 
     Returns:
       `last_hidden [B, T, D]` and `logits [B, T, V]`; arbitrary where the attention mask is 0.
+
+    Raises:
+      ValueError: `input_ids` are missing, or do not fit the images.
     """
-    return models.get(config).forward(params, config, inputs)
+    options = dataclasses.replace(config.options, dtype="float32", remat="none")
+    config = dataclasses.replace(config, options=options)
+    if not {"input_ids", "inputs_embeds"} & inputs.keys():
+        raise ValueError(
+            f"inputs must have input_ids, got {', '.join(sorted(inputs)) or 'nothing'}; give the "
+            "arrays of the original's forward by name."
+        )
+    with jax.default_matmul_precision("highest"):
+        return models.get(config).forward(params, config, inputs)

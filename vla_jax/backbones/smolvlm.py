@@ -311,7 +311,7 @@ MODEL = VisionLanguageModel(
     tensors=tensors,
     renames=((r"^(?=(text_model|vision_model|connector)\.)", "model."),),
     live_names=(),
-    ignored=(r".*rotary_emb\.inv_freq", r".*position_ids"),
+    ignored=(r"lm_head\.weight", r".*rotary_emb\.inv_freq", r".*position_ids"),
     hidden_states=hidden_states,
     forward=forward,
     prompt=prompt,

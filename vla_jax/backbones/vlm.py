@@ -9,7 +9,7 @@ import dataclasses
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ import numpy as np
 from einops import rearrange
 from jax.sharding import PartitionSpec
 
+from vla_jax import trees
 from vla_jax.backbones import preprocess, sequence, tokenizers, vlm_window, word_hashing
 from vla_jax.backbones.backbone import Backbone, Globs, History, ImageSpec
 from vla_jax.backbones.blocks import init_tree
@@ -30,6 +31,7 @@ from vla_jax.nn import lora
 from vla_jax.nn.layers import dense, init_dense
 from vla_jax.types import Array, Key, Observation, Params, Resampling, ShardingRules, Tokens
 
+_ADDED = ("action_token", "proprio")  # params that the policy adds to the model
 TOKENIZER = "tokenizer.json"  # its name in the folder of a model, and in a run folder
 SHARDING_RULES: ShardingRules = (
     # Maps out of a wide layer are split along their inputs, all others along their outputs.
@@ -44,6 +46,9 @@ SHARDING_RULES: ShardingRules = (
 
 class VLMSizes(abc.ABC):
     """Sizes of a step's tokens, from the config of a vision-language model."""
+
+    # fields that say how a policy uses the model; the others are sizes of the model
+    POLICY_FIELDS: ClassVar[tuple[str, ...]] = ("options",)
 
     language: Any  # config of the language model, with vocab_size and hidden_size
     options: VLMOptions
@@ -129,7 +134,16 @@ def make_backbone(model: VisionLanguageModel) -> Backbone:
 def init(model: VisionLanguageModel, key: Key, config: Any) -> Params:
     """Returns random params; `key` is consumed."""
     model_key, added_key = jax.random.split(key)
-    return complete(added_key, init_tree(model_key, model.shapes(config)), config)
+    params = init_tree(model_key, model.shapes(config))
+    offset = getattr(config.language, "norm_offset", 0.0)  # Gemma's norms scale by 1 + scale
+    language = {
+        path: jnp.full_like(leaf, 1.0 - offset) if path.endswith("scale") else leaf
+        for path, leaf in trees.leaves_by_path(params["language"]).items()
+    }
+    params["language"] = jax.tree.unflatten(
+        jax.tree.structure(params["language"]), language.values()
+    )
+    return complete(added_key, params, config)
 
 
 def complete(key: Key, params: Params, config: Any) -> Params:
@@ -141,16 +155,28 @@ def complete(key: Key, params: Params, config: Any) -> Params:
       config: its config.
     """
     options = config.options
-    lora_key, proprio_key = jax.random.split(key)
+    lora_key, added_key = jax.random.split(key)
     dtype = jnp.dtype(options.param_dtype)
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
     params = lora.add(lora_key, params, options.lora)
-    added = {}
-    if options.num_learned:
-        added["action_token"] = jnp.zeros((options.num_learned, config.token_dim))
-    if options.proprio_dim:
-        added["proprio"] = init_dense(proprio_key, options.proprio_dim, config.token_dim)
-    return params | added
+    return params | _added(added_key, config)
+
+
+def adopt(key: Key, params: Params, config: Any) -> Params:
+    """Returns the params of an earlier run, with other learned tokens and proprioception if needed.
+
+    Args:
+      key: consumed, for what the earlier run did not have.
+      params: of a run with the same model.
+      config: of the model, whose options may be others than the run's.
+    """
+    lora_key, added_key = jax.random.split(key)
+    model = {name: value for name, value in params.items() if name not in _ADDED}
+    is_adapted = any(path.endswith("/lora_a") for path in trees.leaf_paths(model))
+    if config.options.lora.rank and not is_adapted:
+        model = lora.add(lora_key, model, config.options.lora)
+    fresh = _added(added_key, config)
+    return model | {name: params.get(name, value) for name, value in fresh.items()}
 
 
 def apply(
@@ -264,11 +290,13 @@ def frozen(config: Any) -> tuple[Globs, Globs]:
     """Returns the globs of frozen params, and of those trained nevertheless.
 
     With low-rank adaptation, or weights stored in bfloat16, only the factors and what the policy
-    adds to the model are trained.
+    adds to the model are trained. A kernel of the logits is never trained.
     """
     options = config.options
     if not options.lora.rank and options.param_dtype == "float32":
-        return (), ()
+        # The logits are not used: weight decay would shrink their kernel.
+        tied = getattr(config.language, "tied_head", True)
+        return (() if tied else ("language/head/kernel",)), ()
     added = [
         *(lora.TRAINED if options.lora.rank else ()),
         *(("action_token",) if options.num_learned else ()),
@@ -348,6 +376,17 @@ def map_images(encode: Callable[[jax.Array], Any], images: jax.Array, config: An
 def unfold_cameras(features: jax.Array, batch_size: int) -> jax.Array:
     """Returns the features of all images `[B·C, N, D]` as `[B, C·N, D]`."""
     return rearrange(features, "(B C) N D -> B (C N) D", B=batch_size)
+
+
+def _added(key: Key, config: Any) -> Params:
+    """Returns the params that the policy adds to the model."""
+    options = config.options
+    added = {}
+    if options.num_learned:
+        added["action_token"] = jnp.zeros((options.num_learned, config.token_dim))
+    if options.proprio_dim:
+        added["proprio"] = init_dense(key, options.proprio_dim, config.token_dim)
+    return added
 
 
 def _part_shapes(config: Any) -> dict[str, tuple[int, ...]]:

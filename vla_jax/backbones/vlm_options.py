@@ -39,7 +39,7 @@ class VLMOptions:
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     # activations kept for the backward pass: "none" = all, "layers" = inputs of the layers only,
     # "products" = those and the outputs of matrix products
-    remat: Remat = "none"
+    remat: Remat = "products"
     # images that the vision tower encodes at once; fewer save memory and are recomputed in the
     # backward pass; 0 = all of a batch
     images_per_pass: int = 0

@@ -28,7 +28,9 @@ CONFIG = "config.json"
 def is_folder(path: Path) -> bool:
     """Returns True if `path` is a model's folder: it has a `config.json` with a `model_type`."""
     file = pathlib.Path(path) / CONFIG
-    return file.is_file() and "model_type" in read_json(file, "the config of a model")
+    return (
+        bool(path) and file.is_file() and "model_type" in read_json(file, "the config of a model")
+    )
 
 
 def load_config(folder: Path, *, options: Any = None) -> Any:

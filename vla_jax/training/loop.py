@@ -1,6 +1,7 @@
 """The training loop shared by the scripts: updates, logs, checkpoints, exact resume."""
 
 import contextlib
+import dataclasses
 import pathlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -108,8 +109,8 @@ def fit(
       sharding_rules: how to shard params over the devices; () replicates them.
 
     Returns:
-      The state after the last update, sharded over the devices; with several processes it is in
-      the host's memory.
+      The state after the last update, on its devices. With several processes the params and their
+      EMA are replicated, so that each process can read them.
     """
     directory = run_dir / "checkpoints"
     if checkpoint.latest_step(directory) is not None:
@@ -147,4 +148,8 @@ def fit(
                 checkpoint.save(checkpoints, step, train_state, metadata | position)
     if jax.process_count() == 1:
         return train_state  # not gathered: a large model may not fit one device
-    return jax.device_get(parallel.replicate(train_state, mesh))
+    return dataclasses.replace(
+        train_state,
+        params=parallel.replicate(train_state.params, mesh),
+        ema_params=parallel.replicate(train_state.ema_params, mesh),
+    )

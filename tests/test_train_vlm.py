@@ -1,0 +1,178 @@
+"""Trainings on a vision-language model on disk: whole, adapted, cached, resumed."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tiny_demos
+import tiny_vlm
+
+from train.backbone_source import resolve
+from train.cache import cache
+from train.configs import IMITATE
+from train.imitate import imitate
+from vla_jax import backbones
+from vla_jax.acting.agent import AgentConfig
+from vla_jax.nn.lora import LoraConfig
+from vla_jax.policies import policy
+from vla_jax.runs import load_run
+from vla_jax.training import checkpoint
+from vla_jax.training.loop import LoopConfig
+from vla_jax.trees import leaves_by_path
+
+TOKENIZER = pathlib.Path(__file__).parent / "golden/tokenizers/smolvlm/tokenizer.json"
+VLM = dataclasses.replace(
+    tiny_vlm.CONFIGS["smolvlm"],
+    language=dataclasses.replace(tiny_vlm.LANGUAGE, vocab_size=400),
+    image_token_id=int(
+        next(
+            token["id"]
+            for token in json.loads(TOKENIZER.read_text())["added_tokens"]
+            if token["content"] == "<image>"
+        )
+    ),
+    options=dataclasses.replace(tiny_vlm.OPTIONS, max_text_tokens=48),
+)
+
+
+@pytest.fixture(scope="module")
+def demos(tmp_path_factory):
+    return tiny_demos.write(tmp_path_factory.mktemp("demos") / "table")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model in Hugging Face's format, with a tokenizer."""
+    path = tmp_path_factory.mktemp("models") / "smolvlm"
+    backbones.export(path, VLM, tiny_vlm.params(VLM))
+    shutil.copy(TOKENIZER, path)
+    return path
+
+
+def training(demos, run_dir, folder, *, num_updates=2, **options):
+    """Config of a few updates; the sizes of its backbone are not those of the folder."""
+    backbone = dataclasses.replace(
+        tiny_vlm.CONFIGS["smolvlm"], options=dataclasses.replace(VLM.options, **options)
+    )
+    config = tiny_demos.imitation(demos, run_dir)
+    decoder = dataclasses.replace(tiny_demos.DECODER, window_size=2, dropout=0.0)
+    return dataclasses.replace(
+        config,
+        backbone_from=str(folder),
+        agent=AgentConfig(policy.connect(backbone, decoder)),
+        loop=LoopConfig(num_updates=num_updates, log_every=1, save_every=1, num_devices=1),
+        loader=dataclasses.replace(config.loader, batch_size=2),
+    )
+
+
+def backbone_leaves(run_dir):
+    return leaves_by_path(checkpoint.restore_params(run_dir / "checkpoints")["backbone"])
+
+
+def changed_paths(run_dir, params):
+    original = leaves_by_path(params)
+    found = backbone_leaves(run_dir)
+    return {p for p in found if p not in original or not np.array_equal(found[p], original[p])}
+
+
+@pytest.mark.slow
+def test_a_model_trains_whole_and_its_run_folder_acts_without_the_model(demos, folder, tmp_path):
+    copy = tmp_path / "model"
+    shutil.copytree(folder, copy)
+    run_dir = imitate(training(demos, tmp_path / "run", copy))
+    changed = changed_paths(run_dir, tiny_vlm.params(VLM))
+    assert {"action_token", "language/layers/query/kernel", "vision/patches/kernel"} <= changed
+    shutil.rmtree(copy)
+    run = load_run(run_dir)
+    assert run.agent.policy.backbone.language.vocab_size == 400
+    assert run.agent.policy.backbone.options.tokenizer == str(run_dir / "tokenizer.json")
+
+
+@pytest.mark.slow
+def test_an_adapted_training_changes_factors_alone_and_resumes_to_the_bit(demos, folder, tmp_path):
+    lora = LoraConfig(rank=2)
+    whole = imitate(training(demos, tmp_path / "whole", folder, lora=lora))
+    changed = changed_paths(whole, tiny_vlm.params(VLM))
+    assert changed == {
+        *(f"language/layers/{n}/lora_{x}" for n in ("query", "value") for x in ("a", "b", "scale")),
+        *("action_token", "proprio/kernel", "proprio/bias"),
+    }
+    config = training(demos, tmp_path / "half", folder, lora=lora)
+    half = imitate(config)
+    shutil.rmtree(half / "checkpoints/2")
+    imitate(config)
+    one, other = backbone_leaves(whole), backbone_leaves(half)
+    assert all(np.array_equal(one[path], other[path]) for path in one)
+
+
+@pytest.mark.slow
+def test_cached_features_of_a_model_train_a_decoder_and_do_not_depend_on_the_seed(
+    demos, folder, tmp_path
+):
+    config = dataclasses.replace(
+        training(demos, tmp_path / "run", folder, readout="image_mean"), frozen_backbone=True
+    )
+    first = cache(config)
+    assert cache(dataclasses.replace(config, seed=7)) == first
+    moved = tmp_path / "moved"
+    shutil.copytree(folder, moved)
+    assert cache(dataclasses.replace(config, backbone_from=str(moved))) == first
+    assert changed_paths(imitate(config), tiny_vlm.params(VLM)) == {
+        "proprio/kernel",
+        "proprio/bias",
+    }
+
+
+@pytest.mark.slow
+def test_a_run_gives_its_model_tokenizer_and_adaptation_to_the_next(demos, folder, tmp_path):
+    first = imitate(training(demos, tmp_path / "first", folder, lora=LoraConfig(rank=2)))
+    config = training(demos, tmp_path / "second", first, readout="last")
+    options = resolve(config).agent.policy.backbone.options
+    assert options.lora.rank == 2
+    assert options.tokenizer == str(first / "tokenizer.json")
+    assert "action_token" not in backbone_leaves(imitate(config))
+
+
+def test_a_sharded_update_of_an_adapted_model_equals_that_of_one_device(demos, folder, tmp_path):
+    config = training(demos, tmp_path / "one", folder, num_updates=1, lora=LoraConfig(rank=2))
+    config = dataclasses.replace(config, loader=dataclasses.replace(config.loader, batch_size=4))
+    sharded = dataclasses.replace(
+        config,
+        run_dir=str(tmp_path / "four"),
+        loop=dataclasses.replace(config.loop, num_devices=4, fsdp_size=2),
+    )
+    one, four = backbone_leaves(imitate(config)), backbone_leaves(imitate(sharded))
+    for path, leaf in one.items():
+        np.testing.assert_allclose(four[path], leaf, atol=1e-5, err_msg=path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "readout must be one without learned tokens with frozen_backbone"),
+    ],
+)
+def test_features_that_cannot_be_cached_are_refused(demos, folder, tmp_path, options, message):
+    config = dataclasses.replace(
+        training(demos, tmp_path / "run", folder, **options), frozen_backbone=True
+    )
+    with pytest.raises(ValueError, match=message):
+        imitate(config)
+
+
+def test_a_model_of_another_kind_is_refused(demos, folder, tmp_path):
+    config = training(demos, tmp_path / "run", folder)
+    other = policy.connect(tiny_vlm.CONFIGS["paligemma"], tiny_demos.DECODER)
+    with pytest.raises(ValueError, match=r"must hold a backbone 'paligemma'.* got 'smolvlm'"):
+        imitate(dataclasses.replace(config, agent=AgentConfig(other)))
+
+
+@pytest.mark.parametrize("name", [name for name in IMITATE if "vlm" in name or "lstm" in name])
+def test_the_shapes_of_every_preset_fit(name):
+    config = IMITATE[name]().agent.policy
+    shapes = jax.eval_shape(lambda key: policy.init(key, config), jax.random.key(0))
+    assert shapes["decoder"]
