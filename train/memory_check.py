@@ -72,7 +72,7 @@ def estimate_memory(config: ImitateConfig, loss_fn: LossFn, shapes: Params) -> M
 
 
 def example_batch(config: ImitateConfig) -> Batch | None:
-    """Returns the shapes of a batch; None if the backbone does not tell its observation's.
+    """Returns the shapes of a batch; None if the backbone has no `example`.
 
     Columns that the backbone does not use are left out.
     """

@@ -40,8 +40,8 @@ class VLMOptions:
     # activations kept for the backward pass: "none" = all, "layers" = inputs of the layers only,
     # "products" = those and the outputs of matrix products
     remat: Remat = "products"
-    # images that the vision tower encodes at once; fewer save memory and are recomputed in the
-    # backward pass; 0 = all of a batch
+    # images that the vision tower encodes at once, over all devices together; fewer save memory
+    # and are recomputed in the backward pass; 0 = all of a batch
     images_per_pass: int = 0
     lora: LoraConfig = LoraConfig()  # low-rank adaptation of the weights
 
