@@ -26,7 +26,7 @@ from train import (
 )
 from train.benchmark import __main__ as benchmark
 from train.benchmark import throughput
-from train.configs import IMITATE
+from train.presets import IMITATE
 from vla_jax import evaluate
 from vla_jax.command_line import command_line, comments, run
 from vla_jax.convert import converters

@@ -12,7 +12,7 @@ from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
 
 from train import deep_sarsa, demo, pretrain, record, scan
-from train.configs import IMITATE
+from train.presets import IMITATE
 from vla_jax.backbones.registry import BACKBONES
 from vla_jax.command_line import command_line
 from vla_jax.data.readers.reader import READERS

@@ -11,7 +11,8 @@ import tiny_run
 import torch
 from robovlms_heads import robovlms_head
 
-from train.configs import IMITATE, ImitateConfig
+from train.configs import ImitateConfig
+from train.presets import IMITATE
 from vla_jax import convert
 from vla_jax.command_line import command_line
 from vla_jax.convert.__main__ import main

@@ -20,8 +20,9 @@ from robovlms_heads import robovlms_head
 from train import demo
 from train import pretrain as pretrain_script
 from train.cache import cache
-from train.configs import IMITATE, with_decoder, with_kind
+from train.configs import with_decoder, with_kind
 from train.imitate import imitate
+from train.presets import IMITATE
 from train.pretrain import pretrain
 from train.setup import init_params, make_windows, read_dataset
 from vla_jax import convert, runs

@@ -13,8 +13,8 @@ import tiny_vlm
 
 from train.backbone_source import resolve
 from train.cache import cache
-from train.configs import IMITATE
 from train.imitate import imitate
+from train.presets import IMITATE
 from vla_jax import backbones
 from vla_jax.acting.agent import AgentConfig
 from vla_jax.nn.lora import LoraConfig

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_vlm
 
-from vla_jax.backbones import models, reference, sequence, vlm
+from vla_jax.backbones import camera_images, models, reference, sequence
 from vla_jax.backbones.registry import BACKBONES
 from vla_jax.backbones.sequence import IMAGE, PADDING
 from vla_jax.backbones.vlm_options import VLMOptions
@@ -82,7 +82,7 @@ def test_the_policy_sees_the_hidden_states_of_the_original_forward(kind):
     inputs = {
         "input_ids": np.where(is_image, tiny_vlm.IMAGE_ID, np.where(ids == PADDING, 1, ids)),
         "attention_mask": ids != PADDING,
-        **tiny_vlm.image_inputs(config, np.asarray(vlm.pixels(images, model)), is_image),
+        **tiny_vlm.image_inputs(config, np.asarray(camera_images.pixels(images, model)), is_image),
     }
     if kind == "paligemma":
         inputs["token_type_ids"] = np.zeros_like(ids)

@@ -24,7 +24,8 @@ import numpy as np
 from rich.console import Console
 
 from train.backbone_source import resolve
-from train.configs import IMITATE, ImitateConfig
+from train.configs import ImitateConfig
+from train.presets import IMITATE
 from train.setup import compute_norm_stats, init_params, make_windows, read_dataset
 from vla_jax import config as configs
 from vla_jax import trees

@@ -17,8 +17,9 @@ import numpy as np
 
 from train.backbone_source import resolve
 from train.cache import frame_tokens
-from train.configs import IMITATE, ImitateConfig
+from train.configs import ImitateConfig
 from train.memory_check import check_memory
+from train.presets import IMITATE
 from train.setup import (
     check,
     compute_norm_stats,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vla_jax.backbones import (
+    camera_images,
     kosmos_decoder,
     model_json,
     prompts,
@@ -102,12 +103,12 @@ def image_tokens(
 
 def embed(params: Params, config: Kosmos2Config, ids: Array, images: Array) -> jax.Array:
     """Returns the embeddings `[B, S, D]`, not scaled, of sequences `[B, S]` with their images."""
-    pixels = vlm.pixels(images, MODEL)
-    image = vlm.map_images(partial(image_tokens, params, config), pixels, config)
+    pixels = camera_images.pixels(images, MODEL)
+    image = camera_images.map_images(partial(image_tokens, params, config), pixels, config)
     return sequence.place(
         kosmos_decoder.embed(params["language"], config.language, ids),
         ids,
-        vlm.unfold_cameras(image, len(ids)),
+        camera_images.unfold_cameras(image, len(ids)),
         vocab_size=config.language.vocab_size,
         learned=params.get("action_token"),
     )

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vla_jax.backbones import (
+    camera_images,
     gemma_json,
     model_json,
     prompts,
@@ -165,13 +166,13 @@ def attend(
 def embed(params: Params, config: PaliGemmaConfig, ids: Array, images: Array) -> jax.Array:
     """Returns the scaled embeddings `[B, S, D]` of sequences `[B, S]` with their images."""
     language = config.language
-    pixels = vlm.pixels(images, MODEL)
-    image = vlm.map_images(partial(image_tokens, params, config), pixels, config)
+    pixels = camera_images.pixels(images, MODEL)
+    image = camera_images.map_images(partial(image_tokens, params, config), pixels, config)
     learned = params.get("action_token")
     return sequence.place(
         rotary_decoder.embed(params["language"], language, ids),
         ids,
-        vlm.unfold_cameras(image, len(ids)),
+        camera_images.unfold_cameras(image, len(ids)),
         vocab_size=language.vocab_size,
         learned=None if learned is None else language.embedding_scale * learned,
     )

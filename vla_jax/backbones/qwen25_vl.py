@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vla_jax.backbones import (
+    camera_images,
     model_json,
     mrope,
     prompts,
@@ -123,13 +124,13 @@ def language_model(
 
 def hidden_states(params: Params, config: Qwen25VLConfig, ids: Array, images: Array) -> jax.Array:
     """Returns the hidden states `[B, S, D]` of sequences `[B, S]` with their images."""
-    patches = qwen_vision.patches(config.vision, vlm.pixels(images, MODEL))
+    patches = qwen_vision.patches(config.vision, camera_images.pixels(images, MODEL))
     encode = partial(image_tokens, params, config, grids=[config.grid])
-    tokens = vlm.map_images(encode, patches, config)
+    tokens = camera_images.map_images(encode, patches, config)
     embeddings = sequence.place(
         rotary_decoder.embed(params["language"], config.language, ids),
         ids,
-        vlm.unfold_cameras(tokens, len(ids)),
+        camera_images.unfold_cameras(tokens, len(ids)),
         vocab_size=config.language.vocab_size,
         learned=params.get("action_token"),
     )

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vla_jax.backbones import (
+    camera_images,
     model_json,
     mrope,
     prompts,
@@ -125,16 +126,16 @@ def language_model(
 def hidden_states(params: Params, config: Qwen3VLConfig, ids: Array, images: Array) -> jax.Array:
     """Returns the hidden states `[B, S, D]` of sequences `[B, S]` with their images."""
     language, vision = config.language, config.vision
-    patches = qwen_vision.patches(vision, vlm.pixels(images, MODEL))
+    patches = qwen_vision.patches(vision, camera_images.pixels(images, MODEL))
 
     def encode(patches: jax.Array) -> tuple[jax.Array, jax.Array]:
         features = image_tokens(params, config, patches, [config.grid])
         return features.tokens, jnp.moveaxis(features.added, 0, 1)  # images first
 
-    tokens, added = vlm.map_images(encode, patches, config)
+    tokens, added = camera_images.map_images(encode, patches, config)
 
     def place(text: jax.Array, tokens: jax.Array, learned: Array | None = None) -> jax.Array:
-        tokens = vlm.unfold_cameras(tokens, len(ids))
+        tokens = camera_images.unfold_cameras(tokens, len(ids))
         return sequence.place(text, ids, tokens, vocab_size=language.vocab_size, learned=learned)
 
     embeddings = rotary_decoder.embed(params["language"], language, ids)

@@ -15,6 +15,7 @@ import numpy as np
 from einops import rearrange, reduce
 
 from vla_jax.backbones import (
+    camera_images,
     model_json,
     prompts,
     rotary_decoder,
@@ -144,12 +145,12 @@ def language_model(
 
 def hidden_states(params: Params, config: SmolVLMConfig, ids: Array, images: Array) -> jax.Array:
     """Returns the hidden states `[B, S, D]` of sequences `[B, S]` with their images."""
-    pixels = vlm.pixels(images, MODEL)
-    image = vlm.map_images(partial(image_tokens, params, config), pixels, config)
+    pixels = camera_images.pixels(images, MODEL)
+    image = camera_images.map_images(partial(image_tokens, params, config), pixels, config)
     embeddings = sequence.place(
         rotary_decoder.embed(params["language"], config.language, ids),
         ids,
-        vlm.unfold_cameras(image, len(ids)),
+        camera_images.unfold_cameras(image, len(ids)),
         vocab_size=config.language.vocab_size,
         learned=params.get("action_token"),
     )

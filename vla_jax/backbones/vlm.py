@@ -14,11 +14,10 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from jax.sharding import PartitionSpec
 
 from vla_jax import trees
-from vla_jax.backbones import preprocess, sequence, tokenizers, vlm_window, word_hashing
+from vla_jax.backbones import sequence, tokenizers, vlm_window, word_hashing
 from vla_jax.backbones.backbone import Backbone, Globs, History, ImageSpec
 from vla_jax.backbones.blocks import init_tree
 from vla_jax.backbones.parts import flatten, shape
@@ -346,37 +345,6 @@ def example(config: Any) -> Observation:
             for name, sizes in _part_shapes(config).items()
         }
     )
-
-
-def pixels(images: Array, model: VisionLanguageModel) -> jax.Array:
-    """Returns the normalised images `[B·C, h, w, 3]` of all cameras, uint8 `[B, C, h, w, 3]`."""
-    flat = rearrange(jnp.asarray(images), "B C h w c -> (B C) h w c")
-    return jnp.asarray(preprocess.normalize(flat, model.mean, model.std))
-
-
-def map_images(encode: Callable[[jax.Array], Any], images: jax.Array, config: Any) -> Any:
-    """Returns `encode(images)`, computed for `options.images_per_pass` images at a time.
-
-    Args:
-      encode: from images `[I, ...]` to arrays `[I, ...]`, each independent of the other images.
-      images: `[I, ...]`.
-      config: of the model.
-    """
-    num_images, size = len(images), config.options.images_per_pass
-    if not 0 < size < num_images:
-        return encode(images)
-    num_passes = -(-num_images // size)
-    missing = -num_images % num_passes
-    padded = jnp.pad(images, [(0, missing)] + [(0, 0)] * (images.ndim - 1))
-    # Pass p takes every num_passes-th image, so that an axis split over devices stays split.
-    passes = rearrange(padded, "(I p) ... -> p I ...", p=num_passes)
-    encoded = jax.lax.map(jax.checkpoint(encode), passes)
-    return jax.tree.map(lambda x: rearrange(x, "p I ... -> (I p) ...")[:num_images], encoded)
-
-
-def unfold_cameras(features: jax.Array, batch_size: int) -> jax.Array:
-    """Returns the features of all images `[B·C, N, D]` as `[B, C·N, D]`."""
-    return rearrange(features, "(B C) N D -> B (C N) D", B=batch_size)
 
 
 def _added(key: Key, config: Any) -> Params:
