@@ -66,6 +66,10 @@ def shrunk(params):
     return jax.tree.map(lambda leaf, s: leaf * SHRINK if s else leaf, params, is_small)
 
 
+def test_every_model_has_inputs_of_low_variance():
+    assert {model(name)[0].kind for name in LOW_VARIANCE} == models.MODELS.keys()
+
+
 @pytest.mark.parametrize("name", LOW_VARIANCE)
 def test_the_constants_in_the_norms_are_the_originals(name):
     config, params = model(name)

@@ -8,8 +8,7 @@ from typing import Any
 import jax
 
 from train.configs import ImitateConfig
-from vla_jax.backbones import registry, vlm, weights
-from vla_jax.backbones.models import MODELS
+from vla_jax.backbones import registry, weights
 from vla_jax.policies import policy
 from vla_jax.runs import read_agent
 from vla_jax.training import checkpoint
@@ -25,33 +24,27 @@ def is_run(folder: str) -> bool:
 
 
 def resolve(config: ImitateConfig) -> ImitateConfig:
-    """Returns the config with the vision-language model that `backbone_from` holds.
+    """Returns the config with the sizes of the vision-language model that `backbone_from` holds.
 
-    The sizes, the tokenizer and, unless the config has one of its own, the low-rank adaptation are
-    those of the folder; the policy's use of the model (readout, cameras, precision) stays that of
-    the config. Other backbones are left as they are.
+    The policy's use of the model (readout, cameras, precision) stays that of the config. Other
+    backbones are left as they are.
 
     Raises:
       ValueError: the model is not supported, or the config's backbone is of another kind.
     """
-    agent = config.agent
-    backbone: Any = agent.policy.backbone
+    agent, backbone = config.agent, config.agent.policy.backbone
     loaded = _config_in(config.backbone_from)
-    if loaded is None or loaded.kind not in MODELS:
+    if loaded is None:
         return config
-    if loaded.kind != backbone.kind:
+    if type(loaded) is not type(backbone):
         raise ValueError(
             f"backbone_from must hold a backbone '{backbone.kind}', as the preset has, got "
-            f"'{loaded.kind}' in {config.backbone_from}; choose a --preset of that model."
+            f"'{loaded.kind}' in {config.backbone_from}; choose a --preset of that backbone."
         )
-    own: dict[str, Any] = {name: getattr(backbone, name) for name in backbone.POLICY_FIELDS}
-    options = own["options"]
-    own["options"] = replace(
-        options,
-        tokenizer=loaded.options.tokenizer,
-        lora=options.lora if options.lora.rank else loaded.options.lora,
-    )
-    policy_config = policy.connect(replace(loaded, **own), agent.policy.decoder)
+    started = registry.get(backbone).start_from(backbone, loaded)
+    if started == backbone:
+        return config
+    policy_config = policy.connect(started, agent.policy.decoder)
     return replace(config, agent=replace(agent, policy=policy_config))
 
 
@@ -80,8 +73,19 @@ def check_backbone(config: ImitateConfig, shapes: Params) -> None:
             "history must be 'step' with frozen_backbone, whose tokens are those of single steps, "
             "got 'window'; train without --frozen-backbone."
         )
-    if backbone.kind in MODELS:
-        _check_model(config, backbone, shapes["backbone"])
+    if config.frozen_backbone and member.needs_training(backbone) and not is_run(folder):
+        raise ValueError(
+            "readout must be one without learned tokens with frozen_backbone, such as image_mean "
+            "or last, got 'action_token', whose tokens would stay zero; choose another --readout, "
+            "or a trained run as --backbone-from."
+        )
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(shapes["backbone"]))
+    if not folder and num_params > LARGE:
+        warnings.warn(
+            f"the backbone starts from {num_params / 1e6:.0f} million random params; "
+            "--backbone-from FOLDER starts from trained ones",
+            stacklevel=2,
+        )
 
 
 def read_backbone(config: ImitateConfig) -> Params:
@@ -94,7 +98,7 @@ def read_backbone(config: ImitateConfig) -> Params:
         mesh = make_mesh(config.loop.num_devices or None, fsdp_size=config.loop.fsdp_size)
         return weights.load(folder, config=backbone, mesh=mesh, key=key)[1]
     saved = checkpoint.restore_params(pathlib.Path(folder) / "checkpoints").get("backbone", {})
-    return vlm.adopt(key, saved, backbone) if backbone.kind in MODELS else saved
+    return registry.get(backbone).adopt(key, saved, backbone)
 
 
 def _config_in(folder: str) -> Any:
@@ -105,19 +109,3 @@ def _config_in(folder: str) -> Any:
         return weights.load_config(folder)
     has_agent = (pathlib.Path(folder) / "agent.json").is_file()
     return read_agent(folder).policy.backbone if has_agent else None
-
-
-def _check_model(config: ImitateConfig, backbone: Any, shapes: Params) -> None:
-    if config.frozen_backbone and backbone.options.num_learned and not is_run(config.backbone_from):
-        raise ValueError(
-            "readout must be one without learned tokens with frozen_backbone, such as image_mean "
-            "or last, got 'action_token', whose tokens would stay zero; choose another --readout, "
-            "or a trained run as --backbone-from."
-        )
-    num_params = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    if not config.backbone_from and num_params > LARGE:
-        warnings.warn(
-            f"the vision-language model has {num_params / 1e6:.0f} million random params and "
-            "hashed words; --backbone-from FOLDER starts from a trained one",
-            stacklevel=2,
-        )

@@ -74,6 +74,18 @@ def same_config(config: Any, folder: Path) -> Any:
     return config
 
 
+def own_config(config: Any, loaded: Any) -> Any:
+    """Returns the config unchanged: the default `Backbone.start_from`."""
+    del loaded
+    return config
+
+
+def same_params(key: Key, params: Params, config: Any) -> Params:
+    """Returns the params unchanged: the default `Backbone.adopt`."""
+    del key, config
+    return params
+
+
 class Backbone(NamedTuple):
     """Member of the family of backbones."""
 
@@ -94,5 +106,11 @@ class Backbone(NamedTuple):
     with_files: Callable[[Any, Path], Any] = same_config
     # config -> path globs of params that are not trained, and of exceptions that are
     frozen: Callable[[Any], tuple[Globs, Globs]] = lambda config: ((), ())
+    # (config, config of the params to start from) -> config with those sizes
+    start_from: Callable[[Any, Any], Any] = own_config
+    # (key, params of an earlier run, config) -> params with what the config adds or leaves out
+    adopt: Callable[[Key, Params, Any], Params] = same_params
+    # config -> True if its tokens say nothing before some of its params have been trained
+    needs_training: Callable[[Any], bool] = lambda config: False
     # config -> functions with which tokens depend on earlier steps; None = `apply` to each step
     history: Callable[[Any], History | None] = no_history

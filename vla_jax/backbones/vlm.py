@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from vla_jax import trees
-from vla_jax.backbones import sequence, tokenizers, vlm_window, word_hashing
+from vla_jax.backbones import sequence, tokenizers, vlm_params, vlm_window, word_hashing
 from vla_jax.backbones.backbone import Backbone, Globs, History, ImageSpec
 from vla_jax.backbones.blocks import init_tree
 from vla_jax.backbones.parts import flatten, shape
@@ -27,10 +27,9 @@ from vla_jax.backbones.vlm_options import VLMOptions
 from vla_jax.backbones.vlm_window import EmbeddedStep
 from vla_jax.files import Path
 from vla_jax.nn import lora
-from vla_jax.nn.layers import dense, init_dense
+from vla_jax.nn.layers import dense
 from vla_jax.types import Array, Key, Observation, Params, Resampling, ShardingRules, Tokens
 
-_ADDED = ("action_token", "proprio")  # params that the policy adds to the model
 TOKENIZER = "tokenizer.json"  # its name in the folder of a model, and in a run folder
 SHARDING_RULES: ShardingRules = (
     # Maps out of a wide layer are split along their inputs, all others along their outputs.
@@ -127,6 +126,9 @@ def make_backbone(model: VisionLanguageModel) -> Backbone:
         with_files=with_files,
         example=example,
         frozen=frozen,
+        start_from=start_from,
+        adopt=vlm_params.adopt,
+        needs_training=lambda config: config.options.num_learned > 0,
         history=partial(history, model),
     )
 
@@ -143,40 +145,7 @@ def init(model: VisionLanguageModel, key: Key, config: Any) -> Params:
     params["language"] = jax.tree.unflatten(
         jax.tree.structure(params["language"]), language.values()
     )
-    return complete(added_key, params, config)
-
-
-def complete(key: Key, params: Params, config: Any) -> Params:
-    """Returns params with what the options add: low-rank factors, learned tokens, proprioception.
-
-    Args:
-      key: consumed.
-      params: of the model alone.
-      config: its config.
-    """
-    options = config.options
-    lora_key, added_key = jax.random.split(key)
-    dtype = jnp.dtype(options.param_dtype)
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
-    params = lora.add(lora_key, params, options.lora)
-    return params | _added(added_key, config)
-
-
-def adopt(key: Key, params: Params, config: Any) -> Params:
-    """Returns the params of an earlier run, with other learned tokens and proprioception if needed.
-
-    Args:
-      key: consumed, for what the earlier run did not have.
-      params: of a run with the same model.
-      config: of the model, whose options may be others than the run's.
-    """
-    lora_key, added_key = jax.random.split(key)
-    model = {name: value for name, value in params.items() if name not in _ADDED}
-    is_adapted = any(path.endswith("/lora_a") for path in trees.leaf_paths(model))
-    if config.options.lora.rank and not is_adapted:
-        model = lora.add(lora_key, model, config.options.lora)
-    fresh = _added(added_key, config)
-    return model | {name: params.get(name, value) for name, value in fresh.items()}
+    return vlm_params.complete(added_key, params, config)
 
 
 def apply(
@@ -286,6 +255,24 @@ def tokenize(model: VisionLanguageModel, config: Any, text: str) -> np.ndarray:
     )
 
 
+def start_from(config: Any, loaded: Any) -> Any:
+    """Returns the config with the sizes, tokenizer and adaptation of a model on disk.
+
+    The use of the model (`POLICY_FIELDS`) stays that of the config, and so does a low-rank
+    adaptation if it has one.
+
+    Args:
+      config: of the policy's backbone.
+      loaded: of the model on disk, of the same class.
+    """
+    own: dict[str, Any] = {name: getattr(config, name) for name in config.POLICY_FIELDS}
+    adaptation = config.options.lora if config.options.lora.rank else loaded.options.lora
+    own["options"] = dataclasses.replace(
+        config.options, tokenizer=loaded.options.tokenizer, lora=adaptation
+    )
+    return dataclasses.replace(loaded, **own)
+
+
 def frozen(config: Any) -> tuple[Globs, Globs]:
     """Returns the globs of frozen params, and of those trained nevertheless.
 
@@ -345,17 +332,6 @@ def example(config: Any) -> Observation:
             for name, sizes in _part_shapes(config).items()
         }
     )
-
-
-def _added(key: Key, config: Any) -> Params:
-    """Returns the params that the policy adds to the model."""
-    options = config.options
-    added = {}
-    if options.num_learned:
-        added["action_token"] = jnp.zeros((options.num_learned, config.token_dim))
-    if options.proprio_dim:
-        added["proprio"] = init_dense(key, options.proprio_dim, config.token_dim)
-    return added
 
 
 def _part_shapes(config: Any) -> dict[str, tuple[int, ...]]:

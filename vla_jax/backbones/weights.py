@@ -14,7 +14,14 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from vla_jax import trees
-from vla_jax.backbones import models, safetensors_files, tensor_names, vlm, weight_report
+from vla_jax.backbones import (
+    models,
+    safetensors_files,
+    tensor_names,
+    vlm,
+    vlm_params,
+    weight_report,
+)
 from vla_jax.backbones.safetensors_files import StoredTensor
 from vla_jax.backbones.tensor_names import Shape, Tensor
 from vla_jax.backbones.vlm import VisionLanguageModel
@@ -106,7 +113,7 @@ def load(
     leaves = [read(path, leaf) for path, leaf in trees.leaves_by_path(expected).items()]
     params = jax.tree.unflatten(jax.tree.structure(expected), leaves)
     key = jax.random.key(0) if key is None else key
-    return config, vlm.complete(key, params, config)
+    return config, vlm_params.complete(key, params, config)
 
 
 def _zeros(shapes: Any) -> Params:
