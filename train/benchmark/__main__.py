@@ -36,7 +36,7 @@ Case = Literal[
     "backbone", "memory", "start", "checkpoints", "loader",
 ]  # fmt: skip
 CASES: tuple[Case, ...] = get_args(Case)
-WIDTH = 130  # characters per line if the output is not a terminal
+WIDTH = 200  # characters per line if the output is not a terminal: no cell wraps
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def backbones(config: SmolVLMConfig, batch_size: int) -> Iterator[Comparison]:
                 for make in makers
             ),
         ]
-        setting = f"{name}, {num_bytes / 4e6:.0f} M params, B {batch_size}, S {frames.ids.shape[1]}"
+        setting = f"{name}, {num_bytes / 4e6:.3g} M params, B {batch_size}, S {frames.ids.shape[1]}"
         flop = (3 if gradients else 1) * forward_flop(config, params, batch_size)
         yield Comparison("backbone", setting, flop, implementations)
 
