@@ -10,7 +10,9 @@ from typing import NamedTuple, Protocol
 from vla_jax.config import did_you_mean
 from vla_jax.data.dataset import Dataset
 from vla_jax.data.readers.dataset_config import DatasetConfig
+from vla_jax.data.readers.fields import FieldMap
 from vla_jax.data.readers.lerobot import lerobot_v3
+from vla_jax.data.raw import RawDataset
 from vla_jax.types import Resampling
 
 
@@ -29,14 +31,50 @@ class Read(Protocol):
         ...
 
 
+class Open(Protocol):
+    """Signature of a reader's `open`."""
+
+    def __call__(self, path: pathlib.Path, *, split: str | None) -> RawDataset:
+        """Opens the raw view of a data set; arguments as in `open_source`."""
+        ...
+
+
 class Reader(NamedTuple):
     """One data-set format."""
 
     probe: Callable[[pathlib.Path], bool]  # True if the path holds this format; cheap, no errors
     read: Read
+    open: Open | None = None
+    fields: Callable[[RawDataset], FieldMap] | None = None  # fields that this source suggests
 
 
 READERS: dict[str, Reader] = {"lerobot_v3": Reader(lerobot_v3.probe, lerobot_v3.read)}
+
+
+def open_source(
+    path: str | pathlib.Path, kind: str | None = None, *, split: str | None = None
+) -> RawDataset:
+    """Opens a data set as the original tool would read it; `vla_jax.data.readers.open`.
+
+    Args:
+      path: file or folder.
+      kind: key of `READERS`; None uses the reader whose `probe` accepts the path.
+      split: part of the data set, such as "train" or a filter key; None means all episodes.
+
+    Returns:
+      The raw view; numbers and images are read when they are indexed.
+
+    Raises:
+      FileNotFoundError: the path is missing, or a file of the data set.
+      ValueError: unknown kind or split; no reader or several readers accept the path; damaged
+        descriptions or indices.
+      ImportError: a package of the extra `data` is missing.
+    """
+    path = pathlib.Path(path)
+    reader = find_reader(DatasetConfig(str(path), kind=kind))
+    if reader.open is None:
+        raise NotImplementedError
+    return reader.open(path, split=split)
 
 
 def read_dataset(
