@@ -9,10 +9,10 @@ from typing import NamedTuple, Protocol
 
 from vla_jax.config import did_you_mean
 from vla_jax.data.dataset import Dataset
+from vla_jax.data.raw import RawDataset
 from vla_jax.data.readers.dataset_config import DatasetConfig
 from vla_jax.data.readers.fields import FieldMap
 from vla_jax.data.readers.lerobot import lerobot_v3
-from vla_jax.data.raw import RawDataset
 from vla_jax.types import Resampling
 
 
