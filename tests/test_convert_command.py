@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_run
 import torch
 from robovlms_heads import assert_same, robovlms_head
 
@@ -245,6 +246,16 @@ def test_wrong_files_are_errors_of_one_line_and_write_nothing(tmp_path, capsys):
     assert "must be a folder" in fails([tmp_path / "a.pt", tmp_path / "b.pt"], capsys)
     assert not out.exists()
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_run_without_such_a_model_and_options_of_other_files_are_refused(tmp_path, capsys):
+    run, out = tiny_run.write(tmp_path), tmp_path / "out"
+    message = "must be of a vision-language model, got 'state'"
+    assert message in fails([run, out, "--to", "huggingface"], capsys)
+    message = "--to peft takes no option but --vlm"
+    assert message in fails([run, out, "--to", "peft", "--num-heads", "4"], capsys)
+    assert "agent.json" in fails([tmp_path / "none", out, "--to", "peft"], capsys)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("name", ["conversion.json", "decoder.json", "0/state/manifest.ocdbt"])

@@ -155,9 +155,11 @@ def test_layers_of_different_ranks_are_padded_and_their_padding_is_not_trained(
 def test_a_config_that_describes_an_adapter_gives_the_same_tree(golden, base):
     config, params = base("smolvlm")
     adapted = peft.read_adapter(golden / "lora/smolvlm", config, params)
-    fresh = lora.add(jax.random.key(0), params, lora.describe(adapted))
+    fresh = lora.add(jax.random.key(0), params, peft.describe(golden / "lora/smolvlm", config))
     assert not trees.first_difference(fresh, adapted)
-    assert lora.describe(params) == lora.LoraConfig()
+    layers = ("language", "layers", "query", "lora_scale")
+    one, other = (functools.reduce(dict.__getitem__, layers, tree) for tree in (fresh, adapted))
+    assert np.max(other) == np.max(one)
 
 
 def test_an_adapter_of_a_convolution_over_patches_is_a_map_of_its_pixels(base, tmp_path):

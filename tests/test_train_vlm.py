@@ -11,12 +11,15 @@ import pytest
 import tiny_demos
 import tiny_vlm
 
-from train.backbone_source import resolve
+from train.backbone_source import read_backbone, resolve
 from train.cache import cache
 from train.imitate import imitate
 from train.presets import IMITATE
 from vla_jax import backbones
 from vla_jax.acting.agent import AgentConfig
+from vla_jax.backbones import peft
+from vla_jax.convert.__main__ import main as convert
+from vla_jax.nn import lora
 from vla_jax.nn.lora import LoraConfig
 from vla_jax.policies import policy
 from vla_jax.runs import load_run
@@ -25,6 +28,14 @@ from vla_jax.training.loop import LoopConfig
 from vla_jax.trees import leaves_by_path
 
 TOKENIZER = pathlib.Path(__file__).parent / "golden/tokenizers/smolvlm/tokenizer.json"
+PREPROCESSING = json.dumps(
+    {
+        "image_processor_type": "SmolVLMImageProcessor",
+        "size": {"longest_edge": 64},
+        "max_image_size": {"longest_edge": 16},
+        "do_image_splitting": False,
+    }
+)
 VLM = dataclasses.replace(
     tiny_vlm.CONFIGS["smolvlm"],
     language=dataclasses.replace(tiny_vlm.LANGUAGE, vocab_size=400),
@@ -107,6 +118,51 @@ def test_an_adapted_training_changes_factors_alone_and_resumes_to_the_bit(demos,
     imitate(config)
     one, other = backbone_leaves(whole), backbone_leaves(half)
     assert all(np.array_equal(one[path], other[path]) for path in one)
+
+
+@pytest.mark.slow
+def test_a_training_starts_from_an_adapter_and_the_command_writes_its_model_back(
+    demos, folder, tmp_path
+):
+    adaptation = LoraConfig(rank=3, alpha=6.0, targets=("language/layers/up",))
+    adapted = lora.add(jax.random.key(2), tiny_vlm.params(VLM), adaptation)
+    up = adapted["language"]["layers"]["up"]
+    up["lora_b"] = 0.1 * jax.random.normal(jax.random.key(3), up["lora_b"].shape)
+    peft.write_adapter(tmp_path / "adapter", VLM, adapted)
+    config = dataclasses.replace(
+        training(demos, tmp_path / "run", folder, lora=LoraConfig(rank=2)),
+        adapter_from=str(tmp_path / "adapter"),
+    )
+    assert resolve(config).agent.policy.backbone.options.lora == adaptation
+    started = leaves_by_path(read_backbone(resolve(config)))
+    run_dir = imitate(config)
+    assert {"action_token", "language/layers/up/lora_a"} <= changed_paths(run_dir, adapted)
+    for path, leaf in leaves_by_path(adapted).items():
+        if not path.startswith(("action_token", "proprio")):
+            np.testing.assert_array_equal(started[path], leaf)
+
+    tuned = load_run(run_dir).params["backbone"]
+    (folder / "preprocessor_config.json").write_text(PREPROCESSING)
+    convert([str(run_dir), str(tmp_path / "b"), "--to", "peft"])
+    convert([str(run_dir), str(tmp_path / "m"), "--to", "huggingface", "--vlm", str(folder)])
+    again = leaves_by_path(peft.read_adapter(tmp_path / "b", VLM, tiny_vlm.params(VLM)))
+    merged = leaves_by_path(backbones.load(tmp_path / "m")[1])
+    expected = leaves_by_path(jax.jit(lora.merge)(tuned))
+    for path, leaf in leaves_by_path(tuned).items():
+        if path.startswith(("vision/", "projection/", "language/")):
+            np.testing.assert_array_equal(again[path], leaf)
+            if "lora" not in path:
+                np.testing.assert_allclose(merged[path], expected[path], atol=1e-6)
+    assert (tmp_path / "m/preprocessor_config.json").read_text() == PREPROCESSING
+    assert (tmp_path / "m/tokenizer.json").read_bytes() == TOKENIZER.read_bytes()
+
+
+def test_an_adapter_without_its_model_is_refused(demos, folder, tmp_path):
+    config = training(demos, tmp_path / "run", folder)
+    with pytest.raises(ValueError, match="backbone_from must be the model that adapter_from was"):
+        imitate(dataclasses.replace(config, backbone_from="", adapter_from="nowhere"))
+    with pytest.raises(FileNotFoundError, match=r"adapter_config.json is missing"):
+        imitate(dataclasses.replace(config, adapter_from=str(folder)))
 
 
 @pytest.mark.slow

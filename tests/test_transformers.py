@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 import warnings
 
 import jax
@@ -114,6 +115,39 @@ def test_an_exported_model_gives_its_logits_in_transformers(name, hf, golden, tm
     backbones.export(tmp_path / "a", config, params, like=source, max_shard_bytes=50_000)
     assert (tmp_path / "a/model.safetensors.index.json").exists()
     found = theirs(hf, golden, name, load(hf, tmp_path / "a"))
+    np.testing.assert_allclose(found, ours(golden, name, config, params), atol=1e-5)
+
+
+def leaves(data, path=()):
+    """Path -> value of everything in a config that is not a section."""
+    if not isinstance(data, dict):
+        return {path: data}
+    return {k: v for name in data for k, v in leaves(data[name], (*path, name)).items()}
+
+
+@each
+def test_an_exported_config_is_the_original_with_the_sizes_of_the_params(
+    name, hf, golden, tmp_path
+):
+    """Everything else is kept: ids, initialisation, the name of an older class."""
+    source, original = tmp_path / "source", golden / "vlm" / NAMES[name]
+    source.mkdir()
+    data = json.loads((original / "config.json").read_text())
+    data |= {"eos_token_id": 7, "torch_dtype": data.pop("dtype"), "custom": {"list": [1]}}
+    data["text_config"]["bos_token_id"] = 5
+    if name == "smolvlm":
+        data |= {"model_type": "idefics3", "architectures": ["Idefics3ForConditionalGeneration"]}
+        data["vision_config"]["model_type"] = "idefics3_vision"
+    (source / "config.json").write_text(json.dumps(data))
+    shutil.copy(original / "model.safetensors", source)
+    config, params = backbones.load(source)
+    backbones.export(tmp_path / "a", config, params, like=source)
+    written = json.loads((tmp_path / "a/config.json").read_text())
+    assert leaves(data).items() <= leaves(written).items()
+    assert "dtype" not in written
+    model = load(hf, tmp_path / "a")
+    assert type(model).__name__ == data["architectures"][0]
+    found = theirs(hf, golden, name, model)
     np.testing.assert_allclose(found, ours(golden, name, config, params), atol=1e-5)
 
 

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import shutil
 import tracemalloc
 
 import jax
@@ -162,12 +163,15 @@ def test_other_files_of_the_original_are_copied_and_nothing_is_overwritten(golde
     for name in ("tokenizer.json", "preprocessor_config.json", "config.json", "pytorch_model.bin",
                  "model-00001-of-00002.safetensors", "model.safetensors.index.json"):  # fmt: skip
         (tmp_path / "like" / name).write_text("{}")
+    shutil.copy(golden / "vlm" / NEW["smolvlm"] / "config.json", tmp_path / "like")
     backbones.export(tmp_path / "new", config, params, like=tmp_path / "like")
     assert sorted(file.name for file in (tmp_path / "new").iterdir()) == [
         "config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json",
     ]  # fmt: skip
     with pytest.raises(FileExistsError, match="exists already; choose another name"):
         backbones.export(tmp_path / "new", config, params)
+    with pytest.raises(ValueError, match=r"must be of a 'smolvlm' model, got 'kosmos2'"):
+        backbones.export(tmp_path / "b", config, params, like=golden / "vlm" / NEW["kosmos2"])
     with pytest.raises(ValueError, match="max_shard_bytes must be at least 1, got 0"):
         backbones.export(tmp_path / "other", config, params, max_shard_bytes=0)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["like", "new"]

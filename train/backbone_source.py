@@ -1,4 +1,7 @@
-"""The backbone that a training starts from: that of a run, or a vision-language model on disk."""
+"""The backbone that a training starts from: that of a run, or a vision-language model on disk.
+
+`resolve` reads the sizes before the data are read, `read_backbone` the weights.
+"""
 
 import pathlib
 import warnings
@@ -8,7 +11,7 @@ from typing import Any
 import jax
 
 from train.configs import ImitateConfig
-from vla_jax.backbones import registry, weights
+from vla_jax.backbones import models, peft, registry, weights
 from vla_jax.policies import policy
 from vla_jax.runs import read_agent
 from vla_jax.training import checkpoint
@@ -26,15 +29,23 @@ def is_run(folder: str) -> bool:
 def resolve(config: ImitateConfig) -> ImitateConfig:
     """Returns the config with the sizes of the vision-language model that `backbone_from` holds.
 
-    The policy's use of the model (readout, cameras, precision) stays that of the config. Other
-    backbones are left as they are.
+    The policy's use of the model (readout, cameras, precision) stays that of the config; rank and
+    targets of an adaptation are those of `adapter_from`, if there is one. Other backbones are left
+    as they are.
 
     Raises:
-      ValueError: the model is not supported, or the config's backbone is of another kind.
+      FileNotFoundError: `adapter_from` is not an adapter.
+      ValueError: the model or the adapter is not supported, or the config's backbone is of another
+        kind.
     """
     agent, backbone = config.agent, config.agent.policy.backbone
     loaded = _config_in(config.backbone_from)
     if loaded is None:
+        if config.adapter_from:
+            raise ValueError(
+                "backbone_from must be the model that adapter_from was trained on, got "
+                f"'{config.backbone_from}'; give its folder."
+            )
         return config
     if type(loaded) is not type(backbone):
         raise ValueError(
@@ -42,6 +53,8 @@ def resolve(config: ImitateConfig) -> ImitateConfig:
             f"'{loaded.kind}' in {config.backbone_from}; choose a --preset of that backbone."
         )
     started = registry.get(backbone).start_from(backbone, loaded)
+    if config.adapter_from:
+        started = _adapted(config, started, loaded)
     if started == backbone:
         return config
     policy_config = policy.connect(started, agent.policy.decoder)
@@ -96,9 +109,25 @@ def read_backbone(config: ImitateConfig) -> Params:
     key = jax.random.fold_in(key, 3)  # policy and auxiliary heads draw from other parts
     if weights.is_folder(folder):
         mesh = make_mesh(config.loop.num_devices or None, fsdp_size=config.loop.fsdp_size)
-        return weights.load(folder, config=backbone, mesh=mesh, key=key)[1]
-    saved = checkpoint.restore_params(pathlib.Path(folder) / "checkpoints").get("backbone", {})
-    return registry.get(backbone).adopt(key, saved, backbone)
+        params = weights.load(folder, config=backbone, mesh=mesh, key=key)[1]
+    else:
+        saved = checkpoint.restore_params(pathlib.Path(folder) / "checkpoints").get("backbone", {})
+        params = registry.get(backbone).adopt(key, saved, backbone)
+    if config.adapter_from:
+        params = peft.read_adapter(config.adapter_from, backbone, params)
+    return params
+
+
+def _adapted(config: ImitateConfig, backbone: Any, loaded: Any) -> Any:
+    """Returns the backbone's config with the adaptation of `adapter_from`."""
+    models.get(backbone)  # another backbone cannot be adapted
+    if loaded.options.lora.rank:
+        raise ValueError(
+            "adapter_from must be empty if the run in backbone_from is adapted already, got "
+            f"{config.adapter_from}; start from the model itself."
+        )
+    adaptation = peft.describe(config.adapter_from, backbone)
+    return replace(backbone, options=replace(backbone.options, lora=adaptation))
 
 
 def _config_in(folder: str) -> Any:

@@ -34,6 +34,8 @@ class ImitateConfig:
     run_dir: str = "runs/imitate"  # output folder of the run
     # run folder with the initial backbone, or folder of a vision-language model; empty = random
     backbone_from: str = ""
+    # folder of a PEFT adapter of that model, to start from; it decides rank, alpha and targets
+    adapter_from: str = ""
     decoder_from: str = ""  # run folder, or output of vla_jax.convert; empty = random
     frozen_backbone: bool = False  # compute every frame's tokens once, train only the decoder
     cache_dtype: CacheDtype = "float32"  # dtype of those tokens on disk

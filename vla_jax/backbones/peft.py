@@ -18,7 +18,6 @@ from vla_jax.backbones import (
     models,
     peft_settings,
     safetensors_files,
-    tensor_names,
     weight_export,
     weight_report,
 )
@@ -27,6 +26,7 @@ from vla_jax.backbones.tensor_names import Place
 from vla_jax.backbones.vlm import VisionLanguageModel
 from vla_jax.files import Path, replacing, write_json
 from vla_jax.nn import lora
+from vla_jax.nn.lora import LoraConfig
 from vla_jax.types import Params
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -41,13 +41,35 @@ class Factors(NamedTuple):
     scale: float  # of the update
 
 
+def describe(folder: Path, config: Any) -> LoraConfig:
+    """Returns the adaptation of a PEFT adapter, without reading its tensors.
+
+    `nn.lora.add` then gives a tree of the shapes that `read_adapter` returns. Rank and alpha are
+    those of the map with the largest rank; `read_adapter` gives every map its own scale.
+
+    Args:
+      folder: with `adapter_config.json` and `adapter_model.safetensors`.
+      config: of the model that was adapted.
+
+    Raises:
+      FileNotFoundError, ValueError: as for `read_adapter`.
+    """
+    adapter = _open(pathlib.Path(folder), config)
+    if not adapter.pairs:
+        return LoraConfig()
+    live_names = [live_name for live_name, _ in adapter.pairs.values()]
+    largest = max(live_names, key=adapter.settings.rank)
+    rank, scale = adapter.settings.rank(largest), adapter.settings.scale(largest)
+    paths = dict.fromkeys(adapter.places[name].tensor.path for name in adapter.pairs)
+    return LoraConfig(rank, scale * rank, tuple(path.removesuffix("/kernel") for path in paths))
+
+
 def read_adapter(folder: Path, config: Any, params: Params) -> Params:
     """Returns the params with the low-rank factors of a PEFT adapter, float32.
 
     All factors have the largest rank R of the adapter: smaller ones are padded with zeros, and the
     layers of a stack that have no adapter get zeros. The gradients of padding are zero.
-    `nn.lora.describe` gives the config with which `init` makes the same tree. Dropout is not
-    applied.
+    `describe` gives the config with which `init` makes the same tree. Dropout is not applied.
 
     Args:
       folder: with `adapter_config.json` and `adapter_model.safetensors`.
@@ -60,28 +82,18 @@ def read_adapter(folder: Path, config: Any, params: Params) -> Params:
       ValueError: a file is damaged, has settings that are not supported, or belongs to another
         model.
     """
-    folder = pathlib.Path(folder)
-    settings = peft_settings.read(folder / CONFIG)
-    if not (folder / WEIGHTS).is_file():
-        raise FileNotFoundError(
-            f"{folder / WEIGHTS} is missing; save the adapter in safetensors format."
-        )
-    model = models.get(config)
-    places = tensor_names.places(model.tensors(config), model.shapes(config))
-    stored = safetensors_files.tensors_of_file(folder / WEIGHTS)
-    pairs, whole = _sort(model, stored, places, folder)
+    adapter = _open(pathlib.Path(folder), config)
     factors: dict[str, dict[int | None, Factors]] = collections.defaultdict(dict)
-    for name, (live_name, pair) in pairs.items():
-        place = places[name]
-        scale = settings.scale(live_name)
-        found = _read_factors(place, pair, settings.rank(live_name), scale)
+    for name, (live_name, pair) in adapter.pairs.items():
+        place, settings = adapter.places[name], adapter.settings
+        found = _read_factors(place, pair, settings.rank(live_name), settings.scale(live_name))
         factors[place.tensor.path][place.layer] = found
     rank = max((f.a.shape[1] for layers in factors.values() for f in layers.values()), default=0)
     params = lora.remove(params)
     for path, layers in factors.items():
         params = _update(params, path.split("/")[:-1], lambda m, ls=layers: _stack(m, ls, rank))
-    for name, tensor in whole.items():
-        params = _replace(params, places[name], tensor)
+    for name, tensor in adapter.whole.items():
+        params = _replace(params, adapter.places[name], tensor)
     return params
 
 
@@ -108,7 +120,7 @@ def write_adapter(
     if folder.exists():
         raise FileExistsError(f"{folder} exists already; choose another name.")
     model = models.get(config)
-    places = tensor_names.places(model.tensors(config), model.shapes(config))
+    places = models.places(config)
     tensors, settings = {}, []
     for name, place in places.items():
         module = _live_name(model, name).removesuffix(".weight")
@@ -134,6 +146,28 @@ def write_adapter(
         part.mkdir()
         write_json(part / CONFIG, peft_settings.to_json(settings, sorted(saved)))
         safetensors_files.write(part / WEIGHTS, entries, tensors.__getitem__)
+
+
+class _Adapter(NamedTuple):
+    """An adapter's files: settings, and the tensors by the names of the model's table."""
+
+    settings: peft_settings.Settings
+    places: dict[str, Place]  # of the model
+    # live name of a map, and its factors by the keys A and B
+    pairs: dict[str, tuple[str, dict[str, StoredTensor]]]
+    whole: dict[str, StoredTensor]  # stored whole
+
+
+def _open(folder: pathlib.Path, config: Any) -> _Adapter:
+    """Reads settings and names of an adapter; arguments and errors as `read_adapter`."""
+    settings = peft_settings.read(folder / CONFIG)
+    if not (folder / WEIGHTS).is_file():
+        raise FileNotFoundError(
+            f"{folder / WEIGHTS} is missing; save the adapter in safetensors format."
+        )
+    places = models.places(config)
+    stored = safetensors_files.tensors_of_file(folder / WEIGHTS)
+    return _Adapter(settings, places, *_sort(models.get(config), stored, places, folder))
 
 
 def _sort(

@@ -10,14 +10,15 @@ import jax
 import numpy as np
 
 from vla_jax import trees
-from vla_jax.backbones import models, safetensors_files, tensor_names
+from vla_jax.backbones import models, safetensors_files
 from vla_jax.backbones.safetensors_files import INDEX, SINGLE, Entry
 from vla_jax.backbones.tensor_names import Place
-from vla_jax.files import Path, replacing, write_json
+from vla_jax.files import Path, read_json, replacing, write_json
 from vla_jax.nn import lora
 from vla_jax.types import Params
 
 CONFIG = "config.json"
+_DTYPES = {"torch_dtype", "dtype"}  # names of the same field in versions of transformers
 SHARD_BYTES = 5 * 10**9  # limit of a file, as in transformers 4
 
 
@@ -28,7 +29,7 @@ def to_tensors(config: Any, params: Params) -> dict[str, np.ndarray]:
       config: of the model.
       params: of the model; low-rank factors are merged, learned tokens left out.
     """
-    return {name: read_tensor(params, place) for name, place in _places(config).items()}
+    return {name: read_tensor(params, place) for name, place in models.places(config).items()}
 
 
 def read_tensor(params: Params, place: Place) -> np.ndarray:
@@ -61,25 +62,70 @@ def export(
       folder: to create; must not exist.
       config: of the model.
       params: of the model; low-rank factors are merged, learned tokens left out.
-      like: folder of the original model, whose other files (tokenizer, preprocessing) are copied.
+      like: folder of the original model, whose other files (tokenizer, preprocessing) are copied;
+        what its `config.json` has besides ours is kept.
       max_shard_bytes: limit of the tensors of one file; above it there are several, and an index.
 
     Raises:
       FileExistsError: `folder` exists.
-      ValueError: the limit is below 1.
+      FileNotFoundError: `like` has no `config.json`.
+      ValueError: the limit is below 1, or `like` holds a model of another kind.
     """
     folder = pathlib.Path(folder)
     if folder.exists():
         raise FileExistsError(f"{folder} exists already; choose another name.")
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}.")
-    dtype = np.dtype(config.options.param_dtype).name
+    original = {} if like is None else read_original(like, config)
     with replacing(folder) as part:
         part.mkdir()
         if like is not None:
             _copy_others(pathlib.Path(like), part)
-        write_json(part / CONFIG, {**models.get(config).to_json(config), "dtype": dtype})
-        _write_tensors(part, params, _places(config), max_shard_bytes)
+        write_json(part / CONFIG, _config_json(config, original))
+        _write_tensors(part, params, models.places(config), max_shard_bytes)
+
+
+def read_original(folder: Path, config: Any) -> dict[str, Any]:
+    """Returns the `config.json` of the model that a config is of, whatever its sizes.
+
+    Raises:
+      FileNotFoundError: it is missing.
+      ValueError: it is damaged, or of a model of another kind.
+    """
+    file = pathlib.Path(folder) / CONFIG
+    data = read_json(file, "the config of a model")
+    kind = models.kind_of(data)
+    if kind != config.kind:
+        raise ValueError(
+            f"{file} must be of a '{config.kind}' model, got '{kind}'; give the folder of the "
+            "model that was trained."
+        )
+    return data
+
+
+def _config_json(config: Any, original: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the `config.json` of a config, with what the original one has besides."""
+    merged = _merge(original, models.get(config).to_json(config))
+    if "torch_dtype" not in merged:
+        merged["dtype"] = ""
+    return _with_dtype(merged, config.options.param_dtype)
+
+
+def _merge(original: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns our fields over the original ones, section by section; class names stay."""
+    merged = dict(original)
+    for name, value in ours.items():
+        if isinstance(value, Mapping):
+            merged[name] = _merge(original.get(name) or {}, value)
+        elif name not in ("model_type", "architectures") or original.get(name) is None:
+            merged[name] = value
+    return merged
+
+
+def _with_dtype(data: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """Returns a config with this dtype wherever it has one."""
+    nested = {k: _with_dtype(v, dtype) if isinstance(v, Mapping) else v for k, v in data.items()}
+    return nested | dict.fromkeys(_DTYPES & data.keys(), dtype)
 
 
 def _write_tensors(
@@ -119,11 +165,6 @@ def _shards(entries: Sequence[Entry], max_bytes: int) -> list[list[Entry]]:
         shards[-1].append(entry)
         size += entry.num_bytes
     return shards
-
-
-def _places(config: Any) -> dict[str, Place]:
-    model = models.get(config)
-    return tensor_names.places(model.tensors(config), model.shapes(config))
 
 
 def _copy_others(source: pathlib.Path, target: pathlib.Path) -> None:

@@ -17,7 +17,6 @@ from vla_jax import trees
 from vla_jax.backbones import (
     models,
     safetensors_files,
-    tensor_names,
     vlm,
     vlm_params,
     weight_report,
@@ -97,7 +96,7 @@ def load(
     stored = weight_report.rename_all(model, safetensors_files.find(folder), folder)
     config = _tie_missing_head(model, config, stored)
     shapes, tensors = model.shapes(config), model.tensors(config)
-    weight_report.check(model, folder, stored, tensor_names.places(tensors, shapes))
+    weight_report.check(model, folder, stored, models.places(config))
     expected = jax.eval_shape(lambda: _zeros(shapes))
     shardings = {
         path: _sharding(path, leaf.shape, mesh)

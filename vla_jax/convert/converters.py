@@ -40,8 +40,12 @@ class ConvertConfig:
     num_heads: int = 8  # attention heads of a GPT
     # globs of names of tensors that may be missing; their params are randomly initialised
     allow_missing: tuple[str, ...] = ()
-    # folder of the vision-language model of a whole policy of RoboVLMs, which becomes a run folder
+    # folder of a vision-language model: that of a whole policy of RoboVLMs, which becomes a run
+    # folder; with --to huggingface, that with the tokenizer and other files to copy
     vlm: str = ""
+    # what a folder is converted to: "original" = the file that it was converted from; of a run on a
+    # vision-language model, "huggingface" = the model's folder, "peft" = its low-rank adapter
+    to: Literal["original", "huggingface", "peft"] = "original"
     # RoboVLMs' training config; empty = the JSON of the same name, or config.json, beside SRC
     config: str = ""
     prefix: str = ""  # prefix of the names of a torch.nn.LSTM, GRU or RNN, such as encoder.rnn.

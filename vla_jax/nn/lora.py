@@ -128,23 +128,3 @@ def remove(params: Params) -> Params:
         for k, v in params.items()
         if not k.startswith("lora_")
     }
-
-
-def describe(params: Params) -> LoraConfig:
-    """Returns a config whose `add` gives factors of the same shapes; alpha is the default.
-
-    Args:
-      params: with factors of one rank, or without any.
-
-    Raises:
-      ValueError: the ranks differ.
-    """
-    factors = {
-        path.removesuffix("/lora_a"): leaf.shape[-1]
-        for path, leaf in trees.leaves_by_path(params).items()
-        if path.endswith("/lora_a")
-    }
-    ranks = set(factors.values())
-    if len(ranks) > 1:
-        raise ValueError(f"all low-rank factors must have one rank, got {sorted(ranks)}.")
-    return LoraConfig(rank=ranks.pop(), targets=tuple(factors)) if factors else LoraConfig()

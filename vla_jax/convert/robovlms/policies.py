@@ -18,8 +18,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vla_jax.acting.agent import AgentConfig
-from vla_jax.backbones import models, tensor_names, weight_export, weight_report, weights
-from vla_jax.backbones.tensor_names import Place
+from vla_jax.backbones import models, weight_export, weight_report, weights
 from vla_jax.convert.arrays import as_float32, as_numpy
 from vla_jax.convert.conversion_report import Report, check, compare, warn
 from vla_jax.convert.robovlms.acting_presets import calvin
@@ -144,7 +143,7 @@ def report_robovlms_policy(tensors: Mapping[str, Any], agent: AgentConfig) -> Re
     backbone, decoder = agent.policy.backbone, agent.policy.decoder
     in_file = _by_common_name(tensors, backbone)
     needed = {
-        **{MODEL + name: place.shape for name, place in _places(backbone).items()},
+        **{MODEL + name: place.shape for name, place in models.places(backbone).items()},
         TOKEN: (backbone.token_dim,),
         **{HEAD + name: tensor.their_shape for name, tensor in head_tensors(decoder).items()},
     }
@@ -219,7 +218,7 @@ def _read_backbone(tensors: Mapping[str, Any], config: Any) -> Params:
     in_file = _by_common_name(tensors, config)
     shapes: dict[str, Any] = flatten_dict(models.get(config).shapes(config), sep="/")
     leaves: dict[str, Any] = {path: np.empty(shape, np.float32) for path, shape in shapes.items()}
-    for name, place in _places(config).items():
+    for name, place in models.places(config).items():
         array = as_numpy(tensors[in_file[MODEL + name]])
         row = ... if place.layer is None else place.layer
         leaves[place.tensor.path][row] = place.tensor.order.to_params(array)
@@ -228,11 +227,6 @@ def _read_backbone(tensors: Mapping[str, Any], config: Any) -> Params:
     for path in leaves:  # the host's copy of a leaf is freed before the next one is placed
         leaves[path] = jnp.asarray(leaves[path])
     return unflatten_dict(leaves, sep="/")
-
-
-def _places(config: Any) -> dict[str, Place]:
-    model = models.get(config)
-    return tensor_names.places(model.tensors(config), model.shapes(config))
 
 
 def _by_common_name(names: Collection[str], config: Any) -> dict[str, str]:
