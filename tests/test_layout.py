@@ -18,7 +18,7 @@ FILES = sorted(
 )
 HEAVY = (
     "torch", "mujoco", "gymnasium", "grain", "pyarrow", "av", "PIL", "matplotlib", "tensorboardX",
-    "tokenizers",
+    "tokenizers", "h5py",
 )  # fmt: skip
 
 

@@ -10,8 +10,10 @@ from typing import NamedTuple, Protocol
 from vla_jax.config import did_you_mean
 from vla_jax.data.dataset import Dataset
 from vla_jax.data.raw import RawDataset
+from vla_jax.data.readers.calvin import calvin
 from vla_jax.data.readers.dataset_config import DatasetConfig
 from vla_jax.data.readers.fields import FieldMap
+from vla_jax.data.readers.hdf5 import aloha, isaac_lab, libero, robomimic, robomme
 from vla_jax.data.readers.lerobot import lerobot_v3
 from vla_jax.types import Resampling
 
@@ -43,12 +45,20 @@ class Reader(NamedTuple):
     """One data-set format."""
 
     probe: Callable[[pathlib.Path], bool]  # True if the path holds this format; cheap, no errors
-    read: Read
+    read: Read | None = None
     open: Open | None = None
     fields: Callable[[RawDataset], FieldMap] | None = None  # fields that this source suggests
 
 
-READERS: dict[str, Reader] = {"lerobot_v3": Reader(lerobot_v3.probe, lerobot_v3.read)}
+READERS: dict[str, Reader] = {
+    "lerobot_v3": Reader(lerobot_v3.probe, lerobot_v3.read),
+    "aloha": Reader(aloha.probe, open=aloha.open, fields=aloha.fields),
+    "calvin": Reader(calvin.probe, open=calvin.open, fields=calvin.fields),
+    "isaac_lab": Reader(isaac_lab.probe, open=isaac_lab.open, fields=isaac_lab.fields),
+    "libero": Reader(libero.probe, open=libero.open, fields=libero.fields),
+    "robomimic": Reader(robomimic.probe, open=robomimic.open, fields=robomimic.fields),
+    "robomme": Reader(robomme.probe, open=robomme.open, fields=robomme.fields),
+}
 
 
 def open_source(
@@ -100,9 +110,10 @@ def read_dataset(
       FileNotFoundError: the path is missing, or a file of the data set.
       ValueError: unknown kind; no reader or several readers accept the path; damaged data.
     """
-    return find_reader(config).read(
-        config, cameras=cameras, image_size=image_size, resampling=resampling
-    )
+    read = find_reader(config).read
+    if read is None:
+        raise NotImplementedError
+    return read(config, cameras=cameras, image_size=image_size, resampling=resampling)
 
 
 def find_reader(config: DatasetConfig) -> Reader:

@@ -1,0 +1,1 @@
+"""CALVIN data sets: one file per frame, segments with an instruction."""

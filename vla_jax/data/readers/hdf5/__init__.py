@@ -1,0 +1,1 @@
+"""Data sets in HDF5 files, one file per layout."""

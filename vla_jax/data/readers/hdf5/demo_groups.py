@@ -1,0 +1,175 @@
+"""Files with the groups `data/demo_<i>`: what robomimic, LIBERO and Isaac Lab share."""
+
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from vla_jax.data.raw import RawDataset
+from vla_jax.data.readers.hdf5.hdf5_files import OpenFiles, hdf5_paths, import_h5py, reading
+from vla_jax.data.readers.hdf5.hdf5_objects import (
+    attribute,
+    by_number,
+    child,
+    names_of,
+    read_all,
+    short_list,
+    text,
+)
+from vla_jax.data.readers.hdf5.stored_episodes import (
+    ONE_DATA_SET_PER_KEY,
+    EpisodeIndex,
+    EpisodePlace,
+    make_source,
+)
+
+
+def open_demos(
+    path: pathlib.Path,
+    kind: str,
+    *,
+    split: str | None,
+    numbered: bool,
+    skip: tuple[str, ...] = (),
+    instruction: Callable[[Any, pathlib.Path], str] | None = None,
+    rate: Callable[[dict[str, Any]], Any],
+    usual_fps: float | None,
+) -> RawDataset:
+    """Opens the raw view of files with the groups `data/demo_<i>`.
+
+    Args:
+      path: file or folder.
+      kind: key of READERS.
+      split: filter key, a list of demos in `mask/<split>`; None means all demos.
+      numbered: names begin with the index of the file: `0/demo_0`.
+      skip: children of a demo that are not per step.
+      instruction: returns the text of the demos of a file, from its group `data`; None = "".
+      rate: returns the steps per second from the JSON object `env_args`, None if not stated.
+      usual_fps: steps per second where `env_args` does not state them, Hz.
+
+    Raises:
+      FileNotFoundError: there is no HDF5 file.
+      ValueError: damaged files; unknown split; no demos.
+      ImportError: h5py is missing.
+    """
+    files = hdf5_paths(path)
+    if not files:
+        raise FileNotFoundError(f"{path} must hold HDF5 files (.hdf5, .h5), got none.")
+    opened, places, lengths, texts, rates = OpenFiles(), [], [], [], []
+    for number, file in enumerate(files):
+        root = opened.get(file)
+        data = child(root, "data", file)
+        names = _demos(root, data, file, split)
+        lengths += _lengths(data, names, file)
+        prefix = f"{number}/" if numbered else ""
+        places += [EpisodePlace(f"{prefix}{name}", number, f"data/{name}") for name in names]
+        texts.append(instruction(data, file) if instruction else "")
+        rates.append(_fps(data, file, rate) or usual_fps)
+    if not places:
+        raise ValueError(f"{path} must hold at least one demo, got none; record some first.")
+    if len(set(rates)) > 1:
+        raise ValueError(
+            f"{path}: all files must have one rate, got {sorted(map(str, set(rates)))} Hz; read "
+            "them as several data sets."
+        )
+    index = EpisodeIndex(
+        kind, tuple(files), places, np.array(lengths, np.int64), tuple(texts), rates[0],
+        "actions", skip, opened,
+    )  # fmt: skip
+    return make_source(path, index, ONE_DATA_SET_PER_KEY)
+
+
+def _demos(root: Any, data: Any, file: pathlib.Path, split: str | None) -> list[str]:
+    """Returns the names of the demos to read, sorted by number as robomimic sorts them."""
+    names = by_number(names_of(data, file), "demo_", file, "data")
+    if split is None:
+        return names
+    with reading(file, "the group mask"):
+        keys = list(root["mask"]) if "mask" in root else []
+    if split not in keys:
+        raise ValueError(
+            f"{file}: split must be a filter key of the file ({short_list(keys) or 'it has none'})"
+            f", got {split!r}; choose one of these or none."
+        )
+    mask = child(root, f"mask/{split}", file)
+    chosen = [str(name) for name in np.atleast_1d(read_all(mask, file)).astype(str).reshape(-1)]
+    known = set(names)
+    if not known.issuperset(chosen) or len(set(chosen)) != len(chosen):
+        raise ValueError(
+            f"{file}: mask/{split} must list demos of the file, each once, got "
+            f"{short_list(sorted(set(chosen) - known) or chosen)}; correct the list."
+        )
+    return by_number(chosen, "demo_", file, f"mask/{split}")
+
+
+def _lengths(data: Any, names: list[str], file: pathlib.Path) -> list[int]:
+    """Returns the number of actions of each demo; the low-level calls take 20 µs per demo."""
+    h5py = import_h5py()
+    lengths = []
+    for name in names:
+        shape = None
+        with reading(file, f"data/{name}/actions"):
+            if data.id.links.get_info(name.encode()).type == h5py.h5l.TYPE_HARD:
+                item = h5py.h5o.open(data.id, name.encode())
+                group = item if isinstance(item, h5py.h5g.GroupID) else None
+                if group is not None and group.links.exists(b"actions"):
+                    link = group.links.get_info(b"actions").type
+                    if link == h5py.h5l.TYPE_HARD:
+                        shape = getattr(h5py.h5o.open(group, b"actions"), "shape", None)
+        if shape is None:
+            shape = getattr(child(data, f"{name}/actions", file), "shape", None)
+        if not shape or not 0 < shape[0] < 2**31:
+            raise ValueError(
+                f"{file}: data/{name}/actions must be an array [T, A] with at least one step, got "
+                f"{'a group' if shape is None else f'shape {shape}'}; leave the demo out."
+            )
+        lengths.append(int(shape[0]))
+    return lengths
+
+
+def env_args(data: Any, file: pathlib.Path) -> dict[str, Any]:
+    """Returns the JSON object in the attribute `env_args` of the group `data`; {} if missing."""
+    return json_attribute(data, "env_args", file) or {}
+
+
+def json_attribute(data: Any, name: str, file: pathlib.Path) -> dict[str, Any] | None:
+    """Returns the JSON object in an attribute; None if the attribute is missing.
+
+    Raises:
+      ValueError: the attribute is not a JSON object.
+    """
+    value = attribute(data, name, file)
+    if value is None:
+        return None
+    place = f"the attribute {name} of {data.name}"
+    try:
+        found = json.loads(text(value, file, place))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{file}: {place} must be JSON, got {value!r:.60}; restore or delete it."
+        ) from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: {place} must be a JSON object, got {found!r:.60}; restore it.")
+    return found
+
+
+def _fps(data: Any, file: pathlib.Path, rate: Callable[[dict[str, Any]], Any]) -> float | None:
+    value = rate(env_args(data, file))
+    if value is None:
+        return None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value < 1e6:
+        raise ValueError(
+            f"{file}: the rate in the attribute env_args of data must be a positive number of Hz, "
+            f"got {value!r:.40}; correct it."
+        )
+    return float(value)
+
+
+def member(value: Any, *keys: str) -> Any:
+    """Returns an entry of nested JSON objects; None if a level is missing or no object."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
