@@ -31,6 +31,11 @@ VIDEOS = {  # codec, file ending and encoder options
 }
 
 
+def segment(path, start, length):
+    """The frames of an episode in a video of 10 Hz."""
+    return Segment(path, np.arange(start, start + length) / 10)
+
+
 def make_video(path, num_frames, codec, options):
     """Writes a video of a bright bar that moves over noise, so that all frames differ."""
     rng = np.random.default_rng(num_frames)
@@ -55,11 +60,11 @@ def make_segments(folder, video):
         make_video(path, num_frames, codec, options)
     first, single, last = paths
     return [
-        Segment(last, 3, 9),
-        Segment(first, 20, 21),
-        Segment(single, 0, 1),
-        Segment(first, 1, 15),
-        Segment(last, 12, 14),
+        segment(last, 3, 9),
+        segment(first, 20, 21),
+        segment(single, 0, 1),
+        segment(first, 1, 15),
+        segment(last, 12, 14),
     ]
 
 
@@ -92,7 +97,7 @@ def test_the_index_lists_every_frame_and_the_key_frames(video):
     segments, _ = video
     for path in {segment.path for segment in segments}:
         with open_video(path) as container:
-            times, starts = read_index(container)
+            times, starts, _ = read_index(path, container)
             container.seek(0)
             decoded = [(f.pts, f.key_frame) for f in container.decode(video=0)]
         np.testing.assert_array_equal(times, [time for time, _ in decoded])
@@ -201,17 +206,19 @@ def test_invalid_indices_are_refused(h264):
 def test_missing_damaged_and_short_videos_are_reported(tmp_path):
     path = tmp_path / "a.mp4"
     with pytest.raises(FileNotFoundError, match=r"video .*a\.mp4 is missing; copy"):
-        FramesOnDemand([Segment(path, 0, 12)], FrameCache(0))
+        FramesOnDemand([segment(path, 0, 12)], FrameCache(0))
     make_video(path, 12, "libx264rgb", {"g": "4"})
-    frames = FramesOnDemand([Segment(path, 8, 6)], FrameCache(0))
-    with pytest.raises(ValueError, match=r"a\.mp4 must hold 14 frames, got 12"):
+    frames = FramesOnDemand([segment(path, 8, 6)], FrameCache(0))
+    with pytest.raises(
+        ValueError, match=r"a\.mp4 must hold a frame at 1\.2 s .*, got 12 frames from 0 s to 1\.1 s"
+    ):
         frames[:]
     content = bytearray(path.read_bytes())
     start = content.index(b"mdat") + 4
     content[start + 900 :] = bytes(len(content) - start - 900)
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"video .*a\.mp4 cannot be decoded, the file is damaged"):
-        FramesOnDemand([Segment(path, 0, 12)], FrameCache(0))[:]
+        FramesOnDemand([segment(path, 0, 12)], FrameCache(0))[:]
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 32 * 32 * 3 * 11, 2**30])

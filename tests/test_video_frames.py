@@ -15,6 +15,11 @@ from vla_jax.data.video_frames import Segment
 from vla_jax.types import Resampling
 
 
+def segment(path, start, length):
+    """The frames of an episode in a video of 10 Hz."""
+    return Segment(path, np.arange(start, start + length) / 10)
+
+
 def make_video(path, count=12, size=(16, 24), codec="libx264rgb", seed=0):
     """Writes a video of smooth frames of different brightness; returns the images."""
     ramp = np.linspace(0, 60, size[0] * size[1] * 3).reshape(*size, 3)
@@ -35,9 +40,9 @@ def test_each_segment_is_decoded_into_its_rows(codec, error, tmp_path):
     first = make_video(tmp_path / "videos/a.mp4", codec=codec)
     second = make_video(tmp_path / "videos/b.mp4", codec=codec, seed=60)
     segments = [
-        Segment(tmp_path / "videos/b.mp4", 2, 3),
-        Segment(tmp_path / "videos/a.mp4", 0, 5),
-        Segment(tmp_path / "videos/a.mp4", 9, 2),
+        segment(tmp_path / "videos/b.mp4", 2, 3),
+        segment(tmp_path / "videos/a.mp4", 0, 5),
+        segment(tmp_path / "videos/a.mp4", 9, 2),
     ]
     images = video_frames.read_frames({"image_wrist": segments}, tmp_path)["image_wrist"]
     expected = np.concatenate([second[2:5], first[0:5], first[9:11]])
@@ -48,7 +53,7 @@ def test_each_segment_is_decoded_into_its_rows(codec, error, tmp_path):
 def test_videos_are_decoded_once_and_again_only_when_they_change(tmp_path, monkeypatch):
     path = tmp_path / "a.mp4"
     make_video(path)
-    cameras = {"image_primary": [Segment(path, 0, 12)]}
+    cameras = {"image_primary": [segment(path, 0, 12)]}
     before = video_frames.read_frames(cameras, tmp_path)["image_primary"]
     assert isinstance(before, np.memmap)
     assert not before.flags.writeable
@@ -63,7 +68,7 @@ def test_videos_are_decoded_once_and_again_only_when_they_change(tmp_path, monke
 
 def test_images_are_resized_to_the_requested_size(tmp_path):
     images = make_video(tmp_path / "a.mp4")
-    cameras = {"image_primary": [Segment(tmp_path / "a.mp4", 0, 12)]}
+    cameras = {"image_primary": [segment(tmp_path / "a.mp4", 0, 12)]}
     small = video_frames.read_frames(cameras, tmp_path, image_size=(8, 12))["image_primary"]
     assert small.shape == (12, 8, 12, 3)
     means = images.reshape(12, 8, 2, 12, 2, 3).mean((2, 4))
@@ -72,7 +77,7 @@ def test_images_are_resized_to_the_requested_size(tmp_path):
 
 def test_images_are_resized_by_the_requested_method(tmp_path):
     make_video(tmp_path / "a.mp4")
-    cameras = {"image_primary": [Segment(tmp_path / "a.mp4", 0, 12)]}
+    cameras = {"image_primary": [segment(tmp_path / "a.mp4", 0, 12)]}
     size = {"image_size": (40, 60)}
     with av.open(tmp_path / "a.mp4") as container:
         frames = list(container.decode(video=0))
@@ -90,7 +95,7 @@ def test_without_cameras_no_images_are_read_or_written(tmp_path):
 def test_the_cache_folder_can_be_chosen_and_has_a_fallback_if_not_writable(tmp_path, monkeypatch):
     root, home = tmp_path / "data", tmp_path / "home"
     make_video(root / "a.mp4")
-    cameras = {"image_primary": [Segment(root / "a.mp4", 0, 12)]}
+    cameras = {"image_primary": [segment(root / "a.mp4", 0, 12)]}
     video_frames.read_frames(cameras, root, decoded_dir=tmp_path / "cache")
     assert len(list((tmp_path / "cache").glob("image_primary-*.npy"))) == 1
     monkeypatch.setenv("XDG_CACHE_HOME", str(home))
@@ -102,15 +107,17 @@ def test_the_cache_folder_can_be_chosen_and_has_a_fallback_if_not_writable(tmp_p
 
 
 def test_a_missing_video_is_refused_by_name(tmp_path):
-    cameras = {"image_primary": [Segment(tmp_path / "a.mp4", 0, 12)]}
+    cameras = {"image_primary": [segment(tmp_path / "a.mp4", 0, 12)]}
     with pytest.raises(FileNotFoundError, match=r"video .*a\.mp4 is missing; copy"):
         video_frames.read_frames(cameras, tmp_path)
 
 
 def test_a_video_with_too_few_frames_is_refused_and_nothing_is_cached(tmp_path):
     make_video(tmp_path / "a.mp4")
-    cameras = {"image_primary": [Segment(tmp_path / "a.mp4", 8, 6)]}
-    with pytest.raises(ValueError, match=r"a\.mp4 must hold 14 frames, got 12"):
+    cameras = {"image_primary": [segment(tmp_path / "a.mp4", 8, 6)]}
+    with pytest.raises(
+        ValueError, match=r"a\.mp4 must hold a frame at 1\.2 s .*, got 12 frames from 0 s to 1\.1 s"
+    ):
         video_frames.read_frames(cameras, tmp_path)
     assert not list((tmp_path / ".frames").iterdir())
 
@@ -120,7 +127,7 @@ def test_a_truncated_video_is_refused_by_name(kept, tmp_path):
     path = tmp_path / "a.mp4"
     make_video(path)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
-    cameras = {"image_primary": [Segment(path, 0, 12)]}
+    cameras = {"image_primary": [segment(path, 0, 12)]}
     with pytest.raises(ValueError, match=r"video .*a\.mp4 cannot be decoded, the file is damaged"):
         video_frames.read_frames(cameras, tmp_path)
 
@@ -132,16 +139,17 @@ def test_a_video_with_damaged_frames_is_refused_by_name(tmp_path):
     start = content.index(b"mdat") + 4
     content[start + 900 : start + 2000] = bytes(1100)
     path.write_bytes(content)
-    cameras = {"image_primary": [Segment(path, 0, 12)]}
+    cameras = {"image_primary": [segment(path, 0, 12)]}
     with pytest.raises(ValueError, match=r"video .*a\.mp4"):
         video_frames.read_frames(cameras, tmp_path)
 
 
 FULL_DISK = """
 import pathlib, resource, sys
+import numpy as np
 from vla_jax.data import video_frames
 root = pathlib.Path(sys.argv[1])
-segments = [video_frames.Segment(root / "a.mp4", 0, 12)]
+segments = [video_frames.Segment(root / "a.mp4", np.arange(12) / 10)]
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
     video_frames.read_frames({"image_primary": segments}, root)

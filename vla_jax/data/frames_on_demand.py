@@ -1,12 +1,13 @@
 """Images of a data set that are decoded when they are indexed."""
 
+import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from vla_jax.data.frame_cache import FrameCache
-from vla_jax.data.video_files import too_short, video_size
+from vla_jax.data.video_files import frames_at, video_size
 from vla_jax.data.video_frames import Segment, check_present
 from vla_jax.data.video_pieces import VideoPieces
 from vla_jax.types import Resampling
@@ -49,8 +50,8 @@ class FramesOnDemand:
         self._paths = list(dict.fromkeys(segment.path for segment in segments))
         path_index = {path: index for index, path in enumerate(self._paths)}
         self._files = np.array([path_index[segment.path] for segment in segments])  # [E]
-        self._ends = np.cumsum([segment.length for segment in segments])  # [E] in the data set
-        self._stops = np.array([s.start + s.length for s in segments])  # [E] in the file
+        self._ends = np.cumsum([len(segment.times) for segment in segments])  # [E]
+        self._times = np.concatenate([segment.times for segment in segments])  # [F] s in the file
         self._cache = cache
         self._resampling: Resampling = resampling
         self._videos = VideoPieces()
@@ -75,18 +76,18 @@ class FramesOnDemand:
 
         Raises:
           IndexError: an index is out of range, or not an integer.
-          ValueError: a video is damaged, or has fewer frames than its episodes.
+          ValueError: a video is damaged, or shows no frame at the time of a step.
         """
         rows = self._rows(index)
         unique, places = np.unique(rows, return_inverse=True)
-        segments = np.searchsorted(self._ends, unique, side="right")
-        frames = unique - self._ends[segments] + self._stops[segments]
-        files = self._files[segments]
+        files = self._files[np.searchsorted(self._ends, unique, side="right")]
         images = np.empty((len(unique), *self._size, 3), np.uint8)
         for file in np.unique(files):
             inside = np.flatnonzero(files == file)
-            order = inside[np.argsort(frames[inside])]
-            self._read(int(file), frames[order], order, images)
+            path = self._paths[file]
+            frames = frames_at(path, self._videos.index(path), self._times[unique[inside]])
+            frames, order = np.unique(frames, return_inverse=True)
+            images[inside] = self._read(path, frames)[order]
         return images[places.reshape(rows.shape)]
 
     def _rows(self, index: Any) -> np.ndarray:
@@ -101,13 +102,11 @@ class FramesOnDemand:
             raise IndexError(f"index must be within {len(self)} frames, got {index}.")
         return rows
 
-    def _read(self, file: int, frames: np.ndarray, places: np.ndarray, images: np.ndarray) -> None:
-        """Writes frames of one file, ascending and distinct, to `images[places]`."""
-        path = self._paths[file]
-        times, starts = self._videos.index(path)
-        if frames[-1] >= len(times):
-            raise too_short(path, int(self._stops[self._files == file].max()), len(times))
+    def _read(self, path: pathlib.Path, frames: np.ndarray) -> np.ndarray:
+        """Returns frames of one file, ascending and distinct, `[n, h, w, 3]`."""
+        starts = self._videos.index(path).starts
         pieces = np.searchsorted(starts, frames, side="right") - 1
+        images = np.empty((len(frames), *self._size, 3), np.uint8)
         missing = []
         for piece in np.unique(pieces):
             cached = self._cache.get((path, self._size, int(piece)))
@@ -115,16 +114,16 @@ class FramesOnDemand:
                 missing.append(int(piece))
             else:
                 inside = pieces == piece
-                images[places[inside]] = cached[frames[inside] - starts[piece]]
+                images[inside] = cached[frames[inside] - starts[piece]]
         for run in _runs(missing):
-            self._decode(file, run, frames, places, images)
+            self._decode(path, run, frames, images)
+        return images
 
     def _decode(
-        self, file: int, run: list[int], frames: np.ndarray, places: np.ndarray, images: np.ndarray
+        self, path: pathlib.Path, run: list[int], frames: np.ndarray, images: np.ndarray
     ) -> None:
         """Decodes neighbouring pieces, writes the needed frames and caches what fits."""
-        path = self._paths[file]
-        times, starts = self._videos.index(path)
+        times, starts, _ = self._videos.index(path)
         bounds = np.append(starts, len(times))
         frame_bytes = int(np.prod(self._size)) * 3
         piece_frames = []
@@ -136,7 +135,7 @@ class FramesOnDemand:
         numbers = np.concatenate(piece_frames)
         decoded = self._videos.decode(path, numbers, self._size, self._resampling)
         needed = (frames >= bounds[run[0]]) & (frames < bounds[run[-1] + 1])
-        images[places[needed]] = decoded[np.searchsorted(numbers, frames[needed])]
+        images[needed] = decoded[np.searchsorted(numbers, frames[needed])]
         parts = np.split(decoded, np.cumsum([len(part) for part in piece_frames])[:-1])
         for piece, part in zip(run, parts, strict=True):
             if len(part) == bounds[piece + 1] - bounds[piece]:

@@ -7,18 +7,22 @@ import numpy as np
 
 from vla_jax.types import Resampling
 
+TIME_TOLERANCE = 1e-4  # seconds between a step and its frame at most, lerobot's `tolerance_s`
+
 
 class FrameIndex(NamedTuple):
     """Presentation times of a video's frames, and the frames at which decoding can start."""
 
     times: np.ndarray  # [num_frames] int64, in units of the stream's time base, ascending
     starts: np.ndarray  # [num_pieces] int64, first frame of each piece, ascending from 0
+    unit: float  # seconds of one unit of `times`
 
 
 def open_video(path: pathlib.Path) -> Any:
     """Opens a video for reading.
 
     Raises:
+      FileNotFoundError: the file is missing.
       ImportError: PyAV is missing.
       ValueError: the file is damaged.
     """
@@ -29,10 +33,16 @@ def open_video(path: pathlib.Path) -> Any:
         raise ImportError(
             "reading videos needs PyAV; install it with `pip install 'vla-jax[data]'`."
         ) from error
+    if not path.is_file():
+        raise FileNotFoundError(f"video {path} is missing; copy the data set again.")
     try:
-        return av.open(str(path))
+        container = av.open(str(path))
     except FFmpegError as error:
         raise damaged(path, str(error.strerror)) from error
+    if not container.streams.video or not container.streams.video[0].time_base:
+        container.close()
+        raise damaged(path, "no video stream")
+    return container
 
 
 def video_size(path: pathlib.Path) -> tuple[int, int]:
@@ -42,12 +52,17 @@ def video_size(path: pathlib.Path) -> tuple[int, int]:
         return stream.height, stream.width
 
 
-def read_index(container: Any) -> FrameIndex:
+def read_index(path: pathlib.Path, container: Any) -> FrameIndex:
     """Returns the frame index of an open video.
 
     A piece begins at a key frame. Times and key frames come from the header if it lists every
     frame at a constant rate (MP4), else from the packets of the whole file, which are not decoded.
+
+    Raises:
+      ValueError: the file is damaged.
     """
+    from av.error import FFmpegError
+
     stream = container.streams.video[0]
     entries = list(getattr(stream, "index_entries", ()))
     steps = np.diff([entry.timestamp for entry in entries])
@@ -57,10 +72,60 @@ def read_index(container: Any) -> FrameIndex:
         times = (stream.start_time or 0) + step * np.arange(len(entries))
         starts = np.flatnonzero([entry.is_keyframe for entry in entries])
     else:
-        packets = [(p.pts, p.is_keyframe) for p in container.demux(stream) if p.pts is not None]
+        try:
+            demuxed = container.demux(stream)
+            packets = [(p.pts, p.is_keyframe) for p in demuxed if p.pts is not None]
+        except FFmpegError as error:
+            raise damaged(path, str(error.strerror)) from error
         times = np.sort(np.array([time for time, _ in packets], np.int64))
         starts = np.searchsorted(times, sorted(time for time, is_key in packets if is_key))
-    return FrameIndex(times, np.union1d([0], starts))
+    return FrameIndex(times, np.union1d([0], starts), float(stream.time_base))
+
+
+def frames_at(path: pathlib.Path, index: FrameIndex, seconds: np.ndarray) -> np.ndarray:
+    """Returns the frames that a video shows at given times.
+
+    The frame of a time is the nearest one. It may be `TIME_TOLERANCE` away, and the rounding of
+    a float32 time, but not half a frame.
+
+    Args:
+      path: the video, for messages.
+      index: its frames.
+      seconds: `[n]` times in the video.
+
+    Returns:
+      `[n]` int64 frame numbers.
+
+    Raises:
+      ValueError: no frame is near enough.
+    """
+    times = index.times * index.unit
+    if not len(times):
+        raise damaged(path, "no frames")
+    after = np.clip(np.searchsorted(times, seconds), 1, max(len(times) - 1, 1))
+    before = after - 1
+    after = np.minimum(after, len(times) - 1)
+    is_after = np.abs(times[after] - seconds) < np.abs(times[before] - seconds)
+    frames = np.where(is_after, after, before)
+    half_frame = (times[-1] - times[0]) / (len(times) - 1) / 2 if len(times) > 1 else np.inf
+    rounding = np.spacing(np.abs(seconds).astype(np.float32))
+    far = np.abs(times[frames] - seconds) > np.minimum(TIME_TOLERANCE + rounding, half_frame)
+    if np.any(far):
+        raise _no_frame(path, times, float(seconds[far][0]), float(times[frames[far][0]]))
+    return frames
+
+
+def _no_frame(path: pathlib.Path, times: np.ndarray, wanted: float, nearest: float) -> ValueError:
+    """Returns the error of a step whose time no frame of the video has."""
+    if times[0] <= wanted <= times[-1]:
+        found = f"the nearest at {nearest:.6g} s"
+    else:
+        found = f"{len(times)} frames from {times[0]:.6g} s to {times[-1]:.6g} s"
+    return ValueError(
+        f"video {path} must hold a frame at {wanted:.6g} s (within {TIME_TOLERANCE:g} s), got "
+        f"{found}; the file is cut short, or its episodes' timestamps are wrong: copy or record "
+        "it again."
+    )
 
 
 def to_rgb(
@@ -85,12 +150,4 @@ def damaged(path: pathlib.Path, detail: str) -> ValueError:
     return ValueError(
         f"video {path} cannot be decoded, the file is damaged or cut short ({detail}); copy or "
         "record it again."
-    )
-
-
-def too_short(path: pathlib.Path, expected: int, found: int) -> ValueError:
-    """Returns the error of a video with fewer frames than its episodes."""
-    return ValueError(
-        f"video {path} must hold {expected} frames, got {found}; the file is cut short or its "
-        "episodes were recorded at another fps: copy or record it again."
     )

@@ -11,17 +11,23 @@ from typing import NamedTuple
 import numpy as np
 
 from vla_jax.data.dataset import digest
-from vla_jax.data.video_files import damaged, open_video, to_rgb, too_short, video_size
+from vla_jax.data.video_files import (
+    damaged,
+    frames_at,
+    open_video,
+    read_index,
+    to_rgb,
+    video_size,
+)
 from vla_jax.files import replacing
 from vla_jax.types import Resampling
 
 
 class Segment(NamedTuple):
-    """The frames of one episode inside a video file."""
+    """The frames of one episode inside a video file; segments may share frames."""
 
     path: pathlib.Path  # MP4 file
-    start: int  # first frame inside the file
-    length: int  # frames
+    times: np.ndarray  # [T] float64, seconds in the file at which it shows the steps
 
 
 def read_frames(
@@ -50,7 +56,7 @@ def read_frames(
 
     Raises:
       FileNotFoundError: a video is missing.
-      ValueError: a video is damaged, or has fewer frames than its episodes.
+      ValueError: a video is damaged, or shows no frame at the time of a step.
       OSError: the disk is full.
     """
     if not cameras:
@@ -83,40 +89,47 @@ def check_present(segments: Sequence[Segment]) -> None:
 
 
 def decode(
-    path: pathlib.Path, images: np.ndarray, rows: np.ndarray, resampling: Resampling = "area"
+    path: pathlib.Path,
+    images: np.ndarray,
+    rows: np.ndarray,
+    seconds: np.ndarray,
+    resampling: Resampling = "area",
 ) -> None:
-    """Decodes a video from its first frame; frame i is written to `images[rows[i]]`.
+    """Decodes a video from its first frame; the frame at `seconds[i]` goes to `images[rows[i]]`.
 
     Args:
       path: MP4 file.
       images: `[F, h, w, 3]` uint8, written to; frames are resized to h, w.
-      rows: `[n]` for the first n frames of the file; frames with row -1 are dropped.
+      rows: `[n]` int64.
+      seconds: `[n]` times in the video, in any order; several may have the same frame.
       resampling: how to resize.
 
     Raises:
-      ValueError: the file is damaged or has fewer than n frames.
+      ValueError: the file is damaged, or shows no frame at one of the times.
     """
     from av.error import FFmpegError
     from av.video.reformatter import VideoReformatter
 
-    scaler = VideoReformatter()
-    height, width = images.shape[1:3]
-    num_decoded = 0
+    scaler, size, num_done = VideoReformatter(), images.shape[1:3], 0
     with open_video(path) as container:
+        index = read_index(path, container)
+        frames = frames_at(path, index, seconds)
+        order = np.argsort(frames, kind="stable")
+        frames, rows = frames[order], rows[order]
+        container.seek(0)  # the index may have been read from the whole file
         try:
             for frame in container.decode(video=0):
-                if num_decoded == len(rows):
+                number = int(np.searchsorted(index.times, frame.pts))
+                if num_done == len(frames) or number > frames[num_done]:
                     break
-                if rows[num_decoded] >= 0:
-                    images[rows[num_decoded]] = to_rgb(
-                        frame, (height, width), scaler, resampling=resampling
-                    )
-                num_decoded += 1
+                end = num_done + int(np.searchsorted(frames[num_done:], number, side="right"))
+                if end > num_done:
+                    images[rows[num_done:end]] = to_rgb(frame, size, scaler, resampling=resampling)
+                num_done = end
         except FFmpegError as error:
-            detail = f"frame {num_decoded} of {len(rows)}: {error.strerror}"
-            raise damaged(path, detail) from error
-    if num_decoded < len(rows):
-        raise too_short(path, len(rows), num_decoded)
+            raise damaged(path, f"frame {frames[num_done]}: {error.strerror}") from error
+    if num_done < len(frames):
+        raise damaged(path, f"frame {frames[num_done]} is missing")
 
 
 def _create(
@@ -124,7 +137,7 @@ def _create(
 ) -> np.ndarray:
     """Creates the array file of one camera with its full size on disk."""
     height, width = image_size or video_size(segments[0].path)
-    shape = (sum(segment.length for segment in segments), height, width, 3)
+    shape = (sum(len(segment.times) for segment in segments), height, width, 3)
     try:
         images = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
         if hasattr(os, "posix_fallocate"):
@@ -143,22 +156,20 @@ def _create(
 
 def _plan(
     segments: Sequence[Segment], images: np.ndarray
-) -> list[tuple[pathlib.Path, np.ndarray, np.ndarray]]:
-    """Returns one decoding job per file: path, destination, row of every frame of the file."""
-    ends = np.cumsum([segment.length for segment in segments])
-    jobs = []
-    for path in dict.fromkeys(segment.path for segment in segments):
-        inside = [(s, end) for s, end in zip(segments, ends, strict=True) if s.path == path]
-        rows = np.full(max(s.start + s.length for s, _ in inside), -1)
-        for segment, end in inside:
-            frames = slice(segment.start, segment.start + segment.length)
-            rows[frames] = np.arange(end - segment.length, end)
-        jobs.append((path, images, rows))
-    return jobs
+) -> list[tuple[pathlib.Path, np.ndarray, np.ndarray, np.ndarray]]:
+    """Returns one decoding job per file: path, destination, rows and times in the file."""
+    rows: dict[pathlib.Path, list[np.ndarray]] = {}
+    times: dict[pathlib.Path, list[np.ndarray]] = {}
+    end = 0
+    for path, seconds in segments:
+        rows.setdefault(path, []).append(np.arange(end, end + len(seconds)))
+        times.setdefault(path, []).append(seconds)
+        end += len(seconds)
+    return [(p, images, np.concatenate(rows[p]), np.concatenate(times[p])) for p in rows]
 
 
 def _decode_all(
-    jobs: Sequence[tuple[pathlib.Path, np.ndarray, np.ndarray]], resampling: Resampling
+    jobs: Sequence[tuple[pathlib.Path, np.ndarray, np.ndarray, np.ndarray]], resampling: Resampling
 ) -> None:
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         for future in [pool.submit(decode, *job, resampling) for job in jobs]:
@@ -175,8 +186,9 @@ def _fingerprint(
     check_present(segments)
     stats = {path: path.stat() for path in {segment.path for segment in segments}}
     files = [(p.relative_to(root).as_posix(), s.st_size, s.st_mtime_ns) for p, s in stats.items()]
-    places = [(s.path.relative_to(root).as_posix(), s.start, s.length) for s in segments]
-    return digest(sorted(files), places, image_size, resampling)
+    places = [(s.path.relative_to(root).as_posix(), len(s.times)) for s in segments]
+    times = np.concatenate([segment.times for segment in segments])
+    return digest(sorted(files), places, times, image_size, resampling)
 
 
 def _decoded_folder(root: pathlib.Path, decoded_dir: pathlib.Path | None) -> pathlib.Path:

@@ -15,6 +15,8 @@ from vla_jax.data.readers.dataset_config import DatasetConfig
 from vla_jax.data.readers.fields import FieldMap
 from vla_jax.data.readers.hdf5 import aloha, isaac_lab, libero, robomimic, robomme
 from vla_jax.data.readers.lerobot import lerobot_v3
+from vla_jax.data.readers.lerobot.lerobot_fields import suggest_fields
+from vla_jax.data.readers.lerobot.lerobot_source import open_lerobot, probe_v2, probe_v3
 from vla_jax.types import Resampling
 
 
@@ -51,7 +53,8 @@ class Reader(NamedTuple):
 
 
 READERS: dict[str, Reader] = {
-    "lerobot_v3": Reader(lerobot_v3.probe, lerobot_v3.read),
+    "lerobot_v3": Reader(probe_v3, lerobot_v3.read, open=open_lerobot, fields=suggest_fields),
+    "lerobot_v2": Reader(probe_v2, open=open_lerobot, fields=suggest_fields),
     "aloha": Reader(aloha.probe, open=aloha.open, fields=aloha.fields),
     "calvin": Reader(calvin.probe, open=calvin.open, fields=calvin.fields),
     "isaac_lab": Reader(isaac_lab.probe, open=isaac_lab.open, fields=isaac_lab.fields),

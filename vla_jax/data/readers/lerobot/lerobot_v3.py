@@ -78,8 +78,11 @@ def read(
     columns["action"] = gripper_to_open_positive(columns["action"], config.gripper)
     tasks = _read_tasks(root)
     task_indices = table["task_index"][episode_starts(ends)[keep]]
+    times = np.split(table["timestamp"].astype(np.float64), ends[:-1])
     segments = {
-        name: _segments(root, info, episodes, keep, keys[name]) for name in CAMERAS if name in keys
+        name: _segments(root, info, episodes, keep, keys[name], times)
+        for name in CAMERAS
+        if name in keys
     }
     instructions = tuple(_task(root, tasks, index) for index in task_indices)
     lengths = np.asarray(episodes["length"])[keep]
@@ -231,21 +234,19 @@ def _segments(
     episodes: Mapping[str, np.ndarray],
     keep: np.ndarray,
     key: str,
+    times: Sequence[np.ndarray],
 ) -> list[Segment]:
     """Returns the video segment of each kept episode for one camera."""
-    chunks, files, times = (
+    chunks, files, starts = (
         episodes[f"videos/{key}/{field}"][keep]
         for field in ("chunk_index", "file_index", "from_timestamp")
     )
     return [
         Segment(
             root / layout.file_path(info, "video_path", VIDEO_PATH, chunk, file, key),
-            round(float(time) * info["fps"]),
-            int(length),
+            start + times[episode],
         )
-        for chunk, file, time, length in zip(
-            chunks, files, times, episodes["length"][keep], strict=True
-        )
+        for episode, chunk, file, start in zip(keep, chunks, files, starts, strict=True)
     ]
 
 

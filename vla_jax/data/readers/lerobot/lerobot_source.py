@@ -1,0 +1,244 @@
+"""Raw view of LeRobot data sets of the versions 2.0, 2.1 and 3.0, without lerobot."""
+
+import functools
+import os
+import pathlib
+import warnings
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from vla_jax.data.dataset import digest
+from vla_jax.data.raw import Feature, Lazy, LazyEpisodes, RawDataset, RawEpisode, RawImages
+from vla_jax.data.readers.lerobot.episode_table import (
+    EpisodeTable,
+    FilePlaces,
+    read_episodes,
+    read_tasks,
+)
+from vla_jax.data.readers.lerobot.info import Info, path_maker, read_info, read_json, wrong
+from vla_jax.data.readers.lerobot.layout import INFO_PATH
+from vla_jax.data.readers.lerobot.parquet_files import ParquetRows, read_schema
+from vla_jax.data.readers.lerobot.parquet_images import decode_stills
+from vla_jax.data.readers.lerobot.parquet_values import feature_of, to_numpy
+from vla_jax.data.still_images import StillImages
+from vla_jax.data.video_images import VideoImages
+from vla_jax.data.video_pieces import VideoPieces
+
+NUMBER = Feature("int64", ())
+TIME = Feature("float64", ())
+
+
+def open_lerobot(path: pathlib.Path, *, split: str | None = None) -> RawDataset:
+    """Opens a LeRobot data set; arguments, result and errors as `readers.open`.
+
+    Columns have lerobot's dtypes: float32 for all floats, int64 for all integers. The frame of a
+    step is the one that the video shows at the step's timestamp.
+    """
+    info = read_info(path)
+    table = read_episodes(info)
+    tasks = read_tasks(info)
+    fingerprint = digest(table.index, table.lengths, *_files(info, table))
+    if not info.has_shared_files:
+        info = _with_stored_columns(info, table)
+    positions = _positions(info, len(table.index), split)
+    source = LeRobotSource(info, table, tasks, positions)
+    lengths = table.lengths[positions]
+    return RawDataset(
+        kind="lerobot_v3" if info.has_shared_files else "lerobot_v2",
+        path=path,
+        episodes=LazyEpisodes(len(lengths), source.episode),
+        lengths=lengths,
+        columns=info.columns,
+        images=info.images,
+        fps=info.fps,
+        fingerprint=digest(fingerprint, lengths),
+    )
+
+
+class LeRobotSource:
+    """Makes the episodes of a data set; picklable, and safe to share by threads."""
+
+    def __init__(
+        self, info: Info, table: EpisodeTable, tasks: Mapping[int, str], positions: np.ndarray
+    ) -> None:
+        """Stores the arguments.
+
+        Args:
+          info: description of the data set.
+          table: its episodes.
+          tasks: task index -> instruction.
+          positions: `[E]` chosen rows of the table.
+        """
+        self._info = info
+        self._table = table
+        self._tasks = dict(tasks)
+        self._positions = positions
+        self._rows = ParquetRows()
+        self._videos = VideoPieces()
+
+    def episode(self, index: int) -> RawEpisode:
+        """Returns the episode at an index; reads its times and tasks."""
+        position = int(self._positions[index])
+        path, rows = self._place(position)
+        times = self._read(path, rows, "timestamp", TIME)
+        if not np.isfinite(times).all():
+            wrong(path, f"timestamp of episode {self._table.index[position]}", "finite", "NaN")
+        info = self._info
+        image = functools.partial(self._images, position, path, rows, times)
+        return RawEpisode(
+            name=str(self._table.index[position]),
+            columns=Lazy(list(info.columns), functools.partial(self._column, path, rows)),
+            images=Lazy(list(info.images), image),
+            instructions=self._instructions(path, rows),
+            timestamps=times - times[0],
+        )
+
+    def _place(self, position: int) -> tuple[pathlib.Path, np.ndarray]:
+        """Returns the Parquet file of an episode, and its rows in the order of `frame_index`."""
+        episode, place = int(self._table.index[position]), self._table.data
+        make_path = path_maker(self._info.data_path, self._info)
+        path = self._info.root / make_path(episode, place.chunk[position], place.file[position])
+        rows = self._rows.find(path, "episode_index", episode)
+        length = int(self._table.lengths[position])
+        if len(rows) != length:
+            got = f"{len(rows)} of {self._rows.num_rows(path)} rows"
+            wrong(path, f"rows of episode {episode}", f"{length} as meta/ states", got)
+        frames = self._read(path, rows, "frame_index", NUMBER)
+        steps = np.diff(frames)
+        if np.any(steps <= 0):
+            rows = rows[np.argsort(frames, kind="stable")]
+            steps = np.diff(np.sort(frames))
+        if np.any(steps == 0):
+            twice = int(np.sort(frames)[:-1][steps == 0][0])
+            wrong(path, f"frame_index of episode {episode}", "different in every row", twice)
+        return path, rows
+
+    def _instructions(self, path: pathlib.Path, rows: np.ndarray) -> list[str]:
+        indices = self._read(path, rows, "task_index", NUMBER)
+        missing = [int(index) for index in np.unique(indices) if int(index) not in self._tasks]
+        if missing:
+            known = f"one of the {len(self._tasks)} tasks in meta/"
+            wrong(path, "task_index", known, missing[0])
+        return [self._tasks[index] for index in indices.tolist()]
+
+    def _column(self, path: pathlib.Path, rows: np.ndarray, key: str) -> np.ndarray:
+        return self._read(path, rows, key, self._info.columns[key])
+
+    def _read(self, path: pathlib.Path, rows: np.ndarray, key: str, feature: Feature) -> np.ndarray:
+        return to_numpy(self._rows.read(path, key, rows), feature, key, path)
+
+    def _images(
+        self, position: int, path: pathlib.Path, rows: np.ndarray, times: np.ndarray, key: str
+    ) -> RawImages:
+        if key not in self._info.videos:
+            load = functools.partial(self._load_stills, path, rows, key)
+            height, width, _ = self._info.images[key].shape
+            return StillImages(len(rows), (height, width), load)
+        place = self._table.videos[key]
+        make_path = path_maker(self._info.video_path, self._info)
+        numbers = int(place.chunk[position]), int(place.file[position])
+        video = self._info.root / make_path(int(self._table.index[position]), *numbers, key)
+        return VideoImages(video, place.start[position] + times, self._videos)
+
+    def _load_stills(
+        self, path: pathlib.Path, rows: np.ndarray, key: str, steps: np.ndarray
+    ) -> np.ndarray:
+        values = self._rows.read(path, key, rows[steps], is_large=True)
+        height, width, _ = self._info.images[key].shape
+        return decode_stills(values, (height, width), key, path, self._info.root)
+
+
+def _positions(info: Info, count: int, split: str | None) -> np.ndarray:
+    """Returns the positions of the episodes of a split; lerobot itself reads all of them."""
+    if split is None:
+        return np.arange(count)
+    if split not in info.splits:
+        raise ValueError(
+            f"split must be one of {sorted(info.splits)} of {info.root}, got {split!r}; leave it "
+            "out to read all episodes."
+        )
+    positions = np.arange(count)[info.splits[split]]
+    if not len(positions):
+        raise ValueError(f"split {split!r} of {info.root} must hold episodes, got none of {count}.")
+    return positions
+
+
+def _files(info: Info, table: EpisodeTable) -> Iterator[str]:
+    """Yields a hash of the names and sizes of the Parquet files, then of each camera's videos.
+
+    Raises:
+      FileNotFoundError: a Parquet file is missing, or some of a camera's videos; a camera whose
+        videos are all missing was not copied, which is found when its images are read.
+    """
+    places = {"": table.data, **table.videos}
+    for key, place in places.items():
+        template = info.video_path if key else info.data_path
+        paths = _paths(info, template, table.index, place, key)
+        found: dict[str, int] = {}
+        for folder in {path.rpartition("/")[0] for path in paths}:
+            if (info.root / folder).is_dir():
+                for entry in os.scandir(info.root / folder):
+                    found[f"{folder}/{entry.name}" if folder else entry.name] = entry.stat().st_size
+        missing = [path for path in paths if path not in found]
+        if missing and (not key or len(missing) < len(paths)):
+            kind = "video" if key else "Parquet file"
+            raise FileNotFoundError(
+                f"{kind} {info.root / missing[0]} is missing, one of {len(missing)}; copy the data "
+                "set again."
+            )
+        yield digest([(path, found.get(path)) for path in paths])
+
+
+def _paths(
+    info: Info, template: str, episodes: np.ndarray, place: FilePlaces, key: str
+) -> list[str]:
+    """Returns the different paths that all episodes have, sorted."""
+    make_path = path_maker(template, info)
+    if "{episode_index" in template:
+        values = zip(episodes.tolist(), place.chunk.tolist(), place.file.tolist(), strict=True)
+    else:
+        chunks = episodes // info.chunks_size
+        numbers = np.unique(
+            np.stack([chunks * info.chunks_size, place.chunk, place.file], 1), axis=0
+        )
+        values = numbers.tolist()
+    return sorted({make_path(*each, key) for each in values})
+
+
+def _with_stored_columns(info: Info, table: EpisodeTable) -> Info:
+    """Returns a description whose columns are those of the Parquet files, as lerobot reads v2."""
+    make_path = path_maker(info.data_path, info)
+    path = info.root / make_path(int(table.index[0]), int(table.data.chunk[0]), 0)
+    columns, other = {}, []
+    for field in read_schema(path):
+        if field.name in info.images:
+            continue
+        feature = feature_of(field.type, info.columns.get(field.name))
+        if feature is None:
+            other.append(field.name)
+        else:
+            columns[field.name] = feature
+    if other:
+        warnings.warn(
+            f"columns {other} of {path} are left out: they hold neither numbers nor texts",
+            stacklevel=4,
+        )
+    return info._replace(columns=columns)
+
+
+def probe_v3(path: pathlib.Path) -> bool:
+    """Returns True if `path` is a LeRobot data set of version 3."""
+    return _version(path).startswith("v3.")
+
+
+def probe_v2(path: pathlib.Path) -> bool:
+    """Returns True if `path` is a LeRobot data set of version 2."""
+    return _version(path).startswith("v2.")
+
+
+def _version(path: pathlib.Path) -> str:
+    try:
+        return str(read_json(path / INFO_PATH).get("codebase_version"))
+    except (OSError, ValueError):
+        return ""
