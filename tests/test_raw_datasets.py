@@ -40,6 +40,10 @@ def calvin_texts(expected):
     }
 
 
+def lerobot_texts(expected):
+    return {str(e["episode_index"]): e["instruction"] for e in expected["episodes"]}
+
+
 class Format(NamedTuple):
     kind: str
     texts: Callable[[Any], Mapping[str, Any]]  # expected.json -> episode -> text, or one per step
@@ -50,6 +54,8 @@ class Format(NamedTuple):
 
 FORMATS = {
     "calvin": Format("calvin", calvin_texts, 30.0),
+    "lerobot_v21": Format("lerobot_v2", lerobot_texts, 10.0, 1.0, 255),
+    "lerobot_v30": Format("lerobot_v3", lerobot_texts, 10.0, 1.0, 255),
     "libero": Format("libero", libero_texts, 20.0),
     "robomimic": Format("robomimic", robomimic_texts, 20.0),
 }
