@@ -233,6 +233,43 @@ def curves(path: Path, panels: Sequence[Panel], *, columns: int = 3, title: str 
     _write(figure, path, title)
 
 
+def histograms(
+    path: Path,
+    values: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    *,
+    levels: Mapping[str, Sequence[float]] | None = None,
+    columns: int = 4,
+    title: str = "",
+) -> None:
+    """Plots the distribution of each of some values.
+
+    Args:
+      path: PNG to write.
+      values: name -> values `[N]` and their weights `[N]`.
+      levels: name -> values marked by a dashed line, such as quantiles.
+      columns: panels per row.
+      title: above the panels.
+
+    Raises:
+      ValueError: there are no values.
+      ImportError: matplotlib is missing.
+    """
+    if not values:
+        raise ValueError(f"values for {path} must hold at least one name, got none.")
+    rows = -(-len(values) // columns)
+    figure = _figure(2.7 * columns, 1.7 * rows + 0.4)
+    panels = _panels(figure, rows, columns, sharex=False)
+    for axes, (name, (numbers, weights)) in zip(panels, values.items(), strict=False):
+        axes.hist(numbers, bins=40, weights=weights, color=COLOURS[0], linewidth=0)
+        for level in (levels or {}).get(name, ()):
+            axes.axvline(level, color=COLOURS[5], linestyle="--", linewidth=1)
+        axes.set_title(name, fontsize=8, loc="left", color=_INK)
+        axes.set_yticks([])
+    for axes in panels[len(values) :]:
+        axes.set_axis_off()
+    _write(figure, path, title)
+
+
 def _draw_curve(axes: Any, x: np.ndarray, y: np.ndarray, colour: str) -> Any:
     if y.ndim == 2:
         low, high = np.array([mean_interval(of_seeds) for of_seeds in y]).T

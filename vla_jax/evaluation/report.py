@@ -81,7 +81,7 @@ def write_index(
         _commands(played),
         _configs(run_dir),
     ]
-    page = _PAGE.format(title=_escape(title), style=_STYLE, body="\n".join(filter(None, parts)))
+    page = PAGE.format(title=_escape(title), style=STYLE, body="\n".join(filter(None, parts)))
     index = run_dir / "index.html"
     with replacing(index) as part:
         part.write_text(page, encoding="utf-8")
@@ -198,7 +198,7 @@ def _link(path: pathlib.Path, run_dir: pathlib.Path) -> str:
     return _escape(urllib.parse.quote(relative))
 
 
-_PAGE = """<!doctype html>
+PAGE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -212,7 +212,7 @@ _PAGE = """<!doctype html>
 </html>
 """
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --ink: #23272e; --faint: #6b7280; --line: #e3e6ea;
   --ground: #fbfbfc; --card: #fff; --accent: #0072b2; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --faint: #9aa3af; --line: #2d3239;

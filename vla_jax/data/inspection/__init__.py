@@ -1,0 +1,1 @@
+"""Inspection of a data set: one pass over its episodes, and what looks wrong in them."""
