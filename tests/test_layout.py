@@ -18,7 +18,7 @@ FILES = sorted(
 )
 HEAVY = (
     "torch", "mujoco", "gymnasium", "grain", "pyarrow", "av", "PIL", "matplotlib", "tensorboardX",
-    "tokenizers", "h5py",
+    "tokenizers", "h5py", "google_crc32c", "array_record",
 )  # fmt: skip
 
 

@@ -44,10 +44,17 @@ def lerobot_texts(expected):
     return {str(e["episode_index"]): e["instruction"] for e in expected["episodes"]}
 
 
+def rlds_texts(expected):
+    return {
+        f"{episode['split']}/{episode['stored_order']}": episode["instruction"]
+        for episode in expected["episodes"]
+    }
+
+
 class Format(NamedTuple):
     kind: str
     texts: Callable[[Any], Mapping[str, Any]]  # expected.json -> episode -> text, or one per step
-    fps: float
+    fps: float | None
     mean: float = 0.0  # largest mean difference of images
     maximum: int = 0  # largest difference of images
 
@@ -57,6 +64,7 @@ FORMATS = {
     "lerobot_v21": Format("lerobot_v2", lerobot_texts, 10.0, 1.0, 255),
     "lerobot_v30": Format("lerobot_v3", lerobot_texts, 10.0, 1.0, 255),
     "libero": Format("libero", libero_texts, 20.0),
+    "rlds": Format("rlds", rlds_texts, None, mean=1.1, maximum=4),
     "robomimic": Format("robomimic", robomimic_texts, 20.0),
 }
 
@@ -156,7 +164,7 @@ def test_timestamps_are_seconds_from_the_first_step(case):
     form, source, _, _ = case
     for episode, length in zip(source.episodes, source.lengths, strict=True):
         assert episode.timestamps.dtype == np.float64
-        np.testing.assert_allclose(episode.timestamps, np.arange(length) / form.fps, atol=1e-6)
+        np.testing.assert_allclose(episode.timestamps, np.arange(length) / (form.fps or 1.0), atol=1e-6)
 
 
 def test_a_pickled_copy_and_two_threads_read_the_same(case):

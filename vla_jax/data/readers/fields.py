@@ -21,5 +21,7 @@ class FieldMap(NamedTuple):
     columns: Mapping[str, tuple[str, ...]] = {}  # proprio, action, ... -> keys, concatenated
     grippers: tuple[int, ...] = ()  # indices of grippers in the concatenated action, as -1
     gripper_range: GripperRange = GripperRange(-1.0, 1.0)  # of all grippers
+    # values are changes: a value between the ends keeps what the gripper did before (RT-1)
+    gripper_keeps_at_zero: bool = False
     rotate_images: bool = False  # images are upside down on disk: rotate them by 180 degrees
     robot: str = ""  # name of the conventions' entry in a table, "" = generic

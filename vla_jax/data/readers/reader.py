@@ -17,6 +17,7 @@ from vla_jax.data.readers.hdf5 import aloha, isaac_lab, libero, robomimic, robom
 from vla_jax.data.readers.lerobot import lerobot_v3
 from vla_jax.data.readers.lerobot.lerobot_fields import suggest_fields
 from vla_jax.data.readers.lerobot.lerobot_source import open_lerobot, probe_v2, probe_v3
+from vla_jax.data.readers.rlds import rlds
 from vla_jax.types import Resampling
 
 
@@ -61,6 +62,7 @@ READERS: dict[str, Reader] = {
     "libero": Reader(libero.probe, open=libero.open, fields=libero.fields),
     "robomimic": Reader(robomimic.probe, open=robomimic.open, fields=robomimic.fields),
     "robomme": Reader(robomme.probe, open=robomme.open, fields=robomme.fields),
+    "rlds": Reader(rlds.probe, open=rlds.open, fields=rlds.fields),
 }
 
 

@@ -1,0 +1,1 @@
+"""RLDS data sets as tensorflow-datasets writes them, read without TensorFlow."""
