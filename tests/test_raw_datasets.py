@@ -164,7 +164,9 @@ def test_timestamps_are_seconds_from_the_first_step(case):
     form, source, _, _ = case
     for episode, length in zip(source.episodes, source.lengths, strict=True):
         assert episode.timestamps.dtype == np.float64
-        np.testing.assert_allclose(episode.timestamps, np.arange(length) / (form.fps or 1.0), atol=1e-6)
+        np.testing.assert_allclose(
+            episode.timestamps, np.arange(length) / (form.fps or 1.0), atol=1e-6
+        )
 
 
 def test_a_pickled_copy_and_two_threads_read_the_same(case):
