@@ -133,9 +133,9 @@ def test_layers_of_different_ranks_are_padded_and_their_padding_is_not_trained(
     assert not adapted["language"]["layers"]["down"]["lora_b"][1].any()
 
     def loss(params):
-        mask = jnp.ones((1, 3), bool)
-        embeddings = jnp.arange(96.0).reshape(1, 3, 32)
-        hidden = paligemma.language_model(params, config, embeddings, mask, ~mask)
+        embeddings, positions = jnp.arange(96.0).reshape(1, 3, 32), jnp.arange(3)[None]
+        mask = jnp.tri(3, dtype=bool)[None]
+        hidden = paligemma.language_model(params, config, embeddings, positions, mask)
         return jnp.square(hidden - 1).sum()
 
     grads = jax.jit(jax.grad(loss))(adapted)["language"]["layers"]

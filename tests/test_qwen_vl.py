@@ -21,8 +21,6 @@ from vla_jax.backbones import (
     mrope,
     preprocess,
     qwen3_vision,
-    qwen3_vl,
-    qwen25_vl,
     qwen_vision,
     tokenizers,
     vlm,
@@ -171,10 +169,8 @@ def test_the_policy_computes_what_the_reference_does(kind):
     _, params = load(kind)
     ids, images = step(kind)
     hidden = hidden_states(params, config, ids, images)
-    model = models.MODELS[kind]
-    settings = PatchSettings(
-        1, 10**6, config.vision.patch_size, config.vision.merge_size, mean=model.mean, std=model.std
-    )
+    sizes, made = (config.vision.patch_size, config.vision.merge_size), config.images
+    settings = PatchSettings(1, 10**6, *sizes, mean=made.mean, std=made.std)
     rows = [preprocess.patches(image, settings) for image in images.reshape(-1, *SIZE, 3)]
     assert config.image_token_id not in ids
     inputs = {
@@ -288,9 +284,9 @@ def test_grids_that_do_not_fit_are_refused(grids, num_patches, sentence):
 
 
 def test_the_smallest_default_image_is_not_resized_by_the_original_processor():
-    size = Qwen3VLConfig().image_size
+    size, images = Qwen3VLConfig().image_size, Qwen3VLConfig().images
     assert preprocess.smart_resize(*size, PatchSettings()) == size
-    assert (qwen3_vl.MODEL.mean, qwen3_vl.MODEL.std) == (PatchSettings().mean, PatchSettings().std)
+    assert (images.mean, images.std) == (PatchSettings().mean, PatchSettings().std)
     size = Qwen25VLConfig().image_size
     assert preprocess.smart_resize(*size, PatchSettings(3136, 12_845_056, 14)) == size
-    assert qwen25_vl.MODEL.mean != qwen3_vl.MODEL.mean
+    assert Qwen25VLConfig().images.mean != images.mean

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import tiny_vlm
 
-from vla_jax.backbones import camera_images, models, reference, sequence
+from vla_jax.backbones import camera_images, reference, resizing, sequence
 from vla_jax.backbones.registry import BACKBONES
 from vla_jax.backbones.sequence import IMAGE, PADDING
 from vla_jax.backbones.vlm_options import VLMOptions
@@ -78,11 +79,13 @@ def test_the_policy_sees_the_hidden_states_of_the_original_forward(kind):
     found = encode(config, seen)
     ids, is_image = np.asarray(seen.instruction), np.asarray(seen.instruction) == IMAGE
     images = jnp.stack([seen.image_primary, seen.image_wrist], axis=1)
-    model = models.get(config)
+    pixels = np.asarray(camera_images.pixels(images, config.images))
     inputs = {
         "input_ids": np.where(is_image, tiny_vlm.IMAGE_ID, np.where(ids == PADDING, 1, ids)),
         "attention_mask": ids != PADDING,
-        **tiny_vlm.image_inputs(config, np.asarray(camera_images.pixels(images, model)), is_image),
+        **tiny_vlm.image_inputs(
+            config, np.asarray(camera_images.pixels(images, config.images)), is_image
+        ),
     }
     if kind == "paligemma":
         inputs["token_type_ids"] = np.zeros_like(ids)
@@ -182,9 +185,42 @@ def test_a_missing_tokenizer_is_named():
         BACKBONES["kosmos2"].tokenize(config, "lift")
 
 
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused_whatever_the_instruction():
+    file = pathlib.Path(__file__).parent / "golden/tokenizers/smolvlm/tokenizer.json"
+    config = with_options(CONFIGS["smolvlm"], tokenizer=str(file))
+    for text in ("", "lift"):
+        with pytest.raises(ValueError, match="must have ids below the model's vocab_size 64, got"):
+            BACKBONES["smolvlm"].tokenize(config, text)
+
+
+@pytest.mark.parametrize("kind", ["smolvlm", "qwen3_vl", "qwen25_vl"])
+@pytest.mark.parametrize("layout", ["robovlms", "robovlms_padded"])
+def test_a_layout_that_a_model_does_not_have_is_refused(kind, layout):
+    with pytest.raises(ValueError, match=f"layout must be 'native' for backbone '{kind}', got"):
+        with_options(CONFIGS[kind], layout=layout)
+
+
+def test_images_of_other_sizes_are_resized_on_the_device_if_the_options_say_so():
+    config = CONFIGS["smolvlm"]
+    observation, size = observe(config), config.image_shape
+    on_device = with_options(config, resize="device")
+    assert BACKBONES["smolvlm"].image_spec(on_device).any_size
+    np.testing.assert_array_equal(
+        encode(on_device, observation).tokens, encode(config, observation).tokens
+    )
+    images = np.random.default_rng(1).integers(0, 256, (B, 24, 40, 3), np.uint8)
+    larger = observation._replace(image_wrist=images)
+    with pytest.raises(ValueError, match=r"image_wrist must be \[4, 16, 16, 3\]"):
+        encode(config, larger)
+    resized = np.stack([resizing.resize(image, size, "lanczos") for image in images])
+    expected = encode(config, observation._replace(image_wrist=resized)).tokens
+    np.testing.assert_allclose(encode(on_device, larger).tokens, expected, atol=0.05)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
+        ("resize", "gpu", "unknown resize 'gpu'"),
         ("readout", "first", "unknown readout 'first'"),
         ("cameras", (), "cameras must be one or more different names"),
         ("prompt", "lift it", r"prompt must contain \{instruction\}"),

@@ -16,7 +16,7 @@ from vla_jax.policies.decoder_config import DecoderConfig
 from vla_jax.types import Observation
 
 B, W, T = 2, 3, 7
-KINDS = ("kosmos2", "paligemma")
+KINDS = ("kosmos2", "paligemma", "smolvlm")
 LAYOUT = {"kosmos2": "robovlms", "paligemma": "native"}
 DECODER = DecoderConfig(
     kind="fc", window_size=W, action_horizon=2, hidden_size=8, pooling="none", head_sizes=(8,)
@@ -135,8 +135,8 @@ def test_the_sequence_written_by_hand():
 def test_what_is_refused():
     with pytest.raises(ValueError, match=r"kind of the decoder must be 'fc' .* got 'lstm'"):
         policy.connect(make("kosmos2").backbone, dataclasses.replace(DECODER, kind="lstm"))
-    with pytest.raises(ValueError, match="history must be 'step' for backbone 'smolvlm'"):
-        make("smolvlm")
+    with pytest.raises(ValueError, match="history must be 'step' for backbone 'qwen3_vl'"):
+        make("qwen3_vl")
     with pytest.raises(ValueError, match="prefix must be 'none' with history 'window'"):
         make("paligemma", prefix="prompt")
     params = make_params("kosmos2")

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from vla_jax import backbones, trees
 from vla_jax.backbones import models, weight_report, weights
+from vla_jax.backbones.image_settings import Preprocessing
 from vla_jax.nn.lora import LoraConfig
 from vla_jax.training import parallel
 
@@ -134,6 +135,43 @@ def test_loading_holds_one_slice_of_a_param_and_one_tensor_on_the_host(golden, t
         tracemalloc.stop()
         # the simulated devices take over the memory of the slices, which is kept
         assert peak - kept < largest / shards + 500_000 < total / 2
+
+
+CLIP = {"size": {"shortest_edge": 28}, "use_square_size": True, "crop_size": 28}
+
+
+def test_settings_of_images_are_those_of_the_folder(folder):
+    source = folder("kosmos2-hf5.23")
+    default = weights.load_config(source).images
+    assert default.resampling == "bicubic"
+    settings = {**CLIP, "resample": 2, "image_mean": [0.1, 0.2, 0.3], "image_std": 0.5}
+    (source / "preprocessor_config.json").write_text(json.dumps(settings))
+    images = weights.load_config(source).images
+    assert images == Preprocessing("bilinear", (0.1, 0.2, 0.3), (0.5, 0.5, 0.5))
+    assert backbones.load(source)[0].images == images
+    (source / "preprocessor_config.json").unlink()
+    nested = {"image_processor": {**settings, "resample": 1}, "image_seq_len": 4}
+    (source / "processor_config.json").write_text(json.dumps(nested))
+    assert weights.load_config(source).images.resampling == "lanczos"
+    (source / "processor_config.json").write_text('{"image_seq_len": 4}')
+    assert weights.load_config(source).images == default
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("kosmos2", {**CLIP, "size": 14, "crop_size": 14}, "size of the image processor must be"),
+        ("kosmos2", {"size": {"shortest_edge": 28}, "crop_size": 28}, "crop of the .* be False"),
+        ("paligemma", {"size": {"height": 9, "width": 9}}, r"size of .* must be \d+ .*, got 9;"),
+        ("smolvlm", {"max_image_size": {"longest_edge": 8}}, r"crop_size of .* got 8;"),
+        ("paligemma", {"resample": 9}, "resample must be one of 1, 2, 3, 4, got 9"),
+    ],
+)
+def test_settings_of_images_that_the_model_cannot_take_are_refused(name, settings, message, folder):
+    source = folder(f"{name}-hf5.23")
+    (source / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=message):
+        weights.load_config(source)
 
 
 @each

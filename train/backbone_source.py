@@ -73,7 +73,7 @@ def check_backbone(config: ImitateConfig, shapes: Params) -> None:
       ValueError: the tokens of the backbone cannot be cached.
     """
     folder, backbone = config.backbone_from, config.agent.policy.backbone
-    if folder and not is_run(folder) and not weights.is_folder(folder):
+    if folder and not is_run(folder) and not weights.is_model_folder(folder):
         raise FileNotFoundError(
             "backbone_from must be a run folder with checkpoints, or the folder of a "
             f"vision-language model (config.json, *.safetensors), got {folder}; train it first, or "
@@ -107,7 +107,7 @@ def read_backbone(config: ImitateConfig) -> Params:
     # Frozen params that are drawn are the same for every seed, so that cached tokens are too.
     key = jax.random.key(0 if config.frozen_backbone else config.seed)
     key = jax.random.fold_in(key, 3)  # policy and auxiliary heads draw from other parts
-    if weights.is_folder(folder):
+    if weights.is_model_folder(folder):
         mesh = make_mesh(config.loop.num_devices or None, fsdp_size=config.loop.fsdp_size)
         params = weights.load(folder, config=backbone, mesh=mesh, key=key)[1]
     else:
@@ -134,7 +134,7 @@ def _config_in(folder: str) -> Any:
     """Returns the config of the backbone in a folder; None if there is none."""
     if not folder:
         return None
-    if weights.is_folder(folder):
+    if weights.is_model_folder(folder):
         return weights.load_config(folder)
     has_agent = (pathlib.Path(folder) / "agent.json").is_file()
     return read_agent(folder).policy.backbone if has_agent else None

@@ -117,27 +117,29 @@ def table_fc() -> ImitateConfig:
     return replace(config, run_dir="runs/table_fc", loop=replace(config.loop, num_updates=1200))
 
 
+SMALL_LSTM = DecoderConfig(
+    kind="lstm",
+    window_size=32,
+    action_horizon=1,
+    hidden_size=128,
+    num_layers=1,
+    pooling="none",
+    head_sizes=(128,),
+)
+
+
 def table_jax_state() -> ImitateConfig:
     """The JAX table from the simulator's state: an LSTM trained in seconds, to try decoders.
 
     Success 99.3 % [98, 100] on 600 unseen episodes after 16,000 demonstrations; half a minute on
     2 CPU cores.
     """
-    decoder = DecoderConfig(
-        kind="lstm",
-        window_size=32,
-        action_horizon=1,
-        hidden_size=128,
-        num_layers=1,
-        pooling="none",
-        head_sizes=(128,),
-    )
     return ImitateConfig(
         dataset=DatasetConfig("demos/table_jax_state", decode="whole"),
         run_dir="runs/table_jax_state",
         pack=True,
         loss=LossWeights(gripper=0.1),
-        agent=AgentConfig(policy.connect(StateConfig(token_dim=32), decoder)),
+        agent=AgentConfig(policy.connect(StateConfig(token_dim=32), SMALL_LSTM)),
         world=JaxTableConfig(image_size=0),
         loader=LoaderConfig(batch_size=48),
         optim=OptimConfig(learning_rate=4e-3, end_factor=0.01),
@@ -233,6 +235,11 @@ def _check_images(config: ImitateConfig) -> None:
             "auxiliary.forward_target 'pixels' needs images in the batch, got backbone "
             f"'{backbone.kind}' with frozen_backbone {config.frozen_backbone}; choose 'tokens', "
             "or an image backbone that is not frozen."
+        )
+    if spec.any_size:
+        raise ValueError(
+            "resize must be 'host' with auxiliary.forward_target 'pixels', which needs images of "
+            "one size, got 'device'; choose 'tokens', or --resize host."
         )
     if spec.height % size or spec.width % size:
         raise ValueError(

@@ -53,15 +53,7 @@ def tiny_vlm() -> ImitateConfig:
     backbone = SmolVLMConfig(
         vision=vision, language=language, shuffle=2, image_token_id=1023, options=options
     )
-    decoder = DecoderConfig(
-        kind="lstm",
-        window_size=16,
-        action_horizon=1,
-        hidden_size=128,
-        num_layers=1,
-        pooling="none",
-        head_sizes=(128,),
-    )
+    decoder = replace(configs.SMALL_LSTM, window_size=16)
     return ImitateConfig(
         dataset=DatasetConfig("demos/tiny_vlm", decode="whole"),
         run_dir="runs/tiny_vlm",

@@ -102,7 +102,7 @@ def read_dataset(config: ImitateConfig) -> Dataset:
     """
     backbone = config.agent.policy.backbone
     spec = registry.get(backbone).image_spec(backbone)
-    size = None if spec is None else (spec.height, spec.width)
+    size = None if spec is None or spec.any_size else (spec.height, spec.width)
     dataset = reader.read_dataset(
         config.dataset,
         cameras=() if spec is None else spec.cameras,

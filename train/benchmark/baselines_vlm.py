@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from train.benchmark import baselines
 from train.benchmark.timing import Implementation
-from vla_jax.backbones import models, preprocess, weights
+from vla_jax.backbones import preprocess, weights
 from vla_jax.backbones.sequence import IMAGE
 from vla_jax.backbones.smolvlm import SmolVLMConfig
 from vla_jax.backbones.weight_export import export
@@ -45,8 +45,7 @@ def run_transformers(
         folder = pathlib.Path(parent) / "model"
         export(folder, config, params)
         model = AutoModelForImageTextToText.from_pretrained(folder).model.eval()
-    vlm = models.get(config)
-    pixels = preprocess.normalize(frames.images, vlm.mean, vlm.std)
+    pixels = preprocess.normalize(frames.images, config.images.mean, config.images.std)
     inputs = {
         "input_ids": torch.tensor(
             np.where(frames.ids == IMAGE, config.image_token_id, frames.ids).astype(np.int64)

@@ -45,6 +45,7 @@ class ImageSpec(NamedTuple):
     resampling: Resampling  # method of resizing images of another size
     mean: tuple[float, float, float]  # of RGB values in [0, 1], subtracted
     std: tuple[float, float, float]  # of RGB values in [0, 1], divided by
+    any_size: bool = False  # images of other sizes are accepted, and resized on the device
 
 
 class History(NamedTuple):

@@ -7,19 +7,50 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from vla_jax.backbones import preprocess
-from vla_jax.types import Array
+from vla_jax.backbones import preprocess, sequence
+from vla_jax.backbones.image_settings import Preprocessing
+from vla_jax.types import Array, Params
 
 
-def pixels(images: Array, model: Any) -> jax.Array:
-    """Returns normalised images `[B·C, h, w, 3]`.
+def pixels(images: Array, settings: Preprocessing) -> jax.Array:
+    """Returns normalised images `[B·C, h, w, 3]` of all cameras, uint8 `[B, C, h, w, 3]`."""
+    flat = rearrange(jnp.asarray(images), "B C h w c -> (B C) h w c")
+    return jnp.asarray(preprocess.normalize(flat, settings.mean, settings.std))
+
+
+def embed(
+    params: Params,
+    config: Any,
+    ids: Array,
+    images: Array,
+    *,
+    text: jax.Array,
+    encode: Callable[[jax.Array], jax.Array],
+    learned_scale: float = 1.0,
+) -> jax.Array:
+    """Returns the embeddings of sequences with their images and learned tokens.
 
     Args:
-      images: of all cameras, uint8 `[B, C, h, w, 3]`.
-      model: the `VisionLanguageModel`, with `mean` and `std`.
+      params: of the model.
+      config: of the model.
+      ids: `[B, S]`.
+      images: uint8 `[B, C, h, w, 3]`.
+      text: embeddings `[B, S, D]` of the ids.
+      encode: from normalised images `[I, h, w, 3]` to tokens `[I, N, D]`.
+      learned_scale: factor of the learned tokens.
+
+    Returns:
+      `[B, S, D]`.
     """
-    flat = rearrange(jnp.asarray(images), "B C h w c -> (B C) h w c")
-    return jnp.asarray(preprocess.normalize(flat, model.mean, model.std))
+    tokens = map_images(encode, pixels(images, config.images), config)
+    learned = params.get("action_token")
+    return sequence.place(
+        text,
+        ids,
+        unfold_cameras(tokens, len(ids)),
+        vocab_size=config.language.vocab_size,
+        learned=None if learned is None else learned_scale * learned,
+    )
 
 
 def map_images(encode: Callable[[jax.Array], Any], images: jax.Array, config: Any) -> Any:

@@ -24,6 +24,19 @@ HALF: RGB = (0.5, 0.5, 0.5)
 RESAMPLING: dict[int, Resampling] = {1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "area"}
 
 
+_FILE, _PROCESSOR = "preprocessor_config.json", "processor_config.json"
+_CONTENT = "the settings of an image processor"
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How the images of a policy, which have one size, are made for a model."""
+
+    resampling: Resampling = "bicubic"  # method of resizing images of another size
+    mean: RGB = HALF  # of RGB values in [0, 1], subtracted
+    std: RGB = HALF  # of RGB values in [0, 1], divided by
+
+
 @dataclass(frozen=True)
 class SquareSettings:
     """Settings of a picture resized to a square; the defaults are those of Kosmos-2."""
@@ -179,17 +192,27 @@ def read_qwen(folder: Path) -> PatchSettings:
     return PatchSettings(least, most, patch, merge, frames, resampling, mean, std)
 
 
+def has_settings(folder: Path) -> bool:
+    """Returns True if a model's folder has the settings of its image processor."""
+    path = pathlib.Path(folder)
+    return (path / _FILE).is_file() or "image_processor" in _processor(path)
+
+
+def _processor(folder: pathlib.Path) -> Mapping[str, Any]:
+    """Returns the content of `processor_config.json`; empty if there is none."""
+    path = folder / _PROCESSOR
+    return read_json(path, _CONTENT) if path.is_file() else {}
+
+
 def _read(
     folder: Path, types: tuple[str, ...], defaults: Mapping[str, Any]
 ) -> tuple[pathlib.Path, dict[str, Any]]:
     """Returns the path of the file, and its fields with the defaults of missing ones."""
     folder = pathlib.Path(folder)
-    content = "the settings of an image processor"
-    path = folder / "processor_config.json"
-    entry = read_json(path, content).get("image_processor") if path.is_file() else None
+    path, entry = folder / _PROCESSOR, _processor(folder).get("image_processor")
     if not isinstance(entry, dict):
-        path = folder / "preprocessor_config.json"
-        entry = read_json(path, content)
+        path = folder / _FILE
+        entry = read_json(path, _CONTENT)
     name = str(entry.get("image_processor_type", types[0])).partition("ImageProcessor")[0]
     if name not in types:
         raise ValueError(

@@ -7,7 +7,7 @@ Hugging Face's `Kosmos2ForConditionalGeneration`.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ import numpy as np
 
 from vla_jax.backbones import (
     camera_images,
+    image_settings,
     kosmos_decoder,
     model_json,
     prompts,
@@ -31,7 +32,7 @@ from vla_jax.backbones.blocks import (
     patches,
     split_heads,
 )
-from vla_jax.backbones.image_settings import CLIP_MEAN, CLIP_STD
+from vla_jax.backbones.image_settings import CLIP_MEAN, CLIP_STD, Preprocessing
 from vla_jax.backbones.kosmos_decoder import ATTENTION_NAMES, PROJECTIONS, KosmosDecoderConfig
 from vla_jax.backbones.sequence import IMAGE, PADDING
 from vla_jax.backbones.tensor_names import SAME, Tensor
@@ -45,6 +46,8 @@ from vla_jax.types import Array, Params
 class Kosmos2Config(VLMSizes):
     """Kosmos-2 as a backbone."""
 
+    SUPPORTED: ClassVar[Mapping[str, tuple[str, ...]]] = vlm.ALL
+
     kind: Literal["kosmos2"] = "kosmos2"
     vision: VisionConfig = VisionConfig(  # sizes of the vision tower
         hidden_size=1024,
@@ -57,6 +60,8 @@ class Kosmos2Config(VLMSizes):
     num_latents: int = 64  # tokens of an image in the sequence
     # version of transformers whose faults `reference.forward` reproduces; the policy never does
     reference_version: str = ""
+    # resampling and normalisation of images
+    images: Preprocessing = Preprocessing("bicubic", CLIP_MEAN, CLIP_STD)
     options: VLMOptions = VLMOptions(  # cameras, prompt, readout, precision
         prompt="<grounding>An image of a robot {instruction}"
     )
@@ -103,28 +108,19 @@ def image_tokens(
 
 def embed(params: Params, config: Kosmos2Config, ids: Array, images: Array) -> jax.Array:
     """Returns the embeddings `[B, S, D]`, not scaled, of sequences `[B, S]` with their images."""
-    pixels = camera_images.pixels(images, MODEL)
-    image = camera_images.map_images(partial(image_tokens, params, config), pixels, config)
-    return sequence.place(
-        kosmos_decoder.embed(params["language"], config.language, ids),
-        ids,
-        camera_images.unfold_cameras(image, len(ids)),
-        vocab_size=config.language.vocab_size,
-        learned=params.get("action_token"),
-    )
+    text = kosmos_decoder.embed(params["language"], config.language, ids)
+    encode = partial(image_tokens, params, config)
+    return camera_images.embed(params, config, ids, images, text=text, encode=encode)
 
 
 def hidden_states(params: Params, config: Kosmos2Config, ids: Array, images: Array) -> jax.Array:
     """Returns the hidden states `[B, S, D]` of sequences `[B, S]` with their images."""
-    real = ids != PADDING
-    # RoboVLMs passes embeddings, so that the original counts padding too.
-    counts = jnp.ones_like(real) if config.options.layout == "robovlms_padded" else real
-    positions = jnp.cumsum(counts, axis=1) - 1
     embeddings = embed(params, config, ids, images)
-    return attend(params, config, embeddings, positions, sequence.causal_mask(real))
+    positions, mask = sequence.positions(ids, config.options), sequence.causal_mask(ids != PADDING)
+    return language_model(params, config, embeddings, positions, mask)
 
 
-def attend(
+def language_model(
     params: Params, config: Kosmos2Config, embeddings: Array, positions: Array, mask: Array
 ) -> jax.Array:
     """Returns the hidden states after the last norm.
@@ -173,10 +169,8 @@ def forward(
         embeddings = sequence.scatter(embeddings, is_image, images)
     real = ids != language.padding_id
     mask = jnp.asarray(inputs.get("attention_mask", jnp.ones_like(ids))).astype(bool)
-    positions = language.padding_id + jnp.cumsum(real, axis=1) * real
-    hidden = kosmos_decoder.apply(
-        params["language"], language, embeddings, positions, sequence.causal_mask(mask)
-    )
+    positions = jnp.cumsum(real, axis=1) * real - 1
+    hidden = language_model(params, config, embeddings, positions, sequence.causal_mask(mask))
     logits = jnp.matmul(hidden, params["language"]["embed"]["embedding"].T)
     return {"last_hidden": hidden, "logits": logits}
 
@@ -295,6 +289,7 @@ def prompt(config: Kosmos2Config, tokenizer: Any, text: str) -> Sequence[int]:
 
 MODEL = VisionLanguageModel(
     config=Kosmos2Config,
+    model_types=("kosmos-2",),
     from_json=from_json,
     to_json=to_json,
     shapes=shapes,
@@ -306,12 +301,10 @@ MODEL = VisionLanguageModel(
     live_names=(),
     ignored=(r"text_model\.lm_head\.weight", r".*\.embed_positions\.weights", r".*position_ids"),
     hidden_states=hidden_states,
+    language_model=language_model,
     forward=forward,
     prompt=prompt,
-    resampling="bicubic",
-    mean=CLIP_MEAN,
-    std=CLIP_STD,
+    read_images=image_settings.read_kosmos2,
+    image_sizes=lambda config: {"size": config.vision.image_size, "crop": False},
     embed=embed,
-    attend=attend,
 )
-BACKBONE = vlm.make_backbone(MODEL)

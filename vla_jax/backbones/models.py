@@ -15,15 +15,7 @@ MODELS: dict[str, VisionLanguageModel] = {
     "qwen25_vl": qwen25_vl.MODEL,
     "smolvlm": smolvlm.MODEL,
 }
-# `model_type` of a config.json -> kind
-MODEL_TYPES = {
-    "kosmos-2": "kosmos2",
-    "paligemma": "paligemma",
-    "qwen3_vl": "qwen3_vl",
-    "qwen2_5_vl": "qwen25_vl",
-    "smolvlm": "smolvlm",
-    "idefics3": "smolvlm",
-}
+MODEL_TYPES = {name: kind for kind, model in MODELS.items() for name in model.model_types}
 
 
 def get(config: Any) -> VisionLanguageModel:

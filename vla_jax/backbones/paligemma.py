@@ -18,6 +18,7 @@ import numpy as np
 from vla_jax.backbones import (
     camera_images,
     gemma_json,
+    image_settings,
     model_json,
     prompts,
     rotary_decoder,
@@ -28,7 +29,7 @@ from vla_jax.backbones import (
     vlm,
 )
 from vla_jax.backbones.blocks import linear
-from vla_jax.backbones.image_settings import HALF
+from vla_jax.backbones.image_settings import HALF, Preprocessing
 from vla_jax.backbones.rotary_decoder import RotaryDecoderConfig
 from vla_jax.backbones.sequence import IMAGE, PADDING
 from vla_jax.backbones.tensor_names import Tensor
@@ -42,6 +43,7 @@ from vla_jax.types import Array, Params
 class PaliGemmaConfig(VLMSizes):
     """PaliGemma or PaliGemma 2 as a backbone; the default is PaliGemma 3B with 224 pixels."""
 
+    SUPPORTED: ClassVar[Mapping[str, tuple[str, ...]]] = vlm.ALL
     POLICY_FIELDS: ClassVar[tuple[str, ...]] = ("prefix", "options")
 
     kind: Literal["paligemma"] = "paligemma"
@@ -65,9 +67,12 @@ class PaliGemmaConfig(VLMSizes):
     prefix: Literal["prompt", "none"] = "prompt"
     # version of transformers whose faults `reference.forward` reproduces; the policy never does
     reference_version: str = ""
+    # resampling and normalisation of images
+    images: Preprocessing = Preprocessing("bicubic", HALF, HALF)
     options: VLMOptions = VLMOptions()  # cameras, prompt, readout, precision
 
     def __post_init__(self):
+        super().__post_init__()
         if self.options.history == "window" and self.prefix != "none":
             raise ValueError(
                 "prefix must be 'none' with history 'window', in which later steps would be seen, "
@@ -102,51 +107,21 @@ def image_tokens(params: Params, config: PaliGemmaConfig, pixels: Array) -> jax.
 
 
 def language_model(
-    params: Params,
-    config: PaliGemmaConfig,
-    embeddings: Array,
-    mask: Array,
-    prefix: Array,
+    params: Params, config: PaliGemmaConfig, embeddings: Array, positions: Array, mask: Array
 ) -> jax.Array:
     """Returns the hidden states after the last norm.
 
+    In sliding layers, too, two tokens that see each other do so at any distance, as in a prefix.
+
     Args:
       params: of the model.
       config: of the model.
-      embeddings: scaled, `[B, T, D]`.
-      mask: bool `[B, T]`, True where a token is real.
-      prefix: bool `[B, T]`, True where a token is seen by the whole prefix; all others are seen
-        by later tokens only.
+      embeddings: scaled, from `embed`, `[B, T, D]`.
+      positions: `[B or 1, T]`, from 0.
+      mask: bool `[B, T, T]`, True where a query attends to a key; see `prefix_mask`.
 
     Returns:
       `[B, T, D]` float32.
-    """
-    mask, prefix = jnp.asarray(mask), jnp.asarray(prefix)
-    both = prefix[:, :, None] & prefix[:, None, :]
-    position = np.arange(mask.shape[1])[None]
-    causal = position[:, :, None] >= position[:, None, :]
-    seen = (causal | both) & mask[:, None, :]
-    return attend(params, config, embeddings, position, seen, both=both)
-
-
-def attend(
-    params: Params,
-    config: PaliGemmaConfig,
-    embeddings: Array,
-    positions: Array,
-    mask: Array,
-    *,
-    both: Array | bool = False,
-) -> jax.Array:
-    """Returns the hidden states `[B, T, D]` float32 after the last norm.
-
-    Args:
-      params: of the model.
-      config: of the model.
-      embeddings: scaled, `[B, T, D]`.
-      positions: `[B or 1, T]`, from 0.
-      mask: bool `[B, T, T]`, True where a query attends to a key.
-      both: bool `[B, T, T]`, True where sliding layers do so at any distance.
     """
     language = config.language
     distance = positions[:, :, None] - positions[:, None, :]
@@ -157,24 +132,34 @@ def attend(
         embeddings,
         rotary_decoder.rotary_angles(language, positions),
         mask,
-        sliding_mask=mask & (near | both),
+        sliding_mask=mask & (near | jnp.swapaxes(mask, 1, 2)),
         dtype=config.options.dtype,
         remat=config.options.remat,
     )
 
 
+def prefix_mask(real: Array, prefix: Array) -> jax.Array:
+    """Returns the mask `[B, T, T]`: causal, but the tokens of a prefix all see one another.
+
+    Args:
+      real: bool `[B, T]`, True where a token is real.
+      prefix: bool `[B, T]`, True where a token belongs to the prefix.
+    """
+    real, prefix = jnp.asarray(real), jnp.asarray(prefix)
+    both = prefix[:, :, None] & prefix[:, None, :]
+    return (jnp.tri(real.shape[1], dtype=bool)[None] | both) & real[:, None, :]
+
+
 def embed(params: Params, config: PaliGemmaConfig, ids: Array, images: Array) -> jax.Array:
     """Returns the scaled embeddings `[B, S, D]` of sequences `[B, S]` with their images."""
-    language = config.language
-    pixels = camera_images.pixels(images, MODEL)
-    image = camera_images.map_images(partial(image_tokens, params, config), pixels, config)
-    learned = params.get("action_token")
-    return sequence.place(
-        rotary_decoder.embed(params["language"], language, ids),
+    return camera_images.embed(
+        params,
+        config,
         ids,
-        camera_images.unfold_cameras(image, len(ids)),
-        vocab_size=language.vocab_size,
-        learned=None if learned is None else language.embedding_scale * learned,
+        images,
+        text=rotary_decoder.embed(params["language"], config.language, ids),
+        encode=partial(image_tokens, params, config),
+        learned_scale=config.language.embedding_scale,
     )
 
 
@@ -183,7 +168,8 @@ def hidden_states(params: Params, config: PaliGemmaConfig, ids: Array, images: A
     embeddings = embed(params, config, ids, images)
     is_prompt = ids < config.language.vocab_size
     prefix = is_prompt if config.prefix == "prompt" else jnp.zeros_like(is_prompt)
-    return language_model(params, config, embeddings, ids != PADDING, prefix)
+    positions, mask = sequence.positions(ids, config.options), prefix_mask(ids != PADDING, prefix)
+    return language_model(params, config, embeddings, positions, mask)
 
 
 def forward(
@@ -218,7 +204,8 @@ def forward(
             embeddings = sequence.scatter(embeddings, is_image, images)
     real = jnp.ones(embeddings.shape[:2], bool)
     mask = jnp.asarray(inputs.get("attention_mask", real)).astype(bool)
-    hidden = language_model(params, config, embeddings, mask, prefix)
+    positions = np.arange(mask.shape[1])[None]
+    hidden = language_model(params, config, embeddings, positions, prefix_mask(mask, prefix))
     logits = rotary_decoder.logits(params["language"], language, hidden)
     return {"last_hidden": hidden, "logits": logits}
 
@@ -332,6 +319,7 @@ _ABSENT_VISION = {
 
 MODEL = VisionLanguageModel(
     config=PaliGemmaConfig,
+    model_types=("paligemma",),
     from_json=from_json,
     to_json=to_json,
     shapes=shapes,
@@ -353,12 +341,10 @@ MODEL = VisionLanguageModel(
         r".*position_ids",
     ),
     hidden_states=hidden_states,
+    language_model=language_model,
     forward=forward,
     prompt=prompt,
-    resampling="bicubic",
-    mean=HALF,
-    std=HALF,
+    read_images=image_settings.read_paligemma,
+    image_sizes=lambda config: {"size": config.vision.image_size},
     embed=embed,
-    attend=attend,
 )
-BACKBONE = vlm.make_backbone(MODEL)

@@ -6,7 +6,7 @@ Source: Bai et al. 2025, Qwen3-VL (arXiv:2511.21631); Meng et al. 2024, DeepStac
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,13 @@ import numpy as np
 
 from vla_jax.backbones import model_json, qwen_vision, tensor_names
 from vla_jax.backbones.blocks import ACTIVATIONS, Remat, layer_norm, linear, run_tapped_layers
-from vla_jax.backbones.qwen_vision import EPSILON, Grid, PatchPlaces, QwenVisionConfig
+from vla_jax.backbones.qwen_vision import (
+    EPSILON,
+    Grid,
+    ImageFeatures,
+    PatchPlaces,
+    QwenVisionConfig,
+)
 from vla_jax.backbones.tensor_names import SAME, Tensor
 from vla_jax.types import Array, Params
 
@@ -37,13 +43,6 @@ class Qwen3VisionConfig(QwenVisionConfig):
                 f"deepstack_layers must be ascending numbers of the {self.num_layers} layers, "
                 f"counted from 0, got {layers}."
             )
-
-
-class ImageFeatures(NamedTuple):
-    """Features of images for the language model; N tokens per image."""
-
-    tokens: jax.Array  # [I, N, D], in the places of the images
-    added: jax.Array  # [J, I, N, D], added there after each of the first J layers
 
 
 def apply(

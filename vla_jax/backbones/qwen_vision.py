@@ -18,7 +18,6 @@ from vla_jax.backbones import blocks, model_json, preprocess, tensor_names
 from vla_jax.backbones.blocks import check_activation, linear, rotate, split_heads
 from vla_jax.backbones.image_settings import PatchSettings
 from vla_jax.backbones.tensor_names import Tensor
-from vla_jax.backbones.vlm import VLMSizes
 from vla_jax.types import Array, Params
 
 EPSILON = 1e-6  # added to the variance, or mean square, in the norms of the towers
@@ -56,36 +55,11 @@ class QwenVisionConfig:
         return self.patch_size * self.merge_size
 
 
-class QwenVLSizes(VLMSizes):
-    """Sizes of a step's tokens, from the fields of a Qwen-VL's config."""
+class ImageFeatures(NamedTuple):
+    """Features of images for the language model; N tokens per image."""
 
-    vision: Any  # config of the vision tower
-    image_size: tuple[int, int]  # height and width of all images, pixels
-
-    def __post_init__(self):
-        factor = self.vision.factor
-        if min(self.image_size) < factor or any(side % factor for side in self.image_size):
-            raise ValueError(
-                f"image_size must be two positive multiples of patch_size · merge_size {factor}, "
-                f"got {self.image_size}."
-            )
-
-    @property
-    def image_shape(self) -> tuple[int, int]:
-        """Height and width of the images, pixels."""
-        return self.image_size
-
-    @property
-    def grid(self) -> Grid:
-        """Rows and columns of patches of an image."""
-        height, width = self.image_size
-        return height // self.vision.patch_size, width // self.vision.patch_size
-
-    @property
-    def tokens_per_image(self) -> int:
-        """Positions of the sequence that one image takes."""
-        rows, columns = self.grid
-        return rows * columns // self.vision.merge_size**2
+    tokens: jax.Array  # [I, N, D], in the places of the images
+    added: jax.Array  # [J, I, N, D], added there after each of the first J layers; J may be 0
 
 
 class PatchPlaces(NamedTuple):

@@ -6,27 +6,16 @@ from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 
-from vla_jax.backbones import (
-    backbone,
-    kosmos2,
-    paligemma,
-    perceiver,
-    qwen3_vl,
-    qwen25_vl,
-    smolvlm,
-    state,
-)
+from vla_jax.backbones import backbone, perceiver, state
 from vla_jax.backbones.backbone import Backbone
+from vla_jax.backbones.models import MODELS
+from vla_jax.backbones.vlm import make_backbone
 from vla_jax.config import did_you_mean
 
 BACKBONES: dict[str, Backbone] = {
     "perceiver": perceiver.BACKBONE,
     "state": state.BACKBONE,
-    "kosmos2": kosmos2.BACKBONE,
-    "paligemma": paligemma.BACKBONE,
-    "qwen3_vl": qwen3_vl.BACKBONE,
-    "qwen25_vl": qwen25_vl.BACKBONE,
-    "smolvlm": smolvlm.BACKBONE,
+    **{kind: make_backbone(model) for kind, model in MODELS.items()},
 }
 if TYPE_CHECKING:
     BackboneConfig = backbone.BackboneConfig

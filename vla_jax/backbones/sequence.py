@@ -133,6 +133,14 @@ def _select(hidden: jax.Array, chosen: jax.Array, count: int) -> Tokens:
     return Tokens(jnp.where(mask[..., None], tokens, 0.0), mask)
 
 
+def positions(ids: Array, options: VLMOptions) -> jax.Array:
+    """Returns the position `[B, S]` of every token of sequences `[B, S]`, from 0."""
+    real = jnp.asarray(ids) != PADDING
+    # RoboVLMs passes embeddings, so that the original counts padding too.
+    counts = jnp.ones_like(real) if options.layout == "robovlms_padded" else real
+    return jnp.cumsum(counts, axis=1) - 1
+
+
 def causal_mask(real: Array) -> jax.Array:
     """Returns the mask `[B, T, T]` of causal attention to real tokens, bool `[B, T]`."""
     return jnp.tri(real.shape[1], dtype=bool)[None] & jnp.asarray(real)[:, None, :]

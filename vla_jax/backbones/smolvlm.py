@@ -7,7 +7,7 @@ Source: Marafioti et al. 2025 (arXiv:2504.05299); Laurençon et al. 2024, Idefic
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from einops import rearrange, reduce
 
 from vla_jax.backbones import (
     camera_images,
+    image_settings,
     model_json,
     prompts,
     rotary_decoder,
@@ -26,7 +27,7 @@ from vla_jax.backbones import (
     vlm,
 )
 from vla_jax.backbones.blocks import linear
-from vla_jax.backbones.image_settings import HALF
+from vla_jax.backbones.image_settings import HALF, Preprocessing
 from vla_jax.backbones.rotary_decoder import RotaryDecoderConfig
 from vla_jax.backbones.sequence import PADDING
 from vla_jax.backbones.tensor_names import Tensor
@@ -39,6 +40,8 @@ from vla_jax.types import Array, Params
 @dataclass(frozen=True)
 class SmolVLMConfig(VLMSizes):
     """SmolVLM or SmolVLM2 as a backbone; the default is SmolVLM2 500M."""
+
+    SUPPORTED: ClassVar[Mapping[str, tuple[str, ...]]] = {**vlm.ALL, "layout": ("native",)}
 
     kind: Literal["smolvlm"] = "smolvlm"
     vision: VisionConfig = VisionConfig(  # sizes of the vision tower
@@ -56,9 +59,12 @@ class SmolVLMConfig(VLMSizes):
     image_token_id: int = 49190  # id of an image's places in the original's inputs
     # version of transformers whose faults `reference.forward` reproduces; the policy never does
     reference_version: str = ""
+    # resampling and normalisation of images
+    images: Preprocessing = Preprocessing("lanczos", HALF, HALF)
     options: VLMOptions = VLMOptions()  # cameras, prompt, readout, precision
 
     def __post_init__(self):
+        super().__post_init__()
         if self.shuffle < 1 or self.vision.grid_size % self.shuffle:
             raise ValueError(
                 f"shuffle must divide the {self.vision.grid_size} patches along a side, got "
@@ -118,43 +124,43 @@ def image_tokens(
 
 
 def language_model(
-    params: Params, config: SmolVLMConfig, embeddings: Array, mask: Array
+    params: Params, config: SmolVLMConfig, embeddings: Array, positions: Array, mask: Array
 ) -> jax.Array:
     """Returns the hidden states after the last norm.
 
     Args:
       params: of the model.
       config: of the model.
-      embeddings: `[B, T, D]`.
-      mask: bool `[B, T]`, True where a token is real.
+      embeddings: from `embed`, `[B, T, D]`.
+      positions: `[B or 1, T]`, from 0.
+      mask: bool `[B, T, T]`, True where a query attends to a key.
 
     Returns:
       `[B, T, D]` float32.
     """
-    positions = np.arange(mask.shape[1])
     return rotary_decoder.apply(
         params["language"],
         config.language,
         embeddings,
-        rotary_decoder.rotary_angles(config.language, positions)[None],
-        sequence.causal_mask(mask),
+        rotary_decoder.rotary_angles(config.language, positions),
+        mask,
         dtype=config.options.dtype,
         remat=config.options.remat,
     )
 
 
+def embed(params: Params, config: SmolVLMConfig, ids: Array, images: Array) -> jax.Array:
+    """Returns the embeddings `[B, S, D]` of sequences `[B, S]` with their images."""
+    text = rotary_decoder.embed(params["language"], config.language, ids)
+    encode = partial(image_tokens, params, config)
+    return camera_images.embed(params, config, ids, images, text=text, encode=encode)
+
+
 def hidden_states(params: Params, config: SmolVLMConfig, ids: Array, images: Array) -> jax.Array:
     """Returns the hidden states `[B, S, D]` of sequences `[B, S]` with their images."""
-    pixels = camera_images.pixels(images, MODEL)
-    image = camera_images.map_images(partial(image_tokens, params, config), pixels, config)
-    embeddings = sequence.place(
-        rotary_decoder.embed(params["language"], config.language, ids),
-        ids,
-        camera_images.unfold_cameras(image, len(ids)),
-        vocab_size=config.language.vocab_size,
-        learned=params.get("action_token"),
-    )
-    return language_model(params, config, embeddings, ids != PADDING)
+    embeddings = embed(params, config, ids, images)
+    positions, mask = sequence.positions(ids, config.options), sequence.causal_mask(ids != PADDING)
+    return language_model(params, config, embeddings, positions, mask)
 
 
 def forward(
@@ -188,7 +194,8 @@ def forward(
         is_image = np.asarray(inputs["input_ids"]) == config.image_token_id
         embeddings = sequence.scatter(embeddings, is_image, images)
     mask = jnp.asarray(inputs.get("attention_mask", jnp.ones_like(ids))).astype(bool)
-    hidden = language_model(params, config, embeddings, mask)
+    positions = np.arange(mask.shape[1])[None]
+    hidden = language_model(params, config, embeddings, positions, sequence.causal_mask(mask))
     logits = rotary_decoder.logits(params["language"], config.language, hidden)
     return {"last_hidden": hidden, "logits": logits}
 
@@ -306,6 +313,7 @@ _LLAMA = {
 
 MODEL = VisionLanguageModel(
     config=SmolVLMConfig,
+    model_types=("smolvlm", "idefics3"),
     from_json=from_json,
     to_json=to_json,
     shapes=shapes,
@@ -314,10 +322,10 @@ MODEL = VisionLanguageModel(
     live_names=(),
     ignored=(r"lm_head\.weight", r".*rotary_emb\.inv_freq", r".*position_ids"),
     hidden_states=hidden_states,
+    language_model=language_model,
     forward=forward,
     prompt=prompt,
-    resampling="lanczos",
-    mean=HALF,
-    std=HALF,
+    read_images=image_settings.read_smolvlm,
+    image_sizes=lambda config: {"crop_size": config.vision.image_size},
+    embed=embed,
 )
-BACKBONE = vlm.make_backbone(MODEL)

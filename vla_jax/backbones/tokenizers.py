@@ -10,13 +10,14 @@ from typing import Any
 from vla_jax.files import Path
 
 
-def read_tokenizer(path: Path) -> Any:
+def read_tokenizer(path: Path, *, vocab_size: int | None = None) -> Any:
     """Returns the tokenizer in a `tokenizer.json`, without padding and truncation.
 
     A file that has not changed is read once per process; do not change the result.
 
     Args:
       path: the file, which is in the folder of the model.
+      vocab_size: rows of the model's embedding, for `check_vocabulary`; None = not checked.
 
     Returns:
       A `tokenizers.Tokenizer`.
@@ -24,7 +25,7 @@ def read_tokenizer(path: Path) -> Any:
     Raises:
       ImportError: the package `tokenizers` is missing.
       FileNotFoundError: there is no such file.
-      ValueError: the file is damaged.
+      ValueError: the file is damaged, or the vocabularies do not match.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -33,7 +34,7 @@ def read_tokenizer(path: Path) -> Any:
             "tokenizer.json from the published folder of the model."
         )
     status = path.stat()
-    return _read(path.resolve(), status.st_mtime_ns, status.st_size)
+    return _read(path.resolve(), status.st_mtime_ns, status.st_size, vocab_size)
 
 
 def ids(tokenizer: Any, text: str, special: bool) -> list[int]:
@@ -85,7 +86,7 @@ def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
 
 
 @functools.lru_cache(maxsize=8)
-def _read(path: pathlib.Path, mtime_ns: int, size: int) -> Any:
+def _read(path: pathlib.Path, mtime_ns: int, size: int, vocab_size: int | None) -> Any:
     """Reads the file; the time of its last change and its size are part of the cache's key."""
     try:
         from tokenizers import Tokenizer
@@ -102,4 +103,6 @@ def _read(path: pathlib.Path, mtime_ns: int, size: int) -> Any:
         ) from error
     tokenizer.no_padding()  # a file may hold the settings of an earlier call
     tokenizer.no_truncation()
+    if vocab_size is not None:
+        check_vocabulary(tokenizer, vocab_size)
     return tokenizer

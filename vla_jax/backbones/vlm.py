@@ -9,7 +9,7 @@ import dataclasses
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +20,18 @@ from vla_jax import trees
 from vla_jax.backbones import sequence, tokenizers, vlm_params, vlm_window, word_hashing
 from vla_jax.backbones.backbone import Backbone, Globs, History, ImageSpec
 from vla_jax.backbones.blocks import init_tree
+from vla_jax.backbones.image_settings import Preprocessing
 from vla_jax.backbones.parts import flatten, shape
+from vla_jax.backbones.resizing import resize_on_device
 from vla_jax.backbones.sequence import IMAGE
 from vla_jax.backbones.tensor_names import Tensor
-from vla_jax.backbones.vlm_options import VLMOptions
+from vla_jax.backbones.vlm_options import History as Steps
+from vla_jax.backbones.vlm_options import Layout, VLMOptions
 from vla_jax.backbones.vlm_window import EmbeddedStep
 from vla_jax.files import Path
 from vla_jax.nn import lora
 from vla_jax.nn.layers import dense
-from vla_jax.types import Array, Key, Observation, Params, Resampling, ShardingRules, Tokens
+from vla_jax.types import Array, Key, Observation, Params, ShardingRules, Tokens
 
 TOKENIZER = "tokenizer.json"  # its name in the folder of a model, and in a run folder
 SHARDING_RULES: ShardingRules = (
@@ -43,14 +46,33 @@ SHARDING_RULES: ShardingRules = (
 )
 
 
+ALL: Mapping[str, tuple[str, ...]] = {"layout": get_args(Layout), "history": get_args(Steps)}
+
+
 class VLMSizes(abc.ABC):
     """Sizes of a step's tokens, from the config of a vision-language model."""
 
     # fields that say how a policy uses the model; the others are sizes of the model
     POLICY_FIELDS: ClassVar[tuple[str, ...]] = ("options",)
+    # values of options that not every model has
+    SUPPORTED: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "layout": ("native",),
+        "history": ("step",),
+    }
 
+    kind: Any  # name of the model
     language: Any  # config of the language model, with vocab_size and hidden_size
+    images: Preprocessing
     options: VLMOptions
+
+    def __post_init__(self):
+        for name, values in self.SUPPORTED.items():
+            value = getattr(self.options, name)
+            if value not in values:
+                raise ValueError(
+                    f"{name} must be '{values[0]}' for backbone '{self.kind}', got '{value}'; "
+                    "choose another backbone, such as kosmos2 or paligemma."
+                )
 
     @property
     @abc.abstractmethod
@@ -88,6 +110,7 @@ class VisionLanguageModel(NamedTuple):
     """Tables and functions of a vision-language model."""
 
     config: type  # dataclass of its config, with the properties of `VLMSizes`
+    model_types: tuple[str, ...]  # `model_type` of its config.json
     from_json: Callable[[Mapping[str, Any]], Any]  # config.json -> config
     to_json: Callable[[Any], dict[str, Any]]  # the inverse
     shapes: Callable[[Any], Params]  # config -> shapes of the params
@@ -98,18 +121,18 @@ class VisionLanguageModel(NamedTuple):
     ignored: tuple[str, ...]  # patterns of tensors of a file that have no param
     # (params, config, sequences [B, S], images [B, C, h, w, 3] uint8) -> hidden states [B, S, D]
     hidden_states: Callable[[Params, Any, Array, Array], jax.Array]
+    # (params, config, embeddings [B, T, D], positions [B, T], or [3, B, T] for a Qwen-VL,
+    # mask [B, T, T]) -> hidden states [B, T, D]
+    language_model: Callable[..., jax.Array]
     # (params, config, inputs of the original's forward) -> last_hidden, logits
     forward: Callable[[Params, Any, Mapping[str, Array]], dict[str, jax.Array]]
     # (config, tokenizer, text) -> ids of a prompt with `IMAGE` for every feature of an image
     prompt: Callable[[Any, Any, str], Sequence[int]]
-    resampling: Resampling  # of images of another size
-    mean: tuple[float, float, float]  # of RGB values in [0, 1], subtracted
-    std: tuple[float, float, float]  # of RGB values in [0, 1], divided by
-    # The two halves of `hidden_states`, for history "window"; None = not supported:
-    # (params, config, sequences [B, S], images [B, C, h, w, 3] uint8) -> embeddings [B, S, D]
+    read_images: Callable[[Path], Any]  # folder -> settings of its image processor
+    image_sizes: Callable[[Any], Mapping[str, Any]]  # config -> what they must have
+    # (params, config, sequences [B, S], images [B, C, h, w, 3] uint8) -> embeddings [B, S, D], for
+    # history "window"; None = not supported
     embed: Callable[[Params, Any, Array, Array], jax.Array] | None = None
-    # (params, config, embeddings [B, T, D], positions [B, T], mask [B, T, T]) -> hidden states
-    attend: Callable[[Params, Any, Array, Array, Array], jax.Array] | None = None
 
 
 def make_backbone(model: VisionLanguageModel) -> Backbone:
@@ -120,7 +143,7 @@ def make_backbone(model: VisionLanguageModel) -> Backbone:
         apply=partial(apply, model),
         tokenize=partial(tokenize, model),
         check_instructions=partial(check_instructions, model),
-        image_spec=partial(image_spec, model),
+        image_spec=image_spec,
         sharding_rules=SHARDING_RULES,
         files=files,
         with_files=with_files,
@@ -164,10 +187,11 @@ def apply(
       Tokens `[..., N, D]` float32, mask `[..., N]`.
 
     Raises:
-      ValueError: a part is missing or has another size.
+      ValueError: a part is missing or has another size; with `resize` "device" an image may have
+        any size.
     """
     options = config.options
-    parts, lead = flatten(observation, _part_shapes(config))
+    parts, lead = _parts(config, observation)
     ids = jnp.asarray(parts["instruction"])
     images = jnp.stack([jnp.asarray(parts[name]) for name in options.cameras], axis=1)
     hidden = model.hidden_states(params, config, ids, images)
@@ -178,18 +202,9 @@ def apply(
 
 
 def history(model: VisionLanguageModel, config: Any) -> History | None:
-    """Returns the functions of history "window"; None for "step".
-
-    Raises:
-      ValueError: the model does not support it.
-    """
+    """Returns the functions of history "window"; None for "step"."""
     if config.options.history == "step":
         return None
-    if model.attend is None:
-        raise ValueError(
-            f"history must be 'step' for backbone '{config.kind}', got 'window'; choose another "
-            "backbone for windows in one sequence."
-        )
     return History(partial(embed_step, model), partial(attend_window, model))
 
 
@@ -198,7 +213,7 @@ def embed_step(
 ) -> EmbeddedStep:
     """Returns the embedded sequences of steps; arguments and errors as `apply`."""
     assert model.embed is not None
-    parts, lead = flatten(observation, _part_shapes(config))
+    parts, lead = _parts(config, observation)
     ids = jnp.asarray(parts["instruction"])
     images = jnp.stack([jnp.asarray(parts[name]) for name in config.options.cameras], axis=1)
     step = EmbeddedStep(model.embed(params, config, ids, images), ids, parts.get("proprio"))
@@ -220,12 +235,11 @@ def attend_window(
     Returns:
       Tokens `[B, W, N, D]` float32, mask `[B, W, N]`.
     """
-    assert model.attend is not None
     options = config.options
     window = vlm_window.concatenate(
         steps, visible, count_padding=options.layout == "robovlms_padded"
     )
-    hidden, ids = vlm_window.split(model.attend(params, config, *window), steps)
+    hidden, ids = vlm_window.split(model.language_model(params, config, *window), steps)
     tokens = sequence.read_out(hidden, ids, config)
     if steps.proprio is not None:
         proprio = jnp.reshape(steps.proprio, (-1, options.proprio_dim))
@@ -244,10 +258,9 @@ def tokenize(model: VisionLanguageModel, config: Any, text: str) -> np.ndarray:
     options = config.options
     prompt = options.prompt.replace("{instruction}", text.strip())
     if options.tokenizer:
-        tokenizer = tokenizers.read_tokenizer(options.tokenizer)
+        vocab_size = config.language.vocab_size
+        tokenizer = tokenizers.read_tokenizer(options.tokenizer, vocab_size=vocab_size)
         ids = model.prompt(config, tokenizer, prompt)
-        if max(ids) >= config.language.vocab_size:
-            tokenizers.check_vocabulary(tokenizer, config.language.vocab_size)
     else:
         ids = _hashed(config, prompt)
     return sequence.arrange(
@@ -304,10 +317,19 @@ def check_instructions(model: VisionLanguageModel, config: Any, texts: Iterable[
             )
 
 
-def image_spec(model: VisionLanguageModel, config: Any) -> ImageSpec:
+def image_spec(config: Any) -> ImageSpec:
     """Returns the images of all cameras."""
     height, width = config.image_shape
-    return ImageSpec(height, width, config.options.cameras, model.resampling, model.mean, model.std)
+    images = config.images
+    return ImageSpec(
+        height,
+        width,
+        config.options.cameras,
+        images.resampling,
+        images.mean,
+        images.std,
+        any_size=config.options.resize == "device",
+    )
 
 
 def files(config: Any) -> Mapping[str, Path]:
@@ -332,6 +354,20 @@ def example(config: Any) -> Observation:
             for name, sizes in _part_shapes(config).items()
         }
     )
+
+
+def _parts(config: Any, observation: Observation) -> tuple[dict[str, Array], tuple[int, ...]]:
+    """Returns the parts `[B, ...]` that the backbone needs, and their leading axes; see `flatten`.
+
+    Images of another size are resized here if the options say so.
+    """
+    if config.options.resize == "device":
+        for name in config.options.cameras:
+            image = getattr(observation, name)
+            if image is not None and image.shape[-3:-1] != config.image_shape:
+                image = resize_on_device(image, config.image_shape, config.images.resampling)
+                observation = observation._replace(**{name: image})
+    return flatten(observation, _part_shapes(config))
 
 
 def _part_shapes(config: Any) -> dict[str, tuple[int, ...]]:

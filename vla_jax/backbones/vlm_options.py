@@ -31,6 +31,9 @@ class VLMOptions:
     # steps of a window that the model sees: "step" = one, "window" = all up to the present one, in
     # one causal sequence, as RoboVLMs' history "pre"; needs a decoder without memory
     history: History = "step"
+    # where images of another size are resized: "host" = with Pillow when data are read, to the bits
+    # of the original; "device" = by the policy with JAX, where 2 of 255 is the largest difference
+    resize: Literal["host", "device"] = "host"
     prompt: str = "{instruction}"  # text of a step; {instruction} is replaced
     tokenizer: str = ""  # path of tokenizer.json; empty = hashed words, for random weights only
     proprio_dim: int = 0  # P; above 0, one more token that is linear in the proprioception
@@ -50,6 +53,7 @@ class VLMOptions:
             ("readout", get_args(Readout)),
             ("layout", get_args(Layout)),
             ("history", get_args(History)),
+            ("resize", ("host", "device")),
             ("dtype", ("float32", "bfloat16")),
             ("param_dtype", ("float32", "bfloat16")),
             ("remat", get_args(Remat)),

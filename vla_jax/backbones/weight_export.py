@@ -13,11 +13,11 @@ from vla_jax import trees
 from vla_jax.backbones import models, safetensors_files
 from vla_jax.backbones.safetensors_files import INDEX, SINGLE, Entry
 from vla_jax.backbones.tensor_names import Place
+from vla_jax.backbones.weights import CONFIG
 from vla_jax.files import Path, read_json, replacing, write_json
 from vla_jax.nn import lora
 from vla_jax.types import Params
 
-CONFIG = "config.json"
 _DTYPES = {"torch_dtype", "dtype"}  # names of the same field in versions of transformers
 SHARD_BYTES = 5 * 10**9  # limit of a file, as in transformers 4
 

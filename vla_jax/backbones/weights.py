@@ -15,12 +15,14 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from vla_jax import trees
 from vla_jax.backbones import (
+    image_settings,
     models,
     safetensors_files,
     vlm,
     vlm_params,
     weight_report,
 )
+from vla_jax.backbones.image_settings import Preprocessing
 from vla_jax.backbones.safetensors_files import StoredTensor
 from vla_jax.backbones.tensor_names import Shape, Tensor
 from vla_jax.backbones.vlm import VisionLanguageModel
@@ -31,7 +33,7 @@ Index = tuple[tuple[int, int], ...]  # (start, stop) of a slice along each axis
 CONFIG = "config.json"
 
 
-def is_folder(path: Path) -> bool:
+def is_model_folder(path: Path) -> bool:
     """Returns True if `path` is a model's folder: it has a `config.json` with a `model_type`."""
     file = pathlib.Path(path) / CONFIG
     return (
@@ -42,6 +44,9 @@ def is_folder(path: Path) -> bool:
 def load_config(folder: Path, *, options: Any = None) -> Any:
     """Returns the config of a model's folder.
 
+    Resampling and normalisation of images are those of its `preprocessor_config.json` or
+    `processor_config.json`, if there is one.
+
     Args:
       folder: with `config.json`.
       options: `VLMOptions` of the policy; None = the model's defaults. Its `tokenizer` is set to
@@ -49,7 +54,7 @@ def load_config(folder: Path, *, options: Any = None) -> Any:
 
     Raises:
       FileNotFoundError: the folder or its `config.json` is missing.
-      ValueError: the model, or a field of its config, is not supported.
+      ValueError: the model, or a field of its files, is not supported.
     """
     file = pathlib.Path(folder) / CONFIG
     if not file.is_file():
@@ -60,9 +65,31 @@ def load_config(folder: Path, *, options: Any = None) -> Any:
         config = models.from_json(read_json(file, "the config of a model"))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+    config = _with_images(config, folder)
     options = config.options if options is None else options
     tokenizer = str(pathlib.Path(folder) / vlm.TOKENIZER)
     return dataclasses.replace(config, options=dataclasses.replace(options, tokenizer=tokenizer))
+
+
+def _with_images(config: Any, folder: Path) -> Any:
+    """Returns the config with the settings of the folder's image processor.
+
+    Raises:
+      ValueError: a file is damaged, or has sizes that the model cannot take.
+    """
+    if not image_settings.has_settings(folder):
+        return config
+    model = models.get(config)
+    settings = model.read_images(folder)
+    for name, expected in model.image_sizes(config).items():
+        found = getattr(settings, name)
+        if found != expected:
+            raise ValueError(
+                f"{folder}: {name} of the image processor must be {expected} for the model in "
+                f"{CONFIG}, got {found}; restore both files, or delete preprocessor_config.json."
+            )
+    images = Preprocessing(settings.resampling, settings.mean, settings.std)
+    return dataclasses.replace(config, images=images)
 
 
 def load(

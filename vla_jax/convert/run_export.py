@@ -1,7 +1,7 @@
 """The vision-language model of a run in the formats of Hugging Face."""
 
 import pathlib
-from typing import Literal
+from typing import Any, Literal
 
 from vla_jax.backbones import models, peft, weight_export
 from vla_jax.convert.weight_files import Path
@@ -25,7 +25,7 @@ def export_run(run_dir: Path, folder: Path, target: Format, *, like: Path = "") 
       ValueError: the run has no vision-language model, that of `like` is another, or the run has
         no low-rank factors for "peft".
     """
-    config = read_agent(run_dir).policy.backbone
+    config: Any = read_agent(run_dir).policy.backbone
     models.get(config)  # another backbone is an error here, before the params are read
     if pathlib.Path(folder).exists():
         raise FileExistsError(f"{folder} exists already; choose another name.")
