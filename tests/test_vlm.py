@@ -83,9 +83,7 @@ def test_the_policy_sees_the_hidden_states_of_the_original_forward(kind):
     inputs = {
         "input_ids": np.where(is_image, tiny_vlm.IMAGE_ID, np.where(ids == PADDING, 1, ids)),
         "attention_mask": ids != PADDING,
-        **tiny_vlm.image_inputs(
-            config, np.asarray(camera_images.pixels(images, config.images)), is_image
-        ),
+        **tiny_vlm.image_inputs(config, pixels, is_image),
     }
     if kind == "paligemma":
         inputs["token_type_ids"] = np.zeros_like(ids)
