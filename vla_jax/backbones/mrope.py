@@ -61,7 +61,7 @@ def blocks(sections: Sequence[int]) -> np.ndarray:
 def interleaved(sections: Sequence[int], num_frequencies: int) -> np.ndarray:
     """Returns the dimension `[E/2]` of each rotary frequency: in turns (Qwen3-VL).
 
-    Every dimension so has high and low frequencies. What rows and columns leave is for time.
+    Every dimension thus has high and low frequencies. What rows and columns leave is for time.
 
     Args:
       sections: frequencies for time, row and column.
