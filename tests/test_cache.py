@@ -1,8 +1,7 @@
 """Cached tokens equal the outputs of the backbone; a cache is reused only if nothing changed."""
 
+import contextlib
 import dataclasses
-import functools
-import pathlib
 import resource
 import shutil
 
@@ -16,6 +15,7 @@ from train.setup import init_params, make_windows, read_dataset
 from vla_jax.data import normalize, token_files
 from vla_jax.data.token_files import ShardedArray
 from vla_jax.policies import policy
+from vla_jax.training import checkpoint
 from vla_jax.types import Observation, Tokens
 
 FRAME_BYTES = 4 * (8 * 4 + 1)  # 4 tokens of 8 features in float32, and their mask
@@ -27,16 +27,11 @@ def config(tmp_path_factory):
     return tiny_demos.imitation(demos, "", backbone=tiny_demos.PERCEIVER)
 
 
-@functools.cache
-def params_of(seed):
-    config = tiny_demos.imitation("", "", backbone=tiny_demos.PERCEIVER)
-    return init_params(jax.random.key(seed), config)
-
-
-def tokens_of(config, *, seed=0, checksums=False):
-    dataset, params = read_dataset(config), params_of(seed)
+def tokens_of(config, *, checksums=False):
+    dataset = read_dataset(config)
     norm_stats = normalize.compute_norm_stats(dataset)
-    return params, cache.frame_tokens(params, config, dataset, norm_stats, checksums=checksums)
+    found = cache.frame_tokens(config, dataset, norm_stats, checksums=checksums)
+    return checkpoint.read_params(found.params_folder), found.tokens
 
 
 @pytest.fixture
@@ -72,7 +67,7 @@ def test_cached_tokens_equal_the_outputs_of_the_backbone(config, small_shards):
 def test_tokens_in_half_precision_are_rounded_and_train_the_policy(dtype, config):
     whole = np.asarray(tokens_of(config)[1].tokens[:50])
     half = dataclasses.replace(config, cache_dtype=dtype)
-    params, tokens = tokens_of(half)
+    tokens, params = tokens_of(half)[1], init_params(jax.random.key(0), config)
     apply = jax.jit(policy.apply, static_argnums=1)
     assert str(tokens.tokens.dtype) == dtype
     rounded = tokens.tokens[:50]
@@ -110,7 +105,7 @@ def test_an_interrupted_computation_continues_after_the_last_file(
     monkeypatch.setattr(cache, "_encode_frames", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tokens_of(changed)
-    assert [path.name for path in folder.iterdir()] == ["shard_00000"]
+    assert {path.name for path in folder.iterdir()} == {"params", "shard_00000"}
     before = (folder / "shard_00000/tokens.npy").stat().st_mtime_ns
     passes[:] = [None] * 5
     found = tokens_of(changed)[1].tokens
@@ -145,15 +140,17 @@ def test_too_large_a_cache_is_refused_before_it_is_computed(config, monkeypatch)
         tokens_of(dataclasses.replace(changed, max_cache_gb=1))
 
 
-def test_tokens_beyond_the_range_of_float16_are_refused(config):
-    changed = dataclasses.replace(config, cache_dtype="float16")
-    backbone = params_of(0)["backbone"]
-    narrow = {**backbone["narrow"], "bias": backbone["narrow"]["bias"] + 1e6}
-    params = {"backbone": {**backbone, "narrow": narrow}}
-    dataset = read_dataset(changed)
-    norm_stats = normalize.compute_norm_stats(dataset)
+def test_tokens_beyond_the_range_of_float16_are_refused(config, monkeypatch):
+    changed = dataclasses.replace(config, cache_dtype="float16", seed=2)
+    init = cache.init_backbone
+
+    def large(*args):
+        backbone = init(*args)
+        return {**backbone, "narrow": jax.tree.map(lambda x: x + 1e6, backbone["narrow"])}
+
+    monkeypatch.setattr(cache, "init_backbone", large)
     with pytest.raises(ValueError, match="got float16, whose range they exceed"):
-        cache.frame_tokens(params, changed, dataset, norm_stats)
+        tokens_of(changed)
 
 
 @pytest.mark.parametrize("field", ["cache_batch", "max_cache_gb"])
@@ -164,14 +161,14 @@ def test_a_size_that_is_not_positive_is_refused(field, config):
 
 def test_the_file_is_reused_unless_something_that_it_depends_on_changes(config):
     files = {
-        str(tokens_of(changed, seed=seed)[1].tokens.files[0])
-        for changed, seed in [
-            (config, 0),
-            (config, 0),
-            (dataclasses.replace(config, stride=7, pack=True), 0),  # irrelevant to single frames
-            (dataclasses.replace(config, cache_batch=8, max_cache_gb=1), 0),
-            (config, 1),
-            (with_instruction_steps(config, 2), 0),
+        str(tokens_of(changed)[1].tokens.files[0])
+        for changed in [
+            config,
+            config,
+            dataclasses.replace(config, stride=7, pack=True),  # irrelevant to single frames
+            dataclasses.replace(config, cache_batch=8, max_cache_gb=1),
+            dataclasses.replace(config, seed=1),
+            with_instruction_steps(config, 2),
         ]
     }
     assert len(files) == 3
@@ -185,14 +182,46 @@ def with_instruction_steps(config, steps):
 
 def test_a_full_disk_raises_one_sentence_and_leaves_no_file(config):
     changed = with_instruction_steps(config, 3)
-    folder = pathlib.Path(config.dataset.path) / ".tokens"
-    before = set(folder.glob("*"))
+    with full_disk(), pytest.raises(OSError, match=r"could not save into .*\.tokens/\w+ \(.*File"):
+        tokens_of(changed)
+    folder = tokens_of(changed)[1].tokens.files[0].parents[1]
+    shutil.rmtree(folder / "shard_00000")
+    with (
+        full_disk(),
+        pytest.raises(OSError, match=r"\.tokens/\w+ could not be written .*free space"),
+    ):
+        tokens_of(changed)
+    assert [path.name for path in folder.iterdir()] == ["params"]
+
+
+@contextlib.contextmanager
+def full_disk():
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
     try:
-        with pytest.raises(OSError, match=r"\.tokens/\w+ could not be written .*free space"):
-            tokens_of(changed)
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    left = set(folder.glob("*")) - before
-    assert not [path for new in left for path in new.iterdir()]
+
+
+def test_a_complete_cache_needs_no_params(config, monkeypatch):
+    expected = tokens_of(config)[1].tokens.files
+    monkeypatch.setattr(cache, "init_backbone", None)
+    assert tokens_of(config)[1].tokens.files == expected
+
+
+def test_a_file_that_another_program_has_written_by_now_is_kept(config, small_shards, monkeypatch):
+    changed = with_instruction_steps(config, 7)
+    files = tokens_of(changed)[1].tokens.files
+    before = [file.stat().st_mtime_ns for file in files]
+    shutil.rmtree(files[0].parent)
+    list_missing, encode = token_files.missing_shards, cache._encode_frames
+    monkeypatch.setattr(token_files, "missing_shards", lambda *args: [0, *list_missing(*args), 1])
+    monkeypatch.setattr(token_files, "check_shard", lambda *args, **options: None)
+    passes = []
+    monkeypatch.setattr(
+        cache, "_encode_frames", lambda *args: passes.append(args[2]) or encode(*args)
+    )
+    tokens_of(changed)
+    assert [wanted.start for wanted in passes] == [0]
+    assert [file.stat().st_mtime_ns for file in files[1:]] == before[1:]

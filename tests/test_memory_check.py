@@ -6,11 +6,11 @@ import jax
 import pytest
 import tiny_demos
 
-from train import imitate, memory_check
+from train import cache, imitate, memory_check
 from train.imitate import make_loss
-from train.setup import compute_norm_stats, make_windows, param_shapes, read_dataset
+from train.setup import compute_norm_stats, make_windows, param_shapes, read_dataset, trained_shapes
 from vla_jax.backbones import registry
-from vla_jax.training import memory_estimate
+from vla_jax.training import memory_estimate, parallel
 from vla_jax.training.memory_estimate import MemoryEstimate
 from vla_jax.training.optim import OptimConfig
 
@@ -61,8 +61,35 @@ def test_cached_tokens_replace_the_images(demos):
     batch = memory_check.example_batch(config)
     assert batch.observation.image_primary is None
     assert batch.tokens.tokens.shape == (8, 6, 4, 8)
-    estimate = memory_check.estimate_memory(config, make_loss(config), param_shapes(config))
-    assert 0 < estimate.gradients < estimate.params
+    estimate = memory_check.estimate_memory(config, make_loss(config), trained_shapes(config))
+    assert estimate.gradients == estimate.params  # those of the decoder alone
+
+
+def test_the_computation_of_cached_tokens_is_checked_before_it_starts(demos, tmp_path, monkeypatch):
+    config = tiny_demos.imitation(
+        demos, tmp_path / "run", backbone=tiny_demos.PERCEIVER, frozen_backbone=True, seed=3
+    )
+    monkeypatch.setattr(cache, "init_backbone", None)
+    monkeypatch.setattr(memory_estimate, "available_bytes", lambda _: 10**4)
+    for script in (cache.cache, imitate.imitate):
+        monkeypatch.setattr(imitate, "check_memory", lambda *_: None)
+        with pytest.raises(
+            ValueError, match=r"for the computation of cached tokens \(params .*use a"
+        ):
+            script(config)
+
+
+def test_the_estimate_of_encoding_agrees_with_the_compiled_pass(demos):
+    config = tiny_demos.imitation(demos, "", backbone=tiny_demos.PERCEIVER, cache_batch=16)
+    mesh, backbone = parallel.make_mesh(1), config.agent.policy.backbone
+    found = memory_check.estimate_encoding(config, mesh)
+    shapes = param_shapes(config)["backbone"]
+    batch = registry.get(backbone).example(backbone)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((16, 1, *x.shape), x.dtype), batch)
+    compiled = cache._encode.lower(shapes, backbone, "float32", batch).compile().memory_analysis()
+    inputs = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
+    assert found.params == sum(4 * leaf.size for leaf in jax.tree.leaves(shapes))
+    assert 0.6 < (found.activations - inputs) / compiled.temp_size_in_bytes < 1.6
 
 
 def test_a_training_that_cannot_fit_is_refused_before_data_are_read(config, monkeypatch):
@@ -94,7 +121,8 @@ def test_the_estimate_is_printed_for_large_models_only(available, end, config, m
     monkeypatch.setattr(memory_check, "LARGE", 100)
     memory_check.check_memory(config, make_loss(config))
     assert capsys.readouterr().err == (
-        "memory per device: params 4.00 GB, gradients 3.00 GB, optimiser 6.00 GB, EMA 0.00 GB, "
+        "memory per device for this training: params 4.00 GB, gradients 3.00 GB, "
+        "optimiser 6.00 GB, EMA 0.00 GB, "
         f"activations 1.00 GB; total 14.0 GB{end}\n"
     )
 

@@ -9,13 +9,13 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from train.configs import ImitateConfig
 from vla_jax.backbones import models, peft, registry, weights
 from vla_jax.policies import policy
 from vla_jax.runs import read_agent
 from vla_jax.training import checkpoint
-from vla_jax.training.parallel import make_mesh
 from vla_jax.types import Params
 
 LARGE = 20_000_000  # params of a model whose random weights are more likely a mistake than a choice
@@ -101,14 +101,32 @@ def check_backbone(config: ImitateConfig, shapes: Params) -> None:
         )
 
 
-def read_backbone(config: ImitateConfig) -> Params:
-    """Returns the backbone's params of `backbone_from`; a model's shards go to their devices."""
+def source_files(folder: str) -> dict[str, pathlib.Path]:
+    """Returns name -> path of the files that params of `backbone_from` are read from.
+
+    Args:
+      folder: of a run or a model; "" has no files.
+    """
+    if not folder:
+        return {}
+    root = pathlib.Path(folder).absolute()
+    is_model = weights.is_model_folder(folder)
+    paths = root.glob("*.safetensors") if is_model else checkpoint.files(root / "checkpoints")
+    return {str(path.relative_to(root)): path for path in paths}
+
+
+def read_backbone(config: ImitateConfig, mesh: Mesh | None) -> Params:
+    """Returns the backbone's params of `backbone_from`; a model's shards go to their devices.
+
+    Args:
+      config: from `resolve`.
+      mesh: devices of a model's params; None = JAX's default device.
+    """
     folder, backbone = config.backbone_from, config.agent.policy.backbone
     # Frozen params that are drawn are the same for every seed, so that cached tokens are too.
     key = jax.random.key(0 if config.frozen_backbone else config.seed)
     key = jax.random.fold_in(key, 3)  # policy and auxiliary heads draw from other parts
     if weights.is_model_folder(folder):
-        mesh = make_mesh(config.loop.num_devices or None, fsdp_size=config.loop.fsdp_size)
         params = weights.load(folder, config=backbone, mesh=mesh, key=key)[1]
     else:
         saved = checkpoint.restore_params(pathlib.Path(folder) / "checkpoints").get("backbone", {})

@@ -3,10 +3,12 @@
     python -m train.cache --dataset demos/table --backbone-from runs/pretrain
 
 The tokens and their mask are memory-mapped files (`vla_jax.data.token_files`) in a folder whose
-name is a hash of everything that they depend on: params and config of the backbone, dtype, data,
-statistics, ids of the instructions, and when the instruction is visible. `train.imitate` computes
-them if they are missing; the options are the same. An interrupted computation continues after its
-last complete file. This script also compares the checksums of files that exist.
+name is a hash of everything that they depend on: files that the params come from, config of the
+backbone, dtype, data, statistics, ids of the instructions, and when the instruction is visible. The
+params are stored beside the tokens, for the runs that use them: a complete cache is sufficient to
+train. `train.imitate` computes tokens that are missing; the options are the same. An interrupted
+computation continues after its last complete file. This script also compares the checksums of
+files that exist.
 """
 
 import hashlib
@@ -15,20 +17,30 @@ import math
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from rich.console import Console
 
-from train.backbone_source import resolve
+from train.backbone_source import check_backbone, resolve, source_files
 from train.configs import ImitateConfig
+from train.file_hashes import hash_files
+from train.memory_check import check_encoding
 from train.presets import IMITATE
-from train.setup import compute_norm_stats, init_params, make_windows, read_dataset
+from train.setup import (
+    compute_norm_stats,
+    init_backbone,
+    make_windows,
+    param_shapes,
+    read_dataset,
+)
 from vla_jax import config as configs
-from vla_jax import trees
 from vla_jax.backbones import registry
 from vla_jax.backbones.registry import BackboneConfig
 from vla_jax.command_line import run
@@ -36,92 +48,109 @@ from vla_jax.data import normalize, token_files
 from vla_jax.data.dataset import Dataset, digest
 from vla_jax.data.token_files import TokenSizes
 from vla_jax.data.windows import Windows
-from vla_jax.training import parallel
+from vla_jax.training import checkpoint, parallel
 from vla_jax.training.progress import progress_bar
 from vla_jax.types import Observation, Params, Tokens
 
 Encode = Callable[[Observation], tuple[jax.Array, jax.Array]]  # [B, 1, ...] -> [B, N, D], [B, N]
 _GB = 1e9  # bytes
+_PARAMS = "params"  # folder of the params, beside the shards
+_HASHES = "hashes.json"  # of the files that params come from, for all caches of a data set
+
+
+class FrameTokens(NamedTuple):
+    """Cached tokens of every frame."""
+
+    tokens: Tokens  # [num_frames, N, D] of `cache_dtype` and mask [num_frames, N], arrays on disk
+    params_folder: pathlib.Path  # {"backbone"} that computed them, from `checkpoint.save_params`
 
 
 def cache(config: ImitateConfig) -> pathlib.Path:
     """Writes the tokens that `imitate` will read, and checks them; returns their folder."""
-    config = resolve(config)
+    config = resolve(replace(config, frozen_backbone=True))
+    check_backbone(config, param_shapes(config))
     dataset = read_dataset(config)
-    key, _ = jax.random.split(jax.random.key(config.seed))
-    params, norm_stats = init_params(key, config), compute_norm_stats(config, dataset)
-    tokens: Any = frame_tokens(params, config, dataset, norm_stats, checksums=True).tokens
-    return tokens.files[0].parent.parent
+    norm_stats = compute_norm_stats(config, dataset)
+    return frame_tokens(config, dataset, norm_stats, checksums=True).params_folder.parent
 
 
 def frame_tokens(
-    params: Params,
     config: ImitateConfig,
     dataset: Dataset,
     norm_stats: dict[str, normalize.NormStats],
     *,
     checksums: bool = False,
-) -> Tokens:
+) -> FrameTokens:
     """Returns the tokens of every frame, from files in the data set's folder if they exist.
 
+    With several processes each one encodes its share of the missing files, which lie on a disk
+    that all of them share.
+
     Args:
-      params: params of the policy.
       config: config of the training.
       dataset: from `read_dataset`.
       norm_stats: statistics of that data set.
       checksums: whether to read files that exist once, and compare their checksums; those of an
         interrupted computation are always compared.
 
-    Returns:
-      Tokens `[num_frames, N, D]` of the config's `cache_dtype` and mask `[num_frames, N]` bool,
-      read-only arrays on disk.
-
     Raises:
       OSError: the disk is full, or will be; complete files are kept, no partial file is left.
       ValueError: the tokens take more than `max_cache_gb`, exceed the range of float16, or a file
-        is damaged.
+        is damaged; the devices have too little memory.
     """
     backbone = config.agent.policy.backbone
     frames = make_windows(config, dataset, norm_stats, window_size=1, action_horizon=1)
     sizes = TokenSizes(len(frames), backbone.num_tokens, backbone.token_dim, config.cache_dtype)
-    folder = token_folder(config) / fingerprint(params["backbone"], backbone, frames, sizes)
-    missing = token_files.missing_shards(folder, sizes)
+    folder = token_folder(config) / fingerprint(config, frames, sizes)
+    missing = _agree(token_files.missing_shards(folder, sizes))
     if missing or checksums:
         for shard in sorted({*range(sizes.num_shards)} - {*missing}):
             token_files.check_shard(folder, shard, sizes, checksums=True)
     if missing:
-        _check_space(folder, sizes, missing, config.max_cache_gb)
+        check_encoding(config, _local_mesh(config))
+        _check_space(folder, sizes, missing, config)
+        mesh = _local_mesh(config)
+        params = init_backbone(config, mesh)
+        _write_params(folder / _PARAMS, params)
         try:
-            _write(folder, sizes, missing, _make_encode(params, config), frames, config)
+            _write(folder, sizes, missing, _make_encode(params, config, mesh), frames, config)
         except OSError as error:
             raise OSError(
                 error.errno, f"{folder} could not be written ({error.strerror}); free space."
             ) from error
-    return token_files.open_tokens(folder, sizes)
+    return FrameTokens(token_files.open_tokens(folder, sizes), folder / _PARAMS)
 
 
-def fingerprint(params: Params, config: BackboneConfig, frames: Windows, sizes: TokenSizes) -> str:
+def fingerprint(config: ImitateConfig, frames: Windows, sizes: TokenSizes) -> str:
     """Returns a hash of everything that the tokens depend on: 16 hexadecimal digits.
 
+    The params are represented by the files that they come from, so that they need not be read.
+
     Args:
-      params: params of the backbone.
-      config: config of the backbone.
+      config: of the training.
       frames: windows of one step.
       sizes: of the tokens.
     """
+    backbone = config.agent.policy.backbone
+    files = source_files(config.backbone_from)
     settings = [
-        _relevant(configs.to_dict(config)),
-        registry.get(config).image_spec(config),
+        hash_files(files, token_folder(config) / _HASHES) if files else config.seed,
+        _relevant(configs.to_dict(backbone)),
+        registry.get(backbone).image_spec(backbone),
         frames.identity,
         digest(frames.instructions),  # with the ids of a hidden instruction
         [sizes.dtype, sizes.frames_per_shard],
     ]
-    state = hashlib.sha256(json.dumps(settings).encode())
-    for path, leaf in trees.leaves_by_path(params).items():
-        array = np.ascontiguousarray(leaf)
-        state.update(f"{path} {array.dtype} {array.shape}".encode())
-        state.update(array.reshape(-1).view(np.uint8).data)
-    return state.hexdigest()[:16]
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+
+
+def _agree(missing: Sequence[int]) -> list[int]:
+    """Returns the missing shards that the first process sees."""
+    if jax.process_count() == 1:
+        return list(missing)
+    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(missing))))
+    own = np.resize(np.asarray(missing or [0], np.int32), count)
+    return multihost_utils.broadcast_one_to_all(own).tolist()
 
 
 def _relevant(settings: Any) -> Any:
@@ -139,10 +168,10 @@ def token_folder(config: ImitateConfig) -> pathlib.Path:
 
 
 def _check_space(
-    folder: pathlib.Path, sizes: TokenSizes, missing: Sequence[int], max_gb: float
+    folder: pathlib.Path, sizes: TokenSizes, missing: Sequence[int], config: ImitateConfig
 ) -> None:
     """Prints the size of the tokens; raises an error if it exceeds the bound or the free space."""
-    size = sizes.total_bytes / _GB
+    size, max_gb = sizes.total_bytes / _GB, config.max_cache_gb
     shape = f"{sizes.num_frames} frames of {sizes.num_tokens} × {sizes.token_dim} {sizes.dtype}"
     if size > max_gb:
         raise ValueError(
@@ -150,6 +179,9 @@ def _check_space(
             "use a readout of fewer tokens, --cache-dtype bfloat16, or raise --max-cache-gb."
         )
     needed = sum(len(sizes.frames(shard)) for shard in missing) * sizes.frame_bytes
+    if not (folder / _PARAMS).exists():
+        params = jax.tree.leaves(param_shapes(config)["backbone"])
+        needed += sum(leaf.size * leaf.dtype.itemsize for leaf in params)
     existing = next(path for path in folder.absolute().parents if path.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
@@ -165,14 +197,11 @@ def _check_space(
         )
 
 
-def _make_encode(params: Params, config: ImitateConfig) -> Encode:
+def _make_encode(params: Params, config: ImitateConfig, mesh: Mesh) -> Encode:
     """Returns the compiled backbone, over all devices of this process."""
-    backbone, mesh = config.agent.policy.backbone, _local_mesh(config)
-    rules = registry.get(backbone).sharding_rules
-    shardings = parallel.make_shardings(params["backbone"], mesh, rules)
-    placed = jax.device_put(params["backbone"], shardings)
+    backbone = config.agent.policy.backbone
     return lambda observation: _encode(
-        placed, backbone, config.cache_dtype, parallel.shard_batch(observation, mesh)
+        params, backbone, config.cache_dtype, parallel.shard_batch(observation, mesh)
     )
 
 
@@ -185,7 +214,7 @@ def _encode(
 
 
 def _local_mesh(config: ImitateConfig) -> jax.sharding.Mesh:
-    """Returns a mesh of this process's devices: each process encodes all frames for itself."""
+    """Returns a mesh of this process's devices: each process encodes other frames."""
     local = jax.local_devices()
     wanted = config.loop.num_devices // jax.process_count() or len(local)
     num_devices = min(wanted, len(local))
@@ -201,10 +230,14 @@ def _write(
     frames: Windows,
     config: ImitateConfig,
 ) -> None:
+    """Writes the missing shards, each by one of the processes, and waits for the others."""
     num_devices = _local_mesh(config).size
     chunk_size = max(1, config.cache_batch // num_devices) * num_devices
+    own = missing[jax.process_index() :: jax.process_count()]
     done = sizes.num_frames - sum(len(sizes.frames(shard)) for shard in missing)
-    with progress_bar("encode", sizes.num_frames, unit="frames", start=done) as show:
+    total = done + sum(len(sizes.frames(shard)) for shard in own)
+    console = None if parallel.is_first_process() else Console(quiet=True)
+    with progress_bar("encode", total, unit="frames", start=done, console=console) as show:
 
         def chunks(shard: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             nonlocal done
@@ -214,8 +247,18 @@ def _write(
                 done += len(tokens)
                 show(done, "")
 
-        for shard in missing:
+        for shard in own:
             token_files.write_shard(folder, shard, sizes, chunks(shard))
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("tokens")
+
+
+def _write_params(folder: pathlib.Path, params: Params) -> None:
+    """Writes the params that the tokens belong to, unless they are there."""
+    if jax.process_count() > 1:
+        params = jax.device_get(params)  # Orbax would take arrays of one process for shards
+    if _agree([0] if not folder.exists() else []):
+        checkpoint.save_params(folder, {"backbone": params})
 
 
 def _encode_frames(

@@ -10,10 +10,12 @@ The same command resumes an interrupted run, with bitwise identical results.
 
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from train.backbone_source import resolve
 from train.cache import frame_tokens
@@ -23,9 +25,10 @@ from train.presets import IMITATE
 from train.setup import (
     check,
     compute_norm_stats,
-    init_params,
     make_optim_config,
+    make_start,
     make_windows,
+    param_shapes,
     read_dataset,
     sharding_rules,
 )
@@ -38,11 +41,19 @@ from vla_jax.nn import scheduled_sampling
 from vla_jax.policies import heads, policy
 from vla_jax.policies.head import TeacherForcing
 from vla_jax.runs import open_run, write_run
-from vla_jax.training import auxiliary, captions, device_augment, loss_terms, losses, optim
+from vla_jax.training import (
+    auxiliary,
+    captions,
+    checkpoint,
+    device_augment,
+    loss_terms,
+    losses,
+    optim,
+)
 from vla_jax.training.loop import fit
 from vla_jax.training.malloc import keep_freed_memory
-from vla_jax.training.parallel import is_first_process
-from vla_jax.training.update import Counted, LossFn, init_train_state, make_update, with_count
+from vla_jax.training.parallel import is_first_process, make_mesh
+from vla_jax.training.update import Counted, LossFn, make_update, with_count
 from vla_jax.types import Batch, Key, Metrics, Params
 
 
@@ -57,14 +68,8 @@ def imitate(config: ImitateConfig) -> pathlib.Path:
     dataset = read_dataset(config)
     norm_stats = compute_norm_stats(config, dataset)
 
-    # Model: random params, or backbone and decoder of earlier runs.
-    init_key, key = jax.random.split(jax.random.key(config.seed))
-    params = init_params(init_key, config)
-
     # A frozen backbone encodes every frame once; the decoder then trains on cached tokens.
-    tokens, optim_config = None, make_optim_config(config)
-    if config.frozen_backbone:
-        tokens = frame_tokens(params, config, dataset, norm_stats)
+    cached = frame_tokens(config, dataset, norm_stats) if config.frozen_backbone else None
 
     # Batches: episodes -> windows of W steps, chunks of K actions.
     decoder = config.agent.policy.decoder
@@ -75,41 +80,49 @@ def imitate(config: ImitateConfig) -> pathlib.Path:
         window_size=decoder.window_size,
         action_horizon=decoder.action_horizon,
         stride=config.stride,
-        tokens=tokens,
-    )
-    loader = make_batches(config, windows)
-
-    # Update: the gradient of `make_loss` below, through the optimiser.
-    num_updates = config.loop.num_updates
-    optimizer = optim.make_optimizer(optim_config, num_updates, params)
-    ema_decay, freeze, train = optim_config.ema_decay, optim_config.freeze, optim_config.train
-    update = make_update(
-        make_loss(config), optimizer, ema_decay=ema_decay, freeze=freeze, train=train
-    )
-    train_state = init_train_state(
-        params, optimizer, ema=ema_decay is not None, freeze=freeze, train=train
+        tokens=cached.tokens if cached else None,
     )
 
-    # Loop, from the last checkpoint if there is one.
+    # Run folder, with the frozen backbone, which no checkpoint repeats.
     run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
     metadata = write_run(run_dir, config, config.agent, norm_stats, config.world)
+    if cached and is_first_process():
+        checkpoint.add_frozen(run_dir / "checkpoints", cached.params_folder)
+
+    # Loop, from the last checkpoint if there is one.
+    params = run_updates(config, run_dir, windows, metadata)
+    names = dataset.names.get("action") or _numbered(decoder.action_dim)
+    _plot(run_dir, config, params, windows, names=names, control_hz=dataset.fps)
+    return run_dir
+
+
+def run_updates(
+    config: ImitateConfig, run_dir: pathlib.Path, windows: Windows, metadata: dict[str, Any]
+) -> Params:
+    """Runs all updates; returns the params of the last one, on their devices."""
+    init_key, key = jax.random.split(jax.random.key(config.seed))
+    settings, num_updates = make_optim_config(config), config.loop.num_updates
+    optimizer = optim.make_optimizer(settings, num_updates, param_shapes(config))
+    update = make_update(
+        make_loss(config),
+        optimizer,
+        ema_decay=settings.ema_decay,
+        freeze=settings.freeze,
+        train=settings.train,
+    )
     train_state = fit(
         config.loop,
         run_dir,
         with_count(update),
-        train_state,
-        loader,
+        make_start(init_key, config, optimizer),
+        make_batches(config, windows),
         key,
-        schedule=optim.make_schedule(optim_config, num_updates),
+        schedule=optim.make_schedule(settings, num_updates),
         metadata=metadata,
         name=run_dir.name,
         sharding_rules=sharding_rules(config),
     )
-    if is_first_process():
-        last = windows[[len(windows) - 1]]
-        names = dataset.names.get("action") or _numbered(last.action.shape[-1])
-        _plot(run_dir, config, train_state.params, last, names=names, control_hz=dataset.fps)
-    return run_dir
+    return train_state.params
 
 
 def make_batches(config: ImitateConfig, windows: Windows) -> Loader:
@@ -180,13 +193,19 @@ def _plot(
     run_dir: pathlib.Path,
     config: ImitateConfig,
     params: Params,
-    batch: Batch,
+    windows: Windows,
     *,
     names: Sequence[str],
     control_hz: float,
 ) -> None:
-    """Plots the first action of each chunk along one demonstration, with the expert's action."""
-    apply = jax.jit(policy.apply, static_argnums=1)
+    """Plots the first action of each chunk along one demonstration, with the expert's action.
+
+    All processes compute, since the params may be sharded over their devices.
+    """
+    batch = windows[[len(windows) - 1]]
+    mesh = make_mesh(config.loop.num_devices or None, fsdp_size=config.loop.fsdp_size)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    apply = jax.jit(policy.apply, static_argnums=1, out_shardings=replicated)
     prediction = apply(
         params,
         config.agent.policy,
@@ -194,7 +213,9 @@ def _plot(
         timestep_mask=batch.timestep_mask,
         tokens=batch.tokens,
     )
-    chunk = heads.actions(prediction)
+    if not is_first_process():
+        return
+    chunk = heads.actions(jax.device_get(prediction))
     gripper = 2 * jax.nn.sigmoid(chunk.gripper_logit[..., :1]) - 1
     real = batch.timestep_mask[0]
     predicted = np.concatenate([chunk.arm[:, :, 0], gripper], axis=-1)[0, real]

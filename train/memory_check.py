@@ -4,15 +4,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from rich.console import Console
 
 from train.configs import ImitateConfig
-from train.setup import make_optim_config, param_shapes, sharding_rules
+from train.setup import make_optim_config, param_shapes, sharding_rules, trained_shapes
 from vla_jax.backbones import registry
 from vla_jax.training import memory_estimate, optim, parallel
 from vla_jax.training.memory_estimate import MemoryEstimate
 from vla_jax.training.update import Counted, LossFn
-from vla_jax.types import Batch, Params, Tokens
+from vla_jax.types import Batch, Observation, Params, Tokens
 
 LARGE = 20_000_000  # params from which the estimate is printed
 _GB = 1e9  # bytes
@@ -28,22 +29,74 @@ def check_memory(config: ImitateConfig, loss_fn: LossFn) -> None:
     Raises:
       ValueError: the devices have too little memory.
     """
-    shapes = param_shapes(config)
-    estimate = estimate_memory(config, loss_fn, shapes)
+    shapes = trained_shapes(config)
     mesh = parallel.make_mesh(config.loop.num_devices or None, fsdp_size=config.loop.fsdp_size)
+    _check(
+        estimate_memory(config, loss_fn, shapes),
+        mesh,
+        shapes,
+        purpose="this training",
+        remedy="train fewer params (LoRA, --freeze), use rematerialisation, a smaller "
+        "--batch-size, or more devices with --fsdp-size",
+    )
+
+
+def check_encoding(config: ImitateConfig, mesh: Mesh) -> None:
+    """Raises an error if the computation of cached tokens cannot fit; otherwise `check_memory`.
+
+    Args:
+      config: of the training.
+      mesh: devices of this process, which encode.
+
+    Raises:
+      ValueError: the devices have too little memory.
+    """
+    _check(
+        estimate_encoding(config, mesh),
+        mesh,
+        param_shapes(config)["backbone"],
+        purpose="the computation of cached tokens",
+        remedy="use a smaller --cache-batch, --images-per-pass, or more devices with --fsdp-size",
+    )
+
+
+def estimate_encoding(config: ImitateConfig, mesh: Mesh) -> MemoryEstimate:
+    """Returns the memory of encoding one chunk of frames; arguments as `check_encoding`."""
+    backbone = config.agent.policy.backbone
+    member, shapes = registry.get(backbone), param_shapes(config)["backbone"]
+    activations = None
+    if member.example is not None:
+        rows = max(1, config.cache_batch // mesh.size)
+        batch = jax.tree.map(
+            lambda part: _shape(rows, 1, *part.shape, dtype=part.dtype), member.example(backbone)
+        )
+
+        def encode(params: Params, observation: Observation) -> Tokens:
+            return member.apply(params, backbone, observation)
+
+        inputs = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
+        activations = inputs + memory_estimate.forward_bytes(encode, shapes, batch)
+    shardings = parallel.make_shardings(shapes, mesh, member.sharding_rules)
+    params = memory_estimate.sharded_bytes(shapes, shardings)
+    return MemoryEstimate(params, 0, 0, 0, activations)
+
+
+def _check(
+    estimate: MemoryEstimate, mesh: Mesh, shapes: Params, *, purpose: str, remedy: str
+) -> None:
+    """Compares an estimate with the memory of a device; prints it if there are many params."""
     available = memory_estimate.available_bytes(mesh.local_devices[0])
     if available is not None and estimate.least > available:
         raise ValueError(
-            f"memory per device must be at least {estimate.least / _GB:.1f} GB for this training "
-            f"({describe(estimate)}), got {available / _GB:.1f} GB; train fewer params (LoRA, "
-            "--freeze), use rematerialisation, a smaller --batch-size, or more devices with "
-            "--fsdp-size."
+            f"memory per device must be at least {estimate.least / _GB:.1f} GB for {purpose} "
+            f"({describe(estimate)}), got {available / _GB:.1f} GB; {remedy}."
         )
     num_params = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     if num_params >= LARGE and parallel.is_first_process():
         limit = "" if available is None else f" of {available / _GB:.1f} GB available"
         Console(stderr=True, highlight=False, soft_wrap=True).print(
-            f"memory per device: {describe(estimate)}; total {estimate.total / _GB:.1f} GB{limit}"
+            f"memory per device for {purpose}: {describe(estimate)}; "
+            f"total {estimate.total / _GB:.1f} GB{limit}"
         )
 
 
@@ -53,7 +106,7 @@ def estimate_memory(config: ImitateConfig, loss_fn: LossFn, shapes: Params) -> M
     Args:
       config: of the training.
       loss_fn: of `(params, Counted, key)`, from `imitate.make_loss`.
-      shapes: of all params, from `setup.param_shapes`.
+      shapes: of the params of the train state, from `setup.trained_shapes`.
     """
 
     def loss_of_batch(params: Any, batch: Batch, key: Any) -> Any:
@@ -63,7 +116,7 @@ def estimate_memory(config: ImitateConfig, loss_fn: LossFn, shapes: Params) -> M
     return memory_estimate.estimate(
         loss_of_batch,
         shapes,
-        optim.make_optimizer(optim_config, config.loop.num_updates, shapes),
+        optim.make_optimizer(optim_config, config.loop.num_updates, param_shapes(config)),
         example_batch(config),
         optim_config,
         mesh=parallel.make_mesh(config.loop.num_devices or None, fsdp_size=config.loop.fsdp_size),

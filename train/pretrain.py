@@ -39,10 +39,10 @@ from vla_jax.data.readers.dataset_config import DatasetConfig, upgrade_config
 from vla_jax.data.windows import WindowConfig, Windows
 from vla_jax.runs import check_run, open_run, save_json
 from vla_jax.training import device_augment, loop, losses, optim
-from vla_jax.training.loop import LoopConfig, fit
+from vla_jax.training.loop import LoopConfig, fit, random_start
 from vla_jax.training.malloc import keep_freed_memory
 from vla_jax.training.optim import OptimConfig
-from vla_jax.training.update import init_train_state, make_update
+from vla_jax.training.update import TrainState, init_train_state, make_update
 from vla_jax.types import Array, Batch, Key, Metrics, Params
 
 
@@ -107,7 +107,9 @@ def pretrain(config: PretrainConfig) -> pathlib.Path:
 
     # Model, loss, update.
     params_key, key = jax.random.split(jax.random.key(config.seed))
-    params = init_params(params_key, config.backbone, num_targets)
+
+    def init_state(key: Key) -> TrainState:
+        return init_train_state(init_params(key, config.backbone, num_targets), optimizer)
 
     def loss_fn(params: Params, batch: Batch, key: Key) -> tuple[jax.Array, Metrics]:
         if config.augment_on == "device":
@@ -119,7 +121,7 @@ def pretrain(config: PretrainConfig) -> pathlib.Path:
         return loss, {"l1": losses.masked_mean(jnp.abs(predicted - expected), mask)}
 
     num_updates = config.loop.num_updates
-    optimizer = optim.make_optimizer(config.optim, num_updates, params)
+    optimizer = optim.make_optimizer(config.optim, num_updates, shapes)
     statistics = normalize.to_json(norm_stats)
     run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
     save_json(statistics, run_dir / "norm_stats.json")
@@ -127,7 +129,7 @@ def pretrain(config: PretrainConfig) -> pathlib.Path:
         config.loop,
         run_dir,
         make_update(loss_fn, optimizer, freeze=config.optim.freeze, train=config.optim.train),
-        init_train_state(params, optimizer),
+        random_start(init_state, params_key),
         loader,
         key,
         schedule=optim.make_schedule(config.optim, num_updates),

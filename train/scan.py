@@ -32,13 +32,14 @@ from vla_jax.nn.seq2seq import Seq2SeqConfig
 from vla_jax.runs import check_run, open_run, save_json
 from vla_jax.training import loop, losses, optim
 from vla_jax.training.logs import read_metrics
-from vla_jax.training.loop import LoopConfig, fit
+from vla_jax.training.loop import LoopConfig, fit, random_start
 from vla_jax.training.malloc import keep_freed_memory
 from vla_jax.training.optim import OptimConfig
 from vla_jax.training.parallel import is_first_process
 from vla_jax.training.update import (
     Counted,
     LossFn,
+    TrainState,
     averaged_params,
     init_train_state,
     make_update,
@@ -116,14 +117,23 @@ def train(config: ScanConfig) -> pathlib.Path:
 
     # Model, loss, update.
     params_key, key = jax.random.split(jax.random.key(config.seed))
-    params = jax.jit(seq2seq.init, static_argnums=1)(params_key, config.model)
+    shapes = jax.eval_shape(lambda key: seq2seq.init(key, config.model), params_key)
     num_updates = config.loop.num_updates
-    optimizer = optim.make_optimizer(config.optim, num_updates, params)
+    optimizer = optim.make_optimizer(config.optim, num_updates, shapes)
     ema_decay = config.optim.ema_decay
     freeze, train = config.optim.freeze, config.optim.train
     update = make_update(
         make_loss(config), optimizer, ema_decay=ema_decay, freeze=freeze, train=train
     )
+
+    def init_state(key: Key) -> TrainState:
+        return init_train_state(
+            seq2seq.init(key, config.model),
+            optimizer,
+            ema=ema_decay is not None,
+            freeze=freeze,
+            train=train,
+        )
 
     # Loop, from the last checkpoint if there is one.
     run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
@@ -131,7 +141,7 @@ def train(config: ScanConfig) -> pathlib.Path:
         config.loop,
         run_dir,
         with_count(update),
-        init_train_state(params, optimizer, ema=ema_decay is not None, freeze=freeze, train=train),
+        random_start(init_state, params_key),
         loader,
         key,
         schedule=optim.make_schedule(config.optim, num_updates),

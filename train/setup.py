@@ -6,8 +6,11 @@
 import pathlib
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
+from jax.sharding import Mesh
+from optax import GradientTransformation
 
 from train.backbone_source import check_backbone, is_run, read_backbone
 from train.configs import ImitateConfig
@@ -22,8 +25,10 @@ from vla_jax.data.tool_frame import in_tool_frame
 from vla_jax.data.windows import WindowConfig, Windows
 from vla_jax.policies import policy
 from vla_jax.runs import check_run
-from vla_jax.training import auxiliary, checkpoint, loop, optim
+from vla_jax.training import auxiliary, checkpoint, loop, optim, parallel
+from vla_jax.training.loop import Start
 from vla_jax.training.optim import OptimConfig
+from vla_jax.training.update import TrainState, init_train_state
 from vla_jax.types import Key, Params, ShardingRules, Tokens
 
 
@@ -132,21 +137,81 @@ def init_params(key: Key, config: ImitateConfig) -> Params:
     """Returns initial params, with the backbone and decoder of earlier runs if configured.
 
     They are `{"backbone", "decoder"}`, and `"auxiliary"` if there are auxiliary heads, which do not
-    change the other two. `key` is consumed.
+    change the other two. `key` is consumed. A training makes its params with `make_start`.
 
     Raises:
       FileNotFoundError: an earlier run has no checkpoint.
       ValueError: its backbone or decoder has other sizes.
     """
-    init, shapes = partial(_random_params, config=config), param_shapes(config)
+    saved = _read_params(config, param_shapes(config), mesh=None)
+    # jit: one compilation instead of one for each param, without those that were read.
+    return jax.jit(lambda key, saved: _random_params(key, config) | saved)(key, saved)
+
+
+def init_backbone(config: ImitateConfig, mesh: Mesh) -> Params:
+    """Returns the initial params of the backbone, on a mesh; errors as `init_params`."""
+    key, _ = jax.random.split(jax.random.key(config.seed))
+    shapes = {"backbone": param_shapes(config)["backbone"]}
+    saved = _read_params(config, shapes, mesh=mesh)
+    shardings = parallel.make_shardings(shapes, mesh, sharding_rules(config))
+    if saved:
+        return jax.device_put(saved, shardings)["backbone"]
+    init = jax.jit(
+        lambda key: {"backbone": _random_params(key, config)["backbone"]}, out_shardings=shardings
+    )
+    return init(key)["backbone"]
+
+
+def trained_shapes(config: ImitateConfig) -> Params:
+    """Returns the shapes of the params of the train state, without a backbone that only encodes."""
+    shapes = param_shapes(config)
+    return {
+        part: shapes[part] for part in shapes if part != "backbone" or not config.frozen_backbone
+    }
+
+
+def make_start(key: Key, config: ImitateConfig, optimizer: GradientTransformation) -> Start:
+    """Returns the state before the first update; each device makes or reads its own part.
+
+    Args:
+      key: consumed, if the state is made.
+      config: of the training.
+      optimizer: of the training.
+    """
+    settings, shapes = make_optim_config(config), trained_shapes(config)
+    mesh = parallel.make_mesh(config.loop.num_devices or None, fsdp_size=config.loop.fsdp_size)
+
+    def init(key: Key, saved: Params) -> TrainState:
+        params = _random_params(key, config) | saved
+        return init_train_state(
+            {part: params[part] for part in shapes},
+            optimizer,
+            ema=settings.ema_decay is not None,
+            freeze=settings.freeze,
+            train=settings.train,
+        )
+
+    def make(shardings: Any) -> TrainState:
+        saved = _read_params(config, shapes, mesh=mesh)
+        saved = jax.device_put(saved, {part: shardings.params[part] for part in saved})
+        return jax.jit(init, out_shardings=shardings, donate_argnums=1)(key, saved)
+
+    return Start(jax.eval_shape(init, key, {}), make)
+
+
+def _read_params(config: ImitateConfig, shapes: Params, *, mesh: Mesh | None) -> Params:
+    """Returns the parts of `shapes` that the config takes from earlier runs or from a model."""
     folders = {"backbone": config.backbone_from, "decoder": config.decoder_from}
-    readers = {"backbone": lambda folder: read_backbone(config), "decoder": _read_decoder}
-    saved = {part: readers[part](folder) for part, folder in folders.items() if folder}
+    readers = {
+        "backbone": lambda folder: read_backbone(config, mesh),
+        "decoder": _read_decoder,
+    }
+    saved = {
+        part: readers[part](folder) for part, folder in folders.items() if folder and part in shapes
+    }
     for part, params in saved.items():
         _check_same_sizes(part, params, shapes[part], folders[part])
-    # jit: one compilation instead of one for each param, without those that were read.
-    missing = jax.jit(lambda key: {p: v for p, v in init(key).items() if p not in saved})(key)
-    return missing | saved
+    return saved
 
 
 def _random_params(key: Key, config: ImitateConfig) -> Params:

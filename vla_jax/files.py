@@ -1,7 +1,7 @@
 """Files that are complete or absent: atomic writes, JSON, and JSON lines.
 
 A program that is killed while it writes leaves the previous file as it was. Its temporary file
-(`NAME.PID.part`, beside the target) stays behind and may be deleted.
+(`NAME.HOST.PID.part`, beside the target) stays behind and may be deleted.
 """
 
 import contextlib
@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import shutil
+import socket
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -31,7 +32,7 @@ def replacing(path: Path) -> Iterator[pathlib.Path]:
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # one per process
+    part = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.part")
     _delete(part)
     try:
         yield part

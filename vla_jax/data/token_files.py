@@ -126,7 +126,7 @@ def write_shard(
     sizes: TokenSizes,
     chunks: Iterable[tuple[np.ndarray, np.ndarray]],
 ) -> None:
-    """Writes a shard, which is complete or absent.
+    """Writes a shard, which is complete or absent; one that exists by now is left as it is.
 
     Args:
       folder: folder of the shards; created if necessary.
@@ -138,6 +138,8 @@ def write_shard(
       OSError: the disk is full.
       ValueError: the chunks have another number of frames than the shard.
     """
+    if _shard(folder, shard).exists():
+        return
     lead = (len(sizes.frames(shard)), sizes.num_tokens)
     stored = _STORED[sizes.dtype]
     headers = (_header(stored, (*lead, sizes.token_dim)), _header(np.dtype(bool), lead))

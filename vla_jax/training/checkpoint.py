@@ -2,6 +2,7 @@
 
     directory/1000/    after 1000 updates: the train state, and metadata as JSON
     directory/2000/
+    directory/frozen/  parts of the params that no update changes, if they are stored once
 
 The metadata (config, norm_stats, position of the loader, …) is stored with each step, so that one
 step folder is sufficient to resume or to act. A folder appears under its number only when it is
@@ -13,17 +14,10 @@ complete; partial folders of a killed program are ignored, and removed by the ne
 # pyright: reportArgumentType=false
 
 import contextlib
-import gc
 import json
-import logging
 import os
 import pathlib
-import re
 import shutil
-import sys
-import time
-import traceback
-from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -31,12 +25,13 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from vla_jax import trees
-from vla_jax.training import freezing
+from vla_jax.files import replacing
+from vla_jax.training import freezing, orbax_errors
 from vla_jax.types import Params
 
 Path = str | os.PathLike[str]
 State = TypeVar("State")
-_PENDING_READS = 0.1  # s to wait until the other reads of a damaged checkpoint have ended
+_FROZEN = "frozen"  # folder of the parts that are the same in every step
 
 
 class Checkpoints(NamedTuple):
@@ -60,7 +55,7 @@ def open_checkpoints(directory: Path, *, keep: int = 2) -> Checkpoints:
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}.")
     training = ocp.training
-    with _quiet_orbax(), _one_sentence(directory):
+    with orbax_errors.quiet(), orbax_errors.one_sentence(directory):
         orbax = training.Checkpointer(
             pathlib.Path(directory).absolute(),
             save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),
@@ -68,7 +63,7 @@ def open_checkpoints(directory: Path, *, keep: int = 2) -> Checkpoints:
             cleanup_tmp_directories=True,
         )
     opened = contextlib.ExitStack()
-    opened.enter_context(_quiet_orbax())  # saves fail in the background, between two calls
+    opened.enter_context(orbax_errors.quiet())  # saves fail in the background, between two calls
     return Checkpoints(orbax, opened)
 
 
@@ -103,7 +98,7 @@ def save(checkpoints: Checkpoints, step: int, train_state: Any, metadata: dict[s
             f"step must be above {latest}, the latest in {orbax.directory}, got {step}; "
             "delete the later steps or use another folder."
         )
-    with _one_sentence(orbax.directory):
+    with orbax_errors.one_sentence(orbax.directory):
         return bool(orbax.save_async(step, train_state, custom_metadata={"metadata": metadata}))
 
 
@@ -113,7 +108,7 @@ def wait(checkpoints: Checkpoints) -> None:
     Raises:
       OSError: the last save failed.
     """
-    with _one_sentence(checkpoints.orbax.directory):
+    with orbax_errors.one_sentence(checkpoints.orbax.directory):
         checkpoints.orbax.wait()
 
 
@@ -123,13 +118,23 @@ def close(checkpoints: Checkpoints) -> None:
     Raises:
       OSError: the last save failed.
     """
-    with checkpoints.opened, _one_sentence(checkpoints.orbax.directory):
+    with checkpoints.opened, orbax_errors.one_sentence(checkpoints.orbax.directory):
         checkpoints.orbax.close()
 
 
 def latest_step(directory: Path) -> int | None:
     """Returns the latest complete step in `directory`; None if there is none."""
     return max(_steps(directory), default=None)
+
+
+def files(directory: Path) -> list[pathlib.Path]:
+    """Returns the files that the latest params are read from.
+
+    Raises:
+      FileNotFoundError: there is no step.
+    """
+    folders = (_step_path(directory, None), pathlib.Path(directory).absolute() / _FROZEN)
+    return [path for folder in folders for path in folder.rglob("*") if path.is_file()]
 
 
 def has_ema(directory: Path, *, step: int | None = None) -> bool:
@@ -163,14 +168,16 @@ def read_metadata(directory: Path, *, step: int | None = None) -> dict[str, Any]
 def restore(
     directory: Path, like: State, *, step: int | None = None
 ) -> tuple[State, dict[str, Any]]:
-    """Returns the saved train state, as NumPy arrays, and its metadata.
+    """Returns the saved train state and its metadata.
 
-    It may have been saved on any number of devices; `parallel.replicate` copies it to the present
-    ones.
+    It may have been saved on any number of devices. A leaf is a NumPy array, unless `like` has the
+    shape of one with a sharding: that one is read by each device for itself, and no host holds it
+    whole.
 
     Args:
       directory: folder of the steps.
-      like: train state of the same structure (arrays, or shapes from `jax.eval_shape`).
+      like: train state of the same structure (arrays, or shapes from `jax.eval_shape` or
+        `parallel.with_shardings`).
       step: step to read; None means the latest.
 
     Raises:
@@ -183,7 +190,7 @@ def restore(
     absent = freezing.absent_paths(like)
     leaves = trees.leaves_by_path(saved).items()
     _check_same({name: leaf for name, leaf in leaves if name not in absent}, like, path)
-    return _load(path, _as_numpy(like)), metadata
+    return _load(path, _as_targets(like)), metadata
 
 
 def restore_params(
@@ -191,7 +198,8 @@ def restore_params(
 ) -> Params:
     """Returns the params alone, as NumPy arrays; the optimiser's state is not read.
 
-    The EMA of frozen params is not saved, since it equals the params.
+    The EMA of frozen params is not saved, since it equals the params. Parts that are stored once
+    for all steps are read too.
 
     Args:
       directory: folder of the steps, of a training or from `export_params`.
@@ -206,15 +214,64 @@ def restore_params(
     """
     path = _step_path(directory, step)
     field = "ema_params" if ema else "params"
-    stored = _stored(path)[0]
+    stored, frozen = _stored(path)[0], path.parent / _FROZEN
+    parts = _stored(frozen)[0]["params"] if frozen.exists() else {}
     saved, params = stored.get(field), stored["params"]
     if saved is None:
         raise ValueError(f"{path} holds no {field}; train with ema_decay, or read params.")
     if like is not None:
-        saved, params = ({part: t[part] for part in like if part in t} for t in (saved, params))
-        _check_same(_fill(saved, params), like, path)
+        saved, params, parts = (
+            {part: tree[part] for part in like if part in tree} for tree in (saved, params, parts)
+        )
+        _check_same(parts | _fill(saved, params), like, path)
     loaded = _load(path, _as_numpy({"params": _missing(saved, params), field: saved}))
-    return _fill(loaded[field], loaded["params"])
+    unchanged = _load(frozen, _as_numpy({"params": parts}))["params"] if parts else {}
+    return unchanged | _fill(loaded[field], loaded["params"])
+
+
+def save_params(path: Path, params: Params) -> None:
+    """Writes params alone, for `add_frozen`; the folder is complete or absent.
+
+    With several processes all of them must call it.
+
+    Args:
+      path: folder to write, which does not exist.
+      params: the same in every process; NumPy arrays if there are several.
+
+    Raises:
+      OSError: the folder cannot be written.
+    """
+    path = pathlib.Path(path).absolute()
+    with orbax_errors.one_sentence(path.parent):
+        ocp.save(path, {"params": params}, custom_metadata={"metadata": {}})
+
+
+def read_params(path: Path) -> Params:
+    """Returns params from `save_params`, as NumPy arrays.
+
+    Raises:
+      ValueError: the files are damaged.
+    """
+    path = pathlib.Path(path).absolute()
+    return _load(path, _as_numpy({"params": _stored(path)[0]["params"]}))["params"]
+
+
+def add_frozen(directory: Path, path: Path) -> None:
+    """Makes params from `save_params` a part of all steps; the files are linked where possible.
+
+    Nothing is done if the steps have such a part already.
+
+    Args:
+      directory: folder of the steps.
+      path: folder of the params.
+
+    Raises:
+      OSError: the folder cannot be written.
+    """
+    target = pathlib.Path(directory) / _FROZEN
+    if not target.exists():
+        with replacing(target) as part:
+            shutil.copytree(path, part, copy_function=_link)
 
 
 def export_params(
@@ -241,7 +298,7 @@ def export_params(
     path = pathlib.Path(target).absolute() / _step_path(directory, step).name
     if path.exists():
         raise FileExistsError(f"{path} exists already; choose another target.")
-    with _one_sentence(path.parent):
+    with orbax_errors.one_sentence(path.parent):
         ocp.save(path, {"params": params}, custom_metadata={"metadata": metadata})
     return path
 
@@ -250,7 +307,7 @@ def _steps(directory: Path) -> list[int]:
     if not pathlib.Path(directory).is_dir():
         return []
     names = ocp.path.step.standard_name_format()
-    with _quiet_orbax():  # it reads the metadata of every step
+    with orbax_errors.quiet():  # it reads the metadata of every step
         return sorted(step.step for step in names.find_all(pathlib.Path(directory).absolute()))
 
 
@@ -268,7 +325,7 @@ def _step_path(directory: Path, step: int | None) -> pathlib.Path:
 
 def _stored(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the saved tree, with shapes for arrays, and the metadata passed to `save`."""
-    with _readable(path):
+    with orbax_errors.readable(path):
         stored: Any = ocp.metadata(path)
         custom = stored.custom_metadata or {}
         if not jax.tree.leaves(stored.metadata) or "metadata" not in custom:
@@ -280,13 +337,31 @@ def _load(path: pathlib.Path, target: Any) -> Any:
     """Returns the part of the saved tree that `target` has, as NumPy arrays."""
     context = ocp.Context()
     context.pytree_options.loading.partial_load = True
-    with _readable(path), context:
+    with orbax_errors.readable(path), context:
         return ocp.load(path, target)
 
 
 def _as_numpy(tree: Any) -> Any:
     """Returns a target that makes Orbax return NumPy arrays, independent of the devices."""
     return jax.tree.map(lambda x: np.empty(x.shape, x.dtype), tree)
+
+
+def _as_targets(tree: Any) -> Any:
+    """Returns a target that makes Orbax return arrays on devices where a shape has a sharding."""
+
+    def target(leaf: Any) -> Any:
+        is_placed = isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is not None
+        return leaf if is_placed else _as_numpy(leaf)
+
+    return jax.tree.map(target, tree)
+
+
+def _link(source: str, target: str) -> None:
+    """Links a file, or copies it to another file system."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _missing(tree: Any, whole: Any) -> Any:
@@ -312,83 +387,3 @@ def _check_same(saved: Any, like: Any, path: pathlib.Path) -> None:
         raise ValueError(
             f"{path} does not fit the policy: {difference}; use the config that it was saved with."
         )
-
-
-@contextlib.contextmanager
-def _one_sentence(directory: Any) -> Iterator[None]:
-    """Turns any error of a save into one OSError, and deletes its partial files."""
-    try:
-        yield
-    except Exception as error:  # a full disk is a ValueError of TensorStore, or an OSError
-        for partial in pathlib.Path(directory).glob("*.orbax-checkpoint-tmp"):
-            shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(
-            f"could not save into {directory} ({_reason(error)}); the steps saved before are "
-            "intact: free some space if the disk is full, and save again."
-        ) from error
-
-
-@contextlib.contextmanager
-def _readable(path: pathlib.Path) -> Iterator[None]:
-    """Turns any error of Orbax about damaged files into one sentence."""
-    with _quiet_orbax(), _quiet_pending_reads():
-        try:
-            yield
-        except Exception as error:  # many types
-            time.sleep(_PENDING_READS)
-            # Python reports the other failed reads when it collects the frames that refer to them:
-            # collect these here, where the reports are ignored.
-            traceback.clear_frames(error.__traceback__)
-            gc.collect()
-            raise ValueError(
-                f"{path} cannot be read ({_reason(error)}); delete it to use the step before."
-            ) from error
-
-
-@contextlib.contextmanager
-def _quiet_pending_reads() -> Iterator[None]:
-    """Ignores reads that end after one of them has failed, when Orbax has closed its event loop.
-
-    Python reports them through `sys.unraisablehook`, which is restored at the end; every other
-    report passes.
-    """
-    hook = sys.unraisablehook
-
-    def ignore_closed_loop(report: Any) -> None:
-        if str(report.exc_value) != "Event loop is closed":
-            hook(report)
-
-    sys.unraisablehook = ignore_closed_loop
-    try:
-        yield
-    finally:
-        sys.unraisablehook = hook
-
-
-@contextlib.contextmanager
-def _quiet_orbax() -> Iterator[None]:
-    """Hides log records about errors that Orbax also raises; the loggers are restored at the end.
-
-    Orbax logs pages of tracebacks for them. Where it reads broken files, asyncio adds a page for
-    every array (OCDBT is their format).
-    """
-
-    def is_foreign(record: logging.LogRecord) -> bool:
-        return "orbax" not in record.pathname and "OCDBT" not in record.getMessage()
-
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    for logger in loggers:
-        logger.addFilter(is_foreign)
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            logger.removeFilter(is_foreign)
-
-
-def _reason(error: Exception) -> str:
-    """Returns the operating system's message if the error has its code, else the first line."""
-    code = re.search(r"os_error_code='(\d+)'", str(error))
-    if code:
-        return os.strerror(int(code[1]))
-    return (str(error) or type(error).__name__).splitlines()[0]

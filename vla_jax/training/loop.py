@@ -1,11 +1,10 @@
 """The training loop shared by the scripts: updates, logs, checkpoints, exact resume."""
 
 import contextlib
-import dataclasses
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import optax
@@ -36,6 +35,26 @@ class Batches(Protocol):
     def close(self) -> None:
         """Frees the resources."""
         ...
+
+
+class Start(NamedTuple):
+    """Train state before the first update, which is not made where a training is resumed."""
+
+    shapes: TrainState  # from jax.eval_shape
+    make: Callable[[Any], TrainState]  # shardings of the state -> the state on its devices
+
+
+def random_start(init: Callable[[Key], TrainState], key: Key) -> Start:
+    """Returns the start of a training whose params are all random.
+
+    Each device computes its own part of the state.
+
+    Args:
+      init: from a key to the train state; pure.
+      key: consumed, if the state is made.
+    """
+    shapes = jax.eval_shape(init, key)
+    return Start(shapes, lambda shardings: jax.jit(init, out_shardings=shardings)(key))
 
 
 @dataclass(frozen=True)
@@ -82,7 +101,7 @@ def fit(
     config: LoopConfig,
     run_dir: pathlib.Path,
     update: Update,
-    train_state: TrainState,
+    start: Start,
     loader: Batches,
     key: Key,
     *,
@@ -100,7 +119,7 @@ def fit(
       config: length of the training, logs, checkpoints and devices.
       run_dir: folder of the run.
       update: from `update.make_update`; compiled here.
-      train_state: the state before the first update.
+      start: the state before the first update.
       loader: endless batches; closed here.
       key: consumed; source of all randomness inside the updates.
       schedule: learning rate by update, for the log.
@@ -109,17 +128,18 @@ def fit(
       sharding_rules: how to shard params over the devices; () replicates them.
 
     Returns:
-      The state after the last update, on its devices. With several processes the params and their
-      EMA are replicated, so that each process can read them.
+      The state after the last update, on its devices.
     """
     directory = run_dir / "checkpoints"
-    if checkpoint.latest_step(directory) is not None:
-        train_state, saved = checkpoint.restore(directory, train_state)
-        loader.set_state(saved["loader"])
-    start = int(train_state.num_updates)
     mesh = parallel.make_mesh(config.num_devices or None, fsdp_size=config.fsdp_size)
-    shardings = parallel.make_shardings(train_state, mesh, sharding_rules)
-    train_state = jax.device_put(train_state, shardings)
+    shardings = parallel.make_shardings(start.shapes, mesh, sharding_rules)
+    if checkpoint.latest_step(directory) is None:
+        train_state = start.make(shardings)
+    else:
+        placed = parallel.with_shardings(start.shapes, shardings)
+        train_state, saved = checkpoint.restore(directory, placed)
+        loader.set_state(saved["loader"])
+    first = int(train_state.num_updates) + 1
     compiled = parallel.jit_update(update, mesh, shardings)
     with contextlib.ExitStack() as stack:
         stack.callback(loader.close)
@@ -130,12 +150,12 @@ def fit(
             logs = Logs(
                 run_dir,
                 num_updates=config.num_updates,
-                start=start,
+                start=first - 1,
                 name=name,
                 tensorboard=config.tensorboard,
             )
             stack.enter_context(logs)
-        steps = range(start + 1, config.num_updates + 1)
+        steps = range(first, config.num_updates + 1)
         batches = logs.timed(loader) if logs else loader
         for step, batch in zip(steps, batches, strict=False):  # the loader is endless
             train_state, metrics = compiled(train_state, parallel.shard_batch(batch, mesh), key)
@@ -146,10 +166,4 @@ def fit(
             if step % config.save_every == 0 or step == config.num_updates:
                 position = {"loader": loader.get_state()}
                 checkpoint.save(checkpoints, step, train_state, metadata | position)
-    if jax.process_count() == 1:
-        return train_state  # not gathered: a large model may not fit one device
-    return dataclasses.replace(
-        train_state,
-        params=parallel.replicate(train_state.params, mesh),
-        ema_params=parallel.replicate(train_state.ema_params, mesh),
-    )
+    return train_state

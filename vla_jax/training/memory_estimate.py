@@ -7,7 +7,7 @@ time, and the batch. The compiler may fuse some of them away or need temporary b
 
 import math
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -75,10 +75,10 @@ def estimate(
     trained, frozen = freezing.split(state.params, freeze, train)
     trained_shardings, _ = freezing.split(shardings.params, freeze, train)
     return MemoryEstimate(
-        params=_sharded_bytes(state.params, shardings.params),
-        gradients=_sharded_bytes(trained, trained_shardings),
-        optimizer=_sharded_bytes(state.opt_state, shardings.opt_state),
-        ema=_sharded_bytes(state.ema_params, shardings.ema_params),
+        params=sharded_bytes(state.params, shardings.params),
+        gradients=sharded_bytes(trained, trained_shardings),
+        optimizer=sharded_bytes(state.opt_state, shardings.opt_state),
+        ema=sharded_bytes(state.ema_params, shardings.ema_params),
         activations=None if batch is None else _activations(loss_fn, trained, frozen, batch, mesh),
     )
 
@@ -108,6 +108,32 @@ def backward_bytes(function: Callable[..., Any], argument: Any, *others: Any) ->
     return sum(_num_bytes(var.aval) for var in stored) + again
 
 
+def forward_bytes(function: Callable[..., Any], *arguments: Any) -> int:
+    """Returns the bytes of the intermediate results of a function, at the time of their maximum.
+
+    Arguments do not count. The compiler may fuse some of the results away.
+
+    Args:
+      function: of arrays; returns a tree of arrays.
+      arguments: their shapes.
+    """
+    return _live_bytes(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def sharded_bytes(tree: Any, shardings: Any) -> int:
+    """Returns the bytes of one device's part of a tree.
+
+    Args:
+      tree: arrays or shapes.
+      shardings: from `parallel.make_shardings`, in the same structure.
+    """
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
+    return sum(
+        math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf, sharding in pairs
+    )
+
+
 def available_bytes(device: Any) -> int | None:
     """Returns the memory that a device has for one training; None if that is unknown.
 
@@ -134,14 +160,43 @@ def _activations(loss_fn: LossFn, trained: Any, frozen: Any, batch: Any, mesh: M
     return stored + sum(map(_num_bytes, jax.tree.leaves(rows)))
 
 
+def _live_bytes(jaxpr: Any) -> int:
+    """Returns the largest sum of results that are still needed, over the steps of a program."""
+    last_use = dict.fromkeys(_variables(jaxpr.outvars), len(jaxpr.eqns))
+    for step, eqn in reversed(list(enumerate(jaxpr.eqns))):
+        last_use |= {var: step for var in _variables(eqn.invars) if var not in last_use}
+    given = {*jaxpr.invars, *jaxpr.constvars}
+    live = most = 0
+    for step, eqn in enumerate(jaxpr.eqns):
+        made = _var_bytes(eqn.outvars)
+        inside = (_live_bytes(piece) - _var_bytes(piece.outvars) for piece in _programs(eqn))
+        most = max(most, live + made + max((0, *inside)))
+        ended = {var for var in _variables(eqn.invars) if last_use[var] == step} - given
+        live += _var_bytes(var for var in eqn.outvars if var in last_use) - _var_bytes(ended)
+    return most
+
+
+def _variables(atoms: Iterable[Any]) -> list[Any]:
+    return [atom for atom in atoms if isinstance(atom, core.Var)]
+
+
+def _var_bytes(atoms: Iterable[Any]) -> int:
+    return sum(_num_bytes(var.aval) for var in _variables(atoms))
+
+
+def _programs(eqn: Any) -> list[Any]:
+    """Returns the programs inside a step of a program, such as the body of a loop."""
+    return [
+        getattr(value, "jaxpr", value)
+        for value in jax.tree.leaves(eqn.params, is_leaf=_is_program)
+        if _is_program(value)
+    ]
+
+
 def _remat_pieces(jaxpr: Any) -> Iterator[Any]:
     """Yields the outermost functions inside a program that `jax.checkpoint` computes again."""
     for eqn in jaxpr.eqns:
-        inner = [
-            getattr(value, "jaxpr", value)
-            for value in jax.tree.leaves(eqn.params, is_leaf=_is_program)
-            if _is_program(value)
-        ]
+        inner = _programs(eqn)
         if eqn.primitive is remat_p:
             yield from inner
         else:
@@ -173,14 +228,6 @@ def _recomputed_bytes(piece: Any) -> int:
 
 def _rows_of_device(leaf: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((leaf.shape[0] // mesh.size, *leaf.shape[1:]), leaf.dtype)
-
-
-def _sharded_bytes(tree: Any, shardings: Any) -> int:
-    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
-    return sum(
-        math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf, sharding in pairs
-    )
 
 
 def _num_bytes(leaf: Any) -> int:

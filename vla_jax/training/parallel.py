@@ -87,6 +87,20 @@ def make_shardings(tree: Any, mesh: Mesh, rules: ShardingRules = ()) -> Any:
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
+def with_shardings(shapes: Tree, shardings: Any) -> Tree:
+    """Returns the shapes of arrays on their devices.
+
+    Args:
+      shapes: from `jax.eval_shape`.
+      shardings: from `make_shardings`, in the same structure.
+    """
+
+    def place(shape: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+    return jax.tree.map(place, shapes, shardings)
+
+
 def replicate(tree: Tree, mesh: Mesh) -> Tree:
     """Returns the tree with every array replicated on all devices of the mesh.
 

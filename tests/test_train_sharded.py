@@ -1,0 +1,196 @@
+"""A training starts and resumes on its devices: sharded, and in several processes."""
+
+import dataclasses
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+import tiny_demos
+import tiny_vlm
+from jax.sharding import PartitionSpec
+from test_train_vlm import TOKENIZER, VLM
+
+from train import setup
+from train.imitate import imitate
+from vla_jax import backbones
+from vla_jax.acting.agent import AgentConfig
+from vla_jax.data import token_files
+from vla_jax.policies import policy
+from vla_jax.runs import load_run
+from vla_jax.training import checkpoint, optim, parallel
+from vla_jax.training.loop import LoopConfig
+from vla_jax.training.update import init_train_state
+from vla_jax.trees import leaves_by_path
+
+LOOP = LoopConfig(num_updates=2, log_every=1, save_every=1)
+
+
+@pytest.fixture(scope="module")
+def demos(tmp_path_factory):
+    return tiny_demos.write(tmp_path_factory.mktemp("demos") / "table")
+
+
+def training(demos, run_dir, **options):
+    """Config of two updates of a tiny vision-language model with an LSTM."""
+    frozen = options.pop("frozen_backbone", False)
+    vlm = dataclasses.replace(VLM, options=dataclasses.replace(VLM.options, readout="image_mean"))
+    decoder = dataclasses.replace(tiny_demos.DECODER, window_size=2, dropout=0.0)
+    config = tiny_demos.imitation(demos, run_dir, frozen_backbone=frozen)
+    return dataclasses.replace(
+        config,
+        agent=AgentConfig(policy.connect(vlm, decoder)),
+        loop=dataclasses.replace(LOOP, **options),
+        loader=dataclasses.replace(config.loader, batch_size=4),
+    )
+
+
+def make_start(config):
+    settings = setup.make_optim_config(config)
+    optimizer = optim.make_optimizer(settings, 2, setup.param_shapes(config))
+    return setup.make_start(jax.random.key(0), config, optimizer), optimizer
+
+
+def make_shardings(config, shapes):
+    mesh = parallel.make_mesh(config.loop.num_devices, fsdp_size=config.loop.fsdp_size)
+    return parallel.make_shardings(shapes, mesh, setup.sharding_rules(config))
+
+
+def test_a_state_is_made_sharded_and_equals_that_of_one_device():
+    config = training("", "", num_devices=4, fsdp_size=2)
+    start, optimizer = make_start(config)
+    state = start.make(make_shardings(config, start.shapes))
+    kernel = "backbone/language/layers/gate/kernel"
+    leaves = leaves_by_path(state)
+    kernels = [leaf for path, leaf in leaves.items() if path.endswith(kernel)]
+    assert len(kernels) == 4  # params, two moments, EMA
+    for leaf in kernels:
+        assert leaf.sharding.spec == PartitionSpec(None, None, "fsdp")
+        assert leaf.addressable_shards[0].data.shape[-1] == leaf.shape[-1] // 2
+    params = setup.init_params(jax.random.key(0), config)
+    expected = leaves_by_path(init_train_state(params, optimizer, ema=True))
+    assert leaves.keys() == expected.keys()
+    for path, leaf in leaves.items():
+        np.testing.assert_allclose(leaf, expected[path], rtol=0, atol=1e-6, err_msg=path)
+
+
+def test_resuming_restores_to_the_devices_and_makes_no_other_state(demos, tmp_path, monkeypatch):
+    config = training(demos, tmp_path / "run", num_devices=4, fsdp_size=2)
+    imitate(config)
+    start, _ = make_start(config)
+    shardings = make_shardings(config, start.shapes)
+    shapes = parallel.with_shardings(start.shapes, shardings)
+    restored, _ = checkpoint.restore(tmp_path / "run/checkpoints", shapes)
+    assert jax.tree.map(lambda leaf: leaf.sharding, restored) == shardings
+    whole, _ = checkpoint.restore(tmp_path / "run/checkpoints", start.shapes)
+    jax.tree.map(np.testing.assert_array_equal, whole, restored)
+    monkeypatch.setattr(setup, "_read_params", None)
+    monkeypatch.setattr(setup, "init_train_state", refuse_arrays)
+    assert imitate(config) == tmp_path / "run"
+
+
+def refuse_arrays(params, *args, **options):
+    assert all(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params))
+    return init_train_state(params, *args, **options)
+
+
+def test_a_frozen_backbone_is_stored_once_and_read_with_every_checkpoint(demos, tmp_path):
+    config = training(demos, tmp_path / "run", num_devices=1, frozen_backbone=True)
+    run_dir = imitate(config)
+    stored = run_dir / "checkpoints/frozen"
+    assert {path.stat().st_nlink for path in stored.rglob("*") if path.is_file()} == {2}
+    shutil.move(stored, tmp_path / "moved")
+    assert checkpoint.restore_params(run_dir / "checkpoints").keys() == {"decoder"}
+    shutil.move(tmp_path / "moved", stored)
+    expected = setup.init_params(jax.random.split(jax.random.key(0))[0], config)["backbone"]
+    jax.tree.map(np.testing.assert_array_equal, load_run(run_dir).params["backbone"], expected)
+    again = dataclasses.replace(config, backbone_from=str(run_dir), run_dir=str(tmp_path / "next"))
+    jax.tree.map(
+        np.testing.assert_array_equal, load_run(imitate(again)).params["backbone"], expected
+    )
+
+
+# --- two processes ------------------------------------------------------------------------------
+
+PROCESS = """
+import pathlib
+import sys
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+port, process_id, folder, demos, model = sys.argv[1:]
+jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(process_id))
+sys.path.append("tests")
+from test_train_sharded import train_both
+written = train_both(demos, pathlib.Path(folder), model, num_devices=4, fsdp_size=2)
+print(*written)
+jax.distributed.shutdown()
+"""
+
+
+def train_both(demos, folder, model, **options):
+    """Trains end to end, then on cached tokens; returns the shards that this process wrote."""
+    write_shard, written = token_files.write_shard, []
+
+    def write(path, shard, *args):
+        written.append(shard)
+        write_shard(path, shard, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(token_files, "write_shard", write)
+        patch.setattr(token_files, "SHARD_BYTES", 10_000)
+        for name, frozen in (("whole", False), ("cached", True)):
+            config = training(demos, folder / name, frozen_backbone=frozen, **options)
+            config = dataclasses.replace(config, backbone_from=str(model))
+            imitate(config)
+            imitate(config)  # resumes the finished run
+    return written
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def run_two_processes(*args):
+    """Returns the words that each process prints."""
+    command = [sys.executable, "-c", PROCESS, free_port()]
+    processes = [
+        subprocess.Popen(
+            [*command, str(process_id), *map(str, args)],
+            cwd=pathlib.Path(__file__).parents[1],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process_id in range(2)
+    ]
+    outputs = [process.communicate(timeout=500) for process in processes]
+    for process, (_, errors) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, errors
+    return [words.split() for words, _ in outputs]
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_cache_what_one_does(demos, tmp_path):
+    model = tmp_path / "model"
+    backbones.export(model, VLM, tiny_vlm.params(VLM))
+    shutil.copy(TOKENIZER, model)
+    data = [shutil.copytree(demos, tmp_path / name) for name in ("shared", "alone")]
+    written = run_two_processes(tmp_path / "two", data[0], model)
+    one = train_both(data[1], tmp_path / "one", model, num_devices=1)
+    assert one == list(range(len(one)))
+    assert [list(map(int, shards)) for shards in written] == [one[::2], one[1::2]]
+    caches = [next(path for path in folder.glob(".tokens/*") if path.is_dir()) for folder in data]
+    assert caches[0].name == caches[1].name
+    for shard in one:
+        files = [folder / f"shard_{shard:05d}/tokens.npy" for folder in caches]
+        np.testing.assert_allclose(*map(np.load, files), atol=1e-5)
+    for name in ("whole", "cached"):
+        runs = [load_run(tmp_path / count / name).params for count in ("two", "one")]
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-4), *runs)

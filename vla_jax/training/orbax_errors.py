@@ -1,0 +1,96 @@
+"""Errors of Orbax in one sentence each, without the pages that it logs for them."""
+
+import contextlib
+import gc
+import logging
+import os
+import pathlib
+import re
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+_PENDING_READS = 0.1  # s to wait until the other reads of a damaged checkpoint have ended
+
+
+@contextlib.contextmanager
+def one_sentence(directory: Any) -> Iterator[None]:
+    """Turns any error of a save into one OSError, and deletes its partial files."""
+    try:
+        yield
+    except Exception as error:  # a full disk is a ValueError of TensorStore, or an OSError
+        for partial in pathlib.Path(directory).glob("*.orbax-checkpoint-tmp"):
+            shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(
+            f"could not save into {directory} ({_reason(error)}); the steps saved before are "
+            "intact: free some space if the disk is full, and save again."
+        ) from error
+
+
+@contextlib.contextmanager
+def readable(path: pathlib.Path) -> Iterator[None]:
+    """Turns any error of Orbax about damaged files into one sentence."""
+    with quiet(), _quiet_pending_reads():
+        try:
+            yield
+        except Exception as error:  # many types
+            time.sleep(_PENDING_READS)
+            # Python reports the other failed reads when it collects the frames that refer to them:
+            # collect these here, where the reports are ignored.
+            traceback.clear_frames(error.__traceback__)
+            gc.collect()
+            raise ValueError(
+                f"{path} cannot be read ({_reason(error)}); delete it to use the step before."
+            ) from error
+
+
+@contextlib.contextmanager
+def _quiet_pending_reads() -> Iterator[None]:
+    """Ignores reads that end after one of them has failed, when Orbax has closed its event loop.
+
+    Python reports them through `sys.unraisablehook`, which is restored at the end; every other
+    report passes.
+    """
+    hook = sys.unraisablehook
+
+    def ignore_closed_loop(report: Any) -> None:
+        if str(report.exc_value) != "Event loop is closed":
+            hook(report)
+
+    sys.unraisablehook = ignore_closed_loop
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hides log records about errors that Orbax also raises; the loggers are restored at the end.
+
+    Orbax logs pages of tracebacks for them. Where it reads broken files, asyncio adds a page for
+    every array (OCDBT is their format).
+    """
+
+    def is_foreign(record: logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname and "OCDBT" not in record.getMessage()
+
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    for logger in loggers:
+        logger.addFilter(is_foreign)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(is_foreign)
+
+
+def _reason(error: Exception) -> str:
+    """Returns the operating system's message if the error has its code, else the first line."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    if code:
+        return os.strerror(int(code[1]))
+    return (str(error) or type(error).__name__).splitlines()[0]
