@@ -242,7 +242,7 @@ def save_params(path: Path, params: Params) -> None:
       OSError: the folder cannot be written.
     """
     path = pathlib.Path(path).absolute()
-    with orbax_errors.one_sentence(path.parent):
+    with orbax_errors.quiet(), orbax_errors.one_sentence(path.parent), orbax_errors.collected():
         ocp.save(path, {"params": params}, custom_metadata={"metadata": {}})
 
 

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
-_PENDING_READS = 0.1  # s to wait until the other reads of a damaged checkpoint have ended
+_PENDING = 0.1  # s to wait until the other reads or writes of a checkpoint have ended
 
 
 @contextlib.contextmanager
@@ -33,23 +33,34 @@ def one_sentence(directory: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def readable(path: pathlib.Path) -> Iterator[None]:
     """Turns any error of Orbax about damaged files into one sentence."""
-    with quiet(), _quiet_pending_reads():
+    with quiet():
         try:
-            yield
+            with collected():
+                yield
         except Exception as error:  # many types
-            time.sleep(_PENDING_READS)
-            # Python reports the other failed reads when it collects the frames that refer to them:
-            # collect these here, where the reports are ignored.
-            traceback.clear_frames(error.__traceback__)
-            gc.collect()
             raise ValueError(
                 f"{path} cannot be read ({_reason(error)}); delete it to use the step before."
             ) from error
 
 
 @contextlib.contextmanager
-def _quiet_pending_reads() -> Iterator[None]:
-    """Ignores reads that end after one of them has failed, when Orbax has closed its event loop.
+def collected() -> Iterator[None]:
+    """Waits for the other reads or writes after one has failed, and ignores their reports."""
+    with _quiet_pending():
+        try:
+            yield
+        except Exception as error:  # many types
+            time.sleep(_PENDING)
+            # Python reports the other failures when it collects the frames that refer to them:
+            # collect these here, where the reports are ignored.
+            traceback.clear_frames(error.__traceback__)
+            gc.collect()
+            raise
+
+
+@contextlib.contextmanager
+def _quiet_pending() -> Iterator[None]:
+    """Ignores what ends after one read or write has failed, when Orbax has closed its event loop.
 
     Python reports them through `sys.unraisablehook`, which is restored at the end; every other
     report passes.
