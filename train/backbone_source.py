@@ -101,18 +101,17 @@ def check_backbone(config: ImitateConfig, shapes: Params) -> None:
         )
 
 
-def source_files(folder: str) -> dict[str, pathlib.Path]:
-    """Returns name -> path of the files that params of `backbone_from` are read from.
-
-    Args:
-      folder: of a run or a model; "" has no files.
-    """
-    if not folder:
+def source_files(config: ImitateConfig) -> dict[str, pathlib.Path]:
+    """Returns name -> path of the files that the backbone's params are read from; {} = random."""
+    if not config.backbone_from:
         return {}
-    root = pathlib.Path(folder).absolute()
-    is_model = weights.is_model_folder(folder)
+    root = pathlib.Path(config.backbone_from).absolute()
+    is_model = weights.is_model_folder(root)
     paths = root.glob("*.safetensors") if is_model else checkpoint.files(root / "checkpoints")
-    return {str(path.relative_to(root)): path for path in paths}
+    files = {str(path.relative_to(root)): path for path in paths}
+    if config.adapter_from:
+        files["adapter"] = pathlib.Path(config.adapter_from) / peft.WEIGHTS
+    return files
 
 
 def read_backbone(config: ImitateConfig, mesh: Mesh | None) -> Params:

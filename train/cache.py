@@ -132,7 +132,7 @@ def fingerprint(config: ImitateConfig, frames: Windows, sizes: TokenSizes) -> st
       sizes: of the tokens.
     """
     backbone = config.agent.policy.backbone
-    files = source_files(config.backbone_from)
+    files = source_files(config)
     settings = [
         hash_files(files, token_folder(config) / _HASHES) if files else config.seed,
         _relevant(configs.to_dict(backbone)),
