@@ -114,7 +114,7 @@ def source_files(config: ImitateConfig) -> dict[str, pathlib.Path]:
     return files
 
 
-def read_backbone(config: ImitateConfig, mesh: Mesh | None) -> Params:
+def read_backbone(config: ImitateConfig, mesh: Mesh | None = None) -> Params:
     """Returns the backbone's params of `backbone_from`; a model's shards go to their devices.
 
     Args:
