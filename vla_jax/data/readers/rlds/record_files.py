@@ -115,26 +115,19 @@ def _array_record_scan(path: pathlib.Path) -> Iterator[tuple[int, memoryview]]:
     """Yields number and data of the records."""
     with _array_record_reader(path) as reader:
         for number in range(reader.num_records()):
-            yield number, memoryview(_array_record_data(path, reader, number))
+            yield number, memoryview(reader.read([number])[0])
 
 
 def _array_record_read(path: pathlib.Path, position: int, check: bool) -> memoryview:
     """Returns the data of the record with a number; the package always checks it."""
     del check
     with _array_record_reader(path) as reader:
-        if position >= reader.num_records():
+        count = reader.num_records()
+        if position >= count:
             raise ValueError(
-                f"{path} has {reader.num_records()} records, expected more than {position}; "
-                f"{_REMEDY}."
+                f"{path} has {count} records, expected more than {position}; {_REMEDY}."
             )
-        return memoryview(_array_record_data(path, reader, position))
-
-
-def _array_record_data(path: pathlib.Path, reader: Any, number: int) -> bytes:
-    try:
-        return reader.read([number])[0]
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise ValueError(f"{path} is damaged at record {number} ({error}); {_REMEDY}.") from error
+        return memoryview(reader.read([position])[0])
 
 
 @contextlib.contextmanager
@@ -152,12 +145,15 @@ def _array_record_reader(path: pathlib.Path) -> Iterator[Any]:
     options = "readahead_buffer_size:0,max_parallelism:0"
     try:
         reader = array_record_module.ArrayRecordReader(str(path), options)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} is no ArrayRecord file ({error}); {_REMEDY}.") from error
-    try:
-        yield reader
-    finally:
-        reader.close()
+        try:
+            yield reader
+        finally:
+            reader.close()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0] if str(error) else "unknown reason"
+        raise ValueError(
+            f"{path} is damaged or no ArrayRecord file ({reason}); {_REMEDY}."
+        ) from error
 
 
 RECORD_FORMATS: dict[str, RecordFormat] = {  # name as in dataset_info.json -> functions

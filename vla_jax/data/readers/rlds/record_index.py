@@ -6,7 +6,6 @@ It is kept beside the record files, or in the user's cache folder where those ar
 import contextlib
 import os
 import pathlib
-import zipfile
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -127,11 +126,11 @@ def _index_paths(version: Version, split: Split) -> list[pathlib.Path]:
 def _load(path: pathlib.Path, state: str, num_episodes: int) -> RecordIndex | None:
     """Returns a kept index; None if there is none, it is damaged, or it is of other files."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             if str(arrays["state"]) != state:
                 return None
             index = RecordIndex(*(arrays[name] for name in RecordIndex._fields))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except Exception:  # whatever is wrong with it, the index is made again
         return None
     dtypes = [np.int32, np.int64, np.int64]
     is_whole = all(

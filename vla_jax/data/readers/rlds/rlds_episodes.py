@@ -13,12 +13,14 @@ from vla_jax.data.readers.rlds.record_files import RECORD_FORMATS
 from vla_jax.data.readers.rlds.record_index import RecordIndex
 from vla_jax.data.readers.rlds.rlds_layout import Split, Version
 from vla_jax.data.readers.rlds.rlds_values import (
+    bytes_spans,
     decode_image,
     decode_text,
     decode_values,
     image_size,
+    object_array,
 )
-from vla_jax.data.readers.rlds.tf_example import Span, Values, parse_example, pieces
+from vla_jax.data.readers.rlds.tf_example import Span, Values, parse_example
 from vla_jax.data.readers.rlds.tf_features import STEPS, TfFeature
 from vla_jax.data.still_images import StillImages
 
@@ -166,12 +168,7 @@ class RldsEpisodes:
         for array, sizes in zip(flat, shapes, strict=True):
             if np.any(sizes < 0) or np.prod(sizes.astype(object)) != array.size:
                 self._refuse(episode, column, f"has {array.size} values for the shape {sizes}")
-        arrays = [array.reshape(sizes) for array, sizes in zip(flat, shapes, strict=True)]
-        if len({array.shape for array in arrays}) == 1:
-            return np.stack(arrays)
-        objects = np.empty(len(arrays), object)
-        objects[:] = arrays
-        return objects
+        return object_array([a.reshape(sizes) for a, sizes in zip(flat, shapes, strict=True)])
 
     def _images(self, episode: int, key: str) -> StillImages:
         """Returns the images of a camera; their size is that of the first if it is not fixed."""
@@ -205,12 +202,10 @@ class RldsEpisodes:
         if key not in record.spans:
             length = int(self.lengths[record.episode])
             values = record.features.get(f"{STEPS}/{key}")
-            kind = "bytes" if values is None else values.kind
-            spans = pieces(record.data, values) if values is not None and kind == "bytes" else []
-            if len(spans) != length or kind != "bytes":
-                self._refuse(
-                    record.episode, key, f"holds {len(spans)} values of bytes, expected {length}"
-                )
+            try:
+                spans = bytes_spans(record.data, values, length)
+            except ValueError as error:
+                self._refuse(record.episode, key, str(error), error)
             record.spans[key] = spans
         return record.spans[key]
 
@@ -273,14 +268,15 @@ def column_types(steps: Mapping[str, TfFeature]) -> dict[str, Feature]:
     """Returns the types of the columns of an episode; cameras are left out."""
     types = {}
     for key, feature in steps.items():
-        dtype = "str" if feature.kind == "text" else feature.dtype
+        dtype = "str" if feature.kind == "text" else "object" if feature.varies else feature.dtype
+        shape = () if feature.varies else feature.shape
         if feature.is_camera:
             continue
         if not feature.is_ragged:
-            types[key] = Feature(dtype, (*feature.outer, *feature.shape))
+            types[key] = Feature(dtype, (*feature.outer, *shape))
             continue
         fixed = feature.outer[len(feature.outer) - feature.outer[::-1].index(-1) :]
-        types[f"{key}/{_VALUES}"] = Feature(dtype, (-1, *fixed, *feature.shape))
+        types[f"{key}/{_VALUES}"] = Feature(dtype, (-1, *fixed, *shape))
         for level in range(feature.outer.count(-1)):
             outer = () if level == 0 else (-1,)
             types[f"{key}/{_LENGTHS}{level}"] = Feature("int64", outer)

@@ -3,7 +3,8 @@
 import io
 import math
 import zlib
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -14,8 +15,6 @@ from vla_jax.data.readers.rlds.tf_features import TfFeature
 
 _MAX_PIXELS = 2**26  # of an image whose size features.json does not give
 _MAX_BYTES = 2**28  # of a decompressed array whose size features.json does not give
-_EMPTY = Values("bytes", ())
-_STORED = {"number": "int", "text": "bytes", "image": "bytes", "array": "bytes"}
 
 
 def decode_values(
@@ -30,7 +29,7 @@ def decode_values(
       num_elements: n, expected number of elements; None if any number is right.
 
     Returns:
-      `[n, ...]`; texts as NumPy's str; arrays of different shapes as objects.
+      `[n, ...]`; texts as NumPy's str; arrays whose shape is not fixed as objects `[n]`.
 
     Raises:
       ValueError: the values are of another type or number, or damaged; the message is the part
@@ -39,20 +38,25 @@ def decode_values(
     if feature.kind == "unknown":
         raise ValueError(f"is a {feature.dtype}, which this reader does not read")
     is_float = feature.kind == "number" and "float" in feature.dtype
-    expected = "float" if is_float else _STORED[feature.kind]
-    if values is None or not values.spans:
-        values = Values(expected, ())  # pyright: ignore[reportArgumentType]
-    if values.kind != expected:
-        raise ValueError(f"holds values of type {values.kind}, expected {expected}")
+    expected = "bytes" if feature.kind != "number" else "float" if is_float else "int"
+    values = _checked(values, expected)
     if feature.kind == "number":
         numbers = (tf_example.floats if is_float else tf_example.integers)(data, values)
         return _shaped(_cast(numbers, feature.dtype), feature.shape, num_elements)
-    spans = tf_example.pieces(data, values)
     if feature.kind == "text":
-        return _shaped(_texts(data, spans), feature.shape, num_elements)
-    _check_count(len(spans), num_elements)
+        texts = _texts(data, tf_example.pieces(data, values))
+        return _shaped(texts, feature.shape, num_elements)
+    spans = bytes_spans(data, values, num_elements)
     decode = decode_image if feature.kind == "image" else _decode_array
     return _stacked([decode(data[start:stop], feature) for start, stop in spans], feature)
+
+
+def bytes_spans(data: Buffer, values: Values | None, num_elements: int | None) -> list[Span]:
+    """Returns the ranges of the byte strings of a feature; arguments as in `decode_values`."""
+    spans = tf_example.pieces(data, _checked(values, "bytes"))
+    if num_elements not in (None, len(spans)):
+        raise ValueError(f"holds {len(spans)} values, expected {num_elements}")
+    return spans
 
 
 def decode_image(encoded: Buffer, feature: TfFeature) -> np.ndarray:
@@ -96,9 +100,26 @@ def decode_text(encoded: Buffer) -> str:
     return bytes(encoded).decode("utf-8", "backslashreplace")
 
 
+def object_array(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns `[n]` objects, one per array."""
+    objects = np.empty(len(arrays), object)
+    for place, array in enumerate(arrays):
+        objects[place] = array
+    return objects
+
+
 def numpy_dtype(name: str) -> np.dtype:
     """Returns the dtype of numbers of a name in features.json."""
     return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+def _checked(values: Values | None, expected: Literal["bytes", "float", "int"]) -> Values:
+    """Returns the values, none if the record has none; raises if they are of another type."""
+    if values is None or not values.spans:
+        return Values(expected, ())
+    if values.kind != expected:
+        raise ValueError(f"holds values of type {values.kind}, expected {expected}")
+    return values
 
 
 def _open_image(encoded: Buffer, shape: tuple[int, ...]) -> Any:
@@ -164,15 +185,11 @@ def _decode_array(encoded: Buffer, feature: TfFeature) -> np.ndarray:
 
 
 def _stacked(arrays: list[np.ndarray], feature: TfFeature) -> np.ndarray:
-    """Returns arrays as one; as an array of objects `[n]` if their shapes differ."""
-    if len({array.shape for array in arrays}) > 1:
-        objects = np.empty(len(arrays), object)
-        objects[:] = arrays
-        return objects
-    if arrays:
-        return np.stack(arrays)
-    shape = tuple(max(size, 0) for size in feature.shape)
-    return np.empty((0, *shape), numpy_dtype(feature.dtype))
+    """Returns arrays as one; as an array of objects `[n]` if their shape is not fixed."""
+    if feature.varies:
+        return object_array(arrays)
+    empty = np.empty((0, *feature.shape), numpy_dtype(feature.dtype))
+    return np.stack(arrays) if arrays else empty
 
 
 def _shaped(
@@ -200,8 +217,3 @@ def _shaped(
     size = len(flat) // (known * number)
     sizes = tuple(size if each == -1 else each for each in shape)
     return flat.reshape(sizes if is_single else (number, *sizes))
-
-
-def _check_count(got: int, expected: int | None) -> None:
-    if expected is not None and got != expected:
-        raise ValueError(f"holds {got} values, expected {expected}")

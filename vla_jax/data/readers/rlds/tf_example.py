@@ -164,10 +164,12 @@ def _fields(data: Buffer, start: int, stop: int) -> Iterator[tuple[int, int, int
     """Yields (number, wire type, start, stop) of the fields of a message."""
     at = start
     while at < stop:
-        tag, at = _varint(data, at, stop)
+        tag = data[at]  # nearly always one byte
+        tag, at = (tag, at + 1) if tag < 0x80 else _varint(data, at, stop)
         wire, end = tag & 7, at
         if wire == _DELIMITED:
-            size, at = _varint(data, at, stop)
+            size = data[at] if at < stop else 0x80
+            size, at = (size, at + 1) if size < 0x80 else _varint(data, at, stop)
             end = at + size
         elif wire == _VARINT:
             end = _varint(data, at, stop)[1]

@@ -43,6 +43,11 @@ class TfFeature(NamedTuple):
         return self.kind == "array" and self.shape.count(-1) > 1
 
     @property
+    def varies(self) -> bool:
+        """Whether the elements are arrays of different shapes."""
+        return self.kind in ("array", "image") and -1 in self.shape and not self.is_camera
+
+    @property
     def is_camera(self) -> bool:
         """Whether every step has one RGB image of 8 bits."""
         is_rgb = len(self.shape) == 3 and self.shape[-1] == 3
@@ -67,7 +72,7 @@ def read_features(
     path = root / FEATURES
     try:
         top = _members(_content(read_description(path), path)[1], path)
-        kind, content = _content(top.get(STEPS, {}), path)
+        kind, content = _content(top[STEPS], path, STEPS) if STEPS in top else ("", {})
         if kind != "sequence":
             raise ValueError(
                 f"{path}: expected a sequence '{STEPS}' (RLDS: one record per episode), got "
@@ -120,7 +125,7 @@ def _tensor(
 ) -> TfFeature:
     dtype, shape = _dtype(content, key, path), _shape(content, key, path)
     encoding = content.get("encoding") or "none"
-    if encoding not in ("none", "bytes", "zlib"):
+    if str(encoding) not in ("none", "bytes", "zlib"):
         raise ValueError(
             f"{path}: encoding of {key} must be none, bytes or zlib, got {encoding!r}; restore it."
         )
@@ -172,7 +177,7 @@ def _dtype(
     dtype = content.get("dtype") or default
     name = dtype.removeprefix("tf.") if isinstance(dtype, str) else dtype
     name = "string" if name in ("object", "str") else name
-    if name not in _DTYPES:
+    if not isinstance(name, str) or name not in _DTYPES:
         raise ValueError(
             f"{path}: dtype of {key} must be one of {', '.join(sorted(_DTYPES))}, got {dtype!r}; "
             "restore the file."
