@@ -158,7 +158,8 @@ def _cast(numbers: np.ndarray, dtype: str) -> np.ndarray:
     """Returns float32 or int64 numbers as the feature's dtype, as TFDS does."""
     if dtype == "uint64":
         return numbers.view(np.uint64)
-    return numbers.astype(numpy_dtype(dtype), copy=False)
+    with np.errstate(over="ignore", invalid="ignore"):  # infinity beyond float16's range
+        return numbers.astype(numpy_dtype(dtype), copy=False)
 
 
 def _texts(data: Buffer, spans: list[Span]) -> np.ndarray:
