@@ -1,10 +1,10 @@
 """Folder of a TFDS version: where it is, its splits, and the files of each."""
 
 import contextlib
+import itertools
 import os
 import pathlib
 import re
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from vla_jax.data.readers.rlds.record_files import RECORD_FORMATS
@@ -13,7 +13,8 @@ from vla_jax.files import read_json
 INFO, FEATURES = "dataset_info.json", "features.json"
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 _MAX_DEPTH = 3  # levels below the path: name / config / version
-_MAX_ENTRIES = 300  # entries of a folder that are looked at
+_MAX_FOLDERS = 300  # folders that are looked at
+_MAX_ENTRIES = 20_000  # entries of each
 _MAX_SHARDS = 10**6
 _SHARD = re.compile(r"\.(tfrecord|array_record)-\d{5,}-of-\d{5,}$")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -38,7 +39,16 @@ class Version(NamedTuple):
 
 def version_folders(path: pathlib.Path) -> list[pathlib.Path]:
     """Returns the folders with a TFDS description at or below `path`, without descending far."""
-    return sorted(_search(path, _MAX_DEPTH))
+    found, level, budget = [], [path], _MAX_FOLDERS
+    for _ in range(_MAX_DEPTH + 1):
+        looked_at, budget = level[:budget], budget - len(level[:budget])
+        below = []
+        for folder in looked_at:
+            is_version, folders = _look_at(folder)
+            found += [folder] * is_version
+            below += [] if is_version else folders
+        level = below
+    return sorted(found)
 
 
 def find_version(path: pathlib.Path) -> pathlib.Path:
@@ -113,22 +123,18 @@ def check_present(split: Split) -> None:
         )
 
 
-def _search(path: pathlib.Path, depth: int) -> Iterator[pathlib.Path]:
-    """Yields folders that look like a version; folders below them are not looked at."""
-    with contextlib.suppress(OSError):
-        entries = []
-        for entry in os.scandir(path):
-            entries.append(entry)
-            if len(entries) == _MAX_ENTRIES and depth < _MAX_DEPTH:
-                break
-        names = {entry.name for entry in entries}
-        has_info = INFO in names and _VERSION.fullmatch(path.name)
-        if FEATURES in names or has_info or any(_SHARD.search(name) for name in names):
-            yield path
-        elif depth:
-            for entry in entries[:_MAX_ENTRIES]:
-                if entry.is_dir() and not entry.name.startswith("."):
-                    yield from _search(path / entry.name, depth - 1)
+def _look_at(path: pathlib.Path) -> tuple[bool, list[pathlib.Path]]:
+    """Returns whether a folder looks like that of a version, and some folders in it."""
+    folders: list[pathlib.Path] = []
+    has_info = False
+    with contextlib.suppress(OSError), os.scandir(path) as entries:
+        for entry in itertools.islice(entries, _MAX_ENTRIES):
+            if entry.name == FEATURES or _SHARD.search(entry.name):
+                return True, []
+            has_info = has_info or entry.name == INFO
+            if len(folders) < _MAX_FOLDERS and entry.name[0] != "." and entry.is_dir():
+                folders.append(path / entry.name)
+    return has_info and bool(_VERSION.fullmatch(path.name)), sorted(folders)
 
 
 def _version_number(folder: pathlib.Path) -> tuple[int, ...]:
