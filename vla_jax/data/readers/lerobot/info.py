@@ -4,8 +4,10 @@ import json
 import math
 import pathlib
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
 
 from vla_jax.data.raw import Feature
 from vla_jax.data.readers.lerobot import layout
@@ -230,24 +232,36 @@ def _check_inside(path: pathlib.Path, field: str, template: str) -> None:
         wrong(path, field, "a path inside the data set", template)
 
 
-def path_maker(template: str, info: Info) -> Callable[..., str]:
-    """Returns the function that fills a template.
+def paths_of(
+    template: str,
+    info: Info,
+    episodes: np.ndarray,
+    chunks: np.ndarray,
+    files: np.ndarray,
+    key: str = "",
+) -> list[str]:
+    """Returns the paths inside the folder that a template gives.
 
     Args:
       template: `info.data_path` or `info.video_path`.
       info: description of the data set.
-
-    Returns:
-      Function of (episode index, chunk, file, camera key) that returns a path inside the folder.
+      episodes: `[n]` episode indices.
+      chunks: `[n]` numbers of folders.
+      files: `[n]` numbers of files.
+      key: camera.
     """
-
-    def make(episode: int, chunk: int, file: int, key: str = "") -> str:
-        return template.format(
-            video_key=key,
-            chunk_index=chunk,
-            file_index=file,
-            episode_chunk=episode // info.chunks_size,
-            episode_index=episode,
-        )
-
-    return make
+    values = {
+        "video_key": [key] * len(episodes),
+        "chunk_index": chunks.tolist(),
+        "file_index": files.tolist(),
+        "episode_chunk": (episodes // info.chunks_size).tolist(),
+        "episode_index": episodes.tolist(),
+    }
+    text, names = "", []
+    for literal, name, form, _ in string.Formatter().parse(template):
+        text += literal.replace("%", "%%")
+        if name is not None:
+            text += "%s" if name == "video_key" else f"%{(form or '').removesuffix('d')}d"
+            names.append(name)
+    rows = zip(*(values[name] for name in names), strict=True)
+    return [text % row for row in rows] if names else [text % ()] * len(episodes)

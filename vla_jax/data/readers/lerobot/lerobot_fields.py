@@ -7,7 +7,7 @@ from typing import NamedTuple
 from vla_jax.data.raw import Feature, RawDataset
 from vla_jax.data.readers.fields import FieldMap, GripperRange
 from vla_jax.data.readers.lerobot.info import read_info
-from vla_jax.data.readers.lerobot.modality import Modality, Part, read_modality
+from vla_jax.data.readers.lerobot.modality import Modality, NamedSlice, read_modality
 
 PRIMARY = (  # parts of names of a third-person camera, the best first
     "primary", "image", "top", "front", "agentview", "static", "high", "head", "base", "main",
@@ -145,7 +145,7 @@ def _keys(field: str, columns: Mapping[str, Feature]) -> tuple[str, ...]:
     return tuple(key for key in numbers if key.startswith(prefix))
 
 
-def _slice(part: Part) -> str:
+def _slice(part: NamedSlice) -> str:
     return f"{part.key}[{part.start}:{part.end}]"
 
 

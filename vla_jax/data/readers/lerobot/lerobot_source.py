@@ -16,7 +16,7 @@ from vla_jax.data.readers.lerobot.episode_table import (
     read_episodes,
     read_tasks,
 )
-from vla_jax.data.readers.lerobot.info import Info, path_maker, read_info, read_json, wrong
+from vla_jax.data.readers.lerobot.info import Info, paths_of, read_info, read_json, wrong
 from vla_jax.data.readers.lerobot.layout import INFO_PATH
 from vla_jax.data.readers.lerobot.parquet_files import ParquetRows, read_schema
 from vla_jax.data.readers.lerobot.parquet_images import decode_stills
@@ -27,6 +27,7 @@ from vla_jax.data.video_pieces import VideoPieces
 
 NUMBER = Feature("int64", ())
 TIME = Feature("float64", ())
+MAX_SIZES = 4096  # files of a kind whose sizes are part of the fingerprint
 
 
 def open_lerobot(path: pathlib.Path, *, split: str | None = None) -> RawDataset:
@@ -74,6 +75,7 @@ class LeRobotSource:
         self._table = table
         self._tasks = dict(tasks)
         self._positions = positions
+        self._starts, self._file_rows = _expected_rows(info, table)
         self._rows = ParquetRows()
         self._videos = VideoPieces()
 
@@ -97,9 +99,8 @@ class LeRobotSource:
     def _place(self, position: int) -> tuple[pathlib.Path, np.ndarray]:
         """Returns the Parquet file of an episode, and its rows in the order of `frame_index`."""
         episode, place = int(self._table.index[position]), self._table.data
-        make_path = path_maker(self._info.data_path, self._info)
-        path = self._info.root / make_path(episode, place.chunk[position], place.file[position])
-        rows = self._rows.find(path, "episode_index", episode)
+        path = self._path(position, place)
+        rows = self._rows_of(position, path, episode)
         length = int(self._table.lengths[position])
         if len(rows) != length:
             got = f"{len(rows)} of {self._rows.num_rows(path)} rows"
@@ -113,6 +114,22 @@ class LeRobotSource:
             twice = int(np.sort(frames)[:-1][steps == 0][0])
             wrong(path, f"frame_index of episode {episode}", "different in every row", twice)
         return path, rows
+
+    def _rows_of(self, position: int, path: pathlib.Path, episode: int) -> np.ndarray:
+        """Returns the rows of an episode: where lerobot writes it, else wherever it is."""
+        start, length = int(self._starts[position]), int(self._table.lengths[position])
+        if self._rows.num_rows(path) == self._file_rows[position]:
+            rows = np.arange(start, start + length)
+            if np.all(self._read(path, rows, "episode_index", NUMBER) == episode):
+                return rows
+        return self._rows.find(path, "episode_index", episode)
+
+    def _path(self, position: int, place: FilePlaces, key: str = "") -> pathlib.Path:
+        """Returns the Parquet file of an episode, or the video of a camera."""
+        one = slice(position, position + 1)
+        template = self._info.video_path if key else self._info.data_path
+        numbers = self._table.index[one], place.chunk[one], place.file[one]
+        return self._info.root / paths_of(template, self._info, *numbers, key)[0]
 
     def _instructions(self, path: pathlib.Path, rows: np.ndarray) -> list[str]:
         indices = self._read(path, rows, "task_index", NUMBER)
@@ -136,9 +153,7 @@ class LeRobotSource:
             height, width, _ = self._info.images[key].shape
             return StillImages(len(rows), (height, width), load)
         place = self._table.videos[key]
-        make_path = path_maker(self._info.video_path, self._info)
-        numbers = int(place.chunk[position]), int(place.file[position])
-        video = self._info.root / make_path(int(self._table.index[position]), *numbers, key)
+        video = self._path(position, place, key)
         return VideoImages(video, place.start[position] + times, self._videos)
 
     def _load_stills(
@@ -164,22 +179,35 @@ def _positions(info: Info, count: int, split: str | None) -> np.ndarray:
     return positions
 
 
+def _expected_rows(info: Info, table: EpisodeTable) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the first row of every episode, and the rows of its file, where lerobot wrote it."""
+    if "{episode_index" in info.data_path:
+        return np.zeros_like(table.lengths), table.lengths
+    files = np.stack([table.data.chunk, table.data.file], axis=1)
+    _, owner = np.unique(files, axis=0, return_inverse=True)
+    owner = owner.reshape(-1)
+    order = np.argsort(owner, kind="stable")
+    ends = np.cumsum(table.lengths[order])
+    totals = np.bincount(owner, weights=table.lengths).astype(np.int64)
+    starts = np.empty_like(ends)
+    starts[order] = ends - table.lengths[order]
+    return starts - (np.cumsum(totals) - totals)[owner], totals[owner]
+
+
 def _files(info: Info, table: EpisodeTable) -> Iterator[str]:
-    """Yields a hash of the names and sizes of the Parquet files, then of each camera's videos.
+    """Yields a hash of the Parquet files, then of each camera's videos: names, and some sizes.
 
     Raises:
       FileNotFoundError: a Parquet file is missing, or some of a camera's videos; a camera whose
         videos are all missing was not copied, which is found when its images are read.
     """
-    places = {"": table.data, **table.videos}
-    for key, place in places.items():
-        template = info.video_path if key else info.data_path
-        paths = _paths(info, template, table.index, place, key)
-        found: dict[str, int] = {}
-        for folder in {path.rpartition("/")[0] for path in paths}:
+    for key, place in {"": table.data, **table.videos}.items():
+        paths = _paths(info, table.index, place, key)
+        found: set[str] = set()
+        for folder in sorted({path.rpartition("/")[0] for path in paths}):
             if (info.root / folder).is_dir():
-                for entry in os.scandir(info.root / folder):
-                    found[f"{folder}/{entry.name}" if folder else entry.name] = entry.stat().st_size
+                names = os.listdir(info.root / folder)
+                found.update([f"{folder}/{name}" for name in names] if folder else names)
         missing = [path for path in paths if path not in found]
         if missing and (not key or len(missing) < len(paths)):
             kind = "video" if key else "Parquet file"
@@ -187,29 +215,25 @@ def _files(info: Info, table: EpisodeTable) -> Iterator[str]:
                 f"{kind} {info.root / missing[0]} is missing, one of {len(missing)}; copy the data "
                 "set again."
             )
-        yield digest([(path, found.get(path)) for path in paths])
+        every = -(-len(paths) // MAX_SIZES)
+        sizes = [0 if missing else (info.root / path).stat().st_size for path in paths[::every]]
+        yield digest("\n".join(paths), len(missing), sizes)
 
 
-def _paths(
-    info: Info, template: str, episodes: np.ndarray, place: FilePlaces, key: str
-) -> list[str]:
-    """Returns the different paths that all episodes have, sorted."""
-    make_path = path_maker(template, info)
-    if "{episode_index" in template:
-        values = zip(episodes.tolist(), place.chunk.tolist(), place.file.tolist(), strict=True)
-    else:
-        chunks = episodes // info.chunks_size
-        numbers = np.unique(
-            np.stack([chunks * info.chunks_size, place.chunk, place.file], 1), axis=0
-        )
-        values = numbers.tolist()
-    return sorted({make_path(*each, key) for each in values})
+def _paths(info: Info, episodes: np.ndarray, place: FilePlaces, key: str) -> list[str]:
+    """Returns the different paths of the Parquet files or a camera's videos, sorted."""
+    template = info.video_path if key else info.data_path
+    chunk, file = place.chunk, place.file
+    if "{episode_index" not in template:
+        numbers = np.stack([episodes // info.chunks_size * info.chunks_size, chunk, file], axis=1)
+        episodes, chunk, file = np.unique(numbers, axis=0).T
+    return sorted(set(paths_of(template, info, episodes, chunk, file, key)))
 
 
 def _with_stored_columns(info: Info, table: EpisodeTable) -> Info:
     """Returns a description whose columns are those of the Parquet files, as lerobot reads v2."""
-    make_path = path_maker(info.data_path, info)
-    path = info.root / make_path(int(table.index[0]), int(table.data.chunk[0]), 0)
+    first = table.index[:1], table.data.chunk[:1], table.data.file[:1]
+    path = info.root / paths_of(info.data_path, info, *first)[0]
     columns, other = {}, []
     for field in read_schema(path):
         if field.name in info.images:

@@ -10,7 +10,7 @@ from vla_jax.data.readers.lerobot.info import is_integer, read_json, wrong
 MODALITY_PATH = "meta/modality.json"
 
 
-class Part(NamedTuple):
+class NamedSlice(NamedTuple):
     """Neighbouring dimensions of a column under a name of their own."""
 
     name: str
@@ -22,8 +22,8 @@ class Part(NamedTuple):
 class Modality(NamedTuple):
     """Checked content of `meta/modality.json`; empty if a data set has none."""
 
-    state: tuple[Part, ...] = ()
-    action: tuple[Part, ...] = ()
+    state: tuple[NamedSlice, ...] = ()
+    action: tuple[NamedSlice, ...] = ()
     cameras: Mapping[str, str] = {}  # camera's key -> name
     annotations: tuple[str, ...] = ()  # columns that hold task indices
 
@@ -72,7 +72,7 @@ def _parts(
     field: str,
     default: str,
     columns: Mapping[str, Feature],
-) -> tuple[Part, ...]:
+) -> tuple[NamedSlice, ...]:
     parts = []
     for name, entry in _group(path, data, field).items():
         what = f"{field}[{name!r}]"
@@ -81,7 +81,7 @@ def _parts(
         start, end = (entry.get(bound) for bound in ("start", "end"))
         if not (is_integer(start) and is_integer(end, 1) and start < end <= max(size, 1)):
             wrong(path, what, f"start < end <= {size}, the size of {key!r}", (start, end))
-        parts.append(Part(name, key, start, end))
+        parts.append(NamedSlice(name, key, start, end))
     return tuple(parts)
 
 

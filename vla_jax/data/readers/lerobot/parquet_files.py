@@ -13,7 +13,15 @@ from vla_jax.data.raw import Feature
 from vla_jax.data.readers.lerobot.parquet_values import to_numpy
 
 MAX_OPEN = 4  # files that a thread keeps open
-BLOCK_ROWS = 2**14  # rows of a column that are read at a time
+BLOCK_ROWS = 2**14  # rows of a column that are read ahead
+
+
+class Block(NamedTuple):
+    """Values of a column in neighbouring row groups."""
+
+    start: int  # first row
+    end: int  # exclusive
+    values: Any  # Arrow array
 
 
 class OpenFile(NamedTuple):
@@ -21,7 +29,7 @@ class OpenFile(NamedTuple):
 
     file: Any  # pyarrow.parquet.ParquetFile
     starts: np.ndarray  # [G + 1] first row of each row group, and the number of rows
-    columns: dict[tuple[str, int], Any]  # last block read of each column: (key, block) -> Arrow
+    blocks: dict[str, Block]  # column -> block read last
     places: dict[str, "RowsOfValues"]  # column of integers -> where each value lies
 
 
@@ -43,10 +51,12 @@ def damage_in_one_sentence(path: pathlib.Path) -> Iterator[None]:
             "reading LeRobot data sets needs pyarrow; install it with `pip install "
             "'vla-jax[data]'`."
         ) from error
-    if not path.is_file():
-        raise FileNotFoundError(f"Parquet file {path} is missing; copy the data set again.")
     try:
         yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"Parquet file {path} is missing; copy the data set again."
+        ) from error
     except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError, MemoryError) as error:
         detail = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise ValueError(
@@ -70,14 +80,17 @@ def read_table(path: pathlib.Path, columns: Sequence[str] | None = None) -> Any:
     with damage_in_one_sentence(path):
         import pyarrow.parquet as pq
 
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             names = file.schema_arrow.names
-            missing = [name for name in columns or () if name not in names]
-            table = None if missing else file.read(columns=columns)
-    if missing:
+            wanted = names if columns is None else columns
+            missing = [name for name in wanted if name not in names]
+            repeated = [name for name in wanted if names.count(name) > 1]
+            table = None if missing or repeated else file.read(columns=columns)
+    if table is None:
+        got = f"{missing} missing" if missing else f"{repeated[0]} twice"
         raise ValueError(
-            f"Parquet file {path} must have the columns {list(columns or ())}, {missing} missing; "
-            "copy the data set again."
+            f"Parquet file {path} must have the columns {list(wanted)}, {got}; copy the data set "
+            "again."
         )
     return table
 
@@ -93,8 +106,9 @@ def read_schema(path: pathlib.Path) -> Any:
 class ParquetRows:
     """Random access to rows of Parquet files; safe to share by threads, pickled without files.
 
-    Every thread keeps a few files open and, of each column, the block of rows it read last. So a
-    pass over all episodes reads every block once, and memory does not grow with the data.
+    Every thread keeps a few files open and, of each column, the block of rows it read last; blocks
+    grow up to `BLOCK_ROWS` while rows are read in order. So a pass over all episodes reads every
+    block once, random access reads little, and memory does not grow with the data.
     """
 
     def __init__(self) -> None:
@@ -127,7 +141,7 @@ class ParquetRows:
           path: the file.
           key: the column.
           rows: `[n]` rows of the file.
-          is_large: read single row groups instead of blocks of many rows, as for images.
+          is_large: do not read ahead, as for images.
 
         Returns:
           Arrow array of n values.
@@ -136,52 +150,69 @@ class ParquetRows:
           FileNotFoundError: the file is missing.
           ValueError: it is damaged, or the column is missing.
         """
+        opened = self._open(path)
+        block = opened.blocks.get(key)
+        first, last = (int(rows.min()), int(rows.max())) if len(rows) else (0, -1)
+        if block is None or first < block.start or last >= block.end:
+            groups = np.unique(np.searchsorted(opened.starts, rows, side="right") - 1)
+            if len(groups) and groups[-1] - groups[0] + 1 > len(groups):
+                return self._scattered(path, opened, key, rows, groups)
+            block = self._block(path, opened, key, groups, block, is_large=is_large)
+        with damage_in_one_sentence(path):
+            if len(rows) == last - first + 1 and np.all(rows[1:] > rows[:-1]):
+                return block.values.slice(first - block.start, len(rows))
+            return block.values.take(_arrow_indices(rows - block.start))
+
+    def _block(
+        self,
+        path: pathlib.Path,
+        opened: OpenFile,
+        key: str,
+        groups: np.ndarray,
+        previous: Block | None,
+        *,
+        is_large: bool,
+    ) -> Block:
+        """Reads neighbouring row groups and stores them; reads ahead where rows come in order."""
+        start, end = (int(groups[0]), int(groups[-1]) + 1) if len(groups) else (0, 0)
+        is_next = previous is not None and previous.start < opened.starts[start] <= previous.end
+        if previous is not None and is_next and not is_large:
+            wanted = min(2 * (previous.end - previous.start), BLOCK_ROWS)
+            ahead = np.searchsorted(opened.starts, opened.starts[start] + wanted, side="right") - 1
+            end = max(end, int(ahead))
+        values = self._row_groups(path, opened, key, list(range(start, end)))
+        block = Block(int(opened.starts[start]), int(opened.starts[end]), values)
+        opened.blocks[key] = block
+        return block
+
+    def _scattered(
+        self, path: pathlib.Path, opened: OpenFile, key: str, rows: np.ndarray, groups: np.ndarray
+    ) -> Any:
+        """Reads rows of row groups that are no neighbours."""
+        values = self._row_groups(path, opened, key, groups.tolist())
+        sizes = np.diff(opened.starts)[groups]
+        shifts = np.cumsum(sizes) - sizes - opened.starts[groups]
+        members = np.searchsorted(groups, np.searchsorted(opened.starts, rows, side="right") - 1)
+        with damage_in_one_sentence(path):
+            return values.take(_arrow_indices(rows + shifts[members]))
+
+    def _row_groups(self, path: pathlib.Path, opened: OpenFile, key: str, groups: list[int]) -> Any:
+        """Reads a column of some row groups as one Arrow array."""
         import pyarrow as pa
 
-        opened = self._open(path)
-        size = 1 if is_large else BLOCK_ROWS
-        blocks = np.minimum(opened.starts[:-1] // size, 2**62)  # [G] block of each row group
-        groups = np.searchsorted(opened.starts, rows, side="right") - 1
-        parts, places = [], []
-        for block in np.unique(blocks[groups]):
-            inside = np.flatnonzero(blocks[groups] == block)
-            members = np.flatnonzero(blocks == block)
-            column = self._block(path, opened, key, members)
-            with damage_in_one_sentence(path):
-                parts.append(column.take(pa.array(rows[inside] - opened.starts[members[0]])))
-            places.append(inside)
         with damage_in_one_sentence(path):
-            values = parts[0] if len(parts) == 1 else pa.concat_arrays(parts)
-            if len(parts) > 1:
-                order = np.empty(len(rows), np.int64)
-                order[np.concatenate(places)] = np.arange(len(rows))
-                values = values.take(pa.array(order))
-        return values
-
-    def _block(self, path: pathlib.Path, opened: OpenFile, key: str, groups: np.ndarray) -> Any:
-        """Returns a column of neighbouring row groups as one Arrow array."""
-        place = (key, int(groups[0]))
-        if place not in opened.columns:
-            with damage_in_one_sentence(path):
-                names = opened.file.schema_arrow.names
-                table = None
-                if key in names:
-                    table = opened.file.read_row_groups(groups.tolist(), columns=[key])
-            if table is None:
-                raise ValueError(
-                    f"Parquet file {path} must have the column {key!r}, got {names}; copy the data "
-                    "set again."
-                )
-            for other in [other for other in opened.columns if other[0] == key]:
-                del opened.columns[other]
-            with damage_in_one_sentence(path):
-                column = table.column(0).combine_chunks()
-                if hasattr(column, "chunks"):
-                    import pyarrow as pa
-
-                    column = pa.concat_arrays(column.chunks)
-            opened.columns[place] = column
-        return opened.columns[place]
+            names = opened.file.schema_arrow.names
+            table = None
+            if names.count(key) == 1:
+                table = opened.file.read_row_groups(groups, columns=[key])
+        if table is None:
+            raise ValueError(
+                f"Parquet file {path} must have one column {key!r}, got {names}; copy the data set "
+                "again."
+            )
+        with damage_in_one_sentence(path):
+            column = table.column(0).combine_chunks()
+            return pa.concat_arrays(column.chunks) if hasattr(column, "chunks") else column
 
     def _open(self, path: pathlib.Path) -> OpenFile:
         """Returns this thread's open file."""
@@ -191,7 +222,7 @@ class ParquetRows:
             with damage_in_one_sentence(path):
                 import pyarrow.parquet as pq
 
-                file = pq.ParquetFile(path)
+                file = pq.ParquetFile(path, page_checksum_verification=True)
                 groups = [
                     file.metadata.row_group(group).num_rows
                     for group in range(file.metadata.num_row_groups)
@@ -211,6 +242,12 @@ class ParquetRows:
     def __reduce__(self) -> tuple[type["ParquetRows"], tuple[()]]:
         """Pickles nothing: open files cannot move to another process."""
         return ParquetRows, ()
+
+
+def _arrow_indices(rows: np.ndarray) -> Any:
+    import pyarrow as pa
+
+    return pa.array(rows)
 
 
 def _places(column: np.ndarray) -> RowsOfValues:

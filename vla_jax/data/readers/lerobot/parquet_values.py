@@ -132,7 +132,8 @@ def _numbers(values: Any, dtype: str, key: str, path: pathlib.Path) -> np.ndarra
     numbers = values.to_numpy(zero_copy_only=False)
     with np.errstate(over="ignore", invalid="ignore"):  # too large for float32: infinity, as torch
         result = numbers.astype(dtype)
-    if dtype != "float32" and stored != dtype and not np.array_equal(result, numbers):
+    is_exact = dtype.startswith("float") or stored == dtype or np.array_equal(result, numbers)
+    if not is_exact:
         _refuse(key, path, f"{dtype} as meta/info.json states", f"other {stored} values")
     return result
 

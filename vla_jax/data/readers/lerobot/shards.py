@@ -104,7 +104,8 @@ def place(file_index: int) -> dict[str, int]:
 def _next_table(root: pathlib.Path, schema: Any, file_index: int, pq: Any) -> Table:
     path = root / layout.DATA_PATH.format(**place(file_index))
     path.parent.mkdir(parents=True, exist_ok=True)
-    return Table(pq.ParquetWriter(path, schema, compression="snappy"), path, file_index)
+    writer = pq.ParquetWriter(path, schema, compression="snappy", write_page_checksum=True)
+    return Table(writer, path, file_index)
 
 
 def _arrow(column: np.ndarray) -> Any:
