@@ -303,12 +303,12 @@ def test_modality_json_names_parts_and_cameras(tmp_path):
 
 def test_many_episodes_are_opened_in_columns(tmp_path):
     open_many_episodes.build_v3(tmp_path / "v3", 3000)
-    source = readers.open(tmp_path / "v3")
+    source = readers.open(tmp_path / "v3", kind="lerobot_v3")
     assert len(pickle.dumps(source)) < 3000 * 8 * 20  # numbers of 8 bytes per episode
     for index in (0, 999, 1000, 2999):
         assert source.episodes[index].columns["episode_index"].tolist() == [index] * 20
     open_many_episodes.build_v2(tmp_path / "v2", 1500)
-    assert len(readers.open(tmp_path / "v2").episodes) == 1500
+    assert len(readers.open(tmp_path / "v2", kind="lerobot_v2").episodes) == 1500
 
 
 def test_damaged_sets_are_answered_with_one_sentence(tmp_path):
