@@ -21,8 +21,10 @@ from vla_jax.data.readers.hdf5.camera_fields import camera_fields
 from vla_jax.data.readers.hdf5.hdf5_files import OpenFiles, hdf5_paths, reading
 from vla_jax.data.readers.hdf5.hdf5_objects import (
     MAX_IMAGE_PIXELS,
+    MAX_LENGTH,
     check_dataset,
     child,
+    num_rows,
     read_steps,
     walk,
 )
@@ -66,11 +68,11 @@ def open(path: pathlib.Path, *, split: str | None = None) -> RawDataset:
     if not files:
         raise FileNotFoundError(f"{path} must hold HDF5 files (.hdf5, .h5), got none.")
     opened = OpenFiles()
-    lengths = [_length(opened.get(file), file) for file in files]
-    places = [EpisodePlace(file.stem, number, "") for number, file in enumerate(files)]
+    lengths = [_length(opened, file) for file in files]
+    places = [EpisodePlace(file.stem, number, "", "") for number, file in enumerate(files)]
     index = EpisodeIndex(
-        "aloha", tuple(files), places, np.array(lengths, np.int64), ("",) * len(files), FPS,
-        "action", ("compress_len",), opened,
+        "aloha", tuple(files), places, np.array(lengths, np.int64), FPS, "action",
+        ("compress_len",), opened,
     )  # fmt: skip
     return make_source(path, index, Storage(_inspect, load_column, _load))
 
@@ -80,20 +82,19 @@ def _number(file: pathlib.Path) -> tuple[int, str]:
     return (int(digits) if digits.isascii() and digits.isdigit() else 0), file.name
 
 
-def _length(root: Any, file: pathlib.Path) -> int:
-    shape = getattr(child(root, "action", file), "shape", None)
-    if not shape or not 0 < shape[0] < 2**31:
-        raise ValueError(
-            f"{file}: action must be an array [T, A] with at least one step, got "
-            f"{'a group' if shape is None else f'shape {shape}'}; leave the episode out."
-        )
-    return int(shape[0])
+def _length(opened: OpenFiles, file: pathlib.Path) -> int:
+    """Returns the number of steps of a file; 0 if it cannot be read."""
+    try:
+        length = num_rows(opened.get(file), "action", file)
+    except ValueError:
+        return 0
+    return length if length < MAX_LENGTH else 0
 
 
-def _inspect(root: Any, path: pathlib.Path, length: int, skip: tuple[str, ...]) -> EpisodeContent:
+def _inspect(root: Any, path: pathlib.Path, length: int, index: EpisodeIndex) -> EpisodeContent:
     """Returns the types of an episode's keys; sizes of compressed images are in their files."""
-    content = inspect_group(root, path, length, skip)
-    for key, dataset in walk(root, path, skip=skip).items():
+    content = inspect_group(root, path, length, index)
+    for key, dataset in walk(root, path, skip=index.skip).items():
         if key.startswith(IMAGES) and key not in content.images and _is_encoded(dataset):
             content.columns.pop(key, None)
             check_dataset(dataset, path)

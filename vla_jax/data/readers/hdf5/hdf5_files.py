@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 MAX_OPEN_FILES = 16  # per thread
+METADATA_BYTES = 2**23  # of a file's cache, by the size on disk; 12 times as much in memory
 SUFFIXES = (".hdf5", ".h5")
 
 
@@ -69,7 +70,11 @@ def open_file(path: pathlib.Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: expected an HDF5 file; restore it.")
     with reading(path, "its header"):
-        return h5py.File(path, "r", locking="best-effort")
+        file = h5py.File(path, "r", locking="best-effort")
+        cache = file.id.get_mdc_config()
+        cache.set_initial_size, cache.initial_size, cache.max_size = True, 2**21, METADATA_BYTES
+        file.id.set_mdc_config(cache)
+        return file
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import numpy as np
 from vla_jax.data.raw import Feature
 from vla_jax.data.readers.hdf5.hdf5_files import import_h5py, reading
 
+MAX_LENGTH = 2**31  # steps of an episode
 MAX_DEPTH = 12  # of nested groups
 MAX_CHILDREN = 4096  # data sets of one episode
 MAX_CHUNK_BYTES = 2**29
@@ -30,37 +31,49 @@ def child(group: Any, name: str, path: pathlib.Path) -> Any:
     Raises:
       ValueError: the child is missing, damaged, or in a file outside the folder.
     """
-    for part in name.split("/"):
+    for part in filter(None, name.split("/")):
         group = _direct_child(group, part, path)
     return group
 
 
 def _direct_child(group: Any, name: str, path: pathlib.Path) -> Any:
+    """Returns a child; the usual hard link by low-level calls, which take half the time."""
     h5py = import_h5py()
-    place = f"{group.name}/{name}".replace("//", "/")
     if not isinstance(group, h5py.Group):
         raise ValueError(f"{path}: {group.name} must be a group with {name!r}; restore the file.")
+    place = f"{group.name}/{name}".replace("//", "/")
+    link = name.encode("utf-8", "surrogateescape")
     with reading(path, f"the link {place}"):
-        link = group.get(name, getlink=True) if name in group.keys() else None  # noqa: SIM118
-    if link is None:
+        exists = group.id.links.exists(link)
+        if exists and group.id.links.get_info(link).type == h5py.h5l.TYPE_HARD:
+            item = h5py.h5o.open(group.id, link)
+            wrap = {h5py.h5g.GroupID: h5py.Group, h5py.h5d.DatasetID: h5py.Dataset}
+            return wrap.get(type(item), h5py.Datatype)(item)
+    if not exists:
         raise ValueError(
             f"{path} must hold {place}, got {short_list(names_of(group, path))} in "
             f"{group.name}; add it or choose another data set."
         )
-    if isinstance(link, h5py.ExternalLink):
-        check_inside(pathlib.Path(os.fsdecode(link.filename)), path, place)
+    return _linked(group, name, path, place)
+
+
+def _linked(group: Any, name: str, path: pathlib.Path, place: str) -> Any:
+    """Returns the target of a soft or external link, which must be in the folder of `path`."""
+    with reading(path, f"the link {place}"):
+        file = getattr(group.get(name, getlink=True), "filename", None)
+    if file is not None:
+        check_inside(pathlib.Path(os.fsdecode(file)), path, place)
     with reading(path, place):
         found = group[name]
         file = pathlib.Path(os.fsdecode(found.file.filename))
-    if file != path:  # a soft link may lead through an external one
-        check_inside(file, path, place)
+    check_inside(file.resolve(), path, place)  # a soft link may lead through an external one
     return found
 
 
 def check_inside(file: pathlib.Path, path: pathlib.Path, place: str) -> None:
     """Raises a ValueError if a file to which `place` of `path` refers is outside its folder."""
     folder = path.parent.resolve()
-    if not (path.parent / file).resolve().is_relative_to(folder):
+    if not (path.parent.resolve() / file).resolve().is_relative_to(folder):
         raise ValueError(
             f"{path}: {place} refers to {file}, outside the folder of the data set; copy the "
             "data into the file."
@@ -68,9 +81,24 @@ def check_inside(file: pathlib.Path, path: pathlib.Path, place: str) -> None:
 
 
 def names_of(group: Any, path: pathlib.Path) -> list[str]:
-    """Returns the names of a group's children."""
+    """Returns the names of a group's children; ValueError if it is no group."""
+    if not isinstance(group, import_h5py().Group):
+        raise ValueError(f"{path}: {group.name} must be a group; restore the file.")
     with reading(path, f"the list of {group.name}"):
         return list(group)
+
+
+def num_rows(group: Any, name: str, path: pathlib.Path) -> int:
+    """Returns the size of the first axis of a data set inside a group; 0 for a single value.
+
+    Raises:
+      ValueError: it is missing, or a group.
+    """
+    item = child(group, name, path)
+    if not isinstance(item, import_h5py().Dataset):
+        raise ValueError(f"{path}: {item.name} must be an array [T, …], got a group; restore it.")
+    with reading(path, item.name):
+        return int(item.shape[0]) if item.shape else 0
 
 
 def short_list(names: list[str]) -> str:
@@ -170,7 +198,7 @@ def read_all(dataset: Any, path: pathlib.Path) -> np.ndarray:
     check_dataset(dataset, path)
     with reading(path, dataset.name):
         if h5py.check_string_dtype(dataset.dtype) is not None:
-            return np.array(dataset.asstr()[()], dtype=np.str_)
+            return np.array(dataset.asstr("utf-8")[()], dtype=np.str_)
         return dataset[()]
 
 

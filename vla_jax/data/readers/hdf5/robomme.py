@@ -70,20 +70,18 @@ def open(path: pathlib.Path, *, split: str | None = None) -> RawDataset:
     files = hdf5_paths(path)
     if not files:
         raise FileNotFoundError(f"{path} must hold HDF5 files (.hdf5, .h5), got none.")
-    opened, places, lengths, texts = OpenFiles(), [], [], []
+    opened, places, lengths = OpenFiles(), [], []
     for number, file in enumerate(files):
         root = opened.get(file)
         prefix = f"{number}/" if len(files) > 1 else ""
         for group in _episodes(root, file):
-            episode = child(root, group, file)
-            places.append(EpisodePlace(prefix + group, number, group))
-            lengths.append(_length(episode, file))
-            texts.append(_goal(episode, file))
+            length, goal = _summary(root, group, file)
+            places.append(EpisodePlace(prefix + group, number, group, goal))
+            lengths.append(length)
     if not places:
         raise ValueError(f"{path} must hold at least one episode, got none.")
     index = EpisodeIndex(
-        "robomme", tuple(files), places, np.array(lengths, np.int64), tuple(texts), FPS,
-        ACTION, (), opened,
+        "robomme", tuple(files), places, np.array(lengths, np.int64), FPS, ACTION, (), opened,
     )  # fmt: skip
     return make_source(path, index, Storage(_inspect, _column, _images))
 
@@ -103,13 +101,18 @@ def _episodes(root: Any, file: pathlib.Path) -> list[str]:
     return found
 
 
-def _length(episode: Any, file: pathlib.Path) -> int:
-    """Returns the number of steps, without a look at their names."""
-    with reading(file, episode.name):
-        length = len(episode) - ("setup" in episode)
-    if length < 1:
-        raise ValueError(f"{file}: {episode.name} must hold timestep_0, …, got no step.")
-    return length
+def _summary(root: Any, group: str, file: pathlib.Path) -> tuple[int, str]:
+    """Returns number of steps, without a look at their names, and instruction of an episode.
+
+    Zero steps mean that the episode cannot be read.
+    """
+    try:
+        episode = child(root, group, file)
+        goal = _goal(episode, file)
+        with reading(file, episode.name):
+            return max(0, len(episode) - ("setup" in episode)), goal
+    except ValueError:
+        return 0, ""
 
 
 def _goal(episode: Any, file: pathlib.Path) -> str:
@@ -133,11 +136,12 @@ def _steps(episode: Any, file: pathlib.Path, length: int) -> list[Any]:
     return names
 
 
-def _inspect(
-    episode: Any, file: pathlib.Path, length: int, skip: tuple[str, ...]
-) -> EpisodeContent:
+def _inspect(episode: Any, file: pathlib.Path, length: int, index: EpisodeIndex) -> EpisodeContent:
     """Returns the types of the keys of the last step, and of the first where these are missing."""
+    _goal(episode, file)
     names = _steps(episode, file, length)
+    if not names:
+        raise ValueError(f"{file}: {episode.name} must hold {STEP}0, …, got no step; leave it out.")
     content = EpisodeContent({}, {})
     for name in dict.fromkeys((names[-1], names[0])):
         for key, dataset in walk(child(episode, name, file), file).items():

@@ -1,5 +1,6 @@
 """Raw view of episodes each of which is one HDF5 group with one data set per key."""
 
+import contextlib
 import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +17,14 @@ from vla_jax.data.readers.hdf5.hdf5_objects import (
     child,
     feature,
     is_image,
+    num_rows,
     read_all,
     read_steps,
     walk,
 )
 from vla_jax.data.still_images import StillImages
 
+MAX_TRIES = 32  # damaged episodes at the start
 PER_STEP = ("obs", "next_obs", "observations", "action", "actions", "action_dict", "rewards",
             "dones", "states", "robot_states")  # fmt: skip
 
@@ -32,6 +35,7 @@ class EpisodePlace(NamedTuple):
     name: str  # of the episode in the raw view
     file: int  # index in `EpisodeIndex.files`
     group: str  # path of the group inside the file
+    instruction: str
 
 
 class EpisodeIndex(NamedTuple):
@@ -40,8 +44,7 @@ class EpisodeIndex(NamedTuple):
     kind: str  # key of READERS
     files: tuple[pathlib.Path, ...]
     places: Sequence[EpisodePlace]
-    lengths: np.ndarray  # [E] int64
-    instructions: tuple[str, ...]  # one per file
+    lengths: np.ndarray  # [E] int64, 0 for an episode that cannot be read
     fps: float | None  # Hz
     actions: str  # key whose rows are the steps
     skip: tuple[str, ...]  # children of an episode's group that are not per step
@@ -73,6 +76,10 @@ class EpisodeLazy(Lazy[Any]):
         self._others = tuple(others)
         self._place = place
 
+    def __contains__(self, key: object) -> bool:
+        """Returns True for a key of this episode."""
+        return key in self._keys
+
     def __getitem__(self, key: str) -> Any:
         """Computes the value of a key.
 
@@ -91,8 +98,8 @@ class EpisodeLazy(Lazy[Any]):
 class Storage(NamedTuple):
     """One way to store an episode in a group."""
 
-    # (group, file, T, skip) -> types of its keys
-    inspect: Callable[[Any, pathlib.Path, int, tuple[str, ...]], EpisodeContent]
+    # (group, file, T, index) -> types of its keys
+    inspect: Callable[[Any, pathlib.Path, int, EpisodeIndex], EpisodeContent]
     # (index, episode, key) -> [T, ...]
     column: Callable[[EpisodeIndex, int, str], np.ndarray]
     # (index, episode, key, ascending distinct steps [n]) -> [n, h, w, 3] uint8
@@ -102,18 +109,20 @@ class Storage(NamedTuple):
 def make_source(path: pathlib.Path, index: EpisodeIndex, storage: Storage) -> RawDataset:
     """Returns the raw view of an index; reads the types of the first episode.
 
+    An episode that cannot be read raises its error when it is indexed.
+
     Args:
       path: file or folder of the data set.
       index: its episodes, at least one.
       storage: functions of the layout.
 
     Raises:
-      ValueError: the first episode is damaged.
+      ValueError: the first episodes are damaged.
     """
-    first = inspect_episode(index, 0, storage)
+    first = _first_content(index, storage)
     root = path if path.is_dir() else path.parent
     sizes = tuple((str(file.relative_to(root)), file.stat().st_size) for file in index.files)
-    names = tuple(place.name for place in index.places)
+    names = tuple((place.name, place.instruction) for place in index.places)
     return RawDataset(
         kind=index.kind,
         path=path,
@@ -124,7 +133,7 @@ def make_source(path: pathlib.Path, index: EpisodeIndex, storage: Storage) -> Ra
         columns=first.columns,
         images=first.images,
         fps=index.fps,
-        fingerprint=digest(index.kind, sizes, names, index.lengths, index.instructions),
+        fingerprint=digest(index.kind, sizes, names, index.lengths),
     )
 
 
@@ -135,6 +144,14 @@ def group_of(index: EpisodeIndex, episode: int) -> tuple[Any, pathlib.Path]:
     return child(index.opened.get(path), place.group, path), path
 
 
+def _first_content(index: EpisodeIndex, storage: Storage) -> EpisodeContent:
+    """Returns the types of the first episode that can be read, of the first few."""
+    for episode in range(min(len(index.places), MAX_TRIES)):
+        with contextlib.suppress(ValueError):
+            return inspect_episode(index, episode, storage)
+    return inspect_episode(index, 0, storage)
+
+
 def inspect_episode(index: EpisodeIndex, episode: int, storage: Storage) -> EpisodeContent:
     """Returns the types of an episode's keys.
 
@@ -142,7 +159,7 @@ def inspect_episode(index: EpisodeIndex, episode: int, storage: Storage) -> Epis
       ValueError: the episode is damaged; its actions are not numbers.
     """
     group, path = group_of(index, episode)
-    content = storage.inspect(group, path, int(index.lengths[episode]), index.skip)
+    content = storage.inspect(group, path, int(index.lengths[episode]), index)
     if index.actions not in content.columns or content.columns[index.actions].dtype == "str":
         raise ValueError(
             f"{path}: {group.name}/{index.actions} must be an array of numbers; leave the episode "
@@ -152,7 +169,7 @@ def inspect_episode(index: EpisodeIndex, episode: int, storage: Storage) -> Epis
 
 
 def inspect_group(
-    group: Any, path: pathlib.Path, length: int, skip: tuple[str, ...]
+    group: Any, path: pathlib.Path, length: int, index: EpisodeIndex
 ) -> EpisodeContent:
     """Returns the types of the data sets of an episode that have one row per step.
 
@@ -160,9 +177,15 @@ def inspect_group(
     as a whole; they are left out.
 
     Raises:
-      ValueError: `num_samples` is not the number of actions; an observation, action, reward or
-        state has another number of rows.
+      ValueError: no steps; `num_samples` is not the number of actions; an observation, action,
+        reward or state has another number of rows.
     """
+    if not length:
+        num_rows(group, index.actions, path)  # explains what is missing
+        raise ValueError(
+            f"{path}: {group.name}/{index.actions} must have at least one step, got none; leave "
+            "the episode out."
+        )
     samples = attribute(group, "num_samples", path)
     if samples is not None and not np.array_equal(samples, length):
         raise ValueError(
@@ -170,7 +193,7 @@ def inspect_group(
             f"{length}, got {samples!r:.40}; correct the attribute."
         )
     content = EpisodeContent({}, {})
-    for key, dataset in walk(group, path, skip=skip).items():
+    for key, dataset in walk(group, path, skip=index.skip).items():
         with reading(path, dataset.name):
             rows = dataset.shape[0] if dataset.shape else None
             kind = feature(dataset) if rows == length else None
@@ -180,6 +203,7 @@ def inspect_group(
                 f"{rows if rows is not None else 'a single value'}; leave the episode out."
             )
         if kind is not None:
+            check_dataset(dataset, path)  # bounds the number of steps by what is on disk
             (content.images if is_image(kind) else content.columns)[key] = kind
     return content
 
@@ -189,7 +213,7 @@ def make_episode(
 ) -> RawEpisode:
     """Returns the episode at an index."""
     place, length = index.places[episode], int(index.lengths[episode])
-    content = first if episode == 0 else inspect_episode(index, episode, storage)
+    content = inspect_episode(index, episode, storage)
     where = f"{index.files[place.file]}: {place.group or '/'}"
     images = functools.partial(_images, index, episode, content.images, storage)
     return RawEpisode(
@@ -201,7 +225,7 @@ def make_episode(
             where,
         ),
         images=EpisodeLazy(list(content.images), images, list(first.images), where),
-        instructions=(index.instructions[place.file],) * length,
+        instructions=(place.instruction,) * length,
         timestamps=np.arange(length) / (index.fps or 1.0),
     )
 
