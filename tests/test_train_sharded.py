@@ -6,7 +6,6 @@ import shutil
 import socket
 import subprocess
 import sys
-from functools import partial
 
 import jax
 import numpy as np
@@ -24,6 +23,7 @@ from vla_jax.data import token_files
 from vla_jax.policies import policy
 from vla_jax.runs import load_run
 from vla_jax.training import checkpoint, optim, parallel
+from vla_jax.training.logs import read_metrics
 from vla_jax.training.loop import LoopConfig
 from vla_jax.training.update import init_train_state
 from vla_jax.trees import leaves_by_path
@@ -192,5 +192,19 @@ def test_two_processes_train_and_cache_what_one_does(demos, tmp_path):
         files = [folder / f"shard_{shard:05d}/tokens.npy" for folder in caches]
         np.testing.assert_allclose(*map(np.load, files), atol=1e-5)
     for name in ("whole", "cached"):
-        runs = [load_run(tmp_path / count / name).params for count in ("two", "one")]
-        jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-4), *runs)
+        assert_same_training(tmp_path / "two" / name, tmp_path / "one" / name)
+
+
+def assert_same_training(one, other):
+    first, second = (read_metrics(folder / "metrics.jsonl") for folder in (one, other))
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(
+            [line[name] for line in first], [line[name] for line in second], rtol=1e-5
+        )
+    first, second = (leaves_by_path(load_run(folder).params) for folder in (one, other))
+    assert first.keys() == second.keys()
+    for path, leaf in first.items():
+        # A softmax does not depend on the bias of the keys: its gradient is rounding, which Adam
+        # scales to the learning rate.
+        atol = 1e-2 if path.endswith("key/bias") else 1e-4
+        np.testing.assert_allclose(leaf, second[path], rtol=0, atol=atol, err_msg=path)
