@@ -22,6 +22,7 @@ TASKS_PATH = "meta/tasks.parquet"
 EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+INDEX_KEYS = ("timestamp", "frame_index", "episode_index", "index", "task_index")  # in every set
 FEATURE_KEYS = {  # field -> the feature's key on disk
     "image_primary": "observation.images.primary",
     "image_wrist": "observation.images.wrist",

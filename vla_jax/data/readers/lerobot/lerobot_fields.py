@@ -8,6 +8,7 @@ from vla_jax.data.raw import Feature, RawDataset
 from vla_jax.data.readers.fields import FieldMap, GripperRange
 from vla_jax.data.readers.lerobot.info import read_info
 from vla_jax.data.readers.lerobot.modality import Modality, NamedSlice, read_modality
+from vla_jax.data.readers.lerobot.stored_fields import read_fields
 
 PRIMARY = (  # parts of names of a third-person camera, the best first
     "primary", "image", "top", "front", "agentview", "static", "high", "head", "base", "main",
@@ -69,9 +70,14 @@ def suggest_fields(raw: RawDataset) -> FieldMap:
     Args:
       raw: from `open_lerobot`.
 
+    A converted data set states its fields itself.
+
     Raises:
       ValueError: `meta/modality.json` contradicts the data set.
     """
+    stated = read_fields(raw.path)
+    if stated is not None:
+        return stated
     modality = read_modality(raw.path, raw.columns, raw.images)
     columns = {name: keys for name in KEYS if (keys := _keys(name, raw.columns))}
     if modality.state:

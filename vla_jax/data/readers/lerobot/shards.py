@@ -43,15 +43,14 @@ def append_rows(
     Args:
       root: folder of the data set.
       table: result of the previous call, None at first.
-      columns: key -> `[T]` or `[T, D]`.
+      columns: key -> `[T, ...]` numbers or texts.
 
     Returns:
       The current file; the caller closes its `writer` after the last call.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rows = pa.table({key: _arrow(column) for key, column in columns.items()})
+    rows = arrow_table(columns)
     if table and table.path.stat().st_size > DATA_MB * 2**20:
         table.writer.close()
         table = _next_table(root, rows.schema, table.file_index + 1, pq)
@@ -75,12 +74,17 @@ def append_frames(
     Returns:
       The current file; the caller closes it with `close_video` after the last call.
     """
-    import av
-
+    size = images.shape[1:3]
     if video and video.num_bytes > VIDEO_MB * 2**20:
         close_video(video)
-        video = _next_video(root, key, video.file_index + 1, images.shape[1:3], fps)
-    video = video or _next_video(root, key, 0, images.shape[1:3], fps)
+        video = new_video(root, key, video.file_index + 1, size, fps)
+    return encode(video or new_video(root, key, 0, size, fps), images)
+
+
+def encode(video: Video, images: np.ndarray) -> Video:
+    """Appends images `[n, h, w, 3]` uint8 to an open file."""
+    import av
+
     num_bytes = video.num_bytes
     for image in images:
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
@@ -108,18 +112,46 @@ def _next_table(root: pathlib.Path, schema: Any, file_index: int, pq: Any) -> Ta
     return Table(writer, path, file_index)
 
 
-def _arrow(column: np.ndarray) -> Any:
-    """Returns an Arrow array: numbers for scalars, fixed-size lists for vectors, as in lerobot."""
+def arrow_table(columns: Mapping[str, np.ndarray]) -> Any:
+    """Returns an Arrow table of columns `[T, ...]`."""
     import pyarrow as pa
 
-    if column.ndim == 1 or column.shape[1] == 1:
-        return pa.array(column.reshape(-1))
-    return pa.FixedSizeListArray.from_arrays(pa.array(column.reshape(-1)), column.shape[1])
+    return pa.table({key: _arrow(column) for key, column in columns.items()})
 
 
-def _next_video(
+def _arrow(column: np.ndarray) -> Any:
+    """Returns an Arrow array with lerobot's types.
+
+    Scalars are plain values, vectors are lists of a fixed size, matrices lists of lists.
+    """
+    import pyarrow as pa
+
+    is_text = column.dtype.kind == "U"
+    flat = column.reshape(-1)
+    values = pa.array(flat.tolist(), pa.string()) if is_text else pa.array(flat)
+    if column.ndim == 1 or column.shape[1:] == (1,):
+        return values
+    if column.ndim == 2:
+        return pa.FixedSizeListArray.from_arrays(values, column.shape[1])
+    for size in column.shape[:0:-1]:
+        values = pa.ListArray.from_arrays(
+            pa.array(range(0, len(values) + 1, size), pa.int32()), values
+        )
+    return values
+
+
+def new_video(
     root: pathlib.Path, key: str, file_index: int, size: tuple[int, int], fps: float
 ) -> Video:
+    """Creates the n-th video of a camera.
+
+    Args:
+      root: folder of the data set.
+      key: the camera's key on disk.
+      file_index: n.
+      size: (h, w) in pixels.
+      fps: frames per second, Hz.
+    """
     import av
 
     path = root / layout.VIDEO_PATH.format(video_key=key, **place(file_index))

@@ -7,22 +7,35 @@ import numpy as np
 
 Stats = dict[str, np.ndarray]
 QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
+MAX_NUMBERS = 1024  # of one step; statistics of a depth image would exceed its data
 SAMPLED_FRAMES = 8  # images per episode used for its statistics
 
 
 def column_stats(columns: Mapping[str, np.ndarray]) -> dict[str, Stats]:
-    """Returns statistics `[D]` of each column `[T]` or `[T, D]` of an episode."""
+    """Returns statistics `[...]` of each column `[T, ...]` of an episode, `[1]` of scalars.
+
+    Texts and columns of more than `MAX_NUMBERS` numbers per step have none.
+    """
+    columns = {
+        key: column
+        for key, column in columns.items()
+        if column.dtype.kind != "U" and column[:1].size <= MAX_NUMBERS
+    }
     parts = [np.reshape(column, (len(column), -1)) for column in columns.values()]
     values = np.concatenate(parts, axis=1, dtype=np.float64)  # one quantile call for all columns
-    quantiles = np.quantile(values, list(QUANTILES.values()), axis=0)
-    moments = {"min": values.min(0), "max": values.max(0), "mean": values.mean(0)}
-    moments |= {"std": values.std(0), **dict(zip(QUANTILES, quantiles, strict=True))}
+    with np.errstate(invalid="ignore"):  # of infinite values
+        quantiles = np.quantile(values, list(QUANTILES.values()), axis=0)
+        moments = {"min": values.min(0), "max": values.max(0), "mean": values.mean(0)}
+        moments |= {"std": values.std(0), **dict(zip(QUANTILES, quantiles, strict=True))}
     cuts = np.cumsum([part.shape[1] for part in parts])[:-1]
     split = {name: np.split(value, cuts) for name, value in moments.items()}
     count = np.array([len(values)])
     return {
-        key: {**{name: value[i] for name, value in split.items()}, "count": count}
-        for i, key in enumerate(columns)
+        key: {
+            **{name: np.reshape(v[i], column.shape[1:] or 1) for name, v in split.items()},
+            "count": count,
+        }
+        for i, (key, column) in enumerate(columns.items())
     }
 
 

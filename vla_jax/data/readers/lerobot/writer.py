@@ -5,7 +5,6 @@ looks like a data set.
 """
 
 import errno
-import json
 import pathlib
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +14,16 @@ from typing import Any
 import numpy as np
 
 from vla_jax.data.dataset import CAMERAS, COLUMNS, Episode, check_episode
+from vla_jax.data.raw import Feature
 from vla_jax.data.readers.lerobot import layout, shards, stats
+from vla_jax.data.readers.lerobot.episode_rows import (
+    index_columns,
+    position_row,
+    stats_row,
+    video_row,
+    write_rows,
+)
+from vla_jax.data.readers.lerobot.features import features_json, write_description
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -57,14 +65,24 @@ def write(
     first = next(episodes, None)
     if first is None:
         raise ValueError("episodes must hold at least one episode, got none; record some first.")
-    _require_packages()
+    require_packages()
     partial = root.with_name(root.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         features = _features(first, fps, names or {})
         rows, tasks = _write_episodes(partial, chain([first], episodes), fps)
-        _write_meta(partial, rows, tasks, features, fps, robot_type)
+        write_rows(partial, 0, rows)
+        write_description(
+            partial,
+            features,
+            list(tasks),
+            {key: stats.total_stats(rows, key) for key in features},
+            num_episodes=len(rows),
+            num_frames=rows[-1]["dataset_to_index"],
+            fps=fps,
+            robot_type=robot_type,
+        )
     except OSError as error:
         if error.errno not in DISK_FULL:  # from the caller's iterator, with a more precise message
             raise
@@ -73,14 +91,19 @@ def write(
             f"data set {root} could not be written ({error.strerror}), an earlier one is "
             "unchanged; free space and record again.",
         ) from error
+    replace(root, partial)
+    return root
+
+
+def replace(root: pathlib.Path, finished: pathlib.Path) -> None:
+    """Gives a finished folder the name `root`; a data set of this name is deleted."""
     if root.exists():
         replaced = root.with_name(root.name + ".old")
         root.rename(replaced)
-        partial.rename(root)
+        finished.rename(root)
         shutil.rmtree(replaced)
     else:
-        partial.rename(root)
-    return root
+        finished.rename(root)
 
 
 def _write_episodes(
@@ -95,16 +118,19 @@ def _write_episodes(
         for index, episode in enumerate(episodes):
             first = first or episode
             _check(episode, index, first)
-            task_index = tasks.setdefault(episode.instruction, len(tasks))
-            columns = _columns(episode, index, task_index, total, fps)
+            length, task = len(episode.action), episode.instruction
+            task_index = np.full(length, tasks.setdefault(task, len(tasks)))
+            columns = _numbers(episode) | index_columns(index, total, task_index, fps)
             table = shards.append_rows(root, table, columns)
-            row = _episode_row(episode, index, total, table.file_index, columns)
+            row = position_row(index, total, length, [task], table.file_index, 0)
+            row |= stats_row(stats.column_stats(columns))
             for key, images in _images(episode).items():
                 video = shards.append_frames(root, videos.get(key), key, images, fps)
-                row |= _video_row(key, video, len(images), fps)
+                row |= stats_row({key: stats.image_stats(images)})
+                row |= video_row(key, video, length, fps)
                 videos[key] = video
             rows.append(row)
-            total += len(episode.action)
+            total += length
     finally:
         if table:
             table.writer.close()
@@ -113,7 +139,8 @@ def _write_episodes(
     return rows, tasks
 
 
-def _require_packages() -> None:
+def require_packages() -> None:
+    """Raises an ImportError that names the extra, if pyarrow or PyAV is missing."""
     try:
         import av  # noqa: F401
         import pyarrow  # noqa: F401
@@ -137,52 +164,13 @@ def _images(episode: Episode) -> dict[str, np.ndarray]:
     return {layout.FEATURE_KEYS[name]: images[name] for name in CAMERAS if name in images}
 
 
-def _columns(
-    episode: Episode, index: int, task_index: int, total: int, fps: float
-) -> dict[str, np.ndarray]:
+def _numbers(episode: Episode) -> dict[str, np.ndarray]:
     """Returns key on disk -> Parquet column of one episode."""
-    steps = np.arange(len(episode.action))
     numbers = {**episode.observation, "action": episode.action}
     return {
-        **{
-            layout.FEATURE_KEYS[name]: np.asarray(numbers[name], np.float32)
-            for name in COLUMNS
-            if name in numbers
-        },
-        "timestamp": (steps / fps).astype(np.float32),
-        "frame_index": steps,
-        "episode_index": np.full_like(steps, index),
-        "index": steps + total,
-        "task_index": np.full_like(steps, task_index),
-    }
-
-
-def _episode_row(
-    episode: Episode, index: int, total: int, data_file: int, columns: Mapping[str, np.ndarray]
-) -> dict[str, Any]:
-    """Returns the metadata of one episode, with lerobot's column names."""
-    row = stats.column_stats(columns)
-    row |= {key: stats.image_stats(images) for key, images in _images(episode).items()}
-    place = shards.place(data_file)
-    return {
-        "episode_index": index,
-        "tasks": [episode.instruction],
-        "length": len(episode.action),
-        **{f"data/{field}": value for field, value in place.items()},
-        "dataset_from_index": total,
-        "dataset_to_index": total + len(episode.action),
-        **{f"stats/{key}/{s}": v.tolist() for key, fs in row.items() for s, v in fs.items()},
-        "meta/episodes/chunk_index": 0,
-        "meta/episodes/file_index": 0,
-    }
-
-
-def _video_row(key: str, video: shards.Video, length: int, fps: float) -> dict[str, Any]:
-    place = shards.place(video.file_index)
-    return {
-        **{f"videos/{key}/{field}": value for field, value in place.items()},
-        f"videos/{key}/from_timestamp": (video.num_frames - length) / fps,
-        f"videos/{key}/to_timestamp": video.num_frames / fps,
+        layout.FEATURE_KEYS[name]: np.asarray(numbers[name], np.float32)
+        for name in COLUMNS
+        if name in numbers
     }
 
 
@@ -190,93 +178,12 @@ def _features(
     first: Episode, fps: float, names: Mapping[str, Sequence[str]]
 ) -> dict[str, dict[str, Any]]:
     """Returns `features` of info.json: dtype, shape and names of every per-frame value."""
-    numbers = {**first.observation, "action": first.action}
-    features = {}
-    for name, key in layout.FEATURE_KEYS.items():
-        if name in CAMERAS and name in numbers:
-            features[key] = _video_feature(numbers[name].shape[1:], fps)
-        elif name in numbers:
-            labels = list(names[name]) if name in names else None
-            shape = list(numbers[name].shape[1:])
-            features[key] = {"dtype": "float32", "shape": shape, "names": labels}
-    for key in ("timestamp", "frame_index", "episode_index", "index", "task_index"):
-        dtype = "float32" if key == "timestamp" else "int64"
-        features[key] = {"dtype": dtype, "shape": [1], "names": None}
-    return features
-
-
-def _video_feature(shape: tuple[int, ...], fps: float) -> dict[str, Any]:
-    height, width, channels = shape
-    return {
-        "dtype": "video",
-        "shape": [height, width, channels],
-        "names": ["height", "width", "channels"],
-        "info": {
-            "video.height": height,
-            "video.width": width,
-            "video.channels": channels,
-            "video.codec": shards.CODEC_NAME,
-            "video.pix_fmt": shards.PIXELS,
-            "video.is_depth_map": False,
-            "video.fps": _rate(fps),
-            "has_audio": False,
-        },
+    labels = {layout.FEATURE_KEYS[name]: tuple(value) for name, value in names.items()}
+    columns = {
+        key: Feature("float32", column.shape[1:], labels.get(key, ()))
+        for key, column in _numbers(first).items()
     }
-
-
-def _rate(fps: float) -> int | float:
-    return int(fps) if float(fps).is_integer() else float(fps)
-
-
-def _write_meta(
-    root: pathlib.Path,
-    rows: Sequence[Mapping[str, Any]],
-    tasks: Mapping[str, int],
-    features: Mapping[str, Any],
-    fps: float,
-    robot_type: str,
-) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    info = {
-        "codebase_version": layout.VERSION,
-        "robot_type": robot_type,
-        "total_episodes": len(rows),
-        "total_frames": rows[-1]["dataset_to_index"],
-        "total_tasks": len(tasks),
-        "chunks_size": shards.CHUNK_FILES,
-        "data_files_size_in_mb": shards.DATA_MB,
-        "video_files_size_in_mb": shards.VIDEO_MB,
-        "fps": _rate(fps),
-        "splits": {"train": f"0:{len(rows)}"},
-        "data_path": layout.DATA_PATH,
-        "video_path": layout.VIDEO_PATH,
-        "features": features,
-    }
-    totals = {key: stats.total_stats(rows, key) for key in features}
-    episodes = root / layout.EPISODES_PATH.format(chunk_index=0, file_index=0)
-    episodes.parent.mkdir(parents=True)
-    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), episodes)
-    pq.write_table(_task_table(tasks), root / layout.TASKS_PATH)
-    (root / layout.STATS_PATH).write_text(json.dumps(totals, indent=4))
-    (root / layout.INFO_PATH).write_text(json.dumps(info, indent=4))
-
-
-def _task_table(tasks: Mapping[str, int]) -> Any:
-    """Returns the task table that lerobot reads: the text is the index of a pandas frame."""
-    import pyarrow as pa
-
-    def column(name: str, pandas_type: str, numpy_type: str) -> dict[str, Any]:
-        types = {"pandas_type": pandas_type, "numpy_type": numpy_type}
-        return {"name": name, "field_name": name, **types, "metadata": None}
-
-    pandas = {
-        "index_columns": ["task"],
-        "column_indexes": [],
-        "columns": [column("task_index", "int64", "int64"), column("task", "unicode", "object")],
-        "creator": {"library": "pyarrow", "version": pa.__version__},
-        "pandas_version": "2.0.0",
-    }
-    table = pa.table({"task_index": list(tasks.values()), "task": list(tasks)})
-    return table.replace_schema_metadata({"pandas": json.dumps(pandas)})
+    images = {key: Feature("uint8", value.shape[1:]) for key, value in _images(first).items()}
+    described = features_json(columns, images, fps)
+    order = [key for key in layout.FEATURE_KEYS.values() if key in described]
+    return {key: described[key] for key in (*order, *layout.INDEX_KEYS)}
