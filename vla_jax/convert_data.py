@@ -101,6 +101,12 @@ def convert_data(
             overwrite=config.overwrite,
             show=show,
         )
+    if converted.num_shifted and raw.fps:
+        warnings.warn(
+            f"timestamps of {converted.num_shifted} episodes differ from steps / {plan.fps:g} Hz; "
+            "the converted ones are steps / fps.",
+            stacklevel=2,
+        )
     if converted.bad:
         index, sentence = next(iter(converted.bad.items()))
         warnings.warn(

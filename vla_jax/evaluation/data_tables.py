@@ -62,7 +62,9 @@ def assumptions(report: Mapping[str, Any]) -> dict[str, str]:
         else "none",
         "images": "upside down, to be rotated" if assumed["rotate_images"] else "upright",
         "robot": assumed["robot"] or "generic",
-        "rate": f"{number(assumed['fps'])} Hz stated, {number(rate)} Hz by the timestamps",
+        "rate": f"{number(assumed['fps'])} Hz stated, {number(rate)} Hz by the timestamps"
+        if assumed["fps"]
+        else "not stated",
     }
 
 

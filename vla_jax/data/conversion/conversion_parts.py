@@ -20,19 +20,20 @@ from vla_jax.files import write_json
 
 PART_FRAMES, MAX_PARTS = 2000, 256  # frames of a part, at least; parts, at most
 TASKS = "vla_jax.task"  # column of the texts in the Parquet file of a part
+SHIFT = "shift"  # entry of an episode: largest distance of a timestamp to steps / fps, s
 _FRAMES = 64  # decoded at a time
 
 _NUMPY = {"float32": np.float32, "int64": np.int64, "bool": np.bool_, "string": np.str_}
 
 
-class Part(NamedTuple):
+class EpisodePart(NamedTuple):
     """Consecutive episodes."""
 
     index: int  # number of the part and of its files
     episodes: range  # indices in the source
 
 
-class EpisodeError(ValueError):
+class ConversionError(ValueError):
     """An episode of the source that cannot be converted."""
 
     def __init__(self, index: int, sentence: str) -> None:
@@ -44,14 +45,14 @@ class EpisodeError(ValueError):
         return f"episode {self.index} cannot be converted: {self.sentence}"
 
 
-def make_parts(lengths: np.ndarray) -> list[Part]:
+def make_parts(lengths: np.ndarray) -> list[EpisodePart]:
     """Divides episodes of the given lengths `[E]`; the result depends on nothing else."""
     wanted = max(PART_FRAMES, -(-int(lengths.sum()) // MAX_PARTS))
     parts, start, frames = [], 0, 0
     for index, length in enumerate(lengths.tolist(), 1):
         frames += length
         if frames >= wanted or index == len(lengths):
-            parts.append(Part(len(parts), range(start, index)))
+            parts.append(EpisodePart(len(parts), range(start, index)))
             start, frames = index, 0
     return parts
 
@@ -67,7 +68,7 @@ def facts_path(root: pathlib.Path, part: int) -> pathlib.Path:
 
 
 def write_part(
-    root: pathlib.Path, raw: RawDataset, plan: Plan, part: Part, *, skip_bad: bool
+    root: pathlib.Path, raw: RawDataset, plan: Plan, part: EpisodePart, *, skip_bad: bool
 ) -> int:
     """Converts the episodes of a part; an unfinished attempt is replaced.
 
@@ -82,7 +83,7 @@ def write_part(
       Number of episodes left out.
 
     Raises:
-      EpisodeError: an episode cannot be read.
+      ConversionError: an episode cannot be read.
       OSError: the disk is full.
     """
     bad: dict[int, str] = {}
@@ -90,7 +91,7 @@ def write_part(
         kept = [index for index in part.episodes if index not in bad]
         try:
             rows = _write(root, raw, plan, part.index, kept)
-        except EpisodeError as error:
+        except ConversionError as error:
             if not skip_bad:
                 raise
             bad[error.index] = error.sentence
@@ -120,7 +121,8 @@ def _write(
         for index in episodes:
             episode = _open(raw, index)
             columns, tasks = _columns(raw, plan, index, episode)
-            row = {"length": len(tasks)} | stats_row(stats.column_stats(columns))
+            row = {"length": len(tasks), SHIFT: _shift(episode, plan.fps)}
+            row |= stats_row(stats.column_stats(columns))
             for key, camera in plan.cameras.items():
                 images = _images(plan, index, episode, camera, key, len(tasks))
                 if key not in videos:
@@ -148,7 +150,7 @@ def _open(raw: RawDataset, index: int) -> RawEpisode:
     try:
         return raw.episodes[index]
     except (ValueError, OSError, LookupError) as error:
-        raise EpisodeError(index, _sentence(error)) from error
+        raise ConversionError(index, _sentence(error)) from error
 
 
 def _columns(
@@ -160,13 +162,19 @@ def _columns(
         columns = {key: _column(plan, key, episode.columns) for key in plan.columns}
         tasks = np.array(list(episode.instructions), np.str_)
     except (ValueError, OSError, LookupError) as error:
-        raise EpisodeError(index, _sentence(error)) from error
+        raise ConversionError(index, _sentence(error)) from error
     for key, values in {**columns, TASKS: tasks}.items():
         if len(values) != length or not length:
-            raise EpisodeError(
+            raise ConversionError(
                 index, f"{key} must have {max(length, 1)} steps, got {len(values)}; repair it."
             )
     return columns, tasks
+
+
+def _shift(episode: RawEpisode, fps: float) -> float:
+    """Returns the largest distance of the timestamps to those of the converted episode, s."""
+    distances = np.abs(episode.timestamps - np.arange(len(episode.timestamps)) / fps)
+    return float(np.nan_to_num(distances, nan=np.inf).max(initial=0.0))
 
 
 def _column(plan: Plan, key: str, source: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -184,11 +192,11 @@ def _images(
     try:
         images = episode.images[camera]
     except (ValueError, OSError, LookupError) as error:
-        raise EpisodeError(index, _sentence(error)) from error
+        raise ConversionError(index, _sentence(error)) from error
     shape = (length, *plan.image_features[key].shape)
     if tuple(images.shape) != shape:
         sentence = f"camera {camera} must have the shape {shape}, got {images.shape}; resize it."
-        raise EpisodeError(index, sentence)
+        raise ConversionError(index, sentence)
     return images
 
 
@@ -202,7 +210,7 @@ def _read(index: int, images: RawImages, steps: slice | np.ndarray) -> np.ndarra
     try:
         return images[steps]
     except (ValueError, OSError, LookupError) as error:
-        raise EpisodeError(index, _sentence(error)) from error
+        raise ConversionError(index, _sentence(error)) from error
 
 
 def _sentence(error: Exception) -> str:

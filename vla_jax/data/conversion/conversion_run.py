@@ -19,8 +19,9 @@ import numpy as np
 
 from vla_jax.config import differences
 from vla_jax.data.conversion.conversion_parts import (
+    SHIFT,
     TASKS,
-    Part,
+    EpisodePart,
     facts_path,
     make_parts,
     table_path,
@@ -47,6 +48,7 @@ class Converted(NamedTuple):
     root: pathlib.Path
     num_episodes: int
     num_frames: int
+    num_shifted: int  # episodes with timestamps that differ from steps / fps by over half a step
     bad: dict[int, str]  # index in the source of an episode left out -> sentence
 
 
@@ -115,8 +117,8 @@ def _prepare(partial: pathlib.Path, settings: dict[str, Any], *, overwrite: bool
 
 
 def _finished(
-    write: Callable[[Part], int], parts: Sequence[Part], num_workers: int
-) -> Iterator[tuple[Part, int]]:
+    write: Callable[[EpisodePart], int], parts: Sequence[EpisodePart], num_workers: int
+) -> Iterator[tuple[EpisodePart, int]]:
     """Writes parts; yields each when it is finished, and its number of episodes left out."""
     if num_workers < 1:
         yield from ((part, write(part)) for part in parts)
@@ -140,7 +142,7 @@ def _finished(
 
 
 def _finish(
-    root: pathlib.Path, partial: pathlib.Path, parts: Sequence[Part], plan: Plan
+    root: pathlib.Path, partial: pathlib.Path, parts: Sequence[EpisodePart], plan: Plan
 ) -> Converted:
     """Numbers the episodes of all parts, writes the metadata, and renames the folder."""
     shutil.rmtree(partial / "data", ignore_errors=True)  # of an attempt that was interrupted here
@@ -148,12 +150,13 @@ def _finish(
     tasks: dict[str, int] = {}
     totals: list[dict[str, Any]] = []
     bad: dict[int, str] = {}
-    num_episodes = num_frames = 0
+    num_episodes = num_frames = num_shifted = 0
     for part in parts:
         facts = read_json(facts_path(partial, part.index), "a part of a conversion")
         bad |= {int(index): sentence for index, sentence in facts["bad"].items()}
         if not facts["rows"]:
             continue
+        num_shifted += sum(row.pop(SHIFT) * plan.fps > 0.5 for row in facts["rows"])
         rows = _number(partial, part.index, facts["rows"], tasks, num_episodes, num_frames, plan)
         write_rows(partial, part.index, rows)
         indices = {key: stats.total_stats(rows, key) for key in layout.INDEX_KEYS}
@@ -179,7 +182,7 @@ def _finish(
     shutil.rmtree(partial / "parts")
     os.remove(partial / "conversion.json")
     replace(root, partial)
-    return Converted(root, num_episodes, num_frames, bad)
+    return Converted(root, num_episodes, num_frames, num_shifted, bad)
 
 
 def _totals_row(totals: dict[str, dict[str, Any]]) -> dict[str, Any]:

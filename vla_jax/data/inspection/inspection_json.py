@@ -122,7 +122,8 @@ def _assumed(survey: Survey) -> dict[str, Any]:
         "rotate_images": fields.rotate_images,
         "robot": fields.robot,
         "fps": survey.raw.fps,
-        "fps_of_timestamps": float(1 / np.median(steps)) if steps else None,
+        # without a stated rate timestamps count steps
+        "fps_of_timestamps": float(1 / np.median(steps)) if steps and survey.raw.fps else None,
     }
 
 

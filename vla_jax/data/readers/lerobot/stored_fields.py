@@ -33,6 +33,7 @@ def read_fields(root: pathlib.Path) -> FieldMap | None:
             columns={str(f): tuple(map(str, keys)) for f, keys in data["columns"].items()},
             grippers=tuple(int(index) for index in data["grippers"]),
             gripper_range=GripperRange(closed, opened),
+            gripper_keeps_at_zero=bool(data.get("gripper_keeps_at_zero", False)),
             rotate_images=bool(data["rotate_images"]),
             robot=str(data["robot"]),
         )
