@@ -10,7 +10,7 @@ from tiny_rlds import STEP, TEXT, episode, image, members, sequence, tensor, wri
 from vla_jax.data import readers
 from vla_jax.data.readers.rlds import open_x, record_index, rlds
 from vla_jax.data.readers.rlds.rlds import episode_metadata
-from vla_jax.data.readers.rlds.tf_example import decode_varints
+from vla_jax.data.readers.rlds.tf_example import decode_varints, find_feature
 
 
 @pytest.fixture
@@ -171,9 +171,17 @@ def test_a_data_set_without_texts_has_empty_instructions(tmp_path):
 def test_an_episode_without_steps_is_read_as_such(tmp_path):
     source = readers.open(write(tmp_path / "1.0.0", {"train": [[episode(0), episode(2)]]}))
     assert source.lengths.tolist() == [0, 2]
+    assert rlds.fields(source).columns["action"] == ("action",)
     empty = source.episodes[0]
     assert empty.columns["action"].shape == (0, 14)
     assert empty.images["observation/image"][:].shape == (0, 6, 8, 3)
+
+
+def test_a_feature_without_a_key_is_not_one_of_those_that_count_steps():
+    entry = tiny_rlds.delimited(1, tiny_rlds.delimited(2, tiny_rlds.feature(["x"])))
+    data = tiny_rlds.delimited(1, entry) + tiny_rlds.example({"steps/a": np.arange(3)})
+    key, values = find_feature(data, [b"steps/a"])
+    assert (key, values.kind) == ("steps/a", "int")
 
 
 def test_descriptions_of_older_versions_are_read(root):

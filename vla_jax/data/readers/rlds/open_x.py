@@ -4,12 +4,12 @@
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from vla_jax.data.raw import RawDataset
+from vla_jax.data.raw import RawDataset, RawEpisode
 from vla_jax.data.readers.fields import FieldMap, GripperRange
 from vla_jax.data.readers.rlds.rlds_layout import read_version
 
@@ -208,14 +208,7 @@ def _guess_grippers(raw: RawDataset, keys: tuple[str, ...]) -> tuple[tuple[int, 
     sampled = [raw.episodes[e] for e in range(min(len(raw.lengths), _NUM_SAMPLES))]
     if total < 2 or not sampled or not raw.lengths[:_NUM_SAMPLES].sum():
         return (), default
-    action = np.concatenate(
-        [
-            np.concatenate(
-                [np.reshape(each.columns[k], (len(each.timestamps), -1)) for k in keys], axis=1
-            ).astype(np.float64)
-            for each in sampled
-        ]
-    )
+    action = np.concatenate([_joined(each, keys, sizes) for each in sampled])
     candidates = [total // 2 - 1, total - 1] if total == 14 else [total - 1]
     for low, high in ((0.0, 1.0), (-1.0, 1.0)):
         found = tuple(
@@ -229,3 +222,10 @@ def _guess_grippers(raw: RawDataset, keys: tuple[str, ...]) -> tuple[tuple[int, 
         if found:
             return found, GripperRange(low, high)
     return (), default
+
+
+def _joined(episode: RawEpisode, keys: Sequence[str], sizes: Sequence[int]) -> np.ndarray:
+    """Returns `[T, A]` float64, the columns of an episode side by side."""
+    steps = len(episode.timestamps)
+    parts = [episode.columns[k].reshape(steps, size) for k, size in zip(keys, sizes, strict=True)]
+    return np.concatenate(parts, axis=1).astype(np.float64)

@@ -133,9 +133,11 @@ def _entry(
         if number == 1 and _is(wire, _DELIMITED):
             key = bytes(data[begin:end])
             if keys is not None and key not in keys:
-                return None
+                return None  # before its values are looked at
         elif number == 2 and _is(wire, _DELIMITED):
             feature = begin, end
+    if keys is not None and key not in keys:
+        return None
     kind, spans = None, []
     for number, wire, begin, end in _fields(data, *feature):
         if number in _KINDS and _is(wire, _DELIMITED):
