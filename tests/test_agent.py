@@ -24,7 +24,7 @@ def raw():
     return Observation(
         proprio=rng.normal(size=(B, T, 8)).astype(np.float32),
         environment_state=rng.normal(size=(B, T, 22)).astype(np.float32),
-        instruction=rng.integers(1, 256, (B, T, 12)).astype(np.int32),
+        instruction=np.repeat(rng.integers(1, 256, (B, 1, 12)).astype(np.int32), T, axis=1),
     )
 
 
@@ -71,12 +71,15 @@ def test_an_agent_normalises_observations_and_denormalises_actions_of_its_policy
     np.testing.assert_allclose(play(config, raw), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_instruction_does_not_reach_the_policy_after_the_first_step(raw):
+def test_an_instruction_reaches_the_policy_only_at_its_first_step(raw):
+    first = play(tiny_run.AGENT, raw)
     other = raw._replace(instruction=raw.instruction.copy())
-    other.instruction[:, 1:] = 7
-    np.testing.assert_array_equal(play(tiny_run.AGENT, raw), play(tiny_run.AGENT, other))
-    other.instruction[:, 0] = 7
-    assert (play(tiny_run.AGENT, raw)[:, 0] != play(tiny_run.AGENT, other)[:, 0]).any()
+    other.instruction[:, 2:] = 7
+    second = play(tiny_run.AGENT, other)
+    expected = expected_actions(other, np.array([1, 0, 1, 0], bool))
+    np.testing.assert_allclose(second, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(first[:, :2], second[:, :2])
+    assert (first[:, 2] != second[:, 2]).any()
 
 
 @pytest.mark.parametrize("mode", ["refresh", "periodic", "persistent"])

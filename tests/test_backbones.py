@@ -137,6 +137,21 @@ def test_tokens_depend_on_every_input_and_on_word_order(kind):
     assert np.abs(encode(kind, observation._replace(instruction=swapped)) - tokens).max() > 1e-3
 
 
+@pytest.mark.sampled
+@with_images
+@pytest.mark.parametrize("camera", ["image_primary", "image_wrist"])
+def test_a_camera_without_an_image_does_not_reach_the_tokens(kind, camera):
+    observation = observe(kind)
+    real = np.array([False, True, True])
+    masked = observation._replace(image_mask={camera: real})
+    other = masked._replace(**{camera: getattr(observe(kind, seed=1), camera)})
+    tokens, changed, whole = (encode(kind, each) for each in (masked, other, observation))
+    np.testing.assert_allclose(tokens[0], changed[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(tokens[1:], whole[1:], rtol=1e-5, atol=1e-5)
+    assert np.abs(tokens[0] - whole[0]).max() > 1e-4
+    assert np.abs(tokens[1] - changed[1]).max() > 1e-4
+
+
 @with_hashed_words
 def test_an_empty_instruction_gives_the_learned_silence_token(kind):
     without_words = observe(kind)._replace(instruction=np.zeros((B, S), np.int32))

@@ -21,7 +21,9 @@ def test_episodes_are_concatenated():
     data = dataset.from_episodes(episodes, fps=10, names={"proprio": ["x", "y", "z"]})
     assert data.episode_ends.tolist() == [3, 4, 6]
     assert dataset.episode_starts(data.episode_ends).tolist() == [0, 3, 4]
-    assert data.instructions == ("task 3", "task 1", "task 2")
+    assert data.instructions == ("task 1", "task 2", "task 3")
+    assert dataset.episode_instructions(data) == ("task 3", "task 1", "task 2")
+    assert data.instruction_index.tolist() == [2, 2, 2, 0, 1, 1]
     assert data.names == {"proprio": ("x", "y", "z")}
     for e, episode in enumerate(episodes):
         rows = slice((0, 3, 4)[e], data.episode_ends[e])

@@ -20,6 +20,7 @@ from tiny_lerobot import (
 )
 
 from vla_jax.data import normalize
+from vla_jax.data.dataset import episode_instructions
 from vla_jax.data.readers.lerobot import writer
 
 
@@ -47,10 +48,10 @@ def test_numbers_are_read_exactly_and_images_within_40_db(written):
         error = np.mean((data.frames[name].astype(float) - expected) ** 2)
         assert 10 * np.log10(255**2 / error) > 40
     assert data.episode_ends.tolist() == [7, 10, 22]
-    assert data.instructions == TASKS
+    assert episode_instructions(data) == TASKS
     assert data.fps == 10
     assert data.names["action"] == ("dx", "gripper")
-    assert data.names["environment_state"] == ()
+    assert "environment_state" not in data.names
 
 
 def test_norm_stats_read_no_video(root):
@@ -78,7 +79,9 @@ def test_other_keys_are_mapped_to_our_fields(root):
     pq.write_table(table.rename_columns([n.replace(old, new) for n in table.column_names]), path)
     data = read(root, feature_keys=(("image_wrist", new),))
     assert set(data.frames) == {"image_primary", "image_wrist"}
-    message = "feature must be one of .*'observation.images.hnd', did you mean '.*images.hand'"
+    message = (
+        "image_wrist must be read from a camera of .*'observation.images.hnd'; .*'.*images.hand'"
+    )
     with pytest.raises(ValueError, match=message):
         read(root, feature_keys=(("image_wrist", "observation.images.hnd"),))
 
@@ -93,17 +96,19 @@ def test_the_fingerprint_depends_on_the_content_and_not_on_the_folder(written, r
 
 
 def test_a_missing_folder_or_info_is_refused(root):
-    with pytest.raises(FileNotFoundError, match=r"must hold meta/info\.json, which is missing"):
+    with pytest.raises(FileNotFoundError, match=r"data set .*elsewhere is missing; record it"):
         read(root.with_name("elsewhere"))
     (root / "meta/info.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"must hold meta/info\.json"):
+    with pytest.raises(ValueError, match=r"no reader recognises the data set"):
         read(root)
+    with pytest.raises(FileNotFoundError, match=r"meta/info\.json"):
+        read(root, kind="lerobot_v3")
 
 
-@pytest.mark.parametrize("version", ["v2.1", None, "v4.0"])
+@pytest.mark.parametrize("version", [None, "v4.0"])
 def test_another_version_is_refused(root, version):
     change_info(root, codebase_version=version)
-    with pytest.raises(ValueError, match=f"must have LeRobot's version v3.0, got {version}; conv"):
+    with pytest.raises(ValueError, match=r"codebase_version .* must be one of v2\.0, v2\.1, v3\.0"):
         read(root)
 
 
@@ -113,7 +118,7 @@ def test_damaged_or_incomplete_info_is_refused(root):
     with pytest.raises(ValueError, match=r"info\.json must be JSON"):
         read(root)
     path.write_text(json.dumps({"codebase_version": "v3.0", "fps": 10}))
-    with pytest.raises(ValueError, match=r"info\.json must hold \['features', 'total_episodes'"):
+    with pytest.raises(ValueError, match=r"features in .*info\.json must be an object"):
         read(root)
 
 
@@ -143,7 +148,7 @@ def test_a_truncated_parquet_file_is_named(root, name, kept):
 def test_a_missing_column_is_named(root):
     path = data_path(root)
     pq.write_table(pq.read_table(path).drop_columns("timestamp"), path)
-    with pytest.raises(ValueError, match=r"must have the columns .*\['timestamp'\] missing"):
+    with pytest.raises(ValueError, match=r"must have the column 'timestamp'"):
         read(root)
 
 
@@ -171,7 +176,7 @@ def test_a_wrong_rate_is_refused(root):
     with pytest.raises(ValueError, match=r"fps of .* must be 30 Hz \(expected_fps\), got 10 Hz"):
         read(root, expected_fps=30)
     change_info(root, fps=30)
-    with pytest.raises(ValueError, match=r"got 30 Hz in meta/info.json but 10 Hz at frame 1"):
+    with pytest.raises(ValueError, match=r"must fit its timestamps, got 30 Hz but steps of 0\.1 s"):
         read(root)
 
 
@@ -181,7 +186,7 @@ def test_contradictory_counts_are_refused(root):
         read(root)
     change_info(root, total_frames=22)
     pq.write_table(pq.read_table(data_path(root)).slice(0, 20), data_path(root))
-    with pytest.raises(ValueError, match=r"must hold 22 frames, as many of each .* got 20"):
+    with pytest.raises(ValueError, match=r"rows of episode 2 .* must be 12 .* got '10 of 20 rows'"):
         read(root)
 
 
@@ -191,7 +196,9 @@ def test_a_missing_dimension_of_the_action_is_refused(root):
         "action",
         lambda c: pa.array([row[:1] for row in c.to_pylist()], pa.list_(pa.float32())),
     )
-    with pytest.raises(ValueError, match=r"'action' must have 2 numbers per frame .* got 1 in"):
+    with pytest.raises(
+        ValueError, match=r"column 'action' .* must hold values of shape \(2,\) .* got \(1,\)"
+    ):
         read(root)
 
 
@@ -207,7 +214,7 @@ def test_nan_is_refused_or_skipped(root):
     with pytest.warns(UserWarning, match=r"left out 1 of 3 episodes"):
         data = read(root, on_bad="skip")
     assert data.episode_ends.tolist() == [7, 19]
-    assert data.instructions == (TASKS[0], TASKS[2])
+    assert episode_instructions(data) == (TASKS[0], TASKS[2])
     episodes = list(make_episodes())
     expected = np.concatenate([episodes[e].observation["image_wrist"] for e in (0, 2)])
     assert np.abs(data.frames["image_wrist"].astype(int) - expected).mean() < 3
@@ -215,7 +222,9 @@ def test_nan_is_refused_or_skipped(root):
 
 def test_an_empty_task_is_refused(root):
     change_table(root / "meta/tasks.parquet", "task_index", lambda _: pa.array([0, 7]))
-    with pytest.raises(ValueError, match=r"must name every task, got no task_index 1"):
+    with pytest.raises(
+        ValueError, match=r"task_index .* must be one of the 2 tasks in meta/, got 1"
+    ):
         read(root)
     table = pq.read_table(root / "meta/tasks.parquet").drop_columns("task")
     pq.write_table(table, root / "meta/tasks.parquet")
@@ -224,22 +233,48 @@ def test_an_empty_task_is_refused(root):
 
 
 def test_unknown_fields_and_keys_are_refused_with_the_most_similar_one(root):
-    with pytest.raises(ValueError, match=r"field must be .*'image_wist', did you mean 'image_w"):
-        read(root, cameras=("image_wist",))
-    with pytest.raises(ValueError, match=r"'observation\.image\.top', did you mean 'observ"):
-        read(root, feature_keys=(("image_primary", "observation.image.top"),))
-    with pytest.raises(ValueError, match=r"'observation\.state' must be stored as video"):
+    with pytest.raises(
+        ValueError, match=r"needs the camera image_top, .*--dataset\.cameras top=KEY"
+    ):
+        read(root, cameras=("image_top",))
+    with pytest.raises(
+        ValueError, match=r"from a camera .* got 'observation\.image\.top'; .*Did you"
+    ):
+        read(
+            root,
+            cameras=("image_primary",),
+            feature_keys=(("image_primary", "observation.image.top"),),
+        )
+    with pytest.raises(ValueError, match=r"from a camera .* got 'observation\.state'"):
         read(root, feature_keys=(("image_primary", "observation.state"),))
-    with pytest.raises(ValueError, match=r"images\.wrist' must be stored as float32 .* got video"):
+    with pytest.raises(
+        ValueError, match=r"column must be .* got 'observation\.images\.wrist'; choose"
+    ):
         read(root, feature_keys=(("proprio", "observation.images.wrist"),))
+    with pytest.raises(ValueError, match=r"action\[5:\]'? of episode 0 must select numbers, got 0"):
+        read(root, feature_keys=(("action", "action[5:]"),))
+    with pytest.raises(ValueError, match=r"dataset\.cameras must be NAME=KEY, .*got 'primary'"):
+        read(root, config_cameras=("primary",))
 
 
-def test_images_stored_in_parquet_are_refused(root):
-    info = json.loads((root / "meta/info.json").read_text())
-    info["features"]["observation.images.wrist"]["dtype"] = "image"
-    change_info(root, features=info["features"])
-    with pytest.raises(ValueError, match=r"images\.wrist' must be stored as video .* got image"):
-        read(root)
+def test_columns_can_be_selected_and_concatenated(root):
+    keys = (
+        ("proprio", "observation.state[1:]+observation.environment_state"),
+        ("goal", "action[0]"),
+    )
+    data, whole = read(root, feature_keys=keys), read(root)
+    expected = [whole.columns["proprio"][:, 1:], whole.columns["environment_state"]]
+    np.testing.assert_array_equal(data.columns["proprio"], np.concatenate(expected, axis=1))
+    np.testing.assert_array_equal(data.columns["goal"], whole.columns["action"][:, :1])
+    data = read(root, config_cameras=("top=observation.images.wrist",), cameras=("image_top",))
+    assert set(data.frames) == {"image_top"}
+
+
+def test_rotated_images_are_upside_down(root):
+    upright, rotated = read(root), read(root, rotate_images=True)
+    for name, images in upright.frames.items():
+        np.testing.assert_array_equal(rotated.frames[name], images[:, ::-1, ::-1])
+    assert rotated.fingerprint != upright.fingerprint
 
 
 @pytest.mark.parametrize("package", ["pyarrow", "av"])
@@ -264,7 +299,7 @@ def test_a_data_set_written_by_lerobot_is_read(golden, tmp_path):
     episodes = np.repeat([0, 1], [5, 3])
     steps = np.array([0, 1, 2, 3, 4, 0, 1, 2])
     assert data.episode_ends.tolist() == [5, 8]
-    assert data.instructions == ("lift the red block", "touch the blue block")
+    assert episode_instructions(data) == ("lift the red block", "touch the blue block")
     assert data.names == {"proprio": ("x", "y", "z"), "action": ("dx", "gripper")}
     state = np.stack([episodes, steps, np.full(8, 0.5)], axis=1)
     np.testing.assert_array_equal(data.columns["proprio"], state)

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_lerobot import CAMERAS, LENGTHS, NAMES, TASKS, data_path, make_episodes, read
 
+from vla_jax.data.dataset import episode_instructions
 from vla_jax.data.readers.lerobot import shards, writer
 
 
@@ -214,7 +215,7 @@ def test_a_full_disk_raises_one_sentence_and_the_old_data_set_is_kept(root):
     assert done.returncode == 0, done.stderr
     assert "could not be written" in done.stdout
     assert "an earlier one is unchanged; free space" in done.stdout
-    assert read(root).instructions == TASKS
+    assert episode_instructions(read(root)) == TASKS
 
 
 def test_an_error_of_the_recorder_is_not_reported_as_a_full_disk(tmp_path):

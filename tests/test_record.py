@@ -8,6 +8,7 @@ import pytest
 
 from train import record as module
 from train.record import RecordConfig, record
+from vla_jax.data.dataset import episode_instructions
 from vla_jax.data.readers.dataset_config import DatasetConfig
 from vla_jax.data.readers.reader import read_dataset
 from vla_jax.envs.demonstrations import collect
@@ -36,7 +37,9 @@ def test_the_jax_table_is_recorded_as_played(tmp_path, capsys):
         np.testing.assert_allclose(data.columns[name], np.concatenate(steps), atol=1e-6)
         assert len(data.names[name]) == data.columns[name].shape[1]
     sentences = jax_env.make(TWIN).instructions
-    assert data.instructions == tuple(sentences[i] for i in np.array(played.instruction)[success])
+    assert episode_instructions(data) == tuple(
+        sentences[i] for i in np.array(played.instruction)[success]
+    )
     assert data.fps == 10
 
 
@@ -79,7 +82,7 @@ def test_recording_mujoco_equals_playing_in_one_process(tmp_path):
         module.demonstrate(simulator, seed, config.noise, config.disturbance) for seed in range(3)
     ]
     episodes = [episode for episode in played if episode]
-    assert data.instructions == tuple(e.instruction for e in episodes)
+    assert episode_instructions(data) == tuple(e.instruction for e in episodes)
     actions = np.concatenate([e.action for e in episodes])
     np.testing.assert_allclose(data.columns["action"], actions, atol=1e-6)
 

@@ -363,7 +363,7 @@ def test_a_run_with_an_old_config_of_the_data_set_is_resumed(demos, trained, tmp
     assert_bitwise_equal(train_state(trained), train_state(run_dir))
     old["gripper"] = "closed_positive"
     (run_dir / "config.json").write_text(json.dumps({**saved, **old}))
-    with pytest.raises(ValueError, match=r"dataset\.gripper was 'closed_positive' and is 'open_p"):
+    with pytest.raises(ValueError, match=r"dataset\.gripper was 'closed_positive' and is None"):
         imitate(config)
 
 

@@ -107,6 +107,19 @@ def test_the_instruction_is_visible_at_the_first_steps_of_the_episode(data, inst
             np.testing.assert_array_equal(shown[j], ids if visible else np.zeros(12))
 
 
+def test_a_task_that_changes_within_an_episode_is_given_where_it_begins(data):
+    index = data.instruction_index.copy()
+    index[8:11] = 1  # steps 2 … 4 of the last episode have the second episode's task
+    data = data._replace(instruction_index=index)
+    table = windows.instruction_table(data, tokenize)
+    config = windows.WindowConfig(window_size=7, instruction_steps=1)
+    batch = cut_window(data, config, 2, 6)
+    texts = ["lift block 2", "", "lift block 1", "", "", "lift block 2", ""]
+    expected = np.stack([tokenize(text) for text in texts])
+    np.testing.assert_array_equal(batch.observation.instruction, expected)
+    assert table.age[6:13].tolist() == [0, 1, 0, 1, 2, 0, 1]
+
+
 def test_tokens_replace_images(data, tmp_path):
     path = tmp_path / "tokens.npy"
     np.save(path, np.arange(15 * 2 * 3, dtype=np.float32).reshape(15, 2, 3))

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 
 from vla_jax.data.dataset import Episode
 from vla_jax.data.readers.dataset_config import DatasetConfig
-from vla_jax.data.readers.lerobot import lerobot_v3
+from vla_jax.data.readers.reader import read_dataset
 
 LENGTHS = (7, 3, 12)
 TASKS = ("lift the red block", "touch the blue block", "lift the red block")
@@ -56,10 +56,10 @@ def change_table(path, name, change):
     pq.write_table(table.set_column(place, name, change(table[name])), path)
 
 
-def read(root, *, cameras=None, image_size=None, decode="whole", **fields):
+def read(root, *, cameras=None, image_size=None, decode="whole", config_cameras=(), **fields):
     """Reads the data set with the fields of `DatasetConfig`."""
-    config = DatasetConfig(str(root), decode=decode, **fields)
-    return lerobot_v3.read(config, cameras=cameras, image_size=image_size)
+    config = DatasetConfig(str(root), decode=decode, cameras=config_cameras, **fields)
+    return read_dataset(config, cameras=cameras, image_size=image_size)
 
 
 def data_path(root):

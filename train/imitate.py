@@ -166,7 +166,10 @@ def make_loss(config: ImitateConfig) -> LossFn:
             targets=targets,
             key=key,
         )
-        terms, metrics = losses.action_terms(outputs.prediction, batch.action, batch.action_mask)
+        mask = batch.action_mask
+        if batch.action_dims is not None:
+            mask = mask[..., None] & batch.action_dims[:, :, None]
+        terms, metrics = losses.action_terms(outputs.prediction, batch.action, mask)
         if auxiliary.is_on(config.auxiliary):
             # Padding tokens are arbitrary; as targets they are set to 0.
             mask = outputs.tokens.mask[..., None]

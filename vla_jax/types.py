@@ -33,6 +33,44 @@ class Observation(NamedTuple):
     proprio: Array | None = None  # [..., P] float32, normalised by `norm_stats`
     environment_state: Array | None = None  # [..., E] float32, privileged simulator state
     instruction: Array | None = None  # [..., S] int32 token ids, of "" where hidden
+    images: Mapping[str, Array] | None = None  # further cameras by name, image_top, ...
+    # camera -> [...] bool, False where there is no image; None, or a camera left out = all real
+    image_mask: Mapping[str, Array] | None = None
+
+
+def make_observation(parts: Mapping[str, Any], *, instruction: Any = None) -> Observation:
+    """Returns an observation from its parts by name.
+
+    Args:
+      parts: `image_primary`, `image_wrist`, `image_<name>` of further cameras, `proprio`,
+        `environment_state`.
+      instruction: token ids.
+    """
+    further = {name: part for name, part in parts.items() if name not in Observation._fields}
+    fields = {name: part for name, part in parts.items() if name not in further}
+    return Observation(**fields, instruction=instruction, images=further or None)
+
+
+def get_part(observation: Observation, name: str) -> Any:
+    """Returns a part of an observation by its name, such as `image_top`; None if it is absent."""
+    if name in Observation._fields:
+        return getattr(observation, name)
+    return (observation.images or {}).get(name)
+
+
+def get_images(observation: Observation) -> dict[str, Any]:
+    """Returns camera -> images of all cameras that the observation has."""
+    fixed = {name: getattr(observation, name) for name in ("image_primary", "image_wrist")}
+    present = {name: images for name, images in fixed.items() if images is not None}
+    return present | dict(observation.images or {})
+
+
+def replace_images(observation: Observation, images: Mapping[str, Any]) -> Observation:
+    """Returns the observation with other images of some of its cameras."""
+    fixed = {name: image for name, image in images.items() if name in Observation._fields}
+    further = {name: image for name, image in images.items() if name not in fixed}
+    merged = {**(observation.images or {}), **further} or None
+    return observation._replace(**fixed, images=merged)
 
 
 class Tokens(NamedTuple):
@@ -51,6 +89,8 @@ class Batch(NamedTuple):
     action: Array  # [B, W, K, A] float32, arm in [-1, 1], gripper +1 open / -1 closed
     action_mask: Array  # [B, W, K] bool, True where the target action exists
     reset: Array | None = None  # [B, W] bool, True where an episode starts; None = nowhere
+    # [B, W, A] bool, True for the numbers of an action that the robot has; None = all of them
+    action_dims: Array | None = None
 
 
 class ActionChunk(NamedTuple):

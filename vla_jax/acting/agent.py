@@ -48,7 +48,8 @@ class AgentState(NamedTuple):
 
     stream: Any  # streaming state of the policy
     execution: Any  # earlier chunks and the gripper
-    age: Array  # [B] int32, steps since the episode began
+    age: Array  # [B] int32, steps since the episode or its present instruction began
+    instruction: Array  # [B, S] int32, ids of the instruction at the last step; -1 = none yet
 
 
 class Agent(NamedTuple):
@@ -97,6 +98,7 @@ def make_agent(
                 config.execution, batch_size, decoder.action_horizon, decoder.action_dim
             ),
             age=jnp.zeros(batch_size, jnp.int32),
+            instruction=jnp.full((batch_size, len(read_instruction(config, ""))), -1, jnp.int32),
         )
 
     def prepare(params: Params, batch_size: int) -> Params:
@@ -135,11 +137,15 @@ def plan(
       The state, the normalised observation `[B, ...]`, and one action in the policy's units:
       arm `[B, A-1]`, gripper logit `[B]`.
     """
-    age = jnp.where(reset, 0, state.age)
+    is_new, instruction = reset, state.instruction
+    if observation.instruction is not None:
+        instruction = jnp.asarray(observation.instruction, jnp.int32)
+        is_new = reset | jnp.any(instruction != state.instruction, axis=-1)
+    age = jnp.where(is_new, 0, state.age)
     normalized = _prepare(config, norm_stats, observation, age)
     stream, chunk = policy.step(params, config.policy, state.stream, normalized, reset=reset)
     executed, action = execution.plan(config.execution, state.execution, chunk, reset=reset)
-    return AgentState(stream, executed, age + 1), normalized, action
+    return AgentState(stream, executed, age + 1, instruction), normalized, action
 
 
 def send(

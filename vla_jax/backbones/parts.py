@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vla_jax.types import Array, Observation, Tokens
+from vla_jax.types import Array, Observation, Tokens, get_part
 
 
 def flatten(
@@ -24,7 +24,7 @@ def flatten(
     Raises:
       ValueError: a part is missing, has another shape, or an image is not uint8.
     """
-    parts = {name: getattr(observation, name) for name in shapes}
+    parts = {name: get_part(observation, name) for name in shapes}
     for name, part in parts.items():
         if part is None:
             raise ValueError(
@@ -44,6 +44,21 @@ def flatten(
             raise ValueError(f"{name} must be uint8 in 0 … 255, got {part.dtype}; convert it.")
         parts[name] = part.reshape(-1, *shape)
     return parts, lead
+
+
+def camera_mask(observation: Observation, cameras: Sequence[str]) -> jax.Array | None:
+    """Returns which cameras have an image, `[B, C]` bool; None if all have.
+
+    Args:
+      observation: any leading axes, whose product is B.
+      cameras: C names.
+    """
+    masks = observation.image_mask or {}
+    if not masks.keys() & set(cameras):
+        return None
+    like = next(iter(masks.values()))
+    real = [jnp.asarray(masks.get(name, jnp.ones(like.shape, bool))) for name in cameras]
+    return jnp.stack(real, axis=-1).reshape(-1, len(cameras))
 
 
 def shape(*sizes: int, dtype: Any = jnp.float32) -> Any:

@@ -19,8 +19,10 @@ from einops import rearrange, repeat
 from vla_jax.backbones import word_hashing
 from vla_jax.backbones.backbone import Backbone, ImageSpec
 from vla_jax.backbones.language import Words
-from vla_jax.backbones.parts import all_real, blank, flatten, shape
+from vla_jax.backbones.parts import all_real, blank, camera_mask, flatten, shape
 from vla_jax.types import Array, Key, Observation, Params, Tokens
+
+CAMERAS = ("image_primary", "image_wrist")
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ def apply(params: Params, config: PerceiverConfig, observation: Observation) -> 
       params: from `init`.
       config: config of the params.
       observation: `image_primary`, `image_wrist` uint8 `[..., h, w, 3]`, `proprio [..., P]`,
-        `instruction [..., S]`, with any leading axes.
+        `instruction [..., S]`, with any leading axes. Patches of a camera without an image
+        (`image_mask`) are not attended to.
 
     Returns:
       Tokens `[..., N, D]` float32, all of them real.
@@ -89,14 +92,15 @@ def apply(params: Params, config: PerceiverConfig, observation: Observation) -> 
         "instruction": (config.max_words,),
     }
     parts, lead = flatten(observation, shapes)
-    tokens: Any = Perceiver(config).apply({"params": params}, parts)
+    real = camera_mask(observation, CAMERAS)
+    tokens: Any = Perceiver(config).apply({"params": params}, parts, real)
     return all_real(tokens, lead)
 
 
 def image_spec(config: PerceiverConfig) -> ImageSpec:
     """Returns the size of both cameras' images; they are normalised to [-1, 1]."""
     size, half = config.image_size, (0.5, 0.5, 0.5)
-    return ImageSpec(size, size, ("image_primary", "image_wrist"), "area", mean=half, std=half)
+    return ImageSpec(size, size, CAMERAS, "area", mean=half, std=half)
 
 
 def example(config: PerceiverConfig) -> Observation:
@@ -116,15 +120,21 @@ class Perceiver(nn.Module):
     config: PerceiverConfig
 
     @nn.compact
-    def __call__(self, parts: dict[str, Array]) -> jax.Array:
-        """Returns tokens `[B, N, D]` of the parts of an observation `[B, ...]`."""
+    def __call__(self, parts: dict[str, Array], real: Array | None = None) -> jax.Array:
+        """Returns tokens `[B, N, D]` of the parts of an observation `[B, ...]`.
+
+        `real [B, 2]` is False where a camera has no image; None means that both have.
+        """
         config = self.config
         width, dtype = config.width, jnp.dtype(config.dtype)
-        patches = [self.patches(parts[name], name) for name in ("image_primary", "image_wrist")]
+        patches = [self.patches(parts[name], name) for name in CAMERAS]
         patches = nn.LayerNorm(dtype=dtype)(jnp.concatenate(patches, axis=1))
         latents = self.param("latents", nn.initializers.normal(1.0), (config.num_latents, width))
         latents = repeat(latents, "N D -> B N D", B=patches.shape[0])
-        visual = attention(config, "look")(latents.astype(config.dtype), patches)
+        mask = None
+        if real is not None:
+            mask = repeat(real, "B C -> B 1 N (C p)", N=config.num_latents, p=patches.shape[1] // 2)
+        visual = attention(config, "look")(latents.astype(config.dtype), patches, mask=mask)
         proprio = nn.Dense(width, dtype=dtype, name="proprio")(parts["proprio"])
         tokens = MLP(width, config.dtype)(jnp.concatenate([visual, proprio[:, None]], axis=1))
         for _ in range(config.latent_layers):

@@ -81,6 +81,41 @@ def place(
     return jnp.where((ids >= vocab_size)[..., None], rows.astype(text.dtype), embeddings)
 
 
+def hide_cameras(ids: Array, images: Array, real: Array) -> tuple[jax.Array, jax.Array]:
+    """Returns sequence and images in which the tokens of missing cameras are padding.
+
+    Args:
+      ids: `[B, S]`.
+      images: `[B, C, h, w, 3]`.
+      real: `[B, C]` bool, False where a camera has no image.
+
+    Returns:
+      ids `[B, S]`, and images with those of missing cameras last, as `place` counts them.
+    """
+    is_image = ids == IMAGE
+    number = jnp.cumsum(is_image, axis=1) - 1
+    tokens_per_image = jnp.sum(is_image, axis=1, keepdims=True) // real.shape[1]
+    camera = jnp.clip(number // jnp.maximum(tokens_per_image, 1), 0, real.shape[1] - 1)
+    hidden = is_image & ~jnp.take_along_axis(real, camera, axis=1)
+    order = jnp.argsort(~real, axis=1, stable=True)
+    moved = jnp.take_along_axis(images, order[..., None, None, None], axis=1)
+    return jnp.where(hidden, PADDING, ids), moved
+
+
+def mask_cameras(tokens: Tokens, real: Array, options: VLMOptions) -> Tokens:
+    """Returns the tokens of `read_out` with those of missing cameras masked and set to 0.
+
+    Args:
+      tokens: `[B, N, D]`, read out of the sequence before its cameras were hidden.
+      real: `[B, C]` bool.
+      options: readout.
+    """
+    if options.readout not in ("image", "image_mean"):
+        return tokens
+    mask = tokens.mask & jnp.repeat(real, tokens.mask.shape[1] // real.shape[1], axis=1)
+    return Tokens(jnp.where(mask[..., None], tokens.tokens, 0.0), mask)
+
+
 def read_out(hidden: jax.Array, ids: Array, config: Any) -> Tokens:
     """Returns the tokens of a step: the hidden states that `config.options.readout` chooses.
 

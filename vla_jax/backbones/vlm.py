@@ -21,10 +21,9 @@ from vla_jax.backbones import sequence, tokenizers, vlm_params, vlm_window, word
 from vla_jax.backbones.backbone import Backbone, Globs, History, ImageSpec
 from vla_jax.backbones.blocks import init_tree
 from vla_jax.backbones.image_settings import Preprocessing
-from vla_jax.backbones.parts import flatten, shape
-from vla_jax.backbones.resizing import resize_on_device
 from vla_jax.backbones.sequence import IMAGE
 from vla_jax.backbones.tensor_names import Tensor
+from vla_jax.backbones.vlm_inputs import example, read_inputs
 from vla_jax.backbones.vlm_options import History as Steps
 from vla_jax.backbones.vlm_options import Layout, VLMOptions
 from vla_jax.backbones.vlm_window import EmbeddedStep
@@ -181,7 +180,8 @@ def apply(
       params: from `init`.
       config: config of the params.
       observation: the cameras' images uint8 `[..., h, w, 3]`, `instruction [..., S]` from
-        `tokenize`, `proprio [..., P]` if the options have a `proprio_dim`; any leading axes.
+        `tokenize`, `proprio [..., P]` if the options have a `proprio_dim`; any leading axes. The
+        tokens of cameras without an image (`image_mask`) are padding to the model.
 
     Returns:
       Tokens `[..., N, D]` float32, mask `[..., N]`.
@@ -191,13 +191,18 @@ def apply(
         any size.
     """
     options = config.options
-    parts, lead = _parts(config, observation)
-    ids = jnp.asarray(parts["instruction"])
-    images = jnp.stack([jnp.asarray(parts[name]) for name in options.cameras], axis=1)
-    hidden = model.hidden_states(params, config, ids, images)
-    tokens = sequence.read_out(hidden, ids, config)
-    if options.proprio_dim:
-        tokens = _with_proprio(params["proprio"], tokens, parts["proprio"])
+    inputs = read_inputs(config, observation)
+    ids, images, real = inputs.ids, inputs.images, inputs.real
+    if real is None:
+        tokens = sequence.read_out(model.hidden_states(params, config, ids, images), ids, config)
+    else:
+        seen, moved = sequence.hide_cameras(ids, images, real)
+        hidden = model.hidden_states(params, config, seen, moved)
+        shown = ids if options.readout in ("image", "image_mean") else seen
+        tokens = sequence.mask_cameras(sequence.read_out(hidden, shown, config), real, options)
+    if inputs.proprio is not None:
+        tokens = _with_proprio(params["proprio"], tokens, inputs.proprio)
+    lead = inputs.lead
     return Tokens(*(x.reshape(*lead, *x.shape[1:]) for x in tokens))
 
 
@@ -213,10 +218,12 @@ def embed_step(
 ) -> EmbeddedStep:
     """Returns the embedded sequences of steps; arguments and errors as `apply`."""
     assert model.embed is not None
-    parts, lead = _parts(config, observation)
-    ids = jnp.asarray(parts["instruction"])
-    images = jnp.stack([jnp.asarray(parts[name]) for name in config.options.cameras], axis=1)
-    step = EmbeddedStep(model.embed(params, config, ids, images), ids, parts.get("proprio"))
+    inputs = read_inputs(config, observation)
+    ids, images = inputs.ids, inputs.images
+    if inputs.real is not None:
+        ids, images = sequence.hide_cameras(ids, images, inputs.real)
+    step = EmbeddedStep(model.embed(params, config, ids, images), ids, inputs.proprio)
+    lead = inputs.lead
     return jax.tree.map(lambda part: jnp.reshape(part, (*lead, *part.shape[1:])), step)
 
 
@@ -343,39 +350,6 @@ def with_files(config: Any, folder: Path) -> Any:
         return config
     options = dataclasses.replace(config.options, tokenizer=str(pathlib.Path(folder) / TOKENIZER))
     return dataclasses.replace(config, options=options)
-
-
-def example(config: Any) -> Observation:
-    """Returns the shapes of the observation of one step."""
-    dtypes = {"instruction": jnp.int32, "proprio": jnp.float32}
-    return Observation(
-        **{
-            name: shape(*sizes, dtype=dtypes.get(name, jnp.uint8))
-            for name, sizes in _part_shapes(config).items()
-        }
-    )
-
-
-def _parts(config: Any, observation: Observation) -> tuple[dict[str, Array], tuple[int, ...]]:
-    """Returns the parts `[B, ...]` that the backbone needs, and their leading axes; see `flatten`.
-
-    Images of another size are resized here if the options say so.
-    """
-    if config.options.resize == "device":
-        for name in config.options.cameras:
-            image = getattr(observation, name)
-            if image is not None and image.shape[-3:-1] != config.image_shape:
-                image = resize_on_device(image, config.image_shape, config.images.resampling)
-                observation = observation._replace(**{name: image})
-    return flatten(observation, _part_shapes(config))
-
-
-def _part_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """Returns the last axes of the parts of an observation that the backbone needs."""
-    options = config.options
-    proprio = {"proprio": (options.proprio_dim,)} if options.proprio_dim else {}
-    images = dict.fromkeys(options.cameras, (*config.image_shape, 3))
-    return {**images, "instruction": (config.sequence_length,), **proprio}
 
 
 def _with_proprio(params: Params, tokens: Tokens, proprio: Array) -> Tokens:

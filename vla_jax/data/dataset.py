@@ -12,6 +12,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from vla_jax.actions.action_layout import ActionLayout
+
 CAMERAS = ("image_primary", "image_wrist")
 COLUMNS = ("proprio", "environment_state", "action")
 OnBad = Literal["error", "skip"]
@@ -50,13 +52,17 @@ class Episode(NamedTuple):
 class Dataset(NamedTuple):
     """Concatenated episodes; `F` frames, `E` episodes."""
 
-    columns: Mapping[str, np.ndarray]  # proprio [F, P], environment_state [F, E], action [F, A]
+    columns: Mapping[
+        str, np.ndarray
+    ]  # proprio [F, P], environment_state [F, E], action [F, A], ...
     frames: Mapping[str, Frames]  # camera -> [F, h, w, 3] uint8
     episode_ends: np.ndarray  # [E] int64, exclusive
-    instructions: tuple[str, ...]  # one per episode
+    instructions: tuple[str, ...]  # all texts of the data set, each once, sorted
+    instruction_index: np.ndarray  # [F] int32 into `instructions`
     fps: float  # frames per second, Hz
     fingerprint: str  # hash of the content
     names: Mapping[str, tuple[str, ...]]  # column -> name of each dimension, where known
+    action_layout: ActionLayout  # order and range of the actions on disk
 
 
 def from_episodes(
@@ -93,18 +99,58 @@ def from_episodes(
     keep = finite_episodes(columns, ends, on_bad=on_bad)
     rows = episode_rows(ends, keep)
     columns = {name: column[rows] for name, column in columns.items()}
-    frames = {name: _stack(episodes, name)[rows] for name in fields if name in CAMERAS}
-    instructions = tuple(episodes[index].instruction for index in keep)
+    frames = {name: _stack(episodes, name)[rows] for name in fields if is_camera(name)}
     lengths = np.diff(ends, prepend=0)[keep]
+    texts = tuple(episodes[index].instruction for index in keep)
+    instructions, index = sort_texts(texts, np.repeat(np.arange(len(texts)), lengths))
+    dim = columns["action"].shape[1]
     return Dataset(
         columns=columns,
         frames=frames,
         episode_ends=np.cumsum(lengths),
         instructions=instructions,
+        instruction_index=index,
         fps=float(fps),
-        fingerprint=digest(columns, frames, lengths, instructions, fps),
+        fingerprint=digest(columns, frames, lengths, texts, fps),
         names={key: tuple(value) for key, value in (names or {}).items()},
+        action_layout=ActionLayout(dim, (dim - 1,)),
     )
+
+
+def is_camera(name: str) -> bool:
+    """Returns True for a field of images: image_primary, image_wrist, image_<name>."""
+    return name.startswith("image_")
+
+
+def sort_texts(texts: Sequence[str], index: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
+    """Returns the texts that occur, sorted and each once, and the index into them.
+
+    Args:
+      texts: any texts.
+      index: `[F]` into `texts`.
+
+    Returns:
+      Texts, and index `[F]` int32 into them.
+    """
+    used = np.unique(index)
+    ordered = sorted({texts[int(number)] for number in used})
+    place = {text: number for number, text in enumerate(ordered)}
+    lookup = np.zeros(len(texts), np.int32)
+    lookup[used] = [place[texts[int(number)]] for number in used]
+    return tuple(ordered), lookup[index]
+
+
+def episode_instructions(dataset: Dataset) -> tuple[str, ...]:
+    """Returns the instruction at the first step of every episode."""
+    first = dataset.instruction_index[episode_starts(dataset.episode_ends)]
+    return tuple(dataset.instructions[index] for index in first)
+
+
+def instruction_starts(dataset: Dataset) -> np.ndarray:
+    """Returns `[F]` bool, True where an episode starts or its instruction changes."""
+    starts = np.diff(dataset.instruction_index, prepend=-1) != 0
+    starts[episode_starts(dataset.episode_ends)] = True
+    return starts
 
 
 def episode_starts(episode_ends: np.ndarray) -> np.ndarray:
@@ -131,12 +177,12 @@ def check_episode(episode: Episode, index: int, *, like: Episode) -> None:
             f"got {sorted(steps)}; record every episode with the same sensors."
         )
     for name, value in steps.items():
-        if name not in CAMERAS + COLUMNS:
+        if name not in COLUMNS and not is_camera(name):
             raise ValueError(
-                f"observation field must be one of {CAMERAS + COLUMNS[:2]}, got {name!r} in "
-                f"episode {index}; rename it."
+                f"observation field must be one of {COLUMNS[:2]} or image_<camera>, got {name!r} "
+                f"in episode {index}; rename it."
             )
-        if name in CAMERAS and (value.dtype != np.uint8 or value.ndim != 4 or value.shape[3] != 3):
+        if is_camera(name) and (value.dtype != np.uint8 or value.ndim != 4 or value.shape[3] != 3):
             raise ValueError(
                 f"{name} must be uint8 [T, h, w, 3], got {value.dtype} {value.shape} in episode "
                 f"{index}; convert the images first."
@@ -217,4 +263,4 @@ def _fields(episode: Episode) -> dict[str, np.ndarray]:
 
 def _stack(episodes: Sequence[Episode], name: str) -> np.ndarray:
     stacked = np.concatenate([episode.observation[name] for episode in episodes])
-    return stacked if name in CAMERAS else stacked.astype(np.float32)
+    return stacked if is_camera(name) else stacked.astype(np.float32)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vla_jax.types import Batch
+from vla_jax.types import Batch, get_images, replace_images
 
 # Brightness and contrast are multiples of 1 / GRAIN. Every product and sum below is then exact in
 # float32, so that NumPy and JAX give identical images.
@@ -56,10 +56,9 @@ def apply(batch: Batch, config: AugmentConfig, rng: np.random.Generator) -> Batc
         return batch
     changed = {
         name: np.stack([change(window, draw(config, rng)) for window in images])
-        for name in ("image_primary", "image_wrist")
-        if (images := getattr(batch.observation, name)) is not None
+        for name, images in get_images(batch.observation).items()
     }
-    return batch._replace(observation=batch.observation._replace(**changed))
+    return batch._replace(observation=replace_images(batch.observation, changed))
 
 
 def draw(config: AugmentConfig, rng: np.random.Generator) -> Change:

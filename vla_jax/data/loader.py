@@ -7,15 +7,13 @@ gathers all windows of a batch, which keeps the cost per window small.
 import contextlib
 import functools
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from vla_jax.config import differences
 from vla_jax.data import image_augment as augmentation
 from vla_jax.data.image_augment import AugmentConfig
-from vla_jax.data.packing import Packed
-from vla_jax.data.windows import Windows
 from vla_jax.types import Batch
 
 
@@ -36,6 +34,22 @@ class LoaderConfig:
         for name, value in asdict(self).items():
             if value < least.get(name, 0):
                 raise ValueError(f"{name} must be at least {least.get(name, 0)}, got {value}.")
+
+
+class WindowSource(Protocol):
+    """Windows that can be indexed in any order: `Windows`, `Packed` or `Mixed`."""
+
+    identity: dict[str, Any]  # everything that the windows depend on, as flat JSON values
+    sizes: tuple[int, ...]  # windows of each part, one after the other
+    weights: tuple[float, ...]  # share of each part in the batches
+
+    def __len__(self) -> int:
+        """Returns the number of windows of all parts."""
+        ...
+
+    def __getitem__(self, index: Any, /) -> Batch:
+        """Returns the batch of windows at an array of indices."""
+        ...
 
 
 class Loader:
@@ -98,7 +112,7 @@ class Loader:
 
 
 def make_loader(
-    source: Windows | Packed,
+    source: WindowSource,
     config: LoaderConfig,
     *,
     augment: AugmentConfig | None = None,
@@ -112,7 +126,7 @@ def make_loader(
     that cannot be divided evenly among the processes are left out of that epoch.
 
     Args:
-      source: windows, or rows of packed episodes.
+      source: windows, rows of packed episodes, or a mixture of either.
       config: total batch size, seed, workers.
       augment: image augmentation; None means none.
       process_index: index of this process, 0 … process_count - 1.
@@ -131,23 +145,31 @@ def make_loader(
             f"batch_size must be a multiple of the {process_count} processes, got "
             f"{config.batch_size}."
         )
-    if len(source) < process_count:
+    if min(source.sizes) < process_count:
         raise ValueError(
             f"source must hold at least one window for each of {process_count} processes, "
-            f"got {len(source)}; use fewer processes or a smaller stride."
+            f"got {min(source.sizes)}; use fewer processes or a smaller stride."
         )
-    grain = _import_grain()
-    dataset = grain.MapDataset.range(len(source)).seed(config.seed)
-    if config.shuffle:
-        dataset = dataset.shuffle()
-    divisible = len(source) // process_count * process_count
-    dataset = dataset[process_index:divisible:process_count].repeat()
+    dataset = _order(source, config, process_count)[process_index::process_count]
     dataset = dataset.batch(config.batch_size // process_count, batch_fn=np.asarray)
     dataset = dataset.map(functools.partial(_read, source))
     if augment is not None:
         dataset = dataset.random_map(functools.partial(_augment, augment))
     pipeline = _pipeline(source, config, augment, process_count)
     return Loader(dataset, config, pipeline)
+
+
+def _order(source: WindowSource, config: LoaderConfig, process_count: int) -> Any:
+    """Returns the endless order of the window indices of all processes together."""
+    grain, offset, parts = _import_grain(), 0, []
+    for number, size in enumerate(source.sizes):
+        part = grain.MapDataset.range(offset, offset + size).seed(config.seed + number)
+        part = part.shuffle() if config.shuffle else part
+        parts.append(part[: size // process_count * process_count].repeat())
+        offset += size
+    if len(parts) == 1:
+        return parts[0]
+    return grain.MapDataset.mix(parts, source.weights).seed(config.seed)
 
 
 def _start(dataset: Any, config: LoaderConfig, num_batches: int) -> Any:
@@ -167,7 +189,7 @@ def _start(dataset: Any, config: LoaderConfig, num_batches: int) -> Any:
     return iter(batches)
 
 
-def _read(source: Windows | Packed, indices: np.ndarray) -> Batch:
+def _read(source: WindowSource, indices: np.ndarray) -> Batch:
     return source[indices]
 
 
@@ -176,7 +198,7 @@ def _augment(config: AugmentConfig, batch: Batch, rng: np.random.Generator) -> B
 
 
 def _pipeline(
-    source: Windows | Packed,
+    source: WindowSource,
     config: LoaderConfig,
     augment: AugmentConfig | None,
     process_count: int,

@@ -27,6 +27,8 @@ class Packed:
             windows.dataset.episode_ends, windows.config.window_size
         )
         self.identity = {**windows.identity, "stride": "packed"}
+        self.sizes = (len(self.frame),)
+        self.weights = (1.0,)
 
     def __len__(self) -> int:
         """Returns the number of rows."""

@@ -2,13 +2,20 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from vla_jax.data import normalize
-from vla_jax.data.dataset import Dataset, Frames, digest, episode_starts
-from vla_jax.types import Array, Batch, Observation, Tokens
+from vla_jax.data.dataset import (
+    COLUMNS,
+    Dataset,
+    Frames,
+    digest,
+    episode_starts,
+    instruction_starts,
+)
+from vla_jax.types import Array, Batch, Tokens, make_observation
 
 ALWAYS = -1  # instruction_steps: the instruction is visible at every step
 Tokenize = Callable[[str], np.ndarray]  # instruction -> token ids [S] int32, from the backbone
@@ -31,14 +38,23 @@ class WindowConfig:
                 raise ValueError(f"{name} must be at least {least.get(name, 1)}, got {value}.")
 
 
-def instruction_table(dataset: Dataset, tokenize: Tokenize) -> np.ndarray:
-    """Returns the token ids `[num_episodes + 1, S]` int32 of every episode's instruction.
+class InstructionTable(NamedTuple):
+    """Token ids of a data set's instructions, and which of them every frame has."""
 
-    The last row has the ids of the empty text, for steps at which the instruction is hidden.
-    """
-    texts = (*dataset.instructions, "")
-    ids = {text: tokenize(text) for text in set(texts)}
-    return np.stack([ids[text] for text in texts])
+    ids: np.ndarray  # [num_texts + 1, S] int32; the last row has those of "", for hidden ones
+    index: np.ndarray  # [F] int32 into `ids`
+    age: np.ndarray  # [F] int32, steps since the episode or this instruction began
+
+
+def instruction_table(dataset: Dataset, tokenize: Tokenize) -> InstructionTable:
+    """Returns the token ids of every instruction, and the instruction of every frame."""
+    frames = np.arange(len(dataset.instruction_index))
+    starts = np.maximum.accumulate(np.where(instruction_starts(dataset), frames, 0))
+    return InstructionTable(
+        ids=np.stack([tokenize(text) for text in (*dataset.instructions, "")]),
+        index=dataset.instruction_index,
+        age=(frames - starts).astype(np.int32),
+    )
 
 
 def window_index(dataset: Dataset, config: WindowConfig) -> np.ndarray:
@@ -61,7 +77,7 @@ def cut(
     episode: np.ndarray | int,
     last: np.ndarray | int,
     *,
-    instructions: np.ndarray,
+    instructions: InstructionTable,
     tokens: Tokens | None = None,
 ) -> Batch:
     """Returns the windows that end at step `last` of `episode`.
@@ -76,7 +92,7 @@ def cut(
       config: sizes.
       episode: `[...]` episode of each window.
       last: `[...]` last step of each window.
-      instructions: `[num_episodes + 1, S]` token ids, from `instruction_table`.
+      instructions: from `instruction_table`.
       tokens: cached outputs of the backbone, `[num_frames, N, D]`; images are then left out.
 
     Returns:
@@ -102,7 +118,7 @@ def gather(
     step: np.ndarray,
     mask: np.ndarray,
     *,
-    instructions: np.ndarray,
+    instructions: InstructionTable,
     tokens: Tokens | None = None,
 ) -> Batch:
     """Returns the given steps of episodes as a batch, each with its chunk of K actions.
@@ -113,7 +129,7 @@ def gather(
       episode: `[..., W]` episode of each step.
       step: `[..., W]` index of each step within its episode.
       mask: `[..., W]`, True where the step is real; other steps are arbitrary.
-      instructions: `[num_episodes + 1, S]` token ids, from `instruction_table`.
+      instructions: from `instruction_table`.
       tokens: cached outputs of the backbone, `[num_frames, N, D]`; images are then left out.
 
     Returns:
@@ -125,18 +141,29 @@ def gather(
     action_mask = mask[..., None] & (targets < ends[..., None])
     action = take(dataset.columns["action"], np.minimum(targets, ends[..., None] - 1))
     action *= action_mask[..., None]
-    visible = (config.instruction_steps == ALWAYS) | (step < config.instruction_steps)
-    sources = dataset.columns if tokens is not None else {**dataset.columns, **dataset.frames}
+    steps = config.instruction_steps
+    visible = (steps == ALWAYS) | (instructions.age[rows] < steps)
+    columns = {n: c for n, c in dataset.columns.items() if n in COLUMNS and n != "action"}
+    sources = columns if tokens is not None else {**columns, **dataset.frames}
     return Batch(
-        observation=Observation(
-            **{name: take(source, rows) for name, source in sources.items() if name != "action"},
-            instruction=instructions[np.where(visible, episode, -1)],
+        observation=make_observation(
+            {name: take(source, rows) for name, source in sources.items()},
+            instruction=instructions.ids[np.where(visible, instructions.index[rows], -1)],
         ),
         tokens=None if tokens is None else Tokens(*(take(part, rows) for part in tokens)),
         timestep_mask=mask,
         action=action,
         action_mask=action_mask,
+        action_dims=_action_dims(dataset, mask.shape),
     )
+
+
+def _action_dims(dataset: Dataset, lead: tuple[int, ...]) -> np.ndarray | None:
+    """Returns `[*lead, A]`, False for the numbers that the robot has not; None if it has all."""
+    layout = dataset.action_layout
+    if not layout.missing:
+        return None
+    return np.broadcast_to(~np.isin(np.arange(layout.size), layout.missing), (*lead, layout.size))
 
 
 def take(source: Any, rows: np.ndarray) -> np.ndarray:
@@ -197,10 +224,15 @@ class Windows:
         self.tokens = tokens
         self.instructions = instruction_table(dataset, tokenize)
         self.index = window_index(dataset, config)
+        given = dataset.instruction_index[instruction_starts(dataset)]
         self.identity = {
             **_identity(dataset, config, norm_stats, methods, tokens),
-            "instructions": digest(self.instructions[:-1]),
+            # one row for every text that is given, also if it is given again
+            "instructions": digest(self.instructions.ids[given]),
         }
+
+        self.sizes = (len(self.index),)
+        self.weights = (1.0,)
 
     def __len__(self) -> int:
         """Returns the number of windows."""

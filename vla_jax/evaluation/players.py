@@ -14,7 +14,7 @@ from vla_jax.acting.rollout import Controller, Outcome, SimulatorView, run_env
 from vla_jax.data.normalize import NormStats
 from vla_jax.envs.worlds import Reference
 from vla_jax.evaluation.results import Latency
-from vla_jax.types import Env, Observation, Params
+from vla_jax.types import Env, Observation, Params, make_observation
 
 _CHUNK = 256  # episodes of a JAX environment in one scan
 _WARM_UP, _TIMED = 3, 50  # policy steps
@@ -66,7 +66,9 @@ def _observe(views: list[SimulatorView], tokenize: Callable[[str], np.ndarray]) 
     parts = {
         name: np.stack([view.observation[name] for view in views]) for name in views[0].observation
     }
-    return Observation(**parts, instruction=np.stack([tokenize(s.instruction) for s in views]))
+    return make_observation(
+        parts, instruction=np.stack([tokenize(view.instruction) for view in views])
+    )
 
 
 def _play_env(

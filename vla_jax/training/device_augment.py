@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from vla_jax.data.image_augment import GRAIN, AugmentConfig, Change
-from vla_jax.types import Array, Key, Observation
+from vla_jax.types import Array, Key, Observation, get_images, replace_images
 
 
 def apply(key: Key, observation: Observation, config: AugmentConfig) -> Observation:
@@ -20,13 +20,14 @@ def apply(key: Key, observation: Observation, config: AugmentConfig) -> Observat
     """
     if config == AugmentConfig():
         return observation
-    names = ("image_primary", "image_wrist")
+    cameras = get_images(observation)
+    names = ["image_primary", "image_wrist", *sorted(observation.images or ())]
     changed = {
-        name: _change_each(camera_key, images, config)
+        name: _change_each(camera_key, cameras[name], config)
         for name, camera_key in zip(names, jax.random.split(key, len(names)), strict=True)
-        if (images := getattr(observation, name)) is not None
+        if name in cameras
     }
-    return observation._replace(**changed)
+    return replace_images(observation, changed)
 
 
 def draw(key: Key, config: AugmentConfig) -> Change:

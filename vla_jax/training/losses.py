@@ -59,7 +59,8 @@ def action_loss(
     Args:
       prediction: arm `[..., K, A-1]`, gripper logit `[..., K]`; or logits `[..., K, A, V]`.
       action: targets `[..., K, A]`, arm in [-1, 1], gripper +1 open / -1 closed.
-      action_mask: `[..., K]`, True where the target exists; other targets are arbitrary.
+      action_mask: `[..., K]`, True where the target exists; or `[..., K, A]`, True for the numbers
+        of it that exist. Other targets are arbitrary.
       gripper_weight: weight of the gripper's term; bins have no such term.
       axis_name: mapped axis to sum over; None outside `pmap` and `shard_map`.
 
@@ -91,13 +92,16 @@ def action_terms(
     Returns:
       `arm` and `gripper`, or `bins`, `[]` float32; and the metrics that are not losses.
     """
-    chex.assert_shape(action_mask, action.shape[:-1])
+    mask = jnp.asarray(action_mask)
+    if mask.ndim < action.ndim:
+        mask = jnp.broadcast_to(mask[..., None], action.shape)
+    chex.assert_shape(mask, action.shape)
     prediction = jax.tree.map(lambda part: jnp.asarray(part, jnp.float32), prediction)
     # The selection comes before the loss: the gradient through a NaN target would be NaN.
-    target = jnp.where(jnp.asarray(action_mask)[..., None], action, 0.0)
+    target = jnp.where(mask, action, 0.0)
     errors = heads.errors(prediction, target) | _decoded_terms(heads.actions(prediction), target)
     means = {
-        name: masked_mean(values, action_mask, axis_name=axis_name)
+        name: masked_mean(values, _mask_of(values, mask), axis_name=axis_name)
         for name, values in errors.items()
     }
     terms = {name: mean for name, mean in means.items() if name in TERMS}
@@ -221,6 +225,18 @@ def categorical_kl(
     )
     distance = jnp.sum(jnp.exp(log_policy) * (log_policy - log_reference), axis=-1)
     return masked_mean(distance, mask, axis_name=axis_name)
+
+
+def _mask_of(values: jax.Array, mask: jax.Array) -> jax.Array:
+    """Returns the part of `mask [..., K, A]` for errors of the arm, of all numbers or the gripper.
+
+    Args:
+      values: `[..., K, A-1]`, `[..., K, A]` or `[..., K]`.
+      mask: `[..., K, A]`.
+    """
+    if values.ndim < mask.ndim:
+        return mask[..., -1]
+    return mask[..., : values.shape[-1]]
 
 
 def _decoded_terms(chunk: ActionChunk, target: jax.Array) -> Metrics:

@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from vla_jax.config import did_you_mean
 from vla_jax.data.raw import Feature
 
-_SELECTION = re.compile(r"(?P<key>.*?)\[(?P<start>-?\d*)(?P<colon>:?)(?P<stop>-?\d*)\]")
+_SELECTION = re.compile(r"(?P<key>.+)\[(?P<start>-?\d+)?(?P<colon>:)?(?P<stop>-?\d+)?\]")
 
 
 def parse_key(key: str, known: Mapping[str, object]) -> tuple[str, slice]:
@@ -23,7 +24,7 @@ def parse_key(key: str, known: Mapping[str, object]) -> tuple[str, slice]:
     found = _SELECTION.fullmatch(key)
     if key in known or not found:
         column, dims = key, slice(None)
-    elif found["colon"]:
+    elif found["colon"] or not found["start"]:
         ends = [int(text) if text else None for text in (found["start"], found["stop"])]
         column, dims = found["key"], slice(*ends)
     else:
@@ -31,7 +32,7 @@ def parse_key(key: str, known: Mapping[str, object]) -> tuple[str, slice]:
         column, dims = found["key"], slice(start, start + 1 or None)
     if column not in known:
         raise ValueError(
-            f"column must be one of {sorted(known)}, got '{key}'; name one that the data set has."
+            f"column must be one that the data set has, got '{key}'; {did_you_mean(column, known)}"
         )
     return column, dims
 

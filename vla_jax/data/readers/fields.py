@@ -1,7 +1,13 @@
-"""Record that names the columns and cameras of a source which become the fields of a `Dataset`."""
+"""Names of the columns and cameras of a raw data set which become the fields of a `Dataset`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+
+from vla_jax.actions.action_layout import RANGES
+from vla_jax.config import did_you_mean
+from vla_jax.data.raw import RawDataset
+from vla_jax.data.readers.dataset_config import DatasetConfig, camera_option
+from vla_jax.data.readers.field_columns import parse_key
 
 
 class GripperRange(NamedTuple):
@@ -19,9 +25,83 @@ class FieldMap(NamedTuple):
 
     cameras: Mapping[str, str] = {}  # image_primary, image_wrist, image_<name> -> camera's key
     columns: Mapping[str, tuple[str, ...]] = {}  # proprio, action, ... -> keys, concatenated
-    grippers: tuple[int, ...] = ()  # indices of grippers in the concatenated action, as -1
+    grippers: tuple[int, ...] = ()  # indices of grippers in the concatenated action, such as -1
     gripper_range: GripperRange = GripperRange(-1.0, 1.0)  # of all grippers
+    gripper_only_open: bool = False  # any value but that of an open gripper means closed
     # values are changes: a value between the ends keeps what the gripper did before (RT-1)
     gripper_keeps_at_zero: bool = False
     rotate_images: bool = False  # images are upside down on disk: rotate them by 180 degrees
-    robot: str = ""  # name of the conventions' entry in a table, "" = generic
+    robot: str = ""  # entry of a table of robots or data sets these conventions come from
+
+
+def choose_fields(proposed: FieldMap, raw: RawDataset, config: DatasetConfig) -> FieldMap:
+    """Returns the fields to read: those the reader proposes, changed by the config.
+
+    Args:
+      proposed: from the reader's `fields`.
+      raw: data set that must hold all keys.
+      config: `cameras`, `feature_keys`, `columns`, `gripper`, `gripper_range`, `grippers` and
+        `rotate_images`.
+
+    Raises:
+      ValueError: an unknown field; a key that the data set lacks; no key for the action.
+    """
+    chosen = dict(config.feature_keys) | dict(camera_option(text) for text in config.cameras)
+    cameras = {name: key for name, key in chosen.items() if name.startswith("image_")}
+    columns = {name: tuple(key.split("+")) for name, key in chosen.items() if name not in cameras}
+    for name, key in cameras.items():
+        if key not in raw.images:
+            raise ValueError(
+                f"{name} must be read from a camera of {raw.path}, got {key!r}; "
+                f"{did_you_mean(key, raw.images)}"
+            )
+    columns = {**proposed.columns, **columns}
+    for keys in columns.values():
+        for key in keys:
+            parse_key(key, raw.columns)
+    if "action" not in columns:
+        raise ValueError(
+            f"{raw.path} must have an action, got the columns {sorted(raw.columns)}; name its key "
+            "with --dataset.feature-keys action KEY."
+        )
+    wanted = tuple(columns) if config.columns is None else (*config.columns, "action")
+    missing = [name for name in wanted if name not in columns]
+    if missing:
+        raise ValueError(
+            f"{raw.path} must have a column for {missing[0]}, got {sorted(raw.columns)}; name its "
+            f"key with --dataset.feature-keys {missing[0]} KEY."
+        )
+    return proposed._replace(
+        cameras={**proposed.cameras, **cameras},
+        columns={name: columns[name] for name in wanted},
+        grippers=proposed.grippers if config.grippers is None else config.grippers,
+        gripper_range=_gripper_range(proposed, config),
+        gripper_only_open=config.gripper == "open_one_else_closed",
+        rotate_images=(
+            proposed.rotate_images if config.rotate_images is None else config.rotate_images
+        ),
+    )
+
+
+def choose_cameras(
+    fields: FieldMap, raw: RawDataset, needed: Sequence[str] | None
+) -> dict[str, str]:
+    """Returns camera -> key of the needed cameras; None means all that have a key.
+
+    Raises:
+      ValueError: a needed camera has no key.
+    """
+    for name in needed or ():
+        if name not in fields.cameras:
+            raise ValueError(
+                f"the policy needs the camera {name}, which no camera of {raw.path} is known to be "
+                f"(they are {', '.join(raw.images) or 'none'}); name it with --dataset.cameras "
+                f"{name.removeprefix('image_')}=KEY."
+            )
+    return {name: fields.cameras[name] for name in (fields.cameras if needed is None else needed)}
+
+
+def _gripper_range(proposed: FieldMap, config: DatasetConfig) -> GripperRange:
+    if config.gripper_range is not None:
+        return GripperRange(*config.gripper_range)
+    return GripperRange(*RANGES[config.gripper]) if config.gripper else proposed.gripper_range

@@ -14,26 +14,11 @@ from vla_jax.data.readers.calvin import calvin
 from vla_jax.data.readers.dataset_config import DatasetConfig
 from vla_jax.data.readers.fields import FieldMap
 from vla_jax.data.readers.hdf5 import aloha, isaac_lab, libero, robomimic, robomme
-from vla_jax.data.readers.lerobot import lerobot_v3
 from vla_jax.data.readers.lerobot.lerobot_fields import suggest_fields
 from vla_jax.data.readers.lerobot.lerobot_source import open_lerobot, probe_v2, probe_v3
 from vla_jax.data.readers.rlds import rlds
+from vla_jax.data.readers.training_data import make_dataset
 from vla_jax.types import Resampling
-
-
-class Read(Protocol):
-    """Signature of a reader's `read`."""
-
-    def __call__(
-        self,
-        config: DatasetConfig,
-        *,
-        cameras: Sequence[str] | None,
-        image_size: tuple[int, int] | None,
-        resampling: Resampling,
-    ) -> Dataset:
-        """Reads a data set; arguments as in `read_dataset`."""
-        ...
 
 
 class Open(Protocol):
@@ -48,21 +33,20 @@ class Reader(NamedTuple):
     """One data-set format."""
 
     probe: Callable[[pathlib.Path], bool]  # True if the path holds this format; cheap, no errors
-    read: Read | None = None
-    open: Open | None = None
-    fields: Callable[[RawDataset], FieldMap] | None = None  # fields that this source suggests
+    open: Open
+    fields: Callable[[RawDataset], FieldMap]  # proposes what becomes which field of a `Dataset`
 
 
 READERS: dict[str, Reader] = {
-    "lerobot_v3": Reader(probe_v3, lerobot_v3.read, open=open_lerobot, fields=suggest_fields),
-    "lerobot_v2": Reader(probe_v2, open=open_lerobot, fields=suggest_fields),
-    "aloha": Reader(aloha.probe, open=aloha.open, fields=aloha.fields),
-    "calvin": Reader(calvin.probe, open=calvin.open, fields=calvin.fields),
-    "isaac_lab": Reader(isaac_lab.probe, open=isaac_lab.open, fields=isaac_lab.fields),
-    "libero": Reader(libero.probe, open=libero.open, fields=libero.fields),
-    "robomimic": Reader(robomimic.probe, open=robomimic.open, fields=robomimic.fields),
-    "robomme": Reader(robomme.probe, open=robomme.open, fields=robomme.fields),
-    "rlds": Reader(rlds.probe, open=rlds.open, fields=rlds.fields),
+    "lerobot_v3": Reader(probe_v3, open_lerobot, suggest_fields),
+    "lerobot_v2": Reader(probe_v2, open_lerobot, suggest_fields),
+    "aloha": Reader(aloha.probe, aloha.open, aloha.fields),
+    "calvin": Reader(calvin.probe, calvin.open, calvin.fields),
+    "isaac_lab": Reader(isaac_lab.probe, isaac_lab.open, isaac_lab.fields),
+    "libero": Reader(libero.probe, libero.open, libero.fields),
+    "robomimic": Reader(robomimic.probe, robomimic.open, robomimic.fields),
+    "robomme": Reader(robomme.probe, robomme.open, robomme.fields),
+    "rlds": Reader(rlds.probe, rlds.open, rlds.fields),
 }
 
 
@@ -87,8 +71,6 @@ def open_source(
     """
     path = pathlib.Path(path)
     reader = find_reader(DatasetConfig(str(path), kind=kind))
-    if reader.open is None:
-        raise NotImplementedError
     return reader.open(path, split=split)
 
 
@@ -99,7 +81,7 @@ def read_dataset(
     image_size: tuple[int, int] | None = None,
     resampling: Resampling = "area",
 ) -> Dataset:
-    """Reads a data set with the reader of its format.
+    """Reads a data set of any format for training.
 
     Args:
       config: path and format. Where `kind` is None, the reader whose `probe` accepts the path
@@ -115,10 +97,16 @@ def read_dataset(
       FileNotFoundError: the path is missing, or a file of the data set.
       ValueError: unknown kind; no reader or several readers accept the path; damaged data.
     """
-    read = find_reader(config).read
-    if read is None:
-        raise NotImplementedError
-    return read(config, cameras=cameras, image_size=image_size, resampling=resampling)
+    reader = find_reader(config)
+    raw = reader.open(pathlib.Path(config.path), split=config.split)
+    return make_dataset(
+        raw,
+        reader.fields(raw),
+        config,
+        cameras=cameras,
+        image_size=image_size,
+        resampling=resampling,
+    )
 
 
 def find_reader(config: DatasetConfig) -> Reader:

@@ -252,8 +252,8 @@ def _with_stored_columns(info: Info, table: EpisodeTable) -> Info:
 
 
 def probe_v3(path: pathlib.Path) -> bool:
-    """Returns True if `path` is a LeRobot data set of version 3."""
-    return _version(path).startswith("v3.")
+    """Returns True if `path` is a LeRobot data set of version 3, or of an unknown version."""
+    return (path / INFO_PATH).is_file() and not probe_v2(path)
 
 
 def probe_v2(path: pathlib.Path) -> bool:

@@ -9,15 +9,10 @@ from typing import get_args
 import av
 import numpy as np
 import pytest
+from tiny_video import Segment, decode_segments
 
-from vla_jax.data import video_frames
-from vla_jax.data.video_frames import Segment
+from vla_jax.data.raw_frames import RawFrames
 from vla_jax.types import Resampling
-
-
-def segment(path, start, length):
-    """The frames of an episode in a video of 10 Hz."""
-    return Segment(path, np.arange(start, start + length) / 10)
 
 
 def make_video(path, count=12, size=(16, 24), codec="libx264rgb", seed=0):
@@ -40,11 +35,11 @@ def test_each_segment_is_decoded_into_its_rows(codec, error, tmp_path):
     first = make_video(tmp_path / "videos/a.mp4", codec=codec)
     second = make_video(tmp_path / "videos/b.mp4", codec=codec, seed=60)
     segments = [
-        segment(tmp_path / "videos/b.mp4", 2, 3),
-        segment(tmp_path / "videos/a.mp4", 0, 5),
-        segment(tmp_path / "videos/a.mp4", 9, 2),
+        Segment(tmp_path / "videos/b.mp4", 2, 3),
+        Segment(tmp_path / "videos/a.mp4", 0, 5),
+        Segment(tmp_path / "videos/a.mp4", 9, 2),
     ]
-    images = video_frames.read_frames({"image_wrist": segments}, tmp_path)["image_wrist"]
+    images = decode_segments(segments, tmp_path)
     expected = np.concatenate([second[2:5], first[0:5], first[9:11]])
     assert images.dtype == np.uint8
     assert np.abs(images.astype(int) - expected).mean() < error
@@ -53,23 +48,23 @@ def test_each_segment_is_decoded_into_its_rows(codec, error, tmp_path):
 def test_videos_are_decoded_once_and_again_only_when_they_change(tmp_path, monkeypatch):
     path = tmp_path / "a.mp4"
     make_video(path)
-    cameras = {"image_primary": [segment(path, 0, 12)]}
-    before = video_frames.read_frames(cameras, tmp_path)["image_primary"]
+    segments = [Segment(path, 0, 12)]
+    before = decode_segments(segments, tmp_path)
     assert isinstance(before, np.memmap)
     assert not before.flags.writeable
     with monkeypatch.context() as patch:
-        patch.setattr(video_frames, "decode", None)
-        again = video_frames.read_frames(cameras, tmp_path)["image_primary"]
+        patch.setattr(RawFrames, "__getitem__", None)
+        again = decode_segments(segments, tmp_path)
         np.testing.assert_array_equal(before, again)
     make_video(path, seed=50)
-    changed = video_frames.read_frames(cameras, tmp_path)["image_primary"]
+    changed = decode_segments(segments, tmp_path)
     assert np.abs(changed.astype(int) - before).mean() > 40
 
 
 def test_images_are_resized_to_the_requested_size(tmp_path):
     images = make_video(tmp_path / "a.mp4")
-    cameras = {"image_primary": [segment(tmp_path / "a.mp4", 0, 12)]}
-    small = video_frames.read_frames(cameras, tmp_path, image_size=(8, 12))["image_primary"]
+    segments = [Segment(tmp_path / "a.mp4", 0, 12)]
+    small = decode_segments(segments, tmp_path, image_size=(8, 12))
     assert small.shape == (12, 8, 12, 3)
     means = images.reshape(12, 8, 2, 12, 2, 3).mean((2, 4))
     assert np.abs(small - means).mean() < 2
@@ -77,48 +72,43 @@ def test_images_are_resized_to_the_requested_size(tmp_path):
 
 def test_images_are_resized_by_the_requested_method(tmp_path):
     make_video(tmp_path / "a.mp4")
-    cameras = {"image_primary": [segment(tmp_path / "a.mp4", 0, 12)]}
+    segments = [Segment(tmp_path / "a.mp4", 0, 12)]
     size = {"image_size": (40, 60)}
     with av.open(tmp_path / "a.mp4") as container:
         frames = list(container.decode(video=0))
     for method in get_args(Resampling):
-        images = video_frames.read_frames(cameras, tmp_path, **size, resampling=method)
+        images = decode_segments(segments, tmp_path, **size, resampling=method)
         resized = frames[3].reformat(60, 40, "rgb24", interpolation=method.upper()).to_ndarray()
-        np.testing.assert_array_equal(images["image_primary"][3], resized)
-
-
-def test_without_cameras_no_images_are_read_or_written(tmp_path):
-    assert video_frames.read_frames({}, tmp_path) == {}
-    assert not list(tmp_path.iterdir())
+        np.testing.assert_array_equal(images[3], resized)
 
 
 def test_the_cache_folder_can_be_chosen_and_has_a_fallback_if_not_writable(tmp_path, monkeypatch):
     root, home = tmp_path / "data", tmp_path / "home"
     make_video(root / "a.mp4")
-    cameras = {"image_primary": [segment(root / "a.mp4", 0, 12)]}
-    video_frames.read_frames(cameras, root, decoded_dir=tmp_path / "cache")
+    segments = [Segment(root / "a.mp4", 0, 12)]
+    decode_segments(segments, root, decoded_dir=str(tmp_path / "cache"))
     assert len(list((tmp_path / "cache").glob("image_primary-*.npy"))) == 1
     monkeypatch.setenv("XDG_CACHE_HOME", str(home))
     monkeypatch.setattr(os, "access", lambda path, mode: pathlib.Path(path) != root)
     with pytest.warns(UserWarning, match="is not writable; decoded images go to"):
-        video_frames.read_frames(cameras, root)
+        decode_segments(segments, root)
     assert len(list(home.glob("vla_jax/frames/*.npy"))) == 1
     assert not (root / ".frames").exists()
 
 
 def test_a_missing_video_is_refused_by_name(tmp_path):
-    cameras = {"image_primary": [segment(tmp_path / "a.mp4", 0, 12)]}
+    segments = [Segment(tmp_path / "a.mp4", 0, 12)]
     with pytest.raises(FileNotFoundError, match=r"video .*a\.mp4 is missing; copy"):
-        video_frames.read_frames(cameras, tmp_path)
+        decode_segments(segments, tmp_path)
 
 
 def test_a_video_with_too_few_frames_is_refused_and_nothing_is_cached(tmp_path):
     make_video(tmp_path / "a.mp4")
-    cameras = {"image_primary": [segment(tmp_path / "a.mp4", 8, 6)]}
+    segments = [Segment(tmp_path / "a.mp4", 8, 6)]
     with pytest.raises(
         ValueError, match=r"a\.mp4 must hold a frame at 1\.2 s .*, got 12 frames from 0 s to 1\.1 s"
     ):
-        video_frames.read_frames(cameras, tmp_path)
+        decode_segments(segments, tmp_path)
     assert not list((tmp_path / ".frames").iterdir())
 
 
@@ -127,9 +117,9 @@ def test_a_truncated_video_is_refused_by_name(kept, tmp_path):
     path = tmp_path / "a.mp4"
     make_video(path)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
-    cameras = {"image_primary": [segment(path, 0, 12)]}
+    segments = [Segment(path, 0, 12)]
     with pytest.raises(ValueError, match=r"video .*a\.mp4 cannot be decoded, the file is damaged"):
-        video_frames.read_frames(cameras, tmp_path)
+        decode_segments(segments, tmp_path)
 
 
 def test_a_video_with_damaged_frames_is_refused_by_name(tmp_path):
@@ -139,20 +129,20 @@ def test_a_video_with_damaged_frames_is_refused_by_name(tmp_path):
     start = content.index(b"mdat") + 4
     content[start + 900 : start + 2000] = bytes(1100)
     path.write_bytes(content)
-    cameras = {"image_primary": [segment(path, 0, 12)]}
+    segments = [Segment(path, 0, 12)]
     with pytest.raises(ValueError, match=r"video .*a\.mp4"):
-        video_frames.read_frames(cameras, tmp_path)
+        decode_segments(segments, tmp_path)
 
 
 FULL_DISK = """
 import pathlib, resource, sys
-import numpy as np
-from vla_jax.data import video_frames
+sys.path.insert(0, sys.argv[2])
+from tiny_video import Segment, decode_segments
 root = pathlib.Path(sys.argv[1])
-segments = [video_frames.Segment(root / "a.mp4", np.arange(12) / 10)]
+segments = [Segment(root / "a.mp4", 0, 12)]
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
-    video_frames.read_frames({"image_primary": segments}, root)
+    decode_segments(segments, root)
 except OSError as error:
     print(error)
 """
@@ -160,7 +150,7 @@ except OSError as error:
 
 def test_a_full_disk_raises_one_sentence(tmp_path):
     make_video(tmp_path / "a.mp4")
-    command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path), str(pathlib.Path(__file__).parent)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert "decoded images need 0 MB in" in done.stdout

@@ -1,4 +1,4 @@
-"""Images decoded on demand equal those of whole-set decoding, whatever the cache holds."""
+"""Images decoded on demand equal those of whole files, whatever the cache holds."""
 
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import tiny_lerobot
 from tiny_lerobot import make_episodes
+from tiny_video import Segment, open_frames
 
-from vla_jax.data import frames_on_demand, video_pieces
+from vla_jax.data import video_pieces
 from vla_jax.data.frame_cache import FrameCache
-from vla_jax.data.frames_on_demand import FramesOnDemand
 from vla_jax.data.readers.lerobot import writer
 from vla_jax.data.video_files import open_video, read_index
-from vla_jax.data.video_frames import Segment, read_frames
 
 SIZE = (16, 24)
 FRAME_BYTES = 16 * 24 * 3
@@ -29,11 +28,6 @@ VIDEOS = {  # codec, file ending and encoder options
     "AV1 as lerobot writes it": ("libsvtav1", "mp4", {"g": "2", "crf": "30"}),
     "no index in the header": ("libx264", "mkv", {"g": "12", "bf": "3"}),
 }
-
-
-def segment(path, start, length):
-    """The frames of an episode in a video of 10 Hz."""
-    return Segment(path, np.arange(start, start + length) / 10)
 
 
 def make_video(path, num_frames, codec, options):
@@ -60,27 +54,40 @@ def make_segments(folder, video):
         make_video(path, num_frames, codec, options)
     first, single, last = paths
     return [
-        segment(last, 3, 9),
-        segment(first, 20, 21),
-        segment(single, 0, 1),
-        segment(first, 1, 15),
-        segment(last, 12, 14),
+        Segment(last, 3, 9),
+        Segment(first, 20, 21),
+        Segment(single, 0, 1),
+        Segment(first, 1, 15),
+        Segment(last, 12, 14),
     ]
+
+
+def decode(segments, size=None):
+    """Returns the frames of all segments, from whole files decoded by PyAV."""
+    files = {}
+    for path in {segment.path for segment in segments}:
+        with av.open(str(path)) as container:
+            frames = list(container.decode(video=0))
+        height, width = size or (frames[0].height, frames[0].width)
+        options = {"interpolation": "AREA"}
+        files[path] = [frame.reformat(width, height, "rgb24", **options) for frame in frames]
+    chosen = (files[s.path][s.start : s.start + s.length] for s in segments)
+    return np.stack([frame.to_ndarray() for frames in chosen for frame in frames])
 
 
 @pytest.fixture(scope="module", params=VIDEOS)
 def video(request, tmp_path_factory):
-    """Segments, and their images from whole-set decoding."""
+    """Segments, and their images decoded by PyAV."""
     folder = tmp_path_factory.mktemp("videos")
     segments = make_segments(folder, request.param)
-    return segments, read_frames({"image_wrist": segments}, folder, image_size=SIZE)["image_wrist"]
+    return segments, decode(segments, SIZE)
 
 
 @pytest.mark.parametrize("capacity", [0, 5 * FRAME_BYTES, 25 * FRAME_BYTES, 10**8])
-def test_images_on_demand_equal_whole_set_decoding_for_random_access(video, capacity):
+def test_images_on_demand_equal_whole_files_for_random_access(video, capacity):
     segments, whole = video
     cache = FrameCache(capacity)
-    frames = FramesOnDemand(segments, cache, image_size=SIZE)
+    frames = open_frames(segments, cache, image_size=SIZE)
     assert (frames.shape, frames.dtype, len(frames)) == (whole.shape, whole.dtype, len(whole))
     rng = np.random.default_rng(0)
     for _ in range(12):
@@ -109,7 +116,7 @@ def test_the_index_lists_every_frame_and_the_key_frames(video):
 def h264(tmp_path_factory):
     folder = tmp_path_factory.mktemp("h264")
     segments = make_segments(folder, "groups of 10")
-    return segments, read_frames({"image_wrist": segments}, folder)["image_wrist"]
+    return segments, decode(segments)
 
 
 def count_decoded(monkeypatch):
@@ -125,52 +132,42 @@ def count_decoded(monkeypatch):
     return counts
 
 
-def test_only_missing_pieces_are_decoded(h264, monkeypatch):
-    segments, _ = h264
-    counts = count_decoded(monkeypatch)
-    frames = FramesOnDemand(segments, FrameCache(10**8))
-    assert counts == []
-    frames[10]  # in the file's frames 20 … 29, or a group of pictures shortened by a scene change
-    assert sum(counts) <= 10
-    decoded = sum(counts)
-    frames[10]
-    assert sum(counts) == decoded
-    frames[:]
-    total = sum(counts)
-    frames[:]
-    assert sum(counts) == total <= sum(NUM_FRAMES)
-
-
-def test_only_the_needed_frames_of_a_piece_larger_than_the_cache_are_converted(h264, monkeypatch):
+def test_only_missing_images_are_decoded(h264, monkeypatch):
     segments, whole = h264
     counts = count_decoded(monkeypatch)
-    frames = FramesOnDemand(segments, FrameCache(0))
+    frames = open_frames(segments, FrameCache(10**8))
+    assert counts == []
+    for _ in range(2):
+        frames[[10, 12]]
+        assert sum(counts) == 2
+    for _ in range(2):
+        frames[:]
+        assert sum(counts) == len(whole)
+
+
+def test_without_a_cache_only_the_needed_frames_are_converted(h264, monkeypatch):
+    segments, whole = h264
+    counts = count_decoded(monkeypatch)
+    frames = open_frames(segments, FrameCache(0))
     for _ in range(2):
         np.testing.assert_array_equal(frames[[3, 4]], whole[[3, 4]])
     assert counts == [2, 2]
 
 
-def test_a_long_sequence_of_pieces_is_decoded_in_parts(h264, monkeypatch):
-    monkeypatch.setattr(frames_on_demand, "RUN_PIECES", 2)
-    segments, whole = h264
-    frames = FramesOnDemand(segments, FrameCache(10**8))
-    np.testing.assert_array_equal(frames[:], whole)
-
-
 def test_many_files_are_read_with_few_of_them_open(h264, monkeypatch):
     monkeypatch.setattr(video_pieces, "MAX_OPEN", 1)
     segments, whole = h264
-    frames = FramesOnDemand(segments, FrameCache(0))
+    frames = open_frames(segments, FrameCache(0))
     rows = np.random.default_rng(0).integers(0, len(whole), 20)
     for row in rows:
         np.testing.assert_array_equal(frames[row], whole[row])
-    assert len(frames._videos._local.containers) == 1
+    assert len(frames._raw.episodes._make.args[1]._local.containers) == 1
 
 
 def test_threads_that_share_a_reader_get_the_same_images(h264):
     segments, whole = h264
     cache = FrameCache(12 * FRAME_BYTES)
-    frames = FramesOnDemand(segments, cache)
+    frames = open_frames(segments, cache)
 
     def work(seed):
         for rows in np.random.default_rng(seed).integers(0, len(whole), (20, 5)):
@@ -184,7 +181,7 @@ def test_threads_that_share_a_reader_get_the_same_images(h264):
 def test_a_pickled_copy_reads_the_same_and_contains_no_images(h264):
     segments, whole = h264
     cache = FrameCache(10**8)
-    cameras = {name: FramesOnDemand(segments, cache) for name in ("image_primary", "image_wrist")}
+    cameras = {name: open_frames(segments, cache) for name in ("image_primary", "image_wrist")}
     np.testing.assert_array_equal(cameras["image_wrist"][:], whole)
     packed = pickle.dumps(cameras)
     assert len(packed) < 10_000
@@ -194,7 +191,7 @@ def test_a_pickled_copy_reads_the_same_and_contains_no_images(h264):
 
 
 def test_invalid_indices_are_refused(h264):
-    frames = FramesOnDemand(h264[0], FrameCache(0))
+    frames = open_frames(h264[0], FrameCache(0))
     for index in (len(frames), [0, -len(frames) - 1]):
         with pytest.raises(IndexError, match=f"must be within {len(frames)} frames"):
             frames[index]
@@ -206,9 +203,9 @@ def test_invalid_indices_are_refused(h264):
 def test_missing_damaged_and_short_videos_are_reported(tmp_path):
     path = tmp_path / "a.mp4"
     with pytest.raises(FileNotFoundError, match=r"video .*a\.mp4 is missing; copy"):
-        FramesOnDemand([segment(path, 0, 12)], FrameCache(0))
+        open_frames([Segment(path, 0, 12)], FrameCache(0))
     make_video(path, 12, "libx264rgb", {"g": "4"})
-    frames = FramesOnDemand([segment(path, 8, 6)], FrameCache(0))
+    frames = open_frames([Segment(path, 8, 6)], FrameCache(0))
     with pytest.raises(
         ValueError, match=r"a\.mp4 must hold a frame at 1\.2 s .*, got 12 frames from 0 s to 1\.1 s"
     ):
@@ -218,7 +215,7 @@ def test_missing_damaged_and_short_videos_are_reported(tmp_path):
     content[start + 900 :] = bytes(len(content) - start - 900)
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"video .*a\.mp4 cannot be decoded, the file is damaged"):
-        FramesOnDemand([segment(path, 0, 12)], FrameCache(0))[:]
+        open_frames([Segment(path, 0, 12)], FrameCache(0))[:]
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 32 * 32 * 3 * 11, 2**30])
