@@ -37,7 +37,7 @@ def write(
     names: Mapping[str, Sequence[str]] | None = None,
     overwrite: bool = False,
 ) -> pathlib.Path:
-    """Writes episodes as they arrive; readable by lerobot and by `lerobot_v3.read`.
+    """Writes episodes as they arrive; readable by lerobot and by `readers.open`.
 
     Only one episode is in memory at a time; the iterable may be a generator.
 
