@@ -31,10 +31,10 @@ from vla_jax.data import readers
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
-start = time.perf_counter()
+start, cpu = time.perf_counter(), time.process_time()
 source = readers.open(pathlib.Path(sys.argv[1]))
-opened = time.perf_counter() - start
-result = {"episodes": len(source.episodes), "open_s": opened, "open_mb": peak()}
+opened, cpu = time.perf_counter() - start, time.process_time() - cpu
+result = {"episodes": len(source.episodes), "open_s": opened, "open_cpu_s": cpu, "open_mb": peak()}
 if source.kind == "lerobot_v3":
     rng = np.random.default_rng(0)
     start = time.perf_counter()

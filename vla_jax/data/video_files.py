@@ -99,28 +99,32 @@ def frames_at(path: pathlib.Path, index: FrameIndex, seconds: np.ndarray) -> np.
     Raises:
       ValueError: no frame is near enough.
     """
-    times = index.times * index.unit
+    times, unit = index.times, index.unit
     if not len(times):
         raise damaged(path, "no frames")
-    after = np.clip(np.searchsorted(times, seconds), 1, max(len(times) - 1, 1))
-    before = after - 1
-    after = np.minimum(after, len(times) - 1)
-    is_after = np.abs(times[after] - seconds) < np.abs(times[before] - seconds)
+    # whole numbers: NumPy would convert all times for a search of others
+    ticks = np.ceil(np.clip(seconds / unit, -(2.0**62), 2.0**62)).astype(np.int64)
+    after = np.minimum(np.searchsorted(times, ticks), len(times) - 1)
+    before = np.maximum(after - 1, 0)
+    is_after = np.abs(times[after] * unit - seconds) < np.abs(times[before] * unit - seconds)
     frames = np.where(is_after, after, before)
-    half_frame = (times[-1] - times[0]) / (len(times) - 1) / 2 if len(times) > 1 else np.inf
+    half_frame = (times[-1] - times[0]) * unit / max(len(times) - 1, 1) / 2 or np.inf
     rounding = np.spacing(np.abs(seconds).astype(np.float32))
-    far = np.abs(times[frames] - seconds) > np.minimum(TIME_TOLERANCE + rounding, half_frame)
+    far = np.abs(times[frames] * unit - seconds) > np.minimum(TIME_TOLERANCE + rounding, half_frame)
     if np.any(far):
-        raise _no_frame(path, times, float(seconds[far][0]), float(times[frames[far][0]]))
+        first, last, nearest = times[[0, -1, frames[far][0]]] * unit
+        raise _no_frame(path, len(times), (first, last), float(seconds[far][0]), nearest)
     return frames
 
 
-def _no_frame(path: pathlib.Path, times: np.ndarray, wanted: float, nearest: float) -> ValueError:
+def _no_frame(
+    path: pathlib.Path, count: int, span: tuple[float, float], wanted: float, nearest: float
+) -> ValueError:
     """Returns the error of a step whose time no frame of the video has."""
-    if times[0] <= wanted <= times[-1]:
+    if span[0] <= wanted <= span[1]:
         found = f"the nearest at {nearest:.6g} s"
     else:
-        found = f"{len(times)} frames from {times[0]:.6g} s to {times[-1]:.6g} s"
+        found = f"{count} frames from {span[0]:.6g} s to {span[1]:.6g} s"
     return ValueError(
         f"video {path} must hold a frame at {wanted:.6g} s (within {TIME_TOLERANCE:g} s), got "
         f"{found}; the file is cut short, or its episodes' timestamps are wrong: copy or record "

@@ -69,9 +69,9 @@ def _read_separate(info: Info) -> EpisodeTable:
     """Reads `meta/episodes.jsonl` of v2: one Parquet file and video per episode."""
     path = info.root / EPISODES_JSONL
     rows = [(row.get("episode_index"), row.get("length")) for row in read_lines(path)]
-    for line, row in enumerate(rows, 1):
-        if not all(is_integer(value) for value in row):
-            wrong(path, f"episode_index and length in line {line}", "integers", row)
+    for line, (index, length) in enumerate(rows, 1):
+        if not (is_integer(index) and is_integer(length)):
+            wrong(path, f"episode_index and length in line {line}", "integers", (index, length))
     values = np.array(rows, np.int64).reshape(-1, 2)
     values = values[np.argsort(values[:, 0], kind="stable")]
     index = values[:, 0]
