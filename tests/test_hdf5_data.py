@@ -3,7 +3,11 @@
 import functools
 import json
 import multiprocessing
+import os
+import pathlib
 import pickle
+import subprocess
+import sys
 
 import h5py
 import numpy as np
@@ -343,7 +347,7 @@ def test_another_process_opens_the_file_itself(robomimic):
 
 def test_without_h5py_the_extra_is_named(robomimic, monkeypatch):
     path, _ = robomimic
-    monkeypatch.setitem(__import__("sys").modules, "h5py", None)
+    monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(ImportError, match=r"vla-jax\[data\]"):
         readers.open(path)
 
@@ -356,3 +360,17 @@ def test_a_huge_image_is_refused(tmp_path):
         file["observations/images/cam_high"] = np.stack([image, image])
     with pytest.raises(ValueError, match="too many"):
         readers.open(tmp_path)
+
+
+def test_random_damage_is_explained():
+    """A short version of the campaign; in a process of its own, as it forks."""
+    folder = pathlib.Path(__file__).parent
+    command = [sys.executable, "campaigns/mutations_hdf5.py", "--count", "5", "--every", "120"]
+    paths = os.pathsep.join([str(folder.parent), str(folder)])
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|") for line in done.stdout.splitlines()[2:] if line.startswith("|")]
+    assert sum(int(row[3]) for row in rows) > 50
+    assert not [row for row in rows if (int(row[7]), int(row[8])) != (0, 0)], done.stdout

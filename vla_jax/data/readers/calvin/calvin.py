@@ -113,8 +113,24 @@ def _open_part(name: str, folder: pathlib.Path, *, is_play: bool) -> Part:
         spans = read_segments(file)
     prefix, digits, example = _naming(folder)
     first = folder / f"{prefix}{int(spans.frames[0, 0]) if len(spans.frames) else 0:0{digits}}.npz"
-    types = frame_types(first if first.is_file() else folder / example)
+    types = _types(first if first.is_file() else folder / example, folder / example)
     return Part(name, folder, prefix, digits, types, spans)
+
+
+def _types(path: pathlib.Path, other: pathlib.Path) -> dict[str, ArrayType]:
+    """Returns the types of the arrays in a frame, checked against the keys of another frame."""
+    types, others = frame_types(path), frame_types(other)
+    if set(types) != set(others):
+        raise ValueError(
+            f"{path} must hold the same arrays as {other.name}, got a difference in "
+            f"{sorted(set(types) ^ set(others))}; restore the file."
+        )
+    for key, kind in types.items():
+        if kind.dtype.kind not in "biufU":
+            raise ValueError(
+                f"{path}: {key} must hold numbers or texts, got {kind.dtype}; restore the file."
+            )
+    return types
 
 
 def _naming(folder: pathlib.Path) -> tuple[str, int, str]:

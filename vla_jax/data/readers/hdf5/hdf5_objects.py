@@ -85,7 +85,10 @@ def names_of(group: Any, path: pathlib.Path) -> list[str]:
     if not isinstance(group, import_h5py().Group):
         raise ValueError(f"{path}: {group.name} must be a group; restore the file.")
     with reading(path, f"the list of {group.name}"):
-        return list(group)
+        names = list(group)
+    if not all(isinstance(name, str) for name in names):  # bytes that are not UTF-8
+        raise ValueError(f"{path}: the names in {group.name} must be UTF-8; restore the file.")
+    return names
 
 
 def num_rows(group: Any, name: str, path: pathlib.Path) -> int:
@@ -155,6 +158,15 @@ def feature(dataset: Any) -> Feature | None:
     if dataset.dtype.kind not in "biuf" or dataset.dtype.subdtype:
         return None
     return Feature(dataset.dtype.name, tuple(dataset.shape[1:]))
+
+
+def check_kind(kind: Feature | None, dataset: Any, path: pathlib.Path) -> None:
+    """Raises a ValueError if a data set holds neither numbers nor texts."""
+    if kind is None:
+        raise ValueError(
+            f"{path}: {dataset.name} must hold numbers or texts, got {dataset.dtype!s:.60}; "
+            "convert it or leave the episode out."
+        )
 
 
 def is_image(kind: Feature) -> bool:

@@ -20,6 +20,7 @@ from vla_jax.data.readers.hdf5.hdf5_files import OpenFiles, hdf5_paths, import_h
 from vla_jax.data.readers.hdf5.hdf5_objects import (
     by_number,
     check_dataset,
+    check_kind,
     child,
     is_image,
     names_of,
@@ -147,6 +148,7 @@ def _inspect(episode: Any, file: pathlib.Path, length: int, index: EpisodeIndex)
         for key, dataset in walk(child(episode, name, file), file).items():
             with reading(file, dataset.name):
                 kind = _kind(dataset)
+            check_kind(kind, dataset, file)
             known = content.columns.get(key) or content.images.get(key)
             if kind is not None and (known is None or known.dtype == "str"):
                 (content.images if is_image(kind) else content.columns)[key] = kind

@@ -14,6 +14,7 @@ from vla_jax.data.readers.hdf5.hdf5_files import OpenFiles, reading
 from vla_jax.data.readers.hdf5.hdf5_objects import (
     attribute,
     check_dataset,
+    check_kind,
     child,
     feature,
     is_image,
@@ -197,11 +198,14 @@ def inspect_group(
         with reading(path, dataset.name):
             rows = dataset.shape[0] if dataset.shape else None
             kind = feature(dataset) if rows == length else None
-        if rows != length and key.partition("/")[0] in PER_STEP:
+        is_per_step = key.partition("/")[0] in PER_STEP
+        if rows != length and is_per_step:
             raise ValueError(
                 f"{path}: {dataset.name} must have {length} rows, one per action, got "
                 f"{rows if rows is not None else 'a single value'}; leave the episode out."
             )
+        if kind is None and is_per_step and dataset.dtype.kind != "O":
+            check_kind(kind, dataset, path)
         if kind is not None:
             check_dataset(dataset, path)  # bounds the number of steps by what is on disk
             (content.images if is_image(kind) else content.columns)[key] = kind
