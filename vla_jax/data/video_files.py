@@ -109,7 +109,7 @@ def frames_at(path: pathlib.Path, index: FrameIndex, seconds: np.ndarray) -> np.
     is_after = np.abs(times[after] * unit - seconds) < np.abs(times[before] * unit - seconds)
     frames = np.where(is_after, after, before)
     half_frame = (times[-1] - times[0]) * unit / max(len(times) - 1, 1) / 2 or np.inf
-    rounding = np.spacing(np.abs(seconds).astype(np.float32))
+    rounding = np.abs(seconds) * 2.0**-23  # of a float32
     far = np.abs(times[frames] * unit - seconds) > np.minimum(TIME_TOLERANCE + rounding, half_frame)
     if np.any(far):
         first, last, nearest = times[[0, -1, frames[far][0]]] * unit
