@@ -125,6 +125,9 @@ def test_a_bad_episode_is_an_error_when_it_is_read(tmp_path):
         file["data/demo_3/obs/a"] = [1]
         file["data"].copy("demo_2", "demo_4")
         file["data/demo_4"].attrs["num_samples"] = 1
+        for name, wrong in (("demo_5", np.arange(4096)), ("demo_6", np.zeros(1, "i4,f4"))):
+            file["data"].copy("demo_2", name)
+            file[f"data/{name}"].attrs["num_samples"] = wrong
     source = readers.open(tmp_path)
     assert len(source.episodes[2].columns["actions"]) == 2
     for index, message in (
@@ -132,6 +135,8 @@ def test_a_bad_episode_is_an_error_when_it_is_read(tmp_path):
         (1, "robot0_eef_pos must have 3 rows, one per action, got 2"),
         (3, "must hold /data/demo_3/actions, got 'obs'"),
         (4, "must have 1 rows"),
+        (5, "num_samples of /data/demo_5 must be the number of its actions, expected 2"),
+        (6, "num_samples of /data/demo_6 must be one text or number"),
     ):
         with pytest.raises(ValueError, match=message):
             source.episodes[index]

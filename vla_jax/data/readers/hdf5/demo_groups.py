@@ -137,6 +137,8 @@ def _num_samples(data: Any, name: bytes, file: pathlib.Path) -> int:
             return 0
         value = np.empty((), np.int64)
         found = h5py.h5a.open(data.id, b"num_samples", obj_name=name)
+        if found.shape != ():  # h5py would write beyond the end of `value`
+            return 0
         found.read(value, mtype=h5py.h5t.NATIVE_INT64)
         return int(value)
 

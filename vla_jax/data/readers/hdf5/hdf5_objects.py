@@ -256,14 +256,22 @@ def text(value: Any, path: pathlib.Path, place: str) -> str:
 
 
 def attribute(item: Any, name: str, path: pathlib.Path) -> Any:
-    """Returns an attribute of a group or data set; None if it is missing."""
+    """Returns a text or number in an attribute of a group or data set; None if it is missing.
+
+    Raises:
+      ValueError: it is damaged, or neither a text nor a number.
+    """
+    types = import_h5py().h5t
     place = f"the attribute {name} of {item.name}"
     with reading(path, place):
         if name not in item.attrs:
             return None
-        size = item.attrs.get_id(name).get_storage_size()
-    if size > SMALL_BYTES:
-        raise ValueError(f"{path}: {place} must be small, got {size} bytes; restore the file.")
+        found = item.attrs.get_id(name)
+        size, kind = found.get_storage_size(), found.get_type()
+    # HDF5 may crash on damaged attributes of other types
+    is_known = isinstance(kind, types.TypeStringID | types.TypeIntegerID | types.TypeFloatID)
+    if not is_known or size > SMALL_BYTES:
+        raise ValueError(f"{path}: {place} must be one text or number; restore or delete it.")
     with reading(path, place):
         return item.attrs[name]
 
