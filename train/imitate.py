@@ -18,29 +18,18 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from train.backbone_source import resolve
-from train.cache import frame_tokens
 from train.configs import ImitateConfig
+from train.demonstrations import read_demonstrations, read_mixture
 from train.memory_check import check_memory
 from train.presets import IMITATE
-from train.setup import (
-    check,
-    compute_norm_stats,
-    make_optim_config,
-    make_start,
-    make_windows,
-    param_shapes,
-    read_dataset,
-    sharding_rules,
-)
+from train.setup import check, make_optim_config, make_start, param_shapes, sharding_rules
 from vla_jax.command_line import run
-from vla_jax.data.loader import Loader, make_loader
-from vla_jax.data.packing import Packed
-from vla_jax.data.windows import Windows
+from vla_jax.data.loader import Loader, WindowSource, make_loader
 from vla_jax.evaluation import plots
 from vla_jax.nn import scheduled_sampling
 from vla_jax.policies import heads, policy
 from vla_jax.policies.head import TeacherForcing
-from vla_jax.runs import open_run, write_run
+from vla_jax.runs import open_run, write_part_stats, write_run
 from vla_jax.training import (
     auxiliary,
     captions,
@@ -62,42 +51,29 @@ def imitate(config: ImitateConfig) -> pathlib.Path:
     config = resolve(config)
     # Checks before anything slow starts.
     check(config)
+    read_mixture(config)
     check_memory(config, make_loss(config))
 
-    # Data: episodes, and the normalisation statistics, also needed for acting.
-    dataset = read_dataset(config)
-    norm_stats = compute_norm_stats(config, dataset)
-
-    # A frozen backbone encodes every frame once; the decoder then trains on cached tokens.
-    cached = frame_tokens(config, dataset, norm_stats) if config.frozen_backbone else None
-
-    # Batches: episodes -> windows of W steps, chunks of K actions.
-    decoder = config.agent.policy.decoder
-    windows = make_windows(
-        config,
-        dataset,
-        norm_stats,
-        window_size=decoder.window_size,
-        action_horizon=decoder.action_horizon,
-        stride=config.stride,
-        tokens=cached.tokens if cached else None,
-    )
+    # Data: windows of W steps with chunks of K actions, and the normalisation statistics, which
+    # acting needs too. A frozen backbone encodes every frame once.
+    data = read_demonstrations(config)
 
     # Run folder, with the frozen backbone, which no checkpoint repeats.
     run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
-    metadata = write_run(run_dir, config, config.agent, norm_stats, config.world)
-    if cached and is_first_process():
-        checkpoint.add_frozen(run_dir / "checkpoints", cached.params_folder)
+    metadata = write_run(run_dir, config, config.agent, data.norm_stats, config.world)
+    write_part_stats(run_dir, data.part_stats)
+    if data.frozen_params and is_first_process():
+        checkpoint.add_frozen(run_dir / "checkpoints", data.frozen_params)
 
     # Loop, from the last checkpoint if there is one.
-    params = run_updates(config, run_dir, windows, metadata)
-    names = dataset.names.get("action") or _numbered(decoder.action_dim)
-    _plot(run_dir, config, params, windows, names=names, control_hz=dataset.fps)
+    params = run_updates(config, run_dir, data.source, metadata)
+    names = data.action_names or _numbered(config.agent.policy.decoder.action_dim)
+    _plot(run_dir, config, params, data.example, names=names, control_hz=data.fps)
     return run_dir
 
 
 def run_updates(
-    config: ImitateConfig, run_dir: pathlib.Path, windows: Windows, metadata: dict[str, Any]
+    config: ImitateConfig, run_dir: pathlib.Path, windows: WindowSource, metadata: dict[str, Any]
 ) -> Params:
     """Runs all updates; returns the params of the last one, on their devices."""
     init_key, key = jax.random.split(jax.random.key(config.seed))
@@ -125,11 +101,11 @@ def run_updates(
     return train_state.params
 
 
-def make_batches(config: ImitateConfig, windows: Windows) -> Loader:
+def make_batches(config: ImitateConfig, windows: WindowSource) -> Loader:
     """Returns an endless loader of this process's batches, which augments images if on the host."""
-    on_host = windows.tokens is None and config.augment_on == "host"
+    on_host = not config.frozen_backbone and config.augment_on == "host"
     return make_loader(
-        Packed(windows) if config.pack else windows,
+        windows,
         config.loader,
         augment=config.augment if on_host else None,
         process_index=jax.process_index(),
@@ -196,7 +172,7 @@ def _plot(
     run_dir: pathlib.Path,
     config: ImitateConfig,
     params: Params,
-    windows: Windows,
+    batch: Batch,
     *,
     names: Sequence[str],
     control_hz: float,
@@ -205,7 +181,6 @@ def _plot(
 
     All processes compute, since the params may be sharded over their devices.
     """
-    batch = windows[[len(windows) - 1]]
     mesh = make_mesh(config.loop.num_devices or None, fsdp_size=config.loop.fsdp_size)
     replicated = NamedSharding(mesh, PartitionSpec())
     apply = jax.jit(policy.apply, static_argnums=1, out_shardings=replicated)

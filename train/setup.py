@@ -59,7 +59,8 @@ def check(config: ImitateConfig) -> None:
     loop.check(config.loop, config.optim, batch_size=config.loader.batch_size)
     _check_caption(config)
     check_run(config.run_dir, config, overwrite=config.overwrite)
-    reader.find_reader(config.dataset)
+    if not config.mixture:
+        reader.find_reader(config.dataset)
     folder = config.decoder_from
     if folder and not is_run(folder) and not is_folder(folder):
         raise FileNotFoundError(
@@ -99,11 +100,16 @@ def sharding_rules(config: ImitateConfig) -> ShardingRules:
     return tuple((f"backbone/{glob}", spec) for glob, spec in rules)
 
 
-def read_dataset(config: ImitateConfig) -> Dataset:
+def read_dataset(config: ImitateConfig, *, partial: bool = False) -> Dataset:
     """Reads the demonstrations, in the policy's action frame, without images it does not use.
 
+    Args:
+      config: of the training.
+      partial: the data set may lack cameras and numbers of actions that the policy has.
+
     Raises:
-      ValueError: the actions have another number of dimensions than the policy's.
+      ValueError: the actions have another number of dimensions than the policy's; a camera of the
+        policy is missing.
     """
     backbone = config.agent.policy.backbone
     spec = registry.get(backbone).image_spec(backbone)
@@ -113,15 +119,25 @@ def read_dataset(config: ImitateConfig) -> Dataset:
         cameras=() if spec is None else spec.cameras,
         image_size=size,
         resampling="area" if spec is None else spec.resampling,
+        partial=partial,
     )
-    action_dim = dataset.columns["action"].shape[1]
-    if action_dim != config.agent.policy.decoder.action_dim:
-        raise ValueError(
-            f"action_dim must be {action_dim} as in {config.dataset.path}, got "
-            f"{config.agent.policy.decoder.action_dim}; use --action-dim {action_dim}."
-        )
+    if not partial:
+        check_action_dim(config, dataset.columns["action"].shape[1])
     tool_frame = config.agent.tool_frame
     return dataset if tool_frame is None else in_tool_frame(dataset, tool_frame)
+
+
+def check_action_dim(config: ImitateConfig, action_dim: int) -> None:
+    """Checks that the policy's actions have as many numbers as those of the data.
+
+    Raises:
+      ValueError: they have not.
+    """
+    if action_dim != config.agent.policy.decoder.action_dim:
+        raise ValueError(
+            f"action_dim must be {action_dim} as in {config.mixture or config.dataset.path}, got "
+            f"{config.agent.policy.decoder.action_dim}; use --action-dim {action_dim}."
+        )
 
 
 def compute_norm_stats(config: ImitateConfig, dataset: Dataset) -> dict[str, NormStats]:

@@ -142,6 +142,22 @@ def write_acting(
     save_json(normalize.to_json(dict(norm_stats)), folder / "norm_stats.json")
 
 
+def write_part_stats(folder: Path, stats: Mapping[str, Mapping[str, NormStats]]) -> None:
+    """Writes the statistics of every data set of a mixture, `parts/NAME.json`.
+
+    Copied over `norm_stats.json`, they let the run act on the robot of that data set.
+
+    Args:
+      folder: run folder.
+      stats: name of the data set -> statistics.
+    """
+    for name, each in stats.items():
+        file_name = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+        save_json(
+            normalize.to_json(dict(each)), pathlib.Path(folder) / "parts" / f"{file_name}.json"
+        )
+
+
 def save_json(data: Mapping[str, Any], path: pathlib.Path) -> None:
     """Writes JSON from the first process; the file is complete or unchanged.
 

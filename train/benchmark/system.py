@@ -26,6 +26,7 @@ from vla_jax.backbones.perceiver import PerceiverConfig
 from vla_jax.data import dataset
 from vla_jax.data.dataset import Dataset, Episode
 from vla_jax.data.loader import Loader
+from vla_jax.data.packing import Packed
 from vla_jax.nn import recurrence
 from vla_jax.policies.decoder_config import DecoderConfig
 from vla_jax.policies.recurrent_trunk import recurrence_config
@@ -261,7 +262,7 @@ def _draw_batches(config: ImitateConfig, demonstrations: Dataset) -> Loader:
         action_horizon=decoder.action_horizon,
         tokens=tokens if config.frozen_backbone else None,
     )
-    return make_batches(config, windows)
+    return make_batches(config, Packed(windows) if config.pack else windows)
 
 
 def _draw_demonstrations(config: ImitateConfig) -> Dataset:

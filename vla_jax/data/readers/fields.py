@@ -84,13 +84,15 @@ def choose_fields(proposed: FieldMap, raw: RawDataset, config: DatasetConfig) ->
 
 
 def choose_cameras(
-    fields: FieldMap, raw: RawDataset, needed: Sequence[str] | None
+    fields: FieldMap, raw: RawDataset, needed: Sequence[str] | None, *, partial: bool = False
 ) -> dict[str, str]:
     """Returns camera -> key of the needed cameras; None means all that have a key.
 
     Raises:
-      ValueError: a needed camera has no key.
+      ValueError: a needed camera has no key; with `partial`, none of them has one.
     """
+    if partial and needed:
+        needed = [name for name in needed if name in fields.cameras] or needed
     for name in needed or ():
         if name not in fields.cameras:
             raise ValueError(

@@ -80,6 +80,7 @@ def read_dataset(
     cameras: Sequence[str] | None = None,
     image_size: tuple[int, int] | None = None,
     resampling: Resampling = "area",
+    partial: bool = False,
 ) -> Dataset:
     """Reads a data set of any format for training.
 
@@ -89,6 +90,7 @@ def read_dataset(
       cameras: image fields to read; None means all that the data set has, () means none.
       image_size: (h, w) in pixels to resize to; None keeps the size on disk.
       resampling: how to resize.
+      partial: some of the `cameras` may be missing, but not all.
 
     Returns:
       The data set.
@@ -106,6 +108,7 @@ def read_dataset(
         cameras=cameras,
         image_size=image_size,
         resampling=resampling,
+        partial=partial,
     )
 
 

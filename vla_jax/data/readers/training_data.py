@@ -29,6 +29,7 @@ def make_dataset(
     cameras: Sequence[str] | None = None,
     image_size: tuple[int, int] | None = None,
     resampling: Resampling = "area",
+    partial: bool = False,
 ) -> Dataset:
     """Reads the numbers of all episodes, and opens their images.
 
@@ -39,6 +40,7 @@ def make_dataset(
       cameras: image fields to read; None means all that have a key, () means none.
       image_size: (h, w) in pixels to resize to; None keeps the size on disk.
       resampling: how to resize.
+      partial: some of the `cameras` may be missing, but not all.
 
     Returns:
       The data set: arm first, gripper last, +1 open, -1 closed.
@@ -50,7 +52,7 @@ def make_dataset(
     """
     fps = _frame_rate(raw, config)
     fields = field_maps.choose_fields(proposed, raw, config)
-    keys = field_maps.choose_cameras(fields, raw, cameras)
+    keys = field_maps.choose_cameras(fields, raw, cameras, partial=partial)
     columns, texts, text_index, kept = _read_numbers(raw, fields, config)
     finite = finite_episodes(columns, np.cumsum(raw.lengths[kept]), on_bad=config.on_bad)
     rows = episode_rows(np.cumsum(raw.lengths[kept]), finite)

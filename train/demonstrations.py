@@ -1,0 +1,158 @@
+"""Windows of one data set or of a mixture of several, as a training reads them.
+
+A mixture is a JSON file; relative paths begin at its folder:
+
+    {"datasets": [
+      {"name": "bridge", "weight": 2, "path": "bridge/1.0.0", "cameras": ["primary=image_0"]},
+      {"name": "so100", "weight": 1, "path": "so100", "expected_fps": 30}
+    ]}
+
+Each entry has the fields of `DatasetConfig`, a name and a weight. Every data set is normalised with
+its own statistics. The policy has the largest `action_dim` and `proprio_dim` of them; cameras and
+numbers that a robot lacks are masked.
+"""
+
+import pathlib
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from train.cache import frame_tokens
+from train.configs import ImitateConfig
+from train.setup import check_action_dim, compute_norm_stats, make_windows, read_dataset
+from vla_jax import config as configs
+from vla_jax.data.loader import WindowSource
+from vla_jax.data.mixing import Mixed
+from vla_jax.data.normalize import NormStats
+from vla_jax.data.packing import Packed
+from vla_jax.data.readers import reader
+from vla_jax.data.readers.dataset_config import DatasetConfig
+from vla_jax.data.windows import Windows
+from vla_jax.files import read_json
+from vla_jax.types import Batch
+
+
+class MixturePart(NamedTuple):
+    """One data set of a mixture."""
+
+    name: str
+    weight: float  # share of the batches, on any scale
+    dataset: DatasetConfig
+
+
+class Demonstrations(NamedTuple):
+    """What a training needs of its data."""
+
+    source: WindowSource  # windows, or rows of packed episodes
+    norm_stats: dict[str, NormStats]  # of the robot that acts: that of the first data set
+    part_stats: dict[str, dict[str, NormStats]]  # of every data set of a mixture; else empty
+    example: Batch  # one window `[1, W, ...]`, to plot
+    action_names: tuple[str, ...]  # of that window; () if unknown
+    fps: float  # of that window, Hz
+    frozen_params: pathlib.Path | None  # folder of a frozen backbone's params, in the cache
+
+
+class _Part(NamedTuple):
+    windows: Windows
+    norm_stats: dict[str, NormStats]
+    frozen_params: pathlib.Path | None
+
+
+def read_demonstrations(config: ImitateConfig) -> Demonstrations:
+    """Reads all data, and encodes them once if the backbone is frozen.
+
+    Raises:
+      ValueError: the data sets do not fit the policy, or each other; see `read_dataset`.
+    """
+    parts = read_mixture(config)
+    if not parts:
+        part = _read_part(config, config.dataset, partial=False)
+        source: Any = Packed(part.windows) if config.pack else part.windows
+        return _demonstrations(config, source, [part], {})
+    read = [_read_part(config, each.dataset, partial=True) for each in parts]
+    sources: dict[str, Windows | Packed] = {
+        each.name: Packed(part.windows) if config.pack else part.windows
+        for each, part in zip(parts, read, strict=True)
+    }
+    mixed = Mixed(sources, [each.weight for each in parts])
+    stats = {each.name: part.norm_stats for each, part in zip(parts, read, strict=True)}
+    return _demonstrations(config, mixed, read, stats)
+
+
+def read_mixture(config: ImitateConfig) -> list[MixturePart]:
+    """Returns the data sets of the config's mixture; none if it has no mixture.
+
+    Raises:
+      FileNotFoundError: the file or one of the data sets is missing.
+      ValueError: the file is no mixture, or no reader recognises a data set.
+    """
+    if not config.mixture:
+        return []
+    path = pathlib.Path(config.mixture)
+    entries = read_json(path, "a mixture of data sets").get("datasets")
+    if not isinstance(entries, list) or not all(isinstance(each, dict) for each in entries):
+        raise ValueError(
+            f"datasets in {path} must be a list of objects with path, name and weight, got "
+            f"{type(entries).__name__}."
+        )
+    parts = [_read_entry(path, number, entry) for number, entry in enumerate(entries)]
+    names = [part.name for part in parts]
+    if not parts or len(set(names)) < len(names):
+        raise ValueError(
+            f"datasets in {path} must be at least one, with different names, got {names}."
+        )
+    for part in parts:
+        reader.find_reader(part.dataset)
+    return parts
+
+
+def _read_entry(path: pathlib.Path, number: int, entry: dict[str, Any]) -> MixturePart:
+    fields = dict(entry)
+    name, weight = str(fields.pop("name", number)), fields.pop("weight", 1)
+    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not is_number or not 0 < weight < float("inf"):
+        raise ValueError(f"weight of {name!r} in {path} must be a positive number, got {weight!r}.")
+    try:
+        dataset = configs.from_dict(DatasetConfig, fields)
+    except ValueError as error:
+        raise ValueError(f"{name!r} in {path}: {error}") from error
+    return MixturePart(name, float(weight), replace(dataset, path=str(path.parent / dataset.path)))
+
+
+def _read_part(config: ImitateConfig, dataset: DatasetConfig, *, partial: bool) -> _Part:
+    """Reads one data set; `partial` ones may lack cameras and numbers that the policy has."""
+    config = replace(config, dataset=dataset)
+    data = read_dataset(config, partial=partial)
+    norm_stats = compute_norm_stats(config, data)
+    cached = frame_tokens(config, data, norm_stats) if config.frozen_backbone else None
+    decoder = config.agent.policy.decoder
+    windows = make_windows(
+        config,
+        data,
+        norm_stats,
+        window_size=decoder.window_size,
+        action_horizon=decoder.action_horizon,
+        stride=config.stride,
+        tokens=cached.tokens if cached else None,
+    )
+    return _Part(windows, norm_stats, cached.params_folder if cached else None)
+
+
+def _demonstrations(
+    config: ImitateConfig,
+    source: WindowSource,
+    parts: list[_Part],
+    part_stats: dict[str, dict[str, NormStats]],
+) -> Demonstrations:
+    first = parts[0]
+    example = source[[0]] if part_stats else first.windows[[len(first.windows) - 1]]
+    check_action_dim(config, example.action.shape[-1])
+    data = first.windows.dataset
+    return Demonstrations(
+        source=source,
+        norm_stats=first.norm_stats,
+        part_stats=part_stats,
+        example=example,
+        action_names=() if part_stats else tuple(data.names.get("action", ())),
+        fps=data.fps,
+        frozen_params=first.frozen_params,
+    )
