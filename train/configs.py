@@ -31,9 +31,9 @@ class ImitateConfig:
     """Config of a training by behaviour cloning."""
 
     dataset: DatasetConfig = DatasetConfig()  # demonstrations to learn from
+    run_dir: str = "runs/imitate"  # output folder of the run
     # JSON file with several data sets and their weights, in place of dataset; empty = one data set
     mixture: str = ""
-    run_dir: str = "runs/imitate"  # output folder of the run
     # run folder with the initial backbone, or folder of a vision-language model; empty = random
     backbone_from: str = ""
     # folder of a PEFT adapter of that model, to start from; it decides rank, alpha and targets

@@ -28,7 +28,9 @@ class DatasetConfig:
     # what the format or robot usually has
     grippers: tuple[int, ...] | None = None
     rotate_images: bool | None = None  # rotate images by 180 degrees; None = the format's usual way
-    expected_fps: float | None = None  # Hz; data of another rate are an error; None = any rate
+    # Hz; data of another rate are an error; None = any rate; needed where the data state none
+    expected_fps: float | None = None
+    instruction: str = ""  # text of the steps that have none
     # "on_demand": decode video frames when indexed; "whole": decode all to disk once
     decode: Literal["on_demand", "whole"] = "on_demand"
     cache_bytes: int = 2**30  # bytes of decoded frames cached by each process (on_demand)

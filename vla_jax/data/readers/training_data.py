@@ -123,7 +123,7 @@ def _read_numbers(
         try:
             episode = raw.episodes[number]
             values = {name: _numbers(episode, keys) for name, keys in fields.columns.items()}
-            texts = list(episode.instructions)
+            texts = [text or config.instruction for text in episode.instructions]
             _check_sizes(raw, episode, values, columns)
             _check_rate(raw, episode)
             if fields.gripper_keeps_at_zero:

@@ -34,6 +34,7 @@ def read_fields(root: pathlib.Path) -> FieldMap | None:
             grippers=tuple(int(index) for index in data["grippers"]),
             gripper_range=GripperRange(closed, opened),
             gripper_keeps_at_zero=bool(data.get("gripper_keeps_at_zero", False)),
+            gripper_only_open=bool(data.get("gripper_only_open", False)),
             rotate_images=bool(data["rotate_images"]),
             robot=str(data["robot"]),
         )

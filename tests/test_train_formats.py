@@ -1,0 +1,106 @@
+"""A policy trains on every data-set format and on a mixture of all, and resumes to the bit."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tiny_demos
+
+from train.imitate import imitate
+from vla_jax.data.readers.dataset_config import DatasetConfig
+from vla_jax.data.readers.reader import READERS, find_reader
+from vla_jax.runs import load_run
+from vla_jax.training import checkpoint
+
+DATASETS = pathlib.Path(__file__).parent / "datasets"
+PROPRIO = {  # eight numbers of each, so that all trainings have one shape
+    "calvin": "robot_obs[:8]",
+    "lerobot_v21": "observation.state",
+    "lerobot_v30": "observation.state",
+    "libero": "obs/ee_states+obs/gripper_states",
+    "rlds": "observation/state",
+    "robomimic": "obs/robot0_eef_pos+obs/robot0_eef_quat+obs/robot0_gripper_qpos[:1]",
+}
+OPTIONS = {"rlds": {"expected_fps": 5.0}, "robomimic": {"instruction": "lift the cube"}}
+
+
+def dataset(name, folder):
+    """Returns the config of a copy of a data set, since reading may write indices beside it."""
+    path = shutil.copytree(DATASETS / name / "dataset", folder / name, dirs_exist_ok=True)
+    keys = (("proprio", PROPRIO[name]),)
+    return DatasetConfig(str(path), feature_keys=keys, **OPTIONS.get(name, {}))
+
+
+def training(data, run_dir, **options):
+    config = tiny_demos.imitation("", run_dir, backbone=tiny_demos.PERCEIVER, **options)
+    return dataclasses.replace(config, dataset=data)
+
+
+def train_and_resume(config, tmp_path):
+    """Trains four updates, and two after an interruption; checks that they end the same."""
+    whole = imitate(config)
+    again = shutil.copytree(whole, tmp_path / "again")
+    shutil.rmtree(again / "checkpoints" / "4")
+    imitate(dataclasses.replace(config, run_dir=str(again)))
+    states = [checkpoint.restore_params(run / "checkpoints") for run in (whole, again)]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(line["loss"]) for line in lines)
+    return whole
+
+
+def test_every_stored_data_set_is_trained_on():
+    assert PROPRIO.keys() == {path.name for path in DATASETS.iterdir() if path.is_dir()}
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("name", PROPRIO)
+def test_a_policy_trains_on_the_format_and_resumes_to_the_bit(name, tmp_path):
+    data = dataset(name, tmp_path)
+    run_dir = train_and_resume(training(data, tmp_path / "run"), tmp_path)
+    assert load_run(run_dir).step == 4
+    assert find_reader(data) in READERS.values()
+
+
+def test_a_policy_trains_on_a_mixture_of_all_formats_and_resumes_to_the_bit(tmp_path):
+    entries = []
+    for weight, name in enumerate(PROPRIO, start=1):
+        data = dataset(name, tmp_path)
+        fields = {
+            "path": name,
+            "feature_keys": data.feature_keys,
+            "expected_fps": data.expected_fps,
+        }
+        entries.append({"name": name, "weight": weight, **fields})
+    entries[0]["cameras"] = ["wrist=rgb_static"]
+    path = tmp_path / "mixture.json"
+    path.write_text(json.dumps({"datasets": entries}))
+    config = training(DatasetConfig(), tmp_path / "run", mixture=str(path))
+    run_dir = train_and_resume(config, tmp_path)
+    assert {file.stem for file in (run_dir / "parts").iterdir()} == PROPRIO.keys()
+    agent = json.loads((run_dir / "norm_stats.json").read_text())
+    assert agent == json.loads((run_dir / "parts" / "calvin.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, r"datasets in .* must be a list"),
+        ({"datasets": []}, r"must be at least one, with different names"),
+        ({"datasets": [{"path": "a"}, {"path": "b", "name": "0"}]}, "with different names"),
+        ({"datasets": [{"path": "a", "weight": -1}]}, "weight of '0' .* must be a positive number"),
+        ({"datasets": [{"pth": "a"}]}, "'0' in .*pth"),
+        ({"datasets": [{"path": "nowhere"}]}, "nowhere is missing"),
+    ],
+)
+def test_a_wrong_mixture_is_refused_before_anything_is_read(content, message, tmp_path):
+    path = tmp_path / "mixture.json"
+    path.write_text(json.dumps(content))
+    config = training(DatasetConfig(), tmp_path / "run", mixture=str(path))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        imitate(config)
+    assert not (tmp_path / "run").exists()
