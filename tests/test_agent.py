@@ -160,3 +160,17 @@ def test_an_instruction_becomes_the_token_ids_that_the_backbone_expects():
     assert (ids > 0).sum() == 4
     assert ids.max() < 256
     assert jnp.all(ids == agents.read_instruction(tiny_run.AGENT, "Lift the RED block!"))
+
+
+def test_a_policy_of_a_mixture_acts_on_a_robot_with_fewer_numbers(raw):
+    """The statistics of one robot have fewer numbers than the policy: its inputs are padded."""
+    stats = tiny_run.norm_stats()
+    own = dict(stats)
+    own["action"] = jax.tree.map(lambda x: x[[0, 1, 2, 6]] if np.ndim(x) else x, stats["action"])
+    own["proprio"] = jax.tree.map(lambda x: x[:5] if np.ndim(x) else x, stats["proprio"])
+    small = raw._replace(proprio=raw.proprio[..., :5])
+    padded = raw.proprio.copy()
+    padded[..., 5:] = stats["proprio"].mean[5:]  # zero after normalisation
+    whole = play(tiny_run.AGENT, raw._replace(proprio=padded))
+    actions = play(tiny_run.AGENT, small, norm_stats=own)
+    np.testing.assert_allclose(actions, whole[..., [0, 1, 2, 6]], rtol=1e-5, atol=1e-6)

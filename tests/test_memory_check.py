@@ -93,7 +93,7 @@ def test_the_estimate_of_encoding_agrees_with_the_compiled_pass(demos):
 
 
 def test_a_training_that_cannot_fit_is_refused_before_data_are_read(config, monkeypatch):
-    monkeypatch.setattr(imitate, "read_demonstrations", refuse_to_read)
+    monkeypatch.setattr(imitate, "read_training_inputs", refuse_to_read)
     monkeypatch.setattr(memory_estimate, "available_bytes", lambda _: 10**4)
     with pytest.raises(ValueError, match=r"memory per device must be .*got 0\.0 GB; train fewer"):
         imitate.imitate(config)

@@ -106,6 +106,7 @@ def test_the_loader_draws_in_proportion_to_the_weights_and_resumes(parts, pack):
         batches = list(itertools.islice(loader, 3))
         state = loader.get_state()
         following = list(itertools.islice(loader, 2))
+        assert loader.metrics()["epochs arm"] == pytest.approx(5 * 8 * 2 / 4 / mixed.sizes[0])
     owners = np.concatenate([owner_of(batch) for batch in batches])
     assert np.bincount(owners).tolist() == [12, 6, 6]
     with make_loader(mixed, config) as resumed:

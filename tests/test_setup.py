@@ -96,7 +96,7 @@ def test_configured_action_bounds_clip_the_actions_of_windows(config):
 def test_invalid_configs_are_refused_before_data_are_read(
     config, changes, error, sentence, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(imitate, "read_demonstrations", refuse_to_read)
+    monkeypatch.setattr(imitate, "read_training_inputs", refuse_to_read)
     changed = dataclasses.replace(config, run_dir=str(tmp_path / "run"), **changes)
     with pytest.raises(error, match=sentence):
         imitate.imitate(changed)
@@ -104,7 +104,7 @@ def test_invalid_configs_are_refused_before_data_are_read(
 
 
 def test_a_run_of_another_config_is_refused_before_data_are_read(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(imitate, "read_demonstrations", refuse_to_read)
+    monkeypatch.setattr(imitate, "read_training_inputs", refuse_to_read)
     first = dataclasses.replace(config, run_dir=str(tmp_path))
     runs.open_run(first.run_dir, first, overwrite=False)
     with pytest.raises(ValueError, match="seed"):
@@ -114,7 +114,7 @@ def test_a_run_of_another_config_is_refused_before_data_are_read(config, tmp_pat
 def test_a_converted_folder_is_refused_as_backbone_before_data_are_read(
     config, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(imitate, "read_demonstrations", refuse_to_read)
+    monkeypatch.setattr(imitate, "read_training_inputs", refuse_to_read)
     (tmp_path / "conversion.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="backbone_from must be a run folder"):
         imitate.imitate(dataclasses.replace(config, backbone_from=str(tmp_path)))

@@ -19,8 +19,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from train.backbone_source import resolve
 from train.configs import ImitateConfig
-from train.demonstrations import read_demonstrations, read_mixture
 from train.memory_check import check_memory
+from train.mixture import read_mixture, read_training_inputs
 from train.presets import IMITATE
 from train.setup import check, make_optim_config, make_start, param_shapes, sharding_rules
 from vla_jax.command_line import run
@@ -56,7 +56,7 @@ def imitate(config: ImitateConfig) -> pathlib.Path:
 
     # Data: windows of W steps with chunks of K actions, and the normalisation statistics, which
     # acting needs too. A frozen backbone encodes every frame once.
-    data = read_demonstrations(config)
+    data = read_training_inputs(config)
 
     # Run folder, with the frozen backbone, which no checkpoint repeats.
     run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)

@@ -165,6 +165,9 @@ def send(
       planned: arm `[B, A-1]`, gripper logit `[B]`, from `plan`, possibly with exploration noise.
     """
     executed, action = execution.send(config.execution, state.execution, planned)
+    size = len(norm_stats["action"].mean)
+    if size < action.shape[-1]:  # trained on a mixture of robots, some of which have longer arms
+        action = jnp.concatenate([action[:, : size - 1], action[:, -1:]], axis=-1)
     action = normalize.denormalize_action(action, norm_stats["action"], config.normalize)
     if config.tool_frame is not None:
         orientation = reference_frames.read_orientation(observation.proprio, config.tool_frame)
@@ -188,12 +191,22 @@ def _prepare(
                     f"{column.shape[-1]}; choose an environment that the policy was trained for."
                 )
             column = normalize.normalize(column, stats, getattr(config.normalize, name))
+            column = _widen(column, config, name)
         columns[name] = column if stats is not None else None
     instruction = observation.instruction
     if instruction is not None:
         visible = (config.instruction_steps == ALWAYS) | (age < config.instruction_steps)
         instruction = jnp.where(visible[:, None], instruction, read_instruction(config, ""))
     return observation._replace(**columns, instruction=instruction)
+
+
+def _widen(column: Array, config: AgentConfig, name: str) -> Array:
+    """Pads a column `[B, D]` with zeros where a mixture of robots gave the policy more numbers."""
+    backbone = config.policy.backbone
+    example = registry.get(backbone).example
+    expected = None if example is None else getattr(example(backbone), name)
+    missing = 0 if expected is None else max(expected.shape[-1] - column.shape[-1], 0)
+    return jnp.pad(column, ((0, 0), (0, missing))) if missing else column
 
 
 def read_instruction(config: AgentConfig, instruction: str) -> np.ndarray:

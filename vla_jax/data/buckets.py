@@ -51,6 +51,10 @@ class Buckets:
         """Number of batches that contain all rows once."""
         return sum(-(-len(group) // self._batch_size) for group in self._groups.values())
 
+    def metrics(self) -> dict[str, float]:
+        """Returns nothing to log."""
+        return {}
+
     def get_state(self) -> dict[str, Any]:
         """Returns the position as a dict for JSON."""
         return {"num_batches": self._num_batches}

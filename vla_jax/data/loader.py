@@ -6,6 +6,7 @@ gathers all windows of a batch, which keeps the cost per window small.
 
 import contextlib
 import functools
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -40,6 +41,7 @@ class WindowSource(Protocol):
     """Windows that can be indexed in any order: `Windows`, `Packed` or `Mixed`."""
 
     identity: dict[str, Any]  # everything that the windows depend on, as flat JSON values
+    names: tuple[str, ...]  # of the parts of a mixture; empty if there is only one data set
     sizes: tuple[int, ...]  # windows of each part, one after the other
     weights: tuple[float, ...]  # share of each part in the batches
 
@@ -58,8 +60,22 @@ class Loader:
     Close it, or use it in a `with` statement, to end its threads and processes.
     """
 
-    def __init__(self, dataset: Any, config: LoaderConfig, pipeline: dict[str, Any]) -> None:
-        """Wraps a grain `MapDataset` of batches; called by `make_loader`."""
+    def __init__(
+        self,
+        dataset: Any,
+        config: LoaderConfig,
+        pipeline: dict[str, Any],
+        passes: Mapping[str, float],
+    ) -> None:
+        """Wraps a grain `MapDataset` of batches; called by `make_loader`.
+
+        Args:
+          dataset: of the batches.
+          config: of the loader.
+          pipeline: everything that determines the batches.
+          passes: part of a mixture -> share of its windows that one batch takes.
+        """
+        self._passes = passes
         self._dataset = dataset
         self._config = config
         self._pipeline = pipeline
@@ -81,6 +97,10 @@ class Loader:
     def get_state(self) -> dict[str, Any]:
         """Returns position and pipeline, as JSON values."""
         return {"num_batches": self._num_batches, "pipeline": dict(self._pipeline)}
+
+    def metrics(self) -> dict[str, float]:
+        """Returns how often the windows of each part of a mixture were drawn, for the log."""
+        return {f"epochs {name}": self._num_batches * part for name, part in self._passes.items()}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues exactly from the position of `get_state`, in this or another process.
@@ -156,7 +176,12 @@ def make_loader(
     if augment is not None:
         dataset = dataset.random_map(functools.partial(_augment, augment))
     pipeline = _pipeline(source, config, augment, process_count)
-    return Loader(dataset, config, pipeline)
+    total = sum(source.weights)
+    passes = {
+        name: config.batch_size * weight / total / size
+        for name, weight, size in zip(source.names, source.weights, source.sizes, strict=False)
+    }
+    return Loader(dataset, config, pipeline, passes)
 
 
 def _order(source: WindowSource, config: LoaderConfig, process_count: int) -> Any:

@@ -29,6 +29,7 @@ class Packed:
         self.identity = {**windows.identity, "stride": "packed"}
         self.sizes = (len(self.frame),)
         self.weights = (1.0,)
+        self.names = ()
 
     def __len__(self) -> int:
         """Returns the number of rows."""

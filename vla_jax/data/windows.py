@@ -233,6 +233,7 @@ class Windows:
 
         self.sizes = (len(self.index),)
         self.weights = (1.0,)
+        self.names = ()
 
     def __len__(self) -> int:
         """Returns the number of windows."""

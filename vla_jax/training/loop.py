@@ -24,6 +24,10 @@ class Batches(Protocol):
         """Yields the batches."""
         ...
 
+    def metrics(self) -> dict[str, float]:
+        """Returns values for the log."""
+        ...
+
     def get_state(self) -> dict[str, Any]:
         """Returns the position, JSON-serialisable."""
         ...
@@ -162,7 +166,8 @@ def fit(
             if logs:
                 logs.advance(step)
             if logs and (step % config.log_every == 0 or step == config.num_updates):
-                logs.write(step, {**metrics, "learning_rate": schedule(step - 1)})
+                extra = {"learning_rate": schedule(step - 1), **loader.metrics()}
+                logs.write(step, {**metrics, **extra})
             if step % config.save_every == 0 or step == config.num_updates:
                 position = {"loader": loader.get_state()}
                 checkpoint.save(checkpoints, step, train_state, metadata | position)

@@ -39,7 +39,7 @@ class MixturePart(NamedTuple):
     dataset: DatasetConfig
 
 
-class Demonstrations(NamedTuple):
+class TrainingInputs(NamedTuple):
     """What a training needs of its data."""
 
     source: WindowSource  # windows, or rows of packed episodes
@@ -57,7 +57,7 @@ class _Part(NamedTuple):
     frozen_params: pathlib.Path | None
 
 
-def read_demonstrations(config: ImitateConfig) -> Demonstrations:
+def read_training_inputs(config: ImitateConfig) -> TrainingInputs:
     """Reads all data, and encodes them once if the backbone is frozen.
 
     Raises:
@@ -67,7 +67,7 @@ def read_demonstrations(config: ImitateConfig) -> Demonstrations:
     if not parts:
         part = _read_part(config, config.dataset, partial=False)
         source: Any = Packed(part.windows) if config.pack else part.windows
-        return _demonstrations(config, source, [part], {})
+        return _training_inputs(config, source, [part], {})
     read = [_read_part(config, each.dataset, partial=True) for each in parts]
     sources: dict[str, Windows | Packed] = {
         each.name: Packed(part.windows) if config.pack else part.windows
@@ -75,7 +75,7 @@ def read_demonstrations(config: ImitateConfig) -> Demonstrations:
     }
     mixed = Mixed(sources, [each.weight for each in parts])
     stats = {each.name: part.norm_stats for each, part in zip(parts, read, strict=True)}
-    return _demonstrations(config, mixed, read, stats)
+    return _training_inputs(config, mixed, read, stats)
 
 
 def read_mixture(config: ImitateConfig) -> list[MixturePart]:
@@ -137,17 +137,17 @@ def _read_part(config: ImitateConfig, dataset: DatasetConfig, *, partial: bool) 
     return _Part(windows, norm_stats, cached.params_folder if cached else None)
 
 
-def _demonstrations(
+def _training_inputs(
     config: ImitateConfig,
     source: WindowSource,
     parts: list[_Part],
     part_stats: dict[str, dict[str, NormStats]],
-) -> Demonstrations:
+) -> TrainingInputs:
     first = parts[0]
     example = source[[0]] if part_stats else first.windows[[len(first.windows) - 1]]
     check_action_dim(config, example.action.shape[-1])
     data = first.windows.dataset
-    return Demonstrations(
+    return TrainingInputs(
         source=source,
         norm_stats=first.norm_stats,
         part_stats=part_stats,
