@@ -155,6 +155,10 @@ def test_columns_have_lerobots_types(root):
     assert columns["b"].tolist() == list(range(T, 2 * T))
     assert columns["c"].tolist() == [f"né{i}" for i in range(T, 2 * T)]
     np.testing.assert_array_equal(columns["e"], matrices[T:])
+    features = json.loads((root / "meta/info.json").read_text())["features"]
+    change_info(root, features={key: f for key, f in features.items() if key not in "be"})
+    np.testing.assert_array_equal(readers.open(root).episodes[1].columns["e"], matrices[T:])
+    assert readers.open(root).columns["b"].dtype == "int64"
     assert source.columns["e"].shape == (2, 3)
 
 

@@ -36,12 +36,13 @@ def open_video(path: pathlib.Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"video {path} is missing; copy the data set again.")
     try:
-        container = av.open(str(path))
+        container = av.open(str(path), metadata_errors="replace")
     except FFmpegError as error:
         raise damaged(path, str(error.strerror)) from error
-    if not container.streams.video or not container.streams.video[0].time_base:
+    video = container.streams.video
+    if not video or not video[0].time_base or video[0].codec_context is None:
         container.close()
-        raise damaged(path, "no video stream")
+        raise damaged(path, "no video stream of a known codec")
     return container
 
 

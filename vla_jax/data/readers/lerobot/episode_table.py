@@ -9,7 +9,7 @@ import numpy as np
 
 from vla_jax.data.readers.lerobot import layout
 from vla_jax.data.readers.lerobot.info import REPAIR, Info, is_integer, wrong
-from vla_jax.data.readers.lerobot.parquet_files import read_table
+from vla_jax.data.readers.lerobot.parquet_files import damage_in_one_sentence, read_table
 
 EPISODES_JSONL, TASKS_JSONL = "meta/episodes.jsonl", "meta/tasks.jsonl"  # v2
 MAX_FILE_NUMBER = 10**9
@@ -203,4 +203,5 @@ def _task_columns(path: pathlib.Path) -> tuple[Sequence[Any], Sequence[Any]]:
             f"{path} must have the column task_index and one of texts, got {table.column_names}; "
             "copy the data set again."
         )
-    return table["task_index"].to_pylist(), table[texts[0]].to_pylist()
+    with damage_in_one_sentence(path):
+        return table["task_index"].to_pylist(), table[texts[0]].to_pylist()

@@ -15,6 +15,7 @@ from vla_jax.data.readers.lerobot import layout
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 PLACEHOLDERS = ("chunk_index", "file_index", "episode_chunk", "episode_index", "video_key")
 MAX_JSON = 2**26  # bytes of a JSON file; lerobot writes a few kB
+MAX_NAME = 200  # bytes of a part of a path; file systems allow 255
 MAX_NUMBERS = 2**28  # numbers of one step of a feature
 DTYPES = {  # dtype in info.json -> dtype that lerobot's reader returns
     **dict.fromkeys(("float16", "float32", "float64"), "float32"),
@@ -228,7 +229,8 @@ def _template(path: pathlib.Path, data: Mapping[str, Any], field: str, default: 
 
 def _check_inside(path: pathlib.Path, field: str, template: str) -> None:
     place = pathlib.PurePosixPath(template)
-    if place.is_absolute() or ".." in place.parts or "\0" in template:
+    is_long = any(len(part.encode(errors="replace")) > MAX_NAME for part in place.parts)
+    if place.is_absolute() or ".." in place.parts or "\0" in template or is_long:
         wrong(path, field, "a path inside the data set", template)
 
 

@@ -40,8 +40,7 @@ def open_lerobot(path: pathlib.Path, *, split: str | None = None) -> RawDataset:
     table = read_episodes(info)
     tasks = read_tasks(info)
     fingerprint = digest(table.index, table.lengths, *_files(info, table))
-    if not info.has_shared_files:
-        info = _with_stored_columns(info, table)
+    info = _with_stored_columns(info, table)
     positions = _positions(info, len(table.index), split)
     source = LeRobotSource(info, table, tasks, positions)
     lengths = table.lengths[positions]
@@ -233,12 +232,16 @@ def _paths(info: Info, episodes: np.ndarray, place: FilePlaces, key: str) -> lis
 
 
 def _with_stored_columns(info: Info, table: EpisodeTable) -> Info:
-    """Returns a description whose columns are those of the Parquet files, as lerobot reads v2."""
+    """Returns a description with the columns of the first Parquet file.
+
+    Those of v2 are the file's, as lerobot reads them; those of v3 are those of info.json, and of
+    the file where it has others.
+    """
     first = table.index[:1], table.data.chunk[:1], table.data.file[:1]
     path = info.root / paths_of(info.data_path, info, *first)[0]
-    columns, other = {}, []
+    columns, other = dict(info.columns) if info.has_shared_files else {}, []
     for field in read_schema(path):
-        if field.name in info.images:
+        if field.name in info.images or field.name in columns:
             continue
         feature = feature_of(field.type, info.columns.get(field.name))
         if feature is None:

@@ -125,7 +125,10 @@ def _numbers(values: Any, dtype: str, key: str, path: pathlib.Path) -> np.ndarra
     if stored is None or (stored == "str") != (dtype == "str"):
         _refuse(key, path, f"{dtype} as meta/info.json states", f"the type {values.type}")
     if dtype == "str":
-        texts = values.to_pylist()
+        try:
+            texts = values.to_pylist()
+        except UnicodeDecodeError as error:
+            _refuse(key, path, "texts in UTF-8", str(error))
         if 4 * max(map(len, texts), default=0) * len(texts) > MAX_TEXT:
             _refuse(key, path, f"texts of less than {MAX_TEXT} bytes", "longer ones")
         return np.array(texts, np.str_)
