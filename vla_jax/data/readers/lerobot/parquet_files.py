@@ -207,7 +207,7 @@ class ParquetRows:
                 table = opened.file.read_row_groups(groups, columns=[key])
         if table is None:
             raise ValueError(
-                f"Parquet file {path} must have one column {key!r}, got {names}; copy the data set "
+                f"Parquet file {path} must have the column {key!r} once, got {names}; copy the data set "
                 "again."
             )
         with damage_in_one_sentence(path):
