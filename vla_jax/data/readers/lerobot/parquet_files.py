@@ -207,8 +207,8 @@ class ParquetRows:
                 table = opened.file.read_row_groups(groups, columns=[key])
         if table is None:
             raise ValueError(
-                f"Parquet file {path} must have the column {key!r} once, got {names}; copy the data set "
-                "again."
+                f"Parquet file {path} must have the column {key!r} once, got {names}; copy the "
+                "data set again."
             )
         with damage_in_one_sentence(path):
             column = table.column(0).combine_chunks()
