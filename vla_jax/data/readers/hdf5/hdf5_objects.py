@@ -184,6 +184,8 @@ def check_dataset(dataset: Any, path: pathlib.Path) -> None:
     with reading(path, dataset.name):
         chunk = math.prod(dataset.chunks or ()) * dataset.dtype.itemsize
         size, stored = dataset.size * dataset.dtype.itemsize, dataset.id.get_storage_size()
+        stored = min(stored, import_h5py().h5i.get_file_id(dataset.id).get_filesize())
+        limit = max(SMALL_BYTES, MAX_COMPRESSION * stored) if dataset.chunks else stored
         others = [name for name, *_ in dataset.external or ()]
         if dataset.is_virtual:
             others = [source.file_name for source in dataset.virtual_sources()]
@@ -197,7 +199,7 @@ def check_dataset(dataset: Any, path: pathlib.Path) -> None:
             f"{path}: {dataset.name} has shape {dataset.shape} but no data were written to it; "
             "record the episode again."
         )
-    if chunk > MAX_CHUNK_BYTES or size > max(SMALL_BYTES, MAX_COMPRESSION * stored):
+    if chunk > MAX_CHUNK_BYTES or size > limit:
         raise ValueError(
             f"{path}: {dataset.name} must be about as large as its data on disk ({stored} bytes), "
             f"got shape {dataset.shape}, chunks {dataset.chunks}; restore the file."
