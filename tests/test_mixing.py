@@ -132,6 +132,9 @@ def test_a_mixture_can_be_pickled_and_tells_its_pipeline(parts):
     mixed = pickle.loads(pickle.dumps(Mixed(parts, weights=[1, 2, 3])))
     assert_equal(mixed[np.arange(4)], Mixed(parts)[np.arange(4)])
     assert mixed.identity["weights"] == [1.0, 2.0, 3.0]
+    assert mixed.identity["parts"] == list(parts)
+    turned = Mixed(dict(reversed(parts.items())), weights=[3, 2, 1])
+    assert turned.identity != {**mixed.identity, "weights": turned.identity["weights"]}
     assert mixed.identity["arm: dataset"] == parts["arm"].identity["dataset"]
 
 

@@ -10,8 +10,7 @@ from scipy.spatial.transform import Rotation
 
 from vla_jax import config as configs
 from vla_jax.acting.agent import AgentConfig, make_agent
-from vla_jax.actions import reference_frames
-from vla_jax.actions.gripper import gripper_to_open_positive
+from vla_jax.actions import action_layout, reference_frames
 from vla_jax.backbones.state import StateConfig
 from vla_jax.convert.robovlms import acting_presets
 from vla_jax.data import normalize
@@ -239,7 +238,8 @@ def test_the_released_statistics_combine_both_normalisations():
     action[:, 6] = random.integers(0, 2, 200)
     once = np.clip(2 * (action - stats.q01) / (stats.q99 - stats.q01 + 1e-8) - 1, -1, 1)
     twice = 2 * (np.clip(once, -0.65, 0.65) + 0.65) / 1.3 - 1
-    ours = gripper_to_open_positive(action, "open_one_else_closed")
+    layout = action_layout.make_layout(7, [-1], (-1.0, 1.0), only_open=True)
+    ours = action_layout.from_robot(action, layout)
     config = acting_presets.simpler(POLICY, "widowx")
     label = normalized(ours, acting_presets.released_oxe_stats(stats), config)
     np.testing.assert_allclose(label[:, :6], twice[:, :6], atol=2e-6)

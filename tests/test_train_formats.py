@@ -94,6 +94,7 @@ def test_a_policy_trains_on_a_mixture_of_all_formats_and_resumes_to_the_bit(tmp_
         ({"datasets": [{"path": "a"}, {"path": "b", "name": "0"}]}, "with different names"),
         ({"datasets": [{"path": "a", "weight": -1}]}, "weight of '0' .* must be a positive number"),
         ({"datasets": [{"pth": "a"}]}, "'0' in .*pth"),
+        ({"datasets": [{"name": "a"}]}, "'a' in .* must have the path of a data set"),
         ({"datasets": [{"path": "nowhere"}]}, "nowhere is missing"),
     ],
 )

@@ -7,7 +7,8 @@ A mixture is a JSON file; relative paths begin at its folder:
       {"name": "so100", "weight": 1, "path": "so100", "expected_fps": 30}
     ]}
 
-Each entry has the fields of `DatasetConfig`, a name and a weight. Every data set is normalised with
+Each entry has the fields of `DatasetConfig`, a name and a weight; entries without `cache_bytes`
+share those of `--dataset.cache-bytes` equally. Every data set is normalised with
 its own statistics. The policy has the largest `action_dim` and `proprio_dim` of them; cameras and
 numbers that a robot lacks are masked.
 """
@@ -67,15 +68,17 @@ def read_training_inputs(config: ImitateConfig) -> TrainingInputs:
     if not parts:
         part = _read_part(config, config.dataset, partial=False)
         source: Any = Packed(part.windows) if config.pack else part.windows
-        return _training_inputs(config, source, [part], {})
+        example = part.windows[[len(part.windows) - 1]]
+        return _training_inputs(config, source, example, [part], {})
     read = [_read_part(config, each.dataset, partial=True) for each in parts]
-    sources: dict[str, Windows | Packed] = {
-        each.name: Packed(part.windows) if config.pack else part.windows
-        for each, part in zip(parts, read, strict=True)
-    }
-    mixed = Mixed(sources, [each.weight for each in parts])
+    windows = {each.name: part.windows for each, part in zip(parts, read, strict=True)}
+    weights = [each.weight for each in parts]
+    mixed = Mixed(windows, weights)
+    example = mixed[[mixed.sizes[0] - 1]]
+    if config.pack:
+        mixed = Mixed({name: Packed(part) for name, part in windows.items()}, weights)
     stats = {each.name: part.norm_stats for each, part in zip(parts, read, strict=True)}
-    return _training_inputs(config, mixed, read, stats)
+    return _training_inputs(config, mixed, example, read, stats)
 
 
 def read_mixture(config: ImitateConfig) -> list[MixturePart]:
@@ -94,7 +97,8 @@ def read_mixture(config: ImitateConfig) -> list[MixturePart]:
             f"datasets in {path} must be a list of objects with path, name and weight, got "
             f"{type(entries).__name__}."
         )
-    parts = [_read_entry(path, number, entry) for number, entry in enumerate(entries)]
+    share = {"cache_bytes": config.dataset.cache_bytes // max(len(entries), 1)}
+    parts = [_read_entry(path, number, share | entry) for number, entry in enumerate(entries)]
     names = [part.name for part in parts]
     if not parts or len(set(names)) < len(names):
         raise ValueError(
@@ -115,7 +119,15 @@ def _read_entry(path: pathlib.Path, number: int, entry: dict[str, Any]) -> Mixtu
         dataset = configs.from_dict(DatasetConfig, fields)
     except ValueError as error:
         raise ValueError(f"{name!r} in {path}: {error}") from error
-    return MixturePart(name, float(weight), replace(dataset, path=str(path.parent / dataset.path)))
+    if "path" not in fields:
+        raise ValueError(f"{name!r} in {path} must have the path of a data set, got {entry}.")
+    folder = dataset.decoded_dir
+    dataset = replace(
+        dataset,
+        path=str(path.parent / dataset.path),
+        decoded_dir=None if folder is None else str(path.parent / folder),
+    )
+    return MixturePart(name, float(weight), dataset)
 
 
 def _read_part(config: ImitateConfig, dataset: DatasetConfig, *, partial: bool) -> _Part:
@@ -140,11 +152,11 @@ def _read_part(config: ImitateConfig, dataset: DatasetConfig, *, partial: bool) 
 def _training_inputs(
     config: ImitateConfig,
     source: WindowSource,
+    example: Batch,
     parts: list[_Part],
     part_stats: dict[str, dict[str, NormStats]],
 ) -> TrainingInputs:
     first = parts[0]
-    example = source[[0]] if part_stats else first.windows[[len(first.windows) - 1]]
     check_action_dim(config, example.action.shape[-1])
     data = first.windows.dataset
     return TrainingInputs(

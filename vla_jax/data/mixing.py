@@ -55,6 +55,7 @@ class Mixed:
         self._offsets = np.cumsum([0, *sizes])
         self._like = _common([part[np.array([0])] for part in self.parts], self.names)
         self.identity = {
+            "parts": list(parts),  # in this order, which the indices of windows depend on
             "weights": list(weights),
             **{
                 f"{name}: {key}": value

@@ -103,6 +103,10 @@ class Lazy(Mapping[str, Value]):
             raise KeyError(key)
         return self._get(key)
 
+    def __contains__(self, key: object) -> bool:
+        """Returns True for a key, without computing its value."""
+        return key in self._keys
+
     def __iter__(self) -> Iterator[str]:
         """Iterates over the keys."""
         return iter(self._keys)

@@ -2,7 +2,9 @@
 
 import os
 import pathlib
+import threading
 import warnings
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -10,10 +12,11 @@ import numpy as np
 
 from vla_jax.data.dataset import digest
 from vla_jax.data.frame_cache import FrameCache
-from vla_jax.data.raw import RawDataset, steps_of
+from vla_jax.data.raw import RawDataset, RawImages, steps_of
 from vla_jax.files import replacing
 from vla_jax.types import Resampling
 
+MAX_OPENED = 2048  # episodes whose camera stays open: their indices, a few kB each, no images
 STEPS_PER_PASS = 256  # images decoded at once when a whole data set is decoded
 
 
@@ -60,6 +63,20 @@ class RawFrames:
         self.fingerprint = digest(
             raw.fingerprint, key, self._episodes, self._size, resampling, rotate
         )
+        self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns the state without opened episodes."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("_opened", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores the state."""
+        self.__dict__.update(state)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._opened: OrderedDict[int, RawImages] = OrderedDict()
+        self._lock = threading.Lock()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -105,13 +122,25 @@ class RawFrames:
         missing = [number for number, image in enumerate(stored) if image is None]
         if not missing:
             return
-        camera = self._raw.episodes[episode].images[self._key]
-        decoded = camera.read(steps[missing], self._size, self._resampling)
+        decoded = self._open(episode).read(steps[missing], self._size, self._resampling)
         if self._rotate:
             decoded = decoded[:, ::-1, ::-1]
         images[places[missing]] = decoded
         for number, image in zip(missing, decoded, strict=True):
             self._cache.put(keys[number], image.copy())  # a view would keep all of `decoded`
+
+    def _open(self, episode: int) -> RawImages:
+        """Returns the camera of an episode; opening it can cost more than reading a window."""
+        with self._lock:
+            camera = self._opened.get(episode)
+        if camera is None:
+            camera = self._raw.episodes[episode].images[self._key]
+        with self._lock:
+            self._opened[episode] = camera
+            self._opened.move_to_end(episode)
+            if len(self._opened) > MAX_OPENED:
+                self._opened.popitem(last=False)
+        return camera
 
 
 def decode_all(frames: RawFrames, name: str, root: pathlib.Path, folder: str | None) -> np.ndarray:

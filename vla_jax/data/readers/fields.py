@@ -76,7 +76,11 @@ def choose_fields(proposed: FieldMap, raw: RawDataset, config: DatasetConfig) ->
         columns={name: columns[name] for name in wanted},
         grippers=proposed.grippers if config.grippers is None else config.grippers,
         gripper_range=_gripper_range(proposed, config),
-        gripper_only_open=config.gripper == "open_one_else_closed",
+        gripper_only_open=(
+            proposed.gripper_only_open
+            if config.gripper is None and config.gripper_range is None
+            else config.gripper == "open_one_else_closed"
+        ),
         rotate_images=(
             proposed.rotate_images if config.rotate_images is None else config.rotate_images
         ),

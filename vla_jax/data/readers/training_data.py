@@ -62,7 +62,7 @@ def make_dataset(
     dim = columns["action"].shape[1]
     layout = _layout(fields, dim)
     columns["action"] = action_layout.from_robot(columns["action"], layout)
-    cache = FrameCache(config.cache_bytes)
+    cache = FrameCache(config.cache_bytes if config.decode == "on_demand" else 0)
     frames = {
         name: RawFrames(
             raw,
@@ -220,7 +220,7 @@ def hold_grippers(action: np.ndarray, fields: FieldMap) -> np.ndarray:
     """Returns actions whose grippers, given as changes, are states: open or closed at every step.
 
     A value near the middle keeps the state before. Until the first change the gripper is in the
-    opposite state, and open if there is no change.
+    opposite state, and open if there is no change. NaN and infinity stay, to be found later.
 
     Args:
       action: `[T, dim]` of one episode.
@@ -237,5 +237,6 @@ def hold_grippers(action: np.ndarray, fields: FieldMap) -> np.ndarray:
         moves = np.flatnonzero(change)
         before = -change[moves[0]] if len(moves) else 1.0
         last = np.maximum.accumulate(np.where(change != 0, np.arange(len(change)), -1))
-        held[:, index] = middle + half * np.where(last >= 0, change[last], before)
+        states = middle + half * np.where(last >= 0, change[last], before)
+        held[:, index] = np.where(np.isfinite(signed), states, signed)
     return held

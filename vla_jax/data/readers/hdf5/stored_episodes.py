@@ -78,10 +78,6 @@ class EpisodeLazy(Lazy[Any]):
         self._others = tuple(others)
         self._place = place
 
-    def __contains__(self, key: object) -> bool:
-        """Returns True for a key of this episode."""
-        return key in self._keys
-
     def __getitem__(self, key: str) -> Any:
         """Computes the value of a key.
 
