@@ -1,6 +1,7 @@
 """A policy trains on every data-set format and on a mixture of all, and resumes to the bit."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
@@ -9,10 +10,14 @@ import jax
 import numpy as np
 import pytest
 import tiny_demos
+import tiny_hdf5
 
 from train.imitate import imitate
+from vla_jax.backbones import word_hashing
+from vla_jax.data import normalize
 from vla_jax.data.readers.dataset_config import DatasetConfig
-from vla_jax.data.readers.reader import READERS, find_reader
+from vla_jax.data.readers.reader import READERS, find_reader, read_dataset
+from vla_jax.data.windows import WindowConfig, Windows
 from vla_jax.runs import load_run
 from vla_jax.training import checkpoint
 
@@ -105,3 +110,37 @@ def test_a_wrong_mixture_is_refused_before_anything_is_read(content, message, tm
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         imitate(config)
     assert not (tmp_path / "run").exists()
+
+
+def test_steps_without_an_action_are_inputs_but_no_targets(tmp_path):
+    """RoboMME shows a video before the task: its frames have no action."""
+    tiny_hdf5.write_robomme(tmp_path / "record_dataset_BinFill.h5", (6, 5), shown=2)
+    data = read_dataset(DatasetConfig(str(tmp_path), grippers=()), image_size=(8, 8))
+    real = data.columns["action_mask"][:, 0] > 0.5
+    starts = np.concatenate([[0], data.episode_ends[:-1]])
+    assert real.any() and not real.all()
+    stats = normalize.compute_norm_stats(data)
+    expected = data.columns["action"][real].mean(0)
+    np.testing.assert_allclose(stats["action"].mean, expected, rtol=1e-4, atol=1e-6)
+    tokenize = functools.partial(word_hashing.tokenize, max_words=12, vocab_size=2048)
+    windows = Windows(data, WindowConfig(4, 2), tokenize=tokenize, norm_stats=stats)
+    batch = windows[np.arange(len(windows))]
+    for row, (episode, last) in enumerate(windows.index):
+        for j, step in enumerate(range(last - 3, last + 1)):
+            for k in range(2):
+                frame = starts[episode] + step + k
+                exists = step >= 0 and frame < data.episode_ends[episode] and real[frame]
+                assert batch.action_mask[row, j, k] == exists
+    np.testing.assert_array_equal(batch.action[~batch.action_mask], 0)
+    assert batch.timestep_mask[:, -1].all()
+
+
+def test_further_columns_are_kept_but_not_seen_by_the_policy(tmp_path):
+    data = dataset("lerobot_v30", tmp_path)
+    keys = (("reward", "next.reward"),)
+    read = read_dataset(dataclasses.replace(data, feature_keys=keys), cameras=())
+    stats = normalize.compute_norm_stats(read)
+    tokenize = functools.partial(word_hashing.tokenize, max_words=12, vocab_size=2048)
+    windows = Windows(read, WindowConfig(2, 1), tokenize=tokenize, norm_stats=stats)
+    assert windows.dataset.columns["reward"].shape == (39, 1)
+    assert windows[0].observation.proprio is not None

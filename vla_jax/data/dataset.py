@@ -16,6 +16,8 @@ from vla_jax.actions.action_layout import ActionLayout
 
 CAMERAS = ("image_primary", "image_wrist")
 COLUMNS = ("proprio", "environment_state", "action")
+# column [F, 1], 0 where a frame has no action, as in a video that is shown before the task
+ACTION_MASK = "action_mask"
 OnBad = Literal["error", "skip"]
 
 

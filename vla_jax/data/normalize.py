@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from vla_jax.data.dataset import Dataset
+from vla_jax.data.dataset import ACTION_MASK, Dataset
 from vla_jax.types import Array
 
 Method = Literal["bounds", "quantiles", "mean_std", "none"]
@@ -58,8 +58,11 @@ def compute(column: np.ndarray) -> NormStats:
 
 
 def compute_norm_stats(dataset: Dataset) -> dict[str, NormStats]:
-    """Returns statistics of every numeric column; reads no images."""
-    return {name: compute(column) for name, column in dataset.columns.items()}
+    """Returns statistics of every numeric column; reads no images, counts only real actions."""
+    columns = dict(dataset.columns)
+    if ACTION_MASK in columns:
+        columns["action"] = columns["action"][columns[ACTION_MASK][:, 0] > 0.5]
+    return {name: compute(column) for name, column in columns.items()}
 
 
 def fixed_bounds(low: Any, high: Any, dim: int) -> NormStats:

@@ -8,6 +8,7 @@ import numpy as np
 
 from vla_jax.data import normalize
 from vla_jax.data.dataset import (
+    ACTION_MASK,
     COLUMNS,
     Dataset,
     Frames,
@@ -139,7 +140,10 @@ def gather(
     rows = starts + step
     targets = rows[..., None] + np.arange(config.action_horizon)
     action_mask = mask[..., None] & (targets < ends[..., None])
-    action = take(dataset.columns["action"], np.minimum(targets, ends[..., None] - 1))
+    existing = np.minimum(targets, ends[..., None] - 1)
+    if ACTION_MASK in dataset.columns:
+        action_mask = action_mask & (take(dataset.columns[ACTION_MASK], existing)[..., 0] > 0.5)
+    action = take(dataset.columns["action"], existing)
     action *= action_mask[..., None]
     steps = config.instruction_steps
     visible = (steps == ALWAYS) | (instructions.age[rows] < steps)
@@ -218,8 +222,9 @@ class Windows:
         columns = {
             name: normalize.normalize_column(name, column, norm_stats[name], methods)
             for name, column in dataset.columns.items()
+            if name in COLUMNS
         }
-        self.dataset = dataset._replace(columns=columns)
+        self.dataset = dataset._replace(columns={**dataset.columns, **columns})
         self.config = config
         self.tokens = tokens
         self.instructions = instruction_table(dataset, tokenize)

@@ -7,7 +7,15 @@ import numpy as np
 
 from vla_jax.actions import action_layout
 from vla_jax.actions.action_layout import ActionLayout
-from vla_jax.data.dataset import Dataset, Frames, digest, episode_rows, finite_episodes, sort_texts
+from vla_jax.data.dataset import (
+    ACTION_MASK,
+    Dataset,
+    Frames,
+    digest,
+    episode_rows,
+    finite_episodes,
+    sort_texts,
+)
 from vla_jax.data.frame_cache import FrameCache
 from vla_jax.data.raw import RawDataset, RawEpisode
 from vla_jax.data.raw_frames import RawFrames, decode_all
@@ -54,6 +62,8 @@ def make_dataset(
     fields = field_maps.choose_fields(proposed, raw, config)
     keys = field_maps.choose_cameras(fields, raw, cameras, partial=partial)
     columns, texts, text_index, kept = _read_numbers(raw, fields, config)
+    if ACTION_MASK in columns:
+        columns["action"] = _fill_actions(columns["action"], columns[ACTION_MASK])
     finite = finite_episodes(columns, np.cumsum(raw.lengths[kept]), on_bad=config.on_bad)
     rows = episode_rows(np.cumsum(raw.lengths[kept]), finite)
     columns = {name: column[rows] for name, column in columns.items()}
@@ -166,6 +176,22 @@ def _numbers(episode: RawEpisode, keys: Sequence[str]) -> np.ndarray:
             f"{values.shape[1]} columns of {values.dtype}; choose with --dataset.feature-keys."
         )
     return values
+
+
+def _fill_actions(action: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Returns `action [F, A]` with a real action in the place of those that do not exist.
+
+    Args:
+      action: `[F, A]`, arbitrary or NaN where the mask is 0.
+      mask: `[F, 1]`.
+
+    Raises:
+      ValueError: no action exists.
+    """
+    real = mask[:, 0] > 0.5
+    if not real.any():
+        raise ValueError(f"{ACTION_MASK} must be True for some frames, got none.")
+    return np.where(real[:, None], action, action[real][0])
 
 
 def _check_sizes(
