@@ -118,7 +118,8 @@ def test_steps_without_an_action_are_inputs_but_no_targets(tmp_path):
     data = read_dataset(DatasetConfig(str(tmp_path), grippers=()), image_size=(8, 8))
     real = data.columns["action_mask"][:, 0] > 0.5
     starts = np.concatenate([[0], data.episode_ends[:-1]])
-    assert real.any() and not real.all()
+    assert real.any()
+    assert not real.all()
     stats = normalize.compute_norm_stats(data)
     expected = data.columns["action"][real].mean(0)
     np.testing.assert_allclose(stats["action"].mean, expected, rtol=1e-4, atol=1e-6)
