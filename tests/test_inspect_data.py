@@ -67,6 +67,19 @@ def test_good_episodes_have_no_problem():
     assert set(found(episodes)) == {"changing task"}
 
 
+def test_arrays_of_varying_shape_have_no_statistics(opened):
+    episodes = tiny_raw.make_episodes((12, 7))
+    for episode in episodes:
+        boxes = np.empty(len(episode["timestamps"]), object)
+        for t in range(len(boxes)):
+            boxes[t] = np.ones((t % 3, 4), np.float32)
+        episode["columns"]["boxes"] = boxes
+    report = inspect_data(opened(episodes)).report
+    assert report["episodes"]["total"] == 2
+    assert "unreadable episodes" not in found(episodes)
+    assert report["columns"]["boxes"] == {"dtype": "object", "shape": [], "names": []}
+
+
 def test_constant_and_clipped_dimensions_are_found():
     episodes = tiny_raw.make_episodes((40, 40))
     for episode in episodes:

@@ -74,7 +74,7 @@ def make_raw(episodes, path, *, fps=FPS, kind="tiny"):
         columns={key: _feature(value) for key, value in first["columns"].items()},
         images={key: Feature("uint8", v.shape[1:]) for key, v in first["images"].items()},
         fps=fps,
-        fingerprint=digest(*(episode["columns"] for episode in episodes)),
+        fingerprint=digest(*(_fixed(episode["columns"]) for episode in episodes)),
     )
 
 
@@ -85,6 +85,11 @@ def reader(episodes, *, fields=FIELDS, fps=FPS):
         open=lambda path, *, split: make_raw(episodes, path, fps=fps),
         fields=lambda raw: fields,
     )
+
+
+def _fixed(columns):
+    """Returns the columns of a fixed shape: NumPy cannot hash the bytes of objects."""
+    return {key: column for key, column in columns.items() if column.dtype != object}
 
 
 def _feature(column):

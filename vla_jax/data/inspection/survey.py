@@ -58,7 +58,8 @@ class Survey(NamedTuple):
     fields: FieldMap
     episodes: tuple[EpisodeFacts, ...]  # those that could be read
     unreadable: Mapping[int, str]  # index of an episode that could not be read -> sentence
-    columns: Mapping[str, Moments]  # numeric column -> [D], or [1] if it has over `MAX_DIMS`
+    # column of numbers of a fixed shape -> [D], or [1] if it has over `MAX_DIMS`
+    columns: Mapping[str, Moments]
     statistics: Mapping[str, FieldSurvey]  # field -> statistics
     curve: Curve | None  # of an episode of median length
     samples: Mapping[str, tuple[FrameSamples, ...]]  # camera's key -> sampled episodes
@@ -165,7 +166,7 @@ def _read(raw: RawDataset, index: int, fields: FieldMap, num_frames: int) -> _Va
     columns: dict[str, np.ndarray] = {}
     moments: dict[str, Moments] = {}
     for key, feature in raw.columns.items():
-        if feature.dtype != "str":
+        if feature.dtype not in ("str", "object"):  # objects: arrays of varying shape
             values = np.asarray(episode.columns[key])
             moments[key] = moments_of(_rows(values, feature))
             if key in used:
