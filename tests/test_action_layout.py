@@ -93,3 +93,9 @@ def test_every_convention_maps_open_to_plus_one():
         action = np.array([[closed], [opened]], np.float32)
         converted = from_robot(action, convention(1, name))
         np.testing.assert_array_equal(converted[:, 0], [-1, 1])
+
+
+def test_a_gripper_that_uses_little_of_a_wide_range_is_refused():
+    action = np.array([[0.0], [1.0]], np.float32)
+    with pytest.raises(ValueError, match=r"must lie in .* and use more than 5 %"):
+        from_robot(action, make_layout(1, (0,), (0.0, 100.0)))

@@ -13,6 +13,7 @@ import tiny_demos
 import tiny_hdf5
 
 from train.imitate import imitate
+from vla_jax.acting import agent as agents
 from vla_jax.backbones import word_hashing
 from vla_jax.data import normalize
 from vla_jax.data.readers.dataset_config import DatasetConfig
@@ -67,7 +68,12 @@ def test_every_stored_data_set_is_trained_on():
 def test_a_policy_trains_on_the_format_and_resumes_to_the_bit(name, tmp_path):
     data = dataset(name, tmp_path)
     run_dir = train_and_resume(training(data, tmp_path / "run"), tmp_path)
-    assert load_run(run_dir).step == 4
+    run = load_run(run_dir)
+    assert run.step == 4
+    layout = run.agent.action_layout
+    assert (layout.dim, layout.grippers) == (7, (6,))
+    sent = agents.robot_action(run.agent, np.array([[0.1, 0, 0, 0, 0, 0, 1]], np.float32))
+    np.testing.assert_allclose(sent[0], [0.1, 0, 0, 0, 0, 0, layout.opened], atol=1e-6)
     assert find_reader(data) in READERS.values()
 
 
@@ -85,7 +91,8 @@ def test_a_policy_trains_on_a_mixture_of_all_formats_and_resumes_to_the_bit(tmp_
     path = tmp_path / "mixture.json"
     path.write_text(json.dumps({"datasets": entries}))
     config = training(DatasetConfig(), tmp_path / "run", mixture=str(path))
-    run_dir = train_and_resume(config, tmp_path)
+    with pytest.warns(UserWarning, match=r"different rates in Hz, .*'calvin': 30\.0"):
+        run_dir = train_and_resume(config, tmp_path)
     assert {file.stem for file in (run_dir / "parts").iterdir()} == PROPRIO.keys()
     agent = json.loads((run_dir / "norm_stats.json").read_text())
     assert agent == json.loads((run_dir / "parts" / "calvin.json").read_text())
@@ -97,6 +104,7 @@ def test_a_policy_trains_on_a_mixture_of_all_formats_and_resumes_to_the_bit(tmp_
         ({}, r"datasets in .* must be a list"),
         ({"datasets": []}, r"must be at least one, with different names"),
         ({"datasets": [{"path": "a"}, {"path": "b", "name": "0"}]}, "with different names"),
+        ({"datasets": [{"path": "a", "name": "a/b"}]}, r"names of letters, .*'a/b'"),
         ({"datasets": [{"path": "a", "weight": -1}]}, "weight of '0' .* must be a positive number"),
         ({"datasets": [{"pth": "a"}]}, "'0' in .*pth"),
         ({"datasets": [{"name": "a"}]}, "'a' in .* must have the path of a data set"),

@@ -67,6 +67,10 @@ class FrameTokens(NamedTuple):
 
 def cache(config: ImitateConfig) -> pathlib.Path:
     """Writes the tokens that `imitate` will read, and checks them; returns their folder."""
+    if config.mixture:
+        raise ValueError(
+            f"mixture must be empty, got {config.mixture}; cache the tokens of one data set."
+        )
     config = resolve(replace(config, frozen_backbone=True))
     check_backbone(config, param_shapes(config))
     dataset = read_dataset(config)

@@ -10,6 +10,7 @@ The same command resumes an interrupted run, with bitwise identical results.
 
 import pathlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -60,7 +61,8 @@ def imitate(config: ImitateConfig) -> pathlib.Path:
 
     # Run folder, with the frozen backbone, which no checkpoint repeats.
     run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
-    metadata = write_run(run_dir, config, config.agent, data.norm_stats, config.world)
+    agent = replace(config.agent, action_layout=data.action_layout)
+    metadata = write_run(run_dir, config, agent, data.norm_stats, config.world)
     write_part_stats(run_dir, data.part_stats)
     if data.frozen_params and is_first_process():
         checkpoint.add_frozen(run_dir / "checkpoints", data.frozen_params)

@@ -14,6 +14,8 @@ numbers that a robot lacks are masked.
 """
 
 import pathlib
+import re
+import warnings
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -21,6 +23,7 @@ from train.cache import frame_tokens
 from train.configs import ImitateConfig
 from train.setup import check_action_dim, compute_norm_stats, make_windows, read_dataset
 from vla_jax import config as configs
+from vla_jax.actions.action_layout import ActionLayout
 from vla_jax.data.loader import WindowSource
 from vla_jax.data.mixing import Mixed
 from vla_jax.data.normalize import NormStats
@@ -30,6 +33,8 @@ from vla_jax.data.readers.dataset_config import DatasetConfig
 from vla_jax.data.windows import Windows
 from vla_jax.files import read_json
 from vla_jax.types import Batch
+
+NAME = re.compile(r"\w[\w.-]*")  # of a part: it names a file of the run
 
 
 class MixturePart(NamedTuple):
@@ -49,6 +54,7 @@ class TrainingInputs(NamedTuple):
     example: Batch  # one window `[1, W, ...]`, to plot
     action_names: tuple[str, ...]  # of that window; () if unknown
     fps: float  # of that window, Hz
+    action_layout: ActionLayout  # of the robot that acts
     frozen_params: pathlib.Path | None  # folder of a frozen backbone's params, in the cache
 
 
@@ -73,6 +79,13 @@ def read_training_inputs(config: ImitateConfig) -> TrainingInputs:
     read = [_read_part(config, each.dataset, partial=True) for each in parts]
     windows = {each.name: part.windows for each, part in zip(parts, read, strict=True)}
     weights = [each.weight for each in parts]
+    rates = {name: part.dataset.fps for name, part in windows.items()}
+    if len(set(rates.values())) > 1:
+        warnings.warn(
+            f"the data sets of {config.mixture} have different rates in Hz, {rates}: the steps of "
+            "a window and of an action chunk span different times.",
+            stacklevel=2,
+        )
     mixed = Mixed(windows, weights)
     example = mixed[[mixed.sizes[0] - 1]]
     if config.pack:
@@ -90,6 +103,11 @@ def read_mixture(config: ImitateConfig) -> list[MixturePart]:
     """
     if not config.mixture:
         return []
+    if config.frozen_backbone:
+        raise ValueError(
+            f"mixture must be empty with frozen_backbone, got {config.mixture}; train one data set "
+            'on cached tokens, or freeze the backbone with --freeze "backbone/*".'
+        )
     path = pathlib.Path(config.mixture)
     entries = read_json(path, "a mixture of data sets").get("datasets")
     if not isinstance(entries, list) or not all(isinstance(each, dict) for each in entries):
@@ -100,9 +118,10 @@ def read_mixture(config: ImitateConfig) -> list[MixturePart]:
     share = {"cache_bytes": config.dataset.cache_bytes // max(len(entries), 1)}
     parts = [_read_entry(path, number, share | entry) for number, entry in enumerate(entries)]
     names = [part.name for part in parts]
-    if not parts or len(set(names)) < len(names):
+    if not parts or len(set(names)) < len(names) or not all(map(NAME.fullmatch, names)):
         raise ValueError(
-            f"datasets in {path} must be at least one, with different names, got {names}."
+            f"datasets in {path} must be at least one, with different names of letters, digits, "
+            f"'-', '_' and '.', got {names}."
         )
     for part in parts:
         reader.find_reader(part.dataset)
@@ -166,5 +185,6 @@ def _training_inputs(
         example=example,
         action_names=() if part_stats else tuple(data.names.get("action", ())),
         fps=data.fps,
+        action_layout=data.action_layout,
         frozen_params=first.frozen_params,
     )

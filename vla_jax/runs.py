@@ -152,10 +152,7 @@ def write_part_stats(folder: Path, stats: Mapping[str, Mapping[str, NormStats]])
       stats: name of the data set -> statistics.
     """
     for name, each in stats.items():
-        file_name = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
-        save_json(
-            normalize.to_json(dict(each)), pathlib.Path(folder) / "parts" / f"{file_name}.json"
-        )
+        save_json(normalize.to_json(dict(each)), pathlib.Path(folder) / "parts" / f"{name}.json")
 
 
 def save_json(data: Mapping[str, Any], path: pathlib.Path) -> None:

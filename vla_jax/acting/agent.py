@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vla_jax.actions import execution, reference_frames
+from vla_jax.actions.action_layout import ActionLayout, to_robot
 from vla_jax.actions.execution import ExecutionConfig
 from vla_jax.actions.reference_frames import ToolFrame
 from vla_jax.backbones import registry
@@ -38,6 +39,8 @@ class AgentConfig:
     mode: Mode = "refresh"
     instruction_steps: int = 1  # first steps at which the policy gets the instruction; -1 = all
     tool_frame: ToolFrame | None = None  # tool frame of the policy's actions; None = as in the data
+    # order and range of the actions of the robot in the training data; None = this library's
+    action_layout: ActionLayout | None = None
 
     def __post_init__(self):
         check_mode(self.policy.decoder, self.mode)
@@ -113,6 +116,19 @@ def make_agent(
         return send(config, norm_stats, state, observation, action)
 
     return Agent(init, prepare, step)
+
+
+def robot_action(config: AgentConfig, action: Array) -> Array:
+    """Returns the action as the robot of the training data takes it.
+
+    Args:
+      config: of the agent.
+      action: `[..., A]` from `Agent.step`, gripper last, +1 open / -1 closed.
+
+    Returns:
+      `[..., dim]` in the order and range of `config.action_layout`.
+    """
+    return action if config.action_layout is None else to_robot(action, config.action_layout)
 
 
 def plan(

@@ -153,8 +153,11 @@ def _to_signed(values: np.ndarray, layout: ActionLayout) -> np.ndarray:
     least, most, width = min(closed, opened), max(closed, opened), abs(opened - closed)
     # 0 … 1 where -1 … 1 was declared: half of the range is never used.
     is_unsigned = least == -most and 0 <= low < 0.25 * width
-    if low < least - 5e-4 * width or high > most + 5e-4 * width or is_unsigned:
+    # 0 … 1 or -1 … 1 where 0 … 100 was declared: a gripper that moves, but within 2 % of its range.
+    is_narrow = width > 20 and high - low > 0.5 and low >= -1.01 and high <= 1.01
+    if low < least - 5e-4 * width or high > most + 5e-4 * width or is_unsigned or is_narrow:
         expected = f"lie in [{least:g}, {most:g}]" + (" with both signs" if least < 0 else "")
+        expected += " and use more than 5 % of it" if is_narrow else ""
         raise ValueError(
             f"gripper declared as {closed:g} closed and {opened:g} open must {expected}, got "
             f"values from {low:g} to {high:g}; declare its --dataset.gripper-range CLOSED OPEN, or "

@@ -48,11 +48,18 @@ class InstructionTable(NamedTuple):
 
 
 def instruction_table(dataset: Dataset, tokenize: Tokenize) -> InstructionTable:
-    """Returns the token ids of every instruction, and the instruction of every frame."""
-    frames = np.arange(len(dataset.instruction_index))
-    starts = np.maximum.accumulate(np.where(instruction_starts(dataset), frames, 0))
+    """Returns the token ids of every instruction, and the instruction of every frame.
+
+    Texts with the same ids are one instruction, as for an agent, which sees only ids.
+    """
+    ids = np.stack([tokenize(text) for text in (*dataset.instructions, "")])
+    _, same = np.unique(ids, axis=0, return_inverse=True)
+    index = same.reshape(-1)[dataset.instruction_index]
+    frames = np.arange(len(index))
+    is_start = instruction_starts(dataset._replace(instruction_index=index))
+    starts = np.maximum.accumulate(np.where(is_start, frames, 0))
     return InstructionTable(
-        ids=np.stack([tokenize(text) for text in (*dataset.instructions, "")]),
+        ids=ids,
         index=dataset.instruction_index,
         age=(frames - starts).astype(np.int32),
     )
