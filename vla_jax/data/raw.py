@@ -1,6 +1,6 @@
 """Raw view of a data set: what the original tool would read, under the original names.
 
-Every reader returns a `RawDataset`; `data/readers/dataset.py` makes a `Dataset` for training from
+Every reader returns a `RawDataset`; `data/readers/training_data.py` makes a `Dataset` for training from
 one. A source opens no more than indices: numbers and images are read when they are indexed, so
 that its memory grows with the episodes and not with their frames.
 """
