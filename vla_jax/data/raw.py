@@ -1,8 +1,8 @@
 """Raw view of a data set: what the original tool would read, under the original names.
 
-Every reader returns a `RawDataset`; `data/readers/training_data.py` makes a `Dataset` for training from
-one. A source opens no more than indices: numbers and images are read when they are indexed, so
-that its memory grows with the episodes and not with their frames.
+Every reader returns a `RawDataset`; `readers.training_data` makes a `Dataset` for training from one.
+It opens no more than indices: numbers and images are read when they are indexed, so that its
+memory grows with the episodes and not with their frames.
 """
 
 import pathlib
