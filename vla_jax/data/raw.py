@@ -1,6 +1,6 @@
 """Raw view of a data set: what the original tool would read, under the original names.
 
-Every reader returns a `RawDataset`; `readers.training_data` makes a `Dataset` for training from one.
+Every reader returns a `RawDataset`; `readers.training_data` makes a `Dataset` for training of it.
 It opens no more than indices: numbers and images are read when they are indexed, so that its
 memory grows with the episodes and not with their frames.
 """
