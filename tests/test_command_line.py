@@ -284,7 +284,7 @@ def config_classes():
 
     for module in COMMANDS:
         for value in vars(module).values():
-            if isinstance(value, type) and dataclasses.is_dataclass(value):
+            if isinstance(value, type) and value.__name__.endswith("Config"):
                 walk(value)
     return found
 

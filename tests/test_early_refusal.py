@@ -16,7 +16,7 @@ from vla_jax.training.optim import OptimConfig
 
 # name -> script, config without data, and the function that reads
 SCRIPTS = {
-    "imitate": (imitate.imitate, tiny_demos.imitation("", ""), (imitate, "read_dataset")),
+    "imitate": (imitate.imitate, tiny_demos.imitation("", ""), (imitate, "read_training_inputs")),
     "pretrain": (pretrain.pretrain, PretrainConfig(), (pretrain, "read_dataset")),
     "scan": (scan.train, ScanConfig(), (scan, "data_sets")),
     "finetune": (finetune.finetune, FinetuneConfig(init_from="r"), (finetune, "read_cloned")),

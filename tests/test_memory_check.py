@@ -10,6 +10,7 @@ from train import cache, imitate, memory_check
 from train.imitate import make_loss
 from train.setup import compute_norm_stats, make_windows, param_shapes, read_dataset, trained_shapes
 from vla_jax.backbones import registry
+from vla_jax.data.packing import Packed
 from vla_jax.training import memory_estimate, parallel
 from vla_jax.training.memory_estimate import MemoryEstimate
 from vla_jax.training.optim import OptimConfig
@@ -40,7 +41,7 @@ def test_the_example_batch_has_the_shapes_of_real_ones(backbone, pack, demos):
         window_size=decoder.window_size,
         action_horizon=decoder.action_horizon,
     )
-    with imitate.make_batches(config, windows) as batches:
+    with imitate.make_batches(config, Packed(windows) if pack else windows) as batches:
         real = next(batches)
     example = memory_check.example_batch(config)
     for part, wanted in zip(example.observation, real.observation, strict=True):

@@ -46,6 +46,7 @@ from vla_jax.backbones.registry import BackboneConfig
 from vla_jax.command_line import run
 from vla_jax.data import normalize, token_files
 from vla_jax.data.dataset import Dataset, digest
+from vla_jax.data.readers import reader
 from vla_jax.data.token_files import TokenSizes
 from vla_jax.data.windows import Windows
 from vla_jax.training import checkpoint, parallel
@@ -71,6 +72,7 @@ def cache(config: ImitateConfig) -> pathlib.Path:
         raise ValueError(
             f"mixture must be empty, got {config.mixture}; cache the tokens of one data set."
         )
+    reader.find_reader(config.dataset)
     config = resolve(replace(config, frozen_backbone=True))
     check_backbone(config, param_shapes(config))
     dataset = read_dataset(config)
