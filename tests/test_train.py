@@ -26,6 +26,7 @@ from train.presets import IMITATE
 from train.pretrain import pretrain
 from train.setup import init_params, make_windows, read_dataset
 from vla_jax import convert, runs
+from vla_jax.actions.action_layout import ActionLayout
 from vla_jax.backbones.state import StateConfig
 from vla_jax.command_line import command_line
 from vla_jax.config import load
@@ -96,7 +97,8 @@ def test_the_backbone_can_be_pretrained_on_another_column(demos, tmp_path):
 
 def test_a_run_folder_contains_all_that_acting_needs(trained):
     run = load_run(trained)
-    assert run.agent == tiny_demos.imitation("", "").agent
+    expected = tiny_demos.imitation("", "").agent
+    assert run.agent == dataclasses.replace(expected, action_layout=ActionLayout())
     assert json.loads((trained / "world.json").read_text())["kind"] == "table_jax"
     steps = [line["step"] for line in read_metrics(trained / "metrics.jsonl")]
     assert steps == [1, 2, 3, 4]
