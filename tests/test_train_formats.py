@@ -128,6 +128,8 @@ def test_steps_without_an_action_are_inputs_but_no_targets(tmp_path):
     starts = np.concatenate([[0], data.episode_ends[:-1]])
     assert real.any()
     assert not real.all()
+    chosen = DatasetConfig(str(tmp_path), grippers=(), columns=("proprio",))
+    assert "action_mask" in read_dataset(chosen, cameras=()).columns
     stats = normalize.compute_norm_stats(data)
     expected = data.columns["action"][real].mean(0)
     np.testing.assert_allclose(stats["action"].mean, expected, rtol=1e-4, atol=1e-6)

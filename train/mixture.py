@@ -46,7 +46,7 @@ class MixturePart(NamedTuple):
 
 
 class TrainingInputs(NamedTuple):
-    """What a training needs of its data."""
+    """Data of a training: batches to draw from, statistics, an example to plot."""
 
     source: WindowSource  # windows, or rows of packed episodes
     norm_stats: dict[str, NormStats]  # of the robot that acts: that of the first data set

@@ -34,7 +34,7 @@ class Mutation(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """How a reader answered to a mutation."""
+    """Answer of a reader to a mutation."""
 
     mutation: Mutation
     outcome: str  # "sentence", "traceback", "same", or "accepted"

@@ -36,7 +36,7 @@ VALUES = (
 
 
 class Outcome(NamedTuple):
-    """What the reader made of one damaged data set."""
+    """Answer of the reader to one damaged data set."""
 
     result: str  # "sentence", "same", "other" or "traceback"
     detail: str

@@ -31,7 +31,7 @@ RANGES: dict[Gripper, tuple[float, float]] = {  # (closed, open)
 
 @dataclass(frozen=True)
 class ActionLayout:
-    """Where the grippers are in a robot's action `[dim]`, and what their values mean."""
+    """Places of the grippers in a robot's action `[dim]`, and the meaning of their values."""
 
     dim: int = 7  # numbers of the robot's action
     # indices of the grippers in [0, dim). One gripper becomes the last number. Several ones stay

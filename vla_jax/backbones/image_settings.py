@@ -30,7 +30,7 @@ _CONTENT = "the settings of an image processor"
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How the images of a policy, which have one size, are made for a model."""
+    """Preprocessing of a policy's images, which have one size, for a model."""
 
     resampling: Resampling = "bicubic"  # method of resizing images of another size
     mean: RGB = HALF  # of RGB values in [0, 1], subtracted

@@ -1,4 +1,4 @@
-"""What a vision-language model takes of an observation: sequence, images, proprioception."""
+"""Inputs of a vision-language model from an observation: sequence, images, proprioception."""
 
 from typing import Any, NamedTuple
 

@@ -11,31 +11,14 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
+from vla_jax.data.dataset import Frames
 from vla_jax.types import Resampling
 
 Value = TypeVar("Value", covariant=True)
 
 
-class RawImages(Protocol):
+class RawImages(Frames, Protocol):
     """Images `[T, h, w, 3]` uint8 of one camera in one episode, decoded when indexed."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(T, h, w, 3)."""
-        ...
-
-    @property
-    def dtype(self) -> np.dtype:
-        """Always uint8."""
-        ...
-
-    def __len__(self) -> int:
-        """Returns T."""
-        ...
-
-    def __getitem__(self, index: Any, /) -> np.ndarray:
-        """Returns the images at an integer, a slice, or an array of integers `[...]`."""
-        ...
 
     def read(
         self, steps: np.ndarray, size: tuple[int, int], resampling: Resampling = "area"

@@ -15,7 +15,7 @@ MAX_AXES = 5  # of one step of a column, in lerobot
 
 
 class Plan(NamedTuple):
-    """What a converted data set holds; picklable."""
+    """Content of a converted data set; picklable."""
 
     columns: Mapping[str, tuple[str, ...]]  # key on disk -> the source's keys, side by side
     features: Mapping[str, Feature]  # key on disk -> type of a column, with lerobot's dtypes

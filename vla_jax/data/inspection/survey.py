@@ -37,7 +37,7 @@ class Curve(NamedTuple):
 
 
 class EpisodeFacts(NamedTuple):
-    """What is kept of one episode."""
+    """Facts that are kept of one episode."""
 
     name: str
     length: int  # steps found

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from vla_jax.actions.action_layout import RANGES
 from vla_jax.config import did_you_mean
+from vla_jax.data.dataset import ACTION_MASK
 from vla_jax.data.raw import RawDataset
 from vla_jax.data.readers.dataset_config import DatasetConfig, camera_option
 from vla_jax.data.readers.field_columns import parse_key
@@ -64,7 +65,9 @@ def choose_fields(proposed: FieldMap, raw: RawDataset, config: DatasetConfig) ->
             f"{raw.path} must have an action, got the columns {sorted(raw.columns)}; name its key "
             "with --dataset.feature-keys action KEY."
         )
-    wanted = tuple(columns) if config.columns is None else (*config.columns, "action")
+    wanted = tuple(columns)
+    if config.columns is not None:  # the mask says which of the actions exist
+        wanted = (*config.columns, "action", *({ACTION_MASK} & columns.keys()))
     missing = [name for name in wanted if name not in columns]
     if missing:
         raise ValueError(

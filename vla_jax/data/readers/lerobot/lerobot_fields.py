@@ -25,7 +25,7 @@ KEYS = {  # field -> keys that hold it, the first one that exists is used
 
 
 class Robot(NamedTuple):
-    """What the actions of a robot mean."""
+    """Meaning of the actions of a robot."""
 
     closed: float  # number of a closed gripper
     opened: float  # number of an open gripper

@@ -15,7 +15,7 @@ from vla_jax.data.readers.rlds.rlds_layout import read_version
 
 
 class OpenXConvention(NamedTuple):
-    """What is known of a data set and is not in its files."""
+    """Conventions of a data set that are not in its files."""
 
     names: str  # regular expression of the data set's name
     fps: float  # control rate, Hz

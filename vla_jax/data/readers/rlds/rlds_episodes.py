@@ -296,7 +296,7 @@ def _instruction_keys(steps: Mapping[str, TfFeature], rest: Mapping[str, TfFeatu
 
 
 def _is_instruction(feature: TfFeature) -> bool:
-    """Whether it is a text, or a list of character codes as in Language-Table."""
+    """Returns True for a text, or a list of character codes as in Language-Table."""
     is_codes = feature.kind == "number" and feature.dtype in ("int32", "uint8")
     is_text = feature.kind == "text" and not feature.shape
     return is_text or (is_codes and len(feature.shape) == 1)

@@ -34,22 +34,22 @@ class TfFeature(NamedTuple):
 
     @property
     def is_ragged(self) -> bool:
-        """Whether the number of elements differs from step to step."""
+        """True if the number of elements differs from step to step."""
         return -1 in self.outer
 
     @property
     def is_dynamic(self) -> bool:
-        """Whether shape and bytes are stored under two keys."""
+        """True if shape and bytes are stored under two keys."""
         return self.kind == "array" and self.shape.count(-1) > 1
 
     @property
     def varies(self) -> bool:
-        """Whether the elements are arrays of different shapes."""
+        """True if the elements are arrays of different shapes."""
         return self.kind in ("array", "image") and -1 in self.shape and not self.is_camera
 
     @property
     def is_camera(self) -> bool:
-        """Whether every step has one RGB image of 8 bits."""
+        """True if every step has one RGB image of 8 bits."""
         is_rgb = len(self.shape) == 3 and self.shape[-1] == 3
         return self.kind == "image" and is_rgb and self.dtype == "uint8" and not self.outer
 
