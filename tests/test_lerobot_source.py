@@ -313,6 +313,14 @@ def test_many_episodes_are_opened_in_columns(tmp_path):
     assert len(pickle.dumps(source)) < 3000 * 8 * 20  # numbers of 8 bytes per episode
     for index in (0, 999, 1000, 2999):
         assert source.episodes[index].columns["episode_index"].tolist() == [index] * 20
+    assert source.blocks.ends.tolist() == [1000, 2000, 3000]
+    block = source.blocks.read(1000, 2000, ["action"])
+    episodes = source.episodes[1000:2000:331]
+    for number, episode in zip(range(0, 1000, 331), episodes, strict=True):
+        rows = slice(20 * number, 20 * number + 20)
+        np.testing.assert_array_equal(block.columns["action"][rows], episode.columns["action"])
+        np.testing.assert_array_equal(block.timestamps[rows], episode.timestamps)
+        assert [block.texts[each] for each in block.text_index[rows]] == episode.instructions
     open_many_episodes.build_v2(tmp_path / "v2", 1500)
     assert len(readers.open(tmp_path / "v2", kind="lerobot_v2").episodes) == 1500
 

@@ -209,7 +209,7 @@ def test_nan_is_refused_or_skipped(root):
         return pa.array(rows, column.type)
 
     change_table(data_path(root), "action", spoil)
-    with pytest.raises(ValueError, match=r"action must be finite, got NaN .* episode 1 at step 1"):
+    with pytest.raises(ValueError, match=r"got NaN in number 0 of action at step 1 of episode 1"):
         read(root)
     with pytest.warns(UserWarning, match=r"left out 1 of 3 episodes"):
         data = read(root, on_bad="skip")
@@ -251,7 +251,7 @@ def test_unknown_fields_and_keys_are_refused_with_the_most_similar_one(root):
         ValueError, match=r"column must be .* got 'observation\.images\.wrist'; choose"
     ):
         read(root, feature_keys=(("proprio", "observation.images.wrist"),))
-    with pytest.raises(ValueError, match=r"action\[5:\]'? of episode 0 must select numbers, got 0"):
+    with pytest.raises(ValueError, match=r"\[5:\] of episode 0 of .* must select numbers, got 0"):
         read(root, feature_keys=(("action", "action[5:]"),))
     with pytest.raises(ValueError, match=r"dataset\.cameras must be NAME=KEY, .*got 'primary'"):
         read(root, config_cameras=("primary",))

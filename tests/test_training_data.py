@@ -11,11 +11,12 @@ import tiny_raw
 from train.mixture import read_mixture
 from vla_jax.data import raw_frames
 from vla_jax.data.frame_cache import FrameCache
-from vla_jax.data.raw import Lazy
+from vla_jax.data.raw import Blocks, EpisodeBlock, Lazy
 from vla_jax.data.raw_frames import RawFrames
 from vla_jax.data.readers.dataset_config import DatasetConfig
 from vla_jax.data.readers.fields import FieldMap, choose_fields
-from vla_jax.data.readers.training_data import hold_grippers, make_dataset
+from vla_jax.data.readers.grippers import hold_grippers
+from vla_jax.data.readers.training_data import make_dataset
 
 
 @pytest.fixture
@@ -35,6 +36,72 @@ def test_a_column_is_read_once_for_each_episode(raw, monkeypatch):
     data = make_dataset(raw, tiny_raw.FIELDS, DatasetConfig(), cameras=())
     assert counts == dict.fromkeys(["action", "observation/joints", "observation/hand"], 4)
     assert len(data.columns["action"]) == sum(tiny_raw.LENGTHS)
+
+
+def blocks(raw, ends, broken=()):
+    """The episodes of a raw data set in blocks, some of which are refused."""
+
+    def read(start, stop, keys):
+        if start in broken:
+            raise ValueError("unusual")
+        parts = raw.episodes[start:stop]
+        texts = [text for part in parts for text in part.instructions]
+        return EpisodeBlock(
+            "a block",
+            {key: np.concatenate([part.columns[key] for part in parts]) for key in keys},
+            sorted({*texts, "another"}),
+            np.searchsorted(sorted({*texts, "another"}), texts),
+            np.concatenate([part.timestamps for part in parts]),
+        )
+
+    return raw._replace(blocks=Blocks(np.array(ends), read))
+
+
+def spoiled(tmp_path, episode, step):
+    """A raw data set with NaN in the second number of `observation/joints`."""
+    episodes = tiny_raw.make_episodes()
+    episodes[episode]["columns"]["observation/joints"][step, 1] = np.nan
+    return tiny_raw.make_raw(episodes, tmp_path)
+
+
+@pytest.mark.parametrize(("ends", "broken"), [((3, 4), ()), ((1, 3, 4), (1,)), ((4,), (0,))])
+def test_blocks_of_episodes_give_the_same_as_one_by_one(raw, ends, broken):
+    expected = make_dataset(raw, tiny_raw.FIELDS, DatasetConfig(), cameras=())
+    found = make_dataset(blocks(raw, ends, broken), tiny_raw.FIELDS, DatasetConfig(), cameras=())
+    assert found.fingerprint == expected.fingerprint
+    assert found.instructions == expected.instructions
+    for name, column in expected.columns.items():
+        np.testing.assert_array_equal(found.columns[name], column)
+
+
+@pytest.mark.parametrize("ends", [None, (3, 4), (1, 2, 3, 4)])
+def test_a_bad_episode_is_named_with_column_and_step_or_left_out_and_counted(tmp_path, ends):
+    raw = spoiled(tmp_path, 1, 5)
+    raw = raw if ends is None else blocks(raw, ends)
+    message = (
+        r"proprio must be finite, got NaN in number 1 of observation/joints \+ observation/hand at "
+        rf"step 5 of episode demo_1 of {tmp_path}; repair"
+    )
+    with pytest.raises(ValueError, match=message):
+        make_dataset(raw, tiny_raw.FIELDS, DatasetConfig(), cameras=())
+    with pytest.warns(UserWarning, match=f"left out 1 of 4 episodes of .*{message}"):
+        data = make_dataset(raw, tiny_raw.FIELDS, DatasetConfig(on_bad="skip"), cameras=())
+    assert data.episode_ends.tolist() == [12, 27, 28]
+
+
+def test_a_wrong_rate_in_a_block_is_found_in_its_episode(tmp_path):
+    episodes = tiny_raw.make_episodes()
+    episodes[2]["timestamps"] = episodes[2]["timestamps"] * 2
+    raw = blocks(tiny_raw.make_raw(episodes, tmp_path), (4,))
+    with pytest.raises(ValueError, match=r"fps of episode demo_2 of .* steps of 0\.2 s"):
+        make_dataset(raw, tiny_raw.FIELDS, DatasetConfig(), cameras=())
+
+
+def test_a_wrong_length_in_an_index_takes_no_memory(raw):
+    lengths = np.array([12, 2**50, 15, 1])
+    message = r"episode demo_1 of .* must have 1125899906842624 steps .* got \[7, 7, 7, 7\]"
+    with pytest.raises(ValueError, match=message):
+        make_dataset(raw._replace(lengths=lengths), tiny_raw.FIELDS, DatasetConfig(), cameras=())
 
 
 def test_stated_grippers_stay_unless_the_config_has_others(raw):

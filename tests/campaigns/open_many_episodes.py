@@ -1,10 +1,11 @@
-"""Time and memory of opening LeRobot data sets of many short episodes.
+"""Time and memory of opening and reading LeRobot data sets of many short episodes.
 
     python tests/campaigns/open_many_episodes.py [--episodes 100000]
 
 builds a v3.0 and a v2.1 set in a temporary folder, opens each in a process of its own, and prints
-time and peak memory. The v2.1 set has one Parquet file and one video per camera and episode, all
-links to a few files: opening lists them and reads one.
+time and peak memory. In another process all numbers of the v3.0 set are read for training. The v2.1
+set has one Parquet file and one video per camera and episode, all links to a few files: opening
+lists them and reads one.
 """
 
 import argparse
@@ -155,14 +156,32 @@ def build_v2(root, count):
             os.link(original, root / name)
 
 
-def measure(root):
-    """Opens a data set in a new process; returns its measurements."""
-    command = [sys.executable, "-c", MEASURE, str(root)]
+def measure(root, script):
+    """Runs a script on a data set in a new process; returns its measurements."""
+    command = [sys.executable, "-c", script, str(root)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
+READ = """
+import json, pathlib, resource, sys, time
+from vla_jax.data import normalize
+from vla_jax.data.readers.dataset_config import DatasetConfig
+from vla_jax.data.readers.reader import read_dataset
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+cpu, before = time.process_time(), peak()
+dataset = read_dataset(DatasetConfig(sys.argv[1], grippers=()), cameras=())
+result = {"read_cpu_s": time.process_time() - cpu, "start_mb": before, "read_mb": peak()}
+cpu = time.process_time()
+normalize.compute_norm_stats(dataset)
+result |= {"stats_cpu_s": time.process_time() - cpu, "stats_mb": peak()}
+result["numbers_mb"] = sum(column.nbytes for column in dataset.columns.values()) / 2**20
+print(json.dumps(result))
+"""
 BUILDERS = {"v3.0": build_v3, "v2.1": build_v2}
 
 
@@ -175,8 +194,9 @@ def main():
         for version, build in BUILDERS.items():
             root = pathlib.Path(folder) / version
             build(root, count)
-            result = {name: round(value, 2) for name, value in measure(root).items()}
-            print(version, json.dumps(result), flush=True)
+            for script in (MEASURE, READ) if version == "v3.0" else (MEASURE,):
+                result = {name: round(value, 2) for name, value in measure(root, script).items()}
+                print(version, json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,25 @@ class Feature(NamedTuple):
     names: tuple[str, ...] = ()  # of each dimension, where known
 
 
+class EpisodeBlock(NamedTuple):
+    """Numbers and texts of some consecutive episodes, of `n` steps together."""
+
+    name: str  # for messages, such as "episode 3"
+    columns: Mapping[str, np.ndarray]  # original key -> [n, ...] as in `RawEpisode`
+    texts: Sequence[str]  # different instructions
+    text_index: np.ndarray  # [n] int64 into `texts`
+    timestamps: np.ndarray  # [n] float64, seconds from each episode's first step
+
+
+class Blocks(NamedTuple):
+    """Episodes that are read faster together than one by one."""
+
+    ends: np.ndarray  # [num_blocks] int64, exclusive; the last is E
+    # reads some columns of the episodes [start, stop); a ValueError where something is unusual, and
+    # then they are read one by one, which finds the one that is wrong
+    read: Callable[[int, int, Sequence[str]], EpisodeBlock]
+
+
 class RawDataset(NamedTuple):
     """A data set as it is on disk; can be pickled, and shared by threads."""
 
@@ -65,6 +84,7 @@ class RawDataset(NamedTuple):
     images: Mapping[str, Feature]  # original key -> type; of cameras
     fps: float | None  # steps per second, Hz; None if the data set does not state it
     fingerprint: str  # hash of what identifies the content: names and sizes of files, lengths
+    blocks: Blocks | None = None  # None: every episode is read by itself
 
 
 class Lazy(Mapping[str, Value]):

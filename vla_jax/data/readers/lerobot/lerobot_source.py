@@ -1,15 +1,24 @@
 """Raw view of LeRobot data sets of the versions 2.0, 2.1 and 3.0, without lerobot."""
 
 import functools
-import os
 import pathlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from vla_jax.data.dataset import digest
-from vla_jax.data.raw import Feature, Lazy, LazyEpisodes, RawDataset, RawEpisode, RawImages
+from vla_jax.data.raw import (
+    Blocks,
+    EpisodeBlock,
+    Feature,
+    Lazy,
+    LazyEpisodes,
+    RawDataset,
+    RawEpisode,
+    RawImages,
+)
+from vla_jax.data.readers.lerobot.data_files import block_ends, expected_rows, hash_files
 from vla_jax.data.readers.lerobot.episode_table import (
     EpisodeTable,
     FilePlaces,
@@ -27,7 +36,7 @@ from vla_jax.data.video_pieces import VideoPieces
 
 NUMBER = Feature("int64", ())
 TIME = Feature("float64", ())
-MAX_SIZES = 512  # files of a kind whose sizes are part of the fingerprint
+INDICES = ("episode_index", "frame_index", "task_index")
 
 
 def open_lerobot(path: pathlib.Path, *, split: str | None = None) -> RawDataset:
@@ -39,7 +48,7 @@ def open_lerobot(path: pathlib.Path, *, split: str | None = None) -> RawDataset:
     info = read_info(path)
     table = read_episodes(info)
     tasks = read_tasks(info)
-    fingerprint = digest(table.index, table.lengths, *_files(info, table))
+    fingerprint = digest(table.index, table.lengths, *hash_files(info, table))
     info = _with_stored_columns(info, table)
     positions = _positions(info, len(table.index), split)
     source = LeRobotSource(info, table, tasks, positions)
@@ -53,6 +62,7 @@ def open_lerobot(path: pathlib.Path, *, split: str | None = None) -> RawDataset:
         images=info.images,
         fps=info.fps,
         fingerprint=digest(fingerprint, lengths),
+        blocks=Blocks(block_ends(info, table, positions), source.block),
     )
 
 
@@ -74,7 +84,7 @@ class LeRobotSource:
         self._table = table
         self._tasks = dict(tasks)
         self._positions = positions
-        self._starts, self._file_rows = _expected_rows(info, table)
+        self._starts, self._file_rows = expected_rows(info, table)
         self._rows = ParquetRows()
         self._videos = VideoPieces()
 
@@ -93,6 +103,40 @@ class LeRobotSource:
             images=Lazy(list(info.images), image),
             instructions=self._instructions(path, rows),
             timestamps=times - times[0],
+        )
+
+    def block(self, start: int, stop: int, keys: Sequence[str]) -> EpisodeBlock:
+        """Reads some columns of the episodes [start, stop) of one file, where lerobot writes them.
+
+        Raises:
+          ValueError: they lie elsewhere in the file, or something is wrong with one of them.
+        """
+        table, positions = self._table, self._positions[start:stop]
+        lengths, first = table.lengths[positions], int(positions[0])
+        path, row = self._path(first, table.data), int(self._starts[first])
+        if self._rows.num_rows(path) != self._file_rows[first]:
+            wrong(path, "rows", int(self._file_rows[first]), self._rows.num_rows(path))
+        stored = self._rows.read_together(
+            path, [*{*INDICES, "timestamp", *keys}], row, row + int(lengths.sum())
+        )
+        times = to_numpy(stored["timestamp"], TIME, "timestamp", path)
+        episodes, frames, tasks = (to_numpy(stored[key], NUMBER, key, path) for key in INDICES)
+        known = np.array(sorted(self._tasks), np.int64)
+        starts = np.cumsum(lengths) - lengths
+        is_usual = (
+            np.array_equal(episodes, np.repeat(table.index[positions], lengths))
+            and np.delete(np.diff(frames) > 0, starts[1:] - 1).all()
+            and np.isin(tasks, known).all()
+            and np.isfinite(times).all()
+        )
+        if not is_usual:
+            wrong(path, "rows", "in the order of episodes and steps", "others")
+        return EpisodeBlock(
+            name=f"episodes {episodes[0]} to {episodes[-1]}",
+            columns={k: to_numpy(stored[k], self._info.columns[k], k, path) for k in keys},
+            texts=[self._tasks[index] for index in known.tolist()],
+            text_index=np.searchsorted(known, tasks),
+            timestamps=times - np.repeat(times[starts], lengths),
         )
 
     def _place(self, position: int) -> tuple[pathlib.Path, np.ndarray]:
@@ -176,59 +220,6 @@ def _positions(info: Info, count: int, split: str | None) -> np.ndarray:
     if not len(positions):
         raise ValueError(f"split {split!r} of {info.root} must hold episodes, got none of {count}.")
     return positions
-
-
-def _expected_rows(info: Info, table: EpisodeTable) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the first row of every episode, and the rows of its file, where lerobot wrote it."""
-    if "{episode_index" in info.data_path:
-        return np.zeros_like(table.lengths), table.lengths
-    files = np.stack([table.data.chunk, table.data.file], axis=1)
-    _, owner = np.unique(files, axis=0, return_inverse=True)
-    owner = owner.reshape(-1)
-    order = np.argsort(owner, kind="stable")
-    ends = np.cumsum(table.lengths[order])
-    totals = np.bincount(owner, weights=table.lengths).astype(np.int64)
-    starts = np.empty_like(ends)
-    starts[order] = ends - table.lengths[order]
-    return starts - (np.cumsum(totals) - totals)[owner], totals[owner]
-
-
-def _files(info: Info, table: EpisodeTable) -> Iterator[str]:
-    """Yields a hash of the Parquet files, then of each camera's videos: names, and some sizes.
-
-    Raises:
-      FileNotFoundError: a Parquet file is missing, or some of a camera's videos; a camera whose
-        videos are all missing was not copied, which is found when its images are read.
-    """
-    for key, place in {"": table.data, **table.videos}.items():
-        paths = _paths(info, table.index, place, key)
-        found: set[str] = set()
-        for folder in sorted({path.rpartition("/")[0] for path in paths}):
-            if (info.root / folder).is_dir():
-                names = os.listdir(info.root / folder)
-                found.update([f"{folder}/{name}" for name in names] if folder else names)
-        missing = [path for path in paths if path not in found]
-        if missing and (not key or len(missing) < len(paths)):
-            kind = "video" if key else "Parquet file"
-            raise FileNotFoundError(
-                f"{kind} {info.root / missing[0]} is missing, one of {len(missing)}; copy the data "
-                "set again."
-            )
-        every = -(-len(paths) // MAX_SIZES)
-        sizes = [
-            0 if missing else os.stat(f"{info.root}/{path}").st_size for path in paths[::every]
-        ]
-        yield digest("\n".join(paths), len(missing), sizes)
-
-
-def _paths(info: Info, episodes: np.ndarray, place: FilePlaces, key: str) -> list[str]:
-    """Returns the different paths of the Parquet files or a camera's videos, sorted."""
-    template = info.video_path if key else info.data_path
-    chunk, file = place.chunk, place.file
-    if "{episode_index" not in template:
-        numbers = np.stack([episodes // info.chunks_size * info.chunks_size, chunk, file], axis=1)
-        episodes, chunk, file = np.unique(numbers, axis=0).T
-    return sorted(set(paths_of(template, info, episodes, chunk, file, key)))
 
 
 def _with_stored_columns(info: Info, table: EpisodeTable) -> Info:

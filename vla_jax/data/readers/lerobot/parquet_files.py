@@ -163,6 +163,22 @@ class ParquetRows:
                 return block.values.slice(first - block.start, len(rows))
             return block.values.take(_arrow_indices(rows - block.start))
 
+    def read_together(
+        self, path: pathlib.Path, keys: Sequence[str], start: int, stop: int
+    ) -> dict[str, Any]:
+        """Reads some columns of the rows [start, stop) and keeps nothing; errors as `read`.
+
+        Returns:
+          Column -> Arrow array of stop - start values.
+        """
+        opened = self._open(path)
+        first = int(np.searchsorted(opened.starts, start, side="right")) - 1
+        last = int(np.searchsorted(opened.starts, stop, side="left"))
+        table = self._row_groups(path, opened, keys, list(range(first, last)))
+        with damage_in_one_sentence(path):
+            rows = table.slice(start - int(opened.starts[first]), stop - start)
+            return {key: _one_array(rows[key]) for key in keys}
+
     def _block(
         self,
         path: pathlib.Path,
@@ -180,7 +196,7 @@ class ParquetRows:
             wanted = min(2 * (previous.end - previous.start), BLOCK_ROWS)
             ahead = np.searchsorted(opened.starts, opened.starts[start] + wanted, side="right") - 1
             end = max(end, int(ahead))
-        values = self._row_groups(path, opened, key, list(range(start, end)))
+        values = self._column(path, opened, key, list(range(start, end)))
         block = Block(int(opened.starts[start]), int(opened.starts[end]), values)
         opened.blocks[key] = block
         return block
@@ -189,30 +205,33 @@ class ParquetRows:
         self, path: pathlib.Path, opened: OpenFile, key: str, rows: np.ndarray, groups: np.ndarray
     ) -> Any:
         """Reads rows of row groups that are no neighbours."""
-        values = self._row_groups(path, opened, key, groups.tolist())
+        values = self._column(path, opened, key, groups.tolist())
         sizes = np.diff(opened.starts)[groups]
         shifts = np.cumsum(sizes) - sizes - opened.starts[groups]
         members = np.searchsorted(groups, np.searchsorted(opened.starts, rows, side="right") - 1)
         with damage_in_one_sentence(path):
             return values.take(_arrow_indices(rows + shifts[members]))
 
-    def _row_groups(self, path: pathlib.Path, opened: OpenFile, key: str, groups: list[int]) -> Any:
-        """Reads a column of some row groups as one Arrow array."""
-        import pyarrow as pa
-
+    def _row_groups(
+        self, path: pathlib.Path, opened: OpenFile, keys: Sequence[str], groups: list[int]
+    ) -> Any:
+        """Reads columns of some row groups as an Arrow table."""
         with damage_in_one_sentence(path):
             names = opened.file.schema_arrow.names
-            table = None
-            if names.count(key) == 1:
-                table = opened.file.read_row_groups(groups, columns=[key])
+            wrong = [key for key in keys if names.count(key) != 1]
+            table = None if wrong else opened.file.read_row_groups(groups, columns=list(keys))
         if table is None:
             raise ValueError(
-                f"Parquet file {path} must have the column {key!r} once, got {names}; copy the "
-                "data set again."
+                f"Parquet file {path} must have the column {wrong[0]!r} once, got {names}; copy "
+                "the data set again."
             )
+        return table
+
+    def _column(self, path: pathlib.Path, opened: OpenFile, key: str, groups: list[int]) -> Any:
+        """Reads a column of some row groups as one Arrow array."""
+        table = self._row_groups(path, opened, (key,), groups)
         with damage_in_one_sentence(path):
-            column = table.column(0).combine_chunks()
-            return pa.concat_arrays(column.chunks) if hasattr(column, "chunks") else column
+            return _one_array(table.column(0))
 
     def _open(self, path: pathlib.Path) -> OpenFile:
         """Returns this thread's open file."""
@@ -242,6 +261,14 @@ class ParquetRows:
     def __reduce__(self) -> tuple[type["ParquetRows"], tuple[()]]:
         """Pickles nothing: open files cannot move to another process."""
         return ParquetRows, ()
+
+
+def _one_array(chunks: Any) -> Any:
+    """Returns an Arrow array of the values of a chunked one."""
+    import pyarrow as pa
+
+    column = chunks.combine_chunks()
+    return pa.concat_arrays(column.chunks) if hasattr(column, "chunks") else column
 
 
 def _arrow_indices(rows: np.ndarray) -> Any:
