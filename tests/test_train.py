@@ -136,7 +136,7 @@ def test_a_frozen_backbone_is_bitwise_unchanged(demos, pretrained_run, tmp_path)
         frozen_backbone=True,
         auxiliary=AuxiliaryConfig(forward_horizon=2, caption=True, caption_size=8),
     )
-    folder = cache(config)
+    (folder,) = cache(config)
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     run_dir = imitate(config)
     after = {path: path.stat().st_mtime_ns for path in folder.iterdir()}

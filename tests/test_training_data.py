@@ -8,7 +8,7 @@ import pytest
 import tiny_demos
 import tiny_raw
 
-from train.mixture import read_mixture
+from train.mixture_file import read_mixture
 from vla_jax.data import raw_frames
 from vla_jax.data.frame_cache import FrameCache
 from vla_jax.data.raw import Blocks, EpisodeBlock, Lazy
@@ -139,7 +139,7 @@ def test_data_sets_of_a_mixture_share_the_cache_and_the_folder_of_the_file(tmp_p
     path = tmp_path / "mixture.json"
     path.write_text(json.dumps({"datasets": entries}))
     config = tiny_demos.imitation("", tmp_path / "run", mixture=str(path))
-    first, second = (part.dataset for part in read_mixture(config))
+    first, second = (part.dataset for part in read_mixture(config.mixture, config.dataset))
     assert (first.path, first.decoded_dir) == (str(tmp_path / "a"), str(tmp_path / "images"))
     assert first.cache_bytes == config.dataset.cache_bytes // 2
     assert (second.cache_bytes, second.decoded_dir) == (5, None)

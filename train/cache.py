@@ -30,23 +30,19 @@ from rich.console import Console
 
 from train.backbone_source import check_backbone, resolve, source_files
 from train.configs import ImitateConfig
+from train.data_parts import read_parts
 from train.file_hashes import hash_files
 from train.memory_check import check_encoding
+from train.mixture_file import read_mixture
 from train.presets import IMITATE
-from train.setup import (
-    compute_norm_stats,
-    init_backbone,
-    make_windows,
-    param_shapes,
-    read_dataset,
-)
+from train.setup import init_backbone, make_windows, param_shapes
 from vla_jax import config as configs
 from vla_jax.backbones import registry
 from vla_jax.backbones.registry import BackboneConfig
 from vla_jax.command_line import run
 from vla_jax.data import normalize, token_files
 from vla_jax.data.dataset import Dataset, digest
-from vla_jax.data.readers import reader
+from vla_jax.data.mixing import fit_observation
 from vla_jax.data.token_files import TokenSizes
 from vla_jax.data.windows import Windows
 from vla_jax.training import checkpoint, parallel
@@ -66,18 +62,17 @@ class FrameTokens(NamedTuple):
     params_folder: pathlib.Path  # {"backbone"} that computed them, from `checkpoint.save_params`
 
 
-def cache(config: ImitateConfig) -> pathlib.Path:
-    """Writes the tokens that `imitate` will read, and checks them; returns their folder."""
-    if config.mixture:
-        raise ValueError(
-            f"mixture must be empty, got {config.mixture}; cache the tokens of one data set."
-        )
-    reader.find_reader(config.dataset)
+def cache(config: ImitateConfig) -> list[pathlib.Path]:
+    """Writes the tokens that `imitate` will read, and checks them; returns their folders.
+
+    There is one folder for each data set, which all mixtures that contain it share.
+    """
+    read_mixture(config.mixture, config.dataset)
     config = resolve(replace(config, frozen_backbone=True))
     check_backbone(config, param_shapes(config))
-    dataset = read_dataset(config)
-    norm_stats = compute_norm_stats(config, dataset)
-    return frame_tokens(config, dataset, norm_stats, checksums=True).params_folder.parent
+    return [
+        frame_tokens(*part[2:], checksums=True).params_folder.parent for part in read_parts(config)
+    ]
 
 
 def frame_tokens(
@@ -169,8 +164,9 @@ def _relevant(settings: Any) -> Any:
 
 
 def token_folder(config: ImitateConfig) -> pathlib.Path:
-    """Returns the folder of cached tokens, inside the data set's."""
-    return pathlib.Path(config.dataset.path) / ".tokens"
+    """Returns the folder of cached tokens, inside the data set's or beside its file."""
+    path = pathlib.Path(config.dataset.path)
+    return (path if path.is_dir() else path.parent) / ".tokens"
 
 
 def _check_space(
@@ -204,10 +200,18 @@ def _check_space(
 
 
 def _make_encode(params: Params, config: ImitateConfig, mesh: Mesh) -> Encode:
-    """Returns the compiled backbone, over all devices of this process."""
+    """Returns the compiled backbone, over all devices of this process.
+
+    Cameras and numbers that the data set lacks are masked, as in a mixture.
+    """
     backbone = config.agent.policy.backbone
+    example = registry.get(backbone).example
+    like = Observation() if example is None else example(backbone)
     return lambda observation: _encode(
-        params, backbone, config.cache_dtype, parallel.shard_batch(observation, mesh)
+        params,
+        backbone,
+        config.cache_dtype,
+        parallel.shard_batch(fit_observation(observation, like), mesh),
     )
 
 
@@ -297,4 +301,8 @@ def _check_range(tokens: np.ndarray, mask: np.ndarray) -> None:
 
 
 if __name__ == "__main__":
-    run(cache, IMITATE, description="Encodes every frame of a data set once.")
+    run(
+        lambda config: "\n".join(map(str, cache(config))),
+        IMITATE,
+        description="Encodes every frame of a data set, or of each one of a mixture, once.",
+    )

@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from train.backbone_source import resolve
 from train.configs import ImitateConfig
 from train.memory_check import check_memory
-from train.mixture import read_mixture, read_training_inputs
+from train.mixture import read_training_inputs
 from train.presets import IMITATE
 from train.setup import check, make_optim_config, make_start, param_shapes, sharding_rules
 from vla_jax.command_line import run
@@ -52,7 +52,6 @@ def imitate(config: ImitateConfig) -> pathlib.Path:
     config = resolve(config)
     # Checks before anything slow starts.
     check(config)
-    read_mixture(config)
     check_memory(config, make_loss(config))
 
     # Data: windows of W steps with chunks of K actions, and the normalisation statistics, which

@@ -14,6 +14,7 @@ from optax import GradientTransformation
 
 from train.backbone_source import check_backbone, is_run, read_backbone
 from train.configs import ImitateConfig
+from train.mixture_file import read_mixture
 from vla_jax import trees
 from vla_jax.backbones import registry
 from vla_jax.convert.folder import is_folder, read_params
@@ -49,18 +50,17 @@ def check(config: ImitateConfig) -> None:
     """Raises an error for settings that cannot work, without reading any data.
 
     Raises:
-      FileNotFoundError: the data set or an earlier run to start from is missing.
-      ValueError: warm-up, batch size, devices or run folder do not fit; no reader, or several,
-        recognise the data set; a glob of `freeze`, `train` or `lr_factors` matches no param;
-        `train` names params of a backbone whose tokens are cached; the caption head cannot read
-        the backbone's token ids.
+      FileNotFoundError: a data set or an earlier run to start from is missing.
+      ValueError: warm-up, batch size, devices or run folder do not fit; the mixture is wrong; no
+        reader, or several, recognise a data set; a glob of `freeze`, `train` or `lr_factors`
+        matches no param; `train` names params of a backbone whose tokens are cached; the caption
+        head cannot read the backbone's token ids.
       OSError: the run folder cannot be written.
     """
     loop.check(config.loop, config.optim, batch_size=config.loader.batch_size)
     _check_caption(config)
     check_run(config.run_dir, config, overwrite=config.overwrite)
-    if not config.mixture:
-        reader.find_reader(config.dataset)
+    read_mixture(config.mixture, config.dataset)
     folder = config.decoder_from
     if folder and not is_run(folder) and not is_folder(folder):
         raise FileNotFoundError(

@@ -142,32 +142,41 @@ def _widest(values: Sequence[Any]) -> Any:
     return max(present, key=lambda value: value.shape[-1], default=None)
 
 
-def _fit(batch: Batch, like: Batch) -> Batch:
-    """Returns a part's batch with the cameras and sizes of `like`."""
-    observation, lead = batch.observation, batch.timestep_mask.shape
-    images = get_images(observation)
+def fit_observation(observation: Observation, like: Observation) -> Observation:
+    """Returns an observation with the cameras and numbers of `like`, masked where it has none.
+
+    Args:
+      observation: `[B, W, ...]` of one data set.
+      like: arrays or shapes with the last axes of all parts that are expected, any leading axes;
+        a camera of its `image_mask` has a mask in the result too, whether there are images or not.
+    """
+    assert observation.instruction is not None  # windows always have one
+    images, lead = get_images(observation), observation.instruction.shape[:-1]
     missing = {
-        camera: np.zeros((*lead, *images_like.shape[2:]), np.uint8)
-        for camera, images_like in get_images(like.observation).items()
+        camera: np.zeros((*lead, *expected.shape[-3:]), np.uint8)
+        for camera, expected in get_images(like).items()
         if camera not in images
     }
     numbers = {}
     for field in NUMBERS:
-        expected, values = getattr(like.observation, field), getattr(observation, field)
+        expected, values = getattr(like, field), getattr(observation, field)
         if expected is not None:
-            values = np.zeros((*lead, 0), expected.dtype) if values is None else values
+            values = np.zeros((*lead, 0), np.float32) if values is None else values
             numbers[field] = pad_last(values, expected.shape[-1])
     masks = {
-        camera: np.full(lead, camera in images) for camera in like.observation.image_mask or ()
+        camera: np.full(lead, camera in images) for camera in (*missing, *(like.image_mask or ()))
     }
+    return replace_images(observation, missing)._replace(**numbers, image_mask=masks or None)
+
+
+def _fit(batch: Batch, like: Batch) -> Batch:
+    """Returns a part's batch with the cameras and sizes of `like`."""
     size = like.action.shape[-1]
     dims = batch.action_dims
     if dims is None:
-        dims = np.ones((*lead, batch.action.shape[-1]), bool)
+        dims = np.ones((*batch.timestep_mask.shape, batch.action.shape[-1]), bool)
     return batch._replace(
-        observation=replace_images(observation, missing)._replace(
-            **numbers, image_mask=masks or None
-        ),
+        observation=fit_observation(batch.observation, like.observation),
         action=pad_actions(batch.action, size),
         action_dims=pad_actions(dims, size),
     )
