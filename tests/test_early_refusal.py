@@ -9,6 +9,7 @@ from train import finetune, imitate, pretrain, scan
 from train.finetune import FinetuneConfig
 from train.pretrain import PretrainConfig
 from train.scan import ScanConfig
+from vla_jax import config as configs
 from vla_jax import runs
 from vla_jax.data.readers.dataset_config import DatasetConfig
 from vla_jax.training.loop import LoopConfig
@@ -70,8 +71,19 @@ def test_a_glob_that_matches_no_param_is_refused_before_reading(script):
 def test_a_run_of_another_config_is_refused_before_reading(script):
     function, config, run_dir = script
     runs.open_run(run_dir, config, overwrite=False)
+    (run_dir / "checkpoints" / "4").mkdir(parents=True)
     with pytest.raises(ValueError, match="seed was 0 and is 5"):
         function(dataclasses.replace(config, seed=5))
+
+
+def test_a_run_without_a_checkpoint_takes_the_corrected_config(script):
+    function, config, run_dir = script
+    runs.open_run(run_dir, config, overwrite=False)
+    with pytest.raises(AssertionError, match="data were read"):
+        function(dataclasses.replace(config, seed=5))
+    corrected = dataclasses.replace(config, seed=5)
+    runs.open_run(run_dir, corrected, overwrite=False)
+    assert configs.load(type(config), run_dir / "config.json") == corrected
 
 
 def test_a_script_with_possible_settings_begins_to_read(script):

@@ -152,7 +152,7 @@ def test_a_run_folder_holds_its_files(tmp_path):
     file.write_text("abc")
     backbone = LettersConfig(alphabet=str(file))
     agent = AgentConfig(policy.connect(backbone, make_config().decoder))
-    runs.write_run(tmp_path / "run", ImitateConfig(), agent, {}, None)
+    runs.write_acting(tmp_path / "run", agent, {}, None)
     saved = json.loads((tmp_path / "run" / "agent.json").read_text())
     assert saved["policy"]["backbone"]["alphabet"] == "alphabet.txt"
     assert (tmp_path / "run" / "alphabet.txt").read_text() == "abc"

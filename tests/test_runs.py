@@ -133,6 +133,7 @@ def test_check_run_refuses_what_open_run_would_refuse(tmp_path):
     assert list(tmp_path.iterdir()) == []
     runs.open_run(config.run_dir, config, overwrite=False)
     runs.check_run(config.run_dir, config, overwrite=False)
+    (tmp_path / "run" / "checkpoints" / "4").mkdir(parents=True)
     other = dataclasses.replace(config, seed=1)
     with pytest.raises(ValueError, match="another config: seed was 0 and is 1"):
         runs.check_run(config.run_dir, other, overwrite=False)
@@ -150,11 +151,12 @@ def test_a_run_folder_that_cannot_be_written_is_refused(tmp_path):
 def test_a_written_run_can_be_read(folder, tmp_path):
     run = runs.load_run(folder)
     config = tiny_demos.imitation("demos", tmp_path / "run")
-    metadata = runs.write_run(folder, config, run.agent, run.norm_stats, run.world)
+    metadata = runs.make_metadata(config, run.agent, run.norm_stats)
+    runs.write_acting(folder, run.agent, run.norm_stats, run.world)
     again = runs.load_run(folder)
     assert (again.agent, again.world) == (run.agent, run.world)
     jax.tree.map(np.testing.assert_array_equal, again.norm_stats, run.norm_stats)
-    assert metadata.keys() == {"config", "norm_stats"}
+    assert metadata.keys() == {"config", "agent", "norm_stats", "part_stats", "files"}
 
 
 def test_a_run_holds_a_copy_of_its_tokenizer(tmp_path, monkeypatch):
@@ -163,10 +165,11 @@ def test_a_run_holds_a_copy_of_its_tokenizer(tmp_path, monkeypatch):
     backbone = backbones.load_config(model)
     agent = AgentConfig(policy.connect(backbone, tiny_run.DECODER))
     ids = read_instruction(agent, "open the drawer")
-    runs.write_run(folder, config, agent, tiny_run.norm_stats(), None)
+    runs.write_acting(folder, agent, tiny_run.norm_stats(), None)
+    metadata = runs.make_metadata(config, agent, tiny_run.norm_stats())
     params = policy.init(jax.random.key(0), agent.policy)
     checkpoints = checkpoint.open_checkpoints(folder / "checkpoints")
-    checkpoint.save(checkpoints, 0, {"params": params}, {})
+    checkpoint.save(checkpoints, 0, {"params": params}, metadata)
     checkpoint.close(checkpoints)
     shutil.rmtree(model)
     moved = folder.rename(tmp_path / "moved")
@@ -176,12 +179,16 @@ def test_a_run_holds_a_copy_of_its_tokenizer(tmp_path, monkeypatch):
     run = runs.load_run("moved")
     assert run.agent.policy.backbone.options.tokenizer == "moved/tokenizer.json"
     np.testing.assert_array_equal(read_instruction(run.agent, "open the drawer"), ids)
-    runs.write_run(moved, config, run.agent, run.norm_stats, None)  # onto itself
+    runs.write_acting(moved, run.agent, run.norm_stats, None)  # onto itself
     assert runs.load_run("moved").agent == run.agent
+    with open(moved / "tokenizer.json", "a") as file:
+        file.write(" ")
+    with pytest.raises(ValueError, match=r"tokenizer\.json must be as in the metadata of the ch"):
+        runs.load_run("moved")
     (moved / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json is missing, which backbone 'kos"):
         runs.load_run(moved)
     with pytest.raises(
         FileNotFoundError, match=r"model/tokenizer\.json is missing, which backbone"
     ):
-        runs.write_run(tmp_path / "other", config, agent, tiny_run.norm_stats(), None)
+        runs.write_acting(tmp_path / "other", agent, tiny_run.norm_stats(), None)

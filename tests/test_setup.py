@@ -106,7 +106,8 @@ def test_invalid_configs_are_refused_before_data_are_read(
 def test_a_run_of_another_config_is_refused_before_data_are_read(config, tmp_path, monkeypatch):
     monkeypatch.setattr(imitate, "read_training_inputs", refuse_to_read)
     first = dataclasses.replace(config, run_dir=str(tmp_path))
-    runs.open_run(first.run_dir, first, overwrite=False)
+    folder = runs.open_run(first.run_dir, first, overwrite=False)
+    (folder / "checkpoints" / "4").mkdir(parents=True)
     with pytest.raises(ValueError, match="seed"):
         imitate.imitate(dataclasses.replace(first, seed=5))
 

@@ -4,7 +4,7 @@ A preset's docstring states model, data, result, training time and hardware.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from vla_jax.acting.agent import AgentConfig
 from vla_jax.backbones import registry
@@ -59,6 +59,8 @@ class ImitateConfig:
     loop: LoopConfig = LoopConfig()  # number of updates, logs and checkpoints
     seed: int = 0  # random seed of params and dropout
     overwrite: bool = False  # delete an existing run in run_dir
+
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = ("cache_batch", "max_cache_gb")
 
     upgrade = staticmethod(upgrade_config)
 

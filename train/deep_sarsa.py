@@ -30,6 +30,7 @@ from vla_jax.rl.reward_training import RewardTraining
 from vla_jax.rl.td_errors import expected_sarsa_error, sarsa_error
 from vla_jax.training.loop import LoopConfig
 from vla_jax.training.optim import OptimConfig
+from vla_jax.training.run_lock import exclusive
 from vla_jax.types import Array, Key, Metrics, Params
 
 
@@ -65,6 +66,7 @@ class SarsaConfig(RewardTraining):
             )
 
 
+@exclusive
 def train(config: SarsaConfig) -> pathlib.Path:
     """Trains Q-networks; returns the folder of the run."""
     return reward_training.train_from_reward(config, make_algorithm(config))

@@ -24,7 +24,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,12 +46,21 @@ from vla_jax.rl.learner import Learner, LearnState, SeedsConfig
 from vla_jax.rl.learning_loop import LearningResult, check_devices, learn, read_curve
 from vla_jax.rl.policy_gradient import baseline_loss, scale, score_loss
 from vla_jax.rl.returns import advantages
-from vla_jax.runs import Run, check_run, load_run, open_run, save_json, write_run
+from vla_jax.runs import (
+    Run,
+    check_run,
+    load_run,
+    make_metadata,
+    open_run,
+    save_json,
+    write_acting,
+)
 from vla_jax.training import checkpoint, optim
 from vla_jax.training.logs import read_metrics
 from vla_jax.training.loop import LoopConfig
 from vla_jax.training.optim import OptimConfig
 from vla_jax.training.parallel import is_first_process
+from vla_jax.training.run_lock import exclusive
 from vla_jax.training.update import LossFn, init_train_state, make_update
 from vla_jax.types import Array, Env, Key, Metrics, Params
 
@@ -90,6 +99,9 @@ class FinetuneConfig:
     seed: int = 0  # random seed of the whole training
     overwrite: bool = False  # delete an existing run in run_dir
 
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = ("num_episodes", "first_seed")
+    MAY_NOT_CHANGE: ClassVar[tuple[str, ...]] = ("loop.log_every",)  # seeds stop at a log
+
     def __post_init__(self):
         """Checks the ranges."""
         if not 0 <= self.gamma <= 1 or not 0 <= self.trace_decay <= 1:
@@ -111,6 +123,7 @@ class Cloned(NamedTuple):
     instructions: Array  # [number of instructions, S] token ids of `env.instructions`
 
 
+@exclusive
 def finetune(config: FinetuneConfig) -> pathlib.Path:
     """Fine-tunes a cloned policy; returns the folder of the run."""
     # Check the settings before anything slow starts.
@@ -184,7 +197,12 @@ def make_finetune(config: FinetuneConfig, cloned: Cloned) -> Learner:
     optimizer = optim.make_optimizer(config.optim, config.loop.num_updates, shapes)
     freeze, train = config.optim.freeze, config.optim.train
     update_params = make_update(
-        make_loss(config, run), optimizer, ema_decay=ema_decay, freeze=freeze, train=train
+        make_loss(config, run),
+        optimizer,
+        ema_decay=ema_decay,
+        freeze=freeze,
+        train=train,
+        skip_bad=config.loop.skip_bad_updates > 0,
     )
 
     def init(key: Key) -> LearnState:
@@ -300,7 +318,8 @@ def _export(
     config: FinetuneConfig, run_dir: pathlib.Path, run: Run, params: Params, num_updates: int
 ) -> None:
     """Writes the policy as a run folder that `runs.load_run` reads."""
-    metadata = write_run(run_dir, config, run.agent, run.norm_stats, run.world)
+    metadata = make_metadata(config, run.agent, run.norm_stats)
+    write_acting(run_dir, run.agent, run.norm_stats, run.world)
     state: dict[str, Any] = {"params": params, "ema_params": None}
     checkpoints = checkpoint.open_checkpoints(run_dir / "checkpoints", keep=1)
     checkpoint.save(checkpoints, run.step + num_updates, state, metadata)

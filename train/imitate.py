@@ -30,7 +30,12 @@ from vla_jax.evaluation import plots
 from vla_jax.nn import scheduled_sampling
 from vla_jax.policies import heads, policy
 from vla_jax.policies.head import TeacherForcing
-from vla_jax.runs import open_run, write_part_stats, write_run
+from vla_jax.runs import (
+    make_metadata,
+    open_run,
+    write_acting,
+    write_part_stats,
+)
 from vla_jax.training import (
     auxiliary,
     captions,
@@ -40,13 +45,15 @@ from vla_jax.training import (
     losses,
     optim,
 )
-from vla_jax.training.loop import fit
+from vla_jax.training.loop import check_resume, fit
 from vla_jax.training.malloc import keep_freed_memory
 from vla_jax.training.parallel import is_first_process, make_mesh
+from vla_jax.training.run_lock import exclusive
 from vla_jax.training.update import Counted, LossFn, make_update, with_count
 from vla_jax.types import Batch, Key, Metrics, Params
 
 
+@exclusive
 def imitate(config: ImitateConfig) -> pathlib.Path:
     """Trains a policy; returns the run's folder."""
     config = resolve(config)
@@ -57,24 +64,28 @@ def imitate(config: ImitateConfig) -> pathlib.Path:
     # Data: windows of W steps with chunks of K actions, and the normalisation statistics, which
     # acting needs too. A frozen backbone encodes every frame once.
     data = read_training_inputs(config)
+    batches = make_batches(config, data.source)
+    agent = replace(config.agent, action_layout=data.action_layout)
+    metadata = make_metadata(config, agent, data.norm_stats, data.part_stats)
+    if not config.overwrite:
+        check_resume(pathlib.Path(config.run_dir), batches, metadata)
 
     # Run folder, with the frozen backbone, which no checkpoint repeats.
     run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
-    agent = replace(config.agent, action_layout=data.action_layout)
-    metadata = write_run(run_dir, config, agent, data.norm_stats, config.world)
+    write_acting(run_dir, agent, data.norm_stats, config.world)
     write_part_stats(run_dir, data.part_stats)
     if data.frozen_params and is_first_process():
         checkpoint.add_frozen(run_dir / "checkpoints", data.frozen_params)
 
     # Loop, from the last checkpoint if there is one.
-    params = run_updates(config, run_dir, data.source, metadata)
+    params = run_updates(config, run_dir, batches, metadata)
     names = data.action_names or _numbered(config.agent.policy.decoder.action_dim)
     _plot(run_dir, config, params, data.example, names=names, control_hz=data.fps)
     return run_dir
 
 
 def run_updates(
-    config: ImitateConfig, run_dir: pathlib.Path, windows: WindowSource, metadata: dict[str, Any]
+    config: ImitateConfig, run_dir: pathlib.Path, batches: Loader, metadata: dict[str, Any]
 ) -> Params:
     """Runs all updates; returns the params of the last one, on their devices."""
     init_key, key = jax.random.split(jax.random.key(config.seed))
@@ -86,13 +97,14 @@ def run_updates(
         ema_decay=settings.ema_decay,
         freeze=settings.freeze,
         train=settings.train,
+        skip_bad=config.loop.skip_bad_updates > 0,
     )
     train_state = fit(
         config.loop,
         run_dir,
         with_count(update),
         make_start(init_key, config, optimizer),
-        make_batches(config, windows),
+        batches,
         key,
         schedule=optim.make_schedule(settings, num_updates),
         metadata=metadata,

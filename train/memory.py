@@ -32,6 +32,7 @@ from vla_jax.nn.cells import CELLS, CellName
 from vla_jax.nn.recurrence import RecurrenceConfig
 from vla_jax.nn.sequence_tasks import TASKS, Task, gradient_norms, init
 from vla_jax.runs import save_json
+from vla_jax.training.run_lock import exclusive
 from vla_jax.types import Array, Key, Params
 
 NAMES = {  # labels of cells in plots; default: the cell's name
@@ -121,6 +122,7 @@ class TaskResult(NamedTuple):
     seconds: float  # training time, compilation included
 
 
+@exclusive
 def memory(config: MemoryConfig) -> pathlib.Path:
     """Trains every cell on every task, writes results and plots; returns the JSON file."""
     if config.small:

@@ -39,9 +39,10 @@ from vla_jax.data.readers.dataset_config import DatasetConfig, upgrade_config
 from vla_jax.data.windows import WindowConfig, Windows
 from vla_jax.runs import check_run, open_run, save_json
 from vla_jax.training import device_augment, loop, losses, optim
-from vla_jax.training.loop import LoopConfig, fit, random_start
+from vla_jax.training.loop import LoopConfig, check_resume, fit, random_start
 from vla_jax.training.malloc import keep_freed_memory
 from vla_jax.training.optim import OptimConfig
+from vla_jax.training.run_lock import exclusive
 from vla_jax.training.update import TrainState, init_train_state, make_update
 from vla_jax.types import Array, Batch, Key, Metrics, Params
 
@@ -81,6 +82,7 @@ def table() -> PretrainConfig:
 PRESETS = {"table": table}
 
 
+@exclusive
 def pretrain(config: PretrainConfig) -> pathlib.Path:
     """Trains an encoder; returns the run's folder, with params `{"backbone", "readout"}`."""
     # Check the settings before anything slow starts.
@@ -122,18 +124,28 @@ def pretrain(config: PretrainConfig) -> pathlib.Path:
 
     num_updates = config.loop.num_updates
     optimizer = optim.make_optimizer(config.optim, num_updates, shapes)
+    update = make_update(
+        loss_fn,
+        optimizer,
+        freeze=config.optim.freeze,
+        train=config.optim.train,
+        skip_bad=config.loop.skip_bad_updates > 0,
+    )
     statistics = normalize.to_json(norm_stats)
+    metadata = {"config": configs.to_dict(config), "norm_stats": statistics}
+    if not config.overwrite:
+        check_resume(pathlib.Path(config.run_dir), loader, metadata)
     run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
     save_json(statistics, run_dir / "norm_stats.json")
     fit(
         config.loop,
         run_dir,
-        make_update(loss_fn, optimizer, freeze=config.optim.freeze, train=config.optim.train),
+        update,
         random_start(init_state, params_key),
         loader,
         key,
         schedule=optim.make_schedule(config.optim, num_updates),
-        metadata={"config": configs.to_dict(config), "norm_stats": statistics},
+        metadata=metadata,
         name="pretrain",
     )
     return run_dir

@@ -35,6 +35,7 @@ from vla_jax.rl.returns import advantages
 from vla_jax.rl.reward_training import RewardTraining
 from vla_jax.training.loop import LoopConfig
 from vla_jax.training.optim import OptimConfig
+from vla_jax.training.run_lock import exclusive
 from vla_jax.types import Array, Key, Metrics, Params
 
 
@@ -64,6 +65,7 @@ class ReinforceConfig(RewardTraining):
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}.")
 
 
+@exclusive
 def train(config: ReinforceConfig) -> pathlib.Path:
     """Trains policies; returns the folder of the run."""
     return reward_training.train_from_reward(config, make_algorithm(config))

@@ -32,10 +32,11 @@ from vla_jax.nn.seq2seq import Seq2SeqConfig
 from vla_jax.runs import check_run, open_run, save_json
 from vla_jax.training import loop, losses, optim
 from vla_jax.training.logs import read_metrics
-from vla_jax.training.loop import LoopConfig, fit, random_start
+from vla_jax.training.loop import LoopConfig, check_resume, fit, random_start
 from vla_jax.training.malloc import keep_freed_memory
 from vla_jax.training.optim import OptimConfig
 from vla_jax.training.parallel import is_first_process
+from vla_jax.training.run_lock import exclusive
 from vla_jax.training.update import (
     Counted,
     LossFn,
@@ -100,6 +101,7 @@ def bottleneck() -> ScanConfig:
 PRESETS = {"attention": attention, "bottleneck": bottleneck}
 
 
+@exclusive
 def train(config: ScanConfig) -> pathlib.Path:
     """Trains and tests; returns the run's folder."""
     # Check the settings before anything slow starts.
@@ -123,7 +125,12 @@ def train(config: ScanConfig) -> pathlib.Path:
     ema_decay = config.optim.ema_decay
     freeze, train = config.optim.freeze, config.optim.train
     update = make_update(
-        make_loss(config), optimizer, ema_decay=ema_decay, freeze=freeze, train=train
+        make_loss(config),
+        optimizer,
+        ema_decay=ema_decay,
+        freeze=freeze,
+        train=train,
+        skip_bad=config.loop.skip_bad_updates > 0,
     )
 
     def init_state(key: Key) -> TrainState:
@@ -136,6 +143,9 @@ def train(config: ScanConfig) -> pathlib.Path:
         )
 
     # Loop, from the last checkpoint if there is one.
+    metadata = {"config": configs.to_dict(config)}
+    if not config.overwrite:
+        check_resume(pathlib.Path(config.run_dir), loader, metadata)
     run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
     train_state = fit(
         config.loop,
@@ -145,7 +155,7 @@ def train(config: ScanConfig) -> pathlib.Path:
         loader,
         key,
         schedule=optim.make_schedule(config.optim, num_updates),
-        metadata={"config": configs.to_dict(config)},
+        metadata=metadata,
         name=run_dir.name,
     )
 

@@ -23,9 +23,10 @@ from vla_jax.envs.grid import GridConfig
 from vla_jax.evaluation import plots, results
 from vla_jax.rl import actor, exploration
 from vla_jax.rl.actor import Actor, Policy
-from vla_jax.rl.learning_loop import learn
+from vla_jax.rl.learning_loop import check_devices, learn
 from vla_jax.rl.td_errors import sarsa_error
 from vla_jax.runs import open_run, save_json
+from vla_jax.training.run_lock import exclusive
 from vla_jax.types import DiscreteEnv, Key, Metrics
 
 _NEVER = 2.0  # success rate above 1: no seed stops early, so that all use the same steps
@@ -66,8 +67,13 @@ class TabularState(NamedTuple):
     actor: Actor
 
 
+@exclusive
 def compare(config: TabularConfig) -> pathlib.Path:
     """Trains both on every grid and plots their success; returns the folder of the run."""
+    # Check the settings before anything slow starts.
+    check_devices(config.deep.seeds, config.deep.loop)
+    for num_obstacles in config.obstacles:
+        make_sarsa(_with_obstacles(config, num_obstacles)[1])
     run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
     network, table = [], []
     for num_obstacles in config.obstacles:

@@ -6,7 +6,7 @@ A preset is a function without arguments that returns a config; the first line o
 appears in `--help`, which lists every option with the comment of its field.
 
 Every command of this project ends with one of these exit codes: 0 done; 2 wrong input, with one
-sentence on stderr; 130 interrupted by Ctrl-C.
+sentence on stderr; 130 interrupted by Ctrl-C; 143 ended by SIGTERM.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar
 
 from vla_jax import config as configs
+from vla_jax import stopping
 
 Config = TypeVar("Config")
 Result = TypeVar("Result")
@@ -52,7 +53,7 @@ def run(
       description: as for `command_line`.
 
     Raises:
-      SystemExit: 2 after an error, 130 after Ctrl-C.
+      SystemExit: 2 after an error, 130 after Ctrl-C, 143 after SIGTERM.
     """
     with exit_codes():
         print(function(command_line(presets, argv, description=description)))
@@ -66,12 +67,13 @@ def exit_codes() -> Iterator[None]:
     traceback of an error instead.
 
     Raises:
-      SystemExit: 2 after an error, 130 after Ctrl-C.
+      SystemExit: 2 after an error, 130 after Ctrl-C, 143 after SIGTERM.
     """
     before = warnings.formatwarning
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
-        yield
+        with stopping.exit_on_sigterm():
+            yield
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:

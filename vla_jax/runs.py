@@ -5,12 +5,17 @@ agent.json          config of the policy and of acting
 norm_stats.json     statistics of the training data
 world.json          config of the environment to evaluate in, if there is one
 tokenizer.json      a file that the backbone reads, if it reads any; under the backbone's name
-checkpoints/STEP    params, optimiser state, and metadata: config and norm_stats
+checkpoints/STEP    params, optimiser state, and metadata: config, agent, norm_stats, …
+.lock               process that writes into the folder, while it does
+
+A policy acts as its checkpoint says: `load_run` refuses a folder whose files differ from the
+metadata of the checkpoint.
 """
 
-import os
+import hashlib
 import pathlib
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -27,7 +32,7 @@ from vla_jax.envs import worlds
 from vla_jax.envs.worlds import WorldConfig
 from vla_jax.files import Path, read_json, replacing, write_json
 from vla_jax.policies import policy
-from vla_jax.training import checkpoint
+from vla_jax.training import checkpoint, resuming, run_lock
 from vla_jax.training.parallel import is_first_process
 from vla_jax.types import Params
 
@@ -55,20 +60,14 @@ def check_run(run_dir: Path, config: Any, *, overwrite: bool) -> None:
       ValueError: the folder holds a run of another config, or something other than a run.
       OSError: the folder cannot be written.
     """
-    path = pathlib.Path(run_dir)
-    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise OSError(f"run_dir {path} cannot be written; choose another --run-dir.")
-    file = path / "config.json"
-    if overwrite and path.exists():
-        if not file.exists():
-            raise ValueError(f"{path} is not a run folder (no config.json); delete it yourself.")
-    elif file.exists():
-        _check_same_config(file, config)
+    _changes(pathlib.Path(run_dir), config, overwrite=overwrite)
 
 
 def open_run(run_dir: Path, config: Any, *, overwrite: bool) -> pathlib.Path:
-    """Creates a run folder, or opens an existing one of the same config in order to resume.
+    """Creates a run folder, or opens an existing one in order to resume.
+
+    A run is resumed with the same config, except for fields that may change (`resuming`), which
+    are written to `config.json`. A folder without any checkpoint may get another config.
 
     Args:
       run_dir: folder of the run.
@@ -84,43 +83,49 @@ def open_run(run_dir: Path, config: Any, *, overwrite: bool) -> pathlib.Path:
     """
     path = pathlib.Path(run_dir)
     if is_first_process():
-        check_run(path, config, overwrite=overwrite)
-        if overwrite and path.exists():
-            shutil.rmtree(path)
-        if not (path / "config.json").exists():
-            configs.save(config, path / "config.json")
+        for sentence in _changes(path, config, overwrite=overwrite):
+            warnings.warn(sentence, stacklevel=2)
+        for left in _contents(path) if overwrite else path.glob("*.part"):
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+        file = path / "config.json"
+        if not file.exists() or configs.load(type(config), file) != config:
+            configs.save(config, file)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("run folder")
     return path
 
 
-def write_run(
-    folder: Path,
+def make_metadata(
     config: Any,
     agent: AgentConfig,
     norm_stats: Mapping[str, NormStats],
-    world: WorldConfig | None,
+    part_stats: Mapping[str, Mapping[str, NormStats]] | None = None,
 ) -> dict[str, Any]:
-    """Writes what acting needs besides the params, and returns the metadata for the checkpoints.
-
-    The run folder and each checkpoint both hold the statistics, so that either is sufficient. Files
-    that the backbone reads are copied into the run folder, which no longer depends on their origin.
+    """Returns the metadata for the checkpoints, with everything that acting depends on.
 
     Args:
-      folder: run folder, from `open_run`.
       config: whole config of the script.
       agent: config of the policy and of acting.
       norm_stats: statistics of the training data.
-      world: environment to evaluate in; None = unknown.
+      part_stats: those of every data set of a mixture.
 
     Returns:
-      Metadata for `checkpoint.save`: `config` and `norm_stats`.
+      Metadata for `checkpoint.save`: `config`, `agent`, `norm_stats`, `part_stats`, and the SHA-256
+      of the `files` of the backbone.
 
     Raises:
       FileNotFoundError: a file of the backbone is missing.
     """
-    write_acting(folder, agent, norm_stats, world)
-    return {"config": configs.to_dict(config), "norm_stats": normalize.to_json(dict(norm_stats))}
+    _check_files(agent)
+    return {
+        "config": configs.to_dict(config),
+        "agent": configs.to_dict(_with_files(agent, "")),
+        "norm_stats": normalize.to_json(dict(norm_stats)),
+        "part_stats": {
+            name: normalize.to_json(dict(each)) for name, each in (part_stats or {}).items()
+        },
+        "files": {name: _sha256(path) for name, path in _files(agent).items()},
+    }
 
 
 def write_acting(
@@ -129,7 +134,16 @@ def write_acting(
     norm_stats: Mapping[str, NormStats],
     world: WorldConfig | None,
 ) -> None:
-    """Writes what acting needs besides the params; the arguments are those of `write_run`.
+    """Writes what acting needs besides the params.
+
+    The run folder and each checkpoint both hold the statistics. Files that the backbone reads are
+    copied into the run folder, which no longer depends on their origin.
+
+    Args:
+      folder: run folder, from `open_run`.
+      agent: config of the policy and of acting.
+      norm_stats: statistics of the training data.
+      world: environment to evaluate in; None = unknown.
 
     Raises:
       FileNotFoundError: a file of the backbone is missing.
@@ -175,7 +189,7 @@ def load_run(run_dir: Path, *, step: int | None = None) -> Run:
 
     Raises:
       FileNotFoundError: the folder, one of its files or the checkpoint is missing.
-      ValueError: a file is damaged, or the checkpoint does not fit `agent.json`.
+      ValueError: a file is damaged, or differs from what the checkpoint says.
     """
     folder = pathlib.Path(run_dir)
     if not folder.is_dir():
@@ -184,6 +198,8 @@ def load_run(run_dir: Path, *, step: int | None = None) -> Run:
     _check_files(agent)
     statistics = normalize.from_json(read_json(folder / "norm_stats.json", "statistics"))
     directory = folder / "checkpoints"
+    saved = checkpoint.read_metadata(directory, step=step)
+    _check_agrees(folder, saved, agent, statistics)
     like = jax.eval_shape(lambda key: policy.init(key, agent.policy), jax.random.key(0))
     params = _restore(directory, like, step)
     step = checkpoint.latest_step(directory) if step is None else step
@@ -257,12 +273,70 @@ def _restore(directory: pathlib.Path, like: Any, step: int | None) -> Params:
     return checkpoint.restore_params(directory, like, step=step, ema=ema)
 
 
-def _check_same_config(file: pathlib.Path, config: Any) -> None:
+def _check_agrees(
+    folder: pathlib.Path,
+    saved: Mapping[str, Any],
+    agent: AgentConfig,
+    statistics: dict[str, NormStats],
+) -> None:
+    """Raises a ValueError if a run's files differ from a checkpoint's metadata.
+
+    Earlier versions saved less of it; what is absent is not compared.
+    """
+    found = {
+        "agent.json": configs.to_dict(_with_files(agent, "")),
+        "norm_stats.json": normalize.to_json(statistics),
+    }
+    if "agent" in saved:
+        expected = configs.to_dict(configs.from_dict(AgentConfig, saved["agent"]))
+        _refuse(folder / "agent.json", configs.differences(expected, found["agent.json"]))
+    known = [saved["norm_stats"]] if "norm_stats" in saved else []
+    known += saved.get("part_stats", {}).values()
+    known = [normalize.to_json(normalize.from_json(each)) for each in known]
+    if known and found["norm_stats.json"] not in known:
+        differing = configs.differences(known[0], found["norm_stats.json"])
+        _refuse(folder / "norm_stats.json", differing)
+    for name, digest in saved.get("files", {}).items():
+        if _sha256(folder / name) != digest:
+            _refuse(folder / name, ["the SHA-256 of its content is another"])
+
+
+def _refuse(file: pathlib.Path, differing: list[str]) -> None:
+    if differing:
+        listed = "; ".join(differing[:3]) + (", …" if len(differing) > 3 else "")
+        raise ValueError(
+            f"{file} must be as in the metadata of the checkpoint, but {listed[:500]}; restore the "
+            "file that the training wrote."
+        )
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _contents(path: pathlib.Path) -> list[pathlib.Path]:
+    """Returns what is in a run folder, besides its lock; nothing if there is no folder."""
+    return [each for each in path.iterdir() if each.name != run_lock.NAME] if path.is_dir() else []
+
+
+def _changes(path: pathlib.Path, config: Any, *, overwrite: bool) -> list[str]:
+    """Checks that a run folder may be opened; returns the consequences of changed options."""
+    run_lock.check_writable(path)
+    file = path / "config.json"
+    if overwrite:
+        if not file.exists() and _contents(path):
+            raise ValueError(f"{path} is not a run folder (no config.json); delete it yourself.")
+        return []
+    done = _updates_done(path)
+    if done is None or not file.exists():
+        return []
     not_compared = {"run_dir": config.run_dir, "overwrite": config.overwrite}
     saved = replace(configs.load(type(config), file), **not_compared)
-    if saved != config:
-        differing = configs.differences(saved, config)
-        raise ValueError(
-            f"{file.parent} holds a run of another config: {'; '.join(differing)}; choose another "
-            "--run-dir, restore those options, or add --overwrite to start again."
-        )
+    return resuming.check(saved, config, path, num_updates=done)
+
+
+def _updates_done(path: pathlib.Path) -> int | None:
+    """Returns the updates of the latest checkpoint, of any training in a run folder."""
+    names = (each.name for each in (*path.glob("checkpoints/*"), *path.glob("*/checkpoints/*")))
+    return max((int(name) for name in names if name.isdecimal()), default=None)

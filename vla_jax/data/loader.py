@@ -8,7 +8,7 @@ import contextlib
 import functools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -28,6 +28,8 @@ class LoaderConfig:
     prefetch: int = 2  # batches assembled ahead of time, per process
     seed: int = 0  # random seed of shuffling and augmentation
     shuffle: bool = True  # a new random order in every epoch; False = the order of the data
+
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = ("num_workers", "num_threads", "prefetch")
 
     def __post_init__(self) -> None:
         """Checks the sizes."""

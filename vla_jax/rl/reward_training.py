@@ -4,7 +4,7 @@ import os
 import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -22,7 +22,7 @@ from vla_jax.rl.actor import Actor, Policy
 from vla_jax.rl.learner import Algorithm, Learner, SeedsConfig, make_learner, zero_carry
 from vla_jax.rl.learning_loop import LearningResult, write_report
 from vla_jax.rl.network import NetworkConfig
-from vla_jax.runs import open_run
+from vla_jax.runs import check_run, open_run
 from vla_jax.training.loop import LoopConfig
 from vla_jax.training.optim import OptimConfig
 from vla_jax.training.parallel import is_first_process
@@ -46,6 +46,8 @@ class RewardTraining:
     loop: LoopConfig = LoopConfig()  # number of updates, logs, checkpoints
     seed: int = 0  # random seed of the whole training
     overwrite: bool = False  # delete an existing run in run_dir
+
+    MAY_NOT_CHANGE: ClassVar[tuple[str, ...]] = ("loop.log_every",)  # seeds stop at a log
 
     def __post_init__(self):
         """Checks the environment and the ranges."""
@@ -77,6 +79,7 @@ def train_from_reward(config: RewardTraining, algorithm: Algorithm) -> pathlib.P
         run; nothing is written then. Or a reward or a loss is not finite.
     """
     backend = _backend(config)
+    check_run(config.run_dir, config, overwrite=config.overwrite)
     video.check_packages()
     backend.check(config, algorithm)
     run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)

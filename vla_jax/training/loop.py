@@ -4,12 +4,18 @@ import contextlib
 import pathlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
+import numpy as np
 import optax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
-from vla_jax.training import checkpoint, optim, parallel
+from vla_jax import stopping
+from vla_jax.config import differences
+from vla_jax.stopping import Stop
+from vla_jax.training import checkpoint, finite, optim, parallel
 from vla_jax.training.logs import Logs
 from vla_jax.training.optim import OptimConfig
 from vla_jax.training.parallel import ShardingRules, is_first_process
@@ -72,9 +78,18 @@ class LoopConfig:
     num_devices: int = 0  # devices over which a batch is split; 0 = all
     fsdp_size: int = 1  # devices over which params that match a sharding rule are sharded
     tensorboard: bool = False  # also write TensorBoard event files
+    # updates in a row with a loss or gradient that is not finite to skip; 0 = stop at the first
+    skip_bad_updates: int = 0
+
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = (
+        "num_updates", "log_every", "save_every", "keep", "num_devices", "fsdp_size",
+        "tensorboard", "skip_bad_updates",
+    )  # fmt: skip
 
     def __post_init__(self):
         """Checks the counts."""
+        if self.skip_bad_updates < 0:
+            raise ValueError(f"skip_bad_updates must be at least 0, got {self.skip_bad_updates}.")
         for name in ("num_updates", "log_every", "save_every", "keep", "fsdp_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -101,6 +116,33 @@ def check(config: LoopConfig, optim_config: OptimConfig, *, batch_size: int) -> 
         )
 
 
+def check_resume(run_dir: pathlib.Path, loader: Batches, metadata: dict[str, Any]) -> None:
+    """Raises an error if `fit` cannot continue from the latest checkpoint; writes nothing.
+
+    Call it before anything in the run folder changes.
+
+    Args:
+      run_dir: folder of the run, which may be absent.
+      loader: of the training; its position is changed, `fit` sets it again.
+      metadata: as for `fit`; what acting needs must be the same as in the checkpoint.
+
+    Raises:
+      ValueError: the loader, or what acting needs, differs from that of the checkpoint.
+    """
+    directory = pathlib.Path(run_dir) / "checkpoints"
+    if checkpoint.latest_step(directory) is None:
+        return
+    saved = checkpoint.read_metadata(directory)
+    loader.set_state(saved["loader"])
+    for name in set(metadata) & set(saved) - {"config"}:
+        differing = differences(saved[name], metadata[name])
+        if differing:
+            raise ValueError(
+                f"{name} must be the same as in the checkpoints of {run_dir}, but "
+                f"{'; '.join(differing)[:500]}; restore the data, or choose another --run-dir."
+            )
+
+
 def fit(
     config: LoopConfig,
     run_dir: pathlib.Path,
@@ -118,6 +160,7 @@ def fit(
 
     A resumed training is bitwise identical to an uninterrupted one: params, optimiser state, EMA
     and loader position are restored, and randomness depends on `key` and the update number only.
+    SIGTERM and Ctrl-C end it after the update at hand, which is saved.
 
     Args:
       config: length of the training, logs, checkpoints and devices.
@@ -133,42 +176,145 @@ def fit(
 
     Returns:
       The state after the last update, on its devices.
+
+    Raises:
+      ValueError: the loader is not that of the checkpoint; or a loss, a gradient or the state is
+        not finite, which is not saved: the last checkpoint is kept.
+      KeyboardInterrupt: after Ctrl-C, when the last update is saved.
+      SystemExit: after SIGTERM, when the last update is saved.
     """
-    directory = run_dir / "checkpoints"
     mesh = parallel.make_mesh(config.num_devices or None, fsdp_size=config.fsdp_size)
     shardings = parallel.make_shardings(start.shapes, mesh, sharding_rules)
-    if checkpoint.latest_step(directory) is None:
-        train_state = start.make(shardings)
-    else:
-        placed = parallel.with_shardings(start.shapes, shardings)
-        train_state, saved = checkpoint.restore(directory, placed)
-        loader.set_state(saved["loader"])
-    first = int(train_state.num_updates) + 1
+    train_state, skipped = _first_state(run_dir, start, shardings, loader)
+    step = int(train_state.num_updates)
     compiled = parallel.jit_update(update, mesh, shardings)
     with contextlib.ExitStack() as stack:
         stack.callback(loader.close)
-        checkpoints = checkpoint.open_checkpoints(directory, keep=config.keep)
+        checkpoints = checkpoint.open_checkpoints(run_dir / "checkpoints", keep=config.keep)
         stack.callback(checkpoint.close, checkpoints)
-        logs = None
-        if is_first_process():
-            logs = Logs(
-                run_dir,
-                num_updates=config.num_updates,
-                start=first - 1,
-                name=name,
-                tensorboard=config.tensorboard,
-            )
-            stack.enter_context(logs)
-        steps = range(first, config.num_updates + 1)
-        batches = logs.timed(loader) if logs else loader
+        logs = _open_logs(config, run_dir, step, name, stack)
+        stop = stack.enter_context(stopping.deferred("update"))
+        watch = finite.Watch(config.skip_bad_updates, skipped)
+        run = _Run(config, run_dir, loader, checkpoints, logs, watch, metadata, schedule, mesh)
+        steps = range(step + 1, config.num_updates + 1)
+        batches = _until(stop, logs.timed(loader) if logs else iter(loader))
         for step, batch in zip(steps, batches, strict=False):  # the loader is endless
             train_state, metrics = compiled(train_state, parallel.shard_batch(batch, mesh), key)
-            if logs:
-                logs.advance(step)
-            if logs and (step % config.log_every == 0 or step == config.num_updates):
-                extra = {"learning_rate": schedule(step - 1), **loader.metrics()}
-                logs.write(step, {**metrics, **extra})
-            if step % config.save_every == 0 or step == config.num_updates:
-                position = {"loader": loader.get_state()}
-                checkpoint.save(checkpoints, step, train_state, metadata | position)
+            watch.add(step, metrics)
+            if _after_update(run, step, train_state, stop):
+                break
+        if _any_process(stop):
+            if step:
+                _save(run, step, train_state)
+                checkpoint.wait(checkpoints)
+            saved = f"update {step} is saved in {run_dir}" if step else "no update was done"
+            stop.end(f"{saved}; the same command resumes")
     return train_state
+
+
+class _Run(NamedTuple):
+    """What is open during a training."""
+
+    config: LoopConfig
+    run_dir: pathlib.Path
+    loader: Batches
+    checkpoints: checkpoint.Checkpoints
+    logs: Logs | None  # None in all processes but the first
+    watch: finite.Watch
+    metadata: dict[str, Any]
+    schedule: optax.Schedule
+    mesh: Mesh
+
+
+def _first_state(
+    run_dir: pathlib.Path, start: Start, shardings: Any, loader: Batches
+) -> tuple[TrainState, finite.Skipped]:
+    """Returns the latest saved state and sets the loader's position, or makes the first state."""
+    directory = run_dir / "checkpoints"
+    if checkpoint.latest_step(directory) is None:
+        return start.make(shardings), finite.NONE_SKIPPED
+    placed = parallel.with_shardings(start.shapes, shardings)
+    train_state, saved = checkpoint.restore(directory, placed)
+    loader.set_state(saved["loader"])
+    return train_state, finite.Skipped(*saved.get("skipped_updates", finite.NONE_SKIPPED))
+
+
+def _after_update(run: _Run, step: int, train_state: TrainState, stop: Stop) -> bool:
+    """Logs, checks and saves when it is time; returns True if the training should stop."""
+    config, logs = run.config, run.logs
+    is_last = step == config.num_updates
+    is_log = is_last or step % config.log_every == 0
+    if logs:
+        logs.advance(step)
+    if is_log or run.watch.is_full:
+        values = _read_metrics(run)
+        if logs and is_log:
+            extra = {"learning_rate": run.schedule(step - 1), **run.loader.metrics()}
+            if config.skip_bad_updates:
+                extra["skipped_updates"] = run.watch.skipped.total
+            logs.write(step, {**values, **extra})
+    if is_last or step % config.save_every == 0:
+        _save(run, step, train_state)
+    return is_log and _any_process(stop)
+
+
+def _read_metrics(run: _Run) -> dict[str, Any]:
+    """Returns the metrics of the last finite update; raises if the training must stop."""
+    bad, metrics = run.watch.read()
+    if bad is not None:
+        checkpoint.wait(run.checkpoints)
+        allowed = run.config.skip_bad_updates
+        raise ValueError(finite.sentence(bad, run.run_dir, allowed=allowed))
+    return metrics
+
+
+def _save(run: _Run, step: int, train_state: TrainState) -> None:
+    """Saves a state, if everything in it is finite."""
+    _read_metrics(run)
+    path = finite.first_bad_leaf(train_state, run.mesh)
+    if path is not None:
+        checkpoint.wait(run.checkpoints)
+        raise ValueError(finite.leaf_sentence(path, step, run.run_dir))
+    position = {"loader": run.loader.get_state(), "skipped_updates": list(run.watch.skipped)}
+    checkpoint.save(run.checkpoints, step, train_state, run.metadata | position)
+
+
+def _open_logs(
+    config: LoopConfig, run_dir: pathlib.Path, start: int, name: str, stack: contextlib.ExitStack
+) -> Logs | None:
+    """Returns the open logs of the first process; None in the others."""
+    if not is_first_process():
+        return None
+    logs = Logs(
+        run_dir,
+        num_updates=config.num_updates,
+        start=start,
+        name=name,
+        tensorboard=config.tensorboard,
+    )
+    return stack.enter_context(logs)
+
+
+def _until(stop: Stop, batches: Iterator[Any]) -> Iterator[Any]:
+    """Yields batches until a stop is requested; every batch that is taken is yielded.
+
+    Several processes take the same number of batches, and agree elsewhere when to stop.
+    """
+    is_alone = jax.process_count() == 1
+    while not (is_alone and stop.requested):
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except Exception:
+            if is_alone and stop.requested:  # Ctrl-C has ended the loader's worker processes too
+                return
+            raise
+        yield batch
+
+
+def _any_process(stop: Stop) -> bool:
+    """Returns True if a stop is requested in any process; all of them must call it."""
+    if jax.process_count() == 1:
+        return stop.requested
+    return bool(np.any(multihost_utils.process_allgather(np.array(stop.requested))))

@@ -5,6 +5,7 @@ one device or many.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -80,6 +81,7 @@ def make_update(
     ema_decay: float | None = None,
     freeze: Sequence[str] = (),
     train: Sequence[str] = (),
+    skip_bad: bool = False,
     axis_name: str | None = None,
 ) -> Update:
     """Returns `update(train_state, batch, key) -> (train_state, metrics)`.
@@ -95,6 +97,8 @@ def make_update(
       ema_decay: decay of the EMA; needs a train state made with `ema=True`.
       freeze: path globs of the params that get no gradient, as in the optimiser's config.
       train: path globs of the params that get one although a glob of `freeze` matches.
+      skip_bad: whether an update with a loss or gradient that is not finite changes only the number
+        of updates, as with `optax.apply_if_finite`.
       axis_name: mapped axis to average over, for `parallel.pmap_update` only; all devices then
         use the same random numbers.
 
@@ -117,7 +121,14 @@ def make_update(
         params = freezing.merge(optax.apply_updates(trained, updates), frozen)
         ema_params = _next_ema(train_state, params, ema_decay)
         metrics = {**metrics, "loss": loss, "grad_norm": optax.tree.norm(grads)}
-        return TrainState(count + 1, params, opt_state, ema_params), metrics
+        changed = TrainState(count + 1, params, opt_state, ema_params)
+        if skip_bad:
+            is_finite = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
+            kept = TrainState(
+                count + 1, train_state.params, train_state.opt_state, train_state.ema_params
+            )
+            changed = jax.tree.map(partial(jnp.where, is_finite), changed, kept)
+        return changed, metrics
 
     return update
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from vla_jax.actions.action_layout import Gripper
 from vla_jax.data.dataset import OnBad
@@ -36,6 +36,9 @@ class DatasetConfig:
     cache_bytes: int = 2**30  # bytes of decoded frames cached by each process (on_demand)
     decoded_dir: str | None = None  # folder for decoded frames (whole); None = .frames in path
     on_bad: OnBad = "error"  # episodes with NaN or infinity: "error" stops, "skip" leaves them out
+
+    # The loader compares the data themselves.
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = ("path", "decode", "cache_bytes", "decoded_dir")
 
     def __post_init__(self) -> None:
         """Checks the size of the cache and the form of the cameras."""

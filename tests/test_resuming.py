@@ -1,0 +1,123 @@
+"""A run is resumed with other options, unless they change batches or arithmetic."""
+
+import dataclasses
+import pathlib
+
+import pytest
+import tiny_demos
+
+from train.configs import ImitateConfig
+from train.deep_sarsa import SarsaConfig
+from train.finetune import FinetuneConfig
+from train.pretrain import PretrainConfig
+from train.reinforce import ReinforceConfig
+from train.scan import ScanConfig
+from train.tabular import TabularConfig
+from vla_jax import config as configs
+from vla_jax import runs
+from vla_jax.training import resuming
+
+CONFIGS = (
+    ImitateConfig, PretrainConfig, ScanConfig, FinetuneConfig, SarsaConfig, ReinforceConfig,
+    TabularConfig,
+)  # fmt: skip
+FOLDER = pathlib.Path("run")
+
+
+@pytest.fixture
+def config():
+    return tiny_demos.imitation("demos", "run")
+
+
+def change(config, path, value):
+    """The config with another value at a dotted path."""
+    name, _, rest = path.partition(".")
+    value = change(getattr(config, name), rest, value) if rest else value
+    return dataclasses.replace(config, **{name: value})
+
+
+@pytest.mark.parametrize("script", CONFIGS)
+def test_every_declared_field_exists(script):
+    config = script()
+    known = set(paths(config))
+    assert set(resuming.may_change(config)) <= known
+    assert set(getattr(script, "MAY_NOT_CHANGE", ())) <= known
+
+
+def paths(config, prefix=""):
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        yield f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            yield from paths(value, f"{prefix}{field.name}.")
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("loader.num_workers", 2), ("loader.num_threads", 3), ("loader.prefetch", 5),
+        ("loop.log_every", 7), ("loop.save_every", 1), ("loop.keep", 9), ("loop.num_devices", 2),
+        ("loop.tensorboard", True), ("loop.skip_bad_updates", 3), ("dataset.path", "moved"),
+        ("dataset.decoded_dir", "/tmp"), ("max_cache_gb", 1.0),
+    ],
+)  # fmt: skip
+def test_what_changes_neither_batches_nor_arithmetic_may_change(config, path, value):
+    assert resuming.check(config, change(config, path, value), FOLDER, num_updates=2) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("seed", 1), ("loader.batch_size", 4), ("loader.seed", 1), ("stride", 2),
+        ("optim.weight_decay", 0.5), ("optim.learning_rate", 1.0), ("loss.gripper", 0.5),
+        ("agent.policy.decoder.hidden_size", 16), ("dataset.split", "train"),
+    ],
+)  # fmt: skip
+def test_what_changes_batches_or_arithmetic_is_refused(config, path, value):
+    with pytest.raises(ValueError, match=rf"run holds a run of another config: {path} was .* and"):
+        resuming.check(config, change(config, path, value), FOLDER, num_updates=2)
+
+
+@pytest.mark.parametrize("path", ["loop.log_every", "loop.num_devices"])
+def test_seeds_of_reinforcement_learning_are_evaluated_at_the_same_updates(path):
+    config = SarsaConfig()
+    changed = change(config, path, 1)
+    if path == "loop.num_devices":
+        assert resuming.check(config, changed, FOLDER, num_updates=50) == []
+    else:  # they stop at an evaluation, which is done at every log
+        with pytest.raises(ValueError, match=r"loop\.log_every was 50 and is 1"):
+            resuming.check(config, changed, FOLDER, num_updates=50)
+
+
+def test_a_longer_training_says_what_it_does_to_the_learning_rate(config):
+    longer = change(config, "loop.num_updates", 8)
+    (sentence,) = resuming.check(config, longer, FOLDER, num_updates=4)
+    assert sentence == (
+        "loop.num_updates was 4 and is 8: from update 5 on the learning rate follows the new "
+        "schedule, and starts at 0.0055 instead of 0.001."
+    )
+    assert (
+        resuming.check(longer, change(longer, "loop.num_updates", 6), FOLDER, num_updates=6) == []
+    )
+    with pytest.raises(
+        ValueError, match="num_updates must be at least 6, which run has done, got 5"
+    ):
+        resuming.check(longer, change(longer, "loop.num_updates", 5), FOLDER, num_updates=6)
+
+
+def test_a_lower_learning_rate_is_said(config):
+    slower = change(config, "optim.learning_rate", 1e-3)
+    (sentence,) = resuming.check(config, slower, FOLDER, num_updates=2)
+    assert "optim.learning_rate was 0.01 and is 0.001" in sentence
+
+
+def test_a_resumed_run_has_the_present_config(tmp_path, config):
+    config = dataclasses.replace(config, run_dir=str(tmp_path))
+    folder = runs.open_run(tmp_path, config, overwrite=False)
+    (folder / "checkpoints" / "2").mkdir(parents=True)
+    (folder / "agent.json.host.1.part").touch()
+    longer = change(config, "loop.num_updates", 8)
+    with pytest.warns(UserWarning, match="was 4 and is 8"):
+        runs.open_run(tmp_path, longer, overwrite=False)
+    assert configs.load(ImitateConfig, folder / "config.json") == longer
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "config.json"]

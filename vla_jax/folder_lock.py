@@ -1,0 +1,188 @@
+"""Lock files: one process at a time writes into a folder.
+
+    with folder_lock.hold(run_dir / ".lock", f"run_dir {run_dir}", "choose another --run-dir"):
+        ...
+
+The file names host, process and time. It is made by a hard link, which is atomic on network file
+systems too; its holder touches it every few seconds. The lock of a process that has ended is taken
+over: at once on the same host, and after two minutes without a touch where the process cannot be
+seen (another host, or another container).
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from vla_jax.files import Path
+
+_TOUCH_EVERY = 15.0  # s
+_SILENCE = 120.0  # s without a touch after which the holder counts as ended
+
+
+class Holder(NamedTuple):
+    """A process that holds a lock."""
+
+    host: str
+    pid: int
+    pid_namespace: str  # of Linux; processes of other namespaces cannot be seen
+    started: str  # start of the process, in ticks since the start of the system; "" = unknown
+    since: str  # local time
+
+
+@contextlib.contextmanager
+def hold(path: Path, what: str, remedy: str) -> Iterator[None]:
+    """Holds a lock file for the length of the block.
+
+    Args:
+      path: the lock file, in an existing folder.
+      what: what is locked, for the error message.
+      remedy: what to do instead, for the error message.
+
+    Raises:
+      BlockingIOError: another process holds the lock.
+      OSError: the file cannot be written.
+    """
+    path = pathlib.Path(path)
+    text = json.dumps(_this_process()._asdict()) + "\n"
+    _acquire(path, text, what, remedy)
+    end = threading.Event()
+    thread = threading.Thread(target=_touch, args=(path, end), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        end.set()
+        thread.join()
+        if _read(path) == text:
+            path.unlink(missing_ok=True)
+
+
+def check(path: Path, what: str, remedy: str) -> None:
+    """Raises an error if another process holds the lock; takes nothing.
+
+    Args:
+      path: the lock file, which may be absent.
+      what: what is locked, for the error message.
+      remedy: what to do instead, for the error message.
+
+    Raises:
+      BlockingIOError: another process holds the lock.
+    """
+    path = pathlib.Path(path)
+    text = _read(path)
+    if text is not None and _is_alive(path, _parse(text)):
+        raise _in_use(path, text, what, remedy)
+
+
+def _acquire(path: pathlib.Path, text: str, what: str, remedy: str) -> None:
+    unique = f"{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
+    candidate = path.with_name(f"{path.name}.{unique}.part")
+    candidate.write_text(text, encoding="utf-8")
+    try:
+        while not _link(candidate, path):
+            check(path, what, remedy)
+            found = _read(path)
+            if found is None:  # released in the meantime
+                continue
+            # Of two processes that take over, one renames the file first; the other notices here.
+            stale = path.with_name(f"{path.name}.{unique}.stale.part")
+            with contextlib.suppress(FileNotFoundError):
+                path.rename(stale)
+                if _read(stale) != found:
+                    _link(stale, path)
+                stale.unlink()
+    finally:
+        candidate.unlink(missing_ok=True)
+
+
+def _link(candidate: pathlib.Path, path: pathlib.Path) -> bool:
+    """Gives a file a second name; returns False if that name exists."""
+    try:
+        os.link(candidate, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        try:
+            with open(path, "x", encoding="utf-8") as file:
+                file.write(candidate.read_text(encoding="utf-8"))
+        except FileExistsError:
+            return False
+    return True
+
+
+def _touch(path: pathlib.Path, end: threading.Event) -> None:
+    while not end.wait(_TOUCH_EVERY):
+        with contextlib.suppress(OSError):
+            os.utime(path)
+
+
+def _is_alive(path: pathlib.Path, holder: Holder | None) -> bool:
+    """Returns True unless the process of a lock has certainly ended, or is silent for long."""
+    if holder is not None and (holder.host, holder.pid_namespace) == _place():
+        started = _start_of(holder.pid)
+        return started is not None and started == holder.started
+    with contextlib.suppress(OSError):
+        return time.time() - path.stat().st_mtime < _SILENCE
+    return False
+
+
+def _this_process() -> Holder:
+    pid = os.getpid()
+    host, namespace = _place()
+    now = time.strftime("%Y-%m-%d %H:%M:%S")
+    return Holder(host, pid, namespace, _start_of(pid) or "", now)
+
+
+def _place() -> tuple[str, str]:
+    """Returns host and PID namespace, within which processes see each other."""
+    with contextlib.suppress(OSError):  # no /proc outside Linux
+        return socket.gethostname(), os.readlink("/proc/self/ns/pid")
+    return socket.gethostname(), ""
+
+
+def _start_of(pid: int) -> str | None:
+    """Returns when a process started; "" if that is unknown, None if there is no such process."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except (OSError, OverflowError):  # of another user
+        pass
+    with contextlib.suppress(OSError, IndexError):
+        stat = pathlib.Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        fields = stat.rpartition(")")[2].split()  # the name before it may hold spaces
+        return None if fields[0] == "Z" else fields[19]  # a zombie has ended
+    return ""
+
+
+def _read(path: pathlib.Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _parse(text: str) -> Holder | None:
+    """Returns the holder in a lock file; None if the file is damaged."""
+    try:
+        data = json.loads(text)
+        return Holder(**data) if isinstance(data.get("pid"), int) else None
+    except (ValueError, TypeError, AttributeError):
+        return None
+
+
+def _in_use(path: pathlib.Path, text: str, what: str, remedy: str) -> BlockingIOError:
+    holder = _parse(text)
+    who = "another process"
+    if holder is not None:
+        who = f"process {holder.pid} on {holder.host} since {holder.since}"
+    return BlockingIOError(
+        f"{what} is in use by {who}; wait for it or stop it, or {remedy} (delete {path} if that "
+        "process has certainly ended)."
+    )

@@ -1,0 +1,98 @@
+"""Resuming a run: the options that may change, and the ones that are refused.
+
+A config class lists in `MAY_CHANGE` its fields that change neither batches nor arithmetic, or only
+as a user wants on purpose, such as the length of the training. The config of a script takes some
+back with `MAY_NOT_CHANGE`, dotted paths of fields of its parts. The learning rate may be lowered.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from vla_jax import config as configs
+from vla_jax.training import optim
+
+
+def check(saved: Any, config: Any, folder: pathlib.Path, *, num_updates: int) -> list[str]:
+    """Checks that a config may resume the run of another one; returns what to tell the user.
+
+    Args:
+      saved: config of the run.
+      config: the present one, of the same class.
+      folder: folder of the run, for the message.
+      num_updates: updates that the latest checkpoint has done.
+
+    Returns:
+      A sentence for each change that has a consequence.
+
+    Raises:
+      ValueError: the configs differ in a field that may not change.
+    """
+    before, now = configs.to_dict(saved), configs.to_dict(config)
+    free = set(may_change(config))
+    for path in free:
+        _copy(path, now, before)
+    loop, rate = getattr(saved, "loop", None), getattr(saved, "optim", None)
+    if rate is not None and config.optim.learning_rate < rate.learning_rate:
+        _copy("optim.learning_rate", now, before)
+    differing = configs.differences(before, now)
+    if differing:
+        raise ValueError(
+            f"{folder} holds a run of another config: {'; '.join(differing)}; choose another "
+            "--run-dir, restore those options, or add --overwrite to start again."
+        )
+    if loop is None or "loop.num_updates" not in free:
+        return []
+    if config.loop.num_updates < min(num_updates, loop.num_updates):
+        raise ValueError(
+            f"num_updates must be at least {num_updates}, which {folder} has done, got "
+            f"{config.loop.num_updates}; choose another --run-dir, or add --overwrite."
+        )
+    return _schedule_change(saved, config, num_updates)
+
+
+def may_change(config: Any) -> Iterator[str]:
+    """Yields the dotted paths of the fields that may change when a run is resumed.
+
+    Args:
+      config: config of a script.
+    """
+    kept = getattr(type(config), "MAY_NOT_CHANGE", ())
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            inner = (f"{field.name}.{path}" for path in may_change(value))
+            yield from (path for path in inner if path not in kept)
+    yield from getattr(type(config), "MAY_CHANGE", ())
+
+
+def _copy(path: str, source: Any, target: Any) -> None:
+    *parts, name = path.split(".")
+    for part in parts:
+        if not isinstance(target.get(part), dict):  # another member of a union
+            return
+        source, target = source[part], target[part]
+    target[name] = source[name]
+
+
+def _schedule_change(saved: Any, config: Any, num_updates: int) -> list[str]:
+    """Returns a sentence if the learning rate of the next updates differs from before."""
+    before, now = (
+        {"loop": {"num_updates": each.loop.num_updates}}
+        | {"optim": {"learning_rate": each.optim.learning_rate}}
+        for each in (saved, config)
+    )
+    changes = configs.differences(before, now)
+    if not changes or num_updates >= config.loop.num_updates:
+        return []
+    old, new = (
+        np.asarray(optim.make_schedule(each.optim, each.loop.num_updates)(num_updates)).item()
+        for each in (saved, config)
+    )
+    return [
+        f"{'; '.join(changes)}: from update {num_updates + 1} on the learning rate follows the new "
+        f"schedule, and starts at {new:.3g} instead of {old:.3g}."
+    ]
