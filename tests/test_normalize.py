@@ -125,7 +125,7 @@ def test_an_agent_inverts_the_mu_law_of_training(column, stats):
     grips = np.sign(column[..., :1])
     action = np.concatenate([column[..., :3], grips], axis=-1).reshape(100, 4)
     stats = normalize.compute(action)
-    y = normalize.normalize_column("action", action, stats, config)
+    y = normalize.normalize_field("action", action, stats, config)
     assert y.dtype == np.float32
     back = jax.jit(lambda y: normalize.denormalize_action(y, stats, config))(jnp.asarray(y))
     np.testing.assert_allclose(back, action, atol=1e-4)
@@ -189,8 +189,8 @@ def test_actions_outside_their_bounds_are_clipped_with_a_warning_that_gives_thei
     action[:3, 0] = 2.0
     config = normalize.NormalizeConfig(action=method)
     with pytest.warns(UserWarning, match=f"1.00% of the values of action .* {method!r}"):
-        y = normalize.normalize_column("action", action, stats, config)
-    assert y.max() == 1
+        normalize.warn_if_clipped("action", action, stats, config)
+    assert normalize.normalize_field("action", action, stats, config).max() == 1
 
 
 def test_clipping_by_quantiles_causes_no_warning():
@@ -198,7 +198,22 @@ def test_clipping_by_quantiles_causes_no_warning():
     config = normalize.NormalizeConfig(proprio="quantiles")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        normalize.normalize_column("proprio", values, normalize.compute(values), config)
+        normalize.warn_if_clipped("proprio", values, normalize.compute(values), config)
+
+
+def test_statistics_of_many_rows_are_computed_in_chunks(monkeypatch):
+    rows = np.random.default_rng(0).normal((0, 50), size=(3000, 2)).astype(np.float32)
+    exact = normalize.compute(rows)
+    monkeypatch.setattr(normalize, "CHUNK_ROWS", 256)
+    assert all(map(np.array_equal, normalize.compute(rows), exact))
+    monkeypatch.setattr(normalize, "EXACT_ROWS", 2999)
+    found = normalize.compute(rows)
+    for name in ("mean", "std", "min", "max"):
+        np.testing.assert_allclose(getattr(found, name), getattr(exact, name), rtol=1e-6, atol=1e-7)
+    assert found.count == 3000
+    for name, fraction in (("q01", 0.01), ("q99", 0.99)):
+        ranks = (rows < getattr(found, name)).mean(axis=0)
+        np.testing.assert_allclose(ranks, fraction, atol=4 / 256)  # ceil(log2(3000 / 256)) / 256
 
 
 def test_statistics_of_a_data_set_cover_its_columns_without_reading_images():

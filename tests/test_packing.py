@@ -40,7 +40,8 @@ def windows():
 
 def test_every_step_occurs_exactly_once():
     ends = np.cumsum(LENGTHS)
-    frame, step, mask = pack(ends, W)
+    rows = pack(ends, W)
+    frame, step, mask = rows.steps(np.arange(rows.num_rows))
     assert sorted(frame[mask]) == list(range(ends[-1]))
     starts = np.concatenate([[0], ends[:-1]])
     assert np.array_equal(frame[mask] - step[mask], np.repeat(starts, LENGTHS)[frame[mask]])
@@ -48,7 +49,8 @@ def test_every_step_occurs_exactly_once():
 
 def test_rows_are_nearly_full():
     lengths = np.random.default_rng(1).integers(1, 33, 500)
-    mask = pack(np.cumsum(lengths), 32)[2]
+    rows = pack(np.cumsum(lengths), 32)
+    mask = rows.steps(np.arange(rows.num_rows))[2]
     assert mask.mean() > 0.97
 
 
@@ -64,7 +66,8 @@ def test_the_instruction_is_visible_at_the_first_step_of_each_episode_only(windo
     packed = Packed(windows)
     batch = packed[np.arange(len(packed))]
     shown = (batch.observation.instruction > 0).any(-1)
-    assert np.array_equal(shown & batch.timestep_mask, (packed.step == 0) & packed.mask)
+    _, step, mask = packed.rows.steps(np.arange(len(packed)))
+    assert np.array_equal(shown & batch.timestep_mask, (step == 0) & mask)
 
 
 @pytest.mark.slow
@@ -90,11 +93,12 @@ def test_an_episode_in_a_packed_row_gives_the_outputs_of_its_own_window(kind, wi
         return np.asarray(chunk.arm)[batch.timestep_mask]
 
     together, separate = arm_actions(rows, rows.reset), arm_actions(alone, None)
-    order = np.argsort(packed.frame[packed.mask])
+    frame, _, mask = packed.rows.steps(np.arange(len(packed)))
+    order = np.argsort(frame[mask])
     starts = np.concatenate([[0], np.cumsum(LENGTHS)[:-1]])
-    index = windows.index
-    steps = index[:, 1, None] + np.arange(1 - W, 1)
-    frames = (starts[index[:, 0], None] + steps)[alone.timestep_mask]
+    episode, last = windows.index.place(slice(None))
+    steps = last[:, None] + np.arange(1 - W, 1)
+    frames = (starts[episode, None] + steps)[alone.timestep_mask]
     # Episodes longer than W are cut at different steps by the two; only the others are compared.
     fits = np.repeat(np.array(LENGTHS) <= W, LENGTHS)
     by_frame = {frame: arm for frame, arm in zip(frames, separate, strict=True)}

@@ -136,7 +136,7 @@ def test_steps_without_an_action_are_inputs_but_no_targets(tmp_path):
     tokenize = functools.partial(word_hashing.tokenize, max_words=12, vocab_size=2048)
     windows = Windows(data, WindowConfig(4, 2), tokenize=tokenize, norm_stats=stats)
     batch = windows[np.arange(len(windows))]
-    for row, (episode, last) in enumerate(windows.index):
+    for row, (episode, last) in enumerate(zip(*windows.index.place(slice(None)), strict=True)):
         for j, step in enumerate(range(last - 3, last + 1)):
             for k in range(2):
                 frame = starts[episode] + step + k

@@ -9,6 +9,8 @@ import pytest
 
 from vla_jax.backbones import word_hashing
 from vla_jax.data import dataset, normalize, windows
+from vla_jax.data.instruction_table import instruction_table
+from vla_jax.data.window_index import window_index
 from vla_jax.data.windows import WindowConfig, Windows
 from vla_jax.types import Tokens
 
@@ -32,7 +34,7 @@ tokenize = functools.partial(word_hashing.tokenize, max_words=12, vocab_size=204
 
 
 def cut_window(data, config, episode, last, **options):
-    table = windows.instruction_table(data, tokenize)
+    table = instruction_table(data, tokenize)
     return windows.cut(data, config, episode, last, instructions=table, **options)
 
 
@@ -43,20 +45,23 @@ def test_windows_end_at_the_last_step_and_every_stride_before(data, stride):
         for e, length in enumerate(LENGTHS)
         for last in sorted(range(length - 1, -1, -stride))
     ]
-    index = windows.window_index(data, WindowConfig(stride=stride))
-    assert [tuple(row) for row in index] == expected
+    index = window_index(data.episode_ends, stride)
+    assert [tuple(map(int, index.place(number))) for number in range(len(expected))] == expected
+    assert index.place(-1) == expected[-1]
+    with pytest.raises(IndexError, match=f"within {len(expected)}"):
+        index.place(len(expected))
 
 
 def test_with_a_large_stride_each_episode_is_one_window(data):
-    index = windows.window_index(data, WindowConfig(window_size=9, stride=9))
-    assert index.tolist() == [[0, 4], [1, 0], [2, 8]]
+    episode, last = window_index(data.episode_ends, 9).place(slice(None))
+    assert (episode.tolist(), last.tolist()) == ([0, 1, 2], [4, 0, 8])
 
 
 @pytest.mark.parametrize("window_size", [1, 4, 12])
 @pytest.mark.parametrize("horizon", [1, 3, 12])
 def test_a_window_equals_a_loop_over_its_steps(data, window_size, horizon):
     config = WindowConfig(window_size=window_size, action_horizon=horizon)
-    for episode, last in windows.window_index(data, config):
+    for episode, last in zip(*window_index(data.episode_ends, 1).place(slice(None)), strict=True):
         batch = cut_window(data, config, episode, last)
         for j in range(window_size):
             step = last - window_size + 1 + j
@@ -74,8 +79,8 @@ def test_a_window_equals_a_loop_over_its_steps(data, window_size, horizon):
 @pytest.mark.parametrize(("window_size", "horizon"), [(9, 1), (9, 4), (12, 10), (16, 1)])
 def test_chunk_masks_count_the_real_targets(data, window_size, horizon):
     config = WindowConfig(window_size=window_size, action_horizon=horizon, stride=window_size)
-    index = windows.window_index(data, config)
-    batch = cut_window(data, config, *index.T)
+    index = window_index(data.episode_ends, config.stride).place(slice(None))
+    batch = cut_window(data, config, *index)
     real = sum(min(horizon, length - step) for length in LENGTHS for step in range(length))
     assert batch.action_mask.sum() == real
     assert batch.timestep_mask.sum() == sum(LENGTHS)
@@ -83,9 +88,9 @@ def test_chunk_masks_count_the_real_targets(data, window_size, horizon):
 
 def test_a_batch_of_windows_equals_the_stacked_windows(data):
     config = WindowConfig(window_size=4, action_horizon=2)
-    index = windows.window_index(data, config)
-    batch = cut_window(data, config, *index.T)
-    for i, (episode, last) in enumerate(index):
+    index = window_index(data.episode_ends, config.stride).place(slice(None))
+    batch = cut_window(data, config, *index)
+    for i, (episode, last) in enumerate(zip(*index, strict=True)):
         one = cut_window(data, config, episode, last)
         np.testing.assert_array_equal(batch.action[i], one.action)
         np.testing.assert_array_equal(batch.observation.instruction[i], one.observation.instruction)
@@ -111,13 +116,13 @@ def test_a_task_that_changes_within_an_episode_is_given_where_it_begins(data):
     index = data.instruction_index.copy()
     index[8:11] = 1  # steps 2 … 4 of the last episode have the second episode's task
     data = data._replace(instruction_index=index)
-    table = windows.instruction_table(data, tokenize)
+    table = instruction_table(data, tokenize)
     config = windows.WindowConfig(window_size=7, instruction_steps=1)
     batch = cut_window(data, config, 2, 6)
     texts = ["lift block 2", "", "lift block 1", "", "", "lift block 2", ""]
     expected = np.stack([tokenize(text) for text in texts])
     np.testing.assert_array_equal(batch.observation.instruction, expected)
-    assert table.age[6:13].tolist() == [0, 1, 0, 1, 2, 0, 1]
+    assert table.age(np.arange(6, 13)).tolist() == [0, 1, 0, 1, 2, 0, 1]
 
 
 def test_tokens_replace_images(data, tmp_path):
@@ -168,6 +173,13 @@ def test_windows_are_pickled_without_copying_memory_maps(data, tmp_path):
             ours, theirs = getattr(before.observation, name), getattr(after.observation, name)
             np.testing.assert_array_equal(ours, theirs)
         jax.tree.map(np.testing.assert_array_equal, before.tokens, after.tokens)
+
+
+def test_windows_keep_no_second_copy_of_the_numbers(data):
+    source = make_source(data)
+    assert source.dataset.columns["action"] is data.columns["action"]
+    arrays = [*source.index[:2], source.instructions.starts]
+    assert max(map(len, arrays)) == len(LENGTHS)
 
 
 def test_arguments_that_do_not_fit_the_data_set_are_refused(data):

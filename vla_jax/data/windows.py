@@ -1,8 +1,12 @@
-"""Windows of `W` steps with chunks of `K` actions, cut from a data set by NumPy indexing."""
+"""Windows of `W` steps with chunks of `K` actions, cut from a data set by NumPy indexing.
+
+What is kept beside the data set grows with its episodes, not with its frames: windows are found by
+the numbers of windows of the episodes, and normalised when they are cut.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -13,13 +17,14 @@ from vla_jax.data.dataset import (
     Dataset,
     Frames,
     digest,
-    episode_starts,
     instruction_starts,
 )
+from vla_jax.data.instruction_table import InstructionTable, Tokenize, instruction_table
+from vla_jax.data.window_index import window_index
 from vla_jax.types import Array, Batch, Tokens, make_observation
 
 ALWAYS = -1  # instruction_steps: the instruction is visible at every step
-Tokenize = Callable[[str], np.ndarray]  # instruction -> token ids [S] int32, from the backbone
+Scale = Callable[[str, np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -39,46 +44,6 @@ class WindowConfig:
                 raise ValueError(f"{name} must be at least {least.get(name, 1)}, got {value}.")
 
 
-class InstructionTable(NamedTuple):
-    """Token ids of a data set's instructions, and which of them every frame has."""
-
-    ids: np.ndarray  # [num_texts + 1, S] int32; the last row has those of "", for hidden ones
-    index: np.ndarray  # [F] int32 into `ids`
-    age: np.ndarray  # [F] int32, steps since the episode or this instruction began
-
-
-def instruction_table(dataset: Dataset, tokenize: Tokenize) -> InstructionTable:
-    """Returns the token ids of every instruction, and the instruction of every frame.
-
-    Texts with the same ids are one instruction, as for an agent, which sees only ids.
-    """
-    ids = np.stack([tokenize(text) for text in (*dataset.instructions, "")])
-    _, same = np.unique(ids, axis=0, return_inverse=True)
-    index = same.reshape(-1)[dataset.instruction_index]
-    frames = np.arange(len(index))
-    is_start = instruction_starts(dataset._replace(instruction_index=index))
-    starts = np.maximum.accumulate(np.where(is_start, frames, 0))
-    return InstructionTable(
-        ids=ids,
-        index=dataset.instruction_index,
-        age=(frames - starts).astype(np.int32),
-    )
-
-
-def window_index(dataset: Dataset, config: WindowConfig) -> np.ndarray:
-    """Returns episode and last step of every window `[num_windows, 2]` int64.
-
-    Windows of an episode of `T` steps end at T-1, T-1-stride, … ≥ 0, so that with stride ≥ T
-    the episode is one window.
-    """
-    starts, ends = episode_starts(dataset.episode_ends), dataset.episode_ends
-    last_steps = [
-        np.arange((length - 1) % config.stride, length, config.stride) for length in ends - starts
-    ]
-    owners = np.repeat(np.arange(len(ends)), [len(steps) for steps in last_steps])
-    return np.stack([owners, np.concatenate(last_steps)], axis=1)
-
-
 def cut(
     dataset: Dataset,
     config: WindowConfig,
@@ -87,6 +52,7 @@ def cut(
     *,
     instructions: InstructionTable,
     tokens: Tokens | None = None,
+    scale: Scale | None = None,
 ) -> Batch:
     """Returns the windows that end at step `last` of `episode`.
 
@@ -102,6 +68,7 @@ def cut(
       last: `[...]` last step of each window.
       instructions: from `instruction_table`.
       tokens: cached outputs of the backbone, `[num_frames, N, D]`; images are then left out.
+      scale: normalises values of a column, (name, `[..., D]`) -> `[..., D]`; None = not at all.
 
     Returns:
       A batch with the leading axes of `episode`: none, or `[B]`.
@@ -116,6 +83,7 @@ def cut(
         steps >= 0,
         instructions=instructions,
         tokens=tokens,
+        scale=scale,
     )
 
 
@@ -128,6 +96,7 @@ def gather(
     *,
     instructions: InstructionTable,
     tokens: Tokens | None = None,
+    scale: Scale | None = None,
 ) -> Batch:
     """Returns the given steps of episodes as a batch, each with its chunk of K actions.
 
@@ -139,26 +108,29 @@ def gather(
       mask: `[..., W]`, True where the step is real; other steps are arbitrary.
       instructions: from `instruction_table`.
       tokens: cached outputs of the backbone, `[num_frames, N, D]`; images are then left out.
+      scale: normalises values of a column, (name, `[..., D]`) -> `[..., D]`; None = not at all.
 
     Returns:
       A batch with leading axes `[..., W]`; actions that do not exist are all zeros.
     """
-    starts, ends = episode_starts(dataset.episode_ends)[episode], dataset.episode_ends[episode]
-    rows = starts + step
+    ends = dataset.episode_ends[episode]
+    rows = np.where(episode > 0, dataset.episode_ends[episode - 1], 0) + step
     targets = rows[..., None] + np.arange(config.action_horizon)
     action_mask = mask[..., None] & (targets < ends[..., None])
     existing = np.minimum(targets, ends[..., None] - 1)
     if ACTION_MASK in dataset.columns:
         action_mask = action_mask & (take(dataset.columns[ACTION_MASK], existing)[..., 0] > 0.5)
-    action = take(dataset.columns["action"], existing)
+    scale = scale or _unchanged
+    action = scale("action", take(dataset.columns["action"], existing))
     action *= action_mask[..., None]
     steps = config.instruction_steps
-    visible = (steps == ALWAYS) | (instructions.age[rows] < steps)
+    visible = (steps == ALWAYS) | (instructions.age(rows) < steps)
     columns = {n: c for n, c in dataset.columns.items() if n in COLUMNS and n != "action"}
-    sources = columns if tokens is not None else {**columns, **dataset.frames}
+    values = {name: scale(name, take(column, rows)) for name, column in columns.items()}
+    frames = dataset.frames if tokens is None else {}
     return Batch(
         observation=make_observation(
-            {name: take(source, rows) for name, source in sources.items()},
+            values | {name: take(source, rows) for name, source in frames.items()},
             instruction=instructions.ids[np.where(visible, instructions.index[rows], -1)],
         ),
         tokens=None if tokens is None else Tokens(*(take(part, rows) for part in tokens)),
@@ -167,6 +139,11 @@ def gather(
         action_mask=action_mask,
         action_dims=_action_dims(dataset, mask.shape),
     )
+
+
+def _unchanged(name: str, values: np.ndarray) -> np.ndarray:
+    del name
+    return values
 
 
 def _action_dims(dataset: Dataset, lead: tuple[int, ...]) -> np.ndarray | None:
@@ -199,7 +176,7 @@ class Windows:
         normalization: normalize.NormalizeConfig | None = None,
         tokens: Tokens | None = None,
     ) -> None:
-        """Normalises the columns once.
+        """Checks the arguments; warns if normalisation clips many values.
 
         Args:
           dataset: source of the windows.
@@ -226,16 +203,16 @@ class Windows:
                 f"norm_stats must cover {sorted(dataset.columns)}, {sorted(missing)} missing; "
                 "compute them with normalize.compute_norm_stats."
             )
-        columns = {
-            name: normalize.normalize_column(name, column, norm_stats[name], methods)
-            for name, column in dataset.columns.items()
-            if name in COLUMNS
-        }
-        self.dataset = dataset._replace(columns={**dataset.columns, **columns})
+        for name, column in dataset.columns.items():
+            if name in COLUMNS:
+                normalize.warn_if_clipped(name, column, norm_stats[name], methods)
+        self.dataset = dataset
+        self.norm_stats = dict(norm_stats)
+        self.methods = methods
         self.config = config
         self.tokens = tokens
         self.instructions = instruction_table(dataset, tokenize)
-        self.index = window_index(dataset, config)
+        self.index = window_index(dataset.episode_ends, config.stride)
         given = dataset.instruction_index[instruction_starts(dataset)]
         self.identity = {
             **_identity(dataset, config, norm_stats, methods, tokens),
@@ -243,25 +220,28 @@ class Windows:
             "instructions": digest(self.instructions.ids[given]),
         }
 
-        self.sizes = (len(self.index),)
+        self.sizes = (int(self.index.ends[-1]),)
         self.weights = (1.0,)
         self.names = ()
 
     def __len__(self) -> int:
         """Returns the number of windows."""
-        return len(self.index)
+        return self.sizes[0]
 
     def __getitem__(self, index: Any) -> Batch:
         """Returns the window at an index, or the batch of windows at an array of indices."""
-        episode, last = self.index[index].T
         return cut(
             self.dataset,
             self.config,
-            episode,
-            last,
+            *self.index.place(index),
             instructions=self.instructions,
             tokens=self.tokens,
+            scale=self.scale,
         )
+
+    def scale(self, name: str, values: np.ndarray) -> np.ndarray:
+        """Returns values `[..., D]` of a column, normalised."""
+        return normalize.normalize_field(name, values, self.norm_stats[name], self.methods)
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns memory maps as file references, so that worker processes share their pages."""

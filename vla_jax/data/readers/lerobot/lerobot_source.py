@@ -115,7 +115,8 @@ class LeRobotSource:
         lengths, first = table.lengths[positions], int(positions[0])
         path, row = self._path(first, table.data), int(self._starts[first])
         if self._rows.num_rows(path) != self._file_rows[first]:
-            wrong(path, "rows", int(self._file_rows[first]), self._rows.num_rows(path))
+            expected = f"{self._file_rows[first]} as meta/ states"
+            wrong(path, "number of rows", expected, self._rows.num_rows(path))
         stored = self._rows.read_together(
             path, [*{*INDICES, "timestamp", *keys}], row, row + int(lengths.sum())
         )
