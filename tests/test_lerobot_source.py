@@ -21,7 +21,7 @@ from tiny_lerobot import change_info, change_table, data_path
 from vla_jax.data import readers
 from vla_jax.data.dataset import Episode
 from vla_jax.data.readers.fields import GripperRange
-from vla_jax.data.readers.lerobot import lerobot_fields, writer
+from vla_jax.data.readers.lerobot import lerobot_fields, parquet_files, writer
 from vla_jax.data.readers.lerobot.info import dimension_names
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "campaigns"))
@@ -305,6 +305,21 @@ def test_modality_json_names_parts_and_cameras(tmp_path):
     (root / "meta/modality.json").write_text(json.dumps(modality))
     with pytest.raises(ValueError, match=r"action\['arm'\] .* must be start < end <= 2"):
         lerobot_fields.suggest_fields(readers.open(root))
+
+
+def test_blocks_that_are_kept_have_a_bound_in_bytes(tmp_path, monkeypatch):
+    path = tmp_path / "rows.parquet"
+    columns = {key: np.arange(4000.0) for key in "abc"}
+    pq.write_table(pa.table(columns), path, row_group_size=1000)
+    for limit in (0, 8000, 20_000):  # a block of one row group has 8000 bytes
+        monkeypatch.setattr(parquet_files, "HELD_BYTES", limit)
+        rows = parquet_files.ParquetRows()
+        for start in (0, 1500, 40):
+            for key in "abc":
+                values = rows.read(path, key, np.arange(start, start + 5))
+                assert values.to_pylist() == [*range(start, start + 5)]
+                assert sum(block.values.nbytes for block in rows._held().values()) <= limit
+        assert len(rows._held()) == limit // 8000
 
 
 def test_many_episodes_are_opened_in_columns(tmp_path):

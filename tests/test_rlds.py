@@ -8,7 +8,9 @@ from campaigns import mutations_rlds
 from tiny_rlds import STEP, TEXT, episode, image, members, sequence, tensor, write
 
 from vla_jax.data import readers
-from vla_jax.data.readers.rlds import open_x, record_index, rlds
+from vla_jax.data.frame_cache import FrameCache
+from vla_jax.data.raw_frames import RawFrames
+from vla_jax.data.readers.rlds import open_x, record_index, rlds, rlds_episodes
 from vla_jax.data.readers.rlds.rlds import episode_metadata
 from vla_jax.data.readers.rlds.tf_example import decode_varints, find_feature
 
@@ -81,6 +83,37 @@ def test_an_index_is_kept_and_made_again_when_files_change(root, monkeypatch):
     write(root, {"val": [[episode(7)]], "train": [[episode(8)]]})
     (root / ".train.index.npz").write_bytes(b"damaged")
     assert readers.open(root).lengths.tolist() == [7, 8]
+
+
+@pytest.mark.parametrize(("field", "value"), [("lengths", 2**50), ("lengths", -1), ("shards", 9)])
+def test_a_kept_index_with_impossible_numbers_is_made_again(root, monkeypatch, field, value):
+    monkeypatch.setattr(record_index, "_MIN_EPISODES", 1)
+    first, path = readers.open(root), root / ".val.index.npz"
+    with np.load(path) as file:
+        arrays = dict(file)
+    arrays[field][1] = value
+    np.savez(path, **arrays)
+    assert readers.open(root).lengths.tolist() == first.lengths.tolist()
+
+
+def test_a_batch_of_several_cameras_parses_each_record_once(tmp_path, monkeypatch):
+    episodes = [episode(length, length) for length in (3, 1, 4)]
+    for each in episodes:
+        each["steps/wrist"] = each["steps/observation/image"][::-1]
+    step = {**STEP, "wrist": image(6, 8, 3)}
+    source = readers.open(write(tmp_path / "1.0.0", {"train": [episodes]}, step))
+    parsed = []
+    parse = rlds_episodes.parse_example
+    monkeypatch.setattr(
+        rlds_episodes, "parse_example", lambda data: parsed.append(1) or parse(data)
+    )
+    first, second = (
+        RawFrames(source, key, FrameCache(0), episodes=np.arange(3))[np.arange(8)]
+        for key in ("observation/image", "wrist")
+    )
+    assert len(parsed) == 3
+    for start, stop in ((0, 3), (3, 4), (4, 8)):
+        np.testing.assert_array_equal(first[start:stop], second[start:stop][::-1])
 
 
 def test_the_index_of_files_that_are_read_only_is_in_the_cache_folder(root, monkeypatch, tmp_path):

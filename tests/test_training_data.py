@@ -104,6 +104,13 @@ def test_a_wrong_length_in_an_index_takes_no_memory(raw):
         make_dataset(raw._replace(lengths=lengths), tiny_raw.FIELDS, DatasetConfig(), cameras=())
 
 
+def test_a_column_with_another_axis_is_refused(raw):
+    chosen = DatasetConfig(feature_keys=(("proprio", "observation/matrix"),))
+    message = r"observation/matrix must have one list .* \[T, D\], got \(12, 2, 3\); choose another"
+    with pytest.raises(ValueError, match=message):
+        make_dataset(raw, tiny_raw.FIELDS, chosen, cameras=())
+
+
 def test_stated_grippers_stay_unless_the_config_has_others(raw):
     stated = tiny_raw.FIELDS._replace(gripper_only_open=True)
     assert choose_fields(stated, raw, DatasetConfig()).gripper_only_open

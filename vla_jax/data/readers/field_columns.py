@@ -38,11 +38,20 @@ def parse_key(key: str, known: Mapping[str, object]) -> tuple[str, slice]:
 
 
 def field_column(columns: Mapping[str, np.ndarray], keys: Sequence[str]) -> np.ndarray:
-    """Returns the selected columns side by side, `[T, D]`, with their common dtype."""
+    """Returns the selected columns side by side, `[T, D]`, with their common dtype.
+
+    Raises:
+      ValueError: a column has more than one axis behind the steps, such as chunks of actions.
+    """
     parts = []
     for key in keys:
         column, dims = parse_key(key, columns)
         values = columns[column]
+        if values.ndim > 2:
+            raise ValueError(
+                f"{column} must have one list of numbers per step, [T, D], got {values.shape}; "
+                "choose another column with --dataset.feature-keys, or convert the data."
+            )
         parts.append(values.reshape(len(values), -1)[:, dims])
     return np.concatenate(parts, axis=1)
 

@@ -14,6 +14,7 @@ from vla_jax.data.readers.lerobot.parquet_values import to_numpy
 
 MAX_OPEN = 4  # files that a thread keeps open
 BLOCK_ROWS = 2**14  # rows of a column that are read ahead
+HELD_BYTES = 2**25  # of the blocks that a thread keeps
 
 
 class Block(NamedTuple):
@@ -29,7 +30,6 @@ class OpenFile(NamedTuple):
 
     file: Any  # pyarrow.parquet.ParquetFile
     starts: np.ndarray  # [G + 1] first row of each row group, and the number of rows
-    blocks: dict[str, Block]  # column -> block read last
     places: dict[str, "RowsOfValues"]  # column of integers -> where each value lies
 
 
@@ -106,9 +106,10 @@ def read_schema(path: pathlib.Path) -> Any:
 class ParquetRows:
     """Random access to rows of Parquet files; safe to share by threads, pickled without files.
 
-    Every thread keeps a few files open and, of each column, the block of rows it read last; blocks
-    grow up to `BLOCK_ROWS` while rows are read in order. So a pass over all episodes reads every
-    block once, random access reads little, and memory does not grow with the data.
+    Every thread keeps a few files open and, of each column, the block of rows it read last, up to
+    `HELD_BYTES` in all; blocks grow up to `BLOCK_ROWS` while rows are read in order. So a pass over
+    all episodes reads every block once, random access reads little, and memory does not grow with
+    the data.
     """
 
     def __init__(self) -> None:
@@ -123,7 +124,9 @@ class ParquetRows:
         """Returns the rows `[n]` of a file at which a column of integers has a value."""
         opened = self._open(path)
         if key not in opened.places:
-            column = self.read(path, key, np.arange(opened.starts[-1]))
+            with damage_in_one_sentence(path):  # MemoryError of a wrong number of rows
+                rows = np.arange(opened.starts[-1])
+            column = self.read(path, key, rows)
             opened.places[key] = _places(to_numpy(column, Feature("int64", ()), key, path))
         values, ends, rows = opened.places[key]
         place = int(np.searchsorted(values, value))
@@ -151,7 +154,7 @@ class ParquetRows:
           ValueError: it is damaged, or the column is missing.
         """
         opened = self._open(path)
-        block = opened.blocks.get(key)
+        block = self._held().get((path, key))
         first, last = (int(rows.min()), int(rows.max())) if len(rows) else (0, -1)
         if block is None or first < block.start or last >= block.end:
             groups = np.unique(np.searchsorted(opened.starts, rows, side="right") - 1)
@@ -198,8 +201,21 @@ class ParquetRows:
             end = max(end, int(ahead))
         values = self._column(path, opened, key, list(range(start, end)))
         block = Block(int(opened.starts[start]), int(opened.starts[end]), values)
-        opened.blocks[key] = block
+        self._hold((path, key), block)
         return block
+
+    def _held(self) -> OrderedDict[tuple[pathlib.Path, str], Block]:
+        """Returns this thread's blocks, by file and column."""
+        return self._local.__dict__.setdefault("held", OrderedDict())
+
+    def _hold(self, key: tuple[pathlib.Path, str], block: Block) -> None:
+        """Keeps a block in the place of the column's earlier one; removes the oldest ones."""
+        held = self._held()
+        held.pop(key, None)
+        held[key] = block
+        size = sum(each.values.nbytes for each in held.values())
+        while size > HELD_BYTES:
+            size -= held.popitem(last=False)[1].values.nbytes
 
     def _scattered(
         self, path: pathlib.Path, opened: OpenFile, key: str, rows: np.ndarray, groups: np.ndarray
@@ -252,7 +268,7 @@ class ParquetRows:
                     "copy the data set again."
                 )
             starts = np.concatenate([[0], np.cumsum(groups, dtype=np.int64)]).astype(np.int64)
-            files[path] = OpenFile(file, starts, {}, {})
+            files[path] = OpenFile(file, starts, {})
             while len(files) > MAX_OPEN:
                 files.popitem(last=False)[1].file.close()
         files.move_to_end(path)

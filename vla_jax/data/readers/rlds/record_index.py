@@ -19,6 +19,7 @@ from vla_jax.files import replacing
 
 _MIN_EPISODES = 64  # the index of a smaller split is not kept
 _MIN_BYTES = 2**26  # nor that of smaller files
+_MAX_STEPS_PER_BYTE = 2**10  # of files that may be compressed
 
 
 class RecordIndex(NamedTuple):
@@ -50,7 +51,7 @@ def read_index(version: Version, split: Split, step_sizes: Mapping[str, int]) ->
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for _, path in used]
     state = digest(sorted(stats), split.num_episodes, list(step_sizes.items()))
     for path in _index_paths(version, split):
-        index = _load(path, state, sum(split.num_episodes))
+        index = _load(path, state, split, sum(size for _, size, _ in stats))
         if index is not None:
             return index
     index = _build(version, split, used, step_sizes)
@@ -123,7 +124,7 @@ def _index_paths(version: Version, split: Split) -> list[pathlib.Path]:
     ]
 
 
-def _load(path: pathlib.Path, state: str, num_episodes: int) -> RecordIndex | None:
+def _load(path: pathlib.Path, state: str, split: Split, num_bytes: int) -> RecordIndex | None:
     """Returns a kept index; None if there is none, it is damaged, or it is of other files."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
@@ -134,10 +135,15 @@ def _load(path: pathlib.Path, state: str, num_episodes: int) -> RecordIndex | No
         return None
     dtypes = [np.int32, np.int64, np.int64]
     is_whole = all(
-        array.shape == (num_episodes,) and array.dtype == dtype
+        array.shape == (sum(split.num_episodes),) and array.dtype == dtype
         for array, dtype in zip(index, dtypes, strict=True)
     )
-    return index if is_whole else None
+    limits = [len(split.paths) - 1, 2**62, _MAX_STEPS_PER_BYTE * num_bytes]
+    is_valid = is_whole and all(
+        not array.size or (array.min() >= 0 and array.max() <= limit)
+        for array, limit in zip(index, limits, strict=True)
+    )
+    return index if is_valid else None
 
 
 def _save(version: Version, split: Split, index: RecordIndex, state: str) -> None:

@@ -2,6 +2,7 @@
 
 import re
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, NoReturn
@@ -24,8 +25,16 @@ from vla_jax.data.readers.rlds.tf_example import Span, Values, parse_example
 from vla_jax.data.readers.rlds.tf_features import STEPS, TfFeature
 from vla_jax.data.still_images import StillImages
 
+MAX_PARSED = 512  # records: about 100 bytes for every image of theirs
 _VALUES, _LENGTHS = "ragged_flat_values", "ragged_row_lengths_"
 _INSTRUCTION = re.compile(r"(?:.*/)?(natural_language_|language_)?instruction(_\d)?")
+
+
+class _Contents(NamedTuple):
+    """Places of the values in the record of one episode."""
+
+    features: Mapping[str, Values]
+    spans: dict[str, list[Span]]  # camera -> ranges of encoded images, filled on access
 
 
 class _Record(NamedTuple):
@@ -33,8 +42,7 @@ class _Record(NamedTuple):
 
     episode: int
     data: memoryview
-    features: Mapping[str, Values]
-    spans: dict[str, list[Span]]  # ranges of encoded images, filled on access
+    contents: _Contents
 
 
 class LazyTexts(Sequence[str]):
@@ -67,7 +75,8 @@ class RldsEpisodes:
     """Reads the episodes of some splits; each thread keeps its last record.
 
     Can be pickled and shared by threads. The data of a record is checked when a process reads it
-    first.
+    first. The places of values in the last `MAX_PARSED` records are kept, so that a batch of
+    several cameras parses each of its records once.
     """
 
     def __init__(
@@ -100,7 +109,8 @@ class RldsEpisodes:
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state without what this process has read."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("_local", "_checked")}
+        forgotten = ("_local", "_checked", "_parsed", "_lock")
+        return {k: v for k, v in self.__dict__.items() if k not in forgotten}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores the state."""
@@ -110,6 +120,8 @@ class RldsEpisodes:
     def _forget(self) -> None:
         self._local = threading.local()
         self._checked: set[int] = set()
+        self._parsed: OrderedDict[int, _Contents] = OrderedDict()
+        self._lock = threading.Lock()
 
     def episode(self, episode: int) -> RawEpisode:
         """Returns the raw view of an episode; reads nothing."""
@@ -199,15 +211,15 @@ class RldsEpisodes:
 
     def _image_spans(self, record: _Record, key: str) -> list[Span]:
         """Returns the ranges of all images of a camera in the record."""
-        if key not in record.spans:
+        if key not in record.contents.spans:
             length = int(self.lengths[record.episode])
-            values = record.features.get(f"{STEPS}/{key}")
+            values = record.contents.features.get(f"{STEPS}/{key}")
             try:
                 spans = bytes_spans(record.data, values, length)
             except ValueError as error:
                 self._refuse(record.episode, key, str(error), error)
-            record.spans[key] = spans
-        return record.spans[key]
+            record.contents.spans[key] = spans
+        return record.contents.spans[key]
 
     def _instructions(self, episode: int) -> list[str]:
         """Returns the texts of the first key that has any; empty ones if there is none."""
@@ -228,7 +240,7 @@ class RldsEpisodes:
     ) -> np.ndarray:
         record = self._record(episode)
         try:
-            return decode_values(record.data, record.features.get(stored), feature, count)
+            return decode_values(record.data, record.contents.features.get(stored), feature, count)
         except ValueError as error:
             self._refuse(episode, key, str(error), error)
 
@@ -243,13 +255,25 @@ class RldsEpisodes:
         path = self.splits[split].paths[index.shards[within]]
         read = RECORD_FORMATS[self.version.file_format].read
         data = read(path, int(index.positions[within]), episode not in self._checked)
-        try:
-            features = parse_example(data)
-        except ValueError as error:
-            self._refuse(episode, "the record", f"is no tf.train.Example ({error})", error)
+        self._local.record = _Record(episode, data, self._contents(episode, data))
         self._checked.add(episode)
-        self._local.record = _Record(episode, data, features, {})
         return self._local.record
+
+    def _contents(self, episode: int, data: memoryview) -> _Contents:
+        """Returns the places of an episode's values, parsed unless they are kept."""
+        with self._lock:
+            contents = self._parsed.get(episode)
+        if contents is None:
+            try:
+                contents = _Contents(parse_example(data), {})
+            except ValueError as error:
+                self._refuse(episode, "the record", f"is no tf.train.Example ({error})", error)
+        with self._lock:
+            self._parsed[episode] = contents
+            self._parsed.move_to_end(episode)
+            if len(self._parsed) > MAX_PARSED:
+                self._parsed.popitem(last=False)
+        return contents
 
     def _refuse(
         self, episode: int, key: str, problem: str, error: Exception | None = None
