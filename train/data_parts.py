@@ -11,6 +11,7 @@ from vla_jax.backbones import registry
 from vla_jax.data.dataset import Dataset
 from vla_jax.data.mixing import NUMBERS
 from vla_jax.data.normalize import NormStats
+from vla_jax.data.readers import reader
 from vla_jax.types import Observation
 
 
@@ -31,8 +32,13 @@ def read_parts(config: ImitateConfig) -> list[DataPart]:
       FileNotFoundError: a file is missing.
       ValueError: the data sets do not fit the policy; see `read_mixture` and `read_dataset`.
     """
-    parts = []
-    for name, weight, dataset in read_mixture(config.mixture, config.dataset):
+    parts, entries = [], read_mixture(config.mixture, config.dataset)
+    if config.mixture:  # before any numbers are read
+        dims = [reader.action_dim(entry.dataset) for entry in entries]
+        known = [dim for dim in dims if dim is not None]
+        if len(known) == len(dims):
+            check_action_dim(config, max(known))
+    for name, weight, dataset in entries:
         own = replace(config, dataset=dataset)
         data = read_dataset(own, partial=bool(config.mixture))
         parts.append(DataPart(name, weight, own, data, compute_norm_stats(own, data)))

@@ -12,7 +12,9 @@ from vla_jax.data.dataset import Dataset
 from vla_jax.data.raw import RawDataset
 from vla_jax.data.readers.calvin import calvin
 from vla_jax.data.readers.dataset_config import DatasetConfig
-from vla_jax.data.readers.fields import FieldMap
+from vla_jax.data.readers.field_columns import field_names, parse_key
+from vla_jax.data.readers.fields import FieldMap, choose_fields
+from vla_jax.data.readers.grippers import make_layout
 from vla_jax.data.readers.hdf5 import aloha, isaac_lab, libero, robomimic, robomme
 from vla_jax.data.readers.lerobot.lerobot_fields import suggest_fields
 from vla_jax.data.readers.lerobot.lerobot_source import open_lerobot, probe_v2, probe_v3
@@ -110,6 +112,25 @@ def read_dataset(
         resampling=resampling,
         partial=partial,
     )
+
+
+def action_dim(config: DatasetConfig) -> int | None:
+    """Returns the numbers of an action for training, gripper included, without reading any data.
+
+    Returns:
+      A; None if the descriptions of the data set leave it open.
+
+    Raises:
+      FileNotFoundError: the path is missing, or a file of the data set.
+      ValueError: unknown kind; no reader or several readers accept the path; damaged descriptions.
+    """
+    reader = find_reader(config)
+    raw = reader.open(pathlib.Path(config.path), split=config.split)
+    fields = choose_fields(reader.fields(raw), raw, config)
+    keys = fields.columns["action"]
+    if any(min(raw.columns[parse_key(key, raw.columns)[0]].shape, default=1) < 0 for key in keys):
+        return None
+    return make_layout(fields, len(field_names(raw.columns, keys))).size
 
 
 def find_reader(config: DatasetConfig) -> Reader:
