@@ -17,7 +17,7 @@ from PIL import Image
 from tiny_hdf5 import demo, write_demos
 
 from vla_jax.data import readers
-from vla_jax.data.readers.hdf5 import hdf5_files
+from vla_jax.data.readers.hdf5 import demo_groups, hdf5_files
 from vla_jax.data.readers.hdf5.libero import instruction_from_name
 from vla_jax.data.readers.reader import READERS
 
@@ -48,6 +48,19 @@ def test_demos_are_sorted_by_number(robomimic):
         np.testing.assert_array_equal(episode.columns["actions"], demos[episode.name]["actions"])
         image = demos[episode.name]["obs"]["agentview_image"]
         np.testing.assert_array_equal(episode.images["obs/agentview_image"][:], image)
+
+
+def test_opening_looks_into_no_more_than_one_demo(robomimic, monkeypatch):
+    path, _ = robomimic
+    looked, original = [], demo_groups._num_samples
+    monkeypatch.setattr(
+        demo_groups, "_num_samples", lambda data, name: looked.append(name) or original(data, name)
+    )
+    source = readers.open(path)
+    assert set(looked) == {b"demo_0"}
+    assert source.lengths[4] == 2
+    assert set(looked) == {b"demo_0", b"demo_4"}
+    assert pickle.loads(pickle.dumps(source)).lengths.tolist() == [1 + i % 3 for i in range(12)]
 
 
 def test_a_split_is_a_filter_key_sorted_by_number(robomimic):
@@ -332,7 +345,7 @@ def test_few_files_are_open_at_once(tmp_path, monkeypatch):
     for number in range(8):
         tiny_hdf5.write_aloha(tmp_path / f"episode_{number}.hdf5", 2)
     source = readers.open(tmp_path)
-    for episode in source.episodes:
+    for episode in [*source.episodes, *source.episodes]:
         episode.columns["action"]
     assert len(opened) > 8
     assert sum(bool(file) for file in opened) <= 3

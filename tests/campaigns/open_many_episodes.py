@@ -1,11 +1,12 @@
-"""Time and memory of opening and reading LeRobot data sets of many short episodes.
+"""Time and memory of opening and reading LeRobot and HDF5 data sets of many short episodes.
 
     python tests/campaigns/open_many_episodes.py [--episodes 100000]
 
-builds a v3.0 and a v2.1 set in a temporary folder, opens each in a process of its own, and prints
-time and peak memory. In another process all numbers of the v3.0 set are read for training. The v2.1
-set has one Parquet file and one video per camera and episode, all links to a few files: opening
-lists them and reads one.
+builds a v3.0, a v2.1 and a robomimic set in a temporary folder, opens each in a process of its own,
+and prints time and peak memory. In another process all numbers of the v3.0 set are read for training.
+The v2.1 set has one Parquet file and one video per camera and episode, all links to a few files:
+opening lists them and reads one. The robomimic set is one file with a group per episode: opening
+lists them, and their lengths are read when they are needed.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 
+import h5py
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -49,6 +51,12 @@ if source.kind == "lerobot_v3":
     for index in range(count):
         source.episodes[index].columns["action"]
     result["in_order_ms"] = (time.perf_counter() - start) / count * 1e3
+    result["read_mb"] = peak()
+if source.kind == "robomimic":
+    start, cpu = time.perf_counter(), time.process_time()
+    assert source.lengths.sum() == 20 * len(source.episodes)
+    result["lengths_s"] = time.perf_counter() - start
+    result["lengths_cpu_s"] = time.process_time() - cpu
     result["read_mb"] = peak()
 print(json.dumps(result))
 """
@@ -156,6 +164,23 @@ def build_v2(root, count):
             os.link(original, root / name)
 
 
+def build_robomimic(root, count):
+    """Writes one file with a group per demo, images of 4 x 4 pixels."""
+    root.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    action, pose = rng.uniform(-1, 1, (STEPS, 7)), rng.normal(size=(STEPS, 3))
+    images = rng.integers(0, 256, (STEPS, 4, 4, 3), np.uint8)
+    with h5py.File(root / "image.hdf5", "w") as file:
+        data = file.create_group("data")
+        data.attrs["env_args"] = json.dumps({"type": 1, "env_kwargs": {"control_freq": 20}})
+        for index in range(count):
+            group = data.create_group(f"demo_{index}")
+            group.attrs["num_samples"] = STEPS
+            group["actions"] = action
+            group["obs/robot0_eef_pos"] = pose
+            group["obs/agentview_image"] = images
+
+
 def measure(root, script):
     """Runs a script on a data set in a new process; returns its measurements."""
     command = [sys.executable, "-c", script, str(root)]
@@ -182,7 +207,7 @@ result |= {"stats_cpu_s": time.process_time() - cpu, "stats_mb": peak()}
 result["numbers_mb"] = sum(column.nbytes for column in dataset.columns.values()) / 2**20
 print(json.dumps(result))
 """
-BUILDERS = {"v3.0": build_v3, "v2.1": build_v2}
+BUILDERS = {"v3.0": build_v3, "v2.1": build_v2, "robomimic": build_robomimic}
 
 
 def main():

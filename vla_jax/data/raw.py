@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from vla_jax.data.dataset import Frames
+from vla_jax.data.lazy_lengths import LazyLengths
 from vla_jax.types import Resampling
 
 Value = TypeVar("Value", covariant=True)
@@ -79,11 +80,12 @@ class RawDataset(NamedTuple):
     kind: str  # key of READERS
     path: pathlib.Path
     episodes: Sequence[RawEpisode]  # in the original reader's order; made when indexed
-    lengths: np.ndarray  # [E] int64, steps of every episode
+    lengths: np.ndarray | LazyLengths  # [E] int64, steps of every episode; 0 = cannot be read
     columns: Mapping[str, Feature]  # original key -> type; of numbers and texts
     images: Mapping[str, Feature]  # original key -> type; of cameras
     fps: float | None  # steps per second, Hz; None if the data set does not state it
-    fingerprint: str  # hash of what identifies the content: names and sizes of files, lengths
+    # hash of what identifies the content: names and sizes of files, names or lengths of episodes
+    fingerprint: str
     blocks: Blocks | None = None  # None: every episode is read by itself
 
 

@@ -9,12 +9,15 @@ Source: tonyzhaozh/act, `utils.py` and `constants.py` (DT = 0.02); act-plus-plus
 openpi, `examples/aloha_real/convert_aloha_data_to_lerobot.py`.
 """
 
+import functools
 import io
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from vla_jax.data.lazy_lengths import LazyLengths
 from vla_jax.data.raw import Feature, RawDataset
 from vla_jax.data.readers.fields import FieldMap, GripperRange
 from vla_jax.data.readers.hdf5.camera_fields import camera_fields
@@ -68,11 +71,11 @@ def open(path: pathlib.Path, *, split: str | None = None) -> RawDataset:
     if not files:
         raise FileNotFoundError(f"{path} must hold HDF5 files (.hdf5, .h5), got none.")
     opened = OpenFiles()
-    lengths = [_length(opened, file) for file in files]
+    lengths = functools.partial(_lengths, opened, tuple(files))
     places = [EpisodePlace(file.stem, number, "", "") for number, file in enumerate(files)]
     index = EpisodeIndex(
-        "aloha", tuple(files), places, np.array(lengths, np.int64), FPS, "action",
-        ("compress_len",), opened,
+        "aloha", tuple(files), places, LazyLengths(len(files), lengths), FPS,
+        "action", ("compress_len",), opened,
     )  # fmt: skip
     return make_source(path, index, Storage(_inspect, load_column, _load))
 
@@ -82,11 +85,17 @@ def _number(file: pathlib.Path) -> tuple[int, str]:
     return (int(digits) if digits.isascii() and digits.isdigit() else 0), file.name
 
 
+def _lengths(
+    opened: OpenFiles, files: Sequence[pathlib.Path], episodes: Sequence[int]
+) -> np.ndarray:
+    return np.array([_length(opened, files[episode]) for episode in episodes], np.int64)
+
+
 def _length(opened: OpenFiles, file: pathlib.Path) -> int:
     """Returns the number of steps of a file; 0 if it cannot be read."""
     try:
         length = num_rows(opened.get(file), "action", file)
-    except ValueError:
+    except (OSError, ValueError):
         return 0
     return length if length < MAX_LENGTH else 0
 

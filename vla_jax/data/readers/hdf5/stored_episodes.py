@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vla_jax.data.dataset import digest
+from vla_jax.data.lazy_lengths import LazyLengths
 from vla_jax.data.raw import Feature, Lazy, LazyEpisodes, RawDataset, RawEpisode
 from vla_jax.data.readers.hdf5.hdf5_files import OpenFiles, reading
 from vla_jax.data.readers.hdf5.hdf5_objects import (
@@ -46,7 +47,7 @@ class EpisodeIndex(NamedTuple):
     kind: str  # key of READERS
     files: tuple[pathlib.Path, ...]
     places: Sequence[EpisodePlace]
-    lengths: np.ndarray  # [E] int64, 0 for an episode that cannot be read
+    lengths: np.ndarray | LazyLengths  # [E] int64, 0 for an episode that cannot be read
     fps: float | None  # Hz
     actions: str  # key whose rows are the steps
     skip: tuple[str, ...]  # children of an episode's group that are not per step
@@ -131,7 +132,7 @@ def make_source(path: pathlib.Path, index: EpisodeIndex, storage: Storage) -> Ra
         columns=first.columns,
         images=first.images,
         fps=index.fps,
-        fingerprint=digest(index.kind, sizes, names, index.lengths),
+        fingerprint=digest(index.kind, sizes, names),
     )
 
 
