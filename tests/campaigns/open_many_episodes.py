@@ -3,7 +3,7 @@
     python tests/campaigns/open_many_episodes.py [--episodes 100000]
 
 builds a v3.0, a v2.1 and a robomimic set in a temporary folder, opens each in a process of its own,
-and prints time and peak memory. In another process all numbers of the v3.0 set are read for training.
+and prints time and peak memory. In another process all numbers of the v3.0 set are read for a run.
 The v2.1 set has one Parquet file and one video per camera and episode, all links to a few files:
 opening lists them and reads one. The robomimic set is one file with a group per episode: opening
 lists them, and their lengths are read when they are needed.
