@@ -1,0 +1,154 @@
+"""Small commands of every script that writes files, and what they wrote: shared by campaigns."""
+
+import hashlib
+import json
+import pathlib
+import resource
+import subprocess
+import sys
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).parents[2]
+TEMPORARY = (".part", ".tmp", "orbax-checkpoint-tmp", ".lock")  # parts of names of unfinished files
+# Keys of lines of JSON that depend on the clock, on the folder, or on how often a run was started.
+VARYING = {"steps_per_second", "data_wait", "latency", "run_dir", "dataset", "command"}
+# Files whose content depends on the clock or on the place of the folder.
+NOT_COMPARED = ("index.html", "config.json", "_CHECKPOINT_METADATA", ".parquet.crc")
+
+
+class Job(NamedTuple):
+    """A command, and the folder that it writes."""
+
+    command: str  # arguments of `python -m`; words in braces are folders
+    output: str = "{out}"  # folder to compare
+    needs: tuple[str, ...] = ("demos",)  # folders that must exist, keys of PREPARATION
+
+
+RECORD = "train.record --preset table_jax --max-steps 24 --image-size 16"
+IMITATE = (
+    "train.imitate --preset table_jax_state --window-size 6 --hidden-size 8 --head-sizes 8 "
+    "--batch-size 8 --warmup-steps 5 --dropout 0.1 --dataset {demos}"
+)
+PRETRAIN = "train.pretrain --patch-size 8 --batch-size 8 --warmup-steps 1 --dataset {demos}"
+OFTEN = "--save-every 10 --log-every 10 --num-updates"
+PREPARATION = {  # commands that write the folders which jobs read
+    "demos": f"{RECORD} --num-episodes 40 --dataset {{demos}}",
+    "run": f"{IMITATE} --num-updates 6 --run-dir {{run}}",
+    "encoder": f"{PRETRAIN} --num-updates 2 --run-dir {{encoder}}",
+}
+JOBS = {
+    "imitate": Job(f"{IMITATE} --run-dir {{out}} {OFTEN} 300"),
+    "pretrain": Job(f"{PRETRAIN} --width 16 --num-latents 2 --run-dir {{out}} {OFTEN} 100"),
+    "reinforce": Job(f"train.reinforce --num-seeds 2 --run-dir {{out}} {OFTEN} 200", needs=()),
+    "sarsa": Job(f"train.deep_sarsa --num-seeds 2 --run-dir {{out}} {OFTEN} 200", needs=()),
+    "seq2seq": Job(
+        "train.scan --hidden-size 8 --embed-size 8 --batch-size 8 --split addprim_turn_left "
+        f"--run-dir {{out}} {OFTEN} 100",
+        needs=(),
+    ),
+    "cache": Job(
+        "train.cache --preset table_lstm --dataset {demos} --backbone-from {encoder}",
+        "{demos}",
+        needs=("demos", "encoder"),
+    ),
+    "record": Job(f"{RECORD} --num-episodes 60 --dataset {{out}}", needs=()),
+    "evaluate": Job(
+        "vla_jax.evaluate {run} --num-episodes 64 --num-videos 2", "{run}", needs=("demos", "run")
+    ),
+}
+
+
+def start(
+    command: str, folders: dict[str, str], *, file_bytes: int | None = None
+) -> subprocess.Popen[str]:
+    """Starts a command in a process group of its own.
+
+    Args:
+      command: of a job.
+      folders: folders of a run, from `folders_in`.
+      file_bytes: limit of the size of every file that the process writes; None = none.
+    """
+
+    def limit() -> None:
+        if file_bytes is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+
+    words = [word.format(**folders) for word in command.split()]
+    return subprocess.Popen(
+        [sys.executable, "-m", *words],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=limit,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    """Waits for a process that must succeed."""
+    output, _ = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"exit {process.returncode}: {output[-2000:]}")
+
+
+def temporary(folder: pathlib.Path) -> list[str]:
+    """Returns the unfinished files in a folder and beside it."""
+    paths = [*folder.parent.glob(f"{folder.name}*"), *folder.rglob("*")]
+    return sorted(str(path) for path in paths if any(part in path.name for part in TEMPORARY))
+
+
+def contents(folder: pathlib.Path) -> dict[str, str]:
+    """Returns relative path -> hash of everything that must be equal in two runs."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if not path.is_file() or path.name in NOT_COMPARED or "checkpoints/" in name:
+            continue
+        found[name] = digest(path)
+    steps = [int(path.name) for path in folder.glob("checkpoints/[0-9]*") if path.name.isdigit()]
+    if steps:
+        found[f"checkpoints/{max(steps)}"] = arrays(folder / "checkpoints" / str(max(steps)))
+    return found
+
+
+def digest(path: pathlib.Path) -> str:
+    """Returns a hash of a file, without the values of JSON that vary."""
+    content = path.read_bytes()
+    if path.suffix in (".json", ".jsonl"):
+        lines = content.decode().splitlines() if path.suffix == ".jsonl" else [content.decode()]
+        content = json.dumps([steady(json.loads(line)) for line in lines]).encode()
+    return hashlib.sha256(content).hexdigest()[:12]
+
+
+def steady(data: object) -> object:
+    """Returns JSON data without the values that vary."""
+    if isinstance(data, dict):
+        return {key: steady(value) for key, value in data.items() if key not in VARYING}
+    return [steady(value) for value in data] if isinstance(data, list) else data
+
+
+def arrays(step: pathlib.Path) -> str:
+    """Returns a hash of all arrays of a checkpoint, read by Orbax alone."""
+    import jax
+    import numpy as np
+    import orbax.checkpoint as ocp
+
+    (item,) = (path.parent for path in step.rglob("_METADATA") if path.parent != step)
+    reader = ocp.PyTreeCheckpointer()
+    plain = jax.tree.map(
+        lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+        reader.metadata(item.absolute()).item_metadata.tree,
+    )
+    restored = reader.restore(item.absolute(), restore_args=plain)
+    whole = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(restored):
+        array = np.asarray(leaf)
+        whole.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        whole.update(array.tobytes())
+    return whole.hexdigest()[:12]
+
+
+def folders_in(root: pathlib.Path) -> dict[str, str]:
+    """Returns the folders of one run of a job."""
+    return {name: str(root / name) for name in (*PREPARATION, "out")}
