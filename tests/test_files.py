@@ -1,6 +1,7 @@
 """Files are complete or unchanged, and damaged ones are reported in one sentence."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -78,6 +79,21 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path):
         assert process.stdout.readline() == "written\n"
         process.send_signal(signal.SIGKILL)
     assert files.read_json(path, "numbers") == {"a": 1}
+    assert len(list(tmp_path.iterdir())) == 2
+    files.write_json(path, {"a": 2})
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_temporary_file_of_a_running_program_is_kept(tmp_path):
+    path = tmp_path / "file.json"
+    with files.replacing(path) as part:
+        other = part.with_name(part.name.replace(f".{os.getpid()}.", f".{os.getppid()}."))
+        foreign = part.with_name(f"{path.name}.elsewhere.1.part")
+        for left in (other, foreign):
+            left.write_text("half")
+        part.write_text("{}")
+    files.write_json(path, {"a": 1})
+    assert set(tmp_path.iterdir()) == {path, other, foreign}
 
 
 def test_json_survives_a_round_trip_and_is_readable(tmp_path):

@@ -1,17 +1,20 @@
 """Files that are complete or absent: atomic writes, JSON, and JSON lines.
 
-A program that is killed while it writes leaves the previous file as it was. Its temporary file
-(`NAME.HOST.PID.part`, beside the target) stays behind and may be deleted.
+A program that is killed while it writes leaves the previous file as it was. The next program on the
+same host that writes the file deletes what was left (`NAME.HOST.PID.part`, beside the target).
 """
 
 import contextlib
+import glob
 import json
 import os
 import pathlib
+import re
 import shutil
-import socket
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+
+from vla_jax import processes
 
 Path = str | os.PathLike[str]
 
@@ -32,8 +35,12 @@ def replacing(path: Path) -> Iterator[pathlib.Path]:
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.part")
-    _delete(part)
+    prefix = f"{path.name}.{_host()}."
+    part = path.with_name(f"{prefix}{os.getpid()}.part")
+    for left in path.parent.glob(f"{glob.escape(prefix)}*.part"):
+        pid = left.name.removeprefix(prefix).removesuffix(".part")
+        if left == part or (pid.isdecimal() and processes.start_of(int(pid)) is None):
+            _delete(left)
     try:
         yield part
         if path.is_dir():
@@ -124,6 +131,12 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines]
     except ValueError as error:
         raise ValueError(f"{path} has a damaged line ({error}); delete that line.") from error
+
+
+def _host() -> str:
+    """Returns a name of all processes that this one sees; containers may share a host's name."""
+    host, namespace = processes.place()
+    return f"{host}{re.sub(r'[^0-9]', '', namespace)}"
 
 
 def _delete(path: pathlib.Path) -> None:

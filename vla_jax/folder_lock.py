@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from vla_jax import processes
 from vla_jax.files import Path
 
 _TOUCH_EVERY = 15.0  # s
@@ -124,8 +125,8 @@ def _touch(path: pathlib.Path, end: threading.Event) -> None:
 
 def _is_alive(path: pathlib.Path, holder: Holder | None) -> bool:
     """Returns True unless the process of a lock has certainly ended, or is silent for long."""
-    if holder is not None and (holder.host, holder.pid_namespace) == _place():
-        started = _start_of(holder.pid)
+    if holder is not None and (holder.host, holder.pid_namespace) == processes.place():
+        started = processes.start_of(holder.pid)
         return started is not None and started == holder.started
     with contextlib.suppress(OSError):
         return time.time() - path.stat().st_mtime < _SILENCE
@@ -134,31 +135,9 @@ def _is_alive(path: pathlib.Path, holder: Holder | None) -> bool:
 
 def _this_process() -> Holder:
     pid = os.getpid()
-    host, namespace = _place()
+    host, namespace = processes.place()
     now = time.strftime("%Y-%m-%d %H:%M:%S")
-    return Holder(host, pid, namespace, _start_of(pid) or "", now)
-
-
-def _place() -> tuple[str, str]:
-    """Returns host and PID namespace, within which processes see each other."""
-    with contextlib.suppress(OSError):  # no /proc outside Linux
-        return socket.gethostname(), os.readlink("/proc/self/ns/pid")
-    return socket.gethostname(), ""
-
-
-def _start_of(pid: int) -> str | None:
-    """Returns when a process started; "" if that is unknown, None if there is no such process."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except (OSError, OverflowError):  # of another user
-        pass
-    with contextlib.suppress(OSError, IndexError):
-        stat = pathlib.Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-        fields = stat.rpartition(")")[2].split()  # the name before it may hold spaces
-        return None if fields[0] == "Z" else fields[19]  # a zombie has ended
-    return ""
+    return Holder(host, pid, namespace, processes.start_of(pid) or "", now)
 
 
 def _read(path: pathlib.Path) -> str | None:

@@ -129,7 +129,7 @@ def again(job: Job, folders: dict[str, str], expected: dict[str, str]) -> tuple[
 
 def main() -> None:
     """Runs the jobs, and prints a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--jobs", nargs="*", default=list(JOBS), choices=list(JOBS))
     args = parser.parse_args()
     for name in args.jobs:

@@ -9,11 +9,11 @@ import sys
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parents[2]
-TEMPORARY = (".part", ".tmp", "orbax-checkpoint-tmp", ".lock")  # parts of names of unfinished files
+TEMPORARY = (".part", ".tmp", "orbax-checkpoint-tmp")  # parts of names of unfinished files
 # Keys of lines of JSON that depend on the clock, on the folder, or on how often a run was started.
 VARYING = {"steps_per_second", "data_wait", "latency", "run_dir", "dataset", "command"}
 # Files whose content depends on the clock or on the place of the folder.
-NOT_COMPARED = ("index.html", "config.json", "_CHECKPOINT_METADATA", ".parquet.crc")
+NOT_COMPARED = ("index.html", "config.json", "hashes.json", "commit_success.txt", ".lock")
 
 
 class Job(NamedTuple):
@@ -100,15 +100,12 @@ def temporary(folder: pathlib.Path) -> list[str]:
 
 def contents(folder: pathlib.Path) -> dict[str, str]:
     """Returns relative path -> hash of everything that must be equal in two runs."""
-    found = {}
+    items = [path.parent for path in folder.rglob("_METADATA")]  # arrays that Orbax wrote
+    found = {str(item.relative_to(folder)): arrays(item) for item in items}
     for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        if not path.is_file() or path.name in NOT_COMPARED or "checkpoints/" in name:
-            continue
-        found[name] = digest(path)
-    steps = [int(path.name) for path in folder.glob("checkpoints/[0-9]*") if path.name.isdigit()]
-    if steps:
-        found[f"checkpoints/{max(steps)}"] = arrays(folder / "checkpoints" / str(max(steps)))
+        is_orbax = "checkpoints" in path.parts or any(item in path.parents for item in items)
+        if path.is_file() and not is_orbax and path.name not in NOT_COMPARED:
+            found[str(path.relative_to(folder))] = digest(path)
     return found
 
 
@@ -128,18 +125,16 @@ def steady(data: object) -> object:
     return [steady(value) for value in data] if isinstance(data, list) else data
 
 
-def arrays(step: pathlib.Path) -> str:
-    """Returns a hash of all arrays of a checkpoint, read by Orbax alone."""
+def arrays(item: pathlib.Path) -> str:
+    """Returns a hash of all arrays in a folder, read by Orbax alone."""
     import jax
     import numpy as np
     import orbax.checkpoint as ocp
+    from etils import epath
 
-    (item,) = (path.parent for path in step.rglob("_METADATA") if path.parent != step)
     reader = ocp.PyTreeCheckpointer()
-    plain = jax.tree.map(
-        lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
-        reader.metadata(item.absolute()).item_metadata.tree,
-    )
+    tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(item)).tree
+    plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
     restored = reader.restore(item.absolute(), restore_args=plain)
     whole = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(restored):

@@ -83,7 +83,7 @@ def run_job(job: Job, kills: int, rng: random.Random) -> Result:
 
 def main() -> None:
     """Runs the jobs, and prints a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--jobs", nargs="*", default=list(JOBS), choices=list(JOBS))
     parser.add_argument("--kills", type=int, default=20, help="kills of each job")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
