@@ -127,7 +127,7 @@ def test_equal_seeds_give_equal_results(tmp_path):
         (
             "nan",
             ValueError,
-            "reward must be finite, got nan in seed 0 before update 4; .* is kept",
+            "reward must be finite, got nan in seed 0 at update [34]; .* is kept: fix the env",
         ),
     ],
 )

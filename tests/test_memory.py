@@ -83,3 +83,9 @@ def test_the_same_seed_gives_the_same_results():
 def test_a_wrong_config_is_refused(fields, sentence):
     with pytest.raises(ValueError, match=sentence):
         MemoryConfig(**fields)
+
+
+def test_a_training_whose_params_are_not_finite_is_refused():
+    config = dataclasses.replace(TINY, learning_rate=1e38)
+    with pytest.raises(ValueError, match="NaN or infinity in min_gru on adding of 5 steps before"):
+        memory.learn(config, "adding", "min_gru", 5)

@@ -166,13 +166,22 @@ def learn(
     state, errors = (params, _optimizer(config).init(params)), []
     for block in range(_num_blocks(config, name)):
         key = jax.random.fold_in(data_key, block)
-        state, block_errors = _train(state, key, num_steps, config, task, net, length)
+        state, block_errors, is_finite = _train(state, key, num_steps, config, task, net, length)
+        _check_finite(is_finite, f"{cell} on {name} of {length} steps", block)
         errors.append(float(jnp.mean(block_errors)))
         if errors[-1] < task.solved / 2:
             break
     error = float(_test(state[0], test_key, num_steps, config, task, net, length))
     seconds = time.perf_counter() - began
     return TaskResult(name, cell, length, errors, error, BLOCK * len(errors), seconds), state[0]
+
+
+def _check_finite(is_finite: jax.Array, training: str, block: int) -> None:
+    if not jnp.all(is_finite):
+        raise ValueError(
+            f"params must be finite, got NaN or infinity in {training} before update "
+            f"{BLOCK * (block + 1)}; lower --learning-rate or --max-grad-norm."
+        )
 
 
 def learn_windows(config: MemoryConfig, cell: CellName) -> list[float]:
@@ -183,12 +192,13 @@ def learn_windows(config: MemoryConfig, cell: CellName) -> list[float]:
     state, windows = (params, _optimizer(config).init(params)), jnp.array(config.windows)
     state = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(windows)), state)
 
-    def train(state: Any, window: Array, key: Key) -> tuple[Any, jax.Array]:
+    def train(state: Any, window: Array, key: Key) -> tuple[Any, jax.Array, jax.Array]:
         return _train(state, key, window, config, task, net, delay)
 
     for block in range(_num_blocks(config, "recall")):
         key = jax.random.fold_in(data_key, block)
-        state, _ = jax.vmap(train, (0, 0, None))(state, windows, key)
+        state, _, is_finite = jax.vmap(train, (0, 0, None))(state, windows, key)
+        _check_finite(is_finite, f"{cell} on recall with windows", block)
 
     def test(params: Params, window: Array) -> jax.Array:
         return _test(params, test_key, window, config, task, net, delay)
@@ -284,8 +294,11 @@ def _name(cell: str) -> str:
 def _train(
     state: tuple, key: Key, window: Array | int, config: MemoryConfig, task: Task,
     net: RecurrenceConfig, length: int,
-) -> tuple[tuple, jax.Array]:  # fmt: skip
-    """Runs `BLOCK` updates; returns params, optimiser state, and the errors `[BLOCK]`."""
+) -> tuple[tuple, jax.Array, jax.Array]:  # fmt: skip
+    """Runs `BLOCK` updates.
+
+    Returns params and optimiser state, the errors `[BLOCK]`, and whether the params are finite.
+    """
     optimizer = _optimizer(config)
 
     def on_chunk(training: tuple, chunk: dict) -> tuple[tuple, jax.Array]:
@@ -307,7 +320,9 @@ def _train(
         training, errors = jax.lax.scan(on_chunk, training, chunks)
         return training[:2], jnp.sum(errors)  # the errors of all but the last chunk are 0
 
-    return jax.lax.scan(update, state, jnp.arange(BLOCK))
+    state, errors = jax.lax.scan(update, state, jnp.arange(BLOCK))
+    leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(state[0])]
+    return state, errors, jnp.all(jnp.stack(leaves))
 
 
 @partial(jax.jit, static_argnums=(3, 4, 5, 6))

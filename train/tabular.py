@@ -104,13 +104,19 @@ def _success_of_table(
         return train_table(config, deep, env_config, key=key)
 
     keys = jax.random.split(jax.random.key(deep.seed), deep.seeds.num_seeds)
-    return np.asarray(jax.jit(jax.vmap(train_seed))(keys)["success"])
+    metrics = jax.device_get(jax.jit(jax.vmap(train_seed))(keys))
+    if not metrics["is_finite"].all():
+        raise ValueError(
+            f"the values of the table must be finite, got NaN or infinity with step_size "
+            f"{config.step_size} and {env_config.num_obstacles} obstacles; lower --step-size."
+        )
+    return np.asarray(metrics["success"])
 
 
 def train_table(
     config: TabularConfig, deep: SarsaConfig, env_config: GridConfig, *, key: Key
 ) -> Metrics:
-    """Returns "return" and "success" `[]` of a table trained by SARSA, for one seed."""
+    """Returns "return", "success" and "is_finite" `[]` of a table trained by SARSA by one seed."""
     env = grid.make(replace(env_config, observation="index"))
     rows = min(grid.num_states(env_config), config.max_rows)
     start_key, update_key, report_key = jax.random.split(key, 3)
@@ -125,7 +131,7 @@ def train_table(
     state, _ = jax.lax.scan(update, state, jnp.arange(deep.loop.num_updates))
     policy = _make_policy(state.q, env.num_actions, 0.0)
     rollout = actor.play(env, policy, deep.seeds.report_episodes, {}, key=report_key)
-    return actor.episode_metrics(rollout)
+    return {**actor.episode_metrics(rollout), "is_finite": jnp.all(jnp.isfinite(state.q))}
 
 
 def _update(

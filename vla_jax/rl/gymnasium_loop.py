@@ -30,18 +30,18 @@ from vla_jax.rl.learner import (
 from vla_jax.rl.learning_loop import (
     Keys,
     LearningResult,
-    describe_latest,
+    Run,
     first_state,
     make_keys,
     make_result,
     run_updates,
 )
+from vla_jax.training import finite
 from vla_jax.training.loop import LoopConfig
 from vla_jax.training.optim import OptimConfig
 from vla_jax.training.update import TrainState, Update
 from vla_jax.types import Array, Key, Metrics, Params
 
-Run = Callable[[LearnState, int, int], tuple[LearnState, Metrics]]  # (state, start, stop)
 Evaluate = Callable[[Params, Key, int], Metrics]  # (params, key, num_episodes) -> metrics [1]
 
 
@@ -95,7 +95,7 @@ def learn(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_naming_the_last_checkpoint(run_dir))
         train_envs, eval_envs = (open_envs(env_config, config.num_envs, stack) for _ in range(2))
-        init, update = _make_training(train_envs, algorithm, config, optim_config, loop.num_updates)
+        init, update = _make_training(train_envs, algorithm, config, optim_config, loop)
         state, step = first_state(run_dir, init(keys.init))
         if step:
             print(f"{name} resumes after update {step}, with new episodes.")
@@ -114,7 +114,9 @@ def _naming_the_last_checkpoint(run_dir: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except EpisodeError as error:
-        raise RuntimeError(f"{error}; fix the environment; {describe_latest(run_dir)}.") from error
+        raise RuntimeError(
+            f"{error}; fix the environment; {finite.describe_latest(run_dir)}."
+        ) from error
 
 
 def _make_training(
@@ -122,12 +124,19 @@ def _make_training(
     algorithm: Algorithm,
     config: SeedsConfig,
     optim_config: OptimConfig,
-    num_updates: int,
+    loop: LoopConfig,
 ) -> tuple[Callable[[Key], LearnState], Update]:
     """Returns `init(key)` of the state, and the compiled update by one rollout."""
     env = group.envs[0]
     num_actions, shape = int(env.action_space.n), env.observation_space.shape
-    init_params, update = make_training(algorithm, shape, num_actions, optim_config, num_updates)
+    init_params, update = make_training(
+        algorithm,
+        shape,
+        num_actions,
+        optim_config,
+        loop.num_updates,
+        skip_bad=loop.skip_bad_updates > 0,
+    )
 
     def init(key: Key) -> LearnState:
         params_key, actor_key = jax.random.split(key)
@@ -162,16 +171,16 @@ def _make_run(
         train_state, metrics = update(train_state, rollout, learn_key)
         return LearnState(train_state, next_actor, state.solved), metrics
 
-    def run(state: LearnState, start: int, stop: int) -> tuple[LearnState, Metrics]:
+    def run(state: LearnState, start: int, stop: int) -> tuple[LearnState, Metrics, Metrics]:
         metrics_of_updates = []
         for _ in range(start, stop):
             state, metrics = update_once(state)
             metrics_of_updates.append(metrics)
-        means = jax.tree.map(lambda *values: np.mean(values, keepdims=True), *metrics_of_updates)
+        updates = jax.tree.map(lambda *values: np.stack(values)[None], *metrics_of_updates)
         key = jax.random.fold_in(keys.evaluate, stop)
         evaluated = evaluate(acting_params(state), key, config.eval_episodes)
         solved = evaluated[config.solved_by] >= config.solved_at
-        return state._replace(solved=jnp.all(solved)), {**means, **evaluated, "solved": solved}
+        return state._replace(solved=jnp.all(solved)), updates, {**evaluated, "solved": solved}
 
     return run
 

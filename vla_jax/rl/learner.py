@@ -86,6 +86,8 @@ def make_learner(
     seeds: SeedsConfig,
     optim_config: OptimConfig,
     num_updates: int,
+    *,
+    skip_bad: bool = False,
 ) -> Learner:
     """Returns the learner of an algorithm in an environment.
 
@@ -95,13 +97,19 @@ def make_learner(
       seeds: number of environments, steps and evaluation episodes.
       optim_config: config of the optimiser; with `ema_decay` the EMA of the params is evaluated.
       num_updates: length of the training.
+      skip_bad: whether updates that are not finite are skipped, as for `update.make_update`.
 
     Raises:
       ValueError: the network reads objects of another size than the environment has.
     """
     _check_objects(env, algorithm.network)
     init_params, update_params = make_training(
-        algorithm, env.observation_shape, env.num_actions, optim_config, num_updates
+        algorithm,
+        env.observation_shape,
+        env.num_actions,
+        optim_config,
+        num_updates,
+        skip_bad=skip_bad,
     )
 
     def init(key: Key) -> LearnState:
@@ -144,6 +152,8 @@ def make_training(
     num_actions: int,
     optim_config: OptimConfig,
     num_updates: int,
+    *,
+    skip_bad: bool = False,
 ) -> tuple[Callable[[Key], TrainState], Update]:
     """Returns `init(key)` of the train state, and the update by one rollout.
 
@@ -153,6 +163,7 @@ def make_training(
       num_actions: number of discrete actions.
       optim_config: config of the optimiser.
       num_updates: length of the training.
+      skip_bad: whether updates that are not finite are skipped, as for `update.make_update`.
     """
     heads, ema_decay = algorithm.heads(num_actions), optim_config.ema_decay
 
@@ -163,7 +174,12 @@ def make_training(
     optimizer = optim.make_optimizer(optim_config, num_updates, shapes)
     freeze, train = optim_config.freeze, optim_config.train
     update_params = make_update(
-        algorithm.loss_fn, optimizer, ema_decay=ema_decay, freeze=freeze, train=train
+        algorithm.loss_fn,
+        optimizer,
+        ema_decay=ema_decay,
+        freeze=freeze,
+        train=train,
+        skip_bad=skip_bad,
     )
 
     def init(key: Key) -> TrainState:

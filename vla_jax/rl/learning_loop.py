@@ -17,14 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from vla_jax import stopping
 from vla_jax.evaluation import plots, results
 from vla_jax.rl.learner import Learner, LearnState, SeedsConfig, acting_params
 from vla_jax.runs import save_json
-from vla_jax.training import checkpoint, parallel
+from vla_jax.training import checkpoint, finite, parallel
 from vla_jax.training.logs import Logs, read_metrics
 from vla_jax.training.loop import LoopConfig
 from vla_jax.training.parallel import is_first_process
 from vla_jax.types import Key, Metrics, Params
+
+# (state, start, stop) -> state, metrics of the updates, metrics of the evaluation
+Run = Callable[[LearnState, int, int], tuple[LearnState, Metrics, Metrics]]
 
 
 class Keys(NamedTuple):
@@ -92,7 +96,7 @@ def learn(
     state = jax.device_put(state, _shardings(mesh))
     compiled = _compile(config, learner, mesh)
 
-    def run(state: LearnState, start: int, stop: int) -> tuple[LearnState, Metrics]:
+    def run(state: LearnState, start: int, stop: int) -> tuple[LearnState, Metrics, Metrics]:
         return compiled(state, keys, np.int32(stop), stop - start)
 
     state = run_updates(config, loop, run_dir, run, state, step, name=name)
@@ -124,7 +128,7 @@ def run_updates(
     config: SeedsConfig,
     loop: LoopConfig,
     run_dir: pathlib.Path,
-    run: Callable[[LearnState, int, int], tuple[LearnState, Metrics]],
+    run: Run,
     state: LearnState,
     step: int,
     *,
@@ -132,35 +136,68 @@ def run_updates(
 ) -> LearnState:
     """Returns the state at the end of the training; writes logs and checkpoints.
 
+    SIGTERM and Ctrl-C end it after the updates of one call of `run`, which are saved.
+
     Args:
       config: the criterion for stopping early.
       loop: number of updates, intervals of logs and checkpoints.
       run_dir: folder of the run.
-      run: `run(state, start, stop)` does the updates from `start` to `stop` and evaluates; its
-        metrics are `[num_seeds]`.
+      run: `run(state, start, stop)` does the updates from `start` to `stop` and evaluates; returns
+        the state, the metrics of all updates `[num_seeds, stop - start]`, and those of the
+        evaluation `[num_seeds]`.
       state: state after `step` updates.
       step: updates done so far.
       name: label of the progress bar.
 
     Raises:
-      ValueError: a reward, a loss or a gradient norm is not finite; the last checkpoint is kept.
+      ValueError: a reward, a loss, a gradient norm or a param is not finite; the last checkpoint is
+        kept.
+      KeyboardInterrupt: after Ctrl-C, when the last updates are saved.
+      SystemExit: after SIGTERM, when the last updates are saved.
     """
+    watch = finite.SeedsWatch(loop.skip_bad_updates, config.num_seeds)
+    if step:
+        saved = checkpoint.read_metadata(run_dir / "checkpoints")
+        watch.set_state(saved.get("skipped_updates"))
     with contextlib.ExitStack() as stack:
         checkpoints = checkpoint.open_checkpoints(run_dir / "checkpoints", keep=loop.keep)
         stack.callback(checkpoint.close, checkpoints)
         logs = None
         if is_first_process():
             logs = stack.enter_context(_open_logs(config, loop, run_dir, step, name))
+        stop = stack.enter_context(stopping.deferred(f"block of {loop.log_every} updates"))
         while not _is_done(loop, state, step):
             before, step = step, min(step + loop.log_every, loop.num_updates)
-            state, metrics = run(state, before, step)
-            _check_finite(metrics, step, run_dir)
+            state, updates, evaluated = run(state, before, step)
+            bad, means = watch.read(before, updates)
+            if bad is not None:
+                checkpoint.wait(checkpoints)
+                raise ValueError(finite.sentence(bad, run_dir, allowed=loop.skip_bad_updates))
+            metrics = {**means, **evaluated}
+            if loop.skip_bad_updates:
+                metrics["skipped_updates"] = watch.total
             if logs:
                 logs.advance(step)
                 logs.write(step, _scalars(metrics, config, step))
-            if _is_done(loop, state, step) or step // loop.save_every > before // loop.save_every:
-                checkpoint.save(checkpoints, step, state, {"name": name})
+            should_stop = parallel.any_process(stop.requested)
+            is_due = step // loop.save_every > before // loop.save_every
+            if should_stop or is_due or _is_done(loop, state, step):
+                _check_state(state, step, run_dir, checkpoints)
+                metadata = {"name": name, "skipped_updates": watch.get_state()}
+                checkpoint.save(checkpoints, step, state, metadata)
+            if should_stop:
+                checkpoint.wait(checkpoints)
+                stop.end(f"update {step} is saved in {run_dir}; the same command resumes")
     return state
+
+
+def _check_state(
+    state: LearnState, step: int, run_dir: pathlib.Path, checkpoints: checkpoint.Checkpoints
+) -> None:
+    path = finite.first_bad_leaf(state.train_state)
+    if path is not None:
+        checkpoint.wait(checkpoints)
+        raise ValueError(finite.leaf_sentence(path, step, run_dir))
 
 
 def _shardings(mesh: Mesh) -> LearnState:
@@ -178,7 +215,7 @@ def _compile(config: SeedsConfig, learner: Learner, mesh: Mesh) -> Callable[...,
         static_argnums=3,
         donate_argnums=0,
         in_shardings=(shardings, replicated, replicated),
-        out_shardings=(shardings, replicated),
+        out_shardings=(shardings, replicated, replicated),
     )
 
 
@@ -189,22 +226,22 @@ def _run_block(
     keys: Keys,
     stop: jax.Array,
     num_updates: int,
-) -> tuple[LearnState, Metrics]:
+) -> tuple[LearnState, Metrics, Metrics]:
     """Does `num_updates` updates of every seed, up to `stop`, and evaluates all seeds.
 
     Seeds that have stopped learning are evaluated on new episodes too: the success on the episodes
-    that stopped them is biased upwards. Metrics are `[num_seeds]`.
+    that stopped them is biased upwards. Returns the state, the metrics of the updates `[num_seeds,
+    num_updates]` and those of the evaluation `[num_seeds]`.
     """
 
-    def run_seed(state: LearnState, keys: Keys) -> tuple[LearnState, Metrics]:
+    def run_seed(state: LearnState, keys: Keys) -> tuple[LearnState, Metrics, Metrics]:
         state, metrics = jax.lax.scan(
             lambda state, _: _update(learner, keys.update, state), state, length=num_updates
         )
         key = jax.random.fold_in(keys.evaluate, stop)
         evaluated = learner.evaluate(acting_params(state), key)
         solved = state.solved | (evaluated[config.solved_by] >= config.solved_at)
-        means = {name: jnp.mean(values) for name, values in metrics.items()}
-        return state._replace(solved=solved), {**means, **evaluated, "solved": solved}
+        return state._replace(solved=solved), metrics, {**evaluated, "solved": solved}
 
     return jax.vmap(run_seed)(state, keys)
 
@@ -240,27 +277,6 @@ def _scalars(metrics: Metrics, config: SeedsConfig, step: int) -> dict[str, floa
         scalars |= {f"{name}/{i:02d}": float(value) for i, value in enumerate(arrays[name])}
     env_steps = step * config.num_steps * config.num_envs  # of each seed
     return {**scalars, "env_steps": float(env_steps)}
-
-
-def _check_finite(metrics: Metrics, step: int, run_dir: pathlib.Path) -> None:
-    """Raises, before anything is saved, if reward, loss or gradient norm is not finite."""
-    slower = "lower the learning rate"
-    remedies = {"reward": "fix the environment", "loss": slower, "grad_norm": slower}
-    for name, remedy in remedies.items():
-        bad = np.flatnonzero(~np.isfinite(np.asarray(metrics[name])))
-        if bad.size:
-            raise ValueError(
-                f"{name} must be finite, got {float(metrics[name][bad[0]])} in seed {bad[0]} "
-                f"before update {step}; {remedy}; {describe_latest(run_dir)}."
-            )
-
-
-def describe_latest(run_dir: pathlib.Path) -> str:
-    """Returns the end of an error message: the checkpoint that the training can resume from."""
-    latest = checkpoint.latest_step(run_dir / "checkpoints")
-    if latest is None:
-        return "no checkpoint was saved"
-    return f"the last checkpoint, at update {latest}, is kept"
 
 
 def make_result(config: SeedsConfig, state: LearnState, report: Metrics) -> LearningResult:

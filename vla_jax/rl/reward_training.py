@@ -93,7 +93,12 @@ def train_from_reward(config: RewardTraining, algorithm: Algorithm) -> pathlib.P
 def make(config: RewardTraining, algorithm: Algorithm) -> Learner:
     """Returns the learner of an algorithm in the JAX environment of a config."""
     return make_learner(
-        _make_env(config), algorithm, config.seeds, config.optim, config.loop.num_updates
+        _make_env(config),
+        algorithm,
+        config.seeds,
+        config.optim,
+        config.loop.num_updates,
+        skip_bad=config.loop.skip_bad_updates > 0,
     )
 
 

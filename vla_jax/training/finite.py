@@ -19,7 +19,8 @@ from vla_jax.training import checkpoint
 from vla_jax.types import Metrics
 
 PENDING = 100  # updates whose metrics are not checked yet, at most
-DECISIVE = ("loss", "grad_norm")  # metrics that must be finite; others only name the cause
+_REMEDIES = {"reward": "fix the environment and run the command again"}
+DECISIVE = ("reward", "loss", "grad_norm")  # must be finite; other metrics only name the cause
 
 
 class Bad(NamedTuple):
@@ -28,6 +29,7 @@ class Bad(NamedTuple):
     step: int  # number of the update, from 1
     name: str  # first of its metrics that is not finite
     value: float
+    seed: int | None = None  # index of the seed, where several train together
 
 
 class Skipped(NamedTuple):
@@ -89,17 +91,78 @@ class Watch:
         return None, last
 
 
+class SeedsWatch:
+    """Checks the metrics of all updates of seeds that train together."""
+
+    def __init__(self, allowed: int, num_seeds: int) -> None:
+        """Starts to watch.
+
+        Args:
+          allowed: bad updates in a row that are skipped; 0 = none.
+          num_seeds: number of seeds.
+        """
+        self._allowed = allowed
+        self._total = [0] * num_seeds
+        self._in_a_row = [0] * num_seeds
+
+    def read(self, start: int, updates: Metrics) -> tuple[Bad | None, dict[str, np.ndarray]]:
+        """Waits for some updates, and checks them.
+
+        Args:
+          start: updates done before them.
+          updates: metrics `[num_seeds, n]` of n updates.
+
+        Returns:
+          The first update at which the training must stop, or None; and the mean of every metric
+          `[num_seeds]` over the updates that are finite.
+        """
+        values = {name: np.asarray(each, np.float64) for name, each in updates.items()}
+        is_good = np.all([np.isfinite(values[n]) for n in DECISIVE if n in values], axis=0)
+        for index, seed in np.ndindex(is_good.T.shape):  # in the order of the updates
+            if is_good[seed, index]:
+                self._in_a_row[seed] = 0
+                continue
+            if self._in_a_row[seed] >= self._allowed:
+                at = {name: each[seed, index] for name, each in values.items()}
+                bad = bad_update(start + int(index) + 1, at)
+                return bad and bad._replace(seed=int(seed)), {}
+            self._in_a_row[seed] += 1
+            self._total[seed] += 1
+        means = {name: np.mean(each, 1, where=is_good) for name, each in values.items()}
+        return None, means
+
+    @property
+    def total(self) -> np.ndarray:
+        """Updates skipped so far `[num_seeds]`."""
+        return np.array(self._total)
+
+    def get_state(self) -> list[list[int]]:
+        """Returns the counts, JSON-serialisable."""
+        return [list(self._total), list(self._in_a_row)]
+
+    def set_state(self, state: list[list[int]] | None) -> None:
+        """Continues with the counts of `get_state`; None = 0, as in earlier versions."""
+        if state:
+            self._total, self._in_a_row = (list(counts) for counts in state)
+
+
 def bad_update(step: int, metrics: Mapping[str, Any]) -> Bad | None:
     """Returns what is not finite in an update; None if loss and gradient norm are finite.
 
     Args:
       step: number of the update.
-      metrics: of this update, on the host; the loss terms come before their sum.
+      metrics: of this update, on the host; a loss term is named before the loss.
     """
     if all(np.isfinite(metrics[name]) for name in DECISIVE if name in metrics):
         return None
-    name = next(name for name, value in metrics.items() if not np.isfinite(value))
+    name = min((name for name, value in metrics.items() if not np.isfinite(value)), key=_rank)
     return Bad(step, name, float(metrics[name]))
+
+
+def _rank(name: str) -> tuple[int, str]:
+    """Returns a sort key of a metric's name: a cause comes before what follows from it."""
+    order = {"reward": 0, "loss": 3, "grad_norm": 4}
+    return order.get(name, 1 if name.startswith("loss_") else 2), name
 
 
 def first_bad_leaf(tree: Any, mesh: Mesh | None = None) -> str | None:
@@ -134,11 +197,12 @@ def sentence(bad: Bad, run_dir: pathlib.Path, *, allowed: int = 0) -> str:
       allowed: bad updates in a row that were skipped before this one.
     """
     row = f", after {allowed} such updates in a row" if allowed else ""
+    where = "" if bad.seed is None else f" in seed {bad.seed}"
+    remedy = _REMEDIES.get(bad.name, "run the command again with a lower --learning-rate")
     option = "a higher --skip-bad-updates" if allowed else "--skip-bad-updates 10"
     return (
-        f"{bad.name} must be finite, got {bad.value} at update {bad.step}{row}; "
-        f"{describe_latest(run_dir)}: run the command again with a lower --learning-rate, or with "
-        f"{option}."
+        f"{bad.name} must be finite, got {bad.value}{where} at update {bad.step}{row}; "
+        f"{describe_latest(run_dir)}: {remedy}, or add {option}."
     )
 
 

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
-import numpy as np
 import optax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from vla_jax import stopping
@@ -203,7 +201,7 @@ def fit(
             watch.add(step, metrics)
             if _after_update(run, step, train_state, stop):
                 break
-        if _any_process(stop):
+        if parallel.any_process(stop.requested):
             if step:
                 _save(run, step, train_state)
                 checkpoint.wait(checkpoints)
@@ -255,7 +253,7 @@ def _after_update(run: _Run, step: int, train_state: TrainState, stop: Stop) -> 
             logs.write(step, {**values, **extra})
     if is_last or step % config.save_every == 0:
         _save(run, step, train_state)
-    return is_log and _any_process(stop)
+    return is_log and parallel.any_process(stop.requested)
 
 
 def _read_metrics(run: _Run) -> dict[str, Any]:
@@ -311,10 +309,3 @@ def _until(stop: Stop, batches: Iterator[Any]) -> Iterator[Any]:
                 return
             raise
         yield batch
-
-
-def _any_process(stop: Stop) -> bool:
-    """Returns True if a stop is requested in any process; all of them must call it."""
-    if jax.process_count() == 1:
-        return stop.requested
-    return bool(np.any(multihost_utils.process_allgather(np.array(stop.requested))))

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vla_jax import trees
@@ -56,6 +57,17 @@ def make_mesh(
 def is_first_process() -> bool:
     """Returns True in the one process that writes files and prints."""
     return jax.process_index() == 0
+
+
+def any_process(flag: bool) -> bool:
+    """Returns True if the flag is True in any process; all of them must call it.
+
+    Args:
+      flag: of this process.
+    """
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
 
 
 def make_shardings(tree: Any, mesh: Mesh, rules: ShardingRules = ()) -> Any:
