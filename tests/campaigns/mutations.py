@@ -5,7 +5,9 @@ that it raises itself, or read the set; every set that it reads although it has 
 """
 
 import collections
+import contextlib
 import hashlib
+import itertools
 import json
 import pathlib
 import shutil
@@ -125,6 +127,8 @@ def digest_of(value: Any) -> str:
 def read_everything(path: pathlib.Path) -> dict[str, str]:
     """Reads all numbers and texts of a data set, and the first and last images of every episode.
 
+    Blocks of episodes must be refused by a ValueError or hold what their episodes hold.
+
     Returns:
       Part -> hash of its content.
     """
@@ -138,6 +142,7 @@ def read_everything(path: pathlib.Path) -> dict[str, str]:
     parts["fps, lengths"] = [digest_of((source.fps, source.lengths.tolist()))]
     suggest = READERS[source.kind].fields
     parts["fields"] = [digest_of(suggest(source) if suggest else None)]
+    blocks = _read_blocks(source)
     for episode in source.episodes:
         parts["names"].append(episode.name)
         parts["instructions"].append(digest_of(list(episode.instructions)))
@@ -146,7 +151,25 @@ def read_everything(path: pathlib.Path) -> dict[str, str]:
             parts[key].append(digest_of(episode.columns[key]))
         for key, images in episode.images.items():
             parts[key].append(digest_of(images[[0, -1]]))
+    for start, stop, block in blocks:
+        episodes = source.episodes[start:stop]
+        texts = [block.texts[number] for number in block.text_index]
+        assert texts == [text for each in episodes for text in each.instructions]
+        times = np.concatenate([each.timestamps for each in episodes])
+        assert digest_of(block.timestamps) == digest_of(times)
+        for key, values in block.columns.items():
+            expected = np.concatenate([each.columns[key] for each in episodes])
+            assert digest_of(values) == digest_of(expected), key
     return {part: digest_of(values) for part, values in parts.items()}
+
+
+def _read_blocks(source: Any) -> list[tuple[int, int, Any]]:
+    """Returns first and last episode, and numbers, of the blocks that are not refused."""
+    blocks, ends = [], [] if source.blocks is None else source.blocks.ends.tolist()
+    for start, stop in itertools.pairwise([0, *ends]):
+        with contextlib.suppress(ValueError):
+            blocks.append((start, stop, source.blocks.read(start, stop, list(source.columns))))
+    return blocks
 
 
 def answer(
