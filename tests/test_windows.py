@@ -2,13 +2,14 @@
 
 import functools
 import pickle
+import tempfile
 
 import jax
 import numpy as np
 import pytest
 
 from vla_jax.backbones import word_hashing
-from vla_jax.data import dataset, normalize, windows
+from vla_jax.data import dataset, normalize, shared_arrays, windows
 from vla_jax.data.instruction_table import instruction_table
 from vla_jax.data.window_index import window_index
 from vla_jax.data.windows import WindowConfig, Windows
@@ -173,6 +174,30 @@ def test_windows_are_pickled_without_copying_memory_maps(data, tmp_path):
             ours, theirs = getattr(before.observation, name), getattr(after.observation, name)
             np.testing.assert_array_equal(ours, theirs)
         jax.tree.map(np.testing.assert_array_equal, before.tokens, after.tokens)
+
+
+def test_windows_are_pickled_without_copying_large_arrays(data, monkeypatch, tmp_path):
+    monkeypatch.setattr(shared_arrays, "MIN_BYTES", 1)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    source = make_source(data)
+    packed = pickle.dumps(source)
+    assert len(packed) == len(pickle.dumps(source))
+    assert len(list(tmp_path.iterdir())) == 4  # action, proprio, images, index of the instructions
+    there = pickle.loads(pickle.dumps(pickle.loads(packed)))  # a map is not written again
+    assert isinstance(there.dataset.columns["action"], np.memmap)
+    assert len(list(tmp_path.iterdir())) == 4
+    before, after = (jax.tree.leaves(each[np.arange(15)]) for each in (source, there))
+    for ours, theirs in zip(before, after, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    del source
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_space_for_a_file_arrays_are_copied(data, monkeypatch, tmp_path):
+    monkeypatch.setattr(shared_arrays, "MIN_BYTES", 1)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    there = pickle.loads(pickle.dumps(make_source(data)))
+    assert not isinstance(there.dataset.columns["action"], np.memmap)
 
 
 def test_windows_keep_no_second_copy_of_the_numbers(data):

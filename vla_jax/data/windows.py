@@ -15,11 +15,11 @@ from vla_jax.data.dataset import (
     ACTION_MASK,
     COLUMNS,
     Dataset,
-    Frames,
     digest,
     instruction_starts,
 )
 from vla_jax.data.instruction_table import InstructionTable, Tokenize, instruction_table
+from vla_jax.data.shared_arrays import SharedArrays, attach
 from vla_jax.data.window_index import window_index
 from vla_jax.types import Array, Batch, Tokens, make_observation
 
@@ -220,6 +220,7 @@ class Windows:
             "instructions": digest(self.instructions.ids[given]),
         }
 
+        self._shared = SharedArrays()
         self.sizes = (int(self.index.ends[-1]),)
         self.weights = (1.0,)
         self.names = ()
@@ -244,42 +245,29 @@ class Windows:
         return normalize.normalize_field(name, values, self.norm_stats[name], self.methods)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns memory maps as file references, so that worker processes share their pages."""
-        frames = {name: _detach(array) for name, array in self.dataset.frames.items()}
-        return {
-            **self.__dict__,
-            "dataset": self.dataset._replace(frames=frames),
-            "tokens": _map_tokens(_detach, self.tokens),
-        }
+        """Returns large arrays as file references, so that worker processes share their pages."""
+        state = {name: value for name, value in self.__dict__.items() if name != "_shared"}
+        return _map_arrays(self._shared.detach, state)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Opens the memory maps again."""
-        dataset = state["dataset"]
-        frames = {name: _attach(item) for name, item in dataset.frames.items()}
-        self.__dict__.update(
-            {
-                **state,
-                "dataset": dataset._replace(frames=frames),
-                "tokens": _map_tokens(_attach, state["tokens"]),
-            }
-        )
+        """Maps the arrays in files."""
+        self.__dict__.update({**_map_arrays(attach, state), "_shared": SharedArrays()})
 
 
-def _detach(array: Frames | None) -> Any:
-    if isinstance(array, np.memmap):
-        return array.filename, array.dtype, array.offset, array.shape
-    return array
-
-
-def _attach(item: Any) -> np.ndarray | None:
-    if isinstance(item, tuple):
-        filename, dtype, offset, shape = item
-        return np.memmap(filename, dtype, "r", offset, shape)
-    return item
-
-
-def _map_tokens(function: Callable[[Any], Any], tokens: Tokens | None) -> Tokens | None:
-    return None if tokens is None else Tokens(*map(function, tokens))
+def _map_arrays(function: Callable[[Any], Any], state: dict[str, Any]) -> dict[str, Any]:
+    """Returns the state of `Windows` with a function applied to what grows with the frames."""
+    dataset, instructions = state["dataset"], state["instructions"]
+    tokens = state["tokens"]
+    return {
+        **state,
+        "dataset": dataset._replace(
+            columns={name: function(column) for name, column in dataset.columns.items()},
+            frames={name: function(frames) for name, frames in dataset.frames.items()},
+            instruction_index=function(dataset.instruction_index),
+        ),
+        "instructions": instructions._replace(index=function(instructions.index)),
+        "tokens": None if tokens is None else Tokens(*map(function, tokens)),
+    }
 
 
 def _identity(
