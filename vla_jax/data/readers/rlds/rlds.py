@@ -23,6 +23,7 @@ from vla_jax.data.readers.rlds.rlds_layout import (
     read_version,
     version_folders,
 )
+from vla_jax.data.readers.rlds.rlds_values import FEATURE_KINDS
 from vla_jax.data.readers.rlds.tf_features import TfFeature, read_features
 
 __all__ = ["episode_metadata", "fields", "open", "probe"]
@@ -102,9 +103,9 @@ def _chosen(version: Version, split: str | None) -> list[Split]:
 def _step_sizes(version: Version, steps: Mapping[str, TfFeature]) -> dict[str, int]:
     """Returns keys that tell the number of steps -> values per step; numbers before texts."""
     sizes = {}
-    for kind in ("number", "text", "image", "array"):
+    for kind, member in FEATURE_KINDS.items():
         for key, feature in steps.items():
-            shape = (*feature.outer, *(feature.shape if kind in ("number", "text") else ()))
+            shape = feature.outer if member.is_bytes else (*feature.outer, *feature.shape)
             size = int(np.prod(shape, dtype=np.int64))
             if feature.kind == kind and not feature.is_dynamic and -1 not in shape and size > 0:
                 sizes[key] = size
