@@ -50,6 +50,7 @@ def expected_actions(raw, visible):
         name: (getattr(raw, name) - stats[name].mean) / stats[name].std
         for name in ("proprio", "environment_state")
     }
+    inputs["column_mask"] = raw.column_mask
     inputs["instruction"] = np.where(np.array(visible)[None, :, None], raw.instruction, 0)
     chunk = policy.apply(tiny_run.params(), tiny_run.AGENT.policy, Observation(**inputs))
     low, high = stats["action"].min[:6], stats["action"].max[:6]
@@ -174,3 +175,14 @@ def test_a_policy_of_a_mixture_acts_on_a_robot_with_fewer_numbers(raw):
     whole = play(tiny_run.AGENT, raw._replace(proprio=padded))
     actions = play(tiny_run.AGENT, small, norm_stats=own)
     np.testing.assert_allclose(actions, whole[..., [0, 1, 2, 6]], rtol=1e-5, atol=1e-6)
+
+
+def test_a_robot_without_proprio_acts_as_the_window_with_its_proprio_masked(raw):
+    stats = {name: each for name, each in tiny_run.norm_stats().items() if name != "proprio"}
+    config = dataclasses.replace(tiny_run.AGENT, missing_parts=("proprio",))
+    actions = play(config, raw._replace(proprio=None), norm_stats=stats)
+    nothing = {"proprio": np.zeros(raw.proprio.shape, bool)}
+    masked = raw._replace(proprio=np.full_like(raw.proprio, np.nan), column_mask=nothing)
+    visible = [True, *[False] * (T - 1)]
+    np.testing.assert_allclose(actions, expected_actions(masked, visible), rtol=1e-4, atol=1e-5)
+    assert np.abs(actions - play(tiny_run.AGENT, raw)).max() > 1e-3

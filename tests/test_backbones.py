@@ -152,6 +152,35 @@ def test_a_camera_without_an_image_does_not_reach_the_tokens(kind, camera):
     assert np.abs(tokens[1] - changed[1]).max() > 1e-4
 
 
+@pytest.mark.sampled
+@pytest.mark.parametrize(
+    ("kind", "name"), [*((kind, "proprio") for kind in PARTS), ("state", "environment_state")]
+)
+def test_numbers_that_a_robot_lacks_do_not_reach_the_tokens(kind, name):
+    """Row 0 lacks all numbers of the column, row 1 all but two, row 2 none."""
+    observation = observe(kind)
+    values = getattr(observation, name)
+    real = np.arange(values.shape[-1]) < np.array([0, 2, values.shape[-1]])[:, None]
+    apply = functools.partial(compiled(kind), params(kind), CONFIGS[kind])
+    tokens, changed, whole = (
+        apply(observation._replace(**{name: each}, column_mask=mask and {name: real}))
+        for each, mask in (
+            (values, True),
+            (np.where(real, values, np.nan), True),
+            (np.where(real, values, 0), None),
+        )
+    )
+    jax.tree.map(np.testing.assert_array_equal, tokens, changed)
+    np.testing.assert_array_equal(tokens.mask[1:], True)
+    assert (~tokens.mask[0]).sum() == 1  # the token of the column, which is 0
+    np.testing.assert_array_equal(tokens.tokens[0][~tokens.mask[0]], 0)
+    # a missing number is not in the linear map
+    np.testing.assert_allclose(tokens.tokens[1:], whole.tokens[1:], rtol=1e-5, atol=1e-5)
+    wrong = observation._replace(column_mask={name: real[:, :1]})
+    with pytest.raises(ValueError, match=rf"column_mask of {name} must be \[3, \d+\] as its"):
+        apply(wrong)
+
+
 @with_hashed_words
 def test_an_empty_instruction_gives_the_learned_silence_token(kind):
     without_words = observe(kind)._replace(instruction=np.zeros((B, S), np.int32))

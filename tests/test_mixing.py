@@ -79,6 +79,12 @@ def test_every_window_is_that_of_its_part_padded_and_masked(parts):
         np.testing.assert_array_equal(batch.action_dims[row], np.tile(dims, (3, 1)))
         np.testing.assert_array_equal(batch.action[row][..., ~dims], 0)
         np.testing.assert_array_equal(batch.timestep_mask[row], own.timestep_mask)
+        own_proprio = own.observation.proprio
+        given = 0 if own_proprio is None else own_proprio.shape[-1]
+        assert (batch.observation.column_mask["proprio"][row] == (np.arange(5) < given)).all()
+        np.testing.assert_array_equal(batch.observation.proprio[row][..., given:], 0)
+        if own_proprio is not None:
+            np.testing.assert_array_equal(batch.observation.proprio[row][..., :given], own_proprio)
         for camera, images in cameras.items():
             own_images = get_images(own.observation).get(camera)
             present = own_images is not None
@@ -93,6 +99,7 @@ def test_a_mixture_of_equal_robots_needs_no_masks():
     ]
     batch = Mixed(dict(zip("ab", windows, strict=True)))[np.array([0, 1])]
     assert batch.observation.image_mask is None
+    assert batch.observation.column_mask is None
     assert batch.action_dims.all()
 
 

@@ -12,7 +12,11 @@ import tiny_demos
 import tiny_run
 
 from vla_jax import backbones, runs
+from vla_jax.acting import mixture_robots
 from vla_jax.acting.agent import AgentConfig, read_instruction
+from vla_jax.acting.mixture_robots import MixtureRobot
+from vla_jax.actions.action_layout import ActionLayout
+from vla_jax.evaluate import EvaluateConfig, evaluate
 from vla_jax.policies import policy
 from vla_jax.training import checkpoint
 
@@ -156,7 +160,7 @@ def test_a_written_run_can_be_read(folder, tmp_path):
     again = runs.load_run(folder)
     assert (again.agent, again.world) == (run.agent, run.world)
     jax.tree.map(np.testing.assert_array_equal, again.norm_stats, run.norm_stats)
-    assert metadata.keys() == {"config", "agent", "norm_stats", "part_stats", "files"}
+    assert metadata.keys() == {"config", "agent", "norm_stats", "robots", "files"}
 
 
 def test_a_run_holds_a_copy_of_its_tokenizer(tmp_path, monkeypatch):
@@ -192,3 +196,34 @@ def test_a_run_holds_a_copy_of_its_tokenizer(tmp_path, monkeypatch):
         FileNotFoundError, match=r"model/tokenizer\.json is missing, which backbone"
     ):
         runs.write_acting(tmp_path / "other", agent, tiny_run.norm_stats(), None)
+
+
+def test_the_robot_of_a_mixture_is_chosen_when_a_run_is_loaded(folder):
+    stats = {name: each for name, each in tiny_run.norm_stats().items() if name != "proprio"}
+    layout = ActionLayout(4, (0,), -1.0, 2.0)
+    robots = {
+        "arm": MixtureRobot(tiny_run.norm_stats(), ActionLayout(7, (6,)), ()),
+        "small.v2": MixtureRobot(stats, layout, ()),
+    }
+    with pytest.raises(ValueError, match=r"robot must be None for .* one data set, got 'arm'"):
+        runs.load_run(folder, robot="arm")
+    mixture_robots.write(folder, {"arm": robots["arm"]})
+    assert runs.load_run(folder).robot == "arm"  # the only one
+    mixture_robots.write(folder, robots)
+    run = runs.load_run(folder, robot="small.v2")
+    assert run.robot == "small.v2"
+    assert run.agent == dataclasses.replace(
+        tiny_run.AGENT, action_layout=layout, missing_parts=("proprio",)
+    )
+    jax.tree.map(np.testing.assert_array_equal, run.norm_stats, stats)
+    for wrong, got in ((None, "none"), ("large", "'large'")):
+        with pytest.raises(ValueError, match=rf"robot must be one of arm, small.v2, .* got {got}"):
+            runs.load_run(folder, robot=wrong)
+    jax.tree.map(np.testing.assert_array_equal, runs.load_params(folder), run.params)
+    with pytest.raises(ValueError, match="got none; choose with --robot"):
+        evaluate(folder, EvaluateConfig(num_episodes=1))
+    with pytest.raises(ValueError, match=r"robot must be small.v2 as in the loaded run, got arm"):
+        evaluate(run, EvaluateConfig(robot="arm"))
+    (folder / "parts" / "arm.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"arm.json must have norm_stats, action_layout and"):
+        runs.load_run(folder, robot="arm")

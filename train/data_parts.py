@@ -7,9 +7,10 @@ from typing import NamedTuple
 from train.configs import ImitateConfig
 from train.mixture_file import read_mixture
 from train.setup import check_action_dim, compute_norm_stats, read_dataset
+from vla_jax.acting.mixture_robots import MixtureRobot
 from vla_jax.backbones import registry
+from vla_jax.backbones.registry import BackboneConfig
 from vla_jax.data.dataset import Dataset
-from vla_jax.data.mixing import NUMBERS
 from vla_jax.data.normalize import NormStats
 from vla_jax.data.readers import reader
 from vla_jax.types import Observation
@@ -23,6 +24,11 @@ class DataPart(NamedTuple):
     config: ImitateConfig  # of the training, with this data set
     dataset: Dataset
     norm_stats: dict[str, NormStats]
+
+    @property
+    def robot(self) -> MixtureRobot:
+        """What acting on the robot of the data set needs."""
+        return MixtureRobot(self.norm_stats, self.dataset.action_layout, tuple(self.dataset.frames))
 
 
 def read_parts(config: ImitateConfig) -> list[DataPart]:
@@ -43,28 +49,27 @@ def read_parts(config: ImitateConfig) -> list[DataPart]:
         data = read_dataset(own, partial=bool(config.mixture))
         parts.append(DataPart(name, weight, own, data, compute_norm_stats(own, data)))
     if config.mixture:
-        _check_sizes(config, [part.dataset for part in parts])
+        datasets = [part.dataset for part in parts]
+        check_action_dim(config, max(each.columns["action"].shape[1] for each in datasets))
+        check_column_sizes(config.agent.policy.backbone, datasets, config.mixture)
     return parts
 
 
-def _check_sizes(config: ImitateConfig, datasets: Sequence[Dataset]) -> None:
-    """Checks that the policy has the largest number of dimensions of all data sets.
+def check_column_sizes(backbone: BackboneConfig, datasets: Sequence[Dataset], mixture: str) -> None:
+    """Checks that a backbone reads as many numbers as the data set of a mixture with most of them.
 
     Raises:
-      ValueError: it has another number for actions, proprio or environment state.
+      ValueError: it has another number for proprio or environment state.
     """
-    columns = [dataset.columns for dataset in datasets]
-    check_action_dim(config, max(each["action"].shape[1] for each in columns))
-    backbone = config.agent.policy.backbone
     example = registry.get(backbone).example
     like = Observation() if example is None else example(backbone)
-    for name in NUMBERS:
+    for name, option in {"proprio": "proprio_dim", "environment_state": "state_dim"}.items():
         expected = getattr(like, name)
-        largest = max((each[name].shape[1] for each in columns if name in each), default=0)
+        columns = [each.columns[name] for each in datasets if name in each.columns]
+        largest = max((column.shape[1] for column in columns), default=0)
         if expected is not None and largest != expected.shape[-1]:
-            option = {"proprio": "proprio_dim", "environment_state": "state_dim"}[name]
             raise ValueError(
-                f"{option} must be the largest number of dimensions of {name} in {config.mixture}, "
+                f"{option} must be the largest number of dimensions of {name} in {mixture}, "
                 f"which is {largest}, got {expected.shape[-1]}; use "
                 f"--{option.replace('_', '-')} {largest}, or choose columns with feature_keys."
             )

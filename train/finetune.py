@@ -73,6 +73,7 @@ class FinetuneConfig:
     """Config of the fine-tuning of a cloned policy by REINFORCE."""
 
     init_from: str = ""  # run folder of train.imitate that holds the cloned policy
+    robot: str | None = None  # data set of a mixture whose robot acts; None without a mixture
     run_dir: str = "runs/finetune"  # output folder of the run
     noise: NoiseConfig = NoiseConfig()  # exploration noise on the actions
     gamma: float = 0.97  # discount factor per environment step, in [0, 1]
@@ -137,7 +138,7 @@ def finetune(config: FinetuneConfig) -> pathlib.Path:
     check_run(config.run_dir, config, overwrite=config.overwrite)
 
     # The cloned policy and its environment.
-    cloned = read_cloned(config.init_from)
+    cloned = read_cloned(config.init_from, robot=config.robot)
     episodes.check_memory(cloned.run.agent, config.seeds.num_steps)
     run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
 
@@ -158,11 +159,12 @@ def finetune(config: FinetuneConfig) -> pathlib.Path:
     return run_dir
 
 
-def read_cloned(run_dir: str) -> Cloned:
+def read_cloned(run_dir: str, *, robot: str | None = None) -> Cloned:
     """Reads a cloned policy with its environment.
 
     Args:
       run_dir: run folder of `train.imitate`.
+      robot: data set of a mixture whose robot acts; None without a mixture.
 
     Raises:
       FileNotFoundError: the folder, or one of its files, is missing.
@@ -170,7 +172,7 @@ def read_cloned(run_dir: str) -> Cloned:
     """
     if not run_dir:
         raise ValueError("init_from must name a run folder of train.imitate, got ''.")
-    run = load_run(run_dir)
+    run = load_run(run_dir, robot=robot)
     make_env = worlds.get(run.world.kind).make_env if run.world else None
     if run.world is None or make_env is None:
         known = [name for name, member in worlds.WORLDS.items() if member.make_env]

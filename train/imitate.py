@@ -24,18 +24,14 @@ from train.memory_check import check_memory
 from train.mixture import read_training_inputs
 from train.presets import IMITATE
 from train.setup import check, make_optim_config, make_start, param_shapes, sharding_rules
+from vla_jax.acting import mixture_robots
 from vla_jax.command_line import run
 from vla_jax.data.loader import Loader, WindowSource, make_loader
 from vla_jax.evaluation import plots
 from vla_jax.nn import scheduled_sampling
 from vla_jax.policies import heads, policy
 from vla_jax.policies.head import TeacherForcing
-from vla_jax.runs import (
-    make_metadata,
-    open_run,
-    write_acting,
-    write_part_stats,
-)
+from vla_jax.runs import make_metadata, open_run, write_acting
 from vla_jax.training import (
     auxiliary,
     captions,
@@ -66,14 +62,14 @@ def imitate(config: ImitateConfig) -> pathlib.Path:
     data = read_training_inputs(config)
     batches = make_batches(config, data.source)
     agent = replace(config.agent, action_layout=data.action_layout)
-    metadata = make_metadata(config, agent, data.norm_stats, data.part_stats)
+    metadata = make_metadata(config, agent, data.norm_stats, data.robots)
     if not config.overwrite:
         check_resume(pathlib.Path(config.run_dir), batches, metadata)
 
     # Run folder, with the frozen backbone, which no checkpoint repeats.
     run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
     write_acting(run_dir, agent, data.norm_stats, config.world)
-    write_part_stats(run_dir, data.part_stats)
+    mixture_robots.write(run_dir, data.robots)
     if data.frozen_params and is_first_process():
         checkpoint.add_frozen(run_dir / "checkpoints", data.frozen_params)
 

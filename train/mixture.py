@@ -14,6 +14,7 @@ from train.cache import frame_tokens
 from train.configs import ImitateConfig
 from train.data_parts import DataPart, read_parts
 from train.setup import make_windows
+from vla_jax.acting.mixture_robots import MixtureRobot
 from vla_jax.actions.action_layout import ActionLayout
 from vla_jax.data.loader import WindowSource
 from vla_jax.data.mixing import Mixed
@@ -28,7 +29,7 @@ class TrainingInputs(NamedTuple):
 
     source: WindowSource  # windows, or rows of packed episodes
     norm_stats: dict[str, NormStats]  # of the robot that acts: that of the first data set
-    part_stats: dict[str, dict[str, NormStats]]  # of every data set of a mixture; else empty
+    robots: dict[str, MixtureRobot]  # name -> robot of every data set of a mixture; else empty
     example: Batch  # one window `[1, W, ...]`, to plot
     action_names: tuple[str, ...]  # of that window; () if unknown
     fps: float  # of that window, Hz
@@ -68,7 +69,7 @@ def read_training_inputs(config: ImitateConfig) -> TrainingInputs:
     return TrainingInputs(
         source=source,
         norm_stats=first.norm_stats,
-        part_stats={part.name: part.norm_stats for part in parts if config.mixture},
+        robots={part.name: part.robot for part in parts if config.mixture},
         example=example,
         action_names=names,
         fps=first.dataset.fps,

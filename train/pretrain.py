@@ -14,10 +14,10 @@ camera resolves it well.
 """
 
 import pathlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,14 +25,19 @@ import numpy as np
 import optax
 from einops import rearrange
 
+from train.data_parts import check_column_sizes
+from train.mixture_file import read_mixture
 from vla_jax import config as configs
+from vla_jax.acting import mixture_robots
+from vla_jax.acting.mixture_robots import MixtureRobot
 from vla_jax.backbones import registry
 from vla_jax.backbones.perceiver import PerceiverConfig, image_spec
 from vla_jax.command_line import run
 from vla_jax.data import normalize
 from vla_jax.data.dataset import Dataset
 from vla_jax.data.image_augment import AugmentConfig
-from vla_jax.data.loader import LoaderConfig, make_loader
+from vla_jax.data.loader import LoaderConfig, WindowSource, make_loader
+from vla_jax.data.mixing import Mixed
 from vla_jax.data.normalize import NormalizeConfig, NormStats
 from vla_jax.data.readers import reader
 from vla_jax.data.readers.dataset_config import DatasetConfig, upgrade_config
@@ -53,10 +58,13 @@ class PretrainConfig:
 
     dataset: DatasetConfig = DatasetConfig()  # demonstrations with the target as a column
     run_dir: str = "runs/pretrain"  # output folder of the run
+    # JSON file with several data sets and their weights, in place of dataset; empty = one data set
+    mixture: str = ""
     target: Literal["environment_state", "proprio", "action"] = (
         "environment_state"  # column of the data set to regress from each frame
     )
-    reach: float = 0.04  # m, distance scale of the tool-relative targets; 0 = no such targets
+    # m, distance scale of the tool-relative targets; 0 = no such targets; a mixture has none
+    reach: float = 0.04
     backbone: PerceiverConfig = PerceiverConfig()  # image encoder to train
     normalize: NormalizeConfig = NormalizeConfig()  # normalisation method of each column
     augment: AugmentConfig = AugmentConfig()  # random image augmentation; none by default
@@ -88,16 +96,15 @@ def pretrain(config: PretrainConfig) -> pathlib.Path:
     # Check the settings before anything slow starts.
     loop.check(config.loop, config.optim, batch_size=config.loader.batch_size)
     check_run(config.run_dir, config, overwrite=config.overwrite)
-    reader.find_reader(config.dataset)
+    read_mixture(config.mixture, config.dataset)
     init = partial(init_params, backbone=config.backbone, num_targets=1)
     shapes = jax.eval_shape(init, jax.random.key(0))
     optim.make_optimizer(config.optim, config.loop.num_updates, shapes)  # checks its globs
 
     # Data: single frames.
-    dataset = read_dataset(config)
-    norm_stats = normalize.compute_norm_stats(dataset)
+    parts = read_parts(config)
     loader = make_loader(
-        make_frames(config, dataset, norm_stats),
+        make_source(config, parts),
         config.loader,
         augment=config.augment if config.augment_on == "host" else None,
         process_index=jax.process_index(),
@@ -105,7 +112,8 @@ def pretrain(config: PretrainConfig) -> pathlib.Path:
     )
 
     # Targets: the column, and its positions relative to the tool.
-    make_targets, num_targets = targets(config, dataset, norm_stats)
+    widest = max(parts, key=lambda part: part.dataset.columns[config.target].shape[1])
+    make_targets, num_targets = targets(config, widest.dataset, widest.norm_stats)
 
     # Model, loss, update.
     params_key, key = jax.random.split(jax.random.key(config.seed))
@@ -118,7 +126,8 @@ def pretrain(config: PretrainConfig) -> pathlib.Path:
             observation = device_augment.apply(key, batch.observation, config.augment)
             batch = batch._replace(observation=observation)
         predicted = read_out(params, config.backbone, batch)
-        expected, mask = make_targets(batch), batch.timestep_mask
+        expected = make_targets(batch)
+        mask = target_mask(batch, config.target, num_targets)
         loss = losses.masked_mean(optax.losses.huber_loss(predicted, expected, delta=1.0), mask)
         return loss, {"l1": losses.masked_mean(jnp.abs(predicted - expected), mask)}
 
@@ -131,12 +140,14 @@ def pretrain(config: PretrainConfig) -> pathlib.Path:
         train=config.optim.train,
         skip_bad=config.loop.skip_bad_updates > 0,
     )
-    statistics = normalize.to_json(norm_stats)
+    statistics = normalize.to_json(parts[0].norm_stats)
     metadata = {"config": configs.to_dict(config), "norm_stats": statistics}
     if not config.overwrite:
         check_resume(pathlib.Path(config.run_dir), loader, metadata)
     run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
     save_json(statistics, run_dir / "norm_stats.json")
+    if config.mixture:
+        mixture_robots.write(run_dir, {part.name: part.robot for part in parts})
     fit(
         config.loop,
         run_dir,
@@ -151,8 +162,44 @@ def pretrain(config: PretrainConfig) -> pathlib.Path:
     return run_dir
 
 
+class FramesPart(NamedTuple):
+    """One data set of the training."""
+
+    name: str  # "" if it is the only one
+    weight: float  # share of the batches, on any scale
+    dataset: Dataset
+    norm_stats: dict[str, NormStats]
+
+    @property
+    def robot(self) -> MixtureRobot:
+        """What acting on the robot of the data set needs."""
+        return MixtureRobot(self.norm_stats, self.dataset.action_layout, tuple(self.dataset.frames))
+
+
+def read_parts(config: PretrainConfig) -> list[FramesPart]:
+    """Reads the demonstrations, one data set or those of a mixture.
+
+    Raises:
+      ValueError: a data set has no target column, or they do not fit the backbone.
+    """
+    parts = []
+    for name, weight, dataset in read_mixture(config.mixture, config.dataset):
+        data = read_dataset(replace(config, dataset=dataset))
+        parts.append(FramesPart(name, weight, data, normalize.compute_norm_stats(data)))
+    if config.mixture:
+        datasets = [part.dataset for part in parts]
+        check_column_sizes(config.backbone, datasets, config.mixture)
+    return parts
+
+
+def make_source(config: PretrainConfig, parts: Sequence[FramesPart]) -> WindowSource:
+    """Returns the frames of all parts, to draw from."""
+    frames = {part.name: make_frames(config, part.dataset, part.norm_stats) for part in parts}
+    return Mixed(frames, [part.weight for part in parts]) if config.mixture else frames[""]
+
+
 def read_dataset(config: PretrainConfig) -> Dataset:
-    """Reads the demonstrations.
+    """Reads the demonstrations; those of a mixture may lack cameras.
 
     Raises:
       ValueError: the data set has no target column.
@@ -163,6 +210,7 @@ def read_dataset(config: PretrainConfig) -> Dataset:
         cameras=spec.cameras,
         image_size=(spec.height, spec.width),
         resampling=spec.resampling,
+        partial=bool(config.mixture),
     )
     if config.target not in dataset.columns:
         raise ValueError(
@@ -212,9 +260,11 @@ def targets(
     """Returns a function from a batch to targets `[B, W, num_targets]`, and `num_targets`.
 
     The first targets are the normalised column. If its dimensions are named as positions (`red.x`)
-    and proprio holds the tool's position (`x`), tanh((position - tool) / reach) follows.
+    and proprio holds the tool's position (`x`), tanh((position - tool) / reach) follows, except in
+    a mixture, where metres are other numbers in every data set.
     """
-    names = dataset.names.get(config.target, ()) if config.reach else ()
+    is_relative = config.reach and not config.mixture
+    names = dataset.names.get(config.target, ()) if is_relative else ()
     axes = {axis: index for index, axis in enumerate(dataset.names.get("proprio", ()))}
     dim_pairs = [(index, axes[name.partition(".")[2]]) for index, name in enumerate(names)
                  if name.partition(".")[2] in axes]  # fmt: skip
@@ -232,6 +282,17 @@ def targets(
         return jnp.concatenate([column, relative], axis=-1)
 
     return make_targets, len(norm_stats[config.target].mean) + len(dim_pairs)
+
+
+def target_mask(batch: Batch, name: str, num_targets: int) -> jax.Array:
+    """Returns which targets exist, `[B, W]`, or `[B, W, num_targets]` if robots lack some."""
+    observation, is_action = batch.observation, name == "action"
+    steps = jnp.asarray(batch.action_mask[:, :, 0] if is_action else batch.timestep_mask)
+    dims = batch.action_dims if is_action else (observation.column_mask or {}).get(name)
+    if dims is None:
+        return steps
+    relative = ((0, 0), (0, 0), (0, num_targets - dims.shape[-1]))  # of positions, which exist
+    return steps[..., None] & jnp.pad(jnp.asarray(dims), relative, constant_values=True)
 
 
 def target(batch: Batch, name: str) -> Array:

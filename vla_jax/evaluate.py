@@ -48,7 +48,7 @@ from vla_jax.types import Simulator
 
 # Options of `EvaluateConfig` that a reference does not have.
 _POLICY_OPTIONS = (
-    "step", "mode", "window_size", "instruction_steps", "exec_kind", "exec_horizon"
+    "step", "robot", "mode", "window_size", "instruction_steps", "exec_kind", "exec_horizon"
 )  # fmt: skip
 _VIDEO_SIZE = 320  # pixels along each side
 _RENDERED_SIZE = 160  # pixels of the images that a JAX environment renders for a video
@@ -65,6 +65,7 @@ class EvaluateConfig:
     num_videos: int = 6  # episodes to record, the first ones
     overwrite: bool = False  # delete an earlier evaluation of this name
     step: int | None = None  # checkpoint to evaluate, in updates; None = the latest
+    robot: str | None = None  # data set of a mixture whose robot acts; None without a mixture
     mode: Mode | None = None  # streaming mode: refresh, periodic or persistent
     window_size: int | None = None  # W, in environment steps
     instruction_steps: int | None = None  # initial steps with a visible instruction; -1 = all
@@ -174,7 +175,12 @@ def _policy(run: Run | Path, config: EvaluateConfig) -> _Setup:
             f"step must be {run.step} as in the loaded run, got {config.step}; give the run's "
             "folder instead."
         )
-    run = run if isinstance(run, Run) else load_run(run, step=config.step)
+    if isinstance(run, Run) and config.robot not in (None, run.robot):
+        raise ValueError(
+            f"robot must be {run.robot} as in the loaded run, got {config.robot}; give the run's "
+            "folder instead."
+        )
+    run = run if isinstance(run, Run) else load_run(run, step=config.step, robot=config.robot)
     agent = _agent(run.agent, config)
     world = _world(run.world, config, registry.image_size(agent.policy.backbone))
     player = players.make_player(agent, run.norm_stats, run.params, window_size=config.window_size)
@@ -183,8 +189,9 @@ def _policy(run: Run | Path, config: EvaluateConfig) -> _Setup:
         "window_size": config.window_size or agent.policy.decoder.window_size,
         "checkpoint": run.step,
         "world": configs.to_dict(world),
+        **({} if run.robot is None else {"robot": run.robot}),
     }
-    name = config.name or _name(agent, config)
+    name = config.name or _name(agent, config, run.robot)
     return _Setup(run.folder / "evaluation" / name, settings, world, player.controller, player)
 
 
@@ -226,7 +233,7 @@ def _world(saved: WorldConfig | None, config: EvaluateConfig, image_size: int) -
     return configs.from_dict(cls, {**kept, "kind": kind})
 
 
-def _name(agent: AgentConfig, config: EvaluateConfig) -> str:
+def _name(agent: AgentConfig, config: EvaluateConfig, robot: str | None) -> str:
     """Returns the default name of an evaluation, made from its settings."""
     decoder = agent.policy.decoder
     memory = [agent.mode]
@@ -236,7 +243,7 @@ def _name(agent: AgentConfig, config: EvaluateConfig) -> str:
     if config.instruction_steps is not None:
         parts.append(f"instruction{config.instruction_steps}")
     options = (config.exec_kind, config.exec_horizon, config.world, config.env_id, config.step)
-    return _join(*parts, *options)
+    return _join(*parts, robot, *options)
 
 
 def _join(*options: Any) -> str:

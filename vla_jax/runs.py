@@ -2,7 +2,8 @@
 
 config.json         config of the training script; the same config resumes the run
 agent.json          config of the policy and of acting
-norm_stats.json     statistics of the training data
+norm_stats.json     statistics of the training data; of the first data set of a mixture
+parts/NAME.json     statistics, action layout and cameras of every data set of a mixture
 world.json          config of the environment to evaluate in, if there is one
 tokenizer.json      a file that the backbone reads, if it reads any; under the backbone's name
 checkpoints/STEP    params, optimiser state, and metadata: config, agent, norm_stats, …
@@ -24,7 +25,9 @@ import jax
 from jax.experimental import multihost_utils
 
 from vla_jax import config as configs
+from vla_jax.acting import mixture_robots
 from vla_jax.acting.agent import AgentConfig
+from vla_jax.acting.mixture_robots import MixtureRobot
 from vla_jax.backbones import registry
 from vla_jax.data import normalize
 from vla_jax.data.normalize import NormStats
@@ -46,6 +49,7 @@ class Run(NamedTuple):
     params: Params  # EMA of the params if the training kept one, else the params
     world: WorldConfig | None  # environment of the demonstrations; None if unknown
     step: int  # updates of the params
+    robot: str | None = None  # data set of a mixture whose robot acts; None without a mixture
 
 
 def check_run(run_dir: Path, config: Any, *, overwrite: bool) -> None:
@@ -99,7 +103,7 @@ def make_metadata(
     config: Any,
     agent: AgentConfig,
     norm_stats: Mapping[str, NormStats],
-    part_stats: Mapping[str, Mapping[str, NormStats]] | None = None,
+    robots: Mapping[str, MixtureRobot] | None = None,
 ) -> dict[str, Any]:
     """Returns the metadata for the checkpoints, with everything that acting depends on.
 
@@ -107,10 +111,10 @@ def make_metadata(
       config: whole config of the script.
       agent: config of the policy and of acting.
       norm_stats: statistics of the training data.
-      part_stats: those of every data set of a mixture.
+      robots: of every data set of a mixture, by name.
 
     Returns:
-      Metadata for `checkpoint.save`: `config`, `agent`, `norm_stats`, `part_stats`, and the SHA-256
+      Metadata for `checkpoint.save`: `config`, `agent`, `norm_stats`, `robots`, and the SHA-256
       of the `files` of the backbone.
 
     Raises:
@@ -121,9 +125,7 @@ def make_metadata(
         "config": configs.to_dict(config),
         "agent": configs.to_dict(_with_files(agent, "")),
         "norm_stats": normalize.to_json(dict(norm_stats)),
-        "part_stats": {
-            name: normalize.to_json(dict(each)) for name, each in (part_stats or {}).items()
-        },
+        "robots": {name: mixture_robots.to_json(each) for name, each in (robots or {}).items()},
         "files": {name: _sha256(path) for name, path in _files(agent).items()},
     }
 
@@ -156,19 +158,6 @@ def write_acting(
     save_json(normalize.to_json(dict(norm_stats)), folder / "norm_stats.json")
 
 
-def write_part_stats(folder: Path, stats: Mapping[str, Mapping[str, NormStats]]) -> None:
-    """Writes the statistics of every data set of a mixture, `parts/NAME.json`.
-
-    Copied over `norm_stats.json`, they let the run act on the robot of that data set.
-
-    Args:
-      folder: run folder.
-      stats: name of the data set -> statistics.
-    """
-    for name, each in stats.items():
-        save_json(normalize.to_json(dict(each)), pathlib.Path(folder) / "parts" / f"{name}.json")
-
-
 def save_json(data: Mapping[str, Any], path: pathlib.Path) -> None:
     """Writes JSON from the first process; the file is complete or unchanged.
 
@@ -180,16 +169,19 @@ def save_json(data: Mapping[str, Any], path: pathlib.Path) -> None:
         write_json(path, data)
 
 
-def load_run(run_dir: Path, *, step: int | None = None) -> Run:
+def load_run(run_dir: Path, *, step: int | None = None, robot: str | None = None) -> Run:
     """Reads a run folder.
 
     Args:
       run_dir: the folder.
       step: checkpoint to read, in updates; None means the latest.
+      robot: data set of a mixture whose statistics and action layout the agent has; None if the
+        run was trained on one data set.
 
     Raises:
       FileNotFoundError: the folder, one of its files or the checkpoint is missing.
-      ValueError: a file is damaged, or differs from what the checkpoint says.
+      ValueError: a file is damaged, or differs from what the checkpoint says; the robot of a
+        mixture is unknown or not given.
     """
     folder = pathlib.Path(run_dir)
     if not folder.is_dir():
@@ -197,13 +189,24 @@ def load_run(run_dir: Path, *, step: int | None = None) -> Run:
     agent = read_agent(folder)
     _check_files(agent)
     statistics = normalize.from_json(read_json(folder / "norm_stats.json", "statistics"))
+    robot = mixture_robots.choose(folder, robot)
     directory = folder / "checkpoints"
     saved = checkpoint.read_metadata(directory, step=step)
     _check_agrees(folder, saved, agent, statistics)
-    like = jax.eval_shape(lambda key: policy.init(key, agent.policy), jax.random.key(0))
-    params = _restore(directory, like, step)
+    if robot is not None:
+        acting = mixture_robots.read(folder, robot)
+        _check_robot(folder, saved, robot, acting)
+        agent, statistics = mixture_robots.act_as(agent, acting), acting.norm_stats
+    params = load_params(folder, step=step)
     step = checkpoint.latest_step(directory) if step is None else step
-    return Run(folder, agent, statistics, params, read_world(folder), step or 0)
+    return Run(folder, agent, statistics, params, read_world(folder), step or 0, robot)
+
+
+def load_params(run_dir: Path, *, step: int | None = None) -> Params:
+    """Returns the params of a run; arguments and errors as `load_run`."""
+    agent, directory = read_agent(run_dir), pathlib.Path(run_dir) / "checkpoints"
+    like = jax.eval_shape(lambda key: policy.init(key, agent.policy), jax.random.key(0))
+    return _restore(directory, like, step)
 
 
 def read_agent(run_dir: Path) -> AgentConfig:
@@ -290,15 +293,23 @@ def _check_agrees(
     if "agent" in saved:
         expected = configs.to_dict(configs.from_dict(AgentConfig, saved["agent"]))
         _refuse(folder / "agent.json", configs.differences(expected, found["agent.json"]))
-    known = [saved["norm_stats"]] if "norm_stats" in saved else []
-    known += saved.get("part_stats", {}).values()
-    known = [normalize.to_json(normalize.from_json(each)) for each in known]
-    if known and found["norm_stats.json"] not in known:
-        differing = configs.differences(known[0], found["norm_stats.json"])
+    if "norm_stats" in saved:
+        expected = normalize.to_json(normalize.from_json(saved["norm_stats"]))
+        differing = configs.differences(expected, found["norm_stats.json"])
         _refuse(folder / "norm_stats.json", differing)
     for name, digest in saved.get("files", {}).items():
         if _sha256(folder / name) != digest:
             _refuse(folder / name, ["the SHA-256 of its content is another"])
+
+
+def _check_robot(
+    folder: pathlib.Path, saved: Mapping[str, Any], name: str, robot: MixtureRobot
+) -> None:
+    """Raises a ValueError if the file of a robot differs from a checkpoint's metadata."""
+    expected = saved.get("robots", {}).get(name)
+    if expected is not None:
+        differing = configs.differences(expected, mixture_robots.to_json(robot))
+        _refuse(mixture_robots.path(folder, name), differing)
 
 
 def _refuse(file: pathlib.Path, differing: list[str]) -> None:

@@ -36,6 +36,9 @@ class Observation(NamedTuple):
     images: Mapping[str, Array] | None = None  # further cameras by name, image_top, ...
     # camera -> [...] bool, False where there is no image; None, or a camera left out = all real
     image_mask: Mapping[str, Array] | None = None
+    # proprio, environment_state -> [..., P] bool, False for numbers that the robot lacks, whose
+    # values are arbitrary; None, or a column left out = all real
+    column_mask: Mapping[str, Array] | None = None
 
 
 def make_observation(parts: Mapping[str, Any], *, instruction: Any = None) -> Observation:

@@ -18,13 +18,14 @@ from vla_jax.actions.execution import ExecutionConfig
 from vla_jax.actions.reference_frames import ToolFrame
 from vla_jax.backbones import registry
 from vla_jax.data import normalize
+from vla_jax.data.dataset import is_camera
 from vla_jax.data.normalize import NormalizeConfig, NormStats
 from vla_jax.data.windows import ALWAYS
 from vla_jax.policies import policy, trunks
 from vla_jax.policies.decoders import check_mode
 from vla_jax.policies.policy import PolicyConfig
 from vla_jax.policies.trunk import Mode
-from vla_jax.types import ActionChunk, Array, Observation, Params
+from vla_jax.types import ActionChunk, Array, Observation, Params, replace_images
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,9 @@ class AgentConfig:
     tool_frame: ToolFrame | None = None  # tool frame of the policy's actions; None = as in the data
     # order and range of the actions of the robot in the training data; None = this library's
     action_layout: ActionLayout | None = None
+    # parts of the observation that the robot of a mixture lacks, such as image_wrist or proprio:
+    # masked, as in training
+    missing_parts: tuple[str, ...] = ()
 
     def __post_init__(self):
         check_mode(self.policy.decoder, self.mode)
@@ -197,7 +201,7 @@ def _prepare(
     config: AgentConfig, norm_stats: Mapping[str, NormStats], observation: Observation, age: Array
 ) -> Observation:
     """Returns the normalised observation, without columns that lack norm_stats."""
-    columns = {}
+    columns, masks = {}, {}
     for name in ("proprio", "environment_state"):
         column, stats = getattr(observation, name), norm_stats.get(name)
         if column is not None and stats is not None:
@@ -207,22 +211,58 @@ def _prepare(
                     f"{column.shape[-1]}; choose an environment that the policy was trained for."
                 )
             column = normalize.normalize(column, stats, getattr(config.normalize, name))
-            column = _widen(column, config, name)
-        columns[name] = column if stats is not None else None
+        column = column if stats is not None else None
+        if column is not None or name in config.missing_parts:
+            column, masks[name] = _widen(column, config, name, len(age))
+        columns[name] = column
     instruction = observation.instruction
     if instruction is not None:
         visible = (config.instruction_steps == ALWAYS) | (age < config.instruction_steps)
         instruction = jnp.where(visible[:, None], instruction, read_instruction(config, ""))
-    return observation._replace(**columns, instruction=instruction)
+    masks = {name: mask for name, mask in masks.items() if mask is not None}
+    observation = _mask_cameras(config, observation, len(age))
+    return observation._replace(**columns, instruction=instruction, column_mask=masks or None)
 
 
-def _widen(column: Array, config: AgentConfig, name: str) -> Array:
-    """Pads a column `[B, D]` with zeros where a mixture of robots gave the policy more numbers."""
+def _mask_cameras(config: AgentConfig, observation: Observation, batch_size: int) -> Observation:
+    """Returns the observation with black, masked images of the cameras that the robot lacks."""
+    missing = [name for name in config.missing_parts if is_camera(name)]
+    if not missing:
+        return observation
+    backbone = config.policy.backbone
+    spec = registry.get(backbone).image_spec(backbone)
+    assert spec is not None
+    blank = jnp.zeros((batch_size, spec.height, spec.width, 3), jnp.uint8)
+    absent = dict.fromkeys(missing, jnp.zeros(batch_size, bool))
+    observation = replace_images(observation, dict.fromkeys(missing, blank))
+    return observation._replace(image_mask={**(observation.image_mask or {}), **absent})
+
+
+def _widen(
+    column: Array | None, config: AgentConfig, name: str, batch_size: int
+) -> tuple[Array | None, Array | None]:
+    """Returns a column with the size of the policy's, and which of its numbers the robot has.
+
+    A mixture of robots gives the policy more numbers than some robots have.
+
+    Args:
+      column: `[B, D]`, or None if the robot has none.
+      config: of the agent.
+      name: of the column.
+      batch_size: B.
+
+    Returns:
+      Column `[B, P]`, and mask `[B, P]` bool; None if the robot has all numbers.
+    """
     backbone = config.policy.backbone
     example = registry.get(backbone).example
     expected = None if example is None else getattr(example(backbone), name)
-    missing = 0 if expected is None else max(expected.shape[-1] - column.shape[-1], 0)
-    return jnp.pad(column, ((0, 0), (0, missing))) if missing else column
+    size = 0 if column is None else column.shape[-1]
+    if expected is None or size >= expected.shape[-1]:
+        return column, None
+    known = jnp.zeros((batch_size, 0)) if column is None else column
+    padded = jnp.pad(known, ((0, 0), (0, expected.shape[-1] - size)))
+    return padded, jnp.broadcast_to(jnp.arange(padded.shape[-1]) < size, padded.shape)
 
 
 def read_instruction(config: AgentConfig, instruction: str) -> np.ndarray:

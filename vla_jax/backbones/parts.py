@@ -14,6 +14,9 @@ def flatten(
 ) -> tuple[dict[str, Array], tuple[int, ...]]:
     """Returns the parts with their leading axes flattened into one, and those leading axes.
 
+    Numbers that the robot lacks (`column_mask`) are 0: a linear map of the column is that of the
+    numbers which there are.
+
     Args:
       observation: any leading axes, the same for every part that is needed.
       shapes: name of each part that is needed -> its last axes.
@@ -42,8 +45,32 @@ def flatten(
             )
         if name.startswith("image_") and part.dtype != jnp.uint8:
             raise ValueError(f"{name} must be uint8 in 0 … 255, got {part.dtype}; convert it.")
-        parts[name] = part.reshape(-1, *shape)
+        parts[name] = _zero_missing(part, observation, name).reshape(-1, *shape)
     return parts, lead
+
+
+def _zero_missing(part: Array, observation: Observation, name: str) -> Array:
+    """Returns a part with 0 for the numbers that the robot lacks."""
+    mask = (observation.column_mask or {}).get(name)
+    if mask is None:
+        return part
+    if mask.shape != part.shape:
+        raise ValueError(
+            f"column_mask of {name} must be {list(part.shape)} as its values, got "
+            f"{list(mask.shape)}; give one bool for every number."
+        )
+    return jnp.where(mask, part, 0.0)
+
+
+def column_present(observation: Observation, name: str) -> jax.Array | None:
+    """Returns where the robot has any number of a column, `[B]` bool; None if it has all.
+
+    Args:
+      observation: any leading axes, whose product is B.
+      name: `proprio` or `environment_state`.
+    """
+    mask = (observation.column_mask or {}).get(name)
+    return None if mask is None else jnp.any(jnp.asarray(mask), axis=-1).reshape(-1)
 
 
 def camera_mask(observation: Observation, cameras: Sequence[str]) -> jax.Array | None:
@@ -93,3 +120,18 @@ def all_real(tokens: Array, lead: Sequence[int]) -> Tokens:
     """
     tokens = jnp.asarray(tokens, jnp.float32).reshape(*lead, *tokens.shape[1:])
     return Tokens(tokens, jnp.ones(tokens.shape[:-1], bool))
+
+
+def mask_token(tokens: Tokens, index: int, present: Array | None) -> Tokens:
+    """Returns tokens of which one is padding, and 0, where its column is missing.
+
+    Args:
+      tokens: `[..., N, D]` and mask `[..., N]`.
+      index: of the token of the column.
+      present: `[B]` from `column_present`; None = everywhere.
+    """
+    if present is None:
+        return tokens
+    lead = tokens.mask.shape[:-1]
+    mask = jnp.asarray(tokens.mask).at[..., index].set(jnp.asarray(present).reshape(lead))
+    return Tokens(jnp.where(mask[..., None], tokens.tokens, 0.0), mask)

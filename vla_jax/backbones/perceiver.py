@@ -19,7 +19,15 @@ from einops import rearrange, repeat
 from vla_jax.backbones import word_hashing
 from vla_jax.backbones.backbone import Backbone, ImageSpec
 from vla_jax.backbones.language import Words
-from vla_jax.backbones.parts import all_real, blank, camera_mask, flatten, shape
+from vla_jax.backbones.parts import (
+    all_real,
+    blank,
+    camera_mask,
+    column_present,
+    flatten,
+    mask_token,
+    shape,
+)
 from vla_jax.types import Array, Key, Observation, Params, Tokens
 
 CAMERAS = ("image_primary", "image_wrist")
@@ -76,10 +84,11 @@ def apply(params: Params, config: PerceiverConfig, observation: Observation) -> 
       config: config of the params.
       observation: `image_primary`, `image_wrist` uint8 `[..., h, w, 3]`, `proprio [..., P]`,
         `instruction [..., S]`, with any leading axes. Patches of a camera without an image
-        (`image_mask`) are not attended to.
+        (`image_mask`) are not attended to; without any number of proprio (`column_mask`) nor is
+        its token, which is padding then.
 
     Returns:
-      Tokens `[..., N, D]` float32, all of them real.
+      Tokens `[..., N, D]` float32, mask `[..., N]`.
 
     Raises:
       ValueError: a part is missing or has another size.
@@ -93,8 +102,9 @@ def apply(params: Params, config: PerceiverConfig, observation: Observation) -> 
     }
     parts, lead = flatten(observation, shapes)
     real = camera_mask(observation, CAMERAS)
-    tokens: Any = Perceiver(config).apply({"params": params}, parts, real)
-    return all_real(tokens, lead)
+    present = column_present(observation, "proprio")
+    tokens: Any = Perceiver(config).apply({"params": params}, parts, real, present)
+    return mask_token(all_real(tokens, lead), config.num_latents, present)
 
 
 def image_spec(config: PerceiverConfig) -> ImageSpec:
@@ -120,10 +130,13 @@ class Perceiver(nn.Module):
     config: PerceiverConfig
 
     @nn.compact
-    def __call__(self, parts: dict[str, Array], real: Array | None = None) -> jax.Array:
+    def __call__(
+        self, parts: dict[str, Array], real: Array | None = None, present: Array | None = None
+    ) -> jax.Array:
         """Returns tokens `[B, N, D]` of the parts of an observation `[B, ...]`.
 
-        `real [B, 2]` is False where a camera has no image; None means that both have.
+        `real [B, 2]` is False where a camera has no image, `present [B]` where there is no proprio;
+        None means that there are both images, and proprio.
         """
         config = self.config
         width, dtype = config.width, jnp.dtype(config.dtype)
@@ -137,8 +150,12 @@ class Perceiver(nn.Module):
         visual = attention(config, "look")(latents.astype(config.dtype), patches, mask=mask)
         proprio = nn.Dense(width, dtype=dtype, name="proprio")(parts["proprio"])
         tokens = MLP(width, config.dtype)(jnp.concatenate([visual, proprio[:, None]], axis=1))
+        seen = None
+        if present is not None:
+            every = repeat(jnp.ones_like(present), "B -> B N", N=config.num_latents)
+            seen = jnp.concatenate([every, present[:, None]], axis=1)[:, None, None, :]
         for _ in range(config.latent_layers):
-            tokens = Mixer(config)(tokens)
+            tokens = Mixer(config)(tokens, seen)
         tokens = nn.LayerNorm(dtype=dtype)(tokens)
         tokens = nn.Dense(config.token_dim, dtype=dtype, name="narrow")(tokens)
         words = Words(
@@ -192,10 +209,10 @@ class Mixer(nn.Module):
     config: PerceiverConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns an array of the shape of `x`."""
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """Returns an array of the shape of `x`; `mask [B, 1, 1, N]` is False for padding."""
         h = nn.LayerNorm(dtype=jnp.dtype(self.config.dtype))(x)
-        x = x + attention(self.config)(h, h)
+        x = x + attention(self.config)(h, h, mask=mask)
         return MLP(self.config.width, self.config.dtype)(x)
 
 

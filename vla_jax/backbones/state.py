@@ -10,7 +10,14 @@ import jax.numpy as jnp
 from vla_jax.backbones import word_hashing
 from vla_jax.backbones.backbone import Backbone
 from vla_jax.backbones.language import Words
-from vla_jax.backbones.parts import all_real, blank, flatten, shape
+from vla_jax.backbones.parts import (
+    all_real,
+    blank,
+    column_present,
+    flatten,
+    mask_token,
+    shape,
+)
 from vla_jax.types import Array, Key, Observation, Params, Tokens
 
 
@@ -47,10 +54,11 @@ def apply(params: Params, config: StateConfig, observation: Observation) -> Toke
       params: from `init`.
       config: config of the params.
       observation: `environment_state [..., state_dim]`, `proprio [..., P]`, `instruction
-        [..., S]`, with any leading axes.
+        [..., S]`, with any leading axes. The token of a column without any number
+        (`column_mask`) is padding.
 
     Returns:
-      Tokens `[..., 3, D]` float32, all of them real.
+      Tokens `[..., 3, D]` float32, mask `[..., 3]`.
 
     Raises:
       ValueError: a part is missing or has another size.
@@ -61,8 +69,11 @@ def apply(params: Params, config: StateConfig, observation: Observation) -> Toke
         "instruction": (config.max_words,),
     }
     parts, lead = flatten(observation, shapes)
-    tokens: Any = State(config).apply({"params": params}, parts)
-    return all_real(tokens, lead)
+    encoded: Any = State(config).apply({"params": params}, parts)
+    tokens = all_real(encoded, lead)
+    for index, name in enumerate(("environment_state", "proprio")):
+        tokens = mask_token(tokens, index, column_present(observation, name))
+    return tokens
 
 
 class State(nn.Module):

@@ -21,6 +21,7 @@ from vla_jax.backbones import sequence, tokenizers, vlm_params, vlm_window, word
 from vla_jax.backbones.backbone import Backbone, Globs, History, ImageSpec
 from vla_jax.backbones.blocks import init_tree
 from vla_jax.backbones.image_settings import Preprocessing
+from vla_jax.backbones.parts import mask_token
 from vla_jax.backbones.sequence import IMAGE
 from vla_jax.backbones.tensor_names import Tensor
 from vla_jax.backbones.vlm_inputs import example, read_inputs
@@ -181,7 +182,8 @@ def apply(
       config: config of the params.
       observation: the cameras' images uint8 `[..., h, w, 3]`, `instruction [..., S]` from
         `tokenize`, `proprio [..., P]` if the options have a `proprio_dim`; any leading axes. The
-        tokens of cameras without an image (`image_mask`) are padding to the model.
+        tokens of cameras without an image (`image_mask`) are padding to the model; the token of a
+        proprio without any number (`column_mask`) is padding.
 
     Returns:
       Tokens `[..., N, D]` float32, mask `[..., N]`.
@@ -201,7 +203,7 @@ def apply(
         shown = ids if options.readout in ("image", "image_mean") else seen
         tokens = sequence.mask_cameras(sequence.read_out(hidden, shown, config), real, options)
     if inputs.proprio is not None:
-        tokens = _with_proprio(params["proprio"], tokens, inputs.proprio)
+        tokens = _with_proprio(params["proprio"], tokens, inputs.proprio, inputs.present)
     lead = inputs.lead
     return Tokens(*(x.reshape(*lead, *x.shape[1:]) for x in tokens))
 
@@ -222,7 +224,10 @@ def embed_step(
     ids, images = inputs.ids, inputs.images
     if inputs.real is not None:
         ids, images = sequence.hide_cameras(ids, images, inputs.real)
-    step = EmbeddedStep(model.embed(params, config, ids, images), ids, inputs.proprio)
+    present = inputs.present
+    if inputs.proprio is not None and present is None:
+        present = jnp.ones(len(ids), bool)
+    step = EmbeddedStep(model.embed(params, config, ids, images), ids, inputs.proprio, present)
     lead = inputs.lead
     return jax.tree.map(lambda part: jnp.reshape(part, (*lead, *part.shape[1:])), step)
 
@@ -250,7 +255,8 @@ def attend_window(
     tokens = sequence.read_out(hidden, ids, config)
     if steps.proprio is not None:
         proprio = jnp.reshape(steps.proprio, (-1, options.proprio_dim))
-        tokens = _with_proprio(params["proprio"], tokens, proprio)
+        present = None if steps.present is None else jnp.reshape(steps.present, -1)
+        tokens = _with_proprio(params["proprio"], tokens, proprio, present)
     lead = jnp.shape(steps.ids)[:2]
     return Tokens(*(x.reshape(*lead, *x.shape[1:]) for x in tokens))
 
@@ -352,13 +358,14 @@ def with_files(config: Any, folder: Path) -> Any:
     return dataclasses.replace(config, options=options)
 
 
-def _with_proprio(params: Params, tokens: Tokens, proprio: Array) -> Tokens:
-    """Returns the tokens and one more, linear in the proprioception `[B, P]`."""
+def _with_proprio(params: Params, tokens: Tokens, proprio: Array, present: Array | None) -> Tokens:
+    """Returns the tokens and one more, linear in the proprioception `[B, P]`, 0 where absent."""
     token = dense(proprio, **params)[:, None]
-    return Tokens(
+    together = Tokens(
         jnp.concatenate([tokens.tokens, token], axis=1),
         jnp.pad(tokens.mask, ((0, 0), (0, 1)), constant_values=True),
     )
+    return mask_token(together, -1, present)
 
 
 def _hashed(config: Any, prompt: str) -> list[int]:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vla_jax.backbones.parts import camera_mask, flatten, shape
+from vla_jax.backbones.parts import camera_mask, column_present, flatten, shape
 from vla_jax.backbones.resizing import resize_on_device
 from vla_jax.types import Array, Observation, get_part, make_observation, replace_images
 
@@ -16,6 +16,7 @@ class Inputs(NamedTuple):
     ids: Array  # [B, S] int32, from `tokenize`
     images: jax.Array  # [B, C, h, w, 3] uint8
     proprio: Array | None  # [B, P]; None if the options have no `proprio_dim`
+    present: jax.Array | None  # [B] bool, False where there is no proprio; None = everywhere
     real: jax.Array | None  # [B, C] bool, False where a camera has no image; None = all have one
     lead: tuple[int, ...]  # the leading axes
 
@@ -52,6 +53,7 @@ def read_inputs(config: Any, observation: Observation) -> Inputs:
         ids=jnp.asarray(parts["instruction"]),
         images=jnp.stack([jnp.asarray(parts[name]) for name in options.cameras], axis=1),
         proprio=parts.get("proprio"),
+        present=column_present(observation, "proprio"),
         real=camera_mask(observation, options.cameras),
         lead=lead,
     )

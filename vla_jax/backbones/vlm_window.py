@@ -22,6 +22,7 @@ class EmbeddedStep(NamedTuple):
     embeddings: Array  # [..., S, D]
     ids: Array  # [..., S]
     proprio: Array | None  # [..., P]
+    present: Array | None  # [...] bool, False where there is no proprio; None without `proprio`
 
 
 class WindowSequence(NamedTuple):

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from vla_jax.backbones import models, peft, weight_export
 from vla_jax.convert.weight_files import Path
-from vla_jax.runs import load_run, read_agent
+from vla_jax.runs import load_params, read_agent
 
 Format = Literal["huggingface", "peft"]
 
@@ -36,7 +36,7 @@ def export_run(run_dir: Path, folder: Path, target: Format, *, like: Path = "") 
         )
     if like:
         weight_export.read_original(like, config)
-    params = load_run(run_dir).params["backbone"]
+    params = load_params(run_dir)["backbone"]
     if target == "peft":
         peft.write_adapter(folder, config, params)
     else:

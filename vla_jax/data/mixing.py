@@ -2,7 +2,7 @@
 
 Robots differ in cameras and in the numbers of their actions and states. A batch of a mixture has
 the cameras and numbers of all of them; what a robot lacks is zero and masked: `image_mask` for
-cameras, `action_dims` for the numbers of an action.
+cameras, `column_mask` for the numbers of its state, `action_dims` for those of an action.
 """
 
 from collections.abc import Mapping, Sequence
@@ -125,9 +125,17 @@ def _common(examples: Sequence[Batch], names: Sequence[str]) -> Batch:
     }
     lead = first.timestep_mask.shape
     action = _widest([example.action for example in examples])
+    numbers = {name: [getattr(e.observation, name) for e in examples] for name in NUMBERS}
+    columns = {name: _widest(values) for name, values in numbers.items()}
+    unequal = {
+        name: np.zeros(column.shape, bool)
+        for name, column in columns.items()
+        if column is not None and any(np.shape(values) != column.shape for values in numbers[name])
+    }
     return first._replace(
         observation=Observation(
-            **{name: _widest([getattr(e.observation, name) for e in examples]) for name in NUMBERS},
+            **columns,
+            column_mask=unequal or None,
             images=cameras,
             image_mask={camera: np.zeros(lead, bool) for camera in sorted(lacking)} or None,
         ),
@@ -148,7 +156,8 @@ def fit_observation(observation: Observation, like: Observation) -> Observation:
     Args:
       observation: `[B, W, ...]` of one data set.
       like: arrays or shapes with the last axes of all parts that are expected, any leading axes;
-        a camera of its `image_mask` has a mask in the result too, whether there are images or not.
+        cameras and columns that it has a mask of have one in the result too, also where nothing is
+        missing.
     """
     assert observation.instruction is not None  # windows always have one
     images, lead = get_images(observation), observation.instruction.shape[:-1]
@@ -157,16 +166,20 @@ def fit_observation(observation: Observation, like: Observation) -> Observation:
         for camera, expected in get_images(like).items()
         if camera not in images
     }
-    numbers = {}
+    numbers, real = {}, {}
     for field in NUMBERS:
         expected, values = getattr(like, field), getattr(observation, field)
         if expected is not None:
             values = np.zeros((*lead, 0), np.float32) if values is None else values
             numbers[field] = pad_last(values, expected.shape[-1])
+            if field in (like.column_mask or ()) or values.shape != numbers[field].shape:
+                real[field] = pad_last(np.ones(values.shape, bool), expected.shape[-1])
     masks = {
         camera: np.full(lead, camera in images) for camera in (*missing, *(like.image_mask or ()))
     }
-    return replace_images(observation, missing)._replace(**numbers, image_mask=masks or None)
+    return replace_images(observation, missing)._replace(
+        **numbers, image_mask=masks or None, column_mask=real or None
+    )
 
 
 def _fit(batch: Batch, like: Batch) -> Batch:
