@@ -142,6 +142,24 @@ def test_the_path_of_a_part_can_be_given_by_the_name_of_the_part():
         assert chosen.dataset == DatasetConfig("demos/a", decode="whole")
 
 
+@pytest.mark.parametrize("prefix", ["", "dataset."])
+@pytest.mark.parametrize(
+    ("presets", "name"),
+    [(IMITATE, "table_jax_state"), (IMITATE, "tiny_vlm"), (pretrain.PRESETS, "table")],
+)
+def test_options_of_the_data_set_have_their_bare_names_too(presets, name, prefix):
+    cameras = ("primary=observation.images.top", "wrist=observation.images.hand")
+    argv = [f"--{prefix}cameras", *cameras, f"--{prefix}skip-bad-episodes", "--dataset", "demos/a"]
+    argv += [f"--{prefix}grippers", "-1", f"--{prefix}gripper-range", "0", "100"]
+    chosen = command_line(presets, ["--preset", name, *argv], description="Imitates.")
+    default = presets[name]()
+    assert chosen.dataset == dataclasses.replace(
+        default.dataset, path="demos/a", cameras=cameras, skip_bad_episodes=True, grippers=(-1,),
+        gripper_range=(0.0, 100.0),
+    )  # fmt: skip
+    assert dataclasses.replace(chosen, dataset=default.dataset) == default
+
+
 def test_a_kind_or_head_with_choices_is_an_option_of_its_part():
     decoder = parse("--decoder.kind", "gru", "--decoder.head", "two").policy.decoder
     assert (decoder.kind, decoder.head) == ("gru", "two")

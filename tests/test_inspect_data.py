@@ -222,6 +222,18 @@ def test_the_command_prints_tables_or_json(opened, capsys):
     assert report["episodes"]["read"] == 2
 
 
+def test_cameras_can_be_mapped(opened):
+    folder = opened(tiny_raw.make_episodes())
+    config = command.InspectConfig(cameras=("left=observation/wrist",))
+    assumed = command.inspect_data(folder, config).report["assumed"]
+    assert assumed["cameras"] == {
+        "image_primary": "observation/top",
+        "image_left": "observation/wrist",
+    }
+    with pytest.raises(ValueError, match="image_left must be read from a camera"):
+        command.inspect_data(folder, command.InspectConfig(cameras=("left=side",)))
+
+
 def test_wrong_input_is_one_sentence(opened, capsys, tmp_path):
     for argv in (["nowhere"], [str(tmp_path), "--kind", "tinny"], ["x", "--num-episodes", "0"]):
         with pytest.raises(SystemExit) as stopped:

@@ -260,7 +260,10 @@ def test_names_of_dimensions_are_read_in_all_forms(names, expected):
         (["high", "left_wrist"], {"image_primary": "high", "image_wrist": "left_wrist"}),
         (["hand_eye", "side"], {"image_primary": "side", "image_wrist": "hand_eye"}),
         (["side", "top"], {"image_primary": "top", "image_side": "side"}),
-        (["depth", "a", "b"], {"image_primary": "a", "image_b": "b", "image_depth": "depth"}),
+        (["depth", "a", "b"], {"image_a": "a", "image_b": "b", "image_depth": "depth"}),
+        (["depth", "a"], {"image_primary": "a", "image_depth": "depth"}),
+        (["laptop", "phone"], {"image_laptop": "laptop", "image_phone": "phone"}),
+        (["laptop", "cam_top_2"], {"image_primary": "cam_top_2", "image_laptop": "laptop"}),
         (["hand_r", "hand_l"], {"image_wrist": "hand_r", "image_hand_l": "hand_l"}),
     ],
 )  # fmt: skip
@@ -279,7 +282,9 @@ def test_cameras_are_named_by_a_rule(keys, expected):
         ("calvin", 7, None, (6,), GripperRange(-1, 1)),
         ("panda", 7, None, (6,), GripperRange(1, -1)),
         ("pusht", 2, None, (), GripperRange(-1, 1)),
-        ("unknown", 4, None, (3,), GripperRange(-1, 1)),
+        ("unknown", 4, None, None, GripperRange(-1, 1)),
+        ("so100", 5, None, None, GripperRange(0, 100)),
+        ("table_mujoco", 7, None, (6,), GripperRange(-1, 1)),
         ("unknown", 3, ["x", "gripper", "y"], (1,), GripperRange(-1, 1)),
         ("unknown", 2, ["x", "y"], (), GripperRange(-1, 1)),
     ],
@@ -292,6 +297,33 @@ def test_grippers_come_from_names_or_the_robot(root, robot_type, size, names, gr
     fields = lerobot_fields.suggest_fields(readers.open(root))
     assert fields.grippers == grippers
     assert fields.gripper_range == expected
+
+
+def test_an_action_without_declared_grippers_is_refused(root):
+    change_table(data_path(root), "action", lambda c: pa.array([[50.0] * 6] * len(c)))
+    features = json.loads((root / "meta/info.json").read_text())["features"]
+    features["action"] |= {"shape": [6], "names": None}
+    change_info(root, robot_type="my_arm", features=features)
+    with pytest.raises(ValueError, match=r"which of the 6 numbers .*--dataset\.grippers INDEX"):
+        tiny_lerobot.read(root)
+    for options, grippers, action in (
+        ({"grippers": ()}, (), [50.0] * 6 + [0]),
+        ({"grippers": (2,), "gripper_range": (0.0, 100.0)}, (2,), [50.0] * 5 + [0]),
+        ({"robot": "so100"}, (5,), [50.0] * 5 + [0]),
+        ({"robot": "so100", "grippers": (0,)}, (0,), [50.0] * 5 + [0]),
+    ):
+        data = tiny_lerobot.read(root, **options)
+        assert data.action_layout.grippers == grippers
+        np.testing.assert_array_equal(data.columns["action"][0], action)
+    with pytest.raises(ValueError, match="which of the 6 numbers"):
+        tiny_lerobot.read(root, robot="calvin")
+    with pytest.raises(ValueError, match=r"dataset\.robot is 'so10'; .*Did you mean 'so10"):
+        tiny_lerobot.read(root, robot="so10")
+
+
+def test_a_recording_names_its_gripper(root):
+    assert readers.open(root).columns["action"].names[-1] == "gripper"
+    assert tiny_lerobot.read(root).action_layout.grippers == (1,)
 
 
 def test_modality_json_names_parts_and_cameras(tmp_path):

@@ -212,7 +212,7 @@ def test_nan_is_refused_or_skipped(root):
     with pytest.raises(ValueError, match=r"got NaN in number 0 of action at step 1 of episode 1"):
         read(root)
     with pytest.warns(UserWarning, match=r"left out 1 of 3 episodes"):
-        data = read(root, on_bad="skip")
+        data = read(root, skip_bad_episodes=True)
     assert data.episode_ends.tolist() == [7, 19]
     assert episode_instructions(data) == (TASKS[0], TASKS[2])
     episodes = list(make_episodes())
@@ -233,9 +233,7 @@ def test_an_empty_task_is_refused(root):
 
 
 def test_unknown_fields_and_keys_are_refused_with_the_most_similar_one(root):
-    with pytest.raises(
-        ValueError, match=r"needs the camera image_top, .*--dataset\.cameras top=KEY"
-    ):
+    with pytest.raises(ValueError, match=r"needs the camera image_top, .*--cameras top=KEY"):
         read(root, cameras=("image_top",))
     with pytest.raises(
         ValueError, match=r"from a camera .* got 'observation\.image\.top'; .*Did you"
@@ -266,6 +264,8 @@ def test_columns_can_be_selected_and_concatenated(root):
     expected = [whole.columns["proprio"][:, 1:], whole.columns["environment_state"]]
     np.testing.assert_array_equal(data.columns["proprio"], np.concatenate(expected, axis=1))
     np.testing.assert_array_equal(data.columns["goal"], whole.columns["action"][:, :1])
+    data = read(root, config_cameras=("top=observation.images.wrist",))
+    assert sorted(data.frames) == ["image_primary", "image_top"]
     data = read(root, config_cameras=("top=observation.images.wrist",), cameras=("image_top",))
     assert set(data.frames) == {"image_top"}
 

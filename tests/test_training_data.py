@@ -9,6 +9,7 @@ import tiny_demos
 import tiny_raw
 
 from train.mixture_file import read_mixture
+from vla_jax import config
 from vla_jax.data import raw_frames
 from vla_jax.data.frame_cache import FrameCache
 from vla_jax.data.raw import Blocks, EpisodeBlock, Lazy
@@ -85,7 +86,7 @@ def test_a_bad_episode_is_named_with_column_and_step_or_left_out_and_counted(tmp
     with pytest.raises(ValueError, match=message):
         make_dataset(raw, tiny_raw.FIELDS, DatasetConfig(), cameras=())
     with pytest.warns(UserWarning, match=f"left out 1 of 4 episodes of .*{message}"):
-        data = make_dataset(raw, tiny_raw.FIELDS, DatasetConfig(on_bad="skip"), cameras=())
+        data = make_dataset(raw, tiny_raw.FIELDS, DatasetConfig(skip_bad_episodes=True), cameras=())
     assert data.episode_ends.tolist() == [12, 27, 28]
 
 
@@ -150,3 +151,9 @@ def test_data_sets_of_a_mixture_share_the_cache_and_the_folder_of_the_file(tmp_p
     assert (first.path, first.decoded_dir) == (str(tmp_path / "a"), str(tmp_path / "images"))
     assert first.cache_bytes == config.dataset.cache_bytes // 2
     assert (second.cache_bytes, second.decoded_dir) == (5, None)
+
+
+def test_the_treatment_of_bad_episodes_in_an_earlier_config_is_kept():
+    for on_bad, skipped in (("skip", True), ("error", False)):
+        read = config.from_dict(DatasetConfig, {"path": "a", "on_bad": on_bad, "cameras": ["a=b"]})
+        assert read == DatasetConfig("a", cameras=("a=b",), skip_bad_episodes=skipped)

@@ -102,7 +102,9 @@ def command_line(
     (`--decoder.dropout`) if two parts of the config have a field of that name, for the fields
     `kind` and `head`, and for all fields of the parts `loss`, `auxiliary`, `dataset` and `lora`,
     whose bare names would be ambiguous. The field `path` of a part can also be set by the part's
-    own name (`--dataset demos/table`, `--dataset.path demos/table`).
+    own name (`--dataset demos/table`, `--dataset.path demos/table`). The other fields of `dataset`
+    have their bare name as well (`--cameras`, `--skip-bad-episodes`), except `kind` and those that
+    the config itself has too.
     Where a field may hold one of several config classes, the preset determines which.
 
     Args:
@@ -122,7 +124,7 @@ def command_line(
         )
     default = presets[known.preset]()
     chosen = parse(
-        _flat_class(default, "", ambiguous=_ambiguous(default)),
+        _flat_class(default, "", ambiguous=_ambiguous(default), taken=_own_names(default)),
         rest,
         prog=program(),
         description=f"{description}\n\n{_preset_list(presets, known.preset)}",
@@ -164,14 +166,19 @@ def parse(
 
 
 def _flat_class(
-    config: Any, part: str, *, ambiguous: Container[str], hidden: Container[str] = ()
+    config: Any,
+    part: str,
+    *,
+    ambiguous: Container[str],
+    taken: Container[str],
+    hidden: Container[str] = (),
 ) -> type:
     """Returns a subclass of the config's class for tyro to read.
 
     Its defaults are the config's values, each union is narrowed to the member that the config
     holds (tyro would make sub-commands of it), and options are flat; those named in `ambiguous`
     and those of `NAMED_PARTS` begin with `part`. There are none for the fields in `hidden`, and for
-    those that a class lists as DERIVED.
+    those that a class lists as DERIVED. The data set has its bare names too, if not in `taken`.
     """
     import tyro
 
@@ -184,7 +191,7 @@ def _flat_class(
         value, about = getattr(config, name), comments(cls).get(name, "")
         if dataclasses.is_dataclass(value):
             inner = [path.partition(".")[2] for path in derived if path.startswith(f"{name}.")]
-            kind = _flat_class(value, name, ambiguous=ambiguous, hidden=inner)
+            kind = _flat_class(value, name, ambiguous=ambiguous, taken=taken, hidden=inner)
             marker, value = tyro.conf.arg(help=about), kind()
         elif _fixed(kind) or name in hidden:
             marker = tyro.conf.Suppress
@@ -192,6 +199,8 @@ def _flat_class(
             dotted = part in NAMED_PARTS or (part and name in ambiguous)
             flag = f"{part}.{name}" if dotted else name
             aliases = [f"--{part}"] if part and name == "path" else None
+            if part == "dataset" and name not in taken:
+                aliases = [f"--{name.replace('_', '-')}"]
             marker = tyro.conf.arg(name=flag, help=about, prefix_name=False, aliases=aliases)
         fields.append((name, Annotated[kind, marker], dataclasses.field(default=value)))
     # Checked once all options are known, by the class itself.
@@ -265,6 +274,11 @@ def _ambiguous(config: Any) -> set[str]:
     """Returns the field names that occur in more than one part, and `kind` and `head`."""
     counts = collections.Counter(_leaf_names(config))
     return {"kind", "head", *(name for name, count in counts.items() if count > 1)}
+
+
+def _own_names(config: Any) -> set[str]:
+    """Returns the names of the fields outside any part, and those with a fixed meaning."""
+    return {"kind", "head", "path", *(field.name for field in dataclasses.fields(config))}
 
 
 def _leaf_names(config: Any) -> Iterator[str]:

@@ -20,6 +20,8 @@ from rich.console import Console
 from vla_jax.command_line import exit_codes, parse
 from vla_jax.data.conversion.conversion_plan import make_plan
 from vla_jax.data.conversion.conversion_run import Converted, convert
+from vla_jax.data.readers.dataset_config import camera_option
+from vla_jax.data.readers.fields import name_cameras
 from vla_jax.data.readers.reader import open_source
 from vla_jax.files import Path
 from vla_jax.inspect_data import assumed_fields
@@ -32,6 +34,7 @@ class ConvertDataConfig:
 
     kind: str | None = None  # format of the source, a key of READERS; None = detect it
     split: str | None = None  # part of the data set, such as "train"; None = all episodes
+    cameras: tuple[str, ...] = ()  # NAME=KEY of each camera, such as primary=observation.images.top
     num_workers: int | None = None  # processes that encode; None = one per core, 0 = none
     overwrite: bool = False  # replace DST, and an unfinished conversion of something else
     skip_bad_episodes: bool = False  # leave out and count episodes that cannot be read
@@ -77,7 +80,7 @@ def convert_data(
     """
     config = config or ConvertDataConfig()
     raw = open_source(pathlib.Path(source), config.kind, split=config.split)
-    fields = assumed_fields(raw)
+    fields = name_cameras(assumed_fields(raw), raw, dict(map(camera_option, config.cameras)))
     chosen = {"action": config.action, "proprio": config.proprio}
     columns = {**fields.columns, **{name: keys for name, keys in chosen.items() if keys}}
     rotate = fields.rotate_images if config.rotate_images is None else config.rotate_images

@@ -22,7 +22,8 @@ from vla_jax.command_line import exit_codes, parse
 from vla_jax.data.inspection.inspection_json import to_json
 from vla_jax.data.inspection.survey import Survey, survey
 from vla_jax.data.raw import RawDataset
-from vla_jax.data.readers.fields import FieldMap
+from vla_jax.data.readers.dataset_config import camera_option
+from vla_jax.data.readers.fields import FieldMap, name_cameras
 from vla_jax.data.readers.reader import READERS, open_source
 from vla_jax.evaluation import data_page, data_tables
 from vla_jax.files import Path, write_json
@@ -37,6 +38,7 @@ class InspectConfig:
 
     kind: str | None = None  # format, a key of READERS such as "rlds"; None = detect it
     split: str | None = None  # part of the data set, such as "train"; None = all episodes
+    cameras: tuple[str, ...] = ()  # NAME=KEY of each camera, such as primary=observation.images.top
     num_episodes: int | None = None  # episodes to read, at equal distances; None = all
     num_sampled: int = 8  # episodes of which frames are decoded, at equal distances
     num_frames: int = 12  # frames to decode per camera in each of these episodes
@@ -80,11 +82,12 @@ def inspect_data(
     """
     config = config or InspectConfig()
     raw = open_source(pathlib.Path(path), config.kind, split=config.split)
+    fields = name_cameras(assumed_fields(raw), raw, dict(map(camera_option, config.cameras)))
     total = min(len(raw.lengths), config.num_episodes or len(raw.lengths))
     with progress_bar(raw.path.name, total, unit="episodes", console=console) as show:
         result = survey(
             raw,
-            assumed_fields(raw),
+            fields,
             num_episodes=config.num_episodes,
             num_sampled=config.num_sampled,
             num_frames=config.num_frames,

@@ -50,7 +50,8 @@ def assumptions(report: Mapping[str, Any]) -> dict[str, str]:
     """Returns label -> text: the fields that a training would read."""
     assumed = report["assumed"]
     dims = report["statistics"].get("action", {"dims": ()})["dims"]
-    grippers = [f"action[{i}]" for i in sorted(i % max(len(dims), 1) for i in assumed["grippers"])]
+    indices = sorted(i % max(len(dims), 1) for i in assumed["grippers"] or ())
+    grippers = [f"action[{i}]" for i in indices]
     ends = assumed["gripper_range"]
     rate = assumed["fps_of_timestamps"]
     return {
@@ -59,7 +60,7 @@ def assumptions(report: Mapping[str, Any]) -> dict[str, str]:
         "grippers": f"{', '.join(grippers)}: {number(ends['closed'])} closed, "
         f"{number(ends['opened'])} open"
         if grippers
-        else "none",
+        else ("not declared" if assumed["grippers"] is None else "none"),
         "images": "upside down, to be rotated" if assumed["rotate_images"] else "upright",
         "robot": assumed["robot"] or "generic",
         "rate": f"{number(assumed['fps'])} Hz stated, {number(rate)} Hz by the timestamps"

@@ -123,6 +123,12 @@ def _grippers(survey: Survey) -> Iterator[Finding]:
     field = survey.statistics.get("action")
     if field is None:
         return
+    if survey.fields.grippers is None:
+        text = (
+            "the data set does not say which numbers of the action are grippers; declare them with "
+            "--dataset.grippers and --dataset.gripper-range, or name the --dataset.robot."
+        )
+        yield Finding("problem", "grippers", text)
     for d in sorted(_gripper_dims(survey)):
         closed, opened = survey.fields.gripper_range
         low, high = sorted((closed, opened))
@@ -241,7 +247,7 @@ def _fields(survey: Survey) -> Iterator[Finding]:
 def _gripper_dims(survey: Survey) -> set[int]:
     field = survey.statistics.get("action")
     size = len(field.names) if field else 0
-    return {d % size for d in survey.fields.grippers if -size <= d < size}
+    return {d % size for d in survey.fields.grippers or () if -size <= d < size}
 
 
 def _label(name: str, field: FieldSurvey, d: int) -> str:

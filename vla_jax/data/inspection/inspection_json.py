@@ -117,7 +117,7 @@ def _assumed(survey: Survey) -> dict[str, Any]:
     return {
         "cameras": dict(fields.cameras),
         "columns": {name: list(keys) for name, keys in fields.columns.items()},
-        "grippers": list(fields.grippers),
+        "grippers": None if fields.grippers is None else list(fields.grippers),
         "gripper_range": fields.gripper_range._asdict(),
         "rotate_images": fields.rotate_images,
         "robot": fields.robot,

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from vla_jax.actions.action_layout import Gripper
-from vla_jax.data.dataset import OnBad
+from vla_jax.config import did_you_mean
+from vla_jax.data.readers.robots import ROBOTS
 
 
 @dataclass(frozen=True)
@@ -15,17 +16,20 @@ class DatasetConfig:
     path: str = "demos/table"  # folder of the data set
     kind: str | None = None  # format, a key of READERS such as "lerobot_v3"; None = detect it
     split: str | None = None  # part such as "train", or a filter key; None = all episodes
-    # NAME=KEY of each camera, such as primary=observation.images.top; others keep their default
+    # NAME=KEY of each camera, such as primary=observation.images.top; KEY has no other name then,
+    # the other cameras keep those of the format
     cameras: tuple[str, ...] = ()
     # (field, key on disk) of columns, such as proprio and observation.state; KEY[a:b] selects
     # dimensions, KEY+KEY concatenates columns
     feature_keys: tuple[tuple[str, str], ...] = ()
     columns: tuple[str, ...] | None = None  # numeric fields to read besides action; None = all
+    # grippers and their range are those of a robot by name, such as so100; None = as the data say
+    robot: str | None = None
     gripper: Gripper | None = None  # encoding of the gripper on disk; None = the format's usual one
     # values of a closed and of an open gripper on disk, such as 0 100; overrides gripper
     gripper_range: tuple[float, float] | None = None
     # indices of grippers in the action on disk, such as -1 (the last); empty = no gripper; None =
-    # what the format or robot usually has
+    # what the data set's format, names of dimensions or robot say
     grippers: tuple[int, ...] | None = None
     rotate_images: bool | None = None  # rotate images by 180 degrees; None = the format's usual way
     # Hz; data of another rate are an error; None = any rate; needed where the data state none
@@ -35,7 +39,8 @@ class DatasetConfig:
     decode: Literal["on_demand", "whole"] = "on_demand"
     cache_bytes: int = 2**30  # bytes of decoded frames cached by each process (on_demand)
     decoded_dir: str | None = None  # folder for decoded frames (whole); None = .frames in path
-    on_bad: OnBad = "error"  # episodes with NaN or infinity: "error" stops, "skip" leaves them out
+    # leave out and count episodes that cannot be read or hold NaN or infinity; False = an error
+    skip_bad_episodes: bool = False
 
     # The loader compares the data themselves.
     MAY_CHANGE: ClassVar[tuple[str, ...]] = ("path", "decode", "cache_bytes", "decoded_dir")
@@ -44,8 +49,18 @@ class DatasetConfig:
         """Checks the size of the cache and the form of the cameras."""
         if self.cache_bytes < 0:
             raise ValueError(f"dataset.cache_bytes must be at least 0, got {self.cache_bytes}.")
+        if self.robot is not None and self.robot not in ROBOTS:
+            raise ValueError(f"dataset.robot is {self.robot!r}; {did_you_mean(self.robot, ROBOTS)}")
         for text in self.cameras:
             camera_option(text)
+
+    @staticmethod
+    def upgrade(data: Any) -> Any:
+        """Converts `on_bad` of an earlier version, "error" or "skip", to `skip_bad_episodes`."""
+        if not isinstance(data, Mapping) or "on_bad" not in data:
+            return data
+        data = {"skip_bad_episodes": data["on_bad"] == "skip", **data}
+        return {name: value for name, value in data.items() if name != "on_bad"}
 
 
 def camera_option(text: str) -> tuple[str, str]:

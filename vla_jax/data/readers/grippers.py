@@ -12,7 +12,7 @@ CHANGE = 0.1  # in units of half the gripper's range: a change of a gripper that
 def make_layout(fields: FieldMap, dim: int) -> ActionLayout:
     """Returns the layout of actions of `dim` numbers; errors as `action_layout.make_layout`."""
     return action_layout.make_layout(
-        dim, fields.grippers, fields.gripper_range, only_open=fields.gripper_only_open
+        dim, fields.grippers or (), fields.gripper_range, only_open=fields.gripper_only_open
     )
 
 

@@ -46,7 +46,7 @@ def read_numbers(raw: RawDataset, fields: FieldMap, config: DatasetConfig) -> Nu
 
     Raises:
       ValueError: an episode is damaged, holds NaN or infinity, or has other sizes or another rate
-        than the others; with `on_bad` "skip": every episode is bad.
+        than the others; with `skip_bad_episodes`: every episode is bad.
     """
     columns = {name: np.empty((0, 0), np.float32) for name in fields.columns}
     index = np.empty(0, np.int32)
@@ -54,7 +54,7 @@ def read_numbers(raw: RawDataset, fields: FieldMap, config: DatasetConfig) -> Nu
     episodes: list[np.ndarray] = []
     bad: list[str] = []
     end, total = 0, int(raw.lengths.sum())
-    for piece in _pieces(raw, fields, bad if config.on_bad == "skip" else None):
+    for piece in _pieces(raw, fields, bad if config.skip_bad_episodes else None):
         stop = end + len(piece.block.timestamps)
         for name, values in piece.columns.items():
             columns[name] = _with_room(columns[name], stop, total, values.shape[1:])
@@ -170,7 +170,7 @@ def _check_size(field: str, size: int, expected: int | None, where: str) -> None
         raise ValueError(
             f"{field} must have {expected} numbers as in the first episode, got {size} in {where}; "
             "select dimensions with --dataset.feature-keys, or skip such episodes with "
-            "--dataset.on-bad skip."
+            "--skip-bad-episodes."
         )
 
 
@@ -204,7 +204,7 @@ def _check_finite(columns: Mapping[str, np.ndarray], fields: FieldMap, where: st
             raise ValueError(
                 f"{field} must be finite, got {kind} in number {dim} of "
                 f"{' + '.join(fields.columns[field])} at step {step} of {where}; repair the data, "
-                "or skip such episodes with --dataset.on-bad skip."
+                "or skip such episodes with --skip-bad-episodes."
             )
 
 

@@ -2,17 +2,17 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 from vla_jax.data.raw import Feature, RawDataset
 from vla_jax.data.readers.fields import FieldMap, GripperRange
 from vla_jax.data.readers.lerobot.info import read_info
 from vla_jax.data.readers.lerobot.modality import Modality, NamedSlice, read_modality
 from vla_jax.data.readers.lerobot.stored_fields import read_fields
+from vla_jax.data.readers.robots import ROBOTS, robot_name
 
-PRIMARY = (  # parts of names of a third-person camera, the best first
-    "primary", "image", "top", "front", "agentview", "static", "high", "head", "base", "main",
-    "exterior", "ego",
+PRIMARY = (  # words in names of a third-person camera, the best first
+    "primary", "image", "top", "front", "frontview", "agentview", "static", "high", "head",
+    "overhead", "base", "main", "exterior", "external", "third", "ego", "side",
 )  # fmt: skip
 WRIST = re.compile(r"wrist|hand|gripper")
 DEPTH = re.compile(r"depth|tactile|segment|mask")
@@ -24,48 +24,16 @@ KEYS = {  # field -> keys that hold it, the first one that exists is used
 }
 
 
-class Robot(NamedTuple):
-    """Meaning of the actions of a robot."""
-
-    closed: float  # number of a closed gripper
-    opened: float  # number of an open gripper
-    grippers: Mapping[int, tuple[int, ...]]  # size of the action -> grippers, where without names
-
-
-ROBOTS = {  # robot_type in info.json, without a prefix "bi_" or endings such as "_follower"
-    # lerobot/robots/so_follower, koch_follower: MotorNormMode.RANGE_0_100, 100 = open
-    "so100": Robot(0.0, 100.0, {6: (5,), 12: (5, 11)}),
-    "so101": Robot(0.0, 100.0, {6: (5,), 12: (5, 11)}),
-    "koch": Robot(0.0, 100.0, {6: (5,), 12: (5, 11)}),
-    # ALOHA, gym_aloha/constants.py: positions normalised to 0 = closed, 1 = open
-    "aloha": Robot(0.0, 1.0, {7: (6,), 14: (6, 13), 16: (6, 13)}),
-    "viperx": Robot(0.0, 1.0, {7: (6,)}),
-    # BridgeData V2: 1 = open, 0 = closed
-    "widowx": Robot(0.0, 1.0, {7: (6,)}),
-    "bridge": Robot(0.0, 1.0, {7: (6,)}),
-    # CALVIN: gripper_action 1 = open, -1 = close
-    "calvin": Robot(-1.0, 1.0, {7: (6,)}),
-    # robosuite's Panda, as LIBERO and robomimic record it: -1 = open, 1 = close
-    "panda": Robot(1.0, -1.0, {7: (6,)}),
-    "libero": Robot(1.0, -1.0, {7: (6,)}),
-    # DROID: gripper_position 0 = open, 1 = closed
-    "franka": Robot(1.0, 0.0, {7: (6,), 8: (7,)}),
-    "droid": Robot(1.0, 0.0, {7: (6,), 8: (7,)}),
-    # gym_pusht: positions of the pusher in pixels
-    "pusht": Robot(-1.0, 1.0, {2: ()}),
-}
-
-
 def suggest_fields(raw: RawDataset) -> FieldMap:
     """Returns the fields that a LeRobot data set suggests.
 
     Cameras: a name with "wrist", "hand" or "gripper" is a wrist camera, the first of which is
-    `image_wrist`. Of the others, the one with the first name in `PRIMARY`, else the first one, is
-    `image_primary`. All remaining cameras are `image_<name>`.
+    `image_wrist`. Of the others, the one with the first word in `PRIMARY` is `image_primary`, or
+    the only camera of the data set whatever its name is. All remaining cameras are
+    `image_<name>`.
 
     Grippers: dimensions of the action with "gripper" in their name; without such names those of
-    the robot in `ROBOTS`, and of an unknown robot with unnamed dimensions the last one, which
-    this library's own data sets have.
+    the robot in `ROBOTS`. They are undeclared for an unknown robot with unnamed dimensions.
 
     Args:
       raw: from `open_lerobot`.
@@ -95,13 +63,6 @@ def suggest_fields(raw: RawDataset) -> FieldMap:
     )
 
 
-def robot_name(robot_type: str) -> str:
-    """Returns the key of `ROBOTS` that a robot type has, else the type in lower case."""
-    name = robot_type.lower().strip().replace("-", "_")
-    parts = name.split("_")
-    return next((robot for robot in ROBOTS if robot in parts), name)
-
-
 def name_cameras(names: Mapping[str, str]) -> dict[str, str]:
     """Returns field -> camera.
 
@@ -112,7 +73,11 @@ def name_cameras(names: Mapping[str, str]) -> dict[str, str]:
     pictures = [key for key in short if not DEPTH.search(short[key].lower())]
     wrist = [key for key in pictures if WRIST.search(short[key].lower())]
     third_person = [key for key in pictures if key not in wrist]
-    primary = sorted(third_person, key=lambda key: _rank(short[key].lower()))  # stable
+    ranks = {key: _rank(short[key].lower()) for key in third_person}
+    known = [key for key in third_person if ranks[key] is not None]
+    primary = sorted(known, key=lambda key: ranks[key] or 0)  # stable
+    if len(pictures) == 1:
+        primary = third_person
     found = {"image_primary": primary[:1], "image_wrist": wrist[:1]}
     cameras = {field: key for field, keys in found.items() for key in keys}
     for key in [key for key in short if key not in cameras.values()]:
@@ -132,13 +97,12 @@ def _short_name(key: str) -> str:
     return key
 
 
-def _rank(name: str) -> int:
-    """Returns the place of a name in PRIMARY: equal names before those that contain one."""
-    for place, part in enumerate(PRIMARY):
-        if name == part:
-            return place
-    contained = [place for place, part in enumerate(PRIMARY) if part in name]
-    return len(PRIMARY) + min(contained, default=len(PRIMARY))
+def _rank(name: str) -> int | None:
+    """Returns the place of a name in PRIMARY: equal names before those with such a word."""
+    if name in PRIMARY:
+        return PRIMARY.index(name)
+    places = [PRIMARY.index(word) for word in re.findall("[a-z]+", name) if word in PRIMARY]
+    return len(PRIMARY) + min(places) if places else None
 
 
 def _keys(field: str, columns: Mapping[str, Feature]) -> tuple[str, ...]:
@@ -157,8 +121,8 @@ def _slice(part: NamedSlice) -> str:
 
 def _grippers(
     columns: Mapping[str, Feature], keys: Sequence[str], modality: Modality, robot: str
-) -> tuple[int, ...]:
-    """Returns the grippers' places in the concatenated action."""
+) -> tuple[int, ...] | None:
+    """Returns the grippers' places in the concatenated action; None if nothing declares them."""
     if modality.action:
         names = [
             f"{part.name}.{index}"
@@ -170,10 +134,10 @@ def _grippers(
     named = tuple(index for index, name in enumerate(names) if GRIPPER.search(name.lower()))
     if named:
         return named
-    if robot in ROBOTS:
-        return ROBOTS[robot].grippers.get(len(names), ())
+    if robot in ROBOTS and len(names) in ROBOTS[robot].grippers:
+        return ROBOTS[robot].grippers[len(names)]
     is_named = modality.action or any(columns[key].names for key in keys)
-    return () if is_named or not names else (len(names) - 1,)
+    return () if is_named or not names else None
 
 
 def _dimension_names(key: str, feature: Feature) -> Sequence[str]:

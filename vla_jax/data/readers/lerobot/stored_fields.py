@@ -31,7 +31,11 @@ def read_fields(root: pathlib.Path) -> FieldMap | None:
         return FieldMap(
             cameras={str(field): str(key) for field, key in data["cameras"].items()},
             columns={str(f): tuple(map(str, keys)) for f, keys in data["columns"].items()},
-            grippers=tuple(int(index) for index in data["grippers"]),
+            grippers=(
+                None
+                if data["grippers"] is None
+                else tuple(int(index) for index in data["grippers"])
+            ),
             gripper_range=GripperRange(closed, opened),
             gripper_keeps_at_zero=bool(data.get("gripper_keeps_at_zero", False)),
             gripper_only_open=bool(data.get("gripper_only_open", False)),

@@ -46,7 +46,8 @@ def write(
       episodes: records with the same fields and image sizes; gripper +1 open, -1 closed.
       fps: steps per second, Hz.
       robot_type: name of the robot, for the metadata.
-      names: field -> name of each dimension.
+      names: field -> name of each dimension; without names of the action its last number is
+        named "gripper", so that readers know it.
       overwrite: replace an existing data set.
 
     Returns:
@@ -178,6 +179,8 @@ def _features(
     first: Episode, fps: float, names: Mapping[str, Sequence[str]]
 ) -> dict[str, dict[str, Any]]:
     """Returns `features` of info.json: dtype, shape and names of every per-frame value."""
+    arm = tuple(f"arm_{number}" for number in range(first.action.shape[1] - 1))
+    names = {"action": (*arm, "gripper"), **names}
     labels = {layout.FEATURE_KEYS[name]: tuple(value) for name, value in names.items()}
     columns = {
         key: Feature("float32", column.shape[1:], labels.get(key, ()))
