@@ -3,6 +3,7 @@
 import json
 import logging
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vla_jax.training import checkpoint, optim, parallel, update
+from vla_jax.training import checkpoint, checksums, optim, parallel, step_record, update
 from vla_jax.training.optim import OptimConfig
 
 OPTIM = OptimConfig(
@@ -298,7 +299,111 @@ def test_logs_of_other_libraries_are_not_suppressed(caplog):
     assert "of somebody else" in caplog.text
 
 
-def test_metadata_is_stored_in_the_step_as_json(saved):
-    directory, _ = saved
-    stored = json.loads((directory / "3" / "_CHECKPOINT_METADATA").read_text())
-    assert stored["custom_metadata"] == {"metadata": METADATA}
+def test_metadata_and_checksums_are_stored_in_the_step_as_json(saved):
+    directory, state = saved
+    stored = json.loads((directory / "3" / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
+    assert stored["metadata"] == METADATA
+    assert stored["integrity"]["step"] == 3
+    assert stored["integrity"]["arrays"] == checksums.of_tree(state)
+
+
+@pytest.fixture
+def copied(saved, tmp_path):
+    return shutil.copytree(saved[0], tmp_path / "copy")
+
+
+def change_record(folder, change):
+    path = folder / "_CHECKPOINT_METADATA"
+    stored = json.loads(path.read_text())
+    change(stored["custom_metadata"])
+    path.write_text(json.dumps(stored))
+
+
+def restored_or_refused(directory, like):
+    """The train state, or the error of a damaged step."""
+    try:
+        return checkpoint.restore(directory, like)[0], ""
+    except ValueError as error:
+        return None, str(error)
+
+
+def test_flipped_bits_in_the_arrays_are_never_restored(copied, saved):
+    like = jax.eval_shape(make_state)
+    files = sorted((copied / "3" / "state").glob("**/d/*"))
+    rng = np.random.default_rng(0)
+    num_refused = 0
+    for _ in range(10):
+        file = files[rng.integers(len(files))]
+        intact = file.read_bytes()
+        content = bytearray(intact)
+        content[rng.integers(len(content))] ^= 1 << int(rng.integers(8))
+        file.write_bytes(content)
+        restored, refusal = restored_or_refused(copied, like)
+        file.write_bytes(intact)
+        if restored is None:
+            num_refused += 1
+            assert "delete it to use the step before" in refusal
+        else:  # a byte that nothing reads
+            assert_same(restored, saved[1])
+    assert num_refused >= 2  # the others are bytes that nothing reads
+
+
+def test_an_array_of_other_values_is_named(copied):
+    change_record(copied / "3", alter_checksum)
+    with pytest.raises(ValueError, match=r"read .the checksum of array params/head/kernel differs"):
+        checkpoint.restore_params(copied)
+    sharding = parallel.make_shardings(
+        jax.eval_shape(make_state), parallel.make_mesh(2, fsdp_size=2), FSDP
+    )
+    placed = parallel.with_shardings(jax.eval_shape(make_state), sharding)
+    with pytest.raises(ValueError, match="the checksum of array params/head/kernel differs"):
+        checkpoint.restore(copied, placed)
+
+
+FSDP = (("head/kernel", jax.sharding.PartitionSpec(None, "fsdp")),)
+
+
+def alter_checksum(record):
+    """Changes the checksum of an array, so that its values differ from it."""
+    record["integrity"]["arrays"]["params/head/kernel"] ^= 1
+    integrity = {name: value for name, value in record["integrity"].items() if name != "text"}
+    record["integrity"]["text"] = step_record.text_checksum(record["metadata"], integrity)
+
+
+RECORDS = {
+    "another value": (lambda r: r["metadata"]["q01"].append(9), "checksum of its metadata differs"),
+    "no metadata": (lambda r: r.pop("metadata"), "its metadata is broken"),
+    "unknown entry": (lambda r: r.update(integrityz=r.pop("integrity")), "its metadata is broken"),
+    "no checksum": (lambda r: r["integrity"].pop("text"), "checksum of its metadata differs"),
+}
+
+
+@pytest.mark.parametrize(("change", "reason"), RECORDS.values(), ids=RECORDS)
+def test_damaged_metadata_is_refused(change, reason, copied):
+    change_record(copied / "3", change)
+    with pytest.raises(ValueError, match=f"3 cannot be read .*{reason}"):
+        checkpoint.read_metadata(copied)
+
+
+def test_a_step_under_the_name_of_another_is_refused(copied):
+    (copied / "3").rename(copied / "20")
+    with pytest.raises(ValueError, match=r"20 cannot be read .its files are those of step 3"):
+        checkpoint.restore(copied, make_state())
+
+
+def test_an_average_that_is_gone_is_not_replaced_by_the_params(copied, tmp_path):
+    path = copied / "3" / "state" / "_METADATA"
+    stored = json.loads(path.read_text())
+    leaves = {name: leaf for name, leaf in stored["tree_metadata"].items() if "ema" not in name}
+    path.write_text(json.dumps(stored | {"tree_metadata": leaves}))
+    with pytest.raises(ValueError, match="its list of arrays is broken at ema_params/backbone"):
+        checkpoint.has_ema(copied)
+    change_record(copied / "3", lambda record: record.pop("integrity"))
+    with pytest.raises(ValueError, match="3 must hold ema_params"):
+        checkpoint.has_ema(copied)
+
+
+def test_a_step_of_an_earlier_version_is_read_with_a_warning(copied, saved):
+    change_record(copied / "3", lambda record: record.pop("integrity"))
+    with pytest.warns(UserWarning, match="3 was saved by an earlier version, without checksums"):
+        assert_same(checkpoint.restore(copied, jax.eval_shape(make_state))[0], saved[1])

@@ -5,9 +5,10 @@
     directory/frozen/  parts of the params that no update changes, if they are stored once
 
 The metadata (config, norm_stats, position of the loader, …) is stored with each step, so that one
-step folder is sufficient to resume or to act. A folder appears under its number only when it is
-complete; partial folders of a killed program are ignored, and removed by the next
-`open_checkpoints`. All calls to Orbax are in this file, since its API still changes.
+step folder is sufficient to resume or to act. A checksum of every array is stored too, and checked
+whenever the array is read. A folder appears under its number only when it is complete; partial
+folders of a killed program are ignored, and removed by the next `open_checkpoints`. All calls to
+Orbax are in this file, since its API still changes.
 """
 
 # Orbax's annotations are narrower than what it accepts (pathlib paths, its own policies).
@@ -26,7 +27,8 @@ from orbax.checkpoint import v1 as ocp
 
 from vla_jax import trees
 from vla_jax.files import replacing
-from vla_jax.training import freezing, orbax_errors
+from vla_jax.training import freezing, orbax_errors, step_record
+from vla_jax.training.step_record import Record
 from vla_jax.types import Params
 
 Path = str | os.PathLike[str]
@@ -98,8 +100,9 @@ def save(checkpoints: Checkpoints, step: int, train_state: Any, metadata: dict[s
             f"step must be above {latest}, the latest in {orbax.directory}, got {step}; "
             "delete the later steps or use another folder."
         )
+    record = step_record.make(metadata, train_state, step)
     with orbax_errors.one_sentence(orbax.directory):
-        return bool(orbax.save_async(step, train_state, custom_metadata={"metadata": metadata}))
+        return bool(orbax.save_async(step, train_state, custom_metadata=record))
 
 
 def wait(checkpoints: Checkpoints) -> None:
@@ -148,7 +151,15 @@ def has_ema(directory: Path, *, step: int | None = None) -> bool:
       FileNotFoundError: there is no such step.
       ValueError: the files are damaged.
     """
-    return _stored(_step_path(directory, step))[0].get("ema_params") is not None
+    path = _step_path(directory, step)
+    saved = _stored(path)[0]
+    # A train state has the entry in any case; without checksums this alone shows that it is gone.
+    if "ema_params" not in saved and set(saved) != {"params"}:
+        raise ValueError(
+            f"{path} must hold ema_params (None without an EMA), got {', '.join(saved)}; delete "
+            "it to use the step before."
+        )
+    return saved.get("ema_params") is not None
 
 
 def read_metadata(directory: Path, *, step: int | None = None) -> dict[str, Any]:
@@ -162,7 +173,7 @@ def read_metadata(directory: Path, *, step: int | None = None) -> dict[str, Any]
       FileNotFoundError: there is no such step.
       ValueError: the files are damaged.
     """
-    return _stored(_step_path(directory, step))[1]
+    return _stored(_step_path(directory, step))[1].metadata
 
 
 def restore(
@@ -185,12 +196,12 @@ def restore(
       ValueError: the checkpoint differs from `like` in a shape or dtype, or is damaged.
     """
     path = _step_path(directory, step)
-    saved, metadata = _stored(path)
+    saved, record = _stored(path)
     # Earlier versions saved an EMA of frozen params, which is not read.
     absent = freezing.absent_paths(like)
     leaves = trees.leaves_by_path(saved).items()
     _check_same({name: leaf for name, leaf in leaves if name not in absent}, like, path)
-    return _load(path, _as_targets(like)), metadata
+    return _load(path, _as_targets(like), record), record.metadata
 
 
 def restore_params(
@@ -214,8 +225,9 @@ def restore_params(
     """
     path = _step_path(directory, step)
     field = "ema_params" if ema else "params"
-    stored, frozen = _stored(path)[0], path.parent / _FROZEN
-    parts = _stored(frozen)[0]["params"] if frozen.exists() else {}
+    (stored, record), frozen = _stored(path), path.parent / _FROZEN
+    tree, frozen_record = _stored(frozen) if frozen.exists() else ({}, None)
+    parts = tree.get("params", {})
     saved, params = stored.get(field), stored["params"]
     if saved is None:
         raise ValueError(f"{path} holds no {field}; train with ema_decay, or read params.")
@@ -223,10 +235,13 @@ def restore_params(
         saved, params, parts = (
             {part: tree[part] for part in like if part in tree} for tree in (saved, params, parts)
         )
-        _check_same(parts | _fill(saved, params), like, path)
-    loaded = _load(path, _as_numpy({"params": _missing(saved, params), field: saved}))
-    unchanged = _load(frozen, _as_numpy({"params": parts}))["params"] if parts else {}
-    return unchanged | _fill(loaded[field], loaded["params"])
+        _check_same(parts | freezing.fill_none(saved, params), like, path)
+    target = _as_numpy({"params": freezing.where_none(saved, params), field: saved})
+    loaded = _load(path, target, record)
+    unchanged = {}
+    if parts and frozen_record:
+        unchanged = _load(frozen, _as_numpy({"params": parts}), frozen_record)["params"]
+    return unchanged | freezing.fill_none(loaded[field], loaded["params"])
 
 
 def save_params(path: Path, params: Params) -> None:
@@ -243,7 +258,8 @@ def save_params(path: Path, params: Params) -> None:
     """
     path = pathlib.Path(path).absolute()
     with orbax_errors.quiet(), orbax_errors.one_sentence(path.parent), orbax_errors.collected():
-        ocp.save(path, {"params": params}, custom_metadata={"metadata": {}})
+        record = step_record.make({}, {"params": params}, None)
+        ocp.save(path, {"params": params}, custom_metadata=record)
 
 
 def read_params(path: Path) -> Params:
@@ -253,7 +269,8 @@ def read_params(path: Path) -> Params:
       ValueError: the files are damaged.
     """
     path = pathlib.Path(path).absolute()
-    return _load(path, _as_numpy({"params": _stored(path)[0]["params"]}))["params"]
+    saved, record = _stored(path)
+    return _load(path, _as_numpy(saved), record)["params"]
 
 
 def add_frozen(directory: Path, path: Path) -> None:
@@ -299,7 +316,8 @@ def export_params(
     if path.exists():
         raise FileExistsError(f"{path} exists already; choose another target.")
     with orbax_errors.one_sentence(path.parent):
-        ocp.save(path, {"params": params}, custom_metadata={"metadata": metadata})
+        record = step_record.make(metadata, {"params": params}, int(path.name))
+        ocp.save(path, {"params": params}, custom_metadata=record)
     return path
 
 
@@ -323,22 +341,24 @@ def _step_path(directory: Path, step: int | None) -> pathlib.Path:
     return pathlib.Path(directory).absolute() / str(step)
 
 
-def _stored(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the saved tree, with shapes for arrays, and the metadata passed to `save`."""
+def _stored(path: pathlib.Path) -> tuple[dict[str, Any], Record]:
+    """Returns the saved tree, with shapes for arrays, and what is stored with them."""
     with orbax_errors.readable(path):
         stored: Any = ocp.metadata(path)
-        custom = stored.custom_metadata or {}
-        if not jax.tree.leaves(stored.metadata) or "metadata" not in custom:
-            raise ValueError("its list of arrays or its metadata is broken")
-        return stored.metadata, custom["metadata"]
+        if not jax.tree.leaves(stored.metadata):
+            raise ValueError("its list of arrays is broken")
+        return stored.metadata, step_record.check(stored.custom_metadata, stored.metadata, path)
 
 
-def _load(path: pathlib.Path, target: Any) -> Any:
-    """Returns the part of the saved tree that `target` has, as NumPy arrays."""
+def _load(path: pathlib.Path, target: Any, record: Record) -> Any:
+    """Returns the part of the saved tree that `target` has, its checksums compared."""
     context = ocp.Context()
     context.pytree_options.loading.partial_load = True
+    step_record.warn_if_unchecked(record, path)
     with orbax_errors.readable(path), context:
-        return ocp.load(path, target)
+        loaded = ocp.load(path, target)
+        step_record.check_arrays(loaded, record)
+        return loaded
 
 
 def _as_numpy(tree: Any) -> Any:
@@ -362,22 +382,6 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
-
-
-def _missing(tree: Any, whole: Any) -> Any:
-    """Returns the leaves of `whole` where `tree` has None, and None elsewhere."""
-    marks, leaves = trees.leaves_by_path(_mark_none(tree)), trees.leaves_by_path(whole)
-    return trees.map_paths(lambda path: leaves[path] if marks.get(path) else None, whole)
-
-
-def _fill(tree: Any, rest: Any) -> Any:
-    """Returns `tree` with the leaves of `rest` where it has None."""
-    leaves = {**trees.leaves_by_path(rest), **trees.leaves_by_path(tree)}
-    return trees.map_paths(leaves.get, _mark_none(tree))
-
-
-def _mark_none(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf is None, tree, is_leaf=lambda leaf: leaf is None)
 
 
 def _check_same(saved: Any, like: Any, path: pathlib.Path) -> None:

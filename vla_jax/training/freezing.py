@@ -75,5 +75,31 @@ def absent_paths(tree: Any) -> set[str]:
     return {path for path, is_absent in trees.leaves_by_path(marked).items() if is_absent}
 
 
+def where_none(tree: Any, whole: Any) -> Any:
+    """Returns the leaves of `whole` where `tree` has None, and None elsewhere.
+
+    Args:
+      tree: some leaves in the structure of `whole`, the others None, as stored in a checkpoint.
+      whole: all leaves.
+    """
+    marks, leaves = trees.leaves_by_path(_mark_none(tree)), trees.leaves_by_path(whole)
+    return trees.map_paths(lambda path: leaves[path] if marks.get(path) else None, whole)
+
+
+def fill_none(tree: Any, rest: Any) -> Any:
+    """Returns `tree` with the leaves of `rest` where it has None.
+
+    Args:
+      tree: as for `where_none`.
+      rest: at least the other leaves.
+    """
+    leaves = {**trees.leaves_by_path(rest), **trees.leaves_by_path(tree)}
+    return trees.map_paths(leaves.get, _mark_none(tree))
+
+
+def _mark_none(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf is None, tree, is_leaf=lambda leaf: leaf is None)
+
+
 def _is_absent(leaf: Any) -> bool:
     return isinstance(leaf, optax.MaskedNode)
