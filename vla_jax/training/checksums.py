@@ -6,13 +6,19 @@
 m permutes the 32-bit integers, so that one changed word always changes the sum, and several do so
 with probability 1 - 2⁻³². A sum needs no order: each device adds up the words that it holds. A word
 has the size of an element, 8-byte elements are two words.
+
+No device waits for another one: collectives of a program that still runs, such as an update, could
+be taken for those of this one.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from vla_jax import trees
 
@@ -29,8 +35,15 @@ def of_tree(tree: Any) -> dict[str, int]:
     Args:
       tree: NumPy or JAX arrays.
     """
-    sums = {path: _start(leaf) for path, leaf in trees.leaves_by_path(tree).items()}
-    return {path: int(value) for path, value in jax.device_get(sums).items()}
+    leaves = trees.leaves_by_path(tree)
+    parts = jax.device_get({path: _parts(leaf) for path, leaf in leaves.items()})
+    sums = {path: sum(map(int, part)) % 2**32 for path, part in parts.items()}
+    spread = [path for path, leaf in leaves.items() if _is_spread(leaf)]
+    if spread:
+        own = np.array([sums[path] for path in spread], np.uint32)
+        total = multihost_utils.process_allgather(own).sum(0, dtype=np.uint32)
+        sums |= {path: int(value) for path, value in zip(spread, total, strict=True)}
+    return sums
 
 
 def first_difference(tree: Any, expected: dict[str, int]) -> str:
@@ -44,14 +57,36 @@ def first_difference(tree: Any, expected: dict[str, int]) -> str:
     return next((path for path, value in found.items() if value != expected.get(path)), "")
 
 
-def _start(leaf: Any) -> Any:
-    """Returns the checksum of an array, which its devices may still compute."""
+def _is_spread(leaf: Any) -> bool:
+    """Returns True if this process holds only a part of the array."""
+    is_array = isinstance(leaf, jax.Array)
+    return is_array and not leaf.is_fully_replicated and not leaf.is_fully_addressable
+
+
+def _parts(leaf: Any) -> list[Any]:
+    """Returns the sums of the parts that this process holds; devices may still compute them."""
     if not isinstance(leaf, jax.Array):
-        return _on_host(np.asarray(leaf))
-    is_on_cpu = {device.platform for device in leaf.sharding.device_set} == {"cpu"}
-    if is_on_cpu and leaf.is_fully_replicated:
-        return _on_host(np.asarray(leaf.addressable_data(0)))  # compiles nothing
-    return _on_devices(leaf)
+        return [_on_host(np.asarray(leaf))]
+    if leaf.is_fully_replicated:
+        whole = leaf.addressable_data(0)
+        if {device.platform for device in whole.devices()} == {"cpu"}:
+            return [_on_host(np.asarray(whole))]  # compiles nothing
+        return [_on_device(whole, *_places((0,) * leaf.ndim, leaf))]
+    shards = [shard for shard in leaf.addressable_shards if shard.replica_id == 0]
+    starts = [[part.start or 0 for part in shard.index] for shard in shards]
+    return [
+        _on_device(shard.data, *_places(start, leaf))
+        for shard, start in zip(shards, starts, strict=True)
+    ]
+
+
+def _places(start: Sequence[int], leaf: jax.Array) -> tuple[np.uint32, np.ndarray]:
+    """Returns the index of a part's first word, and the distances along its axes, mod 2³²."""
+    words = -(-leaf.dtype.itemsize // 4)  # of an element
+    strides = [words * math.prod(leaf.shape[axis + 1 :]) for axis in range(leaf.ndim)]
+    first = sum(place * stride for place, stride in zip(start, strides, strict=True))
+    wrapped = [number % 2**32 for number in (first, *strides)]
+    return np.uint32(wrapped[0]), np.array(wrapped[1:], np.uint32)
 
 
 def _on_host(array: np.ndarray) -> int:
@@ -70,14 +105,14 @@ def _on_host(array: np.ndarray) -> int:
 
 
 @jax.jit
-def _on_devices(array: jax.Array) -> jax.Array:
+def _on_device(array: jax.Array, first: Any, strides: Any) -> jax.Array:
     if array.dtype == bool:
         array = array.astype(jnp.uint8)
     words = jax.lax.bitcast_convert_type(array, _WORDS[array.dtype.itemsize])
-    index, stride = jnp.zeros(words.shape, jnp.uint32), 1
-    for axis in reversed(range(words.ndim)):
-        along = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-        index, stride = index + along * jnp.uint32(stride % 2**32), stride * words.shape[axis]
+    distances = [*strides] if words.ndim == array.ndim else [*strides, jnp.uint32(1)]
+    index = jnp.full(words.shape, first, jnp.uint32)
+    for axis, distance in enumerate(distances):
+        index += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * distance
     mixed = words.astype(jnp.uint32) + index * jnp.uint32(_GOLDEN)
     mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(_FACTOR)
     return jnp.sum(mixed ^ (mixed >> 15), dtype=jnp.uint32)
