@@ -153,5 +153,5 @@ def test_a_missing_json_lines_file_has_no_lines(tmp_path):
 def test_a_damaged_line_is_reported(tmp_path):
     path = tmp_path / "lines.jsonl"
     path.write_text('{"step": \n{"step": 2}\n')
-    with pytest.raises(ValueError, match=r"lines\.jsonl has a damaged line .*; delete that line"):
+    with pytest.raises(ValueError, match=r"lines\.jsonl has a damaged line \d .*; delete"):
         files.read_json_lines(path)

@@ -242,6 +242,33 @@ def test_json_with_missing_unknown_or_inconsistent_statistics_is_refused(stats):
         normalize.from_json({"action": {**good, "q99": [0.0]}})
 
 
+DAMAGE = {  # change of the statistics of one column -> sentence
+    "null": ({"mean": [None, 0.0]}, r"action.mean\[0\] must be a number within ±1e\+12, got None"),
+    "NaN": ({"std": [0.1, float("nan")]}, r"action.std\[1\] must be a number .*, got nan"),
+    "infinity": ({"max": [float("inf"), 1.0]}, r"action.max\[0\] must be a number .*, got inf"),
+    "huge": ({"max": [1e18, 1.0]}, r"action.max\[0\] must be a number .*, got 1e\+18"),
+    "text": ({"q01": ["0", 0.0]}, r"action.q01\[0\] must be a number .*, got '0' \(str\)"),
+    "negative spread": ({"std": [-0.1, 0.1]}, r"action.std\[0\] must be 0 or more, got -0.1"),
+    "large spread": ({"std": [0.1, 9.0]}, r"action.std\[1\] must be at most half of max - min"),
+    "max below min": ({"max": [-2.0, 1.0]}, r"action.min\[0\] must be at most max\[0\] = -2"),
+    "mean outside": ({"mean": [0.0, 5.0]}, r"action.mean\[1\] must be at most max\[1\] = 1"),
+    "count": ({"count": None}, "action.count must be a number of frames, got None"),
+    "no list": ({"mean": 3}, r"action.mean must be a list of numbers, got 3"),
+}
+
+
+@pytest.mark.parametrize(("change", "sentence"), DAMAGE.values(), ids=DAMAGE)
+def test_statistics_that_no_column_can_have_are_refused(change, sentence, tmp_path):
+    ends = {"min": [-1.0, -1.0], "max": [1.0, 1.0], "q01": [-1.0, -1.0], "q99": [1.0, 1.0]}
+    good = {"mean": [0.0, 0.0], "std": [0.5, 0.5], **ends, "count": 10}
+    path = tmp_path / "norm_stats.json"
+    path.write_text(json.dumps({"action": good}))
+    assert normalize.read_norm_stats(path)["action"].count == 10
+    path.write_text(json.dumps({"action": good | change}))
+    with pytest.raises(ValueError, match=rf"norm_stats.json of {sentence}.*; restore the file"):
+        normalize.read_norm_stats(path)
+
+
 def test_another_size_or_method_is_refused(column, stats):
     with pytest.raises(ValueError, match=r"x must be \[\.\.\., 4\].*got \(2, 50, 3\)"):
         normalize.normalize(column[..., :3], stats, "bounds")

@@ -83,7 +83,7 @@ FAULTS = {  # name -> (change of the folder, error, sentence)
     "empty statistics": (
         write("norm_stats.json", '{"action": {}}'),
         ValueError,
-        "norm_stats of action must have exactly",
+        r"norm_stats\.json of action must have exactly",
     ),
     "unknown world": (
         write("world.json", '{"kind": "table_jacks"}'),

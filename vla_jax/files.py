@@ -82,7 +82,7 @@ def read_json(path: Path, content: str) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} is missing: expected {content} as JSON; check the folder.")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # invalid JSON or invalid UTF-8
+    except (ValueError, RecursionError) as error:  # invalid JSON or invalid UTF-8, nested brackets
         raise ValueError(f"{path} is not valid JSON ({error}); restore the file.") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(data).__name__}; restore it.")
@@ -121,16 +121,24 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
       path: file to read.
 
     Raises:
-      ValueError: a line is not JSON.
+      ValueError: a line is not a JSON object.
     """
     path = pathlib.Path(path)
     if not path.is_file():
         return []
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [_read_line(path, number, line) for number, line in enumerate(lines, 1)]
+
+
+def _read_line(path: pathlib.Path, number: int, line: bytes) -> dict[str, Any]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise ValueError(f"{path} has a damaged line ({error}); delete that line.") from error
+        record = json.loads(line.decode())
+        reason = f"expected an object, got {type(record).__name__}"
+    except (ValueError, RecursionError) as error:
+        record, reason = None, str(error)
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} has a damaged line {number} ({reason}); delete that line.")
+    return record
 
 
 def _host() -> str:

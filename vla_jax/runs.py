@@ -188,7 +188,7 @@ def load_run(run_dir: Path, *, step: int | None = None, robot: str | None = None
         raise FileNotFoundError(f"run folder {folder} is missing; train first, or give another.")
     agent = read_agent(folder)
     _check_files(agent)
-    statistics = normalize.from_json(read_json(folder / "norm_stats.json", "statistics"))
+    statistics = normalize.read_norm_stats(folder / "norm_stats.json")
     robot = mixture_robots.choose(folder, robot)
     directory = folder / "checkpoints"
     saved = checkpoint.read_metadata(directory, step=step)

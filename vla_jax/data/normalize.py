@@ -12,8 +12,9 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from vla_jax.data import moments, quantile_sketch
+from vla_jax.data import moments, quantile_sketch, stats_check
 from vla_jax.data.dataset import ACTION_MASK, Dataset
+from vla_jax.files import Path, read_json
 from vla_jax.types import Array
 
 Method = Literal["bounds", "quantiles", "mean_std", "none"]
@@ -268,27 +269,38 @@ def to_json(norm_stats: Mapping[str, NormStats]) -> dict[str, Any]:
     }
 
 
-def from_json(data: Mapping[str, Any]) -> dict[str, NormStats]:
+def from_json(data: Mapping[str, Any], source: str = "norm_stats") -> dict[str, NormStats]:
     """Returns statistics from the output of `to_json`.
 
+    Args:
+      data: column -> statistics.
+      source: file that they come from, as it appears in the error messages.
+
     Raises:
-      ValueError: a statistic is missing or unknown, or sizes differ.
+      ValueError: a statistic is missing, unknown, or one that no column can have; sizes differ.
     """
-    return {name: _stats_from_json(name, fields) for name, fields in data.items()}
+    return {name: _stats_from_json(f"{source} of {name}", fields) for name, fields in data.items()}
 
 
-def _stats_from_json(name: str, fields: Mapping[str, Any]) -> NormStats:
-    if set(fields) != set(NormStats._fields):
+def read_norm_stats(path: Path) -> dict[str, NormStats]:
+    """Returns the statistics of a run, from its `norm_stats.json`.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is damaged, or lacks the actions.
+    """
+    data = read_json(path, "statistics")
+    if "action" not in data:
         raise ValueError(
-            f"norm_stats of {name} must have exactly {list(NormStats._fields)}, got "
-            f"{list(fields)}; write them with normalize.to_json."
+            f"{path} must hold statistics of action, got {[*data]!s:.200}; restore the file that "
+            "the training wrote."
         )
+    return from_json(data, str(path))
+
+
+def _stats_from_json(name: str, fields: Any) -> NormStats:
+    stats_check.check(name, fields, NormStats._fields)
     arrays = {f: np.asarray(v, np.float32) for f, v in fields.items() if f != "count"}
-    if len({array.shape for array in arrays.values()}) > 1 or arrays["mean"].ndim != 1:
-        raise ValueError(
-            f"norm_stats of {name} must be lists of one length, got "
-            f"{ {f: a.shape for f, a in arrays.items()} }; write them with normalize.to_json."
-        )
     return NormStats(**arrays, count=int(fields["count"]))
 
 

@@ -133,9 +133,17 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
       path: the file; a last line that a killed program did not finish is ignored.
 
     Raises:
-      ValueError: a line is not JSON.
+      ValueError: a line is damaged.
     """
-    return read_json_lines(path)
+    lines = read_json_lines(path)
+    for number, line in enumerate(lines, 1):
+        numbers = [type(value) in (int, float) for value in line.values()]
+        if type(line.get("step")) is not int or line["step"] < 0 or not all(numbers):
+            raise ValueError(
+                f"{path} has a damaged line {number} (expected numbers, and the step as a whole "
+                f"number, got {json.dumps(line):.80}); delete that line."
+            )
+    return lines
 
 
 def _tensorboard_writer(run_dir: pathlib.Path, start: int) -> Any:
