@@ -91,7 +91,7 @@ def attention(
     Args:
       query: `[B, T, M, E]`; M is a multiple of the number of key heads.
       key: `[B, S, M', E]`.
-      value: `[B, S, M', E]`.
+      value: `[B, S, M', E]`, finite at masked positions too; `keep_seen` ensures it.
       mask: bool, broadcastable to `[B, T, S]`, True where a query attends to a key. A query without
         any key gives zeros.
       scale: factor of the scores.
@@ -108,6 +108,18 @@ def attention(
     weights = masked_softmax(scores, jnp.asarray(mask)[:, None, None]).astype(value.dtype)
     outputs = jnp.einsum("bgqts,bsge->bgqte", weights, value, preferred_element_type=jnp.float32)
     return rearrange(outputs, "B G Q T E -> B T (G Q E)").astype(value.dtype)
+
+
+def keep_seen(x: jax.Array, mask: Array) -> jax.Array:
+    """Returns the inputs of a decoder with zeros at positions that no query attends to.
+
+    They may be NaN, which a weight of 0 does not remove.
+
+    Args:
+      x: `[B, T, D]`.
+      mask: bool `[B or 1, T or 1, T]`, True where a query attends to a key.
+    """
+    return jnp.where(jnp.any(mask, axis=-2)[..., None], x, 0.0)
 
 
 def split_heads(x: jax.Array, num_heads: int) -> jax.Array:

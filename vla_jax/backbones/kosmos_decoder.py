@@ -16,6 +16,7 @@ from vla_jax.backbones.blocks import (
     Remat,
     attention,
     check_activation,
+    keep_seen,
     layer_norm,
     linear,
     outer,
@@ -96,7 +97,8 @@ def apply(
       `[B, T, D]` float32.
     """
     scale = math.sqrt(config.hidden_size) if config.scale_embedding else 1.0
-    x = scale * jnp.asarray(embeddings) + sinusoids(config, positions)
+    embeddings = keep_seen(jnp.asarray(embeddings), mask)
+    x = scale * embeddings + sinusoids(config, positions)
 
     def layer(x: jax.Array, params: Params) -> jax.Array:
         h = layer_norm(params["norm_1"], x, config.epsilon)

@@ -21,6 +21,7 @@ from vla_jax.backbones.blocks import (
     Remat,
     attention,
     check_activation,
+    keep_seen,
     linear,
     outer,
     rms_norm,
@@ -120,7 +121,7 @@ def apply(
         x = x + _gated_mlp(params, config, x)
         return x if added is None else x + _added_after(number, added).astype(x.dtype)
 
-    x = jnp.asarray(embeddings, dtype)
+    x = keep_seen(jnp.asarray(embeddings, dtype), mask)
     stacked = (params["layers"], is_sliding, np.arange(config.num_layers))
     x = run_layers(layer, x, stacked, remat=remat)
     return _norm(params["norm"], config, x).astype(jnp.float32)

@@ -168,13 +168,16 @@ def siglip(
       config: sizes.
       pixels: normalised images `[I, h, w, 3]`.
       positions: index of the position embedding of each patch, `[I or 1, S]`; None = raster order.
-      mask: bool `[I, S]`, True where a patch is real; None = everywhere.
+      mask: bool `[I, S]`, True where a patch is real; None = everywhere. Others may be NaN.
       remat: see `blocks.run_layers`.
 
     Returns:
       `[I, S, hidden_size]`.
     """
-    x = linear(params["patches"], patches(pixels, config.patch_size))
+    parts = patches(pixels, config.patch_size)
+    if mask is not None:
+        parts = jnp.where(jnp.asarray(mask)[..., None], parts, 0.0)
+    x = linear(params["patches"], parts)
     embeddings = jnp.asarray(params["positions"]["embedding"])
     if positions is None:
         positions = np.arange(x.shape[1])[None]

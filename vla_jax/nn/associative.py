@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vla_jax.nn import bptt
 from vla_jax.nn.cells import CELLS, Cell
 from vla_jax.types import Array, Params
 
@@ -40,14 +41,15 @@ def scan(
     """
     del params, dtype
     check(cell)
-    decay, added = cell.coefficients(projected)  # pyright: ignore[reportOptionalCall]
+    decay, added = cell.coefficients(bptt.keep_real(projected, mask))  # pyright: ignore[reportOptionalCall]
     if mask is not None:  # a masked step keeps h
         decay = jnp.where(mask[..., None], decay, 1.0)
         added = jnp.where(mask[..., None], added, 0.0)
     if reset is not None:
         decay = jnp.where(reset[..., None], 0.0, decay)
     first, last = (-1, 0) if reverse else (0, -1)
-    added = added.at[first].add(decay[first] * carry.hidden)
+    before = bptt.clear(carry, None if reset is None else reset[first])
+    added = added.at[first].add(decay[first] * before.hidden)
     _, hidden = jax.lax.associative_scan(_compose, (decay, added), reverse=reverse)
     outputs = hidden if mask is None else jnp.where(mask[..., None], hidden, 0.0)
     return type(carry)(hidden[last]), outputs

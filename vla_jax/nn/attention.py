@@ -117,7 +117,7 @@ def apply(
       params: from `init`.
       config: the config given to `init`.
       query: `[B, H]`, or `[B, T, H]` for many steps at once; the first axis may be any multiple of
-        that of the source.
+        that of the source. Rows without an unmasked position may be NaN.
       source: from `prepare`; its mask has as many rows as the query.
 
     Returns:
@@ -129,6 +129,7 @@ def apply(
     num_sources, num_positions = source.keys.shape[:2]
     chex.assert_is_divisible(query.shape[0], num_sources)
     steps = jnp.asarray(query if query.ndim == 3 else query[:, None], jnp.float32)
+    steps = jnp.where(jnp.any(source.mask, axis=-1)[:, None, None], steps, 0.0)
     rows = steps.shape[:2]
     # Rows that share a source are treated as further steps of one row.
     joined = steps.reshape(num_sources, -1, steps.shape[-1])

@@ -50,7 +50,7 @@ class Scan(Protocol):
           cell: member of `cells.CELLS`.
           params: from its `init`.
           carry: before the first step, leaves `[B, ...]`.
-          projected: p `[T, B, G·H]`, from `cells.project`.
+          projected: p `[T, B, G·H]`, from `cells.project`; masked steps may be NaN.
           mask: `[T, B]`, True where the step is real; None means everywhere.
           reset: `[T, B]`, True where a new episode starts; None means nowhere.
           reverse: run from the last step to the first.
@@ -101,6 +101,7 @@ def scan(
     Supports second derivatives by reverse mode (`jax.grad` of `jax.grad`). Forward mode (`jax.jvp`,
     `jax.hessian`) needs `plain_scan`: JAX does not support it for custom backward passes.
     """
+    projected = keep_real(projected, mask)
     if "recurrent_kernel" not in params:  # no kernel gradient to group
         return plain_scan(
             cell, params, carry, projected, mask=mask, reset=reset, reverse=reverse, dtype=dtype
@@ -126,7 +127,20 @@ def plain_scan(
 ) -> tuple[Any, jax.Array]:
     """Runs a cell over time with the backward pass that JAX derives; see `Scan`."""
     static = _Static(cell, reverse, dtype)
-    return _run(static, _weights(params), carry, projected, mask, reset)[0]
+    return _run(static, _weights(params), carry, keep_real(projected, mask), mask, reset)[0]
+
+
+def keep_real(steps: Array, mask: Array | None) -> Any:
+    """Returns the steps with zeros where `mask` is False.
+
+    The selection comes before the arithmetic, whose gradient would be NaN at a masked NaN: the
+    gradient of a product with a zero cotangent is 0 · NaN.
+
+    Args:
+      steps: `[..., D]`, or with more axes after those of `mask`.
+      mask: `[...]`; None means True everywhere.
+    """
+    return steps if mask is None else jnp.where(_expand(mask, steps), steps, 0.0)
 
 
 def clear(carry: Any, reset: Array | None) -> Any:

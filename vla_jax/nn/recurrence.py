@@ -157,7 +157,7 @@ def apply(
     Args:
       params: from `init`.
       config: the config given to `init`.
-      inputs: `[B, T, D]`.
+      inputs: `[B, T, D]`; masked steps may be NaN.
       mask: `[B, T]`, True where the step is real; None means everywhere.
       reset: `[B, T]`, True where a new episode starts, on a masked step too; None means nowhere.
       carry: before the first step (backward direction: after the last); None means zeros.
@@ -264,7 +264,7 @@ def _apply_scan(
 ) -> tuple[Carry, jax.Array]:
     mask, reset = (None if flag is None else _swap(flag) for flag in flags)
     run = partial(_run_stack, scan, params, config)
-    steps = (_swap(inputs), mask, reset, _draw_dropout(config, key, inputs.shape))
+    steps = (bptt.keep_real(_swap(inputs), mask), mask, reset, _draw_dropout(config, key, inputs.shape))
     if config.remat_chunk and not config.bidirectional:
         last, outputs = run_in_chunks(run, config.remat_chunk, carry, steps)
     else:

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from vla_jax.config import did_you_mean
-from vla_jax.nn import attention, layers, recurrence
+from vla_jax.nn import attention, bptt, layers, recurrence
 from vla_jax.nn.attention import AttentionConfig, Source
 from vla_jax.nn.cells import CellName
 from vla_jax.nn.layers import dense, dropout
@@ -169,12 +169,13 @@ def encode(
     Args:
       params: from `init`.
       config: the config given to `init`.
-      source: ids `[B, S]`, or vectors `[B, S, D]`.
+      source: ids `[B, S]`, or vectors `[B, S, D]`; masked positions are arbitrary, NaN too.
       mask: `[B, S]`, True where the position is real; None means everywhere.
       key: consumed, for dropout; None means no dropout.
     """
     keys = _split(key, 2)
-    inputs = _embed(params["source"], source, config.source_size, config.dtype)
+    real = bptt.keep_real(jnp.asarray(source), mask).astype(source.dtype)  # ids stay integers
+    inputs = _embed(params["source"], real, config.source_size, config.dtype)
     carry, states = recurrence.apply(
         params["encoder"],
         encoder_config(config),

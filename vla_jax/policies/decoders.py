@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from vla_jax.config import did_you_mean
-from vla_jax.nn import pooling
+from vla_jax.nn import bptt, pooling
 from vla_jax.nn.recurrence import Carry
 from vla_jax.policies import heads, trunks
 from vla_jax.policies.decoder_config import DecoderConfig
@@ -76,7 +76,8 @@ def apply(
     Args:
       params: from `init`.
       config: the one given to `init`.
-      tokens: `[B, W, N, D]`; W may be any number of steps, at most the config's for "gpt".
+      tokens: `[B, W, N, D]`; W may be any number of steps, at most the config's for "gpt". Masked
+        tokens and those of masked steps may be NaN.
       timestep_mask: `[B, W]`, True where the step is real; None means everywhere.
       token_mask: `[B, W, N]`, True where the token is real; None means everywhere.
       reset: `[B, W]`, True where a new episode starts; None means nowhere.
@@ -151,7 +152,7 @@ def run_trunk(
     check_tokens(config, tokens, "[B, W, N, D]")
     if timestep_mask is not None:
         chex.assert_shape(timestep_mask, tokens.shape[:2])
-    pooled = pool(params, config, tokens, token_mask)
+    pooled = pool(params, config, tokens, _real_tokens(tokens, timestep_mask, token_mask))
     return trunks.get(config.kind).apply(
         params, config, pooled, mask=timestep_mask, reset=reset, carry=carry, key=key
     )
@@ -173,7 +174,7 @@ def predict(
       params: from `init`.
       config: the one given to `init`.
       features: `[B, W, H]` from `run_trunk`; `[..., H]` for every head but "autoregressive", which
-        alone uses the following arguments.
+        alone uses the arguments after `timestep_mask`. Those of masked steps may be NaN.
       timestep_mask: `[B, W]`, as for `apply`.
       reset: `[B, W]`, as for `apply`.
       targets: as for `apply`.
@@ -191,7 +192,7 @@ def predict(
     return head.apply(
         params["heads"],
         config,
-        features,
+        bptt.keep_real(features, timestep_mask),
         timestep_mask=timestep_mask,
         reset=reset,
         targets=targets,
@@ -337,6 +338,16 @@ def check_tokens(config: DecoderConfig, tokens: Array, axes: str) -> None:
             f"tokens must be {axes} with N {expected} and D = {config.token_dim}, got "
             f"{tokens.shape}; check num_tokens and token_dim of the decoder config."
         )
+
+
+def _real_tokens(
+    tokens: Array, timestep_mask: Array | None, token_mask: Array | None
+) -> Array | None:
+    """Returns the mask `[B, W, N]` of the real tokens of real steps; None means everywhere."""
+    if timestep_mask is None:
+        return token_mask
+    of_steps = jnp.broadcast_to(jnp.asarray(timestep_mask)[..., None], tokens.shape[:-1])
+    return of_steps if token_mask is None else of_steps & token_mask
 
 
 def pool(

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from vla_jax.backbones import registry
 from vla_jax.backbones.perceiver import PerceiverConfig
 from vla_jax.backbones.registry import BackboneConfig
+from vla_jax.nn import bptt
 from vla_jax.policies import decoders, heads, trunks, window_history
 from vla_jax.policies.decoder_config import DecoderConfig
 from vla_jax.policies.decoders import StreamState
@@ -134,7 +135,7 @@ def encode_window(
     Args:
       params: from `init`.
       config: the one given to `init`.
-      observation: `[B, W, ...]`.
+      observation: `[B, W, ...]`; masked steps may be NaN.
       timestep_mask: `[B, W]`, True where the step is real; None means everywhere.
       reset: `[B, W]`, True where a new episode starts; None means nowhere.
 
@@ -143,6 +144,8 @@ def encode_window(
     """
     backbone = config.backbone
     history = registry.get(backbone).history(backbone)
+    if timestep_mask is not None:
+        observation = _keep_real(observation, timestep_mask)
     if history is None:
         return encode(params, config, observation)
     return window_history.encode_window(
@@ -311,6 +314,18 @@ def step(
     )
     decoder, chunk = _decode(params, config, state.decoder, tokens, reset)
     return WindowStream(past, decoder), chunk
+
+
+def _keep_real(observation: Observation, timestep_mask: Array) -> Observation:
+    """Returns the observation `[B, W, ...]` with zeros for the real numbers of masked steps."""
+    return jax.tree.map(
+        lambda part: (
+            bptt.keep_real(part, timestep_mask)
+            if jnp.issubdtype(part.dtype, jnp.floating)
+            else part
+        ),
+        observation,
+    )
 
 
 def _decode(

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from vla_jax import trees
 from vla_jax.acting import agent
 from vla_jax.acting.agent import AgentConfig, AgentState, make_agent
 from vla_jax.actions import execution
@@ -99,7 +100,9 @@ def play(
             config, norm_stats, agent_state, observation, gaussian.to_chunk(noisy)
         )
         states, transition = jax.vmap(env.step)(states, action)
-        played = EpisodeRollout(inputs, noisy, jnp.where(alive, transition.reward, 0.0), alive)
+        played = EpisodeRollout(inputs, noisy, transition.reward, alive)
+        # After the end the environment may return anything, NaN too.
+        played = trees.select(alive, played, jax.tree.map(jnp.zeros_like, played))
         alive &= ~(transition.terminated | transition.truncated)
         return (agent_state, states, transition.observation, alive), played
 

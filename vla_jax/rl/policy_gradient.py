@@ -1,8 +1,9 @@
 """Policy-gradient losses: REINFORCE, its baseline and an entropy bonus.
 
 The functions take one sequence `[T]`, which may hold several episodes; `vmap` them over a batch
-and average. `weight` is 1 at real steps and 0 at masked ones. The denominator is always T, so that
-every real step of a batch has the same weight.
+and average. `weight` is 1 at real steps and 0 at masked ones, where all other arguments are
+arbitrary, NaN too. The denominator is always T, so that every real step of a batch has the same
+weight.
 """
 
 import chex
@@ -32,6 +33,7 @@ def reinforce_loss(logits: Array, action: Array, advantage: Array, weight: Array
     Reinforcement Learning", section 5; with a baseline Sutton and Barto 2018, section 13.4.
     """
     _check(logits, action, advantage, weight)
+    logits = _keep_real(logits, weight)
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), action[:, None], axis=-1)[:, 0]
     return score_loss(chosen, advantage, weight)
 
@@ -52,11 +54,14 @@ def score_loss(log_probability: Array, advantage: Array, weight: Array) -> jax.A
     Source: as for `reinforce_loss`.
     """
     chex.assert_equal_shape([log_probability, advantage, weight])
+    log_probability, advantage = _keep_real(log_probability, weight), _keep_real(advantage, weight)
     return -jnp.mean(weight * jax.lax.stop_gradient(advantage) * log_probability)
 
 
 def scale(advantage: Array, weight: Array) -> jax.Array:
     """Returns the advantages divided by their root mean square over the real steps of a batch.
+
+    They are 0 at masked steps.
 
     The weight of an entropy or KL term relative to them then stays the same over a training, in
     which advantages shrink as the baseline improves.
@@ -66,8 +71,9 @@ def scale(advantage: Array, weight: Array) -> jax.Array:
       weight: w, same shape.
     """
     chex.assert_equal_shape([advantage, weight])
+    advantage = _keep_real(advantage, weight)
     square = jnp.sum(weight * jnp.square(advantage)) / jnp.maximum(jnp.sum(weight), _EPSILON)
-    return jnp.asarray(advantage) / (jnp.sqrt(square) + _EPSILON)
+    return advantage / (jnp.sqrt(square) + _EPSILON)
 
 
 def entropy(logits: Array) -> jax.Array:
@@ -98,7 +104,7 @@ def entropy_loss(logits: Array, weight: Array) -> jax.Array:
     Learning Algorithms".
     """
     _check(logits, weight)
-    return -jnp.mean(weight * entropy(logits))
+    return -jnp.mean(weight * entropy(_keep_real(logits, weight)))
 
 
 def baseline_loss(value: Array, return_: Array, weight: Array) -> jax.Array:
@@ -114,7 +120,14 @@ def baseline_loss(value: Array, return_: Array, weight: Array) -> jax.Array:
     Source: Sutton and Barto 2018, section 13.4.
     """
     chex.assert_equal_shape([value, return_, weight])
+    value, return_ = _keep_real(value, weight), _keep_real(return_, weight)
     return jnp.mean(weight * jnp.square(jax.lax.stop_gradient(return_) - value))
+
+
+def _keep_real(values: Array, weight: Array) -> jax.Array:
+    """Returns values `[T, ...]` with zeros where the weight is 0, since 0 · NaN is NaN."""
+    real = jnp.reshape(weight != 0, weight.shape + (1,) * (values.ndim - weight.ndim))
+    return jnp.where(real, values, 0.0)
 
 
 def _check(logits: Array, *others: Array) -> None:

@@ -58,6 +58,7 @@ def lambda_returns(
     Source: Sutton and Barto 2018, equation 12.18.
     """
     _check(reward, discount, next_value)
+    next_value = _before_end(next_value, discount)
     lambda_ = jnp.broadcast_to(lambda_, reward.shape)
     return _accumulate(
         reward + discount * (1.0 - lambda_) * next_value, discount * lambda_, next_value[-1]
@@ -90,8 +91,13 @@ def advantages(
     Estimation" (arXiv:1506.02438), equation 16.
     """
     _check(reward, discount, value, next_value)
-    error = reward + discount * next_value - value
+    error = reward + discount * _before_end(next_value, discount) - value
     return _accumulate(error, discount * jnp.broadcast_to(lambda_, reward.shape), 0.0)
+
+
+def _before_end(next_value: Array, discount: Array) -> jax.Array:
+    """Returns the values with 0 after an end, where they may be anything: 0 · NaN is NaN."""
+    return jnp.where(discount == 0.0, 0.0, next_value)
 
 
 def _accumulate(terms: Array, factors: Array, last: Array | float) -> jax.Array:
@@ -99,7 +105,7 @@ def _accumulate(terms: Array, factors: Array, last: Array | float) -> jax.Array:
 
     def step(next_total: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
         term, factor = inputs
-        total = term + factor * next_total
+        total = term + factor * _before_end(next_total, factor)
         return total, total
 
     start = jnp.asarray(last, jnp.float32) + 0.0 * terms[0]  # takes the sharding of the terms

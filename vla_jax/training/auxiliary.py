@@ -269,5 +269,5 @@ def _squared_error(predicted: jax.Array, frame: Array, mask: jax.Array) -> jax.A
     target = ahead(frame, mask.shape[-1])
     chex.assert_equal_shape([predicted, target])
     mask = mask.reshape(*mask.shape, *(1,) * (target.ndim - mask.ndim))
-    # The selection comes before the loss: the gradient through a NaN target would be NaN.
-    return jnp.square(predicted - jnp.where(mask, target, 0.0))
+    # The selection comes before the loss: the gradient through a NaN would be NaN.
+    return jnp.square(jnp.where(mask, predicted, 0.0) - jnp.where(mask, target, 0.0))

@@ -57,7 +57,8 @@ def action_loss(
         loss = −log softmax(logits)[encode(action)]
 
     Args:
-      prediction: arm `[..., K, A-1]`, gripper logit `[..., K]`; or logits `[..., K, A, V]`.
+      prediction: arm `[..., K, A-1]`, gripper logit `[..., K]`; or logits `[..., K, A, V]`;
+        arbitrary, NaN too, where the target does not exist.
       action: targets `[..., K, A]`, arm in [-1, 1], gripper +1 open / -1 closed.
       action_mask: `[..., K]`, True where the target exists; or `[..., K, A]`, True for the numbers
         of it that exist. Other targets are arbitrary.
@@ -96,8 +97,11 @@ def action_terms(
     if mask.ndim < action.ndim:
         mask = jnp.broadcast_to(mask[..., None], action.shape)
     chex.assert_shape(mask, action.shape)
-    prediction = jax.tree.map(lambda part: jnp.asarray(part, jnp.float32), prediction)
-    # The selection comes before the loss: the gradient through a NaN target would be NaN.
+    # The selection comes before the loss: the gradient through a NaN would be NaN.
+    prediction = jax.tree.map(
+        lambda part: jnp.where(_mask_of(part, mask), jnp.asarray(part, jnp.float32), 0.0),
+        prediction,
+    )
     target = jnp.where(mask, action, 0.0)
     errors = heads.errors(prediction, target) | _decoded_terms(heads.actions(prediction), target)
     means = {
@@ -120,7 +124,7 @@ def token_loss(
     `ids[..., 1:]` and `mask[..., 1:]`.
 
     Args:
-      logits: `[..., S, V]`.
+      logits: `[..., S, V]`, arbitrary, NaN too, where the target is not real.
       ids: targets `[..., S]`, integers in [0, V) where real, arbitrary elsewhere.
       mask: `[..., S]`, True where the target is real (PyTorch: where it is not -100).
       axis_name: mapped axis to sum over; None outside `pmap` and `shard_map`.
@@ -130,7 +134,8 @@ def token_loss(
     """
     chex.assert_shape(logits, (*ids.shape, None))
     chex.assert_shape(mask, ids.shape)
-    logits, ids = jnp.asarray(logits, jnp.float32), jnp.where(mask, ids, 0)
+    logits = jnp.where(jnp.asarray(mask)[..., None], jnp.asarray(logits, jnp.float32), 0.0)
+    ids = jnp.where(mask, ids, 0)
     terms = {
         "loss_tokens": optax.losses.softmax_cross_entropy_with_integer_labels(logits, ids),
         "acc_tokens": jnp.argmax(logits, axis=-1) == ids,
@@ -228,12 +233,14 @@ def categorical_kl(
 
 
 def _mask_of(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """Returns the part of `mask [..., K, A]` for errors of the arm, of all numbers or the gripper.
+    """Returns the part of `mask [..., K, A]` for values of the arm, of all numbers or the gripper.
 
     Args:
-      values: `[..., K, A-1]`, `[..., K, A]` or `[..., K]`.
+      values: `[..., K, A-1]`, `[..., K, A]`, `[..., K]`, or logits `[..., K, A, V]`.
       mask: `[..., K, A]`.
     """
+    if values.ndim > mask.ndim:
+        return mask[..., None]
     if values.ndim < mask.ndim:
         return mask[..., -1]
     return mask[..., : values.shape[-1]]
