@@ -9,6 +9,8 @@ import pytest
 import tiny_run
 
 from vla_jax.acting import agent as agents
+from vla_jax.acting.agent import AgentConfig
+from vla_jax.actions.execution import ExecutionConfig
 from vla_jax.data import normalize
 from vla_jax.data.windows import ALWAYS
 from vla_jax.policies import policy
@@ -186,3 +188,24 @@ def test_a_robot_without_proprio_acts_as_the_window_with_its_proprio_masked(raw)
     visible = [True, *[False] * (T - 1)]
     np.testing.assert_allclose(actions, expected_actions(masked, visible), rtol=1e-4, atol=1e-5)
     assert np.abs(actions - play(tiny_run.AGENT, raw)).max() > 1e-3
+
+
+def test_a_normalisation_that_the_head_cannot_represent_is_refused_and_old_runs_warn():
+    config = AgentConfig(normalize=normalize.NormalizeConfig(action="mean_std"))
+    with pytest.raises(ValueError, match=r"head 'continuous', whose outputs are in \[-1, 1\]"):
+        agents.check_representable(config)
+    agents.check_representable(AgentConfig())
+    stats = {"action": normalize.compute(np.eye(7, dtype=np.float32))}
+    with pytest.warns(UserWarning, match="use --action bounds"):
+        agents.make_agent(config, stats)
+
+
+def test_longer_execution_than_prediction_is_refused_when_the_config_is_made():
+    execution = ExecutionConfig(kind="receding_horizon", exec_horizon=100)
+    with pytest.raises(ValueError, match="exec_horizon must be at most action_horizon"):
+        AgentConfig(execution=execution)
+
+
+def test_an_action_that_is_not_finite_is_refused():
+    with pytest.raises(ValueError, match=r"finite numbers, got \[.*nan.*\], which was not sent"):
+        agents.robot_action(AgentConfig(), np.array([0.0, np.nan, 1.0]))

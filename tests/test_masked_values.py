@@ -36,7 +36,7 @@ from vla_jax.policies.policy import PolicyConfig
 from vla_jax.rl import policy_gradient, returns
 from vla_jax.training import auxiliary, losses
 from vla_jax.training.auxiliary import AuxiliaryConfig, AuxiliaryPrediction
-from vla_jax.types import ActionChunk, Batch, BinChunk, Observation, Tokens
+from vla_jax.types import ActionChunk, Batch, BinChunk, Observation
 
 B, T, D, H, N = 2, 4, 3, 4, 2
 MASK = np.array([[True, True, False, True], [False, True, False, False]])
@@ -218,8 +218,14 @@ def loss_case(name, mask):
 
     def chunk(mask):
         def make(params, value):
-            arm = fill(params["x"] * draw(B, T, K, A - 1), mask[..., :-1] if mask.ndim == 4 else mask, value)
-            gripper = fill(params["x"] * draw(B, T, K), mask[..., -1] if mask.ndim == 4 else mask, value)
+            arm = fill(
+                params["x"] * draw(B, T, K, A - 1),
+                mask[..., :-1] if mask.ndim == 4 else mask,
+                value,
+            )
+            gripper = fill(
+                params["x"] * draw(B, T, K), mask[..., -1] if mask.ndim == 4 else mask, value
+            )
             return ActionChunk(arm, gripper)
 
         return make
@@ -349,8 +355,8 @@ for name in CELLS:
     CASES[f"scan-{name}"] = lambda n=name: scan_case(bptt.scan, n)
     CASES[f"plain_scan-{name}"] = lambda n=name: scan_case(bptt.plain_scan, n)
     if CELLS[name].coefficients is not None:
-        CASES[f"recurrence-{name}-associative"] = (
-            lambda n=name: recurrence_case(n, "associative", MASK)
+        CASES[f"recurrence-{name}-associative"] = lambda n=name: recurrence_case(
+            n, "associative", MASK
         )
         CASES[f"associative-{name}"] = lambda n=name: scan_case(associative.scan, n)
 CASES["recurrence-both-directions"] = lambda: recurrence_case(

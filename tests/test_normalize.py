@@ -276,3 +276,42 @@ def test_another_size_or_method_is_refused(column, stats):
         normalize.denormalize(column, stats, "minmax")
     with pytest.raises(ValueError, match=r"proprio must be one of .*got 'zscore'"):
         dataclasses.replace(normalize.NormalizeConfig(), proprio="zscore")
+
+
+@pytest.mark.parametrize("method", ["mean_std", "bounds", "quantiles"])
+def test_a_nearly_constant_dimension_is_clipped_counted_and_named(method):
+    rng = np.random.default_rng(0)
+    column = np.stack([rng.normal(0.5, 1e-5, 500), rng.normal(0, 1, 500)], axis=1)
+    column = column.astype(np.float32)
+    stats = normalize.compute(column)
+    config = normalize.NormalizeConfig(proprio=method)
+    with pytest.warns(UserWarning, match=r"nearly constant in the dimensions \[0\]: the spread"):
+        normalize.warn_if_clipped("proprio", column, stats, config)
+    y = normalize.normalize_field("proprio", column, stats, config)
+    assert np.abs(y).max() < 5
+    acting = np.array([[0.51, 0.0], [0.5, 0.1], [0.49, 400.0]], np.float32)
+    for module in (np, jnp):
+        seen = module.asarray(acting)
+        assert np.abs(normalize.normalize(seen, stats, method)).max() < 15
+        assert normalize.count_clipped(seen, stats, method).tolist() == [1, 0, 2]
+        assert normalize.count_clipped(seen, stats, "none").tolist() == [0, 0, 0]
+
+
+def test_values_up_to_the_margin_beyond_the_training_are_not_clipped():
+    column = np.array([[-1.0], [1.0], [8.0]], np.float32)
+    stats = normalize.compute(column)
+    x = np.array([[8.0 + 9 * stats.std[0]], [-1.0]], np.float32)
+    y = normalize.normalize(x, stats, "mean_std")
+    np.testing.assert_allclose(normalize.denormalize(y, stats, "mean_std"), x, rtol=1e-5)
+    assert normalize.count_clipped(x, stats, "mean_std").tolist() == [0, 0]
+
+
+def test_the_share_of_actions_that_a_policy_cannot_send_is_told():
+    rng = np.random.default_rng(0)
+    action = np.append(rng.normal(0, 1, (1000, 2)), np.ones((1000, 1)), axis=1)
+    stats, config = normalize.compute(action), normalize.NormalizeConfig(action="quantiles")
+    message = (
+        r"^1\.33% of the values of action .* a policy cannot send them; choose --action bounds"
+    )
+    with pytest.warns(UserWarning, match=message):
+        normalize.warn_if_clipped("action", action, stats, config)

@@ -1,5 +1,7 @@
 """Every seed is played once, despite crashes; simulators and a scan give the same outcomes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from vla_jax.acting.agent import Agent
 from vla_jax.acting.rollout import Controller, Outcome, run_env, run_simulators
 from vla_jax.envs import simulate
 from vla_jax.envs.table import expert, jax_env, rules
-from vla_jax.types import Observation, SimulatorStep
+from vla_jax.types import Env, Observation, SimulatorStep, Transition
 
 WORLD = jax_env.JaxTableConfig(image_size=0, max_steps=20)
 
@@ -17,7 +19,7 @@ WORLD = jax_env.JaxTableConfig(image_size=0, max_steps=20)
 class Countdown:
     """Ends after `seed % 4 + 1` steps, with success if the last action was the seed; may raise."""
 
-    control_hz, max_steps = 10.0, 4
+    control_hz, max_steps, success_rule = 10.0, 4, "at_end"
     made, closed = 0, 0
 
     def __init__(self, raises=()):
@@ -71,7 +73,8 @@ def test_every_seed_is_played_once_with_outcomes_independent_of_the_batch(num_si
         Outcome(seed, f"task {seed % 2}", f"say {seed}", True, seed % 4 + 1, "")
         for seed in range(9)
     ]
-    assert sorted(episode.outcome for episode in played) == expected
+    outcomes = sorted(episode.outcome for episode in played)
+    assert [outcome._replace(clipped=None) for outcome in outcomes] == expected
     assert Countdown.made == Countdown.closed == min(num_simulators, 9)
     for episode in played:
         assert episode.actions.shape == (episode.outcome.num_steps, 2)
@@ -97,8 +100,9 @@ def test_the_policy_always_gets_one_view_per_simulator_in_a_fixed_row():
 def test_a_crash_is_recorded_and_the_evaluation_continues():
     raises = {(2, "step"), (4, "reset")}
     played = {w.outcome.seed: w.outcome for w in play(range(6), raises=raises, num_simulators=2)}
-    assert played[2] == Outcome(2, "task 0", "say 2", False, 2, "ValueError: arm broke")
-    assert played[4] == Outcome(4, "", "", False, 0, "RuntimeError: no table")
+    broken = played[2]._replace(clipped=None)
+    assert broken == Outcome(2, "task 0", "say 2", False, 2, "ValueError: arm broke")
+    assert played[4] == Outcome(4, "", "", False, 0, "RuntimeError: no table", 0.0)
     assert [played[seed].success for seed in (0, 1, 3, 5)] == [True] * 4
     assert Countdown.made == Countdown.closed == 4
 
@@ -203,3 +207,88 @@ def test_steps_after_the_end_of_an_episode_do_not_count():
     assert ended.sum() > 8
     assert good.success[ended].all()
     assert not bad.success[bad.num_steps < WORLD.max_steps].any()
+
+
+class Passing(Countdown):
+    """A world that reports success at the second of four steps only, and goes on."""
+
+    def __init__(self, success_rule):
+        super().__init__()
+        self.success_rule = success_rule
+
+    def reset(self, seed):
+        self.step_number = 0
+        return {"proprio": np.zeros(2)}
+
+    def step(self, action):
+        self.step_number += 1
+        over, success = self.step_number == 4, self.step_number == 2
+        return SimulatorStep({"proprio": np.zeros(2)}, 0.0, False, over, success)
+
+
+def passing_env(success_rule):
+    """The same world as pure functions; the action is the one number of proprio, 0."""
+
+    def step(state, action):
+        state = state + 1
+        flags = jnp.zeros((), bool), state == 4, state == 2
+        return state, Transition(Observation(proprio=action), jnp.zeros(()), *flags)
+
+    return Env(
+        reset=lambda key: (jnp.zeros((), jnp.int32), Observation(proprio=jnp.zeros(2))),
+        step=step, instructions=("",), tasks=("",), max_steps=6, success_rule=success_rule,
+        instruction_index=lambda state: jnp.zeros((), jnp.int32),
+    )  # fmt: skip
+
+
+def echo_agent(at_step=-1, value=0.0):
+    """Returns an agent whose actions are zeros, but `value` at one step of the odd rows."""
+
+    def step(params, state, observation, reset):
+        age = jnp.where(reset, 0, state)
+        odd = (jnp.arange(len(age)) % 2 == 1) & (age == at_step)
+        return age + 1, jnp.where(odd[:, None], value, jnp.zeros_like(observation.proprio))
+
+    return Agent(lambda params, size: jnp.zeros(size, jnp.int32), lambda params, size: params, step)
+
+
+def run(env, agent, num_episodes=2):
+    ids, keys = jnp.zeros((1, 1), jnp.int32), jax.random.split(jax.random.key(0), num_episodes)
+    return jax.device_get(jax.jit(lambda: run_env(agent, {}, env, ids, keys))())
+
+
+@pytest.mark.parametrize(("rule", "expected"), [("once", True), ("at_end", False)])
+def test_the_rule_of_the_world_decides_about_a_success_in_mid_episode(rule, expected):
+    controller = stateless(lambda views: np.zeros((len(views), 2)))
+    played = list(run_simulators(controller, lambda: Passing(rule), range(2), num_simulators=2))
+    assert [episode.outcome.success for episode in played] == [expected] * 2
+    scanned = run(passing_env(rule), echo_agent())
+    assert scanned.success.tolist() == [expected] * 2
+    assert scanned.num_steps.tolist() == [4, 4]
+
+
+def test_an_action_that_is_not_finite_is_not_sent_and_the_episode_counts_as_crashed():
+    def act(views):
+        bad = [view.step == 2 and view.seed == 3 for view in views]
+        return np.where(np.array(bad)[:, None], np.nan, np.zeros((len(views), 2)))
+
+    made = functools.partial(Passing, "once")
+    played = {
+        episode.outcome.seed: episode
+        for episode in run_simulators(stateless(act), made, range(2, 4), num_simulators=2)
+    }
+    assert played[2].outcome.success
+    assert played[3].outcome.error.startswith("ValueError: action must be finite numbers, got")
+    assert not played[3].outcome.success
+    assert np.isfinite(played[3].actions).all()
+    assert len(played[3].actions) == 2
+
+
+def test_a_scan_ends_an_episode_whose_action_is_not_finite_and_counts_clipped_ones():
+    scanned = run(passing_env("once"), echo_agent(at_step=3, value=jnp.inf))
+    assert scanned.refused.tolist() == [False, True]
+    assert scanned.success.tolist() == [True, False]
+    assert scanned.num_steps.tolist() == [4, 3]
+    clipped = run(passing_env("once"), echo_agent(at_step=1, value=2.0))
+    assert clipped.num_clipped.tolist() == [0, 1]
+    assert not clipped.refused.any()

@@ -1,5 +1,6 @@
 """Conversion of instructions to word ids by hashing."""
 
+import unicodedata
 import warnings
 import zlib
 
@@ -59,3 +60,41 @@ def test_colliding_words_are_named_with_a_remedy():
     word_hashing.check_collisions(["put the red block", "the red block"], 2048)
     with pytest.raises(ValueError, match=r"got 3, where 'block' and '\w+' share id .* such as 6"):
         word_hashing.check_collisions(["put the red block"], 3)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("दिन", "दीन"),
+        ("डिब्बा खोलो", "डब्बा खोलो"),
+        ("ปิดไฟ", "ปดไฟ"),
+        ("கல்", "கால்"),
+        ("كَتَبَ", "كُتُب"),
+        ("gib den Ball", "gîb den Ball"),
+        ("開けて", "閉めて"),
+    ],
+)
+def test_texts_that_differ_in_letters_or_marks_have_different_ids(one, other):
+    ids = [word_hashing.tokenize(text, max_words=12, vocab_size=2048) for text in (one, other)]
+    assert not np.array_equal(*ids)
+    word_hashing.check_collisions([one, other], 2048)  # no warning
+    composed, separate = (unicodedata.normalize(form, one) for form in ("NFC", "NFD"))
+    assert word_hashing.words(composed) == word_hashing.words(separate)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Lift the block", "lift the block!"),
+        ("straße", "strasse"),
+        ("press 🟥", "press 🟦"),
+        ("move to x²", "move to x2"),
+        ("a b c d left", "a b c d right"),
+    ],
+)
+def test_different_texts_of_the_same_words_are_named(one, other):
+    with pytest.warns(UserWarning, match="cannot distinguish them") as caught:
+        word_hashing.check_collisions([one, other, f" {one}\t"], 2048, max_words=4)
+    assert repr(one) in str(caught[0].message)
+    assert repr(other) in str(caught[0].message)
+    assert str(caught[0].message).startswith("1 groups")

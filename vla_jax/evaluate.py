@@ -44,7 +44,7 @@ from vla_jax.files import Path, read_json, write_json, write_json_lines
 from vla_jax.policies import trunks
 from vla_jax.runs import Run, load_run, read_world
 from vla_jax.training.progress import progress_bar
-from vla_jax.types import Simulator
+from vla_jax.types import Simulator, SuccessRule
 
 # Options of `EvaluateConfig` that a reference does not have.
 _POLICY_OPTIONS = (
@@ -101,6 +101,7 @@ class _Probe(NamedTuple):
     """Parts of an evaluation that are known before the first episode."""
 
     control_hz: float
+    success_rule: SuccessRule
     latency: Latency | None  # None for a reference
 
 
@@ -131,7 +132,8 @@ def evaluate(
       FileNotFoundError: the run or one of its files is missing.
       ValueError: a file is damaged, an option does not fit, or an evaluation of this name has
         other settings.
-      RuntimeError: the simulator crashed in every episode.
+      RuntimeError: every episode crashed: the simulator raised, or the policy gave actions that are
+        not finite.
     """
     config = config or EvaluateConfig()
     reference = config.reference
@@ -151,12 +153,16 @@ def evaluate(
     summary = results.summarize((played[seed] for seed in seeds), latency=probe.latency)
     first_error = next((o.error for o in played.values() if o.error), "")
     if not summary.total.episodes:
-        raise RuntimeError(f"the simulator crashed in every episode, first with {first_error}")
+        raise RuntimeError(
+            f"the simulator or the policy crashed in every episode, first with {first_error}; "
+            "mend the cause, then evaluate again with --overwrite."
+        )
     write_json(
         setup.folder / "summary.json",
         {
             "command": _command(setup.folder.parents[1], config),
             "settings": setup.settings,
+            "success_rule": probe.success_rule,
             "summary": results.to_json(summary),
         },
     )
@@ -286,10 +292,10 @@ def _probe(setup: _Setup, config: EvaluateConfig) -> _Probe:
             video.check_packages()
             _draw(simulator)
         if setup.player is None:
-            return _Probe(simulator.control_hz, None)
+            return _Probe(simulator.control_hz, simulator.success_rule, None)
         view = SimulatorView(observation, simulator.instruction, 0, config.first_seed, simulator)
         latency = players.measure_latency(setup.controller, view)
-        return _Probe(simulator.control_hz, latency)
+        return _Probe(simulator.control_hz, simulator.success_rule, latency)
 
 
 def _play(setup: _Setup, config: EvaluateConfig, seeds: Sequence[int]) -> Iterator[RecordedEpisode]:

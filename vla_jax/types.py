@@ -119,7 +119,12 @@ class Transition(NamedTuple):
     reward: Array  # [] float32
     terminated: Array  # [] bool, the task ended (success or failure)
     truncated: Array  # [] bool, the time limit was reached
-    success: Array  # [] bool, the task succeeded
+    success: Array  # [] bool, the task is done at this step
+
+
+# episodes that count as a success: "once" = the task succeeded at any step; "at_end" = it is still
+# done at the last step
+SuccessRule = Literal["once", "at_end"]
 
 
 class Env(NamedTuple):
@@ -132,6 +137,7 @@ class Env(NamedTuple):
     instruction_index: Callable[[Any], Array]  # env_state -> [] int32 into `instructions`
     max_steps: int  # environment steps until truncation
     expert: Callable[[Any], Array] | None = None  # env_state -> action [A] of the scripted expert
+    success_rule: SuccessRule = "once"  # which episodes count as a success
 
 
 class DiscreteEnv(NamedTuple):
@@ -159,7 +165,7 @@ class SimulatorStep(NamedTuple):
     reward: float
     terminated: bool  # the task ended (success or failure)
     truncated: bool  # the time limit was reached
-    success: bool  # the task succeeded
+    success: bool  # the task is done at this step; `success_rule` decides about the episode
 
 
 class Simulator(Protocol):
@@ -169,6 +175,7 @@ class Simulator(Protocol):
     task: str  # name of the task, for results per task, set by `reset`
     control_hz: float  # actions per second
     max_steps: int  # environment steps until truncation
+    success_rule: SuccessRule  # which episodes count as a success
 
     def reset(self, seed: int) -> Mapping[str, np.ndarray]:
         """Starts the episode determined by `seed`; returns its first observation."""

@@ -5,12 +5,14 @@ step of the policy, selects one action from the predicted chunks and converts it
 units and frame. Its state is a tree of arrays `[B, ...]`; `rows` reads and replaces its rows.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from vla_jax.actions import execution, reference_frames
 from vla_jax.actions.action_layout import ActionLayout, to_robot
@@ -21,7 +23,7 @@ from vla_jax.data import normalize
 from vla_jax.data.dataset import is_camera
 from vla_jax.data.normalize import NormalizeConfig, NormStats
 from vla_jax.data.windows import ALWAYS
-from vla_jax.policies import policy, trunks
+from vla_jax.policies import heads, policy, trunks
 from vla_jax.policies.decoders import check_mode
 from vla_jax.policies.policy import PolicyConfig
 from vla_jax.policies.trunk import Mode
@@ -48,6 +50,7 @@ class AgentConfig:
 
     def __post_init__(self):
         check_mode(self.policy.decoder, self.mode)
+        execution.check(self.execution, self.policy.decoder.action_horizon)
 
 
 class AgentState(NamedTuple):
@@ -56,6 +59,9 @@ class AgentState(NamedTuple):
     stream: Any  # streaming state of the policy
     execution: Any  # earlier chunks and the gripper
     age: Array  # [B] int32, steps since the episode or its present instruction began
+    # [B] int32, numbers of proprio and environment state since the episode began that normalisation
+    # clipped since they are far outside the training data
+    num_clipped: Array
     instruction: Array  # [B, S] int32, ids of the instruction at the last step; -1 = none yet
 
 
@@ -93,6 +99,10 @@ def make_agent(
             "run."
         )
     decoder = config.policy.decoder
+    try:
+        check_representable(config)
+    except ValueError as error:  # a run of an earlier version; a new training is refused
+        warnings.warn(str(error), stacklevel=2)
     has_memory = trunks.get(decoder.kind).has_memory
     execution.warn_if_frames_skipped(config.execution, has_memory=has_memory)
 
@@ -105,6 +115,7 @@ def make_agent(
                 config.execution, batch_size, decoder.action_horizon, decoder.action_dim
             ),
             age=jnp.zeros(batch_size, jnp.int32),
+            num_clipped=jnp.zeros(batch_size, jnp.int32),
             instruction=jnp.full((batch_size, len(read_instruction(config, ""))), -1, jnp.int32),
         )
 
@@ -122,6 +133,21 @@ def make_agent(
     return Agent(init, prepare, step)
 
 
+def check_representable(config: AgentConfig) -> None:
+    """Raises a ValueError if the policy cannot give the actions of any training data.
+
+    A head whose outputs are in [-1, 1] cannot give an action that is more than one standard
+    deviation from the mean: of Gaussian actions a third.
+    """
+    head = config.policy.decoder.head
+    if config.normalize.action == "mean_std" and heads.HEADS[head].is_bounded:
+        raise ValueError(
+            f"action must be normalised to [-1, 1] for head '{head}', whose outputs are in [-1, 1],"
+            " got 'mean_std', which leaves a third of Gaussian actions outside; use --action bounds"
+            " or --action quantiles."
+        )
+
+
 def robot_action(config: AgentConfig, action: Array) -> Array:
     """Returns the action as the robot of the training data takes it.
 
@@ -131,8 +157,26 @@ def robot_action(config: AgentConfig, action: Array) -> Array:
 
     Returns:
       `[..., dim]` in the order and range of `config.action_layout`.
+
+    Raises:
+      ValueError: a number is not finite; inside `jit`, where it is not known, nothing is checked.
     """
+    if not isinstance(action, Tracer):
+        check_action(action)
     return action if config.action_layout is None else to_robot(action, config.action_layout)
+
+
+def check_action(action: Array) -> None:
+    """Raises a ValueError if a number of an action `[..., A]` is not finite.
+
+    A robot must not get it: a comparison with a limit is False for NaN, so that it passes most
+    checks.
+    """
+    if not np.isfinite(action).all():
+        raise ValueError(
+            f"action must be finite numbers, got {np.asarray(action).tolist()}, which was not "
+            "sent; check the observation, and use an earlier checkpoint if the params have NaN."
+        )
 
 
 def plan(
@@ -165,7 +209,10 @@ def plan(
     normalized = _prepare(config, norm_stats, observation, age)
     stream, chunk = policy.step(params, config.policy, state.stream, normalized, reset=reset)
     executed, action = execution.plan(config.execution, state.execution, chunk, reset=reset)
-    return AgentState(stream, executed, age + 1, instruction), normalized, action
+    clipped = jnp.where(reset, 0, state.num_clipped) + _count_clipped(
+        config, norm_stats, observation
+    )
+    return AgentState(stream, executed, age + 1, clipped, instruction), normalized, action
 
 
 def send(
@@ -222,6 +269,19 @@ def _prepare(
     masks = {name: mask for name, mask in masks.items() if mask is not None}
     observation = _mask_cameras(config, observation, len(age))
     return observation._replace(**columns, instruction=instruction, column_mask=masks or None)
+
+
+def _count_clipped(
+    config: AgentConfig, norm_stats: Mapping[str, NormStats], observation: Observation
+) -> Array:
+    """Returns how many numbers `[B]` of an observation are far outside the training data."""
+    count = jnp.zeros((), jnp.int32)
+    for name in ("proprio", "environment_state"):
+        column, stats = getattr(observation, name), norm_stats.get(name)
+        if column is not None and stats is not None:
+            method = getattr(config.normalize, name)
+            count = count + normalize.count_clipped(column, stats, method).astype(jnp.int32)
+    return count
 
 
 def _mask_cameras(config: AgentConfig, observation: Observation, batch_size: int) -> Observation:

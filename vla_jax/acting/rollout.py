@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vla_jax.acting.agent import Agent
+from vla_jax.acting.agent import Agent, check_action
 from vla_jax.types import Array, Env, Key, Params, Simulator
 
 
@@ -21,7 +21,10 @@ class Outcome(NamedTuple):
     instruction: str
     success: bool
     num_steps: int  # environment steps until the end, or the exception
-    error: str  # message of the exception the simulator raised; empty if none
+    error: str  # message of the exception the simulator raised, or of the agent; empty if none
+    # share of the actions of which a number of the arm was outside [-1, 1], which simulators clip;
+    # None = not known (episodes of version 0.1.0)
+    clipped: float | None = None
 
 
 class RecordedEpisode(NamedTuple):
@@ -53,6 +56,11 @@ class Controller(NamedTuple):
     step: Callable[[Any, list[SimulatorView], np.ndarray], tuple[Any, np.ndarray]]
 
 
+# (succeeded before this step, success of this step) -> succeeded so far; bools or arrays of them
+SUCCESS_RULES: Mapping[str, Callable[[Any, Any], Any]] = {
+    "once": lambda before, now: before | now,
+    "at_end": lambda before, now: now,
+}
 Draw = Callable[[Simulator], np.ndarray]
 
 
@@ -67,7 +75,8 @@ def run_simulators(
 ) -> Iterator[RecordedEpisode]:
     """Runs one episode per seed, `num_simulators` in lockstep, with batched policy steps.
 
-    A simulator that raises is closed and replaced; the outcome of its episode has the error.
+    A simulator that raises is closed and replaced; the outcome of its episode has the error. So has
+    that of an episode whose controller gives an action that is not finite, which is not sent.
 
     Args:
       controller: of all simulators.
@@ -136,6 +145,7 @@ def _episode(
     simulator: Simulator, seed: int, draw: Draw | None
 ) -> Generator[SimulatorView, Any, RecordedEpisode]:
     video, actions, task, instruction, success, error = [], [], "", "", False, ""
+    succeeded = SUCCESS_RULES[simulator.success_rule]
     try:
         observation = simulator.reset(seed)
         task, instruction = simulator.task, simulator.instruction
@@ -143,18 +153,22 @@ def _episode(
             if draw:
                 video.append(draw(simulator))
             action = yield SimulatorView(observation, instruction, len(actions), seed, simulator)
+            check_action(action)
             step = simulator.step(action)
             observation = step.observation
             actions.append(action)
+            success = succeeded(success, bool(step.success))
             if step.terminated or step.truncated:
                 break
         if draw:
             video.append(draw(simulator))
-        success = bool(step.success)
     except Exception as raised:  # recorded in the outcome, whatever the simulator raises
+        success = False
         error = f"{type(raised).__name__}: {raised}".splitlines()[0]
-    outcome = Outcome(seed, task, instruction, success, len(actions), error)
-    return RecordedEpisode(outcome, video, np.array(actions))
+    sent = np.array(actions)
+    outside = float(np.mean(is_outside(sent))) if len(sent) else 0.0
+    outcome = Outcome(seed, task, instruction, success, len(actions), error, outside)
+    return RecordedEpisode(outcome, video, sent)
 
 
 class Episodes(NamedTuple):
@@ -163,6 +177,8 @@ class Episodes(NamedTuple):
     success: Array  # [B] bool
     num_steps: Array  # [B] int32, environment steps
     instruction_index: Array  # [B] int32, into `env.instructions`
+    refused: Array  # [B] bool, True where an action was not finite, which ended the episode
+    num_clipped: Array  # [B] int32, steps at which a number of the arm was outside [-1, 1]
 
 
 def run_env(agent: Agent, params: Params, env: Env, instructions: Array, keys: Key) -> Episodes:
@@ -183,20 +199,30 @@ def run_env(agent: Agent, params: Params, env: Env, instructions: Array, keys: K
     index = jax.vmap(env.instruction_index)(states)
 
     def step(carry, t):
-        agent_state, states, observations, done, success, num_steps = carry
+        agent_state, states, observations, done, counted = carry
         observations = observations._replace(instruction=instructions[index])
         reset = jnp.full(num_episodes, t == 0)
         agent_state, actions = agent.step(params, agent_state, observations, reset)
         states, transition = jax.vmap(env.step)(states, actions)
-        success |= transition.success & ~done
-        num_steps += ~done
-        done |= transition.terminated | transition.truncated
-        return (agent_state, states, transition.observation, done, success, num_steps), None
+        refused = ~done & ~jnp.all(jnp.isfinite(actions), axis=-1)
+        runs = ~done & ~refused
+        succeeded = SUCCESS_RULES[env.success_rule](counted.success, transition.success)
+        counted = counted._replace(
+            success=jnp.where(runs, succeeded, counted.success & ~refused),
+            num_steps=counted.num_steps + runs,
+            refused=counted.refused | refused,
+            num_clipped=counted.num_clipped + (runs & is_outside(actions)),
+        )
+        done |= refused | transition.terminated | transition.truncated
+        return (agent_state, states, transition.observation, done, counted), None
 
-    false = jnp.zeros(num_episodes, bool)
-    start = (
-        agent.init(params, num_episodes), states, observations,
-        false, false, jnp.zeros(num_episodes, jnp.int32),
-    )  # fmt: skip
-    (*_, success, num_steps), _ = jax.lax.scan(step, start, jnp.arange(env.max_steps))
-    return Episodes(success, num_steps, index)
+    false, zero = jnp.zeros(num_episodes, bool), jnp.zeros(num_episodes, jnp.int32)
+    nothing = Episodes(false, zero, index, false, zero)
+    start = (agent.init(params, num_episodes), states, observations, false, nothing)
+    (*_, counted), _ = jax.lax.scan(step, start, jnp.arange(env.max_steps))
+    return counted
+
+
+def is_outside(action: Array) -> Any:
+    """Returns True where a number of the arm of an action `[..., A]` is outside [-1, 1]."""
+    return (abs(action[..., :-1]) > 1 + 1e-5).any(axis=-1)

@@ -143,11 +143,7 @@ def init(
     Raises:
       ValueError: `exec_horizon` is larger than the chunk.
     """
-    if config.exec_horizon > action_horizon:
-        raise ValueError(
-            f"exec_horizon must be at most action_horizon = {action_horizon}, got "
-            f"{config.exec_horizon}; predict longer chunks or execute fewer actions."
-        )
+    check(config, action_horizon)
     chunk = ActionChunk(
         jnp.zeros((batch_size, action_horizon, action_dim - 1)),
         jnp.zeros((batch_size, action_horizon)),
@@ -155,6 +151,15 @@ def init(
     plan = CHUNK_RULES[config.kind].init(chunk)
     target, change = jnp.zeros((2, batch_size))
     return ExecutionState(plan, GripperState(target, change, jnp.zeros((batch_size,), jnp.int32)))
+
+
+def check(config: ExecutionConfig, action_horizon: int) -> None:
+    """Raises a ValueError if more actions of a chunk are to be executed than are predicted."""
+    if config.exec_horizon > action_horizon:
+        raise ValueError(
+            f"exec_horizon must be at most action_horizon = {action_horizon}, got "
+            f"{config.exec_horizon}; predict longer chunks or execute fewer actions."
+        )
 
 
 def step(

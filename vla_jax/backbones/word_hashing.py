@@ -1,6 +1,5 @@
 """Hashing tokenizer: every word has an id, including words that are not in the training data."""
 
-import re
 import unicodedata
 import warnings
 import zlib
@@ -10,11 +9,20 @@ from typing import Any
 import numpy as np
 
 NO_WORD = 0
+_NAMED = 5  # groups of instructions that a warning names
 
 
 def words(text: str) -> list[str]:
-    """Returns the case-folded words of a text: its runs of letters and digits."""
-    return re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).casefold())
+    """Returns the case-folded words of a text: its runs of letters, digits and combining marks.
+
+    Marks are part of a word: vowel signs of Devanagari, Tamil or Thai are marks.
+    """
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return "".join(char if _is_in_word(char) else " " for char in folded).split()
+
+
+def _is_in_word(char: str) -> bool:
+    return char.isalnum() or unicodedata.category(char).startswith("M")
 
 
 def word_id(word: str, vocab_size: int) -> int:
@@ -48,16 +56,23 @@ def tokenize(text: str, *, max_words: int, vocab_size: int) -> np.ndarray:
     return ids
 
 
-def check_collisions(texts: Iterable[str], vocab_size: int) -> None:
+def check_collisions(
+    texts: Iterable[str], vocab_size: int, *, max_words: int | None = None
+) -> None:
     """Raises a ValueError if two words of the texts share an id.
+
+    Warns of different texts with the same words, such as "stop" and "Stop!", which a policy cannot
+    distinguish; texts are different if they differ in more than spaces after normalisation (NFC).
 
     Args:
       texts: every instruction of a data set.
       vocab_size: as for `tokenize`.
+      max_words: as for `tokenize`; None means that all words count.
 
     Raises:
       ValueError: two words share an id.
     """
+    texts = list(texts)
     words_by_id: dict[int, str] = {}
     for word in sorted({word for text in texts for word in words(text)}):
         other = words_by_id.setdefault(word_id(word, vocab_size), word)
@@ -67,6 +82,23 @@ def check_collisions(texts: Iterable[str], vocab_size: int) -> None:
                 f"{vocab_size}, where {other!r} and {word!r} share id {word_id(word, vocab_size)}; "
                 f"choose another vocab_size, such as {2 * vocab_size}."
             )
+    _warn_of_same_words(texts, max_words)
+
+
+def _warn_of_same_words(texts: Iterable[str], max_words: int | None) -> None:
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for text in sorted({" ".join(unicodedata.normalize("NFC", text).split()) for text in texts}):
+        groups.setdefault(tuple(words(text)[:max_words]), []).append(text)
+    same = [group for group in groups.values() if len(group) > 1]
+    if same:
+        named = "; ".join(" = ".join(map(repr, group[:4])) for group in same[:_NAMED])
+        more = f"; and {len(same) - _NAMED} more" if len(same) > _NAMED else ""
+        warnings.warn(
+            f"{len(same)} groups of instructions are the same words for the policy, which "
+            "cannot distinguish them (case, punctuation and words after max_words do not count): "
+            f"{named}{more}; reword them if they mean different things",
+            stacklevel=2,
+        )
 
 
 def check_sizes(config: Any) -> None:
@@ -83,4 +115,4 @@ def tokenize_for(config: Any, text: str) -> np.ndarray:
 
 def check_collisions_for(config: Any, texts: Iterable[str]) -> None:
     """Raises a ValueError if two words of the texts share an id in the config's vocabulary."""
-    check_collisions(texts, config.vocab_size)
+    check_collisions(texts, config.vocab_size, max_words=config.max_words)

@@ -19,6 +19,10 @@ from vla_jax.types import Array
 
 Method = Literal["bounds", "quantiles", "mean_std", "none"]
 CLIPPED = ("bounds", "quantiles")  # methods that clip to [-1, 1]
+# standard deviations beyond the training's range to which "mean_std" clips
+MARGIN = 10.0
+# A dimension with a smaller spread, relative to its level if that is above 1, is nearly constant.
+NEARLY_CONSTANT = 1e-4
 QUANTILE_FRACTION = 0.02  # fraction of values outside [q01, q99] by definition
 EXACT_ROWS = 2**20  # rows up to which all statistics are exact
 CHUNK_ROWS = 2**16  # rows whose float64 copy is in memory at once
@@ -113,8 +117,10 @@ def normalize(x: Array, stats: NormStats, method: Method, *, gripper: bool = Fal
 
         y = (x - c) / s        c, s: middle and half width of [min, max] or [q01, q99]; mean, std
 
-    "bounds" and "quantiles" clip to [-1, 1]; "none" changes nothing. A constant dimension gives
-    0, and a dimension whose quantiles coincide uses its bounds.
+    "bounds" and "quantiles" clip to [-1, 1]; "none" changes nothing. "mean_std" clips what is more
+    than `MARGIN` standard deviations beyond the training's range: of a nearly constant dimension,
+    with a spread of 1e-5, a drift of 0.01 would be 1000 otherwise. A constant dimension gives 0,
+    and a dimension whose quantiles coincide uses its bounds.
 
     Args:
       x: `[..., D]`.
@@ -131,7 +137,11 @@ def normalize(x: Array, stats: NormStats, method: Method, *, gripper: bool = Fal
     centre, scale = _affine(x, stats, method, gripper)
     inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
     y = (x - centre) * inverse
-    return y.clip(-1, 1) if method in CLIPPED else y
+    if method in CLIPPED:
+        return y.clip(-1, 1)
+    if method == "mean_std":
+        return y.clip(*_reach(stats, gripper, x.ndim))
+    return y
 
 
 def denormalize(y: Array, stats: NormStats, method: Method, *, gripper: bool = False) -> Array:
@@ -191,6 +201,35 @@ def denormalize_action(action: Array, stats: NormStats, config: NormalizeConfig)
     return denormalize(_expand(action, config.action_mu), stats, config.action, gripper=True)
 
 
+def count_clipped(x: Array, stats: NormStats, method: Method) -> Array:
+    """Returns how many numbers of each row of an observation `[..., D]` `normalize` clips, `[...]`.
+
+    By "bounds" and "quantiles" those count that are more than `MARGIN` half widths outside: a value
+    just outside the training's range is usual when acting.
+
+    Args:
+      x: `[..., D]`.
+      stats: statistics of the column.
+      method: of the column.
+    """
+    if method == "none":
+        return np.zeros(x.shape[:-1], np.int32)
+    centre, scale = _affine(x, stats, method, False)
+    low, high = -1 - MARGIN, 1 + MARGIN
+    if method == "mean_std":
+        low, high = _reach(stats, False, x.ndim)
+    outside = (x < centre + low * scale) | (x > centre + high * scale)
+    return (outside & (scale > 0)).sum(axis=-1)
+
+
+def nearly_constant(stats: NormStats, method: Method) -> list[int]:
+    """Returns the dimensions that `normalize` scales although their spread is very small."""
+    _, scale = _centre_scale(stats, method)
+    level = np.maximum(1, np.abs(stats.mean))
+    is_scaled = (method != "none") & (scale > 0)
+    return np.flatnonzero(is_scaled & (stats.std <= NEARLY_CONSTANT * level)).tolist()
+
+
 def clipped_fraction(
     x: np.ndarray, stats: NormStats, method: Method, *, gripper: bool = False
 ) -> float:
@@ -226,6 +265,9 @@ def warn_if_clipped(
 ) -> None:
     """Warns if `normalize_field` clips more of a column than the method does by definition.
 
+    Of actions it always does, since a policy cannot send what was clipped. Nearly constant
+    dimensions are named too.
+
     Args:
       name: "action", "proprio" or "environment_state".
       column: `[F, D]`.
@@ -242,10 +284,11 @@ def warn_if_clipped(
         else:
             count += _num_clipped(chunk, stats, method, gripper=is_action)
     fraction = count / column.size
-    if fraction > (QUANTILE_FRACTION * 1.25 if method == "quantiles" else 0):
+    _warn_if_nearly_constant(name, stats, method)
+    if fraction > (QUANTILE_FRACTION * 1.25 if method == "quantiles" and not is_action else 0):
         warnings.warn(
             f"{fraction:.2%} of the values of {name} lie outside [-1, 1] after normalisation by "
-            f"{method!r} and were clipped; compute norm_stats on this data set to avoid it",
+            f"{method!r} and were clipped; {_advice(name, method)}",
             stacklevel=3,
         )
 
@@ -256,6 +299,25 @@ def _num_clipped(x: np.ndarray, stats: NormStats, method: Method, *, gripper: bo
         return 0
     outside = (np.abs(x - centre) > scale * (1 + 1e-5)) & (scale > 0)
     return int(outside.sum())
+
+
+def _advice(name: str, method: Method) -> str:
+    if name == "action" and method != "bounds":
+        return "a policy cannot send them; choose --action bounds to represent all"
+    return "compute norm_stats on this data set to avoid it"
+
+
+def _warn_if_nearly_constant(name: str, stats: NormStats, method: Method) -> None:
+    few = nearly_constant(stats, method)
+    if few and stats.count:  # limits that the user gave have no spread
+        index = few[0]
+        warnings.warn(
+            f"{name} is nearly constant in the dimensions {few}: the spread of dimension {index} "
+            f"is {stats.std[index]:.1e} around {stats.mean[index]:.4g}, which normalisation by "
+            f"{method!r} magnifies to 1; leave them out, or choose another method, if they are "
+            "noise",
+            stacklevel=4,
+        )
 
 
 def to_json(norm_stats: Mapping[str, NormStats]) -> dict[str, Any]:
@@ -348,6 +410,18 @@ def _centre_scale(stats: NormStats, method: Method) -> tuple[np.ndarray, np.ndar
         flat = _constant(stats.q99 - stats.q01, stats.q01)
         low, high = np.where(flat, low, stats.q01), np.where(flat, high, stats.q99)
     return (low + high) / 2, np.where(_constant(high - low, low), 0, (high - low) / 2)
+
+
+def _reach(stats: NormStats, gripper: bool, num_axes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the least and greatest value of "mean_std", with as many axes as the column."""
+    centre, scale = _centre_scale(stats, "mean_std")
+    safe = np.where(scale > 0, scale, 1)
+    ends = [(stats.min - centre) / safe - MARGIN, (stats.max - centre) / safe + MARGIN]
+    low, high = (np.asarray(end, np.float32) for end in ends)
+    if gripper:  # the last dimension is not changed
+        low, high = np.append(low[:-1], -np.inf), np.append(high[:-1], np.inf)
+    axes = (1,) * (num_axes - 1) + (len(low),)
+    return low.astype(np.float32).reshape(axes), high.astype(np.float32).reshape(axes)
 
 
 def _constant(width: np.ndarray, level: np.ndarray) -> np.ndarray:

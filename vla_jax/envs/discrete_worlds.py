@@ -10,7 +10,7 @@ from vla_jax.envs.grid import GridConfig
 from vla_jax.envs.partially_observed import partially_observe
 from vla_jax.envs.table import discrete_table
 from vla_jax.envs.table.discrete_table import TableChoicesConfig
-from vla_jax.types import DiscreteEnv
+from vla_jax.types import DiscreteEnv, SuccessRule
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class DiscreteGymnasiumConfig:
     kind: Literal["gymnasium"] = "gymnasium"
     env_id: str = "CartPole-v1"  # id of a registered Gymnasium environment
     max_steps: int = 0  # environment steps until truncation; 0 = the environment's default
+    # successful episodes: "once" = a step was a success, "at_end" = the last step was
+    success_rule: SuccessRule = "once"
 
 
 class DiscreteWorld(NamedTuple):

@@ -9,15 +9,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from vla_jax.types import Simulator, SimulatorStep
+from vla_jax.envs.gymnasium_values import (
+    check_box,
+    check_rate,
+    is_success,
+    scale_action,
+    to_float32,
+    to_rgb,
+)
+from vla_jax.types import Simulator, SimulatorStep, SuccessRule
 
 _DEFAULT_HZ = 10.0  # if the environment has no render_fps
-
-
-def is_success(info: Mapping[str, Any], reward: float) -> bool:
-    """Returns the success flag of `info` ("is_success" or "success"); False if there is none."""
-    del reward
-    return bool(info.get("is_success", info.get("success", False)))
 
 
 def make(
@@ -27,11 +29,13 @@ def make(
     image_size: int = 0,
     max_steps: int | None = None,
     success: Callable[[Mapping[str, Any], float], bool] = is_success,
+    success_rule: SuccessRule = "once",
 ) -> Simulator:
     """Returns a simulator of a Gymnasium environment.
 
     The flattened observation becomes `proprio [P]`; the rendered image becomes `image_primary`,
-    resized to a square. Actions in [-1, 1] are scaled to the bounds of the environment's `Box`.
+    RGB, opaque RGBA or grey, resized to a square. Actions in [-1, 1] are scaled to the bounds of
+    the environment's `Box`, of any dtype; integers are rounded.
     Exceptions of the environment during an episode are passed on.
 
     Args:
@@ -43,6 +47,8 @@ def make(
         registered limit.
       success: `(info, reward)` of a step -> True if the task is done. Many environments have no
         success flag; the default then never reports success.
+      success_rule: "once" counts an episode in which a step was a success, "at_end" one whose last
+        step was; many environments go on after a success (Meta-World, Fetch, ManiSkill).
 
     Returns:
       The simulator; its `task` is the environment's id.
@@ -59,18 +65,21 @@ def make(
     _check_box(gymnasium, env, name)
     _check_observation(env, name)
     env = gymnasium.wrappers.TimeLimit(env, limit)
-    simulator = GymnasiumSimulator(env, name, instruction, image_size, limit, success)
+    simulator = GymnasiumSimulator(env, name, instruction, image_size, limit, success, success_rule)
     if image_size:
         _try_to_draw(gymnasium, env, name)
     return simulator
 
 
-def make_discrete(env_id: str, *, max_steps: int | None = None) -> Any:
+def make_discrete(
+    env_id: str, *, max_steps: int | None = None, success_rule: SuccessRule = "once"
+) -> Any:
     """Returns a `gymnasium.Env` with discrete actions and a vector as observation.
 
     Args:
       env_id: id of a registered environment.
       max_steps: as for `make`.
+      success_rule: as for `make`; with "once" a success flag stays set until the episode ends.
 
     Returns:
       The environment, with a `Discrete` action space and a `Box` `[D]` observation space.
@@ -88,17 +97,37 @@ def make_discrete(env_id: str, *, max_steps: int | None = None) -> Any:
             "environment with a gymnasium.ActionWrapper that has discrete actions."
         )
     _check_observation(env, env_id)
-    return gymnasium.wrappers.FlattenObservation(gymnasium.wrappers.TimeLimit(env, limit))
+    env = gymnasium.wrappers.TimeLimit(env, limit)
+    if success_rule == "once":
+        env = _remember_success(gymnasium, env)
+    return gymnasium.wrappers.FlattenObservation(env)
+
+
+def _remember_success(gymnasium, env):
+    """Returns the environment with a success flag that stays set until the episode ends."""
+
+    class RememberSuccess(gymnasium.Wrapper):
+        def reset(self, **options):
+            self.succeeded = False
+            return self.env.reset(**options)
+
+        def step(self, action):
+            *result, info = self.env.step(action)
+            self.succeeded |= is_success(info, 0.0)
+            return *result, {**info, "is_success": self.succeeded}
+
+    return RememberSuccess(env)
 
 
 class GymnasiumSimulator:
     """A Gymnasium environment as a `types.Simulator`; `make` checks that it fits."""
 
-    def __init__(self, env, task, instruction, image_size, max_steps, success):
+    def __init__(self, env, task, instruction, image_size, max_steps, success, success_rule):
         self._env, self._image_size, self._success = env, image_size, success
+        self.success_rule: SuccessRule = success_rule
         self.task, self.instruction, self.max_steps = task, instruction, max_steps
         self.action_dim = int(np.prod(env.action_space.shape))
-        self.control_hz = float(env.metadata.get("render_fps") or _DEFAULT_HZ)
+        self.control_hz = check_rate(env.metadata.get("render_fps", _DEFAULT_HZ), task)
 
     def reset(self, seed: int) -> Mapping[str, np.ndarray]:
         """Starts the episode of a seed; returns its first observation."""
@@ -107,15 +136,13 @@ class GymnasiumSimulator:
 
     def step(self, action: np.ndarray) -> SimulatorStep:
         """Applies `action [A]` in [-1, 1], with `A` the dims of the environment's Box."""
-        box = self._env.action_space
         action = np.asarray(action, np.float64)
         if action.shape != (self.action_dim,) or not np.all(np.isfinite(action)):
             raise ValueError(
                 f"action of {self.task} must be {self.action_dim} finite numbers, got "
                 f"{action.tolist()}."
             )
-        fraction = (np.clip(action, -1, 1).reshape(box.shape) + 1) / 2
-        scaled = (box.low + fraction * (box.high - box.low)).astype(box.dtype)
+        scaled = scale_action(self._env.action_space, action)
         observation, reward, terminated, truncated, info = self._env.step(scaled)
         return SimulatorStep(
             observation=self._observe(observation),
@@ -129,7 +156,7 @@ class GymnasiumSimulator:
         """Returns the rendered image `[size, size, 3]` uint8; grey if there is none."""
         if self._env.render_mode != "rgb_array":
             return np.full((size, size, 3), 128, np.uint8)
-        frame = np.asarray(self._env.render(), np.float32)
+        frame = to_rgb(self._env.render(), self.task).astype(np.float32)
         image = jax.image.resize(frame, (size, size, 3), "linear")
         return np.asarray(image.round(), np.uint8)
 
@@ -139,7 +166,7 @@ class GymnasiumSimulator:
 
     def _observe(self, observation) -> Mapping[str, np.ndarray]:
         flatten = _import_gymnasium().spaces.flatten
-        proprio = np.asarray(flatten(self._env.observation_space, observation), np.float32)
+        proprio = to_float32(flatten(self._env.observation_space, observation), self.task)
         if not self._image_size:
             return {"proprio": proprio}
         return {"proprio": proprio, "image_primary": self.draw(self._image_size)}
@@ -179,11 +206,7 @@ def _check_box(gymnasium, env, name: str) -> None:
             f"action_space of {name} must be a Box, got {box}; put a gymnasium.ActionWrapper "
             "with a Box around the environment and pass that."
         )
-    if not (np.all(np.isfinite(box.low)) and np.all(np.isfinite(box.high))):
-        raise ValueError(
-            f"action_space of {name} must have finite bounds, got {box}; use "
-            "gymnasium.wrappers.RescaleAction or a Box with bounds."
-        )
+    check_box(box, name)
 
 
 def _check_observation(env, name: str) -> None:
@@ -203,6 +226,6 @@ def _try_to_draw(gymnasium, env, name: str) -> None:
         )
     try:
         env.reset(seed=0)
-        env.render()
+        to_rgb(env.render(), name)
     except (ImportError, gymnasium.error.DependencyNotInstalled) as error:
         raise ImportError(f"rendering {name} needs a package that is missing: {error}") from error

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vla_jax.types import Env, SimulatorStep
+from vla_jax.types import Env, SimulatorStep, SuccessRule
 
 
 class EnvSimulator:
@@ -22,6 +22,7 @@ class EnvSimulator:
         self._reset, self._step = jax.jit(env.reset), jax.jit(env.step)
         self._expert = jax.jit(env.expert) if env.expert else None
         self.max_steps = env.max_steps
+        self.success_rule: SuccessRule = env.success_rule
         self.instruction, self.task = "", ""
 
     def reset(self, seed: int) -> Mapping[str, np.ndarray]:

@@ -10,7 +10,7 @@ import numpy as np
 from vla_jax.config import did_you_mean
 from vla_jax.envs import gymnasium
 from vla_jax.envs.table import jax_env, jax_simulator, mujoco_env, references, rules
-from vla_jax.types import Env, Simulator
+from vla_jax.types import Env, Simulator, SuccessRule
 
 Reference = Callable[[Any, int, int], np.ndarray]  # (simulator, seed, step) -> action [A]
 
@@ -24,6 +24,8 @@ class GymnasiumConfig:
     instruction: str = ""  # instruction of every episode
     image_size: int = 0  # pixels along each side of the rendered image; 0 = no images
     max_steps: int = 0  # environment steps until truncation; 0 = the environment's default
+    # successful episodes: "once" = a step was a success, "at_end" = the last step was
+    success_rule: SuccessRule = "once"
 
 
 class SimulatedWorld(NamedTuple):
@@ -44,6 +46,7 @@ def _make_gymnasium(config: GymnasiumConfig) -> Simulator:
         instruction=config.instruction,
         image_size=config.image_size,
         max_steps=config.max_steps or None,
+        success_rule=config.success_rule,
     )
 
 

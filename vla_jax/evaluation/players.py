@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vla_jax.acting.agent import Agent, AgentConfig, AgentState, make_agent, read_instruction
-from vla_jax.acting.rollout import Controller, Outcome, SimulatorView, run_env
+from vla_jax.acting.rollout import Controller, Episodes, Outcome, SimulatorView, run_env
 from vla_jax.data.normalize import NormStats
 from vla_jax.envs.worlds import Reference
 from vla_jax.evaluation.results import Latency
@@ -85,9 +85,17 @@ def _play_env(
         chunk = list(seeds[start : start + size])
         filled = chunk + chunk[:1] * (size - len(chunk))
         played = jax.device_get(play(params, jnp.stack([jax.random.key(s) for s in filled])))
-        for seed, success, num_steps, index in zip(chunk, *played, strict=False):
-            task, sentence = env.tasks[index], env.instructions[index]
-            yield Outcome(seed, task, sentence, bool(success), int(num_steps), "")
+        rows = [Episodes(*row) for row in zip(*played, strict=True)]
+        for seed, row in zip(chunk, rows, strict=False):
+            yield _outcome(env, seed, row)
+
+
+def _outcome(env: Env, seed: int, row: Episodes) -> Outcome:
+    num_steps, index = int(row.num_steps), row.instruction_index
+    task, sentence = env.tasks[index], env.instructions[index]
+    error = "ValueError: the policy gave an action that is not finite" if row.refused else ""
+    clipped = float(row.num_clipped) / max(num_steps, 1)
+    return Outcome(seed, task, sentence, bool(row.success), num_steps, error, clipped)
 
 
 def measure_latency(controller: Controller, view: SimulatorView) -> Latency:

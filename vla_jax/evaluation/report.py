@@ -16,6 +16,9 @@ from vla_jax.files import read_json_lines, replacing
 Path = str | os.PathLike[str]
 
 
+_RULES = {"once": "at any step", "at_end": "at the last step"}
+
+
 class Evaluation(NamedTuple):
     """Results that `evaluate` wrote into a folder."""
 
@@ -23,6 +26,7 @@ class Evaluation(NamedTuple):
     command: str
     is_reference: bool  # True for a reference, such as an expert, instead of a policy
     summary: Summary
+    success_rule: str | None  # "once" or "at_end"; None = not known (results of version 0.1.0)
 
 
 def read_evaluation(folder: Path) -> Evaluation:
@@ -38,7 +42,8 @@ def read_evaluation(folder: Path) -> Evaluation:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         summary = results.from_json(data["summary"])
-        return Evaluation(path.parent, data["command"], "reference" in data["settings"], summary)
+        is_reference, rule = "reference" in data["settings"], data.get("success_rule")
+        return Evaluation(path.parent, data["command"], is_reference, summary, rule)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged ({error}); evaluate again.") from error
 
@@ -105,19 +110,24 @@ def _cards(played: Mapping[str, Evaluation]) -> str:
         f'<div class="card"><h3>{_escape(name)}</h3>'
         f'<p class="rate">{results.percent(e.summary.task_mean)}</p>'
         f"<p>mean over tasks, {results.percent_interval(e.summary.task_mean_interval)}<br>"
-        f"{_counts(e.summary)}</p></div>"
+        f"{_counts(e)}</p></div>"
         for name, e in played.items()
         if not e.is_reference
     ]
     return f'<section class="cards">{"".join(cards)}</section>' if cards else ""
 
 
-def _counts(summary: Summary) -> str:
+def _counts(evaluation: Evaluation) -> str:
+    summary = evaluation.summary
     text = f"{summary.total.episodes} episodes"
     if summary.total.crashed:
         text += f", {summary.total.crashed} crashed"
     if summary.latency:
         text += f" · policy step {summary.latency.p50:.1f} ms (p95 {summary.latency.p95:.1f} ms)"
+    if summary.clipped:
+        text += f" · {results.percent(summary.clipped)} of the actions clipped"
+    if evaluation.success_rule:
+        text += f" · success {_RULES[evaluation.success_rule]}"
     return text
 
 
@@ -132,7 +142,7 @@ def _table(played: Mapping[str, Evaluation]) -> str:
         "<section><h2>Success</h2><div class='wide'><table>"
         f"<thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table></div>"
         "<p class='note'>Below each rate: its 95 % interval (Wilson). Episodes in which the "
-        "environment crashed are not included in the rates.</p></section>"
+        "environment or the policy failed (crashed) are not included in the rates.</p></section>"
     )
 
 

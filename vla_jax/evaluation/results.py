@@ -1,6 +1,7 @@
 """Success rates with confidence intervals, per task and over all tasks.
 
-Episodes in which the environment crashed say nothing about the policy and are counted separately.
+Episodes that crashed, because the environment raised or the policy gave an action that is not
+finite, are counted separately.
 """
 
 import math
@@ -25,7 +26,7 @@ class Rate(NamedTuple):
     rate: float | None  # successes / episodes in [0, 1]; None without episodes
     interval: tuple[float, float]  # 95 % confidence, Wilson
     mean_length: float | None  # environment steps; None without episodes
-    crashed: int  # episodes in which the environment crashed, not counted in `episodes`
+    crashed: int  # episodes in which the environment or the policy failed, not in `episodes`
 
 
 class Latency(NamedTuple):
@@ -43,6 +44,9 @@ class Summary(NamedTuple):
     task_mean: float | None  # mean of the tasks' rates, the main result
     task_mean_interval: tuple[float, float]  # 95 % confidence
     latency: Latency | None  # None if no policy was timed
+    # fraction of the actions of which a number was outside [-1, 1], where the environment clips it;
+    # None = not known
+    clipped: float | None = None
 
 
 def wilson(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -109,7 +113,13 @@ def summarize(outcomes: Iterable[Outcome], *, latency: Latency | None = None) ->
     names = sorted({outcome.task for outcome in outcomes})
     tasks = {name: _rate([o for o in outcomes if o.task == name]) for name in names}
     mean, interval = _mean([rate for rate in tasks.values() if rate.episodes])
-    return Summary(tasks, _rate(outcomes), mean, interval, latency)
+    return Summary(tasks, _rate(outcomes), mean, interval, latency, _clipped(outcomes))
+
+
+def _clipped(outcomes: Sequence[Outcome]) -> float | None:
+    known = [(o.clipped * o.num_steps, o.num_steps) for o in outcomes if o.clipped is not None]
+    num_steps = sum(steps for _, steps in known)
+    return sum(clipped for clipped, _ in known) / num_steps if num_steps else None
 
 
 def _rate(outcomes: Sequence[Outcome]) -> Rate:
@@ -147,6 +157,7 @@ def to_json(summary: Summary) -> dict[str, Any]:
         "task_mean": summary.task_mean,
         "task_mean_interval": list(summary.task_mean_interval),
         "latency": summary.latency and summary.latency._asdict(),
+        "clipped": summary.clipped,
     }
 
 
@@ -159,6 +170,7 @@ def from_json(data: Mapping[str, Any]) -> Summary:
         task_mean=data["task_mean"],
         task_mean_interval=(low, high),
         latency=Latency(**data["latency"]) if data["latency"] else None,
+        clipped=data.get("clipped"),  # absent in results of version 0.1.0
     )
 
 

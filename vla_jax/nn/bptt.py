@@ -140,7 +140,7 @@ def keep_real(steps: Array, mask: Array | None) -> Any:
       steps: `[..., D]`, or with more axes after those of `mask`.
       mask: `[...]`; None means True everywhere.
     """
-    return steps if mask is None else jnp.where(_expand(mask, steps), steps, 0.0)
+    return steps if mask is None else jnp.where(_expand(mask, steps), steps, 0)
 
 
 def clear(carry: Any, reset: Array | None) -> Any:

@@ -264,7 +264,12 @@ def _apply_scan(
 ) -> tuple[Carry, jax.Array]:
     mask, reset = (None if flag is None else _swap(flag) for flag in flags)
     run = partial(_run_stack, scan, params, config)
-    steps = (bptt.keep_real(_swap(inputs), mask), mask, reset, _draw_dropout(config, key, inputs.shape))
+    steps = (
+        bptt.keep_real(_swap(inputs), mask),
+        mask,
+        reset,
+        _draw_dropout(config, key, inputs.shape),
+    )
     if config.remat_chunk and not config.bidirectional:
         last, outputs = run_in_chunks(run, config.remat_chunk, carry, steps)
     else:

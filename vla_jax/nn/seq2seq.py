@@ -174,8 +174,8 @@ def encode(
       key: consumed, for dropout; None means no dropout.
     """
     keys = _split(key, 2)
-    real = bptt.keep_real(jnp.asarray(source), mask).astype(source.dtype)  # ids stay integers
-    inputs = _embed(params["source"], real, config.source_size, config.dtype)
+    source = bptt.keep_real(source, mask)
+    inputs = _embed(params["source"], source, config.source_size, config.dtype)
     carry, states = recurrence.apply(
         params["encoder"],
         encoder_config(config),

@@ -246,6 +246,7 @@ def _zero_carry(config: Seq2SeqConfig, like: Array) -> Carry:
 
 AUTOREGRESSIVE = Head(
     takes_targets=True,
+    is_bounded=True,
     check=check,
     init=init,
     apply=apply,

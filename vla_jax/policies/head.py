@@ -22,6 +22,7 @@ class Head(NamedTuple):
     """Member of the family of heads."""
 
     takes_targets: bool  # True if `apply` uses ground-truth actions (teacher forcing)
+    is_bounded: bool  # True if the arm's actions are in [-1, 1] whatever the params
     check: Callable[[DecoderFields], None]  # raises a ValueError for an unsupported config
     init: Callable[[Key, DecoderFields], Params]
     # (params of the head, config, features [B, W, H], *, timestep_mask, reset, targets, key)

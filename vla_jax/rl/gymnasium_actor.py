@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vla_jax.envs.discrete_worlds import DiscreteGymnasiumConfig
-from vla_jax.envs.gymnasium import is_success, make_discrete
+from vla_jax.envs.gymnasium import make_discrete
+from vla_jax.envs.gymnasium_values import is_success, to_float32
 from vla_jax.rl import actor
 from vla_jax.rl.actor import Actor, Rollout
 from vla_jax.types import Array, Key, Transition
@@ -44,7 +45,12 @@ def open_envs(
       num_envs: B.
       stack: closes the environments.
     """
-    make = partial(make_discrete, config.env_id, max_steps=config.max_steps or None)
+    make = partial(
+        make_discrete,
+        config.env_id,
+        max_steps=config.max_steps or None,
+        success_rule=config.success_rule,
+    )
     group = GymnasiumEnvs(config.env_id, tuple(make() for _ in range(num_envs)))
     for env in group.envs:
         stack.callback(env.close)
@@ -135,7 +141,7 @@ def _step(group: GymnasiumEnvs, env: Any, action: int, ended: bool) -> Transitio
         first = env.action_space.start
         observation, reward, terminated, truncated, info = env.step(first + action)
         return Transition(
-            observation=np.asarray(observation, np.float32),
+            observation=to_float32(observation, group.env_id),
             reward=np.asarray(reward, np.float32),
             terminated=np.array(bool(terminated)),
             truncated=np.array(bool(truncated and not terminated)),
@@ -145,7 +151,7 @@ def _step(group: GymnasiumEnvs, env: Any, action: int, ended: bool) -> Transitio
 
 def _reset(group: GymnasiumEnvs, env: Any, seed: int | None) -> np.ndarray:
     with _as_episode_error(group, "at the start of an episode"):
-        return np.asarray(env.reset(seed=seed)[0], np.float32)
+        return to_float32(env.reset(seed=seed)[0], group.env_id)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import numpy as np
 from vla_jax.actions.rotations import matrix_to_rotation_vector
 from vla_jax.envs.table import expert, rules, scene
 from vla_jax.envs.table.table_config import TableConfig
-from vla_jax.types import SimulatorStep
+from vla_jax.types import SimulatorStep, SuccessRule
 
 _CHECKS = 4  # contact checks per control step
 _IK_ITERATIONS = 4  # of inverse kinematics per control step
@@ -81,6 +81,7 @@ class TableMujoco:
         config = config or MujocoTableConfig()
         self._mujoco = mujoco = import_mujoco()
         self.config, self.max_steps = config, config.max_steps
+        self.success_rule: SuccessRule = "once"  # success ends the episode
         self.instruction, self.task = "", ""
         self._model = model = mujoco.MjModel.from_xml_string(scene.mjcf())
         self._data, self._scratch = mujoco.MjData(model), mujoco.MjData(model)
