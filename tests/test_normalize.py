@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vla_jax.data import dataset, normalize
+from vla_jax.data import clipping, dataset, normalize
 
 METHODS = ["bounds", "quantiles", "mean_std", "none"]
 
@@ -175,9 +175,9 @@ def test_jit_equals_numpy(method, column, stats):
 def test_the_fraction_of_clipped_values_is_exact(column, stats):
     wide = column.copy()
     wide[0, 0, 0], wide[0, 1, 1] = 1e3, -1e3
-    assert normalize.clipped_fraction(column, stats, "bounds") == 0
-    assert normalize.clipped_fraction(wide, stats, "bounds") == 2 / 400
-    assert normalize.clipped_fraction(wide, stats, "mean_std") == 0
+    assert clipping.clipped_fraction(column, stats, "bounds") == 0
+    assert clipping.clipped_fraction(wide, stats, "bounds") == 2 / 400
+    assert clipping.clipped_fraction(wide, stats, "mean_std") == 0
     assert np.abs(normalize.normalize(wide, stats, "bounds")).max() == 1
 
 
@@ -189,7 +189,7 @@ def test_actions_outside_their_bounds_are_clipped_with_a_warning_that_gives_thei
     action[:3, 0] = 2.0
     config = normalize.NormalizeConfig(action=method)
     with pytest.warns(UserWarning, match=f"1.00% of the values of action .* {method!r}"):
-        normalize.warn_if_clipped("action", action, stats, config)
+        clipping.warn_if_clipped("action", action, stats, config)
     assert normalize.normalize_field("action", action, stats, config).max() == 1
 
 
@@ -198,7 +198,7 @@ def test_clipping_by_quantiles_causes_no_warning():
     config = normalize.NormalizeConfig(proprio="quantiles")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        normalize.warn_if_clipped("proprio", values, normalize.compute(values), config)
+        clipping.warn_if_clipped("proprio", values, normalize.compute(values), config)
 
 
 def test_statistics_of_many_rows_are_computed_in_chunks(monkeypatch):
@@ -286,15 +286,15 @@ def test_a_nearly_constant_dimension_is_clipped_counted_and_named(method):
     stats = normalize.compute(column)
     config = normalize.NormalizeConfig(proprio=method)
     with pytest.warns(UserWarning, match=r"nearly constant in the dimensions \[0\]: the spread"):
-        normalize.warn_if_clipped("proprio", column, stats, config)
+        clipping.warn_if_clipped("proprio", column, stats, config)
     y = normalize.normalize_field("proprio", column, stats, config)
     assert np.abs(y).max() < 5
     acting = np.array([[0.51, 0.0], [0.5, 0.1], [0.49, 400.0]], np.float32)
     for module in (np, jnp):
         seen = module.asarray(acting)
         assert np.abs(normalize.normalize(seen, stats, method)).max() < 15
-        assert normalize.count_clipped(seen, stats, method).tolist() == [1, 0, 2]
-        assert normalize.count_clipped(seen, stats, "none").tolist() == [0, 0, 0]
+        assert clipping.count_clipped(seen, stats, method).tolist() == [1, 0, 2]
+        assert clipping.count_clipped(seen, stats, "none").tolist() == [0, 0, 0]
 
 
 def test_values_up_to_the_margin_beyond_the_training_are_not_clipped():
@@ -303,7 +303,7 @@ def test_values_up_to_the_margin_beyond_the_training_are_not_clipped():
     x = np.array([[8.0 + 9 * stats.std[0]], [-1.0]], np.float32)
     y = normalize.normalize(x, stats, "mean_std")
     np.testing.assert_allclose(normalize.denormalize(y, stats, "mean_std"), x, rtol=1e-5)
-    assert normalize.count_clipped(x, stats, "mean_std").tolist() == [0, 0]
+    assert clipping.count_clipped(x, stats, "mean_std").tolist() == [0, 0]
 
 
 def test_the_share_of_actions_that_a_policy_cannot_send_is_told():
@@ -314,4 +314,4 @@ def test_the_share_of_actions_that_a_policy_cannot_send_is_told():
         r"^1\.33% of the values of action .* a policy cannot send them; choose --action bounds"
     )
     with pytest.warns(UserWarning, match=message):
-        normalize.warn_if_clipped("action", action, stats, config)
+        clipping.warn_if_clipped("action", action, stats, config)

@@ -19,7 +19,7 @@ from vla_jax.actions.action_layout import ActionLayout, to_robot
 from vla_jax.actions.execution import ExecutionConfig
 from vla_jax.actions.reference_frames import ToolFrame
 from vla_jax.backbones import registry
-from vla_jax.data import normalize
+from vla_jax.data import clipping, normalize
 from vla_jax.data.dataset import is_camera
 from vla_jax.data.normalize import NormalizeConfig, NormStats
 from vla_jax.data.windows import ALWAYS
@@ -280,7 +280,7 @@ def _count_clipped(
         column, stats = getattr(observation, name), norm_stats.get(name)
         if column is not None and stats is not None:
             method = getattr(config.normalize, name)
-            count = count + normalize.count_clipped(column, stats, method).astype(jnp.int32)
+            count = count + clipping.count_clipped(column, stats, method).astype(jnp.int32)
     return count
 
 

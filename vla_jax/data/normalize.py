@@ -5,7 +5,6 @@ data sets, single observations during acting, and JAX arrays inside `jit`.
 """
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -21,9 +20,6 @@ Method = Literal["bounds", "quantiles", "mean_std", "none"]
 CLIPPED = ("bounds", "quantiles")  # methods that clip to [-1, 1]
 # standard deviations beyond the training's range to which "mean_std" clips
 MARGIN = 10.0
-# A dimension with a smaller spread, relative to its level if that is above 1, is nearly constant.
-NEARLY_CONSTANT = 1e-4
-QUANTILE_FRACTION = 0.02  # fraction of values outside [q01, q99] by definition
 EXACT_ROWS = 2**20  # rows up to which all statistics are exact
 CHUNK_ROWS = 2**16  # rows whose float64 copy is in memory at once
 
@@ -134,13 +130,13 @@ def normalize(x: Array, stats: NormStats, method: Method, *, gripper: bool = Fal
     Raises:
       ValueError: `x` and `stats` differ in size; unknown method.
     """
-    centre, scale = _affine(x, stats, method, gripper)
+    centre, scale = affine(x, stats, method, gripper)
     inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
     y = (x - centre) * inverse
     if method in CLIPPED:
         return y.clip(-1, 1)
     if method == "mean_std":
-        return y.clip(*_reach(stats, gripper, x.ndim))
+        return y.clip(*reach(stats, gripper, x.ndim))
     return y
 
 
@@ -159,7 +155,7 @@ def denormalize(y: Array, stats: NormStats, method: Method, *, gripper: bool = F
     Raises:
       ValueError: `y` and `stats` differ in size; unknown method.
     """
-    centre, scale = _affine(y, stats, method, gripper)
+    centre, scale = affine(y, stats, method, gripper)
     return y * scale + centre
 
 
@@ -201,42 +197,6 @@ def denormalize_action(action: Array, stats: NormStats, config: NormalizeConfig)
     return denormalize(_expand(action, config.action_mu), stats, config.action, gripper=True)
 
 
-def count_clipped(x: Array, stats: NormStats, method: Method) -> Array:
-    """Returns how many numbers of each row of an observation `[..., D]` `normalize` clips, `[...]`.
-
-    By "bounds" and "quantiles" those count that are more than `MARGIN` half widths outside: a value
-    just outside the training's range is usual when acting.
-
-    Args:
-      x: `[..., D]`.
-      stats: statistics of the column.
-      method: of the column.
-    """
-    if method == "none":
-        return np.zeros(x.shape[:-1], np.int32)
-    centre, scale = _affine(x, stats, method, False)
-    low, high = -1 - MARGIN, 1 + MARGIN
-    if method == "mean_std":
-        low, high = _reach(stats, False, x.ndim)
-    outside = (x < centre + low * scale) | (x > centre + high * scale)
-    return (outside & (scale > 0)).sum(axis=-1)
-
-
-def nearly_constant(stats: NormStats, method: Method) -> list[int]:
-    """Returns the dimensions that `normalize` scales although their spread is very small."""
-    _, scale = _centre_scale(stats, method)
-    level = np.maximum(1, np.abs(stats.mean))
-    is_scaled = (method != "none") & (scale > 0)
-    return np.flatnonzero(is_scaled & (stats.std <= NEARLY_CONSTANT * level)).tolist()
-
-
-def clipped_fraction(
-    x: np.ndarray, stats: NormStats, method: Method, *, gripper: bool = False
-) -> float:
-    """Returns the fraction of the values of `x [..., D]` that `normalize` clips."""
-    return _num_clipped(x, stats, method, gripper=gripper) / x.size
-
-
 def normalize_field(
     name: str, values: np.ndarray, stats: NormStats, config: NormalizeConfig
 ) -> np.ndarray:
@@ -258,66 +218,6 @@ def normalize_field(
     if method == "none":  # the tanh of a policy's arm output is within [-1, 1]
         y = y.clip(-1, 1)
     return np.asarray(y, np.float32)
-
-
-def warn_if_clipped(
-    name: str, column: np.ndarray, stats: NormStats, config: NormalizeConfig
-) -> None:
-    """Warns if `normalize_field` clips more of a column than the method does by definition.
-
-    Of actions it always does, since a policy cannot send what was clipped. Nearly constant
-    dimensions are named too.
-
-    Args:
-      name: "action", "proprio" or "environment_state".
-      column: `[F, D]`.
-      stats: statistics of the column; may come from another data set.
-      config: the method of each column.
-    """
-    method, is_action = getattr(config, name), name == "action"
-    count = 0
-    for start in range(0, len(column), CHUNK_ROWS):
-        chunk = column[start : start + CHUNK_ROWS]
-        if is_action and method == "none":
-            outside = np.abs(normalize_action(chunk, stats, config)) > 1 + 1e-5
-            count += int(outside.sum())
-        else:
-            count += _num_clipped(chunk, stats, method, gripper=is_action)
-    fraction = count / column.size
-    _warn_if_nearly_constant(name, stats, method)
-    if fraction > (QUANTILE_FRACTION * 1.25 if method == "quantiles" and not is_action else 0):
-        warnings.warn(
-            f"{fraction:.2%} of the values of {name} lie outside [-1, 1] after normalisation by "
-            f"{method!r} and were clipped; {_advice(name, method)}",
-            stacklevel=3,
-        )
-
-
-def _num_clipped(x: np.ndarray, stats: NormStats, method: Method, *, gripper: bool) -> int:
-    centre, scale = _affine(x, stats, method, gripper)
-    if method not in CLIPPED:
-        return 0
-    outside = (np.abs(x - centre) > scale * (1 + 1e-5)) & (scale > 0)
-    return int(outside.sum())
-
-
-def _advice(name: str, method: Method) -> str:
-    if name == "action" and method != "bounds":
-        return "a policy cannot send them; choose --action bounds to represent all"
-    return "compute norm_stats on this data set to avoid it"
-
-
-def _warn_if_nearly_constant(name: str, stats: NormStats, method: Method) -> None:
-    few = nearly_constant(stats, method)
-    if few and stats.count:  # limits that the user gave have no spread
-        index = few[0]
-        warnings.warn(
-            f"{name} is nearly constant in the dimensions {few}: the spread of dimension {index} "
-            f"is {stats.std[index]:.1e} around {stats.mean[index]:.4g}, which normalisation by "
-            f"{method!r} magnifies to 1; leave them out, or choose another method, if they are "
-            "noise",
-            stacklevel=4,
-        )
 
 
 def to_json(norm_stats: Mapping[str, NormStats]) -> dict[str, Any]:
@@ -382,24 +282,35 @@ def _expand(action: Array, mu: float) -> Array:
     return xp.concat([arm, action[..., -1:]], axis=-1)
 
 
-def _affine(
+def affine(
     x: Array, stats: NormStats, method: Method, gripper: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns centre and scale with as many axes as `x`; scale 0 marks a constant dimension."""
+    """Returns centre and scale with as many axes as `x`; scale 0 marks a constant dimension.
+
+    Args:
+      x: `[..., D]`.
+      stats: statistics of the column.
+      method: of the column.
+      gripper: the last dimension is a gripper, which is not changed.
+
+    Raises:
+      ValueError: `x` and `stats` differ in size; unknown method.
+    """
     size = len(stats.mean)
     if x.shape[-1] != size:
         raise ValueError(
             f"x must be [..., {size}] like its norm_stats, got {x.shape}; use the statistics "
             "of this column."
         )
-    centre, scale = _centre_scale(stats, method)
+    centre, scale = centre_scale(stats, method)
     if gripper:
         centre, scale = np.append(centre[:-1], 0), np.append(scale[:-1], 1)
     axes = (1,) * (x.ndim - 1) + (size,)
     return centre.astype(np.float32).reshape(axes), scale.astype(np.float32).reshape(axes)
 
 
-def _centre_scale(stats: NormStats, method: Method) -> tuple[np.ndarray, np.ndarray]:
+def centre_scale(stats: NormStats, method: Method) -> tuple[np.ndarray, np.ndarray]:
+    """Returns centre and scale `[D]`; scale 0 marks a constant dimension."""
     _check_method("method", method)
     if method == "none":
         return np.zeros_like(stats.mean), np.ones_like(stats.mean)
@@ -412,9 +323,15 @@ def _centre_scale(stats: NormStats, method: Method) -> tuple[np.ndarray, np.ndar
     return (low + high) / 2, np.where(_constant(high - low, low), 0, (high - low) / 2)
 
 
-def _reach(stats: NormStats, gripper: bool, num_axes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the least and greatest value of "mean_std", with as many axes as the column."""
-    centre, scale = _centre_scale(stats, "mean_std")
+def reach(stats: NormStats, gripper: bool, num_axes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the least and greatest value of "mean_std", with as many axes as the column.
+
+    Args:
+      stats: statistics of the column.
+      gripper: the last dimension is a gripper, which is not changed.
+      num_axes: of the column.
+    """
+    centre, scale = centre_scale(stats, "mean_std")
     safe = np.where(scale > 0, scale, 1)
     ends = [(stats.min - centre) / safe - MARGIN, (stats.max - centre) / safe + MARGIN]
     low, high = (np.asarray(end, np.float32) for end in ends)

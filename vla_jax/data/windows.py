@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vla_jax.data import normalize
+from vla_jax.data import clipping, normalize
 from vla_jax.data.dataset import (
     ACTION_MASK,
     COLUMNS,
@@ -205,7 +205,7 @@ class Windows:
             )
         for name, column in dataset.columns.items():
             if name in COLUMNS:
-                normalize.warn_if_clipped(name, column, norm_stats[name], methods)
+                clipping.warn_if_clipped(name, column, norm_stats[name], methods)
         self.dataset = dataset
         self.norm_stats = dict(norm_stats)
         self.methods = methods
