@@ -27,10 +27,10 @@ def config(tmp_path_factory):
     return tiny_demos.imitation(demos, "", backbone=tiny_demos.PERCEIVER)
 
 
-def tokens_of(config, *, checksums=False):
+def tokens_of(config):
     dataset = read_dataset(config)
     norm_stats = normalize.compute_norm_stats(dataset)
-    found = cache.frame_tokens(config, dataset, norm_stats, checksums=checksums)
+    found = cache.frame_tokens(config, dataset, norm_stats)
     return checkpoint.read_params(found.params_folder), found.tokens
 
 
@@ -115,15 +115,14 @@ def test_an_interrupted_computation_continues_after_the_last_file(
         np.testing.assert_array_equal(np.load(file), array)
 
 
-def test_a_damaged_file_is_found_by_its_checksum_and_a_short_one_always(config):
+def test_a_damaged_file_is_found_by_its_checksum_and_a_short_one_by_its_size(config):
     changed = with_instruction_steps(config, 4)
     file = tokens_of(changed)[1].tokens.files[0]
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    assert tokens_of(changed)
     with pytest.raises(ValueError, match=r"shard_00000 is damaged .*checksum.* delete this folder"):
-        tokens_of(changed, checksums=True)
+        tokens_of(changed)
     file.write_bytes(content[:-1])
     with pytest.raises(ValueError, match=r"shard_00000 is damaged \(tokens.npy has \d+ bytes"):
         tokens_of(changed)

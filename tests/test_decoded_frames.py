@@ -61,6 +61,38 @@ def test_videos_are_decoded_once_and_again_only_when_they_change(tmp_path, monke
     assert np.abs(changed.astype(int) - before).mean() > 40
 
 
+def flip(content):
+    return content[:-5] + bytes([content[-5] ^ 4]) + content[-4:]
+
+
+DAMAGE = {  # change of the bytes -> sentence
+    "flipped bit": (flip, "its checksum differs"),
+    "flipped header": (lambda b: b[:70] + bytes([b[70] ^ 1]) + b[71:], "its checksum differs"),
+    "zeroed": (lambda b: bytes(len(b)), "its checksum differs"),
+    "half": (lambda b: b[: len(b) // 2], r"it has \d+ bytes instead of \d+"),
+    "longer": (lambda b: b + b"x", r"it has \d+ bytes instead of \d+"),
+    "empty": (lambda b: b"", r"it has 0 bytes instead of \d+"),
+}
+
+
+def test_damaged_images_are_refused_and_decoded_again_when_deleted(tmp_path):
+    make_video(tmp_path / "a.mp4")
+    segments = [Segment(tmp_path / "a.mp4", 0, 12)]
+    before = decode_segments(segments, tmp_path).copy()
+    (file,) = (tmp_path / ".frames").glob("*.npy")
+    content = file.read_bytes()
+    for change, reason in DAMAGE.values():
+        file.write_bytes(change(content))
+        with pytest.raises(ValueError, match=rf"npy is damaged .{reason}.; delete this file, and"):
+            decode_segments(segments, tmp_path)
+    file.unlink()
+    np.testing.assert_array_equal(decode_segments(segments, tmp_path), before)
+    file.with_suffix(".json").unlink()
+    file.write_bytes(flip(content))
+    with pytest.warns(UserWarning, match="has no checksum, .*; the images are decoded again"):
+        np.testing.assert_array_equal(decode_segments(segments, tmp_path), before)
+
+
 def test_images_are_resized_to_the_requested_size(tmp_path):
     images = make_video(tmp_path / "a.mp4")
     segments = [Segment(tmp_path / "a.mp4", 0, 12)]

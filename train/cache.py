@@ -7,8 +7,8 @@ name is a hash of everything that they depend on: files that the params come fro
 backbone, dtype, data, statistics, ids of the instructions, and when the instruction is visible. The
 params are stored beside the tokens, for the runs that use them: a complete cache is sufficient to
 train. `train.imitate` computes tokens that are missing; the options are the same. An interrupted
-computation continues after its last complete file. This script also compares the checksums of
-files that exist.
+computation continues after its last complete file. The checksums of files that exist are compared
+before they are used.
 """
 
 import hashlib
@@ -70,17 +70,13 @@ def cache(config: ImitateConfig) -> list[pathlib.Path]:
     read_mixture(config.mixture, config.dataset)
     config = resolve(replace(config, frozen_backbone=True))
     check_backbone(config, param_shapes(config))
-    return [
-        frame_tokens(*part[2:], checksums=True).params_folder.parent for part in read_parts(config)
-    ]
+    return [frame_tokens(*part[2:]).params_folder.parent for part in read_parts(config)]
 
 
 def frame_tokens(
     config: ImitateConfig,
     dataset: Dataset,
     norm_stats: dict[str, normalize.NormStats],
-    *,
-    checksums: bool = False,
 ) -> FrameTokens:
     """Returns the tokens of every frame, from files in the data set's folder if they exist.
 
@@ -91,8 +87,6 @@ def frame_tokens(
       config: config of the training.
       dataset: from `read_dataset`.
       norm_stats: statistics of that data set.
-      checksums: whether to read files that exist once, and compare their checksums; those of an
-        interrupted computation are always compared.
 
     Raises:
       OSError: the disk is full, or will be; complete files are kept, no partial file is left.
@@ -104,9 +98,7 @@ def frame_tokens(
     sizes = TokenSizes(len(frames), backbone.num_tokens, backbone.token_dim, config.cache_dtype)
     folder = token_folder(config) / fingerprint(config, frames, sizes)
     missing = _agree(token_files.missing_shards(folder, sizes))
-    if missing or checksums:
-        for shard in sorted({*range(sizes.num_shards)} - {*missing}):
-            token_files.check_shard(folder, shard, sizes, checksums=True)
+    token_files.check_shards(folder, sorted({*range(sizes.num_shards)} - {*missing}), sizes)
     if missing:
         check_encoding(config, _local_mesh(config))
         _check_space(folder, sizes, missing, config)

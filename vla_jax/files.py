@@ -11,6 +11,7 @@ import os
 import pathlib
 import re
 import shutil
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -87,6 +88,19 @@ def read_json(path: Path, content: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(data).__name__}; restore it.")
     return data
+
+
+def crc32_of_file(path: Path) -> int:
+    """Returns the CRC-32 of a file's content.
+
+    Raises:
+      OSError: the file cannot be read.
+    """
+    checksum = 0
+    with open(path, "rb") as file:
+        while block := file.read(2**22):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
 
 
 def write_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from vla_jax.data.dataset import digest
 from vla_jax.data.frame_cache import FrameCache
 from vla_jax.data.raw import RawDataset, RawImages, steps_of
-from vla_jax.files import replacing
+from vla_jax.files import crc32_of_file, read_json, replacing, write_json
 from vla_jax.types import Resampling
 
 MAX_OPENED = 2048  # episodes whose camera stays open: their indices, a few kB each, no images
@@ -158,21 +158,51 @@ def decode_all(frames: RawFrames, name: str, root: pathlib.Path, folder: str | N
       OSError: the disk is full.
     """
     path = _decoded_folder(root, folder) / f"{name}-{frames.fingerprint}.npy"
-    if not path.exists():
-        with replacing(path) as part:
-            images = _create(part, frames.shape)
+    if path.exists() and not _checksum_file(path).exists():
+        warnings.warn(
+            f"{path} has no checksum, as written by an earlier version; the images are decoded "
+            "again",
+            stacklevel=2,
+        )
+    elif path.exists():
+        _check_decoded(path)
+        return np.load(path, mmap_mode="r")
+    with replacing(path) as part:
+        images = _create(part, frames.shape)
 
-            def decode(start: int) -> None:
-                rows = np.arange(start, min(start + STEPS_PER_PASS, len(frames)))
-                images[rows] = frames[rows]
+        def decode(start: int) -> None:
+            rows = np.arange(start, min(start + STEPS_PER_PASS, len(frames)))
+            images[rows] = frames[rows]
 
-            with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-                for _ in pool.map(decode, range(0, len(frames), STEPS_PER_PASS)):
-                    pass
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            for _ in pool.map(decode, range(0, len(frames), STEPS_PER_PASS)):
+                pass
+        images.flush()
+        record = {"bytes": part.stat().st_size, "crc32": crc32_of_file(part)}
+        write_json(_checksum_file(path), record)  # first: images without it are decoded again
     return np.load(path, mmap_mode="r")
 
 
-def _create(path: pathlib.Path, shape: tuple[int, ...]) -> np.ndarray:
+def _checksum_file(path: pathlib.Path) -> pathlib.Path:
+    return path.with_suffix(".json")
+
+
+def _check_decoded(path: pathlib.Path) -> None:
+    """Raises a ValueError if decoded images on disk are not those that were written."""
+    expected = read_json(_checksum_file(path), "size and checksum of decoded images")
+    size = path.stat().st_size
+    reason = ""
+    if size != expected.get("bytes"):
+        reason = f"it has {size} bytes instead of {expected.get('bytes')}"
+    elif crc32_of_file(path) != expected.get("crc32"):
+        reason = "its checksum differs"
+    if reason:
+        raise ValueError(
+            f"{path} is damaged ({reason}); delete this file, and the images are decoded again."
+        )
+
+
+def _create(path: pathlib.Path, shape: tuple[int, ...]) -> np.memmap:
     """Creates the array file of one camera with its full size on disk."""
     try:
         images = np.lib.format.open_memmap(path, "w+", np.uint8, shape)

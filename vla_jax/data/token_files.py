@@ -14,12 +14,13 @@ import io
 import pathlib
 import zlib
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from vla_jax.files import read_json, replacing, write_json
+from vla_jax.files import crc32_of_file, read_json, replacing, write_json
 from vla_jax.types import Tokens
 
 CacheDtype = Literal["float32", "bfloat16", "float16"]
@@ -183,7 +184,7 @@ def check_shard(folder: pathlib.Path, shard: int, sizes: TokenSizes, *, checksum
             found, expected = (path / name).stat().st_size, index[name]["bytes"]
             if found != expected:
                 raise ValueError(f"{name} has {found} bytes instead of {expected}")
-            if checksums and _checksum(path / name) != index[name]["crc32"]:
+            if checksums and crc32_of_file(path / name) != index[name]["crc32"]:
                 raise ValueError(f"the checksum of {name} differs")
         shape = np.load(path / _TOKENS, mmap_mode="r").shape
         wanted = (len(sizes.frames(shard)), sizes.num_tokens, sizes.token_dim)
@@ -191,6 +192,22 @@ def check_shard(folder: pathlib.Path, shard: int, sizes: TokenSizes, *, checksum
             raise ValueError(f"tokens are {list(shape)} instead of {list(wanted)}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); {remedy}.") from error
+
+
+def check_shards(folder: pathlib.Path, shards: Sequence[int], sizes: TokenSizes) -> None:
+    """Reads written shards once, several at a time, and compares their checksums.
+
+    Args:
+      folder: folder of the shards.
+      shards: indices of written shards.
+      sizes: of all tokens.
+
+    Raises:
+      ValueError: a shard is damaged.
+    """
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        for _ in pool.map(lambda s: check_shard(folder, s, sizes, checksums=True), shards):
+            pass
 
 
 def open_tokens(folder: pathlib.Path, sizes: TokenSizes) -> Tokens:
@@ -233,11 +250,3 @@ def _append(files: Sequence[Any], checksums: list[int], blocks: Sequence[bytes])
     for number, (file, block) in enumerate(zip(files, blocks, strict=True)):
         file.write(block)
         checksums[number] = zlib.crc32(block, checksums[number])
-
-
-def _checksum(path: pathlib.Path) -> int:
-    checksum = 0
-    with path.open("rb") as file:
-        while block := file.read(2**24):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
