@@ -1,7 +1,10 @@
 """Arrays that worker processes map from a file instead of receiving a copy each."""
 
+import contextlib
+import os
 import tempfile
 import threading
+import weakref
 from typing import Any
 
 import numpy as np
@@ -12,14 +15,16 @@ MIN_BYTES = 2**20  # smaller arrays are copied
 class SharedArrays:
     """Large arrays of one object, written to temporary files when the object is first pickled.
 
-    The files are removed with this object, which must outlive the processes that map them. Safe to
-    share by threads.
+    The files have no name, so that none is left behind if the program is killed: other processes
+    open them as descriptors of this process, which must outlive them. Safe to share by threads.
     """
 
     def __init__(self) -> None:
         """Writes nothing."""
         self._lock = threading.Lock()
-        self._files: dict[int, tuple[np.ndarray, Any]] = {}  # id of the array -> array, file
+        self._files: dict[int, tuple[np.ndarray, str]] = {}  # id of the array -> array, file name
+        self._open = contextlib.ExitStack()
+        weakref.finalize(self, self._open.close)
 
     def detach(self, array: Any) -> Any:
         """Returns the place of an array in a file for `attach`, or a small array itself."""
@@ -29,13 +34,21 @@ class SharedArrays:
             return array
         with self._lock:
             if id(array) not in self._files:
-                try:
-                    file = tempfile.NamedTemporaryFile(prefix="vla_jax_")  # noqa: SIM115
-                    array.tofile(file.name)
-                except OSError:  # no space: every process gets a copy
+                name = self._write(array)
+                if name is None:
                     return array
-                self._files[id(array)] = array, file
-            return self._files[id(array)][1].name, array.dtype, 0, array.shape
+                self._files[id(array)] = array, name
+            return self._files[id(array)][1], array.dtype, 0, array.shape
+
+    def _write(self, array: np.ndarray) -> str | None:
+        """Returns the name of a file with an array; None if each process has to get a copy."""
+        if not os.path.isdir("/proc/self/fd"):  # outside Linux
+            return None
+        with contextlib.suppress(OSError):  # no space
+            file = self._open.enter_context(tempfile.TemporaryFile(prefix="vla_jax_"))
+            array.tofile(file)
+            return f"/proc/{os.getpid()}/fd/{file.fileno()}"
+        return None
 
 
 def attach(item: Any) -> Any:
