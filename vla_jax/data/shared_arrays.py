@@ -44,11 +44,14 @@ class SharedArrays:
         """Returns the name of a file with an array; None if each process has to get a copy."""
         if not os.path.isdir("/proc/self/fd"):  # outside Linux
             return None
-        with contextlib.suppress(OSError):  # no space
-            file = self._open.enter_context(tempfile.TemporaryFile(prefix="vla_jax_"))
-            array.tofile(file)
-            return f"/proc/{os.getpid()}/fd/{file.fileno()}"
-        return None
+        try:
+            with contextlib.ExitStack() as stack:
+                file = stack.enter_context(tempfile.TemporaryFile(prefix="vla_jax_"))
+                array.tofile(file)
+                self._open.push(stack.pop_all())
+        except OSError:  # no space
+            return None
+        return f"/proc/{os.getpid()}/fd/{file.fileno()}"
 
 
 def attach(item: Any) -> Any:
