@@ -1,5 +1,6 @@
 """Writer of LeRobot v3.0 data sets."""
 
+import errno
 import json
 import shutil
 import subprocess
@@ -165,6 +166,8 @@ def test_an_interrupted_recording_is_reported_as_incomplete(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         writer.write(tmp_path / "data", interrupted(), fps=10)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "data.tmp").mkdir()  # of a process that was killed
     with pytest.raises(FileNotFoundError, match=r"interrupted \(.*data\.tmp remains\)"):
         read(tmp_path / "data")
     writer.write(tmp_path / "data", make_episodes(), fps=10)
@@ -177,6 +180,26 @@ def test_the_writer_overwrites_a_data_set_only_on_request(root):
     writer.write(root, list(make_episodes())[:1], fps=10, overwrite=True)
     assert len(read(root).instructions) == 1
     assert [path.name for path in root.parent.iterdir()] == ["data"]
+
+
+def test_a_second_writer_of_the_same_data_set_is_refused(tmp_path):
+    def episodes():
+        yield from make_episodes()
+        with pytest.raises(BlockingIOError, match=r"data is in use by process .* another folder"):
+            writer.write(tmp_path / "data", make_episodes(), fps=10)
+
+    writer.write(tmp_path / "data", episodes(), fps=10)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_a_full_disk_is_not_kept_full(tmp_path):
+    def episodes():
+        yield from make_episodes()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match=r"could not be written .* free space and record again"):
+        writer.write(tmp_path / "data", episodes(), fps=10)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_writer_refuses_invalid_data(tmp_path):

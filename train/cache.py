@@ -37,6 +37,7 @@ from train.mixture_file import read_mixture
 from train.presets import IMITATE
 from train.setup import init_backbone, make_windows, param_shapes
 from vla_jax import config as configs
+from vla_jax import stopping
 from vla_jax.backbones import registry
 from vla_jax.backbones.registry import BackboneConfig
 from vla_jax.command_line import run
@@ -260,7 +261,10 @@ def _write_params(folder: pathlib.Path, params: Params) -> None:
     if jax.process_count() > 1:
         params = jax.device_get(params)  # Orbax would take arrays of one process for shards
     if _agree([0] if not folder.exists() else []):
-        checkpoint.save_params(folder, {"backbone": params})
+        with stopping.deferred("copy of the backbone") as stop:
+            checkpoint.save_params(folder, {"backbone": params})
+            if stop.requested:
+                stop.end(f"{folder} is complete; the same command continues")
 
 
 def _encode_frames(

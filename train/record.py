@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from vla_jax import config as configs
+from vla_jax import stopping
 from vla_jax.command_line import run
 from vla_jax.data.dataset import Episode
 from vla_jax.data.readers.lerobot import writer
@@ -219,6 +220,7 @@ def _in_processes(config: RecordConfig) -> Iterator[Episode | None]:
 
 def _start_process() -> None:
     """Keeps JAX of this process on the CPU, and OpenGL in software on one core."""
+    stopping.ignore_ctrl_c()
     jax.config.update("jax_platforms", "cpu")  # else it would reserve most of the GPU's memory
     os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa's threads would contend for busy cores
 

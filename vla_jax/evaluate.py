@@ -24,6 +24,7 @@ import numpy as np
 from rich.console import Console
 
 from vla_jax import config as configs
+from vla_jax import folder_lock, stopping
 from vla_jax.acting.agent import AgentConfig, Mode
 from vla_jax.acting.rollout import (
     Controller,
@@ -141,15 +142,10 @@ def evaluate(
     probe = _probe(setup, config)
     _open(setup, overwrite=config.overwrite)
     seeds = range(config.first_seed, config.first_seed + config.num_episodes)
-    file = setup.folder / "episodes.jsonl"
-    played = {outcome.seed: outcome for outcome in results.read_outcomes(file)}
-    left = [seed for seed in seeds if seed not in played]
-    with progress_bar(setup.folder.name, len(seeds), unit="episodes", console=console) as show:
-        for episode in _play(setup, config, left):
-            _keep(setup, episode, probe.control_hz)
-            played[episode.outcome.seed] = episode.outcome
-            finished = [played[seed] for seed in seeds if seed in played]
-            show(len(finished), _count_successes(finished))
+    with folder_lock.hold(
+        setup.folder / ".lock", f"evaluation {setup.folder}", "choose another --name"
+    ):
+        played = _play_all(setup, config, seeds, probe.control_hz, console)
     summary = results.summarize((played[seed] for seed in seeds), latency=probe.latency)
     first_error = next((o.error for o in played.values() if o.error), "")
     if not summary.total.episodes:
@@ -167,6 +163,34 @@ def evaluate(
         },
     )
     return summary
+
+
+def _play_all(
+    setup: _Setup,
+    config: EvaluateConfig,
+    seeds: Sequence[int],
+    control_hz: float,
+    console: Console | None,
+) -> dict[int, Outcome]:
+    """Plays the episodes that are not in the folder yet; returns all outcomes by seed.
+
+    After SIGTERM or Ctrl-C it ends the program when the next episode is kept.
+    """
+    file = setup.folder / "episodes.jsonl"
+    played = {outcome.seed: outcome for outcome in results.read_outcomes(file)}
+    left = [seed for seed in seeds if seed not in played]
+    with (
+        progress_bar(setup.folder.name, len(seeds), unit="episodes", console=console) as show,
+        stopping.deferred("episode") as stop,
+    ):
+        for episode in _play(setup, config, left):
+            _keep(setup, episode, control_hz)
+            played[episode.outcome.seed] = episode.outcome
+            finished = [played[seed] for seed in seeds if seed in played]
+            show(len(finished), _count_successes(finished))
+            if stop.requested and len(finished) < len(seeds):
+                stop.end(f"{len(finished)} episodes are in {file}; the same command continues")
+    return played
 
 
 def _count_successes(outcomes: Sequence[Outcome]) -> str:

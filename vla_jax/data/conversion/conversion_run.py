@@ -38,7 +38,7 @@ from vla_jax.data.readers.lerobot.episode_rows import (
 )
 from vla_jax.data.readers.lerobot.features import features_json, write_description
 from vla_jax.data.readers.lerobot.stored_fields import write_fields
-from vla_jax.data.readers.lerobot.writer import replace, require_packages
+from vla_jax.data.readers.lerobot.writer import hold_name, replace, require_packages
 from vla_jax.files import read_json, write_json
 
 
@@ -75,6 +75,7 @@ def convert(
 
     Raises:
       FileExistsError: `root` exists.
+      BlockingIOError: another process is writing it.
       ValueError: an episode cannot be read; `root.tmp` holds another conversion; no episodes.
       OSError: the disk is full.
       RuntimeError: a process was killed.
@@ -84,18 +85,20 @@ def convert(
         raise FileExistsError(f"data set {root} exists; choose another folder or --overwrite.")
     require_packages()
     partial = root.with_name(root.name + ".tmp")
-    settings = {"fingerprint": raw.fingerprint, "plan": to_json(plan), "skip_bad": skip_bad}
-    _prepare(partial, json.loads(json.dumps(settings)), overwrite=overwrite)
-    parts = make_parts(np.asarray(raw.lengths))
-    todo = [part for part in parts if not facts_path(partial, part.index).exists()]
-    frames = {part.index: int(raw.lengths[list(part.episodes)].sum()) for part in parts}
-    done = sum(frames.values()) - sum(frames[part.index] for part in todo)
-    num_bad = 0
-    write = functools.partial(write_part, partial, raw, plan, skip_bad=skip_bad)
-    for part, bad in _finished(write, todo, num_workers):
-        done, num_bad = done + frames[part.index], num_bad + bad
-        show(done, f"{num_bad} episodes left out" if num_bad else "")
-    return _finish(root, partial, parts, plan)
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with hold_name(root):
+        settings = {"fingerprint": raw.fingerprint, "plan": to_json(plan), "skip_bad": skip_bad}
+        _prepare(partial, json.loads(json.dumps(settings)), overwrite=overwrite)
+        parts = make_parts(np.asarray(raw.lengths))
+        todo = [part for part in parts if not facts_path(partial, part.index).exists()]
+        frames = {part.index: int(raw.lengths[list(part.episodes)].sum()) for part in parts}
+        done = sum(frames.values()) - sum(frames[part.index] for part in todo)
+        num_bad = 0
+        write = functools.partial(write_part, partial, raw, plan, skip_bad=skip_bad)
+        for part, bad in _finished(write, todo, num_workers):
+            done, num_bad = done + frames[part.index], num_bad + bad
+            show(done, f"{num_bad} episodes left out" if num_bad else "")
+        return _finish(root, partial, parts, plan)
 
 
 def _prepare(partial: pathlib.Path, settings: dict[str, Any], *, overwrite: bool) -> None:

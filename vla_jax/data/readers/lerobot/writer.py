@@ -1,18 +1,20 @@
 """Writer of LeRobot v3.0 data sets, episode by episode.
 
 All files are written to `root.tmp`, which is renamed at the end: an interrupted recording never
-looks like a data set.
+looks like a data set. After an error, a signal or on a full disk it is deleted.
 """
 
+import contextlib
 import errno
 import pathlib
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 import numpy as np
 
+from vla_jax import folder_lock
 from vla_jax.data.dataset import CAMERAS, COLUMNS, Episode, check_episode
 from vla_jax.data.raw import Feature
 from vla_jax.data.readers.lerobot import layout, shards, stats
@@ -55,6 +57,7 @@ def write(
 
     Raises:
       FileExistsError: `root` exists.
+      BlockingIOError: another process is writing it.
       ValueError: no episodes; an episode with different fields or sizes, NaN or infinity.
       OSError: the disk is full; an existing data set is unchanged.
       ImportError: pyarrow or PyAV is missing.
@@ -67,10 +70,8 @@ def write(
     if first is None:
         raise ValueError("episodes must hold at least one episode, got none; record some first.")
     require_packages()
-    partial = root.with_name(root.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with hold_name(root), _complete_or_absent(root) as partial:
         features = _features(first, fps, names or {})
         rows, tasks = _write_episodes(partial, chain([first], episodes), fps)
         write_rows(partial, 0, rows)
@@ -84,6 +85,31 @@ def write(
             fps=fps,
             robot_type=robot_type,
         )
+    return root
+
+
+def hold_name(root: pathlib.Path) -> contextlib.AbstractContextManager[None]:
+    """Holds the lock of a data set that is being written, `.NAME.lock` beside it.
+
+    Args:
+      root: folder of the data set, in an existing folder.
+
+    Raises:
+      BlockingIOError: another process is writing it.
+    """
+    path = root.with_name(f".{root.name}.lock")
+    return folder_lock.hold(path, f"data set {root}", "choose another folder")
+
+
+@contextlib.contextmanager
+def _complete_or_absent(root: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields an empty folder, which gets the name `root` at the end, or is deleted by any error."""
+    partial = root.with_name(root.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        yield partial
+        replace(root, partial)
     except OSError as error:
         if error.errno not in DISK_FULL:  # from the caller's iterator, with a more precise message
             raise
@@ -92,8 +118,8 @@ def write(
             f"data set {root} could not be written ({error.strerror}), an earlier one is "
             "unchanged; free space and record again.",
         ) from error
-    replace(root, partial)
-    return root
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def replace(root: pathlib.Path, finished: pathlib.Path) -> None:
