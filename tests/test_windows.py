@@ -228,3 +228,9 @@ def test_arguments_that_do_not_fit_the_data_set_are_refused(data):
 def test_an_invalid_size_is_refused(field, value, least):
     with pytest.raises(ValueError, match=f"{field} must be at least {least}, got {value}"):
         WindowConfig(**{field: value})
+
+
+def test_a_stride_beyond_every_episode_is_refused():
+    with pytest.raises(ValueError, match=r"stride must be at most 7, .*longest episode, got 8"):
+        windows._check_stride(8, np.array([3, 10]))
+    windows._check_stride(7, np.array([3, 10]))

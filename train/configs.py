@@ -10,6 +10,7 @@ from vla_jax.acting.agent import AgentConfig
 from vla_jax.backbones import registry
 from vla_jax.backbones.perceiver import PerceiverConfig
 from vla_jax.backbones.state import StateConfig
+from vla_jax.config import LEAST_FLOAT, checked
 from vla_jax.data.image_augment import AugmentConfig
 from vla_jax.data.loader import LoaderConfig
 from vla_jax.data.readers.dataset_config import DatasetConfig, upgrade_config
@@ -27,6 +28,7 @@ from vla_jax.training.optim import OptimConfig
 
 
 @dataclass(frozen=True)
+@checked(stride=(1, 2**31 - 1), max_cache_gb=(LEAST_FLOAT, 1e6))
 class ImitateConfig:
     """Config of a training by behaviour cloning."""
 

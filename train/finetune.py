@@ -34,6 +34,7 @@ from rich.console import Console
 from vla_jax.acting.agent import make_agent, read_instruction
 from vla_jax.acting.rollout import run_env
 from vla_jax.backbones import registry
+from vla_jax.config import MAX_SIZE, checked
 from vla_jax.envs import worlds
 from vla_jax.evaluation import plots, results
 from vla_jax.evaluation.players import make_player
@@ -69,6 +70,7 @@ _POLICY_PARTS = ("backbone", "decoder")  # params of the policy; "value" is need
 
 
 @dataclass(frozen=True)
+@checked(value_sizes=(1, MAX_SIZE), kl_weight=(0, 1e12), baseline_weight=(0, 1e12))
 class FinetuneConfig:
     """Config of the fine-tuning of a cloned policy by REINFORCE."""
 

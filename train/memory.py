@@ -5,9 +5,8 @@
     python -m train.memory --chunk 50 --burn-in 10           # truncated backpropagation
     python -m train.memory --small                           # tiny sizes: seconds, a smoke test
 
-Each training has one recurrent layer, one task and one length, and new random data in every
-update. It ends when the task is solved, or after `max_updates`. Results and plots are written to
-the run's folder.
+Each training has one recurrent layer, task and length, and new random data in every update. It ends
+when the task is solved, or after `max_updates`. Results and plots are written to the run's folder.
 """
 
 import dataclasses
@@ -24,7 +23,7 @@ import optax
 
 from vla_jax import config as configs
 from vla_jax.command_line import run
-from vla_jax.config import did_you_mean
+from vla_jax.config import checked, did_you_mean
 from vla_jax.evaluation import plots
 from vla_jax.evaluation.plots import Panel
 from vla_jax.nn import layers, recurrence, truncated
@@ -45,6 +44,7 @@ UPDATE_DIVISOR = {"adding": 1, "recall": 5}  # the maximum updates of a task are
 
 
 @dataclass(frozen=True)
+@checked()
 class MemoryConfig:
     """Cells, tasks and training of a memory experiment."""
 

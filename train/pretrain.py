@@ -33,6 +33,7 @@ from vla_jax.acting.mixture_robots import MixtureRobot
 from vla_jax.backbones import registry
 from vla_jax.backbones.perceiver import PerceiverConfig, image_spec
 from vla_jax.command_line import run
+from vla_jax.config import checked
 from vla_jax.data import normalize
 from vla_jax.data.dataset import Dataset
 from vla_jax.data.image_augment import AugmentConfig
@@ -53,6 +54,7 @@ from vla_jax.types import Array, Batch, Key, Metrics, Params
 
 
 @dataclass(frozen=True)
+@checked(reach=(0, 1e12))
 class PretrainConfig:
     """Config of the pre-training of a backbone."""
 

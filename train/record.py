@@ -23,6 +23,7 @@ import numpy as np
 from vla_jax import config as configs
 from vla_jax import stopping
 from vla_jax.command_line import run
+from vla_jax.config import checked
 from vla_jax.data.dataset import Episode
 from vla_jax.data.readers.lerobot import writer
 from vla_jax.envs import worlds
@@ -39,6 +40,7 @@ CHUNK_BYTES = 64e6  # bytes of the episodes played at once in JAX; peak memory i
 
 
 @dataclass(frozen=True)
+@checked()
 class RecordConfig:
     """Config of a recording of demonstrations."""
 

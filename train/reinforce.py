@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from train.finetune import FINETUNE, finetune
 from vla_jax.command_line import run
+from vla_jax.config import checked
 from vla_jax.envs.cartpole import CartPoleConfig
 from vla_jax.envs.discrete_worlds import DiscreteGymnasiumConfig, DiscreteWorldConfig
 from vla_jax.envs.grid import GridConfig
@@ -40,6 +41,7 @@ from vla_jax.types import Array, Key, Metrics, Params
 
 
 @dataclass(frozen=True)
+@checked()
 class ReinforceConfig(RewardTraining):
     """Config of a training by REINFORCE with a baseline."""
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from vla_jax import config as configs
 from vla_jax.command_line import run
+from vla_jax.config import checked
 from vla_jax.data import scan_commands
 from vla_jax.data.buckets import Buckets
 from vla_jax.data.scan_commands import Pair, Split
@@ -54,6 +55,7 @@ PLOTTED = "walk opposite left twice after run around right"  # command whose att
 
 
 @dataclass(frozen=True)
+@checked()
 class ScanConfig:
     """Config of one training on SCAN."""
 

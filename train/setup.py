@@ -16,6 +16,7 @@ from train.backbone_source import check_backbone, is_run, read_backbone
 from train.configs import ImitateConfig
 from train.mixture_file import read_mixture
 from vla_jax import trees
+from vla_jax.acting.agent import check_representable
 from vla_jax.backbones import registry
 from vla_jax.convert.folder import is_folder, read_params
 from vla_jax.data import normalize
@@ -58,6 +59,7 @@ def check(config: ImitateConfig) -> None:
       OSError: the run folder cannot be written.
     """
     loop.check(config.loop, config.optim, batch_size=config.loader.batch_size)
+    check_representable(config.agent)
     _check_caption(config)
     check_run(config.run_dir, config, overwrite=config.overwrite)
     read_mixture(config.mixture, config.dataset)

@@ -18,6 +18,7 @@ import numpy as np
 
 from train.deep_sarsa import SarsaConfig, make_sarsa
 from vla_jax.command_line import run
+from vla_jax.config import checked
 from vla_jax.envs import grid
 from vla_jax.envs.grid import GridConfig
 from vla_jax.evaluation import plots, results
@@ -33,6 +34,7 @@ _NEVER = 2.0  # success rate above 1: no seed stops early, so that all use the s
 
 
 @dataclass(frozen=True)
+@checked()
 class TabularConfig:
     """Deep SARSA and tabular SARSA on grids with different numbers of obstacles."""
 

@@ -8,6 +8,7 @@ configs. Where a field may hold one of several configs, each of them has a field
 import contextlib
 import dataclasses
 import difflib
+import functools
 import os
 import types
 import typing
@@ -17,6 +18,87 @@ from typing import Any, TypeVar
 from vla_jax.files import read_json, write_json
 
 Config = TypeVar("Config")
+
+
+Bounds = tuple[float, float]  # least and greatest value, both included
+_INT_BOUNDS: Bounds = (0, 2**31 - 1)  # of integers without bounds of their own: 32-bit counts
+_FLOAT_BOUNDS: Bounds = (-1e12, 1e12)  # of floats: finite, and squares of them too in float32
+_DTYPES = ("float32", "bfloat16", "float16")
+LEAST_FLOAT = 1e-12  # lower bound of floats that must be above 0
+MAX_SIZE = 2**24  # upper bound of sizes of layers and images
+
+
+def checked(**bounds: Bounds) -> Callable[[type[Config]], type[Config]]:
+    """Returns a decorator for a config class that checks the values of all fields.
+
+    It goes below `@dataclass`. Numbers must be finite and inside their bounds, also those in
+    tuples; `Literal`s must be one of their values; a str field `dtype` must name one.
+    Fields with bounds are checked before the class's own `__post_init__`, the others after it,
+    since its messages say more.
+
+    Args:
+      **bounds: field name -> least and greatest value, if not those of every integer or float.
+    """
+
+    def decorate(cls: type[Config]) -> type[Config]:
+        after = getattr(cls, "__post_init__", None)  # its own or an inherited one
+        all_bounds = {**getattr(cls, "field_bounds", {}), **bounds}
+
+        @functools.wraps(after or _check_fields)
+        def check(self: Any) -> None:
+            _check_fields(self, all_bounds, all_bounds)
+            if after is not None:
+                after(self)
+            _check_fields(self, all_bounds, None)
+
+        cls.field_bounds = all_bounds  # pyright: ignore[reportAttributeAccessIssue]
+        cls.__post_init__ = check  # pyright: ignore[reportAttributeAccessIssue]
+        return cls
+
+    return decorate
+
+
+def _check_fields(config: Any, bounds: Mapping[str, Bounds], names: Iterable[str] | None) -> None:
+    hints = _hints(type(config))
+    for name in hints if names is None else names:
+        _check_value(name, hints[name], getattr(config, name), bounds.get(name))
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _check_value(name: str, annotation: Any, value: Any, bounds: Bounds | None) -> None:
+    """Raises a ValueError in one sentence, with the name, what is expected and the value."""
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal and value not in args:
+        raise ValueError(f"unknown {name} '{value}'; {did_you_mean(str(value), map(str, args))}")
+    if origin in (typing.Union, types.UnionType):
+        for member in args:
+            if value is not None and member in (int, float):
+                _check_value(name, member, value, bounds)
+    if origin is tuple and isinstance(value, tuple):
+        members = args[:1] * len(value) if len(args) == 2 and args[1] is Ellipsis else args
+        for member, item in zip(members, value, strict=False):
+            _check_value(name, member, item, bounds)
+    if annotation is str and name == "dtype" and value not in _DTYPES:
+        raise ValueError(f"unknown dtype '{value}'; {did_you_mean(str(value), _DTYPES)}")
+    if annotation in (int, float) and isinstance(value, int | float):
+        low, high = bounds or (_INT_BOUNDS if annotation is int else _FLOAT_BOUNDS)
+        if not low <= value <= high:  # False for NaN
+            expected = f"in [{_short(low)}, {_short(high)}]"
+            if value < low:
+                expected = f"at least {_short(low)}"
+            elif value > high:
+                expected = f"at most {_short(high)}"
+            raise ValueError(f"{name} must be {expected}, got {_short(value)}.")
+
+
+def _short(value: float) -> str:
+    text = str(value)
+    return text if len(text) < 30 else f"a number of {len(text)} digits"
 
 
 def to_dict(config: Any) -> dict[str, Any]:

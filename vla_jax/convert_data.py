@@ -18,6 +18,7 @@ from typing import Annotated
 from rich.console import Console
 
 from vla_jax.command_line import exit_codes, parse
+from vla_jax.config import checked
 from vla_jax.data.conversion.conversion_plan import make_plan
 from vla_jax.data.conversion.conversion_run import Converted, convert
 from vla_jax.data.readers.dataset_config import camera_option
@@ -29,6 +30,7 @@ from vla_jax.training.progress import progress_bar
 
 
 @dataclass(frozen=True)
+@checked()
 class ConvertDataConfig:
     """Source and form of a conversion; None means as the reader proposes."""
 

@@ -36,6 +36,7 @@ from vla_jax.acting.rollout import (
 from vla_jax.actions.execution import Kind
 from vla_jax.backbones import registry
 from vla_jax.command_line import exit_codes, parse
+from vla_jax.config import checked
 from vla_jax.envs import worlds
 from vla_jax.envs.worlds import WorldConfig, find_reference, make_simulator
 from vla_jax.evaluation import players, report, results, video
@@ -56,6 +57,7 @@ _RENDERED_SIZE = 160  # pixels of the images that a JAX environment renders for 
 
 
 @dataclass(frozen=True)
+@checked(instruction_steps=(-1, 2**31 - 1))
 class EvaluateConfig:
     """Episodes, environment and execution of an evaluation; None means as in training."""
 
@@ -133,8 +135,7 @@ def evaluate(
       FileNotFoundError: the run or one of its files is missing.
       ValueError: a file is damaged, an option does not fit, or an evaluation of this name has
         other settings.
-      RuntimeError: every episode crashed: the simulator raised, or the policy gave actions that are
-        not finite.
+      RuntimeError: every episode crashed: an exception, or actions that are not finite.
     """
     config = config or EvaluateConfig()
     reference = config.reference
@@ -187,16 +188,10 @@ def _play_all(
             _keep(setup, episode, control_hz)
             played[episode.outcome.seed] = episode.outcome
             finished = [played[seed] for seed in seeds if seed in played]
-            show(len(finished), _count_successes(finished))
+            show(len(finished), results.count_successes(finished))
             if stop.requested and len(finished) < len(seeds):
                 stop.end(f"{len(finished)} episodes are in {file}; the same command continues")
     return played
-
-
-def _count_successes(outcomes: Sequence[Outcome]) -> str:
-    successes = sum(outcome.success for outcome in outcomes)
-    crashed = sum(bool(outcome.error) for outcome in outcomes)
-    return f"{successes} successes" + (f", {crashed} crashed" if crashed else "")
 
 
 def _policy(run: Run | Path, config: EvaluateConfig) -> _Setup:

@@ -19,6 +19,7 @@ from typing import Annotated, Any, NamedTuple
 from rich.console import Console
 
 from vla_jax.command_line import exit_codes, parse
+from vla_jax.config import checked
 from vla_jax.data.inspection.inspection_json import to_json
 from vla_jax.data.inspection.survey import Survey, survey
 from vla_jax.data.raw import RawDataset
@@ -33,6 +34,7 @@ _WIDTH = 100  # columns of the tables in a file
 
 
 @dataclass(frozen=True)
+@checked()
 class InspectConfig:
     """Data to inspect, and where the results go."""
 

@@ -19,6 +19,7 @@ from vla_jax.actions.action_layout import ActionLayout, to_robot
 from vla_jax.actions.execution import ExecutionConfig
 from vla_jax.actions.reference_frames import ToolFrame
 from vla_jax.backbones import registry
+from vla_jax.config import checked
 from vla_jax.data import clipping, normalize
 from vla_jax.data.dataset import is_camera
 from vla_jax.data.normalize import NormalizeConfig, NormStats
@@ -31,6 +32,7 @@ from vla_jax.types import ActionChunk, Array, Observation, Params, replace_image
 
 
 @dataclass(frozen=True)
+@checked(instruction_steps=(-1, 2**31 - 1))
 class AgentConfig:
     """Config of an agent, which also needs params and norm_stats."""
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from vla_jax.config import checked
 from vla_jax.types import Array
 
 Gripper = Literal[
@@ -30,6 +31,7 @@ RANGES: dict[Gripper, tuple[float, float]] = {  # (closed, open)
 
 
 @dataclass(frozen=True)
+@checked()
 class ActionLayout:
     """Places of the grippers in a robot's action `[dim]`, and the meaning of their values."""
 

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from vla_jax import trees
-from vla_jax.config import did_you_mean
+from vla_jax.config import checked, did_you_mean
 from vla_jax.types import ActionChunk, Array
 
 Kind = Literal["first", "receding_horizon", "temporal_ensemble"]
@@ -36,6 +36,7 @@ GripperRule = Literal["target", "repeat_change", "open_late"]
 
 
 @dataclasses.dataclass(frozen=True)
+@checked()
 class ExecutionConfig:
     """Rules that turn predicted chunks into single actions."""
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from vla_jax.actions.rotations import array_module, euler_to_matrix, matrix_to_euler
-from vla_jax.config import did_you_mean
+from vla_jax.config import LEAST_FLOAT, checked, did_you_mean
 from vla_jax.types import Array
 
 Delta = Literal[
@@ -20,6 +20,7 @@ Delta = Literal[
 
 
 @dataclass(frozen=True)
+@checked(radians=(LEAST_FLOAT, 1e12))
 class ToolFrame:
     """Options of a policy that acts in the tool frame, for data in the world frame."""
 

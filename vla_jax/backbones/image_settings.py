@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vla_jax.config import LEAST_FLOAT, checked
 from vla_jax.files import Path, read_json
 from vla_jax.types import Resampling
 
@@ -38,6 +39,7 @@ class Preprocessing:
 
 
 @dataclass(frozen=True)
+@checked(std=(LEAST_FLOAT, 1e12))
 class SquareSettings:
     """Settings of a picture resized to a square; the defaults are those of Kosmos-2."""
 
@@ -53,6 +55,7 @@ class SquareSettings:
 
 
 @dataclass(frozen=True)
+@checked(std=(LEAST_FLOAT, 1e12))
 class CropSettings:
     """Settings of a picture cut into square crops; the defaults are those of SmolVLM2-500M."""
 
@@ -69,6 +72,7 @@ class CropSettings:
 
 
 @dataclass(frozen=True)
+@checked(std=(LEAST_FLOAT, 1e12))
 class PatchSettings:
     """Settings of a picture divided into rows of patches; the defaults are those of Qwen3-VL."""
 

@@ -24,6 +24,7 @@ from vla_jax.backbones.blocks import (
     split_heads,
 )
 from vla_jax.backbones.tensor_names import SAME, Tensor
+from vla_jax.config import checked
 from vla_jax.types import Array, Params
 
 PROJECTIONS = ("query", "key", "value")
@@ -47,6 +48,7 @@ JSON_FIELDS = {
 
 
 @dataclass(frozen=True)
+@checked(num_layers=(1, 10_000), epsilon=(0, 1))
 class KosmosDecoderConfig:
     """Sizes of the language model of Kosmos-2."""
 

@@ -36,10 +36,12 @@ from vla_jax.backbones.tensor_names import Tensor
 from vla_jax.backbones.vit import VisionConfig
 from vla_jax.backbones.vlm import VisionLanguageModel, VLMSizes
 from vla_jax.backbones.vlm_options import VLMOptions
+from vla_jax.config import checked
 from vla_jax.types import Array, Params
 
 
 @dataclass(frozen=True)
+@checked()
 class PaliGemmaConfig(VLMSizes):
     """PaliGemma or PaliGemma 2 as a backbone; the default is PaliGemma 3B with 224 pixels."""
 

@@ -28,12 +28,21 @@ from vla_jax.backbones.parts import (
     mask_token,
     shape,
 )
+from vla_jax.config import MAX_SIZE, checked
 from vla_jax.types import Array, Key, Observation, Params, Tokens
 
 CAMERAS = ("image_primary", "image_wrist")
 
 
 @dataclass(frozen=True)
+@checked(
+    image_size=(1, MAX_SIZE),
+    patch_size=(1, MAX_SIZE),
+    width=(1, MAX_SIZE),
+    num_heads=(1, MAX_SIZE),
+    num_latents=(1, MAX_SIZE),
+    token_dim=(1, MAX_SIZE),
+)
 class PerceiverConfig:
     """Sizes of a Perceiver; its tokens are `num_latents` visual, one proprio, one language."""
 

@@ -16,10 +16,12 @@ from vla_jax.backbones import model_json, qwen_vision, tensor_names
 from vla_jax.backbones.blocks import ACTIVATIONS, Remat, linear, rms_norm, run_layers
 from vla_jax.backbones.qwen_vision import EPSILON, Grid, PatchPlaces, QwenVisionConfig
 from vla_jax.backbones.tensor_names import Tensor
+from vla_jax.config import LEAST_FLOAT, MAX_SIZE, checked
 from vla_jax.types import Params
 
 
 @dataclass(frozen=True)
+@checked(intermediate_size=(1, MAX_SIZE), num_layers=(1, 10_000), rope_theta=(LEAST_FLOAT, 1e12))
 class Qwen25VisionConfig(QwenVisionConfig):
     """Sizes of the vision tower of Qwen2.5-VL; the default is that of the 3B and 7B models."""
 

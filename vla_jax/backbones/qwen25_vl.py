@@ -31,10 +31,12 @@ from vla_jax.backbones.qwen_vl import QwenVLConfig, language_model
 from vla_jax.backbones.rotary_decoder import RotaryDecoderConfig
 from vla_jax.backbones.tensor_names import Tensor
 from vla_jax.backbones.vlm import VisionLanguageModel
+from vla_jax.config import checked
 from vla_jax.types import Array, Params
 
 
 @dataclass(frozen=True)
+@checked()
 class Qwen25VLConfig(QwenVLConfig):
     """Qwen2.5-VL as a backbone; the default is Qwen2.5-VL-3B-Instruct."""
 

@@ -22,10 +22,12 @@ from vla_jax.backbones.qwen_vision import (
     QwenVisionConfig,
 )
 from vla_jax.backbones.tensor_names import SAME, Tensor
+from vla_jax.config import LEAST_FLOAT, checked
 from vla_jax.types import Array, Params
 
 
 @dataclass(frozen=True)
+@checked(rope_theta=(LEAST_FLOAT, 1e12))
 class Qwen3VisionConfig(QwenVisionConfig):
     """Sizes of the vision tower of Qwen3-VL; the default is that of the 2B model."""
 

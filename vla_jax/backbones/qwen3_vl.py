@@ -29,10 +29,12 @@ from vla_jax.backbones.qwen_vl import QwenVLConfig, language_model
 from vla_jax.backbones.rotary_decoder import RotaryDecoderConfig
 from vla_jax.backbones.tensor_names import Tensor
 from vla_jax.backbones.vlm import VisionLanguageModel
+from vla_jax.config import checked
 from vla_jax.types import Array, Params
 
 
 @dataclass(frozen=True)
+@checked()
 class Qwen3VLConfig(QwenVLConfig):
     """Qwen3-VL as a backbone; the default is Qwen3-VL-2B-Instruct."""
 

@@ -18,6 +18,7 @@ from vla_jax.backbones import blocks, model_json, preprocess, tensor_names
 from vla_jax.backbones.blocks import check_activation, linear, rotate, split_heads
 from vla_jax.backbones.image_settings import PatchSettings
 from vla_jax.backbones.tensor_names import Tensor
+from vla_jax.config import LEAST_FLOAT, checked
 from vla_jax.types import Array, Params
 
 EPSILON = 1e-6  # added to the variance, or mean square, in the norms of the towers
@@ -25,6 +26,7 @@ Grid = tuple[int, int]  # rows and columns of patches of an image
 
 
 @dataclass(frozen=True)
+@checked(rope_theta=(LEAST_FLOAT, 1e12))
 class QwenVisionConfig:
     """Sizes that both vision towers have."""
 

@@ -29,6 +29,7 @@ from vla_jax.backbones.rotary_decoder import RotaryDecoderConfig
 from vla_jax.backbones.sequence import IMAGE, PADDING
 from vla_jax.backbones.vlm import VLMSizes
 from vla_jax.backbones.vlm_options import VLMOptions
+from vla_jax.config import checked
 from vla_jax.types import Array, Params
 
 # (params, config, patches [I, S, 3·T·p·p], grids) -> features; see `image_tokens` of a model
@@ -37,6 +38,7 @@ IGNORED = (r"lm_head\.weight", r".*rotary_(pos_)?emb\.inv_freq")  # tensors with
 
 
 @dataclass(frozen=True)
+@checked()
 class QwenVLConfig(VLMSizes):
     """Fields that both models have."""
 

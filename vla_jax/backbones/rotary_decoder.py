@@ -30,10 +30,20 @@ from vla_jax.backbones.blocks import (
     split_heads,
 )
 from vla_jax.backbones.tensor_names import SAME, Tensor
+from vla_jax.config import LEAST_FLOAT, checked
 from vla_jax.types import Array, Params
 
 
 @dataclass(frozen=True)
+@checked(
+    epsilon=(0, 1),
+    rope_theta=(LEAST_FLOAT, 1e12),
+    norm_offset=(0, 1),
+    query_scale=(0, 1e12),
+    embedding_scale=(0, 1e12),
+    score_cap=(LEAST_FLOAT, 1e12),
+    logit_cap=(LEAST_FLOAT, 1e12),
+)
 class RotaryDecoderConfig:
     """Sizes and variants of a language model with rotary positions."""
 

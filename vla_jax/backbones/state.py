@@ -18,10 +18,12 @@ from vla_jax.backbones.parts import (
     mask_token,
     shape,
 )
+from vla_jax.config import MAX_SIZE, checked
 from vla_jax.types import Array, Key, Observation, Params, Tokens
 
 
 @dataclass(frozen=True)
+@checked(token_dim=(1, MAX_SIZE))
 class StateConfig:
     """Sizes of the state backbone; its tokens are environment state, proprio and instruction."""
 

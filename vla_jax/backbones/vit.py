@@ -23,10 +23,12 @@ from vla_jax.backbones.blocks import (
     split_heads,
 )
 from vla_jax.backbones.tensor_names import SAME, Tensor
+from vla_jax.config import checked
 from vla_jax.types import Array, Params
 
 
 @dataclass(frozen=True)
+@checked(epsilon=(0, 1))
 class VisionConfig:
     """Sizes of a vision transformer."""
 

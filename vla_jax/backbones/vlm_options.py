@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from vla_jax.backbones.blocks import Remat
-from vla_jax.config import did_you_mean
+from vla_jax.config import checked, did_you_mean
 from vla_jax.nn.lora import LoraConfig
 
 Readout = Literal["action_token", "image", "image_mean", "text", "last", "all"]
@@ -13,6 +13,7 @@ Layout = Literal["native", "robovlms", "robovlms_padded"]
 
 
 @dataclass(frozen=True)
+@checked()
 class VLMOptions:
     """Use of a vision-language model by a policy."""
 

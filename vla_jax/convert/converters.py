@@ -14,6 +14,7 @@ import numpy as np
 from vla_jax import config as configs
 from vla_jax import runs
 from vla_jax.acting.agent import AgentConfig
+from vla_jax.config import checked
 from vla_jax.convert.conversion_report import Report
 from vla_jax.convert.robovlms.checkpoints import from_robovlms, report_robovlms, to_robovlms
 from vla_jax.convert.robovlms.key_names import HEAD, head_name, prefix_of
@@ -31,6 +32,7 @@ from vla_jax.types import Params
 
 
 @dataclass(frozen=True)
+@checked()
 class ConvertConfig:
     """Options of a conversion that the shapes of the tensors do not determine."""
 

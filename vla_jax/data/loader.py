@@ -12,13 +12,16 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from vla_jax.config import differences
+from vla_jax.config import checked, differences
 from vla_jax.data import image_augment as augmentation
 from vla_jax.data.image_augment import AugmentConfig
 from vla_jax.types import Batch
 
+_MAX_REPEATS = 100  # times that a window may be in one batch
+
 
 @dataclass(frozen=True)
+@checked()
 class LoaderConfig:
     """Batch size, parallelism and shuffling of a loader."""
 
@@ -158,8 +161,8 @@ def make_loader(
       A loader of `Batch` with leading axis `B = batch_size / process_count`.
 
     Raises:
-      ValueError: the batch size is not a multiple of the number of processes, or there are fewer
-        windows than processes.
+      ValueError: the batch size is not a multiple of the number of processes, or is far above the
+        number of windows; or there are fewer windows than processes.
       ImportError: grain is missing.
     """
     if config.batch_size % process_count:
@@ -171,6 +174,11 @@ def make_loader(
         raise ValueError(
             f"source must hold at least one window for each of {process_count} processes, "
             f"got {min(source.sizes)}; use fewer processes or a smaller stride."
+        )
+    if config.batch_size > _MAX_REPEATS * sum(source.sizes):
+        raise ValueError(
+            f"batch_size must be at most {_MAX_REPEATS} times the {sum(source.sizes)} windows, got "
+            f"{config.batch_size}."
         )
     dataset = _order(source, config, process_count)[process_index::process_count]
     dataset = dataset.batch(config.batch_size // process_count, batch_fn=np.asarray)

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
+from vla_jax.config import checked
 from vla_jax.data import moments, quantile_sketch, stats_check
 from vla_jax.data.dataset import ACTION_MASK, Dataset
 from vla_jax.files import Path, read_json
@@ -37,6 +38,7 @@ class NormStats(NamedTuple):
 
 
 @dataclass(frozen=True)
+@checked()
 class NormalizeConfig:
     """Normalisation method of each column."""
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from vla_jax.config import checked
 from vla_jax.data import clipping, normalize
 from vla_jax.data.dataset import (
     ACTION_MASK,
@@ -28,6 +29,7 @@ Scale = Callable[[str, np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
+@checked(instruction_steps=(-1, 2**31 - 1), stride=(1, 2**31 - 1))
 class WindowConfig:
     """Sizes of a window and its action chunks."""
 
@@ -212,6 +214,7 @@ class Windows:
         self.config = config
         self.tokens = tokens
         self.instructions = instruction_table(dataset, tokenize)
+        _check_stride(config.stride, dataset.episode_ends)
         self.index = window_index(dataset.episode_ends, config.stride)
         given = dataset.instruction_index[instruction_starts(dataset)]
         self.identity = {
@@ -292,3 +295,12 @@ def _identity(
 def _sample(array: Array) -> np.ndarray:
     """Returns every 997th row, enough to distinguish two caches."""
     return np.asarray(array[::997])
+
+
+def _check_stride(stride: int, episode_ends: np.ndarray) -> None:
+    """Raises a ValueError if every episode has one window only because of the stride."""
+    longest = int(np.diff(episode_ends, prepend=0).max())
+    if stride > max(longest, 1):
+        raise ValueError(
+            f"stride must be at most {longest}, the steps of the longest episode, got {stride}."
+        )

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from vla_jax.config import checked
 from vla_jax.types import Array, DiscreteEnv, Key, Transition
 
 _GRAVITY = 9.8
@@ -27,6 +28,7 @@ _RAIL, _GROUND, _CART, _POLE = (48, 52, 59), (236, 238, 241), (0, 114, 178), (21
 
 
 @dataclass(frozen=True)
+@checked()
 class CartPoleConfig:
     """The CartPole environment."""
 

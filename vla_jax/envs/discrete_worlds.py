@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Union
 
+from vla_jax.config import checked
 from vla_jax.envs import cartpole, grid
 from vla_jax.envs.cartpole import CartPoleConfig
 from vla_jax.envs.grid import GridConfig
@@ -14,6 +15,7 @@ from vla_jax.types import DiscreteEnv, SuccessRule
 
 
 @dataclass(frozen=True)
+@checked()
 class DiscreteGymnasiumConfig:
     """Any registered Gymnasium environment with discrete actions, stepped in Python."""
 

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from vla_jax.config import checked
 from vla_jax.types import Array, DiscreteEnv, Key, Transition
 
 ACTIONS = ("stay", "up", "down", "left", "right")
@@ -23,6 +24,7 @@ _DRAWN_CELL = 32  # pixels along each side of a cell in `draw`
 
 
 @dataclass(frozen=True)
+@checked()
 class GridConfig:
     """The grid environment; more or faster obstacles make it harder."""
 

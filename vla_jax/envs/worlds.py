@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, 
 
 import numpy as np
 
-from vla_jax.config import did_you_mean
+from vla_jax.config import checked, did_you_mean
 from vla_jax.envs import gymnasium
 from vla_jax.envs.table import jax_env, jax_simulator, mujoco_env, references, rules
 from vla_jax.types import Env, Simulator, SuccessRule
@@ -16,6 +16,7 @@ Reference = Callable[[Any, int, int], np.ndarray]  # (simulator, seed, step) -> 
 
 
 @dataclass(frozen=True)
+@checked()
 class GymnasiumConfig:
     """Any registered Gymnasium environment with a `Box` action space."""
 

@@ -178,6 +178,13 @@ def _rate_from_json(fields: Mapping[str, Any]) -> Rate:
     return Rate(**{**fields, "interval": tuple(fields["interval"])})
 
 
+def count_successes(outcomes: Sequence[Outcome]) -> str:
+    """Returns the numbers of successes and crashes as text."""
+    successes = sum(outcome.success for outcome in outcomes)
+    crashed = sum(bool(outcome.error) for outcome in outcomes)
+    return f"{successes} successes" + (f", {crashed} crashed" if crashed else "")
+
+
 COLUMNS = ("task", "success", "95 % interval", "episodes", "steps", "crashed")
 
 

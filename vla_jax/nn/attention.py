@@ -18,7 +18,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from vla_jax.config import did_you_mean
+from vla_jax.config import checked, did_you_mean
 from vla_jax.nn.layers import masked_softmax
 from vla_jax.types import Array, Key, Params
 
@@ -26,6 +26,7 @@ Score = Literal["additive", "dot", "general", "scaled_dot"]
 
 
 @dataclasses.dataclass(frozen=True)
+@checked()
 class AttentionConfig:
     """Attention over a source."""
 

@@ -17,12 +17,14 @@ import jax
 import jax.numpy as jnp
 
 from vla_jax import trees
+from vla_jax.config import checked
 from vla_jax.types import Key, Params
 
 TRAINED = ("*/lora_a", "*/lora_b")  # path globs of the params that a LoRA training changes
 
 
 @dataclass(frozen=True)
+@checked()
 class LoraConfig:
     """Low-rank adaptation."""
 

@@ -19,7 +19,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from vla_jax.config import did_you_mean
+from vla_jax.config import checked, did_you_mean
 from vla_jax.nn import associative, bptt, cells, cudnn, matmul
 from vla_jax.nn.cells import CELLS, CellName
 from vla_jax.nn.remat import run_in_chunks
@@ -30,6 +30,7 @@ Carry = dict[str, dict[str, Any]]  # layer -> direction -> carry of a cell
 
 
 @dataclasses.dataclass(frozen=True)
+@checked()
 class RecurrenceConfig:
     """A stack of recurrent layers."""
 

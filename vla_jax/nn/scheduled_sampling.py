@@ -15,7 +15,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from vla_jax.config import did_you_mean, renamed
+from vla_jax.config import checked, did_you_mean, renamed
 from vla_jax.nn import seq2seq
 from vla_jax.nn.seq2seq import Decoded, Memory, Seq2SeqConfig
 from vla_jax.types import Array, Key, Params
@@ -26,6 +26,7 @@ Schedule = Literal["always", "linear", "exponential", "inverse_sigmoid"]
 
 
 @dataclasses.dataclass(frozen=True)
+@checked()
 class SamplingConfig:
     """Schedule of the probability of feeding back the true outputs (teacher forcing)."""
 

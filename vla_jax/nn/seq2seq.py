@@ -24,7 +24,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from vla_jax.config import did_you_mean
+from vla_jax.config import checked, did_you_mean
 from vla_jax.nn import attention, bptt, layers, recurrence
 from vla_jax.nn.attention import AttentionConfig, Source
 from vla_jax.nn.cells import CellName
@@ -38,6 +38,7 @@ END = 0  # id of the end of a target, and of the padding after it
 
 
 @dataclasses.dataclass(frozen=True)
+@checked()
 class Seq2SeqConfig:
     """A recurrent encoder-decoder with optional attention."""
 

@@ -21,7 +21,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from vla_jax.config import did_you_mean
+from vla_jax.config import checked, did_you_mean
 from vla_jax.nn.layers import dense, dropout, layer_norm, masked_softmax
 from vla_jax.types import Array, Key, Params
 
@@ -37,6 +37,7 @@ Cache = dict[str, KeysValues]  # by layer, named as in the params
 
 
 @dataclasses.dataclass(frozen=True)
+@checked()
 class TransformerConfig:
     """A GPT-2 transformer."""
 

@@ -4,7 +4,7 @@ import dataclasses
 from typing import get_args
 
 from vla_jax.actions import bins
-from vla_jax.config import did_you_mean
+from vla_jax.config import checked, did_you_mean
 from vla_jax.nn.pooling import Pooling
 from vla_jax.nn.seq2seq import AnyScore
 from vla_jax.policies import heads, trunks
@@ -12,6 +12,7 @@ from vla_jax.policies.decoder_fields import DecoderFields, Dtype, least_tokens
 
 
 @dataclasses.dataclass(frozen=True)
+@checked()
 class DecoderConfig(DecoderFields):
     """Trunk, head and sizes of a decoder; the defaults are RoboVLMs' except for input and output.
 

@@ -6,6 +6,7 @@ The checks are in `decoder_config`, which imports every trunk and head; these im
 import dataclasses
 from typing import Literal
 
+from vla_jax.config import checked
 from vla_jax.nn.pooling import POOLINGS, Pooling
 from vla_jax.nn.recurrence import Implementation
 from vla_jax.nn.seq2seq import AnyScore
@@ -15,6 +16,7 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True)
+@checked(dropout=(0, 1))
 class DecoderFields:
     """Trunk, head and sizes; the defaults are RoboVLMs' except for input and output sizes."""
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from vla_jax.backbones import registry
 from vla_jax.backbones.perceiver import PerceiverConfig
 from vla_jax.backbones.registry import BackboneConfig
+from vla_jax.config import checked
 from vla_jax.nn import bptt
 from vla_jax.policies import decoders, heads, trunks, window_history
 from vla_jax.policies.decoder_config import DecoderConfig
@@ -29,6 +30,7 @@ from vla_jax.types import ActionChunk, Array, Key, Observation, Params, Predicti
 
 
 @dataclass(frozen=True)
+@checked()
 class PolicyConfig:
     """A backbone and a matching decoder; `connect` sets the decoder's input sizes."""
 

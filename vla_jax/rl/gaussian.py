@@ -13,10 +13,12 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from vla_jax.config import checked
 from vla_jax.types import ActionChunk, Array, Key
 
 
 @dataclass(frozen=True)
+@checked()
 class NoiseConfig:
     """Scale of the exploration noise."""
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vla_jax.config import renamed
+from vla_jax.config import checked, renamed
 from vla_jax.rl import actor, network
 from vla_jax.rl.actor import Policy, Rollout
 from vla_jax.rl.network import NetworkConfig
@@ -57,6 +57,7 @@ class Learner(NamedTuple):
 
 
 @dataclass(frozen=True)
+@checked()
 class SeedsConfig:
     """Number of parallel trainings, size of their rollouts, and when they stop early."""
 

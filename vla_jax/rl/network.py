@@ -20,7 +20,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from vla_jax.config import did_you_mean
+from vla_jax.config import checked, did_you_mean
 from vla_jax.nn import recurrence
 from vla_jax.nn.cells import CELLS, CellName
 from vla_jax.nn.layers import apply_mlp, init_mlp
@@ -31,6 +31,7 @@ Outputs = dict[str, jax.Array]  # name of a head -> [..., size of the head]
 
 
 @dataclass(frozen=True)
+@checked()
 class NetworkConfig:
     """The network of a policy or of a Q-function."""
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 import jax
 import numpy as np
 
+from vla_jax.config import checked
 from vla_jax.envs import discrete_worlds
 from vla_jax.envs.discrete_worlds import (
     DISCRETE_WORLDS,
@@ -32,6 +33,7 @@ _LONG_EPISODE = 100  # environment steps; videos of longer episodes have more fr
 
 
 @dataclass(frozen=True)
+@checked()
 class RewardTraining:
     """Config fields shared by all algorithms."""
 

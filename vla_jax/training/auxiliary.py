@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from vla_jax.config import did_you_mean
+from vla_jax.config import checked, did_you_mean
 from vla_jax.nn import layers
 from vla_jax.training import captions
 from vla_jax.training.losses import masked_mean
@@ -31,6 +31,7 @@ CAMERAS = ("image_primary", "image_wrist")
 
 
 @dataclasses.dataclass(frozen=True)
+@checked()
 class AuxiliaryConfig:
     """Auxiliary heads and their sizes; none by default."""
 

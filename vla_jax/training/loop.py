@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from vla_jax import stopping
-from vla_jax.config import differences
+from vla_jax.config import checked, differences
 from vla_jax.stopping import Stop
 from vla_jax.training import checkpoint, finite, optim, parallel
 from vla_jax.training.logs import Logs
@@ -66,6 +66,7 @@ def random_start(init: Callable[[Key], TrainState], key: Key) -> Start:
 
 
 @dataclass(frozen=True)
+@checked()
 class LoopConfig:
     """Length of a training, its logs, checkpoints and devices."""
 

@@ -17,11 +17,12 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from vla_jax.config import did_you_mean
+from vla_jax.config import checked, did_you_mean
 from vla_jax.types import Array, Metrics
 
 
 @dataclasses.dataclass(frozen=True)
+@checked()
 class LossWeights:
     """Weight of each loss term; the arm's weight is 1.
 

@@ -98,10 +98,7 @@ def action_terms(
         mask = jnp.broadcast_to(mask[..., None], action.shape)
     chex.assert_shape(mask, action.shape)
     # The selection comes before the loss: the gradient through a NaN would be NaN.
-    prediction = jax.tree.map(
-        lambda part: jnp.where(_mask_of(part, mask), jnp.asarray(part, jnp.float32), 0.0),
-        prediction,
-    )
+    prediction = jax.tree.map(lambda part: _keep_real(part, mask), prediction)
     target = jnp.where(mask, action, 0.0)
     errors = heads.errors(prediction, target) | _decoded_terms(heads.actions(prediction), target)
     means = {
@@ -232,7 +229,14 @@ def categorical_kl(
     return masked_mean(distance, mask, axis_name=axis_name)
 
 
-def _mask_of(values: jax.Array, mask: jax.Array) -> jax.Array:
+def _keep_real(part: Array, mask: jax.Array) -> jax.Array:
+    """Returns a part of a prediction in float32, with zeros where its target does not exist."""
+    part_mask = _mask_of(part, mask)
+    chex.assert_shape(part, (*mask.shape, None) if part.ndim > mask.ndim else part_mask.shape)
+    return jnp.where(part_mask, jnp.asarray(part, jnp.float32), 0.0)
+
+
+def _mask_of(values: Array, mask: jax.Array) -> jax.Array:
     """Returns the part of `mask [..., K, A]` for values of the arm, of all numbers or the gripper.
 
     Args:

@@ -15,11 +15,13 @@ import jax.numpy as jnp
 import optax
 
 from vla_jax import trees
+from vla_jax.config import checked
 from vla_jax.training import freezing
 from vla_jax.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
+@checked()
 class OptimConfig:
     """Optimiser, learning-rate schedule, frozen params and EMA."""
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vla_jax.config import did_you_mean
+from vla_jax.config import checked, did_you_mean
 from vla_jax.envs.table import jax_env, renderer, rules
 from vla_jax.envs.table.jax_env import JaxTableConfig, TableState
 from vla_jax.types import Array, DiscreteEnv, Env, Key, Observation, Transition
@@ -24,6 +24,7 @@ _DRAWN_SIZE = 96  # pixels along each side of the image of `draw`
 
 
 @dataclass(frozen=True)
+@checked()
 class TableChoicesConfig:
     """The JAX table with discrete actions."""
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from vla_jax.config import checked
 from vla_jax.envs.table import expert, renderer, rules
 from vla_jax.envs.table.table_config import TableConfig
 from vla_jax.types import Env, Key, Observation, Transition
@@ -31,6 +32,7 @@ _CANDIDATES = 32  # random positions per block, of which one is chosen
 
 
 @dataclass(frozen=True)
+@checked()
 class JaxTableConfig(TableConfig):
     """The JAX table; it is hundreds of times slower with images than without."""
 

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from vla_jax.actions.rotations import matrix_to_rotation_vector
+from vla_jax.config import checked
 from vla_jax.envs.table import expert, rules, scene
 from vla_jax.envs.table.table_config import TableConfig
 from vla_jax.types import SimulatorStep, SuccessRule
@@ -29,6 +30,7 @@ _expert = jax.jit(expert.act)
 
 
 @dataclass(frozen=True)
+@checked()
 class MujocoTableConfig(TableConfig):
     """The MuJoCo table, whose images need OpenGL."""
 

@@ -2,8 +2,11 @@
 
 from dataclasses import dataclass
 
+from vla_jax.config import checked
+
 
 @dataclass(frozen=True)
+@checked()
 class TableConfig:
     """A table; both cameras give square images.
 
