@@ -13,7 +13,7 @@ import torch
 from robovlms_heads import assert_same
 
 from vla_jax import convert
-from vla_jax.convert import TensorFile
+from vla_jax.convert import TensorFile, sizes, weight_files
 
 TENSORS = {
     "z.last": np.arange(6, dtype=np.float32).reshape(2, 3).T,  # not contiguous
@@ -185,3 +185,15 @@ def test_a_file_is_overwritten_only_with_overwrite_and_atomically(suffix, tmp_pa
     assert list(tmp_path.iterdir()) == [path]
     convert.write(path, TensorFile({"a": np.ones(3)}), overwrite=True)
     assert convert.read(path).tensors["a"].sum() == 3
+
+
+def test_a_view_of_few_numbers_is_refused_before_it_is_copied(tmp_path):
+    path = tmp_path / "view.pt"
+    torch.save({"a": torch.zeros(1).expand(10**5, 10**5)}, path)
+    with pytest.raises(ValueError, match=r"must hold its tensors in full, got larger .*: a; save"):
+        weight_files.read(path)
+
+
+def test_a_layer_of_a_huge_number_is_refused_before_names_are_made():
+    with pytest.raises(ValueError, match="weight_ih_l999999999 must be of one of at most 1000"):
+        sizes.count_layers(["weight_ih_l999999999"], r"weight_ih_l(\d+)")

@@ -12,6 +12,8 @@ from vla_jax.nn import recurrence
 from vla_jax.nn.recurrence import RecurrenceConfig
 from vla_jax.types import Params
 
+MAX_LAYERS = 1000  # of a foreign model
+
 
 def read_size(shapes: Mapping[str, Shape], axis: int, *names: str) -> int | None:
     """Returns the length of an axis of the first matching tensor that has it, or None.
@@ -29,9 +31,19 @@ def read_size(shapes: Mapping[str, Shape], axis: int, *names: str) -> int | None
 
 
 def count_layers(names: Iterable[str], pattern: str) -> int:
-    """Returns 1 + the largest number that the pattern's group matches, at least 1."""
+    """Returns 1 + the largest number that the pattern's group matches, at least 1.
+
+    Raises:
+      ValueError: the number is larger than any model's, whose names would fill the memory.
+    """
     matches = (re.fullmatch(pattern, name) for name in names)
-    return 1 + max((int(match[1]) for match in matches if match), default=0)
+    count, name = max(((1 + int(m[1][:9]), m[0]) for m in matches if m), default=(1, ""))
+    if count > MAX_LAYERS:
+        raise ValueError(
+            f"tensor {name:.80} must be of one of at most {MAX_LAYERS} layers; its name is "
+            "damaged: copy the file again."
+        )
+    return count
 
 
 def check_known(

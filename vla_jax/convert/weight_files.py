@@ -128,6 +128,13 @@ def _read_torch(path: pathlib.Path) -> TensorFile:
             f"{path} must hold tensors only, got other values in {abbreviate(foreign)}; remove "
             "them."
         )
+    limit = path.stat().st_size
+    views = [name for name, x in tensors.items() if x.numel() * x.element_size() > limit]
+    if views:  # of few numbers, repeated: they would be copied to memory
+        raise ValueError(
+            f"{path} must hold its tensors in full, got larger ones than the file: "
+            f"{abbreviate(views)}; save their contiguous() copies."
+        )
     ignored = tuple(str(name) for name in content if container and name != container)
     return TensorFile({name: as_numpy(x) for name, x in tensors.items()}, container, ignored)
 
