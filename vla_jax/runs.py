@@ -120,9 +120,20 @@ def make_metadata(
     Raises:
       FileNotFoundError: a file of the backbone is missing.
     """
+    return {"config": configs.to_dict(config), **acting_metadata(agent, norm_stats, robots)}
+
+
+def acting_metadata(
+    agent: AgentConfig,
+    norm_stats: Mapping[str, NormStats],
+    robots: Mapping[str, MixtureRobot] | None = None,
+) -> dict[str, Any]:
+    """Returns the part of `make_metadata` that acting depends on; without a training script.
+
+    The arguments and errors are those of `make_metadata`.
+    """
     _check_files(agent)
     return {
-        "config": configs.to_dict(config),
         "agent": configs.to_dict(_with_files(agent, "")),
         "norm_stats": normalize.to_json(dict(norm_stats)),
         "robots": {name: mixture_robots.to_json(each) for name, each in (robots or {}).items()},

@@ -70,9 +70,10 @@ class Conversion(NamedTuple):
     norm_stats: Mapping[str, NormStats] = {}  # of an agent
 
 
-def save_config(folder: Path, kind: str, conversion: Conversion) -> None:
-    """Writes the config of a conversion: the default `Converter.save`."""
+def save_config(folder: Path, kind: str, conversion: Conversion) -> dict[str, Any]:
+    """Writes the config of a conversion, and returns it: the default `Converter.save`."""
     configs.save(conversion.config, pathlib.Path(folder) / f"{kind}.json")
+    return {kind: configs.to_dict(conversion.config)}
 
 
 class Converter(NamedTuple):
@@ -85,8 +86,8 @@ class Converter(NamedTuple):
     # (config, params, names in the foreign file, prefix) -> tensors under those names
     to_tensors: Callable[[Any, Params, Collection[str], str], dict[str, np.ndarray]]
     describe: Callable[[Any], str]  # config -> its sizes as text
-    # (folder, kind, conversion) -> None; writes everything but the params
-    save: Callable[[Path, str, Conversion], None] = save_config
+    # (folder, kind, conversion) -> metadata of the checkpoint; writes everything but the params
+    save: Callable[[Path, str, Conversion], dict[str, Any]] = save_config
     checkpoints: str = "."  # folder of the checkpoint inside that of the conversion
 
 
@@ -183,9 +184,10 @@ def _describe_policy(config: AgentConfig) -> str:
     return f"policy on {backbone.kind}: {_describe_decoder(decoder)}"
 
 
-def _save_policy(folder: Path, kind: str, conversion: Conversion) -> None:
+def _save_policy(folder: Path, kind: str, conversion: Conversion) -> dict[str, Any]:
     del kind
     runs.write_acting(folder, conversion.config, conversion.norm_stats, None)
+    return runs.acting_metadata(conversion.config, conversion.norm_stats)
 
 
 def _convert_robovlms(source: TensorFile, options: ConvertConfig) -> Conversion:

@@ -175,7 +175,7 @@ def _fill(
     config, params, report, _ = conversion
     kind = kind_of_config(config)
     converter = CONVERTERS[kind]
-    converter.save(folder, kind, conversion)
+    metadata = converter.save(folder, kind, conversion)
     unused = {*report.left_over, *report.buffers}
     others = {name: array for name, array in source.tensors.items() if name in unused}
     if others:
@@ -191,5 +191,5 @@ def _fill(
     }
     write_json(folder / _CONVERSION, record)
     saver = checkpoint.open_checkpoints(folder / converter.checkpoints, keep=1)
-    checkpoint.save(saver, 0, {"params": params}, {kind: configs.to_dict(config)})
+    checkpoint.save(saver, 0, {"params": params}, metadata)
     checkpoint.close(saver)
