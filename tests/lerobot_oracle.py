@@ -21,7 +21,7 @@ import torch
 
 
 class VideoReader:
-    """What lerobot's decode_video_frames_torchvision calls."""
+    """The reader that lerobot's decode_video_frames_torchvision calls."""
 
     def __init__(self, path, stream):
         self.container = av.open(path)

@@ -191,7 +191,7 @@ def read(data):
 
 @each
 def test_a_config_without_any_one_field_is_completed_as_by_transformers(name, hf, golden, tmp_path):
-    """What we refuse, such as sizes that do not divide, is refused with the same sentence."""
+    """Settings that we refuse, such as sizes that do not divide, are refused by both."""
     whole = json.loads((golden / "vlm" / NAMES[name] / "config.json").read_text())
     places = [(key,) for key in whole if key != "model_type"]
     places += [

@@ -27,7 +27,7 @@ class DataPart(NamedTuple):
 
     @property
     def robot(self) -> MixtureRobot:
-        """What acting on the robot of the data set needs."""
+        """Returns everything that acting on the robot of the data set needs."""
         return MixtureRobot(self.norm_stats, self.dataset.action_layout, tuple(self.dataset.frames))
 
 

@@ -26,7 +26,7 @@ SPARE = 2**30  # bytes of a file system that is large enough
 
 
 class Result(NamedTuple):
-    """What a job did on one disk."""
+    """Outcome of a job on one disk."""
 
     disk: str
     outcome: str  # "sentence", "traceback", or "ended" where the space was sufficient

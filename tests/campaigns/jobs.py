@@ -70,8 +70,7 @@ def start(
     """
 
     def limit() -> None:
-        if file_bytes is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes or 0, file_bytes or 0))
 
     words = [word.format(**folders) for word in command.split()]
     return subprocess.Popen(
@@ -81,7 +80,7 @@ def start(
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        preexec_fn=limit,
+        preexec_fn=None if file_bytes is None else limit,
     )
 
 

@@ -39,7 +39,7 @@ def killed(process: subprocess.Popen[str], seconds: float) -> bool:
 
 
 class Result(NamedTuple):
-    """What kills did to a job."""
+    """Outcome of the kills of a job."""
 
     kills: int
     unfinished: int  # kills that left a temporary file

@@ -212,7 +212,7 @@ def fit(
 
 
 class _Run(NamedTuple):
-    """What is open during a training."""
+    """Everything that is open during a training."""
 
     config: LoopConfig
     run_dir: pathlib.Path

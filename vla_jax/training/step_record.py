@@ -1,4 +1,4 @@
-"""What is stored with the arrays of a step: the caller's metadata, and what detects damage.
+"""Record beside the arrays of a step: the caller's metadata, and checksums that detect damage.
 
     {"metadata": {…}, "integrity": {"step": 1000, "arrays": {path: checksum}, "text": checksum}}
 

@@ -237,7 +237,7 @@ def _shaped(
 
 
 class FeatureKind(NamedTuple):
-    """How the elements of one kind of feature are stored."""
+    """Storage of the elements of one kind of feature."""
 
     # decodes all elements; arguments and errors as `decode_values`
     decode: Callable[[Buffer, Values | None, TfFeature, int | None], np.ndarray]
