@@ -103,7 +103,14 @@ def test_a_missing_tensorboard_writer_names_the_extra(tmp_path, monkeypatch):
 
 def test_a_damaged_line_is_named_with_its_number(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    for line in ('{"step" 2}', '["step", 2]', '{"step": null}', '{"loss": 1}', "[" * 100_000):
+    for line in (
+        '{"step" 2}',
+        '["step", 2]',
+        '{"step": null}',
+        '{"loss": 1}',
+        '{"step": 1}',
+        "[" * 100_000,
+    ):
         path.write_text('{"step": 1, "loss": NaN}\n' + line + "\n")
         with pytest.raises(ValueError, match=r"jsonl has a damaged line 2 .*; delete that line"):
             logs.read_metrics(path)

@@ -70,7 +70,7 @@ def json_mutations(root: pathlib.Path, name: str, *, is_lines: bool = False) -> 
 
     def write(folder: pathlib.Path, changed: Any) -> None:
         rows = [json.dumps(row) for row in changed] if is_lines else [json.dumps(changed)]
-        (folder / name).write_text("\n".join(rows))
+        (folder / name).write_text("\n".join(rows) + "\n")
 
     for path in nodes(data):
         where = "/".join(map(str, path))
@@ -204,7 +204,7 @@ def answer(
             and isinstance(error, SENTENCES)
             and len(text.splitlines()) == 1
             and len(text) < 1500
-            and text.endswith(".")
+            and text.endswith((".", "?"))  # such as: did you mean "lstm"?
         )
         detail = text if is_sentence else f"{type(error).__name__}: {text[:200]} at {frames[-1]}"
         return Answer(mutation, "sentence" if is_sentence else "traceback", detail, seconds)

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import NormalDist
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import numpy as np
 from rich.table import Table
@@ -238,12 +238,23 @@ def read_outcomes(path: str | os.PathLike[str]) -> list[Outcome]:
     Raises:
       ValueError: a line is damaged.
     """
-    try:
-        return [Outcome(**line) for line in read_json_lines(path)]
-    except TypeError as error:
+    return [_outcome(path, number, line) for number, line in enumerate(read_json_lines(path), 1)]
+
+
+def _outcome(path: str | os.PathLike[str], number: int, line: Mapping[str, Any]) -> Outcome:
+    types = get_type_hints(Outcome)
+    wrong = {*types} - {*line} - {*Outcome._field_defaults} | {*line} - {*types}
+    for name in types.keys() & line.keys():
+        value = line[name]
+        # A bool is an int to Python.
+        if not isinstance(value, types[name]) or (types[name] is int and isinstance(value, bool)):
+            wrong.add(name)
+    if wrong:
         raise ValueError(
-            f"{path} must hold outcomes of episodes ({error}); delete it to play them again."
-        ) from error
+            f"{path} must hold outcomes of episodes, but {', '.join(sorted(wrong))} of line {number} "
+            "is damaged; delete the file to play them again."
+        )
+    return Outcome(**line)
 
 
 def append_outcome(path: Path, outcome: Outcome) -> None:

@@ -135,14 +135,15 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     Raises:
       ValueError: a line is damaged.
     """
-    lines = read_json_lines(path)
+    lines, before = read_json_lines(path), -1
     for number, line in enumerate(lines, 1):
         numbers = [type(value) in (int, float) for value in line.values()]
-        if type(line.get("step")) is not int or line["step"] < 0 or not all(numbers):
+        if type(line.get("step")) is not int or line["step"] <= before or not all(numbers):
             raise ValueError(
                 f"{path} has a damaged line {number} (expected numbers, and the step as a whole "
-                f"number, got {json.dumps(line):.80}); delete that line."
+                f"number that increases, got {json.dumps(line):.80}); delete that line."
             )
+        before = line["step"]
     return lines
 
 
