@@ -250,9 +250,10 @@ def _outcome(path: str | os.PathLike[str], number: int, line: Mapping[str, Any])
         if not isinstance(value, types[name]) or (types[name] is int and isinstance(value, bool)):
             wrong.add(name)
     if wrong:
+        names = ", ".join(sorted(wrong))
         raise ValueError(
-            f"{path} must hold outcomes of episodes, but {', '.join(sorted(wrong))} of line {number} "
-            "is damaged; delete the file to play them again."
+            f"{path} must hold outcomes of episodes, but {names} of line {number} is damaged; delete "
+            "the file to play them again."
         )
     return Outcome(**line)
 
