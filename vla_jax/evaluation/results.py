@@ -252,8 +252,8 @@ def _outcome(path: str | os.PathLike[str], number: int, line: Mapping[str, Any])
     if wrong:
         names = ", ".join(sorted(wrong))
         raise ValueError(
-            f"{path} must hold outcomes of episodes, but {names} of line {number} is damaged; delete "
-            "the file to play them again."
+            f"{path} must hold outcomes of episodes, but {names} of line {number} is damaged; "
+            "delete the file to play them again."
         )
     return Outcome(**line)
 
