@@ -7,6 +7,14 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
+SCRIPTS = (
+    *(f"train.{path.stem}" for path in sorted((ROOT / "train").glob("[a-z]*.py"))),
+    *("vla_jax.evaluate", "vla_jax.convert", "vla_jax.convert_data", "vla_jax.inspect_data"),
+)
+LATE = (
+    "orbax", "tensorstore", "scipy", "matplotlib", "grain", "torch", "transformers", "mujoco",
+    "gymnasium", "pyarrow", "av", "PIL", "h5py", "tokenizers", "tensorboardX",
+)  # fmt: skip
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     for path in (ROOT / "vla_jax").rglob("*.py")
@@ -81,3 +89,13 @@ def test_no_import_has_a_side_effect():
 def test_an_injected_side_effect_is_found(line, name, tmp_path):
     (tmp_path / "planted.py").write_text(line)
     assert side_effects(tmp_path, ["planted"]) == [f"planted changes {name}"]
+
+
+def test_no_script_imports_what_only_a_later_step_needs():
+    """Wrong options are refused soon: a slow package is imported by the functions that use it."""
+    code = "import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]"
+    code += "; print(*{name.partition('.')[0] for name in sys.modules})"
+    command = [sys.executable, "-c", code, *SCRIPTS]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert "jax" in done.stdout.split()
+    assert not set(LATE) & set(done.stdout.split())

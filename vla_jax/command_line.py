@@ -124,7 +124,13 @@ def command_line(
         )
     default = presets[known.preset]()
     chosen = parse(
-        _flat_class(default, "", ambiguous=_ambiguous(default), taken=_own_names(default)),
+        _flat_class(
+            default,
+            "",
+            ambiguous=_ambiguous(default),
+            taken=_own_names(default),
+            described=bool({"-h", "--help"} & set(rest)),
+        ),
         rest,
         prog=program(),
         description=f"{description}\n\n{_preset_list(presets, known.preset)}",
@@ -171,6 +177,7 @@ def _flat_class(
     *,
     ambiguous: Container[str],
     taken: Container[str],
+    described: bool,
     hidden: Container[str] = (),
 ) -> type:
     """Returns a subclass of the config's class for tyro to read.
@@ -179,20 +186,24 @@ def _flat_class(
     holds (tyro would make sub-commands of it), and options are flat; those named in `ambiguous`
     and those of `NAMED_PARTS` begin with `part`. There are none for the fields in `hidden`, and for
     those that a class lists as DERIVED. The data set has its bare names too, if not in `taken`.
+    If `described`, their help texts are the comments: slow to read, and only `--help` shows them.
     """
     import tyro
 
     cls = type(config)
+    about = collections.defaultdict(str, comments(cls) if described else {})
     derived = getattr(cls, "DERIVED", ())
     fields: list[Any] = []
     for name, kind in typing.get_type_hints(cls).items():
         if typing.get_origin(kind) is ClassVar:
             continue
-        value, about = getattr(config, name), comments(cls).get(name, "")
+        value = getattr(config, name)
         if dataclasses.is_dataclass(value):
             inner = [path.partition(".")[2] for path in derived if path.startswith(f"{name}.")]
-            kind = _flat_class(value, name, ambiguous=ambiguous, taken=taken, hidden=inner)
-            marker, value = tyro.conf.arg(help=about), kind()
+            kind = _flat_class(
+                value, name, ambiguous=ambiguous, taken=taken, described=described, hidden=inner
+            )
+            marker, value = tyro.conf.arg(help=about[name]), kind()
         elif _fixed(kind) or name in hidden:
             marker = tyro.conf.Suppress
         else:
@@ -201,7 +212,7 @@ def _flat_class(
             aliases = [f"--{part}"] if part and name == "path" else None
             if part == "dataset" and name not in taken:
                 aliases = [f"--{name.replace('_', '-')}"]
-            marker = tyro.conf.arg(name=flag, help=about, prefix_name=False, aliases=aliases)
+            marker = tyro.conf.arg(name=flag, help=about[name], prefix_name=False, aliases=aliases)
         fields.append((name, Annotated[kind, marker], dataclasses.field(default=value)))
     # Checked once all options are known, by the class itself.
     unchecked = {"__post_init__": lambda self: None}

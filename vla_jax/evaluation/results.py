@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, get_type_hints
 
 import numpy as np
 from rich.table import Table
-from scipy import special
 
 from vla_jax.acting.rollout import Outcome
 from vla_jax.files import Path, append_json_line, read_json_lines
@@ -94,6 +93,8 @@ def mean_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
 
     Source: Student 1908, "The Probable Error of a Mean".
     """
+    from scipy import special  # slow to import, and only needed after an evaluation
+
     values = np.asarray(values, np.float64)
     if len(values) == 1:
         return float(values[0]), float(values[0])

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 
 from vla_jax import trees
 from vla_jax.files import replacing
@@ -39,7 +38,7 @@ _FROZEN = "frozen"  # folder of the parts that are the same in every step
 class Checkpoints(NamedTuple):
     """An open handle for saving, from `open_checkpoints`; `close` frees it."""
 
-    orbax: ocp.training.Checkpointer
+    orbax: Any  # its Checkpointer
     opened: contextlib.ExitStack  # cleanup that `close` runs
 
 
@@ -56,7 +55,7 @@ def open_checkpoints(directory: Path, *, keep: int = 2) -> Checkpoints:
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}.")
-    training = ocp.training
+    training = _orbax().training
     with orbax_errors.quiet(), orbax_errors.one_sentence(directory):
         orbax = training.Checkpointer(
             pathlib.Path(directory).absolute(),
@@ -259,7 +258,7 @@ def save_params(path: Path, params: Params) -> None:
     path = pathlib.Path(path).absolute()
     with orbax_errors.quiet(), orbax_errors.one_sentence(path.parent), orbax_errors.collected():
         record = step_record.make({}, {"params": params}, None)
-        ocp.save(path, {"params": params}, custom_metadata=record)
+        _orbax().save(path, {"params": params}, custom_metadata=record)
 
 
 def read_params(path: Path) -> Params:
@@ -317,14 +316,21 @@ def export_params(
         raise FileExistsError(f"{path} exists already; choose another target.")
     with orbax_errors.one_sentence(path.parent):
         record = step_record.make(metadata, {"params": params}, int(path.name))
-        ocp.save(path, {"params": params}, custom_metadata=record)
+        _orbax().save(path, {"params": params}, custom_metadata=record)
     return path
+
+
+def _orbax() -> Any:
+    """Returns Orbax, imported on first use: 0.4 s that the refusal of a wrong option needs not."""
+    from orbax.checkpoint import v1
+
+    return v1
 
 
 def _steps(directory: Path) -> list[int]:
     if not pathlib.Path(directory).is_dir():
         return []
-    names = ocp.path.step.standard_name_format()
+    names = _orbax().path.step.standard_name_format()
     with orbax_errors.quiet():  # it reads the metadata of every step
         return sorted(step.step for step in names.find_all(pathlib.Path(directory).absolute()))
 
@@ -344,7 +350,7 @@ def _step_path(directory: Path, step: int | None) -> pathlib.Path:
 def _stored(path: pathlib.Path) -> tuple[dict[str, Any], Record]:
     """Returns the saved tree, with shapes for arrays, and what is stored with them."""
     with orbax_errors.readable(path):
-        stored: Any = ocp.metadata(path)
+        stored: Any = _orbax().metadata(path)
         if not jax.tree.leaves(stored.metadata):
             raise ValueError("its list of arrays is broken")
         return stored.metadata, step_record.check(stored.custom_metadata, stored.metadata, path)
@@ -352,11 +358,11 @@ def _stored(path: pathlib.Path) -> tuple[dict[str, Any], Record]:
 
 def _load(path: pathlib.Path, target: Any, record: Record) -> Any:
     """Returns the part of the saved tree that `target` has, its checksums compared."""
-    context = ocp.Context()
+    context = _orbax().Context()
     context.pytree_options.loading.partial_load = True
     step_record.warn_if_unchecked(record, path)
     with orbax_errors.readable(path), context:
-        loaded = ocp.load(path, target)
+        loaded = _orbax().load(path, target)
         step_record.check_arrays(loaded, record)
         return loaded
 
