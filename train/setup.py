@@ -18,7 +18,6 @@ from train.mixture_file import read_mixture
 from vla_jax import trees
 from vla_jax.acting.agent import check_representable
 from vla_jax.backbones import registry
-from vla_jax.convert.folder import is_folder, read_params
 from vla_jax.data import normalize
 from vla_jax.data.dataset import Dataset
 from vla_jax.data.normalize import NormStats
@@ -63,12 +62,7 @@ def check(config: ImitateConfig) -> None:
     _check_caption(config)
     check_run(config.run_dir, config, overwrite=config.overwrite)
     read_mixture(config.mixture, config.dataset)
-    folder = config.decoder_from
-    if folder and not is_run(folder) and not is_folder(folder):
-        raise FileNotFoundError(
-            "decoder_from must be a run folder with checkpoints, or an output of vla_jax.convert, "
-            f"got {folder}; train it first, or name another."
-        )
+    _check_decoder(config.decoder_from)
     shapes = param_shapes(config)
     check_backbone(config, shapes)
     optim.make_optimizer(make_optim_config(config), config.loop.num_updates, shapes)
@@ -284,9 +278,23 @@ def _init_auxiliary(key: Key, config: ImitateConfig) -> Params:
     )
 
 
+def _check_decoder(folder: str) -> None:
+    if not folder or is_run(folder):
+        return
+    from vla_jax.convert.folder import is_folder  # few runs need it, and it imports all converters
+
+    if not is_folder(folder):
+        raise FileNotFoundError(
+            "decoder_from must be a run folder with checkpoints, or an output of vla_jax.convert, "
+            f"got {folder}; train it first, or name another."
+        )
+
+
 def _read_decoder(folder: str) -> Params:
     if is_run(folder):
         return _read_checkpoint("decoder", folder)
+    from vla_jax.convert.folder import read_params  # as above
+
     return read_params(folder)[1]
 
 
