@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from jobs import JOBS, PREPARATION, Job, contents, finish, folders_in, start, temporary
 
-PARTS = (0.0, 0.05, 0.3, 0.6, 0.9)  # of the bytes that the job writes, or of its largest file
+PARTS = (0.02, 0.1, 0.3, 0.6, 0.9)  # of the bytes that the job writes, or of its largest file
 SPARE = 2**30  # bytes of a file system that is large enough
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import pathlib
-import resource
 import subprocess
 import sys
 from typing import NamedTuple
@@ -70,18 +69,15 @@ def start(
       file_bytes: limit of the size of every file that the process writes; None = none.
     """
 
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes or 0, file_bytes or 0))
-
+    limit = [] if file_bytes is None else ["prlimit", f"--fsize={file_bytes}"]
     words = [word.format(**folders) for word in command.split()]
     return subprocess.Popen(
-        [sys.executable, "-m", *words],
+        [*limit, sys.executable, "-m", *words],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        preexec_fn=None if file_bytes is None else limit,
     )
 
 
