@@ -72,6 +72,7 @@ SLIPS = {
     "unknown field": ({"name": "a", "dropuot": 0.1}, "no field 'dropuot'.*Did you mean 'dropout'"),
     "unknown nested field": ({"name": "a", "head": {"hiden_size": 1}}, "MainConfig.head has no"),
     "unknown kind": ({"name": "a", "backbone": {"kind": "patsh"}}, "Did you mean 'patch'"),
+    "kind of a wrong type": ({"name": "a", "backbone": {"kind": ["patch"]}}, "backbone.kind is"),
     "no kind": ({"name": "a", "backbone": {"patch_size": 8}}, "backbone.kind is None"),
     "missing field": ({}, "MainConfig.name is missing; add it"),
     "unknown literal": ({"name": "a", "cell": "grru"}, "cell is 'grru'.*Did you mean 'gru'"),

@@ -126,6 +126,11 @@ def test_no_reader_accepts_the_folder_of_another(npz, lerobot):
         assert [k for k, reader in READERS.items() if reader.probe(pathlib.Path(path))] == [kind]
 
 
+def test_a_path_that_is_too_long_is_missing():
+    with pytest.raises(FileNotFoundError, match="data set é+ is missing"):
+        read_dataset(DatasetConfig("é" * 300))
+
+
 def test_a_missing_path_is_refused_and_an_interrupted_recording_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"data set .*nowhere is missing; record it first"):
         read_dataset(DatasetConfig(str(tmp_path / "nowhere")))

@@ -273,7 +273,7 @@ def _of_kind(configs: list[Any], data: Mapping[str, Any], path: str) -> Any:
         kind: cls for cls in configs for kind in typing.get_args(typing.get_type_hints(cls)["kind"])
     }
     kind = data.get("kind")
-    if kind not in by_kind:
+    if not isinstance(kind, str) or kind not in by_kind:
         raise ValueError(f"{path}.kind is {_shown(kind)}; {did_you_mean(str(kind), by_kind)}")
     return by_kind[kind]
 

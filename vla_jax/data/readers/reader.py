@@ -3,6 +3,7 @@
 A reader is a file or folder next to this one, and an entry of `READERS`.
 """
 
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
@@ -145,11 +146,11 @@ def find_reader(config: DatasetConfig) -> Reader:
         raise ValueError(
             f"unknown dataset.kind '{config.kind}'; {did_you_mean(config.kind, READERS)}"
         )
-    if not path.exists():
+    if not os.path.exists(path):  # False, not an error, for a name that is too long
         partial = path.with_name(path.name + ".tmp")  # folder of an unfinished recording
         remedy = (
             f"its recording was interrupted ({partial} remains), record it again"
-            if partial.exists()
+            if os.path.exists(partial)
             else "record it first or give another path"
         )
         raise FileNotFoundError(f"data set {path} is missing; {remedy}.")
