@@ -127,7 +127,7 @@ def test_no_reader_accepts_the_folder_of_another(npz, lerobot):
 
 
 def test_a_path_that_is_too_long_is_missing():
-    with pytest.raises(FileNotFoundError, match="data set é+ is missing"):
+    with pytest.raises(FileNotFoundError, match=r"data set é+ is missing"):
         read_dataset(DatasetConfig("é" * 300))
 
 
