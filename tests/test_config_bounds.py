@@ -1,5 +1,6 @@
 """Every field of every config refuses, in one sentence, values that cannot be meant."""
 
+import contextlib
 import dataclasses
 import importlib
 import math
@@ -114,3 +115,19 @@ def test_a_refusal_names_field_bounds_and_value():
     with pytest.raises(ValueError, match="unknown dtype 'float31'; choose from float32"):
         Derived(dtype="float31")
     assert configs.from_dict(Derived, {"size": 2}) == Derived(size=2)
+
+
+@pytest.mark.parametrize("count", [1001, 100_000, 10**9])
+def test_so_many_layers_that_their_names_would_fill_the_memory_are_refused(count):
+    fields = [
+        (path, name)
+        for path, each in CLASSES.items()
+        for name in ("num_layers", "patch_layers", "latent_layers")
+        if name in {field.name for field in dataclasses.fields(each)}
+    ]
+    assert len(fields) > 6
+    for path, name in fields:
+        with contextlib.suppress(TypeError):  # fields without a default
+            config = CLASSES[path]()
+            if "num_layers" not in CLASSES[path].field_bounds:
+                assert f"{name} must be at most 1000, got {count}" in refusal(config, name, count)

@@ -85,6 +85,43 @@ def test_the_folder_is_a_decoder_with_its_params_and_a_report(tmp_path):
     assert set(left) == set(report["left_over"]) == set(tensors) - set(report["used"])
 
 
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "_fsdp_wrapped_module._orig_mod."])
+def test_names_of_wrappers_are_removed_and_restored(wrapper, tmp_path):
+    plain = checkpoint_of()
+    wrapped = {name.replace("rnn.", f"rnn.{wrapper}"): x for name, x in plain.items()}
+    for name, tensors in (("plain.pt", plain), ("wrapped.pt", wrapped)):
+        write(tmp_path / name, tensors)
+        main([str(tmp_path / name), str(tmp_path / name[:-3])])
+    params = [convert.read_params(tmp_path / name)[1] for name in ("plain", "wrapped")]
+    jax.tree.map(np.testing.assert_array_equal, *params)
+    main([str(tmp_path / "wrapped"), str(tmp_path / "back.pt")])
+    back = torch.load(tmp_path / "back.pt")["state_dict"]
+    assert list(back) == list(wrapped)
+    assert any(wrapper in name for name in back)
+
+
+def test_a_tensor_with_and_without_a_wrapper_is_refused(tmp_path):
+    write(tmp_path / "a.pt", {"a.weight": np.ones(2), "a._orig_mod.weight": np.zeros(2)})
+    with pytest.raises(ValueError, match=r"once, got a\.weight and a\._orig_mod\.weight; remove"):
+        convert.read(tmp_path / "a.pt")
+
+
+def test_values_that_trained_weights_do_not_have_are_named(tmp_path, capsys):
+    tensors = {name: np.array(x, np.float32) for name, x in checkpoint_of().items()}
+    names = [f"model.act_head.rnn.{name}_l0" for name in ("weight_ih", "weight_hh", "bias_ih")]
+    tensors[names[0]][0, 0] = np.nan
+    tensors[names[1]][:] = 0
+    tensors[names[2]][1] = -2e7
+    write(tmp_path / "a.pt", tensors)
+    main([str(tmp_path / "a.pt"), str(tmp_path / "out")])
+    report = json.loads((tmp_path / "out/conversion.json").read_text())["report"]
+    expected = dict(
+        zip(names, ("NaN or infinity", "all values 0", "values up to 2e+07"), strict=True)
+    )
+    assert report["unusual"] == expected
+    assert "unusual values" in capsys.readouterr().out
+
+
 def test_trained_params_replace_the_original_tensors(tmp_path):
     write(tmp_path / "a.pt", checkpoint_of())
     main([str(tmp_path / "a.pt"), str(tmp_path / "out")])

@@ -1,10 +1,12 @@
 """Weight files of other libraries: read without executing code, written atomically."""
 
 import collections
+import json
 import os
 import pathlib
 import pickle
 import sys
+import zipfile
 
 import jax.numpy as jnp
 import numpy as np
@@ -191,6 +193,28 @@ def test_a_view_of_few_numbers_is_refused_before_it_is_copied(tmp_path):
     path = tmp_path / "view.pt"
     torch.save({"a": torch.zeros(1).expand(10**5, 10**5)}, path)
     with pytest.raises(ValueError, match=r"must hold its tensors in full, got larger .*: a; save"):
+        weight_files.read(path)
+
+
+def test_a_flipped_bit_of_a_torch_file_is_refused_with_its_member(tmp_path):
+    path = tmp_path / "a.pt"
+    torch.save({"a": torch.arange(2000.0)}, path)
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        member = archive.getinfo("a/data/0")
+    for offset in (100, 2000, 7000):  # behind the member's header
+        damaged = content.copy()
+        damaged[member.header_offset + 128 + offset] ^= 4
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"a\.pt is damaged.*a/data/0.*copy it again"):
+            weight_files.read(path)
+
+
+def test_a_dimension_that_no_array_can_have_is_refused_with_its_file(tmp_path):
+    header = json.dumps({"a": {"dtype": "F32", "shape": [10**19, 0], "data_offsets": [0, 0]}})
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode())
+    with pytest.raises(ValueError, match=r"a\.safetensors is not a safetensors file"):
         weight_files.read(path)
 
 

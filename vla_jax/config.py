@@ -23,6 +23,11 @@ Config = TypeVar("Config")
 Bounds = tuple[float, float]  # least and greatest value, both included
 _INT_BOUNDS: Bounds = (0, 2**31 - 1)  # of integers without bounds of their own: 32-bit counts
 _FLOAT_BOUNDS: Bounds = (-1e12, 1e12)  # of floats: finite, and squares of them too in float32
+# Of counts that mean the same in every config: lists of so many names and params are made.
+_LAYER_BOUNDS: Bounds = (0, 1000)
+_NAMED_BOUNDS: dict[str, Bounds] = dict.fromkeys(
+    ("num_layers", "patch_layers", "latent_layers"), _LAYER_BOUNDS
+)
 _DTYPES = ("float32", "bfloat16", "float16")
 LEAST_FLOAT = 1e-12  # lower bound of floats that must be above 0
 MAX_SIZE = 2**24  # upper bound of sizes of layers and images
@@ -86,7 +91,8 @@ def _check_value(name: str, annotation: Any, value: Any, bounds: Bounds | None) 
     if annotation is str and name == "dtype" and value not in _DTYPES:
         raise ValueError(f"unknown dtype '{value}'; {did_you_mean(str(value), _DTYPES)}")
     if annotation in (int, float) and isinstance(value, int | float):
-        low, high = bounds or (_INT_BOUNDS if annotation is int else _FLOAT_BOUNDS)
+        usual = _INT_BOUNDS if annotation is int else _FLOAT_BOUNDS
+        low, high = bounds or _NAMED_BOUNDS.get(name, usual)
         if not low <= value <= high:  # False for NaN
             expected = f"in [{_short(low)}, {_short(high)}]"
             if value < low:

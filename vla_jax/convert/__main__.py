@@ -68,7 +68,8 @@ def _from_file(src: str, dst: str, options: ConvertConfig) -> None:
     source = weight_files.read(src)
     converter = CONVERTERS[kind_of_file(source, options)]
     config, params, report, norm_stats = converter.convert(source, options)
-    report = report._replace(ignored=source.ignored)
+    unusual = conversion_report.unusual(source.tensors)
+    report = report._replace(ignored=source.ignored, unusual=unusual)
     write_folder(
         dst,
         source,

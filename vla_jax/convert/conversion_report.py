@@ -10,12 +10,14 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
 from vla_jax.convert.arrays import as_numpy
 
 Shape = tuple[int, ...]
+_LARGE = 1e6  # magnitude above which a weight is named
 _MAX_NAMES = 6  # names listed in a sentence or a row of the table
 
 
@@ -29,6 +31,7 @@ class Report(NamedTuple):
     cast: Mapping[str, str]  # name -> dtype, cast to float32
     buffers: Mapping[str, Shape] = {}  # name -> shape of constants, not weights
     ignored: Sequence[str] = ()  # entries of the file other than its tensors
+    unusual: Mapping[str, str] = {}  # name -> what trained weights do not have, such as NaN
 
 
 def compare(
@@ -61,6 +64,27 @@ def compare(
         cast={name: dtype for name, dtype in dtypes.items() if dtype != "float32"},
         buffers=constants,
     )
+
+
+def unusual(tensors: Mapping[str, Any]) -> dict[str, str]:
+    """Returns name -> description of tensors with values that trained weights do not have.
+
+    Args:
+      tensors: name to array (NumPy, JAX or torch).
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        array = as_numpy(tensor)
+        if not array.size or not jnp.issubdtype(array.dtype, jnp.floating):
+            continue
+        low, high = float(array.min()), float(array.max())  # NaN if there is one
+        if not (math.isfinite(low) and math.isfinite(high)):
+            found[name] = "NaN or infinity"
+        elif max(-low, high) > _LARGE:
+            found[name] = f"values up to {max(-low, high):.2g}"
+        elif array.ndim > 1 and low == high:
+            found[name] = f"all values {low:.2g}"
+    return found
 
 
 def check(
@@ -140,6 +164,9 @@ def table(report: Report) -> Table:
     if report.cast:
         dtypes = sorted(set(report.cast.values()))
         shown.add_row("cast to float32", f"{len(report.cast)}", "", f"from {abbreviate(dtypes)}")
+    if report.unusual:
+        lines = [f"{name}: {words}" for name, words in report.unusual.items()]
+        shown.add_row("unusual values", f"{len(lines)}", "", abbreviate(lines))
     if report.ignored:
         shown.add_row("ignored, not tensors", "", "", abbreviate(report.ignored))
     return shown

@@ -120,6 +120,7 @@ def read_folder(folder: Path) -> TensorFile:
         source = json.loads(path.read_text(encoding="utf-8"))["source"]
         fields = ("dtypes", "prefix", "container", "metadata")
         dtypes, prefix, container, metadata = (source[name] for name in fields)
+        wrapped = source.get("wrapped", {})  # absent in earlier versions
     except (ValueError, KeyError) as error:
         raise ValueError(f"{path} is damaged ({error}); convert the file again.") from error
     left_over = pathlib.Path(folder) / _LEFT_OVER
@@ -134,7 +135,8 @@ def read_folder(folder: Path) -> TensorFile:
         }
     _warn_rounded(converted, cast)
     tensors = {name: others[name] if name in others else cast.pop(name) for name in dtypes}
-    return TensorFile({**tensors, **cast}, container, metadata=metadata)
+    restored = {wrapped.get(name, name): array for name, array in {**tensors, **cast}.items()}
+    return TensorFile(restored, container, metadata=metadata)
 
 
 def _kind_of_folder(folder: Path) -> str:
@@ -186,6 +188,7 @@ def _fill(
             "prefix": prefix,
             "container": source.container,
             "metadata": dict(source.metadata),
+            "wrapped": dict(source.wrapped),
         },
         "report": conversion_report.to_json(report),
     }

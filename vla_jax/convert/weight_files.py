@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 
 from vla_jax.convert.arrays import as_numpy
 from vla_jax.convert.conversion_report import abbreviate
+from vla_jax.convert.wrapper_names import unwrap
 from vla_jax.files import replacing
 
 Path = str | os.PathLike[str]
@@ -36,11 +37,13 @@ class TensorFile(NamedTuple):
     ignored: tuple[str, ...] = ()  # names of the other entries of a torch file
     metadata: Mapping[str, str] = {}  # metadata of a safetensors file
     path: Path = ""  # of the file that was read
+    wrapped: Mapping[str, str] = {}  # name -> name in the file, with that of a wrapper in it
 
 
 def read(path: Path) -> TensorFile:
     """Returns the tensors of a `.pt`, `.pth`, `.ckpt` or `.safetensors` file.
 
+    Names of wrappers such as torch.compile's `_orig_mod.` are removed from the names.
     Those of a PyTorch file are memory-mapped where its format allows it, and not to be changed.
 
     Raises:
@@ -56,7 +59,8 @@ def read(path: Path) -> TensorFile:
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty, expected a checkpoint; copy it again.")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    content = content._replace(path=path)
+    tensors, wrapped = unwrap(content.tensors, path)
+    content = content._replace(tensors=tensors, path=path, wrapped=wrapped)
     if not content.tensors:
         raise ValueError(f"{path} holds no tensors, expected a checkpoint; save it again.")
     return content
@@ -106,7 +110,7 @@ def _read_safetensors(path: pathlib.Path) -> TensorFile:
         raise ValueError(
             f"{path} has a dtype that NumPy lacks ({error}); save it again."
         ) from error
-    except safetensors.SafetensorError as error:
+    except (ValueError, safetensors.SafetensorError) as error:  # NumPy refuses a huge dimension
         raise ValueError(
             f"{path} is not a safetensors file, or a truncated one ({error}); copy it again."
         ) from error
@@ -114,11 +118,12 @@ def _read_safetensors(path: pathlib.Path) -> TensorFile:
 
 def _read_torch(path: pathlib.Path) -> TensorFile:
     torch = _torch()
+    is_zip = zipfile.is_zipfile(path)
+    if is_zip:
+        _check_crc(path)
     try:
         with warnings.catch_warnings(action="ignore"):  # errors become one sentence below
-            content = torch.load(
-                path, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(path)
-            )
+            content = torch.load(path, weights_only=True, map_location="cpu", mmap=is_zip)
     except Exception as error:  # torch.load raises many types
         raise ValueError(_why_unreadable(path, error)) from error
     container, tensors = _state_dict(path, content)
@@ -137,6 +142,21 @@ def _read_torch(path: pathlib.Path) -> TensorFile:
         )
     ignored = tuple(str(name) for name in content if container and name != container)
     return TensorFile({name: as_numpy(x) for name, x in tensors.items()}, container, ignored)
+
+
+def _check_crc(path: pathlib.Path) -> None:
+    """Compares the CRC-32 of every member of a zip file, which `torch.load` ignores.
+
+    Raises:
+      ValueError: a member is damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # zipfile raises many types
+        raise ValueError(f"{path} is a damaged zip file ({error}); copy it again.") from error
+    if damaged is not None:
+        raise ValueError(f"{path} is damaged: {damaged} differs from its checksum; copy it again.")
 
 
 def _state_dict(path: pathlib.Path, content: Any) -> tuple[str, Mapping[str, Any]]:
