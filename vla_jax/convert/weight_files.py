@@ -27,6 +27,7 @@ from vla_jax.files import replacing
 Path = str | os.PathLike[str]
 CONTAINERS = ("state_dict", "model_state_dict")  # Lightning and RoboVLMs; others
 SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
+_MOST_REPEATED = 2**30  # bytes of all views that repeat the numbers in a file
 
 
 class TensorFile(NamedTuple):
@@ -133,12 +134,15 @@ def _read_torch(path: pathlib.Path) -> TensorFile:
             f"{path} must hold tensors only, got other values in {abbreviate(foreign)}; remove "
             "them."
         )
-    limit = path.stat().st_size
-    views = [name for name, x in tensors.items() if x.numel() * x.element_size() > limit]
-    if views:  # of few numbers, repeated: they would be copied to memory
+    repeated = {  # views that are larger than what is stored of them are copied in full
+        name: x.numel() * x.element_size()
+        for name, x in tensors.items()
+        if x.numel() * x.element_size() > x.untyped_storage().nbytes()
+    }
+    if sum(repeated.values()) > _MOST_REPEATED:
         raise ValueError(
             f"{path} must hold its tensors in full, got larger ones than the file: "
-            f"{abbreviate(views)}; save their contiguous() copies."
+            f"{abbreviate(list(repeated))}; save their contiguous() copies."
         )
     ignored = tuple(str(name) for name in content if container and name != container)
     return TensorFile({name: as_numpy(x) for name, x in tensors.items()}, container, ignored)
