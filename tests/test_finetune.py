@@ -199,7 +199,7 @@ def test_a_run_that_cannot_be_fine_tuned_is_refused(cloned, tmp_path):
     ("field", "value", "sentence"),
     [
         ("gamma", 1.5, "gamma and trace_decay must be in"),
-        ("kl_weight", -1.0, "kl_weight must be >= 0, got -1.0"),
+        ("kl_weight", -1.0, "kl_weight must be at least 0, got -1.0"),
         ("num_episodes", 0, "num_episodes must be at least 1, got 0"),
     ],
 )

@@ -144,7 +144,7 @@ def test_an_arm_without_rotations_is_refused():
     [
         ({"delta": "euler"}, "unknown delta 'euler'; .* Did you mean 'euler_difference'"),
         ({"orientation": (-1, 4, 5)}, "orientation must be column indices of 0 or more, got"),
-        ({"radians": 0.0}, "radians must be positive, got 0.0"),
+        ({"radians": 0.0}, "radians must be at least 1e-12, got 0.0"),
     ],
 )
 def test_a_wrong_frame_is_refused(fields, sentence):
