@@ -579,6 +579,7 @@ def test_a_run_killed_five_times_equals_uninterrupted_bitwise(demos, tmp_path):
 def saved(run_dir):
     """Everything in the last checkpoint."""
     step = checkpoint.latest_step(run_dir / "checkpoints")
-    tree, metadata = checkpoint._stored(run_dir.absolute() / "checkpoints" / str(step))
+    tree, record = checkpoint._stored(run_dir.absolute() / "checkpoints" / str(step))
     path = run_dir.absolute() / "checkpoints" / str(step)
-    return checkpoint._load(path, checkpoint._as_numpy(tree)), metadata["loader"]
+    metadata = checkpoint.read_metadata(run_dir / "checkpoints")
+    return checkpoint._load(path, checkpoint._as_numpy(tree), record), metadata["loader"]
