@@ -57,7 +57,7 @@ def test_another_process_of_the_same_number_does_not_keep_the_lock(path):
         data = json.loads(path.read_text())
     path.write_text(json.dumps({**data, "started": "1"}))
     with hold(path):
-        pass
+        assert json.loads(path.read_text())["started"] == data["started"]
 
 
 @pytest.mark.parametrize("change", [{"host": "elsewhere"}, {"pid_namespace": "pid:[1]"}, None])

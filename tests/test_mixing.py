@@ -160,7 +160,7 @@ def test_parts_that_do_not_fit_are_refused(parts):
 
 
 def owner_of(batch):
-    """Returns the part of every window, told by the cameras that it has."""
+    """Returns the part of every window, identified by the cameras that it has."""
     mask = batch.observation.image_mask
     real = batch.timestep_mask[:, -1] | batch.timestep_mask[:, 0]
     assert real.all()

@@ -306,7 +306,7 @@ def test_values_up_to_the_margin_beyond_the_training_are_not_clipped():
     assert clipping.count_clipped(x, stats, "mean_std").tolist() == [0, 0]
 
 
-def test_the_share_of_actions_that_a_policy_cannot_send_is_told():
+def test_the_share_of_actions_that_a_policy_cannot_send_is_stated():
     rng = np.random.default_rng(0)
     action = np.append(rng.normal(0, 1, (1000, 2)), np.ones((1000, 1)), axis=1)
     stats, config = normalize.compute(action), normalize.NormalizeConfig(action="quantiles")

@@ -194,7 +194,7 @@ def test_what_is_not_a_picture_is_refused(case):
             function(image, settings)
 
 
-def test_missing_pillow_is_told_with_its_extra(monkeypatch):
+def test_missing_pillow_is_named_with_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ImportError, match=re.escape("pip install 'vla-jax[vlm]'")):
         preprocess.square(PICTURE, SquareSettings())

@@ -158,7 +158,7 @@ def test_missing_and_damaged_files_are_refused(tmp_path):
         tokenizers.read_tokenizer(path)
 
 
-def test_a_missing_package_is_told_with_its_extra(monkeypatch, tmp_path):
+def test_a_missing_package_is_named_with_its_extra(monkeypatch, tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text("{}")
     monkeypatch.setitem(sys.modules, "tokenizers", None)

@@ -71,7 +71,10 @@ def cache(config: ImitateConfig) -> list[pathlib.Path]:
     read_mixture(config.mixture, config.dataset)
     config = resolve(replace(config, frozen_backbone=True))
     check_backbone(config, param_shapes(config))
-    return [frame_tokens(*part[2:]).params_folder.parent for part in read_parts(config)]
+    return [
+        frame_tokens(part.config, part.dataset, part.norm_stats).params_folder.parent
+        for part in read_parts(config)
+    ]
 
 
 def frame_tokens(

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from train.configs import ImitateConfig
 from train.mixture_file import read_mixture
@@ -21,7 +21,7 @@ class DataPart(NamedTuple):
 
     name: str  # "" if it is the only one
     weight: float  # share of the batches, on any scale
-    config: ImitateConfig  # of the training, with this data set
+    config: Any  # of the training script, with this data set
     dataset: Dataset
     norm_stats: dict[str, NormStats]
 

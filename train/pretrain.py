@@ -17,7 +17,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +25,10 @@ import numpy as np
 import optax
 from einops import rearrange
 
-from train.data_parts import check_column_sizes
+from train.data_parts import DataPart, check_column_sizes
 from train.mixture_file import read_mixture
 from vla_jax import config as configs
 from vla_jax.acting import mixture_robots
-from vla_jax.acting.mixture_robots import MixtureRobot
 from vla_jax.backbones import registry
 from vla_jax.backbones.perceiver import PerceiverConfig, image_spec
 from vla_jax.command_line import run
@@ -49,7 +48,7 @@ from vla_jax.training.loop import LoopConfig, check_resume, fit, random_start
 from vla_jax.training.malloc import keep_freed_memory
 from vla_jax.training.optim import OptimConfig
 from vla_jax.training.run_lock import exclusive
-from vla_jax.training.update import TrainState, init_train_state, make_update
+from vla_jax.training.update import LossFn, TrainState, init_train_state, make_update
 from vla_jax.types import Array, Batch, Key, Metrics, Params
 
 
@@ -123,20 +122,10 @@ def pretrain(config: PretrainConfig) -> pathlib.Path:
     def init_state(key: Key) -> TrainState:
         return init_train_state(init_params(key, config.backbone, num_targets), optimizer)
 
-    def loss_fn(params: Params, batch: Batch, key: Key) -> tuple[jax.Array, Metrics]:
-        if config.augment_on == "device":
-            observation = device_augment.apply(key, batch.observation, config.augment)
-            batch = batch._replace(observation=observation)
-        predicted = read_out(params, config.backbone, batch)
-        expected = make_targets(batch)
-        mask = target_mask(batch, config.target, num_targets)
-        loss = losses.masked_mean(optax.losses.huber_loss(predicted, expected, delta=1.0), mask)
-        return loss, {"l1": losses.masked_mean(jnp.abs(predicted - expected), mask)}
-
     num_updates = config.loop.num_updates
     optimizer = optim.make_optimizer(config.optim, num_updates, shapes)
     update = make_update(
-        loss_fn,
+        make_loss(config, make_targets, num_targets),
         optimizer,
         freeze=config.optim.freeze,
         train=config.optim.train,
@@ -164,21 +153,31 @@ def pretrain(config: PretrainConfig) -> pathlib.Path:
     return run_dir
 
 
-class FramesPart(NamedTuple):
-    """One data set of the training."""
+def make_loss(
+    config: PretrainConfig, make_targets: Callable[[Batch], jax.Array], num_targets: int
+) -> LossFn:
+    """Returns the loss `loss_fn(params, batch, key) -> (loss, metrics)`: Huber, δ = 1.
 
-    name: str  # "" if it is the only one
-    weight: float  # share of the batches, on any scale
-    dataset: Dataset
-    norm_stats: dict[str, NormStats]
+    Args:
+      config: of the training.
+      make_targets: batch -> targets `[B, W, num_targets]`.
+      num_targets: their number.
+    """
 
-    @property
-    def robot(self) -> MixtureRobot:
-        """Returns everything that acting on the robot of the data set needs."""
-        return MixtureRobot(self.norm_stats, self.dataset.action_layout, tuple(self.dataset.frames))
+    def loss_fn(params: Params, batch: Batch, key: Key) -> tuple[jax.Array, Metrics]:
+        if config.augment_on == "device":
+            observation = device_augment.apply(key, batch.observation, config.augment)
+            batch = batch._replace(observation=observation)
+        predicted = read_out(params, config.backbone, batch)
+        expected = make_targets(batch)
+        mask = target_mask(batch, config.target, num_targets)
+        loss = losses.masked_mean(optax.losses.huber_loss(predicted, expected, delta=1.0), mask)
+        return loss, {"l1": losses.masked_mean(jnp.abs(predicted - expected), mask)}
+
+    return loss_fn
 
 
-def read_parts(config: PretrainConfig) -> list[FramesPart]:
+def read_parts(config: PretrainConfig) -> list[DataPart]:
     """Reads the demonstrations, one data set or those of a mixture.
 
     Raises:
@@ -186,15 +185,16 @@ def read_parts(config: PretrainConfig) -> list[FramesPart]:
     """
     parts = []
     for name, weight, dataset in read_mixture(config.mixture, config.dataset):
-        data = read_dataset(replace(config, dataset=dataset))
-        parts.append(FramesPart(name, weight, data, normalize.compute_norm_stats(data)))
+        own = replace(config, dataset=dataset)
+        data = read_dataset(own)
+        parts.append(DataPart(name, weight, own, data, normalize.compute_norm_stats(data)))
     if config.mixture:
         datasets = [part.dataset for part in parts]
         check_column_sizes(config.backbone, datasets, config.mixture)
     return parts
 
 
-def make_source(config: PretrainConfig, parts: Sequence[FramesPart]) -> WindowSource:
+def make_source(config: PretrainConfig, parts: Sequence[DataPart]) -> WindowSource:
     """Returns the frames of all parts, to draw from."""
     frames = {part.name: make_frames(config, part.dataset, part.norm_stats) for part in parts}
     return Mixed(frames, [part.weight for part in parts]) if config.mixture else frames[""]

@@ -163,14 +163,20 @@ def train(config: ScanConfig) -> pathlib.Path:
 
     # Test: greedy decoding of every command.
     if is_first_process():
-        params = averaged_params(train_state)
-        result = test(params, config.model, test_pairs)
-        metrics = read_metrics(run_dir / "metrics.jsonl")
-        result |= {"split": config.split, "train_seconds": train_seconds(metrics)}
-        save_json(result, run_dir / "test.json")
-        plot(run_dir, params, config.model, metrics)
-        print(f"{config.split}: exact match {result['exact_match']:.2%} of {result['commands']}")
+        report(config, run_dir, averaged_params(train_state), test_pairs)
     return run_dir
+
+
+def report(
+    config: ScanConfig, run_dir: pathlib.Path, params: Params, test_pairs: Sequence[Pair]
+) -> None:
+    """Tests the params, and writes `test.json` and the plots."""
+    result = test(params, config.model, test_pairs)
+    metrics = read_metrics(run_dir / "metrics.jsonl")
+    result |= {"split": config.split, "train_seconds": train_seconds(metrics)}
+    save_json(result, run_dir / "test.json")
+    plot(run_dir, params, config.model, metrics)
+    print(f"{config.split}: exact match {result['exact_match']:.2%} of {result['commands']}")
 
 
 def data_sets(config: ScanConfig) -> tuple[list[Pair], list[Pair]]:

@@ -29,7 +29,7 @@ _ONE_SIGNAL = 0.1  # s within which repeated signals count as one, as a launcher
 
 
 class Stop:
-    """Whether a signal has asked to stop; from `deferred`."""
+    """State of a request to stop, made by a signal; from `deferred`."""
 
     def __init__(self, work: str) -> None:
         """Notes the name of the work that is finished first, for the message."""

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from jobs import JOBS, PREPARATION, Job, contents, finish, folders_in, start, temporary
+from jobs import JOBS, Job, contents, folders_in, prepare, start, temporary
 
 PARTS = (0.02, 0.1, 0.3, 0.6, 0.9)  # of the bytes that the job writes, or of its largest file
 SPARE = 2**30  # bytes of a file system that is large enough
@@ -71,14 +71,7 @@ def run_job(job: Job) -> Iterator[Result]:
     """Yields what a job does on each disk."""
     with tempfile.TemporaryDirectory() as temp:
         root = pathlib.Path(temp)
-        for name in job.needs:
-            finish(start(PREPARATION[name], folders_in(root / "prepared")))
-        (root / "prepared").mkdir(exist_ok=True)
-        shutil.copytree(root / "prepared", root / "whole")
-        folders = folders_in(root / "whole")
-        finish(start(job.command, folders))
-        output = pathlib.Path(job.output.format(**folders))
-        expected = contents(output)
+        output, expected, _ = prepare(job, root)
         bytes_written = used(root / "whole") - used(root / "prepared")
         largest = max(path.stat().st_size for path in output.rglob("*") if path.is_file())
         for part in PARTS:

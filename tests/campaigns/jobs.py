@@ -3,8 +3,10 @@
 import hashlib
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
+import time
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -138,6 +140,28 @@ def arrays(item: pathlib.Path) -> str:
         whole.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
         whole.update(array.tobytes())
     return whole.hexdigest()[:12]
+
+
+class Whole(NamedTuple):
+    """A run without interruption."""
+
+    output: pathlib.Path  # folder that it wrote
+    files: dict[str, str]  # from `contents`
+    seconds: float
+
+
+def prepare(job: Job, root: pathlib.Path) -> Whole:
+    """Writes what a job reads into `root/prepared`, and runs it once in a copy, `root/whole`."""
+    for name in job.needs:
+        finish(start(PREPARATION[name], folders_in(root / "prepared")))
+    (root / "prepared").mkdir(exist_ok=True)
+    shutil.copytree(root / "prepared", root / "whole")
+    folders = folders_in(root / "whole")
+    begin = time.perf_counter()
+    finish(start(job.command, folders))
+    seconds = time.perf_counter() - begin
+    output = pathlib.Path(job.output.format(**folders))
+    return Whole(output, contents(output), seconds)
 
 
 def folders_in(root: pathlib.Path) -> dict[str, str]:

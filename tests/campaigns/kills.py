@@ -17,10 +17,9 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
 from typing import NamedTuple
 
-from jobs import JOBS, PREPARATION, Job, contents, finish, folders_in, start, temporary
+from jobs import JOBS, Job, contents, finish, folders_in, prepare, start, temporary
 
 KILLS_PER_RUN = 5  # at most; then the command runs to its end
 
@@ -52,15 +51,7 @@ def run_job(job: Job, kills: int, rng: random.Random) -> Result:
     """Kills a job so many times, and compares the runs that ended."""
     with tempfile.TemporaryDirectory() as temp:
         root = pathlib.Path(temp)
-        for name in job.needs:
-            finish(start(PREPARATION[name], folders_in(root / "prepared")))
-        (root / "prepared").mkdir(exist_ok=True)
-        shutil.copytree(root / "prepared", root / "whole")
-        folders = folders_in(root / "whole")
-        begin = time.perf_counter()
-        finish(start(job.command, folders))
-        seconds = time.perf_counter() - begin
-        expected = contents(pathlib.Path(job.output.format(**folders)))
+        _, expected, seconds = prepare(job, root)
         done = unfinished = runs = 0
         differing, left = set(), set()
         while done < kills:

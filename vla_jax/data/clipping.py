@@ -1,4 +1,4 @@
-"""Values that normalisation clips: counted, and told at the start of a training."""
+"""Values that normalisation clips: counts, and warnings at the start of a training."""
 
 import warnings
 
