@@ -256,7 +256,7 @@ def save_params(path: Path, params: Params) -> None:
       OSError: the folder cannot be written.
     """
     path = pathlib.Path(path).absolute()
-    with orbax_errors.quiet(), orbax_errors.one_sentence(path.parent), orbax_errors.collected():
+    with orbax_errors.quiet(), orbax_errors.one_sentence(path.parent):
         record = step_record.make({}, {"params": params}, None)
         _orbax().save(path, {"params": params}, custom_metadata=record)
 

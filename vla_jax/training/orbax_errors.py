@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +21,8 @@ _PENDING = 0.1  # s to wait until the other reads or writes of a checkpoint have
 def one_sentence(directory: Any) -> Iterator[None]:
     """Turns any error of a save into one OSError, and deletes its partial files."""
     try:
-        yield
+        with collected():
+            yield
     except Exception as error:  # a full disk is a ValueError of TensorStore, or an OSError
         for partial in pathlib.Path(directory).glob("*.orbax-checkpoint-tmp"):
             shutil.rmtree(partial, ignore_errors=True)
@@ -53,29 +55,39 @@ def collected() -> Iterator[None]:
             time.sleep(_PENDING)
             # Python reports the other failures when it collects the frames that refer to them:
             # collect these here, where the reports are ignored.
-            traceback.clear_frames(error.__traceback__)
-            gc.collect()
+            for cause in _chain(error):
+                traceback.clear_frames(cause.__traceback__)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+                gc.collect()
             raise
 
 
 @contextlib.contextmanager
 def _quiet_pending() -> Iterator[None]:
-    """Ignores what ends after one read or write has failed, when Orbax has closed its event loop.
+    """Ignores what ends, or never starts, after one read or write of Orbax has failed.
 
     Python reports them through `sys.unraisablehook`, which is restored at the end; every other
     report passes.
     """
     hook = sys.unraisablehook
 
-    def ignore_closed_loop(report: Any) -> None:
-        if str(report.exc_value) != "Event loop is closed":
+    def ignore_pending(report: Any) -> None:
+        if not str(report.exc_value).endswith(("Event loop is closed", "was never awaited")):
             hook(report)
 
-    sys.unraisablehook = ignore_closed_loop
+    sys.unraisablehook = ignore_pending
     try:
         yield
     finally:
         sys.unraisablehook = hook
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields an error and those that it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 @contextlib.contextmanager
