@@ -18,7 +18,8 @@ FILES = sorted(
 )
 HEAVY = (
     "torch", "mujoco", "gymnasium", "grain", "pyarrow", "av", "PIL", "matplotlib", "tensorboardX",
-    "tokenizers", "h5py", "google_crc32c", "array_record",
+    "tokenizers", "h5py", "google_crc32c", "array_record", "msgpack", "websockets",
+    "prometheus_client",
 )  # fmt: skip
 
 

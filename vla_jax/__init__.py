@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         nn,
         policies,
         rl,
+        serving,
         training,
     )
     from vla_jax.acting.agent import AgentConfig, make_agent
@@ -72,6 +73,7 @@ __all__ = [
     "nn",
     "policies",
     "rl",
+    "serving",
     "step_policy",
     "training",
 ]

@@ -1,0 +1,1 @@
+"""Policies as a service: wire format, sessions with memory, server and client."""
