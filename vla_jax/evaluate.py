@@ -3,6 +3,7 @@
     python -m vla_jax.evaluate RUN_DIR
     python -m vla_jax.evaluate RUN_DIR --mode persistent --num-episodes 500
     python -m vla_jax.evaluate RUN_DIR --reference expert_ignoring_colour --world table_mujoco
+    python -m vla_jax.evaluate RUN_DIR --remote ws://127.0.0.1:8000
 
 Writes into `RUN_DIR/evaluation/NAME`: a line per episode in `episodes.jsonl`, videos, and
 `summary.json`; `RUN_DIR/index.html` shows them. An interrupted evaluation is resumed by the same
@@ -13,11 +14,9 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-import re
 import shlex
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
@@ -25,79 +24,22 @@ from rich.console import Console
 
 from vla_jax import config as configs
 from vla_jax import folder_lock, stopping
-from vla_jax.acting.agent import AgentConfig, Mode
-from vla_jax.acting.rollout import (
-    Controller,
-    Outcome,
-    RecordedEpisode,
-    SimulatorView,
-    run_simulators,
-)
-from vla_jax.actions.execution import Kind
-from vla_jax.backbones import registry
+from vla_jax.acting.agent import AgentConfig
+from vla_jax.acting.rollout import Outcome, RecordedEpisode, SimulatorView, run_simulators
 from vla_jax.command_line import exit_codes, parse
-from vla_jax.config import checked
 from vla_jax.envs import worlds
-from vla_jax.envs.worlds import WorldConfig, find_reference, make_simulator
+from vla_jax.envs.worlds import WorldConfig, make_simulator
 from vla_jax.evaluation import players, report, results, video
-from vla_jax.evaluation.players import Player
 from vla_jax.evaluation.results import Latency, Summary
+from vla_jax.evaluation_setup import EvaluateConfig, EvaluationSetup, make_setup
 from vla_jax.files import Path, read_json, write_json, write_json_lines
-from vla_jax.policies import trunks
-from vla_jax.runs import Run, load_run, read_world
+from vla_jax.runs import Run
 from vla_jax.training.progress import progress_bar
 from vla_jax.types import Simulator, SuccessRule
 
-# Options of `EvaluateConfig` that a reference does not have.
-_POLICY_OPTIONS = (
-    "step", "robot", "mode", "window_size", "instruction_steps", "exec_kind", "exec_horizon"
-)  # fmt: skip
+_DEFAULTS = EvaluateConfig()
 _VIDEO_SIZE = 320  # pixels along each side
 _RENDERED_SIZE = 160  # pixels of the images that a JAX environment renders for a video
-
-
-@dataclass(frozen=True)
-@checked(instruction_steps=(-1, 2**31 - 1))
-class EvaluateConfig:
-    """Episodes, environment and execution of an evaluation; None means as in training."""
-
-    name: str | None = None  # folder inside RUN_DIR/evaluation; None = made from the options below
-    num_episodes: int = 120  # episodes, one per seed
-    first_seed: int = 1_000_000  # seeds count up from here; those of demonstrations start at 0
-    num_simulators: int = 16  # simulators stepped in parallel: the batch size of the policy
-    num_videos: int = 6  # episodes to record, the first ones
-    overwrite: bool = False  # delete an earlier evaluation of this name
-    step: int | None = None  # checkpoint to evaluate, in updates; None = the latest
-    robot: str | None = None  # data set of a mixture whose robot acts; None without a mixture
-    mode: Mode | None = None  # streaming mode: refresh, periodic or persistent
-    window_size: int | None = None  # W, in environment steps
-    instruction_steps: int | None = None  # initial steps with a visible instruction; -1 = all
-    exec_kind: Kind | None = None  # rule that selects actions from predicted chunks
-    exec_horizon: int | None = None  # steps of a chunk that receding_horizon executes
-    world: str | None = None  # kind of environment, such as table_jax; None = that of the run
-    env_id: str | None = None  # id of a registered Gymnasium environment, for world "gymnasium"
-    reference: str | None = None  # reference policy of the world to run instead, such as "expert"
-
-    def __post_init__(self):
-        """Checks the counts and the name."""
-        for name, least in (("num_episodes", 1), ("num_simulators", 1), ("num_videos", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
-        if not 0 <= self.first_seed < 2**31 - self.num_episodes:
-            raise ValueError(
-                f"first_seed must be in [0, 2^31 - num_episodes), got {self.first_seed}."
-            )
-        for name in _POLICY_OPTIONS if self.reference else ():
-            if getattr(self, name) is not None:
-                raise ValueError(
-                    f"{name} must be None with reference '{self.reference}', which needs no "
-                    f"policy, got {getattr(self, name)}; omit it."
-                )
-        if self.name is not None and not re.fullmatch(r"\w[\w.-]*", self.name):
-            raise ValueError(
-                "name must be letters, digits and '_-.', not starting with '-' or '.', got "
-                f"'{self.name}'; choose another."
-            )
 
 
 class _Probe(NamedTuple):
@@ -106,16 +48,6 @@ class _Probe(NamedTuple):
     control_hz: float
     success_rule: SuccessRule
     latency: Latency | None  # None for a reference
-
-
-class _Setup(NamedTuple):
-    """Controller and environment of an evaluation."""
-
-    folder: pathlib.Path
-    settings: dict[str, Any]  # everything that the outcomes depend on
-    world: WorldConfig
-    controller: Controller
-    player: Player | None  # None for a reference
 
 
 def evaluate(
@@ -138,14 +70,17 @@ def evaluate(
       RuntimeError: every episode crashed: an exception, or actions that are not finite.
     """
     config = config or EvaluateConfig()
-    reference = config.reference
-    setup = _reference(run, config, reference) if reference else _policy(run, config)
+    setup = make_setup(run, config)
     probe = _probe(setup, config)
     _open(setup, overwrite=config.overwrite)
     seeds = range(config.first_seed, config.first_seed + config.num_episodes)
-    with folder_lock.hold(
-        setup.folder / ".lock", f"evaluation {setup.folder}", "choose another --name"
+    with (
+        folder_lock.hold(
+            setup.folder / ".lock", f"evaluation {setup.folder}", "choose another --name"
+        ),
+        contextlib.ExitStack() as stack,
     ):
+        stack.callback(setup.disconnect)
         played = _play_all(setup, config, seeds, probe.control_hz, console)
     summary = results.summarize((played[seed] for seed in seeds), latency=probe.latency)
     first_error = next((o.error for o in played.values() if o.error), "")
@@ -167,7 +102,7 @@ def evaluate(
 
 
 def _play_all(
-    setup: _Setup,
+    setup: EvaluationSetup,
     config: EvaluateConfig,
     seeds: Sequence[int],
     control_hz: float,
@@ -194,89 +129,7 @@ def _play_all(
     return played
 
 
-def _policy(run: Run | Path, config: EvaluateConfig) -> _Setup:
-    if isinstance(run, Run) and config.step not in (None, run.step):
-        raise ValueError(
-            f"step must be {run.step} as in the loaded run, got {config.step}; give the run's "
-            "folder instead."
-        )
-    if isinstance(run, Run) and config.robot not in (None, run.robot):
-        raise ValueError(
-            f"robot must be {run.robot} as in the loaded run, got {config.robot}; give the run's "
-            "folder instead."
-        )
-    run = run if isinstance(run, Run) else load_run(run, step=config.step, robot=config.robot)
-    agent = _agent(run.agent, config)
-    world = _world(run.world, config, registry.image_size(agent.policy.backbone))
-    player = players.make_player(agent, run.norm_stats, run.params, window_size=config.window_size)
-    settings = {
-        "agent": configs.to_dict(agent),
-        "window_size": config.window_size or agent.policy.decoder.window_size,
-        "checkpoint": run.step,
-        "world": configs.to_dict(world),
-        **({} if run.robot is None else {"robot": run.robot}),
-    }
-    name = config.name or _name(agent, config, run.robot)
-    return _Setup(run.folder / "evaluation" / name, settings, world, player.controller, player)
-
-
-def _reference(run: Run | Path, config: EvaluateConfig, reference: str) -> _Setup:
-    folder = run.folder if isinstance(run, Run) else pathlib.Path(run)
-    world = _world(read_world(folder), config, image_size=0)  # references use the state
-    controller = players.reference_controller(find_reference(world.kind, reference))
-    settings = {"reference": reference, "world": configs.to_dict(world)}
-    name = config.name or _join(reference, config.world, config.env_id)
-    return _Setup(folder / "evaluation" / name, settings, world, controller, None)
-
-
-def _agent(agent: AgentConfig, config: EvaluateConfig) -> AgentConfig:
-    """Returns the run's agent config with the options of the evaluation."""
-    execution = _given({"kind": config.exec_kind, "exec_horizon": config.exec_horizon})
-    acting = _given({"mode": config.mode, "instruction_steps": config.instruction_steps})
-    executing = dataclasses.replace(agent.execution, **execution)
-    return dataclasses.replace(agent, **acting, execution=executing)
-
-
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _world(saved: WorldConfig | None, config: EvaluateConfig, image_size: int) -> WorldConfig:
-    """Returns the config of the environment, with images of the policy's size."""
-    kind = config.world or (saved.kind if saved else None)
-    if kind is None:
-        raise ValueError(
-            f"the run has no world.json; choose with --world from {', '.join(worlds.WORLDS)}."
-        )
-    options = {} if saved is None else configs.to_dict(saved)
-    options |= {"image_size": image_size, "env_id": config.env_id or options.get("env_id")}
-    cls = worlds.get(kind).config
-    fields = {field.name for field in dataclasses.fields(cls)}
-    if config.env_id and "env_id" not in fields:
-        raise ValueError(f"env_id must be None in {kind}, got '{config.env_id}'; leave it out.")
-    kept = {name: value for name, value in _given(options).items() if name in fields}
-    return configs.from_dict(cls, {**kept, "kind": kind})
-
-
-def _name(agent: AgentConfig, config: EvaluateConfig, robot: str | None) -> str:
-    """Returns the default name of an evaluation, made from its settings."""
-    decoder = agent.policy.decoder
-    memory = [agent.mode]
-    if agent.mode != "persistent":
-        memory.append(str(config.window_size or decoder.window_size))
-    parts = memory if trunks.get(decoder.kind).has_memory else ["memoryless"]
-    if config.instruction_steps is not None:
-        parts.append(f"instruction{config.instruction_steps}")
-    options = (config.exec_kind, config.exec_horizon, config.world, config.env_id, config.step)
-    return _join(*parts, robot, *options)
-
-
-def _join(*options: Any) -> str:
-    """Returns a folder name made of the options that are set."""
-    return re.sub(r"[^\w.-]", "_", "-".join(str(o) for o in options if o is not None))
-
-
-def _open(setup: _Setup, *, overwrite: bool) -> None:
+def _open(setup: EvaluationSetup, *, overwrite: bool) -> None:
     """Makes the folder, or checks that the episodes in it have the same settings."""
     path = setup.folder / "settings.json"
     if overwrite:
@@ -303,21 +156,26 @@ def _read_settings(path: pathlib.Path) -> dict[str, Any]:
     return settings
 
 
-def _probe(setup: _Setup, config: EvaluateConfig) -> _Probe:
+def _probe(setup: EvaluationSetup, config: EvaluateConfig) -> _Probe:
     """Resets a simulator and times the policy: missing packages fail before the first episode."""
     with contextlib.closing(make_simulator(setup.world)) as simulator:
         observation = simulator.reset(config.first_seed)
         if config.num_videos:
             video.check_packages()
             _draw(simulator)
-        if setup.player is None:
+        if not setup.is_timed:
             return _Probe(simulator.control_hz, simulator.success_rule, None)
         view = SimulatorView(observation, simulator.instruction, 0, config.first_seed, simulator)
-        latency = players.measure_latency(setup.controller, view)
+        try:
+            latency = players.measure_latency(setup.controller, view)
+        finally:
+            setup.disconnect()
         return _Probe(simulator.control_hz, simulator.success_rule, latency)
 
 
-def _play(setup: _Setup, config: EvaluateConfig, seeds: Sequence[int]) -> Iterator[RecordedEpisode]:
+def _play(
+    setup: EvaluationSetup, config: EvaluateConfig, seeds: Sequence[int]
+) -> Iterator[RecordedEpisode]:
     """Plays the episodes to record, then the others; those of a JAX environment in one scan."""
     videos = range(config.first_seed, config.first_seed + config.num_videos)
     rest = [seed for seed in seeds if seed not in videos]
@@ -330,8 +188,8 @@ def _play(setup: _Setup, config: EvaluateConfig, seeds: Sequence[int]) -> Iterat
         video_seeds=videos,
         draw=_draw,
     )
-    if setup.player is not None and make_env is not None:
-        for outcome in setup.player.play_env(make_env(setup.world), rest):
+    if setup.play_env is not None and make_env is not None:
+        for outcome in setup.play_env(make_env(setup.world), rest):
             yield RecordedEpisode(outcome, [], np.zeros((0, 0)))
         return
     make = functools.partial(make_simulator, setup.world)
@@ -349,7 +207,7 @@ def _draw(simulator: Simulator) -> np.ndarray:
     return simulator.draw(_VIDEO_SIZE)
 
 
-def _keep(setup: _Setup, episode: RecordedEpisode, fps: float) -> None:
+def _keep(setup: EvaluationSetup, episode: RecordedEpisode, fps: float) -> None:
     """Writes the video, then the outcome, so that a listed episode is complete."""
     outcome = episode.outcome
     if episode.video and not outcome.error:
@@ -376,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def arguments(
         run_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")],
-        config: Annotated[EvaluateConfig, tyro.conf.arg(name="")] = EvaluateConfig(),
+        config: Annotated[EvaluateConfig, tyro.conf.arg(name="")] = _DEFAULTS,
     ) -> tuple[str, EvaluateConfig]:
         """Plays a run's policy in closed loop and shows its success rate per task.
 
