@@ -6,6 +6,7 @@ import pytest
 
 COMMANDS = {
     "evaluate": ("vla_jax.evaluate", ["run"]),
+    "export": ("vla_jax.export", ["run", "out"]),
     "convert": ("vla_jax.convert.__main__", ["model.pt", "out"]),
 }
 

@@ -9,7 +9,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPTS = (
     *(f"train.{path.stem}" for path in sorted((ROOT / "train").glob("[a-z]*.py"))),
-    *("vla_jax.evaluate", "vla_jax.convert", "vla_jax.convert_data", "vla_jax.inspect_data"),
+    *(f"vla_jax.{name}" for name in ("evaluate", "convert", "convert_data", "export")),
+    "vla_jax.inspect_data",
 )
 LATE = (
     "orbax", "tensorstore", "scipy", "matplotlib", "grain", "torch", "transformers", "mujoco",

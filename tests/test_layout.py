@@ -11,7 +11,7 @@ LAYERS = (  # a file imports only from its own layer and those above, without cy
     "types", "processes", "files", "stopping", "folder_lock", "config", "trees", "command_line",
     "nn", "actions", "envs", "data", "backbones", "policies", "training", "acting", "runs",
     "convert", "evaluation", "rl", "serving",
-    "evaluation_setup", "evaluate", "inspect_data", "convert_data",
+    "evaluation_setup", "evaluate", "export", "inspect_data", "convert_data",
 )  # fmt: skip
 FILES = sorted(
     path for folder in ("vla_jax", "train", "tests") for path in (ROOT / folder).rglob("*.py")
@@ -19,7 +19,7 @@ FILES = sorted(
 HEAVY = (
     "torch", "mujoco", "gymnasium", "grain", "pyarrow", "av", "PIL", "matplotlib", "tensorboardX",
     "tokenizers", "h5py", "google_crc32c", "array_record", "msgpack", "websockets",
-    "prometheus_client",
+    "prometheus_client", "flatbuffers",
 )  # fmt: skip
 
 

@@ -262,14 +262,14 @@ def _prepare(
             column = normalize.normalize(column, stats, getattr(config.normalize, name))
         column = column if stats is not None else None
         if column is not None or name in config.missing_parts:
-            column, masks[name] = _widen(column, config, name, len(age))
+            column, masks[name] = _widen(column, config, name, age.shape[0])
         columns[name] = column
     instruction = observation.instruction
     if instruction is not None:
         visible = (config.instruction_steps == ALWAYS) | (age < config.instruction_steps)
         instruction = jnp.where(visible[:, None], instruction, read_instruction(config, ""))
     masks = {name: mask for name, mask in masks.items() if mask is not None}
-    observation = _mask_cameras(config, observation, len(age))
+    observation = _mask_cameras(config, observation, age.shape[0])
     return observation._replace(**columns, instruction=instruction, column_mask=masks or None)
 
 

@@ -47,7 +47,7 @@ def embed(
     return sequence.place(
         text,
         ids,
-        unfold_cameras(tokens, len(ids)),
+        unfold_cameras(tokens, ids.shape[0]),
         vocab_size=config.language.vocab_size,
         learned=None if learned is None else learned_scale * learned,
     )
@@ -61,7 +61,7 @@ def map_images(encode: Callable[[jax.Array], Any], images: jax.Array, config: An
       images: `[I, ...]`.
       config: of the model.
     """
-    num_images, size = len(images), config.options.images_per_pass
+    num_images, size = images.shape[0], config.options.images_per_pass
     if not 0 < size < num_images:
         return encode(images)
     num_passes = -(-num_images // size)

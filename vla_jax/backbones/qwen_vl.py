@@ -133,7 +133,7 @@ def hidden_states(
     tokens, added = camera_images.map_images(encode_pass, patches, config)
 
     def place(text: jax.Array, tokens: jax.Array, learned: Array | None = None) -> jax.Array:
-        tokens = camera_images.unfold_cameras(tokens, len(ids))
+        tokens = camera_images.unfold_cameras(tokens, ids.shape[0])
         return sequence.place(text, ids, tokens, vocab_size=language.vocab_size, learned=learned)
 
     embeddings = rotary_decoder.embed(params["language"], language, ids)

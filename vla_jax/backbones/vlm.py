@@ -226,7 +226,7 @@ def embed_step(
         ids, images = sequence.hide_cameras(ids, images, inputs.real)
     present = inputs.present
     if inputs.proprio is not None and present is None:
-        present = jnp.ones(len(ids), bool)
+        present = jnp.ones(ids.shape[0], bool)
     step = EmbeddedStep(model.embed(params, config, ids, images), ids, inputs.proprio, present)
     lead = inputs.lead
     return jax.tree.map(lambda part: jnp.reshape(part, (*lead, *part.shape[1:])), step)

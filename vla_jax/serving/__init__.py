@@ -1,1 +1,1 @@
-"""Policies as a service: wire format, sessions with memory, server and client."""
+"""Policies as a service: wire format, sessions with memory, server, client, and export."""
