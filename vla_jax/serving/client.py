@@ -231,7 +231,7 @@ class Client:
         is_local = urllib.parse.urlsplit(self._url).hostname in ("127.0.0.1", "localhost", "::1")
         self._socket = self._opened.enter_context(
             connect(
-                self._url,
+                _naming_session(self._url, self.session_id),
                 compression=None,
                 max_size=None,
                 additional_headers=self._headers,
@@ -259,6 +259,15 @@ def _check_url(url: str) -> str:
     if parts.scheme not in ("ws", "wss") or not parts.hostname:
         raise ValueError(f"url must be ws://HOST:PORT or wss://HOST:PORT, got '{url}'.")
     return url
+
+
+def _naming_session(url: str, session_id: str) -> str:
+    """Returns the URL with the query `session_id`, by which a proxy chooses among servers."""
+    parts = urllib.parse.urlsplit(url)
+    query = urllib.parse.parse_qsl(parts.query, keep_blank_values=True)
+    if "session_id" not in dict(query):
+        query.append(("session_id", session_id))
+    return urllib.parse.urlunsplit(parts._replace(query=urllib.parse.urlencode(query)))
 
 
 def _websocket_error() -> type[Exception]:
