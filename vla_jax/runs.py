@@ -195,8 +195,6 @@ def load_run(run_dir: Path, *, step: int | None = None, robot: str | None = None
         mixture is unknown or not given.
     """
     folder = pathlib.Path(run_dir)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"run folder {folder} is missing; train first, or give another.")
     agent = read_agent(folder)
     _check_files(agent)
     statistics = normalize.read_norm_stats(folder / "norm_stats.json")
@@ -224,10 +222,12 @@ def read_agent(run_dir: Path) -> AgentConfig:
     """Returns the agent's config of a run folder, which reads the folder's own files.
 
     Raises:
-      FileNotFoundError: there is no `agent.json`.
+      FileNotFoundError: there is no such folder, or no `agent.json` in it.
       ValueError: the file is damaged.
     """
     folder = pathlib.Path(run_dir)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"run folder {folder} is missing; train first, or give another.")
     return _with_files(configs.load(AgentConfig, folder / "agent.json"), folder)
 
 

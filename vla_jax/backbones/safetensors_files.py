@@ -122,7 +122,8 @@ def write(path: pathlib.Path, entries: Sequence[Entry], read: Callable[[str], np
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for entry in entries:
-            np.asarray(read(entry.name), entry.dtype).tofile(file)
+            array = np.ascontiguousarray(read(entry.name), entry.dtype)
+            file.write(array.reshape(-1).view(np.uint8).data)  # `tofile` hides why it failed
 
 
 def _find_by_index(folder: pathlib.Path) -> dict[str, StoredTensor]:
