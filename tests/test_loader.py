@@ -1,6 +1,7 @@
 """Endless batches: order, shards, resuming."""
 
 import json
+import multiprocessing
 import sys
 
 import numpy as np
@@ -129,6 +130,17 @@ def test_worker_processes_give_the_same_batches_and_resume_exactly():
         next(batches)
         batches.set_state(state)
         assert_same(expected[4:], take(batches, 5))
+
+
+@pytest.mark.slow
+def test_a_killed_worker_process_ends_with_one_sentence():
+    with loader.make_loader(make_source(), LoaderConfig(batch_size=5, num_workers=2)) as batches:
+        next(batches)
+        multiprocessing.active_children()[0].kill()
+        with pytest.raises(
+            ChildProcessError, match=r"code -9.*to resume, with fewer --num-workers"
+        ):
+            take(batches, 20)
 
 
 def test_augmentation_differs_between_epochs():

@@ -1,6 +1,7 @@
 """Demonstrations on disk: successful episodes, labelled with the expert's own action."""
 
 import dataclasses
+import multiprocessing
 
 import jax
 import numpy as np
@@ -85,6 +86,20 @@ def test_recording_mujoco_equals_playing_in_one_process(tmp_path):
     assert episode_instructions(data) == tuple(e.instruction for e in episodes)
     actions = np.concatenate([e.action for e in episodes])
     np.testing.assert_allclose(data.columns["action"], actions, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_a_recording_with_one_sentence(tmp_path):
+    world = mujoco_env.MujocoTableConfig(image_size=0)
+    config = RecordConfig(str(tmp_path / "demos"), world, num_episodes=100, num_processes=1)
+
+    def kill(count):
+        if count == 1:
+            multiprocessing.active_children()[0].kill()
+
+    with pytest.raises(RuntimeError, match=r"was killed.*record again with fewer --num-processes"):
+        record(config, on_episode=kill)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_disturbance_makes_the_motion_differ_from_the_labels():

@@ -9,12 +9,15 @@ data thus covers states off the expert's path, with labels that lead back to it 
 which cause missed grasps and dropped blocks, and recoveries from them.
 """
 
+import contextlib
 import math
 import multiprocessing
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 
 import jax
@@ -88,6 +91,7 @@ def record(config: RecordConfig, *, on_episode: OnEpisode | None = None) -> path
 
     Raises:
       ValueError: the environment has no expert.
+      RuntimeError: a process was killed.
     """
     world = worlds.get(config.world.kind)
     if "expert" not in world.references:
@@ -101,14 +105,15 @@ def record(config: RecordConfig, *, on_episode: OnEpisode | None = None) -> path
         played = _in_parallel(world.make_env(config.world), config)
     else:
         played = _in_processes(config)
-    folder = writer.write(
-        config.dataset,
-        _successes(played, config.num_episodes, on_episode),
-        fps=control_hz,
-        robot_type=config.world.kind,
-        names=world.names,
-        overwrite=config.overwrite,
-    )
+    with contextlib.closing(played):  # ends its processes, after an error too
+        folder = writer.write(
+            config.dataset,
+            _successes(played, config.num_episodes, on_episode),
+            fps=control_hz,
+            robot_type=config.world.kind,
+            names=world.names,
+            overwrite=config.overwrite,
+        )
     configs.save(config, folder / SETTINGS)
     return folder
 
@@ -180,7 +185,7 @@ def _successes(
     print(f"kept {num_successes} of {num_episodes} episodes", file=sys.stderr)
 
 
-def _in_parallel(env: Env, config: RecordConfig) -> Iterator[Episode | None]:
+def _in_parallel(env: Env, config: RecordConfig) -> Generator[Episode | None, None, None]:
     """Plays chunks of episodes in parallel on the device; chunk n uses random key n."""
     shapes = jax.eval_shape(lambda key: collect(env, key, 1), jax.random.key(0))
     arrays = jax.tree.leaves((shapes.observation, shapes.action))
@@ -208,16 +213,29 @@ def _episode(
     )
 
 
-def _in_processes(config: RecordConfig) -> Iterator[Episode | None]:
+def _in_processes(config: RecordConfig) -> Generator[Episode | None, None, None]:
     """Plays episodes in several processes with one simulator each."""
     starts = range(0, config.num_episodes, EPISODES_PER_JOB)
     stops = (min(start + EPISODES_PER_JOB, config.num_episodes) for start in starts)
     jobs = [(config, range(*seeds)) for seeds in zip(starts, stops, strict=True)]
     num_processes = config.num_processes or os.cpu_count() or 1
     # spawn: a fork of a process that runs JAX threads may hang.
-    with multiprocessing.get_context("spawn").Pool(num_processes, _start_process) as pool:
-        for episodes in pool.imap(_play, jobs):
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(num_processes, len(jobs)), context, _start_process)
+    try:
+        for episodes in pool.map(_play, jobs):
             yield from episodes
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            "a process that played episodes was killed, perhaps for lack of memory; record again "
+            "with fewer --num-processes."
+        ) from error
+    except BaseException:  # the recording ends early
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _start_process() -> None:

@@ -5,8 +5,9 @@
 
 Each job first runs without limits. Then it runs where it can write only a part of those bytes: on a
 small file system of its own, which root may mount, and with a limit of the size of each file
-(RLIMIT_FSIZE). It must end with one sentence and leave no temporary file. With enough space, the
-same command must then succeed with the same files.
+(RLIMIT_FSIZE); on a read-only file system; and as a user who may only read the folder. It must end
+with one sentence and leave no temporary file. With enough space, the same command must then succeed
+with the same files. The children are forked, as in `kills.py`.
 """
 
 import argparse
@@ -19,9 +20,11 @@ import tempfile
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from jobs import JOBS, Job, contents, folders_in, prepare, start, temporary
+import forked
+from jobs import JOBS, Job, contents, folders_in, prepare, temporary
 
 PARTS = (0.02, 0.1, 0.3, 0.6, 0.9)  # of the bytes that the job writes, or of its largest file
+NOBODY = 65534  # id of a user without rights
 SPARE = 2**30  # bytes of a file system that is large enough
 
 
@@ -57,11 +60,12 @@ def used(folder: pathlib.Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def judge(process: subprocess.Popen[str]) -> tuple[str, str]:
-    """Waits for a process; returns its outcome and the last line that it printed."""
-    output, _ = process.communicate()
+def judge(command: forked.Command) -> tuple[str, str]:
+    """Waits for a command; returns its outcome and the last line that it printed."""
+    code = command.end()
+    output = command.output()
     last = output.strip().splitlines()[-1] if output.strip() else ""
-    if process.returncode == 0:
+    if code == 0:
         return "ended", last
     is_sentence = last.startswith("error: ") and "Traceback" not in output
     return ("sentence", last) if is_sentence else ("traceback", output[-1500:])
@@ -80,6 +84,7 @@ def run_job(job: Job) -> Iterator[Result]:
             for part in PARTS:
                 yield small_disk(job, root, int(part * bytes_written), expected)
             yield small_disk(job, root, None, expected)
+            yield not_owned(job, root, expected)
 
 
 def limited_files(job: Job, root: pathlib.Path, size: int, expected: dict[str, str]) -> Result:
@@ -87,11 +92,24 @@ def limited_files(job: Job, root: pathlib.Path, size: int, expected: dict[str, s
     folder = root / f"files_{size}"
     shutil.copytree(root / "prepared", folder)
     folders = folders_in(folder)
-    outcome, words = judge(start(job.command, folders, file_bytes=size))
-    output = pathlib.Path(job.output.format(**folders))
-    left = temporary(output)
-    differing = again(job, folders, expected)
+    limits = forked.Limits(file_bytes=size)
+    outcome, words = judge(forked.Command(job.words(folders), root / "log", limits))
+    left = temporary(pathlib.Path(job.output.format(**folders)))
+    differing = again(job, root, folders, expected)
     return Result(f"files of {size} bytes", outcome, words, tuple(left), differing)
+
+
+def not_owned(job: Job, root: pathlib.Path, expected: dict[str, str]) -> Result:
+    """Runs a job as a user who may read the folder, and not write it."""
+    folder = root / "not_owned"
+    shutil.copytree(root / "prepared", folder)
+    root.chmod(0o755)
+    folders = folders_in(folder)
+    command = forked.Command(job.words(folders), root / "log", forked.Limits(user=NOBODY))
+    outcome, words = judge(command)
+    left = temporary(pathlib.Path(job.output.format(**folders)))
+    differing = again(job, root, folders, expected)
+    return Result("folder of another user", outcome, words, tuple(left), differing)
 
 
 def small_disk(job: Job, root: pathlib.Path, size: int | None, expected: dict[str, str]) -> Result:
@@ -102,18 +120,20 @@ def small_disk(job: Job, root: pathlib.Path, size: int | None, expected: dict[st
         free = shutil.disk_usage(folder).used + (size or 0)
         mount(folder, "ro" if size is None else f"rw,size={max(free, 4096)}")
         folders = folders_in(folder / "run")
-        outcome, words = judge(start(job.command, folders))
+        outcome, words = judge(forked.Command(job.words(folders), root / "log"))
         left = temporary(pathlib.Path(job.output.format(**folders)))
         mount(folder, f"rw,size={SPARE}")
-        differing = again(job, folders, expected)
+        differing = again(job, root, folders, expected)
     folder.rmdir()
     label = "read-only" if size is None else f"disk of {size} bytes"
     return Result(label, outcome, words, tuple(left), differing)
 
 
-def again(job: Job, folders: dict[str, str], expected: dict[str, str]) -> tuple[str, ...]:
+def again(
+    job: Job, root: pathlib.Path, folders: dict[str, str], expected: dict[str, str]
+) -> tuple[str, ...]:
     """Runs a job without limits; returns the files that differ from those expected."""
-    outcome, words = judge(start(job.command, folders))
+    outcome, words = judge(forked.Command(job.words(folders), root / "log"))
     if outcome != "ended" and "overwrite" not in words:  # it had ended before, and must not again
         return (words,)
     found = contents(pathlib.Path(job.output.format(**folders)))
@@ -127,7 +147,7 @@ def main() -> None:
     args = parser.parse_args()
     for name in args.jobs:
         for result in run_job(JOBS[name]):
-            print(f"{name:10} {result.disk:24} {result.outcome:10} {result.words}")
+            print(f"{name:10} {result.disk:24} {result.outcome:10} {result.words}", flush=True)
             for path in result.left:
                 print(f"{'':10} left behind: {path}")
             for path in result.differing:
@@ -135,4 +155,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with forked.shared_programs():
+        main()

@@ -9,7 +9,8 @@ import sys
 import time
 from typing import NamedTuple
 
-ROOT = pathlib.Path(__file__).parents[2]
+import forked
+
 TEMPORARY = (".part", ".tmp", "orbax-checkpoint-tmp")  # parts of names of unfinished files
 # Keys of lines of JSON that depend on the clock, on the folder, or on how often a run was started.
 VARYING = {"steps_per_second", "data_wait", "latency", "run_dir", "dataset", "command"}
@@ -25,27 +26,33 @@ class Job(NamedTuple):
     output: str = "{out}"  # folder to compare
     needs: tuple[str, ...] = ("demos",)  # folders that must exist, keys of PREPARATION
 
+    def words(self, folders: dict[str, str]) -> list[str]:
+        """Returns the arguments of `python -m` for the folders of a run."""
+        return [word.format(**folders) for word in self.command.split()]
+
 
 RECORD = "train.record --preset table_jax --max-steps 24 --image-size 16"
 IMITATE = (
     "train.imitate --preset table_jax_state --window-size 6 --hidden-size 8 --head-sizes 8 "
-    "--batch-size 8 --warmup-steps 5 --dropout 0.1 --dataset {demos}"
+    "--batch-size 8 --dropout 0.1 --dataset {demos}"
 )
-PRETRAIN = "train.pretrain --patch-size 8 --batch-size 8 --warmup-steps 1 --dataset {demos}"
-OFTEN = "--save-every 10 --log-every 10 --num-updates"
+PRETRAIN = (
+    "train.pretrain --patch-size 8 --width 16 --num-latents 2 --batch-size 8 --dataset {demos}"
+)
+OFTEN = "--save-every 5 --log-every 5 --warmup-steps 5 --num-updates"
 PREPARATION = {  # commands that write the folders which jobs read
     "demos": f"{RECORD} --num-episodes 40 --dataset {{demos}}",
-    "run": f"{IMITATE} --num-updates 6 --run-dir {{run}}",
-    "encoder": f"{PRETRAIN} --num-updates 2 --run-dir {{encoder}}",
+    "run": f"{IMITATE} --warmup-steps 5 --num-updates 6 --run-dir {{run}}",
+    "encoder": f"{PRETRAIN} --warmup-steps 1 --num-updates 2 --run-dir {{encoder}}",
 }
 JOBS = {
-    "imitate": Job(f"{IMITATE} --run-dir {{out}} {OFTEN} 300"),
-    "pretrain": Job(f"{PRETRAIN} --width 16 --num-latents 2 --run-dir {{out}} {OFTEN} 100"),
-    "reinforce": Job(f"train.reinforce --num-seeds 2 --run-dir {{out}} {OFTEN} 200", needs=()),
-    "sarsa": Job(f"train.deep_sarsa --num-seeds 2 --run-dir {{out}} {OFTEN} 200", needs=()),
+    "imitate": Job(f"{IMITATE} --run-dir {{out}} {OFTEN} 150"),
+    "pretrain": Job(f"{PRETRAIN} --run-dir {{out}} {OFTEN} 50"),
+    "reinforce": Job(f"train.reinforce --num-seeds 2 --run-dir {{out}} {OFTEN} 100", needs=()),
+    "sarsa": Job(f"train.deep_sarsa --num-seeds 2 --run-dir {{out}} {OFTEN} 100", needs=()),
     "seq2seq": Job(
         "train.scan --hidden-size 8 --embed-size 8 --batch-size 8 --split addprim_turn_left "
-        f"--run-dir {{out}} {OFTEN} 100",
+        f"--run-dir {{out}} {OFTEN} 50",
         needs=(),
     ),
     "cache": Job(
@@ -60,26 +67,20 @@ JOBS = {
 }
 
 
-def start(
-    command: str, folders: dict[str, str], *, file_bytes: int | None = None
-) -> subprocess.Popen[str]:
-    """Starts a command in a process group of its own.
+def start(command: str, folders: dict[str, str]) -> subprocess.Popen[str]:
+    """Starts a command in a process of its own.
 
     Args:
       command: of a job.
       folders: folders of a run, from `folders_in`.
-      file_bytes: limit of the size of every file that the process writes; None = none.
     """
-
-    limit = [] if file_bytes is None else ["prlimit", f"--fsize={file_bytes}"]
     words = [word.format(**folders) for word in command.split()]
     return subprocess.Popen(
-        [*limit, sys.executable, "-m", *words],
-        cwd=ROOT,
+        [sys.executable, "-m", *words],
+        cwd=forked.ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     )
 
 
@@ -98,6 +99,10 @@ def temporary(folder: pathlib.Path) -> list[str]:
 
 def contents(folder: pathlib.Path) -> dict[str, str]:
     """Returns relative path -> hash of everything that must be equal in two runs."""
+    return forked.call(_contents, folder)
+
+
+def _contents(folder: pathlib.Path) -> dict[str, str]:
     items = [path.parent for path in folder.rglob("_METADATA")]  # arrays that Orbax wrote
     found = {str(item.relative_to(folder)): arrays(item) for item in items}
     for path in sorted(folder.rglob("*")):

@@ -3,38 +3,60 @@
     python tests/campaigns/kills.py                        # all scripts, 20 kills each
     python tests/campaigns/kills.py --jobs imitate --kills 100
 
-Each job first runs without interruption. Then it is killed (SIGKILL to its whole process group)
-after a random part of that time and started again, up to five times, and runs to its end; this is
-repeated until there were enough kills. Its files must equal those of the uninterrupted run: arrays,
-tables and videos to the bit, JSON except for durations. Temporary files must be gone.
+Each job first runs without interruption. Then it is killed (SIGKILL to its whole process group) and
+started again, up to five times, and runs to its end; this is repeated until there were enough
+kills. Every other kill is at a random moment; the others wait for such a moment, and then for the
+next temporary file, so that they are in the middle of a write. The files must equal those of the
+uninterrupted run: arrays, tables and videos to the bit, JSON except for durations. Temporary files
+must be gone. Runs that are killed are forked from a process that has imported the script, and share
+a cache of compiled programs: the moments lie in the work of the script and not in its start.
 """
 
 import argparse
-import os
 import pathlib
 import random
+import resource
 import shutil
-import signal
-import subprocess
 import tempfile
+import time
 from typing import NamedTuple
 
-from jobs import JOBS, Job, contents, finish, folders_in, prepare, start, temporary
+import forked
+from jobs import JOBS, Job, contents, folders_in, prepare, temporary
 
 KILLS_PER_RUN = 5  # at most; then the command runs to its end
+LATEST = 0.03  # s after a temporary file was seen
 
 
-def killed(process: subprocess.Popen[str], seconds: float) -> bool:
-    """Kills a process group after some time; False if the process ended before, with success."""
-    try:
-        output, _ = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        return True
-    if process.returncode:
-        raise RuntimeError(f"exit {process.returncode}: {output[-2000:]}")
-    return False
+class Kill(NamedTuple):
+    """One kill."""
+
+    seconds: float  # after the start
+    in_write: bool  # a temporary file was there
+
+
+def kill(
+    words: list[str], output: pathlib.Path, *, after: float, in_write: bool, rng: random.Random
+) -> Kill | None:
+    """Starts a command and kills it; None if the command ended before, with success.
+
+    Args:
+      words: of the command.
+      output: folder that it writes.
+      after: seconds to wait.
+      in_write: wait for the next temporary file too.
+      rng: of the short time after that.
+    """
+    begin = time.perf_counter()
+    command = forked.Command(words, output.with_name("log"))
+    if command.wait(after):
+        return None
+    if in_write:
+        if not command.wait_for(lambda: bool(temporary(output))):
+            return None
+        time.sleep(rng.uniform(0, LATEST))
+    seconds = time.perf_counter() - begin
+    return Kill(seconds, bool(temporary(output))) if command.kill() else None
 
 
 class Result(NamedTuple):
@@ -47,33 +69,52 @@ class Result(NamedTuple):
     left: tuple[str, ...]  # temporary files after the end
 
 
-def run_job(job: Job, kills: int, rng: random.Random) -> Result:
-    """Kills a job so many times, and compares the runs that ended."""
-    with tempfile.TemporaryDirectory() as temp:
-        root = pathlib.Path(temp)
-        _, expected, seconds = prepare(job, root)
-        done = unfinished = runs = 0
-        differing, left = set(), set()
-        while done < kills:
-            shutil.copytree(root / "prepared", root / f"run{runs}")
-            folders = folders_in(root / f"run{runs}")
-            output = pathlib.Path(job.output.format(**folders))
-            for _ in range(rng.randint(1, KILLS_PER_RUN)):
-                if not killed(start(job.command, folders), rng.uniform(0.2, 1.0) * seconds):
-                    break
-                done += 1
-                unfinished += bool(temporary(output))
-            else:
-                finish(start(job.command, folders))
-            found = contents(output)
-            differing |= {k for k in {*found, *expected} if found.get(k) != expected.get(k)}
-            left |= set(temporary(output))
-            runs += 1
-    return Result(done, unfinished, runs, tuple(sorted(differing)), tuple(sorted(left)))
+def run_job(name: str, job: Job, kills: int, rng: random.Random, root: pathlib.Path) -> Result:
+    """Kills a job so many times, and compares the runs that ended.
+
+    Args:
+      name: of the job, for the lines that are printed.
+      job: command and folders.
+      kills: at least.
+      rng: of the moments.
+      root: empty folder for all runs.
+    """
+    _, expected, seconds = prepare(job, root)
+    done = unfinished = runs = 0
+    differing, left = set(), set()
+    while done < kills or runs == 0:
+        folder = root / f"run{runs}"
+        shutil.copytree(root / "prepared", folder)
+        output = pathlib.Path(job.output.format(**folders_in(folder)))
+        words = job.words(folders_in(folder))
+        wanted = rng.randint(1, KILLS_PER_RUN) if runs else 0  # the first one gives the time
+        begin = time.perf_counter()
+        for _ in range(wanted):
+            after, in_write = rng.uniform(0, 1) * seconds, done % 2 == 1
+            if (each := kill(words, output, after=after, in_write=in_write, rng=rng)) is None:
+                break
+            done, unfinished = done + 1, unfinished + each.in_write
+            print(f"{name} run {runs} kill {done}: {each.seconds:.2f} s", end=" ")
+            print("in a write" if each.in_write else "", flush=True)
+        else:
+            forked.Command(words, folder / "log").wait()
+        if not wanted:
+            seconds = time.perf_counter() - begin
+        found = contents(output)
+        wrong = {key for key in {*found, *expected} if found.get(key) != expected.get(key)}
+        busy = resource.getrusage(resource.RUSAGE_CHILDREN)
+        print(f"{name} run {runs} ended; differing: {sorted(wrong)}", end="; ")
+        print(f"{busy.ru_utime + busy.ru_stime:.0f} s of CPU so far", flush=True)
+        differing |= wrong
+        left |= set(temporary(output))
+        runs += 1
+        if not wrong:
+            shutil.rmtree(folder)
+    return Result(done, unfinished, runs - 1, tuple(sorted(differing)), tuple(sorted(left)))
 
 
 def main() -> None:
-    """Runs the jobs, and prints a table."""
+    """Runs the jobs, and prints a line for each kill and for each job."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--jobs", nargs="*", default=list(JOBS), choices=list(JOBS))
     parser.add_argument("--kills", type=int, default=20, help="kills of each job")
@@ -81,7 +122,9 @@ def main() -> None:
     args = parser.parse_args()
     print("job         kills  in a write  runs  differing files  temporary files left")
     for name in args.jobs:
-        result = run_job(JOBS[name], args.kills, random.Random(args.seed))
+        with tempfile.TemporaryDirectory() as temp:
+            root = pathlib.Path(temp)
+            result = run_job(name, JOBS[name], args.kills, random.Random(args.seed), root)
         print(
             f"{name:10}  {result.kills:5}  {result.unfinished:10}  {result.runs:4}  "
             f"{' '.join(result.differing) or '0':15}  {' '.join(result.left) or '0'}",
@@ -90,4 +133,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with forked.shared_programs():
+        main()

@@ -6,6 +6,7 @@ gathers all windows of a batch, which keeps the cost per window small.
 
 import contextlib
 import functools
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol
@@ -92,10 +93,23 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        """Returns the next batch."""
+        """Returns the next batch.
+
+        Raises:
+          ChildProcessError: a worker process was killed.
+        """
         if self._iterator is None:
             self._iterator = _start(self._dataset, self._config, self._num_batches)
-        batch = next(self._iterator)
+        try:
+            batch = next(self._iterator)
+        except RuntimeError as error:
+            killed = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
+            if killed is None:
+                raise
+            raise ChildProcessError(
+                f"a process that loads batches ended with code {killed[1]}, perhaps for lack of "
+                "memory; run the same command again to resume, with fewer --num-workers."
+            ) from error
         self._num_batches += 1
         return batch
 
