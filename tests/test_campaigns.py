@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-CAMPAIGNS = Path(__file__).parent / "campaigns"
-sys.path.insert(0, str(CAMPAIGNS))
+sys.path.insert(0, str(Path(__file__).parent / "campaigns"))
 
 import mutations_runs
 
@@ -25,7 +24,8 @@ def test_a_damaged_run_folder_gives_a_sentence_or_the_same_run():
 @pytest.mark.slow
 def test_a_killed_evaluation_ends_with_the_same_files():
     """In a process of its own: the campaign forks, which a process that computes must not."""
-    command = [sys.executable, str(CAMPAIGNS / "kills.py"), "--jobs", "evaluate", "--kills", "2"]
+    kills = str(Path(__file__).parent / "campaigns" / "kills.py")
+    command = [sys.executable, kills, "--jobs", "evaluate", "--kills", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     name, kills, _, runs, differing, left = done.stdout.splitlines()[-1].split()
