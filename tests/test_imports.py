@@ -9,7 +9,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPTS = (
     *(f"train.{path.stem}" for path in sorted((ROOT / "train").glob("[a-z]*.py"))),
-    *(f"vla_jax.{name}" for name in ("evaluate", "convert", "convert_data", "export")),
+    *(f"vla_jax.{name}" for name in ("evaluate", "convert", "convert_data", "export", "serve")),
     "vla_jax.inspect_data",
 )
 LATE = (

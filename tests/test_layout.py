@@ -11,7 +11,7 @@ LAYERS = (  # a file imports only from its own layer and those above, without cy
     "types", "processes", "files", "stopping", "folder_lock", "config", "trees", "command_line",
     "nn", "actions", "envs", "data", "backbones", "policies", "training", "acting", "runs",
     "convert", "evaluation", "rl", "serving",
-    "evaluation_setup", "evaluate", "export", "inspect_data", "convert_data",
+    "evaluation_setup", "evaluate", "export", "inspect_data", "convert_data", "serve",
 )  # fmt: skip
 FILES = sorted(
     path for folder in ("vla_jax", "train", "tests") for path in (ROOT / folder).rglob("*.py")

@@ -1,0 +1,343 @@
+"""The one thread that computes: it takes the requests that arrived, and steps them as batches.
+
+Each tick takes what has arrived while the last one ran; there is no timer, so that a robot alone
+never waits. A request with several frames takes one tick per frame, in turn with the others. Per
+session, requests are served in the order of their arrival.
+"""
+
+import concurrent.futures
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+
+from vla_jax.acting.agent import AgentState
+from vla_jax.serving.requests import Refused, Request
+from vla_jax.serving.sessions import Key, Reply, Session, SessionBook, Start
+from vla_jax.serving.table import Frame, Stepped, Table
+
+Result = TypeVar("Result")
+_LOG = logging.getLogger(__name__)
+_SWEEP = 1.0  # s between two looks for expired sessions while nothing arrives
+
+
+class Served(NamedTuple):
+    """Result of a request."""
+
+    reply: Reply
+    key: Key  # of the session
+    repeated: bool  # stored reply to a request that was served before
+    queue_ms: float  # from the arrival until its first tick
+    infer_ms: float  # of the last tick, until the result was on the host
+
+
+class Observer(NamedTuple):
+    """Functions that are called with what happens, from the engine's thread."""
+
+    ticked: Callable[[int, float], None]  # (rows of the batch, s on the device)
+    ended: Callable[[str, int], None]  # (why a session ended, frames of its episode)
+    # (key, session, row [1, ...]) of a named session after each request, before its reply
+    saved: Callable[[str, Session, AgentState], None] | None = None
+    removed: Callable[[str], None] | None = None  # (key) of a named session that has ended
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+NO_OBSERVER = Observer(_nothing, _nothing)
+
+
+@dataclass(eq=False)
+class _Task:
+    """A request under way, or a function to run between two ticks."""
+
+    keys: frozenset[Key]
+    future: concurrent.futures.Future
+    run: Callable[[], Any] | None = None  # None for a request
+    request: Request = Request(())
+    frames: Sequence[Frame] = ()
+    words: np.ndarray | None = None
+    arrived: float = field(default_factory=time.perf_counter)
+    begun: float = 0.0
+    position: int = 0  # frames stepped so far
+    start: Start | None = None
+    before: Session | None = None
+    row: AgentState | None = None  # of the session before a request of several frames
+
+
+class Engine:
+    """Sessions and their memory, behind a queue.
+
+    It holds state since the table on the device is one value that every tick replaces; only its own
+    thread touches it and the book.
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        book: SessionBook,
+        observer: Observer = NO_OBSERVER,
+        *,
+        start: bool = True,
+    ) -> None:
+        """Starts the thread.
+
+        Args:
+          table: compiled programs.
+          book: of the sessions; the engine's alone from now on.
+          observer: of what happens.
+          start: False leaves the thread to a later `start`.
+        """
+        self.table, self.book = table, book
+        self.state = table.init()
+        self._observer = observer
+        self._changed = threading.Condition()
+        self._arrived: list[_Task] = []
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        if start:
+            self.start()
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """True until the thread has ended."""
+        return self._thread.is_alive()
+
+    def submit(
+        self, key: Key, request: Request, frames: Sequence[Frame], words: np.ndarray | None
+    ) -> concurrent.futures.Future[Served]:
+        """Hands in a request; the future raises `Refused` if it does not fit its session.
+
+        Args:
+          key: of the session.
+          request: for the endpoint "infer".
+          frames: its observations in the policy's layout.
+          words: `[S]` int32, token ids of its prompt; None without one.
+        """
+        task = _Task(frozenset((key,)), concurrent.futures.Future())
+        task.request, task.frames, task.words = request, frames, words
+        return self._add(task)
+
+    def call(
+        self, keys: Iterable[Key], function: Callable[[], Result]
+    ) -> concurrent.futures.Future[Result]:
+        """Runs a function on the engine's thread, after the earlier requests of some sessions."""
+        return self._add(_Task(frozenset(keys), concurrent.futures.Future(), function))
+
+    def end(self, keys: Iterable[Key], why: str = "reset") -> concurrent.futures.Future[None]:
+        """Ends sessions after their requests under way; unknown ones are ignored.
+
+        Args:
+          keys: of the sessions.
+          why: for the observer.
+        """
+        keys = tuple(keys)
+
+        def run() -> None:
+            for key in keys:
+                self._end(key, why)
+
+        return self.call(keys, run)
+
+    def stop(self, timeout: float) -> bool:
+        """Refuses new requests, serves those that have arrived, and ends the thread.
+
+        Args:
+          timeout: s to wait.
+
+        Returns:
+          True if the thread has ended.
+        """
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _add(self, task: _Task) -> concurrent.futures.Future:
+        with self._changed:
+            if self._stopping:
+                task.future.set_exception(
+                    Refused("server is stopping; connect again later.", reason="stopping")
+                )
+            else:
+                self._arrived.append(task)
+                self._changed.notify()
+        return task.future
+
+    def _run(self) -> None:
+        waiting: list[_Task] = []
+        running: deque[_Task] = deque()
+        while True:
+            with self._changed:
+                if not (self._arrived or running or self._stopping):
+                    self._changed.wait(_SWEEP)
+                waiting += self._arrived
+                self._arrived = []
+                if self._stopping and not waiting and not running:
+                    return
+            self._sweep()
+            waiting = self._begin_all(waiting, running)
+            if running:
+                self._tick(running)
+
+    def _begin_all(self, waiting: list[_Task], running: deque[_Task]) -> list[_Task]:
+        """Begins the tasks whose sessions are free; returns the others."""
+        busy = {key for task in running for key in task.keys}
+        later = []
+        for task in waiting:
+            if task.keys & busy:
+                later.append(task)
+            elif self._begin(task):
+                running.append(task)
+            else:
+                continue
+            busy |= task.keys
+        return later
+
+    def _begin(self, task: _Task) -> bool:
+        """Begins a task; returns True if frames are to be stepped, False if it is done."""
+        if not task.future.set_running_or_notify_cancel():
+            return False
+        task.begun = time.perf_counter()
+        try:
+            if task.run is not None:
+                task.future.set_result(task.run())
+                return False
+            return self._begin_request(task)
+        except Exception as error:
+            self._fail(task, error)
+            return False
+
+    def _begin_request(self, task: _Task) -> bool:
+        (key,) = task.keys
+        decision = self.book.decide(key, task.request, task.words)
+        if isinstance(decision, Reply):
+            queue_ms = 1000 * (task.begun - task.arrived)
+            task.future.set_result(Served(decision, key, True, queue_ms, 0.0))
+            return False
+        before = self.book.live.get(key)
+        session = self.book.begin(key, decision, time.monotonic())
+        task.start, task.before = decision._replace(session=session), before
+        if len(task.frames) > 1 and before is not None:
+            task.row = self.table.read(self.state, session.slot)
+        return True
+
+    def _tick(self, running: deque[_Task]) -> None:
+        """Steps one frame of the first tasks; those with further frames go to the end."""
+        batch = [running.popleft() for _ in range(min(len(running), self.table.max_batch))]
+        began = time.perf_counter()
+        try:
+            stepped = self._step(batch)
+        except Exception:
+            _LOG.exception("a step of the policy failed")
+            self._recover(batch, running)
+            return
+        self.state = stepped.state
+        seconds = time.perf_counter() - began
+        self._observer.ticked(len(batch), seconds)
+        for task, action, is_finite in zip(batch, stepped.actions, stepped.is_finite, strict=True):
+            task.position += 1
+            if not is_finite:
+                self._undo(task)
+                self._fail(task, _not_finite(action))
+            elif task.position < len(task.frames):
+                running.append(task)
+            else:
+                self._finish(task, action, 1000 * seconds)
+
+    def _step(self, batch: Sequence[_Task]) -> Stepped:
+        starts = [task.start for task in batch if task.start is not None]
+        return self.table.step(
+            self.state,
+            [start.session.slot for start in starts],
+            [task.frames[task.position] for task in batch],
+            [start.session.words for start in starts],
+            [s.reset and t.position == 0 for s, t in zip(starts, batch, strict=True)],
+        )
+
+    def _finish(self, task: _Task, action: np.ndarray, infer_ms: float) -> None:
+        (key,), start = task.keys, task.start
+        assert start is not None
+        begun, count = start.session, len(task.frames)
+        reply = Reply(action[None], begun.age, count, start.reset)
+        now = time.monotonic()
+        session = begun._replace(age=begun.age + count, last_used=now, last=reply)
+        self.book.put(key, session)
+        try:
+            if self._observer.saved is not None and isinstance(key, str):
+                row = jax.device_get(self.table.read(self.state, session.slot))
+                self._observer.saved(key, session, row)
+        except OSError as error:  # the memory is ahead of the files: the client must know
+            self._fail(task, error)
+            return
+        if start.reset and task.before is not None:
+            self._observer.ended("reset", task.before.age)
+        queue_ms = 1000 * (task.begun - task.arrived)
+        task.future.set_result(Served(reply, key, False, queue_ms, infer_ms))
+
+    def _undo(self, task: _Task) -> None:
+        """Restores the session and its row as they were before a request."""
+        (key,) = task.keys
+        if task.row is not None and task.position > 1 and task.before is not None:
+            self.state = self.table.write(self.state, task.before.slot, task.row)
+        self.book.put(key, task.before)
+
+    def _fail(self, task: _Task, error: Exception) -> None:
+        """Gives an error to the client; one that is not its own goes to the log."""
+        if not isinstance(error, Refused):
+            _LOG.error("a request failed", exc_info=error)
+            error = Refused(
+                "server failed to serve the request; its operator finds the cause in the log.",
+                reason="failure",
+            )
+        task.future.set_exception(error)
+
+    def _recover(self, batch: Sequence[_Task], running: deque[_Task]) -> None:
+        """Refuses a batch whose step failed; all sessions end if their memory is gone with it."""
+        lost = any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state))
+        tasks = [*batch, *running] if lost else batch
+        for task in tasks:
+            if not lost:
+                self._undo(task)
+            self._fail(task, RuntimeError("the step failed"))
+        if lost:
+            running.clear()
+            for key in list(self.book.live):
+                self.book.end(key, "ended by a failure of the server")
+            self.state = self.table.init()
+
+    def _sweep(self) -> None:
+        ages = {key: session.age for key, session in self.book.live.items()}
+        for key in self.book.expire(time.monotonic()):
+            self._ended(key, "expired", ages[key])
+
+    def _end(self, key: Key, why: str) -> None:
+        session = self.book.live.get(key)
+        self.book.end(key)
+        if session is not None:
+            self._ended(key, why, session.age)
+
+    def _ended(self, key: Key, why: str, age: int) -> None:
+        self._observer.ended(why, age)
+        if self._observer.removed is not None and isinstance(key, str):
+            self._observer.removed(key)
+
+
+def _not_finite(action: np.ndarray) -> Refused:
+    return Refused(
+        f"action must be finite numbers, got {action.tolist()}, which was not sent; check the "
+        "observation, and use an earlier checkpoint if the params have NaN.",
+        reason="not_finite",
+    )

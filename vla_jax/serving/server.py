@@ -1,0 +1,271 @@
+"""WebSocket server of a policy: connections, health, metrics, token, limits and drain.
+
+One connection has one request under way; replies are in the order of the requests. The event loop
+decodes and encodes; the engine's thread computes.
+"""
+
+import asyncio
+import contextlib
+import hmac
+import http
+import itertools
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+from urllib.parse import parse_qs, urlsplit
+
+import numpy as np
+
+from vla_jax.serving import observations
+from vla_jax.serving.dialect import Answer, Dialect, Incoming
+from vla_jax.serving.engine import Engine, Served
+from vla_jax.serving.messages import MessageError
+from vla_jax.serving.metrics import Metrics
+from vla_jax.serving.observations import ObservationSpec
+from vla_jax.serving.requests import MAX_ID, Refused, Request
+
+_LOG = logging.getLogger(__name__)
+_HANDSHAKE = 10.0  # s until a new connection must have sent its request
+_PING, _PING_TIMEOUT = 20.0, 300.0  # s; a compile or a simulator may hold a client's GIL for long
+_CLOSING = 2.0  # s that a client has for the closing handshake
+_MAX_ERRORS = 16  # in a row, then the connection is closed
+_LOGGED_ERRORS = 8  # per minute and peer
+_DRAIN = 7.0  # s for the requests under way when the server stops
+_GOING_AWAY, _POLICY_VIOLATION = 1001, 1008  # close codes
+
+
+class Limits(NamedTuple):
+    """Bounds on what clients may send and hold."""
+
+    message_bytes: int = 16 * 2**20  # bytes of one message
+    sessions: int = 64  # sessions at a time
+    session_ttl_s: float = 300.0  # s without a request after which a named session ends
+    prompt_chars: int = 4096  # characters of a prompt
+    connections: int = 1024  # open connections
+
+
+class Service(NamedTuple):
+    """Everything that connections share."""
+
+    engine: Engine
+    spec: ObservationSpec
+    tokenize: Callable[[str], np.ndarray]  # prompt -> [S] int32
+    metadata: Mapping[str, Any]
+    limits: Limits
+    dialects: Mapping[str, Dialect]  # by path
+    metrics: Metrics
+    token: str | None = None  # that clients must send; None = any client may connect
+
+
+class Server:
+    """Open connections of a service.
+
+    It holds state since connections come and go: which of them wait for a reply, and whether the
+    server is stopping.
+    """
+
+    def __init__(self, service: Service) -> None:
+        """Prepares a server; `run` opens the port."""
+        self.service = service
+        self._connections: set[Any] = set()
+        self._answering: set[Any] = set()
+        self._numbers = itertools.count()
+        self._stopping = False
+        self._logged: dict[str, int] = {}  # peer -> errors logged in this minute
+        self._minute = 0
+        self._unknown: set[str] = set()  # keys of observations that were logged
+
+    async def run(
+        self,
+        host: str,
+        port: int,
+        stop: asyncio.Event,
+        *,
+        ready: Callable[[int], None] = lambda port: None,
+    ) -> None:
+        """Serves until `stop` is set; then answers what is under way and closes with 1001.
+
+        Args:
+          host: address to bind.
+          port: TCP port; 0 chooses a free one.
+          stop: ends the server.
+          ready: called with the port when clients can connect.
+
+        Raises:
+          OSError: the port is taken.
+          ImportError: websockets is missing.
+        """
+        from websockets.asyncio.server import serve
+
+        limits = self.service.limits
+        async with serve(
+            self._handle,
+            host,
+            port,
+            process_request=self._process_request,
+            compression=None,
+            max_size=limits.message_bytes,
+            max_queue=2,
+            open_timeout=_HANDSHAKE,
+            ping_interval=_PING,
+            ping_timeout=_PING_TIMEOUT,
+            close_timeout=_CLOSING,
+            server_header=None,
+        ) as listening:
+            ready(listening.sockets[0].getsockname()[1])
+            await stop.wait()
+            self._stopping = True
+            listening.close(close_connections=False)
+            await self._drain()
+
+    async def _drain(self) -> None:
+        idle = self._connections - self._answering
+        closing = [asyncio.create_task(each.close(_GOING_AWAY)) for each in idle]
+        deadline = time.monotonic() + _DRAIN
+        while self._connections and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        for connection in self._connections:
+            connection.transport.abort()
+        await asyncio.gather(*closing, return_exceptions=True)
+        await asyncio.to_thread(self.service.engine.stop, 2.0)
+
+    def _process_request(self, connection: Any, request: Any) -> Any:
+        """Answers everything that is not the handshake of an allowed client."""
+        path, status = urlsplit(request.path).path, http.HTTPStatus
+        if path == "/healthz":
+            healthy = not self._stopping and self.service.engine.is_alive
+            if healthy:
+                return connection.respond(status.OK, "OK\n")
+            return connection.respond(status.SERVICE_UNAVAILABLE, "stopping\n")
+        if request.headers.get("Origin") is not None:
+            return connection.respond(status.FORBIDDEN, "web pages may not connect.\n")
+        if not self._is_allowed(request.headers.get("Authorization", "")):
+            return connection.respond(
+                status.UNAUTHORIZED,
+                "token must be given as 'Authorization: Bearer TOKEN' or 'Api-Key TOKEN'.\n",
+            )
+        if path == "/metrics":
+            response = connection.respond(status.OK, self.service.metrics.text().decode())
+            del response.headers["Content-Type"]
+            response.headers["Content-Type"] = "text/plain; version=0.0.4; charset=utf-8"
+            return response
+        if path not in self.service.dialects:
+            return connection.respond(
+                status.NOT_FOUND, f"path must be one of {', '.join(self.service.dialects)}.\n"
+            )
+        if len(self._connections) >= self.service.limits.connections:
+            return connection.respond(status.SERVICE_UNAVAILABLE, "too many connections.\n")
+        return None
+
+    def _is_allowed(self, header: str) -> bool:
+        token = self.service.token
+        if token is None:
+            return True
+        scheme, _, given = header.partition(" ")
+        matches = hmac.compare_digest(given.strip().encode(), token.encode())
+        return matches and scheme.lower() in ("bearer", "api-key")
+
+    async def _handle(self, connection: Any) -> None:
+        from websockets.exceptions import ConnectionClosed
+
+        number = next(self._numbers)
+        self._connections.add(connection)
+        self.service.metrics.connections.set(len(self._connections))
+        try:
+            with contextlib.suppress(ConnectionClosed):
+                await self._converse(connection, number)
+        finally:
+            self._answering.discard(connection)
+            self._connections.discard(connection)
+            self.service.metrics.connections.set(len(self._connections))
+            self.service.engine.end([number], "closed")
+
+    async def _converse(self, connection: Any, number: int) -> None:
+        """Answers the frames of a connection one by one."""
+        url = urlsplit(connection.request.path)
+        dialect = self.service.dialects[url.path]
+        session_id = _session_id(url.query)
+        greeting = dialect.greeting(self.service.metadata)
+        if greeting is not None:
+            await connection.send(greeting)
+        state, prev_total_ms, num_errors = dialect.start(), None, 0
+        async for frame in connection:
+            self._answering.add(connection)
+            began, context, close = time.perf_counter(), None, None
+            try:
+                incoming = dialect.read(state, frame, self.service.limits.prompt_chars)
+                context = incoming.context
+                served = await self._serve(incoming.request, number, session_id)
+                total_ms = 1000 * (time.perf_counter() - began)
+                answer = _answer(dialect, incoming, Answer(served, total_ms, prev_total_ms))
+                state, prev_total_ms, num_errors = incoming.state, total_ms, 0
+                self._count(served, total_ms)
+            except (MessageError, Refused) as error:
+                num_errors += 1
+                answer, close = dialect.error(context, str(error)), getattr(error, "close", None)
+                self._count_error(connection, error)
+            if answer is not None:
+                await connection.send(answer)
+            self._answering.discard(connection)
+            if num_errors >= _MAX_ERRORS:
+                close = _POLICY_VIOLATION
+            if close is not None or self._stopping:
+                await connection.close(close or _GOING_AWAY)
+                return
+
+    async def _serve(
+        self, request: Request | None, number: int, session_id: str | None
+    ) -> Served | None:
+        """Returns the result of a request; None for one without actions.
+
+        Raises:
+          Refused: it cannot be served.
+        """
+        if request is None:
+            return None
+        key = request.session_id or session_id or number
+        engine = self.service.engine
+        if request.endpoint == "reset":
+            await asyncio.wrap_future(engine.end(request.session_ids or (key,)))
+            return None
+        spec = self.service.spec
+        frames = [observations.read(spec, fields) for fields in request.frames]
+        self._log_unknown(observations.unknown_keys(spec, request.frames[-1]))
+        words = None if request.prompt is None else self.service.tokenize(request.prompt)
+        return await asyncio.wrap_future(engine.submit(key, request, frames, words))
+
+    def _count(self, served: Served | None, total_ms: float) -> None:
+        if served is None:
+            return
+        self.service.metrics.requests.labels("repeated" if served.repeated else "served").inc()
+        seconds = self.service.metrics.seconds
+        seconds.labels("queue").observe(served.queue_ms / 1000)
+        seconds.labels("total").observe(total_ms / 1000)
+
+    def _count_error(self, connection: Any, error: Exception) -> None:
+        self.service.metrics.requests.labels("refused").inc()
+        self.service.metrics.refused.labels(getattr(error, "reason", "message")).inc()
+        minute = int(time.monotonic() // 60)
+        if minute != self._minute:
+            self._minute, self._logged = minute, {}
+        peer = str((connection.remote_address or ["?"])[0])
+        self._logged[peer] = self._logged.get(peer, 0) + 1
+        if self._logged[peer] <= _LOGGED_ERRORS:
+            _LOG.warning("refused a request from %s: %s", peer, error)
+
+    def _log_unknown(self, keys: list[str]) -> None:
+        new = set(keys) - self._unknown if len(self._unknown) < 100 else ()
+        if new:
+            self._unknown.update(new)
+            _LOG.warning("ignored keys of observations: %s", ", ".join(k[:60] for k in sorted(new)))
+
+
+def _answer(dialect: Dialect, incoming: Incoming, answer: Answer) -> Any:
+    return incoming.answer if incoming.request is None else dialect.reply(incoming, answer)
+
+
+def _session_id(query: str) -> str | None:
+    """Returns the `session_id` of the URL, by which proxies choose a server."""
+    found = parse_qs(query).get("session_id", [""])[0]
+    return found if 0 < len(found) <= MAX_ID and found.isprintable() else None

@@ -1,0 +1,240 @@
+"""Sessions: whose memory is in which row of the table, how old it is, and when it ends.
+
+A session is one memory. A named one (`session_id`) outlives its connections and ends after a time
+without requests; an anonymous one is that of its connection and ends with it. When all rows are
+taken, the anonymous session that is idle longest gives way; the reason is kept, so that its next
+request is an error and never meets an empty memory.
+"""
+
+import collections
+from typing import NamedTuple
+
+import numpy as np
+
+from vla_jax.serving.requests import Refused, Request
+
+Key = str | int  # session_id, or the number of the connection of an anonymous session
+IDLE = 10.0  # s without a request after which an anonymous session may give way
+_MAX_ENDED = 1024  # ended sessions whose reason is kept
+TRY_AGAIN_LATER = 1013  # close code
+
+
+class Reply(NamedTuple):
+    """Result of a request, kept for a client that asks again."""
+
+    actions: np.ndarray  # [K, A] float32
+    step: int  # index in the episode of the first frame of the request
+    num_frames: int
+    reset: bool  # the request began an episode
+
+
+class Session(NamedTuple):
+    """One memory; a new value after each request."""
+
+    slot: int  # row of the table
+    age: int  # frames of the episode so far
+    prompt: str
+    words: np.ndarray  # [S] int32, token ids of the prompt
+    extended: bool  # the client has used a field of sessions
+    last_used: float  # s, of `time.monotonic`
+    last: Reply | None = None
+    busy: bool = False  # a request is under way
+
+
+class Ended(NamedTuple):
+    """A session that ended without its client's knowledge."""
+
+    why: str  # end of a sentence
+    prompt: str
+    extended: bool
+
+
+class Start(NamedTuple):
+    """Decision to step a session."""
+
+    session: Session  # with age and prompt before the request's first frame
+    reset: bool  # the first frame begins an episode
+
+
+class SessionBook:
+    """All sessions of a server, by key; used by one thread.
+
+    It holds state, since connections come and go while the server runs; each session in it is a
+    value that is replaced as a whole once its request has succeeded.
+    """
+
+    def __init__(self, num_rows: int, ttl: float) -> None:
+        """Makes an empty book.
+
+        Args:
+          num_rows: rows of the table, the greatest number of sessions.
+          ttl: s without a request after which a named session ends.
+        """
+        self.num_rows = num_rows
+        self.ttl = ttl
+        self.live: dict[Key, Session] = {}
+        self._free = list(range(num_rows))[::-1]
+        self._ended: collections.OrderedDict[Key, Ended] = collections.OrderedDict()
+
+    def decide(self, key: Key, request: Request, words: np.ndarray | None) -> Start | Reply:
+        """Returns how a request is to be served; changes nothing.
+
+        Args:
+          key: of the session.
+          request: for the endpoint "infer".
+          words: `[S]` int32, token ids of the request's prompt; None without one.
+
+        Returns:
+          The session to step, with slot −1 if it has no row yet, or the stored reply to a request
+          that has been served before.
+
+        Raises:
+          Refused: the request does not fit the session.
+        """
+        session, ended = self.live.get(key), self._ended.get(key)
+        known = session or ended
+        extended = request.extended or (known is not None and known.extended)
+        starts = request.reset or request.step == 0
+        if known is not None and not extended and request.prompt is not None:
+            starts = starts or request.prompt != known.prompt  # a new episode for openpi's clients
+        if session is None and not starts:
+            _check_new(key, request, ended)
+            starts = True
+        if session is not None and not starts:
+            repeated = _repeated(session, request)
+            if repeated is not None:
+                return repeated
+        prompt = request.prompt
+        if prompt is None and session is not None and not starts:
+            prompt, words = session.prompt, session.words
+        if prompt is None or words is None:
+            raise Refused(
+                "prompt must be given with the first frame of an episode, got none; send the "
+                "instruction.",
+                reason="prompt",
+            )
+        age = 0 if starts or session is None else session.age
+        slot = -1 if session is None else session.slot
+        return Start(Session(slot, age, prompt, words, extended, 0.0), starts)
+
+    def begin(self, key: Key, start: Start, now: float) -> Session:
+        """Gives a session a row if it has none, and marks it as busy.
+
+        Returns:
+          The session; `put` replaces it after the last frame, `put(key, before)` on failure.
+
+        Raises:
+          Refused: all rows are taken.
+        """
+        slot = start.session.slot
+        if slot < 0:
+            slot = self._take_row(now)
+        begun = start.session._replace(slot=slot, last_used=now)
+        present = self.live.get(key)
+        self.live[key] = (present or begun)._replace(busy=True, last_used=now)
+        return begun
+
+    def put(self, key: Key, session: Session | None) -> None:
+        """Stores a session after a request, or frees the row of one that never began."""
+        if session is None:
+            self._free.append(self.live.pop(key).slot)
+            return
+        self.live[key] = session._replace(busy=False)
+        self._ended.pop(key, None)
+
+    def place(self, key: Key, session: Session, now: float) -> Session:
+        """Stores an imported session in a row of its own or in that of the session it replaces.
+
+        Raises:
+          Refused: all rows are taken.
+        """
+        present = self.live.get(key)
+        slot = self._take_row(now) if present is None else present.slot
+        placed = session._replace(slot=slot, last_used=now, busy=False)
+        self.live[key] = placed
+        self._ended.pop(key, None)
+        return placed
+
+    def end(self, key: Key, why: str | None = None) -> bool:
+        """Ends a session and frees its row.
+
+        Args:
+          key: of the session.
+          why: end of the sentence that its next request gets; None forgets the session.
+
+        Returns:
+          True if there was one.
+        """
+        session = self.live.pop(key, None)
+        if why is None:
+            self._ended.pop(key, None)
+        if session is None:
+            return False
+        self._free.append(session.slot)
+        if why is not None:
+            self._ended[key] = Ended(why, session.prompt, session.extended)
+            while len(self._ended) > _MAX_ENDED:
+                self._ended.popitem(last=False)
+        return True
+
+    def expire(self, now: float) -> list[str]:
+        """Ends the named sessions that have been idle for too long, and returns their keys."""
+        late = [
+            key
+            for key, session in self.live.items()
+            if isinstance(key, str) and not session.busy and now - session.last_used > self.ttl
+        ]
+        for key in late:
+            self.end(key, f"expired after {self.ttl:g} s without a request")
+        return late
+
+    def _take_row(self, now: float) -> int:
+        if self._free:
+            return self._free.pop()
+        idle = [
+            (session.last_used, key)
+            for key, session in self.live.items()
+            if isinstance(key, int) and not session.busy and now - session.last_used >= IDLE
+        ]
+        if not idle:
+            raise Refused(
+                f"server is full: {self.num_rows} sessions are in use; end one, or start the server"
+                " with more --sessions.",
+                reason="full",
+                close=TRY_AGAIN_LATER,
+            )
+        self.end(min(idle)[1], "gave way to another one while it was idle on a full server")
+        return self._free.pop()
+
+
+def _check_new(key: Key, request: Request, ended: Ended | None) -> None:
+    """Raises an error if a session without memory is asked to go on."""
+    if ended is not None:
+        raise Refused(
+            f"{_name(key)} {ended.why}, its memory is gone; begin a new episode with reset: true.",
+            reason="expired",
+        )
+    if request.step:
+        raise Refused(
+            f"step must be 0 for {_name(key)}, which is unknown or has expired, got "
+            f"{request.step}; begin a new episode with step 0.",
+            reason="expired",
+        )
+
+
+def _repeated(session: Session, request: Request) -> Reply | None:
+    """Returns the stored reply if the request was served before; None if it is the next one."""
+    step, last = request.step, session.last
+    if step is None or step == session.age:
+        return None
+    if last is not None and (step, len(request.frames)) == (last.step, last.num_frames):
+        return last
+    raise Refused(
+        f"step must be {session.age}, got {step}; every frame of an episode is sent once and in "
+        "order, or begin a new episode with step 0.",
+        reason="step",
+    )
+
+
+def _name(key: Key) -> str:
+    return f"session '{key}'" if isinstance(key, str) else "the session of this connection"

@@ -1,0 +1,142 @@
+"""Table of acting states on the device, one row per session, and the programs that step its rows.
+
+The programs are compiled for a few batch sizes and run once before the server accepts requests.
+Sessions that step together are gathered from the table, stepped as a batch and scattered back; the
+table is donated, so that it exists once.
+"""
+
+import bisect
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vla_jax.acting.agent import AgentConfig, AgentState, make_agent, read_instruction
+from vla_jax.acting.rows import gather_rows, scatter_rows
+from vla_jax.data.normalize import NormStats
+from vla_jax.types import Array, Observation, Params, make_observation
+
+Frame = Mapping[str, np.ndarray]  # part of the observation -> one step, from `observations.read`
+_SIZES = (1, 4, 16, 64)  # compiled batch sizes
+
+
+class Stepped(NamedTuple):
+    """Result of one tick."""
+
+    state: AgentState  # [S, ...], the table
+    actions: np.ndarray  # [R, A] float32
+    is_finite: np.ndarray  # [R] bool; the rows of the others have not changed
+
+
+class Table(NamedTuple):
+    """Compiled programs over a table of S sessions; the table itself is a value."""
+
+    num_rows: int  # S
+    max_batch: int  # greatest number of rows of one tick
+    init: Callable[[], AgentState]  # table [S, ...] of unused rows
+    # (table, slots [R], frames, words [R, S], reset [R]) -> Stepped; the table is consumed
+    step: Callable[..., Stepped]
+    read: Callable[[AgentState, int], AgentState]  # (table, slot) -> row [1, ...]
+    # (table, slot, row [1, ...]) -> table; the table is consumed
+    write: Callable[[AgentState, int, AgentState], AgentState]
+
+
+def batch_sizes(max_batch: int) -> tuple[int, ...]:
+    """Returns the batch sizes to compile, the last one being `max_batch`.
+
+    >>> batch_sizes(8)
+    (1, 4, 8)
+    """
+    return (*(size for size in _SIZES if size < max_batch), max_batch)
+
+
+def make_table(
+    config: AgentConfig,
+    norm_stats: Mapping[str, NormStats],
+    params: Params,
+    blank: Frame,
+    *,
+    num_rows: int,
+    max_batch: int,
+    window_size: int | None = None,
+) -> Table:
+    """Returns the programs of a table, compiled for all batch sizes.
+
+    Args:
+      config: of the agent.
+      norm_stats: of the training data.
+      params: of the policy.
+      blank: an observation of zeros, from `observations.blank`.
+      num_rows: S, the greatest number of sessions.
+      max_batch: greatest number of sessions that step together.
+      window_size: W in environment steps; None = as in training.
+    """
+    agent = make_agent(config, norm_stats, window_size=window_size)
+    params = jax.device_put(params)
+    sizes = batch_sizes(min(max_batch, num_rows))
+    prepared = {size: agent.prepare(params, size) for size in sizes}
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def advance(
+        params: Params, table: AgentState, index: Array, observation: Observation, reset: Array
+    ) -> tuple[AgentState, Array, Array]:
+        rows, actions = agent.step(params, gather_rows(table, index), observation, reset)
+        is_finite = jnp.isfinite(actions).all(axis=-1)
+        kept = jnp.where(is_finite, index, num_rows)  # the row of a refused request is not written
+        return scatter_rows(table, kept, rows), actions, is_finite
+
+    def step(
+        table: AgentState,
+        slots: Sequence[int],
+        frames: Sequence[Frame],
+        words: Sequence[np.ndarray],
+        reset: Sequence[bool],
+    ) -> Stepped:
+        size = sizes[bisect.bisect_left(sizes, len(slots))]
+        missing = size - len(slots)
+        index = np.array([*slots, *[num_rows] * missing], np.int32)
+        observation = _stack(blank, [*frames, *[blank] * missing], words)
+        starts = np.array([*reset, *[True] * missing])
+        table, actions, is_finite = advance(prepared[size], table, index, observation, starts)
+        count = len(slots)
+        return Stepped(
+            table, np.asarray(actions, np.float32)[:count], np.asarray(is_finite)[:count]
+        )
+
+    read = jax.jit(lambda table, slot: gather_rows(table, slot[None]))
+    write = jax.jit(lambda table, slot, row: scatter_rows(table, slot[None], row), donate_argnums=0)
+
+    def init() -> AgentState:
+        # Arrays of their own, without weak types: every later table has the same signature.
+        return jax.tree.map(lambda leaf: jnp.array(leaf, leaf.dtype), agent.init(params, num_rows))
+
+    table = Table(
+        num_rows,
+        sizes[-1],
+        init,
+        step,
+        lambda table, slot: read(table, np.int32(slot)),
+        lambda table, slot, row: write(table, np.int32(slot), row),
+    )
+    _run_once(table, sizes, blank, read_instruction(config, ""))
+    return table
+
+
+def _stack(blank: Frame, frames: Sequence[Frame], words: Sequence[np.ndarray]) -> Observation:
+    """Returns the frames as one observation `[R, ...]`; missing words are those of the first."""
+    parts = {name: np.stack([frame[name] for frame in frames]) for name in blank}
+    padded = [*words, *[words[0]] * (len(frames) - len(words))]
+    return make_observation(parts, instruction=np.stack(padded))
+
+
+def _run_once(table: Table, sizes: Sequence[int], blank: Frame, words: np.ndarray) -> None:
+    """Compiles all programs by running each of them."""
+    state = table.init()
+    for size in sizes:
+        rows = list(range(size))
+        state = table.step(state, rows, [blank] * size, [words] * size, [True] * size).state
+    state = table.write(state, 0, table.read(state, 0))
+    jax.block_until_ready(state)
