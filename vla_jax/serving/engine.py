@@ -19,8 +19,8 @@ import numpy as np
 
 from vla_jax.acting.agent import AgentState
 from vla_jax.serving.requests import Refused, Request
-from vla_jax.serving.sessions import Key, Reply, Session, SessionBook, Start
-from vla_jax.serving.table import Frame, Stepped, Table
+from vla_jax.serving.sessions import Admitted, Key, Reply, Session, SessionBook
+from vla_jax.serving.table import Frame, SessionTable, Stepped
 
 Result = TypeVar("Result")
 _LOG = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class _Task:
     arrived: float = field(default_factory=time.perf_counter)
     begun: float = 0.0
     position: int = 0  # frames stepped so far
-    start: Start | None = None
+    start: Admitted | None = None
     before: Session | None = None
     row: AgentState | None = None  # of the session before a request of several frames
 
@@ -81,7 +81,7 @@ class Engine:
 
     def __init__(
         self,
-        table: Table,
+        table: SessionTable,
         book: SessionBook,
         observer: Observer = NO_OBSERVER,
         *,

@@ -49,7 +49,7 @@ class Ended(NamedTuple):
     extended: bool
 
 
-class Start(NamedTuple):
+class Admitted(NamedTuple):
     """Decision to step a session."""
 
     session: Session  # with age and prompt before the request's first frame
@@ -76,7 +76,7 @@ class SessionBook:
         self._free = list(range(num_rows))[::-1]
         self._ended: collections.OrderedDict[Key, Ended] = collections.OrderedDict()
 
-    def decide(self, key: Key, request: Request, words: np.ndarray | None) -> Start | Reply:
+    def decide(self, key: Key, request: Request, words: np.ndarray | None) -> Admitted | Reply:
         """Returns how a request is to be served; changes nothing.
 
         Args:
@@ -115,9 +115,9 @@ class SessionBook:
             )
         age = 0 if starts or session is None else session.age
         slot = -1 if session is None else session.slot
-        return Start(Session(slot, age, prompt, words, extended, 0.0), starts)
+        return Admitted(Session(slot, age, prompt, words, extended, 0.0), starts)
 
-    def begin(self, key: Key, start: Start, now: float) -> Session:
+    def begin(self, key: Key, start: Admitted, now: float) -> Session:
         """Gives a session a row if it has none, and marks it as busy.
 
         Returns:

@@ -31,7 +31,7 @@ class Stepped(NamedTuple):
     is_finite: np.ndarray  # [R] bool; the rows of the others have not changed
 
 
-class Table(NamedTuple):
+class SessionTable(NamedTuple):
     """Compiled programs over a table of S sessions; the table itself is a value."""
 
     num_rows: int  # S
@@ -62,7 +62,7 @@ def make_table(
     num_rows: int,
     max_batch: int,
     window_size: int | None = None,
-) -> Table:
+) -> SessionTable:
     """Returns the programs of a table, compiled for all batch sizes.
 
     Args:
@@ -113,7 +113,7 @@ def make_table(
         # Arrays of their own, without weak types: every later table has the same signature.
         return jax.tree.map(lambda leaf: jnp.array(leaf, leaf.dtype), agent.init(params, num_rows))
 
-    table = Table(
+    table = SessionTable(
         num_rows,
         sizes[-1],
         init,
@@ -132,7 +132,7 @@ def _stack(blank: Frame, frames: Sequence[Frame], words: Sequence[np.ndarray]) -
     return make_observation(parts, instruction=np.stack(padded))
 
 
-def _run_once(table: Table, sizes: Sequence[int], blank: Frame, words: np.ndarray) -> None:
+def _run_once(table: SessionTable, sizes: Sequence[int], blank: Frame, words: np.ndarray) -> None:
     """Compiles all programs by running each of them."""
     state = table.init()
     for size in sizes:
