@@ -56,6 +56,7 @@ def reply(incoming: Incoming, answer: Answer) -> bytes:
                 "id": served.key if isinstance(served.key, str) else None,
                 "step": served.reply.step,
                 "reset": served.reply.reset,
+                **({"warning": " ".join(served.warnings)} if served.warnings else {}),
             },
         }
     )

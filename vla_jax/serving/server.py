@@ -24,6 +24,7 @@ from vla_jax.serving.messages import MessageError
 from vla_jax.serving.metrics import Metrics
 from vla_jax.serving.observations import ObservationSpec
 from vla_jax.serving.requests import MAX_ID, Refused, Request
+from vla_jax.serving.sessions import describe
 
 _LOG = logging.getLogger(__name__)
 _HANDSHAKE = 10.0  # s until a new connection must have sent its request
@@ -201,6 +202,9 @@ class Server:
                 answer = _answer(dialect, incoming, Answer(served, total_ms, prev_total_ms))
                 state, prev_total_ms, num_errors = incoming.state, total_ms, 0
                 self._count(served, total_ms)
+                if served is not None:
+                    for sentence in served.warnings:
+                        self._log(connection, f"{describe(served.key)}, {sentence}")
             except (MessageError, Refused) as error:
                 num_errors += 1
                 answer, close = dialect.error(context, str(error)), getattr(error, "close", None)
@@ -246,13 +250,17 @@ class Server:
     def _count_error(self, connection: Any, error: Exception) -> None:
         self.service.metrics.requests.labels("refused").inc()
         self.service.metrics.refused.labels(getattr(error, "reason", "message")).inc()
+        self._log(connection, f"refused a request: {error}")
+
+    def _log(self, connection: Any, sentence: str) -> None:
+        """Logs a sentence about a peer, unless there were many in this minute."""
         minute = int(time.monotonic() // 60)
         if minute != self._minute:
             self._minute, self._logged = minute, {}
         peer = str((connection.remote_address or ["?"])[0])
         self._logged[peer] = self._logged.get(peer, 0) + 1
         if self._logged[peer] <= _LOGGED_ERRORS:
-            _LOG.warning("refused a request from %s: %s", peer, error)
+            _LOG.warning("%s: %s", peer, sentence)
 
     def _log_unknown(self, keys: list[str]) -> None:
         new = set(keys) - self._unknown if len(self._unknown) < 100 else ()
