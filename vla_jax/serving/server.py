@@ -33,6 +33,7 @@ _CLOSING = 2.0  # s that a client has for the closing handshake
 _MAX_ERRORS = 16  # in a row, then the connection is closed
 _LOGGED_ERRORS = 8  # per minute and peer
 _DRAIN = 7.0  # s for the requests under way when the server stops
+_HEALTH = ("/healthz", "/health")  # of openpi's servers and of AI2's harness
 _GOING_AWAY, _POLICY_VIOLATION = 1001, 1008  # close codes
 
 
@@ -134,7 +135,7 @@ class Server:
     def _process_request(self, connection: Any, request: Any) -> Any:
         """Answers everything that is not the handshake of an allowed client."""
         path, status = urlsplit(request.path).path, http.HTTPStatus
-        if path == "/healthz":
+        if path in _HEALTH:
             healthy = not self._stopping and self.service.engine.is_alive
             if healthy:
                 return connection.respond(status.OK, "OK\n")
@@ -190,7 +191,7 @@ class Server:
         greeting = dialect.greeting(self.service.metadata)
         if greeting is not None:
             await connection.send(greeting)
-        state, prev_total_ms, num_errors = dialect.start(), None, 0
+        state, prev_total_ms, num_errors = dialect.start(self.service.metadata), None, 0
         async for frame in connection:
             self._answering.add(connection)
             began, context, close = time.perf_counter(), None, None
