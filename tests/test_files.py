@@ -60,7 +60,7 @@ def test_an_error_that_has_its_sentence_or_is_about_another_file_is_unchanged(tm
     other = PermissionError(errno.EACCES, "Permission denied", "/elsewhere/b/c")
     for error in (inner, other):
         with (
-            pytest.raises(OSError, match="free space|denied") as caught,
+            pytest.raises(OSError, match=r"free space|denied") as caught,
             files.named_errors(tmp_path / "a"),
         ):
             raise error
