@@ -209,3 +209,8 @@ def test_longer_execution_than_prediction_is_refused_when_the_config_is_made():
 def test_an_action_that_is_not_finite_is_refused():
     with pytest.raises(ValueError, match=r"finite numbers, got \[.*nan.*\], which was not sent"):
         agents.robot_action(AgentConfig(), np.array([0.0, np.nan, 1.0]))
+
+
+def test_missing_parts_must_be_parts_of_an_observation():
+    with pytest.raises(ValueError, match=r"missing_parts must be cameras.*got 'propio'"):
+        dataclasses.replace(tiny_run.AGENT, missing_parts=("propio",))

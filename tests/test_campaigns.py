@@ -8,6 +8,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "campaigns"))
 
+import mutations_files
+import mutations_options
 import mutations_runs
 
 
@@ -32,3 +34,17 @@ def test_a_killed_evaluation_ends_with_the_same_files():
     assert (name, differing, left) == ("evaluate", "0", "0")
     assert int(kills) >= 2
     assert int(runs) >= 1
+
+
+@pytest.mark.slow
+def test_a_wrong_option_of_any_command_gives_a_sentence_or_is_usable():
+    tried = mutations_options.run(every=250, start=3)
+    assert len({each.case.command.module for each in tried}) > 10
+    assert [each for each in tried if each.answer.outcome in ("foreign", "traceback")] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tokens", "safetensors", "mixture", "config"])
+def test_a_damaged_file_gives_a_sentence_or_the_same_content(name):
+    answers = list(mutations_files.run(name, every=3, flips=1, most=15))
+    assert [each for each in answers if each.outcome == "traceback"] == []

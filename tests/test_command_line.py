@@ -202,6 +202,13 @@ def test_a_mistake_ends_with_code_2_and_one_line_that_explains_it(argv, sentence
     assert stderr.count("\n") == 1
 
 
+def test_a_value_that_is_too_long_to_read_is_shortened(capsys):
+    for argv in (("--seed", "x" * 5000), ("--decoder.kind", "lstm" * 2000)):
+        with pytest.raises(SystemExit):
+            parse(*argv)
+        assert len(capsys.readouterr().err) < 600
+
+
 def start(function, *argv):
     run(function, {"images": images}, argv, description="Imitates.")
 
@@ -226,6 +233,12 @@ def test_an_error_of_the_script_is_one_line_with_code_2(kind, capsys):
         start(script)
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "error: dataset is missing; record one.\n"
+
+
+def test_an_error_of_the_system_names_the_file_and_a_remedy(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        start(lambda config: tmp_path.read_text())
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}: Is a directory; give another")
 
 
 def test_an_option_shows_the_traceback(monkeypatch):

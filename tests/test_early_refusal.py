@@ -90,3 +90,21 @@ def test_a_script_with_possible_settings_begins_to_read(script):
     function, config, _ = script
     with pytest.raises(AssertionError, match="data were read"):
         function(config)
+
+
+def test_a_folder_of_other_files_is_never_made_a_run(script):
+    function, config, run_dir = script
+    run_dir.mkdir()
+    (run_dir / "info.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"must be a new folder or that of a run.*info\.txt"):
+        function(config)
+    assert [path.name for path in run_dir.iterdir() if path.name != ".lock"] == ["info.txt"]
+
+
+def test_the_folder_of_a_model_is_never_overwritten(script):
+    function, config, run_dir = script
+    run_dir.mkdir()
+    (run_dir / "config.json").write_text('{"model_type": "kosmos-2"}')
+    with pytest.raises(ValueError, match="is not a run folder"):
+        function(dataclasses.replace(config, overwrite=True))
+    assert (run_dir / "config.json").exists()

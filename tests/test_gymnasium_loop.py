@@ -159,6 +159,7 @@ def test_an_error_before_the_first_checkpoint_is_reported(tmp_path, monkeypatch)
     [
         ({"env_id": "Crane-v0"}, r"action_space of Crane-v0 must be Discrete, got Box\(-1.0"),
         ({"env_id": "Levr-v0"}, "env 'Levr-v0' is not registered in gymnasium"),
+        ({"env_id": ""}, "env '' cannot be made by gymnasium: Malformed environment ID"),
         ({"seeds": SeedsConfig()}, "num_seeds must be 1 in a Gymnasium environment, .* got 16"),
     ],
 )

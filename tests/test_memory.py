@@ -89,3 +89,10 @@ def test_a_training_whose_params_are_not_finite_is_refused():
     config = dataclasses.replace(TINY, learning_rate=1e12)
     with pytest.raises(ValueError, match="NaN or infinity in min_gru on adding of 5 steps before"):
         memory.learn(config, "adding", "min_gru", 5)
+
+
+def test_sequences_that_cannot_lie_in_memory_together_are_refused():
+    with pytest.raises(ValueError, match=r"num_trials must be at most \d+ for sequences of 1000"):
+        memory.MemoryConfig(num_trials=10**9)
+    with pytest.raises(ValueError, match="batch_size must be at most"):
+        memory.MemoryConfig(recall=(10**9,))

@@ -383,7 +383,7 @@ def test_overwrite_starts_again_and_the_new_run_can_be_resumed(tmp_path):
 def test_a_folder_that_is_no_run_is_never_deleted(tmp_path):
     (tmp_path / "thesis.tex").touch()
     config = tiny_demos.imitation("demos", tmp_path)
-    with pytest.raises(ValueError, match=r"is not a run folder \(no config\.json\)"):
+    with pytest.raises(ValueError, match=r"is not a run folder \(no config\.json of a run\)"):
         runs.open_run(config.run_dir, config, overwrite=True)
     assert (tmp_path / "thesis.tex").exists()
 

@@ -105,6 +105,7 @@ def test_a_policy_trains_on_a_mixture_of_all_formats_and_resumes_to_the_bit(tmp_
         ({"datasets": []}, r"must be at least one, with different names"),
         ({"datasets": [{"path": "a"}, {"path": "b", "name": "0"}]}, "with different names"),
         ({"datasets": [{"path": "a", "name": "a/b"}]}, r"names of letters, .*'a/b'"),
+        ({"datasets": [{"path": "a", "name": 1.5}]}, "name of data set 0 in .* must be a text"),
         ({"datasets": [{"path": "a", "weight": -1}]}, "weight of '0' .* must be a positive number"),
         ({"datasets": [{"pth": "a"}]}, "'0' in .*pth"),
         ({"datasets": [{"name": "a"}]}, "'a' in .* must have the path of a data set"),

@@ -231,3 +231,11 @@ def test_images_of_other_sizes_are_resized_on_the_device_if_the_options_say_so()
 def test_options_out_of_range_are_refused(field, value, message):
     with pytest.raises(ValueError, match=message):
         VLMOptions(**{field: value})
+
+
+@pytest.mark.parametrize("name", ["paligemma", "smolvlm"])
+def test_images_of_so_many_tokens_that_their_list_would_fill_the_memory_are_refused(name):
+    config = tiny_vlm.CONFIGS[name]
+    vision = dataclasses.replace(config.vision, image_size=2**20)
+    with pytest.raises(ValueError, match="must give at most 65536 tokens per image, got"):
+        dataclasses.replace(config, vision=vision)

@@ -23,7 +23,7 @@ import optax
 
 from vla_jax import config as configs
 from vla_jax.command_line import run
-from vla_jax.config import checked, did_you_mean
+from vla_jax.config import MAX_SIZE, checked, did_you_mean
 from vla_jax.evaluation import plots
 from vla_jax.evaluation.plots import Panel
 from vla_jax.nn import layers, recurrence, truncated
@@ -38,13 +38,14 @@ NAMES = {  # labels of cells in plots; default: the cell's name
     "rnn": "RNN", "lstm": "LSTM", "gru": "GRU", "layer_norm_lstm": "LayerNorm-LSTM",
     "min_gru": "minGRU",
 }  # fmt: skip
+_MOST_STEPS = 2**28  # steps of all sequences of one batch, which lie in memory together
 BLOCK = 50  # updates per jitted call, one point of the curve each
 EXPLODING = {"rnn": 5.0}  # factor of the recurrent kernel with which the gradient explodes
 UPDATE_DIVISOR = {"adding": 1, "recall": 5}  # the maximum updates of a task are max_updates / this
 
 
 @dataclass(frozen=True)
-@checked()
+@checked(hidden_size=(1, MAX_SIZE))
 class MemoryConfig:
     """Cells, tasks and training of a memory experiment."""
 
@@ -85,6 +86,13 @@ class MemoryConfig:
             if not values or min(values) < value:
                 raise ValueError(
                     f"{name} must be one or more, each at least {value}, got {values}."
+                )
+        longest = max(*self.adding, *self.recall, *self.windows, self.window_delay)
+        for name in ("batch_size", "num_trials"):
+            if getattr(self, name) * longest > _MOST_STEPS:
+                raise ValueError(
+                    f"{name} must be at most {_MOST_STEPS // longest} for sequences of {longest} "
+                    f"steps, got {getattr(self, name)}; shorten adding, recall and windows."
                 )
         if not 0 <= self.burn_in < max(self.chunk, 1):
             raise ValueError(

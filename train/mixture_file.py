@@ -69,7 +69,9 @@ def _read_file(path: pathlib.Path, dataset: DatasetConfig) -> list[MixturePart]:
 
 def _read_entry(path: pathlib.Path, number: int, entry: dict[str, Any]) -> MixturePart:
     fields = dict(entry)
-    name, weight = str(fields.pop("name", number)), fields.pop("weight", 1)
+    name, weight = fields.pop("name", str(number)), fields.pop("weight", 1)
+    if not isinstance(name, str):
+        raise ValueError(f"name of data set {number} in {path} must be a text, got {name!r}.")
     is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
     if not is_number or not 0 < weight < float("inf"):
         raise ValueError(f"weight of {name!r} in {path} must be a positive number, got {weight!r}.")

@@ -28,8 +28,8 @@ import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar
 
-from vla_jax import compile_cache, stopping
 from vla_jax import config as configs
+from vla_jax import stopping
 
 Config = TypeVar("Config")
 Result = TypeVar("Result")
@@ -70,15 +70,8 @@ def exit_codes() -> Iterator[None]:
       SystemExit: 2 after an error, 130 after Ctrl-C, 143 after SIGTERM.
     """
     before = warnings.formatwarning
-    about_cache = compile_cache.make_line()
-
-    def one_line(message: Warning | str, *_: object, **__: object) -> str:
-        line = about_cache(message)
-        return "" if line == "" else f"warning: {line or message}\n"
-
-    warnings.formatwarning = one_line
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
-        compile_cache.use_checksums()
         with stopping.exit_on_sigterm():
             yield
     except KeyboardInterrupt:
@@ -86,7 +79,7 @@ def exit_codes() -> Iterator[None]:
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         if os.environ.get(TRACEBACK):
             raise
-        _stop(f"error: {' '.join(str(error).split())}")
+        _stop(f"error: {' '.join(_sentence(error).split())}")
     finally:
         warnings.formatwarning = before
 
@@ -326,6 +319,15 @@ def _one_line(box: str) -> str:
     return f"error: {'. '.join(part for part in parts if part and 'full helptext' not in part)}"
 
 
+def _sentence(error: Exception) -> str:
+    """Returns the message of an error; one of the system gets a remedy."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}; give another path, or make this one usable."
+    return str(error)
+
+
 def _stop(message: str) -> NoReturn:
-    print(message, file=sys.stderr)
+    """Ends the program with a message, in which words that are too long to read are shortened."""
+    long = r"\S{400,}|(?:\S{50,} ){4,}\S*"  # the second: a value that tyro wrapped
+    print(re.sub(long, lambda value: f"{value[0][:60]}…", message), file=sys.stderr)
     raise SystemExit(2)

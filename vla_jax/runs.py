@@ -342,14 +342,27 @@ def _contents(path: pathlib.Path) -> list[pathlib.Path]:
     return [each for each in path.iterdir() if each.name != run_lock.NAME] if path.is_dir() else []
 
 
+def _is_config_of_run(file: pathlib.Path) -> bool:
+    """Returns True if a file is the config of a script, and not of a model or of other software."""
+    return file.is_file() and "run_dir" in read_json(file, "the config of a run")
+
+
 def _changes(path: pathlib.Path, config: Any, *, overwrite: bool) -> list[str]:
     """Checks that a run folder may be opened; returns the consequences of changed options."""
     run_lock.check_writable(path)
     file = path / "config.json"
     if overwrite:
-        if not file.exists() and _contents(path):
-            raise ValueError(f"{path} is not a run folder (no config.json); delete it yourself.")
+        if _contents(path) and not _is_config_of_run(file):
+            raise ValueError(
+                f"{path} is not a run folder (no config.json of a run); delete it yourself."
+            )
         return []
+    others = sorted(each.name for each in _contents(path) if each.suffix != ".part")
+    if others and not file.exists():
+        raise ValueError(
+            f"{path} must be a new folder or that of a run, but it has no config.json and holds "
+            f"{', '.join(others[:3])}; choose another --run-dir."
+        )
     done = _updates_done(path)
     if done is None or not file.exists():
         return []

@@ -197,7 +197,7 @@ def answer(
     except BaseException as error:
         seconds = time.perf_counter() - start
         frames = traceback.extract_tb(error.__traceback__)
-        own = "vla_jax" in frames[-1].filename
+        own = any(part in frames[-1].filename for part in ("/vla_jax/", "/train/"))
         text = str(error)
         is_sentence = (
             own

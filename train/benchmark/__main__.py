@@ -27,6 +27,7 @@ from train.benchmark import cases as benchmark_cases
 from train.benchmark.system import Measurement
 from train.benchmark.timing import Row, Spread
 from vla_jax.command_line import run
+from vla_jax.config import checked
 from vla_jax.evaluation import plots
 from vla_jax.runs import save_json
 from vla_jax.training.malloc import keep_freed_memory
@@ -40,6 +41,7 @@ WIDTH = 200  # characters per line if the output is not a terminal: no cell wrap
 
 
 @dataclass(frozen=True)
+@checked(rounds=(1, 1_000_000))
 class BenchmarkConfig:
     """Cases, sizes and output of a benchmark."""
 
@@ -51,9 +53,7 @@ class BenchmarkConfig:
     json: str = ""  # file of the measurements; empty = benchmark.json in run_dir
 
     def __post_init__(self):
-        """Checks the number of rounds and of cases."""
-        if self.rounds < 1:
-            raise ValueError(f"rounds must be at least 1, got {self.rounds}.")
+        """Checks the number of cases."""
         if not self.cases:
             raise ValueError(f"cases must be at least one of {', '.join(CASES)}, got none.")
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from train.deep_sarsa import make_policy
 from vla_jax.command_line import run
+from vla_jax.config import MAX_SIZE, checked
 from vla_jax.envs import grid
 from vla_jax.envs.grid import GridConfig
 from vla_jax.rl import actor, network
@@ -28,6 +29,7 @@ _EPSILON = 0.1  # probability of a random action, in both
 
 
 @dataclass(frozen=True)
+@checked(num_envs=(1, MAX_SIZE), num_steps=(1, MAX_SIZE), rounds=(1, 1_000_000))
 class ThroughputConfig:
     """Config of a throughput measurement."""
 

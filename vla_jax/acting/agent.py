@@ -30,6 +30,8 @@ from vla_jax.policies.policy import PolicyConfig
 from vla_jax.policies.trunk import Mode
 from vla_jax.types import ActionChunk, Array, Observation, Params, replace_images
 
+_COLUMNS = ("proprio", "environment_state")  # parts of an observation that are numbers
+
 
 @dataclass(frozen=True)
 @checked(instruction_steps=(-1, 2**31 - 1))
@@ -53,6 +55,12 @@ class AgentConfig:
     def __post_init__(self):
         check_mode(self.policy.decoder, self.mode)
         execution.check(self.execution, self.policy.decoder.action_horizon)
+        for name in self.missing_parts:
+            if name not in _COLUMNS and not is_camera(name):
+                raise ValueError(
+                    "missing_parts must be cameras, such as image_wrist, or "
+                    f"{' and '.join(_COLUMNS)}, got '{name}'."
+                )
 
 
 class AgentState(NamedTuple):
@@ -251,7 +259,7 @@ def _prepare(
 ) -> Observation:
     """Returns the normalised observation, without columns that lack norm_stats."""
     columns, masks = {}, {}
-    for name in ("proprio", "environment_state"):
+    for name in _COLUMNS:
         column, stats = getattr(observation, name), norm_stats.get(name)
         if column is not None and stats is not None:
             if column.shape[-1] != len(stats.mean):
@@ -278,7 +286,7 @@ def _count_clipped(
 ) -> Array:
     """Returns how many numbers `[B]` of an observation are far outside the training data."""
     count = jnp.zeros((), jnp.int32)
-    for name in ("proprio", "environment_state"):
+    for name in _COLUMNS:
         column, stats = getattr(observation, name), norm_stats.get(name)
         if column is not None and stats is not None:
             method = getattr(config.normalize, name)

@@ -34,6 +34,7 @@ from vla_jax.nn.layers import dense
 from vla_jax.types import Array, Key, Observation, Params, ShardingRules, Tokens
 
 TOKENIZER = "tokenizer.json"  # its name in the folder of a model, and in a run folder
+_MOST_TOKENS = 2**16  # per image: their positions are listed
 SHARDING_RULES: ShardingRules = (
     # Maps out of a wide layer are split along their inputs, all others along their outputs.
     ("*/layers/*/out/kernel", PartitionSpec(None, "fsdp", None)),
@@ -73,6 +74,11 @@ class VLMSizes(abc.ABC):
                     f"{name} must be '{values[0]}' for backbone '{self.kind}', got '{value}'; "
                     "choose another backbone, such as kosmos2 or paligemma."
                 )
+        if self.tokens_per_image > _MOST_TOKENS:
+            raise ValueError(
+                f"the image size must give at most {_MOST_TOKENS} tokens per image, got "
+                f"{self.tokens_per_image}; reduce image_size or num_latents, or raise patch_size."
+            )
 
     @property
     @abc.abstractmethod

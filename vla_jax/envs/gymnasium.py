@@ -188,6 +188,8 @@ def _make_env(gymnasium, env_id: str, render_mode: str | None):
         raise ValueError(f"env {env_id!r} is not registered in gymnasium: {error}") from error
     except (ImportError, gymnasium.error.DependencyNotInstalled) as error:
         raise ImportError(f"{env_id} needs a package that is missing: {error}") from error
+    except gymnasium.error.Error as error:  # such as an id of another form
+        raise ValueError(f"env {env_id!r} cannot be made by gymnasium: {error}") from error
 
 
 def _limit(env, name: str, max_steps: int | None) -> int:

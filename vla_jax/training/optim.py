@@ -41,7 +41,8 @@ class OptimConfig:
 
     def __post_init__(self):
         """Raises a ValueError for the first field that is out of range."""
-        _check("learning_rate", self.learning_rate, self.learning_rate > 0, "above 0")
+        is_rate = 0 < self.learning_rate <= 1000
+        _check("learning_rate", self.learning_rate, is_rate, "above 0 and at most 1000")
         _check("warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "0 or more")
         _check("end_factor", self.end_factor, 0 <= self.end_factor <= 1, "in [0, 1]")
         _check("b1", self.b1, 0 <= self.b1 < 1, "in [0, 1)")
