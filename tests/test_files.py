@@ -1,14 +1,17 @@
 """Files are complete or unchanged, and damaged ones are reported in one sentence."""
 
+import contextlib
+import errno
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 
 import pytest
 
-from vla_jax import files
+from vla_jax import files, folder_lock
 
 
 def test_a_file_is_replaced_only_when_the_block_ends(tmp_path):
@@ -21,6 +24,53 @@ def test_a_file_is_replaced_only_when_the_block_ends(tmp_path):
         assert path.read_text() == "first"
     assert path.read_text() == "second"
     assert list(path.parent.iterdir()) == [path]
+
+
+@contextlib.contextmanager
+def small_files(num_bytes):
+    """Limits the size of every file that this process writes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("name", ["write_json", "append_json_line"])
+def test_a_full_disk_gives_one_sentence_with_the_file_and_a_remedy(tmp_path, name):
+    sentence = r"run/a.json could not be written \(File too large\); allow larger files .ulimit -f."
+    path = tmp_path / "run" / "a.json"
+    path.parent.mkdir()
+    with small_files(10), pytest.raises(OSError, match=sentence) as caught:
+        getattr(files, name)(path, {"words": "x" * 100})
+    assert caught.value.errno == errno.EFBIG
+    assert [each.name for each in path.parent.iterdir() if each.suffix == ".part"] == []
+
+
+def test_a_lock_on_a_full_disk_gives_one_sentence_and_leaves_nothing(tmp_path):
+    lock = folder_lock.hold(tmp_path / ".lock", "folder", "wait")
+    with small_files(10), pytest.raises(OSError, match=r"\.lock could not be written"), lock:
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_that_has_its_sentence_or_is_about_another_file_is_unchanged(tmp_path):
+    inner = OSError(errno.ENOSPC, "data set d could not be written (full); free space")
+    other = PermissionError(errno.EACCES, "Permission denied", "/elsewhere/b/c")
+    for error in (inner, other):
+        with (
+            pytest.raises(OSError, match=r"free space|denied") as caught,
+            files.named_errors(tmp_path / "a"),
+        ):
+            raise error
+        assert caught.value is error
+    here = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "a"))
+    raises = pytest.raises(
+        PermissionError, match="choose another folder, or change its permissions"
+    )
+    with raises, files.named_errors(tmp_path / "a" / "b"):
+        raise here
 
 
 def fail_to_write(path, make):

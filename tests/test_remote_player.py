@@ -1,11 +1,13 @@
 """A policy behind a server is evaluated as in process, with and without sessions."""
 
 import io
+import pathlib
 
 import fake_server
 import jax
 import numpy as np
 import pytest
+import running_server
 import tiny_run
 from rich.console import Console
 
@@ -14,6 +16,8 @@ from vla_jax.acting.rollout import SimulatorView, run_simulators
 from vla_jax.envs.table.jax_simulator import JaxTable
 from vla_jax.evaluate import EvaluateConfig, evaluate
 from vla_jax.evaluation import players, results
+from vla_jax.runs import Run
+from vla_jax.serve import ServeConfig
 from vla_jax.serving.remote_player import RemotePlayer
 from vla_jax.types import make_observation
 
@@ -145,3 +149,18 @@ def test_a_server_that_is_not_there_is_named_before_any_folder_is_made(tmp_path)
         pass
     with pytest.raises(ConnectionError, match="no answer from ws://127"):
         RemotePlayer(f"ws://127.0.0.1:{port}", patience=0.1)
+
+
+def test_our_server_gives_the_outcomes_and_actions_in_process():
+    local = players.make_player(tiny_run.AGENT, tiny_run.norm_stats(), tiny_run.params(10))
+    expected = episodes(local.controller, 3)
+    stats, params = tiny_run.norm_stats(), tiny_run.params(10)
+    run = Run(pathlib.Path("tiny"), tiny_run.AGENT, stats, params, None, 10)
+    with running_server.running(run, ServeConfig(sessions=3, max_batch=3)) as port:
+        player = RemotePlayer(f"ws://127.0.0.1:{port}")
+        assert player.image_size == 0
+        found = episodes(player.controller, 3)
+        player.disconnect()
+    for seed, episode in expected.items():
+        assert found[seed].outcome == episode.outcome
+        np.testing.assert_allclose(found[seed].actions, episode.actions, atol=1e-5)

@@ -28,8 +28,8 @@ import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar
 
+from vla_jax import compile_cache, stopping
 from vla_jax import config as configs
-from vla_jax import stopping
 
 Config = TypeVar("Config")
 Result = TypeVar("Result")
@@ -70,8 +70,15 @@ def exit_codes() -> Iterator[None]:
       SystemExit: 2 after an error, 130 after Ctrl-C, 143 after SIGTERM.
     """
     before = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    about_cache = compile_cache.make_line()
+
+    def one_line(message: Warning | str, *_: object, **__: object) -> str:
+        line = about_cache(message)
+        return "" if line == "" else f"warning: {line or message}\n"
+
+    warnings.formatwarning = one_line
     try:
+        compile_cache.use_checksums()
         with stopping.exit_on_sigterm():
             yield
     except KeyboardInterrupt:

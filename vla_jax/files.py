@@ -5,6 +5,7 @@ same host that writes the file deletes what was left (`NAME.HOST.PID.part`, besi
 """
 
 import contextlib
+import errno
 import glob
 import json
 import os
@@ -18,6 +19,42 @@ from typing import Any
 from vla_jax import processes
 
 Path = str | os.PathLike[str]
+_NOT_WRITTEN = "could not be written"
+_REMEDIES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EFBIG: "allow larger files (ulimit -f)",
+    errno.EROFS: "choose another folder",
+    errno.EACCES: "choose another folder, or change its permissions",
+    errno.EPERM: "choose another folder, or change its permissions",
+}
+
+
+@contextlib.contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Names the file and a remedy in the error of a full disk, or of a folder without permission.
+
+    Args:
+      path: file or folder that the block writes.
+
+    Raises:
+      OSError: the same error with one sentence; all others are unchanged.
+    """
+    try:
+        yield
+    except OSError as error:
+        is_here = not isinstance(error.filename, str) or _related(error.filename, path)
+        if error.errno not in _REMEDIES or not is_here or _NOT_WRITTEN in str(error):
+            raise
+        reason, remedy = os.strerror(error.errno), _REMEDIES[error.errno]
+        sentence = f"{path} {_NOT_WRITTEN} ({reason}); {remedy}, and run the same command again."
+        raise OSError(error.errno, sentence) from error
+
+
+def _related(first: Path, second: Path) -> bool:
+    """Returns True if one of two paths is in the folder of the other, or in one below it."""
+    folders = [os.path.dirname(os.path.abspath(path)) for path in (first, second)]
+    return os.path.commonpath(folders) in folders
 
 
 @contextlib.contextmanager
@@ -35,20 +72,27 @@ def replacing(path: Path) -> Iterator[pathlib.Path]:
       OSError: the parent folder cannot be created, or the replacement fails.
     """
     path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with named_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = _part(path)
+        try:
+            yield part
+            if path.is_dir():
+                shutil.rmtree(path)
+            os.replace(part, path)
+        finally:
+            _delete(part)
+
+
+def _part(path: pathlib.Path) -> pathlib.Path:
+    """Returns the temporary path of this process; deletes those of processes that have ended."""
     prefix = f"{path.name}.{_host()}."
     part = path.with_name(f"{prefix}{os.getpid()}.part")
     for left in path.parent.glob(f"{glob.escape(prefix)}*.part"):
         pid = left.name.removeprefix(prefix).removesuffix(".part")
         if left == part or (pid.isdecimal() and processes.start_of(int(pid)) is None):
             _delete(left)
-    try:
-        yield part
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(part, path)
-    finally:
-        _delete(part)
+    return part
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -122,7 +166,7 @@ def append_json_line(path: Path, record: Mapping[str, Any]) -> None:
       path: file to append to; created if necessary, in an existing folder.
       record: the line.
     """
-    with open(path, "a", encoding="utf-8") as file:
+    with named_errors(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from vla_jax import processes
-from vla_jax.files import Path
+from vla_jax.files import Path, named_errors
 
 _TOUCH_EVERY = 15.0  # s
 _SILENCE = 120.0  # s without a touch after which the holder counts as ended
@@ -51,7 +51,8 @@ def hold(path: Path, what: str, remedy: str) -> Iterator[None]:
     """
     path = pathlib.Path(path)
     text = json.dumps(_this_process()._asdict()) + "\n"
-    _acquire(path, text, what, remedy)
+    with named_errors(path):
+        _acquire(path, text, what, remedy)
     end = threading.Event()
     thread = threading.Thread(target=_touch, args=(path, end), daemon=True)
     thread.start()
@@ -84,8 +85,8 @@ def check(path: Path, what: str, remedy: str) -> None:
 def _acquire(path: pathlib.Path, text: str, what: str, remedy: str) -> None:
     unique = f"{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
     candidate = path.with_name(f"{path.name}.{unique}.part")
-    candidate.write_text(text, encoding="utf-8")
     try:
+        candidate.write_text(text, encoding="utf-8")
         while not _link(candidate, path):
             check(path, what, remedy)
             found = _read(path)

@@ -25,7 +25,7 @@ import jax
 
 from vla_jax.acting.agent import AgentConfig, Mode, read_instruction
 from vla_jax.command_line import exit_codes, parse
-from vla_jax.config import checked
+from vla_jax.config import LEAST_FLOAT, checked
 from vla_jax.files import Path
 from vla_jax.runs import Run, load_run
 from vla_jax.serving import metadata, observations
@@ -34,6 +34,7 @@ from vla_jax.serving.engine import Engine, Observer
 from vla_jax.serving.metrics import Metrics, make_metrics
 from vla_jax.serving.observations import KeysConfig, ResizeRule
 from vla_jax.serving.server import Limits, Server, Service
+from vla_jax.serving.session_warnings import Expected
 from vla_jax.serving.sessions import SessionBook
 from vla_jax.serving.table import make_table
 
@@ -50,6 +51,8 @@ _CPU_BATCH, _BATCH = 8, 64  # greatest number of sessions of a tick; large ones 
     message_bytes=(1024, 2**31 - 1),
     prompt_chars=(1, 2**20),
     connections=(1, 2**20),
+    control_hz=(LEAST_FLOAT, 1e6),
+    episode_length=(1, 2**31 - 1),
 )
 class ServeConfig:
     """Policy, address and limits of a server; None means as in training."""
@@ -71,6 +74,12 @@ class ServeConfig:
     message_bytes: int = 16 * 2**20  # greatest size of one message, bytes
     prompt_chars: int = 4096  # greatest length of a prompt, characters
     connections: int = 1024  # greatest number of open connections
+    # frames per second of the training data, Hz; robots that send fewer get a warning. None = not
+    # known, as in a simulator, which has a time of its own
+    control_hz: float | None = None
+    # steps of the longest episode of the training; much longer ones get a warning. None = those of
+    # the run's environment, if it has one
+    episode_length: int | None = None
     # images of another aspect ratio: "same_aspect" refuses them, "pad" adds black borders
     resize: ResizeRule = "same_aspect"
     keys: KeysConfig = KeysConfig()  # names of the observation's parts in messages
@@ -147,7 +156,7 @@ def make_service(run: Run, config: ServeConfig, *, token: str | None = None) -> 
     info = {"run": about["run"]["name"], "step": str(run.step), "version": about["version"]}
     metrics = make_metrics(book, info)
     return Service(
-        Engine(table, book, _observer(metrics)),
+        Engine(table, book, _observer(metrics), expected=_expected(run, config)),
         spec,
         functools.lru_cache(256)(functools.partial(read_instruction, agent)),
         about,
@@ -156,6 +165,12 @@ def make_service(run: Run, config: ServeConfig, *, token: str | None = None) -> 
         metrics,
         token,
     )
+
+
+def _expected(run: Run, config: ServeConfig) -> Expected:
+    """Returns the requests that the policy was trained for."""
+    length = config.episode_length or getattr(run.world, "max_steps", None)
+    return Expected(config.control_hz, length or None)  # 0 = not known
 
 
 def _observer(metrics: Metrics) -> Observer:

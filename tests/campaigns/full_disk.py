@@ -23,7 +23,7 @@ from typing import NamedTuple
 import forked
 from jobs import JOBS, Job, contents, folders_in, prepare, temporary
 
-PARTS = (0.02, 0.1, 0.3, 0.6, 0.9)  # of the bytes that the job writes, or of its largest file
+PARTS = (0.02, 0.3, 0.9)  # of the bytes that the job writes, or of its largest file
 NOBODY = 65534  # id of a user without rights
 SPARE = 2**30  # bytes of a file system that is large enough
 

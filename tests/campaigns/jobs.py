@@ -13,7 +13,15 @@ import forked
 
 TEMPORARY = (".part", ".tmp", "orbax-checkpoint-tmp")  # parts of names of unfinished files
 # Keys of lines of JSON that depend on the clock, on the folder, or on how often a run was started.
-VARYING = {"steps_per_second", "data_wait", "latency", "run_dir", "dataset", "command"}
+VARYING = {
+    "steps_per_second",
+    "train_seconds",
+    "data_wait",
+    "latency",
+    "run_dir",
+    "dataset",
+    "command",
+}
 # Files whose content depends on the clock or on the place of the folder.
 NOT_COMPARED = ("index.html", "config.json", "hashes.json", ".lock")
 NOT_COMPARED += ("commit_success.txt", "_CHECKPOINT_METADATA")  # times of writing, by Orbax

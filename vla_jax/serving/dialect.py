@@ -31,9 +31,15 @@ class Dialect(NamedTuple):
 
     # metadata of the server -> its first frame; None = the client speaks first
     greeting: Callable[[Mapping[str, Any]], WireFrame | None]
-    start: Callable[[], Any]  # state of the dialect on a new connection
+    # metadata of the server -> state of the dialect on a new connection
+    start: Callable[[Mapping[str, Any]], Any]
     # (state, frame, greatest length of a prompt) -> what the frame asks for; raises `Refused` or
     # `MessageError`
     read: Callable[[Any, WireFrame, int], Incoming]
     reply: Callable[[Incoming, Answer], WireFrame | None]  # None = nothing is sent
     error: Callable[[Any, str], WireFrame]  # (context, or None if `read` failed; sentence) -> frame
+
+
+def wire_names(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Returns part of an observation -> its first name on the wire, of the parts in metadata."""
+    return {part: str(about["accepts"][0]) for part, about in metadata["observation"].items()}

@@ -2,5 +2,10 @@
 
 from vla_jax.serving.dialect import Dialect
 from vla_jax.serving.openpi import OPENPI
+from vla_jax.serving.vla_eval import VLA_EVAL
 
-DIALECTS: dict[str, Dialect] = {"/": OPENPI, "/v1/realtime/robot/openpi": OPENPI}
+DIALECTS: dict[str, Dialect] = {
+    "/": OPENPI,
+    "/v1/realtime/robot/openpi": OPENPI,
+    "/vla-eval": VLA_EVAL,
+}

@@ -19,6 +19,7 @@ import numpy as np
 
 from vla_jax.acting.agent import AgentState
 from vla_jax.serving.requests import Refused, Request
+from vla_jax.serving.session_warnings import NOTHING_KNOWN, Expected, Seen, warnings_of
 from vla_jax.serving.sessions import Admitted, Key, Reply, Session, SessionBook
 from vla_jax.serving.table import Frame, SessionTable, Stepped
 
@@ -35,6 +36,7 @@ class Served(NamedTuple):
     repeated: bool  # stored reply to a request that was served before
     queue_ms: float  # from the arrival until its first tick
     infer_ms: float  # of the last tick, until the result was on the host
+    warnings: tuple[str, ...] = ()  # sentences about a request that training did not have
 
 
 class Observer(NamedTuple):
@@ -69,6 +71,7 @@ class _Task:
     position: int = 0  # frames stepped so far
     start: Admitted | None = None
     before: Session | None = None
+    warnings: tuple[str, ...] = ()
     row: AgentState | None = None  # of the session before a request of several frames
 
 
@@ -85,6 +88,7 @@ class Engine:
         book: SessionBook,
         observer: Observer = NO_OBSERVER,
         *,
+        expected: Expected = NOTHING_KNOWN,
         start: bool = True,
     ) -> None:
         """Starts the thread.
@@ -93,11 +97,12 @@ class Engine:
           table: compiled programs.
           book: of the sessions; the engine's alone from now on.
           observer: of what happens.
+          expected: requests that the policy was trained for; others get a warning.
           start: False leaves the thread to a later `start`.
         """
         self.table, self.book = table, book
         self.state = table.init()
-        self._observer = observer
+        self._observer, self._expected = observer, expected
         self._changed = threading.Condition()
         self._arrived: list[_Task] = []
         self._stopping = False
@@ -227,9 +232,18 @@ class Engine:
             queue_ms = 1000 * (task.begun - task.arrived)
             task.future.set_result(Served(decision, key, True, queue_ms, 0.0))
             return False
-        before = self.book.live.get(key)
-        session = self.book.begin(key, decision, time.monotonic())
+        before, now = self.book.live.get(key), time.monotonic()
+        session = self.book.begin(key, decision, now)
         task.start, task.before = decision._replace(session=session), before
+        seen = Seen(
+            session.age,
+            len(task.frames),
+            decision.reset,
+            None if before is None else now - before.last_used,
+            task.request.prompt,
+            None if before is None else before.prompt,
+        )
+        task.warnings = warnings_of(self._expected, seen)
         if len(task.frames) > 1 and before is not None:
             task.row = self.table.read(self.state, session.slot)
         return True
@@ -285,7 +299,7 @@ class Engine:
         if start.reset and task.before is not None:
             self._observer.ended("reset", task.before.age)
         queue_ms = 1000 * (task.begun - task.arrived)
-        task.future.set_result(Served(reply, key, False, queue_ms, infer_ms))
+        task.future.set_result(Served(reply, key, False, queue_ms, infer_ms, task.warnings))
 
     def _undo(self, task: _Task) -> None:
         """Restores the session and its row as they were before a request."""

@@ -2,7 +2,8 @@
 
 The server speaks first: a map of metadata. Then each binary frame gets one: a map with `actions`
 `[K, A]`, times and the session. An error is a text frame. Besides `actions` the reply holds plain
-values only, since openpi's client slices every array of it.
+values only, since openpi's client slices every array of it. RoboMME's clients speak the same wire
+with messages of their own (`robomme`).
 
 Source: `WebsocketClientPolicy` and `ActionChunkBroker` of openpi, `openpi_client` 0.1.2.
 """
@@ -10,9 +11,11 @@ Source: `WebsocketClientPolicy` and `ActionChunkBroker` of openpi, `openpi_clien
 from collections.abc import Mapping
 from typing import Any
 
+from vla_jax.serving import robomme
 from vla_jax.serving.dialect import Answer, Dialect, Incoming, WireFrame
-from vla_jax.serving.messages import pack, unpack
+from vla_jax.serving.messages import MessageError, pack, unpack
 from vla_jax.serving.requests import Refused, parse
+from vla_jax.serving.robomme import Held
 
 _MAX_ERROR = 2000  # characters
 
@@ -22,11 +25,7 @@ def greeting(metadata: Mapping[str, Any]) -> bytes:
     return pack(metadata)
 
 
-def start() -> None:
-    """Returns the state of a new connection: there is none."""
-
-
-def read(state: None, frame: WireFrame, prompt_chars: int) -> Incoming:
+def read(state: Held, frame: WireFrame, prompt_chars: int) -> Incoming:
     """Returns the request in a binary frame.
 
     Raises:
@@ -35,14 +34,22 @@ def read(state: None, frame: WireFrame, prompt_chars: int) -> Incoming:
     """
     if isinstance(frame, str):
         raise Refused("message must be a binary frame of MessagePack, got a text frame.")
-    return Incoming(parse(unpack(frame), prompt_chars=prompt_chars), state)
+    try:
+        message, state = robomme.expand(state, unpack(frame))
+    except MessageError:
+        raise
+    except ValueError as error:
+        raise Refused(str(error)) from None
+    if message is None:
+        return Incoming(None, state, pack(robomme.BUFFERED))
+    return Incoming(parse(message, prompt_chars=prompt_chars), state)
 
 
 def reply(incoming: Incoming, answer: Answer) -> bytes:
     """Returns the frame with the action."""
     del incoming
     if answer.served is None:
-        return pack({"status": "reset successful"})
+        return pack({"status": "reset successful", **robomme.reset_finished(answer.total_ms)})
     served = answer.served
     timing = {"infer_ms": served.infer_ms, "queue_ms": served.queue_ms}
     if answer.prev_total_ms is not None:
@@ -56,6 +63,7 @@ def reply(incoming: Incoming, answer: Answer) -> bytes:
                 "id": served.key if isinstance(served.key, str) else None,
                 "step": served.reply.step,
                 "reset": served.reply.reset,
+                **({"warning": " ".join(served.warnings)} if served.warnings else {}),
             },
         }
     )
@@ -67,4 +75,4 @@ def error(context: None, sentence: str) -> str:
     return sentence[:_MAX_ERROR]
 
 
-OPENPI = Dialect(greeting, start, read, reply, error)
+OPENPI = Dialect(greeting, robomme.start, read, reply, error)

@@ -24,6 +24,7 @@ from vla_jax.serving.messages import MessageError
 from vla_jax.serving.metrics import Metrics
 from vla_jax.serving.observations import ObservationSpec
 from vla_jax.serving.requests import MAX_ID, Refused, Request
+from vla_jax.serving.sessions import describe
 
 _LOG = logging.getLogger(__name__)
 _HANDSHAKE = 10.0  # s until a new connection must have sent its request
@@ -32,6 +33,7 @@ _CLOSING = 2.0  # s that a client has for the closing handshake
 _MAX_ERRORS = 16  # in a row, then the connection is closed
 _LOGGED_ERRORS = 8  # per minute and peer
 _DRAIN = 7.0  # s for the requests under way when the server stops
+_HEALTH = ("/healthz", "/health")  # of openpi's servers and of AI2's harness
 _GOING_AWAY, _POLICY_VIOLATION = 1001, 1008  # close codes
 
 
@@ -133,7 +135,7 @@ class Server:
     def _process_request(self, connection: Any, request: Any) -> Any:
         """Answers everything that is not the handshake of an allowed client."""
         path, status = urlsplit(request.path).path, http.HTTPStatus
-        if path == "/healthz":
+        if path in _HEALTH:
             healthy = not self._stopping and self.service.engine.is_alive
             if healthy:
                 return connection.respond(status.OK, "OK\n")
@@ -189,7 +191,7 @@ class Server:
         greeting = dialect.greeting(self.service.metadata)
         if greeting is not None:
             await connection.send(greeting)
-        state, prev_total_ms, num_errors = dialect.start(), None, 0
+        state, prev_total_ms, num_errors = dialect.start(self.service.metadata), None, 0
         async for frame in connection:
             self._answering.add(connection)
             began, context, close = time.perf_counter(), None, None
@@ -201,6 +203,9 @@ class Server:
                 answer = _answer(dialect, incoming, Answer(served, total_ms, prev_total_ms))
                 state, prev_total_ms, num_errors = incoming.state, total_ms, 0
                 self._count(served, total_ms)
+                if served is not None:
+                    for sentence in served.warnings:
+                        self._log(connection, f"{describe(served.key)}, {sentence}")
             except (MessageError, Refused) as error:
                 num_errors += 1
                 answer, close = dialect.error(context, str(error)), getattr(error, "close", None)
@@ -246,13 +251,17 @@ class Server:
     def _count_error(self, connection: Any, error: Exception) -> None:
         self.service.metrics.requests.labels("refused").inc()
         self.service.metrics.refused.labels(getattr(error, "reason", "message")).inc()
+        self._log(connection, f"refused a request: {error}")
+
+    def _log(self, connection: Any, sentence: str) -> None:
+        """Logs a sentence about a peer, unless there were many in this minute."""
         minute = int(time.monotonic() // 60)
         if minute != self._minute:
             self._minute, self._logged = minute, {}
         peer = str((connection.remote_address or ["?"])[0])
         self._logged[peer] = self._logged.get(peer, 0) + 1
         if self._logged[peer] <= _LOGGED_ERRORS:
-            _LOG.warning("refused a request from %s: %s", peer, error)
+            _LOG.warning("%s: %s", peer, sentence)
 
     def _log_unknown(self, keys: list[str]) -> None:
         new = set(keys) - self._unknown if len(self._unknown) < 100 else ()

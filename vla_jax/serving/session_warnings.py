@@ -18,6 +18,9 @@ class Expected(NamedTuple):
     episode_length: int | None = None  # steps of the longest episode of the training
 
 
+NOTHING_KNOWN = Expected()
+
+
 class Seen(NamedTuple):
     """One request of a session."""
 

@@ -211,12 +211,13 @@ def _check_new(key: Key, request: Request, ended: Ended | None) -> None:
     """Raises an error if a session without memory is asked to go on."""
     if ended is not None:
         raise Refused(
-            f"{_name(key)} {ended.why}, its memory is gone; begin a new episode with reset: true.",
+            f"{describe(key)} {ended.why}, its memory is gone; begin a new episode with reset: "
+            "true.",
             reason="expired",
         )
     if request.step:
         raise Refused(
-            f"step must be 0 for {_name(key)}, which is unknown or has expired, got "
+            f"step must be 0 for {describe(key)}, which is unknown or has expired, got "
             f"{request.step}; begin a new episode with step 0.",
             reason="expired",
         )
@@ -236,5 +237,6 @@ def _repeated(session: Session, request: Request) -> Reply | None:
     )
 
 
-def _name(key: Key) -> str:
+def describe(key: Key) -> str:
+    """Returns a session as the subject of a sentence."""
     return f"session '{key}'" if isinstance(key, str) else "the session of this connection"
