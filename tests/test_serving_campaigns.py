@@ -49,7 +49,7 @@ def test_a_traceback_a_path_and_a_long_text_break_the_rules():
 
 def test_wrong_messages_change_nothing_for_a_robot_beside_them(port):
     target = serving_faults.Target(port, SHAPES)
-    rows = serving_faults.run(target, (serving_faults.wrong_messages,))
+    rows = [*serving_faults.run(target, (serving_faults.wrong_messages,))]
     answers = {row.sent: row.came_back for row in rows}
     assert answers.pop("a robot beside all of these") == "actions differ by 0.0e+00 at most"
     assert answers.pop("20 MB in one message") == "closed with 1009"

@@ -66,10 +66,15 @@ class Target(NamedTuple):
 
 
 @contextlib.contextmanager
-def opened(target: Target, **options: Any) -> Iterator[Any]:
+def opened(target: Target) -> Iterator[Any]:
     """Opens a connection and reads the first frame."""
     with connect(
-        f"ws://127.0.0.1:{target.port}", compression=None, proxy=None, max_size=None, **options
+        f"ws://127.0.0.1:{target.port}",
+        compression=None,
+        proxy=None,
+        max_size=None,
+        ping_interval=None,
+        close_timeout=2,
     ) as connection:
         connection.recv(timeout=30)
         yield connection
@@ -257,34 +262,35 @@ FAULTS: tuple[Callable[[Target], Iterator[Row]], ...] = (
 )
 
 
-def run(target: Target, faults: tuple[Callable[[Target], Iterator[Row]], ...]) -> list[Row]:
-    """Returns the rows of some faults, and last that of the bystander."""
-    bystander, rows = Bystander(target), []
+def run(target: Target, faults: tuple[Callable[[Target], Iterator[Row]], ...]) -> Iterator[Row]:
+    """Yields the rows of some faults, and last that of the bystander."""
+    bystander = Bystander(target)
     bystander.act()
     for fault in faults:
         for row in fault(target):
-            rows.append(row)
             bystander.act()
+            yield row
     worst = np.abs(np.stack(bystander.actions) - bystander.replay()).max()
-    rows.append(Row("a robot beside all of these", f"actions differ by {worst:.1e} at most"))
-    return rows
+    yield Row("a robot beside all of these", f"actions differ by {worst:.1e} at most")
 
 
 def main() -> int:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run_dir")
+    parser.add_argument("--option", action="append", default=[], help="further options of the server")
     arguments = parser.parse_args()
-    shapes = shapes_of(arguments.run_dir)
-    with serve(arguments.run_dir) as server:
-        rows = run(Target(server.port, shapes), FAULTS)
+    shapes, broken = shapes_of(arguments.run_dir), 0
+    print("| sent | came back |", "| --- | --- |", sep="\n", flush=True)
+    with serve(arguments.run_dir, *arguments.option) as server:
+        for row in run(Target(server.port, shapes), FAULTS):
+            broken += "RULE" in row.came_back
+            print(f"| {row.sent} | {row.came_back} |", flush=True)
         log = server.log.read_text()
-    rows += wrong_token(arguments.run_dir)
-    print("| sent | came back |", "| --- | --- |", sep="\n")
-    for row in rows:
-        print(f"| {row.sent} | {row.came_back} |")
+    for row in wrong_token(arguments.run_dir):
+        print(f"| {row.sent} | {row.came_back} |", flush=True)
     print("tracebacks in the log:", log.count("Traceback"))
-    return int(any("RULE" in row.came_back for row in rows))
+    return broken
 
 
 if __name__ == "__main__":

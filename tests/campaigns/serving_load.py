@@ -264,7 +264,7 @@ def main() -> None:
     parser.add_argument("--robots", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--come-and-go", type=int, help="sessions to begin and end")
-    parser.add_argument("--option", nargs="*", default=[], help="further options of the server")
+    parser.add_argument("--option", action="append", default=[], help="further options of the server")
     parser.add_argument("--port", type=int, help="of a server that runs already")
     arguments = parser.parse_args()
     print("| | robots | steps | steps/s | p50 ms | p95 ms | p99 ms | wrong | server CPU ms/step |")
@@ -272,7 +272,8 @@ def main() -> None:
         lines = throughput(arguments.run_dir, arguments)
     else:
         sessions = ["--sessions", str(arguments.sessions + 8)]
-        options = [*sessions, *arguments.option]
+        brief = ["--session-ttl-s", "5"] if arguments.come_and_go else []
+        options = [*sessions, *brief, *arguments.option]
         with serve(arguments.run_dir, *options, port=arguments.port) as server:
             if arguments.come_and_go:
                 shapes = shapes_of(arguments.run_dir)
