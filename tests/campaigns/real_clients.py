@@ -192,7 +192,7 @@ def main() -> int:
     parser.add_argument("--openpi", action="append", default=[])
     parser.add_argument("--vla-eval", action="append", default=[])
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--option", action="append", default=[], help="further options of the server")
+    parser.add_argument("--option", action="append", default=[], help="for the server")
     parser.add_argument("--port", type=int, help="of a server that runs already")
     arguments = parser.parse_args()
     run, seeds, rows = load_run(arguments.run_dir), [0, 1, 2], []

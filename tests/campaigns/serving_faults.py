@@ -278,7 +278,7 @@ def main() -> int:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run_dir")
-    parser.add_argument("--option", action="append", default=[], help="further options of the server")
+    parser.add_argument("--option", action="append", default=[], help="for the server")
     arguments = parser.parse_args()
     shapes, broken = shapes_of(arguments.run_dir), 0
     print("| sent | came back |", "| --- | --- |", sep="\n", flush=True)

@@ -264,7 +264,7 @@ def main() -> None:
     parser.add_argument("--robots", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--come-and-go", type=int, help="sessions to begin and end")
-    parser.add_argument("--option", action="append", default=[], help="further options of the server")
+    parser.add_argument("--option", action="append", default=[], help="for the server")
     parser.add_argument("--port", type=int, help="of a server that runs already")
     arguments = parser.parse_args()
     print("| | robots | steps | steps/s | p50 ms | p95 ms | p99 ms | wrong | server CPU ms/step |")
