@@ -205,3 +205,20 @@ def test_a_damaged_line_is_reported(tmp_path):
     path.write_text('{"step": \n{"step": 2}\n')
     with pytest.raises(ValueError, match=r"lines\.jsonl has a damaged line \d .*; delete"):
         files.read_json_lines(path)
+
+
+def test_a_folder_is_deleted_whether_or_not_it_exists(tmp_path):
+    (tmp_path / "folder" / "inner").mkdir(parents=True)
+    for _ in range(2):
+        files.delete_folder(tmp_path / "folder")
+        assert not (tmp_path / "folder").exists()
+
+
+def test_a_folder_that_cannot_be_deleted_is_reported(tmp_path, monkeypatch):
+    def rmdir(*_, **__):
+        raise PermissionError(errno.EACCES, "not allowed", str(tmp_path / "folder"))
+
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr(os, "rmdir", rmdir)
+    with pytest.raises(OSError, match=r"folder could not be written \(Permission denied\); choose"):
+        files.delete_folder(tmp_path / "folder")

@@ -1,7 +1,9 @@
 """A lock is held by one process, and taken over from one that has ended."""
 
+import errno
 import json
 import os
+import pathlib
 import subprocess
 import sys
 import time
@@ -60,17 +62,32 @@ def test_another_process_of_the_same_number_does_not_keep_the_lock(path):
         assert json.loads(path.read_text())["started"] == data["started"]
 
 
-@pytest.mark.parametrize("change", [{"host": "elsewhere"}, {"pid_namespace": "pid:[1]"}, None])
+@pytest.mark.parametrize(
+    "change", [{"host": "elsewhere"}, {"pid_namespace": "pid:[1]"}, b"{", b"\xff\xfe", b"[" * 99999]
+)
 def test_a_process_that_cannot_be_seen_keeps_the_lock_while_it_touches_it(path, change):
     with hold(path):
         data = json.loads(path.read_text())
-    path.write_text("{" if change is None else json.dumps(data | change))
+    damaged = isinstance(change, bytes)
+    path.write_bytes(change if damaged else json.dumps(data | change).encode())
     with pytest.raises(BlockingIOError, match="in use by"), hold(path):
         pass
     long_ago = time.time() - 200
     os.utime(path, (long_ago, long_ago))
     with hold(path):
         pass
+
+
+def test_a_lock_whose_age_cannot_be_read_is_kept(path, monkeypatch):
+    def stat(*_, **__):
+        raise OSError(errno.ESTALE, "stale file handle")
+
+    path.write_text("{")
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "stat", stat)
+        with pytest.raises(OSError, match="stale file handle"):
+            folder_lock.check(path, "run_dir here", "wait")
+    assert path.read_text() == "{"
 
 
 def test_a_file_system_without_hard_links_is_locked_too(path, monkeypatch):

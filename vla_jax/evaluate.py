@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import pathlib
 import shlex
-import shutil
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, NamedTuple
 
@@ -32,7 +31,7 @@ from vla_jax.envs.worlds import WorldConfig, make_simulator
 from vla_jax.evaluation import players, report, results, video
 from vla_jax.evaluation.results import Latency, Summary
 from vla_jax.evaluation_setup import EvaluateConfig, EvaluationSetup, make_setup
-from vla_jax.files import Path, read_json, write_json, write_json_lines
+from vla_jax.files import Path, delete_folder, read_json, write_json, write_json_lines
 from vla_jax.runs import Run
 from vla_jax.training.progress import progress_bar
 from vla_jax.types import Simulator, SuccessRule
@@ -133,7 +132,7 @@ def _open(setup: EvaluationSetup, *, overwrite: bool) -> None:
     """Makes the folder, or checks that the episodes in it have the same settings."""
     path = setup.folder / "settings.json"
     if overwrite:
-        shutil.rmtree(setup.folder, ignore_errors=True)
+        delete_folder(setup.folder)
     if path.is_file():
         changed = configs.differences(_read_settings(path), setup.settings)
         if changed:

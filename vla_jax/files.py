@@ -199,6 +199,23 @@ def _read_line(path: pathlib.Path, number: int, line: bytes) -> dict[str, Any]:
     return record
 
 
+def delete_folder(path: Path) -> None:
+    """Deletes a folder with all it holds, if it exists.
+
+    Args:
+      path: the folder.
+
+    Raises:
+      OSError: a part of it cannot be deleted.
+    """
+    with named_errors(path):
+        try:
+            shutil.rmtree(path)
+        except FileNotFoundError:  # that of the folder, or another process has deleted a part
+            if os.path.lexists(path):
+                raise
+
+
 def _host() -> str:
     """Returns a name of all processes that this one sees; containers may share a host's name."""
     host, namespace = processes.place()

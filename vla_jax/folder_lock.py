@@ -120,7 +120,7 @@ def _link(candidate: pathlib.Path, path: pathlib.Path) -> bool:
 
 def _touch(path: pathlib.Path, end: threading.Event) -> None:
     while not end.wait(_TOUCH_EVERY):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # tried again; `_SILENCE` allows for many failures
             os.utime(path)
 
 
@@ -129,7 +129,7 @@ def _is_alive(path: pathlib.Path, holder: Holder | None) -> bool:
     if holder is not None and (holder.host, holder.pid_namespace) == processes.place():
         started = processes.start_of(holder.pid)
         return started is not None and started == holder.started
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(FileNotFoundError):  # released in the meantime
         return time.time() - path.stat().st_mtime < _SILENCE
     return False
 
@@ -143,8 +143,8 @@ def _this_process() -> Holder:
 
 def _read(path: pathlib.Path) -> str | None:
     try:
-        return path.read_text(encoding="utf-8")
-    except (FileNotFoundError, ValueError):
+        return path.read_text(encoding="utf-8", errors="replace")  # `_parse` finds damage
+    except FileNotFoundError:
         return None
 
 
@@ -153,7 +153,7 @@ def _parse(text: str) -> Holder | None:
     try:
         data = json.loads(text)
         return Holder(**data) if isinstance(data.get("pid"), int) else None
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return None
 
 

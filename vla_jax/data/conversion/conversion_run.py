@@ -39,7 +39,7 @@ from vla_jax.data.readers.lerobot.episode_rows import (
 from vla_jax.data.readers.lerobot.features import features_json, write_description
 from vla_jax.data.readers.lerobot.stored_fields import write_fields
 from vla_jax.data.readers.lerobot.writer import hold_name, replace, require_packages
-from vla_jax.files import read_json, write_json
+from vla_jax.files import delete_folder, read_json, write_json
 
 
 class Converted(NamedTuple):
@@ -115,7 +115,7 @@ def _prepare(partial: pathlib.Path, settings: dict[str, Any], *, overwrite: bool
             return
     elif partial.exists() and not overwrite:
         raise FileExistsError(f"{partial} is in the way; delete it, or --overwrite.")
-    shutil.rmtree(partial, ignore_errors=True)
+    delete_folder(partial)
     write_json(path, settings)
 
 
@@ -148,8 +148,8 @@ def _finish(
     root: pathlib.Path, partial: pathlib.Path, parts: Sequence[EpisodePart], plan: Plan
 ) -> Converted:
     """Numbers the episodes of all parts, writes the metadata, and renames the folder."""
-    shutil.rmtree(partial / "data", ignore_errors=True)  # of an attempt that was interrupted here
-    shutil.rmtree(partial / "meta", ignore_errors=True)
+    for name in ("data", "meta"):  # of an attempt that was interrupted here
+        delete_folder(partial / name)
     tasks: dict[str, int] = {}
     totals: list[dict[str, Any]] = []
     bad: dict[int, str] = {}

@@ -26,6 +26,7 @@ from vla_jax.data.readers.lerobot.episode_rows import (
     write_rows,
 )
 from vla_jax.data.readers.lerobot.features import features_json, write_description
+from vla_jax.files import delete_folder
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -105,7 +106,7 @@ def hold_name(root: pathlib.Path) -> contextlib.AbstractContextManager[None]:
 def _complete_or_absent(root: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields an empty folder, which gets the name `root` at the end, or is deleted by any error."""
     partial = root.with_name(root.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
+    delete_folder(partial)
     try:
         partial.mkdir()
         yield partial
@@ -119,7 +120,7 @@ def _complete_or_absent(root: pathlib.Path) -> Iterator[pathlib.Path]:
             "unchanged; free space and record again.",
         ) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)  # an error above has the reason
 
 
 def replace(root: pathlib.Path, finished: pathlib.Path) -> None:
