@@ -17,7 +17,7 @@ import pathlib
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import forked
@@ -60,6 +60,12 @@ def used(folder: pathlib.Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+def largest_new_file(folder: pathlib.Path, before: pathlib.Path) -> int:
+    """Returns the bytes of the largest file in `folder` that is not in `before`."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return max(p.stat().st_size for p in files if not (before / p.relative_to(folder)).exists())
+
+
 def judge(command: forked.Command) -> tuple[str, str]:
     """Waits for a command; returns its outcome and the last line that it printed."""
     code = command.end()
@@ -71,17 +77,17 @@ def judge(command: forked.Command) -> tuple[str, str]:
     return ("sentence", last) if is_sentence else ("traceback", output[-1500:])
 
 
-def run_job(job: Job) -> Iterator[Result]:
-    """Yields what a job does on each disk."""
+def run_job(job: Job, parts: Sequence[float]) -> Iterator[Result]:
+    """Yields what a job does on each disk; `parts` as PARTS."""
     with tempfile.TemporaryDirectory() as temp:
         root = pathlib.Path(temp)
-        output, expected, _ = prepare(job, root)
+        _, expected, _ = prepare(job, root)
         bytes_written = used(root / "whole") - used(root / "prepared")
-        largest = max(path.stat().st_size for path in output.rglob("*") if path.is_file())
-        for part in PARTS:
+        largest = largest_new_file(root / "whole", root / "prepared")
+        for part in parts:
             yield limited_files(job, root, int(part * largest), expected)
         if os.geteuid() == 0:
-            for part in PARTS:
+            for part in parts:
                 yield small_disk(job, root, int(part * bytes_written), expected)
             yield small_disk(job, root, None, expected)
             yield not_owned(job, root, expected)
@@ -144,9 +150,12 @@ def main() -> None:
     """Runs the jobs, and prints a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--jobs", nargs="*", default=list(JOBS), choices=list(JOBS))
+    parser.add_argument(
+        "--parts", nargs="*", type=float, default=PARTS, help="of the bytes written"
+    )
     args = parser.parse_args()
     for name in args.jobs:
-        for result in run_job(JOBS[name]):
+        for result in run_job(JOBS[name], args.parts):
             print(f"{name:10} {result.disk:24} {result.outcome:10} {result.words}", flush=True)
             for path in result.left:
                 print(f"{'':10} left behind: {path}")
