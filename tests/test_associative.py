@@ -99,3 +99,29 @@ def test_composition_of_two_steps_is_sequential_application_and_associative():
 def test_a_cell_whose_gates_depend_on_the_carry_is_refused(name):
     with pytest.raises(ValueError, match=r"linear in its carry, such as .min_gru."):
         associative.check(cells.CELLS[name])
+
+
+@each_cell
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("scan", [associative.scan, bptt.scan, bptt.plain_scan])
+def test_nan_does_not_pass_a_reset(scan, cell, reverse):
+    """Law 2, reset = separate episodes, where the episode before holds NaN and infinity."""
+    first, second = np.arange(5), np.arange(5, T)
+    if reverse:  # time runs from the last step to the first
+        first, second = T - 1 - first, T - 1 - second
+    reset = np.zeros((T, B), bool)
+    reset[second[0]] = True
+    _, carry, projected = draw_case(cell, ())
+    damaged = projected.copy()
+    damaged[first[1]], damaged[first[3]] = np.nan, np.inf
+
+    def loss(projected):
+        last, outputs = scan(cell, {}, carry, projected, reset=reset, reverse=reverse)
+        kept = outputs[np.sort(second)]
+        return jnp.sum(jnp.sin(kept)) + jnp.sum(jnp.cos(last.hidden)), (kept, last)
+
+    run = jax.jit(jax.grad(loss, has_aux=True))
+    (gradient, results), (expected_gradient, expected) = run(damaged), run(projected)
+    assert_close(results, expected, 0)
+    assert_close(gradient[second], expected_gradient[second], 0)
+    assert np.abs(expected_gradient[second]).max() > 1e-4

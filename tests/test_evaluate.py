@@ -5,6 +5,8 @@ import io
 import json
 import shutil
 
+import jax
+import numpy as np
 import pytest
 import tiny_run
 from rich.console import Console
@@ -284,6 +286,21 @@ def test_a_mistake_at_the_command_line_is_reported_without_a_traceback(folder, c
 
 
 @pytest.mark.slow
+def test_a_policy_of_nan_alone_ends_the_command_with_2_and_the_reason(
+    tmp_path, capsys, monkeypatch
+):
+    weights = jax.tree.map(lambda leaf: leaf + np.nan, tiny_run.params())
+    monkeypatch.setattr(tiny_run, "params", lambda seed=0: weights)
+    folder = tiny_run.write(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        main([str(folder), "--num-episodes", "2", "--num-videos", "0"])
+    assert caught.value.code == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error"))
+    assert "crashed in every episode" in line
+    assert "not finite" in line
+    assert not (folder / "evaluation" / "refresh-4" / "summary.json").exists()
+
+
 def test_an_interruption_at_the_command_line_says_how_to_resume(folder, monkeypatch):
     monkeypatch.setattr(module.results, "append_outcome", fail_after(0, results.append_outcome))
     with pytest.raises(SystemExit, match="130"):

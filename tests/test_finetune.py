@@ -16,6 +16,7 @@ from train.finetune import FinetuneConfig, finetune, make_finetune, make_loss, r
 from vla_jax import config as configs
 from vla_jax.evaluate import EvaluateConfig, evaluate
 from vla_jax.nn.layers import init_mlp
+from vla_jax.rl import learning_record
 from vla_jax.rl.episodes import EpisodeRollout
 from vla_jax.rl.gaussian import NoiseConfig, NoisyAction
 from vla_jax.rl.learner import SeedsConfig
@@ -98,6 +99,21 @@ def test_a_resumed_training_equals_an_uninterrupted_one_to_the_bit(cloned, tuned
     shutil.rmtree(copy / "learning" / "checkpoints" / "4")
     finetune(config_of(cloned, copy))
     assert_same(load_run(copy).params, load_run(tuned).params)
+
+
+def test_a_run_that_has_been_trained_again_is_refused_as_the_origin(cloned, tuned, tmp_path):
+    origin, run_dir = tmp_path / "origin", tmp_path / "run"
+    shutil.copytree(cloned, origin)
+    shutil.copytree(tuned, run_dir)
+    config = config_of(cloned, run_dir)
+    learning = run_dir / "learning"
+    initial = load_run(origin)
+    learning_record.check(run_dir, learning, config, initial)  # another place, the same params
+    for other in (initial._replace(step=20), initial._replace(params=tiny_run.params(1))):
+        with pytest.raises(ValueError, match=r"origin must hold the policy with which .*run was"):
+            learning_record.check(run_dir, learning, config, other)
+    again = dataclasses.replace(config, overwrite=True)
+    learning_record.check(run_dir, learning, again, initial._replace(step=20))
 
 
 def rewarding(env, extra):

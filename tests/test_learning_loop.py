@@ -1,5 +1,6 @@
 """Learning from reward: resumed = uninterrupted, one device = four devices, clear errors."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -15,10 +16,12 @@ from train import deep_sarsa, reinforce, tabular
 from train.benchmark import throughput
 from train.deep_sarsa import SarsaConfig, make_sarsa
 from train.reinforce import ReinforceConfig, make_reinforce
+from vla_jax import config as configs
 from vla_jax.command_line import command_line
 from vla_jax.envs import discrete_worlds
 from vla_jax.envs.grid import GridConfig
-from vla_jax.rl.learner import SeedsConfig
+from vla_jax.rl import actor, learning_record, network
+from vla_jax.rl.learner import SeedsConfig, zero_carry
 from vla_jax.rl.learning_loop import learn, read_curve, write_report
 from vla_jax.rl.network import NetworkConfig
 from vla_jax.training import checkpoint
@@ -134,6 +137,30 @@ def test_a_reward_of_nan_is_reported_and_the_last_checkpoint_is_kept(whole, tmp_
     jax.tree.map(np.testing.assert_array_equal, run(copy, name), result)  # without the fault
 
 
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_policy_whose_outputs_are_not_finite_chooses_no_action(name):
+    config_type, _ = MAKERS[name]
+    script = {"sarsa": deep_sarsa, "reinforce": reinforce}[name]
+    algorithm = script.make_algorithm(config_type(loop=LOOP, **PARTS))
+    env, key = discrete_worlds.make(PARTS["world"]), jax.random.key(0)
+
+    @jax.jit
+    def play(scale):
+        heads = algorithm.heads(env.num_actions)
+        params = network.init(key, algorithm.network, env.observation_shape, heads)
+        params = jax.tree.map(lambda leaf: leaf * scale, params)
+        policies = algorithm.exploit(params), algorithm.explore(params, jnp.int32(0))
+        return [actor.play(env, act, 3, zero_carry(algorithm, 3), key=key) for act in policies]
+
+    for good, bad in zip(play(1.0), play(jnp.nan), strict=True):
+        assert np.isfinite(good.reward).all()
+        assert (np.asarray(good.action) >= 0).all()
+        real = np.asarray(bad.mask)
+        assert (np.asarray(bad.action)[real] == -1).all()
+        assert np.isnan(np.asarray(bad.reward)[real]).all()
+        assert not bad.success.any()
+
+
 def test_environments_that_cannot_be_sharded_are_refused(tmp_path):
     seeds, loop = SeedsConfig(num_envs=6), LoopConfig(num_devices=4)
     message = "num_envs must be a multiple of the number of devices, 4, got 6"
@@ -163,6 +190,21 @@ def test_a_table_learns_a_small_grid_and_performs_worse_with_shared_rows(tmp_pat
         success[rows] = train_table(key=jax.random.key(0))["success"]
     assert success[2**21] > 0.9
     assert success[7] < 0.7
+
+
+def test_a_folder_that_disagrees_with_its_checkpoint_is_refused(tmp_path):
+    config = SarsaConfig(run_dir=str(tmp_path), loop=LOOP, **PARTS)
+    saving = checkpoint.open_checkpoints(tmp_path / "checkpoints", keep=1)
+    checkpoint.save(saving, 2, {"params": {"x": jnp.ones(1)}}, learning_record.make(config))
+    checkpoint.close(saving)
+    longer = dataclasses.replace(config, loop=dataclasses.replace(LOOP, num_updates=9))
+    learning_record.check(tmp_path, tmp_path, longer)
+    other = dataclasses.replace(config, gamma=0.5)
+    configs.save(other, tmp_path / "config.json")  # as if edited, or copied from another run
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=r"holds a run of another config: gamma"):
+        deep_sarsa.train(other)
+    assert sorted(path for path in tmp_path.rglob("*") if path.name != ".lock") == before
 
 
 @pytest.mark.slow

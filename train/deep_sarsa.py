@@ -100,7 +100,8 @@ def make_policy(params: Params, net: NetworkConfig, epsilon: Array | float) -> P
     def policy(carry: Any, observation: Any, reset: Any, key: Key) -> tuple[Any, jax.Array]:
         carry, outputs = network.step(params, net, carry, observation, reset)
         probability = exploration.epsilon_greedy_probability(outputs["q"], epsilon)
-        return carry, exploration.sample(probability, key=key)
+        action = exploration.sample(probability, key=key)
+        return carry, exploration.refuse_non_finite(action, outputs["q"])
 
     return policy
 

@@ -40,7 +40,7 @@ from vla_jax.evaluation import plots, results
 from vla_jax.evaluation.players import make_player
 from vla_jax.evaluation.results import Summary
 from vla_jax.nn.layers import apply_mlp, init_mlp
-from vla_jax.rl import episodes, gaussian
+from vla_jax.rl import episodes, gaussian, learning_record
 from vla_jax.rl.episodes import EpisodeRollout
 from vla_jax.rl.gaussian import NoiseConfig
 from vla_jax.rl.learner import Learner, LearnState, SeedsConfig
@@ -141,13 +141,21 @@ def finetune(config: FinetuneConfig) -> pathlib.Path:
 
     # The cloned policy and its environment.
     cloned = read_cloned(config.init_from, robot=config.robot)
+    run_dir = pathlib.Path(config.run_dir)
+    learning_record.check(run_dir, run_dir / LEARNING, config, cloned.run)
     episodes.check_memory(cloned.run.agent, config.seeds.num_steps)
     run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
 
     # Rollouts and updates of all seeds.
     learner = make_finetune(config, cloned)
     result = learn(
-        config.seeds, config.loop, run_dir / LEARNING, learner, config.seed, name=run_dir.name
+        config.seeds,
+        config.loop,
+        run_dir / LEARNING,
+        learner,
+        config.seed,
+        name=run_dir.name,
+        record=learning_record.make(config, cloned.run),
     )
 
     # The policy of the first seed, compared with the cloned policy.

@@ -99,9 +99,12 @@ def make_policy(params: Params, net: NetworkConfig, *, greedy: bool = False) -> 
 
     def policy(carry: Any, observation: Any, reset: Any, key: Key) -> tuple[Any, jax.Array]:
         carry, outputs = network.step(params, net, carry, observation, reset)
+        logits = outputs["logits"]
         if greedy:
-            return carry, jnp.argmax(outputs["logits"], axis=-1)
-        return carry, exploration.sample(jax.nn.softmax(outputs["logits"]), key=key)
+            action = jnp.argmax(logits, axis=-1)
+        else:
+            action = exploration.sample(jax.nn.softmax(logits), key=key)
+        return carry, exploration.refuse_non_finite(action, logits)
 
     return policy
 

@@ -90,22 +90,24 @@ def attention(
 
     Args:
       query: `[B, T, M, E]`; M is a multiple of the number of key heads.
-      key: `[B, S, M', E]`.
-      value: `[B, S, M', E]`, finite at masked positions too; `keep_seen` ensures it.
-      mask: bool, broadcastable to `[B, T, S]`, True where a query attends to a key. A query without
-        any key gives zeros.
+      key: `[B, S, M', E]`; keys and values that no query attends to may be NaN.
+      value: `[B, S, M', E]`.
+      mask: bool `[B or 1, T or 1, S]`, True where a query attends to a key. A query without any key
+        may be NaN, and gives zeros.
       scale: factor of the scores.
       softcap: bound of the scores (Gemma 2); None = no bound.
 
     Returns:
       `[B, T, M·E]`.
     """
-    num_key_heads = key.shape[2]
+    num_key_heads, mask = key.shape[2], jnp.asarray(mask)
+    key, value = (_keep(x, jnp.any(mask, axis=-2)) for x in (key, value))
+    query = _keep(query, jnp.any(mask, axis=-1))
     query = rearrange(query, "B T (G Q) E -> B G Q T E", G=num_key_heads)
     scores = scale * jnp.einsum("bgqte,bsge->bgqts", query, key, preferred_element_type=jnp.float32)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    weights = masked_softmax(scores, jnp.asarray(mask)[:, None, None]).astype(value.dtype)
+    weights = masked_softmax(scores, mask[:, None, None]).astype(value.dtype)
     outputs = jnp.einsum("bgqts,bsge->bgqte", weights, value, preferred_element_type=jnp.float32)
     return rearrange(outputs, "B G Q T E -> B T (G Q E)").astype(value.dtype)
 
@@ -120,6 +122,11 @@ def keep_seen(x: jax.Array, mask: Array) -> jax.Array:
       mask: bool `[B or 1, T or 1, T]`, True where a query attends to a key.
     """
     return jnp.where(jnp.any(mask, axis=-2)[..., None], x, 0.0)
+
+
+def _keep(x: jax.Array, is_used: jax.Array) -> jax.Array:
+    """Returns `x [B, T, M, E]` with zeros where `is_used [B or 1, T or 1]` is False."""
+    return jnp.where(is_used[..., None, None], x, 0.0)
 
 
 def split_heads(x: jax.Array, num_heads: int) -> jax.Array:

@@ -1,11 +1,11 @@
 """Page of an inspected data set: one HTML file with tables, sampled frames and plots inside."""
 
 import base64
-import contextlib
 import html
 import io
 import pathlib
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -138,11 +138,12 @@ def _plots(survey: Survey, report: Mapping[str, Any]) -> str:
     marks = {label: [dims[d]["q01"], dims[d]["q99"]] for d, label in enumerate(labels)}
     shown = {label: pair for label, pair in values.items() if len(pair[0])}
     drawn = []
-    with contextlib.suppress(ImportError):
+    try:
         drawn.append(_figure(lambda path: plots.histograms(path, shown, levels=marks)))
         if survey.curve is not None:
             drawn.append(_curves(survey, labels))
-    if not drawn:
+    except ImportError as error:  # the page is useful without plots too
+        warnings.warn(f"the page has no plots: {error}", stacklevel=2)
         return ""
     note = "Values over all episodes; dashed: the quantiles q01 and q99."
     curves = f"<h2>Actions of episode {_escape(survey.curve.episode)}</h2>" if survey.curve else ""

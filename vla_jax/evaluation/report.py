@@ -1,11 +1,11 @@
 """Report page `index.html` of a run folder: results, plots and videos."""
 
-import contextlib
 import html
 import json
 import os
 import pathlib
 import urllib.parse
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -74,8 +74,10 @@ def write_index(
         evaluations = {path.parent.name: path.parent for path in paths}
     read = {name: read_evaluation(folder) for name, folder in evaluations.items()}
     played = dict(sorted(read.items(), key=lambda item: item[1].is_reference))
-    with contextlib.suppress(ImportError):  # the page is useful without plots too
+    try:
         _draw(run_dir, played)
+    except ImportError as error:  # the page is useful without plots too
+        warnings.warn(f"the page has no new plots: {error}", stacklevel=2)
     title = title or run_dir.resolve().name
     parts = [
         f"<h1>{_escape(title)}</h1>",

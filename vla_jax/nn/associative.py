@@ -21,6 +21,7 @@ from vla_jax.nn.cells import CELLS, Cell
 from vla_jax.types import Array, Params
 
 Step = tuple[jax.Array, jax.Array]  # a, b
+ResetStep = tuple[jax.Array, jax.Array, jax.Array]  # a, b, and True where an episode starts
 
 
 def scan(
@@ -45,12 +46,14 @@ def scan(
     if mask is not None:  # a masked step keeps h
         decay = jnp.where(mask[..., None], decay, 1.0)
         added = jnp.where(mask[..., None], added, 0.0)
-    if reset is not None:
-        decay = jnp.where(reset[..., None], 0.0, decay)
     first, last = (-1, 0) if reverse else (0, -1)
     before = bptt.clear(carry, None if reset is None else reset[first])
     added = added.at[first].add(decay[first] * before.hidden)
-    _, hidden = jax.lax.associative_scan(_compose, (decay, added), reverse=reverse)
+    if reset is None:
+        hidden = jax.lax.associative_scan(_compose, (decay, added), reverse=reverse)[1]
+    else:
+        steps = (decay, added, jnp.asarray(reset)[..., None])
+        hidden = jax.lax.associative_scan(_compose_episodes, steps, reverse=reverse)[1]
     outputs = hidden if mask is None else jnp.where(mask[..., None], hidden, 0.0)
     return type(carry)(hidden[last]), outputs
 
@@ -69,3 +72,15 @@ def _compose(first: Step, second: Step) -> Step:
     """Returns the composition of two steps."""
     (decay, added), (next_decay, next_added) = first, second
     return next_decay * decay, next_decay * added + next_added
+
+
+def _compose_episodes(first: ResetStep, second: ResetStep) -> ResetStep:
+    """Returns the composition of two steps; nothing of the first passes a reset in the second.
+
+    A factor 0 would not suppress a NaN or an infinity of the episode before, in values or in
+    gradients.
+    """
+    *earlier, was_reset = first
+    *later, is_reset = second
+    decay, added = (jnp.where(is_reset, 0.0, leaf) for leaf in earlier)
+    return (*_compose((decay, added), (later[0], later[1])), was_reset | is_reset)

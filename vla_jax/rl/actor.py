@@ -138,13 +138,14 @@ def record(
 
     Args:
       actor: actor before the step, with the policy's carry after its observation.
-      action: `[B]` int32.
+      action: `[B]` int32; −1 (none, since the policy's outputs are not finite) has the reward NaN.
       env_state: state after the step, or after the reset where an episode had ended.
       transition: result of the step, `[B, ...]`; where an episode had ended, its observation is the
         first of the new episode, and its other fields are ignored.
     """
     mask = ~actor.ended
-    reward = jnp.where(mask, transition.reward, 0.0)
+    is_refused = mask & (action < 0)
+    reward = jnp.where(is_refused, jnp.nan, jnp.where(mask, transition.reward, 0.0))
     terminated, truncated = mask & transition.terminated, mask & transition.truncated
     return_ = jnp.where(actor.reset, 0.0, actor.return_) + reward
     step = Rollout(
@@ -155,7 +156,7 @@ def record(
         terminated=terminated,
         truncated=truncated,
         mask=mask,
-        success=mask & transition.success,
+        success=mask & transition.success & ~is_refused,
         return_=return_,
         carry=None,
     )

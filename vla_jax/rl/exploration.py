@@ -45,6 +45,18 @@ def epsilon_greedy_probability(q: Array, epsilon: Array | float) -> jax.Array:
     return jnp.asarray(epsilon / q.shape[-1] + (1.0 - epsilon) * greedy)
 
 
+def refuse_non_finite(action: Array, scores: Array) -> jax.Array:
+    """Returns the actions, with −1 where a score is not finite: no action follows from NaN.
+
+    The actors give a step with action −1 the reward NaN, which ends the training.
+
+    Args:
+      action: `[...]` int32.
+      scores: `[..., num_actions]`, logits or values.
+    """
+    return jnp.where(jnp.all(jnp.isfinite(scores), axis=-1), action, -1)
+
+
 def decayed_epsilon(num_updates: Array, start: float, end: float, decay_updates: int) -> jax.Array:
     """Returns ε after `num_updates` updates: linear decay, then constant.
 

@@ -137,6 +137,8 @@ def _step(group: GymnasiumEnvs, env: Any, action: int, ended: bool) -> Transitio
     if ended:
         false = np.array(False)
         return Transition(_reset(group, env, None), np.zeros((), np.float32), false, false, false)
+    if action < 0:
+        raise EpisodeError(f"env {group.env_id} got no action, since the policy's are not finite")
     with _as_episode_error(group, "in mid-episode"):
         first = env.action_space.start
         observation, reward, terminated, truncated, info = env.step(first + action)

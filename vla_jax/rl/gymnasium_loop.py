@@ -8,7 +8,7 @@ to an uninterrupted one.
 
 import contextlib
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -71,6 +71,7 @@ def learn(
     seed: int,
     *,
     name: str,
+    record: Mapping[str, Any] | None = None,
 ) -> LearningResult:
     """Trains one seed, from the latest checkpoint in `run_dir` if there is one.
 
@@ -83,6 +84,7 @@ def learn(
       optim_config: config of the optimiser.
       seed: random seed of the whole training.
       name: label of the progress bar.
+      record: metadata of every checkpoint, from `learning_record.make`; None = nothing.
 
     Raises:
       ImportError: gymnasium, or a package that the environment needs, is missing.
@@ -103,7 +105,7 @@ def learn(
             state = state._replace(actor=init(jax.random.fold_in(keys.init, step)).actor)
         evaluate = _make_evaluation(eval_envs, algorithm)
         run = _make_run(train_envs, algorithm, config, update, evaluate, keys)
-        state = run_updates(config, loop, run_dir, run, state, step, name=name)
+        state = run_updates(config, loop, run_dir, run, state, step, name=name, record=record)
         report = evaluate(acting_params(state), keys.report, config.report_episodes)
     return make_result(config, jax.tree.map(lambda leaf: leaf[None], state), report)
 

@@ -72,6 +72,7 @@ def learn(
     seed: int,
     *,
     name: str,
+    record: Mapping[str, Any] | None = None,
 ) -> LearningResult:
     """Trains all seeds, from the latest checkpoint in `run_dir` if there is one.
 
@@ -84,6 +85,7 @@ def learn(
       learner: the learner of one seed.
       seed: random seed of the whole training.
       name: label of the progress bar.
+      record: metadata of every checkpoint, from `learning_record.make`; None = nothing.
 
     Raises:
       ValueError: the environments cannot be sharded over the devices; or a reward or a loss is not
@@ -99,7 +101,7 @@ def learn(
     def run(state: LearnState, start: int, stop: int) -> tuple[LearnState, Metrics, Metrics]:
         return compiled(state, keys, np.int32(stop), stop - start)
 
-    state = run_updates(config, loop, run_dir, run, state, step, name=name)
+    state = run_updates(config, loop, run_dir, run, state, step, name=name, record=record)
     replicated = NamedSharding(mesh, PartitionSpec())
     evaluate = jax.jit(jax.vmap(learner.report), out_shardings=replicated)
     return make_result(config, state, evaluate(acting_params(state), keys.report))
@@ -133,6 +135,7 @@ def run_updates(
     step: int,
     *,
     name: str,
+    record: Mapping[str, Any] | None = None,
 ) -> LearnState:
     """Returns the state at the end of the training; writes logs and checkpoints.
 
@@ -148,6 +151,7 @@ def run_updates(
       state: state after `step` updates.
       step: updates done so far.
       name: label of the progress bar.
+      record: metadata of every checkpoint; None = nothing.
 
     Raises:
       ValueError: a reward, a loss, a gradient norm or a param is not finite; the last checkpoint is
@@ -183,7 +187,7 @@ def run_updates(
             is_due = step // loop.save_every > before // loop.save_every
             if should_stop or is_due or _is_done(loop, state, step):
                 _check_state(state, step, run_dir, checkpoints)
-                metadata = {"name": name, "skipped_updates": watch.get_state()}
+                metadata = {"name": name, "skipped_updates": watch.get_state(), **(record or {})}
                 checkpoint.save(checkpoints, step, state, metadata)
             if should_stop:
                 checkpoint.wait(checkpoints)

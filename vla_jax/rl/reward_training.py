@@ -18,7 +18,7 @@ from vla_jax.envs.discrete_worlds import (
 )
 from vla_jax.envs.grid import GridConfig
 from vla_jax.evaluation import video
-from vla_jax.rl import actor, gymnasium_loop, learning_loop
+from vla_jax.rl import actor, gymnasium_loop, learning_loop, learning_record
 from vla_jax.rl.actor import Actor, Policy
 from vla_jax.rl.learner import Algorithm, Learner, SeedsConfig, make_learner, zero_carry
 from vla_jax.rl.learning_loop import LearningResult, write_report
@@ -82,6 +82,8 @@ def train_from_reward(config: RewardTraining, algorithm: Algorithm) -> pathlib.P
     """
     backend = _backend(config)
     check_run(config.run_dir, config, overwrite=config.overwrite)
+    folder = pathlib.Path(config.run_dir)
+    learning_record.check(folder, folder, config)
     video.check_packages()
     backend.check(config, algorithm)
     run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
@@ -155,7 +157,13 @@ def _learn_jax(
 ) -> LearningResult:
     learner = make(config, algorithm)
     return learning_loop.learn(
-        config.seeds, config.loop, run_dir, learner, config.seed, name=run_dir.name
+        config.seeds,
+        config.loop,
+        run_dir,
+        learner,
+        config.seed,
+        name=run_dir.name,
+        record=learning_record.make(config),
     )
 
 
@@ -189,6 +197,7 @@ def _learn_gymnasium(
         config.optim,
         config.seed,
         name=run_dir.name,
+        record=learning_record.make(config),
     )
 
 
