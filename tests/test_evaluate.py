@@ -285,7 +285,6 @@ def test_a_mistake_at_the_command_line_is_reported_without_a_traceback(folder, c
     assert "Traceback" not in printed
 
 
-@pytest.mark.slow
 def test_a_policy_of_nan_alone_ends_the_command_with_2_and_the_reason(
     tmp_path, capsys, monkeypatch
 ):
@@ -301,6 +300,7 @@ def test_a_policy_of_nan_alone_ends_the_command_with_2_and_the_reason(
     assert not (folder / "evaluation" / "refresh-4" / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_an_interruption_at_the_command_line_says_how_to_resume(folder, monkeypatch):
     monkeypatch.setattr(module.results, "append_outcome", fail_after(0, results.append_outcome))
     with pytest.raises(SystemExit, match="130"):
