@@ -33,7 +33,9 @@ class OptimConfig:
     weight_decay: float = 1e-4  # AdamW's decoupled weight decay, of kernels only
     max_grad_value: float | None = None  # clip each gradient element to ± this; None = no clipping
     max_grad_norm: float = 1.0  # then clip gradients to this global norm
-    accumulation_steps: int = 1  # updates (batches) whose gradients are averaged per optimiser step
+    # updates (batches) whose gradients are averaged per optimiser step, with equal weights: each
+    # batch counts the same, however many of its targets are real
+    accumulation_steps: int = 1
     ema_decay: float | None = None  # decay of the EMA of the params, per update; None = no EMA
     freeze: tuple[str, ...] = ()  # path globs of params that are not trained
     train: tuple[str, ...] = ()  # path globs of params that are trained although `freeze` matches
