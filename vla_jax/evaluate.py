@@ -31,7 +31,7 @@ from vla_jax.envs.worlds import WorldConfig, make_simulator
 from vla_jax.evaluation import players, report, results, video
 from vla_jax.evaluation.results import Latency, Summary
 from vla_jax.evaluation_setup import EvaluateConfig, EvaluationSetup, make_setup
-from vla_jax.files import Path, delete_folder, read_json, write_json, write_json_lines
+from vla_jax.files import Path, delete_folder, named_errors, read_json, write_json, write_json_lines
 from vla_jax.runs import Run
 from vla_jax.training.progress import progress_bar
 from vla_jax.types import Simulator, SuccessRule
@@ -140,7 +140,8 @@ def _open(setup: EvaluationSetup, *, overwrite: bool) -> None:
                 f"{setup.folder} has episodes with other settings: {'; '.join(changed)}; choose "
                 "another --name, or --overwrite."
             )
-    setup.folder.mkdir(parents=True, exist_ok=True)
+    with named_errors(setup.folder):
+        setup.folder.mkdir(parents=True, exist_ok=True)
     write_json(path, setup.settings)
     file = setup.folder / "episodes.jsonl"  # drops a line that a killed process left incomplete
     write_json_lines(file, [outcome._asdict() for outcome in results.read_outcomes(file)])
