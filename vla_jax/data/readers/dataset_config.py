@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from vla_jax.actions.action_layout import Gripper
-from vla_jax.config import checked, did_you_mean
+from vla_jax.config import LEAST_FLOAT, checked, did_you_mean
 from vla_jax.data.readers.robots import ROBOTS
 
 
 @dataclass(frozen=True)
-@checked(grippers=(-(2**31), 2**31 - 1), expected_fps=(0, 1e6))
+@checked(grippers=(-(2**31), 2**31 - 1), expected_fps=(LEAST_FLOAT, 1e6))
 class DatasetConfig:
     """A data set to read."""
 
