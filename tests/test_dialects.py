@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vla_jax.serving import messages, pictures, robomme, vla_eval
+from vla_jax.serving import messages, pictures, robomme_frames, vla_eval
 
 GOLDEN = pathlib.Path(__file__).parent / "golden/serving"
 sys.path.insert(0, str(GOLDEN))
@@ -208,15 +208,18 @@ def test_buffered_frames_come_before_the_present_one_and_are_not_repeated():
         "state": np.stack([state(step, 8) for step in range(4)]),
         "exec_start_idx": 3,
     }
-    buffer = robomme.read_buffer(message)
+    buffer = robomme_frames.read_buffer(message)
     assert len(buffer) == 4
     for step, frame in enumerate(buffer):
         assert_same(frame, {"image_primary": image(step), "proprio": state(step, 8)})
     present = {"observation/image": image(3), "observation/state": state(3, 8)}
-    assert robomme.with_buffer(buffer, present, ["observation/image"]) == [*buffer[:3], present]
+    assert robomme_frames.with_buffer(buffer, present, ["observation/image"]) == [
+        *buffer[:3],
+        present,
+    ]
     later = {"observation/image": image(4), "observation/state": state(4, 8)}
-    assert robomme.with_buffer(buffer, later, ["observation/image"]) == [*buffer, later]
-    assert robomme.with_buffer([], later, ["observation/image"]) == [later]
+    assert robomme_frames.with_buffer(buffer, later, ["observation/image"]) == [*buffer, later]
+    assert robomme_frames.with_buffer([], later, ["observation/image"]) == [later]
 
 
 def lists(count=3):
@@ -234,12 +237,12 @@ def lists(count=3):
 
 def test_the_lists_of_the_challenge_are_frames():
     message = lists()
-    assert robomme.read_goal(message) == "lift the red block"
+    assert robomme_frames.read_goal(message) == "lift the red block"
     for size, state in (
         (8, observations.numbers),
         (7, lambda t, _: observations.numbers(t + 1, 6)),
     ):
-        frames = robomme.read_lists(message, size)
+        frames = robomme_frames.read_lists(message, size)
         for step, frame in enumerate(frames):
             expected = {
                 "image_primary": observations.image(step),
@@ -247,7 +250,7 @@ def test_the_lists_of_the_challenge_are_frames():
                 "proprio": np.append(state(step, 7), 0.1 * step),
             }
             assert_same(frame, expected)
-    assert "proprio" not in robomme.read_lists(message, 0)[0]
+    assert "proprio" not in robomme_frames.read_lists(message, 0)[0]
 
 
 @pytest.mark.parametrize(
@@ -260,7 +263,7 @@ def test_the_lists_of_the_challenge_are_frames():
 )
 def test_lists_that_do_not_fit_are_refused(change, sentence):
     with pytest.raises(ValueError, match=sentence):
-        robomme.read_lists({**lists(), **change}, 8)
+        robomme_frames.read_lists({**lists(), **change}, 8)
 
 
 @pytest.mark.parametrize(
@@ -277,4 +280,4 @@ def test_lists_that_do_not_fit_are_refused(change, sentence):
 def test_a_buffer_of_another_form_is_refused(change, sentence):
     message = {"images": np.zeros((2, 1, 4, 4, 3), np.uint8), "state": np.zeros((2, 8))}
     with pytest.raises(ValueError, match=sentence):
-        robomme.read_buffer({**message, **change})
+        robomme_frames.read_buffer({**message, **change})
