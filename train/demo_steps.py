@@ -187,7 +187,7 @@ def _read_count(counter: pathlib.Path) -> int:
     """Returns the number of episodes played so far; 0 before and after the recording."""
     try:
         return int(counter.read_text() or 0)
-    except FileNotFoundError:
+    except FileNotFoundError:  # before and after the recording
         return 0
 
 

@@ -39,5 +39,5 @@ def _entry(path: pathlib.Path, known: Mapping[str, Any]) -> dict[str, Any]:
 def _read(memory: pathlib.Path) -> dict[str, Any]:
     try:
         return read_json(memory, "hashes of files")
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError):  # hashes are computed again
         return {}

@@ -268,7 +268,7 @@ def _read_union(members: tuple[Any, ...], value: Any, path: str) -> Any:
     if isinstance(value, Mapping) and configs:
         return _read_config(_of_kind(configs, value, path), value, path)
     for member in members:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError):  # no type fits: refused below
             return _read(member, value, path)
     raise ValueError(_mismatch(members, value, path))
 

@@ -94,7 +94,7 @@ def _acquire(path: pathlib.Path, text: str, what: str, remedy: str) -> None:
                 continue
             # Of two processes that take over, one renames the file first; the other notices here.
             stale = path.with_name(f"{path.name}.{unique}.stale.part")
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError):  # another process took it over first
                 path.rename(stale)
                 if _read(stale) != found:
                     _link(stale, path)
@@ -107,13 +107,13 @@ def _link(candidate: pathlib.Path, path: pathlib.Path) -> bool:
     """Gives a file a second name; returns False if that name exists."""
     try:
         os.link(candidate, path)
-    except FileExistsError:
+    except FileExistsError:  # the lock is taken
         return False
     except OSError:  # a file system without hard links
         try:
             with open(path, "x", encoding="utf-8") as file:
                 file.write(candidate.read_text(encoding="utf-8"))
-        except FileExistsError:
+        except FileExistsError:  # the lock is taken
             return False
     return True
 
@@ -144,7 +144,7 @@ def _this_process() -> Holder:
 def _read(path: pathlib.Path) -> str | None:
     try:
         return path.read_text(encoding="utf-8", errors="replace")  # `_parse` finds damage
-    except FileNotFoundError:
+    except FileNotFoundError:  # released, or never taken
         return None
 
 
@@ -153,7 +153,7 @@ def _parse(text: str) -> Holder | None:
     try:
         data = json.loads(text)
         return Holder(**data) if isinstance(data.get("pid"), int) else None
-    except (ValueError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError, AttributeError, RecursionError):  # its age decides
         return None
 
 

@@ -17,11 +17,11 @@ def start_of(pid: int) -> str | None:
     """Returns when a process started; "" if that is unknown, None if there is no such process."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except ProcessLookupError:  # it has ended
         return None
     except (OSError, OverflowError):  # of another user
         pass
-    with contextlib.suppress(OSError, IndexError):
+    with contextlib.suppress(OSError, IndexError):  # no /proc outside Linux
         stat = pathlib.Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
         fields = stat.rpartition(")")[2].split()  # the name before it may hold spaces
         return None if fields[0] == "Z" else fields[19]  # a zombie has ended

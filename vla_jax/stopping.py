@@ -153,5 +153,5 @@ def _in_main_thread() -> bool:
 
 def _write(text: str) -> None:
     """Writes a line to stderr; `print` may not be called inside a handler."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # stderr is closed
         os.write(2, f"{text}\n".encode())

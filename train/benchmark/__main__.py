@@ -136,7 +136,7 @@ def machine() -> dict[str, Any]:
 def _version(name: str) -> str:
     try:
         return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
+    except importlib.metadata.PackageNotFoundError:  # not listed if it is not installed
         return ""
 
 

@@ -114,7 +114,7 @@ def _until_view(
     lane: Generator[SimulatorView | RecordedEpisode, Any, None], action: np.ndarray | None
 ) -> Generator[RecordedEpisode, None, SimulatorView | None]:
     """Yields the episodes that end with an action; returns the next view, None after the last."""
-    with contextlib.suppress(StopIteration):
+    with contextlib.suppress(StopIteration):  # ends after the lane's last episode
         item = lane.send(action)
         while isinstance(item, RecordedEpisode):
             yield item
@@ -134,6 +134,7 @@ def _lane(
             episode = yield from _episode(simulator, seed, video.get(seed))
             if episode.outcome.error:
                 with contextlib.suppress(Exception):
+                    # a broken simulator; its first error is recorded
                     simulator.close()
                 simulator = make_simulator()
             yield episode

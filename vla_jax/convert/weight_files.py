@@ -204,7 +204,7 @@ def _first_global(path: pathlib.Path) -> str | None:
     The opcodes are only listed; nothing is executed.
     """
     strings: list[str] = []
-    with path.open("rb") as file, contextlib.suppress(ValueError):
+    with path.open("rb") as file, contextlib.suppress(ValueError):  # no pickle: no global
         for opcode, value, _ in pickletools.genops(file):
             if opcode.name in ("GLOBAL", "INST"):
                 return str(value).replace(" ", ".")

@@ -278,7 +278,7 @@ def _mark_flags_as_parsed() -> None:
     # grain's worker processes read absl flags, which only absl.app parses.
     from absl import flags
 
-    with contextlib.suppress(flags.Error):
+    with contextlib.suppress(flags.Error):  # parsed already, or a flag is required
         flags.FLAGS.mark_as_parsed()
 
 

@@ -178,6 +178,7 @@ class Client:
         if self._socket is not None and self._step and self.has_sessions:
             farewell = messages.pack({"endpoint": "reset", "session_id": self.session_id})
             with contextlib.suppress(OSError, _websocket_error()):
+                # the server ends silent sessions itself
                 self._socket.send(farewell)
                 self._socket.recv(timeout=_CLOSING)
         self._disconnect()
@@ -248,7 +249,7 @@ class Client:
 
     def _disconnect(self) -> None:
         self._socket = None
-        with contextlib.suppress(OSError, _websocket_error()):
+        with contextlib.suppress(OSError, _websocket_error()):  # it is closed already
             self._opened.close()
 
 

@@ -254,7 +254,7 @@ class Engine:
         began = time.perf_counter()
         try:
             stepped = self._step(batch)
-        except Exception:
+        except Exception:  # logged; `_recover` fails the requests
             _LOG.exception("a step of the policy failed")
             self._recover(batch, running)
             return

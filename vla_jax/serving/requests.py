@@ -138,7 +138,7 @@ def _step(step: Any) -> int | None:
         return None
     try:
         index = step.__index__() if not isinstance(step, bool) else -1
-    except (AttributeError, TypeError):
+    except (AttributeError, TypeError):  # refused below
         index = -1
     if not 0 <= index < 2**31:
         raise Refused(

@@ -175,7 +175,7 @@ class Server:
         self._connections.add(connection)
         self.service.metrics.connections.set(len(self._connections))
         try:
-            with contextlib.suppress(ConnectionClosed):
+            with contextlib.suppress(ConnectionClosed):  # the usual end of a connection
                 await self._converse(connection, number)
         finally:
             self._answering.discard(connection)

@@ -386,7 +386,7 @@ def _link(source: str, target: str) -> None:
     """Links a file, or copies it to another file system."""
     try:
         os.link(source, target)
-    except OSError:
+    except OSError:  # another file system, or no hard links
         shutil.copyfile(source, target)
 
 

@@ -100,7 +100,7 @@ class Logs:
             before = time.perf_counter()
             try:
                 item = next(iterator)
-            except StopIteration:
+            except StopIteration:  # the end of the batches
                 return
             self._waited += time.perf_counter() - before
             yield item

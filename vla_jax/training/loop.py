@@ -303,7 +303,7 @@ def _until(stop: Stop, batches: Iterator[Any]) -> Iterator[Any]:
     while not (is_alone and stop.requested):
         try:
             batch = next(batches)
-        except StopIteration:
+        except StopIteration:  # the end of the batches
             return
         except Exception:
             if is_alone and stop.requested:  # Ctrl-C has ended the loader's worker processes too

@@ -25,7 +25,7 @@ def one_sentence(directory: Any) -> Iterator[None]:
             yield
     except Exception as error:  # a full disk is a ValueError of TensorStore, or an OSError
         for partial in pathlib.Path(directory).glob("*.orbax-checkpoint-tmp"):
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)  # the error is raised
         raise OSError(
             f"could not save into {directory} ({_reason(error)}); the steps saved before are "
             "intact: free some space if the disk is full, and save again."

@@ -38,7 +38,7 @@ def stated_version(path: pathlib.Path) -> str:
         ]:
             try:
                 version = json.loads(file.read_text(encoding="utf-8")).get(key)
-            except (OSError, ValueError, AttributeError):
+            except (OSError, ValueError, AttributeError):  # shown only; the reader refuses damage
                 continue
             if isinstance(version, str):
                 return version

@@ -47,7 +47,7 @@ def probe(path: pathlib.Path) -> bool:
     """Returns True for a CALVIN data set, or one part of it."""
     try:
         return any(_is_part(folder) for folder in _folders(path).values())
-    except OSError:
+    except OSError:  # refused where no reader fits
         return False
 
 

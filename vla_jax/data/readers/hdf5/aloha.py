@@ -95,7 +95,7 @@ def _length(opened: OpenFiles, file: pathlib.Path) -> int:
     """Returns the number of steps of a file; 0 if it cannot be read."""
     try:
         length = num_rows(opened.get(file), "action", file)
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # reading the episode raises the error
         return 0
     return length if length < MAX_LENGTH else 0
 

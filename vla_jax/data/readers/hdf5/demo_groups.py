@@ -126,7 +126,7 @@ def _lengths(
     for number, rows in itertools.groupby(order, key=lambda row: places[episodes[row]].file):
         try:
             data = child(opened.get(files[number]), "data", files[number])
-        except (OSError, ValueError):
+        except (OSError, ValueError):  # reading these demos raises the error
             continue
         for row in rows:
             name = places[episodes[row]].group.removeprefix("data/")
@@ -137,7 +137,7 @@ def _lengths(
 def _length(data: Any, name: str, file: pathlib.Path) -> int:
     try:
         length = _num_samples(data.id, name.encode()) or num_rows(data, f"{name}/actions", file)
-    except ValueError:
+    except ValueError:  # reading the demo raises the error
         return 0
     return length if 0 < length < MAX_LENGTH else 0
 
@@ -157,6 +157,7 @@ def _num_samples(data: Any, name: bytes) -> int:
             found.read(value, mtype=h5py.h5t.NATIVE_INT64)
         return int(value[0])
     except (OSError, RuntimeError, LookupError, ValueError, TypeError):
+        # the actions are counted instead
         return 0
 
 

@@ -38,7 +38,7 @@ def step_rate(env_args: dict[str, Any]) -> Any:
         return None
     try:
         return 1.0 / (float(step) * float(decimation))
-    except (TypeError, ValueError, ZeroDivisionError, OverflowError):
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError):  # a text is refused
         return str((step, decimation))
 
 

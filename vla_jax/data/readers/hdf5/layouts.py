@@ -17,7 +17,7 @@ def layout_of(path: pathlib.Path) -> str | None:
     """
     try:
         files = hdf5_paths(path)
-    except OSError:
+    except OSError:  # opening the path raises the error
         return None
     if not files:
         return None

@@ -112,7 +112,7 @@ def _summary(root: Any, group: str, file: pathlib.Path) -> tuple[int, str]:
         goal = _goal(episode, file)
         with reading(file, episode.name):
             return max(0, len(episode) - ("setup" in episode)), goal
-    except ValueError:
+    except ValueError:  # reading the episode raises the error
         return 0, ""
 
 

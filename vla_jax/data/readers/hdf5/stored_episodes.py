@@ -146,7 +146,7 @@ def group_of(index: EpisodeIndex, episode: int) -> tuple[Any, pathlib.Path]:
 def _first_content(index: EpisodeIndex, storage: Storage) -> EpisodeContent:
     """Returns the types of the first episode that can be read, of the first few."""
     for episode in range(min(len(index.places), MAX_TRIES)):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError):  # raised below, or when it is read
             return inspect_episode(index, episode, storage)
     return inspect_episode(index, 0, storage)
 

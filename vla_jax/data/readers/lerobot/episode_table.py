@@ -124,7 +124,7 @@ def _column(table: Any, name: str, path: pathlib.Path) -> np.ndarray:
         wrong(path, name, "a number for every episode", f"{column.null_count} nulls")
     try:
         numbers = column.cast(pa.float64() if is_time else pa.int64()).to_numpy()
-    except pa.ArrowException:
+    except pa.ArrowException:  # `wrong` raises
         wrong(path, name, "numbers of seconds" if is_time else "integers", str(column.type))
     if is_time and not np.isfinite(numbers).all():
         wrong(path, name, "finite", numbers[~np.isfinite(numbers)][0])
@@ -149,7 +149,7 @@ def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     lines = [line for line in path.read_bytes().splitlines() if line.strip()]
     try:
         rows = json.loads(b"[" + b",".join(lines) + b"]")  # twice as fast as line by line
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError):  # `_line` finds and raises the error
         rows = []
     if len(rows) != len(lines) or not all(isinstance(row, dict) for row in rows):
         rows = [_line(path, number, line) for number, line in enumerate(lines, 1)]

@@ -214,7 +214,7 @@ def _template(path: pathlib.Path, data: Mapping[str, Any], field: str, default: 
     template = default if data.get(field) is None else data[field]
     try:
         parts = list(string.Formatter().parse(template))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError):  # `wrong` raises
         wrong(path, field, "a path with placeholders in braces", template)
     for _, name, form, conversion in parts:
         is_known = name is None or (name in PLACEHOLDERS and not conversion)

@@ -261,5 +261,5 @@ def probe_v2(path: pathlib.Path) -> bool:
 def _version(path: pathlib.Path) -> str:
     try:
         return str(read_json(path / INFO_PATH).get("codebase_version"))
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # opening the data set raises the error
         return ""

@@ -149,7 +149,7 @@ def _load(path: pathlib.Path, state: str, split: Split, num_bytes: int) -> Recor
 def _save(version: Version, split: Split, index: RecordIndex, state: str) -> None:
     """Keeps the index in the first folder that can be written; not at all if there is none."""
     for path in _index_paths(version, split):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # the next place; without one it costs time only
             with replacing(path) as part, open(part, "wb") as file:
                 np.savez(file, state=np.array(state), **index._asdict())
             return

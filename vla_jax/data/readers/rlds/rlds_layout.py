@@ -128,6 +128,7 @@ def _look_at(path: pathlib.Path) -> tuple[bool, list[pathlib.Path]]:
     folders: list[pathlib.Path] = []
     has_info = False
     with contextlib.suppress(OSError), os.scandir(path) as entries:
+        # not a folder that can be read: not ours
         for entry in itertools.islice(entries, _MAX_ENTRIES):
             if entry.name == FEATURES or _SHARD.search(entry.name):
                 return True, []

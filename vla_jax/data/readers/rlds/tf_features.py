@@ -158,7 +158,7 @@ def _content(value: Any, path: pathlib.Path, key: str = "") -> tuple[str, Mappin
 def _parse(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except ValueError:  # refused by the caller, with the file's name
         return None
 
 
