@@ -156,7 +156,7 @@ def make_service(run: Run, config: ServeConfig, *, token: str | None = None) -> 
     info = {"run": about["run"]["name"], "step": str(run.step), "version": about["version"]}
     metrics = make_metrics(book, info)
     return Service(
-        Engine(table, book, _observer(metrics), expected=_expected(run, config)),
+        Engine(table, book, make_observer(metrics), expected=_expected(run, config)),
         spec,
         functools.lru_cache(256)(functools.partial(read_instruction, agent)),
         about,
@@ -173,7 +173,7 @@ def _expected(run: Run, config: ServeConfig) -> Expected:
     return Expected(config.control_hz, length or None)  # 0 = not known
 
 
-def _observer(metrics: Metrics) -> Observer:
+def make_observer(metrics: Metrics) -> Observer:
     """Returns the functions that count what the engine does."""
 
     def ticked(rows: int, seconds: float) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from vla_jax.acting.agent import AgentState
 from vla_jax.serving.requests import Refused, Request
 from vla_jax.serving.session_warnings import NOTHING_KNOWN, Expected, Seen, warnings_of
-from vla_jax.serving.sessions import Admitted, Key, Reply, Session, SessionBook
+from vla_jax.serving.sessions import Admitted, Key, Session, SessionBook, StoredReply
 from vla_jax.serving.table import Frame, SessionTable, Stepped
 
 Result = TypeVar("Result")
@@ -31,7 +31,7 @@ _SWEEP = 1.0  # s between two looks for expired sessions while nothing arrives
 class Served(NamedTuple):
     """Result of a request."""
 
-    reply: Reply
+    reply: StoredReply
     key: Key  # of the session
     repeated: bool  # stored reply to a request that was served before
     queue_ms: float  # from the arrival until its first tick
@@ -228,7 +228,7 @@ class Engine:
     def _begin_request(self, task: _Task) -> bool:
         (key,) = task.keys
         decision = self.book.decide(key, task.request, task.words)
-        if isinstance(decision, Reply):
+        if isinstance(decision, StoredReply):
             queue_ms = 1000 * (task.begun - task.arrived)
             task.future.set_result(Served(decision, key, True, queue_ms, 0.0))
             return False
@@ -285,7 +285,7 @@ class Engine:
         (key,), start = task.keys, task.start
         assert start is not None
         begun, count = start.session, len(task.frames)
-        reply = Reply(action[None], begun.age, count, start.reset)
+        reply = StoredReply(action[None], begun.age, count, start.reset)
         now = time.monotonic()
         session = begun._replace(age=begun.age + count, last_used=now, last=reply)
         self.book.put(key, session)

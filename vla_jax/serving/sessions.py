@@ -19,7 +19,7 @@ _MAX_ENDED = 1024  # ended sessions whose reason is kept
 TRY_AGAIN_LATER = 1013  # close code
 
 
-class Reply(NamedTuple):
+class StoredReply(NamedTuple):
     """Result of a request, kept for a client that asks again."""
 
     actions: np.ndarray  # [K, A] float32
@@ -37,7 +37,7 @@ class Session(NamedTuple):
     words: np.ndarray  # [S] int32, token ids of the prompt
     extended: bool  # the client has used a field of sessions
     last_used: float  # s, of `time.monotonic`
-    last: Reply | None = None
+    last: StoredReply | None = None
     busy: bool = False  # a request is under way
 
 
@@ -76,7 +76,9 @@ class SessionBook:
         self._free = list(range(num_rows))[::-1]
         self._ended: collections.OrderedDict[Key, Ended] = collections.OrderedDict()
 
-    def decide(self, key: Key, request: Request, words: np.ndarray | None) -> Admitted | Reply:
+    def decide(
+        self, key: Key, request: Request, words: np.ndarray | None
+    ) -> Admitted | StoredReply:
         """Returns how a request is to be served; changes nothing.
 
         Args:
@@ -223,7 +225,7 @@ def _check_new(key: Key, request: Request, ended: Ended | None) -> None:
         )
 
 
-def _repeated(session: Session, request: Request) -> Reply | None:
+def _repeated(session: Session, request: Request) -> StoredReply | None:
     """Returns the stored reply if the request was served before; None if it is the next one."""
     step, last = request.step, session.last
     if step is None or step == session.age:
