@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import http.client
 import threading
 import time
@@ -103,10 +104,16 @@ def get(port, path, method="GET", **headers):
         return response.status, response.read().decode()
 
 
+@functools.cache
+def acting():
+    agent = agents.make_agent(tiny_run.AGENT, tiny_run.norm_stats())
+    return agent, jax.jit(agent.step)
+
+
 def in_process(run, frames, prompt):
     """Actions of an episode without a server."""
-    agent = agents.make_agent(run.agent, run.norm_stats)
-    state, step, actions = agent.init(run.params, 1), jax.jit(agent.step), []
+    agent, step = acting()
+    state, actions = agent.init(run.params, 1), []
     words = agents.read_instruction(run.agent, prompt)[None]
     for t, frame in enumerate(frames):
         observation = agents.Observation(
@@ -203,7 +210,7 @@ def test_the_endpoint_reset_ends_sessions(port):
         fields = {**OBSERVATION, "prompt": "lift"}
         assert ask(socket, {**fields, "session_id": "a"})["session"]["reset"]
         for reset in ({"endpoint": "reset", "session_ids": ["a", "b"]}, {"reset": True}):
-            assert ask(socket, reset) == {"status": "reset successful"}
+            assert ask(socket, reset)["status"] == "reset successful"
         assert ask(socket, {**OBSERVATION, "session_id": "a"}).startswith("prompt must be given")
         assert ask(socket, {**fields, "session_id": "a"})["session"]["reset"]
 
@@ -383,3 +390,57 @@ def test_a_connection_that_never_speaks_holds_no_session(port):
             stack.enter_context(client(port))
         with client(port) as socket:
             assert "actions" in ask(socket, {**OBSERVATION, "prompt": "lift"})
+
+
+def exchange(port, path, method="GET", body=None, token="secret"):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection.request(method, path, body, {"Authorization": f"Bearer {token}"})
+    with contextlib.closing(connection):
+        response = connection.getresponse()
+        return response.status, response.read()
+
+
+def test_a_session_moves_to_another_server(compiled, run):
+    frames = episode(4, 6)
+    expected = in_process(run, frames, "lift")
+    header = {"additional_headers": {"Authorization": "Bearer secret"}}
+    with running(fresh(compiled, token="secret")) as (port, _):
+        with client(port, "/?session_id=arm", **header) as socket:
+            for frame in frames[:4]:
+                ask(socket, {**frame, "prompt": "lift"})
+        status, exported = exchange(port, "/sessions/arm")
+        assert status == 200
+        assert exchange(port, "/sessions/other")[0] == 404
+        assert exchange(port, "/sessions/arm", token="wrong")[0] == 401
+    with running(fresh(compiled, token="secret")) as (port, _):
+        assert exchange(port, "/sessions/a%2Fb", "PUT", exported) == (200, b"OK\n")
+        for body in (b"", b"nothing", exported[:-5]):
+            status, text = exchange(port, "/sessions/new", "PUT", body)
+            assert (status, text[:15]) == (400, b"session must be")
+        assert exchange(port, "/sessions/new", "PUT", bytes(100_001))[0] == 413
+        assert exchange(port, "/sessions/new", "PUT", exported, token="wrong")[0] == 401
+        assert exchange(port, "/sessions/new")[0] == 404
+        with client(port, "/?session_id=a/b", **header) as socket:
+            for step in (3, 4, 5):  # the third is the last one of the other server
+                reply = ask(socket, {**frames[step], "step": step})
+                np.testing.assert_allclose(reply["actions"], expected[step], atol=1e-5)
+
+
+def test_sessions_are_not_exported_without_a_token(port):
+    assert exchange(port, "/sessions/arm")[0] == 403
+    assert exchange(port, "/sessions/arm", "PUT", b"nothing")[0] == 403
+
+
+def test_named_sessions_go_on_after_a_restart(run, tmp_path):
+    frames = episode(5, 4)
+    expected = in_process(run, frames, "lift")
+    config = serve.ServeConfig(sessions=2, max_batch=1, snapshot=str(tmp_path / "sessions"))
+    for half in (range(2), range(1, 4)):  # the second server gets the last request again
+        service = serve.make_service(run, config)
+        with running(service) as (port, _), client(port, "/?session_id=arm") as socket:
+            for step in half:
+                reply = ask(socket, {**frames[step], "prompt": "lift", "step": step})
+                np.testing.assert_allclose(reply["actions"], expected[step], atol=1e-5)
+            if half[0]:
+                ask(socket, {"endpoint": "reset"})
+    assert not list((tmp_path / "sessions").iterdir())

@@ -22,21 +22,23 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import jax
+import numpy as np
 
-from vla_jax.acting.agent import AgentConfig, Mode, read_instruction
+from vla_jax.acting.agent import AgentConfig, AgentState, Mode, read_instruction
 from vla_jax.command_line import exit_codes, parse
 from vla_jax.config import LEAST_FLOAT, checked
 from vla_jax.files import Path
 from vla_jax.runs import Run, load_run
-from vla_jax.serving import metadata, observations
+from vla_jax.serving import metadata, observations, snapshot
 from vla_jax.serving.dialects import DIALECTS
 from vla_jax.serving.engine import Engine, Observer
 from vla_jax.serving.metrics import Metrics, make_metrics
 from vla_jax.serving.observations import KeysConfig, ResizeRule
+from vla_jax.serving.requests import Request
 from vla_jax.serving.server import Limits, Server, Service
 from vla_jax.serving.session_warnings import Expected
-from vla_jax.serving.sessions import SessionBook
-from vla_jax.serving.table import make_table
+from vla_jax.serving.sessions import Session, SessionBook
+from vla_jax.serving.table import Frame, SessionTable, make_table
 
 TOKEN = "VLA_JAX_TOKEN"  # environment variable: token that clients must send
 _CPU_BATCH, _BATCH = 8, 64  # greatest number of sessions of a tick; large ones gain nothing on CPUs
@@ -80,6 +82,9 @@ class ServeConfig:
     # steps of the longest episode of the training; much longer ones get a warning. None = those of
     # the run's environment, if it has one
     episode_length: int | None = None
+    # folder with the state of every named session, written before each reply, so that the sessions
+    # go on after a restart; None = they end with the server
+    snapshot: str | None = None
     # images of another aspect ratio: "same_aspect" refuses them, "pad" adds black borders
     resize: ResizeRule = "same_aspect"
     keys: KeysConfig = KeysConfig()  # names of the observation's parts in messages
@@ -155,16 +160,40 @@ def make_service(run: Run, config: ServeConfig, *, token: str | None = None) -> 
     book = SessionBook(config.sessions, config.session_ttl_s)
     info = {"run": about["run"]["name"], "step": str(run.step), "version": about["version"]}
     metrics = make_metrics(book, info)
+    policy = f"{info['run']}, step {run.step}, {agent.mode}, window {window_size}"
+    row = jax.device_get(table.read(table.init(), 0))
+    _warm_up(table, observations.blank(spec), read_instruction(agent, ""))
+    stored = _read_sessions(config, row, policy)
+    observer = make_observer(metrics, config.snapshot, policy)
+    engine = Engine(table, book, observer, expected=_expected(run, config))
+    for session_id, session, memory in stored:
+        engine.place(session_id, session, memory).result()
     return Service(
-        Engine(table, book, make_observer(metrics), expected=_expected(run, config)),
+        engine,
         spec,
         functools.lru_cache(256)(functools.partial(read_instruction, agent)),
         about,
         limits,
         DIALECTS,
         metrics,
+        policy,
+        row,
         token,
     )
+
+
+def _warm_up(table: SessionTable, blank: Frame, words: np.ndarray) -> None:
+    """Serves a request of two frames: what the first one loads is loaded before the port opens.
+
+    Raises:
+      ValueError: the policy gives actions that are not finite.
+    """
+    engine = Engine(table, SessionBook(1, ttl=1.0))
+    request = Request(({}, {}), prompt="")
+    try:
+        engine.submit("warm-up", request, [blank, blank], words).result()
+    finally:
+        engine.stop(timeout=10.0)
 
 
 def _expected(run: Run, config: ServeConfig) -> Expected:
@@ -173,8 +202,35 @@ def _expected(run: Run, config: ServeConfig) -> Expected:
     return Expected(config.control_hz, length or None)  # 0 = not known
 
 
-def make_observer(metrics: Metrics) -> Observer:
-    """Returns the functions that count what the engine does."""
+def _read_sessions(
+    config: ServeConfig, row: AgentState, policy: str
+) -> list[tuple[str, Session, AgentState]]:
+    """Returns the sessions of an earlier server.
+
+    Raises:
+      ValueError: they are of another policy, or too many.
+      OSError: the folder cannot be read or made.
+    """
+    if config.snapshot is None:
+        return []
+    pathlib.Path(config.snapshot).mkdir(parents=True, exist_ok=True)
+    stored = snapshot.read_all(config.snapshot, row, policy)
+    if len(stored) > config.sessions:
+        raise ValueError(
+            f"sessions must be at least {len(stored)}, as many as are in {config.snapshot}, got "
+            f"{config.sessions}; give more --sessions, or delete files."
+        )
+    return stored
+
+
+def make_observer(metrics: Metrics, folder: str | None = None, policy: str = "") -> Observer:
+    """Returns the functions that count what the engine does, and write the named sessions.
+
+    Args:
+      metrics: of the server.
+      folder: of the sessions' files; None = they are not written.
+      policy: name of the policy.
+    """
 
     def ticked(rows: int, seconds: float) -> None:
         metrics.rows.observe(rows)
@@ -184,7 +240,13 @@ def make_observer(metrics: Metrics) -> Observer:
         metrics.ended.labels(why).inc()
         metrics.steps.observe(age)
 
-    return Observer(ticked, ended)
+    if folder is None:
+        return Observer(ticked, ended)
+
+    def saved(key: str, session: Session, row: AgentState) -> None:
+        snapshot.write(folder, key, snapshot.to_bytes(key, session, row, policy))
+
+    return Observer(ticked, ended, saved, functools.partial(snapshot.remove, folder))
 
 
 async def _run(server: Server, config: ServeConfig, ready: Callable[[int], None]) -> None:

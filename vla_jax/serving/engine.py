@@ -24,7 +24,7 @@ from vla_jax.serving.sessions import Admitted, Key, Session, SessionBook, Stored
 from vla_jax.serving.table import Frame, SessionTable, Stepped
 
 Result = TypeVar("Result")
-_LOG = logging.getLogger(__name__)
+_LOGGER = __name__  # its logger is made on first use: no import changes logging
 _SWEEP = 1.0  # s between two looks for expired sessions while nothing arrives
 
 
@@ -155,6 +155,34 @@ class Engine:
 
         return self.call(keys, run)
 
+    def export(self, key: str) -> concurrent.futures.Future[tuple[Session, AgentState] | None]:
+        """Returns a session and its row on the host, between two requests; None if unknown."""
+
+        def run() -> tuple[Session, AgentState] | None:
+            session = self.book.live.get(key)
+            return None if session is None else (session, self._row(session))
+
+        return self.call((key,), run)
+
+    def place(
+        self, key: str, session: Session, row: AgentState
+    ) -> concurrent.futures.Future[Session]:
+        """Stores a session from elsewhere; the future raises `Refused` on a full server.
+
+        Args:
+          key: of the session, which replaces a present one.
+          session: its slot counts for nothing.
+          row: leaves `[1, ...]`.
+        """
+
+        def run() -> Session:
+            placed = self.book.place(key, session, time.monotonic())
+            self.state = self.table.write(self.state, placed.slot, row)
+            self._save(key, placed)
+            return placed
+
+        return self.call((key,), run)
+
     def stop(self, timeout: float) -> bool:
         """Refuses new requests, serves those that have arrived, and ends the thread.
 
@@ -255,7 +283,7 @@ class Engine:
         try:
             stepped = self._step(batch)
         except Exception:  # logged; `_recover` fails the requests
-            _LOG.exception("a step of the policy failed")
+            logging.getLogger(_LOGGER).exception("a step of the policy failed")
             self._recover(batch, running)
             return
         self.state = stepped.state
@@ -290,9 +318,7 @@ class Engine:
         session = begun._replace(age=begun.age + count, last_used=now, last=reply)
         self.book.put(key, session)
         try:
-            if self._observer.saved is not None and isinstance(key, str):
-                row = jax.device_get(self.table.read(self.state, session.slot))
-                self._observer.saved(key, session, row)
+            self._save(key, session)
         except OSError as error:  # the memory is ahead of the files: the client must know
             self._fail(task, error)
             return
@@ -300,6 +326,13 @@ class Engine:
             self._observer.ended("reset", task.before.age)
         queue_ms = 1000 * (task.begun - task.arrived)
         task.future.set_result(Served(reply, key, False, queue_ms, infer_ms, task.warnings))
+
+    def _row(self, session: Session) -> AgentState:
+        return jax.device_get(self.table.read(self.state, session.slot))
+
+    def _save(self, key: Key, session: Session) -> None:
+        if self._observer.saved is not None and isinstance(key, str):
+            self._observer.saved(key, session, self._row(session))
 
     def _undo(self, task: _Task) -> None:
         """Restores the session and its row as they were before a request."""
@@ -311,7 +344,7 @@ class Engine:
     def _fail(self, task: _Task, error: Exception) -> None:
         """Gives an error to the client; one that is not its own goes to the log."""
         if not isinstance(error, Refused):
-            _LOG.error("a request failed", exc_info=error)
+            logging.getLogger(_LOGGER).error("a request failed", exc_info=error)
             error = Refused(
                 "server failed to serve the request; its operator finds the cause in the log.",
                 reason="failure",

@@ -13,11 +13,12 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import numpy as np
 
-from vla_jax.serving import observations
+from vla_jax.acting.agent import AgentState
+from vla_jax.serving import observations, snapshot
 from vla_jax.serving.dialect import Answer, Dialect, Incoming
 from vla_jax.serving.engine import Engine, Served
 from vla_jax.serving.messages import MessageError
@@ -25,15 +26,18 @@ from vla_jax.serving.metrics import Metrics
 from vla_jax.serving.observations import ObservationSpec
 from vla_jax.serving.requests import MAX_ID, Refused, Request
 from vla_jax.serving.sessions import describe
+from vla_jax.serving.upload import make_connection_class
 
-_LOG = logging.getLogger(__name__)
+_LOGGER = __name__  # its logger is made on first use: no import changes logging
 _HANDSHAKE = 10.0  # s until a new connection must have sent its request
 _PING, _PING_TIMEOUT = 20.0, 300.0  # s; a compile or a simulator may hold a client's GIL for long
 _CLOSING = 2.0  # s that a client has for the closing handshake
 _MAX_ERRORS = 16  # in a row, then the connection is closed
 _LOGGED_ERRORS = 8  # per minute and peer
 _DRAIN = 7.0  # s for the requests under way when the server stops
+_SESSIONS = "/sessions/"  # path of exported sessions
 _HEALTH = ("/healthz", "/health")  # of openpi's servers and of AI2's harness
+_FAILED = "server failed to serve the request; its operator finds the cause in the log."
 _GOING_AWAY, _POLICY_VIOLATION = 1001, 1008  # close codes
 
 
@@ -57,6 +61,8 @@ class Service(NamedTuple):
     limits: Limits
     dialects: Mapping[str, Dialect]  # by path
     metrics: Metrics
+    policy: str  # name of the policy, for exported sessions
+    row: AgentState  # shapes and dtypes of a session's row, leaves [1, ...]
     token: str | None = None  # that clients must send; None = any client may connect
 
 
@@ -106,6 +112,7 @@ class Server:
             host,
             port,
             process_request=self._process_request,
+            create_connection=make_connection_class(limits.message_bytes),
             compression=None,
             max_size=limits.message_bytes,
             max_queue=2,
@@ -152,6 +159,8 @@ class Server:
             del response.headers["Content-Type"]
             response.headers["Content-Type"] = "text/plain; version=0.0.4; charset=utf-8"
             return response
+        if path.startswith(_SESSIONS):
+            return self._exchange(connection, _checked_id(unquote(path.removeprefix(_SESSIONS))))
         if path not in self.service.dialects:
             return connection.respond(
                 status.NOT_FOUND, f"path must be one of {', '.join(self.service.dialects)}.\n"
@@ -159,6 +168,46 @@ class Server:
         if len(self._connections) >= self.service.limits.connections:
             return connection.respond(status.SERVICE_UNAVAILABLE, "too many connections.\n")
         return None
+
+    async def _exchange(self, connection: Any, session_id: str | None) -> Any:
+        """Exports a session (GET), or imports one (PUT); only with a token."""
+        service, status = self.service, http.HTTPStatus
+        if service.token is None:
+            return connection.respond(
+                status.FORBIDDEN, "sessions are exported by a server with a token only.\n"
+            )
+        if connection.is_too_large:
+            return connection.respond(
+                status.REQUEST_ENTITY_TOO_LARGE,
+                f"body must have at most {service.limits.message_bytes} bytes.\n",
+            )
+        if session_id is None:
+            return connection.respond(status.BAD_REQUEST, f"ID must be 1 to {MAX_ID} characters.\n")
+        if connection.body is not None:
+            return await self._import(connection, session_id)
+        found = await asyncio.wrap_future(service.engine.export(session_id))
+        if found is None:
+            return connection.respond(status.NOT_FOUND, "the session is unknown or has expired.\n")
+        response = connection.respond(status.OK, "")
+        response.body = snapshot.to_bytes(session_id, *found, service.policy)
+        for name, value in (
+            ("Content-Type", "application/octet-stream"),
+            ("Content-Length", str(len(response.body))),
+        ):
+            del response.headers[name]
+            response.headers[name] = value
+        return response
+
+    async def _import(self, connection: Any, session_id: str) -> Any:
+        service, status = self.service, http.HTTPStatus
+        try:
+            _, session, row = snapshot.from_bytes(connection.body, service.row, service.policy)
+            await asyncio.wrap_future(service.engine.place(session_id, session, row))
+        except Refused as error:
+            return connection.respond(status.SERVICE_UNAVAILABLE, f"{error}\n")
+        except ValueError as error:
+            return connection.respond(status.BAD_REQUEST, f"{error}\n")
+        return connection.respond(status.OK, "OK\n")
 
     def _is_allowed(self, header: str) -> bool:
         token = self.service.token
@@ -210,6 +259,11 @@ class Server:
                 num_errors += 1
                 answer, close = dialect.error(context, str(error)), getattr(error, "close", None)
                 self._count_error(connection, error)
+            except Exception:  # a fault of this server: the others are served on
+                num_errors += 1
+                answer = dialect.error(context, _FAILED)
+                self._count_error(connection, Refused(_FAILED, reason="failure"))
+                logging.getLogger(_LOGGER).exception("a request failed")
             if answer is not None:
                 await connection.send(answer)
             self._answering.discard(connection)
@@ -261,13 +315,15 @@ class Server:
         peer = str((connection.remote_address or ["?"])[0])
         self._logged[peer] = self._logged.get(peer, 0) + 1
         if self._logged[peer] <= _LOGGED_ERRORS:
-            _LOG.warning("%s: %s", peer, sentence)
+            logging.getLogger(_LOGGER).warning("%s: %s", peer, sentence)
 
     def _log_unknown(self, keys: list[str]) -> None:
         new = set(keys) - self._unknown if len(self._unknown) < 100 else ()
         if new:
             self._unknown.update(new)
-            _LOG.warning("ignored keys of observations: %s", ", ".join(k[:60] for k in sorted(new)))
+            logging.getLogger(_LOGGER).warning(
+                "ignored keys of observations: %s", ", ".join(k[:60] for k in sorted(new))
+            )
 
 
 def _answer(dialect: Dialect, incoming: Incoming, answer: Answer) -> Any:
@@ -276,5 +332,8 @@ def _answer(dialect: Dialect, incoming: Incoming, answer: Answer) -> Any:
 
 def _session_id(query: str) -> str | None:
     """Returns the `session_id` of the URL, by which proxies choose a server."""
-    found = parse_qs(query).get("session_id", [""])[0]
+    return _checked_id(parse_qs(query).get("session_id", [""])[0])
+
+
+def _checked_id(found: str) -> str | None:
     return found if 0 < len(found) <= MAX_ID and found.isprintable() else None

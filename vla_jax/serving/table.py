@@ -139,4 +139,5 @@ def _run_once(table: SessionTable, sizes: Sequence[int], blank: Frame, words: np
         rows = list(range(size))
         state = table.step(state, rows, [blank] * size, [words] * size, [True] * size).state
     state = table.write(state, 0, table.read(state, 0))
+    state = table.write(state, 0, jax.device_get(table.read(state, 0)))  # as a session from a file
     jax.block_until_ready(state)

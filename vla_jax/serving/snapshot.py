@@ -1,0 +1,150 @@
+"""State of a session as safetensors: for another server, or for the same one after a restart.
+
+The tensors are the leaves of the session's row by path, the words of its prompt and its last
+actions; the metadata holds the rest and the name of the policy, since a memory means nothing to
+another one.
+"""
+
+import hashlib
+import json
+import pathlib
+import warnings
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from vla_jax import trees
+from vla_jax.acting.agent import AgentState
+from vla_jax.files import Path, replacing
+from vla_jax.serving.sessions import Session, StoredReply
+
+_WORDS, _ACTIONS = "session/words", "session/actions"
+_FIELDS = {"age": int, "prompt": str, "extended": bool}
+
+
+def to_bytes(session_id: str, session: Session, row: AgentState, policy: str) -> bytes:
+    """Returns a session as the content of a safetensors file.
+
+    Args:
+      session_id: of the session.
+      session: after a request.
+      row: leaves `[1, ...]` on the host.
+      policy: name of the policy, which must be the same where the session goes on.
+    """
+    tensors = {path: _storable(leaf) for path, leaf in trees.leaves_by_path(row).items()}
+    tensors[_WORDS] = np.asarray(session.words)
+    facts: dict[str, Any] = {name: getattr(session, name) for name in _FIELDS}
+    if session.last is not None:
+        tensors[_ACTIONS] = np.asarray(session.last.actions)
+        facts["last"] = [session.last.step, session.last.num_frames, session.last.reset]
+    about = {"session_id": session_id, "policy": policy, "session": json.dumps(facts)}
+    return save(tensors, about)
+
+
+def from_bytes(data: bytes, like: AgentState, policy: str) -> tuple[str, Session, AgentState]:
+    """Returns the session in the content of a safetensors file, without a row of the table.
+
+    Args:
+      data: from `to_bytes`.
+      like: shapes and dtypes of a row, leaves `[1, ...]`.
+      policy: name of the policy that is served.
+
+    Raises:
+      ValueError: the data is damaged, or of another policy.
+    """
+    about = _metadata(data)
+    if about.get("policy") != policy:
+        raise ValueError(
+            f"session must be of policy '{policy}', got one of '{str(about.get('policy'))[:200]}'; "
+            "serve the same checkpoint in the same mode."
+        )
+    try:
+        tensors = load(data)
+        facts = json.loads(about["session"])
+        fields = {name: kind(facts[name]) for name, kind in _FIELDS.items()}
+        words, last = tensors[_WORDS], None
+        if facts.get("last") is not None:
+            step, num_frames, reset = facts["last"]
+            last = StoredReply(tensors[_ACTIONS], int(step), int(num_frames), bool(reset))
+        session = Session(slot=-1, words=words, last_used=0.0, last=last, **fields)
+        row = jax.tree.map(_restored, trees.map_paths(tensors.__getitem__, like), like)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"session must be a complete export of this server, got a damaged one ({error}); "
+            "export it again."
+        ) from error
+    return about["session_id"], session, row
+
+
+def file_of(folder: Path, session_id: str) -> pathlib.Path:
+    """Returns the file of a session; its name says nothing of the id, which a client chooses."""
+    name = hashlib.sha256(session_id.encode()).hexdigest()[:32]
+    return pathlib.Path(folder) / f"{name}.safetensors"
+
+
+def write(folder: Path, session_id: str, data: bytes) -> None:
+    """Writes a session; the file is complete or unchanged, also if the process is killed.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
+    with replacing(file_of(folder, session_id)) as part:
+        part.write_bytes(data)
+
+
+def remove(folder: Path, session_id: str) -> None:
+    """Deletes the file of a session, if there is one."""
+    file_of(folder, session_id).unlink(missing_ok=True)
+
+
+def read_all(folder: Path, like: AgentState, policy: str) -> list[tuple[str, Session, AgentState]]:
+    """Returns the sessions in a folder; damaged files are left out with a warning.
+
+    Raises:
+      ValueError: a file is of another policy.
+    """
+    found = []
+    for path in sorted(pathlib.Path(folder).glob("*.safetensors")):
+        data = path.read_bytes()
+        try:
+            found.append(from_bytes(data, like, policy))
+        except ValueError as error:
+            if "session must be of policy" in str(error):
+                raise ValueError(f"{path}: {error}") from error
+            warnings.warn(f"{path}: {error}", stacklevel=2)
+    return found
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """Returns the metadata in the header, which `load` drops."""
+    size = int.from_bytes(data[:8], "little")
+    try:
+        about = json.loads(data[8 : 8 + size])["__metadata__"]
+        if all(isinstance(about[name], str) for name in ("session_id", "policy", "session")):
+            return about
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(
+        f"session must be a safetensors file of this server, got {len(data)} other bytes; export "
+        "it again."
+    )
+
+
+def _storable(leaf: Any) -> np.ndarray:
+    """Returns a leaf in a dtype that NumPy's safetensors have; bfloat16 by its bits."""
+    array = np.ascontiguousarray(leaf).reshape(np.shape(leaf))
+    return array.view(np.uint16) if array.dtype.kind == "V" else array
+
+
+def _restored(stored: np.ndarray, like: Any) -> np.ndarray:
+    array = stored.view(like.dtype) if np.dtype(like.dtype).kind == "V" else stored
+    if array.shape != like.shape or array.dtype != like.dtype:
+        raise ValueError(
+            f"got {array.dtype} {list(array.shape)}, expected {like.dtype} {list(like.shape)}"
+        )
+    if array.dtype.kind == "f" and np.isnan(array).any():
+        raise ValueError("got NaN")
+    return array
