@@ -44,9 +44,7 @@ IMITATE = (
     "train.imitate --preset table_jax_state --window-size 6 --hidden-size 8 --head-sizes 8 "
     "--batch-size 8 --dropout 0.1 --dataset {demos}"
 )
-PRETRAIN = (
-    "train.pretrain --patch-size 8 --width 16 --num-latents 2 --batch-size 8 --dataset {demos}"
-)
+PRETRAIN = "train.pretrain --patch-size 8 --batch-size 8 --dataset {demos}"
 OFTEN = "--save-every 5 --log-every 5 --warmup-steps 5 --num-updates"
 PREPARATION = {  # commands that write the folders which jobs read
     "demos": f"{RECORD} --num-episodes 40 --dataset {{demos}}",
@@ -55,7 +53,7 @@ PREPARATION = {  # commands that write the folders which jobs read
 }
 JOBS = {
     "imitate": Job(f"{IMITATE} --run-dir {{out}} {OFTEN} 150"),
-    "pretrain": Job(f"{PRETRAIN} --run-dir {{out}} {OFTEN} 50"),
+    "pretrain": Job(f"{PRETRAIN} --width 16 --num-latents 2 --run-dir {{out}} {OFTEN} 50"),
     "reinforce": Job(f"train.reinforce --num-seeds 2 --run-dir {{out}} {OFTEN} 100", needs=()),
     "sarsa": Job(f"train.deep_sarsa --num-seeds 2 --run-dir {{out}} {OFTEN} 100", needs=()),
     "seq2seq": Job(
