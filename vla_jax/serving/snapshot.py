@@ -125,7 +125,7 @@ def _metadata(data: bytes) -> dict[str, str]:
         about = json.loads(data[8 : 8 + size])["__metadata__"]
         if all(isinstance(about[name], str) for name in ("session_id", "policy", "session")):
             return about
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):  # one sentence for all of them, below
         pass
     raise ValueError(
         f"session must be a safetensors file of this server, got {len(data)} other bytes; export "
