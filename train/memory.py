@@ -45,7 +45,10 @@ UPDATE_DIVISOR = {"adding": 1, "recall": 5}  # the maximum updates of a task are
 
 
 @dataclass(frozen=True)
-@checked(hidden_size=(1, MAX_SIZE))
+@checked(
+    hidden_size=(1, MAX_SIZE), batch_size=(1, 2**31 - 1), num_trials=(1, 2**31 - 1),
+    max_updates=(1, 2**31 - 1), window_delay=(3, _MOST_STEPS),
+)  # fmt: skip
 class MemoryConfig:
     """Cells, tasks and training of a memory experiment."""
 
@@ -72,10 +75,6 @@ class MemoryConfig:
         for cell in self.cells:
             if cell not in CELLS:
                 raise ValueError(f"unknown cell '{cell}'; {did_you_mean(cell, CELLS)}")
-        minimum = {"hidden_size": 1, "batch_size": 1, "max_updates": 1, "num_trials": 1}
-        for name, value in {**minimum, "window_delay": 3}.items():
-            if getattr(self, name) < value:
-                raise ValueError(f"{name} must be at least {value}, got {getattr(self, name)}.")
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
@@ -303,10 +302,7 @@ def _train(
     state: tuple, key: Key, window: Array | int, config: MemoryConfig, task: Task,
     net: RecurrenceConfig, length: int,
 ) -> tuple[tuple, jax.Array, jax.Array]:  # fmt: skip
-    """Runs `BLOCK` updates.
-
-    Returns params and optimiser state, the errors `[BLOCK]`, and whether the params are finite.
-    """
+    """Runs `BLOCK` updates; returns params and optimiser state, errors `[BLOCK]`, all finite."""
     optimizer = _optimizer(config)
 
     def on_chunk(training: tuple, chunk: dict) -> tuple[tuple, jax.Array]:
@@ -378,13 +374,9 @@ def _apply(
 ) -> tuple[Any, jax.Array]:
     """Returns carry and outputs `[B, T, H]` of `steps`: inputs, mask, reset, each `[B, T, …]`."""
     return recurrence.apply(
-        params["recurrence"],
-        config,
-        steps["inputs"],
-        mask=steps["mask"],
-        reset=steps["reset"],
-        carry=carry,
-    )
+        params["recurrence"], config, steps["inputs"],
+        mask=steps["mask"], reset=steps["reset"], carry=carry,
+    )  # fmt: skip
 
 
 def _net(config: MemoryConfig, cell: CellName) -> RecurrenceConfig:

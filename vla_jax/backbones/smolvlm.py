@@ -66,12 +66,12 @@ class SmolVLMConfig(VLMSizes):
     options: VLMOptions = VLMOptions()  # cameras, prompt, readout, precision
 
     def __post_init__(self):
-        super().__post_init__()
         if self.shuffle < 1 or self.vision.grid_size % self.shuffle:
             raise ValueError(
                 f"shuffle must divide the {self.vision.grid_size} patches along a side, got "
                 f"{self.shuffle}."
             )
+        super().__post_init__()  # it counts the tokens of an image
 
     @property
     def tokens_per_image(self) -> int:
