@@ -138,7 +138,8 @@ def test_a_bad_episode_is_an_error_when_it_is_read(tmp_path):
         file["data/demo_3/obs/a"] = [1]
         file["data"].copy("demo_2", "demo_4")
         file["data/demo_4"].attrs["num_samples"] = 1
-        for name, wrong in (("demo_5", np.arange(4096)), ("demo_6", np.zeros(1, "i4,f4"))):
+        wrong_samples = np.arange(4096), np.zeros(1, "i4,f4"), "2"
+        for name, wrong in zip(("demo_5", "demo_6", "demo_7"), wrong_samples, strict=True):
             file["data"].copy("demo_2", name)
             file[f"data/{name}"].attrs["num_samples"] = wrong
     source = readers.open(tmp_path)
@@ -150,6 +151,7 @@ def test_a_bad_episode_is_an_error_when_it_is_read(tmp_path):
         (4, "must have 1 rows"),
         (5, "num_samples of /data/demo_5 must be the number of its actions, expected 2"),
         (6, "num_samples of /data/demo_6 must be one text or number"),
+        (7, "num_samples of /data/demo_7 must be the number of its actions, expected 2"),
     ):
         with pytest.raises(ValueError, match=message):
             source.episodes[index]

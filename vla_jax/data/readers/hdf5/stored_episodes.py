@@ -186,7 +186,8 @@ def inspect_group(
             "the episode out."
         )
     samples = attribute(group, "num_samples", path)
-    if samples is not None and not np.array_equal(samples, length):
+    is_number = isinstance(samples, int | float | np.number)  # not an array or a text
+    if samples is not None and not (is_number and samples == length):
         raise ValueError(
             f"{path}: num_samples of {group.name} must be the number of its actions, expected "
             f"{length}, got {samples!r:.40}; correct the attribute."
