@@ -444,3 +444,14 @@ def test_named_sessions_go_on_after_a_restart(run, tmp_path):
             if half[0]:
                 ask(socket, {"endpoint": "reset"})
     assert not list((tmp_path / "sessions").iterdir())
+
+
+def test_a_server_can_reply_with_whole_chunks(run):
+    config = serve.ServeConfig(sessions=1, max_batch=1, actions="chunk")
+    service = serve.make_service(run, config)
+    with running(service) as (port, _), connect(f"ws://127.0.0.1:{port}", proxy=None) as client:
+        assert unpack(client.recv())["action"]["horizon"] == 2
+        client.send(pack({**OBSERVATION, "prompt": "lift the red block"}))
+        actions = unpack(client.recv())["actions"]
+    assert actions.shape == (2, 7)
+    assert np.isfinite(actions).all()

@@ -52,7 +52,7 @@ def engine():
     """An engine whose policy does nothing."""
 
     def step(state, slots, *_):
-        return Stepped(state, np.zeros((len(slots), 7), np.float32), np.ones(len(slots), bool))
+        return Stepped(state, np.zeros((len(slots), 1, 7), np.float32), np.ones(len(slots), bool))
 
     table = SessionTable(2, 2, lambda: {}, step, lambda *_: {}, lambda *_: {})
     running = Engine(table, SessionBook(2, 60.0), expected=Expected(episode_length=2))

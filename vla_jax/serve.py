@@ -19,7 +19,7 @@ import signal
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import jax
 import numpy as np
@@ -85,6 +85,9 @@ class ServeConfig:
     # folder with the state of every named session, written before each reply, so that the sessions
     # go on after a restart; None = they end with the server
     snapshot: str | None = None
+    # actions of a reply: "first" = the one for now, "chunk" = all that were predicted, for clients
+    # that ask every few steps; a memory then sees these frames only
+    actions: Literal["first", "chunk"] = "first"
     # images of another aspect ratio: "same_aspect" refuses them, "pad" adds black borders
     resize: ResizeRule = "same_aspect"
     keys: KeysConfig = KeysConfig()  # names of the observation's parts in messages
@@ -147,6 +150,7 @@ def make_service(run: Run, config: ServeConfig, *, token: str | None = None) -> 
         num_rows=config.sessions,
         max_batch=config.max_batch or (_CPU_BATCH if on_cpu else _BATCH),
         window_size=config.window_size,
+        chunks=config.actions == "chunk",
     )
     limits = Limits(
         config.message_bytes,
@@ -156,7 +160,7 @@ def make_service(run: Run, config: ServeConfig, *, token: str | None = None) -> 
         config.connections,
     )
     window_size = config.window_size or agent.policy.decoder.window_size
-    about = metadata.make_metadata(run, agent, spec, limits, window_size)
+    about = metadata.make_metadata(run, agent, spec, limits, window_size, _horizon(agent, config))
     book = SessionBook(config.sessions, config.session_ttl_s)
     info = {"run": about["run"]["name"], "step": str(run.step), "version": about["version"]}
     metrics = make_metrics(book, info)
@@ -180,6 +184,11 @@ def make_service(run: Run, config: ServeConfig, *, token: str | None = None) -> 
         row,
         token,
     )
+
+
+def _horizon(agent: AgentConfig, config: ServeConfig) -> int:
+    """Returns how many actions a reply has."""
+    return agent.policy.decoder.action_horizon if config.actions == "chunk" else 1
 
 
 def _warm_up(table: SessionTable, blank: Frame, words: np.ndarray) -> None:

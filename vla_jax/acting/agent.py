@@ -211,6 +211,33 @@ def plan(
       The state, the normalised observation `[B, ...]`, and one action in the policy's units:
       arm `[B, A-1]`, gripper logit `[B]`.
     """
+    state, normalized, chunk = predict(config, norm_stats, params, state, observation, reset)
+    executed, action = execution.plan(config.execution, state.execution, chunk, reset=reset)
+    return state._replace(execution=executed), normalized, action
+
+
+def predict(
+    config: AgentConfig,
+    norm_stats: Mapping[str, NormStats],
+    params: Params,
+    state: AgentState,
+    observation: Observation,
+    reset: Array,
+) -> tuple[AgentState, Observation, ActionChunk]:
+    """Runs the policy for one step.
+
+    Args:
+      config: as for `make_agent`.
+      norm_stats: as for `make_agent`.
+      params: of the policy.
+      state: from `Agent.init` or `send`.
+      observation: `[B, ...]`, raw.
+      reset: `[B]`, True where an episode starts.
+
+    Returns:
+      The state, whose part `execution` is unchanged, the normalised observation `[B, ...]`, and the
+      predicted chunk in the policy's units: arm `[B, K, A-1]`, gripper logit `[B, K]`.
+    """
     is_new, instruction = reset, state.instruction
     if observation.instruction is not None:
         instruction = jnp.asarray(observation.instruction, jnp.int32)
@@ -218,11 +245,10 @@ def plan(
     age = jnp.where(is_new, 0, state.age)
     normalized = _prepare(config, norm_stats, observation, age)
     stream, chunk = policy.step(params, config.policy, state.stream, normalized, reset=reset)
-    executed, action = execution.plan(config.execution, state.execution, chunk, reset=reset)
     clipped = jnp.where(reset, 0, state.num_clipped) + _count_clipped(
         config, norm_stats, observation
     )
-    return AgentState(stream, executed, age + 1, clipped, instruction), normalized, action
+    return AgentState(stream, state.execution, age + 1, clipped, instruction), normalized, chunk
 
 
 def send(

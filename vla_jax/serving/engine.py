@@ -289,15 +289,15 @@ class Engine:
         self.state = stepped.state
         seconds = time.perf_counter() - began
         self._observer.ticked(len(batch), seconds)
-        for task, action, is_finite in zip(batch, stepped.actions, stepped.is_finite, strict=True):
+        for task, actions, is_finite in zip(batch, stepped.actions, stepped.is_finite, strict=True):
             task.position += 1
             if not is_finite:
                 self._undo(task)
-                self._fail(task, _not_finite(action))
+                self._fail(task, _not_finite(actions))
             elif task.position < len(task.frames):
                 running.append(task)
             else:
-                self._finish(task, action, 1000 * seconds)
+                self._finish(task, actions, 1000 * seconds)
 
     def _step(self, batch: Sequence[_Task]) -> Stepped:
         starts = [task.start for task in batch if task.start is not None]
@@ -309,11 +309,11 @@ class Engine:
             [s.reset and t.position == 0 for s, t in zip(starts, batch, strict=True)],
         )
 
-    def _finish(self, task: _Task, action: np.ndarray, infer_ms: float) -> None:
+    def _finish(self, task: _Task, actions: np.ndarray, infer_ms: float) -> None:
         (key,), start = task.keys, task.start
         assert start is not None
         begun, count = start.session, len(task.frames)
-        reply = StoredReply(action[None], begun.age, count, start.reset)
+        reply = StoredReply(actions, begun.age, count, start.reset)
         now = time.monotonic()
         session = begun._replace(age=begun.age + count, last_used=now, last=reply)
         self.book.put(key, session)
@@ -382,9 +382,9 @@ class Engine:
             self._observer.removed(key)
 
 
-def _not_finite(action: np.ndarray) -> Refused:
+def _not_finite(actions: np.ndarray) -> Refused:
     return Refused(
-        f"action must be finite numbers, got {action.tolist()}, which was not sent; check the "
+        f"action must be finite numbers, got {actions[0].tolist()}, which was not sent; check the "
         "observation, and use an earlier checkpoint if the params have NaN.",
         reason="not_finite",
     )

@@ -13,7 +13,12 @@ FEATURES = ["session_id", "reset", "step", "endpoint", "frames"]
 
 
 def make_metadata(
-    run: Run, agent: AgentConfig, spec: ObservationSpec, limits: Limits, window_size: int
+    run: Run,
+    agent: AgentConfig,
+    spec: ObservationSpec,
+    limits: Limits,
+    window_size: int,
+    horizon: int,
 ) -> dict[str, Any]:
     """Returns the metadata as plain values.
 
@@ -23,6 +28,7 @@ def make_metadata(
       spec: of its observations.
       limits: of the server.
       window_size: W in environment steps.
+      horizon: actions of a reply.
     """
     images = {
         part.name: {
@@ -45,7 +51,7 @@ def make_metadata(
         "observation": {**images, **columns},
         "action": {
             "dim": len(run.norm_stats["action"].mean),
-            "horizon": 1,
+            "horizon": horizon,
             "gripper": "+1 open, -1 closed",
         },
         "memory": {

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vla_jax.acting import whole_chunks
 from vla_jax.acting.agent import AgentConfig, AgentState, make_agent, read_instruction
 from vla_jax.acting.rows import gather_rows, scatter_rows
 from vla_jax.data.normalize import NormStats
@@ -27,7 +28,7 @@ class Stepped(NamedTuple):
     """Result of one tick."""
 
     state: AgentState  # [S, ...], the table
-    actions: np.ndarray  # [R, A] float32
+    actions: np.ndarray  # [R, K, A] float32, the first row for now; K = 1 unless chunks are sent
     is_finite: np.ndarray  # [R] bool; the rows of the others have not changed
 
 
@@ -62,6 +63,7 @@ def make_table(
     num_rows: int,
     max_batch: int,
     window_size: int | None = None,
+    chunks: bool = False,
 ) -> SessionTable:
     """Returns the programs of a table, compiled for all batch sizes.
 
@@ -73,8 +75,14 @@ def make_table(
       num_rows: S, the greatest number of sessions.
       max_batch: greatest number of sessions that step together.
       window_size: W in environment steps; None = as in training.
+      chunks: gives all actions of the predicted chunks, not the first alone.
+
+    Raises:
+      ValueError: the policy's chunks cannot be sent as they are predicted.
     """
     agent = make_agent(config, norm_stats, window_size=window_size)
+    if chunks:
+        whole_chunks.check(config)
     params = jax.device_put(params)
     sizes = batch_sizes(min(max_batch, num_rows))
     prepared = {size: agent.prepare(params, size) for size in sizes}
@@ -83,8 +91,13 @@ def make_table(
     def advance(
         params: Params, table: AgentState, index: Array, observation: Observation, reset: Array
     ) -> tuple[AgentState, Array, Array]:
-        rows, actions = agent.step(params, gather_rows(table, index), observation, reset)
-        is_finite = jnp.isfinite(actions).all(axis=-1)
+        rows = gather_rows(table, index)
+        if chunks:
+            rows, actions = whole_chunks.step(config, norm_stats, params, rows, observation, reset)
+        else:
+            rows, action = agent.step(params, rows, observation, reset)
+            actions = action[:, None]
+        is_finite = jnp.isfinite(actions).all(axis=(1, 2))
         kept = jnp.where(is_finite, index, num_rows)  # the row of a refused request is not written
         return scatter_rows(table, kept, rows), actions, is_finite
 
