@@ -291,7 +291,7 @@ def test_a_run_without_such_a_model_and_options_of_other_files_are_refused(tmp_p
     assert message in fails([run, out, "--to", "huggingface"], capsys)
     message = "--to peft takes no option but --vlm"
     assert message in fails([run, out, "--to", "peft", "--num-heads", "4"], capsys)
-    assert "agent.json" in fails([tmp_path / "none", out, "--to", "peft"], capsys)
+    assert "none is missing; train first" in fails([tmp_path / "none", out, "--to", "peft"], capsys)
     assert not out.exists()
 
 

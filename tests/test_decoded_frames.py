@@ -185,6 +185,6 @@ def test_a_full_disk_raises_one_sentence(tmp_path):
     command = [sys.executable, "-c", FULL_DISK, str(tmp_path), str(pathlib.Path(__file__).parent)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    assert "decoded images need 0 MB in" in done.stdout
+    assert "decoded images of 0 MB in" in done.stdout
     assert "free space, give another decoded_dir, or decode on demand" in done.stdout
     assert not list((tmp_path / ".frames").iterdir())

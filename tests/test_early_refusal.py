@@ -101,6 +101,16 @@ def test_a_folder_of_other_files_is_never_made_a_run(script):
     assert [path.name for path in run_dir.iterdir() if path.name != ".lock"] == ["info.txt"]
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_new_folder_may_hold_the_logs_of_a_scheduler(tmp_path, overwrite):
+    for name in ("17.out", "17.err", ".nfs0001"):
+        (tmp_path / name).write_text("log")
+    runs.open_run(tmp_path, PretrainConfig(run_dir=str(tmp_path)), overwrite=overwrite)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "17.out", "17.err", ".nfs0001", "config.json",
+    }  # fmt: skip
+
+
 def test_the_folder_of_a_model_is_never_overwritten(script):
     function, config, run_dir = script
     run_dir.mkdir()

@@ -171,10 +171,11 @@ def test_environments_that_cannot_be_sharded_are_refused(tmp_path):
 def test_a_config_that_does_not_fit_leaves_an_earlier_run_unchanged(tmp_path):
     parts = {**PARTS, "network": NetworkConfig(object_size=3)}
     config = SarsaConfig(run_dir=str(tmp_path), loop=LOOP, overwrite=True, **parts)
-    (tmp_path / "config.json").write_text("{}")
+    earlier = json.dumps({"run_dir": str(tmp_path)})
+    (tmp_path / "config.json").write_text(earlier)
     with pytest.raises(ValueError, match="object_size must be 0 or 4"):
         deep_sarsa.train(config)
-    assert (tmp_path / "config.json").read_text() == "{}"
+    assert (tmp_path / "config.json").read_text() == earlier
 
 
 @pytest.mark.slow

@@ -117,8 +117,10 @@ def test_a_converted_folder_is_refused_as_backbone_before_data_are_read(
 ):
     monkeypatch.setattr(imitate, "read_training_inputs", refuse_to_read)
     (tmp_path / "conversion.json").write_text("{}")
+    run_dir = str(tmp_path / "run")
+    wrong = dataclasses.replace(config, run_dir=run_dir, backbone_from=str(tmp_path))
     with pytest.raises(FileNotFoundError, match="backbone_from must be a run folder"):
-        imitate.imitate(dataclasses.replace(config, backbone_from=str(tmp_path)))
+        imitate.imitate(wrong)
 
 
 def test_another_action_dim_than_the_data_is_refused(config):

@@ -89,9 +89,10 @@ def open_run(run_dir: Path, config: Any, *, overwrite: bool) -> pathlib.Path:
     if is_first_process():
         for sentence in _changes(path, config, overwrite=overwrite):
             warnings.warn(sentence, stacklevel=2)
-        for left in _contents(path) if overwrite else path.glob("*.part"):
-            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
         file = path / "config.json"
+        is_earlier = overwrite and _is_config_of_run(file)
+        for left in _contents(path) if is_earlier else path.glob("*.part"):
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
         if not file.exists() or configs.load(type(config), file) != config:
             configs.save(config, file)
     if jax.process_count() > 1:
@@ -337,6 +338,13 @@ def _sha256(path: pathlib.Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _foreign(path: pathlib.Path) -> list[str]:
+    """Returns what is in a folder besides hidden files, the logs of a scheduler, and parts."""
+    harmless = (".part", ".out", ".err", ".log")
+    names = [each.name for each in _contents(path) if each.suffix not in harmless]
+    return sorted(name for name in names if not name.startswith("."))
+
+
 def _contents(path: pathlib.Path) -> list[pathlib.Path]:
     """Returns what is in a run folder, besides its lock; nothing if there is no folder."""
     return [each for each in path.iterdir() if each.name != run_lock.NAME] if path.is_dir() else []
@@ -351,13 +359,13 @@ def _changes(path: pathlib.Path, config: Any, *, overwrite: bool) -> list[str]:
     """Checks that a run folder may be opened; returns the consequences of changed options."""
     run_lock.check_writable(path)
     file = path / "config.json"
+    others = _foreign(path)
     if overwrite:
-        if _contents(path) and not _is_config_of_run(file):
+        if others and not _is_config_of_run(file):
             raise ValueError(
                 f"{path} is not a run folder (no config.json of a run); delete it yourself."
             )
         return []
-    others = sorted(each.name for each in _contents(path) if each.suffix != ".part")
     if others and not file.exists():
         raise ValueError(
             f"{path} must be a new folder or that of a run, but it has no config.json and holds "

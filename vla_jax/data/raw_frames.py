@@ -214,8 +214,9 @@ def _create(path: pathlib.Path, shape: tuple[int, ...]) -> np.memmap:
         path.unlink(missing_ok=True)
         raise OSError(
             error.errno,
-            f"decoded images need {np.prod(shape, dtype=np.int64) / 1e6:.0f} MB in {path.parent} "
-            f"({error.strerror}); free space, give another decoded_dir, or decode on demand.",
+            f"decoded images of {np.prod(shape, dtype=np.int64) / 1e6:.0f} MB in {path.parent} "
+            f"could not be written ({error.strerror}); free space, give another decoded_dir, or "
+            "decode on demand.",
         ) from error
     return images
 
