@@ -3,6 +3,7 @@
 import asyncio
 import os
 import pathlib
+import re
 import sys
 
 import numpy as np
@@ -22,6 +23,13 @@ import serving_load
 
 SHAPES = {"observation/state": (8,), "environment_state": (22,)}
 NUM_MUTATIONS = 80
+
+
+def difference(answer):
+    """Returns the number in the row of the robot beside all faults; batches differ in size."""
+    found = re.fullmatch(r"actions differ by (\S+) at most", answer)
+    assert found, answer
+    return float(found[1])
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +59,7 @@ def test_wrong_messages_change_nothing_for_a_robot_beside_them(port):
     target = serving_faults.Target(port, SHAPES)
     rows = [*serving_faults.run(target, (serving_faults.wrong_messages,))]
     answers = {row.sent: row.came_back for row in rows}
-    assert answers.pop("a robot beside all of these") == "actions differ by 0.0e+00 at most"
+    assert difference(answers.pop("a robot beside all of these")) < 1e-5
     assert answers.pop("20 MB in one message") == "closed with 1009"
     assert answers
     for sent, came_back in answers.items():
@@ -66,7 +74,7 @@ def test_a_killed_client_and_silent_ones_change_nothing(port):
     answers = [row.came_back for row in serving_faults.run(target, faults)]
     assert "goes on" in answers[0]
     assert [text.endswith("actions") for text in answers[1:3]] == [True, True]
-    assert answers[3] == "actions differ by 0.0e+00 at most"
+    assert difference(answers[3]) < 1e-5
 
 
 def test_robots_at_once_get_their_own_actions(port):

@@ -125,7 +125,9 @@ def options_of(command: Command) -> dict[str, argparse.Action]:
     found: dict[str, argparse.Action] = {}
 
     def keep(make: Any, **_: Any) -> None:
-        parser = tyro.extras.get_parser(make)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # tyro has nothing else for this
+            parser = tyro.extras.get_parser(make)
         actions = [action for action in parser._actions if action.option_strings]
         found.update({action.option_strings[0]: action for action in actions})
         raise Accepted

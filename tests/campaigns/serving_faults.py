@@ -208,14 +208,14 @@ def killed(target: Target) -> Iterator[Row]:
     """Kills clients in mid-step; another one goes on with the session."""
     path = [os.path.dirname(__file__), *sys.path]
     code = ENDLESS.format(path=path, port=target.port, shapes=target.shapes)
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if int(line) >= 20:
-            break
-    process.send_signal(signal.SIGKILL)
-    steps = [int(line) for line in process.stdout] or [int(line)]
-    process.wait()
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if int(line) >= 20:
+                break
+        process.send_signal(signal.SIGKILL)
+        steps = [int(line) for line in process.stdout] or [int(line)]
     step = steps[-1]
     for tried in (step, step + 1):  # the reply of the last step may have been lost
         answer = ask(

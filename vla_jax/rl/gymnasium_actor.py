@@ -22,6 +22,7 @@ from vla_jax.rl.actor import Actor, Rollout
 from vla_jax.types import Array, Key, Transition
 
 Act = Callable[[Actor, Key], tuple[Any, Array]]  # -> carry, action [B] int32
+MEASURED = ("return", "success")  # of an episode
 
 
 class GymnasiumEnvs(NamedTuple):
@@ -101,7 +102,7 @@ def play(group: GymnasiumEnvs, act: Act, carry: Any, *, key: Key) -> dict[str, n
     """
     start_key, key = jax.random.split(key)
     running = np.ones(len(group.envs), bool)
-    metrics = {name: np.zeros(len(running)) for name in ("return", "success")}
+    metrics = {name: np.zeros(len(running)) for name in MEASURED}
     for state, step in _walk(group, act, start(group, carry, key=start_key), key):
         ends = running & np.asarray(state.ended)
         metrics["return"][ends] = np.asarray(step.return_)[ends]

@@ -18,7 +18,15 @@ import numpy as np
 
 from vla_jax.envs.discrete_worlds import DiscreteGymnasiumConfig
 from vla_jax.rl.actor import Actor
-from vla_jax.rl.gymnasium_actor import EpisodeError, GymnasiumEnvs, open_envs, play, start, unroll
+from vla_jax.rl.gymnasium_actor import (
+    MEASURED,
+    EpisodeError,
+    GymnasiumEnvs,
+    open_envs,
+    play,
+    start,
+    unroll,
+)
 from vla_jax.rl.learner import (
     Algorithm,
     LearnState,
@@ -198,6 +206,8 @@ def _make_evaluation(group: GymnasiumEnvs, algorithm: Algorithm) -> Evaluate:
         return policy(state.carry, state.observation, state.reset, key)
 
     def evaluate(params: Params, key: Key, num_episodes: int) -> Metrics:
+        if finite.first_bad_leaf(params) is not None:  # the check of the updates names the cause
+            return {name: jnp.full(1, jnp.nan) for name in MEASURED}
         batches = [
             play(group, partial(act, params), carry, key=jax.random.fold_in(key, count))
             for count in range(-(-num_episodes // num_envs))
