@@ -36,7 +36,7 @@ def difference(answer):
 def port():
     params = tiny_run.params()
     run = Run(pathlib.Path("tiny"), tiny_run.AGENT, tiny_run.norm_stats(), params, None, 3)
-    with running_server.running(run, ServeConfig(sessions=8, max_batch=4)) as port:
+    with running_server.running(run, ServeConfig(sessions=16, max_batch=4)) as port:
         yield port
 
 
