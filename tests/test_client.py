@@ -93,6 +93,22 @@ def test_a_lost_reply_is_asked_for_again_under_the_same_step():
     assert steps_of(memory.requests[:-1]) == [0, 1, 1, 1, 2]
 
 
+def test_another_observation_never_takes_the_place_of_an_unanswered_one():
+    memory = Memory(losing=range(2, 50))
+    other = {name: part + 1 for name, part in OBSERVATION.items()}
+    server = fake_server.serving(memory, metadata=SESSIONS)
+    with server as port, client_of(port, patience=0.1) as client:
+        client.infer(OBSERVATION)
+        with pytest.raises(ConnectionError):
+            client.infer(OBSERVATION)
+        with pytest.raises(RuntimeError, match="another one cannot take its place"):
+            client.infer(other)
+        memory.losing.clear()
+        assert client.infer(OBSERVATION).actions[0, 0] == 1
+        client.reset()
+        assert client.infer(other).actions[0, 0] == 0
+
+
 def test_earlier_frames_are_sent_with_the_present_one():
     memory = Memory()
     with fake_server.serving(memory, metadata=SESSIONS) as port, client_of(port) as client:

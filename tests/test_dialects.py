@@ -200,6 +200,33 @@ def test_a_damaged_or_large_picture_is_one_sentence(value, sentence):
         pictures.read_picture(value)
 
 
+def test_pictures_of_a_message_are_bounded_together_before_one_is_decoded(monkeypatch):
+    payload = {"images": {"front": picture(observations.image(0))}, "task_description": "lift"}
+    payload["video_history"] = [picture(observations.image(1))] * 3
+    monkeypatch.setattr(pictures, "MAX_BYTES", 4 * 16 * 16 * 3)
+    assert len(vla_eval.read_observation(dict(payload))[0]) == 4
+    monkeypatch.setattr(vla_eval, "read_picture", None)
+    payload["video_history"].append(picture(observations.image(1)))
+    with pytest.raises(ValueError, match="images of a message must have at most 3072 bytes"):
+        vla_eval.read_observation(payload)
+
+
+def test_buffered_frames_are_those_of_one_session():
+    spec = {"observation": {"image_primary": {"accepts": ["observation/image"]}}}
+    buffered = {
+        "add_buffer": True,
+        "images": observations.image(0)[None, None],
+        "state": np.zeros((1, 8)),
+        "session_id": "left",
+    }
+    _, held = robomme_frames.expand(robomme_frames.start(spec), buffered)
+    now = {"observation/image": observations.image(1), "session_id": "right"}
+    with pytest.raises(ValueError, match="session_id must be that of the frames of add_buffer"):
+        robomme_frames.expand(held, now)
+    message, held = robomme_frames.expand(held, {**now, "session_id": "left"})
+    assert (len(message["frames"]), held.frames) == (2, ())
+
+
 def test_buffered_frames_come_before_the_present_one_and_are_not_repeated():
     image, state = observations.image, observations.numbers
     message = {

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from vla_jax.acting import agent as agents
 from vla_jax.serving.engine import Engine
+from vla_jax.serving.observer import NO_OBSERVER
 from vla_jax.serving.requests import Refused, Request
 from vla_jax.serving.session_warnings import Expected
 from vla_jax.serving.sessions import SessionBook
@@ -202,6 +203,81 @@ def test_a_failed_step_ends_all_sessions_with_an_error_and_the_next_ones_are_ser
         submit(engine, "left", [frame(rng)]).result(10)
     assert submit(engine, "left", [frame(rng)], prompt="lift", reset=True).result(10).reply.reset
     assert engine.stop(10.0)
+
+
+def full_disk(*_):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_request_whose_state_cannot_be_saved_changes_no_bit(policy):
+    saves = []
+    observer = NO_OBSERVER._replace(saved=lambda *args: saves.pop()(*args))
+    engine, rng = Engine(policy[0], SessionBook(6, 300.0), observer), np.random.default_rng(0)
+    saves[:] = [lambda *_: None]
+    submit(engine, "left", [frame(rng)], prompt="lift").result(10)
+    before, book = contents(engine)
+    for key, frames in (("left", 1), ("left", 3), ("new", 1)):
+        saves[:] = [full_disk]
+        with pytest.raises(Refused, match="server failed to serve the request"):
+            submit(engine, key, [frame(rng)] * frames, prompt="lift").result(10)
+        after, live = contents(engine)
+        assert live.keys() == book.keys()
+        assert live["left"].age == book["left"].age == 1
+        jax.tree.map(np.testing.assert_array_equal, before_of(before, live), before_of(after, live))
+    assert engine.stop(10.0)
+
+
+def test_a_request_that_fails_at_its_second_frame_changes_no_bit(policy):
+    calls = []
+
+    def step(state, *args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("no memory")  # before the table is donated
+        return policy[0].step(state, *args)
+
+    engine = Engine(policy[0]._replace(step=step), SessionBook(6, 300.0))
+    rng = np.random.default_rng(0)
+    submit(engine, "left", [frame(rng)], prompt="lift").result(10)
+    before, live = contents(engine)
+    with pytest.raises(Refused, match="server failed"):
+        submit(engine, "left", [frame(rng), frame(rng)]).result(10)
+    after, _ = contents(engine)
+    jax.tree.map(np.testing.assert_array_equal, before_of(before, live), before_of(after, live))
+    assert submit(engine, "left", [frame(rng)], step=1).result(10).reply.step == 1
+    assert engine.stop(10.0)
+
+
+def test_a_file_that_cannot_be_deleted_stops_nobody(policy, caplog):
+    engine = Engine(policy[0], SessionBook(6, 300.0), NO_OBSERVER._replace(removed=full_disk))
+    rng = np.random.default_rng(0)
+    submit(engine, "left", [frame(rng)], prompt="lift").result(10)
+    engine.end(["left"]).result(10)
+    assert "the file of a session remains" in caplog.text
+    assert submit(engine, "left", [frame(rng)], prompt="lift").result(10).reply.step == 0
+    assert engine.stop(10.0)
+
+
+def test_an_engine_that_fails_refuses_everybody_and_ends(policy, caplog):
+    def gone():
+        raise RuntimeError("the device is gone")
+
+    def step(*_):
+        engine.table = engine.table._replace(init=gone)
+        jax.tree.map(lambda leaf: leaf.delete(), engine.state)
+        raise RuntimeError("the step failed")
+
+    engine = Engine(policy[0]._replace(step=step), SessionBook(6, 300.0), start=False)
+    rng = np.random.default_rng(0)
+    futures = [submit(engine, key, [frame(rng)], prompt="lift") for key in ("left", "right", 1)]
+    engine.start()
+    for future in futures:
+        with pytest.raises(Refused, match="server failed to serve the request"):
+            future.result(10)
+    with pytest.raises(Refused, match="server is stopping"):
+        submit(engine, "left", [frame(rng)], prompt="lift").result(10)
+    assert engine.stop(10.0)
+    assert "the engine failed" in caplog.text
 
 
 def test_a_request_that_is_not_as_in_training_is_served_with_a_warning(policy):

@@ -262,6 +262,11 @@ def test_only_an_exported_policy_is_replaced(run_dir, exported, tmp_path):
     folder = copy(exported, tmp_path)
     export_run(run_dir, folder, ExportRunConfig(overwrite=True, batch_size=3, platforms=("cpu",)))
     assert load(folder).spec["batch_size"] == 3
+    (folder / "my_loop.py").write_text("mine")
+    with pytest.raises(
+        FileExistsError, match=r"must hold an exported policy only, got my_loop\.py"
+    ):
+        export_run(run_dir, folder, ExportRunConfig(overwrite=True))
 
 
 def test_nothing_is_left_after_an_error(run_dir, tmp_path, monkeypatch):

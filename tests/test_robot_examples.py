@@ -145,6 +145,9 @@ def test_the_node_of_ros_sends_rgb_images(encoding, ros, server):
         node.see(types.SimpleNamespace(**message))
         node.feel(types.SimpleNamespace(position=[0.5, 1.0]))
         node.act()
+        node.seen -= 1.0  # the camera is silent
+        node.act()
+    assert len(requests) == len(ros) + 1 == 2  # one observation, and the end of the session
     np.testing.assert_array_equal(requests[0]["observation/image"], IMAGE)
     np.testing.assert_allclose(ros[0].data, ACTION[0])
 

@@ -17,7 +17,7 @@ from websockets.sync.client import connect
 from vla_jax import serve
 from vla_jax.acting import agent as agents
 from vla_jax.runs import load_run
-from vla_jax.serving import sessions
+from vla_jax.serving import sessions, upload
 from vla_jax.serving.messages import pack, unpack
 from vla_jax.serving.server import Server
 
@@ -194,6 +194,16 @@ def test_sessions_of_concurrent_clients_are_those_in_process(port, run):
     assert len(results) == 3
 
 
+def test_the_newest_connection_has_the_session(port):
+    first = {**OBSERVATION, "prompt": "lift", "session_id": "arm"}
+    with client(port) as older, client(port) as newer:
+        assert ask(older, first)["session"]["step"] == 0
+        assert ask(newer, {**OBSERVATION, "session_id": "arm"})["session"]["step"] == 1
+        refused = ask(older, {**OBSERVATION, "session_id": "arm"})
+        assert "give every robot a session_id of its own" in refused
+        assert ask(newer, {**OBSERVATION, "session_id": "arm"})["session"]["step"] == 2
+
+
 def test_frames_of_one_request_are_stepped_in_order(port, run):
     frames = episode(3, 5)
     expected = in_process(run, frames, "lift")
@@ -239,6 +249,7 @@ def test_the_endpoint_reset_ends_sessions(port):
         ({**OBSERVATION, "session_ids": ["a"]}, "session_ids must be absent"),
         ({"frames": []}, "frames must be a list of 1 to 4096 observations"),
         ({"frames": [OBSERVATION, 3]}, "frames must be maps"),
+        ({"frames": [OBSERVATION], "state": 3}, "frames must hold all observations, got 'state'"),
         ({"frames": [OBSERVATION, {}]}, "proprio must be in the observation"),
         ({**OBSERVATION}, "prompt must be given with the first frame"),
     ],
@@ -424,6 +435,50 @@ def test_a_session_moves_to_another_server(compiled, run):
             for step in (3, 4, 5):  # the third is the last one of the other server
                 reply = ask(socket, {**frames[step], "step": step})
                 np.testing.assert_allclose(reply["actions"], expected[step], atol=1e-5)
+
+
+def test_the_body_of_a_stranger_is_not_kept(compiled):
+    kept = []
+
+    def is_allowed(path, authorization):
+        kept.append((path, authorization))
+        return False
+
+    class Closed:
+        def __init__(self, *_, **__):
+            self.handed = []
+
+        def data_received(self, data):
+            self.handed.append(data)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("websockets.asyncio.server.ServerConnection", Closed)
+        connection = upload.make_connection_class(100, is_allowed)()
+    head = b"PUT /sessions/a HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer no\r\nContent-Length: 9"
+    for part in (head[:10], head[10:], b"\r\n\r\nbo", b"dy"):
+        connection.data_received(part)
+    assert kept == [("/sessions/a", "Bearer no")]
+    assert connection.body is None
+    handed = connection.handed[0]
+    assert handed == b"GET /sessions/a HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer no\r\n\r\n"
+
+
+def test_a_session_id_of_the_url_that_cannot_be_one_is_refused(port):
+    for wrong in ("", "%0A", "x" * 129):
+        with pytest.raises(InvalidStatus) as error, client(port, f"/?session_id={wrong}"):
+            pass
+        assert error.value.response.status_code == 400
+
+
+def test_a_server_whose_engine_fails_ends_with_an_error(compiled):
+    service = fresh(compiled)
+
+    async def run():
+        service.engine.stop(5.0)
+        await asyncio.wait_for(Server(service).run("127.0.0.1", 0, asyncio.Event()), 30)
+
+    with pytest.raises(RuntimeError, match="its engine failed; see its log"):
+        asyncio.run(run())
 
 
 def test_sessions_are_not_exported_without_a_token(port):

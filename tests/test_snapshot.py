@@ -1,5 +1,7 @@
 """Sessions as safetensors: exported and imported the same, damaged or foreign ones refused."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 import tiny_run
 
 from vla_jax.acting import agent as agents
+from vla_jax.runs import Run
 from vla_jax.serving import snapshot
 from vla_jax.serving.sessions import Session, StoredReply
 
@@ -69,3 +72,31 @@ def test_a_folder_gives_its_sessions_and_a_warning_for_a_damaged_one(row, tmp_pa
     assert [name for name, _, _ in snapshot.read_all(tmp_path, row, "lstm")] == ["../left"]
     with pytest.raises(ValueError, match=r"safetensors: session must be of policy 'gru'"):
         snapshot.read_all(tmp_path, row, "gru")
+
+
+def test_arrays_that_do_not_fit_the_policy_are_refused(row):
+    long = SESSION._replace(words=np.arange(13, dtype=np.int32))
+    unknown = SESSION._replace(last=LAST._replace(actions=np.full((1, 7), np.nan, np.float32)))
+    flat = SESSION._replace(last=LAST._replace(actions=np.ones(7, np.float32)))
+    for session, found in ((long, r"got words int32 \[13\]"), (unknown, "finite"), (flat, "K, A")):
+        with pytest.raises(ValueError, match=found):
+            snapshot.from_bytes(snapshot.to_bytes("a", session, row, "lstm"), row, "lstm")
+    not_a_number = row._replace(num_clipped=np.full(1, np.nan, jnp.bfloat16))
+    with pytest.raises(ValueError, match="NaN"):
+        snapshot.from_bytes(snapshot.to_bytes("a", SESSION, not_a_number, "x"), not_a_number, "x")
+
+
+def test_the_name_of_a_policy_differs_with_all_that_a_memory_depends_on(tmp_path):
+    stats, agent = tiny_run.norm_stats(), tiny_run.AGENT
+    run = Run(tmp_path, agent, stats, tiny_run.params(), None, 3)
+    other = {**stats, "action": stats["proprio"]}
+    names = {
+        snapshot.policy_name(run, agent, "window 4"),
+        snapshot.policy_name(run, agent, "window 5"),
+        snapshot.policy_name(run._replace(params=tiny_run.params(1)), agent, "window 4"),
+        snapshot.policy_name(run._replace(norm_stats=other), agent, "window 4"),
+        snapshot.policy_name(run, dataclasses.replace(agent, instruction_steps=2), "window 4"),
+    }
+    assert len(names) == 5
+    again = run._replace(params=tiny_run.params())
+    assert snapshot.policy_name(again, agent, "window 4") in names

@@ -88,6 +88,12 @@ def _check_target(target: pathlib.Path, *, overwrite: bool) -> None:
         raise FileExistsError(
             f"{target} exists and is not an exported policy (no policy.json); choose another DST."
         )
+    others = sorted({path.name for path in target.iterdir()} - set(policy_export.FILES))
+    if others:
+        raise FileExistsError(
+            f"{target} must hold an exported policy only, got {', '.join(others[:3])} too; choose "
+            "another DST, or move these."
+        )
     if not overwrite:
         raise FileExistsError(f"{target} exists; choose another DST, or use --overwrite.")
 

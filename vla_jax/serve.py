@@ -9,6 +9,7 @@ way, closes the connections and exits with 0.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import ipaddress
@@ -24,6 +25,7 @@ from typing import Annotated, Literal
 import jax
 import numpy as np
 
+from vla_jax import folder_lock
 from vla_jax.acting.agent import AgentConfig, AgentState, Mode, read_instruction
 from vla_jax.command_line import exit_codes, parse
 from vla_jax.config import LEAST_FLOAT, checked
@@ -31,9 +33,10 @@ from vla_jax.files import Path
 from vla_jax.runs import Run, load_run
 from vla_jax.serving import metadata, observations, snapshot
 from vla_jax.serving.dialects import DIALECTS
-from vla_jax.serving.engine import Engine, Observer
+from vla_jax.serving.engine import Engine
 from vla_jax.serving.metrics import Metrics, make_metrics
 from vla_jax.serving.observations import KeysConfig, ResizeRule
+from vla_jax.serving.observer import Observer
 from vla_jax.serving.requests import Request
 from vla_jax.serving.server import Limits, Server, Service
 from vla_jax.serving.session_warnings import Expected
@@ -124,8 +127,23 @@ def serve(
     _check_packages()
     _check_port(config)
     run = run if isinstance(run, Run) else load_run(run, step=config.step, robot=config.robot)
-    service = make_service(run, config, token=token)
-    asyncio.run(_run(Server(service), config, ready))
+    with _own_snapshots(config):
+        service = make_service(run, config, token=token)
+        asyncio.run(_run(Server(service), config, ready))
+
+
+def _own_snapshots(config: ServeConfig) -> contextlib.AbstractContextManager[None]:
+    """Keeps other servers out of the folder of the sessions' states, for the length of a block.
+
+    Raises:
+      BlockingIOError: another server uses it.
+      OSError: the folder cannot be made.
+    """
+    if config.snapshot is None:
+        return contextlib.nullcontext()
+    folder = pathlib.Path(config.snapshot)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder_lock.hold(folder / ".lock", f"snapshot {folder}", "give every server its own")
 
 
 def make_service(run: Run, config: ServeConfig, *, token: str | None = None) -> Service:
@@ -164,7 +182,8 @@ def make_service(run: Run, config: ServeConfig, *, token: str | None = None) -> 
     book = SessionBook(config.sessions, config.session_ttl_s)
     info = {"run": about["run"]["name"], "step": str(run.step), "version": about["version"]}
     metrics = make_metrics(book, info)
-    policy = f"{info['run']}, step {run.step}, {agent.mode}, window {window_size}"
+    options = f"window {window_size}, actions {config.actions}"
+    policy = snapshot.policy_name(run, agent, options)
     row = jax.device_get(table.read(table.init(), 0))
     _warm_up(table, observations.blank(spec), read_instruction(agent, ""))
     stored = _read_sessions(config, row, policy)
@@ -290,7 +309,7 @@ def _token(config: ServeConfig) -> str | None:
       FileNotFoundError: the file is missing.
       ValueError: the file is empty, or the host can be reached by others and there is no token.
     """
-    token = os.environ.get(TOKEN)
+    token = os.environ.get(TOKEN, "").strip()
     if config.token_file is not None:
         path = pathlib.Path(config.token_file)
         if not path.is_file():

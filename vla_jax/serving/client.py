@@ -104,6 +104,7 @@ class Client:
         self._opened = contextlib.ExitStack()
         self._times: collections.deque[float] = collections.deque(maxlen=_KEPT_TIMES)
         self._step = 0  # index of the next observation
+        self._unanswered: bytes | None = None  # request that the server may have served
         self.metadata: Mapping[str, Any] = {}
         self._retrying(lambda: None, repeatable=True)
 
@@ -124,7 +125,7 @@ class Client:
         """Starts an episode: the next observation is its first."""
         if self._step and not self.has_sessions:
             self._disconnect()
-        self._step = 0
+        self._step, self._unanswered = 0, None
 
     def infer(
         self,
@@ -142,7 +143,9 @@ class Client:
             before the first action: the policy steps its memory over every one of them.
 
         Raises:
-          RuntimeError: the server refused the request, with its sentence; nothing has changed.
+          RuntimeError: the server refused the request, with its sentence; nothing has changed. Or
+            the observation is another one than that which got no answer: the server may have
+            stepped over that one.
           ConnectionError: there was no answer within `patience`, or the connection was lost and
             the memory with it.
         """
@@ -182,17 +185,24 @@ class Client:
                 self._socket.send(farewell)
                 self._socket.recv(timeout=_CLOSING)
         self._disconnect()
-        self._step = 0
+        self._step, self._unanswered = 0, None
 
     def _exchange(self, request: Mapping[str, Any], *, repeatable: bool) -> dict[str, Any]:
         """Returns the answer to a request, which is sent again if the answer was lost."""
         data = messages.pack(request)
+        if self._unanswered not in (None, data):
+            raise RuntimeError(
+                f"the observation of step {self._step} got no answer, and another one cannot take "
+                "its place; send the same again, or call reset() and start a new episode."
+            )
+        self._unanswered = data if self.has_sessions else None
 
         def once() -> str | bytes:
             self._socket.send(data)
             return self._socket.recv(timeout=self._timeout)
 
         answer = self._retrying(once, repeatable=repeatable)
+        self._unanswered = None
         if isinstance(answer, str):
             raise RuntimeError(f"the server refused the request: {answer}")
         return _read_map(answer, self._url)

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from vla_jax.acting.agent import AgentState
+from vla_jax.serving.observer import NO_OBSERVER, Observer
 from vla_jax.serving.requests import Refused, Request
 from vla_jax.serving.session_warnings import NOTHING_KNOWN, Expected, Seen, warnings_of
 from vla_jax.serving.sessions import Admitted, Key, Session, SessionBook, StoredReply
@@ -39,23 +40,6 @@ class Served(NamedTuple):
     warnings: tuple[str, ...] = ()  # sentences about a request that training did not have
 
 
-class Observer(NamedTuple):
-    """Functions that are called with what happens, from the engine's thread."""
-
-    ticked: Callable[[int, float], None]  # (rows of the batch, s on the device)
-    ended: Callable[[str, int], None]  # (why a session ended, frames of its episode)
-    # (key, session, row [1, ...]) of a named session after each request, before its reply
-    saved: Callable[[str, Session, AgentState], None] | None = None
-    removed: Callable[[str], None] | None = None  # (key) of a named session that has ended
-
-
-def _nothing(*_: Any) -> None:
-    pass
-
-
-NO_OBSERVER = Observer(_nothing, _nothing)
-
-
 @dataclass(eq=False)
 class _Task:
     """A request under way, or a function to run between two ticks."""
@@ -66,13 +50,14 @@ class _Task:
     request: Request = Request(())
     frames: Sequence[Frame] = ()
     words: np.ndarray | None = None
+    connection: int = 0
     arrived: float = field(default_factory=time.perf_counter)
     begun: float = 0.0
     position: int = 0  # frames stepped so far
     start: Admitted | None = None
     before: Session | None = None
     warnings: tuple[str, ...] = ()
-    row: AgentState | None = None  # of the session before a request of several frames
+    row: AgentState | None = None  # of the session before, where a stepped frame may be undone
 
 
 class Engine:
@@ -120,7 +105,13 @@ class Engine:
         return self._thread.is_alive()
 
     def submit(
-        self, key: Key, request: Request, frames: Sequence[Frame], words: np.ndarray | None
+        self,
+        key: Key,
+        request: Request,
+        frames: Sequence[Frame],
+        words: np.ndarray | None,
+        *,
+        connection: int = 0,
     ) -> concurrent.futures.Future[Served]:
         """Hands in a request; the future raises `Refused` if it does not fit its session.
 
@@ -129,9 +120,11 @@ class Engine:
           request: for the endpoint "infer".
           frames: its observations in the policy's layout.
           words: `[S]` int32, token ids of its prompt; None without one.
+          connection: number of the connection, higher ones being newer.
         """
         task = _Task(frozenset((key,)), concurrent.futures.Future())
         task.request, task.frames, task.words = request, frames, words
+        task.connection = connection
         return self._add(task)
 
     def call(
@@ -212,6 +205,18 @@ class Engine:
     def _run(self) -> None:
         waiting: list[_Task] = []
         running: deque[_Task] = deque()
+        try:
+            self._serve(waiting, running)
+        except Exception as error:  # logged by `_fail`; the server ends when the thread has ended
+            with self._changed:
+                self._stopping = True
+            for task in (*running, *waiting, *self._arrived):
+                if not task.future.done():
+                    self._fail(task, error)
+            logging.getLogger(_LOGGER).exception("the engine failed")
+
+    def _serve(self, waiting: list[_Task], running: deque[_Task]) -> None:
+        """Serves until `stop`; the arguments hold the tasks that are not done."""
         while True:
             with self._changed:
                 if not (self._arrived or running or self._stopping):
@@ -221,7 +226,7 @@ class Engine:
                 if self._stopping and not waiting and not running:
                     return
             self._sweep()
-            waiting = self._begin_all(waiting, running)
+            waiting[:] = self._begin_all(waiting, running)
             if running:
                 self._tick(running)
 
@@ -255,7 +260,7 @@ class Engine:
 
     def _begin_request(self, task: _Task) -> bool:
         (key,) = task.keys
-        decision = self.book.decide(key, task.request, task.words)
+        decision = self.book.decide(key, task.request, task.words, task.connection)
         if isinstance(decision, StoredReply):
             queue_ms = 1000 * (task.begun - task.arrived)
             task.future.set_result(Served(decision, key, True, queue_ms, 0.0))
@@ -272,7 +277,7 @@ class Engine:
             None if before is None else before.prompt,
         )
         task.warnings = warnings_of(self._expected, seen)
-        if len(task.frames) > 1 and before is not None:
+        if before is not None and (len(task.frames) > 1 or self._observer.saved is not None):
             task.row = self.table.read(self.state, session.slot)
         return True
 
@@ -316,12 +321,13 @@ class Engine:
         reply = StoredReply(actions, begun.age, count, start.reset)
         now = time.monotonic()
         session = begun._replace(age=begun.age + count, last_used=now, last=reply)
-        self.book.put(key, session)
         try:
             self._save(key, session)
-        except OSError as error:  # the memory is ahead of the files: the client must know
+        except Exception as error:  # a full disk, most likely: a refused request changes nothing
+            self._undo(task)
             self._fail(task, error)
             return
+        self.book.put(key, session)
         if start.reset and task.before is not None:
             self._observer.ended("reset", task.before.age)
         queue_ms = 1000 * (task.begun - task.arrived)
@@ -337,7 +343,7 @@ class Engine:
     def _undo(self, task: _Task) -> None:
         """Restores the session and its row as they were before a request."""
         (key,) = task.keys
-        if task.row is not None and task.position > 1 and task.before is not None:
+        if task.row is not None and task.position and task.before is not None:
             self.state = self.table.write(self.state, task.before.slot, task.row)
         self.book.put(key, task.before)
 
@@ -361,14 +367,14 @@ class Engine:
             self._fail(task, RuntimeError("the step failed"))
         if lost:
             running.clear()
-            for key in list(self.book.live):
+            for key, session in list(self.book.live.items()):
                 self.book.end(key, "ended by a failure of the server")
+                self._ended(key, "failure", session.age)
             self.state = self.table.init()
 
     def _sweep(self) -> None:
-        ages = {key: session.age for key, session in self.book.live.items()}
-        for key in self.book.expire(time.monotonic()):
-            self._ended(key, "expired", ages[key])
+        for key, session in self.book.expire(time.monotonic()).items():
+            self._ended(key, "expired", session.age)
 
     def _end(self, key: Key, why: str) -> None:
         session = self.book.live.get(key)
@@ -379,7 +385,10 @@ class Engine:
     def _ended(self, key: Key, why: str, age: int) -> None:
         self._observer.ended(why, age)
         if self._observer.removed is not None and isinstance(key, str):
-            self._observer.removed(key)
+            try:
+                self._observer.removed(key)
+            except OSError as error:  # the session has ended all the same
+                logging.getLogger(_LOGGER).warning("the file of a session remains: %s", error)
 
 
 def _not_finite(actions: np.ndarray) -> Refused:

@@ -34,6 +34,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "proprio": ("proprio", "state", "observation/state", "observation/joint_position"),
     "environment_state": ("environment_state", "observation/environment_state"),
 }
+MAX_BYTES = 512 * 2**20  # of the images of one request, in the policy's size
 _MAX_ASPECT_RATIO = 8  # of an image that is padded
 _GRIPPER = "observation/gripper_position"  # appended to the joint positions
 
@@ -68,7 +69,7 @@ class ColumnPart(NamedTuple):
 
 
 class ObservationSpec(NamedTuple):
-    """What a policy takes as an observation, besides the instruction."""
+    """Parts of the observation that a policy takes, besides the instruction."""
 
     images: tuple[ImagePart, ...]
     columns: tuple[ColumnPart, ...]
@@ -147,6 +148,27 @@ def read(spec: ObservationSpec, fields: Mapping[str, Any]) -> dict[str, np.ndarr
     flat = _flatten(fields)
     images = {part.name: _image(part, flat, spec.resize) for part in spec.images}
     return images | {part.name: _column(part, flat) for part in spec.columns}
+
+
+def read_all(
+    spec: ObservationSpec, frames: Sequence[Mapping[str, Any]]
+) -> list[dict[str, np.ndarray]]:
+    """Returns the observations of a request in the policy's layout.
+
+    Args:
+      spec: of the policy.
+      frames: of `requests.Request`.
+
+    Raises:
+      Refused: as `read`; or they would take too much memory together.
+    """
+    size = sum(3 * part.height * part.width for part in spec.images)
+    if len(frames) * size > MAX_BYTES:
+        raise Refused(
+            f"frames must be at most {MAX_BYTES // size}, got {len(frames)}; send them in several "
+            "requests."
+        )
+    return [read(spec, fields) for fields in frames]
 
 
 def unknown_keys(spec: ObservationSpec, fields: Mapping[str, Any]) -> list[str]:

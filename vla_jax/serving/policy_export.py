@@ -34,6 +34,8 @@ from vla_jax.runs import Run
 from vla_jax.serving import exported_policy
 from vla_jax.types import Array, Params, make_observation
 
+_CHECKED = ("step.stablehlo", "params.safetensors", "state.safetensors")
+FILES = (*_CHECKED, "policy.json", "load.py", "__pycache__")  # that may be in the folder
 FORMAT = 1  # version of policy.json; raised when an older loader could not read it
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 Tree = dict[str, Any]  # path of a leaf -> array, or its shape
@@ -98,7 +100,6 @@ def write(
     _write_tensors(folder / "params.safetensors", params)
     _write_tensors(folder / "state.safetensors", state)
     shutil.copyfile(exported_policy.__file__, folder / "load.py")
-    files = ("step.stablehlo", "params.safetensors", "state.safetensors")
     about = {
         "format": FORMAT,
         **_versions(),
@@ -113,7 +114,7 @@ def write(
         **_acting(run.agent, window_size),
         "state": {name: _about(leaf, 1) for name, leaf in state.items()},
         "params": {name: _about(leaf) for name, leaf in params.items()},
-        "files": {name: crc32_of_file(folder / name) for name in files},
+        "files": {name: crc32_of_file(folder / name) for name in _CHECKED},
     }
     write_json(folder / "policy.json", about)
 

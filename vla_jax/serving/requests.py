@@ -84,6 +84,11 @@ def parse(message: Any, *, prompt_chars: int) -> Request:
 def _frames(frames: Any, fields: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     if frames is None:
         return (fields,)
+    if fields:
+        raise Refused(
+            f"frames must hold all observations, got {', '.join(map(shown, [*fields][:3]))} beside "
+            "it; append the present one to the list."
+        )
     if not isinstance(frames, list) or not 0 < len(frames) <= MAX_FRAMES:
         raise Refused(
             f"frames must be a list of 1 to {MAX_FRAMES} observations, got {shown(frames)}; leave "

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vla_jax.serving.dialect import wire_names
-from vla_jax.serving.requests import SESSION_FIELDS, Refused
+from vla_jax.serving.requests import SESSION_FIELDS, Refused, shown
 
 Part = dict[str, Any]  # part of an observation, or key of the wire -> array, one frame
 BUFFERED = {"add_buffer_finished": True, "add_buffer_time_ms": 0.0}  # answer to `add_buffer`
@@ -32,6 +32,7 @@ class Held(NamedTuple):
     image_keys: tuple[str, ...]  # names that the image of the front camera may have
     proprio_size: int  # P of the policy; 0 = none
     frames: tuple[Part, ...] = ()
+    session_id: Any = None  # of the frames, as it was sent
 
 
 def start(metadata: Mapping[str, Any]) -> Held:
@@ -57,6 +58,12 @@ def expand(held: Held, message: Any) -> tuple[Any, Held]:
     """
     if not isinstance(message, Mapping):
         return message, held
+    session_id = message.get("session_id")
+    if held.frames and session_id != held.session_id:
+        raise Refused(
+            f"session_id must be that of the frames of add_buffer, got {shown(session_id)}; "
+            "use a connection for each robot."
+        )
     if message.get("add_buffer"):
         frames = (*held.frames, *read_buffer(message))
         num_bytes = sum(frame["image_primary"].nbytes for frame in frames)
@@ -65,7 +72,7 @@ def expand(held: Held, message: Any) -> tuple[Any, Held]:
                 f"add_buffer must hold at most {MAX_HELD} frames and {MAX_HELD_BYTES} bytes until "
                 f"the next observation, got {len(frames)} and {num_bytes}; send smaller images."
             )
-        return None, held._replace(frames=frames)
+        return None, held._replace(frames=frames, session_id=session_id)
     own = {name: message[name] for name in _OWN_FIELDS if name in message}
     if "front_rgb_list" in message:
         frames = [_named(held, part) for part in read_lists(message, held.proprio_size)]

@@ -6,6 +6,7 @@ decodes and encodes; the engine's thread computes.
 
 import asyncio
 import contextlib
+import functools
 import hmac
 import http
 import itertools
@@ -31,6 +32,8 @@ from vla_jax.serving.upload import make_connection_class
 _LOGGER = __name__  # its logger is made on first use: no import changes logging
 _HANDSHAKE = 10.0  # s until a new connection must have sent its request
 _PING, _PING_TIMEOUT = 20.0, 300.0  # s; a compile or a simulator may hold a client's GIL for long
+_LARGE = 2**17  # bytes of a message from which on it is decoded beside the event loop
+_WATCH = 1.0  # s between two looks at the engine
 _CLOSING = 2.0  # s that a client has for the closing handshake
 _MAX_ERRORS = 16  # in a row, then the connection is closed
 _LOGGED_ERRORS = 8  # per minute and peer
@@ -102,6 +105,7 @@ class Server:
 
         Raises:
           OSError: the port is taken.
+          RuntimeError: the engine failed.
           ImportError: websockets is missing.
         """
         from websockets.asyncio.server import serve
@@ -112,7 +116,7 @@ class Server:
             host,
             port,
             process_request=self._process_request,
-            create_connection=make_connection_class(limits.message_bytes),
+            create_connection=make_connection_class(limits.message_bytes, self._may_upload),
             compression=None,
             max_size=limits.message_bytes,
             max_queue=2,
@@ -123,10 +127,14 @@ class Server:
             server_header=None,
         ) as listening:
             ready(listening.sockets[0].getsockname()[1])
-            await stop.wait()
+            while not stop.is_set() and self.service.engine.is_alive:
+                with contextlib.suppress(TimeoutError):  # looks at the engine again
+                    await asyncio.wait_for(stop.wait(), _WATCH)
             self._stopping = True
             listening.close(close_connections=False)
             await self._drain()
+        if not stop.is_set():
+            raise RuntimeError("the server has stopped since its engine failed; see its log.")
 
     async def _drain(self) -> None:
         idle = self._connections - self._answering
@@ -161,6 +169,10 @@ class Server:
             return response
         if path.startswith(_SESSIONS):
             return self._exchange(connection, _checked_id(unquote(path.removeprefix(_SESSIONS))))
+        if _session_id(request.path) is None and "session_id=" in request.path:
+            return connection.respond(
+                status.BAD_REQUEST, f"session_id must be 1 to {MAX_ID} printable characters.\n"
+            )
         if path not in self.service.dialects:
             return connection.respond(
                 status.NOT_FOUND, f"path must be one of {', '.join(self.service.dialects)}.\n"
@@ -209,6 +221,11 @@ class Server:
             return connection.respond(status.BAD_REQUEST, f"{error}\n")
         return connection.respond(status.OK, "OK\n")
 
+    def _may_upload(self, path: str, authorization: str) -> bool:
+        """Returns True if the body of a PUT request is worth reading."""
+        has_token = self.service.token is not None
+        return has_token and path.startswith(_SESSIONS) and self._is_allowed(authorization)
+
     def _is_allowed(self, header: str) -> bool:
         token = self.service.token
         if token is None:
@@ -234,9 +251,8 @@ class Server:
 
     async def _converse(self, connection: Any, number: int) -> None:
         """Answers the frames of a connection one by one."""
-        url = urlsplit(connection.request.path)
-        dialect = self.service.dialects[url.path]
-        session_id = _session_id(url.query)
+        dialect = self.service.dialects[urlsplit(connection.request.path).path]
+        session_id = _session_id(connection.request.path)
         greeting = dialect.greeting(self.service.metadata)
         if greeting is not None:
             await connection.send(greeting)
@@ -245,7 +261,10 @@ class Server:
             self._answering.add(connection)
             began, context, close = time.perf_counter(), None, None
             try:
-                incoming = dialect.read(state, frame, self.service.limits.prompt_chars)
+                read = functools.partial(dialect.read, state, frame)
+                incoming = await _off_loop(
+                    len(frame) > _LARGE, read, self.service.limits.prompt_chars
+                )
                 context = incoming.context
                 served = await self._serve(incoming.request, number, session_id)
                 total_ms = 1000 * (time.perf_counter() - began)
@@ -289,10 +308,13 @@ class Server:
             await asyncio.wrap_future(engine.end(request.session_ids or (key,)))
             return None
         spec = self.service.spec
-        frames = [observations.read(spec, fields) for fields in request.frames]
+        frames = await _off_loop(
+            len(request.frames) > 1, observations.read_all, spec, request.frames
+        )
         self._log_unknown(observations.unknown_keys(spec, request.frames[-1]))
         words = None if request.prompt is None else self.service.tokenize(request.prompt)
-        return await asyncio.wrap_future(engine.submit(key, request, frames, words))
+        submitted = engine.submit(key, request, frames, words, connection=number)
+        return await asyncio.wrap_future(submitted)
 
     def _count(self, served: Served | None, total_ms: float) -> None:
         if served is None:
@@ -315,24 +337,35 @@ class Server:
         peer = str((connection.remote_address or ["?"])[0])
         self._logged[peer] = self._logged.get(peer, 0) + 1
         if self._logged[peer] <= _LOGGED_ERRORS:
-            logging.getLogger(_LOGGER).warning("%s: %s", peer, sentence)
+            logging.getLogger(_LOGGER).warning("%s: %s", peer, _printable(sentence))
 
     def _log_unknown(self, keys: list[str]) -> None:
         new = set(keys) - self._unknown if len(self._unknown) < 100 else ()
         if new:
             self._unknown.update(new)
             logging.getLogger(_LOGGER).warning(
-                "ignored keys of observations: %s", ", ".join(k[:60] for k in sorted(new))
+                "ignored keys of observations: %s",
+                _printable(", ".join(k[:60] for k in sorted(new))),
             )
+
+
+async def _off_loop(is_long: bool, function: Callable[..., Any], *args: Any) -> Any:
+    """Returns the result of a function, which runs in another thread if that takes long."""
+    return await asyncio.to_thread(function, *args) if is_long else function(*args)
 
 
 def _answer(dialect: Dialect, incoming: Incoming, answer: Answer) -> Any:
     return incoming.answer if incoming.request is None else dialect.reply(incoming, answer)
 
 
-def _session_id(query: str) -> str | None:
+def _printable(text: str) -> str:
+    """Returns a text of a client as one line, which no control character can continue."""
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
+def _session_id(url: str) -> str | None:
     """Returns the `session_id` of the URL, by which proxies choose a server."""
-    return _checked_id(parse_qs(query).get("session_id", [""])[0])
+    return _checked_id(parse_qs(urlsplit(url).query).get("session_id", [""])[0])
 
 
 def _checked_id(found: str) -> str | None:

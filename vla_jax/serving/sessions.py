@@ -15,7 +15,7 @@ from vla_jax.serving.requests import Refused, Request
 
 Key = str | int  # session_id, or the number of the connection of an anonymous session
 IDLE = 10.0  # s without a request after which an anonymous session may give way
-_MAX_ENDED = 1024  # ended sessions whose reason is kept
+_KEPT = 16  # ended sessions whose reason is kept, for each row of the table; at least 1024
 TRY_AGAIN_LATER = 1013  # close code
 
 
@@ -39,6 +39,7 @@ class Session(NamedTuple):
     last_used: float  # s, of `time.monotonic`
     last: StoredReply | None = None
     busy: bool = False  # a request is under way
+    connection: int = 0  # number of the newest connection that has used it
 
 
 class Ended(NamedTuple):
@@ -77,7 +78,7 @@ class SessionBook:
         self._ended: collections.OrderedDict[Key, Ended] = collections.OrderedDict()
 
     def decide(
-        self, key: Key, request: Request, words: np.ndarray | None
+        self, key: Key, request: Request, words: np.ndarray | None, connection: int = 0
     ) -> Admitted | StoredReply:
         """Returns how a request is to be served; changes nothing.
 
@@ -85,6 +86,7 @@ class SessionBook:
           key: of the session.
           request: for the endpoint "infer".
           words: `[S]` int32, token ids of the request's prompt; None without one.
+          connection: number of the connection, higher ones being newer.
 
         Returns:
           The session to step, with slot −1 if it has no row yet, or the stored reply to a request
@@ -95,6 +97,12 @@ class SessionBook:
         """
         session, ended = self.live.get(key), self._ended.get(key)
         known = session or ended
+        if session is not None and connection < session.connection:
+            raise Refused(
+                f"{describe(key)} must be used by one robot, got a request of an older connection "
+                "than its last one; give every robot a session_id of its own.",
+                reason="in_use",
+            )
         extended = request.extended or (known is not None and known.extended)
         starts = request.reset or request.step == 0
         if known is not None and not extended and request.prompt is not None:
@@ -117,7 +125,8 @@ class SessionBook:
             )
         age = 0 if starts or session is None else session.age
         slot = -1 if session is None else session.slot
-        return Admitted(Session(slot, age, prompt, words, extended, 0.0), starts)
+        session = Session(slot, age, prompt, words, extended, 0.0, connection=connection)
+        return Admitted(session, starts)
 
     def begin(self, key: Key, start: Admitted, now: float) -> Session:
         """Gives a session a row if it has none, and marks it as busy.
@@ -175,17 +184,17 @@ class SessionBook:
         self._free.append(session.slot)
         if why is not None:
             self._ended[key] = Ended(why, session.prompt, session.extended)
-            while len(self._ended) > _MAX_ENDED:
+            while len(self._ended) > max(1024, _KEPT * self.num_rows):
                 self._ended.popitem(last=False)
         return True
 
-    def expire(self, now: float) -> list[str]:
-        """Ends the named sessions that have been idle for too long, and returns their keys."""
-        late = [
-            key
+    def expire(self, now: float) -> dict[str, Session]:
+        """Ends the named sessions that have been idle for too long, and returns them."""
+        late = {
+            key: session
             for key, session in self.live.items()
             if isinstance(key, str) and not session.busy and now - session.last_used > self.ttl
-        ]
+        }
         for key in late:
             self.end(key, f"expired after {self.ttl:g} s without a request")
         return late

@@ -9,16 +9,20 @@ import hashlib
 import json
 import pathlib
 import warnings
+import zlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from vla_jax import trees
-from vla_jax.acting.agent import AgentState
+from vla_jax.acting.agent import AgentConfig, AgentState
+from vla_jax.data import normalize
 from vla_jax.files import Path, replacing
+from vla_jax.runs import Run
 from vla_jax.serving.sessions import Session, StoredReply
 
 _WORDS, _ACTIONS = "session/words", "session/actions"
@@ -69,14 +73,33 @@ def from_bytes(data: bytes, like: AgentState, policy: str) -> tuple[str, Session
         if facts.get("last") is not None:
             step, num_frames, reset = facts["last"]
             last = StoredReply(tensors[_ACTIONS], int(step), int(num_frames), bool(reset))
+        _check_arrays(words, last, like)
         session = Session(slot=-1, words=words, last_used=0.0, last=last, **fields)
         row = jax.tree.map(_restored, trees.map_paths(tensors.__getitem__, like), like)
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"session must be a complete export of this server, got a damaged one ({error}); "
             "export it again."
         ) from error
     return about["session_id"], session, row
+
+
+def policy_name(run: Run, agent: AgentConfig, options: str) -> str:
+    """Returns the name of a policy, which differs if anything differs that a memory depends on.
+
+    Args:
+      run: with params and statistics.
+      agent: config of the agent, with the options of the server.
+      options: further ones, as text.
+    """
+    whole = hashlib.sha256(repr(agent).encode())
+    whole.update(json.dumps(normalize.to_json(run.norm_stats), sort_keys=True).encode())
+    for path, leaf in sorted(trees.leaves_by_path(run.params).items()):
+        array = np.ascontiguousarray(leaf)
+        about = f"{path} {array.dtype} {array.shape} {zlib.crc32(array.view(np.uint8).data)}"
+        whole.update(about.encode())
+    name = run.folder.resolve().name
+    return f"{name}, step {run.step}, {agent.mode}, {options}, {whole.hexdigest()[:16]}"
 
 
 def file_of(folder: Path, session_id: str) -> pathlib.Path:
@@ -125,12 +148,25 @@ def _metadata(data: bytes) -> dict[str, str]:
         about = json.loads(data[8 : 8 + size])["__metadata__"]
         if all(isinstance(about[name], str) for name in ("session_id", "policy", "session")):
             return about
-    except (ValueError, KeyError, TypeError):  # one sentence for all of them, below
+    except (ValueError, KeyError, TypeError, RecursionError):  # one sentence for all of them, below
         pass
     raise ValueError(
         f"session must be a safetensors file of this server, got {len(data)} other bytes; export "
         "it again."
     )
+
+
+def _check_arrays(words: np.ndarray, last: StoredReply | None, like: AgentState) -> None:
+    """Raises a ValueError if arrays beside the row would not fit the policy's programs."""
+    expected = (like.instruction.shape[-1:], np.dtype(np.int32))
+    if (words.shape, words.dtype) != expected:
+        raise ValueError(f"got words {words.dtype} {list(words.shape)}, expected {expected}")
+    if last is not None and (
+        last.actions.ndim != 2
+        or last.actions.dtype != np.float32
+        or not np.isfinite(last.actions).all()
+    ):
+        raise ValueError("the last actions are no finite float32 [K, A]")
 
 
 def _storable(leaf: Any) -> np.ndarray:
@@ -145,6 +181,6 @@ def _restored(stored: np.ndarray, like: Any) -> np.ndarray:
         raise ValueError(
             f"got {array.dtype} {list(array.shape)}, expected {like.dtype} {list(like.shape)}"
         )
-    if array.dtype.kind == "f" and np.isnan(array).any():
+    if jnp.issubdtype(array.dtype, jnp.floating) and np.isnan(array.astype(np.float32)).any():
         raise ValueError("got NaN")
     return array

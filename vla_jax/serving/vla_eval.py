@@ -8,6 +8,7 @@ mid-episode goes on without `episode_start`, and would meet an empty memory.
 Source: vla-eval 0.8.0, `protocol/messages.py`, `model_servers/serve.py`, `benchmarks/robomme`.
 """
 
+import itertools
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import numpy as np
 from vla_jax.serving import messages, requests
 from vla_jax.serving.dialect import Answer, Dialect, Incoming, WireFrame, wire_names
 from vla_jax.serving.messages import MessageError
-from vla_jax.serving.pictures import is_picture, read_picture
+from vla_jax.serving.pictures import check_sizes, is_picture, read_picture
 from vla_jax.serving.requests import Refused, Request
 
 TYPES = ("hello", "observation", "action", "episode_start", "episode_end", "error")
@@ -26,6 +27,13 @@ MAX_ERROR = 2000  # characters
 _WRIST = ("wrist", "hand", "gripper")  # parts of the names of cameras on the arm
 # names of the main camera in the harness's benchmarks
 _PRIMARY = ("primary", "agentview", "front", "static", "base", "head", "scene", "image")
+
+
+_HISTORIES = {  # frames of a shown video -> part of the observation
+    "video_history": "image_primary",
+    "wrist_video_history": "image_wrist",
+    "states_history": "proprio",
+}
 
 
 class Phase(NamedTuple):
@@ -169,6 +177,9 @@ def read_observation(payload: Mapping[str, Any]) -> tuple[list[dict[str, Any]], 
     images = payload.get("images", {})
     if not isinstance(images, dict):
         raise MessageError(f"images must be a map of camera to image, got {type(images).__name__}.")
+    histories = (payload.get(name) for name in _HISTORIES)
+    lists = [values for values in histories if isinstance(values, list)]
+    check_sizes(itertools.chain(images.values(), *lists))
     known = ("images", "states", "state", "task_description")
     extra = {name: value for name, value in payload.items() if name not in known}
     history = _read_history(extra)
@@ -181,12 +192,7 @@ def read_observation(payload: Mapping[str, Any]) -> tuple[list[dict[str, Any]], 
 
 def _read_history(extra: dict[str, Any]) -> list[dict[str, Any]]:
     """Removes the shown video from the further fields and returns its frames."""
-    names = {
-        "video_history": "image_primary",
-        "wrist_video_history": "image_wrist",
-        "states_history": "proprio",
-    }
-    columns = {part: extra.pop(name, None) for name, part in names.items()}
+    columns = {part: extra.pop(name, None) for name, part in _HISTORIES.items()}
     columns = {part: values for part, values in columns.items() if values is not None}
     if not columns:
         return []
