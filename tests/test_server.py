@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import functools
 import http.client
+import socket
 import threading
 import time
 
@@ -393,6 +394,15 @@ def test_a_drain_answers_what_is_under_way_and_closes_the_connections(compiled):
             busy.recv(timeout=10)
         assert closed.value.rcvd.code == 1001
         stopping.join(12)
+
+
+def test_a_connection_that_never_speaks_does_not_hold_up_the_end(compiled):
+    with running(fresh(compiled)) as (port, end), socket.create_connection(("127.0.0.1", port)):
+        with client(port) as other:
+            assert "actions" in ask(other, {**OBSERVATION, "prompt": "lift"})
+        began = time.monotonic()
+        end()
+        assert time.monotonic() - began < 5  # its handshake would have 10 s
 
 
 def test_a_connection_that_never_speaks_holds_no_session(port):

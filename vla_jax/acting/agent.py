@@ -224,15 +224,7 @@ def predict(
     observation: Observation,
     reset: Array,
 ) -> tuple[AgentState, Observation, ActionChunk]:
-    """Runs the policy for one step.
-
-    Args:
-      config: as for `make_agent`.
-      norm_stats: as for `make_agent`.
-      params: of the policy.
-      state: from `Agent.init` or `send`.
-      observation: `[B, ...]`, raw.
-      reset: `[B]`, True where an episode starts.
+    """Runs the policy for one step; the arguments are those of `plan`.
 
     Returns:
       The state, whose part `execution` is unchanged, the normalised observation `[B, ...]`, and the

@@ -12,6 +12,7 @@ import http
 import itertools
 import logging
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -79,6 +80,7 @@ class Server:
     def __init__(self, service: Service) -> None:
         """Prepares a server; `run` opens the port."""
         self.service = service
+        self._opened: weakref.WeakSet[Any] = weakref.WeakSet()  # TCP connections
         self._connections: set[Any] = set()
         self._answering: set[Any] = set()
         self._numbers = itertools.count()
@@ -111,12 +113,19 @@ class Server:
         from websockets.asyncio.server import serve
 
         limits = self.service.limits
+        make_connection = make_connection_class(limits.message_bytes, self._may_upload)
+
+        def open_connection(*args: Any, **options: Any) -> Any:
+            connection = make_connection(*args, **options)
+            self._opened.add(connection)
+            return connection
+
         async with serve(
             self._handle,
             host,
             port,
             process_request=self._process_request,
-            create_connection=make_connection_class(limits.message_bytes, self._may_upload),
+            create_connection=open_connection,  # pyright: ignore[reportArgumentType]
             compression=None,
             max_size=limits.message_bytes,
             max_queue=2,
@@ -142,7 +151,7 @@ class Server:
         deadline = time.monotonic() + _DRAIN
         while self._connections and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
-        for connection in self._connections:
+        for connection in self._opened:  # also those that have sent no handshake yet
             connection.transport.abort()
         await asyncio.gather(*closing, return_exceptions=True)
         await asyncio.to_thread(self.service.engine.stop, 2.0)
