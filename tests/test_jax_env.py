@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vla_jax.envs.demonstrations import collect
-from vla_jax.envs.table import jax_env, renderer, rules
+from vla_jax.envs.table import jax_env, quasi_static, renderer, rules
 
 BLIND = jax_env.JaxTableConfig(image_size=0)
 SEEING = jax_env.JaxTableConfig(image_size=16, max_steps=6)
@@ -48,7 +48,7 @@ def play(env, state, actions):
 
 @jax.jit
 def layouts(share, keys):
-    return jax.vmap(functools.partial(jax_env.sample_layout, share))(keys)
+    return jax.vmap(functools.partial(quasi_static.sample_layout, share))(keys)
 
 
 STAY, DOWN, UP = (0.0, 0.0, 0.0), (0.0, 0.0, -0.03), (0.0, 0.0, 0.03)

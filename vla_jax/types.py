@@ -138,6 +138,9 @@ class Env(NamedTuple):
     max_steps: int  # environment steps until truncation
     expert: Callable[[Any], Array] | None = None  # env_state -> action [A] of the scripted expert
     success_rule: SuccessRule = "once"  # which episodes count as a success
+    # env_state -> [] bool, False while the robot only watches and its actions have no effect; None
+    # = it always acts
+    is_acting: Callable[[Any], Array] | None = None
 
 
 class DiscreteEnv(NamedTuple):

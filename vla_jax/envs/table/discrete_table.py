@@ -14,7 +14,8 @@ import numpy as np
 
 from vla_jax.config import checked, did_you_mean
 from vla_jax.envs.table import jax_env, renderer, rules
-from vla_jax.envs.table.jax_env import JaxTableConfig, TableState
+from vla_jax.envs.table.jax_env import JaxTableConfig
+from vla_jax.envs.table.quasi_static import TableState
 from vla_jax.types import Array, DiscreteEnv, Env, Key, Observation, Transition
 
 CHOICES = ("stay", "+x", "-x", "+y", "-y", "+z", "-z", "+yaw", "-yaw", "open", "close")

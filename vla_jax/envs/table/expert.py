@@ -48,7 +48,7 @@ def act(
     move, turn, grip = (
         jnp.where(is_touch, touch, other)
         for touch, other in zip(
-            (_approach(tool, block, _TOUCH_Z, _TOUCH_AIM, 0.0), turn, -1.0),
+            (approach(tool, block[:2], _TOUCH_Z, _TOUCH_AIM), turn, -1.0),
             _grasp_and_carry(tool, block, turn, proprio[7], plate, task),
             strict=True,
         )
@@ -64,7 +64,7 @@ def _grasp_and_carry(tool, block, turn, opening, plate, task):
     holding = around & (opening < _GRASPED)
     ready = (error < _AIM) & (jnp.abs(turn) < _AIM_YAW) & (tool[2] < _GRASP_Z + 0.012)
     clearance = jnp.where(jnp.abs(turn) > 2 * _AIM_YAW, _HOVER, 0.0)  # rotate above the block
-    reach = _approach(tool, block, _GRASP_Z, _AIM, clearance)
+    reach = approach(tool, block[:2], _GRASP_Z, _AIM, clearance)
     move = jnp.where(holding, _carry(tool, plate, task), reach)
     grip = jnp.where(holding | ready | (around & (opening < 0.95)), -1.0, 1.0)
     leave = _is_on_plate(block, plate) & (task == rules.TASKS.index("place"))
@@ -94,9 +94,19 @@ def _carry(tool, plate, task):
     return jnp.append(across, height - tool[2])
 
 
-def _approach(tool, block, height, tolerance, clearance):
-    """Returns the translation to above the block, then down to `height + clearance`."""
-    across = block[:2] - tool[:2]
+def approach(
+    tool: Array, point: Array, height: float, tolerance: float, clearance: Array | float = 0.0
+) -> Array:
+    """Returns the translation `[3]` to above a point, then down to `height + clearance`.
+
+    Args:
+      tool: `[3]`, metres.
+      point: `[2]`, metres.
+      height: of the tool at the end, metres.
+      tolerance: horizontal distance from which the tool descends, metres.
+      clearance: least height above `height`, metres.
+    """
+    across = point - tool[:2]
     above = jnp.clip(_funnel(jnp.linalg.norm(across), tolerance), clearance, _HOVER)
     return jnp.append(across, height + above - tool[2])
 

@@ -1,0 +1,248 @@
+"""Permanence: objects that can no longer be seen are where they were, or where they were moved.
+
+Members of the family `tasks`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from vla_jax.envs.memory_table import memory_task, motions
+from vla_jax.envs.memory_table.memory_config import MAX_COUNT
+from vla_jax.envs.memory_table.memory_task import (
+    GREEN,
+    NUM_CUPS,
+    OFF,
+    Contacts,
+    Cue,
+    Display,
+    MemoryState,
+    MemoryTask,
+    Verdict,
+)
+from vla_jax.envs.table import rules
+from vla_jax.types import Key
+
+_UNCOVERED = 4  # steps before the cups come down, or the light goes out
+SWAP_STEPS = 6  # steps in which two cups change places
+RETURN_DISTANCE = 0.03  # m from its first place within which a block counts as put back
+
+
+# cups and cups_swapped --------------------------------------------------------------------------
+
+
+def _draw_cups(task: MemoryTask, config: Any, key: Key) -> Cue:
+    place_key, target_key = jax.random.split(key)
+    num_cups = memory_task.items(task, config)
+    places = jax.random.permutation(place_key, rules.NUM_BLOCKS)
+    target = memory_task.random_below(target_key, 0, num_cups - 1)
+    return memory_task.make_cue(
+        shown=task.max_shown(config), colour=jnp.argmax(places == target), places=places
+    )
+
+
+def _draw_swapped(config: Any, key: Key) -> Cue:
+    cue_key, count_key, swap_key = jax.random.split(key, 3)
+    most = memory_task.updates(CUPS_SWAPPED, config)
+    num_cups = memory_task.items(CUPS_SWAPPED, config)
+    pairs = jax.vmap(lambda k: jax.random.permutation(k, num_cups)[:2])
+    swaps = jnp.zeros((MAX_COUNT, 2), jnp.int32)
+    return _draw_cups(CUPS_SWAPPED, config, cue_key)._replace(
+        count=memory_task.random_below(count_key, 1, most),
+        swaps=swaps.at[:most].set(pairs(jax.random.split(swap_key, most))),
+    )
+
+
+def _cups(task: MemoryTask, config: Any, state: MemoryState) -> Display:
+    """Returns the display: first the blocks, then cups over them, which change places in pairs.
+
+    A row of cups is a place, not a cup: of two cups that change places it has the nearer one, so
+    that no row tells which cup came from where.
+    """
+    num_cups, cue = memory_task.items(task, config), state.cue
+    elapsed = state.table.num_steps - _UNCOVERED
+    swap, share = elapsed // SWAP_STEPS, (elapsed % SWAP_STEPS) / SWAP_STEPS
+    places = state.layout.blocks
+    one, other = cue.swaps[jnp.clip(swap, 0, len(cue.swaps) - 1)]
+    moves = (elapsed >= 0) & (swap < cue.count)
+    centre, half = (places[one] + places[other]) / 2, (places[one] - places[other]) / 2
+    angle = jnp.pi * jnp.where(share > 0.5, share - 1, share)  # of the cup nearer to `one`
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    turned = jnp.stack([cos * half[0] - sin * half[1], sin * half[0] + cos * half[1]])
+    moved = places.at[one].set(centre + turned).at[other].set(centre - turned)
+    is_down = elapsed >= 0
+    exists = (jnp.arange(NUM_CUPS) < num_cups) & is_down
+    shown = jnp.where(moves & (share > 0), moved, places)
+    return memory_task.plain_display(
+        seen=(cue.places < num_cups) & ~is_down,
+        cups=jnp.where(exists[:, None], shown, 0.0),
+        cups_down=is_down,
+    )
+
+
+def place_of_target(config: Any, state: MemoryState) -> Array:
+    """Returns the place `[]` int32 of the cup over the target, after all swaps."""
+    del config
+    cue = state.cue
+
+    def swap(i, place):
+        one, other = cue.swaps[i]
+        moved = jnp.where(place == one, other, jnp.where(place == other, one, place))
+        return jnp.where(i < cue.count, moved, place)
+
+    return jax.lax.fori_loop(0, len(cue.swaps), swap, cue.places[cue.colour])
+
+
+def _judge_cups(config: Any, state: MemoryState, contacts: Contacts) -> Verdict:
+    touched = contacts.cups
+    success = touched[place_of_target(config, state)] & (jnp.sum(touched) == 1)
+    return Verdict(state.progress, success, jnp.any(touched) & ~success)
+
+
+def _touch_cup(config: Any, state: MemoryState) -> Array:
+    return motions.send(config, motions.touch_cup(state, place_of_target(config, state)))
+
+
+# dark -------------------------------------------------------------------------------------------
+
+
+def _draw_colour(config: Any, key: Key) -> Cue:
+    del config
+    colour = memory_task.random_below(key, 0, rules.NUM_BLOCKS - 1)
+    return memory_task.make_cue(shown=_UNCOVERED, colour=colour)
+
+
+def _darken(config: Any, state: MemoryState) -> Display:
+    del config
+    dark = state.table.num_steps >= _UNCOVERED
+    seen = jnp.full(rules.NUM_BLOCKS, ~dark)
+    return memory_task.plain_display(seen=seen, dark=dark)
+
+
+def judge_touch(config: Any, state: MemoryState, contacts: Contacts) -> Verdict:
+    """Judges the first contact: the block of the cue is right."""
+    del config
+    touched = contacts.blocks
+    success = touched[state.cue.colour] & (jnp.sum(touched) == 1)
+    return Verdict(state.progress, success, jnp.any(touched) & ~success)
+
+
+def touch_target(config: Any, state: MemoryState) -> Array:
+    """Returns the expert's action: it touches the block of the cue."""
+    return motions.send(config, motions.touch_block(state, state.cue.colour))
+
+
+# put_back ---------------------------------------------------------------------------------------
+
+
+def _draw_return(config: Any, key: Key) -> Cue:
+    del config
+    return memory_task.make_cue(
+        shown=0, colour=memory_task.random_below(key, 0, rules.NUM_BLOCKS - 1)
+    )
+
+
+def _is_time_to_return(config: Any, state: MemoryState) -> Array:
+    return (state.progress.done > 0) & (state.progress.since >= config.delay)
+
+
+def _show_return(config: Any, state: MemoryState) -> Display:
+    lamp = jnp.where(_is_time_to_return(config, state), jnp.array(GREEN), jnp.array(OFF))
+    return memory_task.plain_display(lamp=lamp)
+
+
+def _judge_return(config: Any, state: MemoryState, contacts: Contacts) -> Verdict:
+    block = state.cue.colour
+    height = state.table.blocks[:, 2] - rules.BLOCK_HALF_SIZE[2]
+    rests = (height[block] < 0.02) & ~contacts.blocks[block]
+    place = state.table.blocks[block, :2]
+
+    def is_within(goal: Array, distance: float) -> Array:
+        return rests & (jnp.linalg.norm(place - goal) < distance)
+
+    on_plate = is_within(state.table.plate, rules.PLACE_DISTANCE)
+    progress = memory_task.count_event(state.progress, on_plate & (state.progress.done == 0))
+    back = is_within(state.layout.blocks[block], RETURN_DISTANCE)
+    success = back & _is_time_to_return(config, state)
+    other = jnp.arange(rules.NUM_BLOCKS) != block
+    return Verdict(progress, success, jnp.any(other & (height > rules.LIFT_HEIGHT)))
+
+
+def _carry_there_and_back(config: Any, state: MemoryState) -> Array:
+    block = state.cue.colour
+    back = _is_time_to_return(config, state)
+    goal = jnp.where(back, state.layout.blocks[block], state.table.plate)
+    return motions.handle(config, state, "place", block, goal)
+
+
+def _return_chance(config: Any) -> float:
+    """Returns the share of the layout's square that counts as a block's first place."""
+    del config
+    return float(jnp.pi * RETURN_DISTANCE**2 / (2 * rules.LAYOUT_HALF_SIZE) ** 2)
+
+
+CUPS = MemoryTask(
+    suite="permanence",
+    instructions=lambda config: memory_task.by_colour("touch the cup over the {} block", "cups"),
+    draw=lambda config, key: _draw_cups(CUPS, config, key),
+    instruction=lambda config, cue: cue.colour,
+    max_shown=lambda config: _UNCOVERED + 1,
+    act_steps=lambda config: 36,
+    display=lambda config, state: _cups(CUPS, config, state),
+    judge=_judge_cups,
+    expert=_touch_cup,
+    chance=lambda config: 1 / memory_task.items(CUPS, config),
+    items=3,
+)
+
+CUPS_SWAPPED = CUPS._replace(
+    instructions=lambda config: tuple(
+        (f"touch the cup over the {colour} block", f"cups_swapped {count}")
+        for count in range(1, memory_task.updates(CUPS_SWAPPED, config) + 1)
+        for colour in rules.COLOURS
+    ),
+    draw=_draw_swapped,
+    instruction=lambda config, cue: (cue.count - 1) * rules.NUM_BLOCKS + cue.colour,
+    max_shown=lambda config: (
+        _UNCOVERED + 1 + SWAP_STEPS * memory_task.updates(CUPS_SWAPPED, config)
+    ),
+    display=lambda config, state: _cups(CUPS_SWAPPED, config, state),
+    chance=lambda config: 1 / memory_task.items(CUPS_SWAPPED, config),
+    updates=3,
+)
+DARK = MemoryTask(
+    suite="permanence",
+    instructions=lambda config: memory_task.by_colour("touch the {} block in the dark", "dark"),
+    draw=_draw_colour,
+    instruction=lambda config, cue: cue.colour,
+    max_shown=lambda config: _UNCOVERED,
+    act_steps=lambda config: 40,
+    display=_darken,
+    judge=judge_touch,
+    expert=touch_target,
+    chance=lambda config: 1 / rules.NUM_BLOCKS,  # of a hand that searches until it touches a block
+)
+PUT_BACK = MemoryTask(
+    suite="permanence",
+    instructions=lambda config: memory_task.by_colour(
+        "put the {} block on the plate, and back when the lamp is green", "put_back"
+    ),
+    draw=_draw_return,
+    instruction=lambda config, cue: cue.colour,
+    max_shown=lambda config: 0,
+    act_steps=lambda config: 90 + config.delay,
+    display=_show_return,
+    judge=_judge_return,
+    expert=_carry_there_and_back,
+    chance=_return_chance,
+    has_delay=False,
+    uses_gripper=True,
+)
+MEMBERS = {
+    "cups": CUPS,
+    "cups_swapped": CUPS_SWAPPED,
+    "dark": DARK,
+    "put_back": PUT_BACK,
+}
