@@ -20,18 +20,19 @@ def draw(seed, *shape):
 
 
 def draw_case(cell, flag_names=("mask", "reset")):
-    """Returns flags, carry, and the input projections."""
+    """Returns flags, carry, extra params, and the input projections."""
     random = np.random.default_rng(5)
     flags = {flag: random.uniform(size=(T, B)) < 0.6 for flag in flag_names}
     for flag in flags:
         flags[flag][:, 0] = flag == "mask"  # one row has neither padding nor resets
     carry = type(cell.zero_carry(jnp.zeros((B, 1)), H))(draw(0, B, H))
-    return flags, carry, draw(9, T, B, cell.num_gates * H)
+    extra = cells.extra_params(cell.init(jax.random.key(0), 1, H))
+    return flags, carry, extra, draw(9, T, B, cell.num_gates * H)
 
 
-def weighted_sum(scan, cell, flags, reverse, carry, projected):
+def weighted_sum(scan, cell, flags, reverse, carry, extra, projected):
     """Returns a differently weighted sum of all outputs and carries, and the results themselves."""
-    results = scan(cell, {}, carry, projected, reverse=reverse, **flags)
+    results = scan(cell, extra, carry, projected, reverse=reverse, **flags)
     terms = jax.tree.map(lambda leaf: jnp.sum(jnp.sin(leaf) * draw(3, *leaf.shape)), results)
     return sum(jax.tree.leaves(terms)), results
 
@@ -43,8 +44,8 @@ def assert_close(one, other, tolerance=2e-6):
     jax.tree.map(compare, one, other)
 
 
-def test_there_is_a_linear_cell():
-    assert "min_gru" in LINEAR
+def test_the_linear_cells_are_found():
+    assert {"min_gru", "min_lstm", "rg_lru"} <= LINEAR.keys()
 
 
 @pytest.mark.sampled
@@ -56,7 +57,7 @@ def test_outputs_carry_and_gradients_equal_those_of_the_loop(cell, flag_names, r
     parallel_results, expected_results = (
         jax.jit(
             jax.value_and_grad(
-                partial(weighted_sum, scan, cell, flags, reverse), (0, 1), has_aux=True
+                partial(weighted_sum, scan, cell, flags, reverse), (0, 1, 2), has_aux=True
             )
         )(*arguments)
         for scan in (associative.scan, bptt.plain_scan)
@@ -68,17 +69,17 @@ def test_outputs_carry_and_gradients_equal_those_of_the_loop(cell, flag_names, r
 @pytest.mark.slow
 @each_cell
 def test_masked_inputs_may_be_nan(cell):
-    flags, carry, projected = draw_case(cell)
+    flags, carry, extra, projected = draw_case(cell)
     with_nan = np.where(flags["mask"][..., None], projected, np.nan)
-    expected = associative.scan(cell, {}, carry, projected, **flags)
-    assert_close(associative.scan(cell, {}, carry, with_nan, **flags), expected, 0)
+    expected = associative.scan(cell, extra, carry, projected, **flags)
+    assert_close(associative.scan(cell, extra, carry, with_nan, **flags), expected, 0)
 
 
 @each_cell
 def test_a_sequence_of_one_step_equals_a_single_step(cell):
-    _, carry, projected = draw_case(cell)
-    last, outputs = associative.scan(cell, {}, carry, projected[:1])
-    expected = cell.combine({}, carry, projected[0], None)
+    _, carry, extra, projected = draw_case(cell)
+    last, outputs = associative.scan(cell, extra, carry, projected[:1])
+    expected = cell.combine(extra, carry, projected[0], None)
     assert_close((last, outputs[0]), expected)
 
 
@@ -111,12 +112,12 @@ def test_nan_does_not_pass_a_reset(scan, cell, reverse):
         first, second = T - 1 - first, T - 1 - second
     reset = np.zeros((T, B), bool)
     reset[second[0]] = True
-    _, carry, projected = draw_case(cell, ())
+    _, carry, extra, projected = draw_case(cell, ())
     damaged = projected.copy()
     damaged[first[1]], damaged[first[3]] = np.nan, np.inf
 
     def loss(projected):
-        last, outputs = scan(cell, {}, carry, projected, reset=reset, reverse=reverse)
+        last, outputs = scan(cell, extra, carry, projected, reset=reset, reverse=reverse)
         kept = outputs[np.sort(second)]
         return jnp.sum(jnp.sin(kept)) + jnp.sum(jnp.cos(last.hidden)), (kept, last)
 

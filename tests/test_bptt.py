@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 from jax.test_util import check_grads
 
+from tests.cell_cases import draw, draw_carry
 from vla_jax.nn import bptt, cells, matmul, recurrence
 from vla_jax.nn.recurrence import RecurrenceConfig
 
@@ -25,10 +26,6 @@ each_size = pytest.mark.parametrize("size", ["small", "large"], indirect=True)
 SIZES = [*(("small", which) for which in FLAGS), ("large", "mask-reset")]
 
 
-def draw(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
 def draw_flags(which):
     random = np.random.default_rng(5)
     return {flag: random.uniform(size=(T, B)) < 0.6 for flag in which}
@@ -36,8 +33,7 @@ def draw_flags(which):
 
 def draw_case(name, key):
     cell = cells.CELLS[name]
-    zeros = cell.zero_carry(jnp.zeros((B, 1)), H)
-    carry = type(zeros)(*(draw(seed, B, H) for seed in range(len(zeros))))
+    carry = draw_carry(cell.zero_carry(jnp.zeros((B, 1)), H))
     params = cell.init(key, D, H)
     params |= {
         path: leaf + draw(7, *leaf.shape) / 4 for path, leaf in cells.extra_params(params).items()
@@ -72,6 +68,10 @@ def gradients(name, key, flags, **options):
     ]
 
 
+def mean_square(errors):
+    return np.mean(np.square(errors))
+
+
 def assert_close(one, other, atol=2e-6):
     """Asserts agreement to `atol`, relative to the largest absolute value where that is above 1."""
 
@@ -103,9 +103,9 @@ def test_bfloat16_products_give_the_gradients_of_float32_up_to_rounding(name, ke
     exact = gradients(name, key, flags)[1]
     for ours, theirs, right in zip(*map(jax.tree.leaves, (by_hand, derived, exact)), strict=True):
         assert ours.dtype == jnp.float32
-        error = np.abs(ours - right).max()
-        assert error <= 2 * np.abs(theirs - right).max() + 1e-6  # as accurate as JAX's
-        assert error <= 0.03 * np.abs(right).max() + 1e-6
+        # As accurate as JAX's, by the mean over elements: the maximum is one random rounding error.
+        assert mean_square(ours - right) <= 4 * mean_square(theirs - right) + 1e-12
+        assert np.abs(ours - right).max() <= 0.03 * np.abs(right).max() + 1e-6
 
 
 @pytest.mark.sampled

@@ -10,20 +10,18 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 from jax.test_util import check_grads
 
+from tests import cell_cases
+from tests.cell_cases import draw
 from vla_jax.nn import cells
 
 B, D, H, T = 4, 3, 5, 6
 
+LINEAR = {name: cell for name, cell in cells.CELLS.items() if cell.coefficients is not None}
 each_cell = pytest.mark.parametrize("cell", cells.CELLS.values(), ids=cells.CELLS)
 
 
-def draw(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def draw_carry(cell, batch_size=B):
-    zeros = cell.zero_carry(jnp.zeros((batch_size, 1)), H)
-    return type(zeros)(*(draw(seed, batch_size, H) for seed in range(len(zeros))))
+def draw_carry(cell):
+    return cell_cases.draw_carry(cell.zero_carry(jnp.zeros((B, 1)), H))
 
 
 def draw_params(cell, input_size=D):
@@ -51,9 +49,23 @@ def step_in_numpy(name, params, carry, inputs):
     if name == "min_gru":
         z, n = np.split(x, 2, axis=-1)
         return cells.MinGRUCarry((1 - sigmoid(z)) * carry.hidden + sigmoid(z) * n)
+    if name == "min_lstm":
+        i, f, g = np.split(x, 3, axis=-1)
+        i, f = sigmoid(i), sigmoid(f)
+        return cells.MinLSTMCarry(f / (f + i) * carry.hidden + i / (f + i) * g)
+    if name == "rg_lru":
+        r, i, u = np.split(x, 3, axis=-1)
+        a = sigmoid(params["decay_logit"]) ** (8 * sigmoid(r))
+        return cells.RGLRUCarry(a * carry.hidden + np.sqrt(1 - a**2) * sigmoid(i) * u)
     h = carry.hidden @ params["recurrent_kernel"] + params["recurrent_bias"]
     if name == "rnn":
         return cells.RNNCarry(np.tanh(x + h))
+    if name == "s_lstm":
+        i, f, g, o = np.split(x + h, 4, axis=-1)
+        m = np.maximum(np.log(sigmoid(f)) + carry.stabiliser, i)
+        admit, keep = np.exp(i - m), np.exp(np.log(sigmoid(f)) + carry.stabiliser - m)
+        cell, weights = keep * carry.cell + admit * np.tanh(g), keep * carry.normaliser + admit
+        return cells.SLSTMCarry(sigmoid(o) * cell / weights, cell, weights, m)
     if name == "lstm":
         i, f, g, o = np.split(x + h, 4, axis=-1)
         cell = sigmoid(f) * carry.cell + sigmoid(i) * np.tanh(g)
@@ -111,11 +123,11 @@ def test_a_step_equals_that_of_flax(name, flax_cell, key):
 
 @pytest.mark.sampled
 @each_cell
-def test_params_are_initialised_as_in_pytorch(cell, key):
+def test_products_are_initialised_as_in_pytorch(cell, key):
     params = cell.init(key, D, 100)
     width = cell.num_gates * 100
     expected = {"input_kernel": (D, width), "input_bias": (width,)}
-    if cell is not cells.MIN_GRU:  # its gates do not depend on the carry
+    if cell.coefficients is None:  # otherwise the gates do not depend on the carry
         expected |= {"recurrent_kernel": (100, width), "recurrent_bias": (width,)}
     drawn = {name: leaf for name, leaf in params.items() if name in cells.PRODUCT_PARAMS}
     assert {name: leaf.shape for name, leaf in drawn.items()} == expected
@@ -126,10 +138,66 @@ def test_params_are_initialised_as_in_pytorch(cell, key):
 
 
 def test_gains_start_at_one_and_offsets_at_zero(key):
-    for name, cell in cells.CELLS.items():
-        for path, leaf in cells.extra_params(cell.init(key, D, H)).items():
-            assert np.array_equal(leaf, np.full(leaf.shape, float(path.endswith("scale"))))
-            assert name == "layer_norm_lstm"
+    extra = cells.extra_params(cells.LAYER_NORM_LSTM.init(key, D, H))
+    assert len(extra) == 5
+    for path, leaf in extra.items():
+        assert np.array_equal(leaf, np.full(leaf.shape, float(path.endswith("scale"))))
+
+
+def test_the_decay_of_an_rg_lru_starts_as_in_griffin(key):
+    """Section 2.4: σ(Λ)^c is uniform between 0.9 and 0.999, c = 8."""
+    kept = sigmoid(np.asarray(cells.RG_LRU.init(key, D, 1000)["decay_logit"], np.float64)) ** 8
+    assert kept.min() == pytest.approx(0.9, abs=1e-3)
+    assert kept.max() == pytest.approx(0.999, abs=1e-3)
+    assert kept.mean() == pytest.approx(0.9495, abs=3e-3)
+
+
+def test_a_closed_gate_of_an_rg_lru_has_finite_derivatives():
+    """σ(−200) is 0 in float32: a is 1, where the derivative of √(1 − a²) is infinite."""
+    closed = jnp.array([-200.0, 0.5, 0.7])
+    extra = {"decay_logit": jnp.ones(1)}
+
+    def added(projected):
+        return cells.RG_LRU.coefficients(extra, projected)[1][0]
+
+    assert added(closed) == 0.0
+    assert np.isfinite(jax.grad(added)(closed)).all()
+    assert np.isfinite(jax.hessian(added)(closed)).all()
+
+
+def test_the_stabiliser_of_an_slstm_cancels_out_in_its_outputs(key):
+    """The scale of c and n is free: a carry scaled by exp(−s) with m + s is the same memory."""
+    cell, inputs = cells.S_LSTM, draw(9, B, D)
+    params, carry = cell.init(key, D, H), draw_carry(cells.S_LSTM)
+    shift = draw(5, B, H)
+    shifted = carry._replace(
+        cell=carry.cell * np.exp(-shift),
+        normaliser=carry.normaliser * np.exp(-shift),
+        stabiliser=carry.stabiliser + shift,
+    )
+    ours, others = (cells.step(cell, params, each, inputs)[1] for each in (carry, shifted))
+    assert_close(ours, others)
+
+
+@pytest.mark.parametrize("size", [-300.0, 300.0])
+def test_an_slstm_neither_overflows_nor_underflows(size, key):
+    """Input gates of exp(±300) exceed float32; equal weights leave the mean of the inputs."""
+    params = cells.S_LSTM.init(key, D, H)
+    params = jax.tree.map(jnp.zeros_like, params)
+    biases = jnp.concatenate([jnp.full(H, size), jnp.full(H, 50.0), jnp.zeros(H), jnp.zeros(H)])
+    kernel = jnp.zeros((D, 4 * H)).at[0, 2 * H : 3 * H].set(1.0)
+    params |= {"input_bias": biases, "input_kernel": kernel}
+    inputs = draw(3, T, B, D)
+
+    def total(inputs):
+        outputs = run(cells.S_LSTM, params, inputs)
+        return jnp.sum(outputs[-1]), outputs
+
+    gradient, outputs = jax.grad(total, has_aux=True)(inputs)
+    expected = 0.5 * np.tanh(inputs[..., 0]).mean(0)
+    assert_close(outputs[-1], np.repeat(expected[:, None], H, axis=1))
+    assert np.isfinite(gradient).all()
+    assert np.abs(gradient[..., 0]).min() > 0
 
 
 def test_layer_normalisation_removes_the_scale_of_each_product(key):
@@ -144,10 +212,10 @@ def test_layer_normalisation_removes_the_scale_of_each_product(key):
     )
 
 
-def test_the_coefficients_of_a_linear_cell_give_its_next_carry(key):
-    cell, inputs = cells.MIN_GRU, draw(9, B, D)
-    params, carry = cell.init(key, D, H), draw_carry(cell)
-    decay, added = cell.coefficients(cells.project(params, inputs))
+@pytest.mark.parametrize("cell", LINEAR.values(), ids=LINEAR)
+def test_the_coefficients_of_a_linear_cell_give_its_next_carry(cell, key):
+    params, carry, inputs = cell.init(key, D, H), draw_carry(cell), draw(9, B, D)
+    decay, added = cell.coefficients(cells.extra_params(params), cells.project(params, inputs))
     assert_close(decay * carry.hidden + added, cells.step(cell, params, carry, inputs)[1])
     assert ((decay > 0) & (decay < 1)).all()
 

@@ -36,7 +36,7 @@ LEAKY_INTEGRATOR = Cell(
     init=init_integrator,
     zero_carry=partial(zeros, carry_type=Hidden),
     combine=integrate,
-    coefficients=lambda projected: (jnp.full_like(projected, 0.9), projected),
+    coefficients=lambda extra_params, projected: (jnp.full_like(projected, 0.9), projected),
 )
 
 

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
+from tests import cell_cases
+from tests.cell_cases import draw
 from vla_jax.nn import cells, recurrence
 from vla_jax.nn.recurrence import RecurrenceConfig
 
@@ -25,9 +27,11 @@ CONFIGS = {
     for cell in cells.CELLS
     for kind, fields in KINDS.items()
 } | {
-    f"min_gru-associative-{kind}": RecurrenceConfig(
-        "min_gru", hidden_size=H, implementation="associative", **fields
+    f"{cell}-associative-{kind}": RecurrenceConfig(
+        cell, hidden_size=H, implementation="associative", **fields
     )
+    for cell, member in cells.CELLS.items()
+    if member.coefficients is not None
     for kind, fields in LINEAR.items()
 }
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -37,14 +41,8 @@ apply = jax.jit(recurrence.apply, static_argnames="config")
 step = jax.jit(recurrence.step, static_argnames="config")
 
 
-def draw(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
 def draw_carry(config, batch_size=B):
-    zeros = recurrence.zero_carry(config, jnp.zeros((batch_size, 1)))
-    leaves, structure = jax.tree.flatten(zeros)
-    return structure.unflatten([draw(seed, *leaf.shape) for seed, leaf in enumerate(leaves)])
+    return cell_cases.draw_carry(recurrence.zero_carry(config, jnp.zeros((batch_size, 1))))
 
 
 def assert_close(one, other, atol=1e-6):

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from vla_jax.nn import bptt
-from vla_jax.nn.cells import CELLS, Cell
+from vla_jax.nn.cells import CELLS, Cell, extra_params
 from vla_jax.types import Array, Params
 
 Step = tuple[jax.Array, jax.Array]  # a, b
@@ -35,14 +35,16 @@ def scan(
     reverse: bool = False,
     dtype: str = "float32",
 ) -> tuple[Any, jax.Array]:
-    """Runs a linear cell over time; see `bptt.Scan`. `params` and `dtype` are not used.
+    """Runs a linear cell over time; see `bptt.Scan`. `dtype` is not used.
 
     Raises:
       ValueError: the cell is not linear in its carry.
     """
-    del params, dtype
+    del dtype
     check(cell)
-    decay, added = cell.coefficients(bptt.keep_real(projected, mask))  # pyright: ignore[reportOptionalCall]
+    decay, added = cell.coefficients(  # pyright: ignore[reportOptionalCall]
+        extra_params(params), bptt.keep_real(projected, mask)
+    )
     if mask is not None:  # a masked step keeps h
         decay = jnp.where(mask[..., None], decay, 1.0)
         added = jnp.where(mask[..., None], added, 0.0)

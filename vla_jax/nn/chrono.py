@@ -1,19 +1,13 @@
-"""Chrono initialisation: gate biases that give units a range of time constants."""
-
-import jax
-import jax.numpy as jnp
+"""Chrono initialisation of one cell by its name; see `cells.time_constants`."""
 
 from vla_jax.nn.cells import CELLS, CellName
 from vla_jax.types import Key, Params
 
 
 def spread_gates(key: Key, cell: CellName, params: Params, span: int) -> Params:
-    """Returns params of a cell whose units have time constants between 1 and `span` steps.
+    """Returns params of a cell whose units have time constants between 2 and `span` steps.
 
-        forget gate: b = log U(1, span − 1);    input gate of an LSTM: −b
-
-    A gate that keeps with probability p forgets in about 1 / (1 − p) steps. A cell without
-    `time_gates`, such as the plain RNN, keeps its params.
+    A cell without gates that set a time constant, such as the plain RNN, keeps its params.
 
     Args:
       key: consumed.
@@ -23,12 +17,5 @@ def spread_gates(key: Key, cell: CellName, params: Params, span: int) -> Params:
 
     Source: Tallec & Ollivier 2018, "Can recurrent neural networks warp time?" (arXiv:1804.11188).
     """
-    member = CELLS[cell]
-    if not member.time_gates:
-        return params
-    bias = params[member.gate_bias]
-    size = bias.shape[0] // member.num_gates
-    magnitude = jnp.log(jax.random.uniform(key, (size,), minval=1.0, maxval=span - 1.0))
-    for gate, sign in member.time_gates:
-        bias = bias.at[gate * size : (gate + 1) * size].set(sign * magnitude)
-    return {**params, member.gate_bias: bias}
+    spread = CELLS[cell].spread
+    return params if spread is None else spread(key, params, span)

@@ -1,10 +1,10 @@
-"""Recurrent cells as pure functions: RNN, LSTM, GRU, LSTM with layer normalisation, minGRU.
+"""Recurrent cells as pure functions, from the plain RNN to cells that are linear in their carry.
 
 `contract` defines what a cell is. To add one, write a module with a `Cell` and add a line to
 `CELLS`; stacks, masks, resets, the backward pass, streaming and decoders then work with it.
 
 Gates lie on the last axis in PyTorch's and cuDNN's order: LSTM `i f g o`; GRU `r z n`, with the
-reset gate applied after the recurrent product; minGRU `z n`.
+reset gate applied after the recurrent product. Other cells say their order in `combine`.
 """
 
 from vla_jax.nn.cells.contract import PRODUCT_PARAMS, Cell, extra_params, project, recur, step
@@ -12,7 +12,10 @@ from vla_jax.nn.cells.gru import GRU, GRUCarry
 from vla_jax.nn.cells.layer_norm_lstm import LAYER_NORM_LSTM
 from vla_jax.nn.cells.lstm import LSTM, LSTMCarry
 from vla_jax.nn.cells.min_gru import MIN_GRU, MinGRUCarry
+from vla_jax.nn.cells.min_lstm import MIN_LSTM, MinLSTMCarry
+from vla_jax.nn.cells.rg_lru import RG_LRU, RGLRUCarry
 from vla_jax.nn.cells.rnn import RNN, RNNCarry
+from vla_jax.nn.cells.s_lstm import S_LSTM, SLSTMCarry
 
 CellName = str  # key of `CELLS`
 CELLS: dict[CellName, Cell] = {
@@ -21,6 +24,9 @@ CELLS: dict[CellName, Cell] = {
     "gru": GRU,
     "layer_norm_lstm": LAYER_NORM_LSTM,
     "min_gru": MIN_GRU,
+    "min_lstm": MIN_LSTM,
+    "rg_lru": RG_LRU,
+    "s_lstm": S_LSTM,
 }
 
 __all__ = [
@@ -29,14 +35,20 @@ __all__ = [
     "LAYER_NORM_LSTM",
     "LSTM",
     "MIN_GRU",
+    "MIN_LSTM",
     "PRODUCT_PARAMS",
+    "RG_LRU",
     "RNN",
+    "S_LSTM",
     "Cell",
     "CellName",
     "GRUCarry",
     "LSTMCarry",
     "MinGRUCarry",
+    "MinLSTMCarry",
+    "RGLRUCarry",
     "RNNCarry",
+    "SLSTMCarry",
     "extra_params",
     "project",
     "recur",

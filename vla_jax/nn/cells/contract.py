@@ -40,12 +40,12 @@ class Cell(NamedTuple):
     # True if `combine` depends on the sum projected + recurrent alone: `bptt` then stores one array
     # per step for the backward pass instead of two.
     sums_gates: bool = False
-    # projected -> (a, b) with hₜ = aₜ hₜ₋₁ + bₜ, if the cell is linear in its carry `hidden`
-    coefficients: Callable[[Array], tuple[jax.Array, jax.Array]] | None = None
-    # gates that set the time constant of a unit, as (gate, sign) with sign 1 if the gate keeps the
-    # carry and -1 if it admits the input; `gate_bias` is the param with their biases
-    time_gates: tuple[tuple[int, int], ...] = ()
-    gate_bias: str = "input_bias"
+    # (extra_params, projected) -> (a, b) with hₜ = aₜ hₜ₋₁ + bₜ, if the cell is linear in its
+    # carry, whose only field is `hidden`
+    coefficients: Callable[[Params, Any], tuple[jax.Array, jax.Array]] | None = None
+    # (key, params, span) -> params whose units have time constants between 2 and `span` steps, see
+    # `time_constants`; None if no gate sets a time constant
+    spread: Callable[[Key, Params, int], Params] | None = None
 
 
 def project(params: Params, inputs: Array, *, dtype: str = "float32") -> jax.Array:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from vla_jax.nn.cells.contract import Cell, init_uniform, zeros
+from vla_jax.nn.cells.time_constants import spread_biases
 from vla_jax.types import Array, Params
 
 
@@ -48,5 +49,5 @@ GRU = Cell(
     init=partial(init_uniform, num_gates=3),
     zero_carry=partial(zeros, carry_type=GRUCarry),
     combine=combine,
-    time_gates=((1, 1),),  # update gate
+    spread=partial(spread_biases, num_gates=3, gates=((1, 1),)),  # update gate
 )

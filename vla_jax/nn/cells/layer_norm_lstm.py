@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from vla_jax.nn.cells.contract import Cell, init_uniform, zeros
 from vla_jax.nn.cells.lstm import LSTMCarry
+from vla_jax.nn.cells.time_constants import spread_biases
 from vla_jax.nn.layers import layer_norm
 from vla_jax.types import Array, Key, Params
 
@@ -69,6 +70,7 @@ LAYER_NORM_LSTM = Cell(
     init=init,
     zero_carry=partial(zeros, carry_type=LSTMCarry),
     combine=combine,
-    time_gates=((0, -1), (1, 1)),  # input gate, forget gate
-    gate_bias="gate_bias",
+    spread=partial(  # input gate, forget gate
+        spread_biases, num_gates=4, gates=((0, -1), (1, 1)), bias="gate_bias"
+    ),
 )

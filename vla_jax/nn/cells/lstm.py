@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from vla_jax.nn.cells.contract import Cell, init_uniform, zeros
+from vla_jax.nn.cells.time_constants import spread_biases
 from vla_jax.types import Array, Params
 
 
@@ -47,5 +48,5 @@ LSTM = Cell(
     zero_carry=partial(zeros, carry_type=LSTMCarry),
     combine=combine,
     sums_gates=True,
-    time_gates=((0, -1), (1, 1)),  # input gate, forget gate
+    spread=partial(spread_biases, num_gates=4, gates=((0, -1), (1, 1))),  # input, forget gate
 )

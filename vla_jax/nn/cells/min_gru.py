@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from vla_jax.nn.cells.contract import Cell, init_uniform, zeros
+from vla_jax.nn.cells.time_constants import spread_biases
 from vla_jax.types import Array, Key, Params
 
 
@@ -45,14 +46,15 @@ def combine(
     Source: Feng et al. 2024, "Were RNNs All We Needed?" (arXiv:2410.01201), section 3.1, the form
     without logarithms, in which n has no activation.
     """
-    del extra_params, recurrent
-    decay, added = coefficients(projected)
+    del recurrent
+    decay, added = coefficients(extra_params, projected)
     hidden = decay * carry.hidden + added
     return MinGRUCarry(hidden), hidden
 
 
-def coefficients(projected: Array) -> tuple[jax.Array, jax.Array]:
+def coefficients(extra_params: Params, projected: Array) -> tuple[jax.Array, jax.Array]:
     """Returns a and b of hₜ = aₜ hₜ₋₁ + bₜ, each `[..., H]`, from `projected [..., 2·H]`."""
+    del extra_params
     update, candidate = jnp.split(projected, 2, axis=-1)
     z = jax.nn.sigmoid(update)
     return 1.0 - z, z * candidate
@@ -65,5 +67,6 @@ MIN_GRU = Cell(
     combine=combine,
     sums_gates=True,
     coefficients=coefficients,
-    time_gates=((0, -1),),  # update gate, which admits the input
+    # update gate, which admits the input
+    spread=partial(spread_biases, num_gates=2, gates=((0, -1),)),
 )
