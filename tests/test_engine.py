@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vla_jax.acting import agent as agents
+from vla_jax.serving import sessions
 from vla_jax.serving.engine import Engine
-from vla_jax.serving.observer import NO_OBSERVER
+from vla_jax.serving.observer import NO_OBSERVER, Observer
 from vla_jax.serving.requests import Refused, Request
 from vla_jax.serving.session_warnings import Expected
 from vla_jax.serving.sessions import SessionBook
@@ -245,6 +246,51 @@ def test_a_request_that_fails_at_its_second_frame_changes_no_bit(policy):
     after, _ = contents(engine)
     jax.tree.map(np.testing.assert_array_equal, before_of(before, live), before_of(after, live))
     assert submit(engine, "left", [frame(rng)], step=1).result(10).reply.step == 1
+    assert engine.stop(10.0)
+
+
+def test_a_session_that_gave_way_comes_back_if_the_newcomer_fails(policy, monkeypatch):
+    monkeypatch.setattr(sessions, "IDLE", 0.0)
+    ended, saves = [], []
+    observer = Observer(lambda *_: None, lambda *args: ended.append(args), lambda *args: saves[0]())
+    engine, rng = Engine(policy[0], SessionBook(1, 300.0), observer), np.random.default_rng(0)
+    bad = {**frame(rng), "proprio": np.full(8, np.nan, np.float32)}
+    saves[:] = [lambda: None]
+    submit(engine, 1, [frame(rng)] * 3, prompt="lift").result(10)
+    before, book = contents(engine)
+    (session,) = book.values()
+    row = jax.device_get(policy[0].read(before, session.slot))
+    for frames in ([bad], [frame(rng), bad]):
+        with pytest.raises(Refused, match=r"^action must be finite numbers"):
+            submit(engine, 2, frames, prompt="lift").result(10)
+    saves[:] = [full_disk]
+    with pytest.raises(Refused, match="server failed to serve the request"):
+        submit(engine, "new", [frame(rng)], prompt="lift").result(10)
+    with pytest.raises(Refused, match="server failed to serve the request"):
+        engine.place("new", session, row).result(10)
+    after, live = contents(engine)
+    assert (live.keys(), ended) == ({1}, [])
+    jax.tree.map(np.testing.assert_array_equal, before_of(before, live), before_of(after, live))
+    assert submit(engine, 1, [frame(rng)], step=3).result(10).reply.step == 3
+    assert submit(engine, 2, [frame(rng)], prompt="lift").result(10).reply.reset
+    assert ended == [("gave_way", 4)]
+    assert engine.stop(10.0)
+
+
+def test_a_session_whose_file_is_damaged_is_an_error_until_it_begins_anew(policy):
+    removed = []
+    observer = NO_OBSERVER._replace(removed=removed.append)
+    lost = [sessions.digest(name) for name in ("left", "right")]
+    engine = Engine(policy[0], SessionBook(6, 300.0, lost), observer)
+    rng = np.random.default_rng(0)
+    for fields in ({"prompt": "lift"}, {"prompt": "lift", "step": 7}):
+        with pytest.raises(Refused, match=r"^session 'left' was lost, since its file is damaged, "):
+            submit(engine, "left", [frame(rng)], **fields).result(10)
+    assert submit(engine, "left", [frame(rng)], prompt="lift", reset=True).result(10).reply.reset
+    engine.end(["left", "right", "other"]).result(10)
+    assert removed == ["left", "right"]
+    for name in ("left", "right"):
+        assert submit(engine, name, [frame(rng)], prompt="lift").result(10).reply.reset
     assert engine.stop(10.0)
 
 

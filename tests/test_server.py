@@ -203,6 +203,11 @@ def test_the_newest_connection_has_the_session(port):
         refused = ask(older, {**OBSERVATION, "session_id": "arm"})
         assert "give every robot a session_id of its own" in refused
         assert ask(newer, {**OBSERVATION, "session_id": "arm"})["session"]["step"] == 2
+        for reset in ({"session_ids": ["other", "arm"]}, {"session_id": "arm"}):
+            refused = ask(older, {"endpoint": "reset", **reset})
+            assert refused.startswith("session 'arm' must be used by one robot")
+        assert ask(newer, {**OBSERVATION, "session_id": "arm"})["session"]["step"] == 3
+        assert "status" in ask(newer, {"endpoint": "reset", "session_id": "arm"})
 
 
 def test_frames_of_one_request_are_stepped_in_order(port, run):
@@ -386,14 +391,16 @@ def test_a_drain_answers_what_is_under_way_and_closes_the_connections(compiled):
         with pytest.raises(ConnectionClosed) as closed:
             idle.recv(timeout=10)
         assert closed.value.rcvd.code == 1001
-        with pytest.raises(OSError, match="refused"):
-            get(port, "/healthz")
+        for path in ("/healthz", "/", "/metrics"):
+            assert get(port, path)[0] == 503
         release.set()
         assert "actions" in unpack(busy.recv(timeout=10))
         with pytest.raises(ConnectionClosed) as closed:
             busy.recv(timeout=10)
         assert closed.value.rcvd.code == 1001
         stopping.join(12)
+        with pytest.raises(OSError, match="refused"):
+            get(port, "/healthz")
 
 
 def test_a_connection_that_never_speaks_does_not_hold_up_the_end(compiled):
@@ -447,6 +454,32 @@ def test_a_session_moves_to_another_server(compiled, run):
                 np.testing.assert_allclose(reply["actions"], expected[step], atol=1e-5)
 
 
+@pytest.mark.parametrize("mode", ["refresh", "periodic", "persistent"])
+def test_a_replay_of_the_last_frames_gives_the_memory_of_an_exported_session(run, mode):
+    """As many frames as the mode remembers, so that the replay's own first steps are forgotten."""
+    window, length = 4, 10
+    frames, header = episode(6, length + 3), {"additional_headers": {"Authorization": "Bearer s"}}
+    config = serve.ServeConfig(sessions=3, max_batch=1, mode=mode, window_size=window)
+    service = serve.make_service(run, config, token="s")
+    with running(service) as (port, _), client(port, **header) as socket:
+        for frame in frames[:length]:
+            ask(socket, {**frame, "prompt": "lift", "session_id": "arm"})
+        status, exported = exchange(port, "/sessions/arm", token="s")
+        assert status == 200
+        assert exchange(port, "/sessions/copy", "PUT", exported, token="s")[0] == 200
+        count = {"refresh": window, "periodic": window + length % window, "persistent": length}[
+            mode
+        ]
+        replayed = frames[length - count : length]
+        ask(socket, {"frames": replayed, "prompt": "lift", "session_id": "replay", "reset": True})
+        for frame in frames[length:]:
+            names = ("arm", "copy", "replay")
+            replies = [ask(socket, {**frame, "session_id": name}) for name in names]
+            arm, copy, replay = (reply["actions"] for reply in replies)
+            np.testing.assert_array_equal(copy, arm)
+            np.testing.assert_allclose(replay, arm, atol=1e-5)
+
+
 def test_the_body_of_a_stranger_is_not_kept(compiled):
     kept = []
 
@@ -465,12 +498,12 @@ def test_the_body_of_a_stranger_is_not_kept(compiled):
         patch.setattr("websockets.asyncio.server.ServerConnection", Closed)
         connection = upload.make_connection_class(100, is_allowed)()
     head = b"PUT /sessions/a HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer no\r\nContent-Length: 9"
-    for part in (head[:10], head[10:], b"\r\n\r\nbo", b"dy"):
+    for part in (head[:10], head[10:], b"\r\n\r\nbo", b"dy", b"more"):
         connection.data_received(part)
     assert kept == [("/sessions/a", "Bearer no")]
     assert connection.body is None
-    handed = connection.handed[0]
-    assert handed == b"GET /sessions/a HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer no\r\n\r\n"
+    expected = b"GET /sessions/a HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer no\r\n\r\n"
+    assert connection.handed == [expected]  # the body would be read as frames, and end the response
 
 
 def test_a_session_id_of_the_url_that_cannot_be_one_is_refused(port):
@@ -509,6 +542,39 @@ def test_named_sessions_go_on_after_a_restart(run, tmp_path):
             if half[0]:
                 ask(socket, {"endpoint": "reset"})
     assert not list((tmp_path / "sessions").iterdir())
+
+
+def test_the_requests_before_the_port_opens_leave_nothing(run):
+    config = serve.ServeConfig(sessions=1, max_batch=1, message_bytes=1024, prompt_chars=4)
+    service = serve.make_service(run, config)
+    assert not service.engine.book.live
+    text = service.metrics.text().decode()
+    assert "vla_serve_batch_rows_count 0.0" in text
+    assert "vla_serve_connections 0.0" in text
+    assert 'outcome="served"' not in text
+    with running(service) as (port, _), client(port) as socket:
+        assert ask(socket, {**OBSERVATION, "prompt": "lift"})["session"]["reset"]
+
+
+def test_a_damaged_file_of_a_session_is_an_error_after_a_restart(run, tmp_path):
+    folder = tmp_path / "sessions"
+    config = serve.ServeConfig(sessions=2, max_batch=1, snapshot=str(folder))
+    fields = {**OBSERVATION, "prompt": "lift"}
+    service = serve.make_service(run, config)
+    with running(service) as (port, _), client(port, "/?session_id=arm") as socket:
+        ask(socket, fields)
+    (file,) = folder.iterdir()
+    file.write_bytes(file.read_bytes()[:-1] + b"\xff")
+    with pytest.warns(UserWarning, match="damaged"):
+        service = serve.make_service(run, config)
+    with running(service) as (port, _), client(port, "/?session_id=arm") as socket:
+        for step in ({}, {"step": 1}):
+            answer = ask(socket, {**fields, **step})
+            assert answer.startswith("session 'arm' was lost, since its file is damaged")
+        assert ask(socket, {**fields, "reset": True})["session"]["reset"]
+    service = serve.make_service(run, config)  # the file is that of the new one
+    with running(service) as (port, _), client(port, "/?session_id=arm") as socket:
+        assert ask(socket, {**fields, "step": 1})["session"]["step"] == 1
 
 
 def test_a_server_can_reply_with_whole_chunks(run):

@@ -59,17 +59,29 @@ def test_a_damaged_or_foreign_session_is_refused(row):
         snapshot.from_bytes(snapshot.to_bytes("a", SESSION, broken, "lstm"), broken, "lstm")
 
 
+def test_a_changed_bit_is_found(row):
+    data = bytearray(snapshot.to_bytes("arm", SESSION, row, "lstm"))
+    for position in range(0, len(data), max(1, len(data) // 300)):
+        data[position] ^= 4
+        with pytest.raises(ValueError, match=r"^session must be"):
+            snapshot.from_bytes(bytes(data), row, "lstm")
+        data[position] ^= 4
+    snapshot.from_bytes(bytes(data), row, "lstm")
+
+
 def test_a_folder_gives_its_sessions_and_a_warning_for_a_damaged_one(row, tmp_path):
     for name in ("../left", "right", "right"):
         snapshot.write(tmp_path, name, snapshot.to_bytes(name, SESSION, row, "lstm"))
     (tmp_path / "broken.safetensors").write_bytes(b"nothing")
     with pytest.warns(UserWarning, match=r"broken\.safetensors: session must be"):
         found = snapshot.read_all(tmp_path, row, "lstm")
-    assert sorted(name for name, _, _ in found) == ["../left", "right"]
+    assert sorted(name for name, _, _ in found.sessions) == ["../left", "right"]
+    assert found.damaged == {"broken"}
     snapshot.remove(tmp_path, "right")
     snapshot.remove(tmp_path, "right")
     (tmp_path / "broken.safetensors").unlink()
-    assert [name for name, _, _ in snapshot.read_all(tmp_path, row, "lstm")] == ["../left"]
+    found = snapshot.read_all(tmp_path, row, "lstm")
+    assert ([name for name, _, _ in found.sessions], found.damaged) == (["../left"], set())
     with pytest.raises(ValueError, match=r"safetensors: session must be of policy 'gru'"):
         snapshot.read_all(tmp_path, row, "gru")
 

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import jax
-import numpy as np
 
 from vla_jax import folder_lock
 from vla_jax.acting.agent import AgentConfig, AgentState, Mode, read_instruction
@@ -37,11 +36,11 @@ from vla_jax.serving.engine import Engine
 from vla_jax.serving.metrics import Metrics, make_metrics
 from vla_jax.serving.observations import KeysConfig, ResizeRule
 from vla_jax.serving.observer import Observer
-from vla_jax.serving.requests import Request
+from vla_jax.serving.rehearsal import rehearse
 from vla_jax.serving.server import Limits, Server, Service
-from vla_jax.serving.session_warnings import Expected
+from vla_jax.serving.session_warnings import NOTHING_KNOWN, Expected
 from vla_jax.serving.sessions import Session, SessionBook
-from vla_jax.serving.table import Frame, SessionTable, make_table
+from vla_jax.serving.table import make_table
 
 TOKEN = "VLA_JAX_TOKEN"  # environment variable: token that clients must send
 _CPU_BATCH, _BATCH = 8, 64  # greatest number of sessions of a tick; large ones gain nothing on CPUs
@@ -179,49 +178,39 @@ def make_service(run: Run, config: ServeConfig, *, token: str | None = None) -> 
     )
     window_size = config.window_size or agent.policy.decoder.window_size
     about = metadata.make_metadata(run, agent, spec, limits, window_size, _horizon(agent, config))
-    book = SessionBook(config.sessions, config.session_ttl_s)
-    info = {"run": about["run"]["name"], "step": str(run.step), "version": about["version"]}
-    metrics = make_metrics(book, info)
     options = f"window {window_size}, actions {config.actions}"
     policy = snapshot.policy_name(run, agent, options)
     row = jax.device_get(table.read(table.init(), 0))
-    _warm_up(table, observations.blank(spec), read_instruction(agent, ""))
+    info = {"run": about["run"]["name"], "step": str(run.step), "version": about["version"]}
+
+    def make(book: SessionBook, snapshots: str | None, expected: Expected) -> Service:
+        metrics = make_metrics(book, info)
+        observer = make_observer(metrics, snapshots, policy)
+        return Service(
+            Engine(table, book, observer, expected=expected),
+            spec,
+            functools.lru_cache(256)(functools.partial(read_instruction, agent)),
+            about,
+            limits,
+            DIALECTS,
+            metrics,
+            policy,
+            row,
+            token,
+        )
+
+    asyncio.run(rehearse(make(SessionBook(config.sessions, ttl=60.0), None, NOTHING_KNOWN)))
     stored = _read_sessions(config, row, policy)
-    observer = make_observer(metrics, config.snapshot, policy)
-    engine = Engine(table, book, observer, expected=_expected(run, config))
-    for session_id, session, memory in stored:
-        engine.place(session_id, session, memory).result()
-    return Service(
-        engine,
-        spec,
-        functools.lru_cache(256)(functools.partial(read_instruction, agent)),
-        about,
-        limits,
-        DIALECTS,
-        metrics,
-        policy,
-        row,
-        token,
-    )
+    book = SessionBook(config.sessions, config.session_ttl_s, stored.damaged)
+    service = make(book, config.snapshot, _expected(run, config))
+    for session_id, session, memory in stored.sessions:
+        service.engine.place(session_id, session, memory).result()
+    return service
 
 
 def _horizon(agent: AgentConfig, config: ServeConfig) -> int:
     """Returns how many actions a reply has."""
     return agent.policy.decoder.action_horizon if config.actions == "chunk" else 1
-
-
-def _warm_up(table: SessionTable, blank: Frame, words: np.ndarray) -> None:
-    """Serves a request of two frames: what the first one loads is loaded before the port opens.
-
-    Raises:
-      ValueError: the policy gives actions that are not finite.
-    """
-    engine = Engine(table, SessionBook(1, ttl=1.0))
-    request = Request(({}, {}), prompt="")
-    try:
-        engine.submit("warm-up", request, [blank, blank], words).result()
-    finally:
-        engine.stop(timeout=10.0)
 
 
 def _expected(run: Run, config: ServeConfig) -> Expected:
@@ -230,9 +219,7 @@ def _expected(run: Run, config: ServeConfig) -> Expected:
     return Expected(config.control_hz, length or None)  # 0 = not known
 
 
-def _read_sessions(
-    config: ServeConfig, row: AgentState, policy: str
-) -> list[tuple[str, Session, AgentState]]:
+def _read_sessions(config: ServeConfig, row: AgentState, policy: str) -> snapshot.Stored:
     """Returns the sessions of an earlier server.
 
     Raises:
@@ -240,12 +227,13 @@ def _read_sessions(
       OSError: the folder cannot be read or made.
     """
     if config.snapshot is None:
-        return []
+        return snapshot.Stored([], frozenset())
     pathlib.Path(config.snapshot).mkdir(parents=True, exist_ok=True)
     stored = snapshot.read_all(config.snapshot, row, policy)
-    if len(stored) > config.sessions:
+    count = len(stored.sessions)
+    if count > config.sessions:
         raise ValueError(
-            f"sessions must be at least {len(stored)}, as many as are in {config.snapshot}, got "
+            f"sessions must be at least {count}, as many as are in {config.snapshot}, got "
             f"{config.sessions}; give more --sessions, or delete files."
         )
     return stored

@@ -3,6 +3,7 @@
     python tests/campaigns/serving_load.py runs/demo/lstm --sessions 64 --hz 10 --seconds 60
     python tests/campaigns/serving_load.py RUN --openpi FOLDER   # with openpi_server, openpi_client
     python tests/campaigns/serving_load.py RUN --come-and-go 10000
+    python tests/campaigns/serving_load.py RUN --starts 5    # the first reply after each start
 
 Server and clients run on this machine and share its cores, over loopback. Every reply is checked
 for its session and step, and the actions of the first steps against the agent in process.
@@ -224,6 +225,36 @@ def come_and_go(server, shapes: Shapes, count: int, *, at_once: int = 4) -> list
     return [*table, f"change after the first tenth: {100 * (last / first - 1):+.2f} %"]
 
 
+def first_replies(run_dir: str, starts: int, *, hz: float, options: list[str]) -> list[str]:
+    """Measures the first reply after each start, the median at a rate, and after pauses."""
+    from websockets.sync.client import connect as connect_sync
+
+    shapes, rows = shapes_of(run_dir), []
+    data = [messages.pack({**observation(shapes, 0, t), "prompt": PROMPT}) for t in range(60)]
+    for _ in range(starts):
+        with (
+            serve(run_dir, *options) as server,
+            connect_sync(f"ws://127.0.0.1:{server.port}", compression=None, proxy=None) as socket,
+        ):
+            socket.recv()
+            times = []
+            for pause in [1.0, *[1 / hz] * 59, *[0.0] * 300, *[1.0] * 5]:
+                time.sleep(pause)
+                sent = time.perf_counter()
+                socket.send(data[len(times) % len(data)])
+                socket.recv()
+                times.append(1000 * (time.perf_counter() - sent))
+        first, paced, fast, late = (
+            times[0],
+            *map(np.median, (times[1:60], times[60:360], times[-5:])),
+        )
+        rows.append(
+            f"first reply {first:.2f} ms; median at {hz:g} Hz {paced:.2f} ms ({first / paced:.2f} "
+            f"times); median without pauses {fast:.2f} ms; after pauses of 1 s {late:.2f} ms"
+        )
+    return rows
+
+
 def throughput(run_dir: str, arguments) -> list[str]:
     """Measures steps per second of both servers, in turns."""
     shapes, rows = shapes_of(run_dir), []
@@ -263,10 +294,17 @@ def main() -> None:
     parser.add_argument("--openpi", help="folder with openpi_server: compare steps per second")
     parser.add_argument("--robots", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--starts", type=int, help="starts whose first reply is measured")
     parser.add_argument("--come-and-go", type=int, help="sessions to begin and end")
     parser.add_argument("--option", action="append", default=[], help="for the server")
     parser.add_argument("--port", type=int, help="of a server that runs already")
     arguments = parser.parse_args()
+    if arguments.starts:
+        measured = first_replies(
+            arguments.run_dir, arguments.starts, hz=arguments.hz, options=arguments.option
+        )
+        print(*measured, sep="\n")
+        return
     print("| | robots | steps | steps/s | p50 ms | p95 ms | p99 ms | wrong | server CPU ms/step |")
     if arguments.openpi:
         lines = throughput(arguments.run_dir, arguments)

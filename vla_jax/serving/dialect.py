@@ -3,8 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from vla_jax.serving.engine import Served
 from vla_jax.serving.requests import Request
+from vla_jax.serving.waiting import Served
 
 WireFrame = bytes | str  # a binary or a text frame of a WebSocket
 

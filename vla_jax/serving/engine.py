@@ -11,8 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -21,43 +20,13 @@ from vla_jax.acting.agent import AgentState
 from vla_jax.serving.observer import NO_OBSERVER, Observer
 from vla_jax.serving.requests import Refused, Request
 from vla_jax.serving.session_warnings import NOTHING_KNOWN, Expected, Seen, warnings_of
-from vla_jax.serving.sessions import Admitted, Key, Session, SessionBook, StoredReply
+from vla_jax.serving.sessions import Key, Session, SessionBook, StoredReply
 from vla_jax.serving.table import Frame, SessionTable, Stepped
+from vla_jax.serving.waiting import Served, Task
 
 Result = TypeVar("Result")
 _LOGGER = __name__  # its logger is made on first use: no import changes logging
 _SWEEP = 1.0  # s between two looks for expired sessions while nothing arrives
-
-
-class Served(NamedTuple):
-    """Result of a request."""
-
-    reply: StoredReply
-    key: Key  # of the session
-    repeated: bool  # stored reply to a request that was served before
-    queue_ms: float  # from the arrival until its first tick
-    infer_ms: float  # of the last tick, until the result was on the host
-    warnings: tuple[str, ...] = ()  # sentences about a request that training did not have
-
-
-@dataclass(eq=False)
-class _Task:
-    """A request under way, or a function to run between two ticks."""
-
-    keys: frozenset[Key]
-    future: concurrent.futures.Future
-    run: Callable[[], Any] | None = None  # None for a request
-    request: Request = Request(())
-    frames: Sequence[Frame] = ()
-    words: np.ndarray | None = None
-    connection: int = 0
-    arrived: float = field(default_factory=time.perf_counter)
-    begun: float = 0.0
-    position: int = 0  # frames stepped so far
-    start: Admitted | None = None
-    before: Session | None = None
-    warnings: tuple[str, ...] = ()
-    row: AgentState | None = None  # of the session before, where a stepped frame may be undone
 
 
 class Engine:
@@ -89,7 +58,7 @@ class Engine:
         self.state = table.init()
         self._observer, self._expected = observer, expected
         self._changed = threading.Condition()
-        self._arrived: list[_Task] = []
+        self._arrived: list[Task] = []
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         if start:
@@ -122,7 +91,7 @@ class Engine:
           words: `[S]` int32, token ids of its prompt; None without one.
           connection: number of the connection, higher ones being newer.
         """
-        task = _Task(frozenset((key,)), concurrent.futures.Future())
+        task = Task(frozenset((key,)), concurrent.futures.Future())
         task.request, task.frames, task.words = request, frames, words
         task.connection = connection
         return self._add(task)
@@ -131,18 +100,25 @@ class Engine:
         self, keys: Iterable[Key], function: Callable[[], Result]
     ) -> concurrent.futures.Future[Result]:
         """Runs a function on the engine's thread, after the earlier requests of some sessions."""
-        return self._add(_Task(frozenset(keys), concurrent.futures.Future(), function))
+        return self._add(Task(frozenset(keys), concurrent.futures.Future(), function))
 
-    def end(self, keys: Iterable[Key], why: str = "reset") -> concurrent.futures.Future[None]:
+    def end(
+        self, keys: Iterable[Key], why: str = "reset", *, connection: int | None = None
+    ) -> concurrent.futures.Future[None]:
         """Ends sessions after their requests under way; unknown ones are ignored.
 
         Args:
           keys: of the sessions.
           why: for the observer.
+          connection: number of the connection that asks; None = the server itself. If a newer one
+            has used one of the sessions, the future raises `Refused` and none ends.
         """
         keys = tuple(keys)
 
         def run() -> None:
+            if connection is not None:
+                for key in keys:
+                    self.book.check_newest(key, connection)
             for key in keys:
                 self._end(key, why)
 
@@ -169,9 +145,17 @@ class Engine:
         """
 
         def run() -> Session:
-            placed = self.book.place(key, session, time.monotonic())
+            now = time.monotonic()
+            evicted = None if key in self.book.live else self.book.make_room(now)
+            try:
+                self._save(key, session, row)
+            except Exception:
+                if evicted is not None:
+                    self.book.restore(*evicted)
+                raise
+            placed = self.book.place(key, session, now)
             self.state = self.table.write(self.state, placed.slot, row)
-            self._save(key, placed)
+            self._gave_way(evicted)
             return placed
 
         return self.call((key,), run)
@@ -191,7 +175,7 @@ class Engine:
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
-    def _add(self, task: _Task) -> concurrent.futures.Future:
+    def _add(self, task: Task) -> concurrent.futures.Future:
         with self._changed:
             if self._stopping:
                 task.future.set_exception(
@@ -203,8 +187,8 @@ class Engine:
         return task.future
 
     def _run(self) -> None:
-        waiting: list[_Task] = []
-        running: deque[_Task] = deque()
+        waiting: list[Task] = []
+        running: deque[Task] = deque()
         try:
             self._serve(waiting, running)
         except Exception as error:  # logged by `_fail`; the server ends when the thread has ended
@@ -215,7 +199,7 @@ class Engine:
                     self._fail(task, error)
             logging.getLogger(_LOGGER).exception("the engine failed")
 
-    def _serve(self, waiting: list[_Task], running: deque[_Task]) -> None:
+    def _serve(self, waiting: list[Task], running: deque[Task]) -> None:
         """Serves until `stop`; the arguments hold the tasks that are not done."""
         while True:
             with self._changed:
@@ -230,7 +214,7 @@ class Engine:
             if running:
                 self._tick(running)
 
-    def _begin_all(self, waiting: list[_Task], running: deque[_Task]) -> list[_Task]:
+    def _begin_all(self, waiting: list[Task], running: deque[Task]) -> list[Task]:
         """Begins the tasks whose sessions are free; returns the others."""
         busy = {key for task in running for key in task.keys}
         later = []
@@ -244,7 +228,7 @@ class Engine:
             busy |= task.keys
         return later
 
-    def _begin(self, task: _Task) -> bool:
+    def _begin(self, task: Task) -> bool:
         """Begins a task; returns True if frames are to be stepped, False if it is done."""
         if not task.future.set_running_or_notify_cancel():
             return False
@@ -258,7 +242,7 @@ class Engine:
             self._fail(task, error)
             return False
 
-    def _begin_request(self, task: _Task) -> bool:
+    def _begin_request(self, task: Task) -> bool:
         (key,) = task.keys
         decision = self.book.decide(key, task.request, task.words, task.connection)
         if isinstance(decision, StoredReply):
@@ -266,6 +250,8 @@ class Engine:
             task.future.set_result(Served(decision, key, True, queue_ms, 0.0))
             return False
         before, now = self.book.live.get(key), time.monotonic()
+        if decision.session.slot < 0:
+            task.evicted = self.book.make_room(now)
         session = self.book.begin(key, decision, now)
         task.start, task.before = decision._replace(session=session), before
         seen = Seen(
@@ -277,11 +263,12 @@ class Engine:
             None if before is None else before.prompt,
         )
         task.warnings = warnings_of(self._expected, seen)
-        if before is not None and (len(task.frames) > 1 or self._observer.saved is not None):
+        may_undo = len(task.frames) > 1 or self._observer.saved is not None
+        if may_undo and (before is not None or task.evicted is not None):
             task.row = self.table.read(self.state, session.slot)
         return True
 
-    def _tick(self, running: deque[_Task]) -> None:
+    def _tick(self, running: deque[Task]) -> None:
         """Steps one frame of the first tasks; those with further frames go to the end."""
         batch = [running.popleft() for _ in range(min(len(running), self.table.max_batch))]
         began = time.perf_counter()
@@ -304,7 +291,7 @@ class Engine:
             else:
                 self._finish(task, actions, 1000 * seconds)
 
-    def _step(self, batch: Sequence[_Task]) -> Stepped:
+    def _step(self, batch: Sequence[Task]) -> Stepped:
         starts = [task.start for task in batch if task.start is not None]
         return self.table.step(
             self.state,
@@ -314,7 +301,7 @@ class Engine:
             [s.reset and t.position == 0 for s, t in zip(starts, batch, strict=True)],
         )
 
-    def _finish(self, task: _Task, actions: np.ndarray, infer_ms: float) -> None:
+    def _finish(self, task: Task, actions: np.ndarray, infer_ms: float) -> None:
         (key,), start = task.keys, task.start
         assert start is not None
         begun, count = start.session, len(task.frames)
@@ -322,7 +309,8 @@ class Engine:
         now = time.monotonic()
         session = begun._replace(age=begun.age + count, last_used=now, last=reply)
         try:
-            self._save(key, session)
+            if self._observer.saved is not None and isinstance(key, str):
+                self._save(key, session, self._row(session))
         except Exception as error:  # a full disk, most likely: a refused request changes nothing
             self._undo(task)
             self._fail(task, error)
@@ -330,24 +318,32 @@ class Engine:
         self.book.put(key, session)
         if start.reset and task.before is not None:
             self._observer.ended("reset", task.before.age)
+        self._gave_way(task.evicted)
         queue_ms = 1000 * (task.begun - task.arrived)
         task.future.set_result(Served(reply, key, False, queue_ms, infer_ms, task.warnings))
 
     def _row(self, session: Session) -> AgentState:
         return jax.device_get(self.table.read(self.state, session.slot))
 
-    def _save(self, key: Key, session: Session) -> None:
-        if self._observer.saved is not None and isinstance(key, str):
-            self._observer.saved(key, session, self._row(session))
+    def _save(self, key: str, session: Session, row: AgentState) -> None:
+        if self._observer.saved is not None:
+            self._observer.saved(key, session, row)
 
-    def _undo(self, task: _Task) -> None:
-        """Restores the session and its row as they were before a request."""
-        (key,) = task.keys
-        if task.row is not None and task.position and task.before is not None:
-            self.state = self.table.write(self.state, task.before.slot, task.row)
+    def _gave_way(self, evicted: tuple[Key, Session] | None) -> None:
+        """Counts a session whose row another one has now."""
+        if evicted is not None:
+            self._observer.ended("gave_way", evicted[1].age)
+
+    def _undo(self, task: Task) -> None:
+        """Restores the sessions and the row as they were before a request."""
+        (key,), start = task.keys, task.start
+        if task.row is not None and task.position and start is not None:
+            self.state = self.table.write(self.state, start.session.slot, task.row)
         self.book.put(key, task.before)
+        if task.evicted is not None:
+            self.book.restore(*task.evicted)
 
-    def _fail(self, task: _Task, error: Exception) -> None:
+    def _fail(self, task: Task, error: Exception) -> None:
         """Gives an error to the client; one that is not its own goes to the log."""
         if not isinstance(error, Refused):
             logging.getLogger(_LOGGER).error("a request failed", exc_info=error)
@@ -357,7 +353,7 @@ class Engine:
             )
         task.future.set_exception(error)
 
-    def _recover(self, batch: Sequence[_Task], running: deque[_Task]) -> None:
+    def _recover(self, batch: Sequence[Task], running: deque[Task]) -> None:
         """Refuses a batch whose step failed; all sessions end if their memory is gone with it."""
         lost = any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state))
         tasks = [*batch, *running] if lost else batch
@@ -377,13 +373,18 @@ class Engine:
             self._ended(key, "expired", session.age)
 
     def _end(self, key: Key, why: str) -> None:
-        session = self.book.live.get(key)
+        session, is_lost = self.book.live.get(key), self.book.is_lost(key)
         self.book.end(key)
         if session is not None:
             self._ended(key, why, session.age)
+        elif is_lost:
+            self._remove(key)
 
     def _ended(self, key: Key, why: str, age: int) -> None:
         self._observer.ended(why, age)
+        self._remove(key)
+
+    def _remove(self, key: Key) -> None:
         if self._observer.removed is not None and isinstance(key, str):
             try:
                 self._observer.removed(key)

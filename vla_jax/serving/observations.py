@@ -13,13 +13,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from vla_jax.acting.agent import AgentConfig
+from vla_jax.acting.observation_spec import COLUMNS, observation_spec
 from vla_jax.backbones import registry
 from vla_jax.backbones.resizing import check_colours
 from vla_jax.config import checked
 from vla_jax.data import still_images
 from vla_jax.data.normalize import NormStats
 from vla_jax.serving.requests import Refused, shown
-from vla_jax.types import Resampling, get_images
+from vla_jax.types import Resampling
 
 ResizeRule = Literal["same_aspect", "pad"]
 # part of an observation -> its names in messages; nested maps are joined by "/"
@@ -94,31 +95,20 @@ def make_spec(
     Raises:
       ValueError: the backbone does not say what it takes.
     """
+    parts = observation_spec(config, norm_stats)
     backbone = config.policy.backbone
-    member = registry.get(backbone)
-    if member.example is None:
-        raise ValueError(
-            f"backbone '{backbone.kind}' must have an `example` of its observation to be served, "
-            "got none; add one to its family member."
-        )
-    example, spec = member.example(backbone), member.image_spec(backbone)
+    spec = registry.get(backbone).image_spec(backbone)
     images = [
         ImagePart(name, _keys(name, keys), spec.height, spec.width, spec.resampling)
-        for name in (get_images(example) if spec is not None else ())
-        if name not in config.missing_parts and spec is not None
+        for name, part in parts.items()
+        if len(part.shape) == 3 and spec is not None
     ]
     columns = [
-        ColumnPart(name, _keys(name, keys), len(norm_stats[name].mean))
-        for name in ("proprio", "environment_state")
-        if name in norm_stats and name not in config.missing_parts and _needs(config, example, name)
+        ColumnPart(name, _keys(name, keys), parts[name].shape[0])
+        for name in COLUMNS
+        if name in parts
     ]
     return ObservationSpec(tuple(images), tuple(columns), resize)
-
-
-def _needs(config: AgentConfig, example: Any, name: str) -> bool:
-    """Returns True if the policy uses a column, or the agent for the tool's orientation."""
-    turned = name == "proprio" and config.tool_frame is not None
-    return turned or getattr(example, name) is not None
 
 
 def _keys(name: str, keys: KeysConfig | None) -> tuple[str, ...]:

@@ -22,13 +22,14 @@ import numpy as np
 from vla_jax.acting.agent import AgentState
 from vla_jax.serving import observations, snapshot
 from vla_jax.serving.dialect import Answer, Dialect, Incoming
-from vla_jax.serving.engine import Engine, Served
+from vla_jax.serving.engine import Engine
 from vla_jax.serving.messages import MessageError
 from vla_jax.serving.metrics import Metrics
 from vla_jax.serving.observations import ObservationSpec
 from vla_jax.serving.requests import MAX_ID, Refused, Request
 from vla_jax.serving.sessions import describe
 from vla_jax.serving.upload import make_connection_class
+from vla_jax.serving.waiting import Served
 
 _LOGGER = __name__  # its logger is made on first use: no import changes logging
 _HANDSHAKE = 10.0  # s until a new connection must have sent its request
@@ -140,17 +141,18 @@ class Server:
                 with contextlib.suppress(TimeoutError):  # looks at the engine again
                     await asyncio.wait_for(stop.wait(), _WATCH)
             self._stopping = True
-            listening.close(close_connections=False)
-            await self._drain()
+            await self._drain(listening)
         if not stop.is_set():
             raise RuntimeError("the server has stopped since its engine failed; see its log.")
 
-    async def _drain(self) -> None:
+    async def _drain(self, listening: Any) -> None:
+        """Answers what is under way; new connections get HTTP 503 until that is done."""
         idle = self._connections - self._answering
         closing = [asyncio.create_task(each.close(_GOING_AWAY)) for each in idle]
         deadline = time.monotonic() + _DRAIN
         while self._connections and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
+        listening.close(close_connections=False)
         for connection in self._opened:  # also those that have sent no handshake yet
             connection.transport.abort()
         await asyncio.gather(*closing, return_exceptions=True)
@@ -159,11 +161,10 @@ class Server:
     def _process_request(self, connection: Any, request: Any) -> Any:
         """Answers everything that is not the handshake of an allowed client."""
         path, status = urlsplit(request.path).path, http.HTTPStatus
-        if path in _HEALTH:
-            healthy = not self._stopping and self.service.engine.is_alive
-            if healthy:
-                return connection.respond(status.OK, "OK\n")
+        if self._stopping or not self.service.engine.is_alive:
             return connection.respond(status.SERVICE_UNAVAILABLE, "stopping\n")
+        if path in _HEALTH:
+            return connection.respond(status.OK, "OK\n")
         if request.headers.get("Origin") is not None:
             return connection.respond(status.FORBIDDEN, "web pages may not connect.\n")
         if not self._is_allowed(request.headers.get("Authorization", "")):
@@ -314,7 +315,8 @@ class Server:
         key = request.session_id or session_id or number
         engine = self.service.engine
         if request.endpoint == "reset":
-            await asyncio.wrap_future(engine.end(request.session_ids or (key,)))
+            ended = engine.end(request.session_ids or (key,), connection=number)
+            await asyncio.wrap_future(ended)
             return None
         spec = self.service.spec
         frames = await _off_loop(

@@ -7,6 +7,8 @@ request is an error and never meets an empty memory.
 """
 
 import collections
+import hashlib
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -50,6 +52,9 @@ class Ended(NamedTuple):
     extended: bool
 
 
+_LOST = Ended("was lost, since its file is damaged", "", True)
+
+
 class Admitted(NamedTuple):
     """Decision to step a session."""
 
@@ -64,18 +69,20 @@ class SessionBook:
     value that is replaced as a whole once its request has succeeded.
     """
 
-    def __init__(self, num_rows: int, ttl: float) -> None:
+    def __init__(self, num_rows: int, ttl: float, lost: Iterable[str] = ()) -> None:
         """Makes an empty book.
 
         Args:
           num_rows: rows of the table, the greatest number of sessions.
           ttl: s without a request after which a named session ends.
+          lost: digests of the named sessions whose files are damaged.
         """
         self.num_rows = num_rows
         self.ttl = ttl
         self.live: dict[Key, Session] = {}
         self._free = list(range(num_rows))[::-1]
         self._ended: collections.OrderedDict[Key, Ended] = collections.OrderedDict()
+        self._lost = set(lost)
 
     def decide(
         self, key: Key, request: Request, words: np.ndarray | None, connection: int = 0
@@ -95,14 +102,10 @@ class SessionBook:
         Raises:
           Refused: the request does not fit the session.
         """
-        session, ended = self.live.get(key), self._ended.get(key)
+        self.check_newest(key, connection)
+        session = self.live.get(key)
+        ended = _LOST if self.is_lost(key) else self._ended.get(key)
         known = session or ended
-        if session is not None and connection < session.connection:
-            raise Refused(
-                f"{describe(key)} must be used by one robot, got a request of an older connection "
-                "than its last one; give every robot a session_id of its own.",
-                reason="in_use",
-            )
         extended = request.extended or (known is not None and known.extended)
         starts = request.reset or request.step == 0
         if known is not None and not extended and request.prompt is not None:
@@ -128,6 +131,24 @@ class SessionBook:
         session = Session(slot, age, prompt, words, extended, 0.0, connection=connection)
         return Admitted(session, starts)
 
+    def check_newest(self, key: Key, connection: int) -> None:
+        """Checks that no newer connection has used a session.
+
+        Raises:
+          Refused: one has.
+        """
+        session = self.live.get(key)
+        if session is not None and connection < session.connection:
+            raise Refused(
+                f"{describe(key)} must be used by one robot, got a request of an older connection "
+                "than its last one; give every robot a session_id of its own.",
+                reason="in_use",
+            )
+
+    def is_lost(self, key: Key) -> bool:
+        """Returns True for a session whose file is damaged, until it begins anew."""
+        return bool(self._lost) and isinstance(key, str) and digest(key) in self._lost
+
     def begin(self, key: Key, start: Admitted, now: float) -> Session:
         """Gives a session a row if it has none, and marks it as busy.
 
@@ -135,11 +156,11 @@ class SessionBook:
           The session; `put` replaces it after the last frame, `put(key, before)` on failure.
 
         Raises:
-          Refused: all rows are taken.
+          IndexError: all rows are taken; `make_room` comes first.
         """
         slot = start.session.slot
         if slot < 0:
-            slot = self._take_row(now)
+            slot = self._free.pop()
         begun = start.session._replace(slot=slot, last_used=now)
         present = self.live.get(key)
         self.live[key] = (present or begun)._replace(busy=True, last_used=now)
@@ -151,19 +172,19 @@ class SessionBook:
             self._free.append(self.live.pop(key).slot)
             return
         self.live[key] = session._replace(busy=False)
-        self._ended.pop(key, None)
+        self._forget(key)
 
     def place(self, key: Key, session: Session, now: float) -> Session:
         """Stores an imported session in a row of its own or in that of the session it replaces.
 
         Raises:
-          Refused: all rows are taken.
+          IndexError: all rows are taken; `make_room` comes first.
         """
         present = self.live.get(key)
-        slot = self._take_row(now) if present is None else present.slot
+        slot = self._free.pop() if present is None else present.slot
         placed = session._replace(slot=slot, last_used=now, busy=False)
         self.live[key] = placed
-        self._ended.pop(key, None)
+        self._forget(key)
         return placed
 
     def end(self, key: Key, why: str | None = None) -> bool:
@@ -178,7 +199,7 @@ class SessionBook:
         """
         session = self.live.pop(key, None)
         if why is None:
-            self._ended.pop(key, None)
+            self._forget(key)
         if session is None:
             return False
         self._free.append(session.slot)
@@ -199,9 +220,17 @@ class SessionBook:
             self.end(key, f"expired after {self.ttl:g} s without a request")
         return late
 
-    def _take_row(self, now: float) -> int:
+    def make_room(self, now: float) -> tuple[Key, Session] | None:
+        """Frees a row if all are taken.
+
+        Returns:
+          The session that gave way, which `restore` brings back; None if a row was free.
+
+        Raises:
+          Refused: all rows are taken by named sessions, or by others that are not idle.
+        """
         if self._free:
-            return self._free.pop()
+            return None
         idle = [
             (session.last_used, key)
             for key, session in self.live.items()
@@ -214,8 +243,26 @@ class SessionBook:
                 reason="full",
                 close=TRY_AGAIN_LATER,
             )
-        self.end(min(idle)[1], "gave way to another one while it was idle on a full server")
-        return self._free.pop()
+        _, key = min(idle)
+        session = self.live[key]
+        self.end(key, "gave way to another one while it was idle on a full server")
+        return key, session
+
+    def restore(self, key: Key, session: Session) -> None:
+        """Brings back a session that gave way to one that has failed.
+
+        Nothing happens if it has begun anew, or if its connection is closed.
+        """
+        if key in self._ended and session.slot in self._free:
+            self._free.remove(session.slot)
+            self.live[key] = session
+            self._forget(key)
+
+    def _forget(self, key: Key) -> None:
+        """Drops what is known of a session that has ended."""
+        self._ended.pop(key, None)
+        if self.is_lost(key):
+            self._lost.discard(digest(str(key)))
 
 
 def _check_new(key: Key, request: Request, ended: Ended | None) -> None:
@@ -246,6 +293,11 @@ def _repeated(session: Session, request: Request) -> StoredReply | None:
         "order, or begin a new episode with step 0.",
         reason="step",
     )
+
+
+def digest(session_id: str) -> str:
+    """Returns a name for a session's file, which says nothing of the id that a client chose."""
+    return hashlib.sha256(session_id.encode()).hexdigest()[:32]
 
 
 def describe(key: Key) -> str:

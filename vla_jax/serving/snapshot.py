@@ -10,7 +10,8 @@ import json
 import pathlib
 import warnings
 import zlib
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +24,18 @@ from vla_jax.acting.agent import AgentConfig, AgentState
 from vla_jax.data import normalize
 from vla_jax.files import Path, replacing
 from vla_jax.runs import Run
-from vla_jax.serving.sessions import Session, StoredReply
+from vla_jax.serving.sessions import Session, StoredReply, digest
+
+
+class Stored(NamedTuple):
+    """Sessions of an earlier server."""
+
+    sessions: list[tuple[str, Session, AgentState]]
+    damaged: frozenset[str]  # digests of the sessions whose memory is lost
+
 
 _WORDS, _ACTIONS = "session/words", "session/actions"
+_ABOUT = ("session_id", "policy", "session")  # metadata, besides the checksum
 _FIELDS = {"age": int, "prompt": str, "extended": bool}
 
 
@@ -45,7 +55,7 @@ def to_bytes(session_id: str, session: Session, row: AgentState, policy: str) ->
         tensors[_ACTIONS] = np.asarray(session.last.actions)
         facts["last"] = [session.last.step, session.last.num_frames, session.last.reset]
     about = {"session_id": session_id, "policy": policy, "session": json.dumps(facts)}
-    return save(tensors, about)
+    return save(tensors, {**about, "crc32": _checksum(tensors, about)})
 
 
 def from_bytes(data: bytes, like: AgentState, policy: str) -> tuple[str, Session, AgentState]:
@@ -67,6 +77,8 @@ def from_bytes(data: bytes, like: AgentState, policy: str) -> tuple[str, Session
         )
     try:
         tensors = load(data)
+        if about["crc32"] != _checksum(tensors, about):
+            raise ValueError("its checksum is another one")
         facts = json.loads(about["session"])
         fields = {name: kind(facts[name]) for name, kind in _FIELDS.items()}
         words, last = tensors[_WORDS], None
@@ -103,9 +115,8 @@ def policy_name(run: Run, agent: AgentConfig, options: str) -> str:
 
 
 def file_of(folder: Path, session_id: str) -> pathlib.Path:
-    """Returns the file of a session; its name says nothing of the id, which a client chooses."""
-    name = hashlib.sha256(session_id.encode()).hexdigest()[:32]
-    return pathlib.Path(folder) / f"{name}.safetensors"
+    """Returns the file of a session."""
+    return pathlib.Path(folder) / f"{digest(session_id)}.safetensors"
 
 
 def write(folder: Path, session_id: str, data: bytes) -> None:
@@ -123,13 +134,13 @@ def remove(folder: Path, session_id: str) -> None:
     file_of(folder, session_id).unlink(missing_ok=True)
 
 
-def read_all(folder: Path, like: AgentState, policy: str) -> list[tuple[str, Session, AgentState]]:
-    """Returns the sessions in a folder; damaged files are left out with a warning.
+def read_all(folder: Path, like: AgentState, policy: str) -> Stored:
+    """Returns the sessions in a folder; there is a warning for each damaged file.
 
     Raises:
       ValueError: a file is of another policy.
     """
-    found = []
+    found, damaged = [], []
     for path in sorted(pathlib.Path(folder).glob("*.safetensors")):
         data = path.read_bytes()
         try:
@@ -138,7 +149,8 @@ def read_all(folder: Path, like: AgentState, policy: str) -> list[tuple[str, Ses
             if "session must be of policy" in str(error):
                 raise ValueError(f"{path}: {error}") from error
             warnings.warn(f"{path}: {error}", stacklevel=2)
-    return found
+            damaged.append(path.stem)
+    return Stored(found, frozenset(damaged))
 
 
 def _metadata(data: bytes) -> dict[str, str]:
@@ -146,7 +158,7 @@ def _metadata(data: bytes) -> dict[str, str]:
     size = int.from_bytes(data[:8], "little")
     try:
         about = json.loads(data[8 : 8 + size])["__metadata__"]
-        if all(isinstance(about[name], str) for name in ("session_id", "policy", "session")):
+        if all(isinstance(about[name], str) for name in _ABOUT):
             return about
     except (ValueError, KeyError, TypeError, RecursionError):  # one sentence for all of them, below
         pass
@@ -154,6 +166,14 @@ def _metadata(data: bytes) -> dict[str, str]:
         f"session must be a safetensors file of this server, got {len(data)} other bytes; export "
         "it again."
     )
+
+
+def _checksum(tensors: Mapping[str, np.ndarray], about: Mapping[str, str]) -> str:
+    """Returns the CRC-32 of a session, since safetensors have none of their own."""
+    crc = zlib.crc32("\0".join(about[name] for name in _ABOUT).encode())
+    for name in sorted(tensors):
+        crc = zlib.crc32(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data, crc)
+    return f"{crc:08x}"
 
 
 def _check_arrays(words: np.ndarray, last: StoredReply | None, like: AgentState) -> None:

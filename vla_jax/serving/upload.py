@@ -30,7 +30,8 @@ def make_connection_class(max_bytes: int, allowed: Callable[[str, str], bool]) -
 
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options)
-            self._passes = False  # the bytes that come are not of a PUT request, or after it
+            self._passes = False  # the bytes that come are not of a PUT request
+            self._drops = False  # they are after its body, or of one that is not read
             self._bytes = bytearray()  # that have come before, without the head once it is known
             self._head: bytes | None = None  # to hand on when the body is complete
             self._size: int | None = None  # bytes of the body; None = there is none to read
@@ -39,6 +40,7 @@ def make_connection_class(max_bytes: int, allowed: Callable[[str, str], bool]) -
             """Hands on the bytes, or keeps them until a PUT request is complete."""
             if self._passes:
                 super().data_received(data)
+            if self._passes or self._drops:
                 return
             self._bytes += data
             if self._head is None and not self._read_head():
@@ -47,7 +49,7 @@ def make_connection_class(max_bytes: int, allowed: Callable[[str, str], bool]) -
                 if len(self._bytes) < self._size:
                     return
                 self.body = bytes(self._bytes[: self._size])
-            self._passes = True
+            self._passes, self._drops = self._head is None, self._head is not None
             head, self._bytes = self._head or bytes(self._bytes), bytearray()
             super().data_received(head)
 
