@@ -22,7 +22,7 @@ from vla_jax.serving.requests import Refused, Request
 from vla_jax.serving.session_warnings import NOTHING_KNOWN, Expected, Seen, warnings_of
 from vla_jax.serving.sessions import Key, Session, SessionBook, StoredReply
 from vla_jax.serving.table import Frame, SessionTable, Stepped
-from vla_jax.serving.waiting import Served, Task
+from vla_jax.serving.waiting import Served, Waiting
 
 Result = TypeVar("Result")
 _LOGGER = __name__  # its logger is made on first use: no import changes logging
@@ -58,7 +58,7 @@ class Engine:
         self.state = table.init()
         self._observer, self._expected = observer, expected
         self._changed = threading.Condition()
-        self._arrived: list[Task] = []
+        self._arrived: list[Waiting] = []
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         if start:
@@ -91,7 +91,7 @@ class Engine:
           words: `[S]` int32, token ids of its prompt; None without one.
           connection: number of the connection, higher ones being newer.
         """
-        task = Task(frozenset((key,)), concurrent.futures.Future())
+        task = Waiting(frozenset((key,)), concurrent.futures.Future())
         task.request, task.frames, task.words = request, frames, words
         task.connection = connection
         return self._add(task)
@@ -100,7 +100,7 @@ class Engine:
         self, keys: Iterable[Key], function: Callable[[], Result]
     ) -> concurrent.futures.Future[Result]:
         """Runs a function on the engine's thread, after the earlier requests of some sessions."""
-        return self._add(Task(frozenset(keys), concurrent.futures.Future(), function))
+        return self._add(Waiting(frozenset(keys), concurrent.futures.Future(), function))
 
     def end(
         self, keys: Iterable[Key], why: str = "reset", *, connection: int | None = None
@@ -175,7 +175,7 @@ class Engine:
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
-    def _add(self, task: Task) -> concurrent.futures.Future:
+    def _add(self, task: Waiting) -> concurrent.futures.Future:
         with self._changed:
             if self._stopping:
                 task.future.set_exception(
@@ -187,8 +187,8 @@ class Engine:
         return task.future
 
     def _run(self) -> None:
-        waiting: list[Task] = []
-        running: deque[Task] = deque()
+        waiting: list[Waiting] = []
+        running: deque[Waiting] = deque()
         try:
             self._serve(waiting, running)
         except Exception as error:  # logged by `_fail`; the server ends when the thread has ended
@@ -199,7 +199,7 @@ class Engine:
                     self._fail(task, error)
             logging.getLogger(_LOGGER).exception("the engine failed")
 
-    def _serve(self, waiting: list[Task], running: deque[Task]) -> None:
+    def _serve(self, waiting: list[Waiting], running: deque[Waiting]) -> None:
         """Serves until `stop`; the arguments hold the tasks that are not done."""
         while True:
             with self._changed:
@@ -214,7 +214,7 @@ class Engine:
             if running:
                 self._tick(running)
 
-    def _begin_all(self, waiting: list[Task], running: deque[Task]) -> list[Task]:
+    def _begin_all(self, waiting: list[Waiting], running: deque[Waiting]) -> list[Waiting]:
         """Begins the tasks whose sessions are free; returns the others."""
         busy = {key for task in running for key in task.keys}
         later = []
@@ -228,7 +228,7 @@ class Engine:
             busy |= task.keys
         return later
 
-    def _begin(self, task: Task) -> bool:
+    def _begin(self, task: Waiting) -> bool:
         """Begins a task; returns True if frames are to be stepped, False if it is done."""
         if not task.future.set_running_or_notify_cancel():
             return False
@@ -242,7 +242,7 @@ class Engine:
             self._fail(task, error)
             return False
 
-    def _begin_request(self, task: Task) -> bool:
+    def _begin_request(self, task: Waiting) -> bool:
         (key,) = task.keys
         decision = self.book.decide(key, task.request, task.words, task.connection)
         if isinstance(decision, StoredReply):
@@ -268,7 +268,7 @@ class Engine:
             task.row = self.table.read(self.state, session.slot)
         return True
 
-    def _tick(self, running: deque[Task]) -> None:
+    def _tick(self, running: deque[Waiting]) -> None:
         """Steps one frame of the first tasks; those with further frames go to the end."""
         batch = [running.popleft() for _ in range(min(len(running), self.table.max_batch))]
         began = time.perf_counter()
@@ -291,7 +291,7 @@ class Engine:
             else:
                 self._finish(task, actions, 1000 * seconds)
 
-    def _step(self, batch: Sequence[Task]) -> Stepped:
+    def _step(self, batch: Sequence[Waiting]) -> Stepped:
         starts = [task.start for task in batch if task.start is not None]
         return self.table.step(
             self.state,
@@ -301,7 +301,7 @@ class Engine:
             [s.reset and t.position == 0 for s, t in zip(starts, batch, strict=True)],
         )
 
-    def _finish(self, task: Task, actions: np.ndarray, infer_ms: float) -> None:
+    def _finish(self, task: Waiting, actions: np.ndarray, infer_ms: float) -> None:
         (key,), start = task.keys, task.start
         assert start is not None
         begun, count = start.session, len(task.frames)
@@ -334,7 +334,7 @@ class Engine:
         if evicted is not None:
             self._observer.ended("gave_way", evicted[1].age)
 
-    def _undo(self, task: Task) -> None:
+    def _undo(self, task: Waiting) -> None:
         """Restores the sessions and the row as they were before a request."""
         (key,), start = task.keys, task.start
         if task.row is not None and task.position and start is not None:
@@ -343,7 +343,7 @@ class Engine:
         if task.evicted is not None:
             self.book.restore(*task.evicted)
 
-    def _fail(self, task: Task, error: Exception) -> None:
+    def _fail(self, task: Waiting, error: Exception) -> None:
         """Gives an error to the client; one that is not its own goes to the log."""
         if not isinstance(error, Refused):
             logging.getLogger(_LOGGER).error("a request failed", exc_info=error)
@@ -353,7 +353,7 @@ class Engine:
             )
         task.future.set_exception(error)
 
-    def _recover(self, batch: Sequence[Task], running: deque[Task]) -> None:
+    def _recover(self, batch: Sequence[Waiting], running: deque[Waiting]) -> None:
         """Refuses a batch whose step failed; all sessions end if their memory is gone with it."""
         lost = any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state))
         tasks = [*batch, *running] if lost else batch

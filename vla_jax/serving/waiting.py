@@ -26,7 +26,7 @@ class Served(NamedTuple):
 
 
 @dataclass(eq=False)
-class Task:
+class Waiting:
     """A request under way, or a function to run between two ticks; only the engine changes it."""
 
     keys: frozenset[Key]
