@@ -5,12 +5,16 @@ import json
 
 import pytest
 
-from train import memory
-from train.memory import MemoryConfig
+from train import memory, memory_plots
+from train.memory_config import BLOCK, MemoryConfig, cells_of
+from train.memory_training import learn
+from vla_jax.nn.cells import CELLS
+from vla_jax.nn.sequence_tasks import TASKS
 
 TINY = MemoryConfig(
-    cells=("min_gru",), adding=(5,), recall=(4,), windows=(3, 4, 5, 9), window_delay=4,
-    hidden_size=16, batch_size=32, max_updates=1000, num_trials=500,
+    cells=("min_gru",), tasks=("adding", "recall", "counting"), adding=(5,), recall=(4,),
+    tracking=(6,), extrapolation=(2,), windows=(3, 4, 5, 9), window_delay=4, hidden_size=16,
+    batch_size=32, max_updates=1000, num_trials=500,
 )  # fmt: skip
 
 
@@ -25,14 +29,14 @@ def outputs(tmp_path_factory):
 def test_every_training_is_recorded_and_plotted(outputs):
     folder, content = outputs
     names = {(result["task"], result["length"]) for result in content["results"]}
-    assert names == {("adding", 5), ("recall", 4)}
+    assert names == {("adding", 5), ("recall", 4), ("counting", 6)}
     for result in content["results"]:
-        assert result["num_updates"] == memory.BLOCK * len(result["errors"])
+        assert result["num_updates"] == BLOCK * len(result["errors"])
         assert result["seconds"] > 0
     norms_by_lag = content["gradient_norms"]["min_gru"]
     assert {when: len(norms) for when, norms in norms_by_lag.items()} == {"before": 5, "after": 5}
     assert norms_by_lag["before"][0] == norms_by_lag["after"][0] == 1.0
-    for name in ("adding", "recall", "memory"):
+    for name in ("adding", "recall", "counting", "memory"):
         assert (folder / f"{name}.png").stat().st_size > 10_000
 
 
@@ -43,27 +47,50 @@ def test_short_recall_is_learned(outputs):
     assert recall["errors"][0] > 0.3
 
 
+def test_tracking_is_tested_on_longer_sequences_too(outputs):
+    _, content = outputs
+    (counting,) = (result for result in content["results"] if result["task"] == "counting")
+    assert counting["errors"][-1] < counting["errors"][0]
+    assert set(counting["longer"]) == {"12"}
+    assert counting["error"] < 0.5 < TASKS["counting"].chance
+
+
+def test_every_seed_is_trained(tmp_path):
+    config = dataclasses.replace(
+        TINY, tasks=("s3",), tracking=(3,), windows=(), max_updates=BLOCK, num_seeds=2, seed=5,
+        run_dir=str(tmp_path),
+    )  # fmt: skip
+    results = json.loads(memory.memory(config).read_text())["results"]
+    assert [result["seed"] for result in results] == [5, 6]
+    assert results[0]["errors"] != results[1]["errors"]
+
+
+def test_all_stands_for_every_cell():
+    assert cells_of(MemoryConfig(cells=("all",))) == tuple(CELLS)
+    assert cells_of(MemoryConfig(cells=("gru", "s_lstm"))) == ("gru", "s_lstm")
+
+
 def test_a_symbol_before_the_window_cannot_be_recalled(outputs):
     """The symbol is 4 steps back: the last 5 steps contain it, the last 4 do not."""
     wrong = {int(window): error for window, error in outputs[1]["windows"]["min_gru"].items()}
-    chance = memory.TASKS["recall"].chance
+    chance = TASKS["recall"].chance
     assert min(wrong[3], wrong[4]) > chance - 0.06  # 500 trials: 4 standard errors
     assert max(wrong[5], wrong[9]) < 0.05
 
 
 def test_truncated_training_runs_and_tests_on_whole_sequences(capsys):
-    config = dataclasses.replace(TINY, chunk=3, burn_in=1, max_updates=memory.BLOCK)
-    result, _ = memory.learn(config, "recall", "min_gru", 4)
-    assert result.num_updates == memory.BLOCK
+    config = dataclasses.replace(TINY, chunk=3, burn_in=1, max_updates=BLOCK)
+    result, _ = learn(config, "recall", "min_gru", 4)
+    assert result.num_updates == BLOCK
     assert 0 <= result.error <= 1
-    assert "recall" in memory.describe(result)
+    assert "recall" in memory_plots.describe(result)
 
 
 def test_the_same_seed_gives_the_same_results():
-    config = dataclasses.replace(TINY, max_updates=memory.BLOCK)
-    one, other = (memory.learn(config, "adding", "min_gru", 5)[0] for _ in range(2))
+    config = dataclasses.replace(TINY, max_updates=BLOCK)
+    one, other = (learn(config, "adding", "min_gru", 5)[0] for _ in range(2))
     assert one.errors == other.errors
-    again = memory.learn(dataclasses.replace(config, seed=1), "adding", "min_gru", 5)[0]
+    again = learn(dataclasses.replace(config, seed=1), "adding", "min_gru", 5)[0]
     assert again.errors != one.errors
 
 
@@ -74,6 +101,11 @@ def test_the_same_seed_gives_the_same_results():
         ({"adding": ()}, r"adding must be one or more, each at least 3, got \(\)"),
         ({"recall": (10, 2)}, r"recall must be one or more, each at least 3, got \(10, 2\)"),
         ({"cells": ()}, "cells must be one or more of rnn"),
+        ({"tasks": ()}, "tasks must be one or more of adding"),
+        ({"tasks": ("s5",)}, "unknown task 's5'"),
+        ({"tracking": (2,)}, r"tracking must be one or more, each at least 3, got \(2,\)"),
+        ({"windows": (0,)}, r"windows must be at least 1, got \(0,\)"),
+        ({"extrapolation": (0,)}, r"extrapolation must be at least 1, got \(0,\)"),
         ({"cells": ("lstmm",)}, "unknown cell 'lstmm'; .* Did you mean 'lstm'"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
         ({"chunk": 10, "burn_in": 10}, "burn_in must be 0 or below chunk = 10, got 10"),
@@ -88,11 +120,11 @@ def test_a_wrong_config_is_refused(fields, sentence):
 def test_a_training_whose_params_are_not_finite_is_refused():
     config = dataclasses.replace(TINY, learning_rate=1e12)
     with pytest.raises(ValueError, match="NaN or infinity in min_gru on adding of 5 steps before"):
-        memory.learn(config, "adding", "min_gru", 5)
+        learn(config, "adding", "min_gru", 5)
 
 
 def test_sequences_that_cannot_lie_in_memory_together_are_refused():
     with pytest.raises(ValueError, match=r"num_trials must be at most \d+ for sequences of 1000"):
-        memory.MemoryConfig(num_trials=10**9)
+        MemoryConfig(num_trials=10**9)
     with pytest.raises(ValueError, match="batch_size must be at most"):
-        memory.MemoryConfig(recall=(10**9,))
+        MemoryConfig(recall=(10**9,))

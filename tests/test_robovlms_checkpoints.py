@@ -377,10 +377,16 @@ def test_robovlms_has_no_other_pooling(pooling):
         convert.to_robovlms(config, {})
 
 
-@pytest.mark.parametrize("kind", ["layer_norm_lstm", "min_gru"])
+@pytest.mark.parametrize("kind", ["layer_norm_lstm", "min_gru", "rg_lru", "s_lstm"])
 def test_robovlms_has_no_other_cell(kind):
     config = DecoderConfig(kind, token_dim=6, hidden_size=4)
     with pytest.raises(ValueError, match=f"kind must be one that RoboVLMs has .* got '{kind}'"):
+        convert.to_robovlms(config, {})
+
+
+def test_robovlms_has_no_residual_blocks():
+    config = DecoderConfig("lstm", token_dim=6, hidden_size=4, block="mlp")
+    with pytest.raises(ValueError, match="block must be 'none', got 'mlp': RoboVLMs has no"):
         convert.to_robovlms(config, {})
 
 

@@ -1,4 +1,4 @@
-"""Synthetic memory tasks (adding problem, delayed recall), and gradient norms over time.
+"""Synthetic memory tasks (adding, recall, permutations, counting), and gradient norms over time.
 
 Batches are generated inside `jit` and never repeat.
 """
@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from vla_jax.nn import cells, layers, recurrence
+from vla_jax.nn import cells, layers, recurrence, tracking_tasks
 from vla_jax.nn.cells import CELLS
 from vla_jax.nn.chrono import spread_gates
 from vla_jax.nn.recurrence import RecurrenceConfig
+from vla_jax.nn.tracking_tasks import MAX_COUNT
 from vla_jax.types import Array, Key, Params
 
 NUM_SYMBOLS = 8  # V, symbols of delayed recall
@@ -21,10 +23,10 @@ TINY = 1e-30  # avoids 0 / 0 where a gradient is zero
 
 
 class Trials(NamedTuple):
-    """Input sequences, and the target output at their last step."""
+    """Input sequences, and the target output at their last step or at every step."""
 
     inputs: Array  # [B, T, D]
-    target: Array  # [B], a number (adding) or the index of a symbol (recall)
+    target: Array  # [B], or [B, T] if the task is scored at every step: numbers or indices
 
 
 class Task(NamedTuple):
@@ -32,13 +34,14 @@ class Task(NamedTuple):
 
     input_size: int  # D
     output_size: int  # size of an output
-    num_steps: Callable[[int], int]  # length (adding) or delay (recall) -> T
+    num_steps: Callable[[int], int]  # length, or delay of recall -> T
     draw: Callable[[Key, int, int], Trials]  # (key, batch_size, length) -> trials
     # (outputs [B, output_size], target [B]) -> loss [], error [] (0 = perfect)
     evaluate: Callable[[Array, Array], tuple[jax.Array, jax.Array]]
     chance: float  # error of the best constant output
     solved: float  # error below which the task counts as solved
     error_name: str  # description of the error, for plots
+    every_step: bool = False  # True: the loss is over all steps; the error is of the last step
 
 
 def draw_adding(key: Key, batch_size: int, length: int) -> Trials:
@@ -94,11 +97,27 @@ def evaluate_symbol(outputs: Array, target: Array) -> tuple[jax.Array, jax.Array
     return jnp.mean(loss), jnp.mean(jnp.argmax(outputs, axis=-1) != target)
 
 
+def _words(table: np.ndarray) -> Task:
+    """Returns the task to track the product of the permutations seen so far."""
+    order = len(table)
+
+    def draw(key: Key, batch_size: int, length: int) -> Trials:
+        return Trials(*tracking_tasks.draw_word(key, table, batch_size, length))
+
+    return Task(order, order, _same, draw, evaluate_symbol, 1 - 1 / order, 0.01, "error rate", True)
+
+
+def draw_counting(key: Key, batch_size: int, length: int) -> Trials:
+    """Returns the counting task; see `tracking_tasks.draw_counting`."""
+    return Trials(*tracking_tasks.draw_counting(key, batch_size, length))
+
+
+def _same(length: int) -> int:
+    return length
+
+
 TASKS = {
-    "adding": Task(
-        2, 1, lambda length: length, draw_adding, evaluate_number, 1 / 6, 0.01,
-        "mean squared error",
-    ),
+    "adding": Task(2, 1, _same, draw_adding, evaluate_number, 1 / 6, 0.01, "mean squared error"),
     "recall": Task(
         NUM_SYMBOLS + 2,
         NUM_SYMBOLS,
@@ -109,7 +128,21 @@ TASKS = {
         0.01,
         "error rate",
     ),
-}  # fmt: skip
+    "s3": _words(tracking_tasks.symmetric_group(3)),
+    "s4": _words(tracking_tasks.symmetric_group(4)),
+    "a5": _words(tracking_tasks.alternating_group(5)),
+    "counting": Task(
+        2,
+        MAX_COUNT + 1,
+        _same,
+        draw_counting,
+        evaluate_symbol,
+        1 - 1 / (MAX_COUNT + 1),
+        0.01,
+        "error rate",
+        every_step=True,
+    ),
+}
 
 
 def init(key: Key, config: RecurrenceConfig, task: Task, *, span: int = 0) -> Params:

@@ -9,6 +9,7 @@ from typing import Literal
 from vla_jax.config import checked
 from vla_jax.nn.pooling import POOLINGS, Pooling
 from vla_jax.nn.recurrence import Implementation
+from vla_jax.nn.residual_blocks import BlockName
 from vla_jax.nn.seq2seq import AnyScore
 
 HeadName = Literal["continuous", "discrete", "autoregressive"]
@@ -28,6 +29,8 @@ class DecoderFields:
     action_dim: int = 7  # A, action dimensions, the last of which is the gripper
     hidden_size: int = 1024  # H, units per layer and features given to the heads
     num_layers: int = 4  # L, layers of the recurrence or transformer; unused by fc
+    block: BlockName = "none"  # residual blocks around the recurrent layers: none, mlp, gated
+    block_expansion: float = 2.0  # width of a block's MLP or wide cell, as a multiple of H
     num_heads: int = 8  # M, attention heads of the gpt trunk
     pooling: Pooling = "max"  # how the N tokens of a step are pooled; none concatenates them
     num_latents: int = 1  # vectors per step after pooling, concatenated

@@ -17,9 +17,10 @@ from typing import NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
-from vla_jax.nn import recurrence
+from vla_jax.nn import residual_blocks
 from vla_jax.nn.cells import CellName
 from vla_jax.nn.recurrence import Carry, RecurrenceConfig
+from vla_jax.nn.residual_blocks import StackConfig
 from vla_jax.policies.decoder_fields import DecoderFields, pooled_size
 from vla_jax.policies.trunk import Mode, StepFeatures, Trunk
 from vla_jax.types import Array, Key, Params
@@ -48,12 +49,17 @@ def recurrence_config(config: DecoderFields) -> RecurrenceConfig:
     )
 
 
+def stack_config(config: DecoderFields) -> StackConfig:
+    """Returns the config of the recurrence with its blocks."""
+    return StackConfig(recurrence_config(config), config.block, config.block_expansion)
+
+
 def _check(config: DecoderFields) -> None:
-    recurrence_config(config)  # raises
+    stack_config(config)  # raises
 
 
 def _init(key: Key, config: DecoderFields) -> Params:
-    return {"recurrence": recurrence.init(key, recurrence_config(config), pooled_size(config))}
+    return {"recurrence": residual_blocks.init(key, stack_config(config), pooled_size(config))}
 
 
 def _apply(
@@ -66,9 +72,9 @@ def _apply(
     carry: Carry | None,
     key: Key | None,
 ) -> tuple[Carry, jax.Array]:
-    return recurrence.apply(
+    return residual_blocks.apply(
         params["recurrence"],
-        recurrence_config(config),
+        stack_config(config),
         pooled,
         mask=mask,
         reset=reset,
@@ -86,7 +92,7 @@ def _init_stream(
 ) -> RecurrentState:
     num_carries = _num_memories(mode, window_size)
     period = _INFINITE if mode == "persistent" else window_size
-    carry = recurrence.zero_carry(recurrence_config(config), jnp.zeros((batch_size, 1)))
+    carry = residual_blocks.zero_carry(stack_config(config), jnp.zeros((batch_size, 1)))
     return RecurrentState(
         jax.tree.map(lambda h: jnp.repeat(h[:, None], num_carries, 1), carry),
         age=jnp.zeros(batch_size, jnp.int32),
@@ -102,9 +108,9 @@ def _step(
     zeroed = (age % state.period)[:, None] == jnp.arange(num_carries)[None]
     # The step [B, 1, D'] broadcasts against carries [B, C, H]: its product with the input kernel of
     # the first layer is computed once and shared by all of them.
-    carry, features = recurrence.step(
+    carry, features = residual_blocks.step(
         params["recurrence"],
-        recurrence_config(config),
+        stack_config(config),
         state.carry,
         jnp.asarray(pooled)[:, None],
         reset=zeroed,
@@ -120,8 +126,8 @@ def _step(
 def _prepare(params: Params, config: DecoderFields, num_memories: int, batch_size: int) -> Params:
     if num_memories == 1:
         return params
-    prepared = recurrence.prepare_params(
-        params["recurrence"], recurrence_config(config), num_rows=num_memories * batch_size
+    prepared = residual_blocks.prepare_params(
+        params["recurrence"], stack_config(config), num_rows=num_memories * batch_size
     )
     return params if prepared is params["recurrence"] else {**params, "recurrence": prepared}
 

@@ -120,6 +120,11 @@ def to_robovlms(config: DecoderConfig, params: Params) -> dict[str, np.ndarray]:
             f"kind must be one that RoboVLMs has ({', '.join(KINDS)}), got '{config.kind}'; it "
             "cannot be converted."
         )
+    if config.block != "none":
+        raise ValueError(
+            f"block must be 'none', got '{config.block}': RoboVLMs has no residual blocks; it "
+            "cannot be converted."
+        )
     _check_pooling(config.pooling)
     leaves: dict[str, Any] = flatten_dict(params, sep="/")
     tensors = head_tensors(config)

@@ -1,0 +1,280 @@
+"""Recurrent layers as residual blocks: layer normalisation, cell, projections, gated MLP.
+
+`block` of a `StackConfig` chooses what surrounds every layer of a recurrence:
+
+    "none"     h = cell(x), a stack as in `recurrence`
+    "mlp"      x = x + Wₒ cell(LN(x));  x = x + W_d (gelu(W_g y) ⊙ W_u y),  y = LN(x)
+    "gated"    x = x + W_d (LN(cell(y)) ⊙ silu(W_g y)),  y = LN(x)
+
+"mlp" is the block with post-up-projection: a cell of width H, then an MLP of width
+`expansion` · H (sLSTM in xLSTM, Griffin). In "gated", pre-up-projection, the cell itself has that
+width and a gate beside it (mLSTM in xLSTM, Mamba). A dense layer in front gives the inputs the
+width H; a layer normalisation follows the last block. No block has a convolution of its own.
+
+Source: Beck et al. 2024, "xLSTM" (arXiv:2405.04517), section 2.4 and appendix A.4; De et al. 2024,
+"Griffin" (arXiv:2402.19427), section 2.1.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from vla_jax.config import checked, did_you_mean
+from vla_jax.nn import bptt, layers, matmul, recurrence
+from vla_jax.nn.recurrence import Carry, RecurrenceConfig
+from vla_jax.types import Array, Key, Params
+
+BlockName = Literal["none", "mlp", "gated"]
+# (params of a block, its carry, inputs [..., H], key) -> carry, output of the cell
+_Advance = Callable[[Params, Carry, jax.Array], tuple[Carry, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+@checked()
+class StackConfig:
+    """A recurrence whose layers may be residual blocks."""
+
+    recurrence: RecurrenceConfig = RecurrenceConfig()  # the cells; hidden_size is the width H
+    block: BlockName = (
+        "none"  # around every layer: none, mlp (MLP after the cell), gated (wide cell)
+    )
+    expansion: float = 2.0  # width of a block's MLP or wide cell, as a multiple of H
+
+    def __post_init__(self):
+        if self.block not in BLOCKS:
+            raise ValueError(f"unknown block '{self.block}'; {did_you_mean(self.block, BLOCKS)}")
+        if not self.expansion > 0:
+            raise ValueError(f"expansion must be above 0, got {self.expansion}.")
+        if BLOCKS[self.block] is not None:
+            for name in ("bidirectional", "residual"):
+                if getattr(self.recurrence, name):
+                    raise ValueError(
+                        f"{name} must be False with block '{self.block}', got True; choose 'none'."
+                    )
+
+
+class Block(NamedTuple):
+    """Member of the family `BLOCKS`; None stands for a plain stack."""
+
+    cell_size: Callable[[int, int], int]  # (H, wide) -> units of the cell
+    init: Callable[[Key, int, int], Params]  # (key, H, wide) -> params beside cell and first norm
+    # (params, x [..., H], y = LN(x), output of the cell, drop, dtype) -> next x
+    finish: Callable[..., jax.Array]
+
+
+def init(key: Key, config: StackConfig, input_size: int) -> Params:
+    """Returns the params of a recurrence, or of a stack of blocks.
+
+    Args:
+      key: consumed.
+      config: of the stack.
+      input_size: D, features of the inputs.
+
+    Returns:
+      As `recurrence.init`; with blocks `{"input": dense, "blocks_0": {"norm", "recurrence", …},
+      …, "norm"}`.
+    """
+    block = BLOCKS[config.block]
+    if block is None:
+        return recurrence.init(key, config.recurrence, input_size)
+    size, wide = config.recurrence.hidden_size, _wide(config)
+    input_key, *keys = jax.random.split(key, 1 + config.recurrence.num_layers)
+    params = {"input": layers.init_dense(input_key, input_size, size)}
+    for name, block_key in zip(_names(config), keys, strict=True):
+        cell_key, other_key = jax.random.split(block_key)
+        params[name] = {
+            "norm": _init_norm(size),
+            "recurrence": recurrence.init(cell_key, _one_layer(config), size),
+            **block.init(other_key, size, wide),
+        }
+    return {**params, "norm": _init_norm(size)}
+
+
+def zero_carry(config: StackConfig, like: Array) -> Any:
+    """Returns the carry before the first step: of the recurrence, or one per block.
+
+    Args:
+      config: of the stack.
+      like: any array `[B, ...]` of the data; the carry is sharded like it.
+    """
+    if BLOCKS[config.block] is None:
+        return recurrence.zero_carry(config.recurrence, like)
+    return {name: recurrence.zero_carry(_one_layer(config), like) for name in _names(config)}
+
+
+def apply(
+    params: Params,
+    config: StackConfig,
+    inputs: Array,
+    *,
+    mask: Array | None = None,
+    reset: Array | None = None,
+    carry: Any = None,
+    key: Key | None = None,
+) -> tuple[Any, jax.Array]:
+    """Returns the carry after the last step and the outputs of all steps; see `recurrence.apply`.
+
+    With blocks, dropout applies to what a block adds, and `remat_chunk` rematerialises each block.
+
+    Args:
+      params: from `init`.
+      config: the config given to `init`.
+      inputs: `[B, T, D]`; masked steps may be NaN.
+      mask: `[B, T]`, True where the step is real; None means everywhere.
+      reset: `[B, T]`, True where a new episode starts; None means nowhere.
+      carry: before the first step; None means zeros.
+      key: consumed, for dropout; None means no dropout.
+
+    Returns:
+      The carry, and outputs `[B, T, H]`, float32, zeros at masked steps.
+    """
+    if BLOCKS[config.block] is None:
+        return recurrence.apply(
+            params, config.recurrence, inputs, mask=mask, reset=reset, carry=carry, key=key
+        )
+    carry = zero_carry(config, inputs) if carry is None else carry
+
+    def advance(params: Params, carry: Carry, inputs: jax.Array) -> tuple[Carry, jax.Array]:
+        return recurrence.apply(
+            params, _one_layer(config), inputs, mask=mask, reset=reset, carry=carry
+        )
+
+    real = bptt.keep_real(inputs, mask)
+    carry, outputs = _run(params, config, carry, real, advance, key)
+    return carry, bptt.keep_real(outputs, mask)
+
+
+def step(
+    params: Params,
+    config: StackConfig,
+    carry: Any,
+    inputs: Array,
+    *,
+    reset: Array | None = None,
+) -> tuple[Any, jax.Array]:
+    """Returns the next carry and the output of one step, without dropout; see `recurrence.step`.
+
+    Args:
+      params: from `init` or `prepare_params`.
+      config: the config given to `init`.
+      carry: leaves `[B, ...]`, or any leading axes to which those of `inputs` broadcast.
+      inputs: `[B, D]`.
+      reset: `[B]`, True where a new episode starts; None means nowhere.
+    """
+    if BLOCKS[config.block] is None:
+        return recurrence.step(params, config.recurrence, carry, inputs, reset=reset)
+
+    def advance(params: Params, carry: Carry, inputs: jax.Array) -> tuple[Carry, jax.Array]:
+        return recurrence.step(params, _one_layer(config), carry, inputs, reset=reset)
+
+    return _run(params, config, carry, inputs, advance, None)
+
+
+def prepare_params(params: Params, config: StackConfig, *, num_rows: int) -> Params:
+    """Returns params stored for fast calls of `step`; see `recurrence.prepare_params`."""
+    return matmul.prepare_params(params, num_rows=num_rows, dtype=config.recurrence.dtype)
+
+
+def _run(
+    params: Params,
+    config: StackConfig,
+    carry: dict[str, Carry],
+    inputs: Array,
+    advance: _Advance,
+    key: Key | None,
+) -> tuple[dict[str, Carry], jax.Array]:
+    """Runs all blocks over inputs `[..., D]`; `advance` runs the cell of one."""
+    block, dtype = BLOCKS[config.block], config.recurrence.dtype
+    assert block is not None
+
+    def run_block(
+        params: Params, carry: Carry, x: jax.Array, key: Key | None
+    ) -> tuple[Carry, jax.Array]:
+        drop = partial(_drop, key, config.recurrence.dropout)
+        y = layers.layer_norm(x, **params["norm"])
+        carry, hidden = advance(params["recurrence"], carry, y)
+        return carry, block.finish(params, x, y, hidden, drop, dtype)
+
+    if config.recurrence.remat_chunk:
+        run_block = jax.checkpoint(run_block)
+    x, next_carry = layers.dense(inputs, **params["input"], dtype=dtype), {}
+    for index, name in enumerate(_names(config)):
+        block_key = None if key is None else jax.random.fold_in(key, index)
+        next_carry[name], x = run_block(params[name], carry[name], x, block_key)
+    return next_carry, layers.layer_norm(x, **params["norm"])
+
+
+def _init_mlp(key: Key, size: int, wide: int) -> Params:
+    keys = jax.random.split(key, 4)
+    return {
+        "output": layers.init_dense(keys[0], size, size),
+        "mlp_norm": _init_norm(size),
+        "gate": layers.init_dense(keys[1], size, wide),
+        "up": layers.init_dense(keys[2], size, wide),
+        "down": layers.init_dense(keys[3], wide, size),
+    }
+
+
+def _finish_mlp(
+    params: Params, x: jax.Array, y: jax.Array, hidden: jax.Array, drop: Any, dtype: str
+) -> jax.Array:
+    del y
+    dense = partial(layers.dense, dtype=dtype)
+    x = x + drop(dense(hidden, **params["output"]), 0)
+    y = layers.layer_norm(x, **params["mlp_norm"])
+    product = jax.nn.gelu(dense(y, **params["gate"])) * dense(y, **params["up"])
+    return x + drop(dense(product, **params["down"]), 1)
+
+
+def _init_gated(key: Key, size: int, wide: int) -> Params:
+    gate_key, down_key = jax.random.split(key)
+    return {
+        "output_norm": _init_norm(wide),
+        "gate": layers.init_dense(gate_key, size, wide),
+        "down": layers.init_dense(down_key, wide, size),
+    }
+
+
+def _finish_gated(
+    params: Params, x: jax.Array, y: jax.Array, hidden: jax.Array, drop: Any, dtype: str
+) -> jax.Array:
+    dense = partial(layers.dense, dtype=dtype)
+    normalised = layers.layer_norm(hidden, **params["output_norm"])
+    product = normalised * jax.nn.silu(dense(y, **params["gate"]))
+    return x + drop(dense(product, **params["down"]), 0)
+
+
+BLOCKS: dict[str, Block | None] = {
+    "none": None,
+    "mlp": Block(lambda size, wide: size, _init_mlp, _finish_mlp),
+    "gated": Block(lambda size, wide: wide, _init_gated, _finish_gated),
+}
+
+
+def _drop(key: Key | None, rate: float, outputs: jax.Array, index: int) -> jax.Array:
+    """Returns outputs after dropout with the key of the index-th addition of a block."""
+    return layers.dropout(None if key is None else jax.random.fold_in(key, index), outputs, rate)
+
+
+def _init_norm(size: int) -> Params:
+    return {"scale": jnp.ones(size), "bias": jnp.zeros(size)}
+
+
+def _wide(config: StackConfig) -> int:
+    return max(1, round(config.expansion * config.recurrence.hidden_size))
+
+
+def _one_layer(config: StackConfig) -> RecurrenceConfig:
+    """Returns the config of the recurrence of one block."""
+    block, size = BLOCKS[config.block], config.recurrence.hidden_size
+    assert block is not None
+    size = block.cell_size(size, _wide(config))
+    return dataclasses.replace(config.recurrence, num_layers=1, hidden_size=size, dropout=0.0)
+
+
+def _names(config: StackConfig) -> list[str]:
+    return [f"blocks_{index}" for index in range(config.recurrence.num_layers)]
