@@ -175,11 +175,40 @@ def test_a_decoder_of_blocks_streams_as_in_training(cell, mode, block, key):
         np.testing.assert_allclose(chunk.arm, expected.arm[:, -1], atol=3e-6)
 
 
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_gate_span_spreads_the_gates_of_every_layer_differently(block, key):
+    config = make_config(block, "lstm")
+    plain, spread = (
+        residual_blocks.init(key, each, D)
+        for each in (config, dataclasses.replace(config, gate_span=50))
+    )
+    path = "input_bias"
+    biases = {
+        jax.tree_util.keystr(where): leaf
+        for where, leaf in jax.tree_util.tree_leaves_with_path(spread)
+        if path in jax.tree_util.keystr(where)
+    }
+    first, second = biases.values()
+    gates = [np.split(np.asarray(leaf), 4) for leaf in (first, second)]
+    for i, f, _, _ in gates:
+        np.testing.assert_array_equal(i, -f)
+        assert ((f >= 0) & (f < np.log(49))).all()
+    assert not np.allclose(gates[0][1], gates[1][1])
+    same = jax.tree.map(np.array_equal, plain, spread)
+    changed = [
+        jax.tree_util.keystr(where)
+        for where, equal in jax.tree_util.tree_leaves_with_path(same)
+        if not equal
+    ]
+    assert changed == list(biases)
+
+
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
         ({"block": "mpl"}, "unknown block 'mpl'; .* Did you mean 'mlp'"),
         ({"expansion": 0.0}, "expansion must be above 0, got 0.0"),
+        ({"gate_span": 2}, "gate_span must be above 2 steps, or 0 for none, got 2"),
         (
             {"block": "mlp", "recurrence": RecurrenceConfig(bidirectional=True)},
             "bidirectional must be False with block 'mlp'",

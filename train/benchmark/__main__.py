@@ -33,7 +33,7 @@ from vla_jax.runs import save_json
 from vla_jax.training.malloc import keep_freed_memory
 
 Case = Literal[
-    "recurrence", "head", "streaming", "growth", "products",
+    "recurrence", "head", "streaming", "growth", "products", "cells",
     "backbone", "memory", "start", "checkpoints", "loader",
 ]  # fmt: skip
 CASES: tuple[Case, ...] = get_args(Case)

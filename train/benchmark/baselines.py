@@ -72,7 +72,9 @@ def recurrent_bytes(params: Params, num_steps: int, *, hoisted: bool = True) -> 
       hoisted: True if the input kernels are read once for all steps, False if at each step.
     """
     layers = [layer["forward"] for layer in params.values()]
-    recurrent = sum(layer["recurrent_kernel"].size for layer in layers)
+    recurrent = sum(
+        layer["recurrent_kernel"].size for layer in layers if "recurrent_kernel" in layer
+    )
     inputs = sum(layer["input_kernel"].size for layer in layers)
     return FLOAT_BYTES * (num_steps * recurrent + (1 if hoisted else num_steps) * inputs)
 

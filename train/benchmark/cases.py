@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from train.benchmark import baselines, jax_runs, vlm_runs
+from train.benchmark import baselines, cell_runs, jax_runs, vlm_runs
 from train.benchmark.timing import Comparison
 from train.configs import ImitateConfig, table_lstm
 from vla_jax.acting.agent import AgentConfig
@@ -33,6 +33,7 @@ class BenchmarkSizes(NamedTuple):
     windows: tuple[int, ...]  # W of case streaming
     num_robots: tuple[int, ...]  # B of case streaming
     products: tuple[tuple[int, ...], tuple[int, ...]]  # all H and all B of case products
+    cells: tuple[int, int, int]  # H, B and T of case cells
     long_sequences: tuple[tuple[int, int], ...]  # (B, T) of case memory
     growth: dict[str, tuple[int, ...]]  # axis -> its sizes; the other axes are as in case head
     num_starts: int  # processes of case start with a cold cache, and as many with a warm one
@@ -50,6 +51,7 @@ LARGE = BenchmarkSizes(
     windows=(8, 16, 32),
     num_robots=(1, 8),
     products=((128, 256, 512, 1024), (1, 5, 8, 16, 32, 64, 128)),
+    cells=(256, 32, 64),
     long_sequences=((16, 16), (16, 64), (16, 256), (64, 256)),
     growth={
         "W": (6, 12, 24, 48, 96),
@@ -90,6 +92,7 @@ SMALL = BenchmarkSizes(
     windows=(2,),
     num_robots=(2,),
     products=((8,), (2, 8)),
+    cells=(4, 2, 5),
     long_sequences=((2, 64),),
     growth={"W": (3, 6)},
     num_starts=1,
@@ -229,5 +232,6 @@ COMPARISONS: dict[str, Callable[[BenchmarkSizes], Iterator[Comparison]]] = {
     "streaming": streams,
     "growth": growth,
     "products": products,
+    "cells": lambda sizes: cell_runs.cells(*sizes.cells),
     "backbone": lambda sizes: vlm_runs.backbones(sizes.backbone, sizes.num_frames),
 }

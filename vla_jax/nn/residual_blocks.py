@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 from vla_jax.config import checked, did_you_mean
 from vla_jax.nn import bptt, layers, matmul, recurrence
+from vla_jax.nn.chrono import spread_gates
 from vla_jax.nn.recurrence import Carry, RecurrenceConfig
 from vla_jax.types import Array, Key, Params
 
@@ -36,19 +37,30 @@ _Advance = Callable[[Params, Carry, jax.Array], tuple[Carry, jax.Array]]
 @dataclasses.dataclass(frozen=True)
 @checked()
 class StackConfig:
-    """A recurrence whose layers may be residual blocks."""
+    """A recurrence whose layers may be residual blocks.
+
+    `gate_span` is chrono initialisation: the units of every cell start with time constants between
+    2 and `gate_span` steps (`cells.time_constants`); a cell without such gates keeps its params.
+    """
 
     recurrence: RecurrenceConfig = RecurrenceConfig()  # the cells; hidden_size is the width H
     block: BlockName = (
         "none"  # around every layer: none, mlp (MLP after the cell), gated (wide cell)
     )
     expansion: float = 2.0  # width of a block's MLP or wide cell, as a multiple of H
+    gate_span: int = (
+        0  # longest time constant of the gates at the start, steps; 0 = as the cell does
+    )
 
     def __post_init__(self):
         if self.block not in BLOCKS:
             raise ValueError(f"unknown block '{self.block}'; {did_you_mean(self.block, BLOCKS)}")
         if not self.expansion > 0:
             raise ValueError(f"expansion must be above 0, got {self.expansion}.")
+        if self.gate_span < 0 or self.gate_span in (1, 2):
+            raise ValueError(
+                f"gate_span must be above 2 steps, or 0 for none, got {self.gate_span}."
+            )
         if BLOCKS[self.block] is not None:
             for name in ("bidirectional", "residual"):
                 if getattr(self.recurrence, name):
@@ -80,7 +92,7 @@ def init(key: Key, config: StackConfig, input_size: int) -> Params:
     """
     block = BLOCKS[config.block]
     if block is None:
-        return recurrence.init(key, config.recurrence, input_size)
+        return _init_cells(key, config.recurrence, input_size, config.gate_span)
     size, wide = config.recurrence.hidden_size, _wide(config)
     input_key, *keys = jax.random.split(key, 1 + config.recurrence.num_layers)
     params = {"input": layers.init_dense(input_key, input_size, size)}
@@ -88,7 +100,7 @@ def init(key: Key, config: StackConfig, input_size: int) -> Params:
         cell_key, other_key = jax.random.split(block_key)
         params[name] = {
             "norm": _init_norm(size),
-            "recurrence": recurrence.init(cell_key, _one_layer(config), size),
+            "recurrence": _init_cells(cell_key, _one_layer(config), size, config.gate_span),
             **block.init(other_key, size, wide),
         }
     return {**params, "norm": _init_norm(size)}
@@ -258,6 +270,21 @@ BLOCKS: dict[str, Block | None] = {
 def _drop(key: Key | None, rate: float, outputs: jax.Array, index: int) -> jax.Array:
     """Returns outputs after dropout with the key of the index-th addition of a block."""
     return layers.dropout(None if key is None else jax.random.fold_in(key, index), outputs, rate)
+
+
+def _init_cells(key: Key, config: RecurrenceConfig, input_size: int, span: int) -> Params:
+    """Returns params of a recurrence, with chrono initialisation if `span` is not 0."""
+    params = recurrence.init(key, config, input_size)
+    if not span:
+        return params
+    span_keys = jax.random.split(jax.random.fold_in(key, span), config.num_layers)
+    return {
+        name: {
+            direction: spread_gates(layer_key, config.cell, cell_params, span)
+            for direction, cell_params in directions.items()
+        }
+        for layer_key, (name, directions) in zip(span_keys, params.items(), strict=True)
+    }
 
 
 def _init_norm(size: int) -> Params:

@@ -31,6 +31,7 @@ class DecoderFields:
     num_layers: int = 4  # L, layers of the recurrence or transformer; unused by fc
     block: BlockName = "none"  # residual blocks around the recurrent layers: none, mlp, gated
     block_expansion: float = 2.0  # width of a block's MLP or wide cell, as a multiple of H
+    gate_span: int = 0  # longest time constant of recurrent gates at init, steps; 0 = default
     num_heads: int = 8  # M, attention heads of the gpt trunk
     pooling: Pooling = "max"  # how the N tokens of a step are pooled; none concatenates them
     num_latents: int = 1  # vectors per step after pooling, concatenated

@@ -51,7 +51,9 @@ def recurrence_config(config: DecoderFields) -> RecurrenceConfig:
 
 def stack_config(config: DecoderFields) -> StackConfig:
     """Returns the config of the recurrence with its blocks."""
-    return StackConfig(recurrence_config(config), config.block, config.block_expansion)
+    return StackConfig(
+        recurrence_config(config), config.block, config.block_expansion, config.gate_span
+    )
 
 
 def _check(config: DecoderFields) -> None:
