@@ -150,11 +150,12 @@ def demonstrate(simulator, seed: int, noise: float, disturbance: float) -> Episo
     """Plays one episode of the expert; returns None if it failed."""
     observation = simulator.reset(seed)
     rng = np.random.default_rng([seed, 1])  # independent of the layout's random stream
-    observations, actions, burst = [], [], 0
+    observations, actions, masks, burst = [], [], [], 0
     while True:
         action = simulator.expert()
         observations.append(observation)
         actions.append(action)
+        masks.append(getattr(simulator, "is_acting", None))  # an attribute that it may lack
         burst = BURST if rng.uniform() < disturbance else burst - 1
         noisy_action = action.copy()
         noisy_action[:-1] += rng.normal(0, noise, len(action) - 1)
@@ -167,7 +168,8 @@ def demonstrate(simulator, seed: int, noise: float, disturbance: float) -> Episo
     if not step.success:
         return None
     stacked = {name: np.stack([o[name] for o in observations]) for name in observations[0]}
-    return Episode(stacked, np.stack(actions), simulator.instruction)
+    mask = None if masks[0] is None else np.array(masks)
+    return Episode(stacked, np.stack(actions), simulator.instruction, mask)
 
 
 def _successes(
@@ -196,12 +198,10 @@ def _in_parallel(env: Env, config: RecordConfig) -> Generator[Episode | None, No
             collect(env, jax.random.key(number), chunk, noise=config.noise)
         )
         for index in range(min(chunk, config.num_episodes - number * chunk)):
-            yield _episode(env.instructions, demonstrations, index)
+            yield _episode(env, demonstrations, index)
 
 
-def _episode(
-    instructions: tuple[str, ...], demonstrations: Demonstrations, index: int
-) -> Episode | None:
+def _episode(env: Env, demonstrations: Demonstrations, index: int) -> Episode | None:
     if not demonstrations.success[index]:
         return None
     steps = slice(int(demonstrations.length[index]))
@@ -209,7 +209,8 @@ def _episode(
     return Episode(
         {name: column[index, steps] for name, column in columns.items() if column is not None},
         np.asarray(demonstrations.action[index, steps]),
-        instructions[int(demonstrations.instruction[index])],
+        env.instructions[int(demonstrations.instruction[index])],
+        np.asarray(demonstrations.is_acting[index, steps]) if env.is_acting else None,
     )
 
 

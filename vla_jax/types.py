@@ -172,7 +172,11 @@ class SimulatorStep(NamedTuple):
 
 
 class Simulator(Protocol):
-    """A stateful Python environment, one instance per stream of episodes (see also `Env`)."""
+    """A stateful Python environment, one instance per stream of episodes (see also `Env`).
+
+    If the robot only watches at times, there is a further attribute `is_acting`: a bool, set by
+    `reset` and `step`, False where the next action has no effect. Recordings mask such actions.
+    """
 
     instruction: str  # instruction of this episode, set by `reset`
     task: str  # name of the task, for results per task, set by `reset`

@@ -49,6 +49,8 @@ class Episode(NamedTuple):
     observation: Mapping[str, np.ndarray]  # field name of Observation -> [T, ...], images uint8
     action: np.ndarray  # [T, A] float32, gripper (last) +1 open / -1 closed
     instruction: str  # task as a sentence
+    # [T] bool, False where the robot only watches, so that there is no action; None = all True
+    action_mask: np.ndarray | None = None
 
 
 class Dataset(NamedTuple):
@@ -98,6 +100,9 @@ def from_episodes(
     fields = episodes[0].observation.keys()
     columns = {name: _stack(episodes, name) for name in fields if name in COLUMNS}
     columns["action"] = np.concatenate([e.action for e in episodes]).astype(np.float32)
+    masks = [e.action_mask for e in episodes if e.action_mask is not None]
+    if masks:
+        columns[ACTION_MASK] = np.concatenate(masks).astype(np.float32)[:, None]
     keep = finite_episodes(columns, ends, on_bad=on_bad)
     rows = episode_rows(ends, keep)
     columns = {name: column[rows] for name, column in columns.items()}
@@ -179,7 +184,7 @@ def check_episode(episode: Episode, index: int, *, like: Episode) -> None:
             f"got {sorted(steps)}; record every episode with the same sensors."
         )
     for name, value in steps.items():
-        if name not in COLUMNS and not is_camera(name):
+        if name in episode.observation and name not in COLUMNS and not is_camera(name):
             raise ValueError(
                 f"observation field must be one of {COLUMNS[:2]} or image_<camera>, got {name!r} "
                 f"in episode {index}; rename it."
@@ -260,7 +265,8 @@ def digest(*parts: object) -> str:
 
 
 def _fields(episode: Episode) -> dict[str, np.ndarray]:
-    return {**episode.observation, "action": episode.action}
+    fields = {**episode.observation, "action": episode.action}
+    return fields if episode.action_mask is None else {**fields, ACTION_MASK: episode.action_mask}
 
 
 def _stack(episodes: Sequence[Episode], name: str) -> np.ndarray:

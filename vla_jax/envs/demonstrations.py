@@ -18,6 +18,7 @@ class Demonstrations(NamedTuple):
     instruction: Array  # [num_episodes] int32 into `env.instructions`
     length: Array  # [num_episodes] int32, steps
     success: Array  # [num_episodes] bool
+    is_acting: Array  # [num_episodes, T] bool, False where the robot only watches
 
 
 @functools.partial(jax.jit, static_argnames=("env", "num_episodes"))
@@ -43,27 +44,29 @@ def collect(env: Env, key: Key, num_episodes: int, *, noise: float = 0.25) -> De
     """
     if env.expert is None:
         raise ValueError("env must have an expert to demonstrate, got None; choose another world.")
-    expert = env.expert
+    expert, is_acting = env.expert, env.is_acting or (lambda state: jnp.ones((), bool))
     reset_key, noise_key = jax.random.split(key)
     state, observation = jax.vmap(env.reset)(jax.random.split(reset_key, num_episodes))
 
     def step(carry, step_key):
         state, observation, alive = carry
-        action = jax.vmap(expert)(state)
+        action, acts = jax.vmap(expert)(state), jax.vmap(is_acting)(state)
         jitter = noise * jax.random.normal(step_key, action.shape)
         executed = action + jitter.at[:, -1].set(0)  # the gripper command has no noise
         state, transition = jax.vmap(env.step)(state, executed)
-        recorded = observation, action, alive, alive & transition.success
+        recorded = observation, action, alive, alive & transition.success, acts
         still_alive = alive & ~(transition.terminated | transition.truncated)
         return (state, transition.observation, still_alive), recorded
 
     carry = (state, observation, jnp.ones(num_episodes, bool))
     _, recorded = jax.lax.scan(step, carry, jax.random.split(noise_key, env.max_steps))
-    observation, action, alive, success = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), recorded)
+    recorded = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), recorded)
+    observation, action, alive, success, acts = recorded
     return Demonstrations(
         observation=observation,
         action=action,
         instruction=jnp.asarray(jax.vmap(env.instruction_index)(state)),
         length=alive.sum(axis=1),
         success=jnp.any(success, axis=1),
+        is_acting=acts,
     )

@@ -21,6 +21,8 @@ class EnvSimulator:
         self._observation: Any = None
         self._reset, self._step = jax.jit(env.reset), jax.jit(env.step)
         self._expert = jax.jit(env.expert) if env.expert else None
+        self._is_acting = jax.jit(env.is_acting) if env.is_acting else None
+        self.is_acting: bool | None = None  # None = the robot always acts
         self.max_steps = env.max_steps
         self.success_rule: SuccessRule = env.success_rule
         self.instruction, self.task = "", ""
@@ -30,11 +32,13 @@ class EnvSimulator:
         self._state, observation = self._reset(jax.random.key(seed))
         index = int(self._env.instruction_index(self._state))
         self.instruction, self.task = self._env.instructions[index], self._env.tasks[index]
+        self._note_acting()
         return self._observe(observation)
 
     def step(self, action: np.ndarray) -> SimulatorStep:
         """Applies `action [A]`."""
         self._state, transition = self._step(self._state, jnp.asarray(action, jnp.float32))
+        self._note_acting()
         return SimulatorStep(
             observation=self._observe(transition.observation),
             reward=float(transition.reward),
@@ -64,6 +68,10 @@ class EnvSimulator:
 
     def close(self) -> None:
         """Does nothing: there is nothing to free."""
+
+    def _note_acting(self) -> None:
+        if self._is_acting is not None:
+            self.is_acting = bool(self._is_acting(self._state))
 
     def _observe(self, observation) -> Mapping[str, np.ndarray]:
         parts = {name: part for name, part in observation._asdict().items() if part is not None}

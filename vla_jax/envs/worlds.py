@@ -9,6 +9,7 @@ import numpy as np
 
 from vla_jax.config import checked, did_you_mean
 from vla_jax.envs import gymnasium
+from vla_jax.envs.memory_table import jax_memory, memory_env, memory_state
 from vla_jax.envs.table import jax_env, jax_simulator, mujoco_env, references, rules
 from vla_jax.types import Env, Simulator, SuccessRule
 
@@ -62,7 +63,20 @@ def random_action(simulator: Any, seed: int, step: int) -> np.ndarray:
     return np.random.default_rng([seed, step, 2]).uniform(-1, 1, simulator.action_dim)
 
 
+def expert_action(simulator: Any, seed: int, step: int) -> np.ndarray:
+    """Returns the action `[A]` of the demonstrator.
+
+    Args:
+      simulator: a simulator with an expert.
+      seed: of the episode, not used.
+      step: environment steps since the start of the episode, not used.
+    """
+    del seed, step
+    return simulator.expert()
+
+
 _TABLE_REFERENCES: Mapping[str, Reference] = {**references.REFERENCES, "random": random_action}
+_MEMORY_REFERENCES: Mapping[str, Reference] = {"expert": expert_action, "random": random_action}
 WORLDS: dict[str, SimulatedWorld] = {
     "table_mujoco": SimulatedWorld(
         config=mujoco_env.MujocoTableConfig,
@@ -77,6 +91,14 @@ WORLDS: dict[str, SimulatedWorld] = {
         draws_observation=True,
         references=_TABLE_REFERENCES,
         names=rules.NAMES,
+    ),
+    "memory_jax": SimulatedWorld(
+        config=memory_env.JaxMemoryConfig,
+        make_simulator=jax_memory.JaxMemory,
+        make_env=memory_env.make,
+        draws_observation=True,
+        references=_MEMORY_REFERENCES,
+        names=memory_state.NAMES,
     ),
     "gymnasium": SimulatedWorld(
         config=GymnasiumConfig,

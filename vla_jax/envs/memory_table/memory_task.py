@@ -103,6 +103,7 @@ class MemoryTask(NamedTuple):
     updates: int = 1  # default
     has_delay: bool = True  # whether the shown part is followed by a delay
     has_blocks: bool = True  # whether the blocks are on the table
+    has_dots: bool = False  # whether there are dots on the table
     uses_gripper: bool = False  # whether gripper commands count; otherwise it is closed
     hand_over_button: bool = False  # whether the hand starts above the button and stays there
 

@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from vla_jax.envs.memory_table import lit_blocks, memory_task, motions
+from vla_jax.envs.memory_table.dots import NUM_DOTS, dots
 from vla_jax.envs.memory_table.memory_task import (
     Contacts,
     Cue,
@@ -21,11 +22,9 @@ from vla_jax.envs.memory_table.memory_task import (
 from vla_jax.envs.table import rules
 from vla_jax.types import Key
 
-DOT_SPACING = 0.09  # m between neighbouring dots
 DOT_DISTANCE = 0.02  # m from a dot within which the tool visits it
 _LOW = 0.06  # m, height of the tool below which it visits dots
 _MARKER_STEPS = 4  # steps for which the marker stays over a dot
-NUM_DOTS = 9  # in a square of 3 × 3
 
 
 # sequence ---------------------------------------------------------------------------------------
@@ -65,12 +64,6 @@ def _sequence_chance(config: Any) -> float:
 
 
 # path -------------------------------------------------------------------------------------------
-
-
-def dots() -> np.ndarray:
-    """Returns the places of the dots `[9, 2]`, metres from the table's centre."""
-    rows = (np.arange(3) - 1) * DOT_SPACING
-    return np.stack(np.meshgrid(rows, rows, indexing="ij"), axis=-1).reshape(NUM_DOTS, 2)
 
 
 @functools.cache
@@ -157,5 +150,6 @@ PATH = MemoryTask(
     chance=lambda config: 1 / len(paths(memory_task.items(PATH, config))),
     items=4,
     has_blocks=False,
+    has_dots=True,
 )
 MEMBERS = {"sequence": SEQUENCE, "path": PATH}

@@ -1,4 +1,4 @@
-"""Ray-cast images of the JAX table: boxes, plate and table, from two cameras.
+"""Ray-cast images of the JAX table: boxes, cylinders, plate and table, from two cameras.
 
 The camera poses are those of the MuJoCo table (`scene`). Soft shadows, cast straight down, show
 the height of the hand. Everything is computed on planes `[h, w]`, which XLA fuses into one
@@ -16,7 +16,7 @@ from jax import Array
 from vla_jax.actions.rotations import euler_to_matrix
 from vla_jax.envs.table import rules
 
-_COLOURS = ((0.95, 0.20, 0.20), (0.16, 0.74, 0.28), (0.20, 0.40, 0.96), (0.98, 0.85, 0.13))
+BLOCK_COLOURS = ((0.95, 0.20, 0.20), (0.16, 0.74, 0.28), (0.20, 0.40, 0.96), (0.98, 0.85, 0.13))
 _WOOD, _FLOOR, _PLATE, _RIM = (0.80, 0.70, 0.59), (0.86, 0.88, 0.91), (0.98,) * 3, (0.84,) * 3
 _FINGER_SHADE, _PALM_SHADE, _WRIST_SHADE = (0.20, 0.20, 0.22), (0.35, 0.36, 0.40), (0.88, 0.88, 0.9)
 _LIGHT = (0.35, -0.25, 0.90)  # direction towards the light
@@ -35,6 +35,15 @@ class _Boxes(NamedTuple):
     colour: Array  # [M, 3] in [0, 1]
 
 
+class Cylinders(NamedTuple):
+    """Further objects of a scene: upright cylinders, which cast no shadows."""
+
+    centre: Array  # [n, 3] m, of the bottom
+    radius: Array  # [n] m
+    height: Array  # [n] m
+    colour: Array  # [n, 3] in [0, 1]
+
+
 def render(
     tool: Array,
     turns: Array,
@@ -44,6 +53,8 @@ def render(
     plate: Array,
     *,
     image_size: int,
+    block_colours: Array | None = None,
+    cylinders: Cylinders | None = None,
 ) -> tuple[Array, Array]:
     """Returns the images of the camera in front of the table and of the camera on the hand.
 
@@ -55,25 +66,35 @@ def render(
       yaws: angles of the blocks `[4]`, radians.
       plate: centre `[2]`, metres.
       image_size: pixels along each side.
+      block_colours: `[4, 3]` in [0, 1]; None = `BLOCK_COLOURS`.
+      cylinders: further objects; None = none.
 
     Returns:
       image_primary and image_wrist, each `[h, w, 3]` uint8.
     """
     hand = euler_to_matrix(turns)
     boxes = _boxes(tool, hand, opening, blocks, yaws)
+    if block_colours is not None:
+        boxes = boxes._replace(colour=boxes.colour.at[: rules.NUM_BLOCKS].set(block_colours))
     cameras = (
         (jnp.array(_PRIMARY[0]), _rays(_PRIMARY, image_size)),
         (tool + hand @ jnp.array(_WRIST[0]), _turned(hand, _rays(_WRIST, image_size))),
     )
     origins, rays = jax.tree.map(lambda *parts: jnp.stack(parts), *cameras)
-    primary, wrist = jax.vmap(lambda o, r: _look(o, r, boxes, tool, plate))(origins, rays)
+    primary, wrist = jax.vmap(lambda o, r: _look(o, r, boxes, tool, plate, cylinders))(
+        origins, rays
+    )
     return primary, wrist
 
 
-def _look(origin, rays, boxes, tool, plate):
+def _look(origin, rays, boxes, tool, plate, cylinders):
     """Returns the image `[h, w, 3]` uint8 of a camera at `origin`; `rays` are three planes."""
     image = _ground(origin, rays, boxes, tool, plate)
     image, _ = jax.lax.scan(lambda i, box: (_draw(i, origin, rays, box), None), image, boxes)
+    if cylinders is not None:
+        image, _ = jax.lax.scan(
+            lambda i, each: (_draw_cylinder(i, origin, rays, each), None), image, cylinders
+        )
     return jnp.round(255 * jnp.clip(jnp.stack(image[1:], axis=-1), 0, 1)).astype(jnp.uint8)
 
 
@@ -108,7 +129,7 @@ def _boxes(tool, hand, opening, blocks, yaws) -> _Boxes:
     hands = jnp.broadcast_to(hand, (len(parts), 3, 3))
     halves = [rules.BLOCK_HALF_SIZE] * rules.NUM_BLOCKS
     halves += [finger, finger, rules.PALM_HALF_SIZE, (0.030, 0.030, 0.060)]
-    shades = (*_COLOURS, _FINGER_SHADE, _FINGER_SHADE, _PALM_SHADE, _WRIST_SHADE)
+    shades = (*BLOCK_COLOURS, _FINGER_SHADE, _FINGER_SHADE, _PALM_SHADE, _WRIST_SHADE)
     return _Boxes(
         centre=jnp.concatenate([blocks, tool[None] + parts @ hand.T]),
         rotation=jnp.concatenate([euler_to_matrix(block_angles), hands]),
@@ -147,7 +168,6 @@ def _shadow(squared_distance, radius, height):
 
 def _draw(image, origin, rays, box):
     """Returns the image with a box drawn where it is nearer than the depth so far."""
-    depth, *planes = image
     start, lamp = (origin - box.centre) @ box.rotation, jnp.array(_LIGHT) @ box.rotation
     enter, leave, side = 0.0, jnp.inf, 0.0
     for i, direction in enumerate(_turned(box.rotation.T, rays)):
@@ -156,7 +176,40 @@ def _draw(image, origin, rays, box):
         side = jnp.where(middle - reach > enter, -lamp[i] * jnp.sign(inverse), side)
         enter = jnp.maximum(enter, middle - reach)
         leave = jnp.minimum(leave, middle + reach)
+    return _paint(image, enter, leave, side, box.colour)
+
+
+def _draw_cylinder(image, origin, rays, cylinder):
+    """Returns the image with an upright cylinder drawn where it is nearer than the depth so far."""
+    x, y, z = origin - cylinder.centre
+    dx, dy, dz = rays
+    # (x + t·dx)² + (y + t·dy)² = r², a quadratic equation in t
+    square = jnp.maximum(dx**2 + dy**2, 1e-9)
+    middle = -(x * dx + y * dy) / square
+    root = middle**2 - (x**2 + y**2 - cylinder.radius**2) / square
+    reach = jnp.sqrt(jnp.maximum(root, 0))
+    inverse = 1 / jnp.where(jnp.abs(dz) < 1e-6, 1e-6, dz)
+    half = cylinder.height / 2
+    from_top = (half - z) * inverse - half * jnp.abs(inverse)
+    enter = jnp.maximum(middle - reach, from_top)
+    leave = jnp.minimum(middle + reach, (half - z) * inverse + half * jnp.abs(inverse))
+    round_side = ((x + enter * dx) * _LIGHT[0] + (y + enter * dy) * _LIGHT[1]) / cylinder.radius
+    side = jnp.where(from_top >= enter, -_LIGHT[2] * jnp.sign(inverse), round_side)
+    return _paint(image, enter, jnp.where(root > 0, leave, -jnp.inf), side, cylinder.colour)
+
+
+def _paint(image, enter, leave, side, colour):
+    """Returns the image with an object where its surface is nearer than the depth so far.
+
+    Args:
+      image: depth and colour, four planes `[h, w]`.
+      enter: depth at which rays enter the object `[h, w]`.
+      leave: depth at which they leave it `[h, w]`; those below `enter` miss it.
+      side: cosine of the angle between the surface and the light `[h, w]`.
+      colour: of the object `[3]`.
+    """
+    depth, *planes = image
     visible = (enter < leave) & (enter > 0) & (enter < depth)
     light = _AMBIENT + (1 - _AMBIENT) * jnp.maximum(side, 0)
-    planes = (jnp.where(visible, light * c, p) for c, p in zip(box.colour, planes, strict=True))
+    planes = (jnp.where(visible, light * c, p) for c, p in zip(colour, planes, strict=True))
     return jnp.where(visible, enter, depth), *planes

@@ -19,4 +19,6 @@ FEATURE_KEYS = {  # field -> the feature's key on disk
     "proprio": "observation.state",
     "environment_state": "observation.environment_state",
     "action": "action",
+    # lerobot takes every key that begins with "action" for an action of the robot
+    "action_mask": "is_acting",
 }

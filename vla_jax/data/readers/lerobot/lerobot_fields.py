@@ -21,6 +21,7 @@ KEYS = {  # field -> keys that hold it, the first one that exists is used
     "proprio": ("observation.state", "state", "observation.proprio"),
     "environment_state": ("observation.environment_state",),
     "action": ("action", "actions"),
+    "action_mask": ("is_acting",),
 }
 
 

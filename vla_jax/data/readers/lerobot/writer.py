@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from vla_jax import folder_lock
-from vla_jax.data.dataset import CAMERAS, COLUMNS, Episode, check_episode
+from vla_jax.data.dataset import ACTION_MASK, CAMERAS, COLUMNS, Episode, check_episode
 from vla_jax.data.raw import Feature
 from vla_jax.data.readers.lerobot import layout, shards, stats
 from vla_jax.data.readers.lerobot.episode_rows import (
@@ -195,11 +195,14 @@ def _images(episode: Episode) -> dict[str, np.ndarray]:
 def _numbers(episode: Episode) -> dict[str, np.ndarray]:
     """Returns key on disk -> Parquet column of one episode."""
     numbers = {**episode.observation, "action": episode.action}
-    return {
+    columns = {
         layout.FEATURE_KEYS[name]: np.asarray(numbers[name], np.float32)
         for name in COLUMNS
         if name in numbers
     }
+    if episode.action_mask is not None:
+        columns[layout.FEATURE_KEYS[ACTION_MASK]] = np.asarray(episode.action_mask, bool)[:, None]
+    return columns
 
 
 def _features(
@@ -210,7 +213,7 @@ def _features(
     names = {"action": (*arm, "gripper"), **names}
     labels = {layout.FEATURE_KEYS[name]: tuple(value) for name, value in names.items()}
     columns = {
-        key: Feature("float32", column.shape[1:], labels.get(key, ()))
+        key: Feature(str(column.dtype), column.shape[1:], labels.get(key, ()))
         for key, column in _numbers(first).items()
     }
     images = {key: Feature("uint8", value.shape[1:]) for key, value in _images(first).items()}
