@@ -9,7 +9,7 @@ import numpy as np
 
 from vla_jax.config import checked, did_you_mean
 from vla_jax.envs import gymnasium
-from vla_jax.envs.memory_table import jax_memory, memory_env, memory_state
+from vla_jax.envs.memory_table import jax_memory, memory_env, memory_state, mujoco_memory
 from vla_jax.envs.table import jax_env, jax_simulator, mujoco_env, references, rules
 from vla_jax.types import Env, Simulator, SuccessRule
 
@@ -91,6 +91,12 @@ WORLDS: dict[str, SimulatedWorld] = {
         draws_observation=True,
         references=_TABLE_REFERENCES,
         names=rules.NAMES,
+    ),
+    "memory_mujoco": SimulatedWorld(
+        config=mujoco_memory.MujocoMemoryConfig,
+        make_simulator=mujoco_memory.MemoryMujoco,
+        references=_MEMORY_REFERENCES,
+        names=memory_state.NAMES,
     ),
     "memory_jax": SimulatedWorld(
         config=memory_env.JaxMemoryConfig,

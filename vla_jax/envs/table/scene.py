@@ -92,8 +92,12 @@ def _block(colour: str, rgba: str) -> str:
     </body>"""
 
 
-def mjcf() -> str:
-    """Returns the scene's XML, for `mujoco.MjModel.from_xml_string`."""
+def mjcf(further: str = "") -> str:
+    """Returns the scene's XML, for `mujoco.MjModel.from_xml_string`.
+
+    Args:
+      further: MJCF of further bodies.
+    """
     x, y, _ = TABLE_CENTRE
     (eye, right, up), half = rules.PRIMARY_CAMERA, rules.TABLE_HALF_SIZE
     arm_servos = "".join(
@@ -146,7 +150,7 @@ def mjcf() -> str:
     </body>
     <body name="base"><geom class="arm" type="cylinder" pos="0 0 0.04" size="0.09 0.04"
       rgba="0.55 0.57 0.62 1"/>{_arm()}</body>
-    {blocks}
+    {blocks}{further}
   </worldbody>
   <contact>
     <exclude body1="left_finger" body2="right_finger"/>
