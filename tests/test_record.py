@@ -9,10 +9,14 @@ import pytest
 
 from train import record as module
 from train.record import RecordConfig, record
-from vla_jax.data.dataset import episode_instructions
+from vla_jax.data.dataset import episode_instructions, episode_starts
+from vla_jax.data.instruction_table import instruction_table
 from vla_jax.data.readers.dataset_config import DatasetConfig
 from vla_jax.data.readers.reader import read_dataset
+from vla_jax.data.windows import WindowConfig, cut
 from vla_jax.envs.demonstrations import collect
+from vla_jax.envs.memory_table.memory_env import JaxMemoryConfig
+from vla_jax.envs.memory_table.mujoco_memory import MujocoMemoryConfig
 from vla_jax.envs.table import jax_env, mujoco_env
 
 TWIN = jax_env.JaxTableConfig(image_size=0, max_steps=20)
@@ -155,3 +159,28 @@ def test_an_existing_data_set_is_replaced_only_with_overwrite(tmp_path):
 def test_invalid_numbers_are_refused(fields, sentence):
     with pytest.raises(ValueError, match=sentence):
         RecordConfig(**fields)
+
+
+@pytest.mark.parametrize("table", [JaxMemoryConfig, MujocoMemoryConfig])
+def test_actions_of_the_watched_part_of_a_memory_task_are_masked(tmp_path, table):
+    world = table(task="lit", delay=4)
+    config = RecordConfig(str(tmp_path / "demos"), world, num_episodes=3, num_processes=1)
+    record(config)
+    data = read_dataset(DatasetConfig(config.dataset), cameras=())
+    real = data.columns["action_mask"][:, 0] > 0.5
+    starts = episode_starts(data.episode_ends)
+    for start, end in zip(starts, data.episode_ends, strict=True):
+        first = start + np.argmax(real[start:end])
+        assert first - start in range(4 + 3, 4 + 5 + 1)  # a block is lit, then a delay of 3 … 5
+        assert np.all(real[first:end])
+    # windows over the watched part keep their steps, so that the carry runs over them
+    windows = cut(
+        data,
+        WindowConfig(window_size=4, action_horizon=2),
+        0,
+        3,
+        instructions=instruction_table(data, lambda text: np.zeros(1, np.int32)),
+    )
+    assert windows.timestep_mask.all()
+    assert not windows.action_mask.any()
+    assert not windows.action.any()

@@ -24,7 +24,7 @@ _LIT = 0.6  # share of white in the colour of a lit block
 NUM_FIXED = 3 + NUM_CUPS  # cylinders of every task: lamp, button, marker, cups
 # radius and height in m; a dot is a little higher than the plate, which may lie below it
 _SIZES = (
-    (0.035, 0.012),
+    (0.035, 0.050),
     (motions.BUTTON_RADIUS, motions.BUTTON_HEIGHT),
     (0.014, 0.035),
     *[(motions.CUP_RADIUS, motions.CUP_HEIGHT)] * NUM_CUPS,
@@ -81,7 +81,7 @@ def pictures(
       has_dots: whether the task has dots on the table.
     """
     table = state.table
-    absent = jnp.array([FAR, FAR, rules.BLOCK_HALF_SIZE[2]])
+    absent = jnp.array([[FAR, FAR, rules.BLOCK_HALF_SIZE[2]]])
     images = renderer.render(
         table.tool,
         table.turns,

@@ -1,0 +1,163 @@
+"""The MuJoCo memory table: the JAX twin's rules, layouts and cues on contact physics."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from train.record import demonstrate
+from vla_jax.envs.memory_table import memory_env, memory_rules, memory_state, tasks
+from vla_jax.envs.memory_table.memory_env import JaxMemoryConfig
+from vla_jax.envs.memory_table.mujoco_memory import MemoryMujoco, MujocoMemoryConfig
+from vla_jax.envs.table import rules
+
+STAY = np.array([0, 0, 0, 0, 0, 0, -1.0])
+DOWN = np.array([0, 0, -1.0, 0, 0, 0, -1.0])
+
+
+@functools.cache
+def simulator(name, delay=4):
+    return MemoryMujoco(MujocoMemoryConfig(task=name, delay=delay))
+
+
+@functools.cache
+def twin(name, delay=4):
+    return memory_env.make(JaxMemoryConfig(task=name, delay=delay))
+
+
+def field(observation, name):
+    return observation["environment_state"][memory_state.STATE_NAMES.index(name)]
+
+
+def watch(world):
+    """Steps until the robot acts; returns the observations."""
+    seen = []
+    while not world.is_acting:
+        seen.append(world.step(STAY).observation)
+    return seen
+
+
+def play(world, choose):
+    """Plays an episode that has begun; returns its last step."""
+    while True:
+        step = world.step(choose(world))
+        if step.terminated or step.truncated:
+            return step
+
+
+@pytest.mark.parametrize("name", ["lit", "cups"])
+def test_the_same_seed_has_the_same_layout_and_cue_in_both_twins(name):
+    world, env = simulator(name), twin(name)
+    state, expected = jax.jit(env.reset)(jax.random.key(5))
+    got = world.reset(5)
+    np.testing.assert_allclose(
+        got["environment_state"], expected.environment_state, atol=1e-4, rtol=0
+    )
+    np.testing.assert_allclose(got["proprio"][:3], expected.proprio[:3], atol=0.005)
+    index = int(env.instruction_index(state))
+    assert (world.instruction, world.task) == (env.instructions[index], env.tasks[index])
+    assert world.max_steps == env.max_steps
+    step = jax.jit(env.step)
+    for _ in range(8):  # what is shown is the same too
+        state, transition = step(state, STAY)
+        np.testing.assert_allclose(
+            world.step(STAY).observation["environment_state"],
+            transition.observation.environment_state,
+            atol=1e-4,
+            rtol=0,
+        )
+
+
+def test_the_arm_is_held_while_something_is_shown_and_moves_afterwards():
+    world = simulator("lit")
+    first = world.reset(1)
+    assert not world.is_acting
+    while not world.is_acting:
+        still = world.step(DOWN).observation
+        np.testing.assert_array_equal(still["proprio"], first["proprio"])
+    moved = world.step(DOWN).observation
+    assert moved["proprio"][2] < first["proprio"][2] - 0.005
+
+
+@pytest.mark.parametrize("name", ["lit", "cups"])
+def test_two_cues_give_equal_observations_until_the_robot_touches_something(name):
+    world = simulator(name)
+    actions = [*[DOWN * 0.3] * 3, STAY]
+    episodes = []
+    for cue in range(3):
+        start = memory_rules.start(world.config, jax.random.key(2), jax.random.key(cue))
+        world.begin(start)
+        last = watch(world)[-1]
+        episodes.append([last, *[world.step(action).observation for action in actions]])
+    for other in episodes[1:]:
+        for one, two in zip(episodes[0], other, strict=True):
+            jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def test_blocks_below_cups_are_out_of_reach_and_the_first_cup_that_is_touched_counts():
+    world = simulator("cups")
+    world.reset(4)
+    watch(world)
+    step = play(world, lambda world: world.expert())
+    assert step.success
+    assert not any(field(step.observation, f"{colour}.seen") for colour in rules.COLOURS)
+    # the hand stands on a cup of 6 cm, not on the table
+    assert step.observation["proprio"][2] > 0.05
+
+
+def test_the_button_counts_presses():
+    world = simulator("blinks")
+    world.reset(2)
+    assert play(world, lambda world: world.expert()).success
+    world.reset(2)
+    step = play(world, lambda world: STAY if world.is_acting else DOWN)
+    assert (step.success, step.truncated) == (False, True)
+
+
+def test_recorded_episodes_mask_the_watched_steps():
+    world = simulator("lit")
+    episode = demonstrate(world, 0, noise=0.0, disturbance=0.0)
+    assert episode is not None
+    mask = episode.action_mask
+    state = memory_rules.start(world.config, *jax.random.split(jax.random.key(0)))
+    watched = int(state.cue.shown + state.cue.delay)
+    np.testing.assert_array_equal(mask, np.arange(len(mask)) >= watched)
+
+
+@pytest.fixture(scope="module")
+def with_images():
+    try:
+        world = MemoryMujoco(MujocoMemoryConfig(task="lit", image_size=32, delay=2))
+    except RuntimeError as error:
+        pytest.skip(f"no OpenGL here: {error}")
+    yield world
+    world.close()
+
+
+def test_two_cues_give_equal_pictures_and_the_cue_is_visible_before(with_images):
+    episodes = []
+    for cue in range(3):
+        start = memory_rules.start(with_images.config, jax.random.key(2), jax.random.key(cue))
+        with_images.begin(start)
+        episodes.append(watch(with_images))
+    pictures = np.array([[o["image_primary"] for o in episode] for episode in episodes], int)
+    assert np.abs(pictures[0] - pictures[1:]).max() > 20
+    np.testing.assert_array_equal(pictures[1:, -1], np.stack([pictures[0, -1]] * 2))
+    assert with_images.draw(48).shape == (48, 48, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_the_expert_succeeds_in_98_percent(name):
+    world = simulator(name, 16)
+    success = []
+    for seed in range(50):
+        world.reset(seed)
+        success.append(play(world, lambda world: world.expert()).success)
+    assert np.mean(success) >= 0.98
+
+
+def test_an_unknown_task_is_refused():
+    with pytest.raises(ValueError, match="unknown memory task 'lid'"):
+        MujocoMemoryConfig(task="lid")
