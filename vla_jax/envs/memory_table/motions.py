@@ -53,7 +53,15 @@ def touch_cup(state: MemoryState, place: Array) -> Array:
     return reach(state, state.layout.blocks[place], CUP_HEIGHT - _INSIDE)
 
 
-def handle(config: Any, state: MemoryState, task: str, colour: Array, to: Array) -> Array:
+def handle(
+    config: Any,
+    state: MemoryState,
+    task: str,
+    colour: Array,
+    to: Array,
+    *,
+    release_distance: float = expert.RELEASE_DISTANCE,
+) -> Array:
     """Returns the action `[7]` of the table's expert.
 
     Args:
@@ -62,6 +70,7 @@ def handle(config: Any, state: MemoryState, task: str, colour: Array, to: Array)
       task: of `rules.TASKS`.
       colour: `[]`, index of the block.
       to: place `[2]` to which "place" carries it.
+      release_distance: greatest distance from there at which it puts the block down, metres.
     """
     return expert.act(
         quasi_static.environment_state(state.table._replace(plate=to)),
@@ -70,4 +79,5 @@ def handle(config: Any, state: MemoryState, task: str, colour: Array, to: Array)
         colour,
         step_size=config.step_size,
         turn_size=config.turn_size,
+        release_distance=release_distance,
     )

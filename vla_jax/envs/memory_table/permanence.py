@@ -28,6 +28,8 @@ from vla_jax.types import Key
 _UNCOVERED = 4  # steps before the cups come down, or the light goes out
 SWAP_STEPS = 6  # steps in which two cups change places
 RETURN_DISTANCE = 0.03  # m from its first place within which a block counts as put back
+# m from its goal at which the expert puts a block down; it may then lie 1.5 cm further away
+_PUT_DOWN = 0.010
 
 
 # cups and cups_swapped --------------------------------------------------------------------------
@@ -174,7 +176,7 @@ def _carry_there_and_back(config: Any, state: MemoryState) -> Array:
     block = state.cue.colour
     back = _is_time_to_return(config, state)
     goal = jnp.where(back, state.layout.blocks[block], state.table.plate)
-    return motions.handle(config, state, "place", block, goal)
+    return motions.handle(config, state, "place", block, goal, release_distance=_PUT_DOWN)
 
 
 def _return_chance(config: Any) -> float:

@@ -16,7 +16,8 @@ _GRASPED = 0.68  # opening below which the fingers hold a block (35 of 65 mm)
 _TOUCH_AIM = 0.010  # m, horizontal error below which the tool descends to touch
 _AIM = 0.012  # m, horizontal error below which the fingers close
 _AIM_YAW = 0.15  # rad, likewise
-_RELEASE_DISTANCE = 0.02  # m from the plate's centre
+RELEASE_DISTANCE = 0.02  # m from the plate's centre
+_RELEASED = 0.015  # m further away, where a block may lie that was released
 
 
 def act(
@@ -27,6 +28,7 @@ def act(
     *,
     step_size: float,
     turn_size: float,
+    release_distance: float = RELEASE_DISTANCE,
 ) -> Array:
     """Returns the expert's action.
 
@@ -37,6 +39,8 @@ def act(
       target: index of the block's colour, `[]` int32.
       step_size: metres per unit of action.
       turn_size: radians per unit of action.
+      release_distance: greatest distance from the plate's centre at which it puts a block down,
+        metres.
 
     Returns:
       Action `[7]` float32 in [-1, 1], proportional to the remaining motion and clipped.
@@ -49,7 +53,7 @@ def act(
         jnp.where(is_touch, touch, other)
         for touch, other in zip(
             (approach(tool, block[:2], _TOUCH_Z, _TOUCH_AIM), turn, -1.0),
-            _grasp_and_carry(tool, block, turn, proprio[7], plate, task),
+            _grasp_and_carry(tool, block, turn, proprio[7], plate, task, release_distance),
             strict=True,
         )
     )
@@ -57,7 +61,7 @@ def act(
     return jnp.clip(jnp.concatenate([move / step_size, turns, grip[None]]), -1, 1)
 
 
-def _grasp_and_carry(tool, block, turn, opening, plate, task):
+def _grasp_and_carry(tool, block, turn, opening, plate, task, release_distance):
     """Returns translation, rotation and gripper command to grasp, carry or release a block."""
     error = jnp.linalg.norm(block[:2] - tool[:2])
     around = (error < 2 * _AIM) & (tool[2] - block[2] < 0.015)
@@ -65,9 +69,11 @@ def _grasp_and_carry(tool, block, turn, opening, plate, task):
     ready = (error < _AIM) & (jnp.abs(turn) < _AIM_YAW) & (tool[2] < _GRASP_Z + 0.012)
     clearance = jnp.where(jnp.abs(turn) > 2 * _AIM_YAW, _HOVER, 0.0)  # rotate above the block
     reach = approach(tool, block[:2], _GRASP_Z, _AIM, clearance)
-    move = jnp.where(holding, _carry(tool, plate, task), reach)
+    move = jnp.where(holding, _carry(tool, plate, task, release_distance), reach)
     grip = jnp.where(holding | ready | (around & (opening < 0.95)), -1.0, 1.0)
-    leave = _is_on_plate(block, plate) & (task == rules.TASKS.index("place"))
+    leave = _is_on_plate(block, plate, release_distance + _RELEASED) & (
+        task == rules.TASKS.index("place")
+    )
     up = jnp.array([0, 0, 0.5 * _HOVER]) * (opening > 0.9)
     return (
         jnp.where(leave, up, move),
@@ -76,18 +82,18 @@ def _grasp_and_carry(tool, block, turn, opening, plate, task):
     )
 
 
-def _is_on_plate(block, plate):
+def _is_on_plate(block, plate, distance):
     down = block[2] < rules.BLOCK_HALF_SIZE[2] + rules.PLATE_HEIGHT + 0.012
-    return down & (jnp.linalg.norm(plate - block[:2]) < _RELEASE_DISTANCE + 0.015)
+    return down & (jnp.linalg.norm(plate - block[:2]) < distance)
 
 
-def _carry(tool, plate, task):
+def _carry(tool, plate, task, release_distance):
     """Returns the translation: up for `lift`; up, across and down onto the plate for `place`."""
     across = plate - tool[:2]
     distance = jnp.linalg.norm(across)
     # straight up first, to clear the other blocks
-    rise = (tool[2] < _CARRY_Z - 0.045) & (distance > _RELEASE_DISTANCE + 0.02)
-    height = _GRASP_Z + rules.PLATE_HEIGHT + _funnel(distance, _RELEASE_DISTANCE)
+    rise = (tool[2] < _CARRY_Z - 0.045) & (distance > release_distance + 0.02)
+    height = _GRASP_Z + rules.PLATE_HEIGHT + _funnel(distance, release_distance)
     is_lift = task == rules.TASKS.index("lift")
     across = jnp.where(is_lift | rise, 0.0, across)
     height = jnp.where(is_lift, _CARRY_Z, jnp.minimum(height, _CARRY_Z))
