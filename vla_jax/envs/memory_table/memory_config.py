@@ -8,7 +8,13 @@ MAX_COUNT = 8  # greatest number of items, swaps or repetitions
 
 
 @dataclass(frozen=True)
-@checked(delay=(0, 100_000), items=(0, MAX_COUNT), updates=(0, MAX_COUNT))
+@checked(
+    delay=(0, 100_000),
+    items=(0, MAX_COUNT),
+    updates=(0, MAX_COUNT),
+    step_size=(1e-4, 1.0),
+    turn_size=(1e-4, 3.2),
+)
 class MemoryTableConfig:
     """A memory task on a table; both cameras give square images.
 

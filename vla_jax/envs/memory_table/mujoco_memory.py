@@ -136,14 +136,14 @@ class MemoryMujoco:
         """
         action = check_action(action)
         table = jax.device_get(self._state.table)
-        contacts = Contacts(np.zeros(rules.NUM_BLOCKS, bool), np.zeros(NUM_CUPS, bool), np.False_)
+        touched = np.zeros(rules.NUM_BLOCKS + scenery.NUM_FIXED, bool)
         if self.is_acting:
             self._park(table)  # a block that is not on the table falls
             arm, opens = jax.device_get(self._functions.usable_action(action))
             for _ in self._physics.drive(np.asarray(arm, np.float64), bool(opens)):
-                contacts = jax.tree.map(np.logical_or, contacts, self._contacts())
+                touched |= self._touched()
             table = self._read(table)
-        state, judgement, view = self._functions.advance(self._state, table, contacts)
+        state, judgement, view = self._functions.advance(self._state, table, _contacts(touched))
         self._state, judgement = state, jax.device_get(judgement)
         self._park(jax.device_get(state.table))
         return SimulatorStep(
@@ -189,12 +189,13 @@ class MemoryMujoco:
         left, right, _ = self._physics.touched(self._physics.block_geoms)
         return left & right
 
-    def _contacts(self) -> Contacts:
+    def _touched(self) -> np.ndarray:
+        """Returns which blocks, then cylinders, the hand touches now, `[n]` bool."""
         physics = self._physics
-        touched = physics.touched([*physics.block_geoms, *self._geoms[: scenery.NUM_FIXED]])
-        blocks, added = np.split(touched.any(axis=0), [rules.NUM_BLOCKS])
-        pressed = added[_BUTTON] and not self._held().any()
-        return Contacts(blocks, added[_FIRST_CUP:], np.bool_(pressed))
+        geoms = [*physics.block_geoms, *self._geoms[: scenery.NUM_FIXED]]
+        touched = physics.touched(geoms).any(axis=0)
+        touched[rules.NUM_BLOCKS + _BUTTON] &= not self._held().any()
+        return touched
 
     def _show(self, view: _View) -> Mapping[str, np.ndarray]:
         """Moves and colours the objects, and returns the observation."""
@@ -207,12 +208,25 @@ class MemoryMujoco:
         colours[physics.block_geoms, 3] = view.display.seen | self._is_dark
         physics.refresh()
         numbers = view.numbers
-        parts = {"proprio": numbers.proprio, "environment_state": numbers.environment_state}
+        parts = {
+            "proprio": np.asarray(numbers.proprio),
+            "environment_state": np.asarray(numbers.environment_state),
+        }
         if self.config.image_size:
             for camera in ("primary", "wrist"):
                 image = physics.render(camera, self.config.image_size)
                 parts[f"image_{camera}"] = image * (not self._is_dark)
         return parts
+
+
+def _contacts(touched: np.ndarray) -> Contacts:
+    """Returns the contacts of a step in which the hand touched `[n]` blocks and cylinders."""
+    blocks, cylinders = np.split(touched, [rules.NUM_BLOCKS])
+    return Contacts(
+        blocks=jnp.asarray(blocks),
+        cups=jnp.asarray(cylinders[_FIRST_CUP:]),
+        button=jnp.asarray(cylinders[_BUTTON]),
+    )
 
 
 def _mjcf(sizes: np.ndarray) -> str:
