@@ -30,7 +30,15 @@ WINDOW = dataclasses.replace(
     tiny_vlm.CONFIGS["smolvlm"], options=dataclasses.replace(tiny_vlm.OPTIONS, history="window")
 )
 B, T = 2, 7  # T > window_size
-CASES = [(kind, mode) for kind in ("lstm", "gru", "gpt", "fc") for mode in trunks.get(kind).modes]
+CASES = [
+    *(
+        (kind, mode, "none")
+        for kind in ("lstm", "gru", "gpt", "fc")
+        for mode in trunks.get(kind).modes
+    ),
+    ("s_lstm", "refresh", "mlp"),
+    ("rg_lru", "persistent", "gated"),
+]
 # Runs the policy of a folder in a process that cannot import this library.
 SCRIPT = """
 import sys
@@ -56,8 +64,8 @@ np.savez(sys.argv[3], actions=actions, **{f"state/{name}": leaf for name, leaf i
 """
 
 
-def run_of(folder, kind="lstm", mode="refresh"):
-    decoder = dataclasses.replace(tiny_run.DECODER, kind=kind)
+def run_of(folder, kind="lstm", mode="refresh", block="none"):
+    decoder = dataclasses.replace(tiny_run.DECODER, kind=kind, block=block)
     parts = policy.connect(tiny_run.AGENT.policy.backbone, decoder)
     agent = dataclasses.replace(tiny_run.AGENT, policy=parts, mode=mode)
     params = policy.init(jax.random.key(0), parts)
@@ -117,9 +125,9 @@ def exported(run_dir, tmp_path_factory):
     return export_run(run_dir, tmp_path_factory.mktemp("out") / "policy")
 
 
-@pytest.mark.parametrize(("kind", "mode"), CASES)
-def test_an_exported_policy_equals_its_agent_without_the_library(kind, mode, tmp_path):
-    run, folder = run_of(tmp_path, kind, mode), tmp_path / "policy"
+@pytest.mark.parametrize(("kind", "mode", "block"), CASES)
+def test_an_exported_policy_equals_its_agent_without_the_library(kind, mode, block, tmp_path):
+    run, folder = run_of(tmp_path, kind, mode, block), tmp_path / "policy"
     folder.mkdir()
     policy_export.write(folder, run, ExportConfig())
     check_equal(act_elsewhere(folder, inputs(), tmp_path), act(run, inputs()))

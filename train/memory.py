@@ -1,7 +1,7 @@
 """Memory of recurrent cells: every cell on recall, adding, words of permutations, and counting.
 
     python -m train.memory --cells all                       # all cells and tasks: hours
-    python -m train.memory two_tasks                         # adding and recall: minutes
+    python -m train.memory --preset two_tasks                # adding and recall: minutes
     python -m train.memory --cells lstm gru --tasks s3       # some of them
     python -m train.memory --chunk 50 --burn-in 10           # truncated backpropagation
     python -m train.memory --small                           # tiny sizes: seconds, a smoke test
