@@ -222,6 +222,8 @@ def test_a_proxy_of_the_environment_is_not_used_on_this_machine(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
+        ({"url": f"ws://{'x' * 70}:1"}, "url must be ws://HOST:PORT, got 'ws://xxx"),
+        ({"url": "ws://robot:99999"}, "url must be ws://HOST:PORT, got 'ws://robot:99999'"),
         ({"url": "http://robot"}, "url must be ws://HOST:PORT or wss://HOST:PORT, got 'http://rob"),
         ({"session_id": ""}, "session_id must have 1 to 128 characters, got 0"),
         ({"session_id": "x" * 129}, "session_id must have 1 to 128 characters, got 129"),

@@ -17,7 +17,7 @@ NASTY = "<script>alert('x')</script>"
 
 def write_evaluation(folder, *, successes=3, settings=None, task="lift"):
     folder.mkdir(parents=True)
-    outcomes = [Outcome(i, task, "lift it", i < successes, 9, "") for i in range(4)]
+    outcomes = [Outcome(i, task, "lift it", i < successes, 9, "", 0.5, i) for i in range(4)]
     outcomes.append(Outcome(4, task, "", False, 0, "Boom: x"))
     summary = results.summarize(outcomes, latency=Latency(1.25, 2.5))
     data = {
@@ -60,6 +60,7 @@ def test_the_index_shows_numbers_plots_videos_command_and_config(run_dir):
     page = Page(report.write_index(run_dir))
     for words in ("my run", "75.0 %", "3/4", "100.0 %", "4 episodes, 1 crashed", "1.2 ms", NASTY):
         assert words in page.words
+    assert "50.0 % of the actions clipped · 6 numbers far outside the training data" in page.words
     assert "python -m vla_jax.evaluate my run" in page.words
     links = {urllib.parse.unquote(link) for link in page.links}
     assert {"training.png", "success.png", "evaluation/expert/1_lift_success.mp4"} <= links

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vla_jax.acting.agent import Agent
+from vla_jax.acting.agent import Agent, AgentState
 from vla_jax.acting.rollout import Controller, Outcome, run_env, run_simulators
 from vla_jax.envs import simulate
 from vla_jax.envs.table import expert, jax_env, rules
@@ -46,6 +46,10 @@ class Countdown:
 
     def close(self):
         Countdown.closed += 1
+
+
+def empty_state(size):
+    return AgentState(None, None, *jnp.zeros((2, size), jnp.int32), None)
 
 
 @pytest.fixture(autouse=True)
@@ -151,10 +155,11 @@ def make_expert_agent(choose):
             )
 
         parts = (observation.environment_state, observation.proprio, observation.instruction)
-        return jnp.where(reset, 0, state) + 1, jax.vmap(one)(*parts)
+        age = jnp.where(reset, 0, state.age) + 1
+        return state._replace(age=age), jax.vmap(one)(*parts)
 
     return Agent(
-        init=lambda params, batch_size: jnp.zeros(batch_size, jnp.int32),
+        init=lambda params, batch_size: empty_state(batch_size),
         prepare=lambda params, batch_size: params,
         step=step,
     )
@@ -245,11 +250,13 @@ def echo_agent(at_step=-1, value=0.0):
     """Returns an agent whose actions are zeros, but `value` at one step of the odd rows."""
 
     def step(params, state, observation, reset):
-        age = jnp.where(reset, 0, state)
+        age = jnp.where(reset, 0, state.age)
         odd = (jnp.arange(len(age)) % 2 == 1) & (age == at_step)
-        return age + 1, jnp.where(odd[:, None], value, jnp.zeros_like(observation.proprio))
+        # Four numbers of every observation count as clipped.
+        state = state._replace(age=age + 1, num_clipped=4 * (age + 1))
+        return state, jnp.where(odd[:, None], value, jnp.zeros_like(observation.proprio))
 
-    return Agent(lambda params, size: jnp.zeros(size, jnp.int32), lambda params, size: params, step)
+    return Agent(lambda params, size: empty_state(size), lambda params, size: params, step)
 
 
 def run(env, agent, num_episodes=2):
@@ -292,3 +299,16 @@ def test_a_scan_ends_an_episode_whose_action_is_not_finite_and_counts_clipped_on
     clipped = run(passing_env("once"), echo_agent(at_step=1, value=2.0))
     assert clipped.num_clipped.tolist() == [0, 1]
     assert not clipped.refused.any()
+    assert clipped.observations_clipped.tolist() == [16, 16]  # of four steps
+    assert scanned.observations_clipped.tolist() == [16, 16]
+
+
+def test_an_outcome_counts_the_clipped_numbers_of_its_own_observations():
+    def step(state, views, reset):
+        state = np.where(reset, 0, state) + 1
+        return state, np.zeros((len(views), 2))
+
+    controller = Controller(lambda size: np.zeros(size, int), step, lambda state: 3 * state)
+    played = run_simulators(controller, Countdown, range(7), num_simulators=3)
+    for episode in played:
+        assert episode.outcome.observations_clipped == 3 * episode.outcome.num_steps

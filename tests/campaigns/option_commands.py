@@ -83,6 +83,8 @@ COMMANDS = (
     Command("train.benchmark.throughput", "--num-envs 4", "THROUGHPUT", "measure"),
     Command("vla_jax.evaluate", "run --num-episodes 4 --num-videos 0"),
     Command("vla_jax.convert.__main__", "head.safetensors out"),
+    Command("vla_jax.serve", "run --port 0"),
+    Command("vla_jax.export", "run out --platforms cpu"),
     Command("vla_jax.inspect_data", "demos"),
     Command("vla_jax.convert_data", "demos out --num-workers 0"),
 )  # fmt: skip
@@ -207,6 +209,7 @@ def _stops() -> Iterator[None]:
             mock.patch("multiprocessing.process.BaseProcess.start", stop("starts a process")),
             mock.patch("subprocess.Popen.__init__", stop("starts a program")),
             mock.patch("train.demo.run_steps", stop("starts its steps")),
+            mock.patch("vla_jax.serve._warm_up", stop("compiles")),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")

@@ -25,6 +25,9 @@ class Outcome(NamedTuple):
     # share of the actions of which a number of the arm was outside [-1, 1], which simulators clip;
     # None = not known (episodes of version 0.1.0)
     clipped: float | None = None
+    # numbers of proprio and environment state, over all steps, that are so far outside the training
+    # data that normalisation clipped them; None = not known (references, servers, version 0.1.0)
+    observations_clipped: int | None = None
 
 
 class RecordedEpisode(NamedTuple):
@@ -54,6 +57,15 @@ class Controller(NamedTuple):
 
     init: Callable[[int], Any]  # number of simulators -> state
     step: Callable[[Any, list[SimulatorView], np.ndarray], tuple[Any, np.ndarray]]
+    # state -> [B], numbers of each robot's observations clipped since its episode began
+    num_clipped: Callable[[Any], np.ndarray] | None = None
+
+
+class _Sent(NamedTuple):
+    """What a lane receives from the controller."""
+
+    action: np.ndarray  # [A]
+    num_clipped: int | None  # numbers of the observations of this episode; None = not known
 
 
 # (succeeded before this step, success of this step) -> succeeded so far; bools or arrays of them
@@ -105,17 +117,19 @@ def run_simulators(
             batch = [view or filler for view in views]
             reset = np.array([view.step == 0 for view in batch])
             state, actions = controller.step(state, batch, reset)
+            clipped = controller.num_clipped and controller.num_clipped(state)
             for i, lane in enumerate(lanes):
                 if views[i] is not None:
-                    views[i] = yield from _until_view(lane, actions[i])
+                    sent = _Sent(actions[i], None if clipped is None else int(clipped[i]))
+                    views[i] = yield from _until_view(lane, sent)
 
 
 def _until_view(
-    lane: Generator[SimulatorView | RecordedEpisode, Any, None], action: np.ndarray | None
+    lane: Generator[SimulatorView | RecordedEpisode, Any, None], sent: _Sent | None
 ) -> Generator[RecordedEpisode, None, SimulatorView | None]:
-    """Yields the episodes that end with an action; returns the next view, None after the last."""
+    """Yields the episodes that end with what is sent; returns the next view; None = no more."""
     with contextlib.suppress(StopIteration):  # ends after the lane's last episode
-        item = lane.send(action)
+        item = lane.send(sent)
         while isinstance(item, RecordedEpisode):
             yield item
             item = next(lane)
@@ -126,7 +140,7 @@ def _until_view(
 def _lane(
     make_simulator: Callable[[], Simulator], waiting: deque[int], video: Mapping[int, Draw]
 ) -> Generator[SimulatorView | RecordedEpisode, Any, None]:
-    """Runs episodes on one simulator: yields views, receives actions, yields finished episodes."""
+    """Runs episodes on one simulator: yields views, receives `_Sent`, yields finished episodes."""
     simulator = make_simulator()
     try:
         while waiting:
@@ -146,6 +160,7 @@ def _episode(
     simulator: Simulator, seed: int, draw: Draw | None
 ) -> Generator[SimulatorView, Any, RecordedEpisode]:
     video, actions, task, instruction, success, error = [], [], "", "", False, ""
+    clipped: int | None = None
     succeeded = SUCCESS_RULES[simulator.success_rule]
     try:
         observation = simulator.reset(seed)
@@ -153,7 +168,8 @@ def _episode(
         while True:
             if draw:
                 video.append(draw(simulator))
-            action = yield SimulatorView(observation, instruction, len(actions), seed, simulator)
+            view = SimulatorView(observation, instruction, len(actions), seed, simulator)
+            action, clipped = yield view
             check_action(action)
             step = simulator.step(action)
             observation = step.observation
@@ -168,7 +184,7 @@ def _episode(
         error = f"{type(raised).__name__}: {raised}".splitlines()[0]
     sent = np.array(actions)
     outside = float(np.mean(is_outside(sent))) if len(sent) else 0.0
-    outcome = Outcome(seed, task, instruction, success, len(actions), error, outside)
+    outcome = Outcome(seed, task, instruction, success, len(actions), error, outside, clipped)
     return RecordedEpisode(outcome, video, sent)
 
 
@@ -180,13 +196,14 @@ class Episodes(NamedTuple):
     instruction_index: Array  # [B] int32, into `env.instructions`
     refused: Array  # [B] bool, True where an action was not finite, which ended the episode
     num_clipped: Array  # [B] int32, steps at which a number of the arm was outside [-1, 1]
+    observations_clipped: Array  # [B] int32, as in `Outcome`
 
 
 def run_env(agent: Agent, params: Params, env: Env, instructions: Array, keys: Key) -> Episodes:
     """Runs one episode per key, all at once, in a JAX environment; `jit` it.
 
     Args:
-      agent: from `agent.make_agent`.
+      agent: from `agent.make_agent`; its state is an `AgentState`.
       params: of the policy.
       env: the environment.
       instructions: word ids `[num instructions, S]` of `env.instructions`.
@@ -213,12 +230,15 @@ def run_env(agent: Agent, params: Params, env: Env, instructions: Array, keys: K
             num_steps=counted.num_steps + runs,
             refused=counted.refused | refused,
             num_clipped=counted.num_clipped + (runs & is_outside(actions)),
+            observations_clipped=jnp.where(
+                done, counted.observations_clipped, agent_state.num_clipped
+            ),
         )
         done |= refused | transition.terminated | transition.truncated
         return (agent_state, states, transition.observation, done, counted), None
 
     false, zero = jnp.zeros(num_episodes, bool), jnp.zeros(num_episodes, jnp.int32)
-    nothing = Episodes(false, zero, index, false, zero)
+    nothing = Episodes(false, zero, index, false, zero, zero)
     start = (agent.init(params, num_episodes), states, observations, false, nothing)
     (*_, counted), _ = jax.lax.scan(step, start, jnp.arange(env.max_steps))
     return counted

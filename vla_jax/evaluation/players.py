@@ -58,7 +58,8 @@ def make_player(
         state, actions = step(prepare(batch_size), state, observation, reset)
         return state, np.asarray(actions)[: len(views)]
 
-    controller = Controller(functools.partial(agent.init, params), act)
+    init = functools.partial(agent.init, params)
+    controller = Controller(init, act, lambda state: np.asarray(state.num_clipped))
     return Player(controller, functools.partial(_play_env, agent, params, tokenize))
 
 
@@ -95,7 +96,8 @@ def _outcome(env: Env, seed: int, row: Episodes) -> Outcome:
     task, sentence = env.tasks[index], env.instructions[index]
     error = "ValueError: the policy gave an action that is not finite" if row.refused else ""
     clipped = float(row.num_clipped) / max(num_steps, 1)
-    return Outcome(seed, task, sentence, bool(row.success), num_steps, error, clipped)
+    outside = int(row.observations_clipped)
+    return Outcome(seed, task, sentence, bool(row.success), num_steps, error, clipped, outside)
 
 
 def measure_latency(controller: Controller, view: SimulatorView) -> Latency:

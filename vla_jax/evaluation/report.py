@@ -128,6 +128,8 @@ def _counts(evaluation: Evaluation) -> str:
         text += f" · policy step {summary.latency.p50:.1f} ms (p95 {summary.latency.p95:.1f} ms)"
     if summary.clipped:
         text += f" · {results.percent(summary.clipped)} of the actions clipped"
+    if summary.observations_clipped:
+        text += f" · {summary.observations_clipped} numbers far outside the training data"
     if evaluation.success_rule:
         text += f" · success {_RULES[evaluation.success_rule]}"
     return text

@@ -46,6 +46,9 @@ class Summary(NamedTuple):
     # fraction of the actions of which a number was outside [-1, 1], where the environment clips it;
     # None = not known
     clipped: float | None = None
+    # numbers of proprio and environment state, over all episodes, that are so far outside the
+    # training data that normalisation clipped them; None = not known
+    observations_clipped: int | None = None
 
 
 def wilson(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -114,7 +117,16 @@ def summarize(outcomes: Iterable[Outcome], *, latency: Latency | None = None) ->
     names = sorted({outcome.task for outcome in outcomes})
     tasks = {name: _rate([o for o in outcomes if o.task == name]) for name in names}
     mean, interval = _mean([rate for rate in tasks.values() if rate.episodes])
-    return Summary(tasks, _rate(outcomes), mean, interval, latency, _clipped(outcomes))
+    counts = [o.observations_clipped for o in outcomes if o.observations_clipped is not None]
+    return Summary(
+        tasks,
+        _rate(outcomes),
+        mean,
+        interval,
+        latency,
+        clipped=_clipped(outcomes),
+        observations_clipped=sum(counts) if counts else None,
+    )
 
 
 def _clipped(outcomes: Sequence[Outcome]) -> float | None:
@@ -159,6 +171,7 @@ def to_json(summary: Summary) -> dict[str, Any]:
         "task_mean_interval": list(summary.task_mean_interval),
         "latency": summary.latency and summary.latency._asdict(),
         "clipped": summary.clipped,
+        "observations_clipped": summary.observations_clipped,
     }
 
 
@@ -171,7 +184,8 @@ def from_json(data: Mapping[str, Any]) -> Summary:
         task_mean=data["task_mean"],
         task_mean_interval=(low, high),
         latency=Latency(**data["latency"]) if data["latency"] else None,
-        clipped=data.get("clipped"),  # absent in results of version 0.1.0
+        clipped=data.get("clipped"),  # absent in results of version 0.1.0, as is the next one
+        observations_clipped=data.get("observations_clipped"),
     )
 
 
@@ -248,7 +262,9 @@ def _outcome(path: str | os.PathLike[str], number: int, line: Mapping[str, Any])
     for name in types.keys() & line.keys():
         value = line[name]
         # A bool is an int to Python.
-        if not isinstance(value, types[name]) or (types[name] is int and isinstance(value, bool)):
+        if not isinstance(value, types[name]) or (
+            isinstance(value, bool) and types[name] is not bool
+        ):
             wrong.add(name)
     if wrong:
         names = ", ".join(sorted(wrong))

@@ -266,8 +266,12 @@ class Client:
 def _check_url(url: str) -> str:
     """Returns the URL with a scheme."""
     url = url if "://" in url else f"ws://{url}"
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("ws", "wss") or not parts.hostname:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host, _ = (parts.hostname or "").encode("idna"), parts.port
+    except ValueError as error:  # a port, an address or a name that cannot be
+        raise ValueError(f"url must be ws://HOST:PORT, got '{url}' ({error}).") from None
+    if parts.scheme not in ("ws", "wss") or not host:
         raise ValueError(f"url must be ws://HOST:PORT or wss://HOST:PORT, got '{url}'.")
     return url
 
