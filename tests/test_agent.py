@@ -146,6 +146,12 @@ def test_an_agent_without_action_statistics_is_refused():
         agents.make_agent(tiny_run.AGENT, stats)
 
 
+def test_states_that_do_not_fit_the_memory_are_refused():
+    agent = agents.make_agent(tiny_run.AGENT, tiny_run.norm_stats(), window_size=10**9)
+    with pytest.raises(ValueError, match=r"window_size must be smaller, got 1000000000: .* GB"):
+        agent.init(tiny_run.params(), 64)
+
+
 @pytest.mark.slow
 def test_the_window_size_can_differ_from_training(raw):
     params = tiny_run.params()

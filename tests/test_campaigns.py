@@ -38,7 +38,7 @@ def test_a_killed_evaluation_ends_with_the_same_files():
 
 @pytest.mark.slow
 def test_a_wrong_option_of_any_command_gives_a_sentence_or_is_usable():
-    tried = mutations_options.run(every=250, start=3)
+    tried = list(mutations_options.run(every=250, start=3))
     assert len({each.case.command.module for each in tried}) > 10
     assert [each for each in tried if each.answer.outcome in ("foreign", "traceback")] == []
 

@@ -231,15 +231,21 @@ def make_table(evaluations: dict[str, list[pathlib.Path]]) -> Table:
         table.add_column(column)
     for title, folders in evaluations.items():
         summaries = [report.read_evaluation(folder).summary for folder in folders]
-        rates = np.array([[s.tasks[task].rate or 0.0 for task in tasks] for s in summaries])
+        # NaN where no episode of a task was completed: it has no rate, nor has the mean.
+        rates = np.array([[_rate(s, task) for task in tasks] for s in summaries], np.float64)
         means = rates.mean(axis=1)
+        row = [float(rate) for rate in (means.mean(), *rates.mean(axis=0))]
+        mean, *by_task = (results.percent(None if np.isnan(rate) else rate) for rate in row)
         interval = (float(means.min()), float(means.max()))
         if num_trainings == 1:
             interval = summaries[0].task_mean_interval
-        row = [float(rate) for rate in (means.mean(), *rates.mean(axis=0))]
-        mean, *by_task = map(results.percent, row)
-        table.add_row(title, mean, results.percent_interval(interval), *by_task)
+        shown = "–" if np.isnan(row[0]) else results.percent_interval(interval)
+        table.add_row(title, mean, shown, *by_task)
     return table
+
+
+def _rate(summary: results.Summary, task: str) -> float | None:
+    return summary.tasks[task].rate if task in summary.tasks else None
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import pathlib
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -18,6 +19,7 @@ from train import cache, imitate, pretrain, record
 from train.configs import ImitateConfig
 from train.pretrain import PretrainConfig
 from train.record import RecordConfig
+from vla_jax import stopping
 from vla_jax.evaluate import EvaluateConfig, evaluate
 from vla_jax.training.logs import read_metrics
 from vla_jax.training.malloc import keep_freed_memory
@@ -30,6 +32,9 @@ SECONDS_PER_EPISODE = {"record": 0.115, "images": 0.25, "state": 0.02}
 SECONDS_PER_UPDATE = {"pretrain": 0.13, "imitate": 0.09}
 SECONDS_TO_START = 10.0  # per step, mostly compilation
 SPEED_UP = 1.8  # two cores relative to one
+# Seconds until a step that has not ended by itself gets a signal: Ctrl-C of a terminal and SIGTERM
+# of a scheduler often reach the steps too; a second signal would end them before they have saved.
+SECONDS_TO_SAVE = {KeyboardInterrupt: 30.0, SystemExit: 3.0}
 
 
 class Step(NamedTuple):
@@ -110,6 +115,8 @@ def run_steps(steps: Sequence[Step], log: pathlib.Path, *, console: Console) -> 
 
     Raises:
       Exception: error of a step; the other steps are terminated.
+      KeyboardInterrupt: after Ctrl-C, when the steps have saved what they have.
+      SystemExit: after SIGTERM, likewise.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     pool = ProcessPoolExecutor(
@@ -119,14 +126,16 @@ def run_steps(steps: Sequence[Step], log: pathlib.Path, *, console: Console) -> 
     minutes = math.ceil(total / SPEED_UP / 60)
     duration = f"about {minutes} minutes on 2 CPU cores" if minutes > 1 else "about a minute"
     console.print(f"{len(steps)} steps, {duration}; details in {log}", highlight=False)
+    running: dict[Future, Step] = {}
     try:
         with progress_bar("demo", 100, unit="%", num_lines=NUM_LINES, console=console) as show:
-            for running, done in _schedule(steps, pool):
+            for done in _schedule(steps, pool, running):
                 seconds = sum(step.seconds for step in steps if step.name in done)
-                seconds += sum(step.seconds * min(step.fraction(), 1.0) for step in running)
-                names = ", ".join(step.name for step in running) or "finished"
+                seconds += sum(s.seconds * min(s.fraction(), 1.0) for s in running.values())
+                names = ", ".join(step.name for step in running.values()) or "finished"
                 show(int(100 * seconds / total), names)
-    except BaseException:
+    except BaseException as error:
+        concurrent.futures.wait(running, timeout=SECONDS_TO_SAVE.get(type(error), 0.0))
         for process in multiprocessing.active_children():
             process.terminate()
         raise
@@ -135,14 +144,14 @@ def run_steps(steps: Sequence[Step], log: pathlib.Path, *, console: Console) -> 
 
 
 def _schedule(
-    steps: Sequence[Step], pool: ProcessPoolExecutor
-) -> Iterator[tuple[list[Step], set[str]]]:
-    """Starts steps; yields the running steps and the names of the finished ones, every second."""
-    waiting, running, done = list(steps), {}, set()
+    steps: Sequence[Step], pool: ProcessPoolExecutor, running: dict[Future, Step]
+) -> Iterator[set[str]]:
+    """Starts steps, kept in `running`; yields the names of the finished ones, every second."""
+    waiting, done = list(steps), set()
     while waiting or running:
         for step in [step for step in waiting if done.issuperset(step.after)]:
             if len(running) < NUM_PROCESSES:
-                future: Future = pool.submit(step.function)
+                future: Future = pool.submit(_run_step, step.function)
                 running[future] = step
                 waiting.remove(step)
         finished = concurrent.futures.wait(
@@ -151,11 +160,29 @@ def _schedule(
         for future in finished:
             future.result()
             done.add(running.pop(future).name)
-        yield list(running.values()), done
+        yield done
+
+
+def _run_step(function: Callable[[], Any]) -> Any:
+    """Runs a step, which signals end; the process then waits for the next one without them."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with stopping.exit_on_sigterm():
+            return function()
+    finally:
+        _ignore_signals()
+
+
+def _ignore_signals() -> None:
+    """Leaves signals to the parent: the end of an idle process would end the other's step too."""
+    for number in stopping.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _start_process(log: pathlib.Path) -> None:
     """Redirects the output of this process to a file; sets up memory and compile cache."""
+    _ignore_signals()
     keep_freed_memory()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # steps of several trainings are alike
         jax.config.update("jax_compilation_cache_dir", str(log.parent / ".jax_cache"))

@@ -376,7 +376,7 @@ def _panels(run_dir: pathlib.Path, seeds: SeedsConfig, before: Summary) -> list[
         f"mean over {seeds.num_seeds} seeds, 95 % interval" if seeds.num_seeds > 1 else "one seed"
     )
     curve = {"all tasks": read_curve(run_dir / LEARNING, "success")}
-    levels = {"cloned": before.total.rate or 0.0}
+    levels = {} if before.total.rate is None else {"cloned": before.total.rate}
     label = "environment steps of each seed"
     return [
         plots.Panel(title, label, "success", curve, levels),

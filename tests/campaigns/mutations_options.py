@@ -89,9 +89,8 @@ class Tried(NamedTuple):
     answer: Answer
 
 
-def run(every: int, only: str = "", start: int = 0) -> list[Tried]:
-    """Tries every n-th case of every command."""
-    tried = []
+def run(every: int, only: str = "", start: int = 0) -> Iterator[Tried]:
+    """Tries every n-th case of every command, one after the other."""
     with tempfile.TemporaryDirectory() as temp:
         root = pathlib.Path(temp)
         option_commands.prepare(root / "prepared")
@@ -103,8 +102,7 @@ def run(every: int, only: str = "", start: int = 0) -> list[Tried]:
             for case in cases_of(command, known[command.module]):
                 number += 1
                 if number % every == start % every:
-                    tried.append(Tried(case, try_case(case, root)))
-    return tried
+                    yield Tried(case, try_case(case, root))
 
 
 def show(tried: Sequence[Tried]) -> None:
@@ -132,11 +130,17 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="try every n-th case")
     parser.add_argument("--start", type=int, default=0, help="number of the first of them")
     parser.add_argument("--only", default="", help="part of the names of the commands to try")
-    parser.add_argument("--json", default="", help="file for all answers")
+    parser.add_argument("--json", default="", help="file to which all answers are appended")
     parser.add_argument("--details", action="store_true", help="list all that was accepted")
     options = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    tried = run(options.every, options.only, options.start)
+    tried = []
+    for each in run(options.every, options.only, options.start):
+        tried.append(each)
+        if options.json:
+            row = [each.case.command.name, each.case.option, each.case.label, *each.answer]
+            with pathlib.Path(options.json).open("a") as file:
+                file.write(json.dumps(row) + "\n")
     show(tried)
     listed = ("foreign", "traceback", *(("accepted",) if options.details else ()))
     for each in tried:
@@ -145,9 +149,6 @@ def main() -> None:
             print(
                 f"{answer.outcome}: {case.command.name} {case.option} {case.label}: {answer.detail}"
             )
-    if options.json:
-        rows = [[t.case.command.name, t.case.option, t.case.label, *t.answer] for t in tried]
-        pathlib.Path(options.json).write_text(json.dumps(rows))
 
 
 if __name__ == "__main__":

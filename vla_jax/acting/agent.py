@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -28,6 +29,7 @@ from vla_jax.policies import heads, policy, trunks
 from vla_jax.policies.decoders import check_mode
 from vla_jax.policies.policy import PolicyConfig
 from vla_jax.policies.trunk import Mode
+from vla_jax.training.memory_estimate import available_bytes
 from vla_jax.types import ActionChunk, Array, Observation, Params, replace_images
 
 _COLUMNS = ("proprio", "environment_state")  # parts of an observation that are numbers
@@ -101,7 +103,8 @@ def make_agent(
       window_size: W in environment steps; None = as in training.
 
     Raises:
-      ValueError: norm_stats of the action are missing.
+      ValueError: norm_stats of the action are missing; the states take more memory than the device
+        has (when `init` is called).
     """
     if "action" not in norm_stats:
         raise ValueError(
@@ -116,7 +119,7 @@ def make_agent(
     has_memory = trunks.get(decoder.kind).has_memory
     execution.warn_if_frames_skipped(config.execution, has_memory=has_memory)
 
-    def init(params: Params, batch_size: int) -> AgentState:
+    def make_state(params: Params, batch_size: int) -> AgentState:
         return AgentState(
             stream=policy.init_stream(
                 params, config.policy, batch_size, mode=config.mode, window_size=window_size
@@ -128,6 +131,11 @@ def make_agent(
             num_clipped=jnp.zeros(batch_size, jnp.int32),
             instruction=jnp.full((batch_size, len(read_instruction(config, ""))), -1, jnp.int32),
         )
+
+    def init(params: Params, batch_size: int) -> AgentState:
+        shapes = jax.eval_shape(lambda params: make_state(params, batch_size), params)
+        _check_fits(shapes, batch_size, window_size or decoder.window_size)
+        return make_state(params, batch_size)
 
     def prepare(params: Params, batch_size: int) -> Params:
         return policy.prepare_params(
@@ -310,6 +318,18 @@ def _count_clipped(
             method = getattr(config.normalize, name)
             count = count + clipping.count_clipped(column, stats, method).astype(jnp.int32)
     return count
+
+
+def _check_fits(state: AgentState, batch_size: int, window_size: int) -> None:
+    """Raises a ValueError if the shapes of a state take more memory than the device has."""
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    available = available_bytes(jax.local_devices()[0])
+    if available is not None and needed > available:
+        raise ValueError(
+            f"window_size must be smaller, got {window_size}: the acting states of {batch_size} "
+            f"robots take {needed / 1e9:.2f} GB, but the device has {available / 1e9:.2f} GB; "
+            "lower it, or the number of robots."
+        )
 
 
 def _mask_cameras(config: AgentConfig, observation: Observation, batch_size: int) -> Observation:

@@ -3,6 +3,7 @@
 Needs the extra `gym`, and the packages of the environment.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from vla_jax.envs.gymnasium_values import (
     check_box,
     check_rate,
+    has_flag,
     is_success,
     scale_action,
     to_float32,
@@ -46,7 +48,7 @@ def make(
       max_steps: environment steps until truncation, at most the registered limit; None = the
         registered limit.
       success: `(info, reward)` of a step -> True if the task is done. Many environments have no
-        success flag; the default then never reports success.
+        success flag; the default then never reports success, and an episode ends with a warning.
       success_rule: "once" counts an episode in which a step was a success, "at_end" one whose last
         step was; many environments go on after a success (Meta-World, Fetch, ManiSkill).
 
@@ -128,6 +130,7 @@ class GymnasiumSimulator:
         self.task, self.instruction, self.max_steps = task, instruction, max_steps
         self.action_dim = int(np.prod(env.action_space.shape))
         self.control_hz = check_rate(env.metadata.get("render_fps", _DEFAULT_HZ), task)
+        self._is_judged = success is not is_success  # False until a success flag was seen
 
     def reset(self, seed: int) -> Mapping[str, np.ndarray]:
         """Starts the episode of a seed; returns its first observation."""
@@ -144,6 +147,13 @@ class GymnasiumSimulator:
             )
         scaled = scale_action(self._env.action_space, action)
         observation, reward, terminated, truncated, info = self._env.step(scaled)
+        self._is_judged = self._is_judged or has_flag(info)
+        if (terminated or truncated) and not self._is_judged:
+            warnings.warn(
+                f"{self.task} has no success flag (info['is_success'] or info['success']): every "
+                "episode counts as failed; give `success`, or a gymnasium.Wrapper that sets it.",
+                stacklevel=2,
+            )
         return SimulatorStep(
             observation=self._observe(observation),
             reward=float(reward),
@@ -155,6 +165,11 @@ class GymnasiumSimulator:
     def draw(self, size: int = 256) -> np.ndarray:
         """Returns the rendered image `[size, size, 3]` uint8; grey if there is none."""
         if self._env.render_mode != "rgb_array":
+            warnings.warn(
+                f"videos of {self.task} are grey, as it is made without rendering; give image_size "
+                "> 0, or an environment with render_mode 'rgb_array'.",
+                stacklevel=2,
+            )
             return np.full((size, size, 3), 128, np.uint8)
         frame = to_rgb(self._env.render(), self.task).astype(np.float32)
         image = jax.image.resize(frame, (size, size, 3), "linear")

@@ -121,9 +121,9 @@ def is_success(info: Mapping[str, Any], reward: float) -> bool:
       ValueError: the flag is not 0 or 1, such as a fraction or NaN, which would count as a success.
     """
     del reward
-    flag = info.get("is_success", info.get("success"))
-    if flag is None:
+    if not has_flag(info):
         return False
+    flag = info.get("is_success", info.get("success"))
     number = np.asarray(flag)
     if number.size != 1 or number.dtype.kind not in "biuf" or number.item() not in (0, 1):
         raise ValueError(
@@ -131,6 +131,11 @@ def is_success(info: Mapping[str, Any], reward: float) -> bool:
             "gymnasium.Wrapper that sets info['success'] around the environment."
         )
     return bool(number.item())
+
+
+def has_flag(info: Mapping[str, Any]) -> bool:
+    """Returns True if `info` has a success flag that `is_success` reads."""
+    return info.get("is_success", info.get("success")) is not None
 
 
 def check_rate(fps: Any, name: str) -> float:

@@ -120,7 +120,7 @@ class Logs:
         if self._scalars is not None:
             for name, value in values.items():
                 self._scalars.add_scalar(name, value, step)
-        shown = "  ".join(f"{name} {values.get(name, float('nan')):.4f}" for name in self._shown)
+        shown = "  ".join(f"{name} {values[name]:.4f}" for name in self._shown if name in values)
         speed = f"{values['steps_per_second']:.1f} steps/s  data {values['data_wait']:.0%}"
         self._show(step, f"{shown}  {speed}")
         self._last_step, self._last_time, self._waited = step, time_now, 0.0
