@@ -158,6 +158,40 @@ def test_the_expert_succeeds_in_98_percent(name):
     assert np.mean(success) >= 0.98
 
 
+# Least share of the JAX twin's successful episodes that succeed if their actions are replayed; each
+# measured over 40 seeds and rounded down: 1 for tasks that end with one event, 0.85 put_back, 0.55
+# path. It was 0 in tasks of several contacts (touch_times, blinks, lift_times, sequence), for which
+# the twins agree on the expert's closed loop only (the test above). The cause was not traced: the
+# arm of MuJoCo lags behind its goal and may not rise enough between two contacts.
+AGREEMENT = {
+    **dict.fromkeys(("timing", "cups", "cups_swapped", "dark", "lit", "kth"), 0.95),
+    "put_back": 0.7,
+    "path": 0.4,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", AGREEMENT)
+def test_replayed_actions_of_the_jax_twin_succeed(name):
+    world, env = simulator(name, 16), twin(name, 16)
+    reset, step, expert = jax.jit(env.reset), jax.jit(env.step), jax.jit(env.expert)
+    agrees = []
+    for seed in range(20):
+        state, _ = reset(jax.random.key(seed))
+        actions, transition = [], None
+        while transition is None or not (transition.terminated | transition.truncated):
+            actions.append(np.asarray(expert(state)))
+            state, transition = step(state, actions[-1])
+        assert transition.success
+        world.reset(seed)
+        for action in [*actions, *[actions[-1]] * 6]:  # the arm lags behind its goal
+            replayed = world.step(action)
+            if replayed.terminated or replayed.truncated:
+                break
+        agrees.append(replayed.success)
+    assert np.mean(agrees) >= AGREEMENT[name]
+
+
 def test_an_unknown_task_is_refused():
     with pytest.raises(ValueError, match="unknown memory task 'lid'"):
         MujocoMemoryConfig(task="lid")

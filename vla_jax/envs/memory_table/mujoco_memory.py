@@ -193,7 +193,7 @@ class MemoryMujoco:
         """Returns which blocks, then cylinders, the hand touches now, `[n]` bool."""
         physics = self._physics
         geoms = [*physics.block_geoms, *self._geoms[: scenery.NUM_FIXED]]
-        touched = physics.touched(geoms).any(axis=0)
+        touched = np.logical_or.reduce(physics.touched(geoms))  # over the parts of the hand
         touched[rules.NUM_BLOCKS + _BUTTON] &= not self._held().any()
         return touched
 
