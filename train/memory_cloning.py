@@ -1,0 +1,220 @@
+"""Clones the expert of a memory task and tests the clones, several seeds in one program."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from train.memory_decoders import (
+    ACTION_HORIZON,
+    Variant,
+    make_agent_config,
+    with_first_observation,
+)
+from vla_jax.acting.agent import AgentConfig, make_agent, read_instruction
+from vla_jax.acting.rollout import Episodes, run_env
+from vla_jax.data import normalize
+from vla_jax.data.normalize import NormStats
+from vla_jax.envs.demonstrations import Demonstrations, collect
+from vla_jax.policies import policy
+from vla_jax.training import loss_terms, losses, optim
+from vla_jax.training.loss_terms import LossWeights
+from vla_jax.training.optim import OptimConfig
+from vla_jax.training.update import TrainState, init_train_state, make_update
+from vla_jax.types import Array, Batch, Env, Key, Metrics, Observation, Params
+
+BLOCK = 100  # updates per jitted call
+_COLUMNS = ("proprio", "environment_state")
+_WEIGHTS = LossWeights(gripper=0.1)  # as in the presets of the table
+
+
+class Clones(NamedTuple):
+    """Trained policies of several seeds."""
+
+    agent: AgentConfig
+    norm_stats: dict[str, NormStats]
+    params: Params  # every leaf [S, ...], S seeds
+    loss: np.ndarray  # [num_updates, S]
+
+
+class Lesson(NamedTuple):
+    """Demonstrations as inputs of a training: whole episodes, on the device."""
+
+    observation: Observation  # [N, T, ...], normalised
+    action: Array  # [N, T, A]
+    real: Array  # [N, T] bool, steps of the episode
+    acts: Array  # [N, T] bool, steps whose actions count
+
+
+def clone(
+    env: Env,
+    variant: Variant,
+    *,
+    keys: Key,
+    num_demonstrations: int,
+    num_updates: int,
+    batch_size: int,
+    hidden_size: int,
+    learning_rate: float,
+) -> Iterator[tuple[int, Clones]]:
+    """Trains one policy per key on demonstrations of the expert; yields after every block.
+
+    Args:
+      env: with an expert.
+      variant: the policy.
+      keys: `[S]`, one per seed, consumed: params and batches. The demonstrations depend on the
+        first.
+      num_demonstrations: N, episodes.
+      num_updates: of each seed.
+      batch_size: B, episodes, or windows of as many steps, per update.
+      hidden_size: H of the policy.
+      learning_rate: peak of the schedule.
+
+    Yields:
+      Updates so far, and the clones.
+    """
+    if variant.sees_first:
+        env = with_first_observation(env)
+    demonstrations = collect(env, jax.random.fold_in(keys[0], 1), num_demonstrations)
+    demonstrations = _cut(demonstrations)
+    state_dim = demonstrations.observation.environment_state.shape[-1]
+    agent = make_agent_config(variant, env, state_dim, hidden_size)
+    norm_stats = _norm_stats(demonstrations)
+    lesson = _make_lesson(agent, env, norm_stats, demonstrations)
+    config = OptimConfig(learning_rate=learning_rate, warmup_steps=50, end_factor=0.02)
+    optimizer = optim.make_optimizer(config, num_updates)
+    update = make_update(partial(_loss, agent), optimizer)
+    window_size = variant.window_size or lesson.real.shape[1]
+    draw = partial(_draw, lesson, window_size, batch_size * lesson.real.shape[1] // window_size)
+
+    def one_update(key: Key, state: TrainState, _: Any) -> tuple[TrainState, Array]:
+        batch = draw(jax.random.fold_in(key, state.num_updates))
+        state, metrics = update(state, batch, key)
+        return state, metrics["loss"]
+
+    @jax.jit
+    @jax.vmap
+    def block(key: Key, state: TrainState) -> tuple[TrainState, Array]:
+        return jax.lax.scan(partial(one_update, key), state, length=BLOCK)
+
+    start = jax.vmap(lambda key: init_train_state(policy.init(key, agent.policy), optimizer))
+    init_keys, batch_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+    state, curve = start(init_keys), []
+    for done in range(BLOCK, num_updates + BLOCK, BLOCK):
+        state, loss = block(batch_keys, state)
+        curve.append(np.asarray(loss).T)
+        yield done, Clones(agent, norm_stats, state.params, np.concatenate(curve))
+
+
+def test(env: Env, variant: Variant, clones: Clones, key: Key, num_episodes: int) -> Episodes:
+    """Returns the results of the same episodes for every clone; leaves `[S, num_episodes]`.
+
+    Args:
+      env: environment of the training, or one with the same observations.
+      variant: the policy.
+      clones: from `clone`.
+      key: consumed.
+      num_episodes: of each seed.
+    """
+    if variant.sees_first:
+        env = with_first_observation(env)
+    agent = make_agent(clones.agent, clones.norm_stats)
+    words = jnp.asarray(_sentences(clones.agent, env))
+    keys = jax.random.split(key, num_episodes)
+    return jax.jit(jax.vmap(lambda params: run_env(agent, params, env, words, keys)))(clones.params)
+
+
+def _cut(demonstrations: Demonstrations) -> Demonstrations:
+    """Returns the successful episodes, cut after the longest of them."""
+    keep = np.flatnonzero(np.asarray(demonstrations.success))
+    longest = int(np.max(np.asarray(demonstrations.length)[keep]))
+    kept = jax.tree.map(lambda part: np.asarray(part)[keep], demonstrations)
+    return kept._replace(
+        observation=jax.tree.map(lambda part: part[:, :longest], kept.observation),
+        action=kept.action[:, :longest],
+        acts=kept.acts[:, :longest],
+    )
+
+
+def _norm_stats(demonstrations: Demonstrations) -> dict[str, NormStats]:
+    real = _real(demonstrations)
+    stats = {
+        name: normalize.compute(getattr(demonstrations.observation, name)[real])
+        for name in _COLUMNS
+    }
+    return {**stats, "action": normalize.fixed_bounds(-1, 1, demonstrations.action.shape[-1])}
+
+
+def _real(demonstrations: Demonstrations) -> np.ndarray:
+    steps = np.arange(demonstrations.action.shape[1])
+    return steps[None] < np.asarray(demonstrations.length)[:, None]
+
+
+def _sentences(agent: AgentConfig, env: Env) -> np.ndarray:
+    return np.stack([read_instruction(agent, sentence) for sentence in env.instructions])
+
+
+def _make_lesson(
+    agent: AgentConfig,
+    env: Env,
+    norm_stats: dict[str, NormStats],
+    demonstrations: Demonstrations,
+) -> Lesson:
+    real, acts = _real(demonstrations), demonstrations.acts
+    columns = {
+        name: normalize.normalize(
+            getattr(demonstrations.observation, name),
+            norm_stats[name],
+            getattr(agent.normalize, name),
+        )
+        for name in _COLUMNS
+    }
+    spoken = _sentences(agent, env)[demonstrations.instruction][:, None]
+    is_visible = np.arange(real.shape[1]) < (agent.instruction_steps % (1 + real.shape[1]))
+    words = np.where(is_visible[None, :, None], spoken, read_instruction(agent, ""))
+    lesson = Lesson(
+        Observation(instruction=words, **columns), demonstrations.action, real, np.asarray(acts)
+    )
+    return jax.tree.map(jnp.asarray, lesson)
+
+
+def _draw(lesson: Lesson, window_size: int, batch_size: int, key: Key) -> Batch:
+    """Returns random windows, with the chunks that begin at each of their steps.
+
+    A window may begin before its episode; those steps are masked.
+    """
+    episode_key, end_key = jax.random.split(key)
+    num_episodes, length = lesson.real.shape
+    episode = jax.random.randint(episode_key, (batch_size,), 0, num_episodes)
+    end = jnp.full(batch_size, length - 1)
+    if window_size < length:
+        end = jax.random.randint(end_key, (batch_size,), 0, length)
+    step = end[:, None] - jnp.arange(window_size)[None, ::-1]
+
+    def take(part: Array, at: Array = step) -> Array:
+        lead = episode.reshape(-1, *[1] * (at.ndim - 1))
+        return part[lead, jnp.clip(at, 0, length - 1)]
+
+    inside = step >= 0
+    ahead = step[..., None] + jnp.arange(ACTION_HORIZON)
+    return Batch(
+        observation=jax.tree.map(take, lesson.observation),
+        tokens=None,
+        timestep_mask=take(lesson.real) & inside,
+        action=take(lesson.action, ahead),
+        action_mask=take(lesson.acts, ahead) & (ahead < length) & (ahead >= 0),
+    )
+
+
+def _loss(agent: AgentConfig, params: Params, batch: Batch, key: Key) -> tuple[Array, Metrics]:
+    del key  # neither dropout nor sampling
+    prediction = policy.apply(
+        params, agent.policy, batch.observation, timestep_mask=batch.timestep_mask
+    )
+    mask = batch.action_mask & batch.timestep_mask[..., None]
+    terms, metrics = losses.action_terms(prediction, batch.action, mask)
+    loss, by_term = loss_terms.total(terms, _WEIGHTS)
+    return loss, {**metrics, **by_term}

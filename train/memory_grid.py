@@ -1,0 +1,132 @@
+"""The grid of the memory suite: which policy is trained on which task, and the results."""
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from train import memory_cloning, memory_decoders
+from vla_jax import files
+from vla_jax.config import checked
+from vla_jax.envs.memory_table import memory_env, tasks
+from vla_jax.envs.memory_table.memory_env import JaxMemoryConfig
+
+RESULTS = "results.jsonl"  # file of the run folder, one line per cell
+
+
+@dataclass(frozen=True)
+@checked(
+    num_seeds=(1, 1000), num_demonstrations=(2, 2**31 - 1), num_updates=(1, 2**31 - 1),
+    batch_size=(1, 2**20), hidden_size=(1, 2**16), num_episodes=(1, 2**20),
+)  # fmt: skip
+class CloningConfig:
+    """Training and test of every cell of the grid."""
+
+    num_seeds: int = 3  # trainings of each policy, in one program
+    num_demonstrations: int = 1000  # episodes of the expert
+    num_updates: int = 1500  # updates of each training
+    batch_size: int = 32  # episodes per update
+    hidden_size: int = 64  # hidden units H of each policy
+    learning_rate: float = 5e-3  # peak of the cosine schedule of AdamW
+    num_episodes: int = 200  # test episodes of each seed
+    seed: int = 10  # the seeds are seed, seed + 1, …; settings were chosen on 0, 1, 2
+
+
+class Cell(NamedTuple):
+    """One cell of the grid: a task and a policy."""
+
+    world: JaxMemoryConfig
+    decoder: str  # name of the policy, of `memory_decoders.variants`
+
+
+class Score(NamedTuple):
+    """Result of a cell."""
+
+    cell: Cell
+    success: np.ndarray  # [S] success rate of each seed
+    groups: dict[str, list[float]]  # group of the task -> success rate of each seed
+    chance: float  # of the best policy without memory
+    seconds: float  # training and test
+
+
+def identity(cell: Cell) -> dict[str, Any]:
+    """Returns the fields that a line of the results must have to be that of a cell."""
+    world = cell.world
+    return {
+        "task": world.task,
+        "delay": world.delay,
+        "items": world.items,
+        "updates": world.updates,
+        "decoder": cell.decoder,
+    }
+
+
+def run_cell(
+    cell: Cell, config: CloningConfig, progress: Callable[[int], None] = lambda done: None
+) -> Score:
+    """Trains and tests one policy on one task, all seeds at once.
+
+    Args:
+      cell: of the grid.
+      config: sizes of training and test.
+      progress: is called with the updates done.
+    """
+    start, env = time.monotonic(), memory_env.make(cell.world)
+    variant = memory_decoders.variants()[cell.decoder]
+    keys = jax.vmap(jax.random.key)(config.seed + np.arange(config.num_seeds))
+    clones = None
+    for done, clones in memory_cloning.clone(
+        env,
+        variant,
+        keys=keys,
+        num_demonstrations=config.num_demonstrations,
+        num_updates=config.num_updates,
+        batch_size=config.batch_size,
+        hidden_size=config.hidden_size,
+        learning_rate=config.learning_rate,
+    ):
+        progress(done)
+    assert clones is not None
+    test_key = jax.random.fold_in(keys[0], 2)
+    episodes = memory_cloning.test(env, variant, clones, test_key, config.num_episodes)
+    success, index = np.asarray(episodes.success), np.asarray(episodes.instruction_index[0])
+    names = np.array(env.tasks)[index]
+    groups = {
+        name: success[:, names == name].mean(axis=1).tolist()
+        for name in dict.fromkeys(env.tasks)
+        if np.any(names == name)
+    }
+    return Score(
+        cell, success.mean(axis=1), groups, tasks.chance(cell.world), time.monotonic() - start
+    )
+
+
+def to_json(score: Score, config: CloningConfig) -> dict[str, Any]:
+    """Returns a score as one line of the results."""
+    return {
+        **identity(score.cell),
+        "success": score.success.tolist(),
+        "groups": score.groups,
+        "chance": score.chance,
+        "seconds": round(score.seconds, 1),
+        "cloning": dataclasses.asdict(config),
+    }
+
+
+def read_scores(run_dir: pathlib.Path, cells: Sequence[Cell]) -> Iterator[Score]:
+    """Yields the scores of a run folder that belong to these cells."""
+    path = run_dir / RESULTS
+    lines = files.read_json_lines(path) if path.exists() else []
+    by_identity = {tuple(identity(cell).values()): cell for cell in cells}
+    for line in lines:
+        cell = by_identity.get(tuple(line[name] for name in ("task", "delay", "items", "updates",
+                                                             "decoder")))  # fmt: skip
+        if cell is not None:
+            yield Score(
+                cell, np.array(line["success"]), line["groups"], line["chance"], line["seconds"]
+            )

@@ -1,0 +1,128 @@
+"""Memory suite: every decoder on every memory task of the JAX table, from its state.
+
+    python -m train.memory_suite quick          # six tasks, one seed: about 10 minutes
+    python -m train.memory_suite                # all tasks, three seeds
+    python -m train.memory_suite --tasks lit cups_swapped --decoders fc lstm gpt
+
+Each policy clones a scripted expert that sees the cue, from demonstrations of its own task. Results
+are appended to the run folder cell by cell, and an interrupted grid continues where it stopped.
+"""
+
+import pathlib
+from dataclasses import dataclass, replace
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from train import memory_grid, memory_report
+from train.memory_decoders import variants
+from train.memory_grid import Cell, CloningConfig, Score
+from vla_jax import files
+from vla_jax.command_line import run
+from vla_jax.config import checked, did_you_mean
+from vla_jax.envs.memory_table import tasks
+from vla_jax.envs.memory_table.memory_env import JaxMemoryConfig
+from vla_jax.runs import open_run
+from vla_jax.training.run_lock import exclusive
+
+BASELINES = ("fc", "first_and_now", "lstm_window")
+
+
+@dataclass(frozen=True)
+@checked()
+class MemorySuiteConfig:
+    """Tasks, policies and sizes of the memory suite."""
+
+    tasks: tuple[str, ...] = tuple(tasks.TASKS)  # tasks of the table
+    # policies to compare: fc, first_and_now, lstm_window, and every trunk with memory
+    decoders: tuple[str, ...] = (*BASELINES, "rnn", "gru", "lstm", "min_gru", "gpt")
+    delay: int = 16  # mean steps between what is shown and the first action
+    delays: tuple[int, ...] = (64, 256)  # further delays of the task "lit"; () = no such curve
+    items: tuple[int, ...] = (2, 4)  # further numbers of blocks of the task "sequence"
+    swaps: int = 6  # greatest number of swaps of the curve of "cups_swapped"; 0 = no such curve
+    touches: int = 8  # greatest number of the curve of "touch_times"; 0 = no such curve
+    cloning: CloningConfig = CloningConfig()  # training and test
+    run_dir: str = "runs/memory_suite"  # folder of results, table, plots and page
+    overwrite: bool = False  # whether to delete earlier results in the folder
+
+    def __post_init__(self):
+        """Checks the names."""
+        known = variants()
+        for name in self.decoders:
+            if name not in known:
+                raise ValueError(f"unknown decoder '{name}'; {did_you_mean(name, known)}")
+        if not self.tasks or not self.decoders:
+            raise ValueError("tasks and decoders must be at least one each, got none.")
+        for cell in cells(self):
+            tasks.check(cell.world)
+
+
+def cells(config: MemorySuiteConfig) -> list[Cell]:
+    """Returns the cells of the grid: the table, then what the curves need in addition."""
+    base = JaxMemoryConfig(delay=config.delay)
+    worlds = [replace(base, task=task) for task in config.tasks]
+    if "lit" in config.tasks:
+        worlds += [replace(base, task="lit", delay=delay) for delay in config.delays]
+    if "sequence" in config.tasks:
+        worlds += [replace(base, task="sequence", items=items) for items in config.items]
+    if "cups_swapped" in config.tasks and config.swaps:
+        worlds.append(replace(base, task="cups_swapped", updates=config.swaps))
+    if "touch_times" in config.tasks and config.touches:
+        worlds.append(replace(base, task="touch_times", updates=config.touches))
+    return [Cell(world, decoder) for world in worlds for decoder in config.decoders]
+
+
+@exclusive
+def memory_suite(config: MemorySuiteConfig) -> pathlib.Path:
+    """Runs the grid; returns the run folder."""
+    run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
+    grid = cells(config)
+    done = {memory_report.key(s.cell): s for s in memory_grid.read_scores(run_dir, grid)}
+    waiting = [cell for cell in grid if memory_report.key(cell) not in done]
+    scores: list[Score] = list(done.values())
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(),
+               TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("memory suite", total=len(waiting) * config.cloning.num_updates)
+        for number, cell in enumerate(waiting, start=1):
+            name = f"{cell.world.task} · {cell.decoder}"
+            progress.update(bar, description=f"{name} ({number} of {len(waiting)})")
+            before = (number - 1) * config.cloning.num_updates
+            score = memory_grid.run_cell(
+                cell,
+                config.cloning,
+                lambda updates, before=before: progress.update(bar, completed=before + updates),
+            )
+            files.append_json_line(
+                run_dir / memory_grid.RESULTS, memory_grid.to_json(score, config.cloning)
+            )
+            scores.append(score)
+            console.print(memory_report.line(score), highlight=False)
+    memory_report.write(run_dir, scores, config.decoders)
+    console.print(memory_report.table(scores, config.decoders))
+    return run_dir
+
+
+def full() -> MemorySuiteConfig:
+    """All tasks and three curves, eight policies, three seeds: hours on 2 CPU cores."""
+    return MemorySuiteConfig()
+
+
+def quick() -> MemorySuiteConfig:
+    """Six tasks, four policies, one seed, no curves: minutes on 2 CPU cores."""
+    return MemorySuiteConfig(
+        tasks=("touch_times", "blinks", "cups", "cups_swapped", "lit", "sequence"),
+        decoders=("fc", "lstm", "gru", "gpt"),
+        delays=(),
+        items=(),
+        swaps=0,
+        touches=0,
+        cloning=CloningConfig(num_seeds=1, num_updates=1000),
+        run_dir="runs/memory_suite_quick",
+    )
+
+
+MEMORY_SUITE = {preset.__name__: preset for preset in (full, quick)}
+if __name__ == "__main__":
+    run(memory_suite, MEMORY_SUITE, description="Measures what policies remember.")
