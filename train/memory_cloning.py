@@ -1,6 +1,6 @@
 """Clones the expert of a memory task and tests the clones, several seeds in one program."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -59,8 +59,9 @@ def clone(
     batch_size: int,
     hidden_size: int,
     learning_rate: float,
-) -> Iterator[tuple[int, Clones]]:
-    """Trains one policy per key on demonstrations of the expert; yields after every block.
+    progress: Callable[[int], None] = lambda done: None,
+) -> Clones:
+    """Trains one policy per key on demonstrations of the expert.
 
     Args:
       env: with an expert.
@@ -72,9 +73,7 @@ def clone(
       batch_size: B, episodes, or windows of as many steps, per update.
       hidden_size: H of the policy.
       learning_rate: peak of the schedule.
-
-    Yields:
-      Updates so far, and the clones.
+      progress: is called with the number of updates so far.
     """
     if variant.sees_first:
         env = with_first_observation(env)
@@ -106,10 +105,11 @@ def clone(
     for done in range(BLOCK, num_updates + BLOCK, BLOCK):
         state, loss = block(batch_keys, state)
         curve.append(np.asarray(loss).T)
-        yield done, Clones(agent, norm_stats, state.params, np.concatenate(curve))
+        progress(done)
+    return Clones(agent, norm_stats, state.params, np.concatenate(curve))
 
 
-def test(env: Env, variant: Variant, clones: Clones, key: Key, num_episodes: int) -> Episodes:
+def play(env: Env, variant: Variant, clones: Clones, key: Key, num_episodes: int) -> Episodes:
     """Returns the results of the same episodes for every clone; leaves `[S, num_episodes]`.
 
     Args:
@@ -164,20 +164,19 @@ def _make_lesson(
     demonstrations: Demonstrations,
 ) -> Lesson:
     real, acts = _real(demonstrations), demonstrations.acts
-    columns = {
-        name: normalize.normalize(
-            getattr(demonstrations.observation, name),
-            norm_stats[name],
-            getattr(agent.normalize, name),
-        )
+    observation = demonstrations.observation
+    proprio, environment_state = (
+        normalize.normalize(getattr(observation, name), norm_stats[name],
+                            getattr(agent.normalize, name))
         for name in _COLUMNS
-    }
+    )  # fmt: skip
     spoken = _sentences(agent, env)[demonstrations.instruction][:, None]
     is_visible = np.arange(real.shape[1]) < (agent.instruction_steps % (1 + real.shape[1]))
     words = np.where(is_visible[None, :, None], spoken, read_instruction(agent, ""))
-    lesson = Lesson(
-        Observation(instruction=words, **columns), demonstrations.action, real, np.asarray(acts)
+    observation = Observation(
+        proprio=proprio, environment_state=environment_state, instruction=words
     )
+    lesson = Lesson(observation, demonstrations.action, real, np.asarray(acts))
     return jax.tree.map(jnp.asarray, lesson)
 
 

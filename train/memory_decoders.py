@@ -1,4 +1,4 @@
-"""The policies that the memory suite compares: decoders with their streaming mode, and baselines."""
+"""The policies that the memory suite compares: decoders in a streaming mode, and baselines."""
 
 from dataclasses import replace
 from typing import NamedTuple

@@ -79,8 +79,7 @@ def run_cell(
     start, env = time.monotonic(), memory_env.make(cell.world)
     variant = memory_decoders.variants()[cell.decoder]
     keys = jax.vmap(jax.random.key)(config.seed + np.arange(config.num_seeds))
-    clones = None
-    for done, clones in memory_cloning.clone(
+    clones = memory_cloning.clone(
         env,
         variant,
         keys=keys,
@@ -89,11 +88,10 @@ def run_cell(
         batch_size=config.batch_size,
         hidden_size=config.hidden_size,
         learning_rate=config.learning_rate,
-    ):
-        progress(done)
-    assert clones is not None
+        progress=progress,
+    )
     test_key = jax.random.fold_in(keys[0], 2)
-    episodes = memory_cloning.test(env, variant, clones, test_key, config.num_episodes)
+    episodes = memory_cloning.play(env, variant, clones, test_key, config.num_episodes)
     success, index = np.asarray(episodes.success), np.asarray(episodes.instruction_index[0])
     names = np.array(env.tasks)[index]
     groups = {

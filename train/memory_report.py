@@ -101,11 +101,16 @@ def _panel(
         of_decoder = [score for score in own if score.cell.decoder == name]
         points = _by_group(of_decoder) if axis == "group" else _by_axis(of_decoder, axis)
         if len(points) > 1:
-            curves[name] = (tuple(points), tuple(points.values()))
+            curves[name] = (np.array(list(points)), _drop_one_seed(np.stack(list(points.values()))))
     if not curves:
         return None
     chance = min(score.chance for score in own)
     return Panel(title, x_label, "success rate", curves, levels={"chance": chance}, y_range=(0, 1))
+
+
+def _drop_one_seed(rates: np.ndarray) -> np.ndarray:
+    """Returns rates `[N, S]`, or `[N]` if there is one seed, whose interval is unknown."""
+    return rates[:, 0] if rates.shape[1] == 1 else rates
 
 
 def _by_axis(scores: Sequence[Score], axis: str) -> dict[float, float]:
@@ -121,4 +126,4 @@ def _by_group(scores: Sequence[Score]) -> dict[float, float]:
     if not scores:
         return {}
     widest = max(scores, key=lambda score: len(score.groups))
-    return {float(name.split()[-1]): float(np.mean(rates)) for name, rates in widest.groups.items()}
+    return {float(name.split()[-1]): np.array(rates) for name, rates in widest.groups.items()}
