@@ -19,6 +19,8 @@ from vla_jax.acting.rollout import Episodes, run_env
 from vla_jax.data import normalize
 from vla_jax.data.normalize import NormStats
 from vla_jax.envs.demonstrations import Demonstrations, collect
+from vla_jax.nn.cells import CELLS
+from vla_jax.nn.chrono import spread_gates
 from vla_jax.policies import policy
 from vla_jax.training import loss_terms, losses, optim
 from vla_jax.training.loss_terms import LossWeights
@@ -84,7 +86,8 @@ def clone(
     norm_stats = _norm_stats(demonstrations)
     lesson = _make_lesson(agent, env, norm_stats, demonstrations)
     config = OptimConfig(learning_rate=learning_rate, warmup_steps=50, end_factor=0.02)
-    optimizer = optim.make_optimizer(config, num_updates)
+    shapes = jax.eval_shape(lambda key: _init(key, agent), keys[0])
+    optimizer = optim.make_optimizer(config, num_updates, shapes)
     update = make_update(partial(_loss, agent), optimizer)
     window_size = variant.window_size or lesson.real.shape[1]
     draw = partial(_draw, lesson, window_size, batch_size * lesson.real.shape[1] // window_size)
@@ -99,7 +102,7 @@ def clone(
     def block(key: Key, state: TrainState) -> tuple[TrainState, Array]:
         return jax.lax.scan(partial(one_update, key), state, length=BLOCK)
 
-    start = jax.vmap(lambda key: init_train_state(policy.init(key, agent.policy), optimizer))
+    start = jax.vmap(lambda key: init_train_state(_init(key, agent), optimizer))
     init_keys, batch_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
     state, curve = start(init_keys), []
     for done in range(BLOCK, num_updates + BLOCK, BLOCK):
@@ -206,6 +209,18 @@ def _draw(lesson: Lesson, window_size: int, batch_size: int, key: Key) -> Batch:
         action=take(lesson.action, ahead),
         action_mask=take(lesson.acts, ahead) & (ahead < length) & (ahead >= 0),
     )
+
+
+def _init(key: Key, agent: AgentConfig) -> Params:
+    """Returns params; gates of recurrent cells remember from 2 steps to the whole window."""
+    decoder = agent.policy.decoder
+    params = policy.init(key, agent.policy)
+    if decoder.kind in CELLS:
+        for layer in params["decoder"]["recurrence"].values():
+            layer["forward"] = spread_gates(
+                key, decoder.kind, layer["forward"], decoder.window_size
+            )
+    return params
 
 
 def _loss(agent: AgentConfig, params: Params, batch: Batch, key: Key) -> tuple[Array, Metrics]:

@@ -1,6 +1,5 @@
 """The policies that the memory suite compares: decoders in a streaming mode, and baselines."""
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -69,9 +68,6 @@ def make_agent_config(variant: Variant, env: Env, state_dim: int, hidden_size: i
         pooling="none",
         head_sizes=(hidden_size,),
     )
-    if trunks.get(variant.kind).has_memory:
-        # Gates that remember from 1 step to the whole window; without them no memory is learned.
-        decoder = replace(decoder, gate_span=window_size)
     return AgentConfig(
         policy=policy.connect(backbone, decoder),
         normalize=NormalizeConfig(),

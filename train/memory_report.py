@@ -113,16 +113,17 @@ def _drop_one_seed(rates: np.ndarray) -> np.ndarray:
     return rates[:, 0] if rates.shape[1] == 1 else rates
 
 
-def _by_axis(scores: Sequence[Score], axis: str) -> dict[float, float]:
+def _by_axis(scores: Sequence[Score], axis: str) -> dict[float, np.ndarray]:
+    """Returns the success of each seed by the value of an axis."""
     values = {}
     for score in scores:
         value = getattr(score.cell.world, axis) or tasks.get(score.cell.world.task).items
-        values[value] = float(np.mean(score.success))
+        values[value] = score.success
     return dict(sorted(values.items()))
 
 
-def _by_group(scores: Sequence[Score]) -> dict[float, float]:
-    """Returns success by the number at the end of the groups, of the widest config."""
+def _by_group(scores: Sequence[Score]) -> dict[float, np.ndarray]:
+    """Returns the success of each seed by the number in the groups, of the widest config."""
     if not scores:
         return {}
     widest = max(scores, key=lambda score: len(score.groups))
