@@ -19,8 +19,6 @@ from vla_jax.acting.rollout import Episodes, run_env
 from vla_jax.data import normalize
 from vla_jax.data.normalize import NormStats
 from vla_jax.envs.demonstrations import Demonstrations, collect
-from vla_jax.nn.cells import CELLS
-from vla_jax.nn.chrono import spread_gates
 from vla_jax.policies import policy
 from vla_jax.training import loss_terms, losses, optim
 from vla_jax.training.loss_terms import LossWeights
@@ -28,7 +26,7 @@ from vla_jax.training.optim import OptimConfig
 from vla_jax.training.update import TrainState, init_train_state, make_update
 from vla_jax.types import Array, Batch, Env, Key, Metrics, Observation, Params
 
-BLOCK = 100  # updates per jitted call
+BLOCK = 100  # updates per jitted call, at most
 _COLUMNS = ("proprio", "environment_state")
 _WEIGHTS = LossWeights(gripper=0.1)  # as in the presets of the table
 
@@ -71,7 +69,7 @@ def clone(
       keys: `[S]`, one per seed, consumed: params and batches. The demonstrations depend on the
         first.
       num_demonstrations: N, episodes.
-      num_updates: of each seed.
+      num_updates: of each seed; rounded up to a multiple of the blocks.
       batch_size: B, episodes, or windows of as many steps, per update.
       hidden_size: H of the policy.
       learning_rate: peak of the schedule.
@@ -81,16 +79,20 @@ def clone(
         env = with_first_observation(env)
     demonstrations = collect(env, jax.random.fold_in(keys[0], 1), num_demonstrations)
     demonstrations = _cut(demonstrations)
-    state_dim = demonstrations.observation.environment_state.shape[-1]
+    state_dim = np.asarray(demonstrations.observation.environment_state).shape[-1]
     agent = make_agent_config(variant, env, state_dim, hidden_size)
     norm_stats = _norm_stats(demonstrations)
     lesson = _make_lesson(agent, env, norm_stats, demonstrations)
-    config = OptimConfig(learning_rate=learning_rate, warmup_steps=50, end_factor=0.02)
-    shapes = jax.eval_shape(lambda key: _init(key, agent), keys[0])
+    config = OptimConfig(
+        learning_rate=learning_rate, warmup_steps=min(50, num_updates // 10), end_factor=0.02
+    )
+    shapes = jax.eval_shape(lambda key: policy.init(key, agent.policy), keys[0])
     optimizer = optim.make_optimizer(config, num_updates, shapes)
     update = make_update(partial(_loss, agent), optimizer)
     window_size = variant.window_size or lesson.real.shape[1]
     draw = partial(_draw, lesson, window_size, batch_size * lesson.real.shape[1] // window_size)
+
+    size = -(-num_updates // -(-num_updates // BLOCK))  # blocks of equal size: one compilation
 
     def one_update(key: Key, state: TrainState, _: Any) -> tuple[TrainState, Array]:
         batch = draw(jax.random.fold_in(key, state.num_updates))
@@ -100,12 +102,12 @@ def clone(
     @jax.jit
     @jax.vmap
     def block(key: Key, state: TrainState) -> tuple[TrainState, Array]:
-        return jax.lax.scan(partial(one_update, key), state, length=BLOCK)
+        return jax.lax.scan(partial(one_update, key), state, length=size)
 
-    start = jax.vmap(lambda key: init_train_state(_init(key, agent), optimizer))
+    start = jax.vmap(lambda key: init_train_state(policy.init(key, agent.policy), optimizer))
     init_keys, batch_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
     state, curve = start(init_keys), []
-    for done in range(BLOCK, num_updates + BLOCK, BLOCK):
+    for done in range(size, num_updates + size, size):
         state, loss = block(batch_keys, state)
         curve.append(np.asarray(loss).T)
         progress(done)
@@ -138,7 +140,7 @@ def _cut(demonstrations: Demonstrations) -> Demonstrations:
     return kept._replace(
         observation=jax.tree.map(lambda part: part[:, :longest], kept.observation),
         action=kept.action[:, :longest],
-        acts=kept.acts[:, :longest],
+        is_acting=kept.is_acting[:, :longest],
     )
 
 
@@ -166,7 +168,7 @@ def _make_lesson(
     norm_stats: dict[str, NormStats],
     demonstrations: Demonstrations,
 ) -> Lesson:
-    real, acts = _real(demonstrations), demonstrations.acts
+    real, acts = _real(demonstrations), demonstrations.is_acting
     observation = demonstrations.observation
     proprio, environment_state = (
         normalize.normalize(getattr(observation, name), norm_stats[name],
@@ -179,7 +181,7 @@ def _make_lesson(
     observation = Observation(
         proprio=proprio, environment_state=environment_state, instruction=words
     )
-    lesson = Lesson(observation, demonstrations.action, real, np.asarray(acts))
+    lesson = Lesson(observation, demonstrations.action, real, real & np.asarray(acts))
     return jax.tree.map(jnp.asarray, lesson)
 
 
@@ -201,7 +203,7 @@ def _draw(lesson: Lesson, window_size: int, batch_size: int, key: Key) -> Batch:
         return part[lead, jnp.clip(at, 0, length - 1)]
 
     inside = step >= 0
-    ahead = step[..., None] + jnp.arange(ACTION_HORIZON)
+    ahead = step[..., None] + jnp.arange(ACTION_HORIZON)[None, None]
     return Batch(
         observation=jax.tree.map(take, lesson.observation),
         tokens=None,
@@ -211,19 +213,7 @@ def _draw(lesson: Lesson, window_size: int, batch_size: int, key: Key) -> Batch:
     )
 
 
-def _init(key: Key, agent: AgentConfig) -> Params:
-    """Returns params; gates of recurrent cells remember from 2 steps to the whole window."""
-    decoder = agent.policy.decoder
-    params = policy.init(key, agent.policy)
-    if decoder.kind in CELLS:
-        for layer in params["decoder"]["recurrence"].values():
-            layer["forward"] = spread_gates(
-                key, decoder.kind, layer["forward"], decoder.window_size
-            )
-    return params
-
-
-def _loss(agent: AgentConfig, params: Params, batch: Batch, key: Key) -> tuple[Array, Metrics]:
+def _loss(agent: AgentConfig, params: Params, batch: Batch, key: Key) -> tuple[jax.Array, Metrics]:
     del key  # neither dropout nor sampling
     prediction = policy.apply(
         params, agent.policy, batch.observation, timestep_mask=batch.timestep_mask

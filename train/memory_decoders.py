@@ -67,6 +67,8 @@ def make_agent_config(variant: Variant, env: Env, state_dim: int, hidden_size: i
         num_heads=4,
         pooling="none",
         head_sizes=(hidden_size,),
+        # Gates that remember from 2 steps to the whole window; without them "lit" is not learned.
+        gate_span=window_size,
     )
     return AgentConfig(
         policy=policy.connect(backbone, decoder),

@@ -17,6 +17,7 @@ from vla_jax.envs.memory_table import memory_env, tasks
 from vla_jax.envs.memory_table.memory_env import JaxMemoryConfig
 
 RESULTS = "results.jsonl"  # file of the run folder, one line per cell
+_IDENTITY = ("task", "delay", "items", "updates", "decoder")  # fields that distinguish the cells
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,8 @@ class Score(NamedTuple):
 
 def identity(cell: Cell) -> dict[str, Any]:
     """Returns the fields that a line of the results must have to be that of a cell."""
-    world = cell.world
-    return {
-        "task": world.task,
-        "delay": world.delay,
-        "items": world.items,
-        "updates": world.updates,
-        "decoder": cell.decoder,
-    }
+    values = (*(getattr(cell.world, name) for name in _IDENTITY[:-1]), cell.decoder)
+    return dict(zip(_IDENTITY, values, strict=True))
 
 
 def run_cell(
@@ -116,15 +111,15 @@ def to_json(score: Score, config: CloningConfig) -> dict[str, Any]:
     }
 
 
-def read_scores(run_dir: pathlib.Path, cells: Sequence[Cell]) -> Iterator[Score]:
-    """Yields the scores of a run folder that belong to these cells."""
+def read_scores(
+    run_dir: pathlib.Path, cells: Sequence[Cell], config: CloningConfig
+) -> Iterator[Score]:
+    """Yields the scores of a run folder that belong to these cells, trained with this config."""
     path = run_dir / RESULTS
     lines = files.read_json_lines(path) if path.exists() else []
     by_identity = {tuple(identity(cell).values()): cell for cell in cells}
     for line in lines:
-        cell = by_identity.get(tuple(line[name] for name in ("task", "delay", "items", "updates",
-                                                             "decoder")))  # fmt: skip
-        if cell is not None:
-            yield Score(
-                cell, np.array(line["success"]), line["groups"], line["chance"], line["seconds"]
-            )
+        cell = by_identity.get(tuple(line[name] for name in _IDENTITY))
+        if cell is not None and line["cloning"] == dataclasses.asdict(config):
+            success = np.array(line["success"])
+            yield Score(cell, success, line["groups"], line["chance"], line["seconds"])

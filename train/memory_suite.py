@@ -5,7 +5,8 @@
     python -m train.memory_suite --tasks lit cups_swapped --decoders fc lstm gpt
 
 Each policy clones a scripted expert that sees the cue, from demonstrations of its own task. Results
-are appended to the run folder cell by cell, and an interrupted grid continues where it stopped.
+are appended to the run folder cell by cell, and an interrupted grid continues where it stopped;
+cells of another training (`cloning`) are run again.
 """
 
 import pathlib
@@ -77,7 +78,8 @@ def memory_suite(config: MemorySuiteConfig) -> pathlib.Path:
     """Runs the grid; returns the run folder."""
     run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
     grid = cells(config)
-    done = {memory_report.key(s.cell): s for s in memory_grid.read_scores(run_dir, grid)}
+    earlier = memory_grid.read_scores(run_dir, grid, config.cloning)
+    done = {memory_report.key(score.cell): score for score in earlier}
     waiting = [cell for cell in grid if memory_report.key(cell) not in done]
     scores: list[Score] = list(done.values())
     console = Console(stderr=True)

@@ -69,7 +69,7 @@ class StackConfig:
                     )
 
 
-class Block(NamedTuple):
+class ResidualBlock(NamedTuple):
     """Member of the family `BLOCKS`; None stands for a plain stack."""
 
     cell_size: Callable[[int, int], int]  # (H, wide) -> units of the cell
@@ -260,10 +260,10 @@ def _finish_gated(
     return x + drop(dense(product, **params["down"]), 0)
 
 
-BLOCKS: dict[str, Block | None] = {
+BLOCKS: dict[str, ResidualBlock | None] = {
     "none": None,
-    "mlp": Block(lambda size, wide: size, _init_mlp, _finish_mlp),
-    "gated": Block(lambda size, wide: wide, _init_gated, _finish_gated),
+    "mlp": ResidualBlock(lambda size, wide: size, _init_mlp, _finish_mlp),
+    "gated": ResidualBlock(lambda size, wide: wide, _init_gated, _finish_gated),
 }
 
 

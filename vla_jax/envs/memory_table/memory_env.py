@@ -11,8 +11,8 @@ from jax import Array
 
 from vla_jax.config import checked
 from vla_jax.envs.memory_table import memory_rules, motions, scenery, tasks
-from vla_jax.envs.memory_table.memory_config import MemoryTableConfig
 from vla_jax.envs.memory_table.memory_rules import is_acting
+from vla_jax.envs.memory_table.memory_table_config import MemoryTableConfig
 from vla_jax.envs.memory_table.memory_task import Contacts, Display, MemoryState
 from vla_jax.envs.table import quasi_static, rules
 from vla_jax.envs.table.quasi_static import TableState

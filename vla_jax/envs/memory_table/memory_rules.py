@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from vla_jax.envs.memory_table import memory_state, motions, tasks
-from vla_jax.envs.memory_table.memory_config import MemoryTableConfig
+from vla_jax.envs.memory_table.memory_table_config import MemoryTableConfig
 from vla_jax.envs.memory_table.memory_task import (
     Contacts,
     Display,

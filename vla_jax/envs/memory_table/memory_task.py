@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from vla_jax.envs.memory_table.memory_config import MAX_COUNT
+from vla_jax.envs.memory_table.memory_table_config import MAX_COUNT
 from vla_jax.envs.table import rules
 from vla_jax.envs.table.quasi_static import TableState
 from vla_jax.types import Key

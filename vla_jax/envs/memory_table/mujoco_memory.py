@@ -21,7 +21,7 @@ from jax import Array
 
 from vla_jax.config import checked
 from vla_jax.envs.memory_table import memory_rules, scenery, tasks
-from vla_jax.envs.memory_table.memory_config import MemoryTableConfig
+from vla_jax.envs.memory_table.memory_table_config import MemoryTableConfig
 from vla_jax.envs.memory_table.memory_task import NUM_CUPS, Contacts, Display, MemoryState
 from vla_jax.envs.table import rules, scene
 from vla_jax.envs.table.mujoco_physics import MujocoPhysics, check_action

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from vla_jax.envs.memory_table import memory_task, motions
-from vla_jax.envs.memory_table.memory_config import MAX_COUNT
+from vla_jax.envs.memory_table.memory_table_config import MAX_COUNT
 from vla_jax.envs.memory_table.memory_task import (
     GREEN,
     NUM_CUPS,

@@ -4,7 +4,7 @@ from types import MappingProxyType
 
 from vla_jax.config import did_you_mean
 from vla_jax.envs.memory_table import counting, lit_blocks, memory_task, permanence, procedures
-from vla_jax.envs.memory_table.memory_config import MemoryTableConfig
+from vla_jax.envs.memory_table.memory_table_config import MemoryTableConfig
 from vla_jax.envs.memory_table.memory_task import MemoryTask
 from vla_jax.envs.table import rules
 

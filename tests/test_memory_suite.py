@@ -1,0 +1,140 @@
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from train import memory_cloning, memory_decoders, memory_grid, memory_report, memory_suite
+from train.memory_decoders import variants, with_first_observation
+from train.memory_grid import Cell, CloningConfig, Score
+from train.memory_suite import MemorySuiteConfig
+from vla_jax.envs.memory_table import memory_env
+from vla_jax.envs.memory_table.memory_env import JaxMemoryConfig
+
+TINY = CloningConfig(
+    num_seeds=2, num_demonstrations=8, num_updates=1, batch_size=4, hidden_size=8, num_episodes=8
+)
+WORLD = JaxMemoryConfig(task="lit", delay=4)
+
+
+def score(decoder, success, **world):
+    return Score(Cell(JaxMemoryConfig(**world), decoder), np.array(success), {}, 0.25, 1.0)
+
+
+def test_an_interrupted_grid_continues_and_other_cells_are_not_taken(tmp_path, monkeypatch):
+    config = MemorySuiteConfig(
+        tasks=("lit", "cups"), decoders=("fc", "lstm"), delays=(), items=(), swaps=0, touches=0,
+        cloning=TINY, run_dir=str(tmp_path / "run"),
+    )  # fmt: skip
+    ran = []
+
+    def run_cell(cell, cloning, progress):
+        del cloning, progress
+        ran.append((cell.world.task, cell.decoder))
+        if len(ran) == 3:
+            raise KeyboardInterrupt
+        return Score(cell, np.array([0.5, 1.0]), {cell.world.task: [0.5, 1.0]}, 0.25, 1.0)
+
+    monkeypatch.setattr(memory_grid, "run_cell", run_cell)
+    with pytest.raises(KeyboardInterrupt):
+        memory_suite.memory_suite(config)
+    assert ran == [("lit", "fc"), ("lit", "lstm"), ("cups", "fc")]
+    memory_suite.memory_suite(config)
+    assert ran[3:] == [("cups", "fc"), ("cups", "lstm")]
+    lines = (tmp_path / "run" / memory_grid.RESULTS).read_text().splitlines()
+    assert [json.loads(line)["decoder"] for line in lines] == ["fc", "lstm"] * 2
+    table = (tmp_path / "run" / memory_report.TABLE).read_text()
+    assert table.count("75 % [50, 100]") == 4
+
+
+def test_results_of_another_training_are_not_taken(tmp_path):
+    cell = Cell(WORLD, "lstm")
+    line = memory_grid.to_json(score("lstm", [1.0, 0.5], task="lit", delay=4), TINY)
+    (tmp_path / memory_grid.RESULTS).write_text(json.dumps(line) + "\n")
+    (read,) = memory_grid.read_scores(tmp_path, [cell], TINY)
+    assert read.success.tolist() == [1.0, 0.5]
+    other = dataclasses.replace(TINY, num_updates=2)
+    assert not list(memory_grid.read_scores(tmp_path, [cell], other))
+    assert not list(memory_grid.read_scores(tmp_path, [Cell(WORLD, "gru")], TINY))
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        "first_and_now",
+        pytest.param("lstm_window", marks=pytest.mark.slow),
+        pytest.param("gpt", marks=pytest.mark.slow),
+    ],
+)
+def test_a_cell_trains_and_tests_every_seed(decoder):
+    result = memory_grid.run_cell(Cell(WORLD, decoder), TINY)
+    assert result.success.shape == (2,)
+    assert set(result.groups) == {"lit"}
+    assert result.chance == 0.25
+
+
+def test_windows_hold_the_steps_of_one_episode_and_no_action_of_the_shown_part():
+    env = memory_env.make(WORLD)
+    agent = memory_decoders.make_agent_config(variants()["lstm_window"], env, 48, 8)
+    demonstrations = memory_cloning._cut(memory_cloning.collect(env, jax.random.key(0), 8))
+    stats = memory_cloning._norm_stats(demonstrations)
+    lesson = memory_cloning._make_lesson(agent, env, stats, demonstrations)
+    batch = memory_cloning._draw(lesson, 8, 64, jax.random.key(1))
+    assert batch.timestep_mask.shape == (64, 8)
+    assert batch.action.shape == (64, 8, memory_decoders.ACTION_HORIZON, 7)
+    acts = np.asarray(lesson.acts)
+    targets = np.asarray(lesson.action)[acts]
+    found = np.asarray(batch.action)[np.asarray(batch.action_mask)]
+    known = {row.tobytes() for row in targets}
+    assert len(found)
+    assert all(row.tobytes() in known for row in found)
+    # the instruction is visible at the first step alone
+    words = np.asarray(lesson.observation.instruction)
+    assert np.all(words[:, 1:] == words[:1, 1:2])
+    assert np.any(words[:, 0] != words[:, 1])
+
+
+def test_the_baseline_sees_the_first_observation_at_every_step():
+    env = with_first_observation(memory_env.make(WORLD))
+    state, first = env.reset(jax.random.key(0))
+    step = jax.jit(env.step)
+    for _ in range(3):
+        state, transition = step(state, np.zeros(7, np.float32))
+        both = transition.observation.environment_state
+        assert np.array_equal(both[48:], first.environment_state[:48])
+    assert int(env.instruction_index(state)) == 0
+    assert not env.is_acting(state)
+
+
+def test_curves_are_drawn_over_the_axes(tmp_path):
+    scores = [score("lstm", [0.5, 1.0], task="lit", delay=delay) for delay in (16, 64)]
+    memory_report.write(tmp_path, scores, ("lstm",))
+    assert (tmp_path / memory_report.CURVES).stat().st_size > 1000
+    points = memory_report._by_axis(scores, "delay")
+    assert {key: value.tolist() for key, value in points.items()} == {
+        16: [0.5, 1.0],
+        64: [0.5, 1.0],
+    }
+
+
+def test_unknown_names_are_refused_before_any_training():
+    with pytest.raises(ValueError, match=r"unknown decoder 'lsmt'; .*Did you mean 'lstm'"):
+        MemorySuiteConfig(decoders=("lsmt",))
+    with pytest.raises(ValueError, match="unknown memory task"):
+        MemorySuiteConfig(tasks=("lid",))
+
+
+@pytest.mark.slow
+def test_memory_is_what_success_depends_on():
+    """A window that ends before the cue is at chance, memory of the episode is not."""
+    config = CloningConfig(num_seeds=1, num_updates=600, num_demonstrations=600, num_episodes=100)
+    world = JaxMemoryConfig(task="lit", delay=10)
+    rates = {
+        name: memory_grid.run_cell(Cell(world, name), config).success[0]
+        for name in ("fc", "lstm_window", "gru")
+    }
+    limit = 0.25 + 3.5 * np.sqrt(0.25 * 0.75 / config.num_episodes)
+    assert rates["fc"] <= limit
+    assert rates["lstm_window"] <= limit
+    assert rates["gru"] >= 0.8

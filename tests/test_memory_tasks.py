@@ -1,0 +1,192 @@
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vla_jax.envs.memory_table import (
+    memory_env,
+    memory_state,
+    memory_task,
+    permanence,
+    procedures,
+    tasks,
+)
+from vla_jax.envs.memory_table.memory_env import JaxMemoryConfig
+from vla_jax.envs.table import rules
+
+NUM = 64  # episodes
+NAMES = tuple(tasks.TASKS)
+WITH_DELAY = tuple(name for name, task in tasks.TASKS.items() if task.has_delay)
+
+
+@functools.cache
+def play(name, by_expert, same_layout=False, other_cue=False, **axes):
+    """Plays episodes in one program: by the expert, of another episode's cue, or hovering."""
+    config = JaxMemoryConfig(task=name, delay=6, **axes)
+    env = memory_env.make(config)
+    layout_keys = jax.random.split(jax.random.key(3), NUM)
+    layout_keys = layout_keys[jnp.zeros(NUM, jnp.int32)] if same_layout else layout_keys
+    cue_keys = jax.random.split(jax.random.key(4), NUM)
+
+    @jax.jit
+    @jax.vmap
+    def episode(layout_key, cue_key, another_key):
+        state, observation = memory_env.start(config, layout_key, cue_key)
+        another = tasks.get(name).draw(config, another_key)._replace(delay=state.cue.delay)
+
+        def step(carry, _):
+            state, observation, alive = carry
+            believed = state._replace(cue=another) if other_cue else state
+            action = env.expert(believed) if by_expert else jnp.zeros(7).at[2].set(0.2)
+            acts = env.is_acting(state)
+            after, transition = env.step(state, action)
+            ends = transition.terminated | transition.truncated
+            seen = (observation.environment_state, observation.proprio, acts, alive)
+            return (after, transition.observation, alive & ~ends), (
+                seen,
+                alive & transition.success,
+            )
+
+        start = (state, observation, jnp.ones((), bool))
+        (end, _, _), (seen, success) = jax.lax.scan(step, start, length=env.max_steps)
+        return seen, jnp.any(success), state, end
+
+    return jax.device_get(episode(layout_keys, cue_keys, jax.random.split(jax.random.key(5), NUM)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_expert_succeeds(name):
+    _, success, *_ = play(name, True)
+    assert success.mean() >= 0.98
+
+
+@pytest.mark.parametrize("name", WITH_DELAY)
+def test_after_the_cue_has_gone_observations_of_two_cues_are_equal(name):
+    (state, proprio, acts, _), _, start, _ = play(name, False, same_layout=True)
+    first = acts.argmax(axis=1)
+    assert len({tuple(np.asarray(leaf)[i].ravel()) for leaf in start.cue for i in range(NUM)}) > 1
+    # the hand hovers, so that nothing is touched
+    shortest = acts.sum(axis=1).min()
+    for part in (state, proprio):
+        acting = np.stack([part[i, at : at + shortest] for i, at in enumerate(first)])
+        assert np.all(acting == acting[:1])
+    shown = state[:, : first.min()]
+    sentences = start.table.instruction
+    assert np.any(shown != shown[:1]) or np.any(sentences != sentences[0])
+
+
+@pytest.mark.parametrize("name", WITH_DELAY)
+def test_nothing_changes_during_the_delay_and_the_arm_is_held_still(name):
+    (state, proprio, acts, _), _, start, _ = play(name, True)
+    for i in range(NUM):
+        shown, acting = int(start.cue.shown[i]), int(acts[i].argmax())
+        assert acting == shown + start.cue.delay[i]
+        assert np.all(state[i, shown : acting + 1] == state[i, shown])
+        assert np.all(proprio[i, : acting + 1] == proprio[i, 0])
+
+
+def test_the_delay_is_drawn_around_its_mean():
+    assert tasks.delay_range(JaxMemoryConfig(delay=16)) == (12, 20)
+    delays = play("lit", True)[2].cue.delay
+    assert set(delays) == {5, 6, 7}
+
+
+@pytest.mark.parametrize("name", ["cups", "cups_swapped", "dark", "lit", "kth", "sequence", "path"])
+def test_chance_is_the_rate_of_an_expert_that_believes_another_cue(name):
+    success = play(name, True, other_cue=True)[1]
+    chance = tasks.chance(JaxMemoryConfig(task=name))
+    margin = 3.5 * np.sqrt(chance * (1 - chance) / NUM) + 1 / NUM
+    assert abs(success.mean() - chance) <= margin
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("touch_times", max(np.mean([q * (1 - q) ** (n - 1) for n in (2, 3, 4)])
+                            for q in np.linspace(0.001, 0.999, 999))),
+        ("blinks", 1 / 4),
+        ("put_back", np.pi * 0.03**2 / 0.32**2),
+        ("sequence", 1 / 24),
+    ],
+)  # fmt: skip
+def test_chance_of_counting_and_places(name, expected):
+    assert tasks.chance(JaxMemoryConfig(task=name)) == pytest.approx(expected)
+
+
+def test_first_and_present_observation_do_not_determine_the_cup():
+    (state, *_), _, start, _ = play("cups_swapped", False, same_layout=True, updates=3)
+    config = JaxMemoryConfig(task="cups_swapped", delay=6, updates=3)
+    place = jax.vmap(functools.partial(permanence.place_of_target, config))(start)
+    first = [row.tobytes() for row in state[:, 0]]
+    answers = {}
+    for key, colour, where in zip(first, start.cue.colour, np.asarray(place), strict=True):
+        answers.setdefault((key, int(colour)), set()).add(int(where))
+    assert any(len(places) > 1 for places in answers.values())
+
+
+def test_swaps_move_the_target_as_written_out_by_hand():
+    state = play("cups_swapped", False, same_layout=True, updates=3)[2]
+    config = JaxMemoryConfig(task="cups_swapped", delay=6, updates=3)
+    place = jax.vmap(functools.partial(permanence.place_of_target, config))(state)
+    for i in range(NUM):
+        cups = {place: place for place in range(4)}  # place -> cup, named by its first place
+        for one, other in state.cue.swaps[i][: state.cue.count[i]]:
+            cups[int(one)], cups[int(other)] = cups[int(other)], cups[int(one)]
+        first = int(state.cue.places[i][state.cue.colour[i]])
+        assert cups[int(place[i])] == first
+
+
+def test_the_first_22_numbers_are_those_of_the_table():
+    assert memory_state.STATE_NAMES[: rules.STATE_SIZE] == rules.STATE_NAMES
+    assert len(memory_state.STATE_NAMES) == 48
+
+
+def test_actions_have_no_effect_while_the_robot_watches():
+    config = JaxMemoryConfig(task="lit", delay=6)
+    state, _ = memory_env.start(config, jax.random.key(0), jax.random.key(1))
+    step = jax.jit(memory_env.make(config).step)
+    moved, transition = step(state, jnp.ones(7))
+    assert np.array_equal(moved.table.tool, state.table.tool)
+    assert not transition.terminated
+
+
+def test_paths_visit_neighbouring_dots_once():
+    paths = procedures.paths(4)
+    assert len({tuple(path) for path in paths}) == len(paths)
+    for path in paths:
+        assert len(set(path)) == 4
+        for one, other in itertools.pairwise(path):
+            assert (
+                max(abs(a - b) for a, b in zip(divmod(one, 3), divmod(other, 3), strict=True)) == 1
+            )
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"task": "light"}, "unknown memory task 'light'"),
+        ({"task": "kth", "items": 5}, "items of task 'kth' must be at most 4"),
+        ({"task": "sequence", "items": 1}, "items of task 'sequence' must be at least 2"),
+        ({"delay": -1}, "delay"),
+    ],
+)
+def test_configs_without_meaning_are_refused(fields, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        JaxMemoryConfig(**fields)
+
+
+def test_a_contact_counts_again_after_the_hand_has_risen():
+    state = play("lit", False)[2]
+    one = jax.tree.map(lambda leaf: leaf[0], state)
+    touched = jnp.array([True, False, False, False])
+    begins, which, progress = memory_task.new_contact(one, touched)
+    assert begins
+    assert which == 0
+    again, _, _ = memory_task.new_contact(one._replace(progress=progress), touched)
+    assert not again
+    other, which, _ = memory_task.new_contact(one._replace(progress=progress), touched[::-1])
+    assert other
+    assert which == 3
