@@ -7,7 +7,7 @@ import pytest
 
 from train import memory_cloning, memory_decoders, memory_grid, memory_report, memory_suite
 from train.memory_decoders import variants, with_first_observation
-from train.memory_grid import Cell, CloningConfig, Score
+from train.memory_grid import CloningConfig, GridCell, Score
 from train.memory_suite import MemorySuiteConfig
 from vla_jax.envs.memory_table import memory_env
 from vla_jax.envs.memory_table.memory_env import JaxMemoryConfig
@@ -19,7 +19,7 @@ WORLD = JaxMemoryConfig(task="lit", delay=4)
 
 
 def score(decoder, success, **world):
-    return Score(Cell(JaxMemoryConfig(**world), decoder), np.array(success), {}, 0.25, 1.0)
+    return Score(GridCell(JaxMemoryConfig(**world), decoder), np.array(success), {}, 0.25, 1.0)
 
 
 def test_an_interrupted_grid_continues_and_other_cells_are_not_taken(tmp_path, monkeypatch):
@@ -49,14 +49,14 @@ def test_an_interrupted_grid_continues_and_other_cells_are_not_taken(tmp_path, m
 
 
 def test_results_of_another_training_are_not_taken(tmp_path):
-    cell = Cell(WORLD, "lstm")
+    cell = GridCell(WORLD, "lstm")
     line = memory_grid.to_json(score("lstm", [1.0, 0.5], task="lit", delay=4), TINY)
     (tmp_path / memory_grid.RESULTS).write_text(json.dumps(line) + "\n")
     (read,) = memory_grid.read_scores(tmp_path, [cell], TINY)
     assert read.success.tolist() == [1.0, 0.5]
     other = dataclasses.replace(TINY, num_updates=2)
     assert not list(memory_grid.read_scores(tmp_path, [cell], other))
-    assert not list(memory_grid.read_scores(tmp_path, [Cell(WORLD, "gru")], TINY))
+    assert not list(memory_grid.read_scores(tmp_path, [GridCell(WORLD, "gru")], TINY))
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_results_of_another_training_are_not_taken(tmp_path):
     ],
 )
 def test_a_cell_trains_and_tests_every_seed(decoder):
-    result = memory_grid.run_cell(Cell(WORLD, decoder), TINY)
+    result = memory_grid.run_cell(GridCell(WORLD, decoder), TINY)
     assert result.success.shape == (2,)
     assert set(result.groups) == {"lit"}
     assert result.chance == 0.25
@@ -131,7 +131,7 @@ def test_memory_is_what_success_depends_on():
     config = CloningConfig(num_seeds=1, num_updates=600, num_demonstrations=600, num_episodes=100)
     world = JaxMemoryConfig(task="lit", delay=10)
     rates = {
-        name: memory_grid.run_cell(Cell(world, name), config).success[0]
+        name: memory_grid.run_cell(GridCell(world, name), config).success[0]
         for name in ("fc", "lstm_window", "gru")
     }
     limit = 0.25 + 3.5 * np.sqrt(0.25 * 0.75 / config.num_episodes)

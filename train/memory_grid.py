@@ -23,7 +23,7 @@ _IDENTITY = ("task", "delay", "items", "updates", "decoder")  # fields that dist
 @dataclass(frozen=True)
 @checked(
     num_seeds=(1, 1000), num_demonstrations=(2, 2**31 - 1), num_updates=(1, 2**31 - 1),
-    batch_size=(1, 2**20), hidden_size=(1, 2**16), num_episodes=(1, 2**20),
+    batch_size=(1, 2**20), hidden_size=(1, 2**16), num_episodes=(1, 2**20), learning_rate=(0, 1000),
 )  # fmt: skip
 class CloningConfig:
     """Training and test of every cell of the grid."""
@@ -38,7 +38,7 @@ class CloningConfig:
     seed: int = 10  # the seeds are seed, seed + 1, …; settings were chosen on 0, 1, 2
 
 
-class Cell(NamedTuple):
+class GridCell(NamedTuple):
     """One cell of the grid: a task and a policy."""
 
     world: JaxMemoryConfig
@@ -48,21 +48,21 @@ class Cell(NamedTuple):
 class Score(NamedTuple):
     """Result of a cell."""
 
-    cell: Cell
+    cell: GridCell
     success: np.ndarray  # [S] success rate of each seed
     groups: dict[str, list[float]]  # group of the task -> success rate of each seed
     chance: float  # of the best policy without memory
     seconds: float  # training and test
 
 
-def identity(cell: Cell) -> dict[str, Any]:
+def identity(cell: GridCell) -> dict[str, Any]:
     """Returns the fields that a line of the results must have to be that of a cell."""
     values = (*(getattr(cell.world, name) for name in _IDENTITY[:-1]), cell.decoder)
     return dict(zip(_IDENTITY, values, strict=True))
 
 
 def run_cell(
-    cell: Cell, config: CloningConfig, progress: Callable[[int], None] = lambda done: None
+    cell: GridCell, config: CloningConfig, progress: Callable[[int], None] = lambda done: None
 ) -> Score:
     """Trains and tests one policy on one task, all seeds at once.
 
@@ -112,7 +112,7 @@ def to_json(score: Score, config: CloningConfig) -> dict[str, Any]:
 
 
 def read_scores(
-    run_dir: pathlib.Path, cells: Sequence[Cell], config: CloningConfig
+    run_dir: pathlib.Path, cells: Sequence[GridCell], config: CloningConfig
 ) -> Iterator[Score]:
     """Yields the scores of a run folder that belong to these cells, trained with this config."""
     path = run_dir / RESULTS

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from rich.table import Table
 
-from train.memory_grid import Cell, Score, identity
+from train.memory_grid import GridCell, Score, identity
 from vla_jax.envs.memory_table import tasks
 from vla_jax.evaluation import plots
 from vla_jax.evaluation.plots import Panel
@@ -21,7 +21,7 @@ _PANELS = (  # task, axis of its configs or "group", title, label of the x axis
 )
 
 
-def key(cell: Cell) -> tuple[object, ...]:
+def key(cell: GridCell) -> tuple[object, ...]:
     """Returns what distinguishes a cell from the others of a grid."""
     return tuple(identity(cell).values())
 
@@ -78,7 +78,7 @@ def _rows(scores: Sequence[Score], decoders: Sequence[str]) -> list[tuple[str, .
     return rows
 
 
-def _axes(cell: Cell) -> str:
+def _axes(cell: GridCell) -> str:
     """Returns the axes of a cell that differ from the task's defaults."""
     world = cell.world
     named = {"delay": world.delay, "items": world.items, "updates": world.updates}

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from train import memory_grid, memory_report
 from train.memory_decoders import variants
-from train.memory_grid import Cell, CloningConfig, Score
+from train.memory_grid import CloningConfig, GridCell, Score
 from vla_jax import files
 from vla_jax.command_line import run
 from vla_jax.config import checked, did_you_mean
@@ -58,7 +58,7 @@ class MemorySuiteConfig:
             tasks.check(cell.world)
 
 
-def cells(config: MemorySuiteConfig) -> list[Cell]:
+def cells(config: MemorySuiteConfig) -> list[GridCell]:
     """Returns the cells of the grid: the table, then what the curves need in addition."""
     base = JaxMemoryConfig(delay=config.delay)
     worlds = [replace(base, task=task) for task in config.tasks]
@@ -70,7 +70,7 @@ def cells(config: MemorySuiteConfig) -> list[Cell]:
         worlds.append(replace(base, task="cups_swapped", updates=config.swaps))
     if "touch_times" in config.tasks and config.touches:
         worlds.append(replace(base, task="touch_times", updates=config.touches))
-    return [Cell(world, decoder) for world in worlds for decoder in config.decoders]
+    return [GridCell(world, decoder) for world in worlds for decoder in config.decoders]
 
 
 @exclusive

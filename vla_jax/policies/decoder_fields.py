@@ -17,7 +17,7 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True)
-@checked(dropout=(0, 1))
+@checked(dropout=(0, 1), block_expansion=(0, 1024))
 class DecoderFields:
     """Trunk, head and sizes; the defaults are RoboVLMs' except for input and output sizes."""
 
