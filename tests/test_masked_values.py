@@ -29,7 +29,7 @@ from vla_jax.nn.cells import CELLS
 from vla_jax.nn.recurrence import RecurrenceConfig
 from vla_jax.nn.seq2seq import Seq2SeqConfig
 from vla_jax.nn.transformer import TransformerConfig
-from vla_jax.policies import decoders, policy
+from vla_jax.policies import decoders, heads, policy
 from vla_jax.policies.decoder_config import DecoderConfig
 from vla_jax.policies.head import TeacherForcing
 from vla_jax.policies.policy import PolicyConfig
@@ -163,7 +163,7 @@ def decoder_case(kind, head):
         targets = TeacherForcing(fill(draw(B, T, 2, 3), action_mask, value), action_mask)
         return decoders.apply(
             params, config, tokens, timestep_mask=MASK, token_mask=token_mask, reset=RESET,
-            targets=targets if head == "autoregressive" else None,
+            targets=targets if heads.HEADS[head].takes_targets else None, key=KEY,
         )  # fmt: skip
 
     return run, decoders.init(KEY, config)
@@ -387,9 +387,10 @@ FAMILIES = {
     seq2seq_case: [("tokens",), ("vectors",)],
     pooling_case: [(kind,) for kind in pooling.POOLINGS],
     decoder_case: [
-        ("fc", "continuous"), ("gpt", "continuous"), ("lstm", "discrete"), ("gru", "autoregressive")
+        ("fc", "continuous"), ("gpt", "continuous"), ("lstm", "discrete"),
+        ("gru", "autoregressive"), ("lstm", "flow"),
     ],
-    predict_case: [("continuous",), ("discrete",), ("autoregressive",)],
+    predict_case: [("continuous",), ("discrete",), ("autoregressive",), ("flow",)],
     reward_case: [
         (name,) for name in ("reinforce", "score", "scale", "entropy", "baseline",
                              "lambda_returns", "advantages")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from vla_jax import config as configs
-from vla_jax.acting.agent import AgentConfig, Mode
+from vla_jax.acting.agent import AgentConfig, Mode, with_noise
 from vla_jax.acting.rollout import Controller, Outcome
 from vla_jax.actions.execution import Kind
 from vla_jax.backbones import registry
@@ -25,14 +25,15 @@ from vla_jax.types import Env
 
 # Options of `EvaluateConfig` that a reference does not have, nor a remote policy but the last.
 _POLICY_OPTIONS = (
-    "step", "robot", "mode", "window_size", "instruction_steps", "exec_kind", "exec_horizon"
+    "step", "robot", "mode", "window_size", "instruction_steps", "flow_steps", "noise_seed",
+    "exec_kind", "exec_horizon"
 )  # fmt: skip
 TOKEN = "VLA_JAX_TOKEN"  # environment variable: token of the policy server of `remote`
 _REMOTE_SIZE = 224  # pixels of the images for a server that does not name a size, as openpi's
 
 
 @dataclass(frozen=True)
-@checked(instruction_steps=(-1, 2**31 - 1))
+@checked(instruction_steps=(-1, 2**31 - 1), flow_steps=(1, 2**31 - 1))
 class EvaluateConfig:
     """Episodes, environment and execution of an evaluation; None means as in training."""
 
@@ -47,6 +48,8 @@ class EvaluateConfig:
     mode: Mode | None = None  # streaming mode: refresh, periodic or persistent
     window_size: int | None = None  # W, in environment steps
     instruction_steps: int | None = None  # initial steps with a visible instruction; -1 = all
+    flow_steps: int | None = None  # Euler steps of the flow head; more are slower
+    noise_seed: int | None = None  # random seed of the noise that the flow head acts from
     exec_kind: Kind | None = None  # rule that selects actions from predicted chunks
     exec_horizon: int | None = None  # steps of a chunk that receding_horizon executes
     world: str | None = None  # kind of environment, such as table_jax; None = that of the run
@@ -189,6 +192,7 @@ def _agent(agent: AgentConfig, config: EvaluateConfig) -> AgentConfig:
     """Returns the run's agent config with the options of the evaluation."""
     execution = _given({"kind": config.exec_kind, "exec_horizon": config.exec_horizon})
     acting = _given({"mode": config.mode, "instruction_steps": config.instruction_steps})
+    agent = with_noise(agent, flow_steps=config.flow_steps, noise_seed=config.noise_seed)
     executing = dataclasses.replace(agent.execution, **execution)
     return dataclasses.replace(agent, **acting, execution=executing)
 
@@ -223,6 +227,8 @@ def _name(agent: AgentConfig, config: EvaluateConfig, robot: str | None) -> str:
     parts = memory if trunks.get(decoder.kind).has_memory else ["memoryless"]
     if config.instruction_steps is not None:
         parts.append(f"instruction{config.instruction_steps}")
+    noise = {"flow": config.flow_steps, "noise": config.noise_seed}
+    parts += [f"{option}{value}" for option, value in _given(noise).items()]
     options = (config.exec_kind, config.exec_horizon, config.world, config.env_id, config.step)
     return _join(*parts, robot, *options)
 

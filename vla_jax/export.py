@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from vla_jax.acting.agent import AgentConfig, Mode
+from vla_jax.acting.agent import AgentConfig, Mode, with_noise
 from vla_jax.actions.execution import Kind
 from vla_jax.command_line import exit_codes, parse
 from vla_jax.config import checked
@@ -24,7 +24,12 @@ from vla_jax.serving.policy_export import ExportConfig
 
 
 @dataclass(frozen=True)
-@checked(instruction_steps=(-1, 2**31 - 1), batch_size=(1, 2**31 - 1), window_size=(1, 2**31 - 1))
+@checked(
+    instruction_steps=(-1, 2**31 - 1),
+    batch_size=(1, 2**31 - 1),
+    window_size=(1, 2**31 - 1),
+    flow_steps=(1, 2**31 - 1),
+)
 class ExportRunConfig(ExportConfig):
     """Policy to export, and its form; None means as in training."""
 
@@ -33,6 +38,8 @@ class ExportRunConfig(ExportConfig):
     mode: Mode | None = None  # streaming mode: refresh, periodic or persistent
     window_size: int | None = None  # W, in environment steps
     instruction_steps: int | None = None  # initial steps with a visible instruction; -1 = all
+    flow_steps: int | None = None  # Euler steps of the flow head; more are slower
+    noise_seed: int | None = None  # random seed of the noise that the flow head acts from
     exec_kind: Kind | None = None  # rule that selects actions from predicted chunks
     exec_horizon: int | None = None  # steps of a chunk that receding_horizon executes
     overwrite: bool = False  # replace a policy that was exported to DST before
@@ -76,6 +83,7 @@ def _agent(agent: AgentConfig, config: ExportRunConfig) -> AgentConfig:
         {name: value for name, value in options.items() if value is not None}
         for options in (acting, execution)
     ]
+    agent = with_noise(agent, flow_steps=config.flow_steps, noise_seed=config.noise_seed)
     return dataclasses.replace(
         agent, **given[0], execution=dataclasses.replace(agent.execution, **given[1])
     )

@@ -25,7 +25,13 @@ from typing import Annotated, Literal
 import jax
 
 from vla_jax import folder_lock
-from vla_jax.acting.agent import AgentConfig, AgentState, Mode, read_instruction
+from vla_jax.acting.agent import (
+    AgentConfig,
+    AgentState,
+    Mode,
+    read_instruction,
+    with_noise,
+)
 from vla_jax.command_line import exit_codes, parse
 from vla_jax.config import LEAST_FLOAT, checked
 from vla_jax.files import Path
@@ -49,6 +55,7 @@ _CPU_BATCH, _BATCH = 8, 64  # greatest number of sessions of a tick; large ones 
 @dataclass(frozen=True)
 @checked(
     instruction_steps=(-1, 2**31 - 1),
+    flow_steps=(1, 2**31 - 1),
     port=(0, 65_535),
     sessions=(1, 65_536),
     session_ttl_s=(0.1, 1e7),
@@ -66,6 +73,8 @@ class ServeConfig:
     mode: Mode | None = None  # streaming mode: refresh, periodic or persistent
     window_size: int | None = None  # W, in environment steps
     instruction_steps: int | None = None  # initial steps with a visible instruction; -1 = all
+    flow_steps: int | None = None  # Euler steps of the flow head; more are slower
+    noise_seed: int | None = None  # random seed of the noise that the flow head acts from
     host: str = "127.0.0.1"  # address to bind; other than loopback needs a token
     port: int = 8000  # TCP port; 0 chooses a free one
     # file with the token that clients must send; None = that of the environment variable
@@ -287,6 +296,7 @@ def _agent(agent: AgentConfig, config: ServeConfig) -> AgentConfig:
     """Returns the run's agent config with the options of the server."""
     options = {"mode": config.mode, "instruction_steps": config.instruction_steps}
     given = {name: value for name, value in options.items() if value is not None}
+    agent = with_noise(agent, flow_steps=config.flow_steps, noise_seed=config.noise_seed)
     return dataclasses.replace(agent, **given)
 
 

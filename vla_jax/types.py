@@ -109,7 +109,15 @@ class BinChunk(NamedTuple):
     logits: Array  # [..., K, A, V], the last of A is the gripper
 
 
-Prediction = ActionChunk | BinChunk  # output of a decoder, input of a loss
+class FlowChunk(NamedTuple):
+    """A velocity on the way from noise to the next `K` actions, for the loss of a flow."""
+
+    velocity: Array  # [..., K, A], predicted, per unit of time
+    noise: Array  # [..., K, A], where the way begins
+    estimate: Array  # [..., K, A], the actions that this velocity leads to
+
+
+Prediction = ActionChunk | BinChunk | FlowChunk  # output of a decoder, input of a loss
 
 
 class Transition(NamedTuple):

@@ -5,6 +5,7 @@ step of the policy, selects one action from the predicted chunks and converts it
 units and frame. Its state is a tree of arrays `[B, ...]`; `rows` reads and replaces its rows.
 """
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -149,6 +150,26 @@ def make_agent(
         return send(config, norm_stats, state, observation, action)
 
     return Agent(init, prepare, step)
+
+
+def with_noise(
+    config: AgentConfig, *, flow_steps: int | None, noise_seed: int | None
+) -> AgentConfig:
+    """Returns the config with other options of a head that acts from noise; None keeps one.
+
+    Raises:
+      ValueError: an option is out of range, or given for a head that draws no noise.
+    """
+    options = {"flow_steps": flow_steps, "noise_seed": noise_seed}
+    given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
+    decoder = config.policy.decoder
+    if given and not heads.HEADS[decoder.head].draws_noise:
+        raise ValueError(
+            f"{' and '.join(given)} must be None for head '{decoder.head}', which draws no noise, "
+            f"got {', '.join(map(str, given.values()))}; leave out the option."
+        )
+    parts = dataclasses.replace(config.policy, decoder=dataclasses.replace(decoder, **given))
+    return dataclasses.replace(config, policy=parts)
 
 
 def check_representable(config: AgentConfig) -> None:

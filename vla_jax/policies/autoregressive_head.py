@@ -183,8 +183,13 @@ def _init_stream(
 
 
 def _step(
-    params: Params, config: DecoderFields, state: FeatureBuffer, step_features: StepFeatures
+    params: Params,
+    config: DecoderFields,
+    state: FeatureBuffer,
+    step_features: StepFeatures,
+    reset: Array,
 ) -> tuple[FeatureBuffer, ActionChunk]:
+    del reset  # `num_previous` is 0 after it
     count, capacity = step_features.num_previous, state.features.shape[1]
     rows = jnp.arange(count.shape[0])
     buffer = state.features.at[rows, count % capacity].set(step_features.features)
@@ -246,6 +251,7 @@ def _zero_carry(config: Seq2SeqConfig, like: Array) -> Carry:
 
 AUTOREGRESSIVE = Head(
     takes_targets=True,
+    draws_noise=False,
     is_bounded=True,
     check=check,
     init=init,

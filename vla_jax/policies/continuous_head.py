@@ -71,6 +71,7 @@ def _errors(chunk: ActionChunk, target: jax.Array) -> dict[str, jax.Array]:
 
 CONTINUOUS = Head(
     takes_targets=False,
+    draws_noise=False,
     is_bounded=True,
     check=check,
     init=init,

@@ -12,7 +12,7 @@ from vla_jax.nn.recurrence import Implementation
 from vla_jax.nn.residual_blocks import BlockName
 from vla_jax.nn.seq2seq import AnyScore
 
-HeadName = Literal["continuous", "discrete", "autoregressive"]
+HeadName = Literal["continuous", "discrete", "autoregressive", "flow"]
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -35,9 +35,11 @@ class DecoderFields:
     num_heads: int = 8  # M, attention heads of the gpt trunk
     pooling: Pooling = "max"  # how the N tokens of a step are pooled; none concatenates them
     num_latents: int = 1  # vectors per step after pooling, concatenated
-    head: HeadName = "continuous"  # action head: continuous, discrete (bins), or autoregressive
+    head: HeadName = "continuous"  # continuous, discrete (bins), autoregressive, or flow (matching)
     score: AnyScore = "general"  # attention score of the autoregressive head; none = no attention
     num_bins: int = 256  # V, bins of each action dimension in [-1, 1], discrete head only
+    flow_steps: int = 4  # Euler steps from noise to a chunk when the flow head acts
+    noise_seed: int = 0  # random seed of the noise that the flow head acts from
     head_sizes: tuple[int, ...] = (1024, 512, 256)  # widths of the hidden layers of each head MLP
     dropout: float = 0.0  # dropout probability: between recurrent layers, or as in GPT-2
     remat_chunk: int = 0  # steps per rematerialised chunk of the recurrence; 0 stores everything

@@ -82,9 +82,10 @@ def apply(
       token_mask: `[B, W, N]`, True where the token is real; None means everywhere.
       reset: `[B, W]`, True where a new episode starts; None means nowhere.
       carry: of the recurrence before the first step; None means zeros. Must be None for "gpt".
-      targets: ground-truth actions for teacher forcing (head "autoregressive" only); None decodes
-        from the model's own actions.
-      key: consumed, for dropout and for `targets.rate`; None disables dropout.
+      targets: ground-truth actions for teacher forcing (heads "autoregressive" and "flow"); None
+        decodes from the model's own actions, or from noise.
+      key: consumed, for dropout, for `targets.rate` and for the noise of head "flow"; None disables
+        dropout.
 
     Returns:
       Arm `[B, W, K, A-1]` in (-1, 1), gripper logit `[B, W, K]`; of head "discrete" logits
@@ -92,7 +93,8 @@ def apply(
 
     Raises:
       ValueError: `tokens` are not `[B, W, N, D]` with the config's N and D; a carry or a longer
-        window for "gpt"; targets for another head; `targets.rate` without a key.
+        window for "gpt"; targets for another head; `targets.rate`, or targets of head
+        "flow", without a key.
 
     Source: Li et al. 2024, RoboVLMs (arXiv:2412.14058), `LSTMDecoder`, `GPTDecoder`, `FCDecoder`.
     """
@@ -173,21 +175,23 @@ def predict(
     Args:
       params: from `init`.
       config: the one given to `init`.
-      features: `[B, W, H]` from `run_trunk`; `[..., H]` for every head but "autoregressive", which
-        alone uses the arguments after `timestep_mask`. Those of masked steps may be NaN.
+      features: `[B, W, H]` from `run_trunk`; `[..., H]` for heads "continuous" and
+        "discrete", which do not use the arguments after `timestep_mask`. Those of masked steps may
+        be NaN.
       timestep_mask: `[B, W]`, as for `apply`.
       reset: `[B, W]`, as for `apply`.
       targets: as for `apply`.
       key: consumed, as for `apply`.
 
     Raises:
-      ValueError: targets for a head that does not take any, or `targets.rate` without a key.
+      ValueError: targets for a head that does not take any; `targets.rate`, or targets of head
+        "flow", without a key.
     """
     head = heads.HEADS[config.head]
     if targets is not None and not head.takes_targets:
         raise ValueError(
-            f"targets must be None for head '{config.head}', which does not feed actions back, got "
-            "actions; leave them out, or choose head 'autoregressive'."
+            f"targets must be None for head '{config.head}', which has no actions as input, got "
+            "actions; leave them out, or choose head 'autoregressive' or 'flow'."
         )
     return head.apply(
         params["heads"],
@@ -303,7 +307,7 @@ def step(
         params, config, state.trunk, pooled, reset
     )
     head_state, prediction = heads.HEADS[config.head].step(
-        params["heads"], config, state.head, step_features
+        params["heads"], config, state.head, step_features, reset
     )
     return StreamState(trunk_state, head_state), heads.actions(prediction)
 

@@ -75,6 +75,7 @@ def _errors(chunk: BinChunk, target: jax.Array) -> dict[str, jax.Array]:
 
 DISCRETE = Head(
     takes_targets=False,
+    draws_noise=False,
     is_bounded=True,
     check=continuous_head.check,
     init=init,

@@ -11,17 +11,19 @@ from vla_jax.types import ActionChunk, Array, Key, Params, Prediction
 
 
 class TeacherForcing(NamedTuple):
-    """Ground-truth actions for the training of a head that feeds its own actions back."""
+    """Ground-truth actions for the training of a head that has actions as input."""
 
     action: Array  # [B, W, K, A], arm in [-1, 1], gripper +1 open / -1 closed
     action_mask: Array  # [B, W, K] bool, True where the action exists; others may be NaN
-    rate: Array | None = None  # [] probability of feeding the true action; None = always
+    # [] probability of feeding the true action to the autoregressive head; None = always
+    rate: Array | None = None
 
 
 class Head(NamedTuple):
     """Member of the family of heads."""
 
-    takes_targets: bool  # True if `apply` uses ground-truth actions (teacher forcing)
+    takes_targets: bool  # True if `apply` uses ground-truth actions (teacher forcing, noise)
+    draws_noise: bool  # True if acting starts from noise, as the config's `noise_seed` says
     is_bounded: bool  # True if the arm's actions are in [-1, 1] whatever the params
     check: Callable[[DecoderFields], None]  # raises a ValueError for an unsupported config
     init: Callable[[Key, DecoderFields], Params]
@@ -29,8 +31,9 @@ class Head(NamedTuple):
     apply: Callable[..., Prediction]
     # (config, batch_size, num_memories C, mode, window_size) -> state, leaves [B, ...]
     init_stream: Callable[[DecoderFields, int, int, Mode, int], Any]
-    # (params of the head, config, state, features of one step) -> (state, prediction [B, K, ...])
-    step: Callable[[Params, DecoderFields, Any, StepFeatures], tuple[Any, Prediction]]
+    # (params of the head, config, state, features of one step, reset [B]) -> (state, prediction
+    # [B, K, ...])
+    step: Callable[[Params, DecoderFields, Any, StepFeatures, Array], tuple[Any, Prediction]]
 
 
 class PredictionKind(NamedTuple):
@@ -53,8 +56,13 @@ def make_step(apply: Callable[..., Prediction]) -> Callable[..., tuple[tuple, Pr
     """Returns the `Head.step` of a head that uses the features of the current step only."""
 
     def step(
-        params: Params, config: DecoderFields, state: tuple, step_features: StepFeatures
+        params: Params,
+        config: DecoderFields,
+        state: tuple,
+        step_features: StepFeatures,
+        reset: Array,
     ) -> tuple[tuple, Prediction]:
+        del reset
         return state, apply(params, config, acting_features(step_features))
 
     return step

@@ -161,9 +161,10 @@ class Decoder(nn.Module):
           token_mask: `[B, W, N]`, True where the token is real; None means everywhere.
           reset: `[B, W]`, True where a new episode starts; None means nowhere.
           carry: of the recurrence before the first step; None means zeros. Must be None for "gpt".
-          targets: ground-truth actions for teacher forcing, without a rate (head "autoregressive"
-            only); None decodes from the model's own actions.
-          deterministic: False applies dropout with an rng named "dropout".
+          targets: ground-truth actions for teacher forcing, without a rate (heads "autoregressive"
+            and "flow"); None decodes from the model's own actions, or from noise.
+          deterministic: False applies dropout, and adds noise to targets of head "flow", with an
+            rng named "dropout".
 
         Returns:
           Arm `[B, W, K, A-1]` in (-1, 1), gripper logit `[B, W, K]`; of head "discrete" logits
@@ -182,7 +183,7 @@ class Decoder(nn.Module):
             reset=reset,
             carry=carry,
             targets=targets,
-            key=_dropout_key(self, self.config.dropout, deterministic),
+            key=self._key(targets, deterministic),
         )
 
     def step(
@@ -207,6 +208,12 @@ class Decoder(nn.Module):
         return decoders.step(
             self._params(), self.config, state, tokens, token_mask=token_mask, reset=reset
         )
+
+    @nn.nowrap
+    def _key(self, targets: TeacherForcing | None, deterministic: bool) -> Key | None:
+        if targets is not None and not deterministic and self.has_rng("dropout"):
+            return self.make_rng("dropout")  # also for the noise of head "flow"
+        return _dropout_key(self, self.config.dropout, deterministic)
 
     @nn.compact
     def _params(self) -> Params:

@@ -186,9 +186,10 @@ def apply(
       timestep_mask: `[B, W]`, True where the step is real; None means everywhere.
       reset: `[B, W]`, True where a new episode starts; None means nowhere.
       tokens: from `encode`, `[B, W, N, D]`, cached for a frozen backbone; None computes them.
-      targets: ground-truth actions for teacher forcing (head "autoregressive" only); None decodes
-        from the model's own actions.
-      key: consumed, for dropout and for `targets.rate`; None disables dropout.
+      targets: ground-truth actions for teacher forcing (heads "autoregressive" and "flow"); None
+        decodes from the model's own actions, or from noise.
+      key: consumed, for dropout, for `targets.rate` and for the noise of head "flow"; None disables
+        dropout.
 
     Returns:
       Action chunks, or bins for a discrete head, `[B, W, K, …]`.

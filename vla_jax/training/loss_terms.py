@@ -1,10 +1,10 @@
 """The training loss as a weighted sum of named terms.
 
-    loss = arm (or bins) + g · gripper + c · caption + v · cotrain + k · kl
+    loss = arm (or bins, or flow) + g · gripper + c · caption + v · cotrain + k · kl
          + f · (forward_tokens + forward_image_primary + forward_image_wrist)
 
 with g, f, c, v, k from `LossWeights`. Any term may be absent. `losses.action_terms` returns `arm`
-and `gripper` (or `bins`), `auxiliary.loss` the forward terms and the caption; `kl`
+and `gripper` (or `bins`, or `flow`), `auxiliary.loss` the forward terms and the caption; `kl`
 (`losses.categorical_kl`) and `cotrain` (the loss of another task, such as visual question
 answering) are for custom losses.
 """
@@ -47,6 +47,7 @@ class LossWeights:
 TERMS = {  # term: the weight that it is multiplied by; None = 1
     "arm": None,
     "bins": None,
+    "flow": None,
     "gripper": "gripper",
     "forward_tokens": "forward",
     "forward_image_primary": "forward",

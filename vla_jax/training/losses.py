@@ -56,20 +56,24 @@ def action_loss(
 
         loss = −log softmax(logits)[encode(action)]
 
+    For a flow it is the squared error of the velocity, the mean over the A numbers.
+
+        loss = (velocity − (action − noise))²
+
     Args:
-      prediction: arm `[..., K, A-1]`, gripper logit `[..., K]`; or logits `[..., K, A, V]`;
-        arbitrary, NaN too, where the target does not exist.
+      prediction: arm `[..., K, A-1]`, gripper logit `[..., K]`; or logits `[..., K, A, V]`; or
+        a flow's `[..., K, A]`; arbitrary, NaN too, where the target does not exist.
       action: targets `[..., K, A]`, arm in [-1, 1], gripper +1 open / -1 closed.
       action_mask: `[..., K]`, True where the target exists; or `[..., K, A]`, True for the numbers
         of it that exist. Other targets are arbitrary.
-      gripper_weight: weight of the gripper's term; bins have no such term.
+      gripper_weight: weight of the gripper's term; bins and flows have no such term.
       axis_name: mapped axis to sum over; None outside `pmap` and `shard_map`.
 
     Returns:
-      Loss `[]` float32, and metrics. For both: `acc_gripper` in [0, 1] (open or closed)
+      Loss `[]` float32, and metrics. For all: `acc_gripper` in [0, 1] (open or closed)
       and `arm_l1` (mean absolute error of the decoded arm, in normalised units). Continuous:
       `loss_arm`, `loss_gripper` (unweighted). Bins: `loss_bins`, `acc_arm` in [0, 1]
-      (the argmax bin is correct).
+      (the argmax bin is correct). Flow: `loss_flow`.
 
     Source: Li et al. 2024, RoboVLMs (arXiv:2412.14058), for the continuous loss and its
     weight 0.01.
@@ -91,7 +95,7 @@ def action_terms(
       axis_name: as for `action_loss`.
 
     Returns:
-      `arm` and `gripper`, or `bins`, `[]` float32; and the metrics that are not losses.
+      `arm` and `gripper`, or `bins`, or `flow`, `[]` float32; and the metrics that are not losses.
     """
     mask = jnp.asarray(action_mask)
     if mask.ndim < action.ndim:
