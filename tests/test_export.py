@@ -32,12 +32,13 @@ WINDOW = dataclasses.replace(
 B, T = 2, 7  # T > window_size
 CASES = [
     *(
-        (kind, mode, "none")
+        (kind, mode, "none", "continuous")
         for kind in ("lstm", "gru", "gpt", "fc")
         for mode in trunks.get(kind).modes
     ),
-    ("s_lstm", "refresh", "mlp"),
-    ("rg_lru", "persistent", "gated"),
+    ("s_lstm", "refresh", "mlp", "continuous"),
+    ("rg_lru", "persistent", "gated", "continuous"),
+    ("lstm", "refresh", "none", "flow"),
 ]
 # Runs the policy of a folder in a process that cannot import this library.
 SCRIPT = """
@@ -64,8 +65,8 @@ np.savez(sys.argv[3], actions=actions, **{f"state/{name}": leaf for name, leaf i
 """
 
 
-def run_of(folder, kind="lstm", mode="refresh", block="none"):
-    decoder = dataclasses.replace(tiny_run.DECODER, kind=kind, block=block)
+def run_of(folder, kind="lstm", mode="refresh", block="none", head="continuous"):
+    decoder = dataclasses.replace(tiny_run.DECODER, kind=kind, block=block, head=head)
     parts = policy.connect(tiny_run.AGENT.policy.backbone, decoder)
     agent = dataclasses.replace(tiny_run.AGENT, policy=parts, mode=mode)
     params = policy.init(jax.random.key(0), parts)
@@ -125,9 +126,11 @@ def exported(run_dir, tmp_path_factory):
     return export_run(run_dir, tmp_path_factory.mktemp("out") / "policy")
 
 
-@pytest.mark.parametrize(("kind", "mode", "block"), CASES)
-def test_an_exported_policy_equals_its_agent_without_the_library(kind, mode, block, tmp_path):
-    run, folder = run_of(tmp_path, kind, mode, block), tmp_path / "policy"
+@pytest.mark.parametrize(("kind", "mode", "block", "head"), CASES)
+def test_an_exported_policy_equals_its_agent_without_the_library(
+    kind, mode, block, head, tmp_path
+):
+    run, folder = run_of(tmp_path, kind, mode, block, head), tmp_path / "policy"
     folder.mkdir()
     policy_export.write(folder, run, ExportConfig())
     check_equal(act_elsewhere(folder, inputs(), tmp_path), act(run, inputs()))

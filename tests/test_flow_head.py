@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny_run
 
-from vla_jax.policies import continuous_head, decoders, flow_head, heads, trunks
+from vla_jax.acting.agent import AgentConfig, with_noise
+from vla_jax.policies import continuous_head, decoders, flow_head, heads, policy, trunks
 from vla_jax.policies.decoder_config import DecoderConfig
 from vla_jax.policies.head import TeacherForcing
 from vla_jax.training import losses
@@ -256,3 +258,16 @@ def test_noise_depends_on_the_seed_and_the_step_only():
     assert not np.allclose(noise[0], noise[1])
     other = flow_head.draw_noise(dataclasses.replace(config, noise_seed=1), steps)
     assert not np.allclose(noise, other)
+
+
+def test_acting_may_take_other_steps_and_another_seed_than_training():
+    def agent(head):
+        decoder = configured(head=head)
+        backbone = dataclasses.replace(tiny_run.AGENT.policy.backbone, token_dim=D)
+        return AgentConfig(policy.connect(backbone, decoder))
+
+    changed = with_noise(agent("flow"), flow_steps=9, noise_seed=None)
+    assert changed.policy.decoder == dataclasses.replace(agent("flow").policy.decoder, flow_steps=9)
+    assert with_noise(agent("continuous"), flow_steps=None, noise_seed=None) == agent("continuous")
+    with pytest.raises(ValueError, match=r"noise_seed must be None for head 'continuous'.* got 3;"):
+        with_noise(agent("continuous"), flow_steps=None, noise_seed=3)
