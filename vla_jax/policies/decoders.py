@@ -89,7 +89,8 @@ def apply(
 
     Returns:
       Arm `[B, W, K, A-1]` in (-1, 1), gripper logit `[B, W, K]`; of head "discrete" logits
-      `[B, W, K, A, V]`; float32. At masked steps they are those of zero features.
+      `[B, W, K, A, V]`, of head "flow" with targets the velocity; float32. At masked steps they are
+      those of zero features.
 
     Raises:
       ValueError: `tokens` are not `[B, W, N, D]` with the config's N and D; a carry or a longer
