@@ -17,7 +17,12 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True)
-@checked(dropout=(0, 1), block_expansion=(0, 1024))
+@checked(
+    dropout=(0, 1),
+    block_expansion=(0, 1024),
+    flow_steps=(1, 2**31 - 1),
+    noise_seed=(0, 2**31 - 1),
+)
 class DecoderFields:
     """Trunk, head and sizes; the defaults are RoboVLMs' except for input and output sizes."""
 

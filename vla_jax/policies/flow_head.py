@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from vla_jax.nn.layers import apply_mlp, init_mlp
+from vla_jax.policies import continuous_head
 from vla_jax.policies.decoder_fields import DecoderFields
 from vla_jax.policies.head import Head, PredictionKind, TeacherForcing
 from vla_jax.policies.trunk import Mode, StepFeatures, acting_features
@@ -42,14 +43,6 @@ class FlowState(NamedTuple):
     """Streaming state: which noise comes next."""
 
     num_steps: jax.Array  # [B] int32, steps since the episode began
-
-
-def check(config: DecoderFields) -> None:
-    """Raises a ValueError for options of the sampler that are out of range."""
-    if config.flow_steps < 1:
-        raise ValueError(f"flow_steps must be at least 1, got {config.flow_steps}.")
-    if not 0 <= config.noise_seed < 2**31:
-        raise ValueError(f"noise_seed must be in [0, 2^31), got {config.noise_seed}.")
 
 
 def init(key: Key, config: DecoderFields) -> Params:
@@ -164,7 +157,7 @@ def draw_noise(config: DecoderFields, steps: Array) -> jax.Array:
       config: of the decoder.
       steps: `[...]` int32, steps since the episodes began.
     """
-    key = jax.random.key(config.noise_seed)
+    key = jax.random.key(config.noise_seed)  # a constant of the program
     shape = (config.action_horizon, config.action_dim)
 
     def draw(step: jax.Array) -> jax.Array:
@@ -239,7 +232,7 @@ FLOW = Head(
     takes_targets=True,
     draws_noise=True,
     is_bounded=True,
-    check=check,
+    check=continuous_head.check,
     init=init,
     apply=apply,
     init_stream=_init_stream,

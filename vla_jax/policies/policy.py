@@ -192,7 +192,7 @@ def apply(
         dropout.
 
     Returns:
-      Action chunks, bins of a discrete head, or with targets the velocity of a flow, `[B, W, K, …]`.
+      Action chunks, bins of a discrete head, or with targets a flow's velocity, `[B, W, K, …]`.
 
     Raises:
       ValueError: as for `decoders.apply`.
