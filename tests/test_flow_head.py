@@ -124,6 +124,27 @@ def test_training_times_have_the_distribution_of_pi0(key):
         np.testing.assert_allclose((time < part).mean(), expected, atol=0.02)
 
 
+def test_bfloat16_products_give_float32_predictions(key):
+    """Compared before the gripper's logit, which is steep near ±1."""
+    config = configured()
+    params, features = flow_head.init(key, config), draw(0, B, H)
+    targets = TeacherForcing(np.tanh(draw(1, B, K, A)), np.ones((B, K), bool))
+    half, full = (
+        flow_head.predict_velocity(
+            params,
+            dataclasses.replace(config, dtype=dtype),
+            features,
+            targets,
+            draw(2, B, K, A),
+            np.array([0.1, 0.5, 0.9], np.float32),
+        ).velocity
+        for dtype in ("bfloat16", "float32")
+    )
+    assert half.dtype == jnp.float32
+    np.testing.assert_allclose(half, full, atol=0.05)
+    assert not np.array_equal(half, full)
+
+
 def test_targets_need_a_key_and_options_have_ranges(key):
     config = configured()
     params, features = flow_head.init(key, config), draw(0, B, T, H)

@@ -82,7 +82,7 @@ def test_a_continuous_chunk_is_returned_unchanged(key):
     assert isinstance(chunk, ActionChunk)
 
 
-@pytest.mark.parametrize("name", ["continuous", "discrete", "flow"])
+@pytest.mark.parametrize("name", ["continuous", "discrete"])
 def test_bfloat16_products_give_float32_predictions(name, key):
     config, head = configured(name, num_bins=5), heads.HEADS[name]
     params = head.init(key, config)
