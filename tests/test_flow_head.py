@@ -116,6 +116,7 @@ def test_training_times_have_the_distribution_of_pi0(key):
     targets = TeacherForcing(jnp.ones((*shape, K, A)), jnp.ones((*shape, K), bool))
     features = jnp.zeros((*shape, H))
     chunk = flow_head.apply(params, config, features, targets=targets, key=key)
+    assert isinstance(chunk, FlowChunk)
     # estimate = τ a + (1 − τ) ε + (1 − τ) v, with a = 1
     time = 1 - (chunk.estimate - 1) / (chunk.velocity + chunk.noise - 1)
     time = np.asarray(time[..., 0, 0]).reshape(-1)
