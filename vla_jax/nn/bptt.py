@@ -28,7 +28,7 @@ from vla_jax.types import Array, Params
 
 
 class Scan(Protocol):
-    """Runs a cell over time: `scan` and `plain_scan` here, `associative.scan`."""
+    """Runs a cell over time: `scan` and `plain_scan` here, `associative.scan`, `chunkwise.scan`."""
 
     def __call__(
         self,
@@ -50,7 +50,7 @@ class Scan(Protocol):
           cell: member of `cells.CELLS`.
           params: from its `init`.
           carry: before the first step, leaves `[B, ...]`.
-          projected: p `[T, B, G·H]`, from `cells.project`; masked steps may be NaN.
+          projected: p `[T, B, ...]`, from `cells.project`; masked steps may be NaN.
           mask: `[T, B]`, True where the step is real; None means everywhere.
           reset: `[T, B]`, True where a new episode starts; None means nowhere.
           reverse: run from the last step to the first.
@@ -140,7 +140,7 @@ def keep_real(steps: Array, mask: Array | None) -> Any:
       steps: `[..., D]`, or with more axes after those of `mask`.
       mask: `[...]`; None means True everywhere.
     """
-    return steps if mask is None else jnp.where(_expand(mask, steps), steps, 0)
+    return steps if mask is None else jnp.where(expand(mask, steps), steps, 0)
 
 
 def clear(carry: Any, reset: Array | None) -> Any:
@@ -152,10 +152,10 @@ def clear(carry: Any, reset: Array | None) -> Any:
     """
     if reset is None:
         return carry
-    return jax.tree.map(lambda leaf: jnp.where(_expand(reset, leaf), 0.0, leaf), carry)
+    return jax.tree.map(lambda leaf: jnp.where(expand(reset, leaf), 0.0, leaf), carry)
 
 
-def _expand(flags: Array, leaf: Array) -> Array:
+def expand(flags: Array, leaf: Array) -> Array:
     """Returns the flags with trailing axes of size 1, to broadcast with the leaf."""
     return flags[(..., *(None,) * (leaf.ndim - flags.ndim))]
 
@@ -256,6 +256,6 @@ def _combine(
     if mask is None:
         return next_carry, outputs
     next_carry = jax.tree.map(
-        lambda new, old: jnp.where(_expand(mask, new), new, old), next_carry, carry
+        lambda new, old: jnp.where(expand(mask, new), new, old), next_carry, carry
     )
     return next_carry, jnp.where(mask[:, None], outputs, 0.0)

@@ -10,64 +10,26 @@ Sequences are batch-major `[B, T, D]` outside and time-major inside.
   do not influence each other, in either direction.
 """
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from vla_jax.config import checked, did_you_mean
-from vla_jax.nn import associative, bptt, cells, cudnn, matmul
-from vla_jax.nn.cells import CELLS, CellName
+from vla_jax.nn import associative, bptt, cells, chunkwise, cudnn, matmul
+from vla_jax.nn.cells import CELLS, Cell
+from vla_jax.nn.recurrence_config import Implementation, RecurrenceConfig
 from vla_jax.nn.remat import run_in_chunks
 from vla_jax.types import Array, Key, Params
 
-Implementation = Literal["auto", "bptt", "scan", "associative", "cudnn"]
 Carry = dict[str, dict[str, Any]]  # layer -> direction -> carry of a cell
 
 
-@dataclasses.dataclass(frozen=True)
-@checked()
-class RecurrenceConfig:
-    """A stack of recurrent layers."""
-
-    cell: CellName = "lstm"  # rnn, lstm, gru, layer_norm_lstm, min_gru, or another key of `CELLS`
-    num_layers: int = 1  # L, stacked layers
-    hidden_size: int = 256  # H, units per layer and direction
-    dropout: float = 0.0  # probability of zeroing an output between two layers, in [0, 1)
-    residual: bool = False  # add the inputs of every layer except the first to its outputs
-    bidirectional: bool = False  # run a second cell per layer from the last step to the first
-    remat_chunk: int = 0  # steps per rematerialised chunk; 0 stores all activations
-    # time loop: "bptt" (hand-written backward pass), "scan" (derived by JAX), "associative" (linear
-    # cells, no loop), "cudnn" (NVIDIA GPUs), "auto" (the recommended one, at present "bptt")
-    implementation: Implementation = "auto"
-    dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the factors of matrix products
-
-    def __post_init__(self):
-        if self.cell not in CELLS:
-            raise ValueError(f"unknown cell '{self.cell}'; {did_you_mean(self.cell, CELLS)}")
-        for name in ("num_layers", "hidden_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}.")
-        if self.remat_chunk < 0:
-            raise ValueError(
-                f"remat_chunk must be a number of steps or 0 for none, got {self.remat_chunk}."
-            )
-        if self.implementation not in _IMPLEMENTATIONS:
-            raise ValueError(
-                f"unknown implementation '{self.implementation}'; "
-                f"{did_you_mean(self.implementation, _IMPLEMENTATIONS)}"
-            )
-        _IMPLEMENTATIONS[self.implementation].check(self)
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(
-                f"unknown dtype '{self.dtype}'; {did_you_mean(self.dtype, ('float32', 'bfloat16'))}"
-            )
+def cell_of(config: RecurrenceConfig) -> Cell:
+    """Returns the cell of every layer."""
+    return cells.get(config.cell, num_heads=config.num_heads, conv_size=config.conv_size)
 
 
 def output_size(config: RecurrenceConfig) -> int:
@@ -89,7 +51,7 @@ def init(key: Key, config: RecurrenceConfig, input_size: int) -> Params:
     ):
         keys = jax.random.split(layer_key, len(_directions(config)))
         params[name] = {
-            direction: CELLS[config.cell].init(direction_key, size, config.hidden_size)
+            direction: cell_of(config).init(direction_key, size, config.hidden_size)
             for direction, direction_key in zip(_directions(config), keys, strict=True)
         }
         size = output_size(config)
@@ -103,7 +65,7 @@ def zero_carry(config: RecurrenceConfig, like: Array) -> Carry:
       config: sizes of the stack.
       like: any array `[B, ...]` of the data; the carry is sharded like it.
     """
-    zero = CELLS[config.cell].zero_carry
+    zero = cell_of(config).zero_carry
     return {
         name: {direction: zero(like, config.hidden_size) for direction in _directions(config)}
         for name in _layers(config)
@@ -175,7 +137,7 @@ def apply(
     _check(params, inputs, mask, reset)
     carry = zero_carry(config, inputs) if carry is None else carry
     chex.assert_tree_shape_prefix(carry, (inputs.shape[0],))
-    run = _IMPLEMENTATIONS[config.implementation].apply
+    run = _TIME_LOOPS[config.implementation]
     return run(params, config, carry, inputs, (mask, reset), key)
 
 
@@ -192,7 +154,7 @@ def step(
     Args:
       params: from `init` or `prepare_params`.
       config: the config given to `init`, with one direction.
-      carry: leaves `[B, H]`, or any leading axes to which those of `inputs` broadcast.
+      carry: leaves `[B, ...]`, or more leading axes to which those of `inputs` broadcast.
       inputs: `[B, D]`.
       reset: `[B]`, True where a new episode starts; None means nowhere.
 
@@ -208,7 +170,7 @@ def step(
             "steps; use `apply` on the whole sequence."
         )
     chex.assert_axis_dimension(inputs, -1, _input_size(params))
-    cell, outputs, next_carry = CELLS[config.cell], jnp.asarray(inputs), {}
+    cell, outputs, next_carry = cell_of(config), jnp.asarray(inputs), {}
     for index, name in enumerate(_layers(config)):
         layer_inputs, layer_params = outputs, layer(params, index)
         cleared = bptt.clear(layer(carry, index), reset)
@@ -221,12 +183,8 @@ def step(
     return next_carry, outputs
 
 
-class _TimeLoop(NamedTuple):
-    """Implementation of the time loop: a member of `_IMPLEMENTATIONS`."""
-
-    check: Callable[[RecurrenceConfig], None]  # raises a ValueError for an unsupported config
-    # (params, config, carry, inputs, (mask, reset), key) -> carry, outputs; batch-major
-    apply: Callable[..., tuple[Carry, jax.Array]]
+# (params, config, carry, inputs, (mask, reset), key) -> carry, outputs; batch-major
+_TimeLoop = Callable[..., tuple[Carry, jax.Array]]
 
 
 def _apply_cudnn(
@@ -278,15 +236,25 @@ def _apply_scan(
     return last, _swap(outputs)
 
 
-_BPTT = _TimeLoop(lambda config: None, partial(_apply_scan, bptt.scan))
-_IMPLEMENTATIONS: dict[str, _TimeLoop] = {
-    "auto": _BPTT,
-    "bptt": _BPTT,
-    "scan": _TimeLoop(lambda config: None, partial(_apply_scan, bptt.plain_scan)),
-    "associative": _TimeLoop(
-        lambda config: associative.check(CELLS[config.cell]), partial(_apply_scan, associative.scan)
-    ),
-    "cudnn": _TimeLoop(lambda config: cudnn.check(vars(config)), _apply_cudnn),
+def _apply_recommended(
+    params: Params,
+    config: RecurrenceConfig,
+    carry: Carry,
+    inputs: Array,
+    flags: tuple[Array | None, Array | None],
+    key: Key | None,
+) -> tuple[Carry, jax.Array]:
+    scan = bptt.scan if CELLS[config.cell].chunk is None else chunkwise.scan
+    return _apply_scan(scan, params, config, carry, inputs, flags, key)
+
+
+_TIME_LOOPS: dict[Implementation, _TimeLoop] = {
+    "auto": _apply_recommended,
+    "bptt": partial(_apply_scan, bptt.scan),
+    "scan": partial(_apply_scan, bptt.plain_scan),
+    "associative": partial(_apply_scan, associative.scan),
+    "chunkwise": partial(_apply_scan, chunkwise.scan),
+    "cudnn": _apply_cudnn,
 }
 
 
@@ -357,7 +325,7 @@ def _run_cell(
     inputs, mask, reset = steps
     projected = cells.project(params, inputs, dtype=config.dtype)
     return scan(
-        CELLS[config.cell], params, carry, projected,
+        cell_of(config), params, carry, projected,
         mask=mask, reset=reset, reverse=reverse, dtype=config.dtype,
     )  # fmt: skip
 

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from vla_jax.config import checked, did_you_mean
 from vla_jax.nn import attention, bptt, layers, recurrence
 from vla_jax.nn.attention import AttentionConfig, Source
-from vla_jax.nn.cells import CellName
+from vla_jax.nn.cells import CELLS, CellName
 from vla_jax.nn.layers import dense, dropout
 from vla_jax.nn.recurrence import Carry, RecurrenceConfig
 from vla_jax.types import Array, Key, Params
@@ -78,6 +78,11 @@ class Seq2SeqConfig:
                 "bidirectional must be False with score 'dot', got True; choose score 'general'."
             )
         encoder_config(self)  # checks the other fields
+        if self.bidirectional and not CELLS[self.cell].has_vector_carry:
+            raise ValueError(
+                f"bidirectional must be False with cell '{self.cell}', whose carries of the two "
+                "directions cannot be joined, got True; choose False, or another cell."
+            )
 
 
 class Memory(NamedTuple):

@@ -12,7 +12,6 @@ import numpy as np
 import optax
 
 from vla_jax.nn import cells, layers, recurrence, tracking_tasks
-from vla_jax.nn.cells import CELLS
 from vla_jax.nn.chrono import spread_gates
 from vla_jax.nn.recurrence import RecurrenceConfig
 from vla_jax.nn.tracking_tasks import MAX_COUNT
@@ -168,7 +167,8 @@ def gradient_norms(params: Params, config: RecurrenceConfig, trials: Trials) -> 
 
         ‖∂ Σ outputs / ∂ carryₜ‖ / ‖∂ Σ outputs / ∂ carry_T‖,  root mean square over the batch
 
-    The carry of an LSTM is hidden and cell state together. Lag 0 is the last entry.
+    The carry of an LSTM is hidden and cell state together. Lag 0 is the last entry; there, the
+    output takes the place of the carry.
 
     Args:
       params: from `init`, of one layer.
@@ -178,21 +178,31 @@ def gradient_norms(params: Params, config: RecurrenceConfig, trials: Trials) -> 
     Returns:
       `[T]` float32; 1 at the last step, near 0 where the gradient vanishes.
     """
-    cell, cell_params = CELLS[config.cell], recurrence.layer(params["recurrence"])
+    cell, cell_params = recurrence.cell_of(config), recurrence.layer(params["recurrence"])
     inputs = jnp.swapaxes(trials.inputs, 0, 1)
     carry = cell.zero_carry(trials.inputs, config.hidden_size)
     zeros = jax.tree.map(lambda leaf: jnp.zeros((len(inputs), *leaf.shape)), carry)
 
-    def sum_of_outputs(offsets: Any) -> jax.Array:
-        def body(carry: Any, step: Any) -> tuple[Any, None]:
+    def answer(outputs: Any) -> jax.Array:
+        return jnp.sum(layers.apply_mlp(params["readout"], outputs))
+
+    def answer_of_carries(offsets: Any) -> tuple[jax.Array, Any]:
+        def body(carry: Any, step: Any) -> tuple[Any, jax.Array]:
             step_inputs, offset = step
-            carry, _ = cells.step(cell, cell_params, carry, step_inputs)
-            return jax.tree.map(jnp.add, carry, offset), None
+            carry = jax.tree.map(jnp.add, carry, offset)
+            return cells.step(cell, cell_params, carry, step_inputs)
 
-        last, _ = jax.lax.scan(body, carry, (inputs, offsets))
-        return jnp.sum(layers.apply_mlp(params["readout"], last.hidden))
+        outputs = jax.lax.scan(body, carry, (inputs, offsets))[1][-1]
+        return answer(outputs), outputs
 
-    gradient = jnp.concatenate(jax.tree.leaves(jax.grad(sum_of_outputs)(zeros)), axis=-1)
+    slopes, outputs = jax.grad(answer_of_carries, has_aux=True)(zeros)
+    leaves = [leaf.reshape(*leaf.shape[:2], -1)[1:] for leaf in jax.tree.leaves(slopes)]
+    # After the last step it is the output that the answer depends on.
+    last = jax.grad(answer)(outputs)
+    padding = [(0, 0), (0, sum(leaf.shape[-1] for leaf in leaves) - last.shape[-1])]
+    gradient = jnp.concatenate(
+        [jnp.concatenate(leaves, axis=-1), jnp.pad(last, padding)[None]], axis=0
+    )
     # Exploding gradients are divided by their largest number, so that their square is finite.
     largest = jnp.max(jnp.abs(gradient), axis=(1, 2))
     scaled = gradient / jnp.maximum(largest, TINY)[:, None, None]

@@ -65,9 +65,10 @@ def seq2seq_config(config: DecoderFields) -> Seq2SeqConfig:
 
 def check(config: DecoderFields) -> None:
     """Raises a ValueError unless the trunk is a recurrent cell, which the head uses too."""
-    if config.kind not in CELLS:
+    usable = [name for name, cell in CELLS.items() if cell.has_vector_carry]
+    if config.kind not in usable:
         raise ValueError(
-            f"kind must be one of {', '.join(CELLS)} with head 'autoregressive', which uses the "
+            f"kind must be one of {', '.join(usable)} with head 'autoregressive', which uses the "
             f"trunk's cell, got '{config.kind}'; choose one of them, or another head."
         )
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from vla_jax.config import checked
 from vla_jax.nn.pooling import POOLINGS, Pooling
-from vla_jax.nn.recurrence import Implementation
+from vla_jax.nn.recurrence_config import Implementation
 from vla_jax.nn.residual_blocks import BlockName
 from vla_jax.nn.seq2seq import AnyScore
 
@@ -37,7 +37,8 @@ class DecoderFields:
     block: BlockName = "none"  # residual blocks around the recurrent layers: none, mlp, gated
     block_expansion: float = 2.0  # width of a block's MLP or wide cell, as a multiple of H
     gate_span: int = 0  # longest time constant of recurrent gates at init, steps; 0 = default
-    num_heads: int = 8  # M, attention heads of the gpt trunk
+    num_heads: int = 8  # M, heads of the gpt trunk and of cells with matrices as their carry
+    conv_size: int = 4  # S, steps of the convolution of gated_delta_net and mamba2; 1 = none
     pooling: Pooling = "max"  # how the N tokens of a step are pooled; none concatenates them
     num_latents: int = 1  # vectors per step after pooling, concatenated
     head: HeadName = "continuous"  # continuous, discrete (bins), autoregressive, or flow (matching)
@@ -48,7 +49,7 @@ class DecoderFields:
     head_sizes: tuple[int, ...] = (1024, 512, 256)  # widths of the hidden layers of each head MLP
     dropout: float = 0.0  # dropout probability: between recurrent layers, or as in GPT-2
     remat_chunk: int = 0  # steps per rematerialised chunk of the recurrence; 0 stores everything
-    implementation: Implementation = "auto"  # time loop of the recurrence; auto = bptt
+    implementation: Implementation = "auto"  # time loop of the recurrence; auto = recommended
     dtype: Dtype = "float32"  # dtype of the factors of matrix products
 
 

@@ -51,7 +51,7 @@ class RecurrentCell(nn.RNNCellBase):
         """Returns the next carry and the output of one step.
 
         Args:
-          carry: leaves `[..., H]`.
+          carry: leaves `[..., H]`, or those of the cell's carry.
           inputs: `[..., D]`.
 
         Returns:
@@ -63,7 +63,7 @@ class RecurrentCell(nn.RNNCellBase):
 
     @nn.nowrap
     def initialize_carry(self, rng: Key, input_shape: tuple[int, ...]) -> Any:
-        """Returns the carry before the first step, zeros `[..., H]`.
+        """Returns the carry before the first step, zeros.
 
         Args:
           rng: not used; required by Flax's interface.
@@ -72,7 +72,7 @@ class RecurrentCell(nn.RNNCellBase):
         del rng
         lead = input_shape[:-1]
         carry = CELLS[self.cell].zero_carry(jnp.zeros((prod(lead), 1)), self.hidden_size)
-        return jax.tree.map(lambda leaf: leaf.reshape(*lead, self.hidden_size), carry)
+        return jax.tree.map(lambda leaf: leaf.reshape(*lead, *leaf.shape[1:]), carry)
 
     @property
     def num_feature_axes(self) -> int:

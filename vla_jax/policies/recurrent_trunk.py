@@ -31,7 +31,7 @@ _INFINITE = jnp.iinfo(jnp.int32).max  # steps; longer than any episode
 class RecurrentState(NamedTuple):
     """C carries, and when each is zeroed."""
 
-    carry: Carry  # leaves [B, C, H]
+    carry: Carry  # leaves [B, C, ...]
     age: jax.Array  # [B] int32, steps of this episode so far
     period: jax.Array  # [B] int32, steps after which a carry is zeroed
 
@@ -42,6 +42,8 @@ def recurrence_config(config: DecoderFields) -> RecurrenceConfig:
         cell=cast(CellName, config.kind),
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
+        num_heads=config.num_heads,
+        conv_size=config.conv_size,
         dropout=config.dropout,
         remat_chunk=config.remat_chunk,
         implementation=config.implementation,

@@ -30,10 +30,11 @@ PRODUCT_PARAMS = ("input_kernel", "recurrent_kernel", "input_bias", "recurrent_b
 class Cell(NamedTuple):
     """Member of the family `cells.CELLS`."""
 
-    num_gates: int  # G
+    num_gates: int  # G; 0 if the product with the inputs is not a number of gates of H units each
     init: Callable[[Key, int, int], Params]  # (key, input_size, hidden_size) -> params
     # (like [B, ...], hidden_size) -> carry before the first step: a NamedTuple of float32 arrays
-    # [B, ...]; a cell with a recurrent kernel has a field `hidden` [B, H], which it multiplies.
+    # [B, ...], such as [B, H] or [B, M, E, E]; a cell with a recurrent kernel has a field `hidden`
+    # [B, H], which it multiplies.
     zero_carry: Callable[[Array, int], Any]
     # (extra_params, carry, projected [..., G·H], recurrent [..., G·H]) -> (carry, outputs [..., H])
     combine: Callable[[Params, Any, Any, Any], tuple[Any, jax.Array]]
@@ -43,6 +44,12 @@ class Cell(NamedTuple):
     # (extra_params, projected) -> (a, b) with hₜ = aₜ hₜ₋₁ + bₜ, if the cell is linear in its
     # carry, whose only field is `hidden`
     coefficients: Callable[[Params, Any], tuple[jax.Array, jax.Array]] | None = None
+    # (extra_params, carry, projected [B, C, ...], chunks.Chunk, *, dtype) -> (carry, outputs
+    # [B, C, H]): C steps at once, for `chunkwise`; outputs of masked steps are undefined
+    chunk: Callable[..., tuple[Any, jax.Array]] | None = None
+    # (num_heads M, conv_size S) -> the cell with these sizes; None if it has neither
+    configure: Callable[[int, int], "Cell"] | None = None
+    has_vector_carry: bool = True  # False if a field of the carry is not [B, H]
     # (key, params, span) -> params whose units have time constants between 2 and `span` steps, see
     # `time_constants`; None if no gate sets a time constant
     spread: Callable[[Key, Params, int], Params] | None = None
@@ -134,6 +141,25 @@ def init_uniform(key: Key, input_size: int, hidden_size: int, *, num_gates: int)
     }
 
 
+def init_projection(key: Key, input_size: int, hidden_size: int, width: int) -> Params:
+    """Returns `{"input_kernel" [D, width], "input_bias" [width]}` from U(−1/√H, 1/√H).
+
+    Args:
+      key: consumed.
+      input_size: D.
+      hidden_size: H.
+      width: features of the product.
+    """
+    bound = hidden_size**-0.5
+    kernel_key, bias_key = jax.random.split(key)
+    return {
+        "input_kernel": jax.random.uniform(
+            kernel_key, (input_size, width), minval=-bound, maxval=bound
+        ),
+        "input_bias": jax.random.uniform(bias_key, (width,), minval=-bound, maxval=bound),
+    }
+
+
 def zeros(like: Array, hidden_size: int, *, carry_type: Any) -> Any:
     """Returns a carry whose fields are all zeros `[B, H]`.
 
@@ -142,11 +168,13 @@ def zeros(like: Array, hidden_size: int, *, carry_type: Any) -> Any:
       hidden_size: H.
       carry_type: NamedTuple of the cell's carry.
     """
-
-    def field() -> jax.Array:
-        # Derived from the data to have its sharding, which a scan on an explicit mesh requires.
-        column = jnp.zeros_like(like[(slice(None), *(0,) * (like.ndim - 1))], jnp.float32)
-        return jnp.broadcast_to(column[:, None], (like.shape[0], hidden_size))
-
     # One buffer per field, so that a carry can be donated.
-    return carry_type(*(field() for _ in carry_type._fields))
+    return carry_type(*(zero_array(like, hidden_size) for _ in carry_type._fields))
+
+
+def zero_array(like: Array, *shape: int) -> jax.Array:
+    """Returns zeros `[B, *shape]`, sharded like an array `[B, ...]`."""
+    # Derived from the data to have its sharding, which a scan on an explicit mesh requires.
+    column = jnp.zeros_like(like[(slice(None), *(0,) * (like.ndim - 1))], jnp.float32)
+    column = column[(slice(None), *(None,) * len(shape))]
+    return jnp.broadcast_to(column, (like.shape[0], *shape))

@@ -49,3 +49,15 @@ def spread_biases(
     for gate, sign in gates:
         biases = biases.at[gate * size : (gate + 1) * size].set(sign * log_odds)
     return {**params, bias: biases}
+
+
+def head_log_odds(num_heads: int, span: int) -> jax.Array:
+    """Returns log(p / (1 − p)) `[M]` with 1 / (1 − p) log-spaced from 2 to `span` steps.
+
+    Not drawn: a cell has few heads, and a sample of four would often miss short or long times.
+
+    Args:
+      num_heads: M; a single head gets `span`.
+      span: steps, above 2.
+    """
+    return jnp.log(jnp.geomspace(2.0, float(span), num_heads + 1)[1:] - 1.0)
