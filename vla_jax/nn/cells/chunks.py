@@ -183,15 +183,15 @@ def convolve(
     """
     taps, num_steps = recent.shape[1], inputs.shape[1]
     rows = jnp.concatenate([recent, inputs], axis=1)
-    before = jnp.zeros_like(chunk.segment, shape=(len(inputs), taps))
+    before = jnp.zeros_like(recent[..., 0], jnp.int32)  # derived from the data to be sharded alike
     segment = jnp.concatenate([before, chunk.segment], axis=1)
     real = jnp.concatenate([before == 0, chunk.real], axis=1)
     # Index of the last real row before each row, and before the end.
     index = jnp.where(real, jnp.arange(taps + num_steps)[None], 0)
     previous = jnp.pad(jax.lax.cummax(index, axis=1), ((0, 0), (1, 0)))
-    now, outputs, last = jnp.arange(taps, taps + num_steps), inputs * _along(kernel[-1], inputs), []
-    now = jnp.broadcast_to(now[None], inputs.shape[:2])
-    end = jnp.full_like(now[:, :1], taps + num_steps)
+    zero, outputs, last = jnp.zeros_like(chunk.segment), inputs * _along(kernel[-1], inputs), []
+    now = zero + jnp.arange(taps, taps + num_steps)[None]
+    end = zero[:, :1] + (taps + num_steps)
     for tap in range(taps):
         now, end = (jnp.take_along_axis(previous, each, axis=1) for each in (now, end))
         seen = _rows(rows, segment, now, chunk.segment)
