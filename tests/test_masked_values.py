@@ -18,6 +18,7 @@ from vla_jax.nn import (
     attention,
     bptt,
     cells,
+    chunkwise,
     pooling,
     recurrence,
     seq2seq,
@@ -373,6 +374,8 @@ for name in CELLS:
             n, "associative", MASK
         )
         CASES[f"associative-{name}"] = lambda n=name: scan_case(associative.scan, n)
+    if CELLS[name].chunk is not None:
+        CASES[f"chunkwise-{name}"] = lambda n=name: scan_case(chunkwise.scan, n)
 CASES["recurrence-both-directions"] = lambda: recurrence_case(
     "lstm", "bptt", MASK, bidirectional=True
 )
