@@ -189,7 +189,7 @@ def convolve(
     # Index of the last real row before each row, and before the end.
     index = jnp.where(real, jnp.arange(taps + num_steps)[None], 0)
     previous = jnp.pad(jax.lax.cummax(index, axis=1), ((0, 0), (1, 0)))
-    zero, outputs, last = jnp.zeros_like(chunk.segment), inputs * _along(kernel[-1], inputs), []
+    zero, outputs, last = jnp.zeros_like(chunk.segment), _along(kernel[-1], inputs) * inputs, []
     now = zero + jnp.arange(taps, taps + num_steps)[None]
     end = zero[:, :1] + (taps + num_steps)
     for tap in range(taps):
