@@ -91,7 +91,7 @@ def silu(x):
 
 def convolve(params, recent, inputs):
     window = np.concatenate([recent, inputs[:, None]], axis=1)
-    return window[:, 1:], (window * params["conv_kernel"]).sum(1)
+    return window[:, 1:], (window * params["conv_weights"]).sum(1)
 
 
 def m_lstm_in_numpy(params, carry, x):

@@ -100,8 +100,13 @@ def windowed(params, config, tokens, starts, mode, window_size):
     return jax.tree.map(lambda leaf: leaf[:, -1].reshape(B, T, *leaf.shape[2:]), chunk)
 
 
-def assert_close(one, other):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), one, other)
+def tolerance(kind):
+    """1e-6, and 1e-5 for cells whose windows are computed in chunks instead of steps."""
+    return 1e-5 if kind in CELLS and CELLS[kind].chunk is not None else 1e-6
+
+
+def assert_close(one, other, atol=1e-6):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol), one, other)
 
 
 @pytest.mark.sampled
@@ -110,13 +115,16 @@ def test_streamed_equals_windowed(kind, mode, key):
     config, tokens = make_config(kind), draw_tokens()
     params = decoders.init(key, config)
     streamed = stream(params, config, tokens, mode=mode)
-    assert_close(streamed, windowed(params, config, tokens, [[0]] * B, mode, W))
+    assert_close(streamed, windowed(params, config, tokens, [[0]] * B, mode, W), tolerance(kind))
 
 
 def prepare(monkeypatch, params, config, mode, batch_size=B):
     """Prepares params with a threshold so low that kernels are stored transposed."""
     with monkeypatch.context() as patch:
-        patch.setattr(matmul, "LARGE", 30)  # number of elements: kernels, not biases
+        # Number of elements: kernels, but not biases, nor the weights of a short convolution.
+        patch.setattr(
+            matmul, "LARGE", 80 if "conv_weights" in str(jax.tree.structure(params)) else 30
+        )
         return decoders.prepare_params(params, config, batch_size, mode=mode)
 
 
@@ -129,7 +137,7 @@ def test_prepared_params_give_the_same_chunks(kind, dtype, key, monkeypatch):
     prepared = prepare(monkeypatch, params, config, "refresh")
     assert isinstance(prepared["recurrence"]["layers_1"]["forward"]["input_kernel"], Transposed)
     one, two = (stream(own, config, tokens, reset=resets()) for own in (params, prepared))
-    assert_close(one, two)
+    assert_close(one, two, tolerance(kind))
 
 
 @each_kind_and_mode
@@ -162,7 +170,7 @@ def test_streamed_equals_windowed_with_different_episode_starts(kind, mode, head
     config, tokens = make_config(kind, head), draw_tokens()
     params = decoders.init(key, config)
     streamed = stream(params, config, tokens, reset=resets(), mode=mode)
-    assert_close(streamed, windowed(params, config, tokens, STARTS, mode, W))
+    assert_close(streamed, windowed(params, config, tokens, STARTS, mode, W), tolerance(kind))
 
 
 @pytest.mark.sampled
@@ -224,7 +232,10 @@ def test_the_state_has_a_constant_size_and_can_be_donated(kind, mode, key):
 def test_a_state_has_as_many_carries_as_the_mode_needs(kind, mode, num_memories, key):
     config = make_config(kind)
     state = decoders.init_stream(decoders.init(key, config), config, B, mode=mode)
-    assert {leaf.shape for leaf in jax.tree.leaves(state.trunk.carry)} == {(B, num_memories, 6)}
+    shapes = {leaf.shape for leaf in jax.tree.leaves(state.trunk.carry)}
+    assert {shape[:2] for shape in shapes} == {(B, num_memories)}
+    if kind not in CELLS or CELLS[kind].has_vector_carry:
+        assert shapes == {(B, num_memories, 6)}
     buffers = {leaf.shape for leaf in jax.tree.leaves(state.head)}
     assert buffers == ({(B, W, num_memories, 6)} if kind == AUTOREGRESSIVE else set())
 

@@ -34,7 +34,7 @@ class _Parts(NamedTuple):
 def init(key: Key, input_size: int, hidden_size: int, *, num_heads: int, conv_size: int) -> Params:
     """Returns `{"input_kernel" [D, 4·H + 2·M], "input_bias", "log_rate" [M], ...}`.
 
-    The other two are `"norm_scale"` `[E]`, and `"conv_kernel"` `[S, 3·H]` if there is a
+    The other two are `"norm_scale"` `[E]`, and `"conv_weights"` `[S, 3·H]` if there is a
     convolution. The heads start with time constants between 2 and 1,000 steps.
 
     Args:
@@ -58,7 +58,7 @@ def init(key: Key, input_size: int, hidden_size: int, *, num_heads: int, conv_si
     }
     if conv_size == 1:
         return params
-    return {**params, "conv_kernel": chunks.init_convolution(conv_key, conv_size, 3 * hidden_size)}
+    return {**params, "conv_weights": chunks.init_convolution(conv_key, conv_size, 3 * hidden_size)}
 
 
 def zero_carry(
@@ -94,7 +94,7 @@ def combine(
     and with it track permutations, which cells with positive eigenvalues cannot.
 
     Args:
-      extra_params: `log_rate` `[M]`, `norm_scale` `[E]`, and `conv_kernel` `[S, 3·H]` if there is a
+      extra_params: `log_rate` `[M]`, `norm_scale` `[E]`, and `conv_weights` `[S, 3·H]` if there is a
         convolution.
       carry: leaves `[..., M, ...]`.
       projected: p `[..., 4·H + 2·M]`, in the order q, k, v, g, β, α.
@@ -107,7 +107,7 @@ def combine(
     parts = _split(extra_params, projected)
     recent, inputs = carry.recent, parts.inputs
     if recent is not None:
-        recent, inputs = chunks.convolve_step(extra_params["conv_kernel"], recent, inputs)
+        recent, inputs = chunks.convolve_step(extra_params["conv_weights"], recent, inputs)
     query, key, value = _read_write(inputs, carry.memory.shape[-3])
     memory = jnp.exp(parts.log_decay)[..., None, None] * carry.memory
     error = value - jnp.sum(memory * key[..., None, :], axis=-1)
@@ -135,7 +135,7 @@ def chunk(
     parts = _split(extra_params, projected)
     recent, inputs = carry.recent, parts.inputs
     if recent is not None:
-        recent, inputs = chunks.convolve(extra_params["conv_kernel"], recent, inputs, steps)
+        recent, inputs = chunks.convolve(extra_params["conv_weights"], recent, inputs, steps)
     query, key, value = map(heads_first, _read_write(inputs, carry.memory.shape[-3]))
     strength = jnp.where(steps.real[:, None], heads_first(parts.strength), 0.0)[..., None]
     decays = chunks.decays(steps, heads_first(parts.log_decay))

@@ -32,7 +32,7 @@ class _Parts(NamedTuple):
 def init(key: Key, input_size: int, hidden_size: int, *, num_heads: int, conv_size: int) -> Params:
     """Returns `{"input_kernel" [D, 2·H + 2·E + M], "input_bias", "log_rate" [M], ...}`.
 
-    The others are `"skip_scale"` `[M]`, `"norm_scale"` `[H]`, and `"conv_kernel"` `[S, H + 2·E]`
+    The others are `"skip_scale"` `[M]`, `"norm_scale"` `[H]`, and `"conv_weights"` `[S, H + 2·E]`
     and `"conv_bias"` if there is a convolution. The heads start with time constants between 1 and
     1,000 steps.
 
@@ -59,7 +59,7 @@ def init(key: Key, input_size: int, hidden_size: int, *, num_heads: int, conv_si
     if conv_size == 1:
         return params
     kernel = chunks.init_convolution(conv_key, conv_size, mixed)
-    return {**params, "conv_kernel": kernel, "conv_bias": jnp.zeros(mixed)}
+    return {**params, "conv_weights": kernel, "conv_bias": jnp.zeros(mixed)}
 
 
 def zero_carry(like: Array, hidden_size: int, *, num_heads: int, conv_size: int) -> Mamba2Carry:
@@ -91,7 +91,7 @@ def combine(
     B and C are shared by the heads; the normalisation is over all H features.
 
     Args:
-      extra_params: `log_rate` `[M]`, D `skip_scale` `[M]`, `norm_scale` `[H]`, and `conv_kernel`
+      extra_params: `log_rate` `[M]`, D `skip_scale` `[M]`, `norm_scale` `[H]`, and `conv_weights`
         `[S, H + 2·E]` and `conv_bias` if there is a convolution.
       carry: leaves `[..., M, ...]`.
       projected: p `[..., 2·H + 2·E + M]`, in the order z, x, B, C, Δ.
@@ -104,7 +104,7 @@ def combine(
     parts = _split(extra_params, projected)
     recent, inputs = carry.recent, parts.inputs
     if recent is not None:
-        recent, inputs = chunks.convolve_step(extra_params["conv_kernel"], recent, inputs)
+        recent, inputs = chunks.convolve_step(extra_params["conv_weights"], recent, inputs)
     value, key, query = _read_write(extra_params, inputs)
     written = (parts.step_size[..., None] * value)[..., None] * key[..., None, None, :]
     memory = jnp.exp(parts.log_decay)[..., None, None] * carry.memory + written
@@ -126,7 +126,7 @@ def chunk(
     parts = _split(extra_params, projected)
     recent, inputs = carry.recent, parts.inputs
     if recent is not None:
-        recent, inputs = chunks.convolve(extra_params["conv_kernel"], recent, inputs, steps)
+        recent, inputs = chunks.convolve(extra_params["conv_weights"], recent, inputs, steps)
     value, key, query = _read_write(extra_params, inputs)
     step_size = jnp.where(steps.real[..., None], parts.step_size, 0.0)
     written = heads_first(step_size[..., None] * value)
