@@ -94,8 +94,8 @@ def combine(
     and with it track permutations, which cells with positive eigenvalues cannot.
 
     Args:
-      extra_params: `log_rate` `[M]`, `norm_scale` `[E]`, and `conv_weights` `[S, 3·H]` if there is a
-        convolution.
+      extra_params: `log_rate` `[M]`, `norm_scale` `[E]`, and `conv_weights` `[S, 3·H]` if there
+        is a convolution.
       carry: leaves `[..., M, ...]`.
       projected: p `[..., 4·H + 2·M]`, in the order q, k, v, g, β, α.
       recurrent: ignored; a gated DeltaNet has no recurrent product.
