@@ -159,7 +159,7 @@ def test_bfloat16_keeps_carry_and_outputs_in_float32(block, key):
 def test_a_decoder_of_blocks_streams_as_in_training(cell, mode, block, key):
     config = DecoderConfig(
         kind=cell, token_dim=D, window_size=3, action_horizon=2, hidden_size=H, num_layers=2,
-        block=block, head_sizes=(8,),
+        block=block, head_sizes=(8,), num_heads=2,
     )  # fmt: skip
     params = decoders.init(key, config)
     tokens = draw(0, B, T, 1, D)
