@@ -56,7 +56,7 @@ def observe(rng, batch_size):
 
 
 def assert_equal(one, other, atol=0.0):
-    """Compares trees; the tolerance is relative for numbers above 1, as matrices of a carry have."""
+    """Compares trees; the tolerance is relative for numbers above 1, as in matrices of a carry."""
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2 * atol, atol=atol), one, other
     )
