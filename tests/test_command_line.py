@@ -18,6 +18,7 @@ from train import (
     demo,
     finetune,
     memory,
+    ppo,
     pretrain,
     record,
     reinforce,
@@ -296,7 +297,8 @@ def test_every_script_reports_a_mistake_in_one_line(module, argv, sentence, tmp_
 # --- help texts -------------------------------------------------------------------------------
 
 COMMANDS = (
-    configs, pretrain, record, demo, scan, memory, finetune, deep_sarsa, reinforce, tabular,
+    configs, pretrain, record, demo, scan, memory, finetune, deep_sarsa, reinforce, ppo,
+    tabular,
     benchmark, throughput, evaluate, converters,
 )  # fmt: skip
 

@@ -11,7 +11,7 @@ import tiny_run
 from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
 
-from train import deep_sarsa, demo, pretrain, record, scan
+from train import deep_sarsa, demo, ppo, pretrain, record, scan
 from train.presets import IMITATE
 from vla_jax.backbones.registry import BACKBONES
 from vla_jax.command_line import command_line
@@ -36,6 +36,7 @@ PRESETS = {
     "train.deep_sarsa": deep_sarsa.SARSA,
     "train.demo": demo.PRESETS,
     "train.imitate": IMITATE,
+    "train.ppo": ppo.PPO,
     "train.pretrain": pretrain.PRESETS,
     "train.record": record.PRESETS,
     "train.scan": scan.PRESETS,

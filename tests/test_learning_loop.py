@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train import deep_sarsa, reinforce, tabular
+from train import deep_sarsa, ppo, reinforce, tabular
 from train.benchmark import throughput
 from train.deep_sarsa import SarsaConfig, make_sarsa
+from train.ppo import PPOConfig, make_ppo
 from train.reinforce import ReinforceConfig, make_reinforce
 from vla_jax import config as configs
 from vla_jax.command_line import command_line
@@ -41,7 +42,12 @@ PARTS = {
     ),
 }
 LOOP = LoopConfig(num_updates=4, log_every=2, save_every=2, num_devices=1)
-MAKERS = {"sarsa": (SarsaConfig, make_sarsa), "reinforce": (ReinforceConfig, make_reinforce)}
+SCRIPTS = {"sarsa": deep_sarsa, "reinforce": reinforce, "ppo": ppo}
+MAKERS = {
+    "sarsa": (SarsaConfig, make_sarsa),
+    "reinforce": (ReinforceConfig, make_reinforce),
+    "ppo": (PPOConfig, make_ppo),
+}
 LEARNERS = {
     name: make(config_type(loop=LOOP, **PARTS)) for name, (config_type, make) in MAKERS.items()
 }
@@ -140,8 +146,7 @@ def test_a_reward_of_nan_is_reported_and_the_last_checkpoint_is_kept(whole, tmp_
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_policy_whose_outputs_are_not_finite_chooses_no_action(name):
     config_type, _ = MAKERS[name]
-    script = {"sarsa": deep_sarsa, "reinforce": reinforce}[name]
-    algorithm = script.make_algorithm(config_type(loop=LOOP, **PARTS))
+    algorithm = SCRIPTS[name].make_algorithm(config_type(loop=LOOP, **PARTS))
     env, key = discrete_worlds.make(PARTS["world"]), jax.random.key(0)
 
     @jax.jit
@@ -209,13 +214,10 @@ def test_a_folder_that_disagrees_with_its_checkpoint_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("train", "config"),
-    [(deep_sarsa.train, SarsaConfig), (reinforce.train, ReinforceConfig)],
-    ids=LEARNERS,
-)
-def test_a_script_writes_a_curve_a_report_and_a_video(train, config, tmp_path):
-    run_dir = train(config(run_dir=str(tmp_path / "run"), loop=LOOP, **PARTS))
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_script_writes_a_curve_a_report_and_a_video(name, tmp_path):
+    config, _ = MAKERS[name]
+    run_dir = SCRIPTS[name].train(config(run_dir=str(tmp_path / "run"), loop=LOOP, **PARTS))
     files = {path.name for path in run_dir.iterdir()}
     assert {"config.json", "metrics.jsonl", "curve.png", "report.json", "episodes.mp4"} <= files
     with av.open(str(run_dir / "episodes.mp4")) as container:
@@ -250,6 +252,7 @@ def test_throughput_reports_both_and_their_ratio():
         (deep_sarsa.SARSA, ["--trace-decay", "0.1", "--num-obstacles", "4"]),
         (deep_sarsa.SARSA, ["--preset", "grid_hidden", "--network.kind", "lstm"]),
         (reinforce.REINFORCE, ["--preset", "cartpole_hidden", "--num-seeds", "3"]),
+        (ppo.PPO, ["--preset", "lit", "--delay", "64", "--num-minibatches", "2"]),
         (tabular.TABULAR, ["--obstacles", "1", "2"]),
         (throughput.THROUGHPUT, ["--num-envs", "64"]),
     ],
@@ -269,6 +272,14 @@ def test_every_script_parses_its_options(presets, argv):
         (partial(ReinforceConfig, gamma=1.0), "gamma must be below 1, got 1.0"),
         (partial(ReinforceConfig, trace_decay=-0.1), r"trace_decay must be in \[0, 1\], got -0.1"),
         (partial(ReinforceConfig, entropy_weight=-1.0), "entropy_weight must be >= 0, got -1"),
+        (partial(PPOConfig, gamma=1.0), "gamma must be below 1, got 1.0"),
+        (partial(PPOConfig, clip_range=0.0), "clip_range must be above 0, got 0"),
+        (
+            partial(PPOConfig, seeds=SeedsConfig(num_envs=6)),
+            "num_minibatches must divide num_envs = 6, got 4",
+        ),
+        (partial(NetworkConfig, gate_span=2), "gate_span must be 0 or above 2, got 2"),
+        (partial(NetworkConfig, joint_sizes=(0,)), "joint_sizes must be at least 1, got"),
         (
             lambda: make_sarsa(SarsaConfig(partially_observed=True)),
             "object_size must be 0 or 3, the number of features per object .* got 4",

@@ -34,7 +34,7 @@ from vla_jax.policies import decoders, heads, policy
 from vla_jax.policies.decoder_config import DecoderConfig
 from vla_jax.policies.head import TeacherForcing
 from vla_jax.policies.policy import PolicyConfig
-from vla_jax.rl import policy_gradient, returns
+from vla_jax.rl import policy_gradient, proximal, returns
 from vla_jax.training import auxiliary, losses
 from vla_jax.training.auxiliary import AuxiliaryConfig, AuxiliaryPrediction
 from vla_jax.types import ActionChunk, Batch, BinChunk, Observation
@@ -293,6 +293,9 @@ def reward_case(name):
             sequence(params, value), fill(draw(T), weight > 0, value), weight
         )
 
+    def masked(value, count):
+        return [fill(draw(T), weight > 0, value) for _ in range(count)]
+
     members = {
         "reinforce": action(policy_gradient.reinforce_loss),
         "score": two(policy_gradient.score_loss),
@@ -301,6 +304,16 @@ def reward_case(name):
             sequence(params, value, D), weight
         ),
         "baseline": two(policy_gradient.baseline_loss),
+        "clipped": lambda params, value: proximal.clipped_loss(
+            sequence(params, value), *masked(value, 2), weight, 0.2
+        ),
+        "clipped_value": lambda params, value: proximal.clipped_value_loss(
+            sequence(params, value), *masked(value, 2), weight, 0.2
+        ),
+        "normalise": lambda params, value: proximal.normalise(sequence(params, value), weight),
+        "divergence": lambda params, value: proximal.divergence(
+            sequence(params, value), *masked(value, 1), weight
+        ),
         "lambda_returns": returned(returns.lambda_returns, 1),
         "advantages": returned(returns.advantages, 2),
     }
@@ -395,8 +408,9 @@ FAMILIES = {
     ],
     predict_case: [("continuous",), ("discrete",), ("autoregressive",), ("flow",)],
     reward_case: [
-        (name,) for name in ("reinforce", "score", "scale", "entropy", "baseline",
-                             "lambda_returns", "advantages")
+        (name,) for name in ("reinforce", "score", "scale", "entropy", "baseline", "clipped",
+                             "clipped_value", "normalise", "divergence", "lambda_returns",
+                             "advantages")
     ],
     language_case: [("rotary",), ("kosmos",)],
     loss_case: [

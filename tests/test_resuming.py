@@ -9,6 +9,7 @@ import tiny_demos
 from train.configs import ImitateConfig
 from train.deep_sarsa import SarsaConfig
 from train.finetune import FinetuneConfig
+from train.ppo import PPOConfig
 from train.pretrain import PretrainConfig
 from train.reinforce import ReinforceConfig
 from train.scan import ScanConfig
@@ -19,7 +20,7 @@ from vla_jax.training import resuming
 
 CONFIGS = (
     ImitateConfig, PretrainConfig, ScanConfig, FinetuneConfig, SarsaConfig, ReinforceConfig,
-    TabularConfig,
+    PPOConfig, TabularConfig,
 )  # fmt: skip
 FOLDER = pathlib.Path("run")
 

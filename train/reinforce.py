@@ -15,7 +15,6 @@ import pathlib
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,17 +26,17 @@ from vla_jax.envs.cartpole import CartPoleConfig
 from vla_jax.envs.discrete_worlds import DiscreteGymnasiumConfig, DiscreteWorldConfig
 from vla_jax.envs.grid import GridConfig
 from vla_jax.envs.table.discrete_table import TableChoicesConfig
-from vla_jax.rl import actor, exploration, network, reward_training
+from vla_jax.rl import actor_critic, reward_training
 from vla_jax.rl.actor import Policy, Rollout
+from vla_jax.rl.actor_critic import mean
 from vla_jax.rl.learner import Algorithm, Learner, SeedsConfig
 from vla_jax.rl.network import NetworkConfig
 from vla_jax.rl.policy_gradient import baseline_loss, entropy_loss, reinforce_loss, scale
-from vla_jax.rl.returns import advantages
 from vla_jax.rl.reward_training import RewardTraining
 from vla_jax.training.loop import LoopConfig
 from vla_jax.training.optim import OptimConfig
 from vla_jax.training.run_lock import exclusive
-from vla_jax.types import Array, Key, Metrics, Params
+from vla_jax.types import Key, Metrics, Params
 
 
 @dataclass(frozen=True)
@@ -83,30 +82,15 @@ def make_algorithm(config: ReinforceConfig) -> Algorithm:
 
     def explore(params: Params, num_updates: jax.Array) -> Policy:
         del num_updates
-        return make_policy(params, config.network)
+        return actor_critic.make_policy(params, config.network)
 
     return Algorithm(
         config.network,
-        heads=lambda num_actions: {"logits": num_actions, "value": 1},
+        heads=actor_critic.heads,
         loss_fn=partial(_loss, config),
         explore=explore,
-        exploit=partial(make_policy, net=config.network, greedy=True),
+        exploit=partial(actor_critic.make_policy, net=config.network, greedy=True),
     )
-
-
-def make_policy(params: Params, net: NetworkConfig, *, greedy: bool = False) -> Policy:
-    """Returns the policy of a network: samples its actions, or takes the most probable one."""
-
-    def policy(carry: Any, observation: Any, reset: Any, key: Key) -> tuple[Any, jax.Array]:
-        carry, outputs = network.step(params, net, carry, observation, reset)
-        logits = outputs["logits"]
-        if greedy:
-            action = jnp.argmax(logits, axis=-1)
-        else:
-            action = exploration.sample(jax.nn.softmax(logits), key=key)
-        return carry, exploration.refuse_non_finite(action, logits)
-
-    return policy
 
 
 def _loss(
@@ -118,26 +102,13 @@ def _loss(
     """
     del key
     rollout, _ = batch
-    _, outputs = network.apply(
-        params, config.network, rollout.carry, rollout.observation, rollout.reset
-    )
-    logits, value = outputs["logits"][:, :-1], outputs["value"][..., 0]
-    # Scaled by 1 − γ, returns are of the size of rewards: one learning rate then fits all γ.
-    reward = (1.0 - config.gamma) * rollout.reward
-    advantage = jax.vmap(advantages)(
-        reward,
-        actor.discounts(rollout, config.gamma),
-        value[:, :-1],
-        value[:, 1:],
-        actor.lambdas(rollout, config.trace_decay),
-    )
+    logits, value = actor_critic.outputs(params, config.network, rollout)
+    advantage = actor_critic.rollout_advantages(rollout, value, config.gamma, config.trace_decay)
     weight = jnp.asarray(rollout.mask, jnp.float32)
     terms = {
-        "reinforce": _mean(
-            reinforce_loss, logits, rollout.action, scale(advantage, weight), weight
-        ),
-        "baseline": _mean(baseline_loss, value[:, :-1], advantage + value[:, :-1], weight),
-        "entropy": _mean(entropy_loss, logits, weight),
+        "reinforce": mean(reinforce_loss, logits, rollout.action, scale(advantage, weight), weight),
+        "baseline": mean(baseline_loss, value[:, :-1], advantage + value[:, :-1], weight),
+        "entropy": mean(entropy_loss, logits, weight),
     }
     loss = (
         terms["reinforce"]
@@ -145,10 +116,6 @@ def _loss(
         + config.entropy_weight * terms["entropy"]
     )
     return loss, {f"loss_{name}": term for name, term in terms.items()}
-
-
-def _mean(function: Any, *sequences: Array) -> jax.Array:
-    return jnp.mean(jax.vmap(function)(*sequences))
 
 
 def cartpole() -> ReinforceConfig:

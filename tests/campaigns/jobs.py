@@ -55,6 +55,7 @@ JOBS = {
     "imitate": Job(f"{IMITATE} --run-dir {{out}} {OFTEN} 150"),
     "pretrain": Job(f"{PRETRAIN} --width 16 --num-latents 2 --run-dir {{out}} {OFTEN} 50"),
     "reinforce": Job(f"train.reinforce --num-seeds 2 --run-dir {{out}} {OFTEN} 100", needs=()),
+    "ppo": Job(f"train.ppo --num-seeds 2 --run-dir {{out}} {OFTEN} 20", needs=()),
     "sarsa": Job(f"train.deep_sarsa --num-seeds 2 --run-dir {{out}} {OFTEN} 100", needs=()),
     "seq2seq": Job(
         "train.scan --hidden-size 8 --embed-size 8 --batch-size 8 --split addprim_turn_left "

@@ -67,6 +67,8 @@ COMMANDS = (
     Command("train.reinforce", "--preset grid --run-dir out", "REINFORCE", "train"),
     Command("train.reinforce", "--preset table --run-dir out", "REINFORCE", "train"),
     Command("train.reinforce", "--preset gymnasium --run-dir out", "REINFORCE", "train"),
+    Command("train.ppo", "--preset lit --run-dir out", "PPO", "train"),
+    Command("train.ppo", "--preset gymnasium --run-dir out", "PPO", "train"),
     Command("train.deep_sarsa", "--preset grid --run-dir out", "SARSA", "train"),
     Command("train.deep_sarsa", "--preset gymnasium --run-dir out", "SARSA", "train"),
     Command("train.tabular", "--run-dir out", "TABULAR", "compare"),

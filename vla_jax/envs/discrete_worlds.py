@@ -8,6 +8,8 @@ from vla_jax.config import checked
 from vla_jax.envs import cartpole, grid
 from vla_jax.envs.cartpole import CartPoleConfig
 from vla_jax.envs.grid import GridConfig
+from vla_jax.envs.memory_table import discrete_memory
+from vla_jax.envs.memory_table.discrete_memory import MemoryChoicesConfig
 from vla_jax.envs.partially_observed import partially_observe
 from vla_jax.envs.table import discrete_table
 from vla_jax.envs.table.discrete_table import TableChoicesConfig
@@ -37,6 +39,7 @@ DISCRETE_WORLDS: dict[str, DiscreteWorld] = {
     "grid": DiscreteWorld(GridConfig, grid.make),
     "cartpole": DiscreteWorld(CartPoleConfig, cartpole.make),
     "table": DiscreteWorld(TableChoicesConfig, discrete_table.make),
+    "memory": DiscreteWorld(MemoryChoicesConfig, discrete_memory.make),
     "gymnasium": DiscreteWorld(DiscreteGymnasiumConfig, make=None),
 }
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """Reinforcement learner for one seed: rollout, update, evaluation.
 
-`make_learner` is the part that Deep SARSA and REINFORCE share. The algorithm-specific part is an
-`Algorithm`: the policies that it acts with, and its loss.
+`make_learner` is the part that Deep SARSA, REINFORCE and PPO share. The algorithm-specific part is
+an `Algorithm`: the policies that it acts with, its loss and its passes over a rollout.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from vla_jax.config import checked, renamed
-from vla_jax.rl import actor, network
+from vla_jax.rl import actor, network, passes
 from vla_jax.rl.actor import Policy, Rollout
 from vla_jax.rl.network import NetworkConfig
+from vla_jax.rl.passes import PassesConfig
 from vla_jax.training import optim
 from vla_jax.training.optim import OptimConfig
 from vla_jax.training.update import (
@@ -42,9 +43,12 @@ class Algorithm(NamedTuple):
 
     network: NetworkConfig
     heads: Callable[[int], Mapping[str, int]]  # number of actions -> name of a head to its size
-    loss_fn: LossFn  # (params, (rollout, updates done), key) -> (loss, metrics)
+    loss_fn: LossFn  # (params, (batch, updates done), key) -> (loss, metrics)
     explore: Callable[[Params, jax.Array], Policy]  # (params, updates done) -> training policy
     exploit: Callable[[Params], Policy]  # params -> evaluation policy
+    # (params before the update, rollout) -> batch of the loss, a tree of arrays [B, ...]
+    prepare: Callable[[Params, Rollout], Any] = lambda params, rollout: rollout
+    passes: PassesConfig = PassesConfig()  # optimiser steps on each rollout
 
 
 class Learner(NamedTuple):
@@ -163,7 +167,7 @@ def make_training(
       observation_shape: shape of one observation.
       num_actions: number of discrete actions.
       optim_config: config of the optimiser.
-      num_updates: length of the training.
+      num_updates: length of the training, in rollouts.
       skip_bad: whether updates that are not finite are skipped, as for `update.make_update`.
     """
     heads, ema_decay = algorithm.heads(num_actions), optim_config.ema_decay
@@ -172,7 +176,9 @@ def make_training(
         return network.init(key, algorithm.network, observation_shape, heads)
 
     shapes = jax.eval_shape(init_params, jax.random.key(0))
-    optimizer = optim.make_optimizer(optim_config, num_updates, shapes)
+    optimizer = optim.make_optimizer(
+        optim_config, num_updates * passes.num_steps(algorithm.passes), shapes
+    )
     freeze, train = optim_config.freeze, optim_config.train
     update_params = make_update(
         algorithm.loss_fn,
@@ -189,7 +195,8 @@ def make_training(
         )
 
     def update(state: TrainState, rollout: Rollout, key: Key) -> tuple[TrainState, Metrics]:
-        state, metrics = update_params(state, (rollout, state.num_updates), key)
+        batch = algorithm.prepare(state.params, rollout)
+        state, metrics = passes.run(update_params, algorithm.passes, state, batch, key)
         return state, {**metrics, "reward": jnp.mean(rollout.reward)}
 
     return init, update

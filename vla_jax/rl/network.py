@@ -1,6 +1,7 @@
 """Networks of agents: observations to Q-values, or to policy logits and a baseline.
 
-An MLP, an optional recurrence after it, and one linear layer per head. If an observation is a list
+An MLP, an optional recurrence after it, an optional second MLP over the outputs of both, and one
+linear layer per head. If an observation is a list
 of objects, a small MLP can encode each of them with shared weights; the sum of the encodings is
 then the input of the main MLP, so that what is learnt about one object holds for all (Zaheer et
 al. 2017, "Deep Sets", arXiv:1703.06114).
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 from vla_jax.config import checked, did_you_mean
 from vla_jax.nn import recurrence
 from vla_jax.nn.cells import CELLS, CellName
+from vla_jax.nn.chrono import spread_gates
 from vla_jax.nn.layers import apply_mlp, init_mlp
 from vla_jax.nn.recurrence import RecurrenceConfig
 from vla_jax.types import Array, Key, Params
@@ -40,6 +42,11 @@ class NetworkConfig:
     object_sizes: tuple[int, ...] = (64, 64)  # layer widths of the MLP applied to each object
     hidden_sizes: tuple[int, ...] = (64, 64)  # layer widths of the main MLP
     memory_size: int = 64  # hidden units of the recurrence; ignored for kind "fc"
+    # largest time constant of the recurrence's units before the first update, environment steps,
+    # above 2; 0 = all units forget within a few steps, as their cell starts by default
+    gate_span: int = 0
+    # layer widths of an MLP after the recurrence, which also sees the recurrence's inputs
+    joint_sizes: tuple[int, ...] = ()
 
     def __post_init__(self):
         """Checks the kind and the sizes."""
@@ -50,6 +57,10 @@ class NetworkConfig:
                 "hidden_sizes must hold at least one width, all widths and memory_size at least 1, "
                 f"got {self.hidden_sizes} and {self.memory_size}."
             )
+        if min(self.joint_sizes, default=1) < 1:
+            raise ValueError(f"joint_sizes must be at least 1, got {self.joint_sizes}.")
+        if self.gate_span and self.gate_span <= 2:
+            raise ValueError(f"gate_span must be 0 or above 2, got {self.gate_span}.")
         if self.object_size < 0 or (self.object_size and not self.object_sizes):
             raise ValueError(
                 "object_size must be at least 0, and object_sizes not empty if it is above 0, "
@@ -75,9 +86,9 @@ class MemoryPart(NamedTuple):
 def init(
     key: Key, config: NetworkConfig, observation_shape: tuple[int, ...], heads: Mapping[str, int]
 ) -> Params:
-    """Returns `{"object": ..., "mlp": ..., "recurrence": ..., "heads": {name: one linear layer}}`.
+    """Returns `{"object", "mlp", "recurrence", "joint", "heads": {name: one linear layer}}`.
 
-    "object" and "recurrence" are absent if the config has none. The initial weights of the
+    "object", "recurrence" and "joint" are absent if the config has none. The initial weights of the
     heads are a hundred times smaller than those of the other layers, so that no action is
     preferred before the first update.
 
@@ -99,6 +110,10 @@ def init(
     params["mlp"] = init_mlp(mlp_key, (size, *config.hidden_sizes))
     memory, size = MEMORIES[config.kind].init(memory_key, config, config.hidden_sizes[-1])
     params |= memory
+    if config.joint_sizes:
+        joint_key = jax.random.fold_in(mlp_key, 1)  # the other params stay those without it
+        sizes = (config.hidden_sizes[-1] + size, *config.joint_sizes)
+        params["joint"], size = init_mlp(joint_key, sizes), sizes[-1]
     for (name, head_size), head_key in zip(heads.items(), head_keys, strict=True):
         head = init_mlp(head_key, (size, head_size))
         params["heads"][name] = jax.tree.map(lambda leaf: 0.01 * leaf, head)
@@ -132,8 +147,8 @@ def apply(
     """
     chex.assert_equal_shape_prefix([observation, reset], 2)
     hidden = _encode(params, config, observation, 2)
-    carry, hidden = MEMORIES[config.kind].apply(params, config, carry, hidden, reset)
-    return carry, _heads(params, hidden)
+    carry, remembered = MEMORIES[config.kind].apply(params, config, carry, hidden, reset)
+    return carry, _heads(params, hidden, remembered)
 
 
 def step(
@@ -152,8 +167,8 @@ def step(
       The carry, and name of a head -> `[B, size of the head]` float32.
     """
     hidden = _encode(params, config, observation, 1)
-    carry, hidden = MEMORIES[config.kind].step(params, config, carry, hidden, reset)
-    return carry, _heads(params, hidden)
+    carry, remembered = MEMORIES[config.kind].step(params, config, carry, hidden, reset)
+    return carry, _heads(params, hidden, remembered)
 
 
 def _encode(params: Params, config: NetworkConfig, observation: Array, num_axes: int) -> jax.Array:
@@ -174,8 +189,11 @@ def _check_objects(config: NetworkConfig, size: int) -> None:
         )
 
 
-def _heads(params: Params, hidden: jax.Array) -> Outputs:
-    return {name: apply_mlp(head, hidden) for name, head in params["heads"].items()}
+def _heads(params: Params, hidden: jax.Array, remembered: jax.Array) -> Outputs:
+    if "joint" in params:
+        both = jnp.concatenate([hidden, remembered], axis=-1)
+        remembered = jax.nn.relu(apply_mlp(params["joint"], both))
+    return {name: apply_mlp(head, remembered) for name, head in params["heads"].items()}
 
 
 def _recurrence(config: NetworkConfig) -> RecurrenceConfig:
@@ -184,6 +202,11 @@ def _recurrence(config: NetworkConfig) -> RecurrenceConfig:
 
 def _init_recurrence(key: Key, config: NetworkConfig, input_size: int) -> tuple[Params, int]:
     params = recurrence.init(key, _recurrence(config), input_size)
+    if config.gate_span:
+        spread_key = jax.random.fold_in(key, 1)  # the other params stay those without a span
+        cell = typing.cast(CellName, config.kind)
+        spread = spread_gates(spread_key, cell, recurrence.layer(params), config.gate_span)
+        params = recurrence.from_layer(spread)
     return {"recurrence": params}, config.memory_size
 
 

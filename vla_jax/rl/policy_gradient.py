@@ -34,8 +34,18 @@ def reinforce_loss(logits: Array, action: Array, advantage: Array, weight: Array
     """
     _check(logits, action, advantage, weight)
     logits = _keep_real(logits, weight)
-    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), action[:, None], axis=-1)[:, 0]
-    return score_loss(chosen, advantage, weight)
+    return score_loss(log_probability(logits, action), advantage, weight)
+
+
+def log_probability(logits: Array, action: Array) -> jax.Array:
+    """Returns log π(a | s) of a categorical policy.
+
+    Args:
+      logits: `[..., num_actions]`, π = softmax(logits).
+      action: `[...]` int.
+    """
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), action[..., None], axis=-1)
+    return chosen[..., 0]
 
 
 def score_loss(log_probability: Array, advantage: Array, weight: Array) -> jax.Array:

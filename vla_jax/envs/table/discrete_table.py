@@ -116,7 +116,9 @@ def _step(
         )
     is_open, is_close = (choice == CHOICES.index(name) for name in ("open", "close"))
     opens = is_open | (state.opens & ~is_close)
-    action = jnp.append(jnp.asarray(_arms())[choice], jnp.where(opens, 1.0, -1.0))
+    action = jnp.append(
+        jnp.asarray(np.stack([arm(name) for name in CHOICES]))[choice], jnp.where(opens, 1.0, -1.0)
+    )
     table, transition = env.step(state.table, action)
     potential = jnp.where(transition.terminated, 0.0, _potential(table))
     shaping = config.shaping_gamma * potential - _potential(state.table)
@@ -126,13 +128,12 @@ def _step(
     )
 
 
-def _arms() -> np.ndarray:
-    """Returns the arm command of each choice, `[11, 6]`."""
-    arms = np.zeros((len(CHOICES), 6), np.float32)
-    for i, name in enumerate(CHOICES):
-        if name[1:] in _AXES:
-            arms[i, _AXES[name[1:]]] = float(f"{name[0]}1")
-    return arms
+def arm(choice: str) -> np.ndarray:
+    """Returns the arm command `[6]` of a choice; zeros for those that do not move the arm."""
+    command = np.zeros(6, np.float32)
+    if choice[1:] in _AXES:
+        command[_AXES[choice[1:]]] = float(f"{choice[0]}1")
+    return command
 
 
 def _potential(state: TableState) -> Array:
