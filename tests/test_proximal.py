@@ -74,7 +74,7 @@ def test_at_equal_policies_the_gradient_is_that_of_reinforce():
     assert proximal.clipped_fraction(OLD, OLD, WEIGHT, CLIP) == 0
 
 
-@pytest.mark.parametrize(("advantage", "shift"), itertools.product((1.0, -1.0), (0.5, -0.5)))
+@pytest.mark.parametrize(("advantage", "shift"), list(itertools.product((1.0, -1.0), (0.5, -0.5))))
 def test_only_a_ratio_that_left_in_the_advantages_direction_has_no_gradient(advantage, shift):
     one = jnp.ones(1)
     found = jax.grad(proximal.clipped_loss)(shift * one, 0 * one, advantage * one, one, CLIP)

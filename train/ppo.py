@@ -182,15 +182,17 @@ def table_hidden() -> PPOConfig:
     """The JAX table with the instruction at the first step only: a GRU has to remember it."""
     return PPOConfig(
         run_dir="runs/ppo_table_hidden",
-        world=TableChoicesConfig(shaping=2.0),
+        world=TableChoicesConfig(shaping=10.0),
         partially_observed=True,
         network=NetworkConfig(
             kind="gru", hidden_sizes=(128,), memory_size=64, gate_span=64, joint_sizes=(128,)
         ),
         gamma=0.97,
-        baseline_weight=100.0,
+        trace_decay=0.6,
+        baseline_weight=200.0,
         seeds=SeedsConfig(num_seeds=1, num_envs=128, num_steps=64),
-        loop=LoopConfig(num_updates=500, save_every=100),
+        optim=replace(PPOConfig().optim, learning_rate=2e-3),
+        loop=LoopConfig(num_updates=300, save_every=100),
     )
 
 
@@ -199,7 +201,7 @@ def lit() -> PPOConfig:
     return replace(
         table_hidden(),
         run_dir="runs/ppo_lit",
-        world=MemoryChoicesConfig(shaping=2.0),
+        world=MemoryChoicesConfig(shaping=10.0),
         partially_observed=False,
     )
 
