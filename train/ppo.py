@@ -170,7 +170,10 @@ def _loss(
 
 
 def cartpole_hidden() -> PPOConfig:
-    """CartPole-v1 with velocities hidden: a GRU has to infer them."""
+    """CartPole-v1 with velocities hidden: a GRU has to infer them.
+
+    Return 500 with each of 3 seeds (`--num-seeds 3 --seed 10`) after 30 updates.
+    """
     return PPOConfig(
         run_dir="runs/ppo_cartpole_hidden",
         partially_observed=True,
@@ -179,16 +182,19 @@ def cartpole_hidden() -> PPOConfig:
 
 
 def table_hidden() -> PPOConfig:
-    """The JAX table with the instruction at the first step only: a GRU has to remember it."""
+    """The JAX table with the instruction at the first step only: a GRU has to remember it.
+
+    Not solved: success is 27 % after 300 updates (seed 0), as for touching any block.
+    """
     return PPOConfig(
         run_dir="runs/ppo_table_hidden",
         world=TableChoicesConfig(shaping=10.0),
         partially_observed=True,
         network=NetworkConfig(
-            kind="gru", hidden_sizes=(128,), memory_size=64, gate_span=64, joint_sizes=(128,)
+            kind="gru", hidden_sizes=(128,), memory_size=64, gate_span=20, joint_sizes=(128,)
         ),
         gamma=0.97,
-        trace_decay=0.6,
+        trace_decay=0.8,
         baseline_weight=200.0,
         seeds=SeedsConfig(num_seeds=1, num_envs=128, num_steps=64),
         optim=replace(PPOConfig().optim, learning_rate=2e-3),
@@ -197,7 +203,10 @@ def table_hidden() -> PPOConfig:
 
 
 def lit() -> PPOConfig:
-    """The memory task `lit`: touch the block that was lit, 16 environment steps later."""
+    """The memory task `lit`: touch the block that was lit, 16 environment steps later.
+
+    Not solved: with trace_decay 0.6 success was at most 21 % in 130 updates (chance is 25 %).
+    """
     return replace(
         table_hidden(),
         run_dir="runs/ppo_lit",

@@ -52,13 +52,14 @@ def rollout_advantages(rollout: Rollout, value: Array, gamma: float, lambda_: fl
       gamma: γ, below 1.
       lambda_: λ.
     """
-    return jax.vmap(advantages)(
+    found = jax.vmap(advantages)(
         (1.0 - gamma) * rollout.reward,
         actor.discounts(rollout, gamma),
         value[:, :-1],
         value[:, 1:],
         actor.lambdas(rollout, lambda_),
     )
+    return jnp.asarray(found)
 
 
 def mean(function: Any, *sequences: Array) -> jax.Array:

@@ -4,6 +4,7 @@ A minibatch holds all steps of some environments, never some steps of an environ
 network then runs over a segment from the carry that was stored at its start.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,4 +89,4 @@ def run(
     envs = draw(config, num_envs, key=draw_key)
     keys = jax.random.split(key, num_steps(config))
     state, metrics = jax.lax.scan(step, state, (envs, keys))
-    return state.replace(num_updates=count + 1), jax.tree.map(jnp.mean, metrics)
+    return dataclasses.replace(state, num_updates=count + 1), jax.tree.map(jnp.mean, metrics)

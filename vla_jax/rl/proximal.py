@@ -86,7 +86,8 @@ def normalise(advantage: Array, weight: Array) -> jax.Array:
     chex.assert_equal_shape([advantage, weight])
     advantage, count = _keep_real(advantage, weight), jnp.maximum(jnp.sum(weight), _EPSILON)
     centred = weight * (advantage - jnp.sum(weight * advantage) / count)
-    return centred / (jnp.sqrt(jnp.sum(jnp.square(centred)) / count) + _EPSILON)
+    deviation = jnp.sqrt(jnp.sum(jnp.square(centred)) / count)
+    return jnp.asarray(centred / (deviation + _EPSILON))
 
 
 def divergence(log_probability: Array, old: Array, weight: Array) -> jax.Array:

@@ -140,7 +140,7 @@ def _observe(env: Env, state: MemoryState, observation: Observation) -> Array:
     num_blocks = rules.NUM_BLOCKS
     seen = visible[rules.STATE_SIZE : rules.STATE_SIZE + num_blocks, None]
     blocks = visible[: rules.STATE_SIZE - 2].reshape(num_blocks, -1)
-    relative = seen * (blocks[:, :3] - proprio[:3]) / _UNIT
+    relative = seen * (blocks[:, :3] - proprio[None, :3]) / _UNIT
     parts = (
         jnp.concatenate([relative, blocks[:, 3:]], axis=1).reshape(-1),
         (visible[rules.STATE_SIZE - 2 : rules.STATE_SIZE] - proprio[:2]) / _UNIT,
