@@ -244,6 +244,7 @@ def test_a_loaded_run_is_refused_with_another_step(folder):
         quiet(runs.load_run(folder), EvaluateConfig(step=5))
 
 
+@pytest.mark.filterwarnings("ignore:videos of Pendulum-v1 are grey")
 def test_a_world_without_the_inputs_of_the_policy_is_refused(folder):
     module.configs.save(GymnasiumConfig(), folder / "world.json")
     with pytest.raises(ValueError, match="proprio must have 8 numbers as in training, got 3"):

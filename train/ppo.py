@@ -58,6 +58,7 @@ class PPOConfig(RewardTraining):
     baseline_weight: float = 0.5  # weight of the baseline's squared error in the loss, >= 0
     # reduce clip_range and entropy_weight linearly to 0 at the last update
     annealing: bool = False
+    # passes over each rollout, and their minibatches
     passes: PassesConfig = PassesConfig(num_epochs=4, num_minibatches=4)
     seeds: SeedsConfig = SeedsConfig(
         num_seeds=4, num_steps=128, solved_by="return", solved_at=475.0
