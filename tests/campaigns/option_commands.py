@@ -211,7 +211,7 @@ def _stops() -> Iterator[None]:
             mock.patch("multiprocessing.process.BaseProcess.start", stop("starts a process")),
             mock.patch("subprocess.Popen.__init__", stop("starts a program")),
             mock.patch("train.demo.run_steps", stop("starts its steps")),
-            mock.patch("vla_jax.serve._warm_up", stop("compiles")),
+            mock.patch("vla_jax.serve.Engine", stop("compiles")),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")
