@@ -107,6 +107,15 @@ def test_the_baseline_sees_the_first_observation_at_every_step():
     assert not env.is_acting(state)
 
 
+def test_a_loss_that_is_not_finite_stops_the_training_and_names_the_update():
+    loss = np.zeros((5, 2))
+    memory_cloning._check_finite(loss, 100)
+    loss[3, 1] = np.nan
+    sentence = "got nan in update 104 of seed number 2; lower --learning-rate"
+    with pytest.raises(ValueError, match=sentence):
+        memory_cloning._check_finite(loss, 100)
+
+
 def test_curves_are_drawn_over_the_axes(tmp_path):
     scores = [score("lstm", [0.5, 1.0], task="lit", delay=delay) for delay in (16, 64)]
     memory_report.write(tmp_path, scores, ("lstm",))

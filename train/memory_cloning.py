@@ -74,6 +74,9 @@ def clone(
       hidden_size: H of the policy.
       learning_rate: peak of the schedule.
       progress: is called with the number of updates so far.
+
+    Raises:
+      ValueError: a loss is NaN or infinite.
     """
     if variant.sees_first:
         env = with_first_observation(env)
@@ -110,6 +113,7 @@ def clone(
     for done in range(size, num_updates + size, size):
         state, loss = block(batch_keys, state)
         curve.append(np.asarray(loss).T)
+        _check_finite(curve[-1], done - size)
         progress(done)
     return Clones(agent, norm_stats, state.params, np.concatenate(curve))
 
@@ -130,6 +134,22 @@ def play(env: Env, variant: Variant, clones: Clones, key: Key, num_episodes: int
     words = jnp.asarray(_sentences(clones.agent, env))
     keys = jax.random.split(key, num_episodes)
     return jax.jit(jax.vmap(lambda params: run_env(agent, params, env, words, keys)))(clones.params)
+
+
+def _check_finite(loss: np.ndarray, before: int) -> None:
+    """Raises a ValueError if a loss `[updates, S]` of a block is not finite.
+
+    Args:
+      loss: of the block, per update and seed.
+      before: updates before the block.
+    """
+    bad = np.argwhere(~np.isfinite(loss))
+    if len(bad):
+        update, seed = bad[0]
+        raise ValueError(
+            f"loss must be finite, got {loss[update, seed]} in update {before + update + 1} of "
+            f"seed number {seed + 1}; lower --learning-rate."
+        )
 
 
 def _cut(demonstrations: Demonstrations) -> Demonstrations:

@@ -44,7 +44,7 @@ def percent(success: np.ndarray) -> str:
 
 def table(scores: Sequence[Score], decoders: Sequence[str]) -> Table:
     """Returns the table of the grid, one row per task."""
-    shown = Table(title="Success rate, mean [range] over seeds", title_justify="left")
+    shown = Table(title="Success rate, mean and range over seeds", title_justify="left")
     for name in ("suite", "task", "", "chance", *decoders):
         shown.add_column(name)
     for row in _rows(scores, decoders):

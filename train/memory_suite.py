@@ -100,7 +100,7 @@ def memory_suite(config: MemorySuiteConfig) -> pathlib.Path:
                 run_dir / memory_grid.RESULTS, memory_grid.to_json(score, config.cloning)
             )
             scores.append(score)
-            console.print(memory_report.line(score), highlight=False)
+            console.print(memory_report.line(score), highlight=False, markup=False, soft_wrap=True)
     memory_report.write(run_dir, scores, config.decoders)
     console.print(memory_report.table(scores, config.decoders))
     return run_dir

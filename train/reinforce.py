@@ -27,7 +27,7 @@ from vla_jax.envs.discrete_worlds import DiscreteGymnasiumConfig, DiscreteWorldC
 from vla_jax.envs.grid import GridConfig
 from vla_jax.envs.table.discrete_table import TableChoicesConfig
 from vla_jax.rl import actor_critic, reward_training
-from vla_jax.rl.actor import Policy, Rollout
+from vla_jax.rl.actor import Rollout
 from vla_jax.rl.actor_critic import mean
 from vla_jax.rl.learner import Algorithm, Learner, SeedsConfig
 from vla_jax.rl.network import NetworkConfig
@@ -79,16 +79,11 @@ def make_reinforce(config: ReinforceConfig) -> Learner:
 
 def make_algorithm(config: ReinforceConfig) -> Algorithm:
     """Returns REINFORCE with a baseline as an `Algorithm`, for any environment."""
-
-    def explore(params: Params, num_updates: jax.Array) -> Policy:
-        del num_updates
-        return actor_critic.make_policy(params, config.network)
-
     return Algorithm(
         config.network,
         heads=actor_critic.heads,
         loss_fn=partial(_loss, config),
-        explore=explore,
+        explore=partial(actor_critic.explore, net=config.network),
         exploit=partial(actor_critic.make_policy, net=config.network, greedy=True),
     )
 

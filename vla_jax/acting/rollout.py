@@ -62,7 +62,7 @@ class Controller(NamedTuple):
 
 
 class _Sent(NamedTuple):
-    """What a lane receives from the controller."""
+    """Input of a lane from the controller."""
 
     action: np.ndarray  # [A]
     num_clipped: int | None  # numbers of the observations of this episode; None = not known

@@ -35,6 +35,12 @@ def make_policy(params: Params, net: NetworkConfig, *, greedy: bool = False) -> 
     return policy
 
 
+def explore(params: Params, num_updates: Array, *, net: NetworkConfig) -> Policy:
+    """Returns the training policy, which does not change with the number of updates."""
+    del num_updates
+    return make_policy(params, net)
+
+
 def outputs(params: Params, net: NetworkConfig, rollout: Rollout) -> tuple[jax.Array, jax.Array]:
     """Returns logits `[B, T, num_actions]` and values `[B, T + 1]` from the rollout's carry on."""
     _, of_heads = network.apply(params, net, rollout.carry, rollout.observation, rollout.reset)
