@@ -34,6 +34,19 @@ def test_a_video_has_every_frame_the_given_rate_and_even_sizes(tmp_path, height,
         assert np.abs(got[:height, :width].astype(int) - expected).mean() < 4
 
 
+def test_the_same_frames_give_the_same_bytes(tmp_path):
+    """Frames that differ enough for threads of the encoder to matter; see `video`."""
+    y, x = np.mgrid[:320, :320]
+    shown = [
+        np.stack([x + 3 * t, y + 2 * t, x * y // 50 + t], -1).astype(np.uint8) for t in range(30)
+    ]
+    written = set()
+    for i in range(8):
+        video.write_mp4(tmp_path / f"{i}.mp4", shown, 10)
+        written.add((tmp_path / f"{i}.mp4").read_bytes())
+    assert len(written) == 1
+
+
 def test_a_video_can_be_streamed_and_is_written_atomically(tmp_path):
     video.write_mp4(tmp_path / "video.mp4", frames(), 10)
     data = (tmp_path / "video.mp4").read_bytes()

@@ -68,7 +68,9 @@ def write_mp4(path: str | os.PathLike[str], frames: Sequence[np.ndarray], fps: f
     ):
         stream: Any = container.add_stream("libx264", Fraction(fps).limit_denominator(1000))
         stream.height, stream.width = (size + size % 2 for size in frames[0].shape[:2])
-        stream.pix_fmt, stream.options = "yuv420p", {"crf": "20", "preset": "veryfast"}
+        stream.pix_fmt = "yuv420p"
+        # Without "mbtree", whose assembly gives other bytes for the same frames in some runs.
+        stream.options = {"crf": "20", "preset": "veryfast", "mbtree": "0"}
         for frame in frames:
             video_frame = av.VideoFrame.from_ndarray(_even(frame), format="rgb24")
             container.mux(stream.encode(video_frame))
