@@ -14,6 +14,7 @@ import train
 import vla_jax
 from vla_jax import config as configs
 from vla_jax.config import checked
+from vla_jax.rl.network import NetworkConfig
 
 MODULES = [
     module.name
@@ -136,3 +137,9 @@ def test_so_many_layers_that_their_names_would_fill_the_memory_are_refused(count
                 )
                 num_checked += 1
     assert num_checked > 6
+
+
+@pytest.mark.parametrize("name", ["object_sizes", "hidden_sizes", "joint_sizes"])
+def test_layers_that_would_fill_the_memory_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name} must be at most 65536, got 1000000000"):
+        NetworkConfig(**{name: (1_000_000_000,)})

@@ -31,9 +31,11 @@ from vla_jax.types import Array, Key, Params
 
 Outputs = dict[str, jax.Array]  # name of a head -> [..., size of the head]
 
+_WIDTHS = (0, 2**16)  # of layers; wider ones are typing errors that would fill the memory
+
 
 @dataclass(frozen=True)
-@checked()
+@checked(object_sizes=_WIDTHS, hidden_sizes=_WIDTHS, joint_sizes=_WIDTHS, memory_size=_WIDTHS)
 class NetworkConfig:
     """The network of a policy or of a Q-function."""
 
