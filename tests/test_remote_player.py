@@ -77,7 +77,8 @@ def test_outcomes_and_actions_equal_those_in_process(served, metadata):
         player.disconnect()
     assert found.keys() == expected.keys()
     for seed, episode in expected.items():
-        assert found[seed].outcome == episode.outcome
+        # a server does not say how many numbers it clipped
+        assert found[seed].outcome == episode.outcome._replace(observations_clipped=None)
         np.testing.assert_allclose(found[seed].actions, episode.actions, atol=1e-5)
 
 
@@ -127,7 +128,13 @@ def test_the_command_evaluates_a_server(served, tmp_path):
     assert found.total == local.total
     assert found.latency is not None
     places = [folder / "evaluation" / name for name in ("refresh-4", f"remote-127.0.0.1_{port}")]
-    one, other = ([*sorted(results.read_outcomes(p / "episodes.jsonl"))] for p in places)
+    one, other = (
+        [
+            each._replace(observations_clipped=None)
+            for each in sorted(results.read_outcomes(place / "episodes.jsonl"))
+        ]
+        for place in places
+    )
     assert one == other
     assert (places[1] / "settings.json").read_text().count('"run": "tiny"') == 1
 
@@ -162,5 +169,6 @@ def test_our_server_gives_the_outcomes_and_actions_in_process():
         found = episodes(player.controller, 3)
         player.disconnect()
     for seed, episode in expected.items():
-        assert found[seed].outcome == episode.outcome
+        # a server does not say how many numbers it clipped
+        assert found[seed].outcome == episode.outcome._replace(observations_clipped=None)
         np.testing.assert_allclose(found[seed].actions, episode.actions, atol=1e-5)
