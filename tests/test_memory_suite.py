@@ -79,18 +79,18 @@ def test_windows_hold_the_steps_of_one_episode_and_no_action_of_the_shown_part()
     agent = memory_decoders.make_agent_config(variants()["lstm_window"], env, 48, 8)
     demonstrations = memory_cloning._cut(memory_cloning.collect(env, jax.random.key(0), 8))
     stats = memory_cloning._norm_stats(demonstrations)
-    lesson = memory_cloning._make_lesson(agent, env, stats, demonstrations)
-    batch = memory_cloning._draw(lesson, 8, 64, jax.random.key(1))
+    data = memory_cloning._make_data(agent, env, stats, demonstrations)
+    batch = memory_cloning._draw(data, 8, 64, jax.random.key(1))
     assert batch.timestep_mask.shape == (64, 8)
     assert batch.action.shape == (64, 8, memory_decoders.ACTION_HORIZON, 7)
-    acts = np.asarray(lesson.acts)
-    targets = np.asarray(lesson.action)[acts]
+    acts = np.asarray(data.acts)
+    targets = np.asarray(data.action)[acts]
     found = np.asarray(batch.action)[np.asarray(batch.action_mask)]
     known = {row.tobytes() for row in targets}
     assert len(found)
     assert all(row.tobytes() in known for row in found)
     # the instruction is visible at the first step alone
-    words = np.asarray(lesson.observation.instruction)
+    words = np.asarray(data.observation.instruction)
     assert np.all(words[:, 1:] == words[:1, 1:2])
     assert np.any(words[:, 0] != words[:, 1])
 

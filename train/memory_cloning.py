@@ -40,7 +40,7 @@ class Clones(NamedTuple):
     loss: np.ndarray  # [num_updates, S]
 
 
-class Lesson(NamedTuple):
+class CloningData(NamedTuple):
     """Demonstrations as inputs of a training: whole episodes, on the device."""
 
     observation: Observation  # [N, T, ...], normalised
@@ -85,15 +85,15 @@ def clone(
     state_dim = np.asarray(demonstrations.observation.environment_state).shape[-1]
     agent = make_agent_config(variant, env, state_dim, hidden_size)
     norm_stats = _norm_stats(demonstrations)
-    lesson = _make_lesson(agent, env, norm_stats, demonstrations)
+    data = _make_data(agent, env, norm_stats, demonstrations)
     config = OptimConfig(
         learning_rate=learning_rate, warmup_steps=min(50, num_updates // 10), end_factor=0.02
     )
     shapes = jax.eval_shape(lambda key: policy.init(key, agent.policy), keys[0])
     optimizer = optim.make_optimizer(config, num_updates, shapes)
     update = make_update(partial(_loss, agent), optimizer)
-    window_size = variant.window_size or lesson.real.shape[1]
-    draw = partial(_draw, lesson, window_size, batch_size * lesson.real.shape[1] // window_size)
+    window_size = variant.window_size or data.real.shape[1]
+    draw = partial(_draw, data, window_size, batch_size * data.real.shape[1] // window_size)
 
     size = -(-num_updates // -(-num_updates // BLOCK))  # blocks of equal size: one compilation
 
@@ -182,12 +182,12 @@ def _sentences(agent: AgentConfig, env: Env) -> np.ndarray:
     return np.stack([read_instruction(agent, sentence) for sentence in env.instructions])
 
 
-def _make_lesson(
+def _make_data(
     agent: AgentConfig,
     env: Env,
     norm_stats: dict[str, NormStats],
     demonstrations: Demonstrations,
-) -> Lesson:
+) -> CloningData:
     real, acts = _real(demonstrations), demonstrations.is_acting
     observation = demonstrations.observation
     proprio, environment_state = (
@@ -195,23 +195,23 @@ def _make_lesson(
                             getattr(agent.normalize, name))
         for name in _COLUMNS
     )  # fmt: skip
-    spoken = _sentences(agent, env)[demonstrations.instruction][:, None]
+    sentences = _sentences(agent, env)[demonstrations.instruction][:, None]
     is_visible = np.arange(real.shape[1]) < (agent.instruction_steps % (1 + real.shape[1]))
-    words = np.where(is_visible[None, :, None], spoken, read_instruction(agent, ""))
+    words = np.where(is_visible[None, :, None], sentences, read_instruction(agent, ""))
     observation = Observation(
         proprio=proprio, environment_state=environment_state, instruction=words
     )
-    lesson = Lesson(observation, demonstrations.action, real, real & np.asarray(acts))
-    return jax.tree.map(jnp.asarray, lesson)
+    data = CloningData(observation, demonstrations.action, real, real & np.asarray(acts))
+    return jax.tree.map(jnp.asarray, data)
 
 
-def _draw(lesson: Lesson, window_size: int, batch_size: int, key: Key) -> Batch:
+def _draw(data: CloningData, window_size: int, batch_size: int, key: Key) -> Batch:
     """Returns random windows, with the chunks that begin at each of their steps.
 
     A window may begin before its episode; those steps are masked.
     """
     episode_key, end_key = jax.random.split(key)
-    num_episodes, length = lesson.real.shape
+    num_episodes, length = data.real.shape
     episode = jax.random.randint(episode_key, (batch_size,), 0, num_episodes)
     end = jnp.full(batch_size, length - 1)
     if window_size < length:
@@ -225,11 +225,11 @@ def _draw(lesson: Lesson, window_size: int, batch_size: int, key: Key) -> Batch:
     inside = step >= 0
     ahead = step[..., None] + jnp.arange(ACTION_HORIZON)[None, None]
     return Batch(
-        observation=jax.tree.map(take, lesson.observation),
+        observation=jax.tree.map(take, data.observation),
         tokens=None,
-        timestep_mask=take(lesson.real) & inside,
-        action=take(lesson.action, ahead),
-        action_mask=take(lesson.acts, ahead) & (ahead < length) & (ahead >= 0),
+        timestep_mask=take(data.real) & inside,
+        action=take(data.action, ahead),
+        action_mask=take(data.acts, ahead) & (ahead < length) & (ahead >= 0),
     )
 
 
