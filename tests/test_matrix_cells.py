@@ -370,9 +370,18 @@ def test_a_carry_has_a_matrix_for_each_head(key):
 
 
 @pytest.mark.parametrize(
+    ("hidden_size", "num_heads"),
+    [(2, 1), (4, 1), (5, 1), (6, 2), (8, 2), (12, 4), (15, 3), (64, 4)],
+)
+def test_automatic_heads_divide_the_units_and_are_not_too_small(hidden_size, num_heads):
+    assert chunks.count_heads(0, hidden_size) == num_heads
+
+
+@pytest.mark.parametrize(
     ("fields", "sentence"),
     [
         ({"num_heads": 5}, "num_heads must divide hidden_size = 12, got 5"),
+        ({"num_heads": 12}, "num_heads must leave each head 2 of the hidden_size = 12 units"),
         ({"conv_size": 0}, "conv_size must be at least 1"),
         (
             {"cell": "lstm", "implementation": "chunkwise"},

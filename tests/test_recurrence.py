@@ -49,6 +49,11 @@ def assert_close(one, other, atol=1e-6):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol), one, other)
 
 
+def tolerance(cell):
+    """A chunk sums in another order than steps: law 3 allows it 1e-5, in units of a carry."""
+    return 1e-6 if cells.CELLS[cell].chunk is None else 1e-5
+
+
 def flags(*true_at):
     """Flags `[B, T]`, the same in all rows."""
     return np.tile(np.isin(np.arange(T), true_at), (B, 1))
@@ -85,8 +90,8 @@ def test_streamed_equals_windowed(cell, residual, key):
     last, outputs = apply(params, config, inputs, reset=reset, carry=carry)
     for t in range(T):
         carry, output = step(params, config, carry, inputs[:, t], reset=reset[:, t])
-        assert_close(output, outputs[:, t])
-    assert_close(carry, last)
+        assert_close(output, outputs[:, t], tolerance(cell))
+    assert_close(carry, last, tolerance(cell))
 
 
 @pytest.mark.sampled
@@ -236,7 +241,9 @@ def test_remat_changes_neither_outputs_nor_gradients(cell, kind, remat_chunk, ke
         return jnp.square(outputs).sum() + sum(leaf.sum() for leaf in jax.tree.leaves(last))
 
     plain, chunked = (jax.value_and_grad(total)(params, chunk) for chunk in (0, remat_chunk))
-    assert_close(chunked, plain, atol=1e-5)
+    # Exponential gates give gradients above 1000, which float32 holds to 1e-4 at best.
+    largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(plain))
+    assert_close(chunked, plain, atol=1e-5 * max(1.0, largest))
 
 
 @pytest.mark.slow

@@ -49,17 +49,26 @@ class Decays(NamedTuple):
 
 
 def count_heads(num_heads: int, hidden_size: int) -> int:
-    """Returns the number of heads M; 0 means the greatest number up to 4 that divides H.
+    """Returns the number of heads M.
+
+    0 means the greatest number up to 4 that divides H and leaves each head 3 units.
 
     Raises:
-      ValueError: the heads do not divide the units.
+      ValueError: the heads do not divide the units, or a head has a single unit, whose
+        normalised output is constant.
     """
     if not num_heads:
-        return next(m for m in range(AUTOMATIC_HEADS, 0, -1) if hidden_size % m == 0)
+        few = range(min(AUTOMATIC_HEADS, hidden_size // 3), 1, -1)
+        num_heads = next((m for m in few if hidden_size % m == 0), 1)
     if num_heads < 0 or hidden_size % num_heads:
         raise ValueError(
             f"num_heads must divide hidden_size = {hidden_size}, got {num_heads}; choose another "
             "number, or 0 for an automatic one."
+        )
+    if hidden_size == num_heads:
+        raise ValueError(
+            f"num_heads must leave each head 2 of the hidden_size = {hidden_size} units, got "
+            f"{num_heads}; choose fewer heads or more units."
         )
     return num_heads
 
