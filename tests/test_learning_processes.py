@@ -1,12 +1,10 @@
 """Learning from reward in two processes equals one process, and only the first one writes."""
 
 import pathlib
-import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from processes import run_together
 
 from train.reinforce import ReinforceConfig, make_reinforce
 from vla_jax.envs.grid import GridConfig
@@ -20,17 +18,10 @@ from vla_jax.training.optim import OptimConfig
 SEEDS = SeedsConfig(
     num_seeds=2, num_envs=8, num_steps=6, eval_episodes=4, report_episodes=6, solved_at=2.0
 )
-PROCESS = """
-import sys
-import jax
-jax.config.update("jax_num_cpu_devices", 2)
-port, process_id, directory = sys.argv[1:]
-jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(process_id))
-sys.path.append("tests")
+PROGRAM = """
 from test_learning_processes import train
-first, resumed = (train(directory, num_devices=4) for _ in range(2))
+first, resumed = (train(args[0], num_devices=4) for _ in range(2))
 assert first.report["return"].tolist() == resumed.report["return"].tolist()
-jax.distributed.shutdown()
 """
 
 
@@ -45,28 +36,10 @@ def train(directory, num_devices):
     return learn(SEEDS, loop, pathlib.Path(directory), make_reinforce(config), 0, name="run")
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
 @pytest.mark.slow
 def test_two_processes_equal_one_and_the_first_one_writes(tmp_path):
     shared, alone = tmp_path / "shared", tmp_path / "alone"
-    args = [sys.executable, "-c", PROCESS, free_port()]
-    processes = [
-        subprocess.Popen(
-            [*args, str(process_id), str(shared)],
-            cwd=pathlib.Path(__file__).parents[1],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for process_id in range(2)
-    ]
-    stderr = [process.communicate(timeout=240)[1] for process in processes]
-    for process, errors in zip(processes, stderr, strict=True):
-        assert process.returncode == 0, errors
+    stderr = [errors for _, errors in run_together(PROGRAM, shared)]
     assert ["run 4/4" in errors for errors in stderr] == [True, False]
     train(alone, num_devices=1)
     one, other = (read_metrics(folder / "metrics.jsonl") for folder in (shared, alone))

@@ -1,16 +1,13 @@
 """Law 6: one device = many devices = many processes, and jit = pmap."""
 
 import functools
-import pathlib
-import socket
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
+from processes import run_together
 
 from vla_jax import trees
 from vla_jax.training import checkpoint, optim, parallel, update
@@ -204,44 +201,20 @@ def test_pmap_equals_jit_for_a_loss_without_randomness(num_devices, loss_fn, key
     assert_close(run_pmap(num_devices, key, loss_fn=loss_fn), expected)
 
 
-PROCESS = """
-import sys
-import jax
-jax.config.update("jax_num_cpu_devices", 2)
-port, process_id, directory = sys.argv[1:]
-jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(process_id))
+PROGRAM = """
 import test_parallel
 from vla_jax.training import checkpoint
 state, metrics = test_parallel.run_jit(4, jax.random.key(0), loss_fn=test_parallel.dropout_loss)
-checkpoints = checkpoint.open_checkpoints(directory)
+checkpoints = checkpoint.open_checkpoints(args[0])
 checkpoint.save(checkpoints, 3, state, {"loss": float(metrics["loss"])})
 checkpoint.close(checkpoints)
-restored, _ = checkpoint.restore(directory, state)
-jax.distributed.shutdown()
+restored, _ = checkpoint.restore(args[0], state)
 """
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @pytest.mark.slow
 def test_two_processes_equal_one_process_and_save_one_checkpoint(key, tmp_path):
-    args = [sys.executable, "-c", PROCESS, str(free_port())]
-    processes = [
-        subprocess.Popen(
-            [*args, str(process_id), str(tmp_path)],
-            cwd=pathlib.Path(__file__).parent,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for process_id in range(2)
-    ]
-    for process in processes:
-        _, output = process.communicate(timeout=120)
-        assert process.returncode == 0, output
+    run_together(PROGRAM, tmp_path)
     state, metrics = run_jit(1, key, loss_fn=dropout_loss)
     restored, metadata = checkpoint.restore(tmp_path, state)
     assert_close(restored, state)

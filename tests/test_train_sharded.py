@@ -1,11 +1,7 @@
 """A training starts and resumes on its devices: sharded, and in several processes."""
 
 import dataclasses
-import pathlib
 import shutil
-import socket
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -13,6 +9,7 @@ import pytest
 import tiny_demos
 import tiny_vlm
 from jax.sharding import PartitionSpec
+from processes import run_together
 from test_train_vlm import TOKENIZER, VLM
 
 from train import setup
@@ -117,18 +114,12 @@ def test_a_frozen_backbone_is_stored_once_and_read_with_every_checkpoint(demos, 
 
 # --- two processes ------------------------------------------------------------------------------
 
-PROCESS = """
+PROGRAM = """
 import pathlib
-import sys
-import jax
-jax.config.update("jax_num_cpu_devices", 2)
-port, process_id, folder, demos, model = sys.argv[1:]
-jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(process_id))
-sys.path.append("tests")
 from test_train_sharded import train_both
+folder, demos, model = args
 written = train_both(demos, pathlib.Path(folder), model, num_devices=4, fsdp_size=2)
 print(*written)
-jax.distributed.shutdown()
 """
 
 
@@ -151,38 +142,14 @@ def train_both(demos, folder, model, **options):
     return written
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
-def run_two_processes(*args):
-    """Returns the words of the last line that each process prints."""
-    command = [sys.executable, "-c", PROCESS, free_port()]
-    processes = [
-        subprocess.Popen(
-            [*command, str(process_id), *map(str, args)],
-            cwd=pathlib.Path(__file__).parents[1],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for process_id in range(2)
-    ]
-    outputs = [process.communicate(timeout=500) for process in processes]
-    for process, (_, errors) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, errors
-    return [lines.splitlines()[-1].split() for lines, _ in outputs]  # Gloo prints too
-
-
 @pytest.mark.slow
 def test_two_processes_train_and_cache_what_one_does(demos, tmp_path):
     model = tmp_path / "model"
     backbones.export(model, VLM, tiny_vlm.params(VLM))
     shutil.copy(TOKENIZER, model)
     data = [shutil.copytree(demos, tmp_path / name) for name in ("shared", "alone")]
-    written = run_two_processes(tmp_path / "two", data[0], model)
+    outputs = run_together(PROGRAM, tmp_path / "two", data[0], model)
+    written = [lines.splitlines()[-1].split() for lines, _ in outputs]  # Gloo prints too
     one = train_both(data[1], tmp_path / "one", model, num_devices=1)
     assert one == list(range(len(one)))
     assert [list(map(int, shards)) for shards in written] == [one[::2], one[1::2]]
