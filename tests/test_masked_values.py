@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vla_jax.backbones import blocks, kosmos_decoder, rotary_decoder, vit
+from vla_jax.backbones import kosmos_decoder, rotary_decoder, vit
 from vla_jax.backbones.kosmos_decoder import KosmosDecoderConfig
 from vla_jax.backbones.rotary_decoder import RotaryDecoderConfig
 from vla_jax.backbones.sequence import causal_mask
@@ -21,6 +21,7 @@ from vla_jax.nn import (
     chunkwise,
     pooling,
     recurrence,
+    rotary,
     seq2seq,
     transformer,
     truncated,
@@ -346,8 +347,8 @@ def language_case(name):
     )
 
 
-def blocks_case():
-    """Keys, values and queries of `blocks.attention` that the mask leaves out."""
+def grouped_case():
+    """Keys, values and queries of `rotary.grouped_attention` that the mask leaves out."""
     seen = MASK[:, None] & MASK[..., None]
 
     def run(params, value):
@@ -355,7 +356,7 @@ def blocks_case():
             fill(params[name] + draw(B, T, heads, H), MASK, value)
             for name, heads in (("query", 4), ("key", 2), ("value", 2))
         )
-        return blocks.attention(query, key, values, seen, scale=0.5, softcap=3.0)
+        return rotary.grouped_attention(query, key, values, seen, scale=0.5, softcap=3.0)
 
     return run, {name: jnp.ones((1, 1, 1, H)) for name in ("query", "key", "value")}
 
@@ -397,7 +398,7 @@ CASES["truncated"] = truncated_case
 CASES["transformer"] = transformer_case
 CASES["policy"] = policy_case
 CASES["siglip"] = vision_case
-CASES["blocks.attention"] = blocks_case
+CASES["rotary.grouped_attention"] = grouped_case
 FAMILIES = {
     attention_case: [("additive",), ("dot",), ("general",), ("scaled_dot",)],
     seq2seq_case: [("tokens",), ("vectors",)],

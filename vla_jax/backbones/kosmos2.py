@@ -26,7 +26,6 @@ from vla_jax.backbones import (
     vlm,
 )
 from vla_jax.backbones.blocks import (
-    attention,
     layer_norm,
     linear,
     patches,
@@ -40,6 +39,7 @@ from vla_jax.backbones.vit import VisionConfig
 from vla_jax.backbones.vlm import VisionLanguageModel, VLMSizes
 from vla_jax.backbones.vlm_options import VLMOptions
 from vla_jax.config import MAX_SIZE, checked
+from vla_jax.nn.rotary import grouped_attention
 from vla_jax.types import Array, Params
 
 
@@ -274,7 +274,7 @@ def _resample(params: Params, config: Kosmos2Config, x: jax.Array, *, causal: bo
     num_keys = sources["key"].shape[1]
     mask = jnp.tri(config.num_latents, num_keys, num_keys * (not causal), dtype=bool)[None]
     scale = (language.hidden_size // language.num_heads) ** -0.5
-    return linear(params["out"], attention(query, key, value, mask, scale=scale))
+    return linear(params["out"], grouped_attention(query, key, value, mask, scale=scale))
 
 
 def prompt(config: Kosmos2Config, tokenizer: Any, text: str) -> Sequence[int]:

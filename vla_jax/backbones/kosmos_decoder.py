@@ -14,17 +14,16 @@ from vla_jax.backbones import tensor_names
 from vla_jax.backbones.blocks import (
     ACTIVATIONS,
     Remat,
-    attention,
     check_activation,
     keep_seen,
     layer_norm,
     linear,
-    outer,
     run_layers,
     split_heads,
 )
 from vla_jax.backbones.tensor_names import SAME, Tensor
 from vla_jax.config import checked
+from vla_jax.nn.rotary import grouped_attention, outer
 from vla_jax.types import Array, Params
 
 PROJECTIONS = ("query", "key", "value")
@@ -108,7 +107,7 @@ def apply(
             split_heads(linear(params[name], h), config.num_heads) for name in PROJECTIONS
         )
         head_dim = config.hidden_size // config.num_heads
-        h = attention(query, key, value, mask, scale=head_dim**-0.5)
+        h = grouped_attention(query, key, value, mask, scale=head_dim**-0.5)
         x = x + linear(params["out"], layer_norm(params["attention_norm"], h, config.epsilon))
         h = layer_norm(params["norm_2"], x, config.epsilon)
         h = ACTIVATIONS[config.activation](linear(params["up"], h))

@@ -15,10 +15,11 @@ import numpy as np
 from einops import rearrange
 
 from vla_jax.backbones import blocks, model_json, preprocess, tensor_names
-from vla_jax.backbones.blocks import check_activation, linear, rotate, split_heads
+from vla_jax.backbones.blocks import check_activation, linear, split_heads
 from vla_jax.backbones.image_settings import PatchSettings
 from vla_jax.backbones.tensor_names import Tensor
 from vla_jax.config import LEAST_FLOAT, checked
+from vla_jax.nn.rotary import grouped_attention, rotate
 from vla_jax.types import Array, Params
 
 EPSILON = 1e-6  # added to the variance, or mean square, in the norms of the towers
@@ -151,7 +152,7 @@ def attention(
     query, key, value = (split_heads(part, config.num_heads) for part in parts)
     scale = (config.hidden_size // config.num_heads) ** -0.5
     query, key = rotate(query, angles), rotate(key, angles)
-    return linear(params["out"], blocks.attention(query, key, value, mask, scale=scale))
+    return linear(params["out"], grouped_attention(query, key, value, mask, scale=scale))
 
 
 def group(config: QwenVisionConfig, x: jax.Array) -> jax.Array:

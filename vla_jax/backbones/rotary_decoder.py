@@ -19,18 +19,16 @@ from vla_jax.backbones import model_json, tensor_names
 from vla_jax.backbones.blocks import (
     ACTIVATIONS,
     Remat,
-    attention,
     check_activation,
     keep_seen,
     linear,
-    outer,
     rms_norm,
-    rotate,
     run_layers,
     split_heads,
 )
 from vla_jax.backbones.tensor_names import SAME, Tensor
 from vla_jax.config import LEAST_FLOAT, checked
+from vla_jax.nn.rotary import grouped_attention, outer, rotate
 from vla_jax.types import Array, Params
 
 
@@ -238,7 +236,7 @@ def _attention(
         query = _norm(params["query_norm"], config, query)
         key = _norm(params["key_norm"], config, key)
     angles = jnp.asarray(angles)
-    outputs = attention(
+    outputs = grouped_attention(
         rotate(query, angles),
         rotate(key, angles),
         value,

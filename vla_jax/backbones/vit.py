@@ -14,7 +14,6 @@ from vla_jax.backbones import tensor_names
 from vla_jax.backbones.blocks import (
     ACTIVATIONS,
     Remat,
-    attention,
     check_activation,
     layer_norm,
     linear,
@@ -24,6 +23,7 @@ from vla_jax.backbones.blocks import (
 )
 from vla_jax.backbones.tensor_names import SAME, Tensor
 from vla_jax.config import checked
+from vla_jax.nn.rotary import grouped_attention
 from vla_jax.types import Array, Params
 
 
@@ -89,7 +89,7 @@ def apply_layers(
             split_heads(linear(parts[name], h), config.num_heads)
             for name in ("query", "key", "value")
         )
-        x = x + linear(parts["out"], attention(query, key, value, mask, scale=scale))
+        x = x + linear(parts["out"], grouped_attention(query, key, value, mask, scale=scale))
         h = layer_norm(params["norm_2"], x, config.epsilon)
         return x + linear(params["mlp"]["down"], activation(linear(params["mlp"]["up"], h)))
 

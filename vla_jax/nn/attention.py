@@ -163,6 +163,18 @@ def causal_mask(mask: Array, reset: Array, reach: int) -> jax.Array:
     return is_same & is_near & is_past & real[:, :, None] & real[:, None, :]
 
 
+def episode_positions(mask: Array, reset: Array) -> jax.Array:
+    """Returns `[B, T]` int32, the number of real steps of the same episode before each.
+
+    Args:
+      mask: `[B, T]`, True where the step is real.
+      reset: `[B, T]`, True where a new episode starts, on a masked step too.
+    """
+    real = jnp.asarray(mask)
+    before = jnp.cumsum(real, axis=1) - real
+    return before - jax.lax.cummax(jnp.where(reset, before, 0), axis=1)
+
+
 def _shapes(config: AttentionConfig, query_size: int, memory_size: int) -> dict[str, Any]:
     projections = {
         "query_kernel": (query_size, config.size),

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from vla_jax.config import checked, did_you_mean
+from vla_jax.nn.attention import episode_positions
 from vla_jax.nn.layers import dense, dropout, layer_norm, masked_softmax
 from vla_jax.types import Array, Key, Params
 
@@ -141,7 +142,7 @@ def apply(
     real = jnp.ones(inputs.shape[:2], bool) if mask is None else jnp.asarray(mask)
     starts = jnp.zeros(inputs.shape[:2], bool) if reset is None else jnp.asarray(reset)
     inputs = jnp.where(real[..., None], inputs, 0.0)  # 0 · NaN is NaN
-    position, visible = _positions(real, starts), _visible(real, starts)
+    position, visible = episode_positions(real, starts), _visible(real, starts)
     cache, outputs = _run(params, config, inputs, position, visible, key=key)
     return cache, jnp.where(real[..., None], outputs, 0.0)
 
@@ -196,12 +197,6 @@ def _run(
         hidden = hidden + dropout(_fold(layer_key, 1), attended, config.dropout)
         hidden = hidden + dropout(_fold(layer_key, 2), _mlp(layer, config, hidden), config.dropout)
     return new_cache, _norm(params["output_norm"], hidden)
-
-
-def _positions(real: jax.Array, starts: jax.Array) -> jax.Array:
-    """Returns `[B, T]`, the number of real steps of the same episode before each."""
-    before = jnp.cumsum(real, axis=1) - real
-    return before - jax.lax.cummax(jnp.where(starts, before, 0), axis=1)
 
 
 def _visible(real: jax.Array, starts: jax.Array) -> jax.Array:

@@ -26,7 +26,7 @@ Dtype = Literal["float32", "bfloat16"]
 class DecoderFields:
     """Trunk, head and sizes; the defaults are RoboVLMs' except for input and output sizes."""
 
-    kind: str = "lstm"  # trunk: a recurrent cell (rnn, lstm, gru, …), gpt, or fc (memoryless)
+    kind: str = "lstm"  # trunk: a cell (rnn, lstm, gru, …), gpt, rotary_gpt, or fc (memoryless)
     token_dim: int = 256  # D, features of a token; set by the backbone
     num_tokens: int = 1  # N, tokens per step; set by the backbone; 0 = any number, if pooled
     window_size: int = 16  # W, steps of a training window, and memory of streaming mode refresh
@@ -37,7 +37,9 @@ class DecoderFields:
     block: BlockName = "none"  # residual blocks around the recurrent layers: none, mlp, gated
     block_expansion: float = 2.0  # width of a block's MLP or wide cell, as a multiple of H
     gate_span: int = 0  # longest time constant of recurrent gates at init, steps; 0 = default
-    num_heads: int = 8  # M, heads of the gpt trunk and of cells with matrices as their carry
+    num_heads: int = 8  # M, heads of gpt, rotary_gpt and of cells with matrices as their carry
+    num_kv_heads: int = 0  # key and value heads of rotary_gpt; 0 = num_heads
+    attention_span: int = 0  # steps that a layer of rotary_gpt attends to; 0 = window_size
     conv_size: int = 4  # S, steps of the convolution of gated_delta_net and mamba2; 1 = none
     pooling: Pooling = "max"  # how the N tokens of a step are pooled; none concatenates them
     num_latents: int = 1  # vectors per step after pooling, concatenated
@@ -47,7 +49,7 @@ class DecoderFields:
     flow_steps: int = 4  # Euler steps from noise to a chunk when the flow head acts
     noise_seed: int = 0  # random seed of the noise that the flow head acts from
     head_sizes: tuple[int, ...] = (1024, 512, 256)  # widths of the hidden layers of each head MLP
-    dropout: float = 0.0  # dropout probability: between recurrent layers, or as in GPT-2
+    dropout: float = 0.0  # dropout probability: between recurrent layers, or in a transformer
     remat_chunk: int = 0  # steps per rematerialised chunk of the recurrence; 0 stores everything
     implementation: Implementation = "auto"  # time loop of the recurrence; auto = recommended
     dtype: Dtype = "float32"  # dtype of the factors of matrix products

@@ -51,11 +51,10 @@ def _check(config: DecoderFields) -> None:
 
 def _init(key: Key, config: DecoderFields) -> Params:
     projection_key, transformer_key = jax.random.split(key)
-    params = {"transformer": transformer.init(transformer_key, transformer_config(config))}
-    size = pooled_size(config)
-    if size != config.hidden_size:
-        params["projection"] = layers.init_dense(projection_key, size, config.hidden_size)
-    return params
+    return {
+        "transformer": transformer.init(transformer_key, transformer_config(config)),
+        **init_projection(projection_key, config),
+    }
 
 
 def _apply(
@@ -68,11 +67,7 @@ def _apply(
     carry: Carry | None,
     key: Key | None,
 ) -> tuple[Carry, jax.Array]:
-    if carry is not None:
-        raise ValueError(
-            "carry must be None for a decoder of kind 'gpt', which attends to its window and has "
-            f"no carry, got {type(carry).__name__}; give the whole window, or use streaming."
-        )
+    refuse_carry(config, carry)
     _, features = transformer.apply(
         params["transformer"],
         transformer_config(config),
@@ -146,6 +141,29 @@ def _append(
     return transformer.step(
         params["transformer"], transformer_config(config), state.cache, newest, position
     )
+
+
+def init_projection(key: Key, config: DecoderFields) -> Params:
+    """Returns `{"projection"}` of pooled steps to H features; empty if they have H features.
+
+    Args:
+      key: consumed.
+      config: sizes.
+    """
+    size = pooled_size(config)
+    if size == config.hidden_size:
+        return {}
+    return {"projection": layers.init_dense(key, size, config.hidden_size)}
+
+
+def refuse_carry(config: DecoderFields, carry: Carry | None) -> None:
+    """Raises a ValueError unless `carry` is None."""
+    if carry is not None:
+        raise ValueError(
+            f"carry must be None for a decoder of kind '{config.kind}', which attends to its "
+            f"window and has no carry, got {type(carry).__name__}; give the whole window, or use "
+            "streaming."
+        )
 
 
 def project(params: Params, config: DecoderFields, pooled: Array) -> jax.Array:
