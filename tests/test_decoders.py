@@ -36,6 +36,7 @@ SMALL = DecoderConfig(
 )
 POOLINGS = ("max", "mean", "attention", "none")
 KINDS = trunks.names()
+ATTENDING = ("gpt", "rotary_gpt")  # without a carry
 
 apply = jax.jit(decoders.apply, static_argnames="config")
 
@@ -274,7 +275,7 @@ def test_only_a_decoder_with_memory_depends_on_earlier_frames(kind, key):
 
 
 @pytest.mark.sampled
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "gpt"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ATTENDING])
 def test_features_continue_from_the_carry_of_the_previous_window(kind, key):
     config = configured(kind=kind)
     params, tokens = decoders.init(key, config), draw(0, B, 6, N, D)
@@ -319,7 +320,7 @@ def test_bfloat16_products_give_float32_actions_and_gradients(kind, key):
     assert dtypes == {jnp.dtype("float32")}
 
 
-@pytest.mark.parametrize("kind", ["lstm", "gpt"])
+@pytest.mark.parametrize("kind", ["lstm", "gpt", "rotary_gpt"])
 def test_dropout_needs_a_key(kind, key):
     config = configured(kind=kind, dropout=0.5)
     params, tokens = decoders.init(key, config), draw(0, B, W, N, D)
@@ -374,12 +375,13 @@ def test_masks_of_another_size_are_refused(wrong, kind, key):
         decoders.apply(decoders.init(key, config), config, draw(0, B, W, N, D), **masks)
 
 
-def test_a_carry_for_a_gpt_raises_one_sentence(key):
-    config, tokens = configured(kind="gpt"), draw(0, B, W, N, D)
+@pytest.mark.parametrize("kind", ATTENDING)
+def test_a_carry_for_a_gpt_raises_one_sentence(kind, key):
+    config, tokens = configured(kind=kind), draw(0, B, W, N, D)
     params = decoders.init(key, config)
     carry, _ = decoders.run_trunk(params, config, tokens)
     with pytest.raises(
-        ValueError, match=r"carry must be None for a decoder of kind 'gpt', .* dict"
+        ValueError, match=rf"carry must be None for a decoder of kind '{kind}', .* dict"
     ):
         decoders.run_trunk(params, config, tokens, carry=carry)
 
@@ -411,6 +413,12 @@ def test_a_window_longer_than_the_positions_of_a_gpt_raises_one_sentence(key):
         ({"kind": "fc", "dropout": 0.1}, "dropout must be 0 for .* kind 'fc', .* got 0.1"),
         ({"kind": "gpt", "dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"kind": "gru", "remat_chunk": -1}, "remat_chunk must be a number of steps .* got -1"),
+        ({"kind": "rotary_gpt", "num_heads": 4}, "hidden_size must be a multiple of num_heads = 4"),
+        (
+            {"kind": "rotary_gpt", "num_kv_heads": 2},
+            "num_kv_heads must divide num_heads = 3, got 2",
+        ),
+        ({"attention_span": -1}, "attention_span must be at least 0, got -1"),
         ({"kind": "gpt", "num_heads": 4}, "hidden_size must be a multiple of num_heads = 4, got 6"),
     ],
 )

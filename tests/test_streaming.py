@@ -144,7 +144,7 @@ def test_prepared_params_give_the_same_chunks(kind, dtype, key, monkeypatch):
 def test_params_are_unchanged_where_preparing_has_no_benefit(kind, mode, key, monkeypatch):
     config = make_config(kind)
     params = decoders.init(key, config)
-    if mode != "refresh" or kind in ("fc", "gpt"):
+    if mode != "refresh" or kind not in (*CELLS, AUTOREGRESSIVE):
         assert prepare(monkeypatch, params, config, mode) is params
     assert decoders.prepare_params(params, config, B, mode=mode) is params
     assert prepare(monkeypatch, params, config, mode, batch_size=matmul.MANY) is params
@@ -178,6 +178,7 @@ def test_streamed_equals_windowed_with_different_episode_starts(kind, mode, head
     ("kind", "mode", "window_size"),
     [("gru", mode, size) for mode in MODES for size in (1, 6, 20)]
     + [(AUTOREGRESSIVE, mode, size) for mode in MODES for size in (1, 6)]
+    + [("rotary_gpt", mode, size) for mode in MODES for size in (1, 6, 20)]
     + [("gpt", mode, size) for mode in ("refresh", "periodic") for size in (1, 3)],
 )
 def test_streamed_equals_windowed_with_another_window_size_than_in_training(
@@ -313,7 +314,7 @@ def test_after_a_reset_earlier_nans_have_no_effect(kind, mode, key):
     assert_close(*(jax.tree.map(lambda leaf: leaf[:, 3:], chunks) for chunks in (one, two)))
 
 
-@pytest.mark.parametrize("kind", ["lstm", "gpt"])
+@pytest.mark.parametrize("kind", ["lstm", "gpt", "rotary_gpt"])
 def test_robots_of_a_batch_are_independent(kind, key):
     config, tokens = make_config(kind), draw_tokens()
     params = decoders.init(key, config)
@@ -322,7 +323,7 @@ def test_robots_of_a_batch_are_independent(kind, key):
     assert_close(one.arm[0], two.arm[0])
 
 
-@pytest.mark.parametrize("kind", ["lstm", "gpt"])
+@pytest.mark.parametrize("kind", ["lstm", "gpt", "rotary_gpt"])
 def test_a_scan_of_steps_equals_a_loop_of_steps(kind, key):
     config, tokens = make_config(kind), draw_tokens()
     params = decoders.init(key, config)

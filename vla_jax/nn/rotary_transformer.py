@@ -222,9 +222,10 @@ def run(
     return rms_norm(hidden, params["output_norm"])
 
 
-def attention(query: jax.Array, keys: jax.Array, values: jax.Array, visible: Array) -> jax.Array:
+def attention(query: jax.Array, keys: jax.Array, values: Array, visible: Array) -> jax.Array:
     """Returns the attention outputs `[B, T, H]` of rotated queries and keys."""
-    return grouped_attention(query, keys, values, visible, scale=1 / math.sqrt(query.shape[-1]))
+    scale = 1 / math.sqrt(query.shape[-1])
+    return grouped_attention(query, keys, jnp.asarray(values), visible, scale=scale)
 
 
 def angles_of(config: RotaryTransformerConfig, positions: Array) -> jax.Array:
@@ -233,9 +234,9 @@ def angles_of(config: RotaryTransformerConfig, positions: Array) -> jax.Array:
     return outer(positions, THETA ** -(np.arange(num_pairs, dtype=np.float32) / num_pairs))
 
 
-def rotated(heads: jax.Array, angles: jax.Array) -> jax.Array:
+def rotated(heads: Array, angles: jax.Array) -> jax.Array:
     """Returns `heads [B, T, M, E]` rotated by `angles [B, T, E // 2]`; of odd E the last stays."""
-    paired = 2 * angles.shape[-1]
+    heads, paired = jnp.asarray(heads), 2 * angles.shape[-1]
     turned = rotate(heads[..., :paired], angles)
     return jnp.concatenate([turned, heads[..., paired:]], axis=-1)
 

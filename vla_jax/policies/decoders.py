@@ -3,8 +3,8 @@
     tokens [B, W, N, D] → pool → [B, W, D'] → trunk → [B, W, H] → head → Prediction
 
 The trunk is a recurrence of any cell ("lstm", "gru", "rnn", …), a transformer over the window
-("gpt"), or an MLP without memory, the baseline ("fc"). `apply` predicts at every position of a
-window; `step` predicts the same chunks one step at a time:
+("gpt") or over episodes ("rotary_gpt"), or an MLP without memory, the baseline ("fc"). `apply`
+predicts at every position of a window; `step` predicts the same chunks one step at a time:
 
 - mode "refresh": every chunk is that of the last W steps, as in training and in RoboVLMs;
 - mode "periodic": memory is cleared every W steps, so that it spans 1 … W steps;
@@ -43,8 +43,8 @@ class StreamState(NamedTuple):
 def init(key: Key, config: DecoderConfig) -> Params:
     """Returns the trunk's params, `"heads"`, and `"pooling"` where it has params.
 
-    The trunk's are `"recurrence"`, `"mlp"` (fc), or `"transformer"` (gpt, with `"projection"` where
-    a pooled step does not have H features).
+    The trunk's are `"recurrence"`, `"mlp"` (fc), `"transformer"` (gpt) or `"rotary_transformer"`
+    (rotary_gpt), the last two with `"projection"` where a pooled step does not have H features.
 
     Args:
       key: consumed.
@@ -81,7 +81,8 @@ def apply(
       timestep_mask: `[B, W]`, True where the step is real; None means everywhere.
       token_mask: `[B, W, N]`, True where the token is real; None means everywhere.
       reset: `[B, W]`, True where a new episode starts; None means nowhere.
-      carry: of the recurrence before the first step; None means zeros. Must be None for "gpt".
+      carry: of the recurrence before the first step; None means zeros. Must be None for "gpt"
+        and "rotary_gpt".
       targets: ground-truth actions for teacher forcing (heads "autoregressive" and "flow"); None
         decodes from the model's own actions, or from noise.
       key: consumed, for dropout, for `targets.rate` and for the noise of head "flow"; None disables
@@ -93,9 +94,9 @@ def apply(
       those of zero features.
 
     Raises:
-      ValueError: `tokens` are not `[B, W, N, D]` with the config's N and D; a carry or a longer
-        window for "gpt"; targets for another head; `targets.rate`, or targets of head
-        "flow", without a key.
+      ValueError: `tokens` are not `[B, W, N, D]` with the config's N and D; a carry for
+        "gpt" or "rotary_gpt", or a longer window for "gpt"; targets for another head;
+        `targets.rate`, or targets of head "flow", without a key.
 
     Source: Li et al. 2024, RoboVLMs (arXiv:2412.14058), `LSTMDecoder`, `GPTDecoder`, `FCDecoder`.
     """
@@ -145,12 +146,12 @@ def run_trunk(
       key: consumed, for dropout; None disables dropout.
 
     Returns:
-      The carry (an empty dict for "fc" and "gpt"), and features `[B, W, H]`, float32, zeros at
-      masked steps.
+      The carry (an empty dict for "fc", "gpt" and "rotary_gpt"), and features `[B, W, H]`,
+      float32, zeros at masked steps.
 
     Raises:
-      ValueError: `tokens` are not `[B, W, N, D]` with the config's N and D; a carry or a longer
-        window for "gpt".
+      ValueError: `tokens` are not `[B, W, N, D]` with the config's N and D; a carry for
+        "gpt" or "rotary_gpt", or a longer window for "gpt".
     """
     check_tokens(config, tokens, "[B, W, N, D]")
     if timestep_mask is not None:
