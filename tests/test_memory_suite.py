@@ -25,12 +25,12 @@ def score(decoder, success, **world):
 def test_an_interrupted_grid_continues_and_other_cells_are_not_taken(tmp_path, monkeypatch):
     config = MemorySuiteConfig(
         tasks=("lit", "cups"), decoders=("fc", "lstm"), delays=(), items=(), swaps=0, touches=0,
-        cloning=TINY, run_dir=str(tmp_path / "run"),
+        cloning=TINY, num_workers=1, run_dir=str(tmp_path / "run"),
     )  # fmt: skip
     ran = []
 
-    def run_cell(cell, cloning, progress):
-        del cloning, progress
+    def run_cell(cell, cloning, progress, *, clones):
+        del cloning, progress, clones
         ran.append((cell.world.task, cell.decoder))
         if len(ran) == 3:
             raise KeyboardInterrupt

@@ -11,12 +11,15 @@ import jax
 import numpy as np
 
 from train import memory_cloning, memory_decoders
-from vla_jax import files
+from train.memory_cloning import Clones
+from vla_jax import files, runs
 from vla_jax.config import checked
 from vla_jax.envs.memory_table import memory_env, tasks
 from vla_jax.envs.memory_table.memory_env import JaxMemoryConfig
+from vla_jax.training import checkpoint
 
 RESULTS = "results.jsonl"  # file of the run folder, one line per cell
+CLONES = "clones"  # folder in it with a run per cell: the policy of the first seed
 _IDENTITY = ("task", "delay", "items", "updates", "decoder")  # fields that distinguish the cells
 
 
@@ -61,8 +64,17 @@ def identity(cell: GridCell) -> dict[str, Any]:
     return dict(zip(_IDENTITY, values, strict=True))
 
 
+def clone_name(cell: GridCell) -> str:
+    """Returns the name of the run with the policy of a cell, such as "lit-16-0-0-lstm"."""
+    return "-".join(map(str, identity(cell).values()))
+
+
 def run_cell(
-    cell: GridCell, config: CloningConfig, progress: Callable[[int], None] = lambda done: None
+    cell: GridCell,
+    config: CloningConfig,
+    progress: Callable[[int], None] = lambda done: None,
+    *,
+    clones: pathlib.Path | None = None,
 ) -> Score:
     """Trains and tests one policy on one task, all seeds at once.
 
@@ -70,11 +82,12 @@ def run_cell(
       cell: of the grid.
       config: sizes of training and test.
       progress: is called with the updates done.
+      clones: folder for the policy of the first seed, as a run; None = it is not kept.
     """
     start, env = time.monotonic(), memory_env.make(cell.world)
     variant = memory_decoders.variants()[cell.decoder]
     keys = jax.vmap(jax.random.key)(config.seed + np.arange(config.num_seeds))
-    clones = memory_cloning.clone(
+    trained = memory_cloning.clone(
         env,
         variant,
         keys=keys,
@@ -86,7 +99,9 @@ def run_cell(
         progress=progress,
     )
     test_key = jax.random.fold_in(keys[0], 2)
-    episodes = memory_cloning.play(env, variant, clones, test_key, config.num_episodes)
+    episodes = memory_cloning.play(env, variant, trained, test_key, config.num_episodes)
+    if clones is not None and not variant.sees_first:  # no world gives the first observation again
+        _save(clones / clone_name(cell), cell, trained, config.num_updates)
     success, index = np.asarray(episodes.success), np.asarray(episodes.instruction_index[0])
     names = np.array(env.tasks)[index]
     groups = {
@@ -97,6 +112,17 @@ def run_cell(
     return Score(
         cell, success.mean(axis=1), groups, tasks.chance(cell.world), time.monotonic() - start
     )
+
+
+def _save(folder: pathlib.Path, cell: GridCell, trained: Clones, num_updates: int) -> None:
+    """Writes the policy of the first seed as a run, which `vla_jax.evaluate` can read."""
+    files.delete_folder(folder)  # of another training
+    params = jax.tree.map(lambda leaf: np.asarray(leaf[0]), trained.params)
+    runs.write_acting(folder, trained.agent, trained.norm_stats, cell.world)
+    metadata = runs.acting_metadata(trained.agent, trained.norm_stats)
+    handle = checkpoint.open_checkpoints(folder / "checkpoints")
+    checkpoint.save(handle, num_updates, {"params": params}, metadata)
+    checkpoint.close(handle)
 
 
 def to_json(score: Score, config: CloningConfig) -> dict[str, Any]:

@@ -2,22 +2,24 @@
 
     python -m train.memory_suite quick          # six tasks, one seed: about 10 minutes
     python -m train.memory_suite                # all tasks, three seeds
-    python -m train.memory_suite --tasks lit cups_swapped --decoders fc lstm gpt
+    python -m train.memory_suite --tasks lit cups_swapped --decoders fc lstm gpt --num-workers 4
 
 Each policy clones a scripted expert that sees the cue, from demonstrations of its own task. Results
 are appended to the run folder cell by cell, and an interrupted grid continues where it stopped;
 cells of another training (`cloning`) are run again.
 """
 
+import contextlib
 import pathlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from train import memory_grid, memory_report
+from train import memory_grid, memory_report, memory_workers
 from train.memory_decoders import variants
 from train.memory_grid import CloningConfig, GridCell, Score
+from train.memory_progress import grid_progress
 from vla_jax import files
 from vla_jax.command_line import run
 from vla_jax.config import checked, did_you_mean
@@ -30,7 +32,7 @@ BASELINES = ("fc", "first_and_now", "lstm_window")
 
 
 @dataclass(frozen=True)
-@checked()
+@checked(num_workers=(1, 1000))
 class MemorySuiteConfig:
     """Tasks, policies and sizes of the memory suite."""
 
@@ -43,6 +45,7 @@ class MemorySuiteConfig:
     swaps: int = 6  # greatest number of swaps of the curve of "cups_swapped"; 0 = no such curve
     touches: int = 8  # greatest number of the curve of "touch_times"; 0 = no such curve
     cloning: CloningConfig = CloningConfig()  # training and test
+    num_workers: int = 2  # cells that are trained at a time, each in a process of its own
     run_dir: str = "runs/memory_suite"  # folder of results, table, plots and page
     overwrite: bool = False  # whether to delete earlier results in the folder
 
@@ -78,32 +81,52 @@ def memory_suite(config: MemorySuiteConfig) -> pathlib.Path:
     """Runs the grid; returns the run folder."""
     run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
     grid = cells(config)
+    order = {memory_report.key(cell): number for number, cell in enumerate(grid)}
     earlier = memory_grid.read_scores(run_dir, grid, config.cloning)
-    done = {memory_report.key(score.cell): score for score in earlier}
-    waiting = [cell for cell in grid if memory_report.key(cell) not in done]
-    scores: list[Score] = list(done.values())
+    scores = {memory_report.key(score.cell): score for score in earlier}
+    waiting = [cell for cell in grid if memory_report.key(cell) not in scores]
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(),
-               TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("memory suite", total=len(waiting) * config.cloning.num_updates)
-        for number, cell in enumerate(waiting, start=1):
-            name = f"{cell.world.task} · {cell.decoder}"
-            progress.update(bar, description=f"{name} ({number} of {len(waiting)})")
-            before = (number - 1) * config.cloning.num_updates
-            score = memory_grid.run_cell(
-                cell,
+    try:
+        for score in _run(waiting, config, run_dir, console):
+            scores[memory_report.key(score.cell)] = score
+    except (KeyboardInterrupt, SystemExit):
+        done = f"{len(scores)} of {len(grid)} cells are in {run_dir / memory_grid.RESULTS}"
+        console.print(f"{done}; the same command continues.", highlight=False, soft_wrap=True)
+        raise
+    ordered = sorted(scores.values(), key=lambda score: order[memory_report.key(score.cell)])
+    memory_report.write(run_dir, ordered, config.decoders)
+    console.print(memory_report.table(ordered, config.decoders))
+    return run_dir
+
+
+def _run(
+    waiting: Sequence[GridCell], config: MemorySuiteConfig, run_dir: pathlib.Path, console: Console
+) -> Iterator[Score]:
+    """Trains and tests the cells; yields each score when it is in the results."""
+    costs = [float(tasks.max_steps(cell.world)) for cell in waiting]
+    with (
+        grid_progress(costs, console) as progress,
+        contextlib.closing(
+            memory_workers.run_cells(
+                waiting,
                 config.cloning,
-                lambda updates, before=before: progress.update(bar, completed=before + updates),
+                run_cell=memory_grid.run_cell,
+                num_workers=config.num_workers,
+                progress=progress.update,
+                clones=run_dir / memory_grid.CLONES,
+                compiled=run_dir / ".jax_cache",
             )
+        ) as finished,
+    ):
+        for count, score in enumerate(finished, start=1):
             files.append_json_line(
                 run_dir / memory_grid.RESULTS, memory_grid.to_json(score, config.cloning)
             )
-            scores.append(score)
-            console.print(memory_report.line(score), highlight=False, markup=False, soft_wrap=True)
-    memory_report.write(run_dir, scores, config.decoders)
-    console.print(memory_report.table(scores, config.decoders))
-    return run_dir
+            place = f"{count} of {len(waiting)}"
+            progress.describe(f"memory suite, {place} cells")
+            line = f"{memory_report.line(score)}   {place}, {progress.left()}"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            yield score
 
 
 def full() -> MemorySuiteConfig:
