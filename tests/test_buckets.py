@@ -54,6 +54,16 @@ def test_epochs_differ_and_depend_on_the_seed():
     assert (np.concatenate([b.source[:, 0] for b in take(other, count)]) != orders[0]).any()
 
 
+def test_processes_take_the_rows_of_one_process_in_their_order():
+    options = {"batch_size": B, "width_step": STEP}
+    whole = Buckets(rows(), **options)
+    parts = [Buckets(rows(), **options, process_index=i, process_count=2) for i in range(2)]
+    for _ in range(2 * whole.batches_per_epoch):
+        batch, own = next(whole), [next(part) for part in parts]
+        np.testing.assert_array_equal(np.concatenate([part.source for part in own]), batch.source)
+        np.testing.assert_array_equal(np.concatenate([part.target for part in own]), batch.target)
+
+
 @pytest.mark.parametrize("position", [0, 5, 40])
 def test_resumed_equals_uninterrupted(position):
     whole = Buckets(rows(), batch_size=B, width_step=STEP)

@@ -42,7 +42,7 @@ def make_state():
 
 def train(state, steps):
     """Continues the training on four devices; the batch and the dropout depend on the step."""
-    mesh = parallel.make_mesh(4)
+    mesh = parallel.make_mesh("data=4")
     step_fn = update.make_update(dropout_loss, OPTIMIZER, ema_decay=OPTIM.ema_decay)
     step_fn, state = parallel.jit_update(step_fn, mesh), parallel.replicate(state, mesh)
     for step in steps:
@@ -353,7 +353,7 @@ def test_an_array_of_other_values_is_named(copied):
     with pytest.raises(ValueError, match=r"read .the checksum of array params/head/kernel differs"):
         checkpoint.restore_params(copied)
     sharding = parallel.make_shardings(
-        jax.eval_shape(make_state), parallel.make_mesh(2, fsdp_size=2), FSDP
+        jax.eval_shape(make_state), parallel.make_mesh("data=1,fsdp=2"), FSDP
     )
     placed = parallel.with_shardings(jax.eval_shape(make_state), sharding)
     with pytest.raises(ValueError, match="the checksum of array params/head/kernel differs"):

@@ -15,7 +15,7 @@ ARRAY = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
 @pytest.mark.parametrize("dtype", ["float32", ml_dtypes.bfloat16, "int32", "uint8", "bool"])
 def test_devices_and_host_agree_on_every_sharding(dtype):
     array = ARRAY.astype(dtype)
-    mesh = parallel.make_mesh(4, fsdp_size=2)
+    mesh = parallel.make_mesh("data=2,fsdp=2")
     specs = [PartitionSpec(), PartitionSpec("data", "fsdp"), PartitionSpec(None, "fsdp")]
     placed = [jax.device_put(array, NamedSharding(mesh, spec)) for spec in specs]
     found = checksums.of_tree({"host": array, "device": jnp.asarray(array), "placed": placed})

@@ -47,10 +47,10 @@ def read_nothing(*_, **__):
     ("changes", "sentence"),
     [
         (LONG_WARM_UP, "warmup_steps must be below num_updates = 80, got 100"),
-        ({"loop": LoopConfig(num_devices=99)}, "num_devices must be"),
-        ({"loop": LoopConfig(fsdp_size=3)}, "fsdp_size must"),
+        ({"loop": LoopConfig(mesh="data=99")}, "the product of the sizes of mesh must be"),
+        ({"loop": LoopConfig(mesh="fsdp=3")}, "mesh must split the 4 devices evenly"),
     ],
-    ids=["warmup_steps", "num_devices", "fsdp_size"],
+    ids=["warmup_steps", "too many devices", "uneven"],
 )
 def test_settings_that_cannot_work_are_refused_before_reading(script, changes, sentence):
     function, config, run_dir = script

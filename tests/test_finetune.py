@@ -39,7 +39,7 @@ def config_of(folder, run_dir, **changes):
         optim=OptimConfig(
             learning_rate=0.01, warmup_steps=0, ema_decay=0.5, freeze=("backbone/*",)
         ),
-        loop=LoopConfig(num_updates=4, log_every=2, save_every=2, num_devices=1),
+        loop=LoopConfig(num_updates=4, log_every=2, save_every=2, mesh="data=1"),
         num_episodes=12,
         **changes,
     )

@@ -17,7 +17,7 @@ from vla_jax.training.optim import OptimConfig
 from vla_jax.training.update import init_train_state, make_update
 
 OPTIM = OptimConfig(learning_rate=0.1, warmup_steps=0, ema_decay=0.5)
-LOOP = LoopConfig(num_updates=6, log_every=2, save_every=2, keep=9, num_devices=1)
+LOOP = LoopConfig(num_updates=6, log_every=2, save_every=2, keep=9, mesh="data=1")
 NAN = float("nan")
 
 

@@ -41,7 +41,7 @@ PARTS = {
         kind="gru", object_size=4, object_sizes=(8,), hidden_sizes=(8,), memory_size=8
     ),
 }
-LOOP = LoopConfig(num_updates=4, log_every=2, save_every=2, num_devices=1)
+LOOP = LoopConfig(num_updates=4, log_every=2, save_every=2, mesh="data=1")
 SCRIPTS = {"sarsa": deep_sarsa, "reinforce": reinforce, "ppo": ppo}
 MAKERS = {
     "sarsa": (SarsaConfig, make_sarsa),
@@ -91,7 +91,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one_to_the_bit(whole, tmp_pa
 @pytest.mark.slow
 def test_four_devices_equal_one(whole, tmp_path):
     name, _, result = whole
-    loop = LoopConfig(num_updates=4, log_every=4, save_every=4, num_devices=4)
+    loop = LoopConfig(num_updates=4, log_every=4, save_every=4, mesh="data=2,fsdp=2")
     sharded = run(tmp_path, name, loop=loop)
     close = partial(np.testing.assert_allclose, atol=1e-4)
     jax.tree.map(close, sharded.params, result.params)
@@ -167,7 +167,7 @@ def test_a_policy_whose_outputs_are_not_finite_chooses_no_action(name):
 
 
 def test_environments_that_cannot_be_sharded_are_refused(tmp_path):
-    seeds, loop = SeedsConfig(num_envs=6), LoopConfig(num_devices=4)
+    seeds, loop = SeedsConfig(num_envs=6), LoopConfig(mesh="data=4")
     message = "num_envs must be a multiple of the number of devices, 4, got 6"
     with pytest.raises(ValueError, match=message):
         run(tmp_path, "sarsa", seeds=seeds, loop=loop)

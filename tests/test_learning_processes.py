@@ -26,7 +26,7 @@ assert first.report["return"].tolist() == resumed.report["return"].tolist()
 
 
 def train(directory, num_devices):
-    loop = LoopConfig(num_updates=4, log_every=2, save_every=2, num_devices=num_devices)
+    loop = LoopConfig(num_updates=4, log_every=2, save_every=2, mesh=f"data={num_devices}")
     config = ReinforceConfig(
         world=GridConfig(size=3, num_obstacles=1, max_steps=8),
         network=NetworkConfig(kind="gru", hidden_sizes=(8,), memory_size=8),

@@ -82,7 +82,7 @@ def test_the_computation_of_cached_tokens_is_checked_before_it_starts(demos, tmp
 
 def test_the_estimate_of_encoding_agrees_with_the_compiled_pass(demos):
     config = tiny_demos.imitation(demos, "", backbone=tiny_demos.PERCEIVER, cache_batch=16)
-    mesh, backbone = parallel.make_mesh(1), config.agent.policy.backbone
+    mesh, backbone = parallel.make_mesh("data=1"), config.agent.policy.backbone
     found = memory_check.estimate_encoding(config, mesh)
     shapes = param_shapes(config)["backbone"]
     batch = registry.get(backbone).example(backbone)

@@ -69,7 +69,7 @@ def compiled_memory(config, mesh, *, remat=False, rules=()):
     ids=["one device", "remat", "frozen, accumulated, remat", "fsdp"],
 )
 def test_the_estimate_agrees_with_the_compiled_update(config, num_devices, remat):
-    mesh = parallel.make_mesh(num_devices, fsdp_size=num_devices)
+    mesh = parallel.make_mesh(f"data=1,fsdp={num_devices}")
     rules = RULES if num_devices > 1 else ()
     found = estimate(config, mesh, remat=remat, rules=rules)
     compiled = compiled_memory(config, mesh, remat=remat, rules=rules)
@@ -82,7 +82,7 @@ def test_the_estimate_agrees_with_the_compiled_update(config, num_devices, remat
 
 
 def test_the_parts_follow_from_the_config():
-    mesh = parallel.make_mesh(1)
+    mesh = parallel.make_mesh("data=1")
     whole, frozen = estimate(PLAIN, mesh), estimate(FROZEN, mesh)
     num_params = 2 * L * 4 * D * D + 8 * D
     trained = num_params - L * 4 * D * D
@@ -97,7 +97,7 @@ def test_the_parts_follow_from_the_config():
 
 
 def test_rematerialisation_stores_less():
-    mesh = parallel.make_mesh(1)
+    mesh = parallel.make_mesh("data=1")
     stored, again = (estimate(PLAIN, mesh, remat=remat).activations for remat in (False, True))
     frame = ROWS * T * D * 4
     assert stored >= L * (1 + 4) * frame  # two activations of each layer, of D and 4D features
@@ -105,10 +105,10 @@ def test_rematerialisation_stores_less():
 
 
 def test_a_batch_is_divided_and_activations_are_unknown_without_one():
-    one, four = (estimate(PLAIN, parallel.make_mesh(n)) for n in (1, 4))
+    one, four = (estimate(PLAIN, parallel.make_mesh(f"data={n}")) for n in (1, 4))
     assert four._replace(activations=0) == one._replace(activations=0)
     assert four.activations == one.activations // 4
-    unknown = estimate(PLAIN, parallel.make_mesh(1), batch=None)
+    unknown = estimate(PLAIN, parallel.make_mesh("data=1"), batch=None)
     assert unknown.activations is None
     assert unknown.total == unknown.least == one.total - one.activations
 

@@ -1,6 +1,9 @@
 """Law 6: one device = many devices = many processes, and jit = pmap."""
 
+import dataclasses
 import functools
+import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +12,10 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 from processes import run_together
 
-from vla_jax import trees
+from vla_jax import config, trees
+from vla_jax.command_line import command_line
 from vla_jax.training import checkpoint, optim, parallel, update
+from vla_jax.training.loop import LoopConfig
 from vla_jax.training.optim import OptimConfig
 
 OPTIM = OptimConfig(learning_rate=0.01, warmup_steps=2, ema_decay=0.9)
@@ -53,7 +58,7 @@ def rows_of_this_process(batch):
 
 
 def run_jit(num_devices, key, *, loss_fn=masked_loss, optim_config=OPTIM):
-    mesh = parallel.make_mesh(num_devices)
+    mesh = parallel.make_mesh(f"data={num_devices}")
     params = make_params()
     optimizer = optim.make_optimizer(optim_config, 10, params)
     step = update.make_update(loss_fn, optimizer, ema_decay=optim_config.ema_decay)
@@ -74,7 +79,7 @@ def run_pmap(num_devices, key, *, loss_fn):
         ema_decay=OPTIM.ema_decay,
         axis_name="data",
     )
-    step = parallel.pmap_update(step, parallel.make_mesh(num_devices))
+    step = parallel.pmap_update(step, parallel.make_mesh(f"data={num_devices}"))
     state = update.init_train_state(params, optimizer, ema=True)
     for seed in range(NUM_UPDATES):
         state, metrics = step(state, make_batch(seed), key)
@@ -106,16 +111,22 @@ def run_sharded(mesh, rules, key):
 
 
 KERNELS = (("decoder/*/kernel", PartitionSpec("fsdp")),)
+COLUMNS_AND_ROWS = (
+    ("decoder/0/kernel", PartitionSpec("fsdp", "tensor")),
+    ("decoder/1/kernel", PartitionSpec("tensor", "fsdp")),
+)
 SHARDED = {  # name -> (mesh, rules)
+    "tensor": (lambda: parallel.make_mesh("data=2,tensor=2"), COLUMNS_AND_ROWS),
+    "fsdp and tensor": (lambda: parallel.make_mesh("fsdp=2,tensor=2"), COLUMNS_AND_ROWS),
     "one axis": (lambda: jax.make_mesh((4,), ("data",), (AxisType.Auto,)), ()),
     "one axis, sharded": (
         lambda: jax.make_mesh((4,), ("data",), (AxisType.Auto,)),
         (("*/kernel", PartitionSpec("data")),),
     ),
-    "two axes": (lambda: parallel.make_mesh(4, fsdp_size=2), ()),
-    "two axes, rows sharded": (lambda: parallel.make_mesh(4, fsdp_size=2), KERNELS),
+    "two axes": (lambda: parallel.make_mesh("data=2,fsdp=2"), ()),
+    "two axes, rows sharded": (lambda: parallel.make_mesh("data=2,fsdp=2"), KERNELS),
     "two axes, columns sharded": (
-        lambda: parallel.make_mesh(4, fsdp_size=4),
+        lambda: parallel.make_mesh("data=1,fsdp=4"),
         (("kernel", PartitionSpec(None, "fsdp")), ("bias", PartitionSpec(None, "fsdp"))),
     ),
 }
@@ -123,14 +134,14 @@ SHARDED = {  # name -> (mesh, rules)
 
 @pytest.mark.parametrize(("make_mesh", "rules"), SHARDED.values(), ids=SHARDED)
 def test_every_sharding_equals_one_device(make_mesh, rules, key):
-    expected = run_sharded(parallel.make_mesh(1), (), key)
+    expected = run_sharded(parallel.make_mesh("data=1"), (), key)
     state, losses = run_sharded(make_mesh(), rules, key)
     for one, other in zip(jax.tree.leaves((state, losses)), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
 
 
 def test_params_ema_and_optimiser_state_have_the_same_sharding(key):
-    state, _ = run_sharded(parallel.make_mesh(4, fsdp_size=2), KERNELS, key)
+    state, _ = run_sharded(parallel.make_mesh("data=2,fsdp=2"), KERNELS, key)
     leaves = trees.leaves_by_path(state)
     kernels = {path for path in leaves if path.endswith("decoder/0/kernel")}
     assert len(kernels) == 4  # params, ema_params, mu, nu
@@ -141,15 +152,15 @@ def test_params_ema_and_optimiser_state_have_the_same_sharding(key):
 
 def test_a_mesh_may_be_made_of_some_devices():
     devices = jax.devices()[1:]
-    assert set(parallel.make_mesh(2, devices=devices).devices.flat) == set(devices[:2])
-    with pytest.raises(ValueError, match=r"num_devices must be in 1 … 3, got 4"):
-        parallel.make_mesh(4, devices=devices)
+    assert set(parallel.make_mesh("data=2", devices=devices).devices.flat) == set(devices[:2])
+    with pytest.raises(ValueError, match=r"mesh must be at most 3, .*got data=4 \(4\); choose"):
+        parallel.make_mesh("data=4", devices=devices)
 
 
 def test_the_first_matching_rule_applies():
     tree = {"a": {"kernel": np.zeros((4, 4))}, "b": {"kernel": np.zeros((4, 4)), "scale": 1.0}}
     rules = (("b/*", PartitionSpec(None, "fsdp")), ("*kernel", PartitionSpec("fsdp")))
-    shardings = parallel.make_shardings(tree, parallel.make_mesh(4, fsdp_size=2), rules)
+    shardings = parallel.make_shardings(tree, parallel.make_mesh("data=2,fsdp=2"), rules)
     specs = {path: sharding.spec for path, sharding in trees.leaves_by_path(shardings).items()}
     assert specs == {
         "a/kernel": PartitionSpec("fsdp"),
@@ -161,22 +172,104 @@ def test_the_first_matching_rule_applies():
 @pytest.mark.parametrize(
     ("spec", "sentence"),
     [
-        (PartitionSpec("model"), r"rule for 'a' names the axis 'model', .* has data, fsdp; change"),
+        (
+            PartitionSpec("model"),
+            r"rule for 'a' names the axis 'model', .* has data, fsdp, tensor; change",
+        ),
         (PartitionSpec("fsdp"), r"a of shape \[3, 2\] .*: 3 is not divisible by 2 devices; put"),
         (PartitionSpec(None, ("data", "fsdp")), "2 is not divisible by 4 devices"),
         (PartitionSpec(None, None, "fsdp"), r"a has 3 entries, but its shape is \[3, 2\]; drop"),
     ],
 )
 def test_an_invalid_rule_is_refused(spec, sentence):
-    mesh = parallel.make_mesh(4, fsdp_size=2)
+    mesh = parallel.make_mesh("data=2,fsdp=2")
     with pytest.raises(ValueError, match=sentence):
         parallel.make_shardings({"a": np.zeros((3, 2))}, mesh, (("a", spec),))
 
 
-@pytest.mark.parametrize("fsdp_size", [0, 3, 8])
-def test_an_fsdp_size_that_does_not_divide_the_devices_is_refused(fsdp_size):
-    with pytest.raises(ValueError, match=f"fsdp_size must divide .* 4, got {fsdp_size}"):
-        parallel.make_mesh(4, fsdp_size=fsdp_size)
+@pytest.mark.parametrize(
+    ("mesh", "sizes"),
+    [
+        ("", (4, 1, 1)),
+        ("fsdp=2", (2, 2, 1)),
+        ("data=2, tensor=2", (2, 1, 2)),
+        ("data=1", (1, 1, 1)),
+    ],
+)
+def test_data_takes_the_devices_that_remain(mesh, sizes):
+    assert tuple(parallel.make_mesh(mesh).shape.values()) == sizes
+
+
+@pytest.mark.parametrize(
+    ("saved", "mesh"),
+    [
+        ({"num_devices": 0, "fsdp_size": 1}, ""),
+        ({"num_devices": 4, "fsdp_size": 2}, "data=2,fsdp=2"),
+        ({"num_devices": 0, "fsdp_size": 2}, "fsdp=2"),
+        ({"mesh": "data=4"}, "data=4"),
+    ],
+)
+def test_the_devices_of_an_earlier_config_become_a_mesh(saved, mesh):
+    assert config.from_dict(LoopConfig, saved).mesh == mesh
+
+
+def test_an_option_of_an_earlier_version_names_the_one_in_its_place(capsys):
+    for option in ("--num-devices=4", "--fsdp_size"):
+        with pytest.raises(SystemExit):
+            command_line({"only": LoopConfig}, [option, "4"], description="")
+        assert re.search("is no longer an option; use --mesh .*", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "sentence"),
+    [
+        ("model=2", r"mesh has no axis 'model'; choose from data, fsdp, tensor\. Did you"),
+        ("4", "mesh has no axis '4'"),
+        ("data=2,data=2", "every axis once, got 'data' twice; drop one"),
+        ("fsdp=0", "pairs of axis and size such as data=2,fsdp=4, got 'fsdp=0'; give"),
+        ("fsdp", "got 'fsdp'; give"),
+        ("fsdp=3", "must split the 4 devices evenly, got fsdp=3; choose sizes"),
+        ("data=2,fsdp=4", r"must be at most 4, .*, got data=2,fsdp=4 \(8\); choose"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_refused(mesh, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        parallel.make_mesh(mesh)
+
+
+def test_the_axis_tensor_needs_a_rule():
+    mesh = parallel.make_mesh("tensor=2")
+    with pytest.raises(ValueError, match="tensor must be 1 for a model without sharding rules"):
+        parallel.check_tensor_axis(mesh, KERNELS)
+    parallel.check_tensor_axis(mesh, COLUMNS_AND_ROWS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """A device of one of several processes."""
+
+    id: int
+    process_index: int
+
+
+@pytest.mark.parametrize(
+    ("mesh", "sentence"),
+    [
+        ("data=2", r"mesh must be 4, the number of devices, got data=2 \(2\)"),
+        ("tensor=4", "tensor must divide the number of devices of every process, got tensor=4"),
+    ],
+)
+def test_all_processes_take_part_and_none_shares_its_rows(mesh, sentence, monkeypatch):
+    devices = [Device(i, i // 2) for i in range(4)]
+
+    def make(sizes, *_, devices):
+        array = np.empty(len(devices), object)
+        array[:] = devices
+        return types.SimpleNamespace(devices=array.reshape(sizes))
+
+    monkeypatch.setattr(jax, "make_mesh", make)
+    with pytest.raises(ValueError, match=sentence):
+        parallel.make_mesh(mesh, devices=devices)
 
 
 def assert_close(one, other):
@@ -189,8 +282,8 @@ def test_four_devices_equal_one_device(loss_fn, key):
 
 
 def test_accumulation_on_four_devices_equals_accumulation_on_one(key):
-    config = OptimConfig(learning_rate=0.01, warmup_steps=2, accumulation_steps=2, ema_decay=0.9)
-    assert_close(run_jit(1, key, optim_config=config), run_jit(4, key, optim_config=config))
+    changed = dataclasses.replace(OPTIM, accumulation_steps=2)
+    assert_close(run_jit(1, key, optim_config=changed), run_jit(4, key, optim_config=changed))
 
 
 @pytest.mark.parametrize("loss_fn", [masked_loss, plain_loss])
@@ -222,7 +315,7 @@ def test_two_processes_equal_one_process_and_save_one_checkpoint(key, tmp_path):
 
 
 def test_a_batch_is_sharded_by_rows_and_the_state_is_replicated():
-    mesh = parallel.make_mesh(4)
+    mesh = parallel.make_mesh("data=4")
     batch = parallel.shard_batch(make_batch(0), mesh)
     assert [shard.data.shape for shard in batch["x"].addressable_shards] == [(2, 3)] * 4
     assert batch["absent"] is None
@@ -232,7 +325,7 @@ def test_a_batch_is_sharded_by_rows_and_the_state_is_replicated():
 
 
 def test_the_train_state_is_donated():
-    mesh, params = parallel.make_mesh(4), make_params()
+    mesh, params = parallel.make_mesh("data=4"), make_params()
     optimizer = optim.make_optimizer(OptimConfig(), 1000, params)
     step = parallel.jit_update(update.make_update(masked_loss, optimizer), mesh)
     state = parallel.replicate(update.init_train_state(params, optimizer), mesh)
@@ -241,15 +334,9 @@ def test_the_train_state_is_donated():
 
 
 def test_a_batch_that_cannot_be_split_evenly_is_refused():
-    mesh = parallel.make_mesh(4)
+    mesh = parallel.make_mesh("data=4")
     batch = jax.tree.map(lambda rows: rows[:6], make_batch(0))
     with pytest.raises(ValueError, match="batch size 6 cannot be split evenly over 4 devices"):
         parallel.shard_batch(batch, mesh)
     with pytest.raises(ValueError, match="batch size 6 cannot be split evenly over 4 devices"):
         parallel.pmap_update(lambda *args: args, mesh)(None, batch, None)
-
-
-@pytest.mark.parametrize("num_devices", [0, 5])
-def test_a_mesh_of_zero_or_too_many_devices_is_refused(num_devices):
-    with pytest.raises(ValueError, match=f"num_devices must be in 1 … 4, got {num_devices}"):
-        parallel.make_mesh(num_devices)

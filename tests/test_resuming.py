@@ -57,7 +57,7 @@ def paths(config, prefix=""):
     ("path", "value"),
     [
         ("loader.num_workers", 2), ("loader.num_threads", 3), ("loader.prefetch", 5),
-        ("loop.log_every", 7), ("loop.save_every", 1), ("loop.keep", 9), ("loop.num_devices", 2),
+        ("loop.log_every", 7), ("loop.save_every", 1), ("loop.keep", 9), ("loop.mesh", "data=2"),
         ("loop.tensorboard", True), ("loop.skip_bad_updates", 3), ("dataset.path", "moved"),
         ("dataset.decoded_dir", "/tmp"), ("max_cache_gb", 1.0),
     ],
@@ -79,11 +79,11 @@ def test_what_changes_batches_or_arithmetic_is_refused(config, path, value):
         resuming.check(config, change(config, path, value), FOLDER, num_updates=2)
 
 
-@pytest.mark.parametrize("path", ["loop.log_every", "loop.num_devices"])
+@pytest.mark.parametrize("path", ["loop.log_every", "loop.mesh"])
 def test_seeds_of_reinforcement_learning_are_evaluated_at_the_same_updates(path):
     config = SarsaConfig()
-    changed = change(config, path, 1)
-    if path == "loop.num_devices":
+    changed = change(config, path, "data=1" if path == "loop.mesh" else 1)
+    if path == "loop.mesh":
         assert resuming.check(config, changed, FOLDER, num_updates=50) == []
     else:  # they stop at an evaluation, which is done at every log
         with pytest.raises(ValueError, match=r"loop\.log_every was 50 and is 1"):

@@ -64,12 +64,12 @@ def test_configured_action_bounds_clip_the_actions_of_windows(config):
         (
             {"loader": LoaderConfig(batch_size=6)},
             ValueError,
-            "batch_size must be a multiple of the 4 devices, got 6",
+            "batch_size must be a multiple of the 4 devices over which it is split, got 6",
         ),
         (
-            {"loop": LoopConfig(num_devices=99)},
+            {"loop": LoopConfig(mesh="data=99")},
             ValueError,
-            "num_devices must be",
+            "the product of the sizes of mesh must be at most 4",
         ),
         (
             {"backbone_from": "nowhere"},

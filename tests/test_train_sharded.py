@@ -6,14 +6,16 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import test_train_scan
 import tiny_demos
 import tiny_vlm
 from jax.sharding import PartitionSpec
 from processes import run_together
 from test_train_vlm import TOKENIZER, VLM
 
-from train import setup
+from train import scan, setup
 from train.imitate import imitate
+from train.pretrain import pretrain
 from vla_jax import backbones
 from vla_jax.acting.agent import AgentConfig
 from vla_jax.data import token_files
@@ -54,12 +56,12 @@ def make_start(config):
 
 
 def make_shardings(config, shapes):
-    mesh = parallel.make_mesh(config.loop.num_devices, fsdp_size=config.loop.fsdp_size)
+    mesh = parallel.make_mesh(config.loop.mesh)
     return parallel.make_shardings(shapes, mesh, setup.sharding_rules(config))
 
 
 def test_a_state_is_made_sharded_and_equals_that_of_one_device():
-    config = training("", "", num_devices=4, fsdp_size=2)
+    config = training("", "", mesh="data=2,fsdp=2")
     start, optimizer = make_start(config)
     state = start.make(make_shardings(config, start.shapes))
     kernel = "backbone/language/layers/gate/kernel"
@@ -67,8 +69,8 @@ def test_a_state_is_made_sharded_and_equals_that_of_one_device():
     kernels = [leaf for path, leaf in leaves.items() if path.endswith(kernel)]
     assert len(kernels) == 4  # params, two moments, EMA
     for leaf in kernels:
-        assert leaf.sharding.spec == PartitionSpec(None, None, "fsdp")
-        assert leaf.addressable_shards[0].data.shape[-1] == leaf.shape[-1] // 2
+        assert leaf.sharding.spec == PartitionSpec(None, "fsdp", "tensor")
+        assert leaf.addressable_shards[0].data.shape[1] == leaf.shape[1] // 2
     params = setup.init_params(jax.random.key(0), config)
     expected = leaves_by_path(init_train_state(params, optimizer, ema=True))
     assert leaves.keys() == expected.keys()
@@ -77,7 +79,7 @@ def test_a_state_is_made_sharded_and_equals_that_of_one_device():
 
 
 def test_resuming_restores_to_the_devices_and_makes_no_other_state(demos, tmp_path, monkeypatch):
-    config = training(demos, tmp_path / "run", num_devices=4, fsdp_size=2)
+    config = training(demos, tmp_path / "run", mesh="data=2,fsdp=2")
     imitate(config)
     start, _ = make_start(config)
     shardings = make_shardings(config, start.shapes)
@@ -97,7 +99,7 @@ def refuse_arrays(params, *args, **options):
 
 
 def test_a_frozen_backbone_is_stored_once_and_read_with_every_checkpoint(demos, tmp_path):
-    config = training(demos, tmp_path / "run", num_devices=1, frozen_backbone=True)
+    config = training(demos, tmp_path / "run", mesh="data=1", frozen_backbone=True)
     run_dir = imitate(config)
     stored = run_dir / "checkpoints/frozen"
     assert {path.stat().st_nlink for path in stored.rglob("*") if path.is_file()} == {2}
@@ -112,13 +114,47 @@ def test_a_frozen_backbone_is_stored_once_and_read_with_every_checkpoint(demos, 
     )
 
 
+def train_on(run_dir, demos, mesh):
+    """Trains two updates on a mesh; returns the run's folder."""
+    return imitate(training(demos, run_dir, mesh=mesh))
+
+
+@pytest.fixture(scope="module")
+def alone(demos, tmp_path_factory):
+    return train_on(tmp_path_factory.mktemp("alone") / "run", demos, "data=1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mesh", ["data=2,tensor=2", "data=4", "data=2,fsdp=2", "fsdp=4", "fsdp=2,tensor=2"]
+)
+def test_every_mesh_trains_what_one_device_does(mesh, alone, demos, tmp_path):
+    assert_same_training(train_on(tmp_path / "run", demos, mesh), alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pretrain", "scan"])
+def test_pretraining_and_scan_on_a_mesh_equal_one_device(name, demos, tmp_path):
+    def train(folder, mesh):
+        if name == "scan":
+            loop = dataclasses.replace(LOOP, mesh=mesh)
+            return scan.train(test_train_scan.tiny(folder, loop=loop))
+        config = tiny_demos.pretraining(demos, folder)
+        return pretrain(dataclasses.replace(config, loop=dataclasses.replace(LOOP, mesh=mesh)))
+
+    one, four = train(tmp_path / "one", "data=1"), train(tmp_path / "four", "data=2,fsdp=2")
+    assert_same_metrics(four, one)
+    first, second = (checkpoint.restore_params(folder / "checkpoints") for folder in (four, one))
+    assert_close(leaves_by_path(first), leaves_by_path(second))
+
+
 # --- two processes ------------------------------------------------------------------------------
 
 PROGRAM = """
 import pathlib
 from test_train_sharded import train_both
 folder, demos, model = args
-written = train_both(demos, pathlib.Path(folder), model, num_devices=4, fsdp_size=2)
+written = train_both(demos, pathlib.Path(folder), model, mesh="data=2,fsdp=2")
 print(*written)
 """
 
@@ -150,7 +186,7 @@ def test_two_processes_train_and_cache_what_one_does(demos, tmp_path):
     data = [shutil.copytree(demos, tmp_path / name) for name in ("shared", "alone")]
     outputs = run_together(PROGRAM, tmp_path / "two", data[0], model)
     written = [lines.splitlines()[-1].split() for lines, _ in outputs]  # Gloo prints too
-    one = train_both(data[1], tmp_path / "one", model, num_devices=1)
+    one = train_both(data[1], tmp_path / "one", model, mesh="data=1")
     assert one == list(range(len(one)))
     assert [list(map(int, shards)) for shards in written] == [one[::2], one[1::2]]
     caches = [next(path for path in folder.glob(".tokens/*") if path.is_dir()) for folder in data]
@@ -163,12 +199,19 @@ def test_two_processes_train_and_cache_what_one_does(demos, tmp_path):
 
 
 def assert_same_training(one, other):
+    assert_same_metrics(one, other)
+    assert_close(*(leaves_by_path(load_run(folder).params) for folder in (one, other)))
+
+
+def assert_same_metrics(one, other):
     first, second = (read_metrics(folder / "metrics.jsonl") for folder in (one, other))
     for name in ("loss", "grad_norm"):
         np.testing.assert_allclose(
             [line[name] for line in first], [line[name] for line in second], rtol=1e-5
         )
-    first, second = (leaves_by_path(load_run(folder).params) for folder in (one, other))
+
+
+def assert_close(first, second):
     assert first.keys() == second.keys()
     for path, leaf in first.items():
         # Adam scales rounding to the learning rate where a gradient is nearly 0: in single numbers

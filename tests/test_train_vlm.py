@@ -75,7 +75,7 @@ def training(demos, run_dir, folder, *, num_updates=2, **options):
         config,
         backbone_from=str(folder),
         agent=AgentConfig(policy.connect(backbone, decoder)),
-        loop=LoopConfig(num_updates=num_updates, log_every=1, save_every=1, num_devices=1),
+        loop=LoopConfig(num_updates=num_updates, log_every=1, save_every=1, mesh="data=1"),
         loader=dataclasses.replace(config.loader, batch_size=2),
     )
 
@@ -199,7 +199,7 @@ def test_a_sharded_update_of_an_adapted_model_equals_that_of_one_device(demos, f
     sharded = dataclasses.replace(
         config,
         run_dir=str(tmp_path / "four"),
-        loop=dataclasses.replace(config.loop, num_devices=4, fsdp_size=2),
+        loop=dataclasses.replace(config.loop, mesh="data=2,fsdp=2"),
     )
     one, four = backbone_leaves(imitate(config)), backbone_leaves(imitate(sharded))
     for path, leaf in one.items():

@@ -134,7 +134,7 @@ def test_learned_tokens_stand_where_the_layout_says(layout, expected):
 def test_sharded_params_give_the_tokens_of_one_device(kind):
     config = CONFIGS[kind]
     params, seen = tiny_vlm.params(config), observe(config)
-    mesh = parallel.make_mesh(4, fsdp_size=2)
+    mesh = parallel.make_mesh("data=2,fsdp=2")
     rules = BACKBONES[kind].sharding_rules
     sharded = jax.device_put(params, parallel.make_shardings(params, mesh, rules))
     split = [leaf for leaf in jax.tree.leaves(sharded) if not leaf.sharding.is_fully_replicated]

@@ -99,14 +99,14 @@ def test_half_precision_files_are_read_and_cast(stored, wanted, folder):
 
 def test_params_on_several_devices_are_those_of_one_and_sharded_by_the_rules(folder):
     params = backbones.load(folder())[1]
-    mesh = parallel.make_mesh(4, fsdp_size=2)
+    mesh = parallel.make_mesh("data=2,fsdp=2")
     sharded = backbones.load(folder(), mesh=mesh)[1]
     assert equal(sharded, params)
     kernel = sharded["language"]["layers"]["up"]["kernel"]
-    assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, None, "fsdp")
-    assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 32, 32)}
+    assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", "tensor")
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 16, 64)}
     assert sharded["language"]["norm"]["scale"].sharding.is_fully_replicated
-    mesh = parallel.make_mesh(3, fsdp_size=3)
+    mesh = parallel.make_mesh("data=1,fsdp=3")
     with pytest.raises(ValueError, match=r"cannot be sharded by .*'fsdp': 3.*divides it"):
         backbones.load(folder(), mesh=mesh)
 
@@ -126,7 +126,7 @@ def test_loading_holds_one_slice_of_a_param_and_one_tensor_on_the_host(golden, t
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
     del params
-    for mesh, shards in ((None, 1), (parallel.make_mesh(4, fsdp_size=4), 4)):
+    for mesh, shards in ((None, 1), (parallel.make_mesh("data=1,fsdp=4"), 4)):
         backbones.load(tmp_path / "m", mesh=mesh)  # compiles what it needs
         tracemalloc.start()
         loaded = backbones.load(tmp_path / "m", mesh=mesh)

@@ -13,7 +13,6 @@ before they are used.
 
 import hashlib
 import json
-import math
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -221,11 +220,7 @@ def _encode(
 
 def _local_mesh(config: ImitateConfig) -> jax.sharding.Mesh:
     """Returns a mesh of this process's devices: each process encodes other frames."""
-    local = jax.local_devices()
-    wanted = config.loop.num_devices // jax.process_count() or len(local)
-    num_devices = min(wanted, len(local))
-    fsdp_size = math.gcd(config.loop.fsdp_size, num_devices)
-    return parallel.make_mesh(num_devices, fsdp_size=fsdp_size, devices=local)
+    return parallel.local_mesh(parallel.make_mesh(config.loop.mesh))
 
 
 def _write(
@@ -237,8 +232,8 @@ def _write(
     config: ImitateConfig,
 ) -> None:
     """Writes the missing shards, each by one of the processes, and waits for the others."""
-    num_devices = _local_mesh(config).size
-    chunk_size = max(1, config.cache_batch // num_devices) * num_devices
+    num_parts = parallel.num_row_shards(_local_mesh(config))
+    chunk_size = max(1, config.cache_batch // num_parts) * num_parts
     own = missing[jax.process_index() :: jax.process_count()]
     done = sizes.num_frames - sum(len(sizes.frames(shard)) for shard in missing)
     total = done + sum(len(sizes.frames(shard)) for shard in own)

@@ -190,7 +190,7 @@ def _plot(
 
     All processes compute, since the params may be sharded over their devices.
     """
-    mesh = make_mesh(config.loop.num_devices or None, fsdp_size=config.loop.fsdp_size)
+    mesh = make_mesh(config.loop.mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
     apply = jax.jit(policy.apply, static_argnums=1, out_shardings=replicated)
     prediction = apply(

@@ -30,14 +30,14 @@ def check_memory(config: ImitateConfig, loss_fn: LossFn) -> None:
       ValueError: the devices have too little memory.
     """
     shapes = trained_shapes(config)
-    mesh = parallel.make_mesh(config.loop.num_devices or None, fsdp_size=config.loop.fsdp_size)
+    mesh = parallel.make_mesh(config.loop.mesh)
     _check(
         estimate_memory(config, loss_fn, shapes),
         mesh,
         shapes,
         purpose="this training",
         remedy="train fewer params (LoRA, --freeze), use rematerialisation, a smaller "
-        "--batch-size, or more devices with --fsdp-size",
+        "--batch-size, or more devices with --mesh fsdp=N",
     )
 
 
@@ -56,7 +56,7 @@ def check_encoding(config: ImitateConfig, mesh: Mesh) -> None:
         mesh,
         param_shapes(config)["backbone"],
         purpose="the computation of cached tokens",
-        remedy="use a smaller --cache-batch, --images-per-pass, or more devices with --fsdp-size",
+        remedy="use a smaller --cache-batch, --images-per-pass, or more devices with --mesh fsdp=N",
     )
 
 
@@ -66,7 +66,7 @@ def estimate_encoding(config: ImitateConfig, mesh: Mesh) -> MemoryEstimate:
     member, shapes = registry.get(backbone), param_shapes(config)["backbone"]
     activations = None
     if member.example is not None:
-        rows = max(1, config.cache_batch // mesh.size)
+        rows = max(1, config.cache_batch // parallel.num_row_shards(mesh))
         batch = jax.tree.map(
             lambda part: _shape(rows, 1, *part.shape, dtype=part.dtype), member.example(backbone)
         )
@@ -119,7 +119,7 @@ def estimate_memory(config: ImitateConfig, loss_fn: LossFn, shapes: Params) -> M
         optim.make_optimizer(optim_config, config.loop.num_updates, param_shapes(config)),
         example_batch(config),
         optim_config,
-        mesh=parallel.make_mesh(config.loop.num_devices or None, fsdp_size=config.loop.fsdp_size),
+        mesh=parallel.make_mesh(config.loop.mesh),
         rules=sharding_rules(config),
     )
 

@@ -117,6 +117,8 @@ def train(config: ScanConfig) -> pathlib.Path:
         batch_size=config.batch_size,
         width_step=config.width_step,
         seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
     )
 
     # Model, loss, update.
@@ -163,7 +165,7 @@ def train(config: ScanConfig) -> pathlib.Path:
 
     # Test: greedy decoding of every command.
     if is_first_process():
-        report(config, run_dir, averaged_params(train_state), test_pairs)
+        report(config, run_dir, jax.device_get(averaged_params(train_state)), test_pairs)
     return run_dir
 
 

@@ -57,7 +57,12 @@ def check(config: ImitateConfig) -> None:
         head cannot read the backbone's token ids.
       OSError: the run folder cannot be written.
     """
-    loop.check(config.loop, config.optim, batch_size=config.loader.batch_size)
+    loop.check(
+        config.loop,
+        config.optim,
+        batch_size=config.loader.batch_size,
+        sharding_rules=sharding_rules(config),
+    )
     check_representable(config.agent)
     _check_caption(config)
     check_run(config.run_dir, config, overwrite=config.overwrite)
@@ -191,7 +196,7 @@ def make_start(key: Key, config: ImitateConfig, optimizer: GradientTransformatio
       optimizer: of the training.
     """
     settings, shapes = make_optim_config(config), trained_shapes(config)
-    mesh = parallel.make_mesh(config.loop.num_devices or None, fsdp_size=config.loop.fsdp_size)
+    mesh = parallel.make_mesh(config.loop.mesh)
 
     def init(key: Key, saved: Params) -> TrainState:
         params = _random_params(key, config) | saved

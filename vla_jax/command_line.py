@@ -130,6 +130,7 @@ def command_line(
             f"error: unknown preset '{known.preset}'; {configs.did_you_mean(known.preset, presets)}"
         )
     default = presets[known.preset]()
+    _refuse_retired(default, rest)
     chosen = parse(
         _flat_class(
             default,
@@ -226,6 +227,19 @@ def _flat_class(
     return dataclasses.make_dataclass(
         cls.__name__, fields, bases=(cls,), namespace=unchecked, frozen=True
     )
+
+
+def _refuse_retired(config: Any, argv: Sequence[str]) -> None:
+    """Ends the program if an option is one that a class of the config lists as RETIRED."""
+    given = {argument.partition("=")[0].replace("_", "-") for argument in argv}
+    for name, instead in getattr(type(config), "RETIRED", {}).items():
+        flag = f"--{name.replace('_', '-')}"
+        if flag in given:
+            _stop(f"error: {flag} is no longer an option; use {instead}.")
+    for field in dataclasses.fields(config):
+        part = getattr(config, field.name)
+        if dataclasses.is_dataclass(part):
+            _refuse_retired(part, argv)
 
 
 def _complete(config: Any) -> Any:

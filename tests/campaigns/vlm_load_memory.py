@@ -71,7 +71,7 @@ def measure(folder: str, dtype: str, num_devices: int) -> dict[str, float]:
     config = weights.load_config(folder)
     options = dataclasses.replace(config.options, param_dtype=dtype)
     config = dataclasses.replace(config, options=options)
-    mesh = parallel.make_mesh(fsdp_size=num_devices) if num_devices > 1 else None
+    mesh = parallel.make_mesh(f"fsdp={num_devices}") if num_devices > 1 else None
     jax.block_until_ready(jnp.zeros(8) + 1)
     stored = safetensors_files.find(folder)
     tensor = max(np.prod(t.shape) * t.dtype.itemsize for t in stored.values()) / 1e6

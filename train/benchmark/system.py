@@ -232,7 +232,7 @@ def _loader(
 
 def _compile_training(config: ImitateConfig) -> Callable[[Batch], Metrics]:
     """Returns a function that dispatches one update of `train.imitate` without blocking."""
-    key, mesh = jax.random.key(0), parallel.make_mesh(1)
+    key, mesh = jax.random.key(0), parallel.make_mesh("data=1")
     freeze = ("backbone/*",) if config.frozen_backbone else ()
     params = init_params(key, config)
     settings = replace(config.optim, freeze=freeze)

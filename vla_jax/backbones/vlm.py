@@ -35,11 +35,18 @@ from vla_jax.types import Array, Key, Observation, Params, ShardingRules, Tokens
 
 TOKENIZER = "tokenizer.json"  # its name in the folder of a model, and in a run folder
 _MOST_TOKENS = 2**16  # per image: their positions are listed
+# Maps into a wide layer are split along their outputs over `tensor`, maps out of it along their
+# inputs: what is between them needs no communication. The other dimension is split over `fsdp`.
+_INTO = PartitionSpec(None, "fsdp", "tensor")
+_OUT = PartitionSpec(None, "tensor", "fsdp")
 SHARDING_RULES: ShardingRules = (
-    # Maps out of a wide layer are split along their inputs, all others along their outputs.
-    ("*/layers/*/out/kernel", PartitionSpec(None, "fsdp", None)),
-    ("*/layers/*/down/kernel", PartitionSpec(None, "fsdp", None)),
-    ("*/layers/*/kernel", PartitionSpec(None, None, "fsdp")),
+    ("*/layers/out/kernel", _OUT),
+    ("*/layers/*/out/kernel", _OUT),
+    ("*/layers/down/kernel", _OUT),
+    ("*/layers/*/down/kernel", _OUT),
+    # three maps side by side: a part of their outputs is not a part of the heads
+    ("*/layers/*/qkv/kernel", PartitionSpec(None, "fsdp", None)),
+    ("*/layers/*/kernel", _INTO),
     ("*/deepstack/*/kernel", PartitionSpec(None, None, "fsdp")),
     ("*/merger/*/kernel", PartitionSpec(None, "fsdp")),
     ("*/embedding", PartitionSpec(None, "fsdp")),

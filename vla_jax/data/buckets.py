@@ -18,15 +18,28 @@ class Buckets:
     Each epoch contains each row once; the last batch of a width is filled with repeated rows.
     """
 
-    def __init__(self, rows: Ids, *, batch_size: int, width_step: int = 8, seed: int = 0):
+    def __init__(
+        self,
+        rows: Ids,
+        *,
+        batch_size: int,
+        width_step: int = 8,
+        seed: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
         """Groups the rows by width.
 
         Args:
           rows: ids, each target followed by at least one 0.
-          batch_size: B.
+          batch_size: B over all processes.
           width_step: widths are multiples of it, but at most the longest target and its final 0.
           seed: random seed of shuffling.
+          process_index: index of this process, which gets its own rows of every batch.
+          process_count: number of processes; divides `batch_size`.
         """
+        size = batch_size // process_count
+        self._own = slice(size * process_index, size * (process_index + 1))
         lengths = 1 + np.count_nonzero(rows.target, axis=1)  # including the final 0
         widths = np.minimum(-(-lengths // width_step) * width_step, lengths.max())
         self._groups = {int(width): np.flatnonzero(widths == width) for width in np.unique(widths)}
@@ -44,6 +57,7 @@ class Buckets:
             self._epoch, self._order = epoch, self._shuffle(epoch)
         self._num_batches += 1
         width, rows = self._order[place]
+        rows = rows[self._own]
         return Ids(self._rows.source[rows], self._rows.target[rows, :width])
 
     @property

@@ -51,16 +51,12 @@ class LearningResult(NamedTuple):
 
 def check_devices(config: SeedsConfig, loop: LoopConfig) -> None:
     """Raises a ValueError unless the environments of a seed can be sharded over the devices."""
-    if loop.fsdp_size != 1:
+    mesh = parallel.make_mesh(loop.mesh)
+    parallel.check_tensor_axis(mesh, ())
+    if config.num_envs % mesh.size:
         raise ValueError(
-            f"fsdp_size must be 1 in reinforcement learning, got {loop.fsdp_size}; its params are "
-            "replicated on all devices."
-        )
-    num_devices = parallel.make_mesh(loop.num_devices or None).size
-    if config.num_envs % num_devices:
-        raise ValueError(
-            f"num_envs must be a multiple of the number of devices, {num_devices}, got "
-            f"{config.num_envs}; change num_envs or num_devices."
+            f"num_envs must be a multiple of the number of devices, {mesh.size}, got "
+            f"{config.num_envs}; change --num-envs or --mesh."
         )
 
 
@@ -92,7 +88,7 @@ def learn(
         finite, in which case the last checkpoint is kept.
     """
     check_devices(config, loop)
-    mesh = parallel.make_mesh(loop.num_devices or None)
+    mesh = parallel.make_mesh(loop.mesh)
     keys = make_keys(seed, config.num_seeds)
     state, step = first_state(run_dir, jax.jit(jax.vmap(learner.init))(keys.init))
     state = jax.device_put(state, _shardings(mesh))
@@ -207,7 +203,7 @@ def _check_state(
 def _shardings(mesh: Mesh) -> LearnState:
     """Returns the shardings: environments (axis 1, after the seeds) sharded, else replicated."""
     replicated: Any = NamedSharding(mesh, PartitionSpec())
-    sharded: Any = NamedSharding(mesh, PartitionSpec(None, "data"))
+    sharded: Any = parallel.batch_sharding(mesh, axis=1)
     return LearnState(replicated, sharded, replicated)
 
 

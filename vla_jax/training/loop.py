@@ -2,7 +2,7 @@
 
 import contextlib
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -74,44 +74,70 @@ class LoopConfig:
     log_every: int = 50  # updates between two lines of metrics.jsonl
     save_every: int = 500  # updates between two checkpoints
     keep: int = 2  # number of latest checkpoints to keep
-    num_devices: int = 0  # devices over which a batch is split; 0 = all
-    fsdp_size: int = 1  # devices over which params that match a sharding rule are sharded
+    # sizes of the mesh of devices, such as data=2,fsdp=4,tensor=1: a batch is split over data and
+    # fsdp, params over fsdp and tensor; what is left out is 1, data as many devices as remain
+    mesh: str = ""
     tensorboard: bool = False  # also write TensorBoard event files
     # updates in a row with a loss or gradient that is not finite to skip; 0 = stop at the first
     skip_bad_updates: int = 0
 
     MAY_CHANGE: ClassVar[tuple[str, ...]] = (
-        "num_updates", "log_every", "save_every", "keep", "num_devices", "fsdp_size",
-        "tensorboard", "skip_bad_updates",
+        "num_updates", "log_every", "save_every", "keep", "mesh", "tensorboard", "skip_bad_updates",
     )  # fmt: skip
 
+    RETIRED: ClassVar[Mapping[str, str]] = {
+        "num_devices": "--mesh data=2 for two devices",
+        "fsdp_size": "--mesh fsdp=2 for two shards of the params",
+    }  # option of an earlier version -> the one in its place
+
+    @staticmethod
+    def upgrade(data: Any) -> Any:
+        """Returns the fields of an earlier version under their present names."""
+        if not isinstance(data, Mapping) or not {"num_devices", "fsdp_size"} & set(data):
+            return data
+        data = dict(data)
+        num_devices, fsdp = data.pop("num_devices", 0), data.pop("fsdp_size", 1)
+        sizes = {"data": num_devices // fsdp} if num_devices else {}
+        sizes |= {"fsdp": fsdp} if fsdp != 1 else {}
+        return {"mesh": ",".join(f"{axis}={size}" for axis, size in sizes.items()), **data}
+
     def __post_init__(self):
-        """Checks the counts."""
+        """Checks the counts and the mesh."""
+        parallel.parse_mesh(self.mesh)
         if self.skip_bad_updates < 0:
             raise ValueError(f"skip_bad_updates must be at least 0, got {self.skip_bad_updates}.")
-        for name in ("num_updates", "log_every", "save_every", "keep", "fsdp_size"):
+        for name in ("num_updates", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
 
-def check(config: LoopConfig, optim_config: OptimConfig, *, batch_size: int) -> None:
+def check(
+    config: LoopConfig,
+    optim_config: OptimConfig,
+    *,
+    batch_size: int,
+    sharding_rules: ShardingRules = (),
+) -> None:
     """Raises a ValueError for settings that cannot work, before anything slow starts.
 
     Args:
       config: length of the training, and its devices.
       optim_config: learning rate and warm-up.
       batch_size: B over all processes.
+      sharding_rules: as for `fit`.
 
     Raises:
-      ValueError: the warm-up is not shorter than the training, there are not enough devices, or the
-        batch cannot be split evenly over them.
+      ValueError: the warm-up is not shorter than the training, there are not enough devices, the
+        batch cannot be split evenly over them, or no rule uses the axis `tensor` of the mesh.
     """
     optim.make_schedule(optim_config, config.num_updates)
-    mesh = parallel.make_mesh(config.num_devices or None, fsdp_size=config.fsdp_size)
-    if batch_size % mesh.size:
+    mesh = parallel.make_mesh(config.mesh)
+    parallel.check_tensor_axis(mesh, sharding_rules)
+    num_parts = parallel.num_row_shards(mesh)
+    if batch_size % num_parts:
         raise ValueError(
-            f"batch_size must be a multiple of the {mesh.size} devices, got {batch_size}; choose "
-            "another batch_size or num_devices."
+            f"batch_size must be a multiple of the {num_parts} devices over which it is split, got "
+            f"{batch_size}; choose another batch_size or --mesh."
         )
 
 
@@ -182,7 +208,7 @@ def fit(
       KeyboardInterrupt: after Ctrl-C, when the last update is saved.
       SystemExit: after SIGTERM, when the last update is saved.
     """
-    mesh = parallel.make_mesh(config.num_devices or None, fsdp_size=config.fsdp_size)
+    mesh = parallel.make_mesh(config.mesh)
     shardings = parallel.make_shardings(start.shapes, mesh, sharding_rules)
     train_state, skipped = _first_state(run_dir, start, shardings, loader)
     step = int(train_state.num_updates)

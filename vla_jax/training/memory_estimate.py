@@ -227,7 +227,8 @@ def _recomputed_bytes(piece: Any) -> int:
 
 
 def _rows_of_device(leaf: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((leaf.shape[0] // mesh.size, *leaf.shape[1:]), leaf.dtype)
+    num_rows = leaf.shape[0] // parallel.num_row_shards(mesh)
+    return jax.ShapeDtypeStruct((num_rows, *leaf.shape[1:]), leaf.dtype)
 
 
 def _num_bytes(leaf: Any) -> int:

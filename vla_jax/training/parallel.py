@@ -1,10 +1,11 @@
 """Training on many devices: a sharded batch, and a train state replicated or sharded by path.
 
-The mesh has the axes `"data"` and `"fsdp"`; the rows of a batch are split over both. The train
-state is replicated, unless sharding rules split some of its leaves. A rule is a glob over leaf
-paths and a `PartitionSpec`, such as `("backbone/*/kernel", PartitionSpec("fsdp"))`; the first rule
-that matches counts. With several processes (`jax.distributed.initialize`) each one holds its own
-rows of the batch, and all run the same program.
+The mesh has the axes `"data"`, `"fsdp"` and `"tensor"`; the rows of a batch are split over the
+first two. The train state is replicated, unless sharding rules split some of its leaves. A rule is
+a glob over leaf paths and a `PartitionSpec`, such as
+`("backbone/*/up/kernel", PartitionSpec("fsdp", "tensor"))`; the first rule that matches counts. An
+axis of size 1 splits nothing. With several processes (`jax.distributed.initialize`) each one holds
+its own rows of the batch, and all run the same program.
 """
 
 import math
@@ -17,41 +18,120 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vla_jax import trees
+from vla_jax.config import did_you_mean
 from vla_jax.training.update import TrainState, Update
 from vla_jax.types import Key, Metrics, ShardingRules
 
 Tree = TypeVar("Tree")
 _BATCH_AXES = ("data", "fsdp")  # mesh axes over which the rows of a batch are split
+MESH_AXES = (*_BATCH_AXES, "tensor")
 
 
-def make_mesh(
-    num_devices: int | None = None,
-    *,
-    fsdp_size: int = 1,
-    devices: Sequence[Any] | None = None,
-) -> Mesh:
-    """Returns a mesh `[num_devices / fsdp_size, fsdp_size]` with the axes `"data"` and `"fsdp"`.
+def parse_mesh(text: str) -> dict[str, int]:
+    """Returns the sizes that a text such as `"data=2,fsdp=4"` gives to axes of the mesh.
 
     Args:
-      num_devices: devices to use, over all processes; None means all.
-      fsdp_size: devices that share one copy of the sharded params.
+      text: pairs `axis=size`, separated by commas; "" gives none.
+
+    Raises:
+      ValueError: an axis is unknown or given twice, or its size is not a positive integer.
+    """
+    sizes: dict[str, int] = {}
+    for pair in filter(None, text.replace(" ", "").split(",")):
+        axis, _, size = pair.partition("=")
+        if axis not in MESH_AXES:
+            raise ValueError(f"mesh has no axis '{axis}'; {did_you_mean(axis, MESH_AXES)}")
+        if axis in sizes:
+            raise ValueError(f"mesh must name every axis once, got '{axis}' twice; drop one.")
+        if not (size.isdecimal() and size.isascii() and 0 < int(size) < 2**31):
+            raise ValueError(
+                f"mesh must be pairs of axis and size such as data=2,fsdp=4, got '{pair}'; give "
+                "a size of at least 1."
+            )
+        sizes[axis] = int(size)
+    return sizes
+
+
+def make_mesh(mesh: str = "", *, devices: Sequence[Any] | None = None) -> Mesh:
+    """Returns a mesh with the axes `"data"`, `"fsdp"` and `"tensor"`.
+
+    Args:
+      mesh: sizes of axes, such as `"data=2,fsdp=4"`. An axis that is left out has size 1, `data`
+        as many devices as remain.
       devices: devices to choose from; None means those of all processes.
 
     Raises:
-      ValueError: there are fewer devices, or `fsdp_size` does not divide them.
+      ValueError: the sizes do not fit the number of devices; several processes do not all take
+        part; or the devices of one part of a batch belong to several processes.
     """
     devices = jax.devices() if devices is None else devices
-    num_devices = len(devices) if num_devices is None else num_devices
-    if not 1 <= num_devices <= len(devices):
-        raise ValueError(f"num_devices must be in 1 … {len(devices)}, got {num_devices}.")
-    if fsdp_size < 1 or num_devices % fsdp_size:
+    sizes = {**dict.fromkeys(MESH_AXES, 1), **parse_mesh(mesh)}
+    inner = sizes["fsdp"] * sizes["tensor"]
+    if "data" not in parse_mesh(mesh):
+        if len(devices) % inner:
+            raise ValueError(
+                f"mesh must split the {len(devices)} devices evenly, got {mesh}; choose sizes "
+                f"whose product divides {len(devices)}, or give data as well."
+            )
+        sizes["data"] = len(devices) // inner
+    num_devices = sizes["data"] * inner
+    is_shared = len({device.process_index for device in devices}) > 1
+    if num_devices > len(devices) or (is_shared and num_devices != len(devices)):
+        expected = "be" if is_shared else "be at most"
         raise ValueError(
-            f"fsdp_size must divide the number of devices, {num_devices}, got {fsdp_size}."
+            f"the product of the sizes of mesh must {expected} {len(devices)}, the number of "
+            f"devices, got {mesh} ({num_devices}); choose other sizes."
         )
     # Auto: with the default (Explicit) a zero carry would have to name its sharding in each scan.
-    axis_types = (AxisType.Auto, AxisType.Auto)
-    shape = (num_devices // fsdp_size, fsdp_size)
-    return jax.make_mesh(shape, _BATCH_AXES, axis_types, devices=devices[:num_devices])
+    made = jax.make_mesh(
+        tuple(sizes.values()),
+        MESH_AXES,
+        (AxisType.Auto,) * len(MESH_AXES),
+        devices=devices[:num_devices],
+    )
+    for group in made.devices.reshape(-1, sizes["tensor"]):
+        if len({device.process_index for device in group}) > 1:
+            raise ValueError(
+                f"tensor must divide the number of devices of every process, got {mesh}; the rows "
+                "of a batch belong to one process."
+            )
+    return made
+
+
+def local_mesh(mesh: Mesh) -> Mesh:
+    """Returns a mesh of this process's devices of a mesh, for work that each process does alone.
+
+    Args:
+      mesh: from `make_mesh`.
+    """
+    local = list(mesh.local_devices)
+    tensor = mesh.shape["tensor"]
+    fsdp = math.gcd(mesh.shape["fsdp"], len(local) // tensor)
+    return make_mesh(f"fsdp={fsdp},tensor={tensor}", devices=local)
+
+
+def num_row_shards(mesh: Mesh) -> int:
+    """Returns the number of parts into which the rows of a batch are split.
+
+    Args:
+      mesh: from `make_mesh`, or with some of its axes.
+    """
+    return math.prod(mesh.shape[axis] for axis in _BATCH_AXES if axis in mesh.axis_names)
+
+
+def check_tensor_axis(mesh: Mesh, rules: ShardingRules) -> None:
+    """Raises a ValueError if the devices of the axis `tensor` would all compute the same.
+
+    Args:
+      mesh: from `make_mesh`.
+      rules: sharding rules of the params.
+    """
+    named = {axis for _, spec in rules for entry in spec for axis in _axes(entry)}
+    if mesh.shape["tensor"] > 1 and "tensor" not in named:
+        raise ValueError(
+            f"tensor must be 1 for a model without sharding rules for it, got "
+            f"{mesh.shape['tensor']}; use data or fsdp in --mesh."
+        )
 
 
 def is_first_process() -> bool:
@@ -113,6 +193,17 @@ def with_shardings(shapes: Tree, shardings: Any) -> Tree:
     return jax.tree.map(place, shapes, shardings)
 
 
+def batch_sharding(mesh: Mesh, *, axis: int = 0) -> NamedSharding:
+    """Returns the sharding of an array whose rows are split over the devices.
+
+    Args:
+      mesh: from `make_mesh`, or with some of its axes.
+      axis: the array's axis of rows.
+    """
+    axes = tuple(name for name in _BATCH_AXES if name in mesh.axis_names)
+    return NamedSharding(mesh, PartitionSpec(*(None,) * axis, axes))
+
+
 def replicate(tree: Tree, mesh: Mesh) -> Tree:
     """Returns the tree with every array replicated on all devices of the mesh.
 
@@ -131,10 +222,11 @@ def shard_batch(batch: Tree, mesh: Mesh) -> Tree:
       mesh: from `make_mesh`.
 
     Raises:
-      ValueError: the number of rows is not divisible by the number of devices.
+      ValueError: the rows cannot be split evenly.
     """
-    _check_rows(batch, len(mesh.local_devices))
-    sharding = _batch_sharding(mesh)
+    copies = mesh.size // num_row_shards(mesh)  # devices with the same rows
+    _check_rows(batch, len(mesh.local_devices) // copies)
+    sharding = batch_sharding(mesh)
     return jax.tree.map(
         lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)), batch
     )
@@ -154,7 +246,7 @@ def jit_update(update: Update, mesh: Mesh, shardings: Any = None) -> Update:
     shardings = replicated if shardings is None else shardings
     return jax.jit(
         update,
-        in_shardings=(shardings, _batch_sharding(mesh), replicated),
+        in_shardings=(shardings, batch_sharding(mesh), replicated),
         out_shardings=(shardings, replicated),
         donate_argnums=0,
     )
@@ -184,17 +276,12 @@ def pmap_update(update: Update, mesh: Mesh) -> Update:
     return update_shards
 
 
-def _batch_sharding(mesh: Mesh) -> NamedSharding:
-    axes = tuple(axis for axis in _BATCH_AXES if axis in mesh.axis_names)
-    return NamedSharding(mesh, PartitionSpec(axes))
-
-
-def _check_rows(batch: Any, num_devices: int) -> None:
+def _check_rows(batch: Any, num_shards: int) -> None:
     for rows in jax.tree.leaves(batch):
-        if rows.shape[0] % num_devices:
+        if rows.shape[0] % num_shards:
             raise ValueError(
-                f"batch size {rows.shape[0]} cannot be split evenly over {num_devices} devices; "
-                f"choose a multiple of {num_devices}."
+                f"batch size {rows.shape[0]} cannot be split evenly over {num_shards} devices; "
+                f"choose a multiple of {num_shards}."
             )
 
 
