@@ -11,7 +11,18 @@ import tiny_run
 from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
 
-from train import deep_sarsa, demo, ppo, pretrain, record, scan
+from train import (
+    deep_sarsa,
+    demo,
+    memory_config,
+    memory_suite,
+    ppo,
+    pretrain,
+    record,
+    reinforce,
+    scan,
+    tabular,
+)
 from train.presets import IMITATE
 from vla_jax.backbones.registry import BACKBONES
 from vla_jax.command_line import command_line
@@ -36,10 +47,14 @@ PRESETS = {
     "train.deep_sarsa": deep_sarsa.SARSA,
     "train.demo": demo.PRESETS,
     "train.imitate": IMITATE,
+    "train.memory": memory_config.PRESETS,
+    "train.memory_suite": memory_suite.MEMORY_SUITE,
     "train.ppo": ppo.PPO,
     "train.pretrain": pretrain.PRESETS,
     "train.record": record.PRESETS,
+    "train.reinforce": reinforce.REINFORCE,
     "train.scan": scan.PRESETS,
+    "train.tabular": tabular.TABULAR,
 }
 PAGES = [
     *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
@@ -92,7 +107,9 @@ def page_name(path):
 def test_the_commands_of_a_page_exist(path):
     for argv in commands(path.read_text(encoding="utf-8")):
         assert importlib.util.find_spec(argv[0]), argv
-        if argv[0] in PRESETS:
+        if "--init-from" in argv:
+            command_line(reinforce.FINETUNE, argv[1:], description="Runs a script.")
+        elif argv[0] in PRESETS:
             command_line(PRESETS[argv[0]], argv[1:], description="Runs a script.")
 
 

@@ -1,6 +1,6 @@
 """Memory suite: every decoder on every memory task of the JAX table, from its state.
 
-    python -m train.memory_suite quick          # six tasks, one seed: about 10 minutes
+    python -m train.memory_suite --preset quick  # six tasks, one seed: about 10 minutes
     python -m train.memory_suite                # all tasks, three seeds
     python -m train.memory_suite --tasks lit cups_swapped --decoders fc lstm gpt --num-workers 4
 
