@@ -118,3 +118,16 @@ def test_what_has_no_meaning_is_refused():
     state, _ = ENV.reset(jax.random.key(0))
     with pytest.raises(ValueError, match=r"action must be one integer in 0 … 6 .*got float32"):
         ENV.step(state, jnp.zeros(()))
+
+
+def test_the_drawn_image_shows_the_lamp_and_the_lit_block():
+    """Two cues of one layout differ in what is shown, then not any more."""
+    config = JaxMemoryConfig(task="blinks", delay=2)
+    env = discrete_memory.make(MemoryChoicesConfig(table=config))
+    state = env.reset(jax.random.key(0))[0]
+    step, draw = jax.jit(env.step), jax.jit(env.draw)
+    images = []
+    for _ in range(5):
+        images.append(np.asarray(draw(state)))
+        state, _ = step(state, 0)
+    assert any(np.any(image != images[0]) for image in images[1:])  # the hand is held still

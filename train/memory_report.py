@@ -30,7 +30,7 @@ def line(score: Score) -> str:
     """Returns one line about a score that has just been measured."""
     cell = score.cell
     return (
-        f"{cell.world.task:13s} {_axes(cell):22s} {cell.decoder:15s} {percent(score.success):>16s}"
+        f"{cell.world.task:13s} {axes(cell):22s} {cell.decoder:15s} {percent(score.success):>16s}"
         f"   chance {100 * score.chance:3.0f} %   {score.seconds:4.0f} s"
     )
 
@@ -64,22 +64,27 @@ def write(run_dir: pathlib.Path, scores: Sequence[Score], decoders: Sequence[str
         plots.curves(run_dir / CURVES, panels, columns=2, title="Memory suite")
 
 
-def _rows(scores: Sequence[Score], decoders: Sequence[str]) -> list[tuple[str, ...]]:
-    by_world: dict[tuple[object, ...], dict[str, Score]] = {}
+def by_world(scores: Sequence[Score]) -> list[dict[str, Score]]:
+    """Returns the scores by decoder, one dict per row of the table."""
+    rows: dict[tuple[object, ...], dict[str, Score]] = {}
     for score in scores:
-        by_world.setdefault(key(score.cell)[:-1], {})[score.cell.decoder] = score
+        rows.setdefault(key(score.cell)[:-1], {})[score.cell.decoder] = score
+    return list(rows.values())
+
+
+def _rows(scores: Sequence[Score], decoders: Sequence[str]) -> list[tuple[str, ...]]:
     rows = []
-    for row in by_world.values():
+    for row in by_world(scores):
         first = next(iter(row.values()))
         rates = [percent(row[name].success) if name in row else "" for name in decoders]
         world = first.cell.world
         suite, chance = tasks.get(world.task).suite, f"{100 * first.chance:.0f} %"
-        rows.append((suite, world.task, _axes(first.cell), chance, *rates))
+        rows.append((suite, world.task, axes(first.cell), chance, *rates))
     return rows
 
 
-def _axes(cell: GridCell) -> str:
-    """Returns the axes of a cell that differ from the task's defaults."""
+def axes(cell: GridCell) -> str:
+    """Returns the axes of a cell that differ from the task's defaults: "items 4"."""
     world = cell.world
     named = {"delay": world.delay, "items": world.items, "updates": world.updates}
     default = {"delay": type(world)().delay, "items": 0, "updates": 0}
@@ -105,7 +110,9 @@ def _panel(
     if not curves:
         return None
     chance = min(score.chance for score in own)
-    return Panel(title, x_label, "success rate", curves, levels={"chance": chance}, y_range=(0, 1))
+    values = sorted({float(x) for points, _ in curves.values() for x in points})
+    return Panel(title, x_label, "success rate", curves, levels={"chance": chance}, y_range=(0, 1),
+                 x_ticks=values)  # fmt: skip
 
 
 def _drop_one_seed(rates: np.ndarray) -> np.ndarray:

@@ -11,13 +11,15 @@ cells of another training (`cloning`) are run again.
 
 import contextlib
 import pathlib
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from rich.console import Console
 
-from train import memory_grid, memory_report, memory_workers
+from train import memory_films, memory_grid, memory_page, memory_report, memory_workers
 from train.memory_decoders import variants
+from train.memory_films import Film
 from train.memory_grid import CloningConfig, GridCell, Score
 from train.memory_progress import grid_progress
 from vla_jax import files
@@ -25,7 +27,9 @@ from vla_jax.command_line import run
 from vla_jax.config import checked, did_you_mean
 from vla_jax.envs.memory_table import tasks
 from vla_jax.envs.memory_table.memory_env import JaxMemoryConfig
+from vla_jax.evaluation import video
 from vla_jax.runs import open_run
+from vla_jax.training.progress import progress_bar
 from vla_jax.training.run_lock import exclusive
 
 BASELINES = ("fc", "first_and_now", "lstm_window")
@@ -78,7 +82,7 @@ def cells(config: MemorySuiteConfig) -> list[GridCell]:
 
 @exclusive
 def memory_suite(config: MemorySuiteConfig) -> pathlib.Path:
-    """Runs the grid; returns the run folder."""
+    """Runs the grid; returns the page with the results."""
     run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
     grid = cells(config)
     order = {memory_report.key(cell): number for number, cell in enumerate(grid)}
@@ -96,7 +100,23 @@ def memory_suite(config: MemorySuiteConfig) -> pathlib.Path:
     ordered = sorted(scores.values(), key=lambda score: order[memory_report.key(score.cell)])
     memory_report.write(run_dir, ordered, config.decoders)
     console.print(memory_report.table(ordered, config.decoders))
-    return run_dir
+    return memory_page.write(
+        run_dir, ordered, config.decoders, config.cloning, _films(run_dir, config, ordered, console)
+    )
+
+
+def _films(
+    run_dir: pathlib.Path, config: MemorySuiteConfig, scores: Sequence[Score], console: Console
+) -> dict[str, list[Film]]:
+    """Returns the films of every task; none without the packages that write them."""
+    try:
+        video.check_packages()
+    except ImportError as error:  # the page is useful without films too
+        warnings.warn(f"the page has no films: {error}", stacklevel=2)
+        return {}
+    num_tasks = len({score.cell.world.task for score in scores})
+    with progress_bar("films", num_tasks, unit="tasks", console=console) as show:
+        return memory_films.film_tasks(run_dir, scores, config.cloning.seed, show)
 
 
 def _run(

@@ -19,6 +19,7 @@ Curve = tuple[Sequence[float] | np.ndarray, Sequence[float] | np.ndarray]  # x [
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 _INK, _FAINT = "#30343b", "#d9dce1"
 _DASHES = ("--", ":", "-.")
+_SECOND = (0, (6, 1.5))  # dashes of curves for which there is no colour left
 _NOT_DRAWN = ("step", "steps_per_second", "data_wait", "grad_norm", "learning_rate")
 
 
@@ -32,6 +33,7 @@ class Panel(NamedTuple):
     levels: Mapping[str, float] = {}  # name -> y of a horizontal line
     log: str = ""  # axes with a logarithmic scale: "x", "y", "xy"
     y_range: tuple[float, float] | None = None
+    x_ticks: Sequence[float] = ()  # marks of the x axis; () = chosen by matplotlib
 
 
 def training(path: Path, metrics: Sequence[Mapping[str, float]], *, title: str = "") -> None:
@@ -193,7 +195,7 @@ def growth(
 
 
 def curves(path: Path, panels: Sequence[Panel], *, columns: int = 3, title: str = "") -> None:
-    """Plots panels of curves; curves of the same name have the same colour in all panels.
+    """Plots panels of curves; curves of the same name look the same in all panels.
 
     Args:
       path: PNG to write.
@@ -211,17 +213,22 @@ def curves(path: Path, panels: Sequence[Panel], *, columns: int = 3, title: str 
     rows = -(-len(panels) // columns)
     figure = _figure(max(4.2 * columns, 5.0), 3.1 * rows + 0.5)
     names = list(dict.fromkeys(name for panel in panels for name in panel.curves))
-    colours = dict(zip(names, _cycle(len(names)), strict=True))
+    looks = {
+        name: {"color": colour, "linestyle": "-" if number < len(COLOURS) else _SECOND}
+        for number, (name, colour) in enumerate(zip(names, _cycle(len(names)), strict=True))
+    }
     drawn = _panels(figure, rows, columns, sharex=False)
     handles = {}
     for axes, panel in zip(drawn, panels, strict=False):
         for name, (x, y) in panel.curves.items():
-            handles[name] = _draw_curve(axes, np.asarray(x), np.asarray(y), colours[name])
+            handles[name] = _draw_curve(axes, np.asarray(x), np.asarray(y), looks[name])
         for (name, level), dashes in zip(panel.levels.items(), cycle(_DASHES), strict=False):
             axes.axhline(level, color=_INK, linestyle=dashes, linewidth=1)
             where = {"xy": (1.0, level), "xycoords": ("axes fraction", "data")}
             axes.annotate(name, **where, ha="right", va="bottom", fontsize=7, color=_INK)
         axes.set(xlabel=panel.x_label, ylabel=panel.y_label, ylim=panel.y_range)
+        if panel.x_ticks:
+            axes.set_xticks(panel.x_ticks)
         axes.set(**{f"{axis}scale": "log" for axis in panel.log})
         axes.set_title(panel.title, fontsize=9, loc="left", color=_INK)
     for axes in drawn[len(panels) :]:
@@ -270,12 +277,12 @@ def histograms(
     _write(figure, path, title)
 
 
-def _draw_curve(axes: Any, x: np.ndarray, y: np.ndarray, colour: str) -> Any:
+def _draw_curve(axes: Any, x: np.ndarray, y: np.ndarray, look: Mapping[str, Any]) -> Any:
     if y.ndim == 2:
         low, high = np.array([mean_interval(of_seeds) for of_seeds in y]).T
-        axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+        axes.fill_between(x, low, high, color=look["color"], alpha=0.2, linewidth=0)
         y = y.mean(axis=1)
-    (line,) = axes.plot(x, y, color=colour, linewidth=1.6)
+    (line,) = axes.plot(x, y, linewidth=1.6, **look)
     return line
 
 

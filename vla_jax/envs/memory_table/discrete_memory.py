@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from vla_jax.config import checked
-from vla_jax.envs.memory_table import memory_env, memory_state, tasks
+from vla_jax.envs.memory_table import memory_env, memory_rules, memory_state, scenery, tasks
 from vla_jax.envs.memory_table.memory_env import JaxMemoryConfig
 from vla_jax.envs.memory_table.memory_task import MemoryState
-from vla_jax.envs.table import discrete_table, renderer, rules
+from vla_jax.envs.table import discrete_table, rules
 from vla_jax.types import Array, DiscreteEnv, Env, Key, Observation, Transition
 
 MOVES = ("stay", "+x", "-x", "+y", "-y", "+z", "-z")
@@ -84,7 +84,7 @@ def make(config: MemoryChoicesConfig) -> DiscreteEnv:
     return DiscreteEnv(
         reset=functools.partial(_reset, env),
         step=functools.partial(_step, config, env),
-        draw=draw,
+        draw=functools.partial(draw, config.table),
         observation_shape=(num_visible + num_instructions,),
         velocities=(),
         num_actions=len(choices(config)),
@@ -93,14 +93,16 @@ def make(config: MemoryChoicesConfig) -> DiscreteEnv:
     )
 
 
-def draw(state: MemoryChoicesState) -> Array:
-    """Returns the primary camera's image of hand, blocks and plate, `[h, w, 3]` uint8.
+def draw(config: JaxMemoryConfig, state: MemoryChoicesState) -> Array:
+    """Returns the primary camera's image `[h, w, 3]` uint8, with all that is visible of the task.
 
-    Lamp, button and light are not drawn.
+    Args:
+      config: of the memory table.
+      state: of one environment.
     """
-    table = state.memory.table
-    poses = table.tool, table.turns, table.opening, table.blocks, table.yaws, table.plate
-    return renderer.render(*poses, image_size=_DRAWN_SIZE)[0]
+    display = memory_rules.display(config, state.memory)
+    has_dots = tasks.get(config.task).has_dots
+    return scenery.pictures(state.memory, display, image_size=_DRAWN_SIZE, has_dots=has_dots)[0]
 
 
 def _reset(env: Env, key: Key) -> tuple[MemoryChoicesState, Array]:

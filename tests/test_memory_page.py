@@ -1,0 +1,80 @@
+"""Films and page of the memory suite."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from train import memory_cues, memory_films, memory_grid, memory_page
+from train.memory_grid import CloningConfig, GridCell, Score
+from vla_jax.envs.memory_table import memory_env, tasks
+from vla_jax.envs.memory_table.memory_env import JaxMemoryConfig
+
+WORLD = JaxMemoryConfig(task="lit", delay=2)
+TINY = CloningConfig(
+    num_seeds=1, num_demonstrations=8, num_updates=1, batch_size=4, hidden_size=8, num_episodes=8
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Run folder with a trained policy; its score, and the films."""
+    pytest.importorskip("av")
+    folder = tmp_path_factory.mktemp("suite")
+    score = memory_grid.run_cell(GridCell(WORLD, "fc"), TINY, clones=folder / memory_grid.CLONES)
+    other = score._replace(cell=GridCell(WORLD, "first_and_now"))  # has no run
+    counts = []
+    films = memory_films.film_tasks(folder, [score, other], 0, counts.append)
+    assert counts == [1]
+    return folder, [score, other], films
+
+
+def test_the_expert_and_the_policy_are_filmed(run):
+    folder, _, films = run
+    expert, *of_policy = films["lit"]
+    assert (expert.actor, expert.success, expert.sentence) == (
+        "expert", True, "touch the block that was lit",
+    )  # fmt: skip
+    colour = re.fullmatch("the (.*) block lights up", expert.shown)
+    assert colour is not None
+    assert expert.did.endswith(f"the hand at the {colour[1]} block")
+    assert of_policy
+    assert {film.actor for film in of_policy} == {"fc"}
+    assert all((folder / film.path).stat().st_size > 1000 for film in films["lit"])
+
+
+def test_films_are_made_again_only_if_the_results_differ(run, monkeypatch):
+    folder, scores, films = run
+    monkeypatch.setattr(memory_films, "_make_films", lambda *args: iter(()))
+    assert memory_films.film_tasks(folder, scores, 0, lambda count: None) == films
+    changed = [score._replace(success=score.success + 0.5) for score in scores]
+    assert memory_films.film_tasks(folder, changed, 0, lambda count: None) == {"lit": []}
+
+
+def test_the_page_has_relative_links_alone(run):
+    folder, scores, films = run
+    page = memory_page.write(folder, scores, ("fc", "first_and_now", "gru"), TINY, films)
+    text = page.read_text()
+    links = re.findall(r"(?:src|href)=[\"']([^\"']*)", text)
+    assert len(links) == len(films["lit"])
+    assert all((folder / link).exists() for link in links)
+    assert "1 seed," in text
+    assert "touch the block that was lit" in text
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_every_task_says_what_must_be_remembered(task):
+    world = JaxMemoryConfig(task=task)
+    state = jax.device_get(memory_env.make(world).reset(jax.random.key(0))[0])
+    assert memory_cues.shown(world, state)
+    assert isinstance(memory_cues.done(world, state), str)
+
+
+def test_groups_are_tabled():
+    world = JaxMemoryConfig(task="blinks")
+    score = Score(GridCell(world, "fc"), np.array([0.5]), {"blinks 1": [0.2], "blinks 2": [0.8]},
+                  0.25, 1.0)  # fmt: skip
+    text = memory_page._groups([score], ("fc", "gru"))
+    assert "blinks by group" in text
+    assert "80 %" in text

@@ -1,0 +1,184 @@
+"""Page `index.html` of the memory suite: table, curves and films."""
+
+import html
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from train import memory_report
+from train.memory_films import Film
+from train.memory_grid import CloningConfig, Score
+from vla_jax.envs.memory_table import tasks
+from vla_jax.evaluation.report import PAGE, STYLE
+from vla_jax.files import replacing
+
+INDEX = "index.html"
+
+
+def write(
+    run_dir: pathlib.Path,
+    scores: Sequence[Score],
+    decoders: Sequence[str],
+    cloning: CloningConfig,
+    films: Mapping[str, Sequence[Film]],
+) -> pathlib.Path:
+    """Writes the page into the run folder; its links are relative, so the folder can be moved.
+
+    Args:
+      run_dir: the folder, with the curves and the films.
+      scores: of the grid.
+      decoders: columns of the table.
+      cloning: training and test, for the text.
+      films: by task.
+
+    Returns:
+      The path of the page.
+    """
+    title = "Memory suite"
+    parts = [
+        f"<h1>{title}</h1>",
+        _introduction(cloning),
+        _table(scores, decoders),
+        _curves(run_dir),
+        _groups(scores, decoders),
+        *(_suite(suite, films) for suite in tasks.SUITES),
+    ]
+    page = PAGE.format(title=title, style=STYLE + _MORE_STYLE, body="\n".join(filter(None, parts)))
+    path = run_dir / INDEX
+    with replacing(path) as part:
+        part.write_text(page, encoding="utf-8")
+    return path
+
+
+def _introduction(cloning: CloningConfig) -> str:
+    return (
+        "<p>Something is shown, time passes, then the robot acts. Policies clone an expert that "
+        "sees what must be remembered, on the JAX table, from its state: "
+        f"{cloning.num_demonstrations} demonstrations of the task, {cloning.num_updates} updates, "
+        f"{_count(cloning.num_seeds, 'seed')}, {cloning.num_episodes} test episodes of each.</p>"
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def _table(scores: Sequence[Score], decoders: Sequence[str]) -> str:
+    head = ("task", "", "chance", *decoders)
+    header = "".join(f"<th>{_escape(name)}</th>" for name in head)
+    lines, suite = [], ""
+    for row in sorted(memory_report.by_world(scores), key=_place):
+        first = next(iter(row.values()))
+        world = first.cell.world
+        if tasks.get(world.task).suite != suite:
+            suite = tasks.get(world.task).suite
+            lines.append(f"<tr class='suite'><th colspan='{len(head)}'>{suite}</th></tr>")
+        rates = "".join(_rate(row.get(name)) for name in decoders)
+        lines.append(
+            f"<tr><th>{_escape(world.task)}</th><td>{memory_report.axes(first.cell)}</td>"
+            f"<td>{100 * first.chance:.0f} %</td>{rates}</tr>"
+        )
+    return (
+        "<section><h2>Success rate</h2><div class='wide'><table class='grid'>"
+        f"<thead><tr>{header}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+        "<p class='note'>Mean over seeds, below it their range. Chance: the best policy without "
+        "memory. The colour grows with the success above chance.</p></section>"
+    )
+
+
+def _place(row: Mapping[str, Score]) -> tuple[int, int]:
+    """Returns what sorts the rows by suite and task."""
+    name = next(iter(row.values())).cell.world.task
+    return tasks.SUITES.index(tasks.get(name).suite), list(tasks.TASKS).index(name)
+
+
+def _rate(score: Score | None) -> str:
+    if score is None:
+        return "<td></td>"
+    rates = 100 * np.asarray(score.success)
+    spread = f"<small>{rates.min():.0f} … {rates.max():.0f}</small>" if len(rates) > 1 else ""
+    above = max(0.0, (rates.mean() - 100 * score.chance) / (1 - score.chance))
+    return f"<td style='--above: {above:.0f}%'>{rates.mean():.0f} %{spread}</td>"
+
+
+def _curves(run_dir: pathlib.Path) -> str:
+    if not (run_dir / memory_report.CURVES).exists():
+        return ""
+    return (
+        "<section class='plots'><h2>Delay, items and updates</h2>"
+        f"<img src='{memory_report.CURVES}' alt='success over delay, items and updates'></section>"
+    )
+
+
+def _groups(scores: Sequence[Score], decoders: Sequence[str]) -> str:
+    """Returns a table of each task whose results have several groups, folded."""
+    shown = []
+    for row in memory_report.by_world(scores):
+        cell = next(iter(row.values())).cell
+        names = list(dict.fromkeys(name for score in row.values() for name in score.groups))
+        if len(names) < 2:
+            continue
+        header = "".join(f"<th>{_escape(name)}</th>" for name in ("", *decoders))
+        lines = [
+            f"<tr><th>{_escape(name)}</th>"
+            + "".join(_group_rate(row.get(decoder), name) for decoder in decoders)
+            + "</tr>"
+            for name in names
+        ]
+        title = " ".join(filter(None, (cell.world.task, memory_report.axes(cell))))
+        shown.append(
+            f"<details><summary>{_escape(title)} by group</summary><div class='wide'><table>"
+            f"<thead><tr>{header}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+            "</details>"
+        )
+    return f"<section>{''.join(shown)}</section>" if shown else ""
+
+
+def _group_rate(score: Score | None, group: str) -> str:
+    if score is None or group not in score.groups:
+        return "<td></td>"
+    return f"<td>{100 * float(np.mean(score.groups[group])):.0f} %</td>"
+
+
+def _suite(suite: str, films: Mapping[str, Sequence[Film]]) -> str:
+    own = {task: films[task] for task in tasks.TASKS if films.get(task)}
+    own = {task: shown for task, shown in own.items() if tasks.get(task).suite == suite}
+    if not own:
+        return ""
+    return (
+        f"<section><h2>{suite.capitalize()}</h2>{''.join(map(_task, own, own.values()))}</section>"
+    )
+
+
+def _task(task: str, films: Sequence[Film]) -> str:
+    return f"<h3>{_escape(task)}</h3><div class='videos'>{''.join(map(_figure, films))}</div>"
+
+
+def _figure(film: Film) -> str:
+    verdict = "success" if film.success else "failure"
+    return (
+        f'<figure class="{verdict}"><video src="{_escape(film.path)}" autoplay loop muted '
+        f"playsinline controls></video><figcaption><b>{_escape(film.actor)}</b> · "
+        f"“{_escape(film.sentence)}” ({_escape(film.group)})<br>"
+        f"To remember: {_escape(film.shown)}<br>"
+        f'<span class="verdict">{_escape(film.did)}</span></figcaption></figure>'
+    )
+
+
+def _escape(text: str) -> str:
+    return html.escape(text, quote=True)
+
+
+_MORE_STYLE = """
+.grid td { background: color-mix(in srgb, var(--accent) calc(var(--above, 0%) * .45),
+  transparent); }
+.grid .suite th { text-align: left; color: var(--faint); font-weight: 500; padding-top: 1.1rem; }
+.plots h2 { margin-bottom: 0; }
+.plots img { max-height: none; width: 100%; box-sizing: border-box; margin-right: 0; }
+h3 { font-size: .95rem; margin: 1.4rem 0 .5rem; }
+.videos { grid-template-columns: repeat(3, minmax(0, 1fr)); }
+@media (max-width: 700px) { .videos { grid-template-columns: 1fr; } }
+.verdict { font-weight: 600; color: #d55e00; }
+.success .verdict { color: var(--accent); }
+"""
