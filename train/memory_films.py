@@ -33,7 +33,7 @@ _NUM_EPISODES = 24  # of a policy, among which a success and a failure are looke
 _Act = Callable[[Any, MemoryState, Observation, Array], tuple[Any, Array]]
 
 
-class Film(NamedTuple):
+class EpisodeFilm(NamedTuple):
     """A film in the run folder, and its caption."""
 
     path: str  # relative to the run folder
@@ -55,7 +55,7 @@ class _Played(NamedTuple):
 
 def film_tasks(
     run_dir: pathlib.Path, scores: Sequence[Score], seed: int, progress: Callable[[int], None]
-) -> dict[str, list[Film]]:
+) -> dict[str, list[EpisodeFilm]]:
     """Films the expert and a policy in every task of the scores.
 
     Films of an earlier call with the same scores are kept.
@@ -74,14 +74,14 @@ def film_tasks(
         own = by_task.setdefault(score.cell.world.task, [])
         if not own or own[0].cell.world == score.cell.world:
             own.append(score)
-    films: dict[str, list[Film]] = {}
+    films: dict[str, list[EpisodeFilm]] = {}
     for count, (task, own) in enumerate(by_task.items(), start=1):
         films[task] = _film_task(run_dir, own, seed)
         progress(count)
     return films
 
 
-def _film_task(run_dir: pathlib.Path, scores: Sequence[Score], seed: int) -> list[Film]:
+def _film_task(run_dir: pathlib.Path, scores: Sequence[Score], seed: int) -> list[EpisodeFilm]:
     world = scores[0].cell.world
     rates = {score.cell.decoder: float(score.success.mean()) for score in scores}
     path = run_dir / FILMS / f"{world.task}.json"
@@ -89,7 +89,7 @@ def _film_task(run_dir: pathlib.Path, scores: Sequence[Score], seed: int) -> lis
     if path.exists():
         saved = read_json(path, "films")
         if saved.get("origin") == origin:
-            return [Film(**film) for film in saved["films"]]
+            return [EpisodeFilm(**film) for film in saved["films"]]
     key = jax.random.fold_in(jax.random.key(seed), list(tasks.TASKS).index(world.task))
     films = list(_make_films(run_dir, world, scores, key))
     write_json(path, {"origin": origin, "films": [film._asdict() for film in films]})
@@ -98,7 +98,7 @@ def _film_task(run_dir: pathlib.Path, scores: Sequence[Score], seed: int) -> lis
 
 def _make_films(
     run_dir: pathlib.Path, world: JaxMemoryConfig, scores: Sequence[Score], key: Key
-) -> Iterator[Film]:
+) -> Iterator[EpisodeFilm]:
     """Films a success of the expert and of the best policy, and a failure of a policy."""
     env = memory_env.make(world)
     expert = _play(env, _expert(env), None, key, num_episodes=2)
@@ -167,7 +167,7 @@ def _choose(
     actor: str,
     played: _Played,
     wanted: Sequence[bool],
-) -> Iterator[Film]:
+) -> Iterator[EpisodeFilm]:
     """Films the first episode of each wanted result, if there is one."""
     num_steps = len(played.success)
     ended = np.where(played.terminated.any(axis=0), played.terminated.argmax(axis=0) + 1, num_steps)
@@ -190,7 +190,7 @@ def _film(
     *,
     success: bool,
     is_wrong: bool,
-) -> Film:
+) -> EpisodeFilm:
     """Writes the film of an episode; leaves of `states` are `[T + 1, ...]`."""
     num_steps = len(states.table.num_steps) - 1
     last = jax.tree.map(lambda leaf: leaf[-1], states)
@@ -201,7 +201,7 @@ def _film(
     )
     shown = memory_cues.shown(world, last)
     path = pathlib.Path(FILMS) / f"{world.task}_{actor}_{'success' if success else 'failure'}.mp4"
-    film = Film(path.as_posix(), actor, success, env.instructions[index], env.tasks[index], shown,
+    film = EpisodeFilm(path.as_posix(), actor, success, env.instructions[index], env.tasks[index], shown,
                 did)  # fmt: skip
     acts = states.table.num_steps >= last.cue.shown + last.cue.delay
     frames = _draw(world, states)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from train import memory_report
-from train.memory_films import Film
+from train.memory_films import EpisodeFilm
 from train.memory_grid import CloningConfig, Score
 from vla_jax.envs.memory_table import tasks
 from vla_jax.evaluation.report import PAGE, STYLE
@@ -21,7 +21,7 @@ def write(
     scores: Sequence[Score],
     decoders: Sequence[str],
     cloning: CloningConfig,
-    films: Mapping[str, Sequence[Film]],
+    films: Mapping[str, Sequence[EpisodeFilm]],
 ) -> pathlib.Path:
     """Writes the page into the run folder; its links are relative, so the folder can be moved.
 
@@ -141,7 +141,7 @@ def _group_rate(score: Score | None, group: str) -> str:
     return f"<td>{100 * float(np.mean(score.groups[group])):.0f} %</td>"
 
 
-def _suite(suite: str, films: Mapping[str, Sequence[Film]]) -> str:
+def _suite(suite: str, films: Mapping[str, Sequence[EpisodeFilm]]) -> str:
     own = {task: films[task] for task in tasks.TASKS if films.get(task)}
     own = {task: shown for task, shown in own.items() if tasks.get(task).suite == suite}
     if not own:
@@ -151,11 +151,11 @@ def _suite(suite: str, films: Mapping[str, Sequence[Film]]) -> str:
     )
 
 
-def _task(task: str, films: Sequence[Film]) -> str:
+def _task(task: str, films: Sequence[EpisodeFilm]) -> str:
     return f"<h3>{_escape(task)}</h3><div class='videos'>{''.join(map(_figure, films))}</div>"
 
 
-def _figure(film: Film) -> str:
+def _figure(film: EpisodeFilm) -> str:
     verdict = "success" if film.success else "failure"
     return (
         f'<figure class="{verdict}"><video src="{_escape(film.path)}" autoplay loop muted '

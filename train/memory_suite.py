@@ -19,7 +19,7 @@ from rich.console import Console
 
 from train import memory_films, memory_grid, memory_page, memory_report, memory_workers
 from train.memory_decoders import variants
-from train.memory_films import Film
+from train.memory_films import EpisodeFilm
 from train.memory_grid import CloningConfig, GridCell, Score
 from train.memory_progress import grid_progress
 from vla_jax import files
@@ -107,7 +107,7 @@ def memory_suite(config: MemorySuiteConfig) -> pathlib.Path:
 
 def _films(
     run_dir: pathlib.Path, config: MemorySuiteConfig, scores: Sequence[Score], console: Console
-) -> dict[str, list[Film]]:
+) -> dict[str, list[EpisodeFilm]]:
     """Returns the films of every task; none without the packages that write them."""
     try:
         video.check_packages()
