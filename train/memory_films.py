@@ -201,8 +201,9 @@ def _film(
     )
     shown = memory_cues.shown(world, last)
     path = pathlib.Path(FILMS) / f"{world.task}_{actor}_{'success' if success else 'failure'}.mp4"
-    film = EpisodeFilm(path.as_posix(), actor, success, env.instructions[index], env.tasks[index], shown,
-                did)  # fmt: skip
+    film = EpisodeFilm(
+        path.as_posix(), actor, success, env.instructions[index], env.tasks[index], shown, did
+    )
     acts = states.table.num_steps >= last.cue.shown + last.cue.delay
     frames = _draw(world, states)
     parts = []
