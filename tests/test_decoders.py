@@ -32,6 +32,8 @@ SMALL = DecoderConfig(
     hidden_size=H,
     num_layers=2,
     num_heads=3,
+    segment_size=3,
+    num_memory_tokens=2,
     head_sizes=(8,),
 )
 POOLINGS = ("max", "mean", "attention", "none")

@@ -42,6 +42,8 @@ def make_config(kind, head="continuous"):
         head=head,
         num_bins=16,
         num_heads=2,
+        segment_size=3,
+        num_memory_tokens=2,
         head_sizes=(8,),
     )
 

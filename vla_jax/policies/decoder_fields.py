@@ -26,7 +26,7 @@ Dtype = Literal["float32", "bfloat16"]
 class DecoderFields:
     """Trunk, head and sizes; the defaults are RoboVLMs' except for input and output sizes."""
 
-    kind: str = "lstm"  # trunk: a cell (rnn, lstm, gru, …), gpt, rotary_gpt, or fc (memoryless)
+    kind: str = "lstm"  # trunk: a cell (rnn, lstm, …), gpt, rotary_gpt, memory_gpt, or fc
     token_dim: int = 256  # D, features of a token; set by the backbone
     num_tokens: int = 1  # N, tokens per step; set by the backbone; 0 = any number, if pooled
     window_size: int = 16  # W, steps of a training window, and memory of streaming mode refresh
@@ -37,9 +37,11 @@ class DecoderFields:
     block: BlockName = "none"  # residual blocks around the recurrent layers: none, mlp, gated
     block_expansion: float = 2.0  # width of a block's MLP or wide cell, as a multiple of H
     gate_span: int = 0  # longest time constant of recurrent gates at init, steps; 0 = default
-    num_heads: int = 8  # M, heads of gpt, rotary_gpt and of cells with matrices as their carry
-    num_kv_heads: int = 0  # key and value heads of rotary_gpt; 0 = num_heads
+    num_heads: int = 8  # M, heads of transformers and of cells with matrices as their carry
+    num_kv_heads: int = 0  # key and value heads of rotary_gpt and memory_gpt; 0 = num_heads
     attention_span: int = 0  # steps that a layer of rotary_gpt attends to; 0 = window_size
+    segment_size: int = 16  # steps after which memory_gpt hands on its memory tokens
+    num_memory_tokens: int = 8  # vectors that memory_gpt hands on from segment to segment
     conv_size: int = 4  # S, steps of the convolution of gated_delta_net and mamba2; 1 = none
     pooling: Pooling = "max"  # how the N tokens of a step are pooled; none concatenates them
     num_latents: int = 1  # vectors per step after pooling, concatenated

@@ -25,7 +25,7 @@ from vla_jax.policies.gpt_trunk import init_projection, project, refuse_carry
 from vla_jax.policies.trunk import Mode, StepFeatures, Trunk, no_preparation, one_memory
 from vla_jax.types import Array, Key, Params
 
-_INFINITE = jnp.iinfo(jnp.int32).max  # steps; longer than any episode
+INFINITE = jnp.iinfo(jnp.int32).max  # steps; longer than any episode
 
 
 class RotaryGPTState(NamedTuple):
@@ -90,7 +90,7 @@ def _init_stream(
         span = trunk_config.span
         capacity = span if mode == "persistent" else min(span, window_size)
         cache = rotary_transformer.init_cache(trunk_config, batch_size, capacity)
-    period = window_size if mode == "periodic" else _INFINITE
+    period = window_size if mode == "periodic" else INFINITE
     return RotaryGPTState(
         inputs,
         cache,
@@ -111,12 +111,23 @@ def _step(
             trunk, trunk_config, state.cache, newest, position
         )
     else:
-        inputs = jnp.concatenate([state.inputs[:, 1:], newest[:, None]], axis=1)
-        steps_ago = jnp.arange(inputs.shape[1])[::-1]
-        real = steps_ago[None] <= age[:, None]
+        inputs, real = slide(state.inputs, newest, age)
         features = rotary_transformer.apply(trunk, trunk_config, inputs, mask=real)[:, -1]
     state = RotaryGPTState(inputs, cache, age + 1, state.period)
     return state, StepFeatures(features[:, None], jnp.zeros_like(age), num_previous=position)
+
+
+def slide(inputs: Array, newest: Array, age: Array) -> tuple[jax.Array, jax.Array]:
+    """Returns a window of the last W steps after one more, and the mask `[B, W]` of its episode.
+
+    Args:
+      inputs: `[B, W, H]`, newest last.
+      newest: `[B, H]`.
+      age: `[B]` int32, steps of this episode before the newest.
+    """
+    window = jnp.concatenate([inputs[:, 1:], newest[:, None]], axis=1)
+    steps_ago = jnp.arange(window.shape[1])[::-1]
+    return window, steps_ago[None] <= age[:, None]
 
 
 ROTARY_GPT = Trunk(
