@@ -322,7 +322,7 @@ def test_bfloat16_products_give_float32_actions_and_gradients(kind, key):
     assert dtypes == {jnp.dtype("float32")}
 
 
-@pytest.mark.parametrize("kind", ["lstm", "gpt", "rotary_gpt"])
+@pytest.mark.parametrize("kind", ["lstm", "gpt", "rotary_gpt", "memory_gpt"])
 def test_dropout_needs_a_key(kind, key):
     config = configured(kind=kind, dropout=0.5)
     params, tokens = decoders.init(key, config), draw(0, B, W, N, D)
@@ -420,6 +420,7 @@ def test_a_window_longer_than_the_positions_of_a_gpt_raises_one_sentence(key):
             {"kind": "rotary_gpt", "num_kv_heads": 2},
             "num_kv_heads must divide num_heads = 3, got 2",
         ),
+        ({"kind": "memory_gpt", "segment_size": 0}, "segment_size must be at least 1, got 0"),
         ({"attention_span": -1}, "attention_span must be at least 0, got -1"),
         ({"kind": "gpt", "num_heads": 4}, "hidden_size must be a multiple of num_heads = 4, got 6"),
     ],

@@ -17,6 +17,7 @@ B, T, W, N, D, K = 3, 14, 4, 2, 3, 2
 STARTS = ([0], [0, 5], [0, 3, 4, 12])  # steps at which the episodes of each robot start
 
 AUTOREGRESSIVE = "autoregressive"  # an LSTM with the autoregressive head
+LONG_GPTS = ("rotary_gpt", "memory_gpt")
 KINDS = (*trunks.names(), AUTOREGRESSIVE)
 MODES = ("refresh", "periodic", "persistent")
 
@@ -180,7 +181,7 @@ def test_streamed_equals_windowed_with_different_episode_starts(kind, mode, head
     ("kind", "mode", "window_size"),
     [("gru", mode, size) for mode in MODES for size in (1, 6, 20)]
     + [(AUTOREGRESSIVE, mode, size) for mode in MODES for size in (1, 6)]
-    + [("rotary_gpt", mode, size) for mode in MODES for size in (1, 6, 20)]
+    + [(kind, mode, size) for kind in LONG_GPTS for mode in MODES for size in (1, 7, 20)]
     + [("gpt", mode, size) for mode in ("refresh", "periodic") for size in (1, 3)],
 )
 def test_streamed_equals_windowed_with_another_window_size_than_in_training(
@@ -316,7 +317,7 @@ def test_after_a_reset_earlier_nans_have_no_effect(kind, mode, key):
     assert_close(*(jax.tree.map(lambda leaf: leaf[:, 3:], chunks) for chunks in (one, two)))
 
 
-@pytest.mark.parametrize("kind", ["lstm", "gpt", "rotary_gpt"])
+@pytest.mark.parametrize("kind", ["lstm", "gpt", *LONG_GPTS])
 def test_robots_of_a_batch_are_independent(kind, key):
     config, tokens = make_config(kind), draw_tokens()
     params = decoders.init(key, config)
@@ -325,7 +326,7 @@ def test_robots_of_a_batch_are_independent(kind, key):
     assert_close(one.arm[0], two.arm[0])
 
 
-@pytest.mark.parametrize("kind", ["lstm", "gpt", "rotary_gpt"])
+@pytest.mark.parametrize("kind", ["lstm", "gpt", *LONG_GPTS])
 def test_a_scan_of_steps_equals_a_loop_of_steps(kind, key):
     config, tokens = make_config(kind), draw_tokens()
     params = decoders.init(key, config)

@@ -3,8 +3,9 @@
     tokens [B, W, N, D] → pool → [B, W, D'] → trunk → [B, W, H] → head → Prediction
 
 The trunk is a recurrence of any cell ("lstm", "gru", "rnn", …), a transformer over the window
-("gpt") or over episodes ("rotary_gpt"), or an MLP without memory, the baseline ("fc"). `apply`
-predicts at every position of a window; `step` predicts the same chunks one step at a time:
+("gpt"), over episodes ("rotary_gpt") or over segments with memory tokens ("memory_gpt"), or an MLP
+without memory, the baseline ("fc"). `apply` predicts at every position of a window; `step` predicts
+the same chunks one step at a time:
 
 - mode "refresh": every chunk is that of the last W steps, as in training and in RoboVLMs;
 - mode "periodic": memory is cleared every W steps, so that it spans 1 … W steps;
@@ -43,8 +44,9 @@ class StreamState(NamedTuple):
 def init(key: Key, config: DecoderConfig) -> Params:
     """Returns the trunk's params, `"heads"`, and `"pooling"` where it has params.
 
-    The trunk's are `"recurrence"`, `"mlp"` (fc), `"transformer"` (gpt) or `"rotary_transformer"`
-    (rotary_gpt), the last two with `"projection"` where a pooled step does not have H features.
+    The trunk's are `"recurrence"`, `"mlp"` (fc), `"transformer"` (gpt), `"rotary_transformer"` or
+    `"memory_transformer"`, the last three with `"projection"` where a pooled step does not have H
+    features.
 
     Args:
       key: consumed.
@@ -81,8 +83,8 @@ def apply(
       timestep_mask: `[B, W]`, True where the step is real; None means everywhere.
       token_mask: `[B, W, N]`, True where the token is real; None means everywhere.
       reset: `[B, W]`, True where a new episode starts; None means nowhere.
-      carry: of the recurrence before the first step; None means zeros. Must be None for "gpt"
-        and "rotary_gpt".
+      carry: of the trunk before the first step; None means the start of an episode. Must be None
+        for "gpt" and "rotary_gpt".
       targets: ground-truth actions for teacher forcing (heads "autoregressive" and "flow"); None
         decodes from the model's own actions, or from noise.
       key: consumed, for dropout, for `targets.rate` and for the noise of head "flow"; None disables

@@ -160,7 +160,8 @@ class Decoder(nn.Module):
           timestep_mask: `[B, W]`, True where the step is real; None means everywhere.
           token_mask: `[B, W, N]`, True where the token is real; None means everywhere.
           reset: `[B, W]`, True where a new episode starts; None means nowhere.
-          carry: of the recurrence before the first step; None means zeros. Must be None for "gpt".
+          carry: of the trunk before the first step; None means the start of an episode. Must be None
+            for "gpt" and "rotary_gpt".
           targets: ground-truth actions for teacher forcing, without a rate (heads "autoregressive"
             and "flow"); None decodes from the model's own actions, or from noise.
           deterministic: False applies dropout, and adds noise to targets of head "flow", with an
@@ -171,8 +172,8 @@ class Decoder(nn.Module):
           `[B, W, K, A, V]`; float32.
 
         Raises:
-          ValueError: `tokens` are not `[B, W, N, D]` with the config's N and D, or for "gpt" there
-            is a carry or a longer window.
+          ValueError: `tokens` are not `[B, W, N, D]` with the config's N and D, for "gpt" or
+            "rotary_gpt" there is a carry, or for "gpt" a longer window.
         """
         return decoders.apply(
             self._params(),
