@@ -160,8 +160,8 @@ class Decoder(nn.Module):
           timestep_mask: `[B, W]`, True where the step is real; None means everywhere.
           token_mask: `[B, W, N]`, True where the token is real; None means everywhere.
           reset: `[B, W]`, True where a new episode starts; None means nowhere.
-          carry: of the trunk before the first step; None means the start of an episode. Must be None
-            for "gpt" and "rotary_gpt".
+          carry: of the trunk before the first step; None means the start of an episode. Must be
+            None for "gpt" and "rotary_gpt".
           targets: ground-truth actions for teacher forcing, without a rate (heads "autoregressive"
             and "flow"); None decodes from the model's own actions, or from noise.
           deterministic: False applies dropout, and adds noise to targets of head "flow", with an
