@@ -46,6 +46,7 @@ from vla_jax.data.mixing import fit_observation
 from vla_jax.data.token_files import TokenSizes
 from vla_jax.data.windows import Windows
 from vla_jax.training import checkpoint, parallel
+from vla_jax.training.distributed import together
 from vla_jax.training.progress import progress_bar
 from vla_jax.types import Observation, Params, Tokens
 
@@ -62,6 +63,7 @@ class FrameTokens(NamedTuple):
     params_folder: pathlib.Path  # {"backbone"} that computed them, from `checkpoint.save_params`
 
 
+@together
 def cache(config: ImitateConfig) -> list[pathlib.Path]:
     """Writes the tokens that `imitate` will read, and checks them; returns their folders.
 

@@ -29,6 +29,7 @@ from vla_jax.rl.learner import Algorithm, Learner, SeedsConfig
 from vla_jax.rl.network import NetworkConfig
 from vla_jax.rl.reward_training import RewardTraining
 from vla_jax.rl.td_errors import expected_sarsa_error, sarsa_error
+from vla_jax.training.distributed import together
 from vla_jax.training.loop import LoopConfig
 from vla_jax.training.optim import OptimConfig
 from vla_jax.training.run_lock import exclusive
@@ -68,6 +69,7 @@ class SarsaConfig(RewardTraining):
             )
 
 
+@together
 @exclusive
 def train(config: SarsaConfig) -> pathlib.Path:
     """Trains Q-networks; returns the folder of the run."""

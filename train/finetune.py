@@ -57,6 +57,7 @@ from vla_jax.runs import (
     write_acting,
 )
 from vla_jax.training import checkpoint, optim
+from vla_jax.training.distributed import together
 from vla_jax.training.logs import read_metrics
 from vla_jax.training.loop import LoopConfig
 from vla_jax.training.optim import OptimConfig
@@ -126,6 +127,7 @@ class Cloned(NamedTuple):
     instructions: Array  # [number of instructions, S] token ids of `env.instructions`
 
 
+@together
 @exclusive
 def finetune(config: FinetuneConfig) -> pathlib.Path:
     """Fine-tunes a cloned policy; returns the folder of the run."""

@@ -41,6 +41,7 @@ from vla_jax.training import (
     losses,
     optim,
 )
+from vla_jax.training.distributed import together
 from vla_jax.training.loop import check_resume, fit
 from vla_jax.training.malloc import keep_freed_memory
 from vla_jax.training.parallel import is_first_process, make_mesh
@@ -49,6 +50,7 @@ from vla_jax.training.update import Counted, LossFn, make_update, with_count
 from vla_jax.types import Batch, Key, Metrics, Params
 
 
+@together
 @exclusive
 def imitate(config: ImitateConfig) -> pathlib.Path:
     """Trains a policy; returns the run's folder."""

@@ -35,6 +35,7 @@ from vla_jax.rl.learner import Algorithm, Learner, SeedsConfig
 from vla_jax.rl.network import NetworkConfig
 from vla_jax.rl.passes import PassesConfig
 from vla_jax.rl.reward_training import RewardTraining
+from vla_jax.training.distributed import together
 from vla_jax.training.loop import LoopConfig
 from vla_jax.training.optim import OptimConfig
 from vla_jax.training.run_lock import exclusive
@@ -93,6 +94,7 @@ class Segments(NamedTuple):
     advantage: Array  # [B, T] float32
 
 
+@together
 @exclusive
 def train(config: PPOConfig) -> pathlib.Path:
     """Trains policies; returns the folder of the run."""

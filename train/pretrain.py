@@ -44,6 +44,7 @@ from vla_jax.data.readers.dataset_config import DatasetConfig, upgrade_config
 from vla_jax.data.windows import WindowConfig, Windows
 from vla_jax.runs import check_run, open_run, save_json
 from vla_jax.training import device_augment, loop, losses, optim
+from vla_jax.training.distributed import together
 from vla_jax.training.loop import LoopConfig, check_resume, fit, random_start
 from vla_jax.training.malloc import keep_freed_memory
 from vla_jax.training.optim import OptimConfig
@@ -91,6 +92,7 @@ def table() -> PretrainConfig:
 PRESETS = {"table": table}
 
 
+@together
 @exclusive
 def pretrain(config: PretrainConfig) -> pathlib.Path:
     """Trains an encoder; returns the run's folder, with params `{"backbone", "readout"}`."""

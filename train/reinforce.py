@@ -33,6 +33,7 @@ from vla_jax.rl.learner import Algorithm, Learner, SeedsConfig
 from vla_jax.rl.network import NetworkConfig
 from vla_jax.rl.policy_gradient import baseline_loss, entropy_loss, reinforce_loss, scale
 from vla_jax.rl.reward_training import RewardTraining
+from vla_jax.training.distributed import together
 from vla_jax.training.loop import LoopConfig
 from vla_jax.training.optim import OptimConfig
 from vla_jax.training.run_lock import exclusive
@@ -66,6 +67,7 @@ class ReinforceConfig(RewardTraining):
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}.")
 
 
+@together
 @exclusive
 def train(config: ReinforceConfig) -> pathlib.Path:
     """Trains policies; returns the folder of the run."""

@@ -32,6 +32,7 @@ from vla_jax.nn.search import SearchResult
 from vla_jax.nn.seq2seq import Seq2SeqConfig
 from vla_jax.runs import check_run, open_run, save_json
 from vla_jax.training import loop, losses, optim
+from vla_jax.training.distributed import together
 from vla_jax.training.logs import read_metrics
 from vla_jax.training.loop import LoopConfig, check_resume, fit, random_start
 from vla_jax.training.malloc import keep_freed_memory
@@ -103,6 +104,7 @@ def bottleneck() -> ScanConfig:
 PRESETS = {"attention": attention, "bottleneck": bottleneck}
 
 
+@together
 @exclusive
 def train(config: ScanConfig) -> pathlib.Path:
     """Trains and tests; returns the run's folder."""

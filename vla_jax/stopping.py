@@ -58,12 +58,12 @@ class Stop:
 
         Raises:
           KeyboardInterrupt: after Ctrl-C (SIGINT).
-          SystemExit: 143 after SIGTERM.
+          SystemExit: 143 after SIGTERM, also of another process.
         """
         _write(f"{'stopped' if self._signal is None else self._signal.name}: {done}.")
-        if self._signal == signal.SIGTERM:
-            raise SystemExit(EXIT_CODE[signal.SIGTERM])
-        raise KeyboardInterrupt
+        if self._signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(EXIT_CODE[signal.SIGTERM])
 
 
 @contextlib.contextmanager

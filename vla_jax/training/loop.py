@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from vla_jax import stopping
 from vla_jax.config import checked, differences
 from vla_jax.stopping import Stop
-from vla_jax.training import checkpoint, finite, optim, parallel
+from vla_jax.training import checkpoint, distributed, finite, optim, parallel
 from vla_jax.training.logs import Logs
 from vla_jax.training.optim import OptimConfig
 from vla_jax.training.parallel import ShardingRules, is_first_process
@@ -77,12 +77,16 @@ class LoopConfig:
     # sizes of the mesh of devices, such as data=2,fsdp=4,tensor=1: a batch is split over data and
     # fsdp, params over fsdp and tensor; what is left out is 1, data as many devices as remain
     mesh: str = ""
+    # processes that train together: none, auto, slurm, openmpi, kubernetes, or
+    # host:port,processes,index with the address of the first one
+    distributed: str = "none"
     tensorboard: bool = False  # also write TensorBoard event files
     # updates in a row with a loss or gradient that is not finite to skip; 0 = stop at the first
     skip_bad_updates: int = 0
 
     MAY_CHANGE: ClassVar[tuple[str, ...]] = (
-        "num_updates", "log_every", "save_every", "keep", "mesh", "tensorboard", "skip_bad_updates",
+        "num_updates", "log_every", "save_every", "keep", "mesh", "distributed", "tensorboard",
+        "skip_bad_updates",
     )  # fmt: skip
 
     RETIRED: ClassVar[Mapping[str, str]] = {
@@ -102,7 +106,8 @@ class LoopConfig:
         return {"mesh": ",".join(f"{axis}={size}" for axis, size in sizes.items()), **data}
 
     def __post_init__(self):
-        """Checks the counts and the mesh."""
+        """Checks the counts, the mesh and the processes."""
+        distributed.parse(self.distributed)
         parallel.parse_mesh(self.mesh)
         if self.skip_bad_updates < 0:
             raise ValueError(f"skip_bad_updates must be at least 0, got {self.skip_bad_updates}.")

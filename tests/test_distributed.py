@@ -1,0 +1,147 @@
+"""Processes connect by one option, and end together when one of them dies or fails."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+from processes import NO_CACHE, free_port
+
+from vla_jax.training import distributed
+from vla_jax.training.loop import LoopConfig
+
+PROGRAM = """
+import os, sys
+import jax, numpy as np
+from jax.experimental import multihost_utils
+from vla_jax.command_line import exit_codes
+from vla_jax.training import distributed
+option, event, victim = sys.argv[1:]
+with exit_codes(), distributed.connected(option):
+    for number in range(10 if event == "none" else 10**9):
+        total = multihost_utils.process_allgather(np.array(1)).sum()
+        if number == 5 and jax.process_index() == int(victim):
+            if event == "killed":
+                os.kill(os.getpid(), 9)
+            raise ValueError("the disk is full; free some space.")
+    print("sum", total)
+"""
+
+
+def start(option, event="none", victim=-1, environment=None):
+    command = [sys.executable, "-c", PROGRAM, option, event, str(victim)]
+    return subprocess.Popen(
+        command,
+        cwd=pathlib.Path(__file__).parents[1],
+        env={**os.environ, **NO_CACHE, **(environment or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def end(processes, timeout=150):
+    """Returns exit code, output and errors of each."""
+    outputs = [process.communicate(timeout=timeout) for process in processes]
+    return [(p.returncode, *output) for p, output in zip(processes, outputs, strict=True)]
+
+
+def start_four(event, victim):
+    address = f"127.0.0.1:{free_port()}"
+    return [start(f"{address},4,{i}", event, victim) for i in range(4)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [2, 0])
+def test_a_killed_process_ends_the_others_with_its_name(victim):
+    processes = start_four("killed", victim)
+    processes[victim].wait(150)
+    killed = time.monotonic()
+    ended = end(processes, timeout=60)
+    assert time.monotonic() - killed < 60
+    for index, (code, _, errors) in enumerate(ended):
+        if index != victim:
+            assert code == distributed.OTHER_DIED, errors
+            assert f"error: process {victim}" in errors.splitlines()[-1]
+            assert errors.endswith("the same command resumes the training\n")
+            assert f"PID {processes[victim].pid}) has died" in errors or victim == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [1, 0])
+def test_a_process_that_fails_tells_the_others_why(victim):
+    processes = start_four("failed", victim)
+    ended = end(processes)
+    assert [code for code, _, _ in ended] == [2] * 4
+    for index, (_, _, errors) in enumerate(ended):
+        assert errors.endswith("the disk is full; free some space.\n"), errors
+        place = f"process {victim} of 4 ("
+        assert (place in errors) == (index != victim)
+
+
+def slurm(job, count, index):
+    return {
+        "SLURM_JOB_ID": str(job),
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": str(count),
+        "SLURM_PROCID": str(index),
+        "SLURM_LOCALID": str(index),
+        "SLURM_STEP_NUM_NODES": "1",
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["slurm", "auto"])
+def test_tasks_of_slurm_find_each_other(option):
+    job = free_port()  # JAX derives the port from it
+    ended = end([start(option, environment=slurm(job, 2, index)) for index in range(2)])
+    for code, output, errors in ended:
+        assert (code, output.splitlines()[-1]) == (0, "sum 2"), errors
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ("slrm", r"got 'slrm'; choose from none, auto, slurm, .*Did you mean 'slurm'"),
+        ("localhost,2,0", "distributed must be host:port,processes,index or one of the clusters"),
+        ("localhost:80,2,2", "an index below the number of processes, got 'localhost:80,2,2'"),
+    ],
+)
+def test_an_option_that_cannot_be_is_refused(option, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        LoopConfig(distributed=option)
+
+
+@pytest.mark.parametrize("option", distributed.CLUSTERS)
+def test_missing_variables_of_a_cluster_are_named(option, monkeypatch):
+    cluster = distributed.CLUSTERS[option]
+    for name in cluster.variables:
+        monkeypatch.setenv(name, "1")
+    monkeypatch.delenv(cluster.variables[1])
+    sentence = f"distributed {option} must have .* got none named {cluster.variables[1]}; start"
+    with pytest.raises(ValueError, match=sentence), distributed.connected(option):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "sentence"),
+    [
+        ("coordinator_address should be defined.", ValueError, "got auto, which finds no cluster"),
+        ("DEADLINE_EXCEEDED: Barrier", RuntimeError, "auto could not connect all processes: DEAD"),
+    ],
+)
+def test_processes_that_do_not_connect_are_one_sentence(error, kind, sentence, monkeypatch):
+    def fail(**_):
+        raise ValueError(error)
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    with pytest.raises(kind, match=sentence), distributed.connected("auto"):
+        pass
+
+
+def test_one_process_is_connected_to_none():
+    with distributed.connected("none"):
+        assert not jax.distributed.is_initialized()

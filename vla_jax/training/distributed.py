@@ -1,0 +1,322 @@
+"""Several processes that train together, on one host or many, by one option.
+
+`together` connects the processes before anything uses a device, and watches them: when one dies or
+fails, the others end with one sentence that names it, instead of waiting in a collective for ever.
+"""
+
+import atexit
+import contextlib
+import functools
+import importlib
+import itertools
+import multiprocessing
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import jax
+
+from vla_jax.config import did_you_mean
+
+OTHER_DIED = 75  # exit code of a process whose peer died: the same command may succeed (sysexits.h)
+_FAILED = 2  # exit code of an error, as of every command
+_NOTE = "vla_jax/ended"  # key of the sentence of the first process that failed
+_ALIVE = "vla_jax/alive"  # key of the signs of life
+_INTERVAL = 2.0  # s between two signs of life
+_SILENCE = 30.0  # s without a sign of life after which a process is dead
+_GRACE = 5.0  # s that a process has to end by its own error after another one has failed
+_RESUMES = "the same command resumes the training"
+_FIRST_DIED = f"process 0, which connects the others, has died; {_RESUMES}"
+_PEER_LOST = re.compile(r"gloo|nccl|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED", re.IGNORECASE)
+
+
+class Cluster(NamedTuple):
+    """A scheduler that tells its processes about each other by environment variables."""
+
+    method: str  # JAX's name of it
+    variables: tuple[str, ...]  # set by the scheduler
+    remedy: str  # what to do if one is missing
+
+
+CLUSTERS = {
+    "slurm": Cluster(
+        "slurm",
+        ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"),
+        "start the command with srun",
+    ),
+    "openmpi": Cluster(
+        "ompi",
+        (
+            "OMPI_MCA_orte_hnp_uri",
+            "OMPI_COMM_WORLD_SIZE",
+            "OMPI_COMM_WORLD_RANK",
+            "OMPI_COMM_WORLD_LOCAL_RANK",
+        ),
+        "start the command with mpirun of Open MPI 4, or give host:port,processes,index",
+    ),
+    "kubernetes": Cluster(
+        "k8s",
+        ("KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"),
+        "start the command in a Job with completionMode Indexed",
+    ),
+}
+OPTIONS = ("none", "auto", *CLUSTERS)
+
+
+class Address(NamedTuple):
+    """Place of one process among all."""
+
+    coordinator: str  # host:port of process 0
+    num_processes: int
+    process_id: int
+
+
+class HasOption(Protocol):
+    """A part of a config with the option of this module."""
+
+    @property
+    def distributed(self) -> str:
+        """Returns one of `OPTIONS`, or an address."""
+        ...
+
+
+class HasLoop(Protocol):
+    """A config of a script that trains."""
+
+    @property
+    def loop(self) -> HasOption:
+        """Returns the part with the option."""
+        ...
+
+
+Config = TypeVar("Config", bound=HasLoop)
+Result = TypeVar("Result")
+
+
+def together(script: Callable[[Config], Result]) -> Callable[[Config], Result]:
+    """Returns a script that is connected to the other processes of `config.loop.distributed`.
+
+    Args:
+      script: takes a config with a part `loop`; nothing before it may use a device.
+    """
+
+    @functools.wraps(script)
+    def connected_script(config: Config) -> Result:
+        with connected(config.loop.distributed):
+            return script(config)
+
+    return connected_script
+
+
+def parse(option: str) -> Address | None:
+    """Returns the address in an option such as `"10.0.0.1:1234,4,0"`; None for one of `OPTIONS`.
+
+    Raises:
+      ValueError: the option is neither.
+    """
+    if option in OPTIONS:
+        return None
+    found = re.fullmatch(r"(\S+:\d{1,5}),(\d{1,6}),(\d{1,6})", option)
+    if not found:
+        raise ValueError(
+            f"distributed must be host:port,processes,index or one of the clusters, got '{option}';"
+            f" {did_you_mean(option, OPTIONS)}"
+        )
+    address = Address(found[1], int(found[2]), int(found[3]))
+    if not address.process_id < address.num_processes:
+        raise ValueError(
+            f"distributed must have an index below the number of processes, got '{option}'; the "
+            "first process has index 0."
+        )
+    return address
+
+
+@contextlib.contextmanager
+def connected(option: str) -> Iterator[None]:
+    """Connects this process to the others inside the block; does nothing for `"none"`.
+
+    Args:
+      option: one of `OPTIONS`, or `"host:port,processes,index"`.
+
+    Raises:
+      ValueError: the environment does not say which processes there are.
+      RuntimeError: the processes did not connect.
+    """
+    address = parse(option)
+    if option == "none" or jax.distributed.is_initialized():
+        yield
+        return
+    _initialize(option, address)
+    left = threading.Event()
+    watch = threading.Thread(target=_watch, args=(_runtime().client, left), daemon=True)
+    watch.start()
+    if jax.process_index():
+        arguments = (_runtime().coordinator_address, left)
+        threading.Thread(target=_watch_first, args=arguments, daemon=True).start()
+    try:
+        yield
+    except Exception as error:
+        _leave_failed(error, left)
+        raise
+    except BaseException:  # all processes stop at the same update
+        _leave(watch, left)
+        raise
+    _leave(watch, left)
+
+
+def _initialize(option: str, address: Address | None) -> None:
+    # JAX would take over SIGTERM, at which `stopping` saves the update at hand.
+    jax.config.update("jax_enable_preemption_service", False)
+    arguments: dict[str, Any] = {}
+    if address is not None:
+        arguments = {
+            "coordinator_address": address.coordinator,
+            "num_processes": address.num_processes,
+            "process_id": address.process_id,
+            "cluster_detection_method": "deactivate",
+        }
+    elif option in CLUSTERS:
+        cluster = CLUSTERS[option]
+        missing = [name for name in cluster.variables if name not in os.environ]
+        if missing:
+            raise ValueError(
+                f"distributed {option} must have the environment variables "
+                f"{', '.join(cluster.variables)}, got none named {', '.join(missing)}; "
+                f"{cluster.remedy}."
+            )
+        arguments = {"cluster_detection_method": cluster.method}
+    try:
+        # The watch is faster; JAX's own heartbeats are for a process whose watch has failed.
+        jax.distributed.initialize(
+            **arguments, heartbeat_timeout_seconds=60, shutdown_timeout_seconds=30
+        )
+    except Exception as error:
+        if "should be defined" in str(error) or "must be defined" in str(error):
+            raise ValueError(
+                f"distributed must name the processes, got {option}, which finds no cluster; give "
+                "host:port,processes,index, or none."
+            ) from error
+        raise RuntimeError(
+            f"distributed {option} could not connect all processes: {error}; check that all of "
+            "them run, and that they reach the host and port of the first one."
+        ) from error
+
+
+def _runtime() -> Any:
+    """Returns JAX's client of the keys that all processes share, and its address.
+
+    Neither has a public name; these are those of JAX 0.10 to 0.12.
+    """
+    return importlib.import_module("jax._src.distributed").global_state
+
+
+def _leave(watch: threading.Thread, left: threading.Event) -> None:
+    """Waits for the other processes and disconnects."""
+    left.set()
+    watch.join()
+    jax.distributed.shutdown()
+
+
+def _leave_failed(error: Exception, left: threading.Event) -> None:
+    """Reports the error of this process to the others, which do not wait for it then."""
+    if _PEER_LOST.search(str(error)):  # the watch ends this process when it knows which one died
+        time.sleep(_SILENCE + 2 * _INTERVAL)
+    left.set()
+    atexit.register(_exit_now)
+    place = _place(jax.process_index(), f"{socket.gethostname()}, PID {os.getpid()}")
+    with contextlib.suppress(Exception):  # another process was first
+        _runtime().client.key_value_set(_NOTE, f"{place} has ended: {' '.join(str(error).split())}")
+    if jax.process_index() == 0:  # it holds the note, which the others read
+        time.sleep(2 * _GRACE)
+
+
+def _exit_now() -> None:
+    """Ends this process; JAX would wait for the others first, and then abort."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # closed
+            stream.flush()
+    os._exit(_FAILED)
+
+
+def _watch(client: Any, left: threading.Event) -> None:
+    """Gives signs of life; ends this process when another one has died or failed."""
+    own, identity = jax.process_index(), f"{socket.gethostname()}, PID {os.getpid()}"
+    last: dict[str, tuple[str, float]] = {}  # last sign of every process, and when it came
+    for beat in itertools.count():
+        if left.is_set():
+            return
+        try:
+            client.key_value_set(f"{_ALIVE}/{own}", f"{identity}#{beat}", allow_overwrite=True)
+            signs = dict(client.key_value_dir_get(_ALIVE))
+            note = _wait_for_note(client)
+        except Exception:  # of every kind, from JAX's runtime
+            _end(_FIRST_DIED, left, OTHER_DIED)
+            return
+        if note is not None:
+            time.sleep(_GRACE)  # this process may be about to end by an error of its own
+            _end(note, left, _FAILED)
+            return
+        now = time.monotonic()
+        for key, sign in signs.items():
+            if last.get(key, ("",))[0] != sign:
+                last[key] = (sign, now)
+        for key, (sign, since) in last.items():
+            if now - since > _SILENCE:
+                place = _place(int(key.rpartition("/")[2]), sign.partition("#")[0])
+                dead = f"{place} has died: no sign of life for {_SILENCE:.0f} s"
+                _end(f"{dead}; {_RESUMES}", left, OTHER_DIED)
+
+
+def _watch_first(address: str, left: threading.Event) -> None:
+    """Ends this process when process 0 has died.
+
+    JAX aborts the others then, at once and with a page of text. The end of a connection to the same
+    port is seen earlier.
+    """
+    connection = _connect(address, left)
+    while connection and not left.is_set():
+        with connection, contextlib.suppress(OSError):  # reset: process 0 may have died
+            while connection.recv(4096):
+                pass
+        connection = _connect(address, left)
+        left.wait(1.0)  # process 0 lives and does not want this connection
+
+
+def _connect(address: str, left: threading.Event) -> socket.socket | None:
+    host, _, port = address.rpartition(":")
+    try:
+        connection = socket.create_connection((host.strip("[]"), int(port)), timeout=_GRACE)
+    except OSError:  # refused, or no answer
+        _end(_FIRST_DIED, left, OTHER_DIED)
+        return None
+    connection.settimeout(None)
+    return connection
+
+
+def _wait_for_note(client: Any) -> str | None:
+    """Returns the sentence of a process that failed, if there is one within `_INTERVAL`."""
+    try:
+        return client.blocking_key_value_get(_NOTE, int(1000 * _INTERVAL))
+    except Exception as error:  # of JAX's runtime, also at the end of the time
+        if "DEADLINE_EXCEEDED" not in str(error):
+            raise
+        return None
+
+
+def _place(index: int, identity: str) -> str:
+    return f"process {index} of {jax.process_count()} ({identity})"
+
+
+def _end(sentence: str, left: threading.Event, code: int) -> None:
+    """Ends this process, whose main thread may wait in a collective, unless it has left."""
+    if left.is_set():
+        return
+    os.write(2, f"error: {sentence}\n".encode())
+    for worker in multiprocessing.active_children():
+        worker.terminate()
+    os._exit(code)
