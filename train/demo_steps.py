@@ -1,4 +1,7 @@
-"""Steps of `train.demo`, run in two processes with one progress bar, weighted by expected times."""
+"""Steps of `train.demo` and `train.memory_pictures`, run in two processes with one progress bar.
+
+The bar is weighted by the expected times.
+"""
 
 import concurrent.futures
 import functools
@@ -105,13 +108,16 @@ def evaluation(run_dir: pathlib.Path, config: EvaluateConfig, *, after: Sequence
     )
 
 
-def run_steps(steps: Sequence[Step], log: pathlib.Path, *, console: Console) -> None:
+def run_steps(
+    steps: Sequence[Step], log: pathlib.Path, *, console: Console, name: str = "demo"
+) -> None:
     """Runs every step as soon as the steps that it depends on are finished.
 
     Args:
       steps: in order of priority.
       log: file for their output.
       console: for the progress bar, or plain lines if it is not a terminal.
+      name: of the whole, beside the bar.
 
     Raises:
       Exception: error of a step; the other steps are terminated.
@@ -128,7 +134,7 @@ def run_steps(steps: Sequence[Step], log: pathlib.Path, *, console: Console) -> 
     console.print(f"{len(steps)} steps, {duration}; details in {log}", highlight=False)
     running: dict[Future, Step] = {}
     try:
-        with progress_bar("demo", 100, unit="%", num_lines=NUM_LINES, console=console) as show:
+        with progress_bar(name, 100, unit="%", num_lines=NUM_LINES, console=console) as show:
             for done in _schedule(steps, pool, running):
                 seconds = sum(step.seconds for step in steps if step.name in done)
                 seconds += sum(s.seconds * min(s.fraction(), 1.0) for s in running.values())

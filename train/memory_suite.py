@@ -3,6 +3,7 @@
     python -m train.memory_suite --preset quick  # six tasks, one seed: about 10 minutes
     python -m train.memory_suite                # all tasks, three seeds
     python -m train.memory_suite --tasks lit cups_swapped --decoders fc lstm gpt --num-workers 4
+    python -m train.memory_suite --pictures     # four tasks from images, on the MuJoCo table
 
 Each policy clones a scripted expert that sees the cue, from demonstrations of its own task. Results
 are appended to the run folder cell by cell, and an interrupted grid continues where it stopped;
@@ -17,10 +18,18 @@ from dataclasses import dataclass, replace
 
 from rich.console import Console
 
-from train import memory_films, memory_grid, memory_page, memory_report, memory_workers
+from train import (
+    memory_films,
+    memory_grid,
+    memory_page,
+    memory_pictures,
+    memory_report,
+    memory_workers,
+)
 from train.memory_decoders import variants
 from train.memory_films import EpisodeFilm
 from train.memory_grid import CloningConfig, GridCell, Score
+from train.memory_pictures import MemoryPicturesConfig
 from train.memory_progress import grid_progress
 from vla_jax import files
 from vla_jax.command_line import run
@@ -49,6 +58,9 @@ class MemorySuiteConfig:
     swaps: int = 6  # greatest number of swaps of the curve of "cups_swapped"; 0 = no such curve
     touches: int = 8  # greatest number of the curve of "touch_times"; 0 = no such curve
     cloning: CloningConfig = CloningConfig()  # training and test
+    # instead of the grid: four tasks on the MuJoCo table from images, into RUN_DIR/pictures;
+    # train.memory_pictures has the options
+    pictures: bool = False
     num_workers: int = 2  # cells that are trained at a time, each in a process of its own
     run_dir: str = "runs/memory_suite"  # folder of results, table, plots and page
     overwrite: bool = False  # whether to delete earlier results in the folder
@@ -83,6 +95,10 @@ def cells(config: MemorySuiteConfig) -> list[GridCell]:
 @exclusive
 def memory_suite(config: MemorySuiteConfig) -> pathlib.Path:
     """Runs the grid; returns the page with the results."""
+    if config.pictures:
+        return memory_pictures.memory_pictures(
+            MemoryPicturesConfig(delay=config.delay, run_dir=f"{config.run_dir}/pictures")
+        )
     run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
     grid = cells(config)
     order = {memory_report.key(cell): number for number, cell in enumerate(grid)}

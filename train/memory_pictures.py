@@ -1,0 +1,193 @@
+"""Memory suite from pictures: four tasks on the MuJoCo table, one of each suite.
+
+    python -m train.memory_pictures
+    python -m train.memory_pictures --tasks lit --decoders lstm fc --num-demonstrations 1000
+
+For each task: demonstrations are recorded as a LeRobot data set, an image encoder is pre-trained on
+them, and every decoder is trained on its frozen tokens and evaluated on new episodes. Each step is
+one of the other scripts; independent steps run in parallel, and finished steps are not repeated.
+"""
+
+import pathlib
+import time
+from dataclasses import dataclass, replace
+
+from rich.console import Console
+from rich.table import Table
+
+from train import configs
+from train.configs import ImitateConfig
+from train.demo_steps import Policy, Step, evaluation, pretraining, recording, run_steps, training
+from train.pretrain import PretrainConfig
+from train.record import RecordConfig
+from vla_jax.command_line import run
+from vla_jax.config import checked, did_you_mean
+from vla_jax.data.readers.dataset_config import DatasetConfig
+from vla_jax.envs.memory_table import tasks
+from vla_jax.envs.memory_table.mujoco_memory import MujocoMemoryConfig
+from vla_jax.evaluate import EvaluateConfig
+from vla_jax.evaluation import report, results
+from vla_jax.policies import trunks
+from vla_jax.training.optim import OptimConfig
+
+_IMAGE_SIZE = 64  # pixels, as the Perceiver's default
+_ACTION_HORIZON = 6  # as in the suite from state: shorter ways for the gradient to the cue
+_FIRST_SEED = 2_000_000  # of the test episodes
+
+
+@dataclass(frozen=True)
+@checked(
+    num_demonstrations=(2, 2**31 - 1), pretrain_updates=(1, 2**31 - 1),
+    num_updates=(1, 2**31 - 1), hidden_size=(1, 2**16), num_episodes=(1, 2**31 - 1),
+    learning_rate=(0, 1000),
+)  # fmt: skip
+class MemoryPicturesConfig:
+    """Tasks, policies and sizes of the memory suite from pictures."""
+
+    tasks: tuple[str, ...] = ("blinks", "cups", "lit", "sequence")  # one of each suite
+    decoders: tuple[str, ...] = ("lstm", "gru", "gpt", "fc")  # trunks to compare
+    delay: int = 16  # mean steps between what is shown and the first action
+    num_demonstrations: int = 600  # episodes to record of each task
+    pretrain_updates: int = 1000  # updates of the image encoder of each task
+    num_updates: int = 1500  # updates of each policy
+    hidden_size: int = 128  # hidden units H of each policy
+    learning_rate: float = 3e-3  # peak of the schedule; a third of it for transformers
+    num_episodes: int = 120  # unseen episodes per evaluation
+    num_videos: int = 2  # episodes to record as video in each evaluation
+    seed: int = 0  # random seed of params and batches
+    run_dir: str = "runs/memory_pictures"  # folder of data sets, runs and page
+
+    def __post_init__(self):
+        """Checks the names."""
+        if not self.tasks or not self.decoders:
+            raise ValueError("tasks and decoders must be at least one each, got none.")
+        for name in self.decoders:
+            if name not in trunks.names():
+                raise ValueError(f"unknown decoder '{name}'; {did_you_mean(name, trunks.names())}")
+        for task in self.tasks:
+            tasks.check(make_world(self, task))
+
+
+def memory_pictures(config: MemoryPicturesConfig) -> pathlib.Path:
+    """Runs all steps and prints a table; returns the page with the results."""
+    began, run_dir = time.perf_counter(), pathlib.Path(config.run_dir)
+    steps = [step for task in config.tasks for step in make_steps(config, task)]
+    console = Console(stderr=True)
+    run_steps(steps, run_dir / "log.txt", console=console, name="memory suite from pictures")
+    evaluations = {
+        f"{task}, {decoder}": _evaluated(config, task, decoder)
+        for task in config.tasks
+        for decoder in config.decoders
+    }
+    page = report.write_index(run_dir, evaluations=evaluations, title="Memory suite from pictures")
+    Console().print(make_table(config))
+    print(f"{(time.perf_counter() - began) / 60:.1f} minutes")
+    return page
+
+
+def make_world(config: MemoryPicturesConfig, task: str) -> MujocoMemoryConfig:
+    """Returns the world of a task, with images."""
+    return MujocoMemoryConfig(task=task, delay=config.delay, image_size=_IMAGE_SIZE)
+
+
+def make_steps(config: MemoryPicturesConfig, task: str) -> list[Step]:
+    """Returns the steps of a task: recording, pre-training, then trainings and evaluations."""
+    folder = pathlib.Path(config.run_dir) / task
+    dataset = DatasetConfig(str(folder / "demonstrations"), decode="whole")
+    record = recording(
+        RecordConfig(dataset.path, make_world(config, task), num_episodes=config.num_demonstrations)
+    )._replace(name=f"{task}: record")
+    pretrain = PretrainConfig(dataset=dataset, run_dir=str(folder / "encoder"), seed=config.seed)
+    pretrain = replace(
+        pretrain,
+        loader=replace(pretrain.loader, seed=config.seed),
+        optim=_with_warmup(pretrain.optim, config.pretrain_updates),
+        loop=replace(
+            pretrain.loop, num_updates=config.pretrain_updates, save_every=config.pretrain_updates
+        ),
+    )
+    policies = [
+        replace(make_policy(config, task, decoder), dataset=dataset, backbone_from=pretrain.run_dir)
+        for decoder in config.decoders
+    ]
+    steps = [record, pretraining(pretrain, policies[0], after=[record.name])]
+    for decoder, policy in zip(config.decoders, policies, strict=True):
+        trained = training(Policy(policy, {}), after=[step.name for step in steps[:2]])
+        options = EvaluateConfig(
+            name=decoder, num_episodes=config.num_episodes, first_seed=_FIRST_SEED,
+            num_videos=config.num_videos,
+        )  # fmt: skip
+        steps += [trained, evaluation(folder / decoder, options, after=[trained.name])]
+    return steps
+
+
+def make_policy(config: MemoryPicturesConfig, task: str, decoder: str) -> ImitateConfig:
+    """Returns the training of a decoder: `table_lstm`, with what memory needs to be learned.
+
+    A window holds a whole episode; gates start with time constants up to it, and chunks of actions
+    reach from the delay into the acting part.
+    """
+    base, trunk = configs.table_lstm(), trunks.get(decoder)
+    world = make_world(config, task)
+    window_size, is_transformer = tasks.max_steps(world), "gpt" in decoder
+    base = configs.with_decoder(
+        base,
+        kind=decoder,
+        window_size=window_size,
+        action_horizon=_ACTION_HORIZON,
+        hidden_size=config.hidden_size,
+        num_layers=2 if is_transformer else 1,
+        num_heads=4,
+        head_sizes=(config.hidden_size,),
+        gate_span=window_size,
+    )
+    mode = "persistent" if trunk.has_memory and "persistent" in trunk.modes else "refresh"
+    return replace(
+        base,
+        run_dir=str(pathlib.Path(config.run_dir) / task / decoder),
+        world=world,
+        agent=replace(base.agent, mode=mode),
+        loader=replace(base.loader, seed=config.seed),
+        optim=replace(
+            _with_warmup(base.optim, config.num_updates),
+            learning_rate=config.learning_rate / (3 if is_transformer else 1),
+        ),
+        loop=replace(base.loop, num_updates=config.num_updates, save_every=config.num_updates),
+        seed=config.seed,
+    )
+
+
+def _with_warmup(optim: OptimConfig, num_updates: int) -> OptimConfig:
+    """Returns the config with a warm-up of at most a tenth of the training."""
+    return replace(optim, warmup_steps=min(optim.warmup_steps, num_updates // 10))
+
+
+def make_table(config: MemoryPicturesConfig) -> Table:
+    """Returns the success rate of every decoder on every task, with its 95 % interval."""
+    table = Table(title="Success on unseen episodes, from pictures", title_justify="left")
+    for name in ("suite", "task", "chance", *config.decoders):
+        table.add_column(name)
+    for task in config.tasks:
+        chance = f"{100 * tasks.chance(make_world(config, task)):.0f} %"
+        rates = [_rate(config, task, decoder) for decoder in config.decoders]
+        table.add_row(tasks.get(task).suite, task, chance, *rates)
+    return table
+
+
+def _evaluated(config: MemoryPicturesConfig, task: str, decoder: str) -> pathlib.Path:
+    return pathlib.Path(config.run_dir) / task / decoder / "evaluation" / decoder
+
+
+def _rate(config: MemoryPicturesConfig, task: str, decoder: str) -> str:
+    total = report.read_evaluation(_evaluated(config, task, decoder)).summary.total
+    return f"{results.percent(total.rate)} {results.percent_interval(total.interval)}"
+
+
+def four_tasks() -> MemoryPicturesConfig:
+    """One task of each suite, four decoders, one seed."""
+    return MemoryPicturesConfig()
+
+
+PRESETS = {"four_tasks": four_tasks}
+if __name__ == "__main__":
+    run(memory_pictures, PRESETS, description="Measures what policies remember from pictures.")
