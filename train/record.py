@@ -2,6 +2,7 @@
 
     python -m train.record --dataset demos/table --num-episodes 2000
     python -m train.record --preset table_jax --dataset demos/table_jax
+    python -m train.record --preset memory_mujoco --task cups --dataset demos/cups
 
 The robot executes the expert's action plus noise, while the action without noise is recorded. The
 data thus covers states off the expert's path, with labels that lead back to it (DART, Laskey et al.
@@ -31,6 +32,8 @@ from vla_jax.data.dataset import Episode
 from vla_jax.data.readers.lerobot import writer
 from vla_jax.envs import worlds
 from vla_jax.envs.demonstrations import Demonstrations, collect
+from vla_jax.envs.memory_table.memory_env import JaxMemoryConfig
+from vla_jax.envs.memory_table.mujoco_memory import MujocoMemoryConfig
 from vla_jax.envs.table import jax_env, mujoco_env
 from vla_jax.training.progress import progress_bar
 from vla_jax.types import Env
@@ -79,7 +82,22 @@ def jax_table() -> RecordConfig:
     return RecordConfig(world=jax_env.JaxTableConfig())
 
 
-PRESETS = {"table_mujoco": mujoco_table, "table_jax": jax_table}
+def mujoco_memory_task() -> RecordConfig:
+    """A memory task on the MuJoCo table, with images: --task lit; steps of watching are masked."""
+    return RecordConfig("demos/memory", MujocoMemoryConfig(image_size=64), num_episodes=600)
+
+
+def jax_memory_task() -> RecordConfig:
+    """A memory task on the JAX table, from its state unless --image-size is above 0."""
+    return RecordConfig("demos/memory_jax", JaxMemoryConfig(), num_episodes=1000)
+
+
+PRESETS = {
+    "table_mujoco": mujoco_table,
+    "table_jax": jax_table,
+    "memory_mujoco": mujoco_memory_task,
+    "memory_jax": jax_memory_task,
+}
 
 
 def record(config: RecordConfig, *, on_episode: OnEpisode | None = None) -> pathlib.Path:

@@ -1,0 +1,78 @@
+"""Memory suite from pictures: its steps, its trainings, and all of it end to end."""
+
+import json
+
+import numpy as np
+import pytest
+
+from train import memory_pictures, memory_suite
+from train.memory_pictures import MemoryPicturesConfig
+from vla_jax.data.dataset import ACTION_MASK, episode_starts
+from vla_jax.data.readers import reader
+from vla_jax.data.readers.dataset_config import DatasetConfig
+from vla_jax.envs.memory_table import tasks
+from vla_jax.policies import trunks
+
+CONFIG = MemoryPicturesConfig()
+
+
+def test_the_steps_of_a_task_depend_on_each_other_in_the_order_of_the_work():
+    steps = [step for task in CONFIG.tasks for step in memory_pictures.make_steps(CONFIG, task)]
+    names = [step.name for step in steps]
+    assert len(set(names)) == len(names) == len(CONFIG.tasks) * (2 + 2 * len(CONFIG.decoders))
+    for number, step in enumerate(steps):
+        assert set(step.after) <= set(names[:number])
+        assert all(CONFIG.tasks[number // 10] in before for before in step.after)
+
+
+def test_one_task_of_each_suite():
+    assert {tasks.get(task).suite for task in CONFIG.tasks} == set(tasks.SUITES)
+
+
+@pytest.mark.parametrize("decoder", CONFIG.decoders)
+def test_a_training_remembers_whole_episodes_of_its_world(decoder):
+    config = memory_pictures.make_policy(CONFIG, "lit", decoder)
+    fields = config.agent.policy.decoder
+    assert fields.window_size == tasks.max_steps(config.world)
+    assert config.agent.mode in trunks.get(decoder).modes
+    assert config.world.image_size == config.agent.policy.backbone.image_size
+    assert config.optim.warmup_steps < config.loop.num_updates
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="unknown decoder 'lsmt'"):
+        MemoryPicturesConfig(decoders=("lsmt",))
+    with pytest.raises(ValueError, match="unknown memory task"):
+        MemoryPicturesConfig(tasks=("lid",))
+
+
+def test_the_suite_with_pictures_runs_these_steps_alone(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(memory_pictures, "memory_pictures", given.append)
+    config = memory_suite.MemorySuiteConfig(pictures=True, delay=5, run_dir=str(tmp_path / "run"))
+    memory_suite.memory_suite(config)
+    assert given == [MemoryPicturesConfig(delay=5, run_dir=f"{tmp_path}/run/pictures")]
+
+
+@pytest.mark.slow
+def test_demonstrations_are_recorded_masked_learned_and_evaluated_by_group(tmp_path):
+    pytest.importorskip("mujoco")
+    pytest.importorskip("av")
+    config = MemoryPicturesConfig(
+        tasks=("blinks",), decoders=("gru",), delay=4, num_demonstrations=6, pretrain_updates=1,
+        num_updates=1, hidden_size=8, num_episodes=3, num_videos=1, run_dir=str(tmp_path),
+    )  # fmt: skip
+    page = memory_pictures.memory_pictures(config)
+    dataset = reader.read_dataset(
+        DatasetConfig(str(tmp_path / "blinks" / "demonstrations")),
+        cameras=("image_primary",), image_size=(64, 64),
+    )  # fmt: skip
+    acts = dataset.columns[ACTION_MASK]
+    starts = episode_starts(dataset.episode_ends)
+    assert not np.any(acts[starts])  # the robot first watches
+    assert np.all(acts[dataset.episode_ends - 1])  # then it acts
+    folder = tmp_path / "blinks" / "gru" / "evaluation" / "gru"
+    groups = json.loads((folder / "summary.json").read_text())["summary"]["tasks"]
+    assert groups.keys() <= {f"blinks {count}" for count in range(1, 5)}
+    assert len(list(folder.glob("*.mp4"))) == 1
+    assert "blinks, gru" in page.read_text()
