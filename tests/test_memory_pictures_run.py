@@ -1,17 +1,23 @@
 """Memory suite from pictures: its steps, its trainings, and all of it end to end."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
-from train import memory_pictures, memory_suite
+from train import configs, memory_pictures, memory_suite
 from train.memory_pictures import MemoryPicturesConfig
+from train.pretrain import PretrainConfig
+from vla_jax import files
+from vla_jax.acting.agent import AgentConfig
+from vla_jax.backbones.perceiver import PerceiverConfig
+from vla_jax.config import save, to_dict
 from vla_jax.data.dataset import ACTION_MASK, episode_starts
 from vla_jax.data.readers import reader
 from vla_jax.data.readers.dataset_config import DatasetConfig
 from vla_jax.envs.memory_table import tasks
-from vla_jax.policies import trunks
+from vla_jax.policies import policy, trunks
 
 CONFIG = MemoryPicturesConfig()
 
@@ -52,6 +58,26 @@ def test_the_suite_with_pictures_runs_these_steps_alone(tmp_path, monkeypatch):
     config = memory_suite.MemorySuiteConfig(pictures=True, delay=5, run_dir=str(tmp_path / "run"))
     memory_suite.memory_suite(config)
     assert given == [MemoryPicturesConfig(delay=5, run_dir=f"{tmp_path}/run/pictures")]
+
+
+def test_features_of_a_run_take_the_place_of_a_pre_trained_encoder(tmp_path):
+    """The trainings have the backbone of the run, and start when its tokens are stored."""
+    backbone = PerceiverConfig(num_latents=3, image_size=32)
+    agent = AgentConfig(policy.connect(backbone, configs.SMALL_LSTM))
+    files.write_json(tmp_path / "agent.json", to_dict(agent))
+    config = dataclasses.replace(CONFIG, tasks=("lit",), decoders=("gru",), features=str(tmp_path))
+    steps = memory_pictures.make_steps(config, "lit")
+    assert [step.name for step in steps[:2]] == ["lit: record", "lit: features"]
+    assert steps[2].after == ["lit: record", "lit: features"]
+    trained = memory_pictures.make_policy(config, "lit", "gru")
+    assert trained.agent.policy.backbone == backbone
+    assert trained.agent.policy.decoder.num_tokens == 5  # with proprioception and words
+    assert trained.world.image_size == 32
+    save(PretrainConfig(backbone=backbone), tmp_path / "pretrained" / "config.json")
+    config = dataclasses.replace(config, features=str(tmp_path / "pretrained"))
+    assert memory_pictures.read_backbone(config) == backbone
+    with pytest.raises(FileNotFoundError, match="missing; train first"):
+        dataclasses.replace(config, features=str(tmp_path / "none"))
 
 
 @pytest.mark.slow

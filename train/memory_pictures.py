@@ -2,12 +2,14 @@
 
     python -m train.memory_pictures
     python -m train.memory_pictures --tasks lit --decoders lstm fc --num-demonstrations 1000
+    python -m train.memory_pictures --features runs/table_lstm    # on another backbone's features
 
 For each task: demonstrations are recorded as a LeRobot data set, an image encoder is pre-trained on
 them, and every decoder is trained on its frozen tokens and evaluated on new episodes. Each step is
 one of the other scripts; independent steps run in parallel, and finished steps are not repeated.
 """
 
+import functools
 import pathlib
 import time
 from dataclasses import dataclass, replace
@@ -15,23 +17,27 @@ from dataclasses import dataclass, replace
 from rich.console import Console
 from rich.table import Table
 
-from train import configs
+from train import cache, configs
 from train.configs import ImitateConfig
 from train.demo_steps import Policy, Step, evaluation, pretraining, recording, run_steps, training
 from train.pretrain import PretrainConfig
 from train.record import RecordConfig
+from vla_jax.backbones import registry
+from vla_jax.backbones.perceiver import PerceiverConfig
+from vla_jax.backbones.registry import BackboneConfig
 from vla_jax.command_line import run
-from vla_jax.config import checked, did_you_mean
+from vla_jax.config import checked, did_you_mean, load
 from vla_jax.data.readers.dataset_config import DatasetConfig
 from vla_jax.envs.memory_table import tasks
 from vla_jax.envs.memory_table.mujoco_memory import MujocoMemoryConfig
 from vla_jax.evaluate import EvaluateConfig
 from vla_jax.evaluation import report, results
-from vla_jax.policies import trunks
+from vla_jax.policies import policy, trunks
+from vla_jax.runs import read_agent
 from vla_jax.training.optim import OptimConfig
 
-_IMAGE_SIZE = 64  # pixels, as the Perceiver's default
 _ACTION_HORIZON = 6  # as in the suite from state: shorter ways for the gradient to the cue
+_SECONDS_TO_ENCODE = 60.0  # for the estimate of the time left
 _FIRST_SEED = 2_000_000  # of the test episodes
 
 
@@ -47,6 +53,9 @@ class MemoryPicturesConfig:
     tasks: tuple[str, ...] = ("blinks", "cups", "lit", "sequence")  # one of each suite
     decoders: tuple[str, ...] = ("lstm", "gru", "gpt", "fc")  # trunks to compare
     delay: int = 16  # mean steps between what is shown and the first action
+    # run of train.imitate or train.pretrain whose frozen backbone gives the features; empty = an
+    # image encoder is pre-trained on each task's demonstrations
+    features: str = ""
     num_demonstrations: int = 600  # episodes to record of each task
     pretrain_updates: int = 1000  # updates of the image encoder of each task
     num_updates: int = 1500  # updates of each policy
@@ -87,11 +96,27 @@ def memory_pictures(config: MemoryPicturesConfig) -> pathlib.Path:
 
 def make_world(config: MemoryPicturesConfig, task: str) -> MujocoMemoryConfig:
     """Returns the world of a task, with images."""
-    return MujocoMemoryConfig(task=task, delay=config.delay, image_size=_IMAGE_SIZE)
+    size = registry.image_size(read_backbone(config))
+    return MujocoMemoryConfig(task=task, delay=config.delay, image_size=size)
+
+
+def read_backbone(config: MemoryPicturesConfig) -> BackboneConfig:
+    """Returns the config of the backbone that gives the features.
+
+    Raises:
+      FileNotFoundError: the run is missing.
+      ValueError: a file of it is damaged.
+    """
+    folder = pathlib.Path(config.features)
+    if not config.features:
+        return PerceiverConfig()
+    if (folder / "agent.json").is_file() or not (folder / "config.json").is_file():
+        return read_agent(folder).policy.backbone
+    return load(PretrainConfig, folder / "config.json").backbone
 
 
 def make_steps(config: MemoryPicturesConfig, task: str) -> list[Step]:
-    """Returns the steps of a task: recording, pre-training, then trainings and evaluations."""
+    """Returns the steps of a task: recording, features, then trainings and evaluations."""
     folder = pathlib.Path(config.run_dir) / task
     dataset = DatasetConfig(str(folder / "demonstrations"), decode="whole")
     record = recording(
@@ -106,13 +131,19 @@ def make_steps(config: MemoryPicturesConfig, task: str) -> list[Step]:
             pretrain.loop, num_updates=config.pretrain_updates, save_every=config.pretrain_updates
         ),
     )
+    source = config.features or pretrain.run_dir
     policies = [
-        replace(make_policy(config, task, decoder), dataset=dataset, backbone_from=pretrain.run_dir)
+        replace(make_policy(config, task, decoder), dataset=dataset, backbone_from=source)
         for decoder in config.decoders
     ]
-    steps = [record, pretraining(pretrain, policies[0], after=[record.name])]
-    for decoder, policy in zip(config.decoders, policies, strict=True):
-        trained = training(Policy(policy, {}), after=[step.name for step in steps[:2]])
+    if config.features:
+        encode = functools.partial(cache.cache, policies[0])
+        tokens = Step(f"{task}: features", encode, lambda: 0.0, _SECONDS_TO_ENCODE, [record.name])
+    else:
+        tokens = pretraining(pretrain, policies[0], after=[record.name])
+    steps = [record, tokens]
+    for decoder, training_config in zip(config.decoders, policies, strict=True):
+        trained = training(Policy(training_config, {}), after=[step.name for step in steps[:2]])
         options = EvaluateConfig(
             name=decoder, num_episodes=config.num_episodes, first_seed=_FIRST_SEED,
             num_videos=config.num_videos,
@@ -130,6 +161,8 @@ def make_policy(config: MemoryPicturesConfig, task: str, decoder: str) -> Imitat
     base, trunk = configs.table_lstm(), trunks.get(decoder)
     world = make_world(config, task)
     window_size, is_transformer = tasks.max_steps(world), "gpt" in decoder
+    connected = policy.connect(read_backbone(config), base.agent.policy.decoder)
+    base = replace(base, agent=replace(base.agent, policy=connected))
     base = configs.with_decoder(
         base,
         kind=decoder,
@@ -180,7 +213,7 @@ def _evaluated(config: MemoryPicturesConfig, task: str, decoder: str) -> pathlib
 
 def _rate(config: MemoryPicturesConfig, task: str, decoder: str) -> str:
     total = report.read_evaluation(_evaluated(config, task, decoder)).summary.total
-    return f"{results.percent(total.rate)} {results.percent_interval(total.interval)}"
+    return f"{results.percent(total.rate)} [{results.percent_interval(total.interval)}]"
 
 
 def four_tasks() -> MemoryPicturesConfig:

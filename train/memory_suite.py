@@ -61,6 +61,8 @@ class MemorySuiteConfig:
     # instead of the grid: four tasks on the MuJoCo table from images, into RUN_DIR/pictures;
     # train.memory_pictures has the options
     pictures: bool = False
+    # the same on the frozen backbone of this run, into RUN_DIR/features; empty = not
+    features: str = ""
     num_workers: int = 2  # cells that are trained at a time, each in a process of its own
     run_dir: str = "runs/memory_suite"  # folder of results, table, plots and page
     overwrite: bool = False  # whether to delete earlier results in the folder
@@ -95,9 +97,10 @@ def cells(config: MemorySuiteConfig) -> list[GridCell]:
 @exclusive
 def memory_suite(config: MemorySuiteConfig) -> pathlib.Path:
     """Runs the grid; returns the page with the results."""
-    if config.pictures:
+    if config.pictures or config.features:
+        place = f"{config.run_dir}/{'features' if config.features else 'pictures'}"
         return memory_pictures.memory_pictures(
-            MemoryPicturesConfig(delay=config.delay, run_dir=f"{config.run_dir}/pictures")
+            MemoryPicturesConfig(delay=config.delay, features=config.features, run_dir=place)
         )
     run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
     grid = cells(config)
