@@ -60,9 +60,9 @@ def segment_in_numpy(params, tokens, seen):
     size = H // M
     hidden = tokens
     for layer in (params[f"layers_{number}"] for number in range(L)):
-        y = norm_in_numpy(hidden, layer["attention_norm"])
+        y = norm_in_numpy(hidden, layer["attention_norm"]["scale"])
         q, k, v = (
-            (y @ layer["attention"][part]).reshape(len(y), -1, size)
+            (y @ layer["attention"][part]["kernel"]).reshape(len(y), -1, size)
             for part in ("query", "key", "value")
         )
         attended = np.zeros((len(y), M, size))
@@ -72,11 +72,14 @@ def segment_in_numpy(params, tokens, seen):
                 scores = [query @ turn_in_numpy(k[s, 0], s) / np.sqrt(size) for s in others]
                 weights = np.exp(scores)
                 attended[t, head] = weights / weights.sum() @ v[others, 0]
-        hidden = hidden + attended.reshape(len(y), -1) @ layer["attention"]["output"]
-        y, mlp = norm_in_numpy(hidden, layer["mlp_norm"]), layer["mlp"]
-        gate = y @ mlp["gate"]
-        hidden = hidden + (gate / (1 + np.exp(-gate)) * (y @ mlp["up"])) @ mlp["down"]
-    return norm_in_numpy(hidden, params["output_norm"])
+        hidden = hidden + attended.reshape(len(y), -1) @ layer["attention"]["output"]["kernel"]
+        y, mlp = norm_in_numpy(hidden, layer["mlp_norm"]["scale"]), layer["mlp"]
+        gate = y @ mlp["gate"]["kernel"]
+        hidden = (
+            hidden
+            + (gate / (1 + np.exp(-gate)) * (y @ mlp["up"]["kernel"])) @ mlp["down"]["kernel"]
+        )
+    return norm_in_numpy(hidden, params["output_norm"]["scale"])
 
 
 def in_numpy(params, steps):

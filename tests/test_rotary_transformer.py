@@ -46,20 +46,20 @@ def flags(*true_at):
 
 def from_mistral(arrays, prefix=""):
     """Returns the arrays of Mistral's names as params."""
-    params = {"output_norm": arrays[f"{prefix}norm.weight"]}
+    params = {"output_norm": {"scale": arrays[f"{prefix}norm.weight"]}}
     for number in range(L):
         layer = f"{prefix}layers.{number}."
 
         def kernel(name, layer=layer):
-            return arrays[f"{layer}{name}_proj.weight"].T
+            return {"kernel": arrays[f"{layer}{name}_proj.weight"].T}
 
         params[f"layers_{number}"] = {
-            "attention_norm": arrays[f"{layer}input_layernorm.weight"],
+            "attention_norm": {"scale": arrays[f"{layer}input_layernorm.weight"]},
             "attention": {
                 ours: kernel(f"self_attn.{theirs}")
                 for ours, theirs in {"query": "q", "key": "k", "value": "v", "output": "o"}.items()
             },
-            "mlp_norm": arrays[f"{layer}post_attention_layernorm.weight"],
+            "mlp_norm": {"scale": arrays[f"{layer}post_attention_layernorm.weight"]},
             "mlp": {name: kernel(f"mlp.{name}") for name in ("gate", "up", "down")},
         }
     return params
@@ -103,9 +103,9 @@ def in_numpy(params, config, inputs):
     size, group = config.hidden_size // config.num_heads, config.num_heads // config.num_kv_heads
     hidden = inputs
     for layer in (params[f"layers_{number}"] for number in range(config.num_layers)):
-        y = norm_in_numpy(hidden, layer["attention_norm"])
+        y = norm_in_numpy(hidden, layer["attention_norm"]["scale"])
         q, k, v = (
-            (y @ layer["attention"][part]).reshape(len(y), -1, size)
+            (y @ layer["attention"][part]["kernel"]).reshape(len(y), -1, size)
             for part in ("query", "key", "value")
         )
         attended = np.zeros((len(y), config.num_heads, size))
@@ -118,11 +118,14 @@ def in_numpy(params, config, inputs):
                 ]
                 weights = np.exp(np.array(scores) / np.sqrt(size))
                 attended[t, head] = weights / weights.sum() @ v[first : t + 1, head // group]
-        hidden = hidden + attended.reshape(len(y), -1) @ layer["attention"]["output"]
-        y, mlp = norm_in_numpy(hidden, layer["mlp_norm"]), layer["mlp"]
-        gate = y @ mlp["gate"]
-        hidden = hidden + (gate / (1 + np.exp(-gate)) * (y @ mlp["up"])) @ mlp["down"]
-    return norm_in_numpy(hidden, params["output_norm"])
+        hidden = hidden + attended.reshape(len(y), -1) @ layer["attention"]["output"]["kernel"]
+        y, mlp = norm_in_numpy(hidden, layer["mlp_norm"]["scale"]), layer["mlp"]
+        gate = y @ mlp["gate"]["kernel"]
+        hidden = (
+            hidden
+            + (gate / (1 + np.exp(-gate)) * (y @ mlp["up"]["kernel"])) @ mlp["down"]["kernel"]
+        )
+    return norm_in_numpy(hidden, params["output_norm"]["scale"])
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
@@ -295,12 +298,12 @@ def test_params_are_drawn_independently_with_the_stated_deviations(key):
     kernels = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim == 2]
     assert len({float(leaf[0, 0]) for leaf in kernels}) == len(kernels) == 7 * 3
     layer = params["layers_1"]
-    assert layer["attention"]["key"].shape == (64, 32)
-    assert layer["mlp"]["gate"].shape == (64, 176)
+    assert layer["attention"]["key"]["kernel"].shape == (64, 32)
+    assert layer["mlp"]["gate"]["kernel"].shape == (64, 176)
     for leaf in jax.tree.leaves((layer["attention"]["query"], layer["mlp"]["up"])):
-        np.testing.assert_allclose(leaf.std(), 0.02, rtol=0.06)
-    for leaf in (layer["attention"]["output"], layer["mlp"]["down"]):
-        np.testing.assert_allclose(leaf.std(), 0.02 / np.sqrt(6), rtol=0.06)
+        np.testing.assert_allclose(leaf.std(), 1 / 8, rtol=0.06)
+    for leaf in jax.tree.leaves((layer["attention"]["output"], layer["mlp"]["down"])):
+        np.testing.assert_allclose(leaf.std(), (6 * leaf.shape[0]) ** -0.5, rtol=0.06)
     assert all((leaf == 1).all() for leaf in jax.tree.leaves(params) if leaf.ndim == 1)
 
 

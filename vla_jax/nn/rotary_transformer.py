@@ -79,10 +79,11 @@ class RotaryTransformerConfig:
 
 
 def init(key: Key, config: RotaryTransformerConfig) -> Params:
-    """Returns `{"layers_0": {...}, ..., "output_norm" [H]}`.
+    """Returns `{"layers_0": {...}, ..., "output_norm"}`.
 
-    Kernels are drawn from N(0, 0.02²), kernels that add to the residual stream from N(0, 0.02² /
-    2L); scales are 1.
+    Kernels `[in, out]` are drawn from N(0, 1 / in), those that add to the residual stream from N(0,
+    1 / (2L · in)); scales are 1. The constant 0.02² of GPT-2 is for H of about 1,000: with small H
+    the values are so small that the memory tokens of `memory_transformer` learn too slowly.
 
     Args:
       key: consumed.
@@ -94,7 +95,7 @@ def init(key: Key, config: RotaryTransformerConfig) -> Params:
             name: _init_layer(layer_key, config)
             for name, layer_key in zip(layer_names(config), keys, strict=True)
         },
-        "output_norm": jnp.ones(config.hidden_size),
+        "output_norm": _init_norm(config.hidden_size),
     }
 
 
@@ -207,7 +208,7 @@ def run(
     hidden = dropout(_fold(key, 0), jnp.asarray(inputs, jnp.float32), config.dropout)
     for number, name in enumerate(layer_names(config), start=1):
         layer, layer_key = params[name], _fold(key, number)
-        normalised = rms_norm(hidden, layer["attention_norm"])
+        normalised = _norm(layer["attention_norm"], hidden)
         query, *entry = (
             _dense(layer["attention"][part], normalised, config).astype(config.dtype)
             for part in ("query", "key", "value")
@@ -219,7 +220,7 @@ def run(
         attended = _dense(layer["attention"]["output"], attended, config)
         hidden = hidden + dropout(_fold(layer_key, 0), attended, config.dropout)
         hidden = hidden + dropout(_fold(layer_key, 1), _mlp(layer, config, hidden), config.dropout)
-    return rms_norm(hidden, params["output_norm"])
+    return _norm(params["output_norm"], hidden)
 
 
 def attention(query: jax.Array, keys: jax.Array, values: Array, visible: Array) -> jax.Array:
@@ -266,38 +267,47 @@ def mlp_size(config: RotaryTransformerConfig) -> int:
 
 
 def _mlp(params: Params, config: RotaryTransformerConfig, hidden: jax.Array) -> jax.Array:
-    mlp, normalised = params["mlp"], rms_norm(hidden, params["mlp_norm"])
+    mlp, normalised = params["mlp"], _norm(params["mlp_norm"], hidden)
     gate = jax.nn.silu(_dense(mlp["gate"], normalised, config))
     return _dense(mlp["down"], gate * _dense(mlp["up"], normalised, config), config)
 
 
-def _dense(kernel: Array, inputs: jax.Array, config: RotaryTransformerConfig) -> jax.Array:
-    return product(inputs, kernel, dtype=config.dtype)
+def _norm(params: Params, hidden: jax.Array) -> jax.Array:
+    return rms_norm(hidden, params["scale"])
+
+
+def _dense(params: Params, inputs: jax.Array, config: RotaryTransformerConfig) -> jax.Array:
+    return product(inputs, params["kernel"], dtype=config.dtype)
 
 
 def _init_layer(key: Key, config: RotaryTransformerConfig) -> Params:
     size, wide = config.hidden_size, mlp_size(config)
     key_size = size // config.num_heads * config.num_kv_heads
-    keys, residual = iter(jax.random.split(key, 7)), 0.02 / math.sqrt(2 * config.num_layers)
+    keys, residual = iter(jax.random.split(key, 7)), 1 / math.sqrt(2 * config.num_layers)
 
-    def kernel(rows: int, columns: int, deviation: float = 0.02) -> jax.Array:
-        return deviation * jax.random.normal(next(keys), (rows, columns))
+    def dense(rows: int, columns: int, scale: float = 1.0) -> Params:
+        draw = jax.random.normal(next(keys), (rows, columns))
+        return {"kernel": scale / math.sqrt(rows) * draw}
 
     return {
-        "attention_norm": jnp.ones(size),
+        "attention_norm": _init_norm(size),
         "attention": {
-            "query": kernel(size, size),
-            "key": kernel(size, key_size),
-            "value": kernel(size, key_size),
-            "output": kernel(size, size, residual),
+            "query": dense(size, size),
+            "key": dense(size, key_size),
+            "value": dense(size, key_size),
+            "output": dense(size, size, residual),
         },
-        "mlp_norm": jnp.ones(size),
+        "mlp_norm": _init_norm(size),
         "mlp": {
-            "gate": kernel(size, wide),
-            "up": kernel(size, wide),
-            "down": kernel(wide, size, residual),
+            "gate": dense(size, wide),
+            "up": dense(size, wide),
+            "down": dense(wide, size, residual),
         },
     }
+
+
+def _init_norm(size: int) -> Params:
+    return {"scale": jnp.ones(size)}
 
 
 def _fold(key: Key | None, number: int) -> Key | None:
