@@ -158,38 +158,78 @@ def test_the_expert_succeeds_in_98_percent(name):
     assert np.mean(success) >= 0.98
 
 
-# Least share of the JAX twin's successful episodes that succeed if their actions are replayed; each
-# measured over 40 seeds and rounded down: 1 for tasks that end with one event, 0.85 put_back, 0.55
-# path. It was 0 in tasks of several contacts (touch_times, blinks, lift_times, sequence), for which
-# the twins agree on the expert's closed loop only (the test above). The cause was not traced: the
-# arm of MuJoCo lags behind its goal and may not rise enough between two contacts.
+# Least share of episodes whose success is the same if the actions of one twin's expert are replayed
+# in the other. The exception is tasks in which blocks are carried: there MuJoCo's arm has the lag of
+# its servos, one step, without which a held block slips in the fingers, so that actions without
+# feedback lift a block less than 5 cm.
 AGREEMENT = {
-    **dict.fromkeys(("timing", "cups", "cups_swapped", "dark", "lit", "kth"), 0.95),
-    "put_back": 0.7,
-    "path": 0.4,
+    **dict.fromkeys(tasks.TASKS, 0.9),
+    "put_back": 0.5,
+    "lift_times": 0.0,
 }
+AFTERWARDS = 6  # further times that the last action is replayed, since an arm may lag
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", AGREEMENT)
-def test_replayed_actions_of_the_jax_twin_succeed(name):
+def replay(actions, step, is_over):
+    """Applies actions until the episode is over; returns the last step."""
+    for action in [*actions, *[actions[-1]] * AFTERWARDS]:
+        last = step(action)
+        if is_over(last):
+            break
+    return last
+
+
+def agreement(name, seeds, from_jax):
+    """Returns the share of episodes in which expert and replay have the same success."""
     world, env = simulator(name, 16), twin(name, 16)
     reset, step, expert = jax.jit(env.reset), jax.jit(env.step), jax.jit(env.expert)
     agrees = []
-    for seed in range(20):
-        state, _ = reset(jax.random.key(seed))
-        actions, transition = [], None
-        while transition is None or not (transition.terminated | transition.truncated):
-            actions.append(np.asarray(expert(state)))
-            state, transition = step(state, actions[-1])
-        assert transition.success
+    for seed in seeds:
+        begun = reset(jax.random.key(seed))[0]
         world.reset(seed)
-        for action in [*actions, *[actions[-1]] * 6]:  # the arm lags behind its goal
-            replayed = world.step(action)
-            if replayed.terminated or replayed.truncated:
-                break
-        agrees.append(replayed.success)
-    assert np.mean(agrees) >= AGREEMENT[name]
+        state, actions, first = begun, [], None
+
+        def advance(action):
+            nonlocal state
+            state, transition = step(state, action)
+            return transition
+
+        while first is None or not over(first):
+            actions.append(np.asarray(expert(state)) if from_jax else world.expert())
+            first = (advance if from_jax else world.step)(actions[-1])
+        state = begun
+        world.reset(seed)
+        second = replay(actions, world.step if from_jax else advance, over)
+        agrees.append(bool(first.success) == bool(second.success))
+    return np.mean(agrees)
+
+
+def over(step):
+    return bool(step.terminated) or bool(step.truncated)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("from_jax", [True, False], ids=["jax_to_mujoco", "mujoco_to_jax"])
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_replayed_actions_succeed_in_both_twins(name, from_jax):
+    assert agreement(name, range(20), from_jax) >= AGREEMENT[name]
+
+
+def test_a_replayed_sequence_of_touches_succeeds_in_both_twins():
+    assert agreement("touch_times", range(2), True) == 1
+
+
+@pytest.mark.parametrize("name", ["touch_times", "path"])
+def test_the_hand_follows_the_twin_within_5_mm_until_it_touches_something(name):
+    world, env = simulator(name), twin(name)
+    state, _ = jax.jit(env.reset)(jax.random.key(3))
+    world.reset(3)
+    step, expert = jax.jit(env.step), jax.jit(env.expert)
+    while not int(state.progress.done):
+        action = np.asarray(expert(state))
+        state, _ = step(state, action)
+        got = world.step(action).observation["proprio"][:3]
+        np.testing.assert_allclose(got, state.table.tool, atol=0.005)
 
 
 def test_an_unknown_task_is_refused():

@@ -6,11 +6,15 @@ the arm is held and no physics runs. Contacts are MuJoCo's: of the hand with blo
 with the button, at any of the checks of a step; a hand that holds a block cannot press the button.
 Cups and the button stop the hand only, not the blocks.
 
+Where the gripper is not used, an action moves the hand as in the JAX twin, so that replayed actions
+give the same successes. Tasks with the gripper have the servos of `table_mujoco`, which lag by one
+step: held blocks slip if the hand moves without that lag.
+
 Needs the extra `sim`, and an OpenGL library for the two cameras.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -103,12 +107,15 @@ class MemoryMujoco:
         self.max_steps = tasks.max_steps(config)
         self.success_rule: SuccessRule = "once"  # success ends the episode
         self.instruction, self.task, self.is_acting = "", "", False
+        self._carries = task.uses_gripper
         self._instructions = task.instructions(config)
         self._functions = _functions(config)
         sizes = scenery.sizes(task.has_dots)
         self._physics = MujocoPhysics(config, further=_mjcf(sizes))
         model = self._physics.model
         self._geoms = [int(model.geom(f"scenery_{i}").id) for i in range(len(sizes))]
+        # everything that can be touched, in the order of `_contacts`
+        self._obstacles = [*self._physics.block_geoms, *self._geoms[: scenery.NUM_FIXED]]
         self._state: Any = None
         if config.image_size:
             self._physics.render("primary", config.image_size)  # a missing OpenGL is an error here
@@ -140,7 +147,7 @@ class MemoryMujoco:
         if self.is_acting:
             self._park(table)  # a block that is not on the table falls
             arm, opens = jax.device_get(self._functions.usable_action(action))
-            for _ in self._physics.drive(np.asarray(arm, np.float64), bool(opens)):
+            for _ in self._drive(np.asarray(arm, np.float64), bool(opens)):
                 touched |= self._touched()
             table = self._read(table)
         state, judgement, view = self._functions.advance(self._state, table, _contacts(touched))
@@ -167,6 +174,11 @@ class MemoryMujoco:
         """Frees the renderers."""
         self._physics.close()
 
+    def _drive(self, arm: np.ndarray, opens: bool) -> Iterator[None]:
+        if self._carries:
+            return self._physics.drive(arm, opens)
+        return self._physics.drive_guarded(arm, opens, self._obstacles)
+
     def _park(self, table: TableState) -> None:
         self._physics.park(np.flatnonzero(table.blocks[:, 0] >= scenery.FAR).tolist())
 
@@ -192,8 +204,9 @@ class MemoryMujoco:
     def _touched(self) -> np.ndarray:
         """Returns which blocks, then cylinders, the hand touches now, `[n]` bool."""
         physics = self._physics
-        geoms = [*physics.block_geoms, *self._geoms[: scenery.NUM_FIXED]]
-        touched = np.logical_or.reduce(physics.touched(geoms))  # over the parts of the hand
+        touched = np.logical_or.reduce(
+            physics.touched(self._obstacles)
+        )  # over the parts of the hand
         touched[rules.NUM_BLOCKS + _BUTTON] &= not self._held().any()
         return touched
 

@@ -18,6 +18,8 @@ _CHECKS = 4  # contact checks per control step
 _IK_ITERATIONS = 4  # of inverse kinematics per control step
 _DAMPING = 1e-3 * np.eye(6)
 _POINTS_DOWN = np.diag([1.0, -1.0, -1.0])  # orientation of the hand at roll, pitch, yaw 0
+_SLACK = 0.003  # m, greatest distance of the goal from the tool before a guarded action
+_UPRIGHT = 0.7  # least vertical part of the direction of a contact from above
 _PARKED = 9.0  # m from the table's centre, place of a block that is not on the table
 
 
@@ -141,6 +143,67 @@ class MujocoPhysics:
             self.data.ctrl[:] = start + (target - start) * (i / _CHECKS)
             self._mujoco.mj_step(self.model, self.data, nstep=scene.SUBSTEPS // _CHECKS)
             yield
+
+    def drive_guarded(
+        self, arm: np.ndarray, opens: bool, obstacles: Sequence[int]
+    ) -> Iterator[None]:
+        """Moves the hand like `drive`, but as an action moves that of the JAX table.
+
+        The servos of `drive` follow the goal with a lag of one control step, 3 cm at full speed,
+        and the goal moves on where an object stops the hand. Here the servos also get the goal's
+        velocity, which removes the lag, and the hand stops on top of an obstacle. Not for carrying:
+        it starts and stops within one step, so that a held block slips in the fingers.
+
+        Args:
+          arm: `[6]` in [-1, 1].
+          opens: whether the fingers open or close.
+          obstacles: numbers of geoms.
+        """
+        model, data = self.model, self.data
+        lags = model.actuator_biasprm[:7, 2] / model.actuator_biasprm[:7, 1]  # kv / kp, seconds
+        tool = self.tool()[0]
+        self._goal[:3] = tool + np.clip(self._goal[:3] - tool, -_SLACK, _SLACK)
+        self._move_goal(arm)
+        data.ctrl[7:] = scene.FINGER_TRAVEL * opens
+        path, left, on_top = self._plan(scene.SUBSTEPS, data.qvel[:7]), scene.SUBSTEPS, False
+        for _ in range(scene.SUBSTEPS):
+            position, speed = path[-left]
+            data.ctrl[:7] = position + speed * lags
+            self._mujoco.mj_step(model, data)
+            left -= 1
+            if not on_top and left and self._is_on_top(obstacles):
+                on_top = True
+                self._goal[2] = max(self._goal[2], self.tool()[0][2])
+                path = self._plan(left, np.zeros(7))
+            yield
+
+    def _plan(self, substeps: int, speed: np.ndarray) -> np.ndarray:
+        """Returns a smooth path of the joints to the goal: a cubic whose final speed is its mean.
+
+        Args:
+          substeps: number of its points.
+          speed: of the joints now `[7]`, rad/s.
+
+        Returns:
+          Angles and speeds `[substeps, 2, 7]`, each in the middle of a substep.
+        """
+        start, duration = self.data.qpos[:7].copy(), substeps * scene.TIMESTEP
+        way = self._solve(start, self._goal) - start
+        first = speed * duration
+        s = ((np.arange(substeps) + 0.5) / substeps)[:, None]
+        # p(0) = 0, p'(0) = first, p(1) = p'(1) = way
+        square, cube = 2 * (way - first), first - way
+        angles = start + first * s + square * s**2 + cube * s**3
+        speeds = (first + 2 * square * s + 3 * cube * s**2) / duration
+        return np.stack([angles, speeds], axis=1)
+
+    def _is_on_top(self, geoms: Sequence[int]) -> bool:
+        """Returns whether the hand stands on a geom: the direction of the contact is upright."""
+        contact = self.data.contact
+        pairs = contact.geom[: self.data.ncon]
+        upright = np.abs(contact.frame[: self.data.ncon, 2]) > _UPRIGHT
+        hand, other = (np.isin(pairs, numbers) for numbers in (self._hand_geoms, geoms))
+        return bool(np.any(upright & hand.any(axis=1) & other.any(axis=1)))
 
     def park(self, blocks: Sequence[int]) -> None:
         """Moves blocks, given by number, far away from the table."""
