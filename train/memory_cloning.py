@@ -161,6 +161,7 @@ def _cut(demonstrations: Demonstrations) -> Demonstrations:
         observation=jax.tree.map(lambda part: part[:, :longest], kept.observation),
         action=kept.action[:, :longest],
         is_acting=kept.is_acting[:, :longest],
+        instruction_now=kept.instruction_now[:, :longest],
     )
 
 
@@ -195,14 +196,22 @@ def _make_data(
                             getattr(agent.normalize, name))
         for name in _COLUMNS
     )  # fmt: skip
-    sentences = _sentences(agent, env)[demonstrations.instruction][:, None]
-    is_visible = np.arange(real.shape[1]) < (agent.instruction_steps % (1 + real.shape[1]))
-    words = np.where(is_visible[None, :, None], sentences, read_instruction(agent, ""))
+    now = np.asarray(demonstrations.instruction_now)
+    sentences = _sentences(agent, env)[now]
+    is_visible = _age(now) < (agent.instruction_steps % (1 + real.shape[1]))
+    words = np.where(is_visible[..., None], sentences, read_instruction(agent, ""))
     observation = Observation(
         proprio=proprio, environment_state=environment_state, instruction=words
     )
     data = CloningData(observation, demonstrations.action, real, real & np.asarray(acts))
     return jax.tree.map(jnp.asarray, data)
+
+
+def _age(instruction: np.ndarray) -> np.ndarray:
+    """Returns the steps `[N, T]` since each instruction `[N, T]` began, as the agent counts."""
+    steps = np.arange(instruction.shape[1])[None]
+    begins = np.diff(instruction, axis=1, prepend=-1) != 0
+    return steps - np.maximum.accumulate(np.where(begins, steps, 0), axis=1)
 
 
 def _draw(data: CloningData, window_size: int, batch_size: int, key: Key) -> Batch:

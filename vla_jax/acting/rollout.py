@@ -193,10 +193,11 @@ class Episodes(NamedTuple):
 
     success: Array  # [B] bool
     num_steps: Array  # [B] int32, environment steps
-    instruction_index: Array  # [B] int32, into `env.instructions`
+    instruction_index: Array  # [B] int32, into `env.instructions`, at the first step
     refused: Array  # [B] bool, True where an action was not finite, which ended the episode
     num_clipped: Array  # [B] int32, steps at which a number of the arm was outside [-1, 1]
     observations_clipped: Array  # [B] int32, as in `Outcome`
+    return_: Array  # [B] float32, sum of the rewards; of chains the number of instructions done
 
 
 def run_env(agent: Agent, params: Params, env: Env, instructions: Array, keys: Key) -> Episodes:
@@ -218,6 +219,7 @@ def run_env(agent: Agent, params: Params, env: Env, instructions: Array, keys: K
 
     def step(carry, t):
         agent_state, states, observations, done, counted = carry
+        index = jax.vmap(env.instruction_index)(states)  # of a chain it changes
         observations = observations._replace(instruction=instructions[index])
         reset = jnp.full(num_episodes, t == 0)
         agent_state, actions = agent.step(params, agent_state, observations, reset)
@@ -233,12 +235,13 @@ def run_env(agent: Agent, params: Params, env: Env, instructions: Array, keys: K
             observations_clipped=jnp.where(
                 done, counted.observations_clipped, agent_state.num_clipped
             ),
+            return_=counted.return_ + jnp.where(runs, transition.reward, 0.0),
         )
         done |= refused | transition.terminated | transition.truncated
         return (agent_state, states, transition.observation, done, counted), None
 
     false, zero = jnp.zeros(num_episodes, bool), jnp.zeros(num_episodes, jnp.int32)
-    nothing = Episodes(false, zero, index, false, zero, zero)
+    nothing = Episodes(false, zero, index, false, zero, zero, jnp.zeros(num_episodes, jnp.float32))
     start = (agent.init(params, num_episodes), states, observations, false, nothing)
     (*_, counted), _ = jax.lax.scan(step, start, jnp.arange(env.max_steps))
     return counted

@@ -48,7 +48,7 @@ def make(config: JaxTableConfig) -> Env:
     return Env(
         reset=functools.partial(_reset, config),
         step=functools.partial(_step, config),
-        expert=functools.partial(_expert, config),
+        expert=functools.partial(expert_action, config),
         instructions=tuple(instruction.text for instruction in rules.INSTRUCTIONS),
         tasks=tuple(instruction.task for instruction in rules.INSTRUCTIONS),
         instruction_index=lambda state: state.instruction,
@@ -71,12 +71,20 @@ def _reset(config: JaxTableConfig, key: Key) -> tuple[TableState, Observation]:
         instruction=jax.random.randint(instruction_key, (), 0, len(rules.INSTRUCTIONS)),
         num_steps=jnp.zeros((), jnp.int32),
     )
-    return state, _observe(config, state)
+    return state, observe(config, state)
 
 
 def _step(
     config: JaxTableConfig, state: TableState, action: Array | np.ndarray
 ) -> tuple[TableState, Transition]:
+    state, touching = advance(config, state, action)
+    return state, _judge(config, state, touching)
+
+
+def advance(
+    config: JaxTableConfig, state: TableState, action: Array | np.ndarray
+) -> tuple[TableState, Array]:
+    """Returns the state after an action `[7]`, and the blocks `[4]` bool that the hand touches."""
     if action.shape != (7,):
         raise ValueError(
             f"action must be 7 numbers {rules.ACTION_NAMES}, got shape {action.shape}; "
@@ -86,19 +94,32 @@ def _step(
     state, hit = move(config, state, action[:6])
     state = grip(state, action[6] > 0)
     state = settle(state)._replace(num_steps=state.num_steps + 1)
-    return state, _judge(config, state, hit | state.held)
+    return state, hit | state.held
+
+
+def finished(state: TableState, touching: Array) -> Array:
+    """Returns the blocks with which each task is done now.
+
+    Args:
+      state: of one environment.
+      touching: `[4]` bool, blocks that the hand touches.
+
+    Returns:
+      `[3, 4]` bool, one row per task of `rules.TASKS`.
+    """
+    height = state.blocks[:, 2] - rules.BLOCK_HALF_SIZE[2]
+    away = jnp.linalg.norm(state.blocks[:, :2] - state.plate[None], axis=-1)
+    placed = (away < rules.PLACE_DISTANCE) & (height < 0.02) & ~touching
+    return jnp.stack([touching, height > rules.LIFT_HEIGHT, placed])
 
 
 def _judge(config: JaxTableConfig, state: TableState, touching: Array) -> Transition:
     """Returns the transition; doing the task with a wrong block also terminates the episode."""
     task, target = jnp.divmod(state.instruction, rules.NUM_BLOCKS)
-    height = state.blocks[:, 2] - rules.BLOCK_HALF_SIZE[2]
-    away = jnp.linalg.norm(state.blocks[:, :2] - state.plate[None], axis=-1)
-    placed = (away < rules.PLACE_DISTANCE) & (height < 0.02) & ~touching
-    done = jnp.stack([touching, height > rules.LIFT_HEIGHT, placed])[task]
+    done = finished(state, touching)[task]
     success, terminated = done[target], jnp.any(done)
     return Transition(
-        observation=_observe(config, state),
+        observation=observe(config, state),
         reward=success.astype(jnp.float32),
         terminated=terminated,
         truncated=~terminated & (state.num_steps >= config.max_steps),
@@ -106,7 +127,8 @@ def _judge(config: JaxTableConfig, state: TableState, touching: Array) -> Transi
     )
 
 
-def _observe(config: JaxTableConfig, state: TableState) -> Observation:
+def observe(config: JaxTableConfig, state: TableState) -> Observation:
+    """Returns the observation of a state."""
     primary = wrist = None
     if config.image_size:
         primary, wrist = renderer.render(
@@ -116,7 +138,8 @@ def _observe(config: JaxTableConfig, state: TableState) -> Observation:
     return Observation(primary, wrist, proprio(state), environment_state(state))
 
 
-def _expert(config: JaxTableConfig, state: TableState) -> Array:
+def expert_action(config: JaxTableConfig, state: TableState) -> Array:
+    """Returns the scripted expert's action `[7]` for the instruction of a state."""
     task, target = jnp.divmod(state.instruction, rules.NUM_BLOCKS)
     return expert.act(
         environment_state(state),
