@@ -12,6 +12,7 @@ from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
 
 from train import (
+    chains,
     deep_sarsa,
     demo,
     memory_config,
@@ -45,6 +46,7 @@ GUIDES = (
 )
 PRESETS = {
     "train.cache": IMITATE,
+    "train.chains": chains.CHAINS,
     "train.deep_sarsa": deep_sarsa.SARSA,
     "train.demo": demo.PRESETS,
     "train.imitate": IMITATE,

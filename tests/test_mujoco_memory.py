@@ -159,8 +159,8 @@ def test_the_expert_succeeds_in_98_percent(name):
 
 
 # Least share of episodes whose success is the same if the actions of one twin's expert are replayed
-# in the other. The exception is tasks in which blocks are carried: there MuJoCo's arm has the lag of
-# its servos, one step, without which a held block slips in the fingers, so that actions without
+# in the other. The exception is tasks in which blocks are carried: there MuJoCo's arm has the lag
+# of its servos, one step, without which a held block slips in the fingers, so that actions without
 # feedback lift a block less than 5 cm.
 AGREEMENT = {
     **dict.fromkeys(tasks.TASKS, 0.9),

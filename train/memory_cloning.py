@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from train.memory_decoders import (
-    ACTION_HORIZON,
     Variant,
     make_agent_config,
     with_first_observation,
@@ -93,7 +92,8 @@ def clone(
     optimizer = optim.make_optimizer(config, num_updates, shapes)
     update = make_update(partial(_loss, agent), optimizer)
     window_size = variant.window_size or data.real.shape[1]
-    draw = partial(_draw, data, window_size, batch_size * data.real.shape[1] // window_size)
+    num_windows = batch_size * data.real.shape[1] // window_size
+    draw = partial(_draw, data, window_size, num_windows, variant.action_horizon)
 
     size = -(-num_updates // -(-num_updates // BLOCK))  # blocks of equal size: one compilation
 
@@ -214,7 +214,9 @@ def _age(instruction: np.ndarray) -> np.ndarray:
     return steps - np.maximum.accumulate(np.where(begins, steps, 0), axis=1)
 
 
-def _draw(data: CloningData, window_size: int, batch_size: int, key: Key) -> Batch:
+def _draw(
+    data: CloningData, window_size: int, batch_size: int, action_horizon: int, key: Key
+) -> Batch:
     """Returns random windows, with the chunks that begin at each of their steps.
 
     A window may begin before its episode; those steps are masked.
@@ -232,7 +234,7 @@ def _draw(data: CloningData, window_size: int, batch_size: int, key: Key) -> Bat
         return part[lead, jnp.clip(at, 0, length - 1)]
 
     inside = step >= 0
-    ahead = step[..., None] + jnp.arange(ACTION_HORIZON)[None, None]
+    ahead = step[..., None] + jnp.arange(action_horizon)[None, None]
     return Batch(
         observation=jax.tree.map(take, data.observation),
         tokens=None,

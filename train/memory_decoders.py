@@ -28,6 +28,7 @@ class Variant(NamedTuple):
     window_size: int = 0  # steps of its memory; 0 = the whole episode
     # whether the policy also sees the first observation and the instruction at every step
     sees_first: bool = False
+    action_horizon: int = ACTION_HORIZON  # K, actions that it predicts at each step
 
 
 def variants() -> dict[str, Variant]:
@@ -61,7 +62,7 @@ def make_agent_config(variant: Variant, env: Env, state_dim: int, hidden_size: i
     decoder = DecoderConfig(
         kind=variant.kind,
         window_size=window_size,
-        action_horizon=ACTION_HORIZON,
+        action_horizon=variant.action_horizon,
         hidden_size=hidden_size,
         num_layers=1,
         num_heads=4,

@@ -1,0 +1,221 @@
+"""Chains of five instructions on the JAX table: success of 1 … 5 in a row and average length.
+
+    python -m train.chains                                    # trains and tests six policies
+    python -m train.chains --told-all --policies lstm gpt     # all told in the first five steps
+    python -m train.chains --run runs/table_jax_state --mode persistent    # tests a trained run
+
+The policies clone the table's expert from its chains; the seeds are trained in one program.
+Results are appended to the run folder policy by policy, and an interrupted run continues.
+"""
+
+import dataclasses
+import pathlib
+import time
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from train import memory_cloning
+from train.memory_cloning import Clones
+from train.memory_decoders import Variant
+from train.memory_grid import CloningConfig
+from vla_jax import files
+from vla_jax.command_line import run
+from vla_jax.config import checked, did_you_mean
+from vla_jax.envs.table import chain_env
+from vla_jax.envs.table.chain_env import ChainConfig
+from vla_jax.policies.trunk import Mode
+from vla_jax.runs import load_run, open_run
+from vla_jax.training.run_lock import exclusive
+from vla_jax.types import Env
+
+RESULTS = "results.jsonl"
+_WHOLE, _WINDOW = 96, 24  # steps of most chains of the expert, and of most of its instructions
+_CHUNK = 250  # chains in one program
+# Policies that share a training have the same kind and window.
+POLICIES = {
+    "fc": Variant("fc", "refresh", _WINDOW, action_horizon=1),
+    "lstm": Variant("lstm", "persistent", _WHOLE, action_horizon=1),
+    "lstm_refresh": Variant("lstm", "refresh", _WINDOW, action_horizon=1),
+    "lstm_periodic": Variant("lstm", "periodic", _WINDOW, action_horizon=1),
+    "gpt_refresh": Variant("gpt", "refresh", _WINDOW, action_horizon=1),
+    "gpt": Variant("rotary_gpt", "persistent", _WHOLE, action_horizon=1),
+}
+
+
+@dataclass(frozen=True)
+@checked(num_chains=(1, 2**20), length=(1, 100))
+class ChainsConfig:
+    """Policies and chains."""
+
+    policies: tuple[str, ...] = tuple(POLICIES)  # policies to train and test
+    num_chains: int = 1000  # chains of each seed
+    length: int = 5  # instructions of a chain
+    told_all: bool = False  # whether all instructions are given in the first steps
+    # training of each policy; num_episodes is not used
+    cloning: CloningConfig = CloningConfig(
+        num_demonstrations=4000,
+        num_updates=1500,
+        batch_size=16,
+        hidden_size=128,
+        learning_rate=4e-3,
+    )
+    run: str = ""  # run folder of train.imitate to test in place of the policies; empty = none
+    mode: Mode | None = None  # streaming mode of that run; None = as in training
+    run_dir: str = "runs/chains"  # folder of results and table
+    overwrite: bool = False  # whether to delete earlier results in the folder
+
+    def __post_init__(self):
+        """Checks the names."""
+        for name in self.policies:
+            if name not in POLICIES:
+                raise ValueError(f"unknown policy '{name}'; {did_you_mean(name, POLICIES)}")
+        if not self.policies:
+            raise ValueError(f"policies must be one or more of {', '.join(POLICIES)}, got none.")
+        if self.mode is not None and not self.run:
+            raise ValueError(f"mode must be None without run, got '{self.mode}'; omit it.")
+
+
+class ChainScore(NamedTuple):
+    """Chains of one policy."""
+
+    policy: str
+    told_all: bool
+    in_a_row: np.ndarray  # [S, length] rate of chains with at least 1, 2, … instructions done
+    average: np.ndarray  # [S] average length: instructions done per chain, the sum of the rates
+    seconds: float  # training and test
+
+
+def in_a_row(done: np.ndarray, length: int) -> np.ndarray:
+    """Returns the rates `[S, length]` of chains in which at least 1, 2, … instructions were done.
+
+    Args:
+      done: `[S, num_chains]`, instructions done in each chain.
+      length: of the chains.
+    """
+    return np.mean(done[:, :, None] >= np.arange(1, length + 1), axis=1)
+
+
+@exclusive
+def chain_suite(config: ChainsConfig) -> pathlib.Path:
+    """Trains and tests the policies; returns the run folder."""
+    run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
+    env = chain_env.make(ChainConfig(image_size=0, length=config.length, told_all=config.told_all))
+    scores = _read(run_dir, config)
+    names = (config.run,) if config.run else config.policies
+    trained: dict[tuple[str, int], Clones] = {}
+    console = Console(stderr=True)
+    for name in names:
+        if name in {score.policy for score in scores}:
+            continue
+        start = time.monotonic()
+        done = _play_run(env, config) if config.run else _play_policy(env, name, config, trained)
+        rates = in_a_row(done, config.length)
+        score = ChainScore(
+            name, config.told_all, rates, done.mean(axis=1), time.monotonic() - start
+        )
+        files.append_json_line(run_dir / RESULTS, {**_to_json(score), "of": _settings(config)})
+        scores.append(score)
+        console.print(f"{name}: average length {_mean_and_range(score.average)}", soft_wrap=True)
+    console.print(table(scores))
+    return run_dir
+
+
+def _play_policy(
+    env: Env, name: str, config: ChainsConfig, trained: dict[tuple[str, int], Clones]
+) -> np.ndarray:
+    """Trains a policy, unless one of the same training is there, and returns what it did `[S, n]`.
+
+    Args:
+      env: of chains.
+      name: of the policy.
+      config: of the script.
+      trained: clones by kind and window; a new one is added.
+    """
+    variant, cloning = POLICIES[name], config.cloning
+    keys = jax.vmap(jax.random.key)(cloning.seed + np.arange(cloning.num_seeds))
+    same = variant.kind, variant.window_size
+    if same not in trained:
+        trained[same] = memory_cloning.clone(
+            env,
+            variant,
+            keys=keys,
+            num_demonstrations=cloning.num_demonstrations,
+            num_updates=cloning.num_updates,
+            batch_size=cloning.batch_size,
+            hidden_size=cloning.hidden_size,
+            learning_rate=cloning.learning_rate,
+        )
+    clones = trained[same]
+    clones = clones._replace(agent=dataclasses.replace(clones.agent, mode=variant.mode))
+    parts = []
+    for i in range(0, config.num_chains, _CHUNK):
+        key = jax.random.fold_in(jax.random.fold_in(keys[0], 2), i)
+        size = min(_CHUNK, config.num_chains - i)
+        parts.append(memory_cloning.play(env, variant, clones, key, size).return_)
+    return np.concatenate(parts, axis=1)
+
+
+def _play_run(env: Env, config: ChainsConfig) -> np.ndarray:
+    """Returns the instructions that the policy of a run did in each chain, `[1, num_chains]`."""
+    loaded = load_run(config.run)
+    agent = loaded.agent
+    if config.mode is not None:
+        agent = dataclasses.replace(agent, mode=config.mode)
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], loaded.params)
+    clones = Clones(agent, loaded.norm_stats, params, np.zeros((0, 1)))
+    variant = Variant(agent.policy.decoder.kind, agent.mode)
+    key = jax.random.key(config.cloning.seed)
+    return np.asarray(memory_cloning.play(env, variant, clones, key, config.num_chains).return_)
+
+
+def table(scores: list[ChainScore]) -> Table:
+    """Returns the scores as a table: means over the seeds, and of the length also its range."""
+    length = max((score.in_a_row.shape[1] for score in scores), default=0)
+    drawn = Table("policy", *map(str, range(1, length + 1)), "average length")
+    for score in scores:
+        rates = [f"{100 * rate:.1f} %" for rate in score.in_a_row.mean(axis=0)]
+        drawn.add_row(score.policy, *rates, _mean_and_range(score.average))
+    return drawn
+
+
+def _mean_and_range(values: np.ndarray) -> str:
+    return f"{values.mean():.2f} [{values.min():.2f}, {values.max():.2f}]"
+
+
+def _settings(config: ChainsConfig) -> dict[str, Any]:
+    """Returns everything that a result depends on, as JSON has it."""
+    mode = config.mode or ""
+    cloning = dataclasses.asdict(config.cloning)
+    return {"num_chains": config.num_chains, "length": config.length, "mode": mode, **cloning}
+
+
+def _to_json(score: ChainScore) -> dict[str, Any]:
+    fields = score._asdict()
+    return {name: v.tolist() if isinstance(v, np.ndarray) else v for name, v in fields.items()}
+
+
+def _read(run_dir: pathlib.Path, config: ChainsConfig) -> list[ChainScore]:
+    """Returns the earlier results of the same settings."""
+    scores = []
+    for line in files.read_json_lines(run_dir / RESULTS):
+        if line["of"] == _settings(config) and line["told_all"] == config.told_all:
+            arrays = {name: np.array(line[name]) for name in ("in_a_row", "average")}
+            plain = {name: line[name] for name in ("policy", "told_all", "seconds")}
+            scores.append(ChainScore(**plain, **arrays))
+    return scores
+
+
+def full() -> ChainsConfig:
+    """Six policies, three seeds, 1,000 chains of five each."""
+    return ChainsConfig()
+
+
+CHAINS = {preset.__name__: preset for preset in (full,)}
+if __name__ == "__main__":
+    run(chain_suite, CHAINS, description="Measures chains of instructions.")
