@@ -200,7 +200,7 @@ def test_policies_are_trained_and_tested_and_earlier_results_are_kept(tmp_path):
         run_dir=str(tmp_path / "run"),
     )  # fmt: skip
     run_dir = chain_script.chain_suite(config)
-    lines = [json.loads(line) for line in (run_dir / chain_script.RESULTS).open()]
+    lines = [*map(json.loads, (run_dir / chain_script.RESULTS).read_text().splitlines())]
     assert [line["policy"] for line in lines] == list(config.policies)
     for line in lines:
         assert np.shape(line["in_a_row"]) == (2, 5)

@@ -205,9 +205,10 @@ def _read(run_dir: pathlib.Path, config: ChainsConfig) -> list[ChainScore]:
     scores = []
     for line in files.read_json_lines(run_dir / RESULTS):
         if line["of"] == _settings(config) and line["told_all"] == config.told_all:
-            arrays = {name: np.array(line[name]) for name in ("in_a_row", "average")}
-            plain = {name: line[name] for name in ("policy", "told_all", "seconds")}
-            scores.append(ChainScore(**plain, **arrays))
+            rates, average = np.array(line["in_a_row"]), np.array(line["average"])
+            scores.append(
+                ChainScore(line["policy"], line["told_all"], rates, average, line["seconds"])
+            )
     return scores
 
 
