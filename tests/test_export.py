@@ -36,6 +36,8 @@ CASES = [
         for kind in ("lstm", "gru", "gpt", "fc")
         for mode in trunks.get(kind).modes
     ),
+    ("rotary_gpt", "persistent", "none", "continuous"),
+    ("memory_gpt", "persistent", "none", "continuous"),
     ("s_lstm", "refresh", "mlp", "continuous"),
     ("rg_lru", "persistent", "gated", "continuous"),
     ("lstm", "refresh", "none", "flow"),
@@ -66,7 +68,9 @@ np.savez(sys.argv[3], actions=actions, **{f"state/{name}": leaf for name, leaf i
 
 
 def run_of(folder, kind="lstm", mode="refresh", block="none", head="continuous"):
-    decoder = dataclasses.replace(tiny_run.DECODER, kind=kind, block=block, head=head)
+    decoder = dataclasses.replace(
+        tiny_run.DECODER, kind=kind, block=block, head=head, num_heads=2, segment_size=2
+    )
     parts = policy.connect(tiny_run.AGENT.policy.backbone, decoder)
     agent = dataclasses.replace(tiny_run.AGENT, policy=parts, mode=mode)
     params = policy.init(jax.random.key(0), parts)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tests.test_rotary_transformer import norm_in_numpy, turn_in_numpy
 from vla_jax.nn import memory_transformer, truncated
@@ -203,6 +204,18 @@ def test_jit_vmap_and_recomputed_segments_change_nothing():
         jax.grad(lambda p, c=c: apply(p, c, inputs)[1].sum())(params) for c in (CONFIG, remat)
     ]
     assert_close(*gradients, 1e-4)
+
+
+@pytest.mark.slow
+def test_a_sharded_batch_equals_an_unsharded_one():
+    params, inputs = draw_params(), draw(0, 4, T, H)
+    random = np.random.default_rng(3)
+    mask, reset = random.random((4, T)) > 0.3, random.random((4, T)) > 0.7
+    expected = apply(params, CONFIG, inputs, mask=mask, reset=reset)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    sharded = jax.device_put((inputs, mask, reset), rows)
+    assert_close(apply(params, CONFIG, sharded[0], mask=sharded[1], reset=sharded[2]), expected)
 
 
 # --- the carry, and single steps --------------------------------------------------------------
