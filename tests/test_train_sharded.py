@@ -132,6 +132,33 @@ def test_every_mesh_trains_what_one_device_does(mesh, alone, demos, tmp_path):
     assert_same_training(train_on(tmp_path / "run", demos, mesh), alone)
 
 
+@pytest.fixture(scope="module")
+def sharded(demos, tmp_path_factory):
+    return train_on(tmp_path_factory.mktemp("sharded") / "run", demos, "data=2,fsdp=2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data=1", "tensor=2,data=1", "fsdp=4", "data=2,tensor=2"])
+def test_a_training_resumes_on_other_devices_and_another_mesh(mesh, sharded, demos, tmp_path):
+    run_dir = shutil.copytree(sharded, tmp_path / "run")
+    shutil.rmtree(run_dir / "checkpoints/2")
+    start, _ = make_start(training(demos, run_dir))
+    placed = [
+        parallel.with_shardings(
+            start.shapes, make_shardings(training("", "", mesh=m), start.shapes)
+        )
+        for m in ("data=2,fsdp=2", mesh)
+    ]
+    first, other = (checkpoint.restore(run_dir / "checkpoints", shapes)[0] for shapes in placed)
+    jax.tree.map(np.testing.assert_array_equal, first, other)
+    train_on(run_dir, demos, mesh)  # the second update
+    lines, expected = (read_metrics(folder / "metrics.jsonl") for folder in (run_dir, sharded))
+    assert [line["step"] for line in lines] == [1, 2]
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(lines[1][name], expected[1][name], rtol=2e-6)
+    assert_same_training(run_dir, sharded)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["pretrain", "scan"])
 def test_pretraining_and_scan_on_a_mesh_equal_one_device(name, demos, tmp_path):
