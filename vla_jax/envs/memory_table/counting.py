@@ -99,7 +99,7 @@ def _touch_repeatedly(config: Any, state: MemoryState) -> Array:
     contact = jnp.where(
         progress.done < cue.count, motions.touch_block(state, cue.colour), motions.press(state)
     )
-    return motions.send(config, jnp.where(progress.armed, contact, motions.rise(state)))
+    return motions.send(config, motions.touch_again(state, contact))
 
 
 # lift_times -------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def _press_repeatedly(config: Any, state: MemoryState) -> Array:
     progress = state.progress
     enough = progress.done >= state.cue.count
     next_press = jnp.where(enough, motions.stay(), motions.press(state))
-    return motions.send(config, jnp.where(progress.armed, next_press, motions.rise(state)))
+    return motions.send(config, motions.touch_again(state, next_press))
 
 
 # timing -----------------------------------------------------------------------------------------

@@ -12,6 +12,9 @@ BUTTON_RADIUS, BUTTON_HEIGHT = 0.03, 0.02  # m
 CUP_RADIUS, CUP_HEIGHT = 0.042, 0.06  # m
 DOT_HEIGHT = 0.03  # m, of the tool over a dot
 _INSIDE = 0.004  # m below the top of an object, so that the hand reaches it
+# m further down, against the object: a clone whose motion is a little shorter than the expert's
+# touches it as well
+_PRESS = 0.016
 _RISE = RISEN + 0.015  # m, height to which the hand rises between two contacts
 _AIM = 0.010  # m, horizontal error below which the hand descends
 
@@ -32,25 +35,49 @@ def rise(state: MemoryState) -> Array:
     return jnp.append(jnp.zeros(2), _RISE - state.table.tool[2])
 
 
+def touch_again(state: MemoryState, contact: Array) -> Array:
+    """Returns a translation `[3]` that makes contact, stays for a step, and rises before the next.
+
+    The step makes the hand's last step down differ from its first step up, for clones.
+
+    Args:
+      state: of one environment.
+      contact: translation towards the object, `[3]`.
+    """
+    still = jnp.array([0.0, 0.0, -_PRESS])
+    after = jnp.where(state.progress.since == 0, still, rise(state))
+    return jnp.where(state.progress.armed, contact, after)
+
+
 def reach(state: MemoryState, point: Array, height: float) -> Array:
     """Returns the translation `[3]` to above a point `[2]`, then down to a height in metres."""
     return expert.approach(state.table.tool, point, height, _AIM)
 
 
+def press_on(state: MemoryState, point: Array, top: float) -> Array:
+    """Returns the translation `[3]` to above a point `[2]`, then against an object of height `top`.
+
+    Directly above it, the hand aims below the top, which stops it.
+    """
+    is_above = jnp.linalg.norm(point - state.table.tool[:2]) < _AIM
+    deeper = jnp.array([0.0, 0.0, -_PRESS]) * is_above
+    return reach(state, point, top - _INSIDE) + deeper
+
+
 def touch_block(state: MemoryState, block: Array) -> Array:
     """Returns the translation `[3]` towards the top of a block, an index `[]`."""
     place = state.table.blocks[block, :2]
-    return reach(state, place, 2 * rules.BLOCK_HALF_SIZE[2] - _INSIDE)
+    return press_on(state, place, 2 * rules.BLOCK_HALF_SIZE[2])
 
 
 def press(state: MemoryState) -> Array:
     """Returns the translation `[3]` towards the button."""
-    return reach(state, state.layout.button, BUTTON_HEIGHT - _INSIDE)
+    return press_on(state, state.layout.button, BUTTON_HEIGHT)
 
 
 def touch_cup(state: MemoryState, place: Array) -> Array:
     """Returns the translation `[3]` towards the cup at a place `[]`."""
-    return reach(state, state.layout.blocks[place], CUP_HEIGHT - _INSIDE)
+    return press_on(state, state.layout.blocks[place], CUP_HEIGHT)
 
 
 def handle(

@@ -49,10 +49,8 @@ def _judge_sequence(config: Any, state: MemoryState, contacts: Contacts) -> Verd
 
 
 def _touch_in_order(config: Any, state: MemoryState) -> Array:
-    move = jnp.where(
-        state.progress.armed, motions.touch_block(state, _next(state)), motions.rise(state)
-    )
-    return motions.send(config, move)
+    touch = motions.touch_block(state, _next(state))
+    return motions.send(config, motions.touch_again(state, touch))
 
 
 def _sequence_chance(config: Any) -> float:
