@@ -51,6 +51,11 @@ def test_a_message_is_unpacked_as_it_was_packed(message, text_keys):
     assert same(message, unpack(pack(message, text_keys=text_keys)))
 
 
+@pytest.mark.parametrize("dtype", ["|b1", "|u1", "<f4"])
+def test_an_array_without_axes_stays_an_array(dtype):
+    assert same(np.ones((), dtype), unpack(pack(np.ones((), dtype))))
+
+
 def test_an_array_has_the_bytes_of_openpi():
     expected = b"\x84\xc4\x0b__ndarray__\xc3\xc4\x04data\xc4\x08" + bytes(8)
     expected += b"\xc4\x05dtype\xa3<f4\xc4\x05shape\x91\x02"

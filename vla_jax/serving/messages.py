@@ -146,7 +146,7 @@ def _decode_array(fields: Mapping[str, Any]) -> np.ndarray:
             f"got {len(data)}."
         )
     if dtype == "|b1":  # other bytes than 0 and 1 would be neither True nor False
-        return np.ndarray(shape, np.uint8, data) != 0
+        return np.ndarray(shape, np.uint8, data).astype(bool)
     return np.ndarray(shape, dtype, data)
 
 
