@@ -1,4 +1,4 @@
-"""Chains of instructions on the JAX table: rules, expert, what is told when, and their measure."""
+"""Chains on the JAX table: rules, expert, when each instruction is given, and their measure."""
 
 import functools
 import json
@@ -15,21 +15,22 @@ from train.memory_grid import CloningConfig
 from vla_jax.envs.demonstrations import collect
 from vla_jax.envs.table import chain_env, rules
 from vla_jax.envs.table.chain_env import ChainConfig
+from vla_jax.envs.table.jax_env import JaxTableConfig
 
 TOUCH, LIFT, PLACE = (task * rules.NUM_BLOCKS for task in range(3))  # of the red block
 RED, GREEN, BLUE, YELLOW = range(rules.NUM_BLOCKS)
-SHORT = ChainConfig(image_size=0, max_steps=8)
+SHORT = ChainConfig(table=JaxTableConfig(image_size=0, max_steps=8))
 
 
 @functools.cache
-def env_of(told_all):
-    return chain_env.make(ChainConfig(image_size=0, told_all=told_all))
+def env_of(all_at_start):
+    return chain_env.make(ChainConfig(all_at_start=all_at_start))
 
 
 @functools.cache
-def play_expert(told_all, num_chains=200):
+def play_expert(all_at_start, num_chains=200):
     """Returns states and transitions `[T, B, ...]` of the expert, each state before its step."""
-    env = env_of(told_all)
+    env = env_of(all_at_start)
 
     def step(state, _):
         after, transition = jax.vmap(lambda s: env.step(s, env.expert(s)))(state)
@@ -44,18 +45,18 @@ def play_expert(told_all, num_chains=200):
     return played, ~ended
 
 
-@pytest.mark.parametrize("told_all", [False, True])
-def test_the_expert_does_98_percent_of_the_chains(told_all):
-    (_, transition, _), runs = play_expert(told_all)
+@pytest.mark.parametrize("all_at_start", [False, True])
+def test_the_expert_does_98_percent_of_the_chains(all_at_start):
+    (_, transition, _), runs = play_expert(all_at_start)
     assert np.mean(np.any(transition.success & runs, axis=0)) >= 0.98
     done = np.sum(transition.reward * runs, axis=0)
     assert done.max() == 5
     np.testing.assert_array_equal(done == 5, np.any(transition.success & runs, axis=0))
 
 
-@pytest.mark.parametrize("told_all", [False, True])
-def test_only_possible_instructions_are_drawn(told_all):
-    (state, transition, _), runs = play_expert(told_all)
+@pytest.mark.parametrize("all_at_start", [False, True])
+def test_only_possible_instructions_are_drawn(all_at_start):
+    (state, transition, _), runs = play_expert(all_at_start)
     for i in range(runs.shape[1]):
         end = np.flatnonzero(runs[:, i])[-1]
         order = state.order[end, i]
@@ -76,7 +77,7 @@ def test_the_next_instruction_is_given_when_the_last_one_is_done():
     np.testing.assert_array_equal(changes[runs[1:]], done[:-1][runs[1:]])
 
 
-def test_told_all_gives_exactly_the_five_sentences_of_the_chain_in_the_first_five_steps():
+def test_all_at_start_gives_exactly_the_five_sentences_of_the_chain_in_the_first_five_steps():
     (state, _, given), runs = play_expert(True)
     np.testing.assert_array_equal(given[:5], state.order[0].T)
     age = _age(given.T)  # the agent shows an instruction at age 0 only
@@ -88,10 +89,10 @@ def test_a_policy_that_does_nothing_ends_after_the_steps_of_one_instruction():
     env = chain_env.make(SHORT)
     state, _ = env.reset(jax.random.key(0))
     step = jax.jit(env.step)
-    for t in range(SHORT.max_steps):
+    for t in range(SHORT.table.max_steps):
         state, transition = step(state, jnp.array([0, 0, 0, 0, 0, 0, 1.0]))
         assert transition.reward == 0
-        assert bool(transition.terminated) == (t == SHORT.max_steps - 1)
+        assert bool(transition.terminated) == (t == SHORT.table.max_steps - 1)
     assert not transition.success
 
 
@@ -186,7 +187,7 @@ def test_average_length_is_the_sum_of_the_rates_as_calvin_reports_it():
 def test_demonstrations_tell_the_instruction_of_each_step():
     env = env_of(False)
     demonstrations = collect(env, jax.random.key(2), 4, noise=0.0)
-    now, length = np.asarray(demonstrations.instruction_now), np.asarray(demonstrations.length)
+    now, length = np.asarray(demonstrations.instruction), np.asarray(demonstrations.length)
     for row, end in zip(now, length, strict=True):
         assert np.sum(np.diff(row[:end]) != 0) == 4
     np.testing.assert_array_equal(_age(np.array([[3, 3, 5, 5, 5, 3]])), [[0, 1, 0, 1, 2, 0]])

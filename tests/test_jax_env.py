@@ -58,7 +58,7 @@ STAY, DOWN, UP = (0.0, 0.0, 0.0), (0.0, 0.0, -0.03), (0.0, 0.0, 0.03)
 @pytest.mark.parametrize("task", rules.TASKS)
 def test_expert_succeeds_in_98_percent_under_noise(task):
     env, demos = jax_env.make(BLIND), demonstrations()
-    asked = np.array(env.tasks)[np.array(demos.instruction)] == task
+    asked = np.array(env.tasks)[np.array(demos.instruction[:, 0])] == task
     assert asked.sum() > 100
     assert np.array(demos.success)[asked].mean() >= 0.98
 
@@ -68,7 +68,7 @@ def test_expert_succeeds_in_98_percent_under_noise(task):
 )
 def test_mean_episode_lengths_are_in_the_expected_range(task, low, high):
     env, demos = jax_env.make(BLIND), demonstrations()
-    asked = np.array(env.tasks)[np.array(demos.instruction)] == task
+    asked = np.array(env.tasks)[np.array(demos.instruction[:, 0])] == task
     assert low <= np.array(demos.length)[asked].mean() <= high
 
 
@@ -78,7 +78,7 @@ def test_an_expert_that_does_not_turn_fails_in_most_rotated_layouts():
     stiff = env._replace(expert=lambda state: env.expert(state).at[5].set(0))
     demos = collect(stiff, jax.random.key(1), 512)
     rotated = np.array(demos.observation.environment_state[:, 0, 3]) != 0
-    grasps = np.array(env.tasks)[np.array(demos.instruction)] != "touch"
+    grasps = np.array(env.tasks)[np.array(demos.instruction[:, 0])] != "touch"
     success = np.array(demos.success)
     assert (rotated & grasps).sum() > 100
     assert success[rotated & grasps].mean() < 0.45
@@ -314,7 +314,7 @@ def test_demonstrations_record_observations_and_clean_actions_of_the_expert():
     length = int(clean.length[0])
     moved = np.diff(np.array(clean.observation.proprio[0, :length, :2]), axis=0)
     np.testing.assert_allclose(moved, 0.03 * clean.action[0, : length - 1, :2], atol=1e-5)
-    assert env.instructions[int(demos.instruction[0])]
+    assert env.instructions[int(demos.instruction[0, 0])]
 
 
 @pytest.fixture(scope="module")

@@ -147,3 +147,10 @@ def test_memory_is_what_success_depends_on():
     assert rates["fc"] <= limit
     assert rates["lstm_window"] <= limit
     assert rates["gru"] >= 0.8
+
+
+@pytest.mark.parametrize("fields", [{"pictures": True}, {"features": "runs/table_lstm"}])
+def test_options_of_the_grid_are_refused_with_pictures(fields):
+    MemorySuiteConfig(**fields, delay=4)
+    with pytest.raises(ValueError, match="tasks must be left out with pictures or features"):
+        MemorySuiteConfig(**fields, tasks=("lit",))

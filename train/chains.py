@@ -1,7 +1,7 @@
 """Chains of five instructions on the JAX table: success of 1 … 5 in a row and average length.
 
-    python -m train.chains                                    # trains and tests six policies
-    python -m train.chains --told-all --policies lstm gpt     # all told in the first five steps
+    python -m train.chains                                                 # six policies
+    python -m train.chains --all-at-start --policies lstm gpt              # all given at the start
     python -m train.chains --run runs/table_jax_state --mode persistent    # tests a trained run
 
 The policies clone the table's expert from its chains; the seeds are trained in one program.
@@ -36,7 +36,6 @@ from vla_jax.types import Env
 
 RESULTS = "results.jsonl"
 _WHOLE, _WINDOW = 96, 24  # steps of most chains of the expert, and of most of its instructions
-_CHUNK = 250  # chains in one program
 # Policies that share a training have the same kind and window.
 POLICIES = {
     "fc": Variant("fc", "refresh", _WINDOW, action_horizon=1),
@@ -56,7 +55,7 @@ class ChainsConfig:
     policies: tuple[str, ...] = tuple(POLICIES)  # policies to train and test
     num_chains: int = 1000  # chains of each seed
     length: int = 5  # instructions of a chain
-    told_all: bool = False  # whether all instructions are given in the first steps
+    all_at_start: bool = False  # whether all instructions are given in the first steps
     # training of each policy; num_episodes is not used
     cloning: CloningConfig = CloningConfig(
         num_demonstrations=4000,
@@ -85,7 +84,7 @@ class ChainScore(NamedTuple):
     """Chains of one policy."""
 
     policy: str
-    told_all: bool
+    all_at_start: bool
     in_a_row: np.ndarray  # [S, length] rate of chains with at least 1, 2, … instructions done
     average: np.ndarray  # [S] average length: instructions done per chain, the sum of the rates
     seconds: float  # training and test
@@ -105,7 +104,7 @@ def in_a_row(done: np.ndarray, length: int) -> np.ndarray:
 def chain_suite(config: ChainsConfig) -> pathlib.Path:
     """Trains and tests the policies; returns the run folder."""
     run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
-    env = chain_env.make(ChainConfig(image_size=0, length=config.length, told_all=config.told_all))
+    env = chain_env.make(ChainConfig(length=config.length, all_at_start=config.all_at_start))
     scores = _read(run_dir, config)
     names = (config.run,) if config.run else config.policies
     trained: dict[tuple[str, int], Clones] = {}
@@ -117,7 +116,7 @@ def chain_suite(config: ChainsConfig) -> pathlib.Path:
         done = _play_run(env, config) if config.run else _play_policy(env, name, config, trained)
         rates = in_a_row(done, config.length)
         score = ChainScore(
-            name, config.told_all, rates, done.mean(axis=1), time.monotonic() - start
+            name, config.all_at_start, rates, done.mean(axis=1), time.monotonic() - start
         )
         files.append_json_line(run_dir / RESULTS, {**_to_json(score), "of": _settings(config)})
         scores.append(score)
@@ -153,12 +152,8 @@ def _play_policy(
         )
     clones = trained[same]
     clones = clones._replace(agent=dataclasses.replace(clones.agent, mode=variant.mode))
-    parts = []
-    for i in range(0, config.num_chains, _CHUNK):
-        key = jax.random.fold_in(jax.random.fold_in(keys[0], 2), i)
-        size = min(_CHUNK, config.num_chains - i)
-        parts.append(memory_cloning.play(env, variant, clones, key, size).return_)
-    return np.concatenate(parts, axis=1)
+    key = jax.random.fold_in(keys[0], 2)
+    return np.asarray(memory_cloning.play(env, variant, clones, key, config.num_chains).return_)
 
 
 def _play_run(env: Env, config: ChainsConfig) -> np.ndarray:
@@ -204,10 +199,10 @@ def _read(run_dir: pathlib.Path, config: ChainsConfig) -> list[ChainScore]:
     """Returns the earlier results of the same settings."""
     scores = []
     for line in files.read_json_lines(run_dir / RESULTS):
-        if line["of"] == _settings(config) and line["told_all"] == config.told_all:
+        if line["of"] == _settings(config) and line["all_at_start"] == config.all_at_start:
             rates, average = np.array(line["in_a_row"]), np.array(line["average"])
             scores.append(
-                ChainScore(line["policy"], line["told_all"], rates, average, line["seconds"])
+                ChainScore(line["policy"], line["all_at_start"], rates, average, line["seconds"])
             )
     return scores
 

@@ -161,7 +161,7 @@ def _cut(demonstrations: Demonstrations) -> Demonstrations:
         observation=jax.tree.map(lambda part: part[:, :longest], kept.observation),
         action=kept.action[:, :longest],
         is_acting=kept.is_acting[:, :longest],
-        instruction_now=kept.instruction_now[:, :longest],
+        instruction=kept.instruction[:, :longest],
     )
 
 
@@ -196,9 +196,9 @@ def _make_data(
                             getattr(agent.normalize, name))
         for name in _COLUMNS
     )  # fmt: skip
-    now = np.asarray(demonstrations.instruction_now)
-    sentences = _sentences(agent, env)[now]
-    is_visible = _age(now) < (agent.instruction_steps % (1 + real.shape[1]))
+    instruction = np.asarray(demonstrations.instruction)
+    sentences = _sentences(agent, env)[instruction]
+    is_visible = _age(instruction) < (agent.instruction_steps % (1 + real.shape[1]))
     words = np.where(is_visible[..., None], sentences, read_instruction(agent, ""))
     observation = Observation(
         proprio=proprio, environment_state=environment_state, instruction=words

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train import memory_cues, memory_grid
+from train import memory_grid
 from train.memory_grid import Score
 from vla_jax import runs
 from vla_jax.acting.agent import make_agent, read_instruction
@@ -192,14 +192,12 @@ def _film(
     is_wrong: bool,
 ) -> EpisodeFilm:
     """Writes the film of an episode; leaves of `states` are `[T + 1, ...]`."""
-    num_steps = len(states.table.num_steps) - 1
+    num_steps, task = len(states.table.num_steps) - 1, tasks.get(world.task)
     last = jax.tree.map(lambda leaf: leaf[-1], states)
     index = int(last.table.instruction)
     verdict = "success" if success else ("a mistake" if is_wrong else "out of time")
-    did = ", ".join(
-        filter(None, (f"{verdict} after {num_steps} steps", memory_cues.done(world, last)))
-    )
-    shown = memory_cues.shown(world, last)
+    did = ", ".join(filter(None, (f"{verdict} after {num_steps} steps", task.result_text(last))))
+    shown = task.cue_text(world, last)
     path = pathlib.Path(FILMS) / f"{world.task}_{actor}_{'success' if success else 'failure'}.mp4"
     film = EpisodeFilm(
         path.as_posix(), actor, success, env.instructions[index], env.tasks[index], shown, did

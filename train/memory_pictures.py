@@ -32,6 +32,7 @@ from vla_jax.envs.memory_table import tasks
 from vla_jax.envs.memory_table.mujoco_memory import MujocoMemoryConfig
 from vla_jax.evaluate import EvaluateConfig
 from vla_jax.evaluation import report, results
+from vla_jax.nn.cells import CELLS
 from vla_jax.policies import policy, trunks
 from vla_jax.runs import read_agent
 from vla_jax.training.optim import OptimConfig
@@ -160,7 +161,8 @@ def make_policy(config: MemoryPicturesConfig, task: str, decoder: str) -> Imitat
     """
     base, trunk = configs.table_lstm(), trunks.get(decoder)
     world = make_world(config, task)
-    window_size, is_transformer = tasks.max_steps(world), "gpt" in decoder
+    window_size = tasks.max_steps(world)
+    is_transformer = trunk.has_memory and decoder not in CELLS
     connected = policy.connect(read_backbone(config), base.agent.policy.decoder)
     base = replace(base, agent=replace(base.agent, policy=connected))
     base = configs.with_decoder(

@@ -14,7 +14,7 @@ import contextlib
 import pathlib
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from rich.console import Console
 
@@ -42,6 +42,7 @@ from vla_jax.training.progress import progress_bar
 from vla_jax.training.run_lock import exclusive
 
 BASELINES = ("fc", "first_and_now", "lstm_window")
+_OF_PICTURES = ("pictures", "features", "delay", "run_dir")  # options that apply to pictures
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,21 @@ class MemorySuiteConfig:
                 raise ValueError(f"unknown decoder '{name}'; {did_you_mean(name, known)}")
         if not self.tasks or not self.decoders:
             raise ValueError("tasks and decoders must be at least one each, got none.")
+        if self.pictures or self.features:
+            _refuse_others(self)
         for cell in cells(self):
             tasks.check(cell.world)
+
+
+def _refuse_others(config: MemorySuiteConfig) -> None:
+    """Raises a ValueError for an option that only the grid from state has."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name not in _OF_PICTURES and value != field.default:
+            raise ValueError(
+                f"{field.name} must be left out with pictures or features, got {value}; "
+                "train.memory_pictures has options of its own."
+            )
 
 
 def cells(config: MemorySuiteConfig) -> list[GridCell]:

@@ -227,7 +227,7 @@ def _episode(env: Env, demonstrations: Demonstrations, index: int) -> Episode | 
     return Episode(
         {name: column[index, steps] for name, column in columns.items() if column is not None},
         np.asarray(demonstrations.action[index, steps]),
-        env.instructions[int(demonstrations.instruction[index])],
+        env.instructions[int(demonstrations.instruction[index, 0])],
         np.asarray(demonstrations.is_acting[index, steps]) if env.is_acting else None,
     )
 

@@ -15,12 +15,11 @@ class Demonstrations(NamedTuple):
 
     observation: Observation  # [num_episodes, T, ...], before the action
     action: Array  # [num_episodes, T, A] the expert's, without noise
-    instruction: Array  # [num_episodes] int32 into `env.instructions`, at the last step
+    # [num_episodes, T] int32 into `env.instructions`; within an episode it changes in chains only
+    instruction: Array
     length: Array  # [num_episodes] int32, steps
     success: Array  # [num_episodes] bool
     is_acting: Array  # [num_episodes, T] bool, False where the robot only watches
-    # [num_episodes, T] int32 into `env.instructions`, at each step; it changes within chains only
-    instruction_now: Array
 
 
 @functools.partial(jax.jit, static_argnames=("env", "num_episodes"))
@@ -53,24 +52,23 @@ def collect(env: Env, key: Key, num_episodes: int, *, noise: float = 0.25) -> De
     def step(carry, step_key):
         state, observation, alive = carry
         action, acts = jax.vmap(expert)(state), jax.vmap(is_acting)(state)
-        now = jax.vmap(env.instruction_index)(state)
+        instruction = jax.vmap(env.instruction_index)(state)
         jitter = noise * jax.random.normal(step_key, action.shape)
         executed = action + jitter.at[:, -1].set(0)  # the gripper command has no noise
         state, transition = jax.vmap(env.step)(state, executed)
-        recorded = observation, action, alive, alive & transition.success, acts, now
+        recorded = observation, action, alive, alive & transition.success, acts, instruction
         still_alive = alive & ~(transition.terminated | transition.truncated)
         return (state, transition.observation, still_alive), recorded
 
     carry = (state, observation, jnp.ones(num_episodes, bool))
     _, recorded = jax.lax.scan(step, carry, jax.random.split(noise_key, env.max_steps))
     recorded = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), recorded)
-    observation, action, alive, success, acts, now = recorded
+    observation, action, alive, success, acts, instruction = recorded
     return Demonstrations(
         observation=observation,
         action=action,
-        instruction=jnp.asarray(jax.vmap(env.instruction_index)(state)),
+        instruction=jnp.asarray(instruction),
         length=alive.sum(axis=1),
         success=jnp.any(success, axis=1),
         is_acting=acts,
-        instruction_now=jnp.asarray(now),
     )

@@ -26,9 +26,9 @@ from vla_jax.config import did_you_mean
 OTHER_DIED = 75  # exit code of a process whose peer died: the same command may succeed (sysexits.h)
 _FAILED = 2  # exit code of an error, as of every command
 _NOTE = "vla_jax/ended"  # key of the sentence of the first process that failed
-_ALIVE = "vla_jax/alive"  # key of the signs of life
-_INTERVAL = 2.0  # s between two signs of life
-_SILENCE = 30.0  # s without a sign of life after which a process is dead
+_HEARTBEATS = "vla_jax/heartbeats"  # key of the heartbeats
+_INTERVAL = 2.0  # s between two heartbeats
+_SILENCE = 30.0  # s without a heartbeat after which a process is dead
 _GRACE = 5.0  # s that a process has to end by its own error after another one has failed
 _RESUMES = "the same command resumes the training"
 _FIRST_DIED = f"process 0, which connects the others, has died; {_RESUMES}"
@@ -244,15 +244,15 @@ def _exit_now() -> None:
 
 
 def _watch(client: Any, left: threading.Event) -> None:
-    """Gives signs of life; ends this process when another one has died or failed."""
+    """Sends heartbeats; ends this process when another one has died or failed."""
     own, identity = jax.process_index(), f"{socket.gethostname()}, PID {os.getpid()}"
-    last: dict[str, tuple[str, float]] = {}  # last sign of every process, and when it came
+    last: dict[str, tuple[str, float]] = {}  # last heartbeat of every process, and when it came
     for beat in itertools.count():
         if left.is_set():
             return
         try:
-            client.key_value_set(f"{_ALIVE}/{own}", f"{identity}#{beat}", allow_overwrite=True)
-            signs = dict(client.key_value_dir_get(_ALIVE))
+            client.key_value_set(f"{_HEARTBEATS}/{own}", f"{identity}#{beat}", allow_overwrite=True)
+            beats = dict(client.key_value_dir_get(_HEARTBEATS))
             note = _wait_for_note(client)
         except Exception:  # of every kind, from JAX's runtime
             _end(_FIRST_DIED, left, OTHER_DIED)
@@ -262,13 +262,13 @@ def _watch(client: Any, left: threading.Event) -> None:
             _end(note, left, _FAILED)
             return
         now = time.monotonic()
-        for key, sign in signs.items():
-            if last.get(key, ("",))[0] != sign:
-                last[key] = (sign, now)
-        for key, (sign, since) in last.items():
+        for key, newest in beats.items():
+            if last.get(key, ("",))[0] != newest:
+                last[key] = (newest, now)
+        for key, (newest, since) in last.items():
             if now - since > _SILENCE:
-                place = _place(int(key.rpartition("/")[2]), sign.partition("#")[0])
-                dead = f"{place} has died: no sign of life for {_SILENCE:.0f} s"
+                place = _place(int(key.rpartition("/")[2]), newest.partition("#")[0])
+                dead = f"{place} has died: no heartbeat for {_SILENCE:.0f} s"
                 _end(f"{dead}; {_RESUMES}", left, OTHER_DIED)
 
 

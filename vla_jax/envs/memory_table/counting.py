@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from vla_jax.envs.memory_table import memory_task, motions
+from vla_jax.envs.memory_table import memory_task, motions, task_captions
 from vla_jax.envs.memory_table.memory_task import (
     GREEN,
     OFF,
@@ -227,6 +227,8 @@ TOUCH_TIMES = MemoryTask(
     chance=lambda config: _stopping_chance(TOUCH_TIMES, config),
     updates=4,
     has_delay=False,
+    cue_text=lambda config, state: "the number of touches, given at the first step",
+    result_text=task_captions.events("touch", "touches"),
 )
 LIFT_TIMES = MemoryTask(
     suite="counting",
@@ -242,6 +244,8 @@ LIFT_TIMES = MemoryTask(
     updates=3,
     has_delay=False,
     uses_gripper=True,
+    cue_text=lambda config, state: "the number of lifts, given at the first step",
+    result_text=task_captions.events("lift", "lifts"),
 )
 BLINKS = MemoryTask(
     suite="counting",
@@ -260,6 +264,8 @@ BLINKS = MemoryTask(
     chance=lambda config: 1 / memory_task.updates(BLINKS, config),
     updates=4,
     has_blocks=False,
+    cue_text=lambda config, state: f"the lamp blinks {task_captions.times(state.cue.count)}",
+    result_text=task_captions.events("press", "presses"),
 )
 TIMING = MemoryTask(
     suite="counting",
@@ -278,6 +284,7 @@ TIMING = MemoryTask(
     has_blocks=False,
     uses_gripper=True,
     hand_over_button=True,
+    cue_text=lambda config, state: f"the lamp turns green at step {int(state.cue.count)}",
 )
 MEMBERS = {
     "touch_times": TOUCH_TIMES,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from vla_jax.envs.memory_table import memory_task
+from vla_jax.envs.memory_table import memory_task, task_captions
 from vla_jax.envs.memory_table.memory_task import (
     OFF,
     WHITE,
@@ -78,6 +78,8 @@ LIT = MemoryTask(
     judge=judge_touch,
     expert=touch_target,
     chance=lambda config: 1 / rules.NUM_BLOCKS,
+    cue_text=task_captions.block("the {} block lights up"),
+    result_text=task_captions.nearest,
 )
 KTH = MemoryTask(
     suite="reference",
@@ -94,5 +96,10 @@ KTH = MemoryTask(
     expert=touch_target,
     chance=lambda config: 1 / rules.NUM_BLOCKS,
     items=4,
+    cue_text=lambda config, state: (
+        f"{task_captions.colours(state, memory_task.items(KTH, config))}, then the lamp blinks "
+        f"{task_captions.times(state.cue.count)}: {task_captions.colour(state.cue.colour)}"
+    ),
+    result_text=task_captions.nearest,
 )
 MEMBERS = {"lit": LIT, "kth": KTH}

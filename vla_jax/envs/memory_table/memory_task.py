@@ -99,8 +99,13 @@ class MemoryTask(NamedTuple):
     judge: Callable[[Any, MemoryState, Contacts], Verdict]  # of a step of the acting part
     expert: Callable[[Any, MemoryState], Array]  # -> action [7], reads the cue
     chance: Callable[[Any], float]  # success rate of the best policy without memory
+    # (config, last state as NumPy arrays) -> what must be remembered, for films
+    cue_text: Callable[[Any, MemoryState], str]
+    # last state as NumPy arrays -> what was done; empty if the state does not show it
+    result_text: Callable[[MemoryState], str] = lambda state: ""
     items: int = 1  # default
     updates: int = 1  # default
+    most_items: int = rules.NUM_BLOCKS
     has_delay: bool = True  # whether the shown part is followed by a delay
     has_blocks: bool = True  # whether the blocks are on the table
     has_dots: bool = False  # whether there are dots on the table

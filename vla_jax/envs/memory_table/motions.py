@@ -38,7 +38,8 @@ def rise(state: MemoryState) -> Array:
 def touch_again(state: MemoryState, contact: Array) -> Array:
     """Returns a translation `[3]` that makes contact, stays for a step, and rises before the next.
 
-    The step makes the hand's last step down differ from its first step up, for clones.
+    The step separates the last motion down from the first motion up, between which a clone would
+    have to tell by millimetres.
 
     Args:
       state: of one environment.

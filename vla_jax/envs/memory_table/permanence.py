@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from vla_jax.envs.memory_table import memory_task, motions
+from vla_jax.envs.memory_table import memory_task, motions, task_captions
 from vla_jax.envs.memory_table.memory_table_config import MAX_COUNT
 from vla_jax.envs.memory_table.memory_task import (
     GREEN,
@@ -197,6 +197,7 @@ CUPS = MemoryTask(
     expert=_touch_cup,
     chance=lambda config: 1 / memory_task.items(CUPS, config),
     items=3,
+    cue_text=task_captions.block("the {} block before the cups"),
 )
 
 CUPS_SWAPPED = CUPS._replace(
@@ -213,6 +214,10 @@ CUPS_SWAPPED = CUPS._replace(
     display=lambda config, state: _cups(CUPS_SWAPPED, config, state),
     chance=lambda config: 1 / memory_task.items(CUPS_SWAPPED, config),
     updates=3,
+    cue_text=lambda config, state: (
+        f"{CUPS.cue_text(config, state)}, then "
+        f"{task_captions.number(state.cue.count, 'swap', 'swaps')}"
+    ),
 )
 DARK = MemoryTask(
     suite="permanence",
@@ -225,6 +230,8 @@ DARK = MemoryTask(
     judge=judge_touch,
     expert=touch_target,
     chance=lambda config: 1 / rules.NUM_BLOCKS,  # of a hand that searches until it touches a block
+    cue_text=task_captions.block("the place of the {} block, before the dark"),
+    result_text=task_captions.nearest,
 )
 PUT_BACK = MemoryTask(
     suite="permanence",
@@ -241,6 +248,7 @@ PUT_BACK = MemoryTask(
     chance=_return_chance,
     has_delay=False,
     uses_gripper=True,
+    cue_text=task_captions.block("the first place of the {} block"),
 )
 MEMBERS = {
     "cups": CUPS,

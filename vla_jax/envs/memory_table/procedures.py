@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from vla_jax.envs.memory_table import lit_blocks, memory_task, motions
+from vla_jax.envs.memory_table import lit_blocks, memory_task, motions, task_captions
 from vla_jax.envs.memory_table.dots import NUM_DOTS, dots
 from vla_jax.envs.memory_table.memory_task import (
     Contacts,
@@ -134,6 +134,10 @@ SEQUENCE = MemoryTask(
     expert=_touch_in_order,
     chance=_sequence_chance,
     items=3,
+    cue_text=lambda config, state: task_captions.colours(
+        state, memory_task.items(SEQUENCE, config)
+    ),
+    result_text=task_captions.in_order,
 )
 PATH = MemoryTask(
     suite="procedure",
@@ -149,5 +153,11 @@ PATH = MemoryTask(
     items=4,
     has_blocks=False,
     has_dots=True,
+    cue_text=lambda config, state: (
+        "the dots "
+        + " → ".join(str(dot + 1) for dot in state.cue.order[: memory_task.items(PATH, config)])
+    ),
+    result_text=task_captions.in_order,
+    most_items=5,
 )
 MEMBERS = {"sequence": SEQUENCE, "path": PATH}

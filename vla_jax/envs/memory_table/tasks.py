@@ -6,14 +6,12 @@ from vla_jax.config import did_you_mean
 from vla_jax.envs.memory_table import counting, lit_blocks, memory_task, permanence, procedures
 from vla_jax.envs.memory_table.memory_table_config import MemoryTableConfig
 from vla_jax.envs.memory_table.memory_task import MemoryTask
-from vla_jax.envs.table import rules
 
 TASKS = MappingProxyType(
     {**counting.MEMBERS, **permanence.MEMBERS, **lit_blocks.MEMBERS, **procedures.MEMBERS}
 )
 SUITES = tuple(dict.fromkeys(task.suite for task in TASKS.values()))
 DELAY_SPREAD = 0.25  # the delay is drawn from its mean ± this share, so that it is no clock
-_MOST_ITEMS = {"path": 5}  # of the others 4, the number of blocks
 
 
 def get(name: str) -> MemoryTask:
@@ -30,10 +28,9 @@ def get(name: str) -> MemoryTask:
 def check(config: MemoryTableConfig) -> None:
     """Raises a ValueError if a config has no meaning for its task."""
     task = get(config.task)
-    most = _MOST_ITEMS.get(config.task, rules.NUM_BLOCKS)
-    if memory_task.items(task, config) > most:
+    if memory_task.items(task, config) > task.most_items:
         raise ValueError(
-            f"items of task '{config.task}' must be at most {most}, got {config.items}."
+            f"items of task '{config.task}' must be at most {task.most_items}, got {config.items}."
         )
     if task.items > 1 and memory_task.items(task, config) < 2:
         raise ValueError(

@@ -1,16 +1,16 @@
 """Chains on the JAX table: several instructions one after another, without a reset in between.
 
 The next instruction is given when the last one is done. A chain ends when the task of an
-instruction is done with a wrong block, or after `max_steps` steps of one instruction. Its return is
-the number of instructions that were done. Only instructions that are possible are drawn: never the
-same twice in a row, and "put … on the plate" only while the plate is empty.
+instruction is done with a wrong block, or after `table.max_steps` steps of one instruction. Its
+return is the number of instructions that were done. Only instructions that are possible are drawn:
+never the same twice in a row, and "put … on the plate" only while the plate is empty.
 
 Source: Mees et al. 2022, "CALVIN" (https://arxiv.org/abs/2112.03227), section 4: chains of five.
 """
 
 import functools
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,13 +32,14 @@ _FREE = 0.9  # opening of fingers that have let go of a block
 
 @dataclass(frozen=True)
 @checked(length=(1, 100))
-class ChainConfig(JaxTableConfig):
-    """Chains of instructions on the JAX table; `max_steps` counts anew for every instruction."""
+class ChainConfig:
+    """Chains of instructions on the JAX table."""
 
-    kind: Literal["chains_jax"] = "chains_jax"  # pyright: ignore[reportIncompatibleVariableOverride]
     length: int = 5  # instructions of a chain
     # whether all instructions are given in the first steps, one per step, and none afterwards
-    told_all: bool = False
+    all_at_start: bool = False
+    # options of the table; `max_steps` counts anew for every instruction
+    table: JaxTableConfig = JaxTableConfig(image_size=0)
 
 
 class ChainState(NamedTuple):
@@ -64,7 +65,7 @@ def make(config: ChainConfig) -> Env:
         instructions=tuple(instruction.text for instruction in rules.INSTRUCTIONS),
         tasks=("chain",) * len(rules.INSTRUCTIONS),
         instruction_index=functools.partial(_given, config),
-        max_steps=config.max_steps * config.length,
+        max_steps=config.table.max_steps * config.length,
     )
 
 
@@ -104,9 +105,9 @@ def _draw_all(config: ChainConfig, key: Key) -> Array:
 
 def _reset(config: ChainConfig, key: Key) -> tuple[ChainState, Observation]:
     table_key, chain_key = jax.random.split(key)
-    table, observation = jax_env.make(_table(config)).reset(table_key)
+    table, observation = jax_env.make(config.table).reset(table_key)
     order = _draw_all(config, chain_key)
-    if not config.told_all:  # the further ones depend on what happens
+    if not config.all_at_start:  # the further ones depend on what happens
         order = order * (jnp.arange(config.length) == 0)
     table = table._replace(instruction=order[0])
     zero = jnp.zeros((), jnp.int32)
@@ -114,20 +115,9 @@ def _reset(config: ChainConfig, key: Key) -> tuple[ChainState, Observation]:
     return ChainState(table, order, zero, zero, stale, chain_key), observation
 
 
-def _table(config: ChainConfig) -> JaxTableConfig:
-    """Returns the config of the table without chains."""
-    return JaxTableConfig(
-        image_size=config.image_size,
-        step_size=config.step_size,
-        turn_size=config.turn_size,
-        rotated_share=config.rotated_share,
-        max_steps=config.max_steps,
-    )
-
-
 def _given(config: ChainConfig, state: ChainState) -> Array:
     """Returns the instruction `[]` that the policy is given now, or was given last."""
-    if not config.told_all:
+    if not config.all_at_start:
         return state.table.instruction
     return state.order[jnp.minimum(state.table.num_steps, config.length - 1)]
 
@@ -135,7 +125,7 @@ def _given(config: ChainConfig, state: ChainState) -> Array:
 def _step(
     config: ChainConfig, state: ChainState, action: Array | np.ndarray
 ) -> tuple[ChainState, Transition]:
-    table, touching = jax_env.advance(config, state.table, action)
+    table, touching = jax_env.advance(config.table, state.table, action)
     finished = jax_env.finished(table, touching)
     task, target = jnp.divmod(table.instruction, rules.NUM_BLOCKS)
     stale = state.stale & _is_stale(table, finished)
@@ -143,13 +133,13 @@ def _step(
     success = counts[target]
     failed = jnp.any(counts) & ~success
     state = state._replace(table=table, since=state.since + 1, stale=stale)
-    late = ~success & ~failed & (state.since >= config.max_steps)
+    late = ~success & ~failed & (state.since >= config.table.max_steps)
     state = jax.tree.map(
         lambda new, old: jnp.where(success, new, old), _next(config, state, finished), state
     )
     all_done = state.done == config.length
     return state, Transition(
-        observation=jax_env.observe(config, table),
+        observation=jax_env.observe(config.table, table),
         reward=success.astype(jnp.float32),
         terminated=failed | all_done | late,
         truncated=jnp.zeros((), bool),
@@ -168,7 +158,7 @@ def _next(config: ChainConfig, state: ChainState, finished: Array) -> ChainState
     done, last = state.done + 1, state.table.instruction
     place = jnp.minimum(done, config.length - 1)
     drawn = state.order[place]
-    if not config.told_all:
+    if not config.all_at_start:
         drawn = _draw(jax.random.fold_in(state.key, done), last, _is_plate_taken(state.table))
     table = state.table._replace(instruction=drawn)
     return state._replace(
@@ -193,7 +183,7 @@ def _is_stale(table: TableState, finished: Array) -> Array:
 def _expert(config: ChainConfig, state: ChainState) -> Array:
     """Returns the action of the table's expert, which first lets go of a block and rises."""
     table = state.table
-    action = _turn_within_limits(config, table, jax_env.expert_action(config, table))
+    action = _turn_within_limits(config, table, jax_env.expert_action(config.table, table))
     task, target = jnp.divmod(table.instruction, rules.NUM_BLOCKS)
     is_target = jnp.arange(rules.NUM_BLOCKS) == target
     away = table.blocks[:, :2] - table.tool[None, :2]
@@ -202,7 +192,7 @@ def _expert(config: ChainConfig, state: ChainState) -> Array:
     lets_go = jnp.any(table.held & ~needed)
     rises = ~jnp.any(table.held) & (table.tool[2] < _LOW) & (distance[target] > _FAR)
     stays = jnp.zeros(6)
-    up = stays.at[2].set(jnp.clip((_RISE - table.tool[2]) / config.step_size, -1, 1))
+    up = stays.at[2].set(jnp.clip((_RISE - table.tool[2]) / config.table.step_size, -1, 1))
     opened = jnp.ones(1)
     grip = jnp.where(table.opening > _FREE, 1.0, action[6])[None]  # a block between stays there
     action = jnp.where(rises, jnp.concatenate([up, grip]), action)
@@ -220,5 +210,5 @@ def _turn_within_limits(config: ChainConfig, table: TableState, action: Array) -
     goal = table.turns[2] + nearest
     other = nearest - jnp.pi * jnp.sign(goal)
     is_beyond = (jnp.abs(goal) > rules.MAX_TOOL_YAW) & (action[5] != 0)
-    back = jnp.clip(other / config.turn_size, -1, 1)
+    back = jnp.clip(other / config.table.turn_size, -1, 1)
     return action.at[5].set(jnp.where(is_beyond, back, action[5]))

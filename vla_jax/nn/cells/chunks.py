@@ -14,6 +14,7 @@ from vla_jax.nn.layers import EPSILON
 from vla_jax.types import Array, Key
 
 AUTOMATIC_HEADS = 4  # greatest number of heads of a cell whose config does not name one
+LEAST_HEAD_SIZE = 3  # units of such a head
 
 
 class Chunk(NamedTuple):
@@ -58,7 +59,7 @@ def count_heads(num_heads: int, hidden_size: int) -> int:
         normalised output is constant.
     """
     if not num_heads:
-        few = range(min(AUTOMATIC_HEADS, hidden_size // 3), 1, -1)
+        few = range(min(AUTOMATIC_HEADS, hidden_size // LEAST_HEAD_SIZE), 1, -1)
         num_heads = next((m for m in few if hidden_size % m == 0), 1)
     if num_heads < 0 or hidden_size % num_heads:
         raise ValueError(
