@@ -43,7 +43,7 @@ def test_the_jax_table_is_recorded_as_played(tmp_path, capsys):
         assert len(data.names[name]) == data.columns[name].shape[1]
     sentences = jax_env.make(TWIN).instructions
     assert episode_instructions(data) == tuple(
-        sentences[i] for i in np.array(played.instruction)[success]
+        sentences[i] for i in np.array(played.instruction[:, 0])[success]
     )
     assert data.fps == 10
 

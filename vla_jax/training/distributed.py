@@ -246,6 +246,8 @@ def _exit_now() -> None:
 def _watch(client: Any, left: threading.Event) -> None:
     """Sends heartbeats; ends this process when another one has died or failed."""
     own, identity = jax.process_index(), f"{socket.gethostname()}, PID {os.getpid()}"
+    # Process 0 ends last: the others would take its end for the cause.
+    patience = _SILENCE + (0.0 if own else 2 * _GRACE)
     last: dict[str, tuple[str, float]] = {}  # last heartbeat of every process, and when it came
     for beat in itertools.count():
         if left.is_set():
@@ -266,7 +268,7 @@ def _watch(client: Any, left: threading.Event) -> None:
             if last.get(key, ("",))[0] != newest:
                 last[key] = (newest, now)
         for key, (newest, since) in last.items():
-            if now - since > _SILENCE:
+            if now - since > patience:
                 place = _place(int(key.rpartition("/")[2]), newest.partition("#")[0])
                 dead = f"{place} has died: no heartbeat for {_SILENCE:.0f} s"
                 _end(f"{dead}; {_RESUMES}", left, OTHER_DIED)
