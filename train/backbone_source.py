@@ -6,7 +6,7 @@
 import pathlib
 import warnings
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import Mesh
@@ -18,6 +18,7 @@ from vla_jax.runs import read_agent
 from vla_jax.training import checkpoint
 from vla_jax.types import Params
 
+Config = TypeVar("Config", bound=ImitateConfig)
 LARGE = 20_000_000  # params of a model whose random weights are more likely a mistake than a choice
 
 
@@ -26,7 +27,7 @@ def is_run(folder: str) -> bool:
     return (pathlib.Path(folder) / "checkpoints").is_dir()
 
 
-def resolve(config: ImitateConfig) -> ImitateConfig:
+def resolve(config: Config) -> Config:
     """Returns the config with the sizes of the vision-language model that `backbone_from` holds.
 
     The policy's use of the model (readout, cameras, precision) stays that of the config; rank and

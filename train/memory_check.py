@@ -19,24 +19,27 @@ LARGE = 20_000_000  # params from which the estimate is printed
 _GB = 1e9  # bytes
 
 
-def check_memory(config: ImitateConfig, loss_fn: LossFn) -> None:
+def check_memory(config: ImitateConfig, loss_fn: LossFn, *, copies: int = 1) -> None:
     """Raises an error if the training cannot fit; prints the estimate of a large model.
 
     Args:
       config: of the training.
       loss_fn: of `(params, Counted, key)`, from `imitate.make_loss`.
+      copies: number of such trainings in one program.
 
     Raises:
       ValueError: the devices have too little memory.
     """
     shapes = trained_shapes(config)
     mesh = parallel.make_mesh(config.loop.mesh)
+    purpose = "this training" if copies == 1 else f"{copies} trainings in one program"
+    remedy = "" if copies == 1 else "use a smaller --group-size, or "
     _check(
-        estimate_memory(config, loss_fn, shapes),
+        estimate_memory(config, loss_fn, shapes).times(copies),
         mesh,
         shapes,
-        purpose="this training",
-        remedy="train fewer params (LoRA, --freeze), use rematerialisation, a smaller "
+        purpose=purpose,
+        remedy=f"{remedy}train fewer params (LoRA, --freeze), use rematerialisation, a smaller "
         "--batch-size, or more devices with --mesh fsdp=N",
     )
 

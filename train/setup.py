@@ -4,6 +4,7 @@
 """
 
 import pathlib
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -195,25 +196,52 @@ def make_start(key: Key, config: ImitateConfig, optimizer: GradientTransformatio
       config: of the training.
       optimizer: of the training.
     """
-    settings, shapes = make_optim_config(config), trained_shapes(config)
-    mesh = parallel.make_mesh(config.loop.mesh)
+    init = make_init(config, optimizer)
+
+    def make(shardings: Any) -> TrainState:
+        saved = read_start(config, shardings.params)
+        return jax.jit(init, out_shardings=shardings, donate_argnums=1)(key, saved)
+
+    return Start(jax.eval_shape(init, key, {}), make)
+
+
+def make_init(
+    config: ImitateConfig, optimizer: GradientTransformation
+) -> Callable[[Key, Params], TrainState]:
+    """Returns `init(key, saved) -> train_state`, pure; `saved` is that of `read_start`.
+
+    Args:
+      config: of the training.
+      optimizer: of the training.
+    """
+    settings, parts = make_optim_config(config), trained_shapes(config)
 
     def init(key: Key, saved: Params) -> TrainState:
         params = _random_params(key, config) | saved
         return init_train_state(
-            {part: params[part] for part in shapes},
+            {part: params[part] for part in parts},
             optimizer,
             ema=settings.ema_decay is not None,
             freeze=settings.freeze,
             train=settings.train,
         )
 
-    def make(shardings: Any) -> TrainState:
-        saved = _read_params(config, shapes, mesh=mesh)
-        saved = jax.device_put(saved, {part: shardings.params[part] for part in saved})
-        return jax.jit(init, out_shardings=shardings, donate_argnums=1)(key, saved)
+    return init
 
-    return Start(jax.eval_shape(init, key, {}), make)
+
+def read_start(config: ImitateConfig, shardings: Params) -> Params:
+    """Returns the parts of the trained params that come from earlier runs or from a model.
+
+    Args:
+      config: of the training.
+      shardings: of the params.
+
+    Raises:
+      FileNotFoundError: an earlier run has no checkpoint.
+      ValueError: its backbone or decoder has other sizes.
+    """
+    saved = _read_params(config, trained_shapes(config), mesh=parallel.make_mesh(config.loop.mesh))
+    return jax.device_put(saved, {part: shardings[part] for part in saved})
 
 
 def _read_params(config: ImitateConfig, shapes: Params, *, mesh: Mesh | None) -> Params:

@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
@@ -41,6 +41,7 @@ class Cluster(NamedTuple):
     method: str  # JAX's name of it
     variables: tuple[str, ...]  # set by the scheduler
     remedy: str  # what to do if one is missing
+    local: str = ""  # variable with the number of a process on its host; "" = one process per host
 
 
 CLUSTERS = {
@@ -48,6 +49,7 @@ CLUSTERS = {
         "slurm",
         ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"),
         "start the command with srun",
+        local="SLURM_LOCALID",
     ),
     "openmpi": Cluster(
         "ompi",
@@ -58,6 +60,7 @@ CLUSTERS = {
             "OMPI_COMM_WORLD_LOCAL_RANK",
         ),
         "start the command with mpirun of Open MPI 4, or give host:port,processes,index",
+        local="OMPI_COMM_WORLD_LOCAL_RANK",
     ),
     "kubernetes": Cluster(
         "k8s",
@@ -169,6 +172,39 @@ def connected(option: str) -> Iterator[None]:
     _leave(watch, left)
 
 
+def take_local_devices(option: str) -> None:
+    """Takes the GPU of this process on its host, as `connected` does, but connects to no other.
+
+    For processes that need nothing from each other. Without a scheduler that numbers the processes
+    of a host, a process takes all of its devices. `JAX_LOCAL_DEVICE_IDS` chooses others.
+
+    Args:
+      option: as for `connected`.
+
+    Raises:
+      ValueError: the environment lacks the number of the process.
+    """
+    parse(option)
+    named = CLUSTERS.get(option)
+    candidates = CLUSTERS.values() if option == "auto" else filter(None, [named])
+    variables = [cluster.local for cluster in candidates if cluster.local]
+    found = [os.environ[name] for name in variables if name in os.environ]
+    if named is not None and variables and not found:
+        raise _missing(option, named, variables)
+    chosen = os.environ.get("JAX_LOCAL_DEVICE_IDS", found[0] if found else "")
+    if option != "none" and chosen:
+        jax.config.update("jax_cuda_visible_devices", chosen)
+        jax.config.update("jax_rocm_visible_devices", chosen)
+
+
+def _missing(option: str, cluster: Cluster, missing: Sequence[str]) -> ValueError:
+    return ValueError(
+        f"distributed {option} must have the environment variables "
+        f"{', '.join(cluster.variables)}, got none named {', '.join(missing)}; "
+        f"{cluster.remedy}."
+    )
+
+
 def _initialize(option: str, address: Address | None) -> None:
     # JAX would take over SIGTERM, at which `stopping` saves the update at hand.
     jax.config.update("jax_enable_preemption_service", False)
@@ -184,11 +220,7 @@ def _initialize(option: str, address: Address | None) -> None:
         cluster = CLUSTERS[option]
         missing = [name for name in cluster.variables if name not in os.environ]
         if missing:
-            raise ValueError(
-                f"distributed {option} must have the environment variables "
-                f"{', '.join(cluster.variables)}, got none named {', '.join(missing)}; "
-                f"{cluster.remedy}."
-            )
+            raise _missing(option, cluster, missing)
         arguments = {"cluster_detection_method": cluster.method}
     try:
         # The watch is faster; JAX's own heartbeats are for a process whose watch has failed.

@@ -44,6 +44,12 @@ class MemoryEstimate(NamedTuple):
         """Total without half of the activations, the most that the compiler may fuse away."""
         return self.total - (self.activations or 0) // 2
 
+    def times(self, copies: int) -> "MemoryEstimate":
+        """Returns the memory of several such trainings in one program."""
+        activations = None if self.activations is None else copies * self.activations
+        known = (copies * part for part in (self.params, self.gradients, self.optimizer, self.ema))
+        return MemoryEstimate(*known, activations)
+
 
 def estimate(
     loss_fn: LossFn,

@@ -17,7 +17,7 @@ import optax
 from vla_jax import trees
 from vla_jax.config import checked
 from vla_jax.training import freezing
-from vla_jax.types import Params
+from vla_jax.types import Array, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +130,26 @@ def make_optimizer(
 
     labels = partial(trees.map_paths, lambda path: "train" if is_trained(path) else "frozen")
     return optax.partition({"train": train, "frozen": optax.set_to_zero()}, labels)
+
+
+def scale_learning_rate(
+    optimizer: optax.GradientTransformation, factor: Array | float
+) -> optax.GradientTransformation:
+    """Returns an optimiser whose learning rate is `factor` times as large at every update.
+
+    The updates of AdamW, decoupled weight decay included, are proportional to the learning rate.
+    The state is the same, so that optimisers with different factors can be mapped.
+
+    Args:
+      optimizer: from `make_optimizer`.
+      factor: `[]`, may be traced.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = optimizer.update(updates, state, params)
+        return jax.tree.map(lambda each: factor * each, updates), state
+
+    return optax.GradientTransformation(optimizer.init, update)
 
 
 def update_ema(
