@@ -142,6 +142,33 @@ def test_processes_that_do_not_connect_are_one_sentence(error, kind, sentence, m
         pass
 
 
+@pytest.mark.parametrize(
+    ("option", "variables", "chosen"),
+    [
+        ("slurm", {"SLURM_LOCALID": "3"}, "3"),
+        ("auto", {"OMPI_COMM_WORLD_LOCAL_RANK": "1"}, "1"),
+        ("openmpi", {"OMPI_COMM_WORLD_LOCAL_RANK": "1", "JAX_LOCAL_DEVICE_IDS": "2,3"}, "2,3"),
+        ("kubernetes", {}, None),
+        ("none", {"SLURM_LOCALID": "3"}, None),
+    ],
+)
+def test_a_process_alone_takes_the_devices_of_its_number(option, variables, chosen, monkeypatch):
+    for name in ("SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "JAX_LOCAL_DEVICE_IDS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    settings = {}
+    monkeypatch.setattr(jax.config, "update", settings.__setitem__)
+    distributed.take_local_devices(option)
+    assert settings.get("jax_cuda_visible_devices") == chosen
+
+
+def test_a_process_alone_needs_the_number_that_slurm_gives(monkeypatch):
+    monkeypatch.delenv("SLURM_LOCALID", raising=False)
+    with pytest.raises(ValueError, match="none named SLURM_LOCALID; start the command with srun"):
+        distributed.take_local_devices("slurm")
+
+
 def test_one_process_is_connected_to_none():
     with distributed.connected("none"):
         assert not jax.distributed.is_initialized()

@@ -23,6 +23,7 @@ from train import (
     record,
     reinforce,
     scan,
+    sweep,
     tabular,
 )
 from train.presets import IMITATE
@@ -58,6 +59,7 @@ PRESETS = {
     "train.record": record.PRESETS,
     "train.reinforce": reinforce.REINFORCE,
     "train.scan": scan.PRESETS,
+    "train.sweep": sweep.SWEEP,
     "train.tabular": tabular.TABULAR,
 }
 PAGES = [

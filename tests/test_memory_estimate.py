@@ -96,6 +96,12 @@ def test_the_parts_follow_from_the_config():
     assert whole.total - whole.least == whole.activations // 2
 
 
+def test_several_trainings_take_several_times_the_memory():
+    one = memory_estimate.MemoryEstimate(1, 2, 3, 4, None)
+    assert one.times(3) == (3, 6, 9, 12, None)
+    assert one._replace(activations=5).times(2).total == 30
+
+
 def test_rematerialisation_stores_less():
     mesh = parallel.make_mesh("data=1")
     stored, again = (estimate(PLAIN, mesh, remat=remat).activations for remat in (False, True))

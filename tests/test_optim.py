@@ -132,6 +132,24 @@ def test_the_last_matching_factor_scales_the_learning_rate():
         np.testing.assert_allclose(moved[path] - start[path], expected, atol=1e-6)
 
 
+def test_a_scaled_learning_rate_is_another_learning_rate():
+    rates, grads = (1e-3, 5e-3), [make_grads(seed) for seed in range(3)]
+    config = OptimConfig(learning_rate=rates[0], warmup_steps=1, weight_decay=0.1)
+    first, second = make_params(), make_params()
+    scaled = optim.scale_learning_rate(
+        optim.make_optimizer(config, NUM_UPDATES, first), rates[1] / rates[0]
+    )
+    other = dataclasses.replace(config, learning_rate=rates[1])
+    expected = optim.make_optimizer(other, NUM_UPDATES, second)
+    states = [scaled.init(first), expected.init(second)]
+    for each in grads:
+        updates, states[0] = scaled.update(each, states[0], first)
+        first = jax.tree.map(jnp.add, first, updates)
+        updates, states[1] = expected.update(each, states[1], second)
+        second = jax.tree.map(jnp.add, second, updates)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), first, second)
+
+
 def test_accumulated_updates_equal_one_update_with_the_mean_gradient():
     config = OptimConfig(learning_rate=0.1, warmup_steps=0, accumulation_steps=2)
     plain = OptimConfig(learning_rate=0.1, warmup_steps=0)

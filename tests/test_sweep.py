@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,6 +84,24 @@ def test_a_member_is_the_training_of_imitate(demos, swept, tmp_path, rate, seed)
     # train.imitate continues it
     position = checkpoint.read_metadata(swept / result.name / "checkpoints")["loader"]
     assert position == checkpoint.read_metadata(tmp_path / "run/checkpoints")["loader"]
+
+
+@pytest.mark.slow
+def test_imitate_continues_a_member(demos, swept, tmp_path):
+    result = results(swept)[3]
+    single = tiny_demos.imitation(demos, tmp_path / "run", seed=result.seed)
+    single = dataclasses.replace(
+        single, optim=dataclasses.replace(single.optim, learning_rate=result.learning_rate)
+    )
+    imitate(single)
+    shutil.copytree(swept / result.name, tmp_path / "member")
+    runs = []
+    for folder in ("run", "member"):
+        loop = dataclasses.replace(single.loop, num_updates=6)
+        runs.append(imitate(dataclasses.replace(single, run_dir=str(tmp_path / folder), loop=loop)))
+    params = [load_run(run).params for run in runs]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *params)
+    assert [line["step"] for line in read_metrics(runs[1] / "metrics.jsonl")] == [5, 6]
 
 
 def test_the_members_differ_and_are_in_the_table(swept):

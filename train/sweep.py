@@ -100,10 +100,9 @@ class SweepConfig(ImitateConfig):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} must hold every value once, got {values}; drop one.")
-        if self.first_seed >= 2**31 - self.num_episodes:
-            raise ValueError(
-                f"first_seed must be below 2^31 - num_episodes, got {self.first_seed}."
-            )
+        for name, count in (("seed", "seeds"), ("first_seed", "num_episodes")):
+            if getattr(self, name) >= 2**31 - getattr(self, count):
+                raise ValueError(f"{name} must be below 2^31 - {count}, got {getattr(self, name)}.")
         if self.overwrite and self.loop.distributed != "none":
             raise ValueError(
                 "overwrite must be False with distributed, whose processes share one folder, got "
@@ -137,6 +136,8 @@ def sweep(config: SweepConfig) -> pathlib.Path:
                 "continues."
             )
             raise
+        if is_shared:
+            stack.enter_context(_turn(run_dir))
         results = [_read_result(run_dir, member) for member in members]
         path = sweep_report.write(run_dir, results)
         console.print(sweep_report.table(results))

@@ -47,8 +47,13 @@ class MemoryEstimate(NamedTuple):
     def times(self, copies: int) -> "MemoryEstimate":
         """Returns the memory of several such trainings in one program."""
         activations = None if self.activations is None else copies * self.activations
-        known = (copies * part for part in (self.params, self.gradients, self.optimizer, self.ema))
-        return MemoryEstimate(*known, activations)
+        return MemoryEstimate(
+            copies * self.params,
+            copies * self.gradients,
+            copies * self.optimizer,
+            copies * self.ema,
+            activations,
+        )
 
 
 def estimate(
