@@ -153,6 +153,11 @@ def _check(config: SweepConfig) -> None:
             "got False; add --frozen-backbone --backbone-from RUN_DIR (python -m train.cache with "
             "the same options computes its features), or choose a preset of state."
         )
+    if config.frozen_backbone and not config.backbone_from:
+        raise ValueError(
+            "backbone_from must name a run or a model with frozen_backbone, whose random params "
+            "would depend on the seed, got ''; add --backbone-from RUN_DIR."
+        )
     if (pathlib.Path(config.run_dir) / "checkpoints").exists():
         raise ValueError(
             f"run_dir must be that of a sweep or new, but {config.run_dir} holds a single "
@@ -204,7 +209,7 @@ def _shape_name(config: ImitateConfig) -> str:
 
 
 def plan_groups(run_dir: pathlib.Path, members: Sequence[Member], group_size: int) -> list[Group]:
-    """Returns the groups with trainings that are not finished, earlier ones first.
+    """Returns the groups with trainings that are not finished, in the order of the members.
 
     A group that another process or an interrupted one has planned stays as it is.
 
@@ -228,7 +233,8 @@ def plan_groups(run_dir: pathlib.Path, members: Sequence[Member], group_size: in
             names = [member.name for member in group.members]
             write_json(run_dir / group.name / _GROUP, {"members": names})
             groups.append(group)
-    return groups
+    order = list(by_name)
+    return sorted(groups, key=lambda group: order.index(group.members[0].name))
 
 
 def _new_name(run_dir: pathlib.Path, shape: str) -> str:

@@ -27,12 +27,7 @@ from vla_jax.files import delete_folder
 from vla_jax.runs import make_metadata, write_acting
 from vla_jax.training import checkpoint, optim
 from vla_jax.training.loop import Start, check_resume, fit
-from vla_jax.training.update import (
-    TrainState,
-    averaged_params,
-    make_update,
-    with_count,
-)
+from vla_jax.training.update import TrainState, averaged_params, make_update, with_count
 from vla_jax.types import Array, Env, Key, Metrics, Params
 
 
