@@ -196,7 +196,7 @@ def test_demonstrations_tell_the_instruction_of_each_step():
 def test_policies_are_trained_and_tested_and_earlier_results_are_kept(tmp_path):
     config = ChainsConfig(
         policies=("fc", "lstm_refresh", "lstm_periodic"), num_chains=4,
-        cloning=CloningConfig(num_seeds=2, num_demonstrations=4, num_updates=1, batch_size=2,
+        cloning=CloningConfig(num_seeds=2, num_demonstrations=16, num_updates=1, batch_size=2,
                               hidden_size=8),
         run_dir=str(tmp_path / "run"),
     )  # fmt: skip

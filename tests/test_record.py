@@ -54,9 +54,9 @@ def test_chunks_limit_the_memory_and_no_episode_is_repeated(tmp_path, monkeypatc
     config = RecordConfig(str(tmp_path / "demos"), TWIN, num_episodes=12)
     chunks = []
 
-    def counting_collect(env, key, num_episodes, *, noise=0.0):
+    def counting_collect(env, key, num_episodes, *, noise=0.0, wander_steps=0):
         chunks.append(num_episodes)
-        return collect(env, key, num_episodes, noise=noise)
+        return collect(env, key, num_episodes, noise=noise, wander_steps=wander_steps)
 
     monkeypatch.setattr(module, "collect", counting_collect)
     episodes = list(module._in_parallel(jax_env.make(TWIN), config))

@@ -26,6 +26,8 @@ from vla_jax.training.update import TrainState, init_train_state, make_update
 from vla_jax.types import Array, Batch, Env, Key, Metrics, Observation, Params
 
 BLOCK = 100  # updates per jitted call, at most
+# Without it, policies with memory read the goal from the expert's motion (`collect`).
+WANDER_STEPS = 12
 _COLUMNS = ("proprio", "environment_state")
 _WEIGHTS = LossWeights(gripper=0.1)  # as in the presets of the table
 
@@ -79,7 +81,9 @@ def clone(
     """
     if variant.sees_first:
         env = with_first_observation(env)
-    demonstrations = collect(env, jax.random.fold_in(keys[0], 1), num_demonstrations)
+    demonstrations = collect(
+        env, jax.random.fold_in(keys[0], 1), num_demonstrations, wander_steps=WANDER_STEPS
+    )
     demonstrations = _cut(demonstrations)
     state_dim = np.asarray(demonstrations.observation.environment_state).shape[-1]
     agent = make_agent_config(variant, env, state_dim, hidden_size)
@@ -153,8 +157,17 @@ def _check_finite(loss: np.ndarray, before: int) -> None:
 
 
 def _cut(demonstrations: Demonstrations) -> Demonstrations:
-    """Returns the successful episodes, cut after the longest of them."""
+    """Returns the successful episodes, cut after the longest of them.
+
+    Raises:
+      ValueError: there is none.
+    """
     keep = np.flatnonzero(np.asarray(demonstrations.success))
+    if not len(keep):
+        raise ValueError(
+            "demonstrations must have a success, got none in "
+            f"{len(demonstrations.success)} episodes; raise --cloning.num-demonstrations."
+        )
     longest = int(np.max(np.asarray(demonstrations.length)[keep]))
     kept = jax.tree.map(lambda part: np.asarray(part)[keep], demonstrations)
     return kept._replace(

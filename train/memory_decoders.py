@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from vla_jax.acting.agent import AgentConfig
 from vla_jax.backbones.state import StateConfig
 from vla_jax.data.normalize import NormalizeConfig
+from vla_jax.envs.memory_table.memory_task import INSTRUCTION_STEPS
 from vla_jax.policies import policy, trunks
 from vla_jax.policies.decoder_config import DecoderConfig
 from vla_jax.policies.trunk import Mode
@@ -15,7 +16,10 @@ from vla_jax.types import Array, Env, Key, Observation, Transition
 # K: chunks that begin during the delay reach into the acting part, so that the gradient reaches the
 # cue over fewer steps. The first action of each chunk is executed.
 ACTION_HORIZON = 6
-_TOKEN_DIM = 32  # features D of the three tokens of a step
+_TOKEN_DIM = 64  # features D of the three tokens of a step
+# Three layers of the head, twice as wide as the memory, choose the block that an instruction names;
+# with one layer that is learned many times slower.
+_HEAD_LAYERS, _HEAD_FACTOR = 3, 2
 _MAX_WORDS = 12
 WINDOW = 8  # steps of the baseline with a short window
 
@@ -67,7 +71,7 @@ def make_agent_config(variant: Variant, env: Env, state_dim: int, hidden_size: i
         num_layers=1,
         num_heads=4,
         pooling="none",
-        head_sizes=(hidden_size,),
+        head_sizes=(_HEAD_FACTOR * hidden_size,) * _HEAD_LAYERS,
         # Gates that remember from 2 steps to the whole window; without them "lit" is not learned.
         gate_span=window_size,
     )
@@ -75,7 +79,7 @@ def make_agent_config(variant: Variant, env: Env, state_dim: int, hidden_size: i
         policy=policy.connect(backbone, decoder),
         normalize=NormalizeConfig(),
         mode=variant.mode,
-        instruction_steps=-1 if variant.sees_first else 1,
+        instruction_steps=-1 if variant.sees_first else INSTRUCTION_STEPS,
     )
 
 

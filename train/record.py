@@ -7,7 +7,9 @@
 The robot executes the expert's action plus noise, while the action without noise is recorded. The
 data thus covers states off the expert's path, with labels that lead back to it (DART, Laskey et al.
 2017, arXiv:1703.09327). On the MuJoCo table, `--disturbance 0.05` adds bursts of random actions,
-which cause missed grasps and dropped blocks, and recoveries from them.
+which cause missed grasps and dropped blocks, and recoveries from them. `--wander-steps 12` begins
+each episode with a random motion of up to 12 steps, so that the path of the hand does not show the
+goal to policies that remember it (`envs.demonstrations.collect`).
 """
 
 import contextlib
@@ -56,6 +58,8 @@ class RecordConfig:
     num_episodes: int = 2000  # episodes to play, with seeds 0, 1, …; only successes are kept
     noise: float = 0.25  # standard deviation of the noise on the arm dims, in action units
     disturbance: float = 0.0  # probability per step that a burst of random actions begins
+    # greatest number of steps of a random motion at the start, for policies with memory
+    wander_steps: int = 0
     num_processes: int = 0  # processes with a MuJoCo simulator each; 0 = one per core
     overwrite: bool = False  # replace an existing data set
 
@@ -70,6 +74,8 @@ class RecordConfig:
             raise ValueError(f"noise must be >= 0 units of action, got {self.noise}.")
         if not 0 <= self.disturbance <= 1:
             raise ValueError(f"disturbance must be in [0, 1] per step, got {self.disturbance}.")
+        if self.wander_steps < 0:
+            raise ValueError(f"wander_steps must be >= 0, got {self.wander_steps}.")
 
 
 def mujoco_table() -> RecordConfig:
@@ -164,10 +170,23 @@ def is_recorded(config: RecordConfig) -> bool:
     return True
 
 
-def demonstrate(simulator, seed: int, noise: float, disturbance: float) -> Episode | None:
-    """Plays one episode of the expert; returns None if it failed."""
+def demonstrate(
+    simulator, seed: int, noise: float, disturbance: float, wander_steps: int = 0
+) -> Episode | None:
+    """Plays one episode of the expert; returns None if it failed.
+
+    Args:
+      simulator: with an expert.
+      seed: of the episode.
+      noise: as in `RecordConfig`, like the next two.
+      disturbance: probability of a burst.
+      wander_steps: greatest number of steps of the motion at the start.
+    """
     observation = simulator.reset(seed)
     rng = np.random.default_rng([seed, 1])  # independent of the layout's random stream
+    wander_rng = np.random.default_rng([seed, 2])  # the noise is the same with and without it
+    wandering = int(wander_rng.integers(wander_steps + 1))
+    motion = wander_rng.uniform(-1, 1, len(simulator.expert()) - 1)
     observations, actions, masks, burst = [], [], [], 0
     while True:
         action = simulator.expert()
@@ -176,6 +195,9 @@ def demonstrate(simulator, seed: int, noise: float, disturbance: float) -> Episo
         masks.append(getattr(simulator, "is_acting", None))  # an attribute that it may lack
         burst = BURST if rng.uniform() < disturbance else burst - 1
         noisy_action = action.copy()
+        if wandering > 0:
+            noisy_action[:-1] = motion
+            wandering -= masks[-1] is not False  # a robot that only watches does not move yet
         noisy_action[:-1] += rng.normal(0, noise, len(action) - 1)
         if burst > 0:
             noisy_action = np.append(rng.uniform(-1, 1, len(action) - 1), rng.choice([-1.0, 1.0]))
@@ -212,9 +234,14 @@ def _in_parallel(env: Env, config: RecordConfig) -> Generator[Episode | None, No
     episode_bytes = sum(array.size * array.dtype.itemsize for array in arrays)
     chunk = min(config.num_episodes, max(1, int(CHUNK_BYTES / episode_bytes)))
     for number in range(math.ceil(config.num_episodes / chunk)):
-        demonstrations = jax.device_get(
-            collect(env, jax.random.key(number), chunk, noise=config.noise)
+        played = collect(
+            env,
+            jax.random.key(number),
+            chunk,
+            noise=config.noise,
+            wander_steps=config.wander_steps,
         )
+        demonstrations = jax.device_get(played)
         for index in range(min(chunk, config.num_episodes - number * chunk)):
             yield _episode(env, demonstrations, index)
 
@@ -272,7 +299,10 @@ def _play(job) -> list[Episode | None]:
     if config.world not in _SIMULATORS:
         _SIMULATORS[config.world] = worlds.make_simulator(config.world)
     simulator = _SIMULATORS[config.world]
-    return [demonstrate(simulator, seed, config.noise, config.disturbance) for seed in seeds]
+    return [
+        demonstrate(simulator, seed, config.noise, config.disturbance, config.wander_steps)
+        for seed in seeds
+    ]
 
 
 if __name__ == "__main__":

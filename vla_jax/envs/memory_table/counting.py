@@ -57,7 +57,7 @@ def _repeat_index(config: Any, cue: Cue) -> Array:
 def _draw_repeats(task: MemoryTask, config: Any, key: Key) -> Cue:
     colour_key, count_key = jax.random.split(key)
     return memory_task.make_cue(
-        shown=0,
+        shown=memory_task.INSTRUCTION_STEPS,
         colour=memory_task.random_below(colour_key, 0, rules.NUM_BLOCKS - 1),
         count=memory_task.random_below(
             count_key, _LEAST_REPEATS, memory_task.updates(task, config)
@@ -219,7 +219,7 @@ TOUCH_TIMES = MemoryTask(
     instructions=lambda config: _repeat_instructions(TOUCH_TIMES, "touch_times", _TOUCH, config),
     draw=lambda config, key: _draw_repeats(TOUCH_TIMES, config, key),
     instruction=_repeat_index,
-    max_shown=lambda config: 0,
+    max_shown=lambda config: memory_task.INSTRUCTION_STEPS,
     act_steps=lambda config: 36 + 9 * memory_task.updates(TOUCH_TIMES, config),
     display=_with_button,
     judge=_judge_touches,
@@ -227,7 +227,7 @@ TOUCH_TIMES = MemoryTask(
     chance=lambda config: _stopping_chance(TOUCH_TIMES, config),
     updates=4,
     has_delay=False,
-    cue_text=lambda config, state: "the number of touches, given at the first step",
+    cue_text=lambda config, state: "the number of touches, given at the start",
     result_text=task_captions.events("touch", "touches"),
 )
 LIFT_TIMES = MemoryTask(
@@ -235,7 +235,7 @@ LIFT_TIMES = MemoryTask(
     instructions=lambda config: _repeat_instructions(LIFT_TIMES, "lift_times", _LIFT, config),
     draw=lambda config, key: _draw_repeats(LIFT_TIMES, config, key),
     instruction=_repeat_index,
-    max_shown=lambda config: 0,
+    max_shown=lambda config: memory_task.INSTRUCTION_STEPS,
     act_steps=lambda config: 44 + 12 * memory_task.updates(LIFT_TIMES, config),
     display=_with_button,
     judge=_judge_lifts,
@@ -244,7 +244,7 @@ LIFT_TIMES = MemoryTask(
     updates=3,
     has_delay=False,
     uses_gripper=True,
-    cue_text=lambda config, state: "the number of lifts, given at the first step",
+    cue_text=lambda config, state: "the number of lifts, given at the start",
     result_text=task_captions.events("lift", "lifts"),
 )
 BLINKS = MemoryTask(

@@ -14,6 +14,7 @@ from vla_jax.types import Key
 
 NUM_CUPS = 4  # places of cups in an observation
 RISEN = 0.08  # m, height of the tool above the table from which the next contact is a new one
+INSTRUCTION_STEPS = 4  # steps for which the instruction is given; the arm is held still in them
 OFF, WHITE, GREEN = (0.0, 0.0, 0.0), (1.0, 1.0, 0.7), (0.1, 0.9, 0.2)  # the lamp's rgb in [0, 1]
 
 

@@ -142,7 +142,8 @@ def touch_target(config: Any, state: MemoryState) -> Array:
 def _draw_return(config: Any, key: Key) -> Cue:
     del config
     return memory_task.make_cue(
-        shown=0, colour=memory_task.random_below(key, 0, rules.NUM_BLOCKS - 1)
+        shown=memory_task.INSTRUCTION_STEPS,
+        colour=memory_task.random_below(key, 0, rules.NUM_BLOCKS - 1),
     )
 
 
@@ -240,7 +241,7 @@ PUT_BACK = MemoryTask(
     ),
     draw=_draw_return,
     instruction=lambda config, cue: cue.colour,
-    max_shown=lambda config: 0,
+    max_shown=lambda config: memory_task.INSTRUCTION_STEPS,
     act_steps=lambda config: 90 + config.delay,
     display=_show_return,
     judge=_judge_return,
