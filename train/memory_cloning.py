@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from train.memory_decoders import (
+    WANDER_STEPS,
     Variant,
     make_agent_config,
     with_first_observation,
@@ -26,8 +27,6 @@ from vla_jax.training.update import TrainState, init_train_state, make_update
 from vla_jax.types import Array, Batch, Env, Key, Metrics, Observation, Params
 
 BLOCK = 100  # updates per jitted call, at most
-# Without it, policies with memory read the goal from the expert's motion (`collect`).
-WANDER_STEPS = 12
 _COLUMNS = ("proprio", "environment_state")
 _WEIGHTS = LossWeights(gripper=0.1)  # as in the presets of the table
 

@@ -17,9 +17,12 @@ from vla_jax.types import Array, Env, Key, Observation, Transition
 # cue over fewer steps. The first action of each chunk is executed.
 ACTION_HORIZON = 6
 _TOKEN_DIM = 64  # features D of the three tokens of a step
-# Three layers of the head, twice as wide as the memory, choose the block that an instruction names;
-# with one layer that is learned many times slower.
-_HEAD_LAYERS, _HEAD_FACTOR = 3, 2
+# With one layer of the head, which block an instruction names is learned many times slower.
+HEAD_LAYERS = 3
+_HEAD_FACTOR = 2  # width of the head's layers, as a multiple of H
+# Random steps at the start of demonstrations; without them, policies with memory read the goal from
+# the expert's motion (`envs.demonstrations.collect`).
+WANDER_STEPS = 12
 _MAX_WORDS = 12
 WINDOW = 8  # steps of the baseline with a short window
 
@@ -71,7 +74,7 @@ def make_agent_config(variant: Variant, env: Env, state_dim: int, hidden_size: i
         num_layers=1,
         num_heads=4,
         pooling="none",
-        head_sizes=(_HEAD_FACTOR * hidden_size,) * _HEAD_LAYERS,
+        head_sizes=(_HEAD_FACTOR * hidden_size,) * HEAD_LAYERS,
         # Gates that remember from 2 steps to the whole window; without them "lit" is not learned.
         gate_span=window_size,
     )

@@ -32,9 +32,11 @@ class CloningConfig:
     """Training and test of every cell of the grid."""
 
     num_seeds: int = 3  # trainings of each policy, in one program
-    num_demonstrations: int = 1000  # episodes of the expert
-    num_updates: int = 1500  # updates of each training
-    batch_size: int = 32  # episodes per update
+    num_demonstrations: int = (
+        16_000  # episodes of the expert; with fewer, clones learn them by heart
+    )
+    num_updates: int = 2000  # updates of each training
+    batch_size: int = 16  # episodes per update
     hidden_size: int = 64  # hidden units H of each policy
     learning_rate: float = 5e-3  # peak of the cosine schedule of AdamW
     num_episodes: int = 200  # test episodes of each seed

@@ -20,6 +20,7 @@ from rich.table import Table
 from train import cache, configs
 from train.configs import ImitateConfig
 from train.demo_steps import Policy, Step, evaluation, pretraining, recording, run_steps, training
+from train.memory_decoders import ACTION_HORIZON, HEAD_LAYERS, WANDER_STEPS
 from train.pretrain import PretrainConfig
 from train.record import RecordConfig
 from vla_jax.backbones import registry
@@ -29,6 +30,7 @@ from vla_jax.command_line import run
 from vla_jax.config import checked, did_you_mean, load
 from vla_jax.data.readers.dataset_config import DatasetConfig
 from vla_jax.envs.memory_table import tasks
+from vla_jax.envs.memory_table.memory_task import INSTRUCTION_STEPS
 from vla_jax.envs.memory_table.mujoco_memory import MujocoMemoryConfig
 from vla_jax.evaluate import EvaluateConfig
 from vla_jax.evaluation import report, results
@@ -37,7 +39,6 @@ from vla_jax.policies import policy, trunks
 from vla_jax.runs import read_agent
 from vla_jax.training.optim import OptimConfig
 
-_ACTION_HORIZON = 6  # as in the suite from state: shorter ways for the gradient to the cue
 _SECONDS_TO_ENCODE = 60.0  # for the estimate of the time left
 _FIRST_SEED = 2_000_000  # of the test episodes
 
@@ -121,7 +122,12 @@ def make_steps(config: MemoryPicturesConfig, task: str) -> list[Step]:
     folder = pathlib.Path(config.run_dir) / task
     dataset = DatasetConfig(str(folder / "demonstrations"), decode="whole")
     record = recording(
-        RecordConfig(dataset.path, make_world(config, task), num_episodes=config.num_demonstrations)
+        RecordConfig(
+            dataset.path,
+            make_world(config, task),
+            num_episodes=config.num_demonstrations,
+            wander_steps=WANDER_STEPS,
+        )
     )._replace(name=f"{task}: record")
     pretrain = PretrainConfig(dataset=dataset, run_dir=str(folder / "encoder"), seed=config.seed)
     pretrain = replace(
@@ -169,11 +175,11 @@ def make_policy(config: MemoryPicturesConfig, task: str, decoder: str) -> Imitat
         base,
         kind=decoder,
         window_size=window_size,
-        action_horizon=_ACTION_HORIZON,
+        action_horizon=ACTION_HORIZON,
         hidden_size=config.hidden_size,
         num_layers=2 if is_transformer else 1,
         num_heads=4,
-        head_sizes=(config.hidden_size,),
+        head_sizes=(config.hidden_size,) * HEAD_LAYERS,
         gate_span=window_size,
     )
     mode = "persistent" if trunk.has_memory and "persistent" in trunk.modes else "refresh"
@@ -181,7 +187,7 @@ def make_policy(config: MemoryPicturesConfig, task: str, decoder: str) -> Imitat
         base,
         run_dir=str(pathlib.Path(config.run_dir) / task / decoder),
         world=world,
-        agent=replace(base.agent, mode=mode),
+        agent=replace(base.agent, mode=mode, instruction_steps=INSTRUCTION_STEPS),
         loader=replace(base.loader, seed=config.seed),
         optim=replace(
             _with_warmup(base.optim, config.num_updates),

@@ -90,12 +90,14 @@ def jax_table() -> RecordConfig:
 
 def mujoco_memory_task() -> RecordConfig:
     """A memory task on the MuJoCo table, with images: --task lit; steps of watching are masked."""
-    return RecordConfig("demos/memory", MujocoMemoryConfig(image_size=64), num_episodes=600)
+    return RecordConfig(
+        "demos/memory", MujocoMemoryConfig(image_size=64), num_episodes=600, wander_steps=12
+    )
 
 
 def jax_memory_task() -> RecordConfig:
     """A memory task on the JAX table, from its state unless --image-size is above 0."""
-    return RecordConfig("demos/memory_jax", JaxMemoryConfig(), num_episodes=1000)
+    return RecordConfig("demos/memory_jax", JaxMemoryConfig(), num_episodes=1000, wander_steps=12)
 
 
 PRESETS = {
