@@ -66,7 +66,7 @@ def test_a_killed_process_ends_the_others_with_its_name(victim):
         if index != victim:
             assert code == distributed.OTHER_DIED, errors
             assert f"error: process {victim}" in errors.splitlines()[-1]
-            assert errors.endswith("the same command resumes the training\n")
+            assert errors.endswith("the same command continues\n")
             assert f"PID {processes[victim].pid}) has died" in errors or victim == 0
 
 

@@ -4,6 +4,7 @@
     python -m vla_jax.evaluate RUN_DIR --mode persistent --num-episodes 500
     python -m vla_jax.evaluate RUN_DIR --reference expert_ignoring_colour --world table_mujoco
     python -m vla_jax.evaluate RUN_DIR --remote ws://127.0.0.1:8000
+    srun python -m vla_jax.evaluate RUN_DIR --distributed slurm    # shares the episodes
 
 Writes into `RUN_DIR/evaluation/NAME`: a line per episode in `episodes.jsonl`, videos, and
 `summary.json`; `RUN_DIR/index.html` shows them. An interrupted evaluation is resumed by the same
@@ -18,13 +19,14 @@ import shlex
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, NamedTuple
 
+import jax
 import numpy as np
 from rich.console import Console
 
 from vla_jax import config as configs
 from vla_jax import folder_lock, stopping
 from vla_jax.acting.agent import AgentConfig
-from vla_jax.acting.rollout import Outcome, RecordedEpisode, SimulatorView, run_simulators
+from vla_jax.acting.rollout import RecordedEpisode, SimulatorView, run_simulators
 from vla_jax.command_line import exit_codes, parse
 from vla_jax.envs import worlds
 from vla_jax.envs.worlds import WorldConfig, make_simulator
@@ -33,10 +35,14 @@ from vla_jax.evaluation.results import Latency, Summary
 from vla_jax.evaluation_setup import EvaluateConfig, EvaluationSetup, make_setup
 from vla_jax.files import Path, delete_folder, named_errors, read_json, write_json, write_json_lines
 from vla_jax.runs import Run
+from vla_jax.training import distributed
+from vla_jax.training.parallel import is_first_process
 from vla_jax.training.progress import progress_bar
 from vla_jax.types import Simulator, SuccessRule
 
 _DEFAULTS = EvaluateConfig()
+EPISODES = "episodes.jsonl"  # file of the outcomes, a line each
+_PART = "episodes.{}.jsonl"  # likewise, of a process that plays beside the first one
 _VIDEO_SIZE = 320  # pixels along each side
 _RENDERED_SIZE = 160  # pixels of the images that a JAX environment renders for a video
 
@@ -54,6 +60,9 @@ def evaluate(
 ) -> Summary:
     """Evaluates a policy in closed loop; episodes of an interrupted evaluation are not repeated.
 
+    With `config.distributed` every process plays its share of the episodes and returns the summary
+    of all; the first one writes it.
+
     Args:
       run: run of `load_run`, or its folder.
       config: episodes, environment and execution.
@@ -69,18 +78,31 @@ def evaluate(
       RuntimeError: every episode crashed: an exception, or actions that are not finite.
     """
     config = config or EvaluateConfig()
+    with distributed.connected(config.distributed):
+        return _evaluate(run, config, console)
+
+
+def _evaluate(run: Run | Path, config: EvaluateConfig, console: Console | None) -> Summary:
     setup = make_setup(run, config)
-    probe = _probe(setup, config)
-    _open(setup, overwrite=config.overwrite)
+    probe, is_first = _probe(setup, config), is_first_process()
+    if is_first:
+        _open(setup, overwrite=config.overwrite)
+    distributed.wait_for_all("open")
     seeds = range(config.first_seed, config.first_seed + config.num_episodes)
-    with (
-        folder_lock.hold(
-            setup.folder / ".lock", f"evaluation {setup.folder}", "choose another --name"
-        ),
-        contextlib.ExitStack() as stack,
-    ):
+    with contextlib.ExitStack() as stack:
+        if is_first:
+            stack.enter_context(
+                folder_lock.hold(
+                    setup.folder / ".lock", f"evaluation {setup.folder}", "choose another --name"
+                )
+            )
         stack.callback(setup.disconnect)
-        played = _play_all(setup, config, seeds, probe.control_hz, console)
+        _play_all(setup, config, seeds, probe.control_hz, console)
+        distributed.wait_for_all("played")
+        if is_first:
+            _merge(setup.folder)
+    distributed.wait_for_all("merged")
+    played = {outcome.seed: outcome for outcome in results.read_outcomes(setup.folder / EPISODES)}
     summary = results.summarize((played[seed] for seed in seeds), latency=probe.latency)
     first_error = next((o.error for o in played.values() if o.error), "")
     if not summary.total.episodes:
@@ -88,15 +110,16 @@ def evaluate(
             f"the simulator or the policy crashed in every episode, first with {first_error}; "
             "mend the cause, then evaluate again with --overwrite."
         )
-    write_json(
-        setup.folder / "summary.json",
-        {
-            "command": _command(setup.folder.parents[1], config),
-            "settings": setup.settings,
-            "success_rule": probe.success_rule,
-            "summary": results.to_json(summary),
-        },
-    )
+    if is_first:
+        write_json(
+            setup.folder / "summary.json",
+            {
+                "command": _command(setup.folder.parents[1], config),
+                "settings": setup.settings,
+                "success_rule": probe.success_rule,
+                "summary": results.to_json(summary),
+            },
+        )
     return summary
 
 
@@ -106,14 +129,17 @@ def _play_all(
     seeds: Sequence[int],
     control_hz: float,
     console: Console | None,
-) -> dict[int, Outcome]:
-    """Plays the episodes that are not in the folder yet; returns all outcomes by seed.
+) -> None:
+    """Plays this process's share of the episodes that are not in the folder yet.
 
     After SIGTERM or Ctrl-C it ends the program when the next episode is kept.
     """
-    file = setup.folder / "episodes.jsonl"
+    file = setup.folder / EPISODES
     played = {outcome.seed: outcome for outcome in results.read_outcomes(file)}
-    left = [seed for seed in seeds if seed not in played]
+    distributed.wait_for_all("read")  # every process deals out the same episodes
+    missing = [seed for seed in seeds if seed not in played]
+    left = missing[jax.process_index() :: jax.process_count()]
+    seeds = [seed for seed in seeds if seed in played or seed in {*left}]
     with (
         progress_bar(setup.folder.name, len(seeds), unit="episodes", console=console) as show,
         stopping.deferred("episode") as stop,
@@ -125,7 +151,6 @@ def _play_all(
             show(len(finished), results.count_successes(finished))
             if stop.requested and len(finished) < len(seeds):
                 stop.end(f"{len(finished)} episodes are in {file}; the same command continues")
-    return played
 
 
 def _open(setup: EvaluationSetup, *, overwrite: bool) -> None:
@@ -143,8 +168,20 @@ def _open(setup: EvaluationSetup, *, overwrite: bool) -> None:
     with named_errors(setup.folder):
         setup.folder.mkdir(parents=True, exist_ok=True)
     write_json(path, setup.settings)
-    file = setup.folder / "episodes.jsonl"  # drops a line that a killed process left incomplete
-    write_json_lines(file, [outcome._asdict() for outcome in results.read_outcomes(file)])
+    _merge(setup.folder)
+
+
+def _merge(folder: pathlib.Path) -> None:
+    """Joins the episodes of all processes in the file of the first one.
+
+    Drops lines that killed processes left incomplete.
+    """
+    parts = sorted(folder.glob(_PART.format("*")))
+    files = [folder / EPISODES, *parts]
+    outcomes = {o.seed: o for file in files for o in results.read_outcomes(file)}
+    write_json_lines(files[0], [outcomes[seed]._asdict() for seed in sorted(outcomes)])
+    for part in parts:
+        part.unlink()
 
 
 def _read_settings(path: pathlib.Path) -> dict[str, Any]:
@@ -215,7 +252,8 @@ def _keep(setup: EvaluationSetup, episode: RecordedEpisode, fps: float) -> None:
         path = setup.folder / video.file_name(outcome.seed, outcome.task, outcome.success)
         frames = video.caption(episode.video, [line for line in lines if line], outcome.success)
         video.write_mp4(path, frames, fps)
-    results.append_outcome(setup.folder / "episodes.jsonl", outcome)
+    index = jax.process_index()
+    results.append_outcome(setup.folder / (_PART.format(index) if index else EPISODES), outcome)
 
 
 def _command(run_dir: pathlib.Path, config: EvaluateConfig) -> str:
@@ -223,7 +261,7 @@ def _command(run_dir: pathlib.Path, config: EvaluateConfig) -> str:
     words = ["python", "-m", "vla_jax.evaluate", str(run_dir)]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if value != field.default and field.name != "overwrite":
+        if value != field.default and field.name not in ("overwrite", "distributed"):
             words += [f"--{field.name.replace('_', '-')}", str(value)]
     return shlex.join(words)
 
@@ -246,9 +284,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with exit_codes():
         run_dir, config = parse(arguments, argv, prog="python -m vla_jax.evaluate")
-        summary = evaluate(run_dir, config)
-        Console().print(results.table(summary))
-        print(report.write_index(run_dir))
+        with distributed.connected(config.distributed):
+            summary = evaluate(run_dir, config)
+            if is_first_process():
+                Console().print(results.table(summary))
+                print(report.write_index(run_dir))
 
 
 if __name__ == "__main__":

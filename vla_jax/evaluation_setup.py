@@ -21,6 +21,7 @@ from vla_jax.files import Path
 from vla_jax.policies import trunks
 from vla_jax.runs import Run, load_run, read_world
 from vla_jax.serving.remote_player import RemotePlayer
+from vla_jax.training import distributed
 from vla_jax.types import Env
 
 # Options of `EvaluateConfig` that a reference does not have, nor a remote policy but the last.
@@ -58,9 +59,13 @@ class EvaluateConfig:
     # policy server that acts instead of the run's policy, ws://HOST:PORT; its token, if it has one,
     # is read from the environment variable VLA_JAX_TOKEN
     remote: str | None = None
+    # processes that share the episodes, on one host or many: none, auto, slurm, openmpi,
+    # kubernetes, or host:port,processes,index with the address of the first one
+    distributed: str = "none"
 
     def __post_init__(self):
-        """Checks the counts and the name."""
+        """Checks the counts and the names."""
+        distributed.parse(self.distributed)
         for name, least in (("num_episodes", 1), ("num_simulators", 1), ("num_videos", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")

@@ -1,4 +1,4 @@
-"""Several processes that train together, on one host or many, by one option.
+"""Several processes that work together, on one host or many, by one option.
 
 `together` connects the processes before anything uses a device, and watches them: when one dies or
 fails, the others end with one sentence that names it, instead of waiting in a collective for ever.
@@ -30,7 +30,8 @@ _HEARTBEATS = "vla_jax/heartbeats"  # key of the heartbeats
 _INTERVAL = 2.0  # s between two heartbeats
 _SILENCE = 30.0  # s without a heartbeat after which a process is dead
 _GRACE = 5.0  # s that a process has to end by its own error after another one has failed
-_RESUMES = "the same command resumes the training"
+_RESUMES = "the same command continues"
+_BARRIER = 2**31 - 1  # ms that a process waits for the others at most; the watch ends it earlier
 _FIRST_DIED = f"process 0, which connects the others, has died; {_RESUMES}"
 _PEER_LOST = re.compile(r"gloo|nccl|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED", re.IGNORECASE)
 
@@ -203,6 +204,15 @@ def _missing(option: str, cluster: Cluster, missing: Sequence[str]) -> ValueErro
         f"{', '.join(cluster.variables)}, got none named {', '.join(missing)}; "
         f"{cluster.remedy}."
     )
+
+
+def wait_for_all(place: str) -> None:
+    """Waits until every process has come to a place of the program, named by `place`.
+
+    Uses no device, so that a process may wait for hours. Returns at once without other processes.
+    """
+    if jax.process_count() > 1:
+        _runtime().client.wait_at_barrier(f"vla_jax/{place}", _BARRIER)
 
 
 def _initialize(option: str, address: Address | None) -> None:
