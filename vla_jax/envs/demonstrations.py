@@ -69,13 +69,13 @@ def collect(
 
     def step(carry, step_key):
         state, observation, alive, wandering = carry
-        action, acts = jax.vmap(expert)(state), jax.vmap(is_acting)(state)
-        instruction = jax.vmap(env.instruction_index)(state)
+        action, acts = jnp.asarray(jax.vmap(expert)(state)), jax.vmap(is_acting)(state)
+        instruction = jnp.asarray(jax.vmap(env.instruction_index)(state))
         executed = action
         if wander_steps:
             wander_key = jax.random.fold_in(step_key, 1)
             wandering, executed = _wander(
-                wandering, wander_key, instruction, acts, action, wander_steps
+                wandering, wander_key, instruction, jnp.asarray(acts), action, wander_steps
             )
         jitter = noise * jax.random.normal(step_key, action.shape)
         executed = (executed + jitter).at[:, -1].set(action[:, -1])  # the gripper as the expert's
