@@ -63,6 +63,7 @@ def test_cached_tokens_equal_the_outputs_of_the_backbone(config, small_shards):
     np.testing.assert_array_equal(blind.tokens.mask[mask], encoded.mask[mask])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_tokens_in_half_precision_are_rounded_and_train_the_policy(dtype, config):
     whole = np.asarray(tokens_of(config)[1].tokens[:50])

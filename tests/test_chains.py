@@ -193,6 +193,7 @@ def test_demonstrations_tell_the_instruction_of_each_step():
     np.testing.assert_array_equal(_age(np.array([[3, 3, 5, 5, 5, 3]])), [[0, 1, 0, 1, 2, 0]])
 
 
+@pytest.mark.slow
 def test_policies_are_trained_and_tested_and_earlier_results_are_kept(tmp_path):
     config = ChainsConfig(
         policies=("fc", "lstm_refresh", "lstm_periodic"), num_chains=4,

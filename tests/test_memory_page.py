@@ -31,6 +31,7 @@ def run(tmp_path_factory):
     return folder, [score, other], films
 
 
+@pytest.mark.slow
 def test_the_expert_and_the_policy_are_filmed(run):
     folder, _, films = run
     expert, *of_policy = films["lit"]
@@ -45,6 +46,7 @@ def test_the_expert_and_the_policy_are_filmed(run):
     assert all((folder / film.path).stat().st_size > 1000 for film in films["lit"])
 
 
+@pytest.mark.slow
 def test_films_are_made_again_only_if_the_results_differ(run, monkeypatch):
     folder, scores, films = run
     monkeypatch.setattr(memory_films, "_make_films", lambda *args: iter(()))
@@ -53,6 +55,7 @@ def test_films_are_made_again_only_if_the_results_differ(run, monkeypatch):
     assert memory_films.film_tasks(folder, changed, 0, lambda count: None) == {"lit": []}
 
 
+@pytest.mark.slow
 def test_the_page_has_relative_links_alone(run):
     folder, scores, films = run
     page = memory_page.write(folder, scores, ("fc", "first_and_now", "gru"), TINY, films)

@@ -22,6 +22,7 @@ def score(decoder, success, **world):
     return Score(GridCell(JaxMemoryConfig(**world), decoder), np.array(success), {}, 0.25, 1.0)
 
 
+@pytest.mark.slow
 def test_an_interrupted_grid_continues_and_other_cells_are_not_taken(tmp_path, monkeypatch):
     config = MemorySuiteConfig(
         tasks=("lit", "cups"), decoders=("fc", "lstm"), delays=(), items=(), swaps=0, touches=0,

@@ -77,6 +77,7 @@ def test_a_failed_or_killed_worker_is_an_error_and_ends_the_others(task, error, 
     assert time.monotonic() - began < 300
 
 
+@pytest.mark.slow
 def test_a_cell_keeps_the_policy_of_the_first_seed_as_a_run(tmp_path):
     from vla_jax.runs import load_run
 

@@ -63,7 +63,7 @@ def test_every_stored_data_set_is_trained_on():
     assert PROPRIO.keys() == {path.name for path in DATASETS.iterdir() if path.is_dir()}
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROPRIO)
 def test_a_policy_trains_on_the_format_and_resumes_to_the_bit(name, tmp_path):
     data = dataset(name, tmp_path)
@@ -77,6 +77,7 @@ def test_a_policy_trains_on_the_format_and_resumes_to_the_bit(name, tmp_path):
     assert find_reader(data) in READERS.values()
 
 
+@pytest.mark.slow
 def test_a_policy_trains_on_a_mixture_of_all_formats_and_resumes_to_the_bit(tmp_path):
     entries = []
     for weight, name in enumerate(PROPRIO, start=1):

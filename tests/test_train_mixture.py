@@ -142,6 +142,7 @@ def test_a_policy_of_other_sizes_than_the_mixture_is_refused_before_encoding(
         cache(config)
 
 
+@pytest.mark.slow
 def test_a_backbone_is_pretrained_on_a_mixture_and_resumes_to_the_bit(mixture, tmp_path):
     config = dataclasses.replace(
         tiny_demos.pretraining("", tmp_path / "run"),

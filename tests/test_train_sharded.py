@@ -78,6 +78,7 @@ def test_a_state_is_made_sharded_and_equals_that_of_one_device():
         np.testing.assert_allclose(leaf, expected[path], rtol=0, atol=1e-6, err_msg=path)
 
 
+@pytest.mark.slow
 def test_resuming_restores_to_the_devices_and_makes_no_other_state(demos, tmp_path, monkeypatch):
     config = training(demos, tmp_path / "run", mesh="data=2,fsdp=2")
     imitate(config)
@@ -98,6 +99,7 @@ def refuse_arrays(params, *args, **options):
     return init_train_state(params, *args, **options)
 
 
+@pytest.mark.slow
 def test_a_frozen_backbone_is_stored_once_and_read_with_every_checkpoint(demos, tmp_path):
     config = training(demos, tmp_path / "run", mesh="data=1", frozen_backbone=True)
     run_dir = imitate(config)

@@ -193,6 +193,7 @@ def test_a_run_gives_its_model_tokenizer_and_adaptation_to_the_next(demos, folde
     assert "action_token" not in backbone_leaves(imitate(config))
 
 
+@pytest.mark.slow
 def test_a_sharded_update_of_an_adapted_model_equals_that_of_one_device(demos, folder, tmp_path):
     config = training(demos, tmp_path / "one", folder, num_updates=1, lora=LoraConfig(rank=2))
     config = dataclasses.replace(config, loader=dataclasses.replace(config.loader, batch_size=4))
