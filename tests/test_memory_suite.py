@@ -141,7 +141,7 @@ def test_unknown_names_are_refused_before_any_training():
 @pytest.mark.slow
 def test_memory_is_what_success_depends_on():
     """A window that ends before the cue is at chance, memory of the episode is not."""
-    config = CloningConfig(num_seeds=1, num_updates=600, num_demonstrations=600, num_episodes=100)
+    config = CloningConfig(num_seeds=1, num_updates=600, num_demonstrations=4000, num_episodes=100)
     world = JaxMemoryConfig(task="lit", delay=10)
     rates = {
         name: memory_grid.run_cell(GridCell(world, name), config).success[0]

@@ -18,6 +18,7 @@ from vla_jax.envs.demonstrations import collect
 from vla_jax.envs.memory_table.memory_env import JaxMemoryConfig
 from vla_jax.envs.memory_table.mujoco_memory import MujocoMemoryConfig
 from vla_jax.envs.table import jax_env, mujoco_env
+from vla_jax.types import SimulatorStep
 
 TWIN = jax_env.JaxTableConfig(image_size=0, max_steps=20)
 
@@ -184,3 +185,39 @@ def test_actions_of_the_watched_part_of_a_memory_task_are_masked(tmp_path, table
     assert windows.timestep_mask.all()
     assert not windows.action_mask.any()
     assert not windows.action.any()
+
+
+class Watching:
+    """A simulator whose robot watches for two steps; its expert always sends the same action."""
+
+    instruction = "wait, then move"
+
+    def __init__(self):
+        self.executed, self.is_acting = [], False
+
+    def reset(self, seed):
+        return {"proprio": np.zeros(1)}
+
+    def expert(self):
+        return np.array([0.5, -0.5, 1.0])
+
+    def step(self, action):
+        self.executed.append(action)
+        self.is_acting = len(self.executed) >= 2
+        return SimulatorStep({"proprio": np.zeros(1)}, 0.0, len(self.executed) == 12, False, True)
+
+
+def test_a_random_motion_replaces_the_first_actions_but_not_their_labels():
+    counts = []
+    for seed in range(20):
+        simulator = Watching()
+        episode = module.demonstrate(simulator, seed, 0.0, 0.0, wander_steps=3)
+        np.testing.assert_array_equal(episode.action, np.tile(simulator.expert(), (12, 1)))
+        np.testing.assert_array_equal(episode.action_mask, [False] * 2 + [True] * 10)
+        executed = np.array(simulator.executed)
+        np.testing.assert_array_equal(executed[:, 2], 1.0)  # the gripper is the expert's
+        wanders = np.any(executed[:, :2] != simulator.expert()[:2], axis=1)
+        counts.append(int(wanders[2:].sum()))  # steps at which the robot acts
+        assert np.all(wanders[2 : 2 + counts[-1]])
+        assert np.all(executed[wanders] == executed[:1])
+    assert set(counts) == {0, 1, 2, 3}

@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from train import memory_cloning
+from train import memory_cloning, memory_decoders
 from train.memory_cloning import Clones
 from train.memory_decoders import Variant
 from train.memory_grid import CloningConfig
@@ -186,7 +186,7 @@ def _mean_and_range(values: np.ndarray) -> str:
 def _settings(config: ChainsConfig) -> dict[str, Any]:
     """Returns everything that a result depends on, as JSON has it."""
     mode = config.mode or ""
-    cloning = dataclasses.asdict(config.cloning)
+    cloning = {**dataclasses.asdict(config.cloning), **memory_decoders.settings()}
     return {"num_chains": config.num_chains, "length": config.length, "mode": mode, **cloning}
 
 

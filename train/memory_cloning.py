@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from train.memory_decoders import (
-    WANDER_STEPS,
+    ACTION_HORIZON,
     Variant,
     make_agent_config,
     with_first_observation,
@@ -18,7 +18,7 @@ from vla_jax.acting.agent import AgentConfig, make_agent, read_instruction
 from vla_jax.acting.rollout import Episodes, run_env
 from vla_jax.data import normalize
 from vla_jax.data.normalize import NormStats
-from vla_jax.envs.demonstrations import Demonstrations, collect
+from vla_jax.envs.demonstrations import WANDER_STEPS, Demonstrations, collect
 from vla_jax.policies import policy
 from vla_jax.training import loss_terms, losses, optim
 from vla_jax.training.loss_terms import LossWeights
@@ -96,7 +96,7 @@ def clone(
     update = make_update(partial(_loss, agent), optimizer)
     window_size = variant.window_size or data.real.shape[1]
     num_windows = batch_size * data.real.shape[1] // window_size
-    draw = partial(_draw, data, window_size, num_windows, variant.action_horizon)
+    draw = partial(_draw, data, window_size, num_windows, ACTION_HORIZON)
 
     size = -(-num_updates // -(-num_updates // BLOCK))  # blocks of equal size: one compilation
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from vla_jax.acting.agent import AgentConfig
 from vla_jax.backbones.state import StateConfig
 from vla_jax.data.normalize import NormalizeConfig
+from vla_jax.envs.demonstrations import WANDER_STEPS
 from vla_jax.envs.memory_table.memory_task import INSTRUCTION_STEPS
 from vla_jax.policies import policy, trunks
 from vla_jax.policies.decoder_config import DecoderConfig
@@ -20,9 +21,6 @@ _TOKEN_DIM = 64  # features D of the three tokens of a step
 # With one layer of the head, which block an instruction names is learned many times slower.
 HEAD_LAYERS = 3
 _HEAD_FACTOR = 2  # width of the head's layers, as a multiple of H
-# Random steps at the start of demonstrations; without them, policies with memory read the goal from
-# the expert's motion (`envs.demonstrations.collect`).
-WANDER_STEPS = 12
 _MAX_WORDS = 12
 WINDOW = 8  # steps of the baseline with a short window
 
@@ -35,7 +33,6 @@ class Variant(NamedTuple):
     window_size: int = 0  # steps of its memory; 0 = the whole episode
     # whether the policy also sees the first observation and the instruction at every step
     sees_first: bool = False
-    action_horizon: int = ACTION_HORIZON  # K, actions that it predicts at each step
 
 
 def variants() -> dict[str, Variant]:
@@ -69,7 +66,7 @@ def make_agent_config(variant: Variant, env: Env, state_dim: int, hidden_size: i
     decoder = DecoderConfig(
         kind=variant.kind,
         window_size=window_size,
-        action_horizon=variant.action_horizon,
+        action_horizon=ACTION_HORIZON,
         hidden_size=hidden_size,
         num_layers=1,
         num_heads=4,
@@ -84,6 +81,18 @@ def make_agent_config(variant: Variant, env: Env, state_dim: int, hidden_size: i
         mode=variant.mode,
         instruction_steps=-1 if variant.sees_first else INSTRUCTION_STEPS,
     )
+
+
+def settings() -> dict[str, int]:
+    """Returns what results depend on beside the options of a script."""
+    return {
+        "action_horizon": ACTION_HORIZON,
+        "token_dim": _TOKEN_DIM,
+        "head_layers": HEAD_LAYERS,
+        "head_factor": _HEAD_FACTOR,
+        "instruction_steps": INSTRUCTION_STEPS,
+        "wander_steps": WANDER_STEPS,
+    }
 
 
 def with_first_observation(env: Env) -> Env:

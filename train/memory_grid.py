@@ -32,9 +32,7 @@ class CloningConfig:
     """Training and test of every cell of the grid."""
 
     num_seeds: int = 3  # trainings of each policy, in one program
-    num_demonstrations: int = (
-        16_000  # episodes of the expert; with fewer, clones learn them by heart
-    )
+    num_demonstrations: int = 16_000  # episodes of the expert; clones overfit to few of them
     num_updates: int = 2000  # updates of each training
     batch_size: int = 16  # episodes per update
     hidden_size: int = 64  # hidden units H of each policy
@@ -135,8 +133,12 @@ def to_json(score: Score, config: CloningConfig) -> dict[str, Any]:
         "groups": score.groups,
         "chance": score.chance,
         "seconds": round(score.seconds, 1),
-        "cloning": dataclasses.asdict(config),
+        "cloning": _settings(config),
     }
+
+
+def _settings(config: CloningConfig) -> dict[str, Any]:
+    return {**dataclasses.asdict(config), **memory_decoders.settings()}
 
 
 def read_scores(
@@ -148,6 +150,6 @@ def read_scores(
     by_identity = {tuple(identity(cell).values()): cell for cell in cells}
     for line in lines:
         cell = by_identity.get(tuple(line[name] for name in _IDENTITY))
-        if cell is not None and line["cloning"] == dataclasses.asdict(config):
+        if cell is not None and line["cloning"] == _settings(config):
             success = np.array(line["success"])
             yield Score(cell, success, line["groups"], line["chance"], line["seconds"])

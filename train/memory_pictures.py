@@ -20,7 +20,7 @@ from rich.table import Table
 from train import cache, configs
 from train.configs import ImitateConfig
 from train.demo_steps import Policy, Step, evaluation, pretraining, recording, run_steps, training
-from train.memory_decoders import ACTION_HORIZON, HEAD_LAYERS, WANDER_STEPS
+from train.memory_decoders import ACTION_HORIZON, HEAD_LAYERS
 from train.pretrain import PretrainConfig
 from train.record import RecordConfig
 from vla_jax.backbones import registry
@@ -29,6 +29,7 @@ from vla_jax.backbones.registry import BackboneConfig
 from vla_jax.command_line import run
 from vla_jax.config import checked, did_you_mean, load
 from vla_jax.data.readers.dataset_config import DatasetConfig
+from vla_jax.envs.demonstrations import WANDER_STEPS
 from vla_jax.envs.memory_table import tasks
 from vla_jax.envs.memory_table.memory_task import INSTRUCTION_STEPS
 from vla_jax.envs.memory_table.mujoco_memory import MujocoMemoryConfig

@@ -33,7 +33,7 @@ from vla_jax.config import checked
 from vla_jax.data.dataset import Episode
 from vla_jax.data.readers.lerobot import writer
 from vla_jax.envs import worlds
-from vla_jax.envs.demonstrations import Demonstrations, collect
+from vla_jax.envs.demonstrations import WANDER_STEPS, Demonstrations, collect
 from vla_jax.envs.memory_table.memory_env import JaxMemoryConfig
 from vla_jax.envs.memory_table.mujoco_memory import MujocoMemoryConfig
 from vla_jax.envs.table import jax_env, mujoco_env
@@ -91,13 +91,18 @@ def jax_table() -> RecordConfig:
 def mujoco_memory_task() -> RecordConfig:
     """A memory task on the MuJoCo table, with images: --task lit; steps of watching are masked."""
     return RecordConfig(
-        "demos/memory", MujocoMemoryConfig(image_size=64), num_episodes=600, wander_steps=12
+        "demos/memory",
+        MujocoMemoryConfig(image_size=64),
+        num_episodes=600,
+        wander_steps=WANDER_STEPS,
     )
 
 
 def jax_memory_task() -> RecordConfig:
     """A memory task on the JAX table, from its state unless --image-size is above 0."""
-    return RecordConfig("demos/memory_jax", JaxMemoryConfig(), num_episodes=1000, wander_steps=12)
+    return RecordConfig(
+        "demos/memory_jax", JaxMemoryConfig(), num_episodes=1000, wander_steps=WANDER_STEPS
+    )
 
 
 PRESETS = {
@@ -199,7 +204,8 @@ def demonstrate(
         noisy_action = action.copy()
         if wandering > 0:
             noisy_action[:-1] = motion
-            wandering -= masks[-1] is not False  # a robot that only watches does not move yet
+            if masks[-1] is None or masks[-1]:  # a robot that only watches does not move yet
+                wandering -= 1
         noisy_action[:-1] += rng.normal(0, noise, len(action) - 1)
         if burst > 0:
             noisy_action = np.append(rng.uniform(-1, 1, len(action) - 1), rng.choice([-1.0, 1.0]))

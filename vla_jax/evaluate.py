@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import pathlib
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -26,7 +26,7 @@ from rich.console import Console
 from vla_jax import config as configs
 from vla_jax import folder_lock, stopping
 from vla_jax.acting.agent import AgentConfig
-from vla_jax.acting.rollout import RecordedEpisode, SimulatorView, run_simulators
+from vla_jax.acting.rollout import Outcome, RecordedEpisode, SimulatorView, run_simulators
 from vla_jax.command_line import exit_codes, parse
 from vla_jax.envs import worlds
 from vla_jax.envs.worlds import WorldConfig, make_simulator
@@ -43,6 +43,7 @@ from vla_jax.types import Simulator, SuccessRule
 _DEFAULTS = EvaluateConfig()
 EPISODES = "episodes.jsonl"  # file of the outcomes, a line each
 _PART = "episodes.{}.jsonl"  # likewise, of a process that plays beside the first one
+_STOP = "stop"  # what a process announces to the others when it got a signal
 _VIDEO_SIZE = 320  # pixels along each side
 _RENDERED_SIZE = 160  # pixels of the images that a JAX environment renders for a video
 
@@ -61,7 +62,8 @@ def evaluate(
     """Evaluates a policy in closed loop; episodes of an interrupted evaluation are not repeated.
 
     With `config.distributed` every process plays its share of the episodes and returns the summary
-    of all; the first one writes it.
+    of all; the first one writes it. Nothing may have used a device before in that case, so `run` is
+    a folder.
 
     Args:
       run: run of `load_run`, or its folder.
@@ -91,18 +93,9 @@ def _evaluate(run: Run | Path, config: EvaluateConfig, console: Console | None) 
     seeds = range(config.first_seed, config.first_seed + config.num_episodes)
     with contextlib.ExitStack() as stack:
         if is_first:
-            stack.enter_context(
-                folder_lock.hold(
-                    setup.folder / ".lock", f"evaluation {setup.folder}", "choose another --name"
-                )
-            )
+            stack.enter_context(folder_lock.hold(*_lock(setup)))
         stack.callback(setup.disconnect)
-        _play_all(setup, config, seeds, probe.control_hz, console)
-        distributed.wait_for_all("played")
-        if is_first:
-            _merge(setup.folder)
-    distributed.wait_for_all("merged")
-    played = {outcome.seed: outcome for outcome in results.read_outcomes(setup.folder / EPISODES)}
+        played = _play_all(setup, config, seeds, probe.control_hz, console)
     summary = results.summarize((played[seed] for seed in seeds), latency=probe.latency)
     first_error = next((o.error for o in played.values() if o.error), "")
     if not summary.total.episodes:
@@ -123,39 +116,73 @@ def _evaluate(run: Run | Path, config: EvaluateConfig, console: Console | None) 
     return summary
 
 
+def _lock(setup: EvaluationSetup) -> tuple[pathlib.Path, str, str]:
+    return setup.folder / ".lock", f"evaluation {setup.folder}", "choose another --name"
+
+
+def share(
+    seeds: Sequence[int], played: Container[int], index: int, num_processes: int
+) -> list[int]:
+    """Returns the episodes that are not played yet and fall to one of several processes.
+
+    Args:
+      seeds: of all episodes.
+      played: seeds of those that are played.
+      index: of the process.
+      num_processes: that share the episodes.
+    """
+    return [seed for seed in seeds if seed not in played][index::num_processes]
+
+
 def _play_all(
     setup: EvaluationSetup,
     config: EvaluateConfig,
     seeds: Sequence[int],
     control_hz: float,
     console: Console | None,
-) -> None:
-    """Plays this process's share of the episodes that are not in the folder yet.
+) -> dict[int, Outcome]:
+    """Plays this process's share of the missing episodes; returns all outcomes by seed.
 
-    After SIGTERM or Ctrl-C it ends the program when the next episode is kept.
+    After SIGTERM or Ctrl-C in any of the processes, each of them ends when its next episode is
+    kept.
     """
     file = setup.folder / EPISODES
-    played = {outcome.seed: outcome for outcome in results.read_outcomes(file)}
+    earlier = {outcome.seed: outcome for outcome in results.read_outcomes(file)}
     distributed.wait_for_all("read")  # every process deals out the same episodes
-    missing = [seed for seed in seeds if seed not in played]
-    left = missing[jax.process_index() :: jax.process_count()]
-    seeds = [seed for seed in seeds if seed in played or seed in {*left}]
+    left = share(seeds, earlier, jax.process_index(), jax.process_count())
+    own = [earlier[seed] for seed in seeds if seed in earlier]
+    num_own = len(own) + len(left)
     with (
-        progress_bar(setup.folder.name, len(seeds), unit="episodes", console=console) as show,
+        progress_bar(setup.folder.name, num_own, unit="episodes", console=console) as show,
         stopping.deferred("episode") as stop,
     ):
         for episode in _play(setup, config, left):
             _keep(setup, episode, control_hz)
-            played[episode.outcome.seed] = episode.outcome
-            finished = [played[seed] for seed in seeds if seed in played]
-            show(len(finished), results.count_successes(finished))
-            if stop.requested and len(finished) < len(seeds):
-                stop.end(f"{len(finished)} episodes are in {file}; the same command continues")
+            own.append(episode.outcome)
+            show(len(own), results.count_successes(own))
+            if stop.requested:
+                distributed.announce(_STOP)
+            if stop.requested or distributed.is_announced(_STOP):
+                break
+        distributed.wait_for_all("played")
+        if is_first_process():
+            _merge(setup.folder)
+        distributed.wait_for_all("merged")
+        played = {outcome.seed: outcome for outcome in results.read_outcomes(file)}
+        if all(seed in played for seed in seeds):
+            return played
+        if stop.requested or distributed.is_announced(_STOP):
+            stop.end(f"{len(played)} episodes are in {file}; the same command continues")
+    raise RuntimeError(
+        f"{file} must hold all {len(seeds)} episodes, got {len(played)}; put the run on a disk "
+        "that all processes share, then evaluate again."
+    )
 
 
 def _open(setup: EvaluationSetup, *, overwrite: bool) -> None:
     """Makes the folder, or checks that the episodes in it have the same settings."""
     path = setup.folder / "settings.json"
+    folder_lock.check(*_lock(setup))
     if overwrite:
         delete_folder(setup.folder)
     if path.is_file():

@@ -9,6 +9,10 @@ from jax import Array
 
 from vla_jax.types import Env, Key, Observation
 
+# Random steps at the start of an instruction that hide the goal from policies with memory, on the
+# tables: a third of a metre at most.
+WANDER_STEPS = 12
+
 
 class Demonstrations(NamedTuple):
     """Episodes of an expert; values after an episode's `length` are not part of it."""
@@ -23,7 +27,7 @@ class Demonstrations(NamedTuple):
 
 
 class Wandering(NamedTuple):
-    """Random motions at the begin of instructions."""
+    """Random motions at the beginning of instructions."""
 
     instruction: Array  # [num_episodes] int32, the one of the last motion
     left: Array  # [num_episodes] int32, steps left of it
@@ -39,9 +43,10 @@ def collect(
     The executed action is the expert's plus noise, while the recorded one has no noise: the data
     cover states off the expert's path, with actions that lead back to it.
 
-    With `wander_steps` the robot first moves somewhere else at each new instruction. Otherwise its
-    own motion shows the goal from the second step on, and a policy with memory learns to read the
-    goal there, not from the instruction or from what was shown.
+    With `wander_steps` the robot first moves somewhere else at each new instruction that it is
+    given. Otherwise its own motion shows the goal from the second step on, and a policy with memory
+    learns to read the goal there, not from the instruction or from what was shown. A motion that
+    ends an episode makes it fail.
 
     Args:
       env: environment with an expert.

@@ -27,6 +27,7 @@ OTHER_DIED = 75  # exit code of a process whose peer died: the same command may 
 _FAILED = 2  # exit code of an error, as of every command
 _NOTE = "vla_jax/ended"  # key of the sentence of the first process that failed
 _HEARTBEATS = "vla_jax/heartbeats"  # key of the heartbeats
+_EVENTS = "vla_jax/events"  # key of what processes announce
 _INTERVAL = 2.0  # s between two heartbeats
 _SILENCE = 30.0  # s without a heartbeat after which a process is dead
 _GRACE = 5.0  # s that a process has to end by its own error after another one has failed
@@ -213,6 +214,20 @@ def wait_for_all(place: str) -> None:
     """
     if jax.process_count() > 1:
         _runtime().client.wait_at_barrier(f"vla_jax/{place}", _BARRIER)
+
+
+def announce(event: str) -> None:
+    """Tells the other processes of an event; see `is_announced`."""
+    if jax.process_count() > 1:
+        key = f"{_EVENTS}/{event}/{jax.process_index()}"
+        _runtime().client.key_value_set(key, "", allow_overwrite=True)
+
+
+def is_announced(event: str) -> bool:
+    """Returns True if any process has announced the event on this connection."""
+    if jax.process_count() == 1:
+        return False
+    return bool(_runtime().client.key_value_dir_get(f"{_EVENTS}/{event}"))
 
 
 def _initialize(option: str, address: Address | None) -> None:
