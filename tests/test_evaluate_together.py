@@ -116,7 +116,8 @@ def test_a_signal_to_one_process_ends_all_and_the_same_command_continues(folder)
     assert 1 < len(outcomes(folder, "shared")) < 7
     assert not (place / "summary.json").exists()
     again = command(folder, "shared", *videos)
-    assert again.wait(300) == 0
+    again.communicate(timeout=300)
+    assert again.returncode == 0
     assert outcomes(folder, "shared") == sorted(outcomes(folder, "shared"))
     alone(folder, "alone")
     assert outcomes(folder, "shared") == outcomes(folder, "alone")

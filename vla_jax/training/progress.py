@@ -79,6 +79,7 @@ def _plain_lines(
     name: str, total: int, unit: str, start: int, num_lines: int, console: Console
 ) -> Show:
     """Returns a function that prints a line after every `1 / num_lines` of the job."""
+    total = max(total, 1)  # a job without any units
     began, printed = time.monotonic(), start * num_lines // total
 
     def show(completed: int, text: str | None = None) -> None:
