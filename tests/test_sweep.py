@@ -106,6 +106,16 @@ def test_imitate_continues_a_member(demos, swept, tmp_path):
     assert [line["step"] for line in read_metrics(runs[1] / "metrics.jsonl")] == [5, 6]
 
 
+def test_a_sweep_that_is_shared_is_not_overwritten(demos, tmp_path):
+    config = config_of(demos, tmp_path / "run")
+    folder = open_run(tmp_path / "run", config, overwrite=False) / "group-lstm-h8-l1-0"
+    folder.mkdir()
+    config = dataclasses.replace(config, overwrite=True)
+    with in_use(folder), pytest.raises(BlockingIOError, match="group-lstm-h8-l1-0"):
+        sweep(config)
+    assert folder.exists()
+
+
 def test_the_members_differ_and_are_in_the_table(swept):
     members = results(swept)
     assert [(r.learning_rate, r.seed) for r in members] == [(r, s) for r in RATES for s in (0, 1)]

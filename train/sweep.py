@@ -122,6 +122,8 @@ def sweep(config: SweepConfig) -> pathlib.Path:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_turn(run_dir) if is_shared else in_use(run_dir))
+        if config.overwrite:
+            _check_free(run_dir)
         data = read_training_inputs(config)
         open_run(run_dir, config, overwrite=config.overwrite)
         groups = plan_groups(run_dir, members, config.group_size)
@@ -142,6 +144,13 @@ def sweep(config: SweepConfig) -> pathlib.Path:
         path = sweep_report.write(run_dir, results)
         console.print(sweep_report.table(results))
     return path
+
+
+def _check_free(run_dir: pathlib.Path) -> None:
+    """Raises a BlockingIOError if a process of a shared sweep trains in the folder."""
+    for folder in run_dir.glob("group-*"):  # such a process holds only the lock of its group
+        with in_use(folder):
+            pass
 
 
 def _check(config: SweepConfig) -> None:
