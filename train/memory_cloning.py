@@ -165,7 +165,7 @@ def _cut(demonstrations: Demonstrations) -> Demonstrations:
     if not len(keep):
         raise ValueError(
             "demonstrations must have a success, got none in "
-            f"{len(demonstrations.success)} episodes; raise --cloning.num-demonstrations."
+            f"{len(demonstrations.success)} episodes; raise --num-demonstrations."
         )
     longest = int(np.max(np.asarray(demonstrations.length)[keep]))
     kept = jax.tree.map(lambda part: np.asarray(part)[keep], demonstrations)

@@ -18,7 +18,7 @@ from vla_jax.types import Array, Env, Key, Observation, Transition
 # cue over fewer steps. The first action of each chunk is executed.
 ACTION_HORIZON = 6
 _TOKEN_DIM = 64  # features D of the three tokens of a step
-# With one layer of the head, which block an instruction names is learned many times slower.
+# With one layer of the head, which block an instruction names is learned much more slowly.
 HEAD_LAYERS = 3
 _HEAD_FACTOR = 2  # width of the head's layers, as a multiple of H
 _MAX_WORDS = 12

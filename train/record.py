@@ -48,7 +48,7 @@ CHUNK_BYTES = 64e6  # bytes of the episodes played at once in JAX; peak memory i
 
 
 @dataclass(frozen=True)
-@checked()
+@checked(wander_steps=(0, 100_000))
 class RecordConfig:
     """Config of a recording of demonstrations."""
 
@@ -74,8 +74,6 @@ class RecordConfig:
             raise ValueError(f"noise must be >= 0 units of action, got {self.noise}.")
         if not 0 <= self.disturbance <= 1:
             raise ValueError(f"disturbance must be in [0, 1] per step, got {self.disturbance}.")
-        if self.wander_steps < 0:
-            raise ValueError(f"wander_steps must be >= 0, got {self.wander_steps}.")
 
 
 def mujoco_table() -> RecordConfig:

@@ -13,7 +13,7 @@ state of a simulator, or cached features of a frozen backbone (`--frozen-backbon
 is a run in `RUN_DIR/NAME`, which `vla_jax.evaluate` reads. The same command continues an
 interrupted sweep, and adds what is new: finished trainings are kept, and a group resumes from its
 last checkpoint. Processes with `--distributed` share the groups: each takes the next one that no
-other process is at.
+other process trains.
 """
 
 import contextlib

@@ -10,7 +10,7 @@ from jax import Array
 from vla_jax.types import Env, Key, Observation
 
 # Random steps at the start of an instruction that hide the goal from policies with memory, on the
-# tables: a third of a metre at most.
+# tables: at most 0.36 m along an axis.
 WANDER_STEPS = 12
 
 
@@ -113,7 +113,7 @@ def _wander(
     """Returns the motions after a step, and its actions: the motion's while it lasts.
 
     Args:
-      before: the step.
+      before: motions before the step.
       key: consumed.
       instruction: `[num_episodes]` of this step.
       acts: `[num_episodes]` bool, whether the robot acts; otherwise the motion waits.
