@@ -8,8 +8,6 @@ import atexit
 import contextlib
 import functools
 import importlib
-import itertools
-import multiprocessing
 import os
 import re
 import socket
@@ -22,18 +20,10 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import jax
 
 from vla_jax.config import did_you_mean
+from vla_jax.training import peers
 
-OTHER_DIED = 75  # exit code of a process whose peer died: the same command may succeed (sysexits.h)
-_FAILED = 2  # exit code of an error, as of every command
-_NOTE = "vla_jax/ended"  # key of the sentence of the first process that failed
-_HEARTBEATS = "vla_jax/heartbeats"  # key of the heartbeats
 _EVENTS = "vla_jax/events"  # key of what processes announce
-_INTERVAL = 2.0  # s between two heartbeats
-_SILENCE = 30.0  # s without a heartbeat after which a process is dead
-_GRACE = 5.0  # s that a process has to end by its own error after another one has failed
-_RESUMES = "the same command continues"
 _BARRIER = 2**31 - 1  # ms that a process waits for the others at most; the watch ends it earlier
-_FIRST_DIED = f"process 0, which connects the others, has died; {_RESUMES}"
 _PEER_LOST = re.compile(r"gloo|nccl|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED", re.IGNORECASE)
 
 
@@ -158,20 +148,18 @@ def connected(option: str) -> Iterator[None]:
         return
     _initialize(option, address)
     left = threading.Event()
-    watch = threading.Thread(target=_watch, args=(_runtime().client, left), daemon=True)
+    watch = threading.Thread(target=peers.watch, args=(_runtime().client, left), daemon=True)
     watch.start()
-    if jax.process_index():
-        arguments = (_runtime().coordinator_address, left)
-        threading.Thread(target=_watch_first, args=arguments, daemon=True).start()
-    try:
-        yield
-    except Exception as error:
-        _leave_failed(error, left)
-        raise
-    except BaseException:  # all processes stop at the same update
+    with peers.watched_first(_runtime().coordinator_address, left):
+        try:
+            yield
+        except Exception as error:
+            _leave_failed(error, left)
+            raise
+        except BaseException:  # all processes stop at the same update
+            _leave(watch, left)
+            raise
         _leave(watch, left)
-        raise
-    _leave(watch, left)
 
 
 def take_local_devices(option: str) -> None:
@@ -282,14 +270,16 @@ def _leave(watch: threading.Thread, left: threading.Event) -> None:
 def _leave_failed(error: Exception, left: threading.Event) -> None:
     """Reports the error of this process to the others, which do not wait for it then."""
     if _PEER_LOST.search(str(error)):  # the watch ends this process when it knows which one died
-        time.sleep(_SILENCE + 2 * _INTERVAL)
+        time.sleep(peers.SILENCE + 2 * peers.INTERVAL)
     left.set()
     atexit.register(_exit_now)
-    place = _place(jax.process_index(), f"{socket.gethostname()}, PID {os.getpid()}")
+    place = peers.place_of(jax.process_index(), f"{socket.gethostname()}, PID {os.getpid()}")
     with contextlib.suppress(Exception):  # another process was first
-        _runtime().client.key_value_set(_NOTE, f"{place} has ended: {' '.join(str(error).split())}")
+        _runtime().client.key_value_set(
+            peers.NOTE, f"{place} has ended: {' '.join(str(error).split())}"
+        )
     if jax.process_index() == 0:  # it holds the note, which the others read
-        time.sleep(2 * _GRACE)
+        time.sleep(2 * peers.GRACE)
 
 
 def _exit_now() -> None:
@@ -297,85 +287,4 @@ def _exit_now() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # closed
             stream.flush()
-    os._exit(_FAILED)
-
-
-def _watch(client: Any, left: threading.Event) -> None:
-    """Sends heartbeats; ends this process when another one has died or failed."""
-    own, identity = jax.process_index(), f"{socket.gethostname()}, PID {os.getpid()}"
-    # Process 0 ends last: the others would take its end for the cause.
-    patience = _SILENCE + (0.0 if own else 2 * _GRACE)
-    last: dict[str, tuple[str, float]] = {}  # last heartbeat of every process, and when it came
-    for beat in itertools.count():
-        if left.is_set():
-            return
-        try:
-            client.key_value_set(f"{_HEARTBEATS}/{own}", f"{identity}#{beat}", allow_overwrite=True)
-            beats = dict(client.key_value_dir_get(_HEARTBEATS))
-            note = _wait_for_note(client)
-        except Exception:  # of every kind, from JAX's runtime
-            _end(_FIRST_DIED, left, OTHER_DIED)
-            return
-        if note is not None:
-            time.sleep(_GRACE)  # this process may be about to end by an error of its own
-            _end(note, left, _FAILED)
-            return
-        now = time.monotonic()
-        for key, newest in beats.items():
-            if last.get(key, ("",))[0] != newest:
-                last[key] = (newest, now)
-        for key, (newest, since) in last.items():
-            if now - since > patience:
-                place = _place(int(key.rpartition("/")[2]), newest.partition("#")[0])
-                dead = f"{place} has died: no heartbeat for {_SILENCE:.0f} s"
-                _end(f"{dead}; {_RESUMES}", left, OTHER_DIED)
-
-
-def _watch_first(address: str, left: threading.Event) -> None:
-    """Ends this process when process 0 has died.
-
-    JAX aborts the others then, at once and with a page of text. The end of a connection to the same
-    port is seen earlier.
-    """
-    connection = _connect(address, left)
-    while connection and not left.is_set():
-        with connection, contextlib.suppress(OSError):  # reset: process 0 may have died
-            while connection.recv(4096):
-                pass
-        connection = _connect(address, left)
-        left.wait(1.0)  # process 0 lives and does not want this connection
-
-
-def _connect(address: str, left: threading.Event) -> socket.socket | None:
-    host, _, port = address.rpartition(":")
-    try:
-        connection = socket.create_connection((host.strip("[]"), int(port)), timeout=_GRACE)
-    except OSError:  # refused, or no answer
-        _end(_FIRST_DIED, left, OTHER_DIED)
-        return None
-    connection.settimeout(None)
-    return connection
-
-
-def _wait_for_note(client: Any) -> str | None:
-    """Returns the sentence of a process that failed, if there is one within `_INTERVAL`."""
-    try:
-        return client.blocking_key_value_get(_NOTE, int(1000 * _INTERVAL))
-    except Exception as error:  # of JAX's runtime, also at the end of the time
-        if "DEADLINE_EXCEEDED" not in str(error):
-            raise
-        return None
-
-
-def _place(index: int, identity: str) -> str:
-    return f"process {index} of {jax.process_count()} ({identity})"
-
-
-def _end(sentence: str, left: threading.Event, code: int) -> None:
-    """Ends this process, whose main thread may wait in a collective, unless it has left."""
-    if left.is_set():
-        return
-    os.write(2, f"error: {sentence}\n".encode())
-    for worker in multiprocessing.active_children():
-        worker.terminate()
-    os._exit(code)
+    os._exit(peers.FAILED)

@@ -1,0 +1,140 @@
+"""Ends this process when another one has died or failed, with one sentence that names it."""
+
+import contextlib
+import ctypes
+import itertools
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+OTHER_DIED = 75  # exit code of a process whose peer died: the same command may succeed (sysexits.h)
+FAILED = 2  # exit code of an error, as of every command
+NOTE = "vla_jax/ended"  # key of the sentence of the first process that failed
+INTERVAL = 2.0  # s between two heartbeats
+SILENCE = 30.0  # s without a heartbeat after which a process is dead
+GRACE = 5.0  # s that a process has to end by its own error after another one has failed
+_HEARTBEATS = "vla_jax/heartbeats"  # key of the heartbeats
+_RESUMES = "the same command continues"
+_FIRST_DIED = f"process 0, which connects the others, has died; {_RESUMES}"
+
+
+def watch(client: Any, left: threading.Event) -> None:
+    """Sends heartbeats; ends this process when another one has died or failed.
+
+    Args:
+      client: JAX's client of the keys that all processes share.
+      left: set when this process leaves the others.
+    """
+    own, identity = jax.process_index(), f"{socket.gethostname()}, PID {os.getpid()}"
+    # Process 0 ends last: the others would take its end for the cause.
+    patience = SILENCE + (0.0 if own else 2 * GRACE)
+    last: dict[str, tuple[str, float]] = {}  # last heartbeat of every process, and when it came
+    for beat in itertools.count():
+        if left.is_set():
+            return
+        try:
+            client.key_value_set(f"{_HEARTBEATS}/{own}", f"{identity}#{beat}", allow_overwrite=True)
+            beats = dict(client.key_value_dir_get(_HEARTBEATS))
+            note = _wait_for_note(client)
+        except Exception:  # of every kind, from JAX's runtime
+            _end(_FIRST_DIED, left, OTHER_DIED)
+            return
+        if note is not None:
+            time.sleep(GRACE)  # this process may be about to end by an error of its own
+            _end(note, left, FAILED)
+            return
+        now = time.monotonic()
+        for key, newest in beats.items():
+            if last.get(key, ("",))[0] != newest:
+                last[key] = (newest, now)
+        for key, (newest, since) in last.items():
+            if now - since > patience:
+                place = place_of(int(key.rpartition("/")[2]), newest.partition("#")[0])
+                dead = f"{place} has died: no heartbeat for {SILENCE:.0f} s"
+                _end(f"{dead}; {_RESUMES}", left, OTHER_DIED)
+
+
+@contextlib.contextmanager
+def watched_first(address: str, left: threading.Event) -> Iterator[None]:
+    """Ends this process inside the block when process 0 has died.
+
+    JAX aborts the others then, at once and with a page of text. The end of a connection to the same
+    port is mostly seen earlier; if not, the abort itself asks whether process 0 lives.
+
+    Args:
+      address: host:port of process 0.
+      left: set when this process leaves the others.
+    """
+    if jax.process_index() == 0:
+        yield
+        return
+    threading.Thread(target=_watch_first, args=(address, left), daemon=True).start()
+
+    # A signal handler of Python would wait for the main thread, which waits in a collective.
+    @ctypes.CFUNCTYPE(None, ctypes.c_int)
+    def on_abort(_: int) -> None:
+        connection = _connect(address, left)
+        if connection:  # another cause: the abort goes on
+            connection.close()
+
+    set_handler = ctypes.CDLL(None).signal
+    set_handler.restype = ctypes.c_void_p
+    set_handler.argtypes = (ctypes.c_int, ctypes.c_void_p)
+    before = set_handler(signal.SIGABRT, ctypes.cast(on_abort, ctypes.c_void_p))
+    try:
+        yield
+    finally:
+        set_handler(signal.SIGABRT, before)
+
+
+def _watch_first(address: str, left: threading.Event) -> None:
+    connection = _connect(address, left)
+    while connection and not left.is_set():
+        with connection, contextlib.suppress(OSError):  # reset: process 0 may have died
+            while connection.recv(4096):
+                pass
+        connection = _connect(address, left)
+        left.wait(1.0)  # process 0 lives and does not want this connection
+
+
+def _connect(address: str, left: threading.Event) -> socket.socket | None:
+    host, _, port = address.rpartition(":")
+    try:
+        connection = socket.create_connection((host.strip("[]"), int(port)), timeout=GRACE)
+    except OSError:  # refused, or no answer
+        _end(_FIRST_DIED, left, OTHER_DIED)
+        return None
+    connection.settimeout(None)
+    return connection
+
+
+def _wait_for_note(client: Any) -> str | None:
+    """Returns the sentence of a process that failed, if there is one within `INTERVAL`."""
+    try:
+        return client.blocking_key_value_get(NOTE, int(1000 * INTERVAL))
+    except Exception as error:  # of JAX's runtime, also at the end of the time
+        if "DEADLINE_EXCEEDED" not in str(error):
+            raise
+        return None
+
+
+def place_of(index: int, identity: str) -> str:
+    """Returns words for process `index`; `identity` is its host and number."""
+    return f"process {index} of {jax.process_count()} ({identity})"
+
+
+def _end(sentence: str, left: threading.Event, code: int) -> None:
+    """Ends this process, whose main thread may wait in a collective, unless it has left."""
+    if left.is_set():
+        return
+    os.write(2, f"error: {sentence}\n".encode())
+    for worker in multiprocessing.active_children():
+        worker.terminate()
+    os._exit(code)
