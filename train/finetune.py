@@ -39,12 +39,14 @@ from vla_jax.envs import worlds
 from vla_jax.evaluation import plots, results
 from vla_jax.evaluation.players import make_player
 from vla_jax.evaluation.results import Summary
-from vla_jax.nn.layers import apply_mlp, init_mlp
-from vla_jax.rl import episodes, gaussian, learning_record
+from vla_jax.nn.layers import MLP_SHARDING, apply_mlp, init_mlp
+from vla_jax.nn.sharded_params import gathered
+from vla_jax.policies import policy
+from vla_jax.rl import episodes, gaussian, learning_loop, learning_record
 from vla_jax.rl.episodes import EpisodeRollout
 from vla_jax.rl.gaussian import NoiseConfig
 from vla_jax.rl.learner import Learner, LearnState, SeedsConfig
-from vla_jax.rl.learning_loop import LearningResult, check_devices, learn, read_curve
+from vla_jax.rl.learning_loop import LearningResult, learn, read_curve
 from vla_jax.rl.policy_gradient import baseline_loss, scale, score_loss
 from vla_jax.rl.returns import advantages
 from vla_jax.runs import (
@@ -64,6 +66,7 @@ from vla_jax.training.optim import OptimConfig
 from vla_jax.training.parallel import is_first_process
 from vla_jax.training.run_lock import exclusive
 from vla_jax.training.update import LossFn, init_train_state, make_update
+from vla_jax.trees import under
 from vla_jax.types import Array, Env, Key, Metrics, Params
 
 LEARNING = "learning"  # folder inside the run folder: metrics and checkpoints of all seeds
@@ -132,7 +135,7 @@ class Cloned(NamedTuple):
 def finetune(config: FinetuneConfig) -> pathlib.Path:
     """Fine-tunes a cloned policy; returns the folder of the run."""
     # Check the settings before anything slow starts.
-    check_devices(config.seeds, config.loop)
+    learning_loop.check_devices(config.seeds, config.loop)
     optim.make_schedule(config.optim, config.loop.num_updates)  # raises if the warm-up is too long
     if pathlib.Path(config.run_dir).resolve() == pathlib.Path(config.init_from).resolve():
         raise ValueError(
@@ -146,10 +149,11 @@ def finetune(config: FinetuneConfig) -> pathlib.Path:
     run_dir = pathlib.Path(config.run_dir)
     learning_record.check(run_dir, run_dir / LEARNING, config, cloned.run)
     episodes.check_memory(cloned.run.agent, config.seeds.num_steps)
+    learner = make_finetune(config, cloned)
+    learning_loop.check_tensor_axis(config.loop, learner)
     run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
 
     # Rollouts and updates of all seeds.
-    learner = make_finetune(config, cloned)
     result = learn(
         config.seeds,
         config.loop,
@@ -228,7 +232,8 @@ def make_finetune(config: FinetuneConfig, cloned: Cloned) -> Learner:
 
     def update(state: LearnState, key: Key) -> tuple[LearnState, Metrics]:
         play_key, learn_key = jax.random.split(key)
-        rollout = _play_noisy(config, cloned, state.train_state.params, state.actor, key=play_key)
+        params = gathered(state.train_state.params)
+        rollout = _play_noisy(config, cloned, params, state.actor, key=play_key)
         train_state, metrics = update_params(state.train_state, rollout, learn_key)
         reward = jnp.mean(jnp.sum(rollout.reward, axis=1))  # of an episode
         return state._replace(train_state=train_state), {**metrics, "reward": reward}
@@ -239,6 +244,7 @@ def make_finetune(config: FinetuneConfig, cloned: Cloned) -> Learner:
         update,
         partial(evaluate, seeds.eval_episodes),
         partial(evaluate, seeds.report_episodes),
+        (*policy.sharding_rules(run.agent.policy), *under("value", MLP_SHARDING)),
     )
 
 

@@ -50,6 +50,7 @@ from vla_jax.training.malloc import keep_freed_memory
 from vla_jax.training.optim import OptimConfig
 from vla_jax.training.run_lock import exclusive
 from vla_jax.training.update import LossFn, TrainState, init_train_state, make_update
+from vla_jax.trees import under
 from vla_jax.types import Array, Batch, Key, Metrics, Params
 
 
@@ -97,11 +98,18 @@ PRESETS = {"table": table}
 def pretrain(config: PretrainConfig) -> pathlib.Path:
     """Trains an encoder; returns the run's folder, with params `{"backbone", "readout"}`."""
     # Check the settings before anything slow starts.
-    loop.check(config.loop, config.optim, batch_size=config.loader.batch_size)
-    check_run(config.run_dir, config, overwrite=config.overwrite)
-    read_mixture(config.mixture, config.dataset)
     init = partial(init_params, backbone=config.backbone, num_targets=1)
     shapes = jax.eval_shape(init, jax.random.key(0))
+    rules = under("backbone", registry.get(config.backbone).sharding_rules)
+    loop.check(
+        config.loop,
+        config.optim,
+        batch_size=config.loader.batch_size,
+        sharding_rules=rules,
+        params=shapes,
+    )
+    check_run(config.run_dir, config, overwrite=config.overwrite)
+    read_mixture(config.mixture, config.dataset)
     optim.make_optimizer(config.optim, config.loop.num_updates, shapes)  # checks its globs
 
     # Data: single frames.
@@ -151,6 +159,7 @@ def pretrain(config: PretrainConfig) -> pathlib.Path:
         schedule=optim.make_schedule(config.optim, num_updates),
         metadata=metadata,
         name="pretrain",
+        sharding_rules=rules,
     )
     return run_dir
 

@@ -31,7 +31,7 @@ from vla_jax.nn.scheduled_sampling import SamplingConfig
 from vla_jax.nn.search import SearchResult
 from vla_jax.nn.seq2seq import Seq2SeqConfig
 from vla_jax.runs import check_run, open_run, save_json
-from vla_jax.training import loop, losses, optim
+from vla_jax.training import loop, losses, optim, parallel
 from vla_jax.training.distributed import together
 from vla_jax.training.logs import read_metrics
 from vla_jax.training.loop import LoopConfig, check_resume, fit, random_start
@@ -109,7 +109,15 @@ PRESETS = {"attention": attention, "bottleneck": bottleneck}
 def train(config: ScanConfig) -> pathlib.Path:
     """Trains and tests; returns the run's folder."""
     # Check the settings before anything slow starts.
-    loop.check(config.loop, config.optim, batch_size=config.batch_size)
+    params_key, key = jax.random.split(jax.random.key(config.seed))
+    shapes = jax.eval_shape(lambda key: seq2seq.init(key, config.model), params_key)
+    loop.check(
+        config.loop,
+        config.optim,
+        batch_size=config.batch_size,
+        sharding_rules=seq2seq.SHARDING,
+        params=shapes,
+    )
     check_run(config.run_dir, config, overwrite=config.overwrite)
 
     # Data: pairs of strings, as ids.
@@ -123,9 +131,7 @@ def train(config: ScanConfig) -> pathlib.Path:
         process_count=jax.process_count(),
     )
 
-    # Model, loss, update.
-    params_key, key = jax.random.split(jax.random.key(config.seed))
-    shapes = jax.eval_shape(lambda key: seq2seq.init(key, config.model), params_key)
+    # Loss, update.
     num_updates = config.loop.num_updates
     optimizer = optim.make_optimizer(config.optim, num_updates, shapes)
     ema_decay = config.optim.ema_decay
@@ -163,11 +169,13 @@ def train(config: ScanConfig) -> pathlib.Path:
         schedule=optim.make_schedule(config.optim, num_updates),
         metadata=metadata,
         name=run_dir.name,
+        sharding_rules=seq2seq.SHARDING,
     )
 
     # Test: greedy decoding of every command.
+    params = parallel.fetch(averaged_params(train_state), parallel.make_mesh(config.loop.mesh))
     if is_first_process():
-        report(config, run_dir, jax.device_get(averaged_params(train_state)), test_pairs)
+        report(config, run_dir, params, test_pairs)
     return run_dir
 
 

@@ -58,18 +58,19 @@ def check(config: ImitateConfig) -> None:
         head cannot read the backbone's token ids.
       OSError: the run folder cannot be written.
     """
+    shapes = param_shapes(config)
     loop.check(
         config.loop,
         config.optim,
         batch_size=config.loader.batch_size,
         sharding_rules=sharding_rules(config),
+        params=shapes,
     )
     check_representable(config.agent)
     _check_caption(config)
     check_run(config.run_dir, config, overwrite=config.overwrite)
     read_mixture(config.mixture, config.dataset)
     _check_decoder(config.decoder_from)
-    shapes = param_shapes(config)
     check_backbone(config, shapes)
     optim.make_optimizer(make_optim_config(config), config.loop.num_updates, shapes)
     cached = [path for path in trees.leaf_paths(shapes) if path.startswith("backbone/")]
@@ -97,9 +98,9 @@ def param_shapes(config: ImitateConfig) -> Params:
 
 
 def sharding_rules(config: ImitateConfig) -> ShardingRules:
-    """Returns the sharding rules of the backbone, for the params of the whole policy."""
-    rules = registry.get(config.agent.policy.backbone).sharding_rules
-    return tuple((f"backbone/{glob}", spec) for glob, spec in rules)
+    """Returns the sharding rules of the params of a training."""
+    rules = policy.sharding_rules(config.agent.policy)
+    return (*rules, *trees.under("auxiliary", auxiliary.SHARDING))
 
 
 def read_dataset(config: ImitateConfig, *, partial: bool = False) -> Dataset:

@@ -18,14 +18,21 @@ import numpy as np
 from train.configs import ImitateConfig
 from train.imitate import make_batches, make_loss
 from train.mixture import TrainingInputs
-from train.setup import make_init, make_optim_config, param_shapes, read_start, trained_shapes
+from train.setup import (
+    make_init,
+    make_optim_config,
+    param_shapes,
+    read_start,
+    sharding_rules,
+    trained_shapes,
+)
 from vla_jax import config as configs
 from vla_jax.acting import mixture_robots
 from vla_jax.acting.agent import AgentConfig, make_agent, read_instruction
 from vla_jax.acting.rollout import Episodes, run_env
 from vla_jax.files import delete_folder
 from vla_jax.runs import make_metadata, write_acting
-from vla_jax.training import checkpoint, optim
+from vla_jax.training import checkpoint, optim, parallel
 from vla_jax.training.loop import Start, check_resume, fit
 from vla_jax.training.update import TrainState, averaged_params, make_update, with_count
 from vla_jax.types import Array, Env, Key, Metrics, Params
@@ -92,6 +99,7 @@ def train_group(
         schedule=optim.make_schedule(settings, num_updates),
         metadata=metadata,
         name=title,
+        sharding_rules=parallel.stacked(sharding_rules(config)),
     )
     return cast(MembersState, state)  # of the same type as the start
 
@@ -107,7 +115,10 @@ def _make_start(keys: Key, config: ImitateConfig, optimizer: Any) -> Start:
         return MembersState(jnp.zeros([], jnp.int32), members, loss, zero, zero)
 
     def make(shardings: Any) -> MembersState:
-        saved = read_start(config, shardings.members.params)
+        mesh, rules = parallel.make_mesh(config.loop.mesh), sharding_rules(config)
+        saved = read_start(
+            config, parallel.make_shardings(trained_shapes(config), mesh, rules)
+        )  # of one member
         return jax.jit(init, out_shardings=shardings)(keys, saved)
 
     shapes: Any = jax.eval_shape(init, keys, {})

@@ -50,6 +50,16 @@ def lookup(path: str, rules: Sequence[tuple[str, Value]], default: Value) -> Val
     return next((value for glob, value in rules if fnmatch.fnmatchcase(path, glob)), default)
 
 
+def under(prefix: str, rules: Sequence[tuple[str, Value]]) -> tuple[tuple[str, Value], ...]:
+    """Returns rules whose globs match the paths below `prefix`.
+
+    Args:
+      prefix: path of a subtree, without `/` at its end.
+      rules: (glob, value) pairs over the paths inside the subtree.
+    """
+    return tuple((f"{prefix}/{glob}", value) for glob, value in rules)
+
+
 def check_globs(globs: Sequence[str], tree: Any) -> None:
     """Raises a ValueError for the first glob that matches no leaf; it names the nearest path.
 

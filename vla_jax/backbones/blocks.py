@@ -16,6 +16,7 @@ from einops import rearrange
 
 from vla_jax.config import did_you_mean
 from vla_jax.nn import lora
+from vla_jax.nn.sharded_params import split_rows
 from vla_jax.types import Array, Key, Params
 
 Remat = Literal["none", "layers", "products"]
@@ -103,7 +104,7 @@ def run_layers(
         layers, "products" = those and the outputs of matrix products.
     """
     layer = _rematerialised(layer, remat)
-    return jax.lax.scan(lambda x, arrays: (layer(x, arrays), None), x, stacked)[0]
+    return jax.lax.scan(lambda x, arrays: (layer(split_rows(x), arrays), None), x, stacked)[0]
 
 
 def run_tapped_layers(
@@ -137,7 +138,7 @@ def run_tapped_layers(
     def step(carry: tuple[jax.Array, jax.Array], arrays: Any) -> tuple[Any, None]:
         x, tapped = carry
         of_layer, slot = arrays
-        x = layer(x, of_layer)
+        x = layer(split_rows(x), of_layer)
         return (x, jax.lax.dynamic_update_index_in_dim(tapped, x, slot, 0)), None
 
     tapped = jnp.zeros((len(taps) + 1, *x.shape), x.dtype)

@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
+from jax.sharding import PartitionSpec
 
 from vla_jax.backbones import word_hashing
 from vla_jax.backbones.backbone import Backbone, ImageSpec
@@ -29,9 +30,11 @@ from vla_jax.backbones.parts import (
     shape,
 )
 from vla_jax.config import MAX_SIZE, checked
+from vla_jax.nn import layers
 from vla_jax.types import Array, Key, Observation, Params, Tokens
 
 CAMERAS = ("image_primary", "image_wrist")
+_INTO_HEADS = PartitionSpec("fsdp", "tensor", None)  # of kernels [width, M, E]
 
 
 @dataclass(frozen=True)
@@ -240,4 +243,14 @@ BACKBONE = Backbone(
     check_instructions=word_hashing.check_collisions_for,
     image_spec=image_spec,
     example=example,
+    sharding_rules=(
+        ("*/embedding", PartitionSpec(None, "fsdp")),
+        ("*/out/kernel", PartitionSpec("tensor", None, "fsdp")),  # [M, E, width]
+        ("*/query/kernel", _INTO_HEADS),
+        ("*/key/kernel", _INTO_HEADS),
+        ("*/value/kernel", _INTO_HEADS),
+        ("*/Dense_0/kernel", layers.SPLIT_OUTPUTS),
+        ("*/Dense_1/kernel", layers.SPLIT_INPUTS),
+        ("*/kernel", PartitionSpec("fsdp")),
+    ),
 )

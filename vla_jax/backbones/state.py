@@ -6,6 +6,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from vla_jax.backbones import word_hashing
 from vla_jax.backbones.backbone import Backbone
@@ -123,4 +124,8 @@ BACKBONE = Backbone(
     check_instructions=word_hashing.check_collisions_for,
     image_spec=_no_images,
     example=example,
+    sharding_rules=(
+        ("*/embedding", PartitionSpec(None, "fsdp")),
+        ("*/kernel", PartitionSpec(None, "fsdp")),  # [in, out]; a state has few numbers
+    ),
 )

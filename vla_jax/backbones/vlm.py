@@ -51,6 +51,8 @@ SHARDING_RULES: ShardingRules = (
     ("*/merger/*/kernel", PartitionSpec(None, "fsdp")),
     ("*/embedding", PartitionSpec(None, "fsdp")),
     ("*/head/kernel", PartitionSpec("fsdp", None)),
+    ("projection*/kernel", PartitionSpec("fsdp")),
+    ("*/patches/kernel", PartitionSpec("fsdp")),
 )
 
 

@@ -10,11 +10,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from vla_jax.nn.matmul import Transposed, product
-from vla_jax.types import Array, Key, Params
+from vla_jax.types import Array, Key, Params, ShardingRules
 
 EPSILON = 1e-5  # added to the variance in a layer normalisation
+# A dense layer is split along its outputs, or along its inputs, over the mesh axis `tensor`. What
+# lies between one of each needs no communication. The other dimension is split over `fsdp`.
+SPLIT_OUTPUTS = PartitionSpec("fsdp", "tensor")
+SPLIT_INPUTS = PartitionSpec("tensor", "fsdp")
+MLP_SHARDING: ShardingRules = (  # of an MLP, or of a tree of MLPs
+    ("*layers_*[02468]/kernel", SPLIT_OUTPUTS),
+    ("*layers_*[13579]/kernel", SPLIT_INPUTS),
+)
 
 
 def dense(

@@ -17,14 +17,22 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from vla_jax.nn import associative, bptt, cells, chunkwise, cudnn, matmul
 from vla_jax.nn.cells import CELLS, Cell
 from vla_jax.nn.recurrence_config import Implementation, RecurrenceConfig
 from vla_jax.nn.remat import run_in_chunks
-from vla_jax.types import Array, Key, Params
+from vla_jax.nn.sharded_params import gathered
+from vla_jax.types import Array, Key, Params, ShardingRules
 
 Carry = dict[str, dict[str, Any]]  # layer -> direction -> carry of a cell
+# None is split over `tensor`: the gates of a unit would lie on several devices, which would have to
+# exchange them at every step.
+SHARDING: ShardingRules = (
+    ("*/input_kernel", PartitionSpec("fsdp")),
+    ("*/recurrent_kernel", PartitionSpec("fsdp")),
+)
 
 
 def cell_of(config: RecurrenceConfig) -> Cell:
@@ -138,7 +146,7 @@ def apply(
     carry = zero_carry(config, inputs) if carry is None else carry
     chex.assert_tree_shape_prefix(carry, (inputs.shape[0],))
     run = _TIME_LOOPS[config.implementation]
-    return run(params, config, carry, inputs, (mask, reset), key)
+    return run(gathered(params), config, carry, inputs, (mask, reset), key)
 
 
 def step(

@@ -22,16 +22,25 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from vla_jax.config import checked, did_you_mean
 from vla_jax.nn import bptt, layers, matmul, recurrence
 from vla_jax.nn.chrono import spread_gates
 from vla_jax.nn.recurrence import Carry, RecurrenceConfig
-from vla_jax.types import Array, Key, Params
+from vla_jax.types import Array, Key, Params, ShardingRules
 
 BlockName = Literal["none", "mlp", "gated"]
 # (params of a block, its carry, inputs [..., H], key) -> carry, output of the cell
 _Advance = Callable[[Params, Carry, jax.Array], tuple[Carry, jax.Array]]
+SHARDING: ShardingRules = (
+    *recurrence.SHARDING,
+    ("input/kernel", PartitionSpec("fsdp")),
+    ("blocks_*/output/kernel", PartitionSpec("fsdp")),  # its input is whole, as the cell's output
+    ("blocks_*/gate/kernel", layers.SPLIT_OUTPUTS),
+    ("blocks_*/up/kernel", layers.SPLIT_OUTPUTS),
+    ("blocks_*/down/kernel", layers.SPLIT_INPUTS),
+)
 
 
 @dataclasses.dataclass(frozen=True)

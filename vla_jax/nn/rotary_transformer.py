@@ -32,13 +32,20 @@ from vla_jax.config import checked, did_you_mean
 from vla_jax.nn.attention import causal_mask, episode_positions
 from vla_jax.nn.bptt import keep_real
 from vla_jax.nn.cells.chunks import rms_norm
-from vla_jax.nn.layers import dropout
+from vla_jax.nn.layers import SPLIT_INPUTS, SPLIT_OUTPUTS, dropout
 from vla_jax.nn.matmul import product
 from vla_jax.nn.rotary import grouped_attention, outer, rotate
+from vla_jax.nn.sharded_params import split_rows
 from vla_jax.nn.transformer import Cache, KeysValues
-from vla_jax.types import Array, Key, Params
+from vla_jax.types import Array, Key, Params, ShardingRules
 
 THETA = 10_000.0  # base of the wavelengths of the rotary positions
+SHARDING: ShardingRules = (
+    ("*/attention/output/kernel", SPLIT_INPUTS),
+    ("*/attention/*/kernel", SPLIT_OUTPUTS),
+    ("*/mlp/down/kernel", SPLIT_INPUTS),
+    ("*/mlp/*/kernel", SPLIT_OUTPUTS),
+)
 
 # (layer, query [B, T, M, E], keys and values of the same steps [B, T, M', E]) -> [B, T, H]
 Attend = Callable[[str, jax.Array, KeysValues], jax.Array]
@@ -208,6 +215,7 @@ def run(
     hidden = dropout(_fold(key, 0), jnp.asarray(inputs, jnp.float32), config.dropout)
     for number, name in enumerate(layer_names(config), start=1):
         layer, layer_key = params[name], _fold(key, number)
+        hidden = split_rows(hidden)
         normalised = _norm(layer["attention_norm"], hidden)
         query, *entry = (
             _dense(layer["attention"][part], normalised, config).astype(config.dtype)

@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import chex
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from vla_jax.config import checked, did_you_mean
 from vla_jax.nn import attention, bptt, layers, recurrence
@@ -30,11 +31,19 @@ from vla_jax.nn.attention import AttentionConfig, Source
 from vla_jax.nn.cells import CELLS, CellName
 from vla_jax.nn.layers import dense, dropout
 from vla_jax.nn.recurrence import Carry, RecurrenceConfig
-from vla_jax.types import Array, Key, Params
+from vla_jax.trees import under
+from vla_jax.types import Array, Key, Params, ShardingRules
 
 Kind = Literal["tokens", "vectors"]
 AnyScore = Literal["additive", "dot", "general", "scaled_dot", "none"]
 END = 0  # id of the end of a target, and of the padding after it
+SHARDING: ShardingRules = (
+    *under("encoder", recurrence.SHARDING),
+    *under("decoder", recurrence.SHARDING),
+    ("*/embedding", PartitionSpec(None, "fsdp")),
+    ("attention/*_kernel", PartitionSpec("fsdp")),
+    ("*/kernel", PartitionSpec("fsdp")),
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,11 +20,21 @@ from typing import Literal, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from vla_jax.config import checked, did_you_mean
 from vla_jax.nn.attention import episode_positions
-from vla_jax.nn.layers import dense, dropout, layer_norm, masked_softmax
-from vla_jax.types import Array, Key, Params
+from vla_jax.nn.layers import MLP_SHARDING, SPLIT_INPUTS, dense, dropout, layer_norm, masked_softmax
+from vla_jax.nn.sharded_params import split_rows
+from vla_jax.trees import under
+from vla_jax.types import Array, Key, Params, ShardingRules
+
+SHARDING: ShardingRules = (
+    # three maps side by side: a part of their outputs is not a part of the heads
+    ("*/qkv/kernel", PartitionSpec("fsdp")),
+    ("*/output/kernel", SPLIT_INPUTS),
+    *under("*/mlp", MLP_SHARDING),
+)
 
 
 class KeysValues(NamedTuple):
@@ -190,6 +200,7 @@ def _run(
     hidden, new_cache = dropout(_fold(key, 0), embedded, config.dropout), {}
     for number, name in enumerate(_layers(config), start=1):
         layer, layer_key = params[name], _fold(key, number)
+        hidden = split_rows(hidden)
         query, entry = _project(layer, config, hidden)
         new_cache[name] = entry if cache is None else _write(cache[name], entry, position)
         attended = _attend(query, new_cache[name], visible, config, _fold(layer_key, 0))

@@ -259,4 +259,5 @@ AUTOREGRESSIVE = Head(
     apply=apply,
     init_stream=_init_stream,
     step=_step,
+    sharding_rules=seq2seq.SHARDING,
 )

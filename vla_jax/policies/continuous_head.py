@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vla_jax.nn.layers import apply_mlp, init_mlp
+from vla_jax.nn.layers import MLP_SHARDING, apply_mlp, init_mlp
 from vla_jax.policies.decoder_fields import DecoderFields
 from vla_jax.policies.head import Head, PredictionKind, TeacherForcing, make_step, no_stream
 from vla_jax.types import ActionChunk, Array, Key, Params
@@ -78,5 +78,6 @@ CONTINUOUS = Head(
     apply=apply,
     init_stream=no_stream,
     step=make_step(apply),
+    sharding_rules=MLP_SHARDING,
 )
 ACTION_CHUNK = PredictionKind(actions=lambda chunk: chunk, errors=_errors)

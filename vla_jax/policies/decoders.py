@@ -31,7 +31,8 @@ from vla_jax.policies.decoder_config import DecoderConfig
 from vla_jax.policies.decoder_fields import least_tokens
 from vla_jax.policies.head import TeacherForcing
 from vla_jax.policies.trunk import Mode
-from vla_jax.types import ActionChunk, Array, Key, Params, Prediction
+from vla_jax.trees import under
+from vla_jax.types import ActionChunk, Array, Key, Params, Prediction, ShardingRules
 
 
 class StreamState(NamedTuple):
@@ -59,6 +60,12 @@ def init(key: Key, config: DecoderConfig) -> Params:
     }
     pooling_params = pooling.init(pooling_key, config.pooling, config.num_latents, config.token_dim)
     return {**params, "pooling": pooling_params} if pooling_params else params
+
+
+def sharding_rules(config: DecoderConfig) -> ShardingRules:
+    """Returns how the params are split over a mesh of devices: rules of the trunk and the head."""
+    trunk, head = trunks.get(config.kind), heads.HEADS[config.head]
+    return (*trunk.sharding_rules, *under("heads", head.sharding_rules))
 
 
 def apply(

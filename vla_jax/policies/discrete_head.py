@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optax
 
 from vla_jax.actions import bins
-from vla_jax.nn.layers import apply_mlp, init_mlp
+from vla_jax.nn.layers import MLP_SHARDING, apply_mlp, init_mlp
 from vla_jax.policies import continuous_head
 from vla_jax.policies.decoder_fields import DecoderFields
 from vla_jax.policies.head import Head, PredictionKind, TeacherForcing, make_step, no_stream
@@ -82,5 +82,6 @@ DISCRETE = Head(
     apply=apply,
     init_stream=no_stream,
     step=make_step(apply),
+    sharding_rules=MLP_SHARDING,
 )
 BIN_CHUNK = PredictionKind(actions=_actions, errors=_errors)

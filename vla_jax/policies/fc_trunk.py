@@ -10,6 +10,7 @@ from vla_jax.nn import layers
 from vla_jax.nn.recurrence import Carry
 from vla_jax.policies.decoder_fields import DecoderFields, pooled_size
 from vla_jax.policies.trunk import Mode, StepFeatures, Trunk, no_preparation, one_memory
+from vla_jax.trees import under
 from vla_jax.types import Array, Key, Params
 
 
@@ -65,4 +66,5 @@ FC = Trunk(
     init_stream=_init_stream,
     step=_step,
     prepare=no_preparation,
+    sharding_rules=under("mlp", layers.MLP_SHARDING),
 )

@@ -26,7 +26,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from vla_jax.nn.layers import apply_mlp, init_mlp
+from vla_jax.nn.layers import MLP_SHARDING, SPLIT_INPUTS, apply_mlp, init_mlp
 from vla_jax.policies import continuous_head
 from vla_jax.policies.decoder_fields import DecoderFields
 from vla_jax.policies.head import Head, PredictionKind, TeacherForcing
@@ -237,5 +237,7 @@ FLOW = Head(
     apply=apply,
     init_stream=_init_stream,
     step=_step,
+    # The first layer's inputs are features, actions and time: seldom a number that divides.
+    sharding_rules=(("*/layers_0/kernel", SPLIT_INPUTS), *MLP_SHARDING),
 )
 FLOW_CHUNK = PredictionKind(actions=lambda chunk: _decode(chunk.estimate), errors=_errors)

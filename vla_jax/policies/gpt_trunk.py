@@ -16,13 +16,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from vla_jax.nn import layers, transformer
 from vla_jax.nn.recurrence import Carry
 from vla_jax.nn.transformer import Cache, TransformerConfig
 from vla_jax.policies.decoder_fields import DecoderFields, pooled_size
 from vla_jax.policies.trunk import Mode, StepFeatures, Trunk, no_preparation, one_memory
+from vla_jax.trees import under
 from vla_jax.types import Array, Key, Params
+
+PROJECTION = ("projection/kernel", PartitionSpec("fsdp"))  # sharding rule of `init_projection`
 
 
 class GPTState(NamedTuple):
@@ -184,4 +188,5 @@ GPT = Trunk(
     init_stream=_init_stream,
     step=_step,
     prepare=no_preparation,
+    sharding_rules=(PROJECTION, *under("transformer", transformer.SHARDING)),
 )

@@ -7,7 +7,7 @@ import jax
 
 from vla_jax.policies.decoder_fields import DecoderFields
 from vla_jax.policies.trunk import Mode, StepFeatures, acting_features
-from vla_jax.types import ActionChunk, Array, Key, Params, Prediction
+from vla_jax.types import ActionChunk, Array, Key, Params, Prediction, ShardingRules
 
 
 class TeacherForcing(NamedTuple):
@@ -34,6 +34,7 @@ class Head(NamedTuple):
     # (params of the head, config, state, features of one step, reset [B]) -> (state, prediction
     # [B, K, ...])
     step: Callable[[Params, DecoderFields, Any, StepFeatures, Array], tuple[Any, Prediction]]
+    sharding_rules: ShardingRules = ()  # by globs of paths in the head's params; () = replicated
 
 
 class PredictionKind(NamedTuple):

@@ -13,13 +13,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vla_jax.nn import memory_transformer
+from vla_jax.nn import memory_transformer, rotary_transformer
 from vla_jax.nn.memory_transformer import MemoryTransformerConfig, SegmentState
 from vla_jax.nn.recurrence import Carry
 from vla_jax.policies.decoder_fields import DecoderFields
-from vla_jax.policies.gpt_trunk import init_projection, project
+from vla_jax.policies.gpt_trunk import PROJECTION, init_projection, project
 from vla_jax.policies.rotary_gpt_trunk import INFINITE, rotary_config, slide
 from vla_jax.policies.trunk import Mode, StepFeatures, Trunk, no_preparation, one_memory
+from vla_jax.trees import under
 from vla_jax.types import Array, Key, Params
 
 
@@ -121,4 +122,5 @@ MEMORY_GPT = Trunk(
     init_stream=_init_stream,
     step=_step,
     prepare=no_preparation,
+    sharding_rules=(PROJECTION, *under("memory_transformer", rotary_transformer.SHARDING)),
 )

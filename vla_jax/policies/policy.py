@@ -26,7 +26,17 @@ from vla_jax.policies.decoders import StreamState
 from vla_jax.policies.head import TeacherForcing
 from vla_jax.policies.trunk import Mode
 from vla_jax.policies.window_history import PastSteps
-from vla_jax.types import ActionChunk, Array, Key, Observation, Params, Prediction, Tokens
+from vla_jax.trees import under
+from vla_jax.types import (
+    ActionChunk,
+    Array,
+    Key,
+    Observation,
+    Params,
+    Prediction,
+    ShardingRules,
+    Tokens,
+)
 
 
 @dataclass(frozen=True)
@@ -98,6 +108,14 @@ def init(key: Key, config: PolicyConfig) -> Params:
         "backbone": registry.get(config.backbone).init(backbone_key, config.backbone),
         "decoder": decoders.init(decoder_key, config.decoder),
     }
+
+
+def sharding_rules(config: PolicyConfig) -> ShardingRules:
+    """Returns how the params are split over a mesh of devices: rules of backbone and decoder."""
+    return (
+        *under("backbone", registry.get(config.backbone).sharding_rules),
+        *under("decoder", decoders.sharding_rules(config.decoder)),
+    )
 
 
 def encode(params: Params, config: PolicyConfig, observation: Observation) -> Tokens:

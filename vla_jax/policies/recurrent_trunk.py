@@ -23,6 +23,7 @@ from vla_jax.nn.recurrence import Carry, RecurrenceConfig
 from vla_jax.nn.residual_blocks import StackConfig
 from vla_jax.policies.decoder_fields import DecoderFields, pooled_size
 from vla_jax.policies.trunk import Mode, StepFeatures, Trunk
+from vla_jax.trees import under
 from vla_jax.types import Array, Key, Params
 
 _INFINITE = jnp.iinfo(jnp.int32).max  # steps; longer than any episode
@@ -147,4 +148,5 @@ RECURRENT = Trunk(
     init_stream=_init_stream,
     step=_step,
     prepare=_prepare,
+    sharding_rules=under("recurrence", residual_blocks.SHARDING),
 )

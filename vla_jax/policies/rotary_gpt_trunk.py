@@ -21,8 +21,9 @@ from vla_jax.nn.recurrence import Carry
 from vla_jax.nn.rotary_transformer import RotaryTransformerConfig
 from vla_jax.nn.transformer import Cache
 from vla_jax.policies.decoder_fields import DecoderFields
-from vla_jax.policies.gpt_trunk import init_projection, project, refuse_carry
+from vla_jax.policies.gpt_trunk import PROJECTION, init_projection, project, refuse_carry
 from vla_jax.policies.trunk import Mode, StepFeatures, Trunk, no_preparation, one_memory
+from vla_jax.trees import under
 from vla_jax.types import Array, Key, Params
 
 INFINITE = jnp.iinfo(jnp.int32).max  # steps; longer than any episode
@@ -141,4 +142,5 @@ ROTARY_GPT = Trunk(
     init_stream=_init_stream,
     step=_step,
     prepare=no_preparation,
+    sharding_rules=(PROJECTION, *under("rotary_transformer", rotary_transformer.SHARDING)),
 )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from vla_jax.nn.recurrence import Carry
 from vla_jax.policies.decoder_fields import DecoderFields
-from vla_jax.types import Array, Params
+from vla_jax.types import Array, Params, ShardingRules
 
 Mode = Literal["refresh", "periodic", "persistent"]
 
@@ -44,6 +44,7 @@ class Trunk(NamedTuple):
     step: Callable[[Params, DecoderFields, Any, Array, Array], tuple[Any, StepFeatures]]
     # (params, config, num_memories C, batch_size) -> params stored for fast single steps
     prepare: Callable[[Params, DecoderFields, int, int], Params]
+    sharding_rules: ShardingRules = ()  # by globs of paths in its subtrees; () = replicated
 
 
 def one_memory(mode: Mode, window_size: int) -> int:

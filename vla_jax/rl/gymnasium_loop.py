@@ -115,7 +115,8 @@ def learn(
         run = _make_run(train_envs, algorithm, config, update, evaluate, keys)
         state = run_updates(config, loop, run_dir, run, state, step, name=name, record=record)
         report = evaluate(acting_params(state), keys.report, config.report_episodes)
-    return make_result(config, jax.tree.map(lambda leaf: leaf[None], state), report)
+    state = jax.tree.map(lambda leaf: leaf[None], state)
+    return make_result(config, state, jax.device_get(acting_params(state)), report)
 
 
 @contextlib.contextmanager

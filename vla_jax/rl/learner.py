@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from vla_jax.config import checked, renamed
+from vla_jax.nn.sharded_params import gathered
 from vla_jax.rl import actor, network, passes
 from vla_jax.rl.actor import Policy, Rollout
 from vla_jax.rl.network import NetworkConfig
@@ -27,7 +28,7 @@ from vla_jax.training.update import (
     init_train_state,
     make_update,
 )
-from vla_jax.types import DiscreteEnv, Key, Metrics, Params
+from vla_jax.types import DiscreteEnv, Key, Metrics, Params, ShardingRules
 
 
 class LearnState(NamedTuple):
@@ -58,6 +59,7 @@ class Learner(NamedTuple):
     update: Callable[[LearnState, Key], tuple[LearnState, Metrics]]  # one rollout, one update
     evaluate: Callable[[Params, Key], Metrics]  # mean "return" and "success" of new episodes
     report: Callable[[Params, Key], Metrics]  # the same, for the final report
+    sharding_rules: ShardingRules = ()  # of the params of one seed; () = replicated
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def make_learner(
     def update(state: LearnState, key: Key) -> tuple[LearnState, Metrics]:
         act_key, learn_key = jax.random.split(key)
         train_state = state.train_state
-        policy = algorithm.explore(train_state.params, train_state.num_updates)
+        policy = algorithm.explore(gathered(train_state.params), train_state.num_updates)
         next_actor, rollout = actor.unroll(env, policy, state.actor, seeds.num_steps, key=act_key)
         train_state, metrics = update_params(train_state, rollout, learn_key)
         return LearnState(train_state, next_actor, state.solved), metrics
@@ -140,6 +142,7 @@ def make_learner(
         update,
         partial(evaluate, seeds.eval_episodes),
         partial(evaluate, seeds.report_episodes),
+        network.SHARDING,
     )
 
 

@@ -51,13 +51,18 @@ class LearningResult(NamedTuple):
 
 def check_devices(config: SeedsConfig, loop: LoopConfig) -> None:
     """Raises a ValueError unless the environments of a seed can be sharded over the devices."""
-    mesh = parallel.make_mesh(loop.mesh)
-    parallel.check_tensor_axis(mesh, ())
-    if config.num_envs % mesh.size:
+    num_parts = parallel.num_row_shards(parallel.make_mesh(loop.mesh))
+    if config.num_envs % num_parts:
         raise ValueError(
-            f"num_envs must be a multiple of the number of devices, {mesh.size}, got "
+            f"num_envs must be a multiple of the number of devices, {num_parts}, got "
             f"{config.num_envs}; change --num-envs or --mesh."
         )
+
+
+def check_tensor_axis(loop: LoopConfig, learner: Learner) -> None:
+    """Raises a ValueError unless the learner's params can be split over the axis `tensor`."""
+    params = jax.eval_shape(learner.init, jax.random.key(0)).train_state.params
+    parallel.check_tensor_axis(parallel.make_mesh(loop.mesh), learner.sharding_rules, params)
 
 
 def learn(
@@ -88,19 +93,22 @@ def learn(
         finite, in which case the last checkpoint is kept.
     """
     check_devices(config, loop)
+    check_tensor_axis(loop, learner)
     mesh = parallel.make_mesh(loop.mesh)
     keys = make_keys(seed, config.num_seeds)
-    state, step = first_state(run_dir, jax.jit(jax.vmap(learner.init))(keys.init))
-    state = jax.device_put(state, _shardings(mesh))
-    compiled = _compile(config, learner, mesh)
+    init = jax.vmap(learner.init)
+    shardings = _shardings(mesh, learner, jax.eval_shape(init, keys.init))
+    state, step = first_state(run_dir, jax.jit(init, out_shardings=shardings)(keys.init))
+    compiled = _compile(config, learner, mesh, shardings)
 
     def run(state: LearnState, start: int, stop: int) -> tuple[LearnState, Metrics, Metrics]:
         return compiled(state, keys, np.int32(stop), stop - start)
 
     state = run_updates(config, loop, run_dir, run, state, step, name=name, record=record)
-    replicated = NamedSharding(mesh, PartitionSpec())
-    evaluate = jax.jit(jax.vmap(learner.report), out_shardings=replicated)
-    return make_result(config, state, evaluate(acting_params(state), keys.report))
+    params = parallel.fetch(acting_params(state), mesh)
+    return make_result(
+        config, state, params, jax.jit(jax.vmap(learner.report))(params, keys.report)
+    )
 
 
 def make_keys(seed: int, num_seeds: int) -> Keys:
@@ -200,18 +208,31 @@ def _check_state(
         raise ValueError(finite.leaf_sentence(path, step, run_dir))
 
 
-def _shardings(mesh: Mesh) -> LearnState:
-    """Returns the shardings: environments (axis 1, after the seeds) sharded, else replicated."""
+def _shardings(mesh: Mesh, learner: Learner, shapes: LearnState) -> LearnState:
+    """Returns the shardings: environments (axis 1, after the seeds) split, params by their rules.
+
+    Args:
+      mesh: of the devices.
+      learner: of one seed.
+      shapes: of the state of all seeds.
+    """
+    rules = parallel.stacked(learner.sharding_rules)
     replicated: Any = NamedSharding(mesh, PartitionSpec())
     sharded: Any = parallel.batch_sharding(mesh, axis=1)
-    return LearnState(replicated, sharded, replicated)
+    return LearnState(
+        parallel.make_shardings(shapes.train_state, mesh, rules),
+        jax.tree.map(lambda leaf: sharded, shapes.actor),
+        replicated,
+    )
 
 
-def _compile(config: SeedsConfig, learner: Learner, mesh: Mesh) -> Callable[..., Any]:
+def _compile(
+    config: SeedsConfig, learner: Learner, mesh: Mesh, shardings: LearnState
+) -> Callable[..., Any]:
     """Returns `run(state, keys, stop, num_updates)`, which donates the state."""
-    shardings, replicated = _shardings(mesh), NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
     return jax.jit(
-        partial(_run_block, config, learner),
+        parallel.on_mesh(partial(_run_block, config, learner), mesh),
         static_argnums=3,
         donate_argnums=0,
         in_shardings=(shardings, replicated, replicated),
@@ -279,18 +300,21 @@ def _scalars(metrics: Metrics, config: SeedsConfig, step: int) -> dict[str, floa
     return {**scalars, "env_steps": float(env_steps)}
 
 
-def make_result(config: SeedsConfig, state: LearnState, report: Metrics) -> LearningResult:
+def make_result(
+    config: SeedsConfig, state: LearnState, params: Params, report: Metrics
+) -> LearningResult:
     """Returns the result of a training.
 
     Args:
       config: number of environments and steps of an update.
       state: final state of all seeds.
+      params: final params for acting of all seeds, `[num_seeds, ...]`.
       report: metrics of the final episodes, `[num_seeds]`.
     """
     num_updates = np.asarray(state.train_state.num_updates)
     env_steps = int(num_updates.sum()) * config.num_steps * config.num_envs
     return LearningResult(
-        jax.device_get(acting_params(state)),
+        params,
         {name: np.asarray(values) for name, values in report.items()},
         num_updates,
         env_steps,

@@ -25,12 +25,17 @@ from vla_jax.config import checked, did_you_mean
 from vla_jax.nn import recurrence
 from vla_jax.nn.cells import CELLS, CellName
 from vla_jax.nn.chrono import spread_gates
-from vla_jax.nn.layers import apply_mlp, init_mlp
+from vla_jax.nn.layers import MLP_SHARDING, apply_mlp, init_mlp
 from vla_jax.nn.recurrence import RecurrenceConfig
-from vla_jax.types import Array, Key, Params
+from vla_jax.trees import under
+from vla_jax.types import Array, Key, Params, ShardingRules
 
 Outputs = dict[str, jax.Array]  # name of a head -> [..., size of the head]
 
+SHARDING: ShardingRules = (
+    *under("recurrence", recurrence.SHARDING),
+    *MLP_SHARDING,
+)
 _WIDTHS = (0, 2**16)  # of layers; wider ones are typing errors that would fill the memory
 
 

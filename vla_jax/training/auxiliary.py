@@ -24,10 +24,15 @@ from vla_jax.config import checked, did_you_mean
 from vla_jax.nn import layers
 from vla_jax.training import captions
 from vla_jax.training.losses import masked_mean
-from vla_jax.types import Array, Batch, Key, Metrics, Observation, Params
+from vla_jax.trees import under
+from vla_jax.types import Array, Batch, Key, Metrics, Observation, Params, ShardingRules
 
 Target = Literal["tokens", "pixels"]
 CAMERAS = ("image_primary", "image_wrist")
+SHARDING: ShardingRules = (
+    *under("forward", layers.MLP_SHARDING),
+    *under("caption", captions.SHARDING),
+)
 
 
 @dataclasses.dataclass(frozen=True)

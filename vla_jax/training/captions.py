@@ -12,13 +12,21 @@ import chex
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.sharding import PartitionSpec
 
 from vla_jax.nn import layers, recurrence
 from vla_jax.nn.cells import GRUCarry
 from vla_jax.nn.layers import dense
 from vla_jax.nn.recurrence import RecurrenceConfig
 from vla_jax.training.losses import token_loss
-from vla_jax.types import Array, Batch, Key, Metrics, Params
+from vla_jax.trees import under
+from vla_jax.types import Array, Batch, Key, Metrics, Params, ShardingRules
+
+SHARDING: ShardingRules = (
+    *under("recurrence", recurrence.SHARDING),
+    ("embedding", PartitionSpec(None, "fsdp")),
+    ("*/kernel", PartitionSpec("fsdp")),
+)
 
 
 def init(key: Key, feature_size: int, size: int, vocab_size: int) -> Params:

@@ -122,6 +122,7 @@ def check(
     *,
     batch_size: int,
     sharding_rules: ShardingRules = (),
+    params: Any = None,
 ) -> None:
     """Raises a ValueError for settings that cannot work, before anything slow starts.
 
@@ -130,14 +131,15 @@ def check(
       optim_config: learning rate and warm-up.
       batch_size: B over all processes.
       sharding_rules: as for `fit`.
+      params: shapes of the params.
 
     Raises:
       ValueError: the warm-up is not shorter than the training, there are not enough devices, the
-        batch cannot be split evenly over them, or no rule uses the axis `tensor` of the mesh.
+        batch cannot be split evenly over them, or no rule splits params over the axis `tensor`.
     """
     optim.make_schedule(optim_config, config.num_updates)
     mesh = parallel.make_mesh(config.mesh)
-    parallel.check_tensor_axis(mesh, sharding_rules)
+    parallel.check_tensor_axis(mesh, sharding_rules, params)
     num_parts = parallel.num_row_shards(mesh)
     if batch_size % num_parts:
         raise ValueError(

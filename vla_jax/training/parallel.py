@@ -4,13 +4,15 @@ The mesh has the axes `"data"`, `"fsdp"` and `"tensor"`; the rows of a batch are
 first two. The train state is replicated, unless sharding rules split some of its leaves. A rule is
 a glob over leaf paths and a `PartitionSpec`, such as
 `("backbone/*/up/kernel", PartitionSpec("fsdp", "tensor"))`; the first rule that matches counts. An
-axis of size 1 splits nothing. With several processes (`jax.distributed.initialize`) each one holds
-its own rows of the batch, and all run the same program.
+axis of size 1 splits nothing, and neither do axes that do not divide a dimension. With several
+processes (`jax.distributed.initialize`) each one holds its own rows of the batch, and all run the
+same program.
 """
 
+import functools
 import math
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -23,6 +25,7 @@ from vla_jax.training.update import TrainState, Update
 from vla_jax.types import Key, Metrics, ShardingRules
 
 Tree = TypeVar("Tree")
+Function = TypeVar("Function", bound=Callable[..., Any])
 _BATCH_AXES = ("data", "fsdp")  # mesh axes over which the rows of a batch are split
 MESH_AXES = (*_BATCH_AXES, "tensor")
 
@@ -119,19 +122,32 @@ def num_row_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in _BATCH_AXES if axis in mesh.axis_names)
 
 
-def check_tensor_axis(mesh: Mesh, rules: ShardingRules) -> None:
+def check_tensor_axis(mesh: Mesh, rules: ShardingRules, params: Any) -> None:
     """Raises a ValueError if the devices of the axis `tensor` would all compute the same.
 
     Args:
       mesh: from `make_mesh`.
       rules: sharding rules of the params.
+      params: arrays or shapes.
     """
-    named = {axis for _, spec in rules for entry in spec for axis in _axes(entry)}
-    if mesh.shape["tensor"] > 1 and "tensor" not in named:
+    if mesh.shape["tensor"] == 1:
+        return
+    shardings = jax.tree.leaves(make_shardings(params, mesh, rules))
+    named = {axis for sharding in shardings for entry in sharding.spec for axis in _axes(entry)}
+    if "tensor" not in named:
         raise ValueError(
-            f"tensor must be 1 for a model without sharding rules for it, got "
+            "tensor must be 1 for a model of which no sharding rule splits a param over it, got "
             f"{mesh.shape['tensor']}; use data or fsdp in --mesh."
         )
+
+
+def stacked(rules: ShardingRules) -> ShardingRules:
+    """Returns the rules of params with one more axis in front, which is not split.
+
+    Args:
+      rules: of the params of one model, where the tree has those of several.
+    """
+    return tuple((glob, PartitionSpec(None, *spec)) for glob, spec in rules)
 
 
 def is_first_process() -> bool:
@@ -153,9 +169,9 @@ def any_process(flag: bool) -> bool:
 def make_shardings(tree: Any, mesh: Mesh, rules: ShardingRules = ()) -> Any:
     """Returns a `NamedSharding` for every leaf; a leaf without a rule is replicated.
 
-    A glob may match a whole path, or its end after any `/`, so that one rule applies to the
-    params, their EMA, and the optimiser state, where the path of a param has a prefix.
-    Scalars are always replicated.
+    A dimension that the axes of its rule do not divide evenly stays whole. A glob may match a
+    whole path, or its end after any `/`, so that one rule applies to the params, their EMA, and the
+    optimiser state, where the path of a param has a prefix. Scalars are always replicated.
 
     Args:
       tree: arrays or shapes: params, or a whole train state.
@@ -163,8 +179,8 @@ def make_shardings(tree: Any, mesh: Mesh, rules: ShardingRules = ()) -> Any:
       rules: (glob, PartitionSpec) pairs; the first match counts.
 
     Raises:
-      ValueError: a rule names an axis that the mesh lacks, has more entries than a leaf has
-        dimensions, or splits a dimension that is not divisible.
+      ValueError: a rule names an axis that the mesh lacks, or has more entries than a leaf has
+        dimensions.
     """
     for glob, spec in rules:
         _check_axes(glob, spec, mesh)
@@ -172,8 +188,7 @@ def make_shardings(tree: Any, mesh: Mesh, rules: ShardingRules = ()) -> Any:
 
     def sharding(path: str, leaf: Any) -> NamedSharding:
         spec = trees.lookup(path, anywhere, PartitionSpec()) if np.ndim(leaf) else PartitionSpec()
-        _check_divisible(path, np.shape(leaf), spec, mesh)
-        return NamedSharding(mesh, spec)
+        return NamedSharding(mesh, _divisible(path, np.shape(leaf), spec, mesh))
 
     leaves = [sharding(path, leaf) for path, leaf in trees.leaves_by_path(tree).items()]
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)
@@ -214,6 +229,17 @@ def replicate(tree: Tree, mesh: Mesh) -> Tree:
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
+def fetch(tree: Tree, mesh: Mesh) -> Tree:
+    """Returns arrays of any sharding as NumPy arrays; all processes must call it.
+
+    Args:
+      tree: arrays on the devices of the mesh.
+      mesh: from `make_mesh`.
+    """
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return jax.device_get(jax.jit(lambda tree: tree, out_shardings=replicated)(tree))
+
+
 def shard_batch(batch: Tree, mesh: Mesh) -> Tree:
     """Returns the batch with its leading axis split over the devices.
 
@@ -245,11 +271,29 @@ def jit_update(update: Update, mesh: Mesh, shardings: Any = None) -> Update:
     replicated = NamedSharding(mesh, PartitionSpec())
     shardings = replicated if shardings is None else shardings
     return jax.jit(
-        update,
+        on_mesh(update, mesh),
         in_shardings=(shardings, batch_sharding(mesh), replicated),
         out_shardings=(shardings, replicated),
         donate_argnums=0,
     )
+
+
+def on_mesh(function: Function, mesh: Mesh) -> Function:
+    """Returns the function traced with the mesh as its context, to compile it for that mesh.
+
+    The models find there the axes over which their params are split (`nn.sharded_params`).
+
+    Args:
+      function: of arrays.
+      mesh: from `make_mesh`.
+    """
+
+    @functools.wraps(function)
+    def traced(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return cast(Function, traced)
 
 
 def pmap_update(update: Update, mesh: Mesh) -> Update:
@@ -294,19 +338,18 @@ def _check_axes(glob: str, spec: PartitionSpec, mesh: Mesh) -> None:
             )
 
 
-def _check_divisible(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> None:
+def _divisible(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
+    """Returns the spec without the entries whose axes do not divide their dimension."""
     if len(spec) > len(shape):
         raise ValueError(
             f"the sharding rule for {path} has {len(spec)} entries, but its shape is "
             f"{list(shape)}; drop an entry, or put a rule for this leaf before it."
         )
-    for size, entry in zip(shape, spec, strict=False):
-        num_shards = math.prod(mesh.shape[axis] for axis in _axes(entry))
-        if size % num_shards:
-            raise ValueError(
-                f"{path} of shape {list(shape)} cannot be sharded by {spec}: {size} is not "
-                f"divisible by {num_shards} devices; put a rule for this leaf before it."
-            )
+    num_shards = [math.prod(mesh.shape[axis] for axis in _axes(entry)) for entry in spec]
+    if not any(size % num for size, num in zip(shape, num_shards, strict=False)):
+        return spec
+    entries = zip(shape, num_shards, spec, strict=False)
+    return PartitionSpec(*(None if size % num else entry for size, num, entry in entries))
 
 
 def _axes(entry: Any) -> tuple[str, ...]:
