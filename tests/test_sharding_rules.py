@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import tiny_demos
+import tiny_vlm
 from jax.sharding import PartitionSpec
 
 from train import setup
