@@ -11,6 +11,7 @@ import numpy as np
 from train.memory_decoders import (
     ACTION_HORIZON,
     Variant,
+    learning_rate_factor,
     make_agent_config,
     with_first_observation,
 )
@@ -72,7 +73,7 @@ def clone(
       num_updates: of each seed; rounded up to a multiple of the blocks.
       batch_size: B, episodes, or windows of as many steps, per update.
       hidden_size: H of the policy.
-      learning_rate: peak of the schedule.
+      learning_rate: peak of the schedule, for recurrences; `learning_rate_factor` for others.
       progress: is called with the number of updates so far.
 
     Raises:
@@ -89,7 +90,9 @@ def clone(
     norm_stats = _norm_stats(demonstrations)
     data = _make_data(agent, env, norm_stats, demonstrations)
     config = OptimConfig(
-        learning_rate=learning_rate, warmup_steps=min(50, num_updates // 10), end_factor=0.02
+        learning_rate=learning_rate * learning_rate_factor(variant.kind),
+        warmup_steps=min(50, num_updates // 10),
+        end_factor=0.02,
     )
     shapes = jax.eval_shape(lambda key: policy.init(key, agent.policy), keys[0])
     optimizer = optim.make_optimizer(config, num_updates, shapes)

@@ -23,6 +23,8 @@ HEAD_LAYERS = 3
 _HEAD_FACTOR = 2  # width of the head's layers, as a multiple of H
 _MAX_WORDS = 12
 WINDOW = 8  # steps of the baseline with a short window
+# Transformers hardly learn anything at the learning rate that suits recurrences.
+_TRANSFORMERS, _TRANSFORMER_FACTOR = ("gpt", "rotary_gpt", "memory_gpt"), 0.2
 
 
 class Variant(NamedTuple):
@@ -48,6 +50,11 @@ def variants() -> dict[str, Variant]:
         "lstm_window": Variant("lstm", "refresh", window_size=WINDOW),
         **whole,
     }
+
+
+def learning_rate_factor(kind: str) -> float:
+    """Returns by how much the learning rate of a script is multiplied for a trunk."""
+    return _TRANSFORMER_FACTOR if kind in _TRANSFORMERS else 1.0
 
 
 def make_agent_config(variant: Variant, env: Env, state_dim: int, hidden_size: int) -> AgentConfig:
@@ -83,7 +90,7 @@ def make_agent_config(variant: Variant, env: Env, state_dim: int, hidden_size: i
     )
 
 
-def settings() -> dict[str, int]:
+def settings() -> dict[str, float]:
     """Returns what results depend on beside the options of a script."""
     return {
         "action_horizon": ACTION_HORIZON,
@@ -92,6 +99,7 @@ def settings() -> dict[str, int]:
         "head_factor": _HEAD_FACTOR,
         "instruction_steps": INSTRUCTION_STEPS,
         "wander_steps": WANDER_STEPS,
+        "transformer_factor": _TRANSFORMER_FACTOR,
     }
 
 
