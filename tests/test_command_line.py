@@ -294,6 +294,18 @@ def test_every_script_reports_a_mistake_in_one_line(module, argv, sentence, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("module", ["train.record", "vla_jax.evaluate"])
+def test_output_that_nobody_reads_is_dropped(module):
+    """As in `python -m train.record --help | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--help"], stdout=writer, stderr=subprocess.PIPE, cwd=ROOT
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 # --- help texts -------------------------------------------------------------------------------
 
 COMMANDS = (

@@ -179,9 +179,12 @@ def test_finished_members_are_kept_and_new_ones_added(demos, tmp_path, monkeypat
     assert trained == ["group-lstm-h8-l1-0", "group-gru-h8-l1-0"]
     sweep(dataclasses.replace(config, seeds=3, cells=("lstm",)))
     assert trained[2:] == ["group-lstm-h8-l1-1"]
+    left = tmp_path / "run" / "group-lstm-h8-l1-0" / "checkpoints"  # by a process that was killed
+    left.mkdir()
     assert len(results(tmp_path / "run")) == 6
     sweep(dataclasses.replace(config, seeds=3))
     assert trained[3:] == ["group-gru-h8-l1-1"]
+    assert not left.exists()
 
 
 def test_the_groups_are_planned_once(demos, tmp_path):
@@ -335,3 +338,4 @@ def test_processes_share_the_groups(demos, tmp_path):
     lines = [line for text in errors for line in text.splitlines() if line.startswith("group-")]
     done = [line.split(":")[0] for line in lines if " of 3 groups" in line]
     assert len(done) == len(set(done)) == 3  # none was trained twice
+    assert all("group-" in text for text in errors)  # each process has trained some

@@ -235,6 +235,8 @@ def plan_groups(run_dir: pathlib.Path, members: Sequence[Member], group_size: in
         if set(names) <= set(by_name) and set(names) & set(left):
             groups.append(Group(file.parent.name, tuple(by_name[name] for name in names)))
             left = {name: each for name, each in left.items() if name not in names}
+        elif all((run_dir / name / _RESULT).is_file() for name in names):
+            _delete_checkpoints(file.parent)
     for shape, same in itertools.groupby(left.values(), lambda each: _shape_name(each.config)):
         rest = tuple(same)
         for start in range(0, len(rest), group_size):
@@ -244,6 +246,12 @@ def plan_groups(run_dir: pathlib.Path, members: Sequence[Member], group_size: in
             groups.append(group)
     order = list(by_name)
     return sorted(groups, key=lambda group: order.index(group.members[0].name))
+
+
+def _delete_checkpoints(folder: pathlib.Path) -> None:
+    """Deletes what a process left that was killed after the last result of its group."""
+    with contextlib.suppress(BlockingIOError), in_use(folder):  # in use: its process deletes them
+        delete_folder(folder / "checkpoints")
 
 
 def _new_name(run_dir: pathlib.Path, shape: str) -> str:

@@ -6,7 +6,8 @@ A preset is a function without arguments that returns a config; the first line o
 appears in `--help`, which lists every option with the comment of its field.
 
 Every command of this project ends with one of these exit codes: 0 done; 2 wrong input, with one
-sentence on stderr; 130 interrupted by Ctrl-C; 143 ended by SIGTERM.
+sentence on stderr; 130 interrupted by Ctrl-C; 141 nobody reads the output (`| head`);
+143 ended by SIGTERM.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import io
 import itertools
 import os
 import re
+import select
 import sys
 import textwrap
 import tokenize
@@ -34,6 +36,7 @@ from vla_jax import config as configs
 Config = TypeVar("Config")
 Result = TypeVar("Result")
 NAMED_PARTS = ("loss", "auxiliary", "dataset", "lora")  # their options always carry the name
+_OUTPUT_CLOSED = 141  # exit code of a program whose output nobody reads, as after SIGPIPE
 TRACEBACK = "VLA_JAX_TRACEBACK"  # environment variable: show the traceback of an error
 
 
@@ -53,7 +56,8 @@ def run(
       description: as for `command_line`.
 
     Raises:
-      SystemExit: 2 after an error, 130 after Ctrl-C, 143 after SIGTERM.
+      SystemExit: 2 after an error, 130 after Ctrl-C, 141 if nobody reads the output, 143 after
+        SIGTERM.
     """
     with exit_codes():
         print(function(command_line(presets, argv, description=description)))
@@ -67,7 +71,8 @@ def exit_codes() -> Iterator[None]:
     traceback of an error instead.
 
     Raises:
-      SystemExit: 2 after an error, 130 after Ctrl-C, 143 after SIGTERM.
+      SystemExit: 2 after an error, 130 after Ctrl-C, 141 if nobody reads the output, 143 after
+        SIGTERM.
     """
     before = warnings.formatwarning
     about_cache = compile_cache.make_line()
@@ -80,15 +85,30 @@ def exit_codes() -> Iterator[None]:
     try:
         compile_cache.use_checksums()
         with stopping.exit_on_sigterm():
-            yield
+            try:
+                yield
+            finally:
+                sys.stdout.flush()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         if os.environ.get(TRACEBACK):
             raise
+        if isinstance(error, BrokenPipeError) and not _is_output_read():
+            raise SystemExit(_OUTPUT_CLOSED) from None
         _stop(f"error: {' '.join(_sentence(error).split())}")
     finally:
         warnings.formatwarning = before
+
+
+def _is_output_read() -> bool:
+    """Returns False if what reads the output, such as `head`, has ended; drops the output then."""
+    watch = select.poll()
+    watch.register(sys.stdout.fileno(), 0)  # errors are always reported
+    if not watch.poll(0):
+        return True
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return False
 
 
 def program() -> str | None:
