@@ -294,16 +294,50 @@ def test_every_script_reports_a_mistake_in_one_line(module, argv, sentence, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("module", ["train.record", "vla_jax.evaluate"])
-def test_output_that_nobody_reads_is_dropped(module):
-    """As in `python -m train.record --help | head -1`."""
+UNREAD = """
+import os, signal, sys
+from vla_jax.command_line import exit_codes
+event = sys.argv[1]
+with exit_codes():
+    print("a line")
+    if event == "print":
+        print("lines " * 10**5)
+    if event == "wrong":
+        raise ValueError("wrong input.")
+    if event == "stopped":
+        raise SystemExit(143)
+    if event == "terminated":
+        os.kill(os.getpid(), signal.SIGTERM)
+    if event == "socket":
+        raise BrokenPipeError("the robot has left.")
+"""
+
+
+@pytest.mark.parametrize(
+    ("event", "code", "message"),
+    [
+        ("done", 141, b""), ("print", 141, b""), ("wrong", 2, b"error: wrong input.\n"),
+        ("stopped", 143, b""), ("terminated", 143, b""),
+    ],
+)  # fmt: skip
+def test_output_that_nobody_reads_is_dropped(event, code, message):
+    """As in `python -m train.record --help | true`; other exit codes stay as they are."""
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
-        [sys.executable, "-m", module, "--help"], stdout=writer, stderr=subprocess.PIPE, cwd=ROOT
+        [sys.executable, "-c", UNREAD, event],
+        env={**os.environ, "PYTHONUNBUFFERED": ""},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
     )
     os.close(writer)
-    assert (done.returncode, done.stderr) == (141, b"")
+    assert (done.returncode, done.stderr) == (code, message)
+
+
+def test_a_broken_pipe_of_a_socket_is_an_error():
+    done = subprocess.run([sys.executable, "-c", UNREAD, "socket"], capture_output=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (2, b"error: the robot has left.\n")
 
 
 # --- help texts -------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -28,6 +29,8 @@ with exit_codes(), distributed.connected(option):
         if number == 5 and jax.process_index() == int(victim):
             if event in ("killed", "aborted"):
                 os.kill(os.getpid(), 9)
+            if event == "aborts":
+                os.abort()
             raise ValueError("the disk is full; free some space.")
     print("sum", total)
 """
@@ -70,6 +73,17 @@ def test_a_killed_process_ends_the_others_with_its_name(event, victim):
             assert f"error: process {victim}" in errors.splitlines()[-1]
             assert errors.endswith("the same command continues\n")
             assert f"PID {processes[victim].pid}) has died" in errors or victim == 0
+
+
+@pytest.mark.slow
+def test_an_abort_of_another_cause_stays_an_abort():
+    processes = start_four("aborts", 2)
+    code, _, errors = processes[2].wait(150), *processes[2].communicate()
+    for process in processes:
+        process.kill()
+        process.communicate()
+    assert code == -signal.SIGABRT
+    assert "process 0" not in errors
 
 
 @pytest.mark.slow

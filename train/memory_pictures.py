@@ -20,7 +20,7 @@ from rich.table import Table
 from train import cache, configs
 from train.configs import ImitateConfig
 from train.demo_steps import Policy, Step, evaluation, pretraining, recording, run_steps, training
-from train.memory_decoders import ACTION_HORIZON, HEAD_LAYERS
+from train.memory_decoders import ACTION_HORIZON, HEAD_LAYERS, learning_rate_factor
 from train.pretrain import PretrainConfig
 from train.record import RecordConfig
 from vla_jax.backbones import registry
@@ -35,7 +35,6 @@ from vla_jax.envs.memory_table.memory_task import INSTRUCTION_STEPS
 from vla_jax.envs.memory_table.mujoco_memory import MujocoMemoryConfig
 from vla_jax.evaluate import EvaluateConfig
 from vla_jax.evaluation import report, results
-from vla_jax.nn.cells import CELLS
 from vla_jax.policies import policy, trunks
 from vla_jax.runs import read_agent
 from vla_jax.training.optim import OptimConfig
@@ -63,7 +62,7 @@ class MemoryPicturesConfig:
     pretrain_updates: int = 1000  # updates of the image encoder of each task
     num_updates: int = 1500  # updates of each policy
     hidden_size: int = 128  # hidden units H of each policy
-    learning_rate: float = 3e-3  # peak of the schedule; a third of it for transformers
+    learning_rate: float = 3e-3  # peak of the schedule; a fifth of it for transformers
     num_episodes: int = 120  # unseen episodes per evaluation
     num_videos: int = 2  # episodes to record as video in each evaluation
     seed: int = 0  # random seed of params and batches
@@ -169,7 +168,6 @@ def make_policy(config: MemoryPicturesConfig, task: str, decoder: str) -> Imitat
     base, trunk = configs.table_lstm(), trunks.get(decoder)
     world = make_world(config, task)
     window_size = tasks.max_steps(world)
-    is_transformer = trunk.has_memory and decoder not in CELLS
     connected = policy.connect(read_backbone(config), base.agent.policy.decoder)
     base = replace(base, agent=replace(base.agent, policy=connected))
     base = configs.with_decoder(
@@ -178,7 +176,7 @@ def make_policy(config: MemoryPicturesConfig, task: str, decoder: str) -> Imitat
         window_size=window_size,
         action_horizon=ACTION_HORIZON,
         hidden_size=config.hidden_size,
-        num_layers=2 if is_transformer else 1,
+        num_layers=2 if trunk.is_transformer else 1,
         num_heads=4,
         head_sizes=(config.hidden_size,) * HEAD_LAYERS,
         gate_span=window_size,
@@ -192,7 +190,7 @@ def make_policy(config: MemoryPicturesConfig, task: str, decoder: str) -> Imitat
         loader=replace(base.loader, seed=config.seed),
         optim=replace(
             _with_warmup(base.optim, config.num_updates),
-            learning_rate=config.learning_rate / (3 if is_transformer else 1),
+            learning_rate=config.learning_rate * learning_rate_factor(decoder),
         ),
         loop=replace(base.loop, num_updates=config.num_updates, save_every=config.num_updates),
         seed=config.seed,

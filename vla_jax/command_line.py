@@ -85,30 +85,57 @@ def exit_codes() -> Iterator[None]:
     try:
         compile_cache.use_checksums()
         with stopping.exit_on_sigterm():
-            try:
-                yield
-            finally:
-                sys.stdout.flush()
+            yield
     except KeyboardInterrupt:
+        _drop_unread_output()
         raise SystemExit(130) from None
+    except SystemExit as end:  # also after --help
+        if _drop_unread_output() and not end.code:
+            raise SystemExit(_OUTPUT_CLOSED) from None
+        raise
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         if os.environ.get(TRACEBACK):
             raise
-        if isinstance(error, BrokenPipeError) and not _is_output_read():
+        if isinstance(error, BrokenPipeError) and not _has_reader():
+            _drop_output()
             raise SystemExit(_OUTPUT_CLOSED) from None
+        _drop_unread_output()
         _stop(f"error: {' '.join(_sentence(error).split())}")
+    else:
+        if _drop_unread_output():
+            raise SystemExit(_OUTPUT_CLOSED)
     finally:
         warnings.formatwarning = before
 
 
-def _is_output_read() -> bool:
-    """Returns False if what reads the output, such as `head`, has ended; drops the output then."""
-    watch = select.poll()
-    watch.register(sys.stdout.fileno(), 0)  # errors are always reported
-    if not watch.poll(0):
+def _drop_unread_output() -> bool:
+    """Returns True if nobody reads the output any more, such as `head` that has ended.
+
+    Then it is dropped; otherwise Python would report it at its end, and change the exit code.
+    """
+    if sys.stdout is None:
+        return False
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _drop_output()
         return True
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return False
+
+
+def _has_reader() -> bool:
+    """Returns False if the standard output is a pipe whose other end is closed."""
+    try:
+        descriptor = sys.stdout.fileno()
+    except (AttributeError, OSError):  # no output, or one that is not a file, as in a notebook
+        return True
+    watch = select.poll()
+    watch.register(descriptor, 0)  # errors are always reported
+    return not watch.poll(0)
+
+
+def _drop_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def program() -> str | None:

@@ -189,4 +189,5 @@ GPT = Trunk(
     step=_step,
     prepare=no_preparation,
     sharding_rules=(PROJECTION, *under("transformer", transformer.SHARDING)),
+    is_transformer=True,
 )

@@ -123,4 +123,5 @@ MEMORY_GPT = Trunk(
     step=_step,
     prepare=no_preparation,
     sharding_rules=(PROJECTION, *under("memory_transformer", rotary_transformer.SHARDING)),
+    is_transformer=True,
 )

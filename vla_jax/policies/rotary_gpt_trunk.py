@@ -143,4 +143,5 @@ ROTARY_GPT = Trunk(
     step=_step,
     prepare=no_preparation,
     sharding_rules=(PROJECTION, *under("rotary_transformer", rotary_transformer.SHARDING)),
+    is_transformer=True,
 )

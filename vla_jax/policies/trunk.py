@@ -45,6 +45,7 @@ class Trunk(NamedTuple):
     # (params, config, num_memories C, batch_size) -> params stored for fast single steps
     prepare: Callable[[Params, DecoderFields, int, int], Params]
     sharding_rules: ShardingRules = ()  # by globs of paths in its subtrees; () = replicated
+    is_transformer: bool = False  # True if a step attends to earlier ones; trains at lower rates
 
 
 def one_memory(mode: Mode, window_size: int) -> int:

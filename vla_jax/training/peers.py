@@ -43,8 +43,9 @@ def watch(client: Any, left: threading.Event) -> None:
             client.key_value_set(f"{_HEARTBEATS}/{own}", f"{identity}#{beat}", allow_overwrite=True)
             beats = dict(client.key_value_dir_get(_HEARTBEATS))
             note = _wait_for_note(client)
-        except Exception:  # of every kind, from JAX's runtime
-            _end(_FIRST_DIED, left, OTHER_DIED)
+        except jax.errors.JaxRuntimeError as error:
+            lost = f"process 0 has lost what it shares with the others ({error}); {_RESUMES}"
+            _end(_FIRST_DIED if own else lost, left, OTHER_DIED)
             return
         if note is not None:
             time.sleep(GRACE)  # this process may be about to end by an error of its own
@@ -57,7 +58,7 @@ def watch(client: Any, left: threading.Event) -> None:
         for key, (newest, since) in last.items():
             if now - since > patience:
                 place = place_of(int(key.rpartition("/")[2]), newest.partition("#")[0])
-                dead = f"{place} has died: no heartbeat for {SILENCE:.0f} s"
+                dead = f"{place} has died: no heartbeat for {patience:.0f} s"
                 _end(f"{dead}; {_RESUMES}", left, OTHER_DIED)
 
 
@@ -77,16 +78,18 @@ def watched_first(address: str, left: threading.Event) -> Iterator[None]:
         return
     threading.Thread(target=_watch_first, args=(address, left), daemon=True).start()
 
-    # A signal handler of Python would wait for the main thread, which waits in a collective.
-    @ctypes.CFUNCTYPE(None, ctypes.c_int)
-    def on_abort(_: int) -> None:
-        connection = _connect(address, left)
-        if connection:  # another cause: the abort goes on
-            connection.close()
+    process, set_handler = os.getpid(), ctypes.CDLL(None).signal
+    set_handler.restype, set_handler.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
 
-    set_handler = ctypes.CDLL(None).signal
-    set_handler.restype = ctypes.c_void_p
-    set_handler.argtypes = (ctypes.c_int, ctypes.c_void_p)
+    # A handler of Python's `signal` would wait for the main thread, which waits in a collective.
+    # Python may hang here if memory is corrupt; the scheduler's time limit ends such a process.
+    @ctypes.CFUNCTYPE(None, ctypes.c_int)
+    def on_abort(number: int) -> None:
+        if os.getpid() == process and _is_refused(address):
+            _end(_FIRST_DIED, left, OTHER_DIED)
+        set_handler(number, before)  # another cause, or a forked worker
+        signal.raise_signal(number)
+
     before = set_handler(signal.SIGABRT, ctypes.cast(on_abort, ctypes.c_void_p))
     try:
         yield
@@ -95,22 +98,28 @@ def watched_first(address: str, left: threading.Event) -> Iterator[None]:
 
 
 def _watch_first(address: str, left: threading.Event) -> None:
-    connection = _connect(address, left)
-    while connection and not left.is_set():
-        with connection, contextlib.suppress(OSError):  # reset: process 0 may have died
+    while not left.is_set():
+        with contextlib.suppress(OSError), _connect(address) as connection:  # ends by an error too
             while connection.recv(4096):
                 pass
-        connection = _connect(address, left)
+        if _is_refused(address):
+            _end(_FIRST_DIED, left, OTHER_DIED)
         left.wait(1.0)  # process 0 lives and does not want this connection
 
 
-def _connect(address: str, left: threading.Event) -> socket.socket | None:
-    host, _, port = address.rpartition(":")
+def _is_refused(address: str) -> bool:
     try:
-        connection = socket.create_connection((host.strip("[]"), int(port)), timeout=GRACE)
-    except OSError:  # refused, or no answer
-        _end(_FIRST_DIED, left, OTHER_DIED)
-        return None
+        _connect(address).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:  # a slow host, or no descriptors are left: heartbeats decide
+        return False
+    return False
+
+
+def _connect(address: str) -> socket.socket:
+    host, _, port = address.rpartition(":")
+    connection = socket.create_connection((host.strip("[]"), int(port)), timeout=GRACE)
     connection.settimeout(None)
     return connection
 
@@ -119,7 +128,7 @@ def _wait_for_note(client: Any) -> str | None:
     """Returns the sentence of a process that failed, if there is one within `INTERVAL`."""
     try:
         return client.blocking_key_value_get(NOTE, int(1000 * INTERVAL))
-    except Exception as error:  # of JAX's runtime, also at the end of the time
+    except jax.errors.JaxRuntimeError as error:  # also at the end of the time
         if "DEADLINE_EXCEEDED" not in str(error):
             raise
         return None
