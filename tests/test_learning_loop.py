@@ -168,7 +168,7 @@ def test_a_policy_whose_outputs_are_not_finite_chooses_no_action(name):
 
 def test_environments_that_cannot_be_sharded_are_refused(tmp_path):
     seeds, loop = SeedsConfig(num_envs=6), LoopConfig(mesh="data=4")
-    message = "num_envs must be a multiple of the number of devices, 4, got 6"
+    message = "num_envs must be a multiple of the 4 devices over which .* are split, got 6"
     with pytest.raises(ValueError, match=message):
         run(tmp_path, "sarsa", seeds=seeds, loop=loop)
 

@@ -238,11 +238,11 @@ def test_a_mesh_that_cannot_be_is_refused(mesh, sentence):
 def test_the_axis_tensor_needs_a_rule():
     mesh = parallel.make_mesh("tensor=2")
     params = {"decoder": [{"kernel": np.zeros((8, 8))}, {"kernel": np.zeros((8, 4))}]}
-    parallel.check_tensor_axis(mesh, COLUMNS_AND_ROWS, params)
+    parallel.check_split_axes(mesh, COLUMNS_AND_ROWS, params)
     odd = {"decoder": [{"kernel": np.zeros((8, 7))}, {"kernel": np.zeros((7, 4))}]}
     for rules, shapes in ((KERNELS, params), (COLUMNS_AND_ROWS, odd)):
-        with pytest.raises(ValueError, match="tensor must be 1 for a model of which no sharding"):
-            parallel.check_tensor_axis(mesh, rules, shapes)
+        with pytest.raises(ValueError, match="tensor must be 1 for a model of which no param"):
+            parallel.check_split_axes(mesh, rules, shapes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -130,9 +130,11 @@ def assert_same_training(found, expected):
             [line[name] for line in read_metrics(folder / "metrics.jsonl")]
             for folder in (found, expected)
         )
+        assert len(one) == 2
+        assert one[0] != one[1]  # the first update changed something
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5, err_msg=name)
     first, second = (params_of(folder / "checkpoints") for folder in (found, expected))
-    assert first.keys() == second.keys()
+    assert first.keys() == second.keys() != set()
     for path, leaf in first.items():
         # a softmax does not depend on it: its gradient is rounding, which Adam scales up
         if not path.endswith("key/bias"):

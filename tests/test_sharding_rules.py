@@ -176,7 +176,8 @@ def collectives_in_loops(loss_fn, init, batch, rules):
     shardings = parallel.make_shardings(shapes, mesh, rules)
     lowered = parallel.jit_update(step, mesh, shardings).lower(shapes, batch, jax.random.key(0))
     loops = lowered.compile().as_text().partition("ENTRY")[0]
-    found = r"= (.+) (all-gather|all-reduce|all-to-all|collective-permute)\("
+    names = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+    found = rf"= (.+) ({names})(?:-start)?\("
     return [(operation, shapes) for shapes, operation in re.findall(found, loops)]
 
 

@@ -6,16 +6,14 @@ import shutil
 import jax
 import numpy as np
 import pytest
-import test_train_scan
 import tiny_demos
 import tiny_vlm
 from jax.sharding import PartitionSpec
 from processes import run_together
 from test_train_vlm import TOKENIZER, VLM
 
-from train import scan, setup
+from train import setup
 from train.imitate import imitate
-from train.pretrain import pretrain
 from vla_jax import backbones
 from vla_jax.acting.agent import AgentConfig
 from vla_jax.data import token_files
@@ -159,22 +157,6 @@ def test_a_training_resumes_on_other_devices_and_another_mesh(mesh, sharded, dem
     for name in ("loss", "grad_norm"):
         np.testing.assert_allclose(lines[1][name], expected[1][name], rtol=2e-6)
     assert_same_training(run_dir, sharded)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["pretrain", "scan"])
-def test_pretraining_and_scan_on_a_mesh_equal_one_device(name, demos, tmp_path):
-    def train(folder, mesh):
-        if name == "scan":
-            loop = dataclasses.replace(LOOP, mesh=mesh)
-            return scan.train(test_train_scan.tiny(folder, loop=loop))
-        config = tiny_demos.pretraining(demos, folder)
-        return pretrain(dataclasses.replace(config, loop=dataclasses.replace(LOOP, mesh=mesh)))
-
-    one, four = train(tmp_path / "one", "data=1"), train(tmp_path / "four", "data=2,fsdp=2")
-    assert_same_metrics(four, one)
-    first, second = (checkpoint.restore_params(folder / "checkpoints") for folder in (four, one))
-    assert_close(leaves_by_path(first), leaves_by_path(second))
 
 
 # --- two processes ------------------------------------------------------------------------------

@@ -150,7 +150,7 @@ def finetune(config: FinetuneConfig) -> pathlib.Path:
     learning_record.check(run_dir, run_dir / LEARNING, config, cloned.run)
     episodes.check_memory(cloned.run.agent, config.seeds.num_steps)
     learner = make_finetune(config, cloned)
-    learning_loop.check_tensor_axis(config.loop, learner)
+    learning_loop.check_split_axes(config.loop, learner)
     run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
 
     # Rollouts and updates of all seeds.

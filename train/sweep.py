@@ -126,6 +126,7 @@ def sweep(config: SweepConfig) -> pathlib.Path:
             _check_free(run_dir)
         data = read_training_inputs(config)
         open_run(run_dir, config, overwrite=config.overwrite)
+        _clean(run_dir)
         groups = plan_groups(run_dir, members, config.group_size)
         if is_shared:
             stack.close()  # the other processes open the folder too
@@ -231,12 +232,10 @@ def plan_groups(run_dir: pathlib.Path, members: Sequence[Member], group_size: in
     left = {name: each for name, each in by_name.items() if not _is_finished(run_dir, each)}
     groups = []
     for file in sorted(run_dir.glob(f"group-*/{_GROUP}")):
-        names = read_json(file, "names of the members of a group")["members"]
+        names = _names(file)
         if set(names) <= set(by_name) and set(names) & set(left):
             groups.append(Group(file.parent.name, tuple(by_name[name] for name in names)))
             left = {name: each for name, each in left.items() if name not in names}
-        elif all((run_dir / name / _RESULT).is_file() for name in names):
-            _delete_checkpoints(file.parent)
     for shape, same in itertools.groupby(left.values(), lambda each: _shape_name(each.config)):
         rest = tuple(same)
         for start in range(0, len(rest), group_size):
@@ -248,10 +247,17 @@ def plan_groups(run_dir: pathlib.Path, members: Sequence[Member], group_size: in
     return sorted(groups, key=lambda group: order.index(group.members[0].name))
 
 
-def _delete_checkpoints(folder: pathlib.Path) -> None:
-    """Deletes what a process left that was killed after the last result of its group."""
-    with contextlib.suppress(BlockingIOError), in_use(folder):  # in use: its process deletes them
-        delete_folder(folder / "checkpoints")
+def _clean(run_dir: pathlib.Path) -> None:
+    """Deletes checkpoints that a process left which was killed after the last result of a group."""
+    for file in run_dir.glob(f"group-*/{_GROUP}"):
+        names = _names(file)
+        if all((run_dir / name / _RESULT).is_file() for name in names):
+            with contextlib.suppress(BlockingIOError), in_use(file.parent):  # they are deleted now
+                delete_folder(file.parent / "checkpoints")
+
+
+def _names(file: pathlib.Path) -> list[str]:
+    return read_json(file, "names of the members of a group")["members"]
 
 
 def _new_name(run_dir: pathlib.Path, shape: str) -> str:

@@ -24,7 +24,7 @@ from vla_jax.envs.grid import GridConfig
 from vla_jax.evaluation import plots, results
 from vla_jax.rl import actor, exploration
 from vla_jax.rl.actor import Actor, Policy
-from vla_jax.rl.learning_loop import check_devices, check_tensor_axis, learn
+from vla_jax.rl.learning_loop import check_devices, check_split_axes, learn
 from vla_jax.rl.td_errors import sarsa_error
 from vla_jax.runs import open_run, save_json
 from vla_jax.training.run_lock import exclusive
@@ -75,7 +75,7 @@ def compare(config: TabularConfig) -> pathlib.Path:
     # Check the settings before anything slow starts.
     check_devices(config.deep.seeds, config.deep.loop)
     for num_obstacles in config.obstacles:
-        check_tensor_axis(config.deep.loop, make_sarsa(_with_obstacles(config, num_obstacles)[1]))
+        check_split_axes(config.deep.loop, make_sarsa(_with_obstacles(config, num_obstacles)[1]))
     run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
     network, table = [], []
     for num_obstacles in config.obstacles:

@@ -21,7 +21,6 @@ import io
 import itertools
 import os
 import re
-import select
 import sys
 import textwrap
 import tokenize
@@ -30,7 +29,7 @@ import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar
 
-from vla_jax import compile_cache, stopping
+from vla_jax import compile_cache, output_pipe, stopping
 from vla_jax import config as configs
 
 Config = TypeVar("Config")
@@ -87,55 +86,25 @@ def exit_codes() -> Iterator[None]:
         with stopping.exit_on_sigterm():
             yield
     except KeyboardInterrupt:
-        _drop_unread_output()
+        output_pipe.drop_unread()
         raise SystemExit(130) from None
     except SystemExit as end:  # also after --help
-        if _drop_unread_output() and not end.code:
+        if output_pipe.drop_unread() and not end.code:
             raise SystemExit(_OUTPUT_CLOSED) from None
         raise
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         if os.environ.get(TRACEBACK):
             raise
-        if isinstance(error, BrokenPipeError) and not _has_reader():
-            _drop_output()
+        if isinstance(error, BrokenPipeError) and not output_pipe.has_reader():
+            output_pipe.drop()
             raise SystemExit(_OUTPUT_CLOSED) from None
-        _drop_unread_output()
+        output_pipe.drop_unread()
         _stop(f"error: {' '.join(_sentence(error).split())}")
     else:
-        if _drop_unread_output():
+        if output_pipe.drop_unread():
             raise SystemExit(_OUTPUT_CLOSED)
     finally:
         warnings.formatwarning = before
-
-
-def _drop_unread_output() -> bool:
-    """Returns True if nobody reads the output any more, such as `head` that has ended.
-
-    Then it is dropped; otherwise Python would report it at its end, and change the exit code.
-    """
-    if sys.stdout is None:
-        return False
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        _drop_output()
-        return True
-    return False
-
-
-def _has_reader() -> bool:
-    """Returns False if the standard output is a pipe whose other end is closed."""
-    try:
-        descriptor = sys.stdout.fileno()
-    except (AttributeError, OSError):  # no output, or one that is not a file, as in a notebook
-        return True
-    watch = select.poll()
-    watch.register(descriptor, 0)  # errors are always reported
-    return not watch.poll(0)
-
-
-def _drop_output() -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def program() -> str | None:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from vla_jax.config import checked, did_you_mean, renamed
 from vla_jax.nn import seq2seq
 from vla_jax.nn.seq2seq import Decoded, Memory, Seq2SeqConfig
+from vla_jax.nn.sharded_params import gathered
 from vla_jax.types import Array, Key, Params
 
 # (outputs [B, V or A], key) -> values to feed back
@@ -207,6 +208,7 @@ def _run(
     """
     if choose is None:
         choose = argmax if config.target == "tokens" else identity
+    params = gathered(params)
 
     def body(carry: Any, step: Any) -> tuple[Any, Any]:
         state, inputs = carry

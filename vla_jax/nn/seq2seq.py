@@ -31,6 +31,7 @@ from vla_jax.nn.attention import AttentionConfig, Source
 from vla_jax.nn.cells import CELLS, CellName
 from vla_jax.nn.layers import dense, dropout
 from vla_jax.nn.recurrence import Carry, RecurrenceConfig
+from vla_jax.nn.sharded_params import gathered
 from vla_jax.trees import under
 from vla_jax.types import Array, Key, Params, ShardingRules
 
@@ -318,6 +319,7 @@ def _one_by_one(
         inputs, key = step_inputs
         return step(params, config, memory, state, inputs, key=key)
 
+    params = gathered(params)
     keys = None if key is None else jax.random.split(key, inputs.shape[1])
     _, decoded = jax.lax.scan(body, state, (jnp.swapaxes(inputs, 0, 1), keys))
     return jax.tree.map(lambda steps: jnp.swapaxes(steps, 0, 1), decoded)

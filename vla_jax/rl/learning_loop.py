@@ -54,15 +54,15 @@ def check_devices(config: SeedsConfig, loop: LoopConfig) -> None:
     num_parts = parallel.num_row_shards(parallel.make_mesh(loop.mesh))
     if config.num_envs % num_parts:
         raise ValueError(
-            f"num_envs must be a multiple of the number of devices, {num_parts}, got "
-            f"{config.num_envs}; change --num-envs or --mesh."
+            f"num_envs must be a multiple of the {num_parts} devices over which the environments "
+            f"are split, got {config.num_envs}; change --num-envs or --mesh."
         )
 
 
-def check_tensor_axis(loop: LoopConfig, learner: Learner) -> None:
-    """Raises a ValueError unless the learner's params can be split over the axis `tensor`."""
+def check_split_axes(loop: LoopConfig, learner: Learner) -> None:
+    """Raises a ValueError unless the mesh splits the learner's params over its axes."""
     params = jax.eval_shape(learner.init, jax.random.key(0)).train_state.params
-    parallel.check_tensor_axis(parallel.make_mesh(loop.mesh), learner.sharding_rules, params)
+    parallel.check_split_axes(parallel.make_mesh(loop.mesh), learner.sharding_rules, params)
 
 
 def learn(
@@ -93,7 +93,7 @@ def learn(
         finite, in which case the last checkpoint is kept.
     """
     check_devices(config, loop)
-    check_tensor_axis(loop, learner)
+    check_split_axes(loop, learner)
     mesh = parallel.make_mesh(loop.mesh)
     keys = make_keys(seed, config.num_seeds)
     init = jax.vmap(learner.init)

@@ -149,7 +149,7 @@ def _make_env(config: RewardTraining) -> DiscreteEnv:
 
 def _check_jax(config: RewardTraining, algorithm: Algorithm) -> None:
     learning_loop.check_devices(config.seeds, config.loop)
-    learning_loop.check_tensor_axis(config.loop, make(config, algorithm))
+    learning_loop.check_split_axes(config.loop, make(config, algorithm))
 
 
 def _learn_jax(

@@ -121,8 +121,8 @@ def check(
     optim_config: OptimConfig,
     *,
     batch_size: int,
-    sharding_rules: ShardingRules = (),
-    params: Any = None,
+    sharding_rules: ShardingRules,
+    params: Any,
 ) -> None:
     """Raises a ValueError for settings that cannot work, before anything slow starts.
 
@@ -135,11 +135,11 @@ def check(
 
     Raises:
       ValueError: the warm-up is not shorter than the training, there are not enough devices, the
-        batch cannot be split evenly over them, or no rule splits params over the axis `tensor`.
+        batch cannot be split evenly over them, or no param is split over an axis for it.
     """
     optim.make_schedule(optim_config, config.num_updates)
     mesh = parallel.make_mesh(config.mesh)
-    parallel.check_tensor_axis(mesh, sharding_rules, params)
+    parallel.check_split_axes(mesh, sharding_rules, params)
     num_parts = parallel.num_row_shards(mesh)
     if batch_size % num_parts:
         raise ValueError(

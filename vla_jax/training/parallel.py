@@ -21,13 +21,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vla_jax import trees
 from vla_jax.config import did_you_mean
+from vla_jax.nn.sharded_params import ROWS
 from vla_jax.training.update import TrainState, Update
 from vla_jax.types import Key, Metrics, ShardingRules
 
 Tree = TypeVar("Tree")
 Function = TypeVar("Function", bound=Callable[..., Any])
-_BATCH_AXES = ("data", "fsdp")  # mesh axes over which the rows of a batch are split
-MESH_AXES = (*_BATCH_AXES, "tensor")
+MESH_AXES = (*ROWS, "tensor")
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -119,26 +119,28 @@ def num_row_shards(mesh: Mesh) -> int:
     Args:
       mesh: from `make_mesh`, or with some of its axes.
     """
-    return math.prod(mesh.shape[axis] for axis in _BATCH_AXES if axis in mesh.axis_names)
+    return math.prod(mesh.shape[axis] for axis in ROWS if axis in mesh.axis_names)
 
 
-def check_tensor_axis(mesh: Mesh, rules: ShardingRules, params: Any) -> None:
-    """Raises a ValueError if the devices of the axis `tensor` would all compute the same.
+def check_split_axes(mesh: Mesh, rules: ShardingRules, params: Any) -> None:
+    """Raises a ValueError if an axis that splits params would split none.
+
+    The devices of `tensor` would then all compute the same, and those of `fsdp` would each hold all
+    params.
 
     Args:
       mesh: from `make_mesh`.
       rules: sharding rules of the params.
       params: arrays or shapes.
     """
-    if mesh.shape["tensor"] == 1:
-        return
     shardings = jax.tree.leaves(make_shardings(params, mesh, rules))
     named = {axis for sharding in shardings for entry in sharding.spec for axis in _axes(entry)}
-    if "tensor" not in named:
-        raise ValueError(
-            "tensor must be 1 for a model of which no sharding rule splits a param over it, got "
-            f"{mesh.shape['tensor']}; use data or fsdp in --mesh."
-        )
+    for axis in ("fsdp", "tensor"):
+        if mesh.shape[axis] > 1 and axis not in named:
+            raise ValueError(
+                f"{axis} must be 1 for a model of which no param is split over it, by a sharding "
+                f"rule and a size that divides, got {mesh.shape[axis]}; use data in --mesh."
+            )
 
 
 def stacked(rules: ShardingRules) -> ShardingRules:
@@ -215,7 +217,7 @@ def batch_sharding(mesh: Mesh, *, axis: int = 0) -> NamedSharding:
       mesh: from `make_mesh`, or with some of its axes.
       axis: the array's axis of rows.
     """
-    axes = tuple(name for name in _BATCH_AXES if name in mesh.axis_names)
+    axes = tuple(name for name in ROWS if name in mesh.axis_names)
     return NamedSharding(mesh, PartitionSpec(*(None,) * axis, axes))
 
 
