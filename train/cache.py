@@ -1,6 +1,7 @@
 """Computes the tokens of every frame once, for fast training on a frozen backbone.
 
     python -m train.cache --dataset demos/table --backbone-from runs/pretrain
+    python -m train.cache --dataset demos/table --frames raw        # the images themselves
 
 The tokens and their mask are memory-mapped files (`vla_jax.data.token_files`) in a folder whose
 name is a hash of everything that they depend on: files that the params come from, config of the
@@ -8,7 +9,7 @@ backbone, dtype, data, statistics, ids of the instructions, and when the instruc
 params are stored beside the tokens, for the runs that use them: a complete cache is sufficient to
 train. `train.imitate` computes tokens that are missing; the options are the same. An interrupted
 computation continues after its last complete file. The checksums of files that exist are compared
-before they are used.
+before they are used. With `--frames` the resized images are written instead (`train.cache_frames`).
 """
 
 import hashlib
@@ -28,12 +29,12 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from train.backbone_source import check_backbone, resolve, source_files
+from train.cache_frames import CACHE, CacheConfig, cache_frames
 from train.configs import ImitateConfig
 from train.data_parts import read_parts
 from train.file_hashes import hash_files
 from train.memory_check import check_encoding
 from train.mixture_file import read_mixture
-from train.presets import IMITATE
 from train.setup import init_backbone, make_windows, param_shapes
 from vla_jax import config as configs
 from vla_jax import stopping
@@ -102,7 +103,7 @@ def frame_tokens(
     frames = make_windows(config, dataset, norm_stats, window_size=1, action_horizon=1)
     sizes = TokenSizes(len(frames), backbone.num_tokens, backbone.token_dim, config.cache_dtype)
     folder = token_folder(config) / fingerprint(config, frames, sizes)
-    missing = _agree(token_files.missing_shards(folder, sizes))
+    missing = parallel.agree(token_files.missing_shards(folder, sizes))
     token_files.check_shards(folder, sorted({*range(sizes.num_shards)} - {*missing}), sizes)
     if missing:
         check_encoding(config, _local_mesh(config))
@@ -140,15 +141,6 @@ def fingerprint(config: ImitateConfig, frames: Windows, sizes: TokenSizes) -> st
         [sizes.dtype, sizes.frames_per_shard],
     ]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-
-
-def _agree(missing: Sequence[int]) -> list[int]:
-    """Returns the missing shards that the first process sees."""
-    if jax.process_count() == 1:
-        return list(missing)
-    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(missing))))
-    own = np.resize(np.asarray(missing or [0], np.int32), count)
-    return multihost_utils.broadcast_one_to_all(own).tolist()
 
 
 def _relevant(settings: Any) -> Any:
@@ -260,7 +252,7 @@ def _write_params(folder: pathlib.Path, params: Params) -> None:
     """Writes the params that the tokens belong to, unless they are there."""
     if jax.process_count() > 1:
         params = jax.device_get(params)  # Orbax would take arrays of one process for shards
-    if _agree([0] if not folder.exists() else []):
+    if parallel.agree([0] if not folder.exists() else []):
         with stopping.deferred("copy of the backbone") as stop:
             checkpoint.save_params(folder, {"backbone": params})
             if stop.requested:
@@ -296,9 +288,15 @@ def _check_range(tokens: np.ndarray, mask: np.ndarray) -> None:
         )
 
 
+def write(config: CacheConfig) -> str:
+    """Writes tokens or images; returns their folders, one per line."""
+    folders = cache(config) if config.frames is None else cache_frames(config)
+    return "\n".join(map(str, folders))
+
+
 if __name__ == "__main__":
     run(
-        lambda config: "\n".join(map(str, cache(config))),
-        IMITATE,
-        description="Encodes every frame of a data set, or of each one of a mixture, once.",
+        write,
+        CACHE,
+        description="Encodes, or resizes, each frame of a data set or of those of a mixture once.",
     )

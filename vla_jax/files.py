@@ -142,7 +142,7 @@ def crc32_of_file(path: Path) -> int:
     """
     checksum = 0
     with open(path, "rb") as file:
-        while block := file.read(2**22):
+        while block := file.read(2**20):
             checksum = zlib.crc32(block, checksum)
     return checksum
 

@@ -58,6 +58,8 @@ class RawFrames:
         self._ends = np.cumsum(raw.lengths[self._episodes])
         first = raw.episodes[int(self._episodes[0])].images[key]
         self._size: tuple[int, int] = image_size or (first.shape[1], first.shape[2])
+        # of an image while it is decoded: on disk, and while those of a call are put together
+        self.bytes_per_image: int = int(np.prod(first.shape[1:]) + 3 * 3 * np.prod(self._size))
         self._resampling: Resampling = resampling
         self._rotate = rotate
         self.fingerprint = digest(
@@ -157,7 +159,7 @@ def decode_all(frames: RawFrames, name: str, root: pathlib.Path, folder: str | N
       ValueError: an image or video is damaged.
       OSError: the disk is full.
     """
-    path = _decoded_folder(root, folder) / f"{name}-{frames.fingerprint}.npy"
+    path = decoded_folder(root, folder) / f"{name}-{frames.fingerprint}.npy"
     if path.exists() and not _checksum_file(path).exists():
         warnings.warn(
             f"{path} has no checksum, as written by an earlier version; the images are decoded "
@@ -221,7 +223,13 @@ def _create(path: pathlib.Path, shape: tuple[int, ...]) -> np.memmap:
     return images
 
 
-def _decoded_folder(root: pathlib.Path, folder: str | None) -> pathlib.Path:
+def decoded_folder(root: pathlib.Path, folder: str | None) -> pathlib.Path:
+    """Returns the folder of decoded images, which is created if necessary.
+
+    Args:
+      root: file or folder of the data set.
+      folder: as for `decode_all`.
+    """
     home = root if root.is_dir() else root.parent
     if folder is None and not os.access(home, os.W_OK):
         base = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))

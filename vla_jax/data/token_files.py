@@ -20,12 +20,14 @@ from typing import Any, Literal, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from vla_jax.files import crc32_of_file, read_json, replacing, write_json
+from vla_jax.data import shard_files
+from vla_jax.data.shard_files import shard_folder
+from vla_jax.files import replacing
 from vla_jax.types import Tokens
 
 CacheDtype = Literal["float32", "bfloat16", "float16"]
 SHARD_BYTES = 2**28  # bytes of a shard, at most
-_TOKENS, _MASK, _INDEX = "tokens.npy", "mask.npy", "files.json"
+_TOKENS, _MASK = "tokens.npy", "mask.npy"
 _DTYPES = {
     "float32": np.dtype("<f4"),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -118,7 +120,7 @@ def missing_shards(folder: pathlib.Path, sizes: TokenSizes) -> list[int]:
       folder: folder of the shards, which may be absent.
       sizes: of all tokens.
     """
-    return [shard for shard in range(sizes.num_shards) if not _shard(folder, shard).exists()]
+    return shard_files.missing(folder, sizes.num_shards)
 
 
 def write_shard(
@@ -139,13 +141,13 @@ def write_shard(
       OSError: the disk is full.
       ValueError: the chunks have another number of frames than the shard.
     """
-    if _shard(folder, shard).exists():
+    if shard_folder(folder, shard).exists():
         return
     lead = (len(sizes.frames(shard)), sizes.num_tokens)
     stored = _STORED[sizes.dtype]
     headers = (_header(stored, (*lead, sizes.token_dim)), _header(np.dtype(bool), lead))
     names, checksums, written = (_TOKENS, _MASK), [0, 0], 0
-    with replacing(_shard(folder, shard)) as part:
+    with replacing(shard_folder(folder, shard)) as part:
         part.mkdir()
         # No memory map: writing to one on a full disk kills the process.
         with contextlib.ExitStack() as stack:
@@ -157,11 +159,7 @@ def write_shard(
                 written += len(rows)
         if written != lead[0]:
             raise ValueError(f"shard {shard} must have {lead[0]} frames, got {written}.")
-        index = {
-            name: {"bytes": (part / name).stat().st_size, "crc32": checksum}
-            for name, checksum in zip(names, checksums, strict=True)
-        }
-        write_json(part / _INDEX, index)
+        shard_files.write_index(part, dict(zip(names, checksums, strict=True)))
 
 
 def check_shard(folder: pathlib.Path, shard: int, sizes: TokenSizes, *, checksums: bool) -> None:
@@ -176,16 +174,10 @@ def check_shard(folder: pathlib.Path, shard: int, sizes: TokenSizes, *, checksum
     Raises:
       ValueError: a file is damaged or missing.
     """
-    path = _shard(folder, shard)
+    path = shard_folder(folder, shard)
     remedy = "delete this folder, and it is computed again"
     try:
-        index = read_json(path / _INDEX, "sizes and checksums")
-        for name in (_TOKENS, _MASK):
-            found, expected = (path / name).stat().st_size, index[name]["bytes"]
-            if found != expected:
-                raise ValueError(f"{name} has {found} bytes instead of {expected}")
-            if checksums and crc32_of_file(path / name) != index[name]["crc32"]:
-                raise ValueError(f"the checksum of {name} differs")
+        shard_files.check_files(path, (_TOKENS, _MASK), checksums=checksums)
         shape = np.load(path / _TOKENS, mmap_mode="r").shape
         wanted = (len(sizes.frames(shard)), sizes.num_tokens, sizes.token_dim)
         if shape != wanted:
@@ -224,14 +216,10 @@ def open_tokens(folder: pathlib.Path, sizes: TokenSizes) -> Tokens:
     for shard in shards:
         check_shard(folder, shard, sizes, checksums=False)
     arrays: list[Any] = [
-        ShardedArray([_shard(folder, shard) / name for shard in shards], dtype)
+        ShardedArray([shard_folder(folder, shard) / name for shard in shards], dtype)
         for name, dtype in ((_TOKENS, sizes.dtype), (_MASK, "bool"))
     ]
     return Tokens(*arrays)
-
-
-def _shard(folder: pathlib.Path, shard: int) -> pathlib.Path:
-    return folder / f"shard_{shard:05d}"
 
 
 def _dtype(name: str) -> np.dtype:

@@ -168,6 +168,15 @@ def any_process(flag: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
 
 
+def agree(numbers: Sequence[int]) -> list[int]:
+    """Returns the numbers that the first process has, in every process."""
+    if jax.process_count() == 1:
+        return list(numbers)
+    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(numbers))))
+    own = np.resize(np.asarray(numbers or [0], np.int32), count)
+    return multihost_utils.broadcast_one_to_all(own).tolist()
+
+
 def make_shardings(tree: Any, mesh: Mesh, rules: ShardingRules = ()) -> Any:
     """Returns a `NamedSharding` for every leaf; a leaf without a rule is replicated.
 

@@ -36,10 +36,14 @@ class DatasetConfig:
     # Hz; data of another rate are an error; None = any rate; needed where the data state none
     expected_fps: float | None = None
     instruction: str = ""  # text of the steps that have none
-    # "on_demand": decode video frames when indexed; "whole": decode all to disk once
-    decode: Literal["on_demand", "whole"] = "on_demand"
-    cache_bytes: int = 2**30  # bytes of decoded frames cached by each process (on_demand)
-    decoded_dir: str | None = None  # folder for decoded frames (whole); None = .frames in path
+    # "on_demand": decode video frames when indexed; "whole": decode all to disk once; "records":
+    # read those that train.cache --frames wrote
+    decode: Literal["on_demand", "whole", "records"] = "on_demand"
+    # bytes of decoded frames in each process, at most: cached (on_demand), or before train.cache
+    # --frames writes them
+    cache_bytes: int = 2**30
+    # folder for decoded frames (whole, records); None = .frames in path
+    decoded_dir: str | None = None
     # leave out and count episodes that cannot be read or hold NaN or infinity; False = an error
     skip_bad_episodes: bool = False
 

@@ -8,6 +8,7 @@ from vla_jax.actions import action_layout
 from vla_jax.actions.action_layout import ActionLayout
 from vla_jax.data.dataset import ACTION_MASK, Dataset, Frames, digest, sort_texts
 from vla_jax.data.frame_cache import FrameCache
+from vla_jax.data.frame_records import open_records, records_folder
 from vla_jax.data.raw import RawDataset
 from vla_jax.data.raw_frames import RawFrames, decode_all
 from vla_jax.data.readers import fields as field_maps
@@ -71,10 +72,11 @@ def make_dataset(
         )
         for name, key in keys.items()
     }
-    images = {name: each.fingerprint for name, each in frames.items()}
+    opened = {name: _open(images, name, raw, config) for name, images in frames.items()}
+    images = {name: fingerprint for name, (_, fingerprint) in opened.items()}
     return Dataset(
         columns=columns,
-        frames={name: _open(images, name, raw, config) for name, images in frames.items()},
+        frames={name: each for name, (each, _) in opened.items()},
         episode_ends=np.cumsum(lengths),
         instructions=instructions,
         instruction_index=index,
@@ -85,10 +87,17 @@ def make_dataset(
     )
 
 
-def _open(images: RawFrames, name: str, raw: RawDataset, config: DatasetConfig) -> Frames:
+def _open(
+    images: RawFrames, name: str, raw: RawDataset, config: DatasetConfig
+) -> tuple[Frames, str]:
+    """Returns the images of a camera as the config asks for them, and their fingerprint."""
     if config.decode == "on_demand":
-        return images
-    return decode_all(images, name, raw.path, config.decoded_dir)
+        return images, images.fingerprint
+    if config.decode == "whole":
+        return decode_all(images, name, raw.path, config.decoded_dir), images.fingerprint
+    folder = records_folder(images, name, raw.path, config.decoded_dir)
+    recorded = open_records(folder, images, name)
+    return recorded, recorded.fingerprint
 
 
 def _frame_rate(raw: RawDataset, config: DatasetConfig) -> float:

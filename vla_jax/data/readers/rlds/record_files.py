@@ -15,6 +15,8 @@ import struct
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from vla_jax.data import array_records
+
 _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
 _CHUNK = 2**20  # bytes hashed at once
@@ -134,17 +136,7 @@ def _array_record_read(path: pathlib.Path, position: int, check: bool) -> memory
 def _array_record_reader(path: pathlib.Path) -> Iterator[Any]:
     """Yields an open `ArrayRecordReader` without read-ahead."""
     try:
-        from array_record.python import (
-            array_record_module,  # pyright: ignore[reportAttributeAccessIssue]
-        )
-    except ImportError as error:
-        raise ImportError(
-            "reading ArrayRecord files needs array_record; install the extra: "
-            "pip install 'vla-jax[data]'"
-        ) from error
-    options = "readahead_buffer_size:0,max_parallelism:0"
-    try:
-        reader = array_record_module.ArrayRecordReader(str(path), options)
+        reader = array_records.open_reader(path)
         try:
             yield reader
         finally:

@@ -1,0 +1,141 @@
+"""Writes recorded frames (`vla_jax.data.frame_records`) in bounded memory."""
+
+import contextlib
+import os
+import pathlib
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from vla_jax import folder_lock
+from vla_jax.data import array_records, shard_files
+from vla_jax.data.frame_records import (
+    ABOUT,
+    FORMATS,
+    RECORDS,
+    FrameFormat,
+    FrameSizes,
+    check_shard,
+    read_sizes,
+)
+from vla_jax.data.raw_frames import STEPS_PER_PASS, RawFrames
+from vla_jax.data.shard_files import shard_folder
+from vla_jax.files import crc32_of_file, replacing, write_json
+
+SHARD_BYTES = 2**30  # bytes of the images of a shard, at most
+Done = Callable[[int], None]
+
+
+def prepare(folder: pathlib.Path, images: RawFrames, form: FrameFormat) -> FrameSizes:
+    """Returns the sizes of a camera's records, which are written if they are new.
+
+    Raises:
+      ValueError: the folder holds other frames, or frames of another format.
+      OSError: the folder cannot be written.
+    """
+    num_frames, height, width = images.shape[:3]
+    per_shard = max(1, SHARD_BYTES // (height * width * 3))
+    if not (folder / ABOUT).exists():
+        sizes = FrameSizes(num_frames, height, width, form, per_shard)
+        write_json(folder / ABOUT, sizes._asdict())
+    found = read_sizes(folder, images.shape)
+    if found.format != form:
+        raise ValueError(
+            f"{folder} holds frames of format {found.format!r}, expected {form!r}; use --frames "
+            f"{found.format}, delete the folder, or give another --dataset.decoded-dir."
+        )
+    return found
+
+
+def check_shards(paths: Sequence[pathlib.Path]) -> None:
+    """Reads written shards once, several at a time, and compares their checksums.
+
+    Args:
+      paths: folders of the shards.
+
+    Raises:
+      ValueError: a shard is damaged.
+    """
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        for _ in pool.map(lambda path: check_shard(path, checksums=True), paths):
+            pass
+
+
+def write_shard(
+    folder: pathlib.Path,
+    shard: int,
+    sizes: FrameSizes,
+    images: RawFrames,
+    *,
+    max_bytes: int,
+    done: Done = lambda count: None,
+) -> None:
+    """Writes a shard, which is complete or absent; one that exists by now is left as it is.
+
+    Args:
+      folder: folder of the shards, with their sizes.
+      shard: index of the shard.
+      sizes: of all images.
+      images: to decode.
+      max_bytes: limit of the images in memory; a video decoder's few own frames come in addition.
+      done: called with the number of images, after some have been written.
+
+    Raises:
+      BlockingIOError: another process writes this shard.
+      OSError: the disk is full.
+      ValueError: `max_bytes` is less than one image takes; an image or video is damaged.
+    """
+    path = shard_folder(folder, shard)
+    lock = path.with_name(f"{path.name}.lock")
+    with folder_lock.hold(lock, str(path), "give another --dataset.decoded-dir"):
+        if path.exists():
+            return
+        with replacing(path) as part:
+            part.mkdir()
+            frames = sizes.frames(shard)
+            encoded = _encode(images, frames, FORMATS[sizes.format].encode, max_bytes, done)
+            with contextlib.closing(encoded) as records:
+                array_records.write_records(part / RECORDS, records)
+            shard_files.write_index(part, {RECORDS: crc32_of_file(part / RECORDS)})
+
+
+def _encode(
+    images: RawFrames,
+    frames: range,
+    encode: Callable[[np.ndarray], bytes],
+    max_bytes: int,
+    done: Done,
+) -> Generator[bytes, None, None]:
+    """Yields the records of some frames, which threads decode a little ahead."""
+    needed = images.bytes_per_image
+    if max_bytes < needed:
+        raise ValueError(
+            f"dataset.cache_bytes must be at least {needed}, which one image takes while it is "
+            f"decoded and resized, got {max_bytes}; raise --dataset.cache-bytes."
+        )
+    num_threads = min(os.cpu_count() or 1, max_bytes // needed)
+    per_job = min(STEPS_PER_PASS, max_bytes // (needed * num_threads))
+
+    def job(rows: range) -> list[bytes]:
+        return [encode(image) for image in images[np.asarray(rows)]]
+
+    jobs = (frames[start : start + per_job] for start in range(0, len(frames), per_job))
+    running: deque[Future[list[bytes]]] = deque()
+    with ThreadPoolExecutor(num_threads) as pool:
+        try:
+            for rows in jobs:
+                if len(running) == num_threads:  # also those that wait to be written
+                    yield from _take(running, done)
+                running.append(pool.submit(job, rows))
+            while running:
+                yield from _take(running, done)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _take(running: deque[Future[list[bytes]]], done: Done) -> Iterator[bytes]:
+    records = running.popleft().result()
+    yield from records
+    done(len(records))
