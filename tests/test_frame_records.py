@@ -147,7 +147,9 @@ def test_every_damaged_byte_gives_a_sentence_or_changes_nothing(folder, images):
 def test_records_of_another_shard_are_refused(folder, images):
     shutil.copytree(folder / "shard_00003", folder / "shard_00002", dirs_exist_ok=True)
     found = open_records(folder, images, "image_primary")
-    with pytest.raises(ValueError, match=r"shard_00002 is damaged \(it has 5 records instead of 10"):
+    with pytest.raises(
+        ValueError, match=r"shard_00002 is damaged \(it has 5 records instead of 10"
+    ):
         found[25]
 
 
@@ -251,9 +253,7 @@ def test_a_full_disk_raises_one_sentence_and_leaves_complete_shards(images, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["frames.json"]
 
 
-@pytest.mark.parametrize(
-    ("package", "form"), [("array_record.python", "raw"), ("PIL", "jpeg")]
-)
+@pytest.mark.parametrize(("package", "form"), [("array_record.python", "raw"), ("PIL", "jpeg")])
 def test_a_missing_package_is_named_with_its_extra(package, form, images, tmp_path, monkeypatch):
     found = open_records(write(tmp_path / "whole", images, form), images, "image_primary")
     monkeypatch.setitem(sys.modules, package, None)

@@ -3,6 +3,7 @@
     python -m train.benchmark                                # all cases
     python -m train.benchmark --cases recurrence head        # some of them
     python -m train.benchmark --cases start checkpoints      # vla_jax alone: start-up, checkpoints
+    python -m train.benchmark --cases frames --workers 1 2 4 # frames per second of the loader
     python -m train.benchmark --small                        # tiny sizes: seconds, a smoke test
 
 The others are the RNNs of Flax and PyTorch, RoboVLMs' head written in PyTorch, the SmolVLM of
@@ -22,7 +23,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from train.benchmark import baselines, baselines_vlm, system, timing
+from train.benchmark import baselines, baselines_vlm, frame_rates, system, timing
 from train.benchmark import cases as benchmark_cases
 from train.benchmark.system import Measurement
 from train.benchmark.timing import Row, Spread
@@ -34,9 +35,10 @@ from vla_jax.training.malloc import keep_freed_memory
 
 Case = Literal[
     "recurrence", "head", "streaming", "growth", "products", "cells",
-    "backbone", "memory", "start", "checkpoints", "loader",
+    "backbone", "memory", "start", "checkpoints", "loader", "frames",
 ]  # fmt: skip
 CASES: tuple[Case, ...] = get_args(Case)
+MEASUREMENTS = {**system.MEASUREMENTS, "frames": frame_rates.frames}  # of vla_jax alone
 WIDTH = 200  # characters per line if the output is not a terminal: no cell wraps
 
 
@@ -50,6 +52,8 @@ class BenchmarkConfig:
     small: bool = False  # use tiny sizes: a smoke test without meaningful timings
     keep_freed_memory: bool = True  # keep freed memory in the process, as in training
     run_dir: str = "runs/benchmark"  # folder of the plot and of benchmark.json
+    # worker processes of case frames, such as 1 2 4 8 16; empty = those of the sizes
+    workers: tuple[int, ...] = ()
     json: str = ""  # file of the measurements; empty = benchmark.json in run_dir
 
     def __post_init__(self):
@@ -71,6 +75,8 @@ def benchmark(config: BenchmarkConfig) -> pathlib.Path:
     sizes, console = benchmark_cases.SMALL if config.small else benchmark_cases.LARGE, _console()
     rows: list[Row] = []
     measurements: list[Measurement] = []
+    if config.workers:
+        sizes = sizes._replace(workers=config.workers)
     if config.keep_freed_memory:
         keep_freed_memory()
 
@@ -87,8 +93,8 @@ def benchmark(config: BenchmarkConfig) -> pathlib.Path:
         }
         console.print(_introduction(conditions))
         for case in config.cases:
-            if case in system.MEASUREMENTS:
-                measured = list(system.MEASUREMENTS[case](sizes))
+            if case in MEASUREMENTS:
+                measured = list(MEASUREMENTS[case](sizes))
                 console.print(_measurement_table(case, measured))
                 measurements += measured
                 continue

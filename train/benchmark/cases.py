@@ -24,6 +24,20 @@ from vla_jax.policies.decoder_config import DecoderConfig
 from vla_jax.training.loss_terms import LossWeights
 
 
+class VideoSizes(NamedTuple):
+    """Sizes of case frames."""
+
+    height: int  # pixels of the video
+    width: int
+    image_size: int  # height and width of the resized images, pixels
+    texture: float  # standard deviation of the scene's noise, levels of 255
+    num_episodes: int
+    num_steps: int  # of an episode
+    window_size: int  # W, steps
+    num_windows: int  # that one thread reads in a round
+    seconds: float  # that the loader is timed, at least
+
+
 class BenchmarkSizes(NamedTuple):
     """Sizes of all cases; D = H."""
 
@@ -41,6 +55,8 @@ class BenchmarkSizes(NamedTuple):
     num_updates: tuple[int, int]  # updates of case loader, from tokens and from images
     backbone: SmolVLMConfig  # model of case backbone
     num_frames: int  # B of case backbone
+    videos: tuple[VideoSizes, ...]  # of case frames
+    workers: tuple[int, ...]  # worker processes of case frames
     peak_size: int  # rows and columns of the product that measures the peak GFLOP/s
 
 
@@ -76,6 +92,11 @@ LARGE = BenchmarkSizes(
         options=VLMOptions(readout="last", max_text_tokens=32),
     ),
     num_frames=8,
+    videos=(
+        VideoSizes(480, 640, 224, 6.0, 4, 64, 16, 24, 4.0),
+        VideoSizes(224, 224, 224, 6.0, 4, 64, 16, 24, 4.0),
+    ),
+    workers=(1, 2, 4),
     peak_size=2048,
 )  # fmt: skip
 _TINY_BACKBONE = PerceiverConfig(image_size=8, width=8, num_latents=2, token_dim=4, num_heads=2)
@@ -115,6 +136,8 @@ SMALL = BenchmarkSizes(
         options=VLMOptions(readout="last", max_text_tokens=4),
     ),
     num_frames=2,
+    videos=(VideoSizes(64, 64, 32, 6.0, 2, 12, 4, 4, 0.1),),
+    workers=(1,),
     peak_size=64,
 )  # fmt: skip
 

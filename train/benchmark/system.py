@@ -63,9 +63,9 @@ def memory(sizes: BenchmarkSizes) -> Iterator[Measurement]:
         _check_gradients(setting, (decoder, remat), batch_size)
         for part, count in (("recurrence", _recurrence_bytes), ("training step", _step_bytes)):
             without, with_remat = count(decoder, batch_size), count(remat, batch_size)
-            yield _measured("memory", setting, f"{part} without remat", [without / 1e6], "MB")
-            yield _measured("memory", setting, f"{part} with remat", [with_remat / 1e6], "MB")
-            yield _measured(
+            yield measured("memory", setting, f"{part} without remat", [without / 1e6], "MB")
+            yield measured("memory", setting, f"{part} with remat", [with_remat / 1e6], "MB")
+            yield measured(
                 "memory", setting, f"{part}, with / without", [100 * with_remat / without], "%"
             )
 
@@ -120,9 +120,9 @@ def start(sizes: BenchmarkSizes) -> Iterator[Measurement]:
         with tempfile.TemporaryDirectory() as folder:
             cold.append(_start(sizes, folder))
             warm.append(_start(sizes, folder))
-    yield _measured("start", setting, "imports", [seconds for seconds, _ in cold + warm], "s")
-    yield _measured("start", setting, "first update, cache empty", [s for _, s in cold], "s")
-    yield _measured("start", setting, "first update, cache filled", [s for _, s in warm], "s")
+    yield measured("start", setting, "imports", [seconds for seconds, _ in cold + warm], "s")
+    yield measured("start", setting, "first update, cache empty", [s for _, s in cold], "s")
+    yield measured("start", setting, "first update, cache filled", [s for _, s in warm], "s")
 
 
 def _start(sizes: BenchmarkSizes, folder: str) -> tuple[float, float]:
@@ -175,11 +175,11 @@ def checkpoints(sizes: BenchmarkSizes) -> Iterator[Measurement]:
             during_save += slow_seconds
         checkpoint.close(manager)
     setting = f"{jax_runs.describe_sizes(config, batch_size)}, {num_bytes / 1e6:.0f} MB of state"
-    yield _measured("checkpoints", setting, "save blocks the loop", blocked, "s")
-    yield _measured("checkpoints", setting, "until it is on disk", on_disk, "s")
-    yield _measured("checkpoints", setting, "an update alone", alone, "s")
-    yield _measured("checkpoints", setting, "an update during the save", during_save, "s")
-    yield _measured("checkpoints", setting, "time lost per save", lost, "s")
+    yield measured("checkpoints", setting, "save blocks the loop", blocked, "s")
+    yield measured("checkpoints", setting, "until it is on disk", on_disk, "s")
+    yield measured("checkpoints", setting, "an update alone", alone, "s")
+    yield measured("checkpoints", setting, "an update during the save", during_save, "s")
+    yield measured("checkpoints", setting, "time lost per save", lost, "s")
 
 
 def loader(sizes: BenchmarkSizes) -> Iterator[Measurement]:
@@ -225,9 +225,9 @@ def _loader(
 
         total = num_updates * _seconds(both, num_updates)
     size = config.loader.batch_size
-    yield _measured("loader", setting, "loader alone", [size / load_seconds], "windows/s")
-    yield _measured("loader", setting, "updates alone", [size / update_seconds], "windows/s")
-    yield _measured("loader", setting, "both, time waited for data", [100 * waited / total], "%")
+    yield measured("loader", setting, "loader alone", [size / load_seconds], "windows/s")
+    yield measured("loader", setting, "updates alone", [size / update_seconds], "windows/s")
+    yield measured("loader", setting, "both, time waited for data", [100 * waited / total], "%")
 
 
 def _compile_training(config: ImitateConfig) -> Callable[[Batch], Metrics]:
@@ -293,7 +293,8 @@ def _seconds(run: Callable[[], Any], times: int) -> float:
     return (time.perf_counter() - began) / times
 
 
-def _measured(case: str, setting: str, quantity: str, values: Any, unit: str) -> Measurement:
+def measured(case: str, setting: str, quantity: str, values: Any, unit: str) -> Measurement:
+    """Returns the measurement of one quantity, from one value or several."""
     return Measurement(case, setting, quantity, spread(np.asarray(values)), unit)
 
 
