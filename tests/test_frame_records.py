@@ -1,8 +1,9 @@
-"""Recorded frames equal decoded ones; shards are complete or absent; damage and limits are named."""
+"""Recorded frames equal decoded ones; shards are complete or absent; limits hold."""
 
 import json
 import pathlib
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -118,6 +119,11 @@ def write_all(folder, images):
     return sorted(write(folder, images).glob("shard_*/*"))
 
 
+SENTENCE = (
+    r"shard_00001 is damaged \(.*\); delete this folder, and python -m train.cache --frames w"
+)
+
+
 def test_every_damaged_byte_gives_a_sentence_or_changes_nothing(folder, images):
     file = folder / "shard_00001/frames.array_record"
     content, expected = file.read_bytes(), images[:]
@@ -127,12 +133,13 @@ def test_every_damaged_byte_gives_a_sentence_or_changes_nothing(folder, images):
         changed[place] ^= 1 << int(rng.integers(8))
         file.write_bytes(changed)
         found = open_records(folder, images, "image_primary")  # compares sizes
+        message = ""
         try:
             np.testing.assert_array_equal(found[:], expected)
         except ValueError as error:
-            refused += 1
-            assert "shard_00001 is damaged (" in str(error)
-            assert "; delete this folder, and python -m train.cache --frames with" in str(error)
+            message = str(error)
+        refused += bool(message)
+        assert not message or re.search(SENTENCE, message)
         with pytest.raises(ValueError, match=r"damaged \(the checksum of frames.array_record"):
             frame_writer.check_shards([file.parent])
     assert refused > 40

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -47,6 +48,7 @@ class FrameSource(NamedTuple):
     """Images of one kind."""
 
     setting: str
+    kilobytes: float  # of an image in the file
     windows: Windows
     stages: Callable[[np.ndarray], Shares]  # of reading windows `[B]`
 
@@ -61,17 +63,14 @@ def frames(sizes: BenchmarkSizes) -> Iterator[Measurement]:
 def _measure(
     video: VideoSizes, workers: tuple[int, ...], home: pathlib.Path
 ) -> Iterator[Measurement]:
-    sources, kilobytes = [], []
+    sources = []
     for codec, encoding in CODECS.items():
         folder = home / codec
         writer.write(folder, _draw_episodes(video), fps=FPS)
         (path,) = folder.glob("videos/**/*.mp4")
         _encode(path, *encoding)
-        kilobytes.append(path.stat().st_size / 1e3 / (video.num_episodes * video.num_steps))
         sources.append(_video_source(codec, folder, path, video))
     sources += [_recorded_source(form, home / "H.264", video) for form in FORMATS]
-    for source, size in zip(sources, kilobytes, strict=False):
-        yield measured("frames", source.setting, "size of a frame in the file", [size], "kB")
 
     # Alternating, so that other programs on the machine slow down all of them.
     rng = np.random.default_rng(0)
@@ -80,6 +79,7 @@ def _measure(
     rates = [[num_frames / _cpu_seconds(each, rows) for each in sources] for rows in drawn]
     by_source = list(zip(*rates, strict=True))
     for source, own in zip(sources, by_source, strict=True):
+        yield measured("frames", source.setting, "size in the file", [source.kilobytes], "kB/frame")
         yield measured("frames", source.setting, "one core", own, "frames/s")
         ratios = np.divide(own, by_source[0])
         yield measured("frames", source.setting, "one core, / H.264", ratios, "")
@@ -146,7 +146,8 @@ def _video_source(
     """Returns images that are decoded on demand from a video."""
     windows = _windows(_read(folder, video), video)
     setting = f"{codec} {video.height} × {video.width}, to {video.image_size} × {video.image_size}"
-    return FrameSource(setting, windows, lambda rows: _video_stages(path, windows, rows, video))
+    stages = partial(_video_stages, path, windows, video)
+    return FrameSource(setting, _kilobytes(path, windows), windows, stages)
 
 
 def _recorded_source(form: str, folder: pathlib.Path, video: VideoSizes) -> FrameSource:
@@ -160,20 +161,23 @@ def _recorded_source(form: str, folder: pathlib.Path, video: VideoSizes) -> Fram
     windows = _windows(_read(folder, video, decode="records", decoded_dir=str(home)), video)
     path = shard_folder(records, 0) / RECORDS
     setting = f"recorded, {form} {video.image_size} × {video.image_size}"
-    return FrameSource(setting, windows, lambda rows: _record_stages(path, form, windows, rows))
+    stages = partial(_record_stages, path, form, windows)
+    return FrameSource(setting, _kilobytes(path, windows), windows, stages)
+
+
+def _kilobytes(path: pathlib.Path, windows: Windows) -> float:
+    """Returns the size of an image in the only file of a camera, kB."""
+    return path.stat().st_size / 1e3 / int(windows.dataset.episode_ends[-1])
 
 
 def _video_stages(
-    path: pathlib.Path, windows: Windows, rows: np.ndarray, video: VideoSizes
+    path: pathlib.Path, windows: Windows, video: VideoSizes, rows: np.ndarray
 ) -> Shares:
     """Returns the time of each stage for some windows, by the steps of `video_pieces.decode`."""
     from av.video.reformatter import VideoReformatter
 
-    seconds, scaler, size = (
-        dict.fromkeys(("decode", "resize", "copy"), 0.0),
-        VideoReformatter(),
-        (video.image_size),
-    )
+    seconds, scaler = dict.fromkeys(("decode", "resize", "copy"), 0.0), VideoReformatter()
+    size = video.image_size
     with open_video(path) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
