@@ -26,6 +26,7 @@ from train import (
     sweep,
     tabular,
 )
+from train.cache_frames import CACHE
 from train.presets import IMITATE
 from vla_jax.backbones.registry import BACKBONES
 from vla_jax.command_line import command_line
@@ -46,7 +47,7 @@ GUIDES = (
     "extend/world",
 )
 PRESETS = {
-    "train.cache": IMITATE,
+    "train.cache": CACHE,
     "train.chains": chains.CHAINS,
     "train.deep_sarsa": deep_sarsa.SARSA,
     "train.demo": demo.PRESETS,

@@ -119,9 +119,7 @@ def write_all(folder, images):
     return sorted(write(folder, images).glob("shard_*/*"))
 
 
-SENTENCE = (
-    r"shard_00001 is damaged \(.*\); delete this folder, and python -m train.cache --frames w"
-)
+SENTENCE = r"shard_00001 is damaged \(.*\); delete this folder, and python -m train.cache"
 
 
 def test_every_damaged_byte_gives_a_sentence_or_changes_nothing(folder, images):

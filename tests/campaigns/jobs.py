@@ -67,6 +67,7 @@ JOBS = {
         "{demos}",
         needs=("demos", "encoder"),
     ),
+    "frames": Job("train.cache --preset table_lstm --dataset {demos} --frames raw", "{demos}"),
     "record": Job(f"{RECORD} --num-episodes 60 --dataset {{out}}", needs=()),
     "evaluate": Job(
         "vla_jax.evaluate {run} --num-episodes 64 --num-videos 2", "{run}", needs=("demos", "run")

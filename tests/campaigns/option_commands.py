@@ -59,7 +59,7 @@ COMMANDS = (
     Command("train.imitate", f"--preset table_lstm {SMALL} --hidden-size 8 {ENCODER}",
             "IMITATE", "imitate"),
     Command("train.imitate", f"--preset tiny_vlm {SMALL}", "IMITATE", "imitate"),
-    Command("train.cache", f"--preset table_lstm --dataset demos {ENCODER}", "IMITATE", "cache"),
+    Command("train.cache", f"--preset table_lstm --dataset demos {ENCODER}", "CACHE", "write"),
     Command("train.pretrain", "--dataset demos --run-dir out --image-size 16 --patch-size 4",
             "PRESETS", "pretrain"),
     Command("train.finetune", "--init-from run --run-dir out --num-steps 6", "FINETUNE",

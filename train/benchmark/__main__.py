@@ -52,7 +52,7 @@ class BenchmarkConfig:
     small: bool = False  # use tiny sizes: a smoke test without meaningful timings
     keep_freed_memory: bool = True  # keep freed memory in the process, as in training
     run_dir: str = "runs/benchmark"  # folder of the plot and of benchmark.json
-    # worker processes of case frames, such as 1 2 4 8 16; empty = those of the sizes
+    # threads, and worker processes, of case frames, such as 1 2 4 8 16; empty = those of the sizes
     workers: tuple[int, ...] = ()
     json: str = ""  # file of the measurements; empty = benchmark.json in run_dir
 

@@ -56,7 +56,7 @@ class BenchmarkSizes(NamedTuple):
     backbone: SmolVLMConfig  # model of case backbone
     num_frames: int  # B of case backbone
     videos: tuple[VideoSizes, ...]  # of case frames
-    workers: tuple[int, ...]  # worker processes of case frames
+    workers: tuple[int, ...]  # threads, and worker processes, of case frames
     peak_size: int  # rows and columns of the product that measures the peak GFLOP/s
 
 
@@ -93,8 +93,8 @@ LARGE = BenchmarkSizes(
     ),
     num_frames=8,
     videos=(
-        VideoSizes(480, 640, 224, 6.0, 4, 64, 16, 24, 4.0),
-        VideoSizes(224, 224, 224, 6.0, 4, 64, 16, 24, 4.0),
+        VideoSizes(480, 640, 224, 6.0, 4, 64, 16, 24, 3.0),
+        VideoSizes(224, 224, 224, 6.0, 4, 64, 16, 24, 3.0),
     ),
     workers=(1, 2, 4),
     peak_size=2048,

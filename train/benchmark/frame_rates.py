@@ -4,7 +4,7 @@ Synthetic episodes of one camera are recorded with the library's own writer, and
 encoded anew as the tools of other data sets write them. Windows in random order are read
 
 - by one thread: frames per second of CPU time, and the share of each stage in the time;
-- by the loader with worker processes: frames per second.
+- by the loader with threads, and with worker processes: frames per second.
 
 All files are in memory (the page cache of the system): the disk is not measured.
 """
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -36,6 +36,7 @@ from vla_jax.data.windows import WindowConfig, Windows
 CAMERA = "image_primary"
 FPS = 10  # Hz
 ROUNDS = 3  # of reading by one thread
+BATCH = 4  # B of the loader, windows
 Shares = Mapping[str, float]  # stage -> seconds
 # name -> encoder and options; a key frame every two frames and the quality of AV1 are lerobot's
 CODECS: dict[str, tuple[str, dict[str, str]]] = {
@@ -87,12 +88,17 @@ def _measure(
         for stage, seconds in shares.items():
             share = 100 * seconds / sum(shares.values())
             yield measured("frames", source.setting, f"one core, {stage}", [share], "% of time")
-    for num_workers in workers:
-        loaded = [_loader_rate(source.windows, video, num_workers) for source in sources]
-        for source, rate in zip(sources, loaded, strict=True):
-            quantity = f"loader, {num_workers} worker processes"
-            yield measured("frames", source.setting, quantity, [rate], "frames/s")
-            yield measured("frames", source.setting, f"{quantity}, / H.264", [rate / loaded[0]], "")
+    for count in workers:
+        for kind, config in {
+            "threads": LoaderConfig(BATCH, num_threads=count, prefetch=2 * count),
+            "processes": LoaderConfig(BATCH, num_workers=count),
+        }.items():
+            loaded = [_loader_rate(source.windows, video, config) for source in sources]
+            quantity = f"loader, {count} {kind}"
+            for source, rate in zip(sources, loaded, strict=True):
+                yield measured("frames", source.setting, quantity, [rate], "frames/s")
+                ratio = [rate / loaded[0]]
+                yield measured("frames", source.setting, f"{quantity}, / H.264", ratio, "")
 
 
 def _draw_episodes(video: VideoSizes) -> Iterator[Episode]:
@@ -117,7 +123,7 @@ def _encode(path: pathlib.Path, codec: str, options: dict[str, str]) -> None:
     new = path.with_suffix(".new.mp4")
     with av.open(str(path)) as source, av.open(str(new), "w") as target:
         first = source.streams.video[0]
-        stream = target.add_stream(codec, rate=FPS, options=options)
+        stream: Any = target.add_stream(codec, rate=FPS, options=options)
         stream.width, stream.height, stream.pix_fmt = first.width, first.height, "yuv420p"
         for frame in source.decode(first):
             target.mux(stream.encode(frame.reformat(format="yuv420p")))
@@ -176,7 +182,8 @@ def _video_stages(
     """Returns the time of each stage for some windows, by the steps of `video_pieces.decode`."""
     from av.video.reformatter import VideoReformatter
 
-    seconds, scaler = dict.fromkeys(("decode", "resize", "copy"), 0.0), VideoReformatter()
+    seconds: dict[str, float] = dict.fromkeys(("decode", "resize", "copy"), 0.0)
+    scaler = VideoReformatter()
     size = video.image_size
     with open_video(path) as container:
         stream = container.streams.video[0]
@@ -202,7 +209,7 @@ def _video_stages(
 
 def _record_stages(path: pathlib.Path, form: str, windows: Windows, rows: np.ndarray) -> Shares:
     """Returns the time of each stage for some windows, by the steps of `frame_records`."""
-    seconds = dict.fromkeys(("read", "decode", "copy"), 0.0)
+    seconds: dict[str, float] = dict.fromkeys(("read", "decode", "copy"), 0.0)
     reader, decode = array_records.open_reader(path), FORMATS[form].decode
     size = windows.dataset.frames[CAMERA].shape[1:3]
     image = np.empty((*size, 3), np.uint8)
@@ -237,16 +244,15 @@ def _cpu_seconds(source: FrameSource, rows: np.ndarray) -> float:
     return time.process_time() - began
 
 
-def _loader_rate(windows: Windows, video: VideoSizes, num_workers: int) -> float:
+def _loader_rate(windows: Windows, video: VideoSizes, config: LoaderConfig) -> float:
     """Returns frames per second of the loader, without those that were ready at the start."""
-    config = LoaderConfig(batch_size=4, num_workers=num_workers)
-    count = 0
+    count, num_ready = 0, config.prefetch * max(config.num_workers, 1)
     with make_loader(windows, config) as batches:
-        for _ in range(num_workers * (config.prefetch + 1)):
+        for _ in range(num_ready + max(config.num_workers, config.num_threads)):
             next(batches)
         began = time.perf_counter()
-        while count < 2 * num_workers or time.perf_counter() - began < video.seconds:
+        while count < num_ready or time.perf_counter() - began < video.seconds:
             next(batches)
             count += 1
         elapsed = time.perf_counter() - began
-    return count * config.batch_size * video.window_size / elapsed
+    return count * BATCH * video.window_size / elapsed
