@@ -95,6 +95,7 @@ LARGE = BenchmarkSizes(
     videos=(
         VideoSizes(480, 640, 224, 6.0, 4, 64, 16, 24, 3.0),
         VideoSizes(224, 224, 224, 6.0, 4, 64, 16, 24, 3.0),
+        VideoSizes(64, 64, 64, 6.0, 4, 64, 16, 24, 3.0),
     ),
     workers=(1, 2, 4),
     peak_size=2048,
