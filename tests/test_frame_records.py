@@ -182,7 +182,8 @@ def test_writing_and_reading_stay_below_the_limit_of_memory(limit, tmp_path, mon
     size, lengths = (192, 192), (80,)
     monkeypatch.setattr(frame_writer, "SHARD_BYTES", 2**30)
     images = make_frames(size, lengths)
-    max_bytes = limit * images.bytes_per_image
+    decoder = frame_writer.DECODER_IMAGES * images.source_bytes
+    max_bytes = decoder + limit * images.bytes_per_image
     folder = tmp_path / "records"
     sizes = frame_writer.prepare(folder, images, "raw")
     tracemalloc.start()
@@ -200,7 +201,7 @@ def test_writing_and_reading_stay_below_the_limit_of_memory(limit, tmp_path, mon
     assert written < max_bytes + slack
     assert read < frame_records._READ_BYTES + slack
     with pytest.raises(ValueError, match=r"cache_bytes must be at least \d+, .* raise --dataset"):
-        write(tmp_path / "less", images, max_bytes=images.bytes_per_image - 1)
+        write(tmp_path / "less", images, max_bytes=decoder + images.bytes_per_image - 1)
 
 
 def test_a_copy_in_another_process_and_threads_read_the_same(folder, images, monkeypatch):

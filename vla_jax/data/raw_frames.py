@@ -58,8 +58,9 @@ class RawFrames:
         self._ends = np.cumsum(raw.lengths[self._episodes])
         first = raw.episodes[int(self._episodes[0])].images[key]
         self._size: tuple[int, int] = image_size or (first.shape[1], first.shape[2])
-        # of an image while it is decoded: on disk, and while those of a call are put together
-        self.bytes_per_image: int = int(np.prod(first.shape[1:]) + 3 * 3 * np.prod(self._size))
+        # of an image before it is resized; and while those of a call are put together
+        self.source_bytes = int(np.prod(first.shape[1:]))
+        self.bytes_per_image = self.source_bytes + 3 * 3 * int(np.prod(self._size))
         self._resampling: Resampling = resampling
         self._rotate = rotate
         self.fingerprint = digest(
