@@ -91,6 +91,10 @@ def test_small_runs_all_cases_and_writes_all_measurements(tmp_path, capsys):
     assert median(content, "checkpoints", "until it is on disk") > 0
     loaders = {each["setting"] for each in content["measurements"] if each["case"] == "loader"}
     assert len(loaders) == 4
+    frames = [each for each in content["measurements"] if each["case"] == "frames"]
+    assert len({each["setting"] for each in frames}) == 4  # two codecs, two formats of records
+    shares = [each["value"]["median"] for each in frames if each["unit"] == "% of time"]
+    np.testing.assert_allclose(np.sum(np.reshape(shares, (4, 3)), axis=1), 100)
     assert content["left_out"] == []
     assert set(content["machine"]) == {"device", "cores", "load", "versions"}
     assert content["machine"]["device"] in shown
