@@ -1,7 +1,6 @@
 """Recorded frames equal decoded ones; shards are complete or absent; limits hold."""
 
 import json
-import pathlib
 import pickle
 import re
 import resource
@@ -160,7 +159,7 @@ def test_records_of_another_shard_are_refused(folder, images):
 
 def test_other_sizes_data_and_formats_are_named(folder, images, tmp_path):
     other = make_frames((6, 8))
-    elsewhere = records_folder(other, "image_primary", tmp_path, str(tmp_path))
+    elsewhere = records_folder(other, "image_primary", str(tmp_path))
     sentence = r"35 frames of image_primary in 6 × 8 pixels are not .*: 35 in 12 × 16\); write"
     with pytest.raises(FileNotFoundError, match=sentence):
         open_records(elsewhere, other, "image_primary")
@@ -270,8 +269,10 @@ def test_a_missing_package_is_named_with_its_extra(package, form, images, tmp_pa
 
 
 def test_frames_beside_a_data_set_that_cannot_be_written_are_found(images, tmp_path, monkeypatch):
+    images = pickle.loads(pickle.dumps(images))
+    images.root = tmp_path / "data"
     name = f"image_primary-{images.fingerprint}"
     write(tmp_path / "data/.frames" / name, images)
     monkeypatch.setattr("os.access", lambda path, mode: False)
-    found = records_folder(images, "image_primary", tmp_path / "data", None)
-    assert found == pathlib.Path(tmp_path / "data/.frames" / name)
+    found = records_folder(images, "image_primary", None)
+    assert found == tmp_path / "data/.frames" / name

@@ -117,7 +117,7 @@ def _cameras(config: ImitateConfig, form: FrameFormat) -> list[Camera]:
         data = read_dataset(replace(config, dataset=entry), partial=bool(config.mixture))
         for name, frames in data.frames.items():
             images = cast(RawFrames, frames)  # those of "on_demand"
-            folder = records_folder(images, name, pathlib.Path(entry.path), entry.decoded_dir)
+            folder = records_folder(images, name, entry.decoded_dir)
             sizes = frame_writer.prepare(folder, images, form)
             cameras.append(Camera(folder, images, sizes, entry.cache_bytes))
     if not cameras:

@@ -160,7 +160,7 @@ def _recorded_source(form: str, folder: pathlib.Path, video: VideoSizes) -> Fram
     """Returns recorded images of a video, which are written here."""
     images = cast(RawFrames, _read(folder, video).frames[CAMERA])
     home = folder.with_name(form)
-    records = records_folder(images, CAMERA, folder, str(home))
+    records = records_folder(images, CAMERA, str(home))
     sizes = frame_writer.prepare(records, images, cast(FrameFormat, form))
     for shard in range(sizes.num_shards):
         frame_writer.write_shard(records, shard, sizes, images, max_bytes=2**28)

@@ -162,22 +162,20 @@ class RecordedFrames:
         return reader
 
 
-def records_folder(
-    images: RawFrames, name: str, root: pathlib.Path, folder: str | None
-) -> pathlib.Path:
+def records_folder(images: RawFrames, name: str, folder: str | None) -> pathlib.Path:
     """Returns the folder of the recorded frames of a camera, which may be absent.
 
     Args:
       images: the same images, decoded on demand.
       name: of the camera.
-      root: file or folder of the data set.
       folder: for all cameras; None means as in `raw_frames.decode_all`.
     """
     own = f"{name}-{images.fingerprint}"
-    existing = (root if root.is_dir() else root.parent) / ".frames" / own
+    home = images.root if images.root.is_dir() else images.root.parent
+    existing = home / ".frames" / own
     if folder is None and existing.exists():  # also where the data set cannot be written
         return existing
-    return decoded_folder(root, folder) / own
+    return decoded_folder(images.root, folder) / own
 
 
 def open_records(folder: pathlib.Path, images: RawFrames, name: str) -> RecordedFrames:

@@ -52,6 +52,7 @@ class RawFrames:
           rotate: rotate the images by 180 degrees.
         """
         self._raw = raw
+        self.root = raw.path  # file or folder of the data set
         self._key = key
         self._cache = cache
         self._episodes = np.asarray(episodes)

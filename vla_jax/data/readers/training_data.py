@@ -95,7 +95,7 @@ def _open(
         return images, images.fingerprint
     if config.decode == "whole":
         return decode_all(images, name, raw.path, config.decoded_dir), images.fingerprint
-    folder = records_folder(images, name, raw.path, config.decoded_dir)
+    folder = records_folder(images, name, config.decoded_dir)
     recorded = open_records(folder, images, name)
     return recorded, recorded.fingerprint
 
