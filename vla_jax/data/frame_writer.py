@@ -25,6 +25,7 @@ from vla_jax.data.shard_files import shard_folder
 from vla_jax.files import crc32_of_file, replacing, write_json
 
 SHARD_BYTES = 2**30  # bytes of the images of a shard, at most
+FIXED_BYTES = 2**24  # code of the codecs, buffers of files, stacks of threads; 4 to 12 MB measured
 DECODER_IMAGES = 32  # that a thread's decoders of videos hold: eight files, eight frames, 12 bits
 Done = Callable[[int], None]
 
@@ -80,7 +81,7 @@ def write_shard(
       shard: index of the shard.
       sizes: of all images.
       images: to decode.
-      max_bytes: limit of the images in memory, with those of the decoders.
+      max_bytes: limit of the memory that is taken meanwhile.
       done: called with the number of images, after some have been written.
 
     Raises:
@@ -111,14 +112,15 @@ def _encode(
 ) -> Generator[bytes, None, None]:
     """Yields the records of some frames, which threads decode a little ahead."""
     decoder = DECODER_IMAGES * images.source_bytes
-    needed = decoder + images.bytes_per_image
+    needed = FIXED_BYTES + decoder + images.bytes_per_image
     if max_bytes < needed:
         raise ValueError(
             f"dataset.cache_bytes must be at least {needed}, which decoding and resizing takes, "
             f"got {max_bytes}; raise --dataset.cache-bytes."
         )
-    num_threads = min(os.cpu_count() or 1, max_bytes // needed)
-    per_job = min(STEPS_PER_PASS, (max_bytes // num_threads - decoder) // images.bytes_per_image)
+    left = max_bytes - FIXED_BYTES
+    num_threads = min(os.cpu_count() or 1, left // (decoder + images.bytes_per_image))
+    per_job = min(STEPS_PER_PASS, (left // num_threads - decoder) // images.bytes_per_image)
 
     def job(rows: range) -> list[bytes]:
         return [encode(image) for image in images[np.asarray(rows)]]
