@@ -40,7 +40,7 @@ def make_program(env: Env) -> Callable[[Key], jax.Array]:
 
 def main() -> None:
     """Prints a line per task."""
-    envs = {"plain table": jax_env.make(JaxTableConfig())}
+    envs = {"plain table": jax_env.make(JaxTableConfig(image_size=0))}
     envs |= {task: memory_env.make(JaxMemoryConfig(task=task)) for task in TASKS}
     programs = {name: make_program(env) for name, env in envs.items()}
     seconds = {name: [] for name in programs}
