@@ -2,18 +2,21 @@
 
 import json
 import sys
+from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
-from train.benchmark import __main__, baselines, cases, jax_runs, system, timing
+from train.benchmark import __main__, baselines, cases, jax_runs, precision, system, timing
 from train.benchmark.__main__ import BenchmarkConfig
-from train.benchmark.timing import Comparison, Implementation
+from train.benchmark.timing import Comparison, Device, Implementation
 from vla_jax import convert
 
-RECURRENCES = {"vla_jax", "vla_jax, plain scan", "flax.linen.RNN", "flax.nnx.RNN"}
+FLAX = {"flax.linen.RNN", "flax.nnx.RNN"}
+RECURRENCES = {"vla_jax", "vla_jax, plain scan"} | FLAX
 RECURRENCES |= {"torch.nn.LSTM", "torch.nn.GRU"}
 STREAMS = {"vla_jax, refresh", "vla_jax, window re-run", "RoboVLMs (PyTorch), window re-run"}
 
@@ -29,10 +32,15 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def measured(tmp_path, *chosen, file="", rounds=1):
+def measured(tmp_path, *chosen, file="", rounds=1, **options):
     """Runs cases at tiny sizes and returns the content of the JSON file."""
     config = BenchmarkConfig(
-        cases=chosen, rounds=rounds, small=True, run_dir=str(tmp_path / "run"), json=file
+        cases=chosen,
+        rounds=rounds,
+        small=True,
+        run_dir=str(tmp_path / "run"),
+        json=file,
+        **options,
     )
     return json.loads(__main__.benchmark(config).read_text())
 
@@ -171,13 +179,78 @@ def test_implementations_alternate_and_ratios_are_taken_per_round(monkeypatch):
         return Implementation(name, lambda: order.append(name), lambda results: results, 8)
 
     monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
-    ours, other = timing.measure(comparison(run_of("a"), run_of("b")), 2, peak_gflops=2.0)
+    ours, other = timing.measure(comparison(run_of("a"), run_of("b")), 2, Device(2.0))
     assert order == ["a", "a", "b", "b"] * 2  # the second run of each round is timed
     assert ours.ms == (1000, 1500, 2000)
     assert ours.ratio == (1, 1, 1)
     assert other.ratio == (2, 3, 4)
     assert other.gflops == pytest.approx(1e6 / 4e9)
     assert other.fraction_of_peak == pytest.approx(other.gflops / 2)
+    assert other.queued_ms is other.weights_share is None
+
+
+def test_runs_in_a_row_are_waited_for_once(monkeypatch):
+    order, clock = [], iter(np.cumsum([0, 8, 0, 2]))
+    each = Implementation(
+        "a", lambda: order.append("run"), lambda results: results, 10**6,
+        wait=lambda results: order.append("wait"),
+    )  # fmt: skip
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
+    (row,) = timing.measure(comparison(each), 1, Device(2.0, gigabytes=1.0), queue=4)
+    assert order == ["run", "wait"] * 2 + ["run", "wait"] + ["run"] * 4 + ["wait"]
+    assert row.ms == (8000, 8000, 8000)
+    assert row.queued_ms == (500, 500, 500)
+    assert row.weights_share == pytest.approx(1e-3 / 0.5)  # 1 MB at 1 GB/s of half a second
+
+
+def test_a_graph_streams_what_the_plain_step_does(monkeypatch):
+    """On a GPU its kernels are replayed; here its function runs."""
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda step, samples: step)
+    config = replace(cases.SMALL.decoder, window_size=3)
+    params, tokens, _ = jax_runs.draw_demonstrations(replace(config, window_size=6), 2)
+    frames = jnp.moveaxis(tokens, 1, 0)
+    plain, graph = (
+        make(config, params, frames, weight_bytes=1)
+        for make in (baselines.torch_stream, baselines.torch_graph_stream)
+    )
+    for _ in range(5):
+        timing.check(comparison(plain, graph), tolerance=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tf32", "bfloat16"])
+def test_other_precisions_are_measured_and_compared(name, tmp_path, monkeypatch):
+    # fewer units of a head would flip too large a part of its gradients
+    wider = replace(cases.SMALL.decoder, hidden_size=64, token_dim=64, head_sizes=(64, 32))
+    monkeypatch.setattr(cases, "SMALL", cases.SMALL._replace(decoder=wider, batch_size=8))
+    chosen = ("recurrence", "head", "streaming", "backbone")
+    before = torch.backends.cudnn.allow_tf32
+    content = measured(tmp_path, *chosen, precision=name, queue=3)
+    assert torch.backends.cudnn.allow_tf32 == before
+    assert (content["precision"], content["queue"]) == (name, 3)
+    assert {row["case"] for row in content["rows"]} == set(chosen)
+    for row in content["rows"]:
+        assert row["queued_ms"]["median"] > 0
+        assert row["weights_share"] > 0
+    others = {"torch.nn.LSTM", "torch.nn.GRU"} | (set() if name == "bfloat16" else FLAX)
+    assert implementations_of(content, "recurrence") == others | {"vla_jax", "vla_jax, plain scan"}
+    assert implementations_of(content, "streaming") == STREAMS
+
+
+def test_the_precision_is_set_in_all_libraries():
+    for name, is_tf32 in (("tf32", True), ("float32", False)):
+        with precision.all_libraries(name):
+            assert torch.backends.cuda.matmul.allow_tf32 is is_tf32
+            assert torch.backends.cudnn.allow_tf32 is is_tf32
+            assert jax.config.jax_default_matmul_precision == precision.PRECISIONS[name].matmul
+
+
+def test_pytorch_without_a_gpu_is_left_out_where_jax_has_one(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert baselines.why_no_torch().startswith("this PyTorch sees no GPU, JAX does: install")
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert "JAX runs on tpu here" in baselines.why_no_torch()
 
 
 def test_a_training_step_counts_three_products_per_kernel():

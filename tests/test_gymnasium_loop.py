@@ -161,6 +161,7 @@ def test_an_error_before_the_first_checkpoint_is_reported(tmp_path, monkeypatch)
         ({"env_id": "Levr-v0"}, "env 'Levr-v0' is not registered in gymnasium"),
         ({"env_id": ""}, "env '' cannot be made by gymnasium: Malformed environment ID"),
         ({"seeds": SeedsConfig()}, "num_seeds must be 1 in a Gymnasium environment, .* got 16"),
+        ({"loop": LoopConfig(mesh="fsdp=2")}, "mesh must be left out in a Gymnasium .* got fsdp=2"),
     ],
 )
 def test_an_unsupported_environment_is_refused(wrong, message, tmp_path):

@@ -5,6 +5,7 @@
     python -m train.benchmark --cases start checkpoints      # vla_jax alone: start-up, checkpoints
     python -m train.benchmark --cases frames --workers 1 2 4 # frames per second of the loader
     python -m train.benchmark --small                        # tiny sizes: seconds, a smoke test
+    python -m train.benchmark --precision tf32               # on a GPU: products in TF32
 
 The others are the RNNs of Flax and PyTorch, RoboVLMs' head written in PyTorch, the SmolVLM of
 transformers, autodiff of a plain scan, and recomputation of the whole window at every step. All
@@ -25,8 +26,9 @@ from rich.table import Table
 
 from train.benchmark import baselines, baselines_vlm, frame_rates, system, timing
 from train.benchmark import cases as benchmark_cases
+from train.benchmark.precision import PRECISIONS, Name, all_libraries
 from train.benchmark.system import Measurement
-from train.benchmark.timing import Row, Spread
+from train.benchmark.timing import Device, Row, Spread
 from vla_jax.command_line import run
 from vla_jax.config import checked
 from vla_jax.evaluation import plots
@@ -43,12 +45,16 @@ WIDTH = 200  # characters per line if the output is not a terminal: no cell wrap
 
 
 @dataclass(frozen=True)
-@checked(rounds=(1, 1_000_000))
+@checked(rounds=(1, 1_000_000), queue=(0, 1_000_000))
 class BenchmarkConfig:
     """Cases, sizes and output of a benchmark."""
 
     cases: tuple[Case, ...] = CASES  # cases to measure, in this order
     rounds: int = 15  # timed runs of each implementation
+    precision: Name = "float32"  # of all products: float32, tf32 (on a GPU), bfloat16
+    # runs in a row of which only the last one is waited for, to time the device without the host;
+    # 0 = 20 on an accelerator, not measured on a CPU
+    queue: int = 0
     small: bool = False  # use tiny sizes: a smoke test without meaningful timings
     keep_freed_memory: bool = True  # keep freed memory in the process, as in training
     run_dir: str = "runs/benchmark"  # folder of the plot and of benchmark.json
@@ -72,7 +78,10 @@ PRESETS = {"robovlms": robovlms}
 
 def benchmark(config: BenchmarkConfig) -> pathlib.Path:
     """Runs the cases and prints their tables; returns the JSON file of the measurements."""
-    sizes, console = benchmark_cases.SMALL if config.small else benchmark_cases.LARGE, _console()
+    precision, console = PRECISIONS[config.precision], _console()
+    sizes = benchmark_cases.SMALL if config.small else benchmark_cases.LARGE
+    sizes = benchmark_cases.in_precision(sizes, precision)
+    queue = config.queue or (1 if jax.default_backend() == "cpu" else 20)
     rows: list[Row] = []
     measurements: list[Measurement] = []
     if config.workers:
@@ -80,16 +89,21 @@ def benchmark(config: BenchmarkConfig) -> pathlib.Path:
     if config.keep_freed_memory:
         keep_freed_memory()
 
-    # The other libraries multiply in float32, not in a GPU's TF32; so does vla_jax here.
-    with jax.default_matmul_precision("float32"):
-        peak_gflops = timing.measure_peak(sizes.peak_size, config.rounds)
+    with all_libraries(config.precision):
+        device = Device(
+            timing.measure_peak(sizes.peak_size, config.rounds, precision.dtype),
+            timing.measure_bandwidth(2 * sizes.peak_size, config.rounds),
+        )
         conditions = {
             "machine": machine(),
             "left_out": _left_out(config.cases),
             "small": config.small,
             "keep_freed_memory": config.keep_freed_memory,
             "rounds": config.rounds,
-            "peak_gflops": peak_gflops,
+            "precision": config.precision,
+            "queue": queue,
+            "peak_gflops": device.gflops,
+            "memory_gigabytes": device.gigabytes,
         }
         console.print(_introduction(conditions))
         for case in config.cases:
@@ -100,8 +114,8 @@ def benchmark(config: BenchmarkConfig) -> pathlib.Path:
                 continue
             timed = []
             for comparison in benchmark_cases.COMPARISONS[case](sizes):
-                timing.check(comparison)
-                timed += timing.measure(comparison, config.rounds, peak_gflops)
+                timing.check(comparison, tolerance=precision.tolerance)
+                timed += timing.measure(comparison, config.rounds, device, queue=queue)
             console.print(_table(case, timed))
             rows += timed
 
@@ -158,7 +172,9 @@ def _introduction(conditions: dict[str, Any]) -> str:
     freed = "kept in the process" if conditions["keep_freed_memory"] else "returned to the system"
     lines = [
         f"{host['device']}, {host['cores']} cores, load {host['load']}; {versions}",
-        f"peak (one large float32 matrix product): {conditions['peak_gflops']:.0f} GFLOP/s",
+        f"peak (one large {conditions['precision']} matrix product): "
+        f"{conditions['peak_gflops']:.0f} GFLOP/s; memory: "
+        f"{conditions['memory_gigabytes']:.0f} GB/s",
         f"freed memory: {freed}",
         *(f"left out: {reason}" for reason in conditions["left_out"]),
     ]
@@ -174,7 +190,8 @@ def _table(case: str, rows: Sequence[Row]) -> Table:
     table = Table(title=f"{case}: median (min – max) over rounds")
     for name in ("setting", "implementation"):
         table.add_column(name)
-    for name in ("ms", "time / first", "GFLOP/s", "of peak", "weights read"):
+    columns = ("ms", "in a row", "time / first", "GFLOP/s", "of peak", "weights read", "of time")
+    for name in columns:
         table.add_column(name, justify="right")
     setting = ""
     for row in rows:
@@ -183,11 +200,13 @@ def _table(case: str, rows: Sequence[Row]) -> Table:
         table.add_row(
             "" if row.setting == setting else row.setting,
             row.implementation,
-            _spread(row.ms, 1),
+            _spread(row.ms, 3 if row.ms.median < 1 else 1),
+            "" if row.queued_ms is None else _spread(row.queued_ms, 3),
             _spread(row.ratio, 2),
             f"{row.gflops:.1f}",
             f"{100 * row.fraction_of_peak:.0f} %",
             f"{row.weight_bytes / 1e6:.1f} MB",
+            "" if row.weights_share is None else f"{100 * row.weights_share:.0f} %",
         )
         setting = row.setting
     return table

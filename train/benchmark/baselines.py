@@ -6,13 +6,14 @@ All have the weights of vla_jax, converted by `vla_jax.convert`; their results a
 import importlib.util
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
 import numpy as np
 from flax import nnx
 
+from train.benchmark.precision import autocast, to_numpy, to_torch, torch_device, wait
 from train.benchmark.timing import Implementation
 from vla_jax import convert
 from vla_jax.convert.flax_cells import Style
@@ -43,8 +44,13 @@ def why_no_torch() -> str:
     """Returns the reason why PyTorch is not measured; empty if it is."""
     if importlib.util.find_spec("torch") is None:
         return "PyTorch is not installed: pip install 'vla-jax[torch]'"
-    if jax.default_backend() != "cpu":
-        return f"PyTorch is measured on CPUs only, JAX runs on {jax.default_backend()} here"
+    backend = jax.default_backend()
+    if backend not in ("cpu", "gpu"):
+        return f"PyTorch is measured on CPUs and NVIDIA GPUs, JAX runs on {backend} here"
+    import torch
+
+    if backend == "gpu" and not torch.cuda.is_available():
+        return "this PyTorch sees no GPU, JAX does: install its build for CUDA"
     return ""
 
 
@@ -95,7 +101,7 @@ def linen_recurrence(
     run = forward_and_backward(forward)
     return Implementation(
         "flax.linen.RNN",
-        lambda: jax.block_until_ready(run(stack, inputs, cotangent)),
+        lambda: run(stack, inputs, cotangent),
         lambda results: _read_flax(config, results),
         2 * recurrent_bytes(params, inputs.shape[1], hoisted=False),
     )
@@ -126,7 +132,7 @@ def nnx_recurrence(
     run = forward_and_backward(forward)
     return Implementation(
         "flax.nnx.RNN",
-        lambda: jax.block_until_ready(run(stack, inputs, cotangent)),
+        lambda: run(stack, inputs, cotangent),
         read,
         2 * recurrent_bytes(params, inputs.shape[1], hoisted=False),
         lacks=cell.nnx_lacks,
@@ -143,22 +149,26 @@ def torch_recurrence(
         inputs.shape[-1], config.hidden_size, config.num_layers, batch_first=True
     )
     module.load_state_dict(_tensors(convert.to_torch(config, params)))
+    module = module.to(torch_device())
     weights = dict(module.named_parameters())
-    x, x_cotangent = (torch.tensor(np.asarray(part)) for part in (inputs, cotangent))
+    x, x_cotangent = (to_torch(part) for part in (inputs, cotangent))
     x.requires_grad_()
 
     def run() -> tuple:
-        outputs, _ = module(x)
+        with autocast(config.dtype):
+            outputs, _ = module(x)
+        outputs = outputs.float()
         return outputs, torch.autograd.grad(outputs, [x, *weights.values()], x_cotangent)
 
     def read(results: tuple) -> dict[str, Any]:
         outputs, (by_inputs, *by_weights) = results
-        _, by_params = convert.from_torch(dict(zip(weights, by_weights, strict=True)))
-        outputs = outputs.detach().numpy()
-        return {"outputs": outputs, "by_params": by_params, "by_inputs": by_inputs.numpy()}
+        named = {name: to_numpy(leaf) for name, leaf in zip(weights, by_weights, strict=True)}
+        _, by_params = convert.from_torch(named)
+        by_inputs = to_numpy(by_inputs)
+        return {"outputs": to_numpy(outputs), "by_params": by_params, "by_inputs": by_inputs}
 
     num_bytes = 2 * recurrent_bytes(params, inputs.shape[1])
-    return Implementation(f"torch.nn.{config.cell.upper()}", run, read, num_bytes)
+    return Implementation(f"torch.nn.{config.cell.upper()}", run, read, num_bytes, wait=wait)
 
 
 def torch_head(
@@ -178,12 +188,14 @@ def torch_head(
     head = _robovlms_head(config, params)
     weights = dict(head.named_parameters())
     optimizer = torch.optim.Adam(weights.values(), learning_rate)
-    inputs, target = torch.tensor(np.asarray(tokens)), torch.tensor(np.asarray(action))
+    inputs, target = to_torch(tokens), to_torch(action)
 
     def run() -> Any:
         optimizer.zero_grad()
-        features, _ = head["rnn"](_robovlms_pool(inputs))
-        arm, gripper = _robovlms_actions(head, features, config.action_horizon)
+        with autocast(config.dtype):
+            features, _ = head["rnn"](_robovlms_pool(inputs))
+            actions = _robovlms_actions(head, features, config.action_horizon)
+        arm, gripper = (part.float() for part in actions)
         is_open = (target[..., -1] > 0).float()
         loss = functional.huber_loss(arm, target[..., :-1])
         loss = loss + gripper_weight * functional.binary_cross_entropy_with_logits(gripper, is_open)
@@ -191,7 +203,8 @@ def torch_head(
         optimizer.step()
         return loss
 
-    def to_params(tensors: dict[str, Any]) -> Params:
+    def to_params(named: dict[str, Any]) -> Params:
+        tensors = {name: to_numpy(tensor) for name, tensor in named.items()}
         return convert.from_robovlms(tensors, window_size=config.window_size)[1]
 
     def moment(name: str) -> Params:
@@ -201,7 +214,7 @@ def torch_head(
         moments = {"mean": moment("exp_avg"), "square": moment("exp_avg_sq")}
         return {"loss": loss.item(), "params": to_params(head.state_dict()), **moments}
 
-    return Implementation("RoboVLMs (PyTorch)", run, read, weight_bytes)
+    return Implementation("RoboVLMs (PyTorch)", run, read, weight_bytes, wait=wait)
 
 
 def torch_stream(
@@ -217,8 +230,7 @@ def torch_stream(
     """
     import torch
 
-    head = _robovlms_head(config, params)
-    inputs = torch.tensor(np.asarray(frames))
+    head, inputs = _stored(config, params, frames)
     window = [_robovlms_pool(inputs[t, :, None]) for t in range(config.window_size)]
     time = config.window_size
 
@@ -231,11 +243,60 @@ def torch_stream(
             features, _ = head["rnn"](torch.cat(window, dim=1))
             return _robovlms_actions(head, features[:, -1], config.action_horizon)
 
-    def read(results: tuple) -> dict[str, Any]:
-        arm, gripper = results
-        return {"arm": arm.numpy(), "gripper_logit": gripper.numpy()}
+    name = "RoboVLMs (PyTorch), window re-run"
+    return Implementation(name, run, _read_actions, weight_bytes, wait=wait)
 
-    return Implementation("RoboVLMs (PyTorch), window re-run", run, read, weight_bytes)
+
+def torch_graph_stream(
+    config: DecoderConfig, params: Params, frames: Array, *, weight_bytes: int
+) -> Implementation:
+    """Returns the acting step of `torch_stream` as a CUDA graph, which is captured once.
+
+    A replay starts all kernels of a step at once, as one compiled program does.
+
+    Args:
+      config: config of the decoder.
+      params: params of the decoder.
+      frames: as for `torch_stream`.
+      weight_bytes: see `Implementation`.
+    """
+    import torch
+
+    head, inputs = _stored(config, params, frames)
+
+    def step(window: Any, frame: Any) -> tuple[Any, Any, Any]:
+        window = torch.cat([window[:, 1:], _robovlms_pool(frame[:, None])], dim=1)
+        features, _ = head["rnn"](window)
+        return window, *_robovlms_actions(head, features[:, -1], config.action_horizon)
+
+    window = _robovlms_pool(inputs[: config.window_size].transpose(0, 1).contiguous())
+    # The samples are written to: they are copies of what the first step reads.
+    samples = (window.clone(), inputs[0].clone())
+    replay = cast(Callable[..., tuple], torch.cuda.make_graphed_callables(step, samples))
+    time = config.window_size
+
+    def run() -> tuple:
+        nonlocal window, time
+        window, *actions = replay(window, inputs[time % len(inputs)])
+        time += 1
+        return tuple(actions)
+
+    name = "RoboVLMs (PyTorch), window re-run, CUDA graph"
+    return Implementation(name, run, _read_actions, weight_bytes, wait=wait)
+
+
+def _stored(config: DecoderConfig, params: Params, frames: Array) -> tuple[Any, Any]:
+    """Returns the modules without gradients, and the frames, both in the dtype of the config."""
+    import torch
+
+    dtype = getattr(torch, config.dtype)
+    head = _robovlms_head(config, params).to(dtype).requires_grad_(False)
+    return head, to_torch(frames).to(dtype)
+
+
+def _read_actions(results: tuple) -> dict[str, Any]:
+    arm, gripper = results
+    return {"arm": to_numpy(arm), "gripper_logit": to_numpy(gripper)}
 
 
 def _read_flax(
@@ -280,7 +341,7 @@ def _robovlms_head(config: DecoderConfig, params: Params) -> Any:
     head.load_state_dict(
         _tensors({name.removeprefix("act_head."): tensor for name, tensor in tensors.items()})
     )
-    return head
+    return head.to(torch_device())
 
 
 def _robovlms_pool(tokens: Any) -> Any:

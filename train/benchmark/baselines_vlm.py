@@ -9,6 +9,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from train.benchmark import baselines
+from train.benchmark.precision import autocast, to_numpy, to_torch, torch_device, wait
 from train.benchmark.timing import Implementation
 from vla_jax.backbones import preprocess, weights
 from vla_jax.backbones.sequence import IMAGE
@@ -45,36 +46,38 @@ def run_transformers(
         folder = pathlib.Path(parent) / "model"
         export(folder, config, params)
         model = AutoModelForImageTextToText.from_pretrained(folder).model.eval()
+    model = model.to(torch_device())
     pixels = preprocess.normalize(frames.images, config.images.mean, config.images.std)
     inputs = {
-        "input_ids": torch.tensor(
+        "input_ids": to_torch(
             np.where(frames.ids == IMAGE, config.image_token_id, frames.ids).astype(np.int64)
         ),
-        "attention_mask": torch.ones(frames.ids.shape, dtype=torch.int64),
-        "pixel_values": torch.tensor(np.moveaxis(pixels, -1, 2)),
+        "attention_mask": to_torch(np.ones(frames.ids.shape, np.int64)),
+        "pixel_values": to_torch(np.moveaxis(pixels, -1, 2)),
     }
-    cotangent = torch.tensor(frames.cotangent)
+    cotangent, dtype = to_torch(frames.cotangent), config.options.dtype
 
     def run() -> Any:
         if not gradients:
-            with torch.inference_mode():
+            with torch.inference_mode(), autocast(dtype):
                 return model(**inputs, use_cache=False).last_hidden_state
         model.zero_grad(set_to_none=True)
-        hidden = model(**inputs, use_cache=False).last_hidden_state
-        hidden.backward(cotangent)
+        with autocast(dtype):
+            hidden = model(**inputs, use_cache=False).last_hidden_state
+        hidden.float().backward(cotangent)
         return hidden.detach()
 
     def read(hidden: Any) -> dict[str, Any]:
         if not gradients:
-            return {"hidden": hidden.numpy()}
-        named = {PREFIX + name: leaf.grad.numpy() for name, leaf in model.named_parameters()}
+            return {"hidden": to_numpy(hidden)}
+        named = {PREFIX + name: to_numpy(leaf.grad) for name, leaf in model.named_parameters()}
         grads = _to_params(config, params, named)
         del grads["vision"]["layers"]["attention"]["key"]["bias"]
-        return {"hidden": hidden.numpy(), "grads": grads}
+        return {"hidden": to_numpy(hidden), "grads": grads}
 
     # The softmax is invariant to the bias of keys: its gradient is rounding errors.
     return Implementation(
-        "transformers (PyTorch)", run, read, weight_bytes, lacks=("attention/key/bias",)
+        "transformers (PyTorch)", run, read, weight_bytes, ("attention/key/bias",), wait
     )
 
 

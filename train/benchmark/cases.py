@@ -4,10 +4,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from train.benchmark import baselines, cell_runs, jax_runs, vlm_runs
-from train.benchmark.timing import Comparison
+from train.benchmark.precision import Precision
+from train.benchmark.timing import Comparison, Implementation
 from train.configs import ImitateConfig, table_lstm
 from vla_jax.acting.agent import AgentConfig
 from vla_jax.backbones.perceiver import PerceiverConfig
@@ -143,25 +145,47 @@ SMALL = BenchmarkSizes(
 )  # fmt: skip
 
 
+def in_precision(sizes: BenchmarkSizes, precision: Precision) -> BenchmarkSizes:
+    """Returns the sizes with configs whose products have factors of that precision."""
+    options = replace(sizes.backbone.options, dtype=precision.dtype)
+    return sizes._replace(
+        decoder=replace(sizes.decoder, dtype=precision.dtype),
+        backbone=replace(sizes.backbone, options=options),
+    )
+
+
 def recurrences(sizes: BenchmarkSizes) -> Iterator[Comparison]:
     """Yields LSTM and GRU stacks: outputs, and gradients with respect to inputs and params."""
     decoder = sizes.decoder
     for cell in ("lstm", "gru"):
-        config = RecurrenceConfig(cell, decoder.num_layers, decoder.hidden_size)
+        config = RecurrenceConfig(
+            cell, decoder.num_layers, decoder.hidden_size, dtype=decoder.dtype
+        )
         plain = replace(config, implementation="scan")
         for batch_size, num_steps in sizes.sequences:
             drawn = jax_runs.draw_sequence(config, batch_size, num_steps)
-            makers = [baselines.linen_recurrence, baselines.nnx_recurrence]
+            is_float = decoder.dtype == "float32"
+            # Flax's cells in bfloat16 also carry bfloat16: another computation.
+            makers = [baselines.linen_recurrence, baselines.nnx_recurrence] if is_float else []
             makers += [] if baselines.why_no_torch() else [baselines.torch_recurrence]
             implementations = [
                 jax_runs.run_recurrence("vla_jax", config, *drawn),
                 jax_runs.run_recurrence("vla_jax, plain scan", plain, *drawn),
+                *_with_cudnn(config, drawn),
                 *(make(config, *drawn) for make in makers),
             ]
             layers = f"{decoder.num_layers} × {cell.upper()} {decoder.hidden_size}"
             setting = f"{layers}, B {batch_size}, T {num_steps}"
             flop = jax_runs.recurrence_flop(drawn[0], batch_size * num_steps)
             yield Comparison("recurrence", setting, flop, implementations)
+
+
+def _with_cudnn(config: RecurrenceConfig, drawn: tuple) -> list[Implementation]:
+    """Returns the recurrence of vla_jax with cuDNN, where it can run."""
+    if jax.default_backend() != "gpu" or (config.cell, config.dtype) != ("lstm", "float32"):
+        return []
+    config = replace(config, implementation="cudnn")
+    return [jax_runs.run_recurrence("vla_jax, cuDNN", config, *drawn)]
 
 
 def heads(sizes: BenchmarkSizes) -> Iterator[Comparison]:
@@ -201,8 +225,11 @@ def streams(sizes: BenchmarkSizes) -> Iterator[Comparison]:
             ]
             if not baselines.why_no_torch():
                 num_bytes = jax_runs.decoder_bytes(params, window_size)
-                other = baselines.torch_stream(config, params, frames, weight_bytes=num_bytes)
-                implementations.append(other)
+                makers = [baselines.torch_stream]
+                makers += [baselines.torch_graph_stream] * (jax.default_backend() == "gpu")
+                implementations += [
+                    make(config, params, frames, weight_bytes=num_bytes) for make in makers
+                ]
             flop = window_size * jax_runs.num_weights(params["recurrence"])
             flop += jax_runs.num_weights(params["heads"])
             yield Comparison(
@@ -222,7 +249,7 @@ def growth(sizes: BenchmarkSizes) -> Iterator[Comparison]:
                 "W": decoder.window_size, "H": decoder.hidden_size, "L": decoder.num_layers,
                 "B": sizes.batch_size, axis: value,
             }  # fmt: skip
-            config = RecurrenceConfig("lstm", size["L"], size["H"])
+            config = RecurrenceConfig("lstm", size["L"], size["H"], dtype=decoder.dtype)
             drawn = jax_runs.draw_sequence(config, size["B"], size["W"])
             flop = jax_runs.recurrence_flop(drawn[0], size["B"] * size["W"])
             yield Comparison(

@@ -49,7 +49,7 @@ def _run_step(name: str, config: RecurrenceConfig, params: Params, inputs: Array
 
     def run() -> jax.Array:
         nonlocal carry
-        carry, outputs = jax.block_until_ready(step(params, config, carry, inputs))
+        carry, outputs = step(params, config, carry, inputs)
         return outputs
 
     return Implementation(

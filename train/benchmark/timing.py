@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vla_jax import trees
 
-TOLERANCE = 1e-4  # largest ‖result - expected‖ / ‖expected‖ of each result
+TOLERANCE = 1e-4  # largest ‖result - expected‖ / ‖expected‖ of each result, in float32
 PAUSE = 0.02  # s before each run: threads of the previous implementation may still be spinning
 
 
@@ -21,10 +22,11 @@ class Implementation(NamedTuple):
     """One implementation of a case."""
 
     name: str
-    run: Callable[[], Any]  # runs it once and blocks until all results are ready
-    read: Callable[[Any], Any]  # result of `run` -> arrays, in the tree and layout of vla_jax
+    run: Callable[[], Any]  # runs it once; the results may be ready later
+    read: Callable[[Any], Any]  # results -> arrays, in the tree and layout of vla_jax
     weight_bytes: int  # bytes of weights that its matrix products read
     lacks: tuple[str, ...] = ()  # leaf names of the first implementation that this one lacks
+    wait: Callable[[Any], Any] = jax.block_until_ready  # blocks until results are ready
 
 
 class Comparison(NamedTuple):
@@ -57,18 +59,34 @@ class Row(NamedTuple):
         float  # relative to the GFLOP/s of one large product, measured in the same run
     )
     weight_bytes: int
+    # ms per run of many in a row, of which only the last one is waited for: the time of the device,
+    # without that of the host between two runs; None where it was not measured
+    queued_ms: Spread | None = None
+    # share of that time, or of `ms`, in which the memory could read the weights; None as above
+    weights_share: float | None = None
 
 
-def check(comparison: Comparison) -> None:
+class Device(NamedTuple):
+    """What the device can do at best, measured in the same run."""
+
+    gflops: float  # GFLOP/s of one large product
+    gigabytes: float | None = None  # GB/s of memory; None = not measured
+
+
+def check(comparison: Comparison, *, tolerance: float = TOLERANCE) -> None:
     """Runs every implementation once and compares all results with those of the first.
+
+    Args:
+      comparison: the implementations.
+      tolerance: largest ‖result − expected‖ / ‖expected‖ of each result.
 
     Raises:
       ValueError: the results of an implementation differ.
     """
     reference, *others = comparison.implementations
-    all_expected = _leaves(reference.read(reference.run()))
+    all_expected = _leaves(reference.read(reference.wait(reference.run())))
     for other in others:
-        results = _leaves(other.read(other.run()))
+        results = _leaves(other.read(other.wait(other.run())))
         expected = {
             path: leaf for path, leaf in all_expected.items() if not path.endswith(other.lacks)
         }
@@ -76,46 +94,80 @@ def check(comparison: Comparison) -> None:
         differing += [
             path
             for path in expected.keys() & results.keys()
-            if not _agree(results[path], expected[path])
+            if not _agree(results[path], expected[path], tolerance)
         ]
         if differing:
             raise ValueError(
-                f"{other.name} must agree with {reference.name} to {TOLERANCE:g} in "
+                f"{other.name} must agree with {reference.name} to {tolerance:g} in "
                 f"{comparison.case}, {comparison.setting}, got different results for "
                 f"{', '.join(sorted(differing))}; correct it before comparing its speed."
             )
 
 
-def measure(comparison: Comparison, rounds: int, peak_gflops: float) -> list[Row]:
+def measure(comparison: Comparison, rounds: int, device: Device, *, queue: int = 1) -> list[Row]:
     """Times the implementations in alternation, A B A B.
 
     Args:
       comparison: checked by `check`.
       rounds: rounds per implementation; each runs it twice and times the second run.
-      peak_gflops: GFLOP/s of one large product.
+      device: measured in the same run.
+      queue: runs in a row without waiting in between, timed after those; 1 = not measured.
     """
     implementations = comparison.implementations
-    ms = 1e3 * np.array([[_time(each.run) for each in implementations] for _ in range(rounds)])
+    ms = 1e3 * np.array([[_time(each) for each in implementations] for _ in range(rounds)])
+    queued = None
+    if queue > 1:
+        queued = 1e3 / queue * np.array(
+            [[_time(each, queue) for each in implementations] for _ in range(rounds)]
+        )  # fmt: skip
     rows = []
-    for each, times in zip(implementations, ms.T, strict=True):
-        gflops = comparison.flop / 1e6 / float(np.median(times))
+    for index, (each, times) in enumerate(zip(implementations, ms.T, strict=True)):
+        gflops, own = comparison.flop / 1e6 / float(np.median(times)), times
+        if queued is not None:
+            own = queued[:, index]
+        share = None
+        if device.gigabytes is not None:
+            share = each.weight_bytes / 1e6 / device.gigabytes / float(np.median(own))
         rows.append(
             Row(
                 comparison.case, comparison.setting, each.name, spread(times),
-                spread(times / ms[:, 0]), gflops, gflops / peak_gflops, each.weight_bytes,
+                spread(times / ms[:, 0]), gflops, gflops / device.gflops, each.weight_bytes,
+                None if queued is None else spread(own), share,
             )
         )  # fmt: skip
     return rows
 
 
-def measure_peak(size: int, rounds: int) -> float:
-    """Returns GFLOP/s of a float32 product `[size, size] · [size, size]`, best of the rounds."""
-    left = np.random.default_rng(0).normal(size=(size, size)).astype(np.float32)
-    factors = jax.device_put((left, left.T.copy()))
-    product = jax.jit(lambda left, right: left @ right)
-    product(*factors).block_until_ready()
-    seconds = [_time(lambda: product(*factors).block_until_ready()) for _ in range(rounds)]
-    return 2e-9 * size**3 / min(seconds)
+def measure_peak(size: int, rounds: int, dtype: str = "float32") -> float:
+    """Returns GFLOP/s of a product `[size, size] · [size, size]`, best of the rounds.
+
+    Args:
+      size: rows and columns.
+      rounds: of which the best counts.
+      dtype: of both factors; the sum is in float32.
+    """
+    left = jnp.asarray(np.random.default_rng(0).normal(size=(size, size)), dtype)
+    product = jax.jit(lambda x, y: jnp.matmul(x, y, preferred_element_type=jnp.float32))
+    return 2e-9 * size**3 / _best(lambda: product(left, left.T), rounds)
+
+
+def measure_bandwidth(size: int, rounds: int) -> float:
+    """Returns GB/s of memory, read and written, by adding 1 to `[size, size]` float32.
+
+    Args:
+      size: rows and columns.
+      rounds: of which the best counts.
+    """
+    numbers = jnp.zeros((size, size))
+    add = jax.jit(lambda x: x + 1)
+    return 8e-9 * size**2 / _best(lambda: add(numbers), rounds)
+
+
+def _best(run: Callable[[], Any], rounds: int) -> float:
+    """Returns the shortest time of the rounds, s."""
+    jax.block_until_ready(run())
+    only = Implementation("", run, lambda results: results, 0)
+    return min(_time(only) for _ in range(rounds))
 
 
 def spread(values: np.ndarray) -> Spread:
@@ -123,12 +175,14 @@ def spread(values: np.ndarray) -> Spread:
     return Spread(float(np.min(values)), float(np.median(values)), float(np.max(values)))
 
 
-def _time(run: Callable[[], Any]) -> float:
-    """Returns seconds of the second of two runs: as in training, the caches are warm."""
+def _time(implementation: Implementation, num_runs: int = 1) -> float:
+    """Returns seconds of runs in a row after a first one: as in training, the caches are warm."""
     time.sleep(PAUSE)
-    run()
+    implementation.wait(implementation.run())
     began = time.perf_counter()
-    run()
+    for _ in range(num_runs - 1):
+        implementation.run()
+    implementation.wait(implementation.run())
     return time.perf_counter() - began
 
 
@@ -137,9 +191,9 @@ def _leaves(results: Any) -> dict[str, np.ndarray]:
     return {path: np.asarray(leaf, np.float64) for path, leaf in leaves.items()}
 
 
-def _agree(result: np.ndarray, expected: np.ndarray) -> bool:
+def _agree(result: np.ndarray, expected: np.ndarray, tolerance: float) -> bool:
     """Returns True if shapes are equal, all values finite, and the relative error is small."""
     if result.shape != expected.shape:
         return False
     error, size = np.linalg.norm(result - expected), np.linalg.norm(expected)
-    return bool(np.isfinite(size) and error <= TOLERANCE * size)
+    return bool(np.isfinite(size) and error <= tolerance * size)

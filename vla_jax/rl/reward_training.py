@@ -182,7 +182,8 @@ def _record_jax(
 
 def _check_gymnasium(config: RewardTraining, algorithm: Algorithm) -> None:
     del algorithm
-    gymnasium_loop.check(config.seeds, cast(DiscreteGymnasiumConfig, config.world))
+    world = cast(DiscreteGymnasiumConfig, config.world)
+    gymnasium_loop.check(config.seeds, config.loop, world)
 
 
 def _learn_gymnasium(
