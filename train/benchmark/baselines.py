@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from train.benchmark.precision import autocast, to_numpy, to_torch, torch_device, wait
+from train.benchmark.baselines_torch import autocast, to_numpy, to_torch, torch_device, wait
 from train.benchmark.timing import Implementation
 from vla_jax import convert
 from vla_jax.convert.flax_cells import Style

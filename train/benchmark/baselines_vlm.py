@@ -9,7 +9,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from train.benchmark import baselines
-from train.benchmark.precision import autocast, to_numpy, to_torch, torch_device, wait
+from train.benchmark.baselines_torch import autocast, to_numpy, to_torch, torch_device, wait
 from train.benchmark.timing import Implementation
 from vla_jax.backbones import preprocess, weights
 from vla_jax.backbones.sequence import IMAGE

@@ -1,12 +1,12 @@
-"""Precision of products in all implementations of `train.benchmark`, and PyTorch's device."""
+"""Precision of matrix products in all implementations of `train.benchmark`."""
 
 import contextlib
-import importlib.util
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
-import numpy as np
+
+from train.benchmark import baselines_torch
 
 Name = Literal["float32", "tf32", "bfloat16"]
 
@@ -32,56 +32,10 @@ PRECISIONS: dict[Name, Precision] = {
 
 @contextlib.contextmanager
 def all_libraries(name: Name) -> Iterator[None]:
-    """Sets the precision of float32 products in JAX and, on a GPU, in PyTorch.
+    """Sets the precision of float32 products in JAX and in PyTorch.
 
-    bfloat16 is not set here: the configs of vla_jax and `autocast` choose it.
+    bfloat16 is not set here: it is in the configs of vla_jax, from which PyTorch's peers take it.
     """
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(jax.default_matmul_precision(PRECISIONS[name].matmul))
-        if importlib.util.find_spec("torch") is not None:
-            import torch
-
-            backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-            for backend in backends:
-                stack.callback(setattr, backend, "allow_tf32", backend.allow_tf32)
-                backend.allow_tf32 = name == "tf32"
+    matmul = jax.default_matmul_precision(PRECISIONS[name].matmul)
+    with matmul, baselines_torch.with_tf32(name == "tf32"):
         yield
-
-
-def autocast(dtype: str) -> contextlib.AbstractContextManager[Any]:
-    """Returns PyTorch's context in which products have factors of a dtype; float32 changes nothing.
-
-    Args:
-      dtype: of the factors, from a config of vla_jax.
-    """
-    import torch
-
-    if dtype == "float32":
-        return contextlib.nullcontext()
-    return torch.autocast(torch_device(), dtype=getattr(torch, dtype))
-
-
-def torch_device() -> str:
-    """Returns the device on which PyTorch is measured, the same as JAX's."""
-    return "cuda" if jax.default_backend() == "gpu" else "cpu"
-
-
-def to_torch(array: Any) -> Any:
-    """Returns an array as a tensor on PyTorch's device."""
-    import torch
-
-    return torch.tensor(np.asarray(array), device=torch_device())
-
-
-def to_numpy(tensor: Any) -> np.ndarray:
-    """Returns a tensor of any device as an array, bfloat16 as float32."""
-    return tensor.detach().float().cpu().numpy()
-
-
-def wait(results: Any) -> Any:
-    """Returns PyTorch's results when they are ready; on a GPU its calls return earlier."""
-    import torch
-
-    if torch_device() == "cuda":
-        torch.cuda.synchronize()
-    return results
