@@ -92,7 +92,7 @@ def benchmark(config: BenchmarkConfig) -> pathlib.Path:
     with all_libraries(config.precision):
         device = Device(
             timing.measure_peak(sizes.peak_size, config.rounds, precision.dtype),
-            timing.measure_bandwidth(2 * sizes.peak_size, config.rounds),
+            timing.measure_bandwidth(4 * sizes.peak_size, config.rounds),
         )
         conditions = {
             "machine": machine(),

@@ -225,6 +225,7 @@ def streams(sizes: BenchmarkSizes) -> Iterator[Comparison]:
             ]
             if not baselines.why_no_torch():
                 num_bytes = jax_runs.decoder_bytes(params, window_size)
+                num_bytes = num_bytes * jnp.dtype(config.dtype).itemsize // baselines.FLOAT_BYTES
                 makers = [baselines.torch_stream]
                 makers += [baselines.torch_graph_stream] * (jax.default_backend() == "gpu")
                 implementations += [
