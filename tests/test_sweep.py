@@ -87,6 +87,25 @@ def test_a_member_is_the_training_of_imitate(demos, swept, tmp_path, rate, seed)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data=4", "data=2,fsdp=2"])
+def test_a_sweep_on_a_mesh_trains_what_one_device_does(demos, tmp_path, mesh):
+    folders = {}
+    for number, sizes in enumerate(("data=1", mesh)):
+        config = config_of(demos, tmp_path / str(number), seeds=2, learning_rates=())
+        folders[sizes] = sweep(
+            dataclasses.replace(config, loop=dataclasses.replace(config.loop, mesh=sizes))
+        ).parent
+    one, other = (load_members(folder) for folder in folders.values())
+    assert len(one) == 2
+    for first, second in zip(one, other, strict=True):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), first, second)
+
+
+def load_members(folder):
+    return [load_run(folder / result.name).params for result in results(folder)]
+
+
+@pytest.mark.slow
 def test_imitate_continues_a_member(demos, swept, tmp_path):
     result = results(swept)[3]
     single = tiny_demos.imitation(demos, tmp_path / "run", seed=result.seed)
