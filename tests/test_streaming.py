@@ -4,6 +4,7 @@ import dataclasses
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,6 +13,7 @@ from vla_jax.nn.cells import CELLS
 from vla_jax.nn.matmul import Transposed
 from vla_jax.policies import decoders, heads, trunks
 from vla_jax.policies.decoder_config import DecoderConfig
+from vla_jax.trees import leaves_by_path
 
 B, T, W, N, D, K = 3, 14, 4, 2, 3, 2
 STARTS = ([0], [0, 5], [0, 3, 4, 12])  # steps at which the episodes of each robot start
@@ -145,6 +147,28 @@ def test_prepared_params_give_the_same_chunks(kind, dtype, key, monkeypatch):
     assert isinstance(prepared["recurrence"]["layers_1"]["forward"]["input_kernel"], Transposed)
     one, two = (stream(own, config, tokens, reset=resets()) for own in (params, prepared))
     assert_close(one, two, tolerance(kind))
+
+
+@pytest.mark.sampled
+@each_kind_and_mode
+def test_kernels_are_stored_as_products_read_them(kind, mode, key):
+    check_stored_in_bfloat16(make_config(kind), mode, key)
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("head", heads.HEADS)
+def test_kernels_of_every_head_are_stored_as_products_read_them(head, key):
+    check_stored_in_bfloat16(make_config("gru", head=head), "persistent", key)
+
+
+def check_stored_in_bfloat16(config, mode, key):
+    config, tokens = dataclasses.replace(config, dtype="bfloat16"), draw_tokens()
+    params = decoders.init(key, config)
+    prepared = decoders.prepare_params(params, config, B, mode=mode)
+    for path, leaf in leaves_by_path(prepared).items():
+        assert (leaf.dtype == jnp.bfloat16) == path.endswith("kernel"), path
+    one, two = (stream(own, config, tokens, mode=mode) for own in (params, prepared))
+    assert_close(one, two, 0)
 
 
 @each_kind_and_mode

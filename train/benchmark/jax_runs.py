@@ -113,10 +113,6 @@ def run_stream(config: DecoderConfig, params: Params, frames: Array) -> Implemen
     step = jax.jit(decoders.step, static_argnums=1, donate_argnums=2)
     state = decoders.init_stream(params, config, frames.shape[1])
     prepared = decoders.prepare_params(params, config, frames.shape[1])
-    # Stored as the products read them: the same results, with fewer bytes to read.
-    prepared = jax.tree.map(
-        lambda leaf: leaf.astype(config.dtype) if leaf.ndim == 2 else leaf, prepared
-    )
     item_bytes = jnp.dtype(config.dtype).itemsize
     return _streamed(
         "vla_jax, refresh",

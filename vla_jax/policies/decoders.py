@@ -23,6 +23,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from vla_jax import trees
 from vla_jax.config import did_you_mean
 from vla_jax.nn import bptt, pooling
 from vla_jax.nn.recurrence import Carry
@@ -31,7 +32,6 @@ from vla_jax.policies.decoder_config import DecoderConfig
 from vla_jax.policies.decoder_fields import least_tokens
 from vla_jax.policies.head import TeacherForcing
 from vla_jax.policies.trunk import Mode
-from vla_jax.trees import under
 from vla_jax.types import ActionChunk, Array, Key, Params, Prediction, ShardingRules
 
 
@@ -65,7 +65,7 @@ def init(key: Key, config: DecoderConfig) -> Params:
 def sharding_rules(config: DecoderConfig) -> ShardingRules:
     """Returns how the params are split over a mesh of devices: rules of the trunk and the head."""
     trunk, head = trunks.get(config.kind), heads.HEADS[config.head]
-    return (*trunk.sharding_rules, *under("heads", head.sharding_rules))
+    return (*trunk.sharding_rules, *trees.under("heads", head.sharding_rules))
 
 
 def apply(
@@ -264,8 +264,9 @@ def prepare_params(
 ) -> Params:
     """Returns params stored for fast single steps on this device; results are unchanged.
 
-    They are for `step` only, on states of the same batch size, mode and window. On a CPU, in mode
-    "refresh" and with few rows B · W, large kernels of the recurrence are transposed once.
+    They are for `step` only, on states of the same batch size, mode and window. Kernels are stored
+    in the config's dtype, in which products read them: with bfloat16 half as many bytes. On a CPU,
+    in mode "refresh" and with few rows B · W, large kernels of the recurrence are transposed once.
     `Agent.prepare` calls this.
 
     Args:
@@ -278,7 +279,15 @@ def prepare_params(
     window_size = config.window_size if window_size is None else window_size
     trunk = trunks.get(config.kind)
     num_memories = trunk.num_memories(mode, window_size)
-    return trunk.prepare(params, config, num_memories, batch_size)
+    prepared = trunk.prepare(params, config, num_memories, batch_size)
+    if config.dtype == "float32":
+        return prepared
+    is_kernel = trees.map_paths(lambda path: path.endswith("kernel"), prepared)
+    return jax.tree.map(
+        lambda leaf, stored: jnp.asarray(leaf, config.dtype) if stored else leaf,
+        prepared,
+        is_kernel,
+    )
 
 
 def step(
