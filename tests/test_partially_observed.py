@@ -1,9 +1,11 @@
 """Partially observed environments hide the documented features and change nothing else."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from train.ppo import PPOConfig, make_ppo
 from vla_jax.envs import cartpole, grid
 from vla_jax.envs.cartpole import CartPoleConfig
 from vla_jax.envs.grid import GridConfig
@@ -11,7 +13,7 @@ from vla_jax.envs.partially_observed import partially_observe
 from vla_jax.envs.table import discrete_table
 from vla_jax.envs.table.discrete_table import TableChoicesConfig
 from vla_jax.envs.table.jax_env import JaxTableConfig
-from vla_jax.rl import actor
+from vla_jax.rl import actor, learner
 
 T, B = 12, 4
 TABLE = TableChoicesConfig(table=JaxTableConfig(image_size=0, max_steps=5))
@@ -49,6 +51,44 @@ def test_velocities_are_hidden_and_the_instruction_is_shown_once_per_episode(nam
     shown = expected[..., once:].sum(axis=-1)  # the instruction is one-hot
     np.testing.assert_array_equal(shown, np.asarray(full.reset) * (num_once > 0))
     assert full.reset.sum() > B  # new episodes within the rollout
+
+
+def test_the_instruction_is_shown_for_a_number_of_steps_that_is_drawn():
+    env = partially_observe(ENVS["table"][0], 3)
+
+    def step(state, _):
+        state, transition = env.step(state, 0)
+        return state, transition.observation
+
+    def play(key):
+        state, first = env.reset(key)
+        return jnp.concatenate([first[None], jax.lax.scan(step, state, length=4)[1]])[:, -4:]
+
+    shown = np.asarray(jax.jit(jax.vmap(play))(jax.random.split(jax.random.key(0), 32))).sum(-1)
+    number = shown.sum(axis=1)
+    assert set(number) == {1, 2, 3}
+    np.testing.assert_array_equal(shown, np.arange(5) < number[:, None])
+
+
+def test_training_shows_the_instruction_longer_than_the_test(monkeypatch):
+    config = PPOConfig(world=TABLE, partially_observed=True, visible_steps=7)
+    played = []
+    monkeypatch.setattr(learner.actor, "play", lambda env, *rest, **options: played.append(env))
+    monkeypatch.setattr(learner.actor, "episode_metrics", lambda episodes: {})
+    make_ppo(config).evaluate({}, jax.random.key(0))
+    assert played == [partially_observe(ENVS["table"][0], 1)]  # the same object, since it is cached
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: partially_observe(ENVS["cartpole"][0], 2), "without an instruction, got 2"),
+        (lambda: PPOConfig(world=TABLE, visible_steps=2), "without partially_observed, got 2"),
+    ],
+)
+def test_visible_steps_without_effect_are_refused(make, message):
+    with pytest.raises(ValueError, match=f"visible_steps must be 1 .*{message}"):
+        make()
 
 
 def test_the_same_environment_object_is_returned_so_that_jit_compiles_once():

@@ -182,14 +182,15 @@ def cartpole_hidden() -> PPOConfig:
 def table_hidden() -> PPOConfig:
     """The JAX table with the instruction at the first step only: a GRU has to remember it.
 
-    Not solved: success is 27 % after 300 updates (seed 0), as for touching any block.
+    In training it is visible for 1 to 40 steps, else success stays at that of touching any block.
     """
     return PPOConfig(
         run_dir="runs/ppo_table_hidden",
         world=TableChoicesConfig(shaping=10.0),
         partially_observed=True,
+        visible_steps=40,
         network=NetworkConfig(
-            kind="gru", hidden_sizes=(128,), memory_size=64, gate_span=20, joint_sizes=(128,)
+            kind="gru", hidden_sizes=(128,), memory_size=64, gate_span=20, joint_sizes=(128, 128)
         ),
         gamma=0.97,
         trace_decay=0.8,
@@ -210,6 +211,7 @@ def lit() -> PPOConfig:
         run_dir="runs/ppo_lit",
         world=MemoryChoicesConfig(shaping=10.0),
         partially_observed=False,
+        visible_steps=1,
     )
 
 

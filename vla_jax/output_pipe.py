@@ -14,7 +14,7 @@ def drop_unread() -> bool:
         return False
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
+    except BrokenPipeError:  # what is lost has no reader
         drop()
         return True
     return False

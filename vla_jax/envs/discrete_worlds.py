@@ -70,12 +70,15 @@ def check(config: DiscreteWorldConfig, *, partially_observed: bool) -> None:
         )
 
 
-def make(config: DiscreteWorldConfig, *, partially_observed: bool = False) -> DiscreteEnv:
+def make(
+    config: DiscreteWorldConfig, *, partially_observed: bool = False, visible_steps: int = 1
+) -> DiscreteEnv:
     """Returns the environment of a config.
 
     Args:
       config: config of a pure-JAX environment.
-      partially_observed: hides velocities, and the instruction after the first step.
+      partially_observed: hides velocities, and the instruction after the first steps.
+      visible_steps: greatest number of steps that show it; see `partially_observe`.
 
     Raises:
       ValueError: the environment is stepped in Python, or it has nothing to hide.
@@ -88,4 +91,4 @@ def make(config: DiscreteWorldConfig, *, partially_observed: bool = False) -> Di
             "vla_jax.rl.gymnasium_loop, which steps it in Python."
         )
     env = make_env(config)
-    return partially_observe(env) if partially_observed else env
+    return partially_observe(env, visible_steps) if partially_observed else env

@@ -1,48 +1,67 @@
 """Partially observed versions of environments, in which memory is an advantage."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vla_jax.types import Array, DiscreteEnv, Key, Transition
 
 
-@functools.cache  # the same functions for the same environment, so that jit compiles them once
-def partially_observe(env: DiscreteEnv) -> DiscreteEnv:
-    """Returns the environment with velocities and, after the first step, the instruction hidden.
+class PartialState(NamedTuple):
+    """State of one partially observed environment."""
 
-    Velocities are removed from the observation; the instruction is replaced by zeros from the
-    second observation of an episode on. States, rewards and ends of episodes do not change.
+    inner: Any  # state of the environment
+    left: Array  # [] int32, further observations that show the instruction
+
+
+@functools.cache  # the same functions for the same environment, so that jit compiles them once
+def partially_observe(env: DiscreteEnv, visible_steps: int = 1) -> DiscreteEnv:
+    """Returns the environment with velocities hidden, and later the instruction.
+
+    Velocities are removed from the observation; the instruction is replaced by zeros after the
+    first observations of an episode, as many as are drawn from 1 to `visible_steps`. States,
+    rewards and ends of episodes do not change.
 
     Args:
       env: environment whose observation `[D]` has `velocities` or an `instruction`.
+      visible_steps: greatest number of observations of an episode that show the instruction. With
+        more than 1 a policy learns first what the instruction means, and then to remember it.
 
     Raises:
-      ValueError: the observation has neither.
+      ValueError: the observation has neither, or no instruction to show for several steps.
     """
     if not (env.velocities or env.instruction):
         raise ValueError(
             "velocities or instruction of the environment must name features to hide, got none; "
             "choose an environment whose observations are features."
         )
+    if visible_steps > 1 and not env.instruction:
+        raise ValueError(
+            f"visible_steps must be 1 in an environment without an instruction, got "
+            f"{visible_steps}; choose another environment."
+        )
     (size,) = env.observation_shape
     visible = np.setdiff1d(np.arange(size), env.velocities)
-    first_only = np.isin(visible, env.instruction)
+    is_instruction = np.isin(visible, env.instruction)
 
-    def reset(key: Key) -> tuple[Any, Array]:
+    def reset(key: Key) -> tuple[PartialState, Array]:
         state, observation = env.reset(key)
-        return state, observation[visible]
+        left = jax.random.randint(jax.random.fold_in(key, 1), (), 0, visible_steps)
+        return PartialState(state, left), observation[visible]
 
-    def step(state: Any, action: Array) -> tuple[Any, Transition]:
-        state, transition = env.step(state, action)
-        observation = jnp.where(first_only, 0.0, transition.observation[visible])
-        return state, transition._replace(observation=observation)
+    def step(state: PartialState, action: Array) -> tuple[PartialState, Transition]:
+        inner, transition = env.step(state.inner, action)
+        is_hidden = is_instruction & (state.left <= 0)
+        observation = jnp.where(is_hidden, 0.0, transition.observation[visible])
+        return PartialState(inner, state.left - 1), transition._replace(observation=observation)
 
     return env._replace(
         reset=reset,
         step=step,
+        draw=lambda state: env.draw(state.inner),
         observation_shape=(len(visible),),
         velocities=(),
         instruction=(),

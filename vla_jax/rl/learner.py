@@ -94,6 +94,7 @@ def make_learner(
     optim_config: OptimConfig,
     num_updates: int,
     *,
+    test_env: DiscreteEnv | None = None,
     skip_bad: bool = False,
 ) -> Learner:
     """Returns the learner of an algorithm in an environment.
@@ -104,6 +105,8 @@ def make_learner(
       seeds: number of environments, steps and evaluation episodes.
       optim_config: config of the optimiser; with `ema_decay` the EMA of the params is evaluated.
       num_updates: length of the training.
+      test_env: environment of the evaluations, with the same observations and actions; None =
+        `env`.
       skip_bad: whether updates that are not finite are skipped, as for `update.make_update`.
 
     Raises:
@@ -135,7 +138,8 @@ def make_learner(
 
     def evaluate(num_episodes: int, params: Params, key: Key) -> Metrics:
         policy, carry = algorithm.exploit(params), zero_carry(algorithm, num_episodes)
-        return actor.episode_metrics(actor.play(env, policy, num_episodes, carry, key=key))
+        episodes = actor.play(test_env or env, policy, num_episodes, carry, key=key)
+        return actor.episode_metrics(episodes)
 
     return Learner(
         init,

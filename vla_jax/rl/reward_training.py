@@ -33,13 +33,16 @@ _LONG_EPISODE = 100  # environment steps; videos of longer episodes have more fr
 
 
 @dataclass(frozen=True)
-@checked()
+@checked(visible_steps=(1, 2**20))
 class RewardTraining:
     """Config fields shared by all algorithms."""
 
     run_dir: str = "runs/reward"  # output folder of the run
     world: DiscreteWorldConfig = GridConfig()  # environment to learn in
     partially_observed: bool = False  # hide velocities; show the instruction at the first step only
+    # with partially_observed: greatest number of steps of a training episode that show the
+    # instruction, drawn for each from 1 to this number; tests show it at the first step only
+    visible_steps: int = 1
     network: NetworkConfig = NetworkConfig()  # network of the policy or Q-function
     gamma: float = 0.99  # discount factor per environment step, in [0, 1]
     trace_decay: float = 0.95  # λ of the λ-returns, in [0, 1]; 0 = one step, 1 = whole rollout
@@ -54,6 +57,11 @@ class RewardTraining:
     def __post_init__(self):
         """Checks the environment and the ranges."""
         discrete_worlds.check(self.world, partially_observed=self.partially_observed)
+        if self.visible_steps > 1 and not self.partially_observed:
+            raise ValueError(
+                f"visible_steps must be 1 without partially_observed, got {self.visible_steps}: "
+                "the instruction is always visible then."
+            )
         for name in ("gamma", "trace_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
@@ -97,11 +105,12 @@ def train_from_reward(config: RewardTraining, algorithm: Algorithm) -> pathlib.P
 def make(config: RewardTraining, algorithm: Algorithm) -> Learner:
     """Returns the learner of an algorithm in the JAX environment of a config."""
     return make_learner(
-        _make_env(config),
+        _make_env(config, config.visible_steps),
         algorithm,
         config.seeds,
         config.optim,
         config.loop.num_updates,
+        test_env=_make_env(config),
         skip_bad=config.loop.skip_bad_updates > 0,
     )
 
@@ -143,8 +152,10 @@ def record_video(
     video.write_mp4(path, list(np.asarray(frames)), 30 if env.max_steps > _LONG_EPISODE else 4)
 
 
-def _make_env(config: RewardTraining) -> DiscreteEnv:
-    return discrete_worlds.make(config.world, partially_observed=config.partially_observed)
+def _make_env(config: RewardTraining, visible_steps: int = 1) -> DiscreteEnv:
+    return discrete_worlds.make(
+        config.world, partially_observed=config.partially_observed, visible_steps=visible_steps
+    )
 
 
 def _check_jax(config: RewardTraining, algorithm: Algorithm) -> None:
