@@ -8,8 +8,12 @@ import pytest
 from train.ppo import PPOConfig, make_ppo
 from vla_jax.envs import cartpole, grid
 from vla_jax.envs.cartpole import CartPoleConfig
+from vla_jax.envs.discrete_worlds import DiscreteGymnasiumConfig
 from vla_jax.envs.grid import GridConfig
-from vla_jax.envs.partially_observed import partially_observe
+from vla_jax.envs.memory_table import discrete_memory
+from vla_jax.envs.memory_table.discrete_memory import MemoryChoicesConfig
+from vla_jax.envs.memory_table.memory_env import JaxMemoryConfig
+from vla_jax.envs.partially_observed import partially_observe, show_cue
 from vla_jax.envs.table import discrete_table
 from vla_jax.envs.table.discrete_table import TableChoicesConfig
 from vla_jax.envs.table.jax_env import JaxTableConfig
@@ -83,12 +87,35 @@ def test_training_shows_the_instruction_longer_than_the_test(monkeypatch):
     ("make", "message"),
     [
         (lambda: partially_observe(ENVS["cartpole"][0], 2), "without an instruction, got 2"),
-        (lambda: PPOConfig(world=TABLE, visible_steps=2), "without partially_observed, got 2"),
+        (lambda: PPOConfig(world=TABLE, visible_steps=2), "without a cue, got 2"),
+        (
+            lambda: PPOConfig(world=DiscreteGymnasiumConfig(), visible_steps=2),
+            "in a Gymnasium environment, got 2",
+        ),
     ],
 )
 def test_visible_steps_without_effect_are_refused(make, message):
     with pytest.raises(ValueError, match=f"visible_steps must be 1 .*{message}"):
         make()
+
+
+def test_a_cue_is_shown_for_a_number_of_steps_that_is_drawn():
+    world = MemoryChoicesConfig(table=JaxMemoryConfig(task="lit", delay=4))
+    env = show_cue(discrete_memory.make(world), 12)
+
+    def step(state, _):
+        state, transition = env.step(state, 0)
+        return state, transition.observation
+
+    def play(key):
+        state, first = env.reset(key)
+        return jnp.concatenate([first[None], jax.lax.scan(step, state, length=12)[1]])
+
+    seen = np.asarray(jax.jit(jax.vmap(play))(jax.random.split(jax.random.key(0), 32)))
+    lit = seen[..., list(env.cue)].sum(axis=-1)
+    ends = lit.sum(axis=1) + 1  # first step without light after it was on; it is off at step 0
+    np.testing.assert_array_equal(lit, (np.arange(13) >= 1) & (np.arange(13) < ends[:, None]))
+    assert set(ends) == {4, *range(5, 13)}  # 3 steps of light, or as many as were drawn
 
 
 def test_the_same_environment_object_is_returned_so_that_jit_compiles_once():

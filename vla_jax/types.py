@@ -166,6 +166,8 @@ class DiscreteEnv(NamedTuple):
     num_actions: int
     max_steps: int  # environment steps until truncation
     instruction: tuple[int, ...] = ()  # indices of the D features that encode the instruction
+    # indices of the D features that are above 0 only while what must be remembered is shown
+    cue: tuple[int, ...] = ()
     object_size: int = 0  # features per object, if the D features are a list of objects; else 0
 
 

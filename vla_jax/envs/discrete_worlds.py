@@ -10,7 +10,7 @@ from vla_jax.envs.cartpole import CartPoleConfig
 from vla_jax.envs.grid import GridConfig
 from vla_jax.envs.memory_table import discrete_memory
 from vla_jax.envs.memory_table.discrete_memory import MemoryChoicesConfig
-from vla_jax.envs.partially_observed import partially_observe
+from vla_jax.envs.partially_observed import partially_observe, show_cue
 from vla_jax.envs.table import discrete_table
 from vla_jax.envs.table.discrete_table import TableChoicesConfig
 from vla_jax.types import DiscreteEnv, SuccessRule
@@ -58,12 +58,25 @@ else:
     ]
 
 
-def check(config: DiscreteWorldConfig, *, partially_observed: bool) -> None:
-    """Raises a ValueError if a Gymnasium environment is to be partially observed.
+def check(config: DiscreteWorldConfig, *, partially_observed: bool, visible_steps: int) -> None:
+    """Raises a ValueError if the environment has nothing to hide, or to show longer.
 
-    It is not known which of its features are velocities.
+    It is not known which features of a Gymnasium environment are velocities.
+
+    Args:
+      config: of the environment.
+      partially_observed: as for `make`.
+      visible_steps: as for `make`.
     """
-    if partially_observed and DISCRETE_WORLDS[config.kind].make is None:
+    is_python = DISCRETE_WORLDS[config.kind].make is None
+    if visible_steps > 1 and not is_python:
+        make(config, partially_observed=partially_observed, visible_steps=visible_steps)
+    if visible_steps > 1 and is_python:
+        raise ValueError(
+            f"visible_steps must be 1 in a Gymnasium environment, got {visible_steps}; it is not "
+            "known which features must be remembered."
+        )
+    if partially_observed and is_python:
         raise ValueError(
             "partially_observed must be False in a Gymnasium environment, got True; hide features "
             "with a gymnasium.ObservationWrapper and register that environment."
@@ -78,7 +91,8 @@ def make(
     Args:
       config: config of a pure-JAX environment.
       partially_observed: hides velocities, and the instruction after the first steps.
-      visible_steps: greatest number of steps that show it; see `partially_observe`.
+      visible_steps: greatest number of steps that show it, see `partially_observe`; in an
+        environment that is not partially observed, see `show_cue`.
 
     Raises:
       ValueError: the environment is stepped in Python, or it has nothing to hide.
@@ -91,4 +105,6 @@ def make(
             "vla_jax.rl.gymnasium_loop, which steps it in Python."
         )
     env = make_env(config)
-    return partially_observe(env, visible_steps) if partially_observed else env
+    if partially_observed:
+        return partially_observe(env, visible_steps)
+    return env if visible_steps == 1 else show_cue(env, visible_steps)

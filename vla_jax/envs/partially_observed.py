@@ -67,3 +67,47 @@ def partially_observe(env: DiscreteEnv, visible_steps: int = 1) -> DiscreteEnv:
         instruction=(),
         object_size=env.object_size * len(visible) // size,  # equally many velocities per object
     )
+
+
+class CueState(NamedTuple):
+    """State of one environment that shows its cue longer."""
+
+    inner: Any  # state of the environment
+    shown: Array  # largest values of the cue's features so far
+    left: Array  # [] int32, further observations that show them
+
+
+@functools.cache
+def show_cue(env: DiscreteEnv, visible_steps: int) -> DiscreteEnv:
+    """Returns the environment with its cue shown longer, to learn first what the cue means.
+
+    In the first observations of an episode, as many as are drawn from 1 to `visible_steps`, what
+    was shown stays visible. Afterwards the observation is that of the environment.
+
+    Args:
+      env: environment with a `cue`.
+      visible_steps: greatest number of observations of an episode that are changed.
+
+    Raises:
+      ValueError: the environment has no cue.
+    """
+    if not env.cue:
+        raise ValueError(
+            f"visible_steps must be 1 in an environment without a cue, got {visible_steps}; choose "
+            "the task lit of the memory table, or partially_observed."
+        )
+    cue = np.array(env.cue)
+
+    def reset(key: Key) -> tuple[CueState, Array]:
+        state, observation = env.reset(key)
+        left = jax.random.randint(jax.random.fold_in(key, 1), (), 0, visible_steps)
+        return CueState(state, observation[cue], left), observation
+
+    def step(state: CueState, action: Array) -> tuple[CueState, Transition]:
+        inner, transition = env.step(state.inner, action)
+        now = jnp.asarray(transition.observation)
+        shown = jnp.maximum(state.shown, now[cue])
+        seen = now.at[cue].set(jnp.where(state.left > 0, shown, now[cue]))
+        return CueState(inner, shown, state.left - 1), transition._replace(observation=seen)
+
+    return env._replace(reset=reset, step=step, draw=lambda state: env.draw(state.inner))

@@ -40,8 +40,9 @@ class RewardTraining:
     run_dir: str = "runs/reward"  # output folder of the run
     world: DiscreteWorldConfig = GridConfig()  # environment to learn in
     partially_observed: bool = False  # hide velocities; show the instruction at the first step only
-    # with partially_observed: greatest number of steps of a training episode that show the
-    # instruction, drawn for each from 1 to this number; tests show it at the first step only
+    # greatest number of steps of a training episode that show what must be remembered, drawn for
+    # each from 1 to this number: the instruction with partially_observed, or the block of the task
+    # lit; tests do not show it longer
     visible_steps: int = 1
     network: NetworkConfig = NetworkConfig()  # network of the policy or Q-function
     gamma: float = 0.99  # discount factor per environment step, in [0, 1]
@@ -56,12 +57,11 @@ class RewardTraining:
 
     def __post_init__(self):
         """Checks the environment and the ranges."""
-        discrete_worlds.check(self.world, partially_observed=self.partially_observed)
-        if self.visible_steps > 1 and not self.partially_observed:
-            raise ValueError(
-                f"visible_steps must be 1 without partially_observed, got {self.visible_steps}: "
-                "the instruction is always visible then."
-            )
+        discrete_worlds.check(
+            self.world,
+            partially_observed=self.partially_observed,
+            visible_steps=self.visible_steps,
+        )
         for name in ("gamma", "trace_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}.")

@@ -20,6 +20,9 @@ from vla_jax.types import Array, DiscreteEnv, Env, Key, Observation, Transition
 
 MOVES = ("stay", "+x", "-x", "+y", "-y", "+z", "-z")
 GRIPS = ("open", "close")
+_LIT = tuple(
+    number for number, name in enumerate(memory_state.STATE_NAMES) if name.endswith(".lit")
+)
 _SHAPED = ("lit", "kth")  # tasks that are done by touching the block of the cue
 _UNIT = 0.1  # m, so that positions are numbers near one
 _DRAWN_SIZE = 96  # pixels along each side of the image of `draw`
@@ -90,6 +93,7 @@ def make(config: MemoryChoicesConfig) -> DiscreteEnv:
         num_actions=len(choices(config)),
         max_steps=env.max_steps,
         instruction=tuple(range(num_visible, num_visible + num_instructions)),
+        cue=_LIT if config.table.task == "lit" else (),
     )
 
 
