@@ -205,7 +205,8 @@ def table_hidden() -> PPOConfig:
 def lit() -> PPOConfig:
     """The memory task `lit`: touch the block that was lit, 16 environment steps later.
 
-    In training the light stays on for up to the whole episode, else success stays below chance.
+    Success 91 to 99 % with each of 3 seeds (`--num-seeds 3 --seed 10`). In training the light
+    stays on for up to the whole episode, else success stays below chance.
     """
     return replace(
         table_hidden(),
