@@ -68,7 +68,7 @@ class Row(NamedTuple):
 
 
 class Device(NamedTuple):
-    """What the device can do at best, measured in the same run."""
+    """Limits of the device, measured in the same run."""
 
     gflops: float  # GFLOP/s of one large product
     gigabytes: float | None = None  # GB/s of memory; None = not measured

@@ -68,15 +68,16 @@ def check(config: DiscreteWorldConfig, *, partially_observed: bool, visible_step
       partially_observed: as for `make`.
       visible_steps: as for `make`.
     """
-    is_python = DISCRETE_WORLDS[config.kind].make is None
-    if visible_steps > 1 and not is_python:
-        make(config, partially_observed=partially_observed, visible_steps=visible_steps)
-    if visible_steps > 1 and is_python:
+    if DISCRETE_WORLDS[config.kind].make is not None:
+        if visible_steps > 1:
+            make(config, partially_observed=partially_observed, visible_steps=visible_steps)
+        return
+    if visible_steps > 1:
         raise ValueError(
             f"visible_steps must be 1 in a Gymnasium environment, got {visible_steps}; it is not "
             "known which features must be remembered."
         )
-    if partially_observed and is_python:
+    if partially_observed:
         raise ValueError(
             "partially_observed must be False in a Gymnasium environment, got True; hide features "
             "with a gymnasium.ObservationWrapper and register that environment."
