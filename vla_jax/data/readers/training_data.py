@@ -72,7 +72,8 @@ def make_dataset(
         )
         for name, key in keys.items()
     }
-    opened = {name: _open(images, name, raw, config) for name, images in frames.items()}
+    open_camera = _OPEN[config.decode]
+    opened = {name: open_camera(each, name, raw, config) for name, each in frames.items()}
     images = {name: fingerprint for name, (_, fingerprint) in opened.items()}
     return Dataset(
         columns=columns,
@@ -87,17 +88,27 @@ def make_dataset(
     )
 
 
-def _open(
+_Opened = tuple[Frames, str]  # the images of a camera, and their fingerprint
+
+
+def _open_on_demand(
     images: RawFrames, name: str, raw: RawDataset, config: DatasetConfig
-) -> tuple[Frames, str]:
-    """Returns the images of a camera as the config asks for them, and their fingerprint."""
-    if config.decode == "on_demand":
-        return images, images.fingerprint
-    if config.decode == "whole":
-        return decode_all(images, name, raw.path, config.decoded_dir), images.fingerprint
-    folder = records_folder(images, name, config.decoded_dir)
-    recorded = open_records(folder, images, name)
+) -> _Opened:
+    del name, raw, config
+    return images, images.fingerprint
+
+
+def _open_whole(images: RawFrames, name: str, raw: RawDataset, config: DatasetConfig) -> _Opened:
+    return decode_all(images, name, raw.path, config.decoded_dir), images.fingerprint
+
+
+def _open_records(images: RawFrames, name: str, raw: RawDataset, config: DatasetConfig) -> _Opened:
+    del raw
+    recorded = open_records(records_folder(images, name, config.decoded_dir), images, name)
     return recorded, recorded.fingerprint
+
+
+_OPEN = {"on_demand": _open_on_demand, "whole": _open_whole, "records": _open_records}  # `decode`
 
 
 def _frame_rate(raw: RawDataset, config: DatasetConfig) -> float:
