@@ -419,3 +419,27 @@ def test_chunks_take_less_memory_than_steps(name):
 
     # 0.41 to 0.51 as the tests compile, without XLA's optimisations
     assert temporary_bytes(chunkwise.scan) < 0.6 * temporary_bytes(bptt.plain_scan)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 64])
+@pytest.mark.parametrize("same_key", [False, True])
+def test_a_triangular_system_is_solved_as_in_float64(size, same_key, key):
+    """Also where all steps write to one key with β near 2, which makes the inverse oscillate."""
+    keys = jax.random.normal(key, (2, size, 3))
+    if same_key:
+        keys = jnp.broadcast_to(keys[:, :1], keys.shape)
+    keys /= jnp.linalg.norm(keys, axis=-1, keepdims=True)
+    system = 1.99 * jnp.einsum("btk,bsk->bts", keys, keys)
+    right = jax.random.normal(key, (2, size, 4))
+    lower = np.tril(np.asarray(system, np.float64), -1) + np.eye(size)
+    expected = np.linalg.solve(lower, np.asarray(right, np.float64))
+    scale = np.max(np.abs(expected))
+    np.testing.assert_allclose(chunks.solve_lower(system, right), expected, atol=1e-5 * scale)
+
+    weights = jax.random.normal(jax.random.fold_in(key, 1), right.shape)
+    gradient = jax.grad(lambda b: jnp.sum(weights * chunks.solve_lower(system, b)))(right)
+    adjoint = np.linalg.solve(np.swapaxes(lower, 1, 2), np.asarray(weights, np.float64))
+    np.testing.assert_allclose(gradient, adjoint, atol=1e-5 * np.max(np.abs(adjoint)))
+    by_system = jax.grad(lambda a: jnp.sum(weights * chunks.solve_lower(a, right)))(system)
+    outer = -np.tril(np.einsum("btx,bsx->bts", adjoint, expected), -1)
+    np.testing.assert_allclose(by_system, outer, atol=1e-5 * max(1.0, np.max(np.abs(outer))))

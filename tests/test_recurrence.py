@@ -276,6 +276,22 @@ def test_jit_and_vmap_change_nothing(config, key):
 
 @pytest.mark.sampled
 @each_cell
+def test_no_training_calls_lapack(cell, key):
+    """LAPACK's solution of triangular systems never returns if all threads of XLA are in it."""
+    implementation = "auto" if cells.CELLS[cell].chunk is None else "chunkwise"
+    config = RecurrenceConfig(cell, hidden_size=H, implementation=implementation)
+    params = recurrence.init(key, config, D)
+
+    def total(params, inputs):
+        return jnp.sum(recurrence.apply(params, config, inputs)[1])
+
+    program = jax.jit(jax.grad(total)).lower(params, jnp.ones((B, T, D))).as_text()
+    assert "dot_general" in program
+    assert "lapack" not in program
+    assert "triangular_solve" not in program
+
+
+@each_cell
 def test_bfloat16_products_keep_carries_and_outputs_in_float32(cell, key):
     half = RecurrenceConfig(cell=cell, hidden_size=H, dtype="bfloat16")
     full = RecurrenceConfig(cell=cell, hidden_size=H)

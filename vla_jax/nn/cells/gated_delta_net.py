@@ -143,10 +143,7 @@ def chunk(
     from_carry = decays.carry[..., None]
     expected = from_carry * product("bmvk,bmtk->bmtv", carry.memory, key, dtype=dtype)
     system = strength * decays.pairs * product("bmtk,bmsk->bmts", key, key, dtype=dtype)
-    # Only the part below the diagonal is read; the diagonal counts as ones.
-    written = jax.lax.linalg.triangular_solve(
-        system, strength * (value - expected), left_side=True, lower=True, unit_diagonal=True
-    )
+    written = chunks.solve_lower(system, strength * (value - expected))
     scores = decays.pairs * product("bmtk,bmsk->bmts", query, key, dtype=dtype)
     outputs = from_carry * product("bmvk,bmtk->bmtv", carry.memory, query, dtype=dtype)
     outputs += product("bmts,bmsv->bmtv", scores, written, dtype=dtype)
