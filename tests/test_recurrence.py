@@ -11,7 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from tests import cell_cases
 from tests.cell_cases import draw
-from vla_jax.nn import cells, recurrence
+from vla_jax.nn import cells, layers, recurrence
 from vla_jax.nn.recurrence import RecurrenceConfig
 
 B, T, D, H = 4, 7, 3, 5
@@ -344,6 +344,27 @@ def test_dropout_acts_only_between_layers_and_only_with_a_key(bidirectional, key
 
 
 @pytest.mark.slow
+@each_cell
+def test_dropout_of_a_step_acts_only_between_layers_and_only_with_a_key(cell, key):
+    config = RecurrenceConfig(cell, num_layers=2, hidden_size=H, dropout=0.5)
+    params, inputs = recurrence.init(key, config, D), draw(0, B, D)
+    carry = recurrence.zero_carry(config, inputs)
+    without = recurrence.step(params, config, carry, inputs)
+    assert_close(
+        without, recurrence.step(params, dataclasses.replace(config, dropout=0.0), carry, inputs)
+    )
+
+    one = dataclasses.replace(config, num_layers=1)
+    first, hidden = recurrence.step({"layers_0": params["layers_0"]}, one, carry, inputs)
+    dropped = layers.dropout(jax.random.fold_in(key, 1), hidden, 0.5)
+    above, below = ({"layers_0": tree["layers_1"]} for tree in (params, carry))
+    second, expected = recurrence.step(above, one, below, dropped)
+    last, outputs = recurrence.step(params, config, carry, inputs, key=key)
+    assert_close(outputs, expected)
+    assert_close(last, {**first, "layers_1": second["layers_0"]})
+    assert np.abs(outputs - without[1]).max() > 1e-3
+
+
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_a_sharded_batch_equals_an_unsharded_one(axis_type, key):
     config = RecurrenceConfig(

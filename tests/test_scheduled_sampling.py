@@ -132,6 +132,18 @@ def test_each_row_and_step_is_sampled_independently(key):
     assert np.abs(other_key.outputs[:, 1] - mixed).max() > 1e-3
 
 
+def test_rows_can_have_rates_of_their_own(key):
+    config = CONFIGS["tokens"]
+    params, memory, targets = setup(config)
+    is_forced = np.arange(B) % 2 == 0
+    mixed, forced, alone = (
+        schedule_and_run(params, config, memory, targets, rate, key).outputs
+        for rate in (is_forced.astype(np.float32), 1.0, 0.0)
+    )
+    assert_close(mixed[is_forced], forced[is_forced], atol=0)
+    assert_close(mixed[~is_forced], alone[~is_forced], atol=0)
+
+
 def test_sampled_ids_follow_the_logits(key):
     logits = np.log(np.tile([0.1, 0.2, 0.7], (4000, 1)))
     share = np.bincount(scheduled_sampling.sample(logits, key)) / 4000

@@ -15,7 +15,7 @@ from vla_jax.data import scan_commands
 from vla_jax.nn import scheduled_sampling, seq2seq
 from vla_jax.nn.scheduled_sampling import SamplingConfig
 from vla_jax.nn.search import SearchResult
-from vla_jax.training import checkpoint
+from vla_jax.training import checkpoint, losses
 from vla_jax.training.logs import read_metrics
 from vla_jax.training.loop import LoopConfig
 from vla_jax.training.update import Counted
@@ -91,13 +91,38 @@ def test_the_teacher_forcing_rate_decreases_with_the_updates():
     loss_fn = jax.jit(script.make_loss(config))
     for count, rate in ((0, 1.0), (4, 0.5)):
         decoded = scheduled_sampling.scheduled_sampling(
-            params, config.model, memory, rows.target, rate, jax.random.split(key)[1]
+            params, config.model, memory, rows.target, rate, jax.random.split(key, 3)[1]
         )
         log_probs = jax.nn.log_softmax(decoded.outputs)
         each = jnp.take_along_axis(log_probs, rows.target[..., None], axis=-1)[..., 0]
         expected = float(-each[seq2seq.target_mask(rows.target)].mean())
         loss, _ = loss_fn(params, Counted(rows, jnp.int32(count)), key)
         assert loss == pytest.approx(expected, abs=1e-5)
+
+
+def test_whole_commands_are_either_teacher_forced_or_decoded_freely():
+    """One command per update, as in `one_by_one`: its loss is one of two, each half of the time."""
+    config = tiny("", "one_by_one", batch_size=1)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.0))
+    params = seq2seq.init(jax.random.key(0), config.model)
+    rows = scan_commands.to_ids([scan_commands.commands()[-1]])
+    memory = seq2seq.encode(params, config.model, rows.source, mask=rows.source > 0)
+    mask = seq2seq.target_mask(rows.target)
+    forced = seq2seq.teacher_forcing(params, config.model, memory, rows.target)
+    free, _ = scheduled_sampling.free_running(params, config.model, memory, rows.target.shape[1])
+    expected = [losses.token_loss(each.outputs, rows.target, mask)[0] for each in (forced, free)]
+    assert abs(expected[0] - expected[1]) > 1e-4
+    keys = jax.random.split(jax.random.key(1), 200)
+    loss_fn = jax.vmap(script.make_loss(config), (None, None, 0))
+    found = jax.jit(loss_fn)(params, Counted(rows, jnp.int32(1)), keys)[0]
+    is_forced, is_free = (np.abs(found - each) < 1e-5 for each in expected)
+    assert (is_forced ^ is_free).all()
+    assert 0.4 < is_forced.mean() < 0.6
+
+
+def test_whole_commands_need_a_schedule():
+    with pytest.raises(ValueError, match="whole_commands must be False with schedule 'always'"):
+        script.ScanConfig(whole_commands=True)
 
 
 def test_a_command_is_correct_if_all_actions_and_the_end_match(monkeypatch):

@@ -3,6 +3,7 @@
     python -m train.scan --split simple
     python -m train.scan --split addprim_jump --run-dir runs/jump
     python -m train.scan --preset bottleneck --run-dir runs/bottleneck
+    python -m train.scan --preset one_by_one --split addprim_turn_left --run-dir runs/turn_left
 
 Training uses teacher forcing, or scheduled sampling (`--sampling.schedule`). The test decodes
 greedily and reports exact match: a command counts if all its actions and its end are right. The
@@ -12,11 +13,12 @@ with `--holdout 0.1`, not on the test set.
 
 import pathlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vla_jax import config as configs
@@ -66,6 +68,7 @@ class ScanConfig:
     batch_size: int = 128  # commands B per update
     width_step: int = 8  # targets are padded to a multiple of this many steps
     sampling: SamplingConfig = SamplingConfig()  # scheduled sampling; teacher forcing by default
+    whole_commands: bool = False  # decide on teacher forcing once per command, not at every step
     model: Seq2SeqConfig = Seq2SeqConfig()  # sizes of the encoder-decoder
     optim: OptimConfig = OptimConfig(  # learning rate, weight decay and EMA
         learning_rate=2e-3, end_factor=0.01, b2=0.99, weight_decay=0.0, ema_decay=0.999
@@ -83,6 +86,11 @@ class ScanConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not 0.0 <= self.holdout < 1.0:
             raise ValueError(f"holdout must be in [0, 1), got {self.holdout}.")
+        if self.whole_commands and self.sampling.schedule == "always":
+            raise ValueError(
+                "whole_commands must be False with schedule 'always', got True; choose a schedule "
+                "of teacher forcing, such as --schedule linear."
+            )
 
 
 def attention() -> ScanConfig:
@@ -101,7 +109,29 @@ def bottleneck() -> ScanConfig:
     return ScanConfig(model=_model(score="none"))
 
 
-PRESETS = {"attention": attention, "bottleneck": bottleneck}
+def one_by_one() -> ScanConfig:
+    """The training of Lake & Baroni 2018: 100,000 single commands, no attention.
+
+    Two LSTM layers of 200 units in one direction, dropout 0.5, teacher forcing of every second
+    command, Adam with a constant learning rate. Half an hour on one CPU core.
+    """
+    return ScanConfig(
+        batch_size=1,
+        sampling=SamplingConfig("linear", slope=1.0, min_rate=0.5),  # 0.5 after the first update
+        whole_commands=True,
+        model=replace(
+            _model(score="none", bidirectional=False),
+            num_layers=2, hidden_size=200, embed_size=200, dropout=0.5,
+        ),
+        optim=OptimConfig(
+            learning_rate=1e-3, warmup_steps=0, end_factor=1.0, b2=0.999, weight_decay=0.0,
+            max_grad_norm=5.0,
+        ),
+        loop=LoopConfig(num_updates=100_000, save_every=10_000, log_every=1000),
+    )  # fmt: skip
+
+
+PRESETS = {"attention": attention, "bottleneck": bottleneck, "one_by_one": one_by_one}
 
 
 @together
@@ -205,12 +235,14 @@ def make_loss(config: ScanConfig) -> LossFn:
 
     def loss_fn(params: Params, counted: Counted, key: Key) -> tuple[jax.Array, Metrics]:
         source, target = counted.batch
-        encoder_key, decoder_key = jax.random.split(key)
+        encoder_key, decoder_key, choice_key = jax.random.split(key, 3)
         memory = seq2seq.encode(params, model, source, mask=source > 0, key=encoder_key)
         rate = scheduled_sampling.rate(config.sampling, counted.num_updates)
         if rate is None:
             decoded = seq2seq.teacher_forcing(params, model, memory, target, key=decoder_key)
         else:
+            if config.whole_commands:
+                rate = jax.random.bernoulli(choice_key, rate, source.shape[:1]).astype(jnp.float32)
             decoded = scheduled_sampling.scheduled_sampling(
                 params, model, memory, target, rate, decoder_key
             )

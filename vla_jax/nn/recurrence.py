@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec
 
 from vla_jax.nn import associative, bptt, cells, chunkwise, cudnn, matmul
 from vla_jax.nn.cells import CELLS, Cell
+from vla_jax.nn.layers import dropout
 from vla_jax.nn.recurrence_config import Implementation, RecurrenceConfig
 from vla_jax.nn.remat import run_in_chunks
 from vla_jax.nn.sharded_params import gathered
@@ -156,8 +157,9 @@ def step(
     inputs: Array,
     *,
     reset: Array | None = None,
+    key: Key | None = None,
 ) -> tuple[Carry, jax.Array]:
-    """Returns the next carry and the output of one step, without dropout.
+    """Returns the next carry and the output of one step.
 
     Args:
       params: from `init` or `prepare_params`.
@@ -165,6 +167,7 @@ def step(
       carry: leaves `[B, ...]`, or more leading axes to which those of `inputs` broadcast.
       inputs: `[B, D]`.
       reset: `[B]`, True where a new episode starts; None means nowhere.
+      key: consumed, for dropout between layers; None means no dropout.
 
     Returns:
       The carry, and the output `[B, H]`, float32.
@@ -181,10 +184,10 @@ def step(
     cell, outputs, next_carry = cell_of(config), jnp.asarray(inputs), {}
     for index, name in enumerate(_layers(config)):
         layer_inputs, layer_params = outputs, layer(params, index)
+        if index > 0 and key is not None:
+            outputs = dropout(jax.random.fold_in(key, index), layer_inputs, config.dropout)
         cleared = bptt.clear(layer(carry, index), reset)
-        layer_carry, outputs = cells.step(
-            cell, layer_params, cleared, layer_inputs, dtype=config.dtype
-        )
+        layer_carry, outputs = cells.step(cell, layer_params, cleared, outputs, dtype=config.dtype)
         if index > 0 and config.residual:
             outputs = layer_inputs + outputs
         next_carry[name] = {"forward": layer_carry}

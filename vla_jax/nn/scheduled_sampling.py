@@ -168,21 +168,22 @@ def scheduled_sampling(
 ) -> Decoded:
     """Returns the outputs of all steps, each step being fed the true or the model's own output.
 
-    Rate 1 is `seq2seq.teacher_forcing` (without dropout between layers), rate 0 is `free_running`.
+    Rate 1 is `seq2seq.teacher_forcing`, rate 0 is `free_running`.
 
     Args:
       params: from `seq2seq.init`.
       config: the config given to `init`.
       memory: from `seq2seq.encode`.
       targets: ids `[B, T]`, or vectors `[B, T, A]`.
-      rate: `[]`, probability that a step is fed the true output of the previous step.
+      rate: `[]` or `[B]`, probability that a step is fed the true output of the previous step.
       key: consumed.
       choose: as for `free_running`.
     """
     choice_key, key = jax.random.split(key)
     embedded = jnp.swapaxes(seq2seq.embed(params, config, targets[:, :-1]), 0, 1)
     embedded = jnp.pad(embedded, [(1, 0), (0, 0), (0, 0)])  # the first step has no previous target
-    is_forced = jax.random.bernoulli(choice_key, rate, embedded.shape[:2]).at[0].set(False)
+    rates = jnp.broadcast_to(rate, embedded.shape[:2])
+    is_forced = jax.random.bernoulli(choice_key, rates).at[0].set(False)
     keys = jax.random.split(key, len(embedded))
     return _run(params, config, memory, choose, (embedded, is_forced, keys), len(embedded))[0]
 

@@ -253,15 +253,16 @@ def step(
       memory: from `encode`.
       state: from `start` or the previous step.
       inputs: `[B, embed_size]`, from `start`, or from `embed` of the previous outputs.
-      key: consumed, for dropout at the inputs and before the output, not between layers; None
-        means no dropout.
+      key: consumed, for dropout; None means no dropout.
     """
-    keys = _split(key, 2)
+    keys = _split(key, 3)
     inputs = dropout(keys[0], jnp.asarray(inputs), config.dropout)
     if state.context is not None:
         inputs = jnp.concatenate([inputs, state.context], axis=-1)
-    carry, hidden = recurrence.step(params["decoder"], decoder_config(config), state.carry, inputs)
-    decoded, context = _read_out(params, config, memory, hidden, keys[1])
+    carry, hidden = recurrence.step(
+        params["decoder"], decoder_config(config), state.carry, inputs, key=keys[1]
+    )
+    decoded, context = _read_out(params, config, memory, hidden, keys[2])
     return DecoderState(carry, context if config.feed_context else None), decoded
 
 
