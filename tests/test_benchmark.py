@@ -14,6 +14,7 @@ from train.benchmark import __main__, baselines, cases, jax_runs, precision, sys
 from train.benchmark.__main__ import BenchmarkConfig
 from train.benchmark.timing import Comparison, Device, Implementation
 from vla_jax import convert
+from vla_jax.policies import trunks
 
 FLAX = {"flax.linen.RNN", "flax.nnx.RNN"}
 RECURRENCES = {"vla_jax", "vla_jax, plain scan"} | FLAX
@@ -89,6 +90,9 @@ def test_small_runs_all_cases_and_writes_all_measurements(tmp_path, capsys):
         f"{axis} {size}" for axis, sizes in cases.SMALL.growth.items() for size in sizes
     }
     assert implementations_of(content, "products") == {"transposed in advance", "not transposed"}
+    assert implementations_of(content, "parallel") == {"associative", "chunkwise", "scan"}
+    settings = {row["setting"].split()[0] for row in content["rows"] if row["case"] == "decoders"}
+    assert settings == set(trunks.names())
     for measurement in content["measurements"]:
         assert set(measurement) == set(system.Measurement._fields)
         assert measurement["quantity"] in shown

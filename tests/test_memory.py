@@ -58,7 +58,7 @@ def test_tracking_is_tested_on_longer_sequences_too(outputs):
 def test_every_seed_is_trained(tmp_path):
     config = dataclasses.replace(
         TINY, tasks=("s3",), tracking=(3,), windows=(), max_updates=BLOCK, num_seeds=2, seed=5,
-        run_dir=str(tmp_path),
+        num_layers=2, run_dir=str(tmp_path),
     )  # fmt: skip
     results = json.loads(memory.memory(config).read_text())["results"]
     assert [result["seed"] for result in results] == [5, 6]
@@ -97,6 +97,7 @@ def test_the_same_seed_gives_the_same_results():
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
+        ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
         ({"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
         ({"adding": ()}, r"adding must be one or more, each at least 3, got \(\)"),
         ({"recall": (10, 2)}, r"recall must be one or more, each at least 3, got \(10, 2\)"),

@@ -3,11 +3,12 @@
     python -m train.memory --cells all                       # all cells and tasks: hours
     python -m train.memory --preset two_tasks                # adding and recall: minutes
     python -m train.memory --cells lstm gru --tasks s3       # some of them
+    python -m train.memory --tasks s3 --num-layers 2         # words of permutations, two layers
     python -m train.memory --chunk 50 --burn-in 10           # truncated backpropagation
     python -m train.memory --small                           # tiny sizes: seconds, a smoke test
 
-Each training has one recurrent layer, task and length, and new random data in every update. It ends
-when the task is solved, or after `max_updates`. Results and plots are written to the run's folder.
+Each training has one task and length, and new random data in every update. It ends when the task is
+solved, or after `max_updates`. Results and plots are written to the run's folder.
 """
 
 import dataclasses
@@ -35,7 +36,8 @@ def memory(config: MemoryConfig) -> pathlib.Path:
                     result, params = learn(config, task, cell, length, seed=seed)
                     print(memory_plots.describe(result), flush=True)
                     results.append(result)
-                    if (task, length, seed) == ("adding", config.adding[-1], config.seed):
+                    longest = (task, length, seed) == ("adding", config.adding[-1], config.seed)
+                    if longest and config.num_layers == 1:
                         norms[cell] = norms_by_lag(config, cell, params)
         if "recall" in config.tasks and config.windows:
             window_errors[cell] = learn_windows(config, cell)

@@ -14,14 +14,15 @@ EXPLODING = {"rnn": 5.0}  # factor of the recurrent kernel with which the gradie
 
 @dataclass(frozen=True)
 @checked(
-    hidden_size=(1, MAX_SIZE), batch_size=(1, 2**31 - 1), num_trials=(1, 2**31 - 1),
-    max_updates=(1, 2**31 - 1), window_delay=(3, _MOST_STEPS), num_seeds=(1, 2**31 - 1),
+    hidden_size=(1, MAX_SIZE), num_layers=(1, MAX_SIZE), batch_size=(1, 2**31 - 1),
+    num_trials=(1, 2**31 - 1), max_updates=(1, 2**31 - 1), window_delay=(3, _MOST_STEPS), num_seeds=(1, 2**31 - 1),
 )  # fmt: skip
 class MemoryConfig:
     """Cells, tasks and training of a memory experiment."""
 
     cells: tuple[CellName, ...] = (ALL,)  # cells to train; all = every cell
-    tasks: tuple[str, ...] = tuple(TASKS)  # tasks to train on: adding, recall, s3, s4, a5, counting
+    # tasks to train on: adding, recall, s2 (parity), s3, s4, a5, counting
+    tasks: tuple[str, ...] = tuple(TASKS)
     adding: tuple[int, ...] = (10, 50, 200)  # lengths T of the adding problem, steps
     recall: tuple[int, ...] = (10, 100, 1000)  # delays of delayed recall, steps
     tracking: tuple[int, ...] = (10, 100)  # lengths T of the words and of counting, steps
@@ -36,7 +37,8 @@ class MemoryConfig:
         40,
     )  # window sizes W of recall, steps; none = skip
     window_delay: int = 20  # delay of the recall that is trained with windows, steps
-    hidden_size: int = 64  # hidden units H of the recurrent layer
+    hidden_size: int = 64  # hidden units H of each recurrent layer
+    num_layers: int = 1  # recurrent layers L; gradient norms are those of one layer
     batch_size: int = 64  # sequences B per update
     max_updates: int = 1500  # maximum updates on a task; on recall a fifth of it
     learning_rate: float = 1e-2  # learning rate of Adam

@@ -213,8 +213,8 @@ def _apply(
 
 
 def make_net(config: MemoryConfig, cell: CellName) -> RecurrenceConfig:
-    """Returns the config of the recurrent layer."""
-    return RecurrenceConfig(cell, hidden_size=config.hidden_size)
+    """Returns the config of the recurrence."""
+    return RecurrenceConfig(cell, config.num_layers, config.hidden_size)
 
 
 def _span(config: MemoryConfig, num_steps: int) -> int:

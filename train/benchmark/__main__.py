@@ -24,7 +24,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from train.benchmark import baselines, baselines_vlm, frame_rates, system, timing
+from train.benchmark import baselines, baselines_vlm, cell_memory, frame_rates, system, timing
 from train.benchmark import cases as benchmark_cases
 from train.benchmark.precision import PRECISIONS, Name, all_libraries
 from train.benchmark.system import Measurement
@@ -36,11 +36,15 @@ from vla_jax.runs import save_json
 from vla_jax.training.malloc import keep_freed_memory
 
 Case = Literal[
-    "recurrence", "head", "streaming", "growth", "products", "cells",
+    "recurrence", "head", "streaming", "growth", "products", "cells", "parallel", "decoders",
     "backbone", "memory", "start", "checkpoints", "loader", "frames",
 ]  # fmt: skip
 CASES: tuple[Case, ...] = get_args(Case)
-MEASUREMENTS = {**system.MEASUREMENTS, "frames": frame_rates.frames}  # of vla_jax alone
+MEASUREMENTS = {  # of vla_jax alone
+    **system.MEASUREMENTS,
+    "frames": frame_rates.frames,
+    "parallel": cell_memory.parallel_forms,  # beside its times, which are comparisons
+}
 WIDTH = 200  # characters per line if the output is not a terminal: no cell wraps
 
 
@@ -111,6 +115,7 @@ def benchmark(config: BenchmarkConfig) -> pathlib.Path:
                 measured = list(MEASUREMENTS[case](sizes))
                 console.print(_measurement_table(case, measured))
                 measurements += measured
+            if case not in benchmark_cases.COMPARISONS:
                 continue
             timed = []
             for comparison in benchmark_cases.COMPARISONS[case](sizes):

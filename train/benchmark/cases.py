@@ -43,13 +43,15 @@ class VideoSizes(NamedTuple):
 class BenchmarkSizes(NamedTuple):
     """Sizes of all cases; D = H."""
 
-    decoder: DecoderConfig  # of case head; cases recurrence and growth use its recurrence
+    # of cases head and decoders; cases recurrence and growth use its recurrence
+    decoder: DecoderConfig
     batch_size: int  # B of cases head and growth
     sequences: tuple[tuple[int, int], ...]  # (B, T) of case recurrence
     windows: tuple[int, ...]  # W of case streaming
-    num_robots: tuple[int, ...]  # B of case streaming
+    num_robots: tuple[int, ...]  # B of cases streaming and decoders
     products: tuple[tuple[int, ...], tuple[int, ...]]  # all H and all B of case products
     cells: tuple[int, int, int]  # H, B and T of case cells
+    parallel: tuple[int, int, int]  # H, B and T of case parallel
     long_sequences: tuple[tuple[int, int], ...]  # (B, T) of case memory
     growth: dict[str, tuple[int, ...]]  # axis -> its sizes; the other axes are as in case head
     num_starts: int  # processes of case start with a cold cache, and as many with a warm one
@@ -70,6 +72,7 @@ LARGE = BenchmarkSizes(
     num_robots=(1, 8),
     products=((128, 256, 512, 1024), (1, 5, 8, 16, 32, 64, 128)),
     cells=(256, 32, 64),
+    parallel=(256, 2, 1024),
     long_sequences=((16, 16), (16, 64), (16, 256), (64, 256)),
     growth={
         "W": (6, 12, 24, 48, 96),
@@ -109,7 +112,7 @@ _TINY_DECODER = DecoderConfig(
 SMALL = BenchmarkSizes(
     decoder=DecoderConfig(
         token_dim=8, num_tokens=3, window_size=3, action_horizon=2, hidden_size=8, num_layers=2,
-        head_sizes=(8, 4),
+        head_sizes=(8, 4), num_heads=2,
     ),
     batch_size=2,
     sequences=((2, 3),),
@@ -117,6 +120,7 @@ SMALL = BenchmarkSizes(
     num_robots=(2,),
     products=((8,), (2, 8)),
     cells=(4, 2, 5),
+    parallel=(4, 2, 5),
     long_sequences=((2, 64),),
     growth={"W": (3, 6)},
     num_starts=1,
@@ -285,5 +289,7 @@ COMPARISONS: dict[str, Callable[[BenchmarkSizes], Iterator[Comparison]]] = {
     "growth": growth,
     "products": products,
     "cells": lambda sizes: cell_runs.cells(*sizes.cells),
+    "parallel": lambda sizes: cell_runs.parallel_forms(*sizes.parallel),
+    "decoders": lambda sizes: cell_runs.streams(sizes.decoder, sizes.num_robots),
     "backbone": lambda sizes: vlm_runs.backbones(sizes.backbone, sizes.num_frames),
 }

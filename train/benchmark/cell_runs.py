@@ -1,15 +1,21 @@
-"""Every cell in `train.benchmark`: a training pass over a sequence, and one streamed step."""
+"""Every cell and decoder in `train.benchmark`: training passes over sequences, streamed steps."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import jax
 
 from train.benchmark import baselines, jax_runs
 from train.benchmark.timing import Comparison, Implementation
 from vla_jax.nn import recurrence
-from vla_jax.nn.cells import CELLS
+from vla_jax.nn.cells import CELLS, CellName
 from vla_jax.nn.recurrence import RecurrenceConfig
+from vla_jax.nn.recurrence_config import Implementation as TimeLoop
+from vla_jax.policies import decoders, trunks
+from vla_jax.policies.decoder_config import DecoderConfig
 from vla_jax.types import Array, Params
+
+_NUM_FRAMES = 5  # different frames of a stream
 
 
 def cells(hidden_size: int, batch_size: int, num_steps: int) -> Iterator[Comparison]:
@@ -24,10 +30,7 @@ def cells(hidden_size: int, batch_size: int, num_steps: int) -> Iterator[Compari
     """
     for cell in CELLS:
         config = RecurrenceConfig(cell, hidden_size=hidden_size)
-        keys = jax.random.split(jax.random.key(0), 3)
-        params = recurrence.init(keys[0], config, hidden_size)
-        shape = (batch_size, num_steps, hidden_size)
-        inputs, cotangent = (jax.random.normal(key, shape) for key in keys[1:])
+        params, inputs, cotangent = draw(config, batch_size, num_steps)
         yield Comparison(
             "cells",
             f"{cell} {hidden_size}, B {batch_size}, T {num_steps}, forward and backward",
@@ -40,6 +43,74 @@ def cells(hidden_size: int, batch_size: int, num_steps: int) -> Iterator[Compari
             2 * jax_runs.num_weights(params),
             [_run_step(cell, config, params, inputs[:1, 0])],
         )
+
+
+def parallel_forms(hidden_size: int, batch_size: int, num_steps: int) -> Iterator[Comparison]:
+    """Yields the parallel or chunkwise form of a layer and its steps: outputs and gradients.
+
+    Args:
+      hidden_size: H, also D.
+      batch_size: B.
+      num_steps: T.
+    """
+    for cell, loops in parallel_loops().items():
+        configs = {
+            loop: RecurrenceConfig(cell, 1, hidden_size, implementation=loop) for loop in loops
+        }
+        drawn = draw(configs["scan"], batch_size, num_steps)
+        yield Comparison(
+            "parallel",
+            f"{cell} {hidden_size}, B {batch_size}, T {num_steps}, forward and backward",
+            jax_runs.recurrence_flop(drawn[0], batch_size * num_steps),
+            [jax_runs.run_recurrence(loop, config, *drawn) for loop, config in configs.items()],
+        )
+
+
+def streams(config: DecoderConfig, num_robots: tuple[int, ...]) -> Iterator[Comparison]:
+    """Yields an acting step of every kind of decoder, each with the memory of its longest mode.
+
+    The FLOP count is that of the products with weights.
+
+    Args:
+      config: sizes of the decoder; its kind is replaced.
+      num_robots: every B, robots that act together.
+    """
+    for kind in trunks.names():
+        member = replace(config, kind=kind)
+        mode = trunks.get(kind).modes[-1]
+        for batch_size in num_robots:
+            shape = (_NUM_FRAMES, batch_size, config.num_tokens, config.token_dim)
+            frames = jax.random.normal(jax.random.key(1), shape)
+            params = decoders.init(jax.random.key(0), member)
+            weights = jax_runs.num_weights(params)
+            yield Comparison(
+                "decoders",
+                f"{kind} {config.num_layers} × {config.hidden_size}, {mode}, B {batch_size}",
+                2 * batch_size * weights,
+                [jax_runs.run_stream(member, params, frames, mode=mode)],
+            )
+
+
+def parallel_loops() -> dict[CellName, tuple[TimeLoop, TimeLoop]]:
+    """Returns the parallel time loop and the loop over steps of each cell that has both."""
+    loops: dict[CellName, tuple[TimeLoop, TimeLoop]] = {}
+    for cell, member in CELLS.items():
+        if member.chunk is not None:
+            loops[cell] = ("chunkwise", "scan")
+        elif member.coefficients is not None:
+            loops[cell] = ("associative", "scan")
+    return loops
+
+
+def draw(
+    config: RecurrenceConfig, batch_size: int, num_steps: int
+) -> tuple[Params, jax.Array, jax.Array]:
+    """Returns params of a layer with D = H, inputs and a cotangent `[B, T, H]`."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = recurrence.init(keys[0], config, config.hidden_size)
+    shape = (batch_size, num_steps, config.hidden_size)
+    inputs, cotangent = (jax.random.normal(key, shape) for key in keys[1:])
+    return params, inputs, cotangent
 
 
 def _run_step(name: str, config: RecurrenceConfig, params: Params, inputs: Array) -> Implementation:

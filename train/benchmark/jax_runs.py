@@ -17,6 +17,7 @@ from vla_jax.nn import cells, matmul, recurrence
 from vla_jax.nn.recurrence import RecurrenceConfig
 from vla_jax.policies import decoders
 from vla_jax.policies.decoder_config import DecoderConfig
+from vla_jax.policies.trunk import Mode
 from vla_jax.training import losses
 from vla_jax.types import Array, Params, Prediction
 
@@ -34,6 +35,16 @@ def run_recurrence(
         lambda results: dict(zip(("outputs", "by_params", "by_inputs"), results, strict=True)),
         2 * baselines.recurrent_bytes(params, inputs.shape[1]),
     )
+
+
+def temporary_bytes(
+    config: RecurrenceConfig, params: Params, inputs: Array, cotangent: Array
+) -> int:
+    """Returns the temporary memory of the program of `run_recurrence`."""
+    run = baselines.forward_and_backward(
+        lambda params, inputs: recurrence.apply(params, config, inputs)[1]
+    )
+    return run.lower(params, inputs, cotangent).compile().memory_analysis().temp_size_in_bytes
 
 
 def run_products(
@@ -108,19 +119,21 @@ def compile_update(
     return jitted.lower(begin(params), tokens, action).compile(), begin
 
 
-def run_stream(config: DecoderConfig, params: Params, frames: Array) -> Implementation:
-    """Returns an acting step of mode "refresh" on `frames [num_frames, B, N, D]`."""
+def run_stream(
+    config: DecoderConfig, params: Params, frames: Array, *, mode: Mode = "refresh"
+) -> Implementation:
+    """Returns an acting step on `frames [num_frames, B, N, D]`."""
     step = jax.jit(decoders.step, static_argnums=1, donate_argnums=2)
-    state = decoders.init_stream(params, config, frames.shape[1])
-    prepared = decoders.prepare_params(params, config, frames.shape[1])
+    state = decoders.init_stream(params, config, frames.shape[1], mode=mode)
+    prepared = decoders.prepare_params(params, config, frames.shape[1], mode=mode)
     item_bytes = jnp.dtype(config.dtype).itemsize
     return _streamed(
-        "vla_jax, refresh",
+        f"vla_jax, {mode}",
         lambda state, frame: step(prepared, config, state, frame),
         state,
         frames,
         config.window_size,
-        decoder_bytes(params, 1) * item_bytes // baselines.FLOAT_BYTES,
+        item_bytes * num_weights(params),
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from train.benchmark import baselines, jax_runs
+from train.benchmark import jax_runs
 from train.benchmark.cases import BenchmarkSizes
 from train.benchmark.timing import Comparison, Spread, check, spread
 from train.configs import ImitateConfig, gpu_end_to_end
@@ -27,7 +27,6 @@ from vla_jax.data import dataset
 from vla_jax.data.dataset import Dataset, Episode
 from vla_jax.data.loader import Loader
 from vla_jax.data.packing import Packed
-from vla_jax.nn import recurrence
 from vla_jax.policies.decoder_config import DecoderConfig
 from vla_jax.policies.recurrent_trunk import recurrence_config
 from vla_jax.training import checkpoint, optim, parallel
@@ -83,10 +82,7 @@ def _check_gradients(setting: str, decoders: Sequence[DecoderConfig], batch_size
 def _recurrence_bytes(decoder: DecoderConfig, batch_size: int) -> int:
     config = recurrence_config(decoder)
     drawn = jax_runs.draw_sequence(config, batch_size, decoder.window_size)
-    run = baselines.forward_and_backward(
-        lambda params, inputs: recurrence.apply(params, config, inputs)[1]
-    )
-    return run.lower(*drawn).compile().memory_analysis().temp_size_in_bytes
+    return jax_runs.temporary_bytes(config, *drawn)
 
 
 def _step_bytes(decoder: DecoderConfig, batch_size: int) -> int:

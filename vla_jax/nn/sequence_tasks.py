@@ -127,6 +127,7 @@ TASKS = {
         0.01,
         "error rate",
     ),
+    "s2": _words(tracking_tasks.symmetric_group(2)),
     "s3": _words(tracking_tasks.symmetric_group(3)),
     "s4": _words(tracking_tasks.symmetric_group(4)),
     "a5": _words(tracking_tasks.alternating_group(5)),
