@@ -407,8 +407,8 @@ def test_sums_of_a_part_of_a_chunk_are_accurate_after_a_large_decay():
 @each_cell
 def test_chunks_take_less_memory_than_steps(name):
     cell = cells.get(name, num_heads=2)
-    params = cell.init(jax.random.key(0), D, 64)
-    carry, inputs = cell.zero_carry(jnp.zeros((2, 1)), 64), jnp.zeros((512, 2, D))
+    params = cell.init(jax.random.key(0), D, 128)
+    carry, inputs = cell.zero_carry(jnp.zeros((2, 1)), 128), jnp.zeros((512, 2, D))
 
     def temporary_bytes(scan):
         def loss(params):
@@ -417,8 +417,8 @@ def test_chunks_take_less_memory_than_steps(name):
         compiled = jax.jit(jax.grad(loss)).lower(params).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    # 0.41 to 0.51 as the tests compile, without XLA's optimisations
-    assert temporary_bytes(chunkwise.scan) < 0.6 * temporary_bytes(bptt.plain_scan)
+    # 0.21 to 0.38 as the tests compile, without XLA's optimisations
+    assert temporary_bytes(chunkwise.scan) < 0.5 * temporary_bytes(bptt.plain_scan)
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 64])

@@ -5,6 +5,7 @@ instead of a loop; see `chunkwise`. Steps may be masked, and an episode may star
 segment n of a chunk are the steps after its n-th reset, and only segment 0 continues the carry.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -218,7 +219,9 @@ def convolve_step(kernel: Array, recent: Array, inputs: Array) -> tuple[jax.Arra
     lead = recent.shape[:-2]
     newest = jnp.broadcast_to(inputs, (*lead, inputs.shape[-1]))[..., None, :]
     window = jnp.concatenate([recent, newest], axis=-2)
-    return window[..., 1:, :], jnp.sum(window * jnp.broadcast_to(kernel, window.shape), axis=-2)
+    # One term after the other: XLA takes three times as long for a product and a sum over S.
+    terms = (window[..., s, :] * _along(kernel[s], window[..., s, :]) for s in range(len(kernel)))
+    return window[..., 1:, :], functools.reduce(jnp.add, terms)
 
 
 def convolve(

@@ -109,11 +109,11 @@ def combine(
     if recent is not None:
         recent, inputs = chunks.convolve_step(extra_params["conv_weights"], recent, inputs)
     query, key, value = _read_write(inputs, carry.memory.shape[-3])
-    memory = jnp.exp(parts.log_decay)[..., None, None] * carry.memory
-    error = value - jnp.sum(memory * key[..., None, :], axis=-1)
+    decay = jnp.exp(parts.log_decay)[..., None]
+    error = value - decay * product("...vk,...k->...v", carry.memory, key)
     written = parts.strength[..., None] * error
-    memory = memory + written[..., :, None] * key[..., None, :]
-    outputs = jnp.sum(memory * query[..., None, :], axis=-1)
+    memory = decay[..., None] * carry.memory + written[..., :, None] * key[..., None, :]
+    outputs = product("...vk,...k->...v", memory, query)
     return GatedDeltaNetCarry(memory, recent), _output(extra_params, outputs, parts.gate)
 
 

@@ -108,7 +108,7 @@ def combine(
     written = (admit[..., None] * gates.value)[..., :, None] * gates.key[..., None, :]
     memory = keep[..., None, None] * carry.memory + written
     normaliser = keep[..., None] * carry.normaliser + admit[..., None] * gates.key
-    read = jnp.sum(memory * gates.query[..., None, :], axis=-1)
+    read = product("...vk,...k->...v", memory, gates.query)
     weight = jnp.sum(normaliser * gates.query, axis=-1)
     outputs = _normalise(read, weight, stabiliser)
     return MLSTMCarry(memory, normaliser, stabiliser), _output(extra_params, outputs, gates.output)

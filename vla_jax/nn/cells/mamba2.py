@@ -108,7 +108,7 @@ def combine(
     value, key, query = _read_write(extra_params, inputs)
     written = (parts.step_size[..., None] * value)[..., None] * key[..., None, None, :]
     memory = jnp.exp(parts.log_decay)[..., None, None] * carry.memory + written
-    outputs = jnp.sum(memory * query[..., None, None, :], axis=-1)
+    outputs = product("...mvk,...k->...mv", memory, query)
     return Mamba2Carry(memory, recent), _output(extra_params, outputs, value, parts.gate)
 
 
