@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-optimised lint docs clean
+.PHONY: demo test test-slow test-all test-optimised lint docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m train.demo
@@ -14,9 +14,15 @@ PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 test: $(VENV)/.test
 	$(PYTEST)
 
-# The remaining cases, trainings, and processes that are killed and resumed.
+# Trainings, processes that are killed and resumed, and more cases: others for every commit.
+test-slow: export TEST_SAMPLE ?= $(shell git rev-parse HEAD 2>/dev/null || date +%F)
 test-slow: $(VENV)/.test
-	$(PYTEST) -m slow
+	@echo TEST_SAMPLE=$(TEST_SAMPLE)
+	$(PYTEST) -m 'slow and not exhaustive'
+
+# Everything, all cases of all families.
+test-all: $(VENV)/.test
+	$(PYTEST) -m ''
 
 # The tests of `make test`, compiled with XLA's optimisations as in normal use.
 test-optimised: $(VENV)/.test

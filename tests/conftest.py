@@ -45,7 +45,12 @@ MAX_PAGES = 200_000  # resident memory of a process, pages of 4 kB
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Marks all but every fourth case of a sampled test as slow, different ones for each test."""
+    """Marks all but every fourth case of a sampled test as slow, different ones for each test.
+
+    With TEST_SAMPLE, such as the name of a commit, another fourth remains slow, chosen by it, and
+    the others are marked exhaustive as well.
+    """
+    sample = os.environ.get("TEST_SAMPLE", "")
     cases = collections.defaultdict(list)
     for item in items:
         if item.get_closest_marker("sampled"):
@@ -56,6 +61,9 @@ def pytest_collection_modifyitems(items):
         for index, item in enumerate(group):
             if index % size != first:
                 item.add_marker(pytest.mark.slow)
+                chosen = 1 + zlib.crc32((name + sample).encode()) % (size - 1)
+                if sample and (index - first) % size != chosen:
+                    item.add_marker(pytest.mark.exhaustive)
 
 
 @pytest.hookimpl(wrapper=True)
