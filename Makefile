@@ -14,7 +14,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 test: $(VENV)/.test
 	$(PYTEST)
 
-# Trainings, processes that are killed and resumed, and more cases: others for every commit.
+# Trainings, processes that are killed and resumed, and another part of the cases for every commit.
 test-slow: export TEST_SAMPLE ?= $(shell git rev-parse HEAD 2>/dev/null || date +%F)
 test-slow: $(VENV)/.test
 	@echo TEST_SAMPLE=$(TEST_SAMPLE)

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import sysconfig
 import venv
-import zlib
 from importlib.metadata import version
 
 os.environ.setdefault("MUJOCO_GL", "egl")
@@ -35,35 +34,28 @@ if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and version("jaxlib").sta
 import jax
 import pytest
 
+from tests import sampling
+
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-SAMPLING = 4  # one in this many cases of a test marked "sampled" is fast
+MARKS = {"fast": (), "slow": ("slow",), "exhaustive": ("slow", "exhaustive")}
 MAX_MAPS = 20_000  # memory maps of a process; Linux allows 65,530, a compiled program takes ~12
 MAX_PAGES = 200_000  # resident memory of a process, pages of 4 kB
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Marks all but every fourth case of a sampled test as slow, different ones for each test.
-
-    With TEST_SAMPLE, such as the name of a commit, another fourth remains slow, chosen by it, and
-    the others are marked exhaustive as well.
-    """
-    sample = os.environ.get("TEST_SAMPLE", "")
+    """Marks cases of sampled tests as slow, and as exhaustive if TEST_SAMPLE leaves them out."""
     cases = collections.defaultdict(list)
     for item in items:
         if item.get_closest_marker("sampled"):
             cases[item.nodeid.partition("[")[0]].append(item)
     for name, group in cases.items():
-        size = min(SAMPLING, len(group))
-        first = zlib.crc32(name.encode()) % size
-        for index, item in enumerate(group):
-            if index % size != first:
-                item.add_marker(pytest.mark.slow)
-                chosen = 1 + zlib.crc32((name + sample).encode()) % (size - 1)
-                if sample and (index - first) % size != chosen:
-                    item.add_marker(pytest.mark.exhaustive)
+        chosen = sampling.tiers(name, len(group), os.environ.get("TEST_SAMPLE", ""))
+        for item, tier in zip(group, chosen, strict=True):
+            for mark in MARKS[tier]:
+                item.add_marker(mark)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -274,7 +274,6 @@ def test_jit_and_vmap_change_nothing(config, key):
     assert_close(jax.tree.map(lambda leaf: leaf[:, 0], last), expected[0])
 
 
-@pytest.mark.sampled
 @each_cell
 def test_no_training_calls_lapack(cell, key):
     """LAPACK's solution of triangular systems never returns if all threads of XLA are in it."""
@@ -291,6 +290,7 @@ def test_no_training_calls_lapack(cell, key):
     assert "triangular_solve" not in program
 
 
+@pytest.mark.sampled
 @each_cell
 def test_bfloat16_products_keep_carries_and_outputs_in_float32(cell, key):
     half = RecurrenceConfig(cell=cell, hidden_size=H, dtype="bfloat16")
@@ -343,7 +343,7 @@ def test_dropout_acts_only_between_layers_and_only_with_a_key(bidirectional, key
     assert np.abs(dropped - other).max() > 1e-3
 
 
-@pytest.mark.slow
+@pytest.mark.sampled
 @each_cell
 def test_dropout_of_a_step_acts_only_between_layers_and_only_with_a_key(cell, key):
     config = RecurrenceConfig(cell, num_layers=2, hidden_size=H, dropout=0.5)
@@ -365,6 +365,7 @@ def test_dropout_of_a_step_acts_only_between_layers_and_only_with_a_key(cell, ke
     assert np.abs(outputs - without[1]).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_a_sharded_batch_equals_an_unsharded_one(axis_type, key):
     config = RecurrenceConfig(

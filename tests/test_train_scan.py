@@ -100,7 +100,7 @@ def test_the_teacher_forcing_rate_decreases_with_the_updates():
         assert loss == pytest.approx(expected, abs=1e-5)
 
 
-def test_whole_commands_are_either_teacher_forced_or_decoded_freely():
+def test_whole_targets_are_either_teacher_forced_or_decoded_freely():
     """One command per update, as in `one_by_one`: its loss is one of two, each half of the time."""
     config = tiny("", "one_by_one", batch_size=1)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.0))
@@ -120,9 +120,11 @@ def test_whole_commands_are_either_teacher_forced_or_decoded_freely():
     assert 0.4 < is_forced.mean() < 0.6
 
 
-def test_whole_commands_need_a_schedule():
-    with pytest.raises(ValueError, match="whole_commands must be False with schedule 'always'"):
-        script.ScanConfig(whole_commands=True)
+def test_whole_targets_need_a_schedule():
+    with pytest.raises(
+        ValueError, match="force_whole_targets must be False with schedule 'always'"
+    ):
+        script.ScanConfig(force_whole_targets=True)
 
 
 def test_a_command_is_correct_if_all_actions_and_the_end_match(monkeypatch):

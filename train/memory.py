@@ -36,8 +36,8 @@ def memory(config: MemoryConfig) -> pathlib.Path:
                     result, params = learn(config, task, cell, length, seed=seed)
                     print(memory_plots.describe(result), flush=True)
                     results.append(result)
-                    longest = (task, length, seed) == ("adding", config.adding[-1], config.seed)
-                    if longest and config.num_layers == 1:
+                    is_longest = (task, length, seed) == ("adding", config.adding[-1], config.seed)
+                    if is_longest and config.num_layers == 1:
                         norms[cell] = norms_by_lag(config, cell, params)
         if "recall" in config.tasks and config.windows:
             window_errors[cell] = learn_windows(config, cell)

@@ -39,7 +39,7 @@ class MemoryConfig:
     )  # window sizes W of recall, steps; none = skip
     window_delay: int = 20  # delay of the recall that is trained with windows, steps
     hidden_size: int = 64  # hidden units H of each recurrent layer
-    num_layers: int = 1  # recurrent layers L; gradient norms are those of one layer
+    num_layers: int = 1  # recurrent layers L; gradient norms are plotted only for 1
     batch_size: int = 64  # sequences B per update
     max_updates: int = 1500  # maximum updates on a task; on recall a fifth of it
     learning_rate: float = 1e-2  # learning rate of Adam

@@ -1,4 +1,4 @@
-"""Training and testing one recurrent layer on one memory task."""
+"""Training and testing one recurrence on one memory task."""
 
 import dataclasses
 import time

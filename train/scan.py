@@ -5,7 +5,7 @@
     python -m train.scan --preset bottleneck --run-dir runs/bottleneck
     python -m train.scan --preset one_by_one --split addprim_turn_left --run-dir runs/turn_left
 
-Training uses teacher forcing, or scheduled sampling (`--sampling.schedule`). The test decodes
+Training uses teacher forcing, or scheduled sampling (`--schedule`). The test decodes
 greedily and reports exact match: a command counts if all its actions and its end are right. The
 same command line resumes an interrupted run, with bitwise identical results. Choose hyperparameters
 with `--holdout 0.1`, not on the test set.
@@ -68,7 +68,7 @@ class ScanConfig:
     batch_size: int = 128  # commands B per update
     width_step: int = 8  # targets are padded to a multiple of this many steps
     sampling: SamplingConfig = SamplingConfig()  # scheduled sampling; teacher forcing by default
-    whole_commands: bool = False  # decide on teacher forcing once per command, not at every step
+    force_whole_targets: bool = False  # draw teacher forcing once per target, not at every step
     model: Seq2SeqConfig = Seq2SeqConfig()  # sizes of the encoder-decoder
     optim: OptimConfig = OptimConfig(  # learning rate, weight decay and EMA
         learning_rate=2e-3, end_factor=0.01, b2=0.99, weight_decay=0.0, ema_decay=0.999
@@ -86,10 +86,10 @@ class ScanConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not 0.0 <= self.holdout < 1.0:
             raise ValueError(f"holdout must be in [0, 1), got {self.holdout}.")
-        if self.whole_commands and self.sampling.schedule == "always":
+        if self.force_whole_targets and self.sampling.schedule == "always":
             raise ValueError(
-                "whole_commands must be False with schedule 'always', got True; choose a schedule "
-                "of teacher forcing, such as --schedule linear."
+                "force_whole_targets must be False with schedule 'always', got True; choose a "
+                "schedule of teacher forcing, such as --schedule linear."
             )
 
 
@@ -110,15 +110,17 @@ def bottleneck() -> ScanConfig:
 
 
 def one_by_one() -> ScanConfig:
-    """The training of Lake & Baroni 2018: 100,000 single commands, no attention.
+    """100,000 single commands without attention, as Lake & Baroni 2018 (arXiv:1711.00350) trained.
 
-    Two LSTM layers of 200 units in one direction, dropout 0.5, teacher forcing of every second
-    command, Adam with a constant learning rate. Half an hour on one CPU core.
+    Two LSTM layers of 200 units in one direction, dropout 0.5, teacher forcing of a command with
+    probability 0.5, Adam with a constant learning rate. Differences: each epoch has every command
+    once, the loss is the mean over a command's actions, decoding in training goes on after the end,
+    and there is dropout before the output too. Half an hour on one CPU core.
     """
     return ScanConfig(
         batch_size=1,
         sampling=SamplingConfig("linear", slope=1.0, min_rate=0.5),  # 0.5 after the first update
-        whole_commands=True,
+        force_whole_targets=True,
         model=replace(
             _model(score="none", bidirectional=False),
             num_layers=2, hidden_size=200, embed_size=200, dropout=0.5,
@@ -241,7 +243,7 @@ def make_loss(config: ScanConfig) -> LossFn:
         if rate is None:
             decoded = seq2seq.teacher_forcing(params, model, memory, target, key=decoder_key)
         else:
-            if config.whole_commands:
+            if config.force_whole_targets:
                 rate = jax.random.bernoulli(choice_key, rate, source.shape[:1]).astype(jnp.float32)
             decoded = scheduled_sampling.scheduled_sampling(
                 params, model, memory, target, rate, decoder_key

@@ -288,8 +288,8 @@ COMPARISONS: dict[str, Callable[[BenchmarkSizes], Iterator[Comparison]]] = {
     "streaming": streams,
     "growth": growth,
     "products": products,
-    "cells": lambda sizes: cell_runs.cells(*sizes.cells),
-    "parallel": lambda sizes: cell_runs.parallel_forms(*sizes.parallel),
+    "cells": lambda sizes: cell_runs.cells(*sizes.cells, dtype=sizes.decoder.dtype),
+    "parallel": lambda sizes: cell_runs.parallel_forms(*sizes.parallel, dtype=sizes.decoder.dtype),
     "decoders": lambda sizes: cell_runs.streams(sizes.decoder, sizes.num_robots),
     "backbone": lambda sizes: vlm_runs.backbones(sizes.backbone, sizes.num_frames),
 }

@@ -14,7 +14,9 @@ def parallel_forms(sizes: BenchmarkSizes) -> Iterator[Measurement]:
     setting = f"H {hidden_size}, B {batch_size}, T {num_steps}, forward and backward"
     for cell, loops in cell_runs.parallel_loops().items():
         for loop in loops:
-            config = RecurrenceConfig(cell, 1, hidden_size, implementation=loop)
+            config = RecurrenceConfig(
+                cell, 1, hidden_size, dtype=sizes.decoder.dtype, implementation=loop
+            )
             num_bytes = jax_runs.temporary_bytes(
                 config, *cell_runs.draw(config, batch_size, num_steps)
             )

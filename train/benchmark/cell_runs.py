@@ -13,12 +13,16 @@ from vla_jax.nn.recurrence import RecurrenceConfig
 from vla_jax.nn.recurrence_config import Implementation as TimeLoop
 from vla_jax.policies import decoders, trunks
 from vla_jax.policies.decoder_config import DecoderConfig
+from vla_jax.policies.decoder_fields import Dtype
 from vla_jax.types import Array, Params
 
 _NUM_FRAMES = 5  # different frames of a stream
+_SEGMENT_SIZE = 15  # steps, of memory_gpt
 
 
-def cells(hidden_size: int, batch_size: int, num_steps: int) -> Iterator[Comparison]:
+def cells(
+    hidden_size: int, batch_size: int, num_steps: int, *, dtype: Dtype
+) -> Iterator[Comparison]:
     """Yields one layer of every cell, alone: outputs and gradients, and a step at batch size 1.
 
     The FLOP count is that of the products with weights.
@@ -27,9 +31,10 @@ def cells(hidden_size: int, batch_size: int, num_steps: int) -> Iterator[Compari
       hidden_size: H, also D.
       batch_size: B of the sequence.
       num_steps: T.
+      dtype: of the factors of the products.
     """
     for cell in CELLS:
-        config = RecurrenceConfig(cell, hidden_size=hidden_size)
+        config = RecurrenceConfig(cell, hidden_size=hidden_size, dtype=dtype)
         params, inputs, cotangent = draw(config, batch_size, num_steps)
         yield Comparison(
             "cells",
@@ -45,38 +50,43 @@ def cells(hidden_size: int, batch_size: int, num_steps: int) -> Iterator[Compari
         )
 
 
-def parallel_forms(hidden_size: int, batch_size: int, num_steps: int) -> Iterator[Comparison]:
+def parallel_forms(
+    hidden_size: int, batch_size: int, num_steps: int, *, dtype: Dtype
+) -> Iterator[Comparison]:
     """Yields the parallel or chunkwise form of a layer and its steps: outputs and gradients.
 
     Args:
       hidden_size: H, also D.
       batch_size: B.
       num_steps: T.
+      dtype: of the factors of the products.
     """
     for cell, loops in parallel_loops().items():
         configs = {
-            loop: RecurrenceConfig(cell, 1, hidden_size, implementation=loop) for loop in loops
+            loop: RecurrenceConfig(cell, 1, hidden_size, dtype=dtype, implementation=loop)
+            for loop in loops
         }
         drawn = draw(configs["scan"], batch_size, num_steps)
         yield Comparison(
             "parallel",
             f"{cell} {hidden_size}, B {batch_size}, T {num_steps}, forward and backward",
             jax_runs.recurrence_flop(drawn[0], batch_size * num_steps),
-            [jax_runs.run_recurrence(loop, config, *drawn) for loop, config in configs.items()],
+            [jax_runs.run_recurrence(loop, each, *drawn) for loop, each in configs.items()],
         )
 
 
 def streams(config: DecoderConfig, num_robots: tuple[int, ...]) -> Iterator[Comparison]:
-    """Yields an acting step of every kind of decoder, each with the memory of its longest mode.
+    """Yields an acting step of every kind of decoder, in the last of its modes.
 
-    The FLOP count is that of the products with weights.
+    That is "persistent" where it exists. The FLOP count is that of the products with weights.
 
     Args:
       config: sizes of the decoder; its kind is replaced.
       num_robots: every B, robots that act together.
     """
     for kind in trunks.names():
-        member = replace(config, kind=kind)
+        # Every second step is timed: with an odd number of them some begin a segment.
+        member = replace(config, kind=kind, segment_size=_SEGMENT_SIZE)
         mode = trunks.get(kind).modes[-1]
         for batch_size in num_robots:
             shape = (_NUM_FRAMES, batch_size, config.num_tokens, config.token_dim)
@@ -91,14 +101,14 @@ def streams(config: DecoderConfig, num_robots: tuple[int, ...]) -> Iterator[Comp
             )
 
 
-def parallel_loops() -> dict[CellName, tuple[TimeLoop, TimeLoop]]:
-    """Returns the parallel time loop and the loop over steps of each cell that has both."""
-    loops: dict[CellName, tuple[TimeLoop, TimeLoop]] = {}
+def parallel_loops() -> dict[CellName, tuple[TimeLoop, ...]]:
+    """Returns the parallel time loop and the loops over steps of each cell that has both."""
+    loops: dict[CellName, tuple[TimeLoop, ...]] = {}
     for cell, member in CELLS.items():
         if member.chunk is not None:
-            loops[cell] = ("chunkwise", "scan")
+            loops[cell] = ("chunkwise", "bptt", "scan")
         elif member.coefficients is not None:
-            loops[cell] = ("associative", "scan")
+            loops[cell] = ("associative", "bptt", "scan")
     return loops
 
 

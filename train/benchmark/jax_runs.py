@@ -13,6 +13,7 @@ import optax
 
 from train.benchmark import baselines
 from train.benchmark.timing import Implementation
+from vla_jax import trees
 from vla_jax.nn import cells, matmul, recurrence
 from vla_jax.nn.recurrence import RecurrenceConfig
 from vla_jax.policies import decoders
@@ -162,8 +163,8 @@ def _streamed(
 ) -> Implementation:
     """Returns one step per run over `frames`, repeated cyclically, after `num_warm_up` of them."""
     frame_list, time = list(frames), num_warm_up
-    for frame in frame_list[:num_warm_up]:
-        state, _ = step(state, frame)
+    for index in range(num_warm_up):
+        state, _ = step(state, frame_list[index % len(frame_list)])
 
     def run() -> Prediction:
         nonlocal state, time
@@ -222,7 +223,9 @@ def recurrence_flop(params: Params, num_rows: int) -> float:
 
 def num_weights(params: Params) -> int:
     """Returns the number of weights in all kernels."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim == 2)
+    is_kernel = trees.map_paths(lambda path: path.endswith("kernel"), params)
+    sizes = jax.tree.map(lambda leaf, counts: leaf.size if counts else 0, params, is_kernel)
+    return sum(jax.tree.leaves(sizes))
 
 
 def decoder_bytes(params: Params, num_steps: int) -> int:

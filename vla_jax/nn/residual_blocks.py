@@ -176,8 +176,9 @@ def step(
     inputs: Array,
     *,
     reset: Array | None = None,
+    key: Key | None = None,
 ) -> tuple[Any, jax.Array]:
-    """Returns the next carry and the output of one step, without dropout; see `recurrence.step`.
+    """Returns the next carry and the output of one step; see `recurrence.step`.
 
     Args:
       params: from `init` or `prepare_params`.
@@ -185,14 +186,15 @@ def step(
       carry: leaves `[B, ...]`, or any leading axes to which those of `inputs` broadcast.
       inputs: `[B, D]`.
       reset: `[B]`, True where a new episode starts; None means nowhere.
+      key: consumed, for dropout; None means no dropout.
     """
     if BLOCKS[config.block] is None:
-        return recurrence.step(params, config.recurrence, carry, inputs, reset=reset)
+        return recurrence.step(params, config.recurrence, carry, inputs, reset=reset, key=key)
 
     def advance(params: Params, carry: Carry, inputs: jax.Array) -> tuple[Carry, jax.Array]:
         return recurrence.step(params, _one_layer(config), carry, inputs, reset=reset)
 
-    return _run(params, config, carry, inputs, advance, None)
+    return _run(params, config, carry, inputs, advance, key)
 
 
 def prepare_params(params: Params, config: StackConfig, *, num_rows: int) -> Params:

@@ -157,8 +157,9 @@ def init(key: Key, config: RecurrenceConfig, task: Task, *, span: int = 0) -> Pa
     recurrence_key, readout_key, span_key = jax.random.split(key, 3)
     params = recurrence.init(recurrence_key, config, task.input_size)
     if span:
-        for layer in params.values():
-            layer["forward"] = spread_gates(span_key, config.cell, layer["forward"], span)
+        for index, layer in enumerate(params.values()):
+            layer_key = jax.random.fold_in(span_key, index)
+            layer["forward"] = spread_gates(layer_key, config.cell, layer["forward"], span)
     readout = layers.init_mlp(readout_key, (config.hidden_size, task.output_size))
     return {"recurrence": params, "readout": readout}
 

@@ -117,20 +117,27 @@ class Recurrence(nn.Module):
         )
 
     def step(
-        self, carry: Carry, inputs: Array, *, reset: Array | None = None
+        self,
+        carry: Carry,
+        inputs: Array,
+        *,
+        reset: Array | None = None,
+        deterministic: bool = True,
     ) -> tuple[Carry, jax.Array]:
-        """Returns the next carry and the output of one step, without dropout.
+        """Returns the next carry and the output of one step.
 
         Args:
           carry: from `recurrence.zero_carry` or the previous step.
           inputs: `[B, D]`.
           reset: `[B]`, True where a new episode starts; None means nowhere.
+          deterministic: as for a sequence.
 
         Returns:
           The carry, and the output `[B, H]`, float32.
         """
         params = self._params(inputs.shape[-1])
-        return recurrence.step(params, self.config, carry, inputs, reset=reset)
+        key = _dropout_key(self, self.config.dropout, deterministic)
+        return recurrence.step(params, self.config, carry, inputs, reset=reset, key=key)
 
     @nn.compact
     def _params(self, input_size: int) -> Params:

@@ -107,14 +107,14 @@ def product(axes: str, *factors: Array, dtype: str = "float32") -> jax.Array:
 def solve_lower(system: jax.Array, right: jax.Array) -> jax.Array:
     """Returns x of (I + L) x = right, L being the part of `system` below its diagonal.
 
-    The inverse of I + L is put together from those of the blocks on its diagonal, which double in
+    The inverse of I + L is assembled from those of the blocks on its diagonal, which double in
     size: the lower left block of a pair with inverses A and D is −D L A. LAPACK's solution of a
     batch of systems waits for other threads of the pool in which XLA runs it, and never returns if
     all of them wait (jaxlib 0.10.2 on two cores).
 
     Args:
-      system: `[..., C, C]`.
-      right: `[..., C, X]`.
+      system: `[..., C, C]` float32.
+      right: `[..., C, X]` float32.
     """
     size = system.shape[-1]
     below = jnp.tril(jnp.ones((size, size), bool), -1)
@@ -144,10 +144,10 @@ def _inverse(lower: jax.Array) -> jax.Array:
     while (half := blocks.shape[-1]) < size:
         starts = range(0, size, 2 * half)
         corners = [lower[..., i + half : i + 2 * half, i : i + half] for i in starts]
-        upper, under = blocks[..., ::2, :, :], blocks[..., 1::2, :, :]
-        corner = -product("...ij,...jk,...kl->...il", under, jnp.stack(corners, -3), upper)
-        top = jnp.concatenate([upper, jnp.zeros_like(upper)], axis=-1)
-        blocks = jnp.concatenate([top, jnp.concatenate([corner, under], axis=-1)], axis=-2)
+        first, last = blocks[..., ::2, :, :], blocks[..., 1::2, :, :]
+        corner = -product("...ij,...jk,...kl->...il", last, jnp.stack(corners, -3), first)
+        top = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
+        blocks = jnp.concatenate([top, jnp.concatenate([corner, last], axis=-1)], axis=-2)
     return blocks[..., 0, :num_steps, :num_steps]
 
 
