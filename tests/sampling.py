@@ -11,8 +11,8 @@ Tier = Literal["fast", "slow", "exhaustive"]
 def tiers(name: str, num_cases: int, sample: str) -> list[Tier]:
     """Returns the tier of each case of a test.
 
-    Every fourth case is fast, others for each test. The rest is slow if `sample` is empty; otherwise
-    only another fourth of the cases, which `sample` chooses, is slow, and the others exhaustive.
+    Every fourth case is fast, others for each test. The rest is slow if `sample` is empty.
+    Otherwise another fourth, which `sample` chooses, is slow, and the rest is exhaustive.
 
     Args:
       name: of the test.
