@@ -44,6 +44,8 @@ def scan(
     """
     check(cell)
     num_steps = projected.shape[0]
+    # Without the barrier XLA computes at compile time, slowly, that a carry of zeros is finite.
+    carry = jax.lax.optimization_barrier(carry)
     flags = jnp.zeros_like(projected[..., 0], bool)  # derived from the data to be sharded alike
     steps = (
         bptt.keep_real(projected, mask),
