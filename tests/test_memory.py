@@ -65,6 +65,15 @@ def test_every_seed_is_trained(tmp_path):
     assert results[0]["errors"] != results[1]["errors"]
 
 
+def test_a_training_can_go_on_after_its_task_is_solved(monkeypatch):
+    """The first block of updates already counts as solved."""
+    monkeypatch.setitem(TASKS, "s2", TASKS["s2"]._replace(solved=10.0))
+    config = dataclasses.replace(TINY, max_updates=2 * BLOCK)
+    for stops, num_updates in ((True, BLOCK), (False, 2 * BLOCK)):
+        changed = dataclasses.replace(config, stop_when_solved=stops)
+        assert learn(changed, "s2", "rnn", 3)[0].num_updates == num_updates
+
+
 def test_all_stands_for_every_cell():
     assert cells_of(MemoryConfig(cells=("all",))) == tuple(CELLS)
     assert cells_of(MemoryConfig(cells=("gru", "s_lstm"))) == ("gru", "s_lstm")

@@ -42,6 +42,7 @@ class MemoryConfig:
     num_layers: int = 1  # recurrent layers L; gradient norms are plotted only for 1
     batch_size: int = 64  # sequences B per update
     max_updates: int = 1500  # maximum updates on a task; on recall a fifth of it
+    stop_when_solved: bool = True  # end a training as soon as its task is solved
     learning_rate: float = 1e-2  # learning rate of Adam
     max_grad_norm: float = 1.0  # clip gradients to this global norm
     spread_gates: bool = True  # chrono initialisation: gate time constants from 1 to T steps

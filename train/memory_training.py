@@ -36,7 +36,7 @@ class TaskResult(NamedTuple):
 def learn(
     config: MemoryConfig, name: str, cell: CellName, length: int, *, seed: int | None = None
 ) -> tuple[TaskResult, Params]:
-    """Trains one network on one task until it is solved, or for the maximum number of updates.
+    """Trains one network on one task, at most for the maximum number of updates.
 
     Args:
       config: of the experiment.
@@ -56,7 +56,7 @@ def learn(
         state, block_errors, is_finite = _train(state, key, num_steps, config, task, net, length)
         _check_finite(is_finite, f"{cell} on {name} of {length} steps", block)
         errors.append(float(jnp.mean(block_errors)))
-        if errors[-1] < task.solved / 2:
+        if config.stop_when_solved and errors[-1] < task.solved / 2:
             break
     error = float(_test(state[0], test_key, num_steps, config, task, net, length))
     factors = config.extrapolation if task.every_step else ()
