@@ -171,7 +171,7 @@ def table_jax_encoder_decoder() -> ImitateConfig:
 def table_jax_gpt() -> ImitateConfig:
     """`table_jax_state` with a transformer of two layers instead of the LSTM.
 
-    Success 96.7 % [95, 98] on 600 unseen episodes.
+    Success 97.9 % [97.8, 98.0] on 600 unseen episodes, mean and range of three trainings.
     """
     config = with_decoder(table_jax_state(), kind="gpt", num_layers=2, num_heads=4)
     return replace(
