@@ -14,7 +14,7 @@ EXPLODING = {"rnn": 5.0}  # factor of the recurrent kernel with which the gradie
 
 @dataclass(frozen=True)
 @checked(
-    hidden_size=(1, MAX_SIZE), num_layers=(1, MAX_SIZE), batch_size=(1, 2**31 - 1),
+    hidden_size=(1, MAX_SIZE), num_layers=(1, 1000), batch_size=(1, 2**31 - 1),
     num_trials=(1, 2**31 - 1), max_updates=(1, 2**31 - 1), window_delay=(3, _MOST_STEPS),
     num_seeds=(1, 2**31 - 1),
 )  # fmt: skip
