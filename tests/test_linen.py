@@ -218,6 +218,24 @@ def test_dropout_uses_an_rng_and_is_off_by_default(module, inputs, key):
         module.apply(variables, inputs, deterministic=False)
 
 
+def test_dropout_of_a_step_uses_an_rng_and_is_off_by_default(key):
+    config = RecurrenceConfig(num_layers=2, hidden_size=H, dropout=0.5)
+    module, inputs = linen.Recurrence(config), draw(0, B, D)
+    carry = recurrence.zero_carry(config, inputs)
+    variables = module.init(key, draw(0, B, T, D))
+
+    def run(number, deterministic=False):
+        return module.apply(
+            variables, carry, inputs, deterministic=deterministic, method="step",
+            rngs={"dropout": jax.random.key(number)},
+        )[1]  # fmt: skip
+
+    plain = module.apply(variables, carry, inputs, method="step")[1]
+    assert_close(run(0, deterministic=True), plain, atol=0)
+    for other in (plain, run(1)):
+        assert np.abs(run(0) - other).max() > 1e-3
+
+
 def test_params_of_another_size_are_refused_by_flax(key):
     module, config = linen.Recurrence(RecurrenceConfig(hidden_size=H)), RecurrenceConfig("gru")
     params = recurrence.init(key, config, D)

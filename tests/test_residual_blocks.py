@@ -116,6 +116,17 @@ def test_remat_changes_nothing_and_dropout_needs_a_key(block, key):
     assert np.abs(apply(params, config, inputs, key=key)[1] - plain).max() > 1e-2
 
 
+@each_block
+def test_dropout_of_a_step_is_that_of_a_sequence_of_one_step(block, key):
+    config = make_config(block, dropout=0.5)
+    params, inputs = residual_blocks.init(key, config, D), draw(0, B, D)
+    carry = residual_blocks.zero_carry(config, inputs)
+    expected = residual_blocks.apply(params, config, inputs[:, None], key=key)[1][:, 0]
+    assert_close(residual_blocks.step(params, config, carry, inputs, key=key)[1], expected)
+    plain = residual_blocks.step(params, config, carry, inputs)[1]
+    assert np.abs(plain - expected).max() > 1e-2
+
+
 @pytest.mark.parametrize("num_layers", [1, 12])
 @each_block
 def test_many_blocks_pass_a_gradient_to_the_inputs(block, num_layers, key):
