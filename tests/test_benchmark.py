@@ -90,7 +90,8 @@ def test_small_runs_all_cases_and_writes_all_measurements(tmp_path, capsys):
         f"{axis} {size}" for axis, sizes in cases.SMALL.growth.items() for size in sizes
     }
     assert implementations_of(content, "products") == {"transposed in advance", "not transposed"}
-    assert implementations_of(content, "parallel") == {"associative", "chunkwise", "scan"}
+    loops = {"associative", "chunkwise", "bptt", "scan"}
+    assert implementations_of(content, "parallel") == loops
     settings = {row["setting"].split()[0] for row in content["rows"] if row["case"] == "decoders"}
     assert settings == set(trunks.names())
     for measurement in content["measurements"]:
