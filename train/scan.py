@@ -116,7 +116,7 @@ def one_by_one() -> ScanConfig:
     probability 0.5, Adam with a constant learning rate. Differences: each epoch has every command
     once, the loss is the mean over a command's actions, decoding in training goes on after the end,
     and there is dropout before the output too. Exact match 70.4 % [60, 79] on split
-    "addprim_turn_left", three seeds; half an hour on one CPU core.
+    "addprim_turn_left", three seeds. Half an hour on one CPU core.
     """
     return ScanConfig(
         batch_size=1,
