@@ -1,6 +1,7 @@
 """Recorded frames equal decoded ones; shards are complete or absent; limits hold."""
 
 import json
+import os
 import pathlib
 import pickle
 import re
@@ -247,11 +248,14 @@ def test_the_memory_of_the_process_grows_by_less_than_the_limit(limit, tmp_path)
     )
     root = writer.write(tmp_path / "data", episodes, fps=10)
     command = [sys.executable, "-c", PEAK, str(root), str(limit)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # One heap: ArrayRecord reads in a pool of 64 threads, and each heap of glibc keeps a freed
+    # record, so that the peak would depend on how many threads had a turn.
+    one_heap = {**os.environ, "MALLOC_ARENA_MAX": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=one_heap)
     assert done.returncode == 0, done.stderr
     written, read = map(int, done.stdout.split())
     assert written < limit  # all images are 110 MB
-    assert read < 2**23
+    assert read < 2**22
 
 
 def test_a_copy_in_another_process_and_threads_read_the_same(folder, images, monkeypatch):
