@@ -1,4 +1,4 @@
-"""Several processes on this machine that compute together, each with two simulated devices."""
+"""Several processes on this machine that compute together, with simulated devices."""
 
 import os
 import pathlib
@@ -12,8 +12,8 @@ NO_CACHE = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
 PREAMBLE = """
 import sys
 import jax
-jax.config.update("jax_num_cpu_devices", 2)
-_, address, process_id, num_processes, *args = sys.argv
+_, address, process_id, num_processes, num_devices, *args = sys.argv
+jax.config.update("jax_num_cpu_devices", int(num_devices))
 jax.distributed.initialize(address, int(num_processes), int(process_id))
 sys.path.append("tests")
 """
@@ -25,14 +25,17 @@ def free_port():
         return free.getsockname()[1]
 
 
-def run_together(program, *args, num_processes=2, timeout=500):
-    """Runs a program, which finds `args`, in all processes; returns (stdout, stderr) of each."""
+def run_together(program, *args, num_processes=2, num_devices=2, timeout=500):
+    """Runs a program, which finds `args`, in all processes; returns (stdout, stderr) of each.
+
+    `num_devices` is that of each process.
+    """
     address = f"127.0.0.1:{free_port()}"
     source = f"{PREAMBLE}{program}\njax.distributed.shutdown()\n"
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", source, address, str(process_id), str(num_processes)]
-            + [str(arg) for arg in args],
+            [sys.executable, "-c", source, address]
+            + [str(arg) for arg in (process_id, num_processes, num_devices, *args)],
             cwd=pathlib.Path(__file__).parents[1],
             env={**os.environ, **NO_CACHE},
             stdout=subprocess.PIPE,

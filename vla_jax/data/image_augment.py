@@ -43,23 +43,34 @@ class Change(NamedTuple):
     contrast: Any  # factor around mid-grey
 
 
-def apply(batch: Batch, config: AugmentConfig, rng: np.random.Generator) -> Batch:
+def apply(
+    batch: Batch,
+    config: AugmentConfig,
+    rng: np.random.Generator,
+    *,
+    part: tuple[int, int] = (0, 1),
+) -> Batch:
     """Augments the images of a batch: one random change per window and camera, for all steps.
 
     Args:
       batch: windows with images `[B, W, h, w, 3]` uint8, or None.
       config: ranges of the changes.
       rng: source of randomness; advanced.
+      part: index of these windows among the equal parts of a larger batch, and number of parts.
+        The parts together get the changes that the larger batch gets at once.
 
     Returns:
       A batch of the same shapes and dtypes.
     """
     if config == AugmentConfig():
         return batch
-    changed = {
-        name: np.stack([change(window, draw(config, rng)) for window in images])
-        for name, images in get_images(batch.observation).items()
-    }
+    index, num_parts = part
+    changed = {}
+    for name, images in get_images(batch.observation).items():
+        size = len(images)
+        drawn = [draw(config, rng) for _ in range(num_parts * size)]
+        own = drawn[index * size : (index + 1) * size]
+        changed[name] = np.stack([change(*each) for each in zip(images, own, strict=True)])
     return batch._replace(observation=replace_images(batch.observation, changed))
 
 

@@ -160,9 +160,8 @@ def make_loader(
 ) -> Loader:
     """Returns an endless iterator over batches of `source`.
 
-    All processes shuffle each epoch in the same way and take every `process_count`-th window:
-    the n-th batches of all processes together are the n-th batch of a single process. Windows
-    that cannot be divided evenly among the processes are left out of that epoch.
+    The n-th batches of all processes, one after the other, are the n-th batch of a single
+    process, augmentation included.
 
     Args:
       source: windows, rows of packed episodes, or a mixture of either.
@@ -176,7 +175,7 @@ def make_loader(
 
     Raises:
       ValueError: the batch size is not a multiple of the number of processes, or is far above the
-        number of windows; or there are fewer windows than processes.
+        number of windows.
       ImportError: grain is missing.
     """
     if config.batch_size % process_count:
@@ -184,22 +183,20 @@ def make_loader(
             f"batch_size must be a multiple of the {process_count} processes, got "
             f"{config.batch_size}."
         )
-    if min(source.sizes) < process_count:
-        raise ValueError(
-            f"source must hold at least one window for each of {process_count} processes, "
-            f"got {min(source.sizes)}; use fewer processes or a smaller stride."
-        )
     if config.batch_size > _MAX_REPEATS * sum(source.sizes):
         raise ValueError(
             f"batch_size must be at most {_MAX_REPEATS} times the {sum(source.sizes)} windows, got "
             f"{config.batch_size}."
         )
-    dataset = _order(source, config, process_count)[process_index::process_count]
+    dataset = _order(source, config)
     dataset = dataset.batch(config.batch_size // process_count, batch_fn=np.asarray)
+    dataset = dataset[process_index::process_count]
     dataset = dataset.map(functools.partial(_read, source))
     if augment is not None:
-        dataset = dataset.random_map(functools.partial(_augment, augment))
-    pipeline = _pipeline(source, config, augment, process_count)
+        part = (process_index, process_count)
+        # An own seed: the one that grain derives changes with the number of steps above.
+        dataset = dataset.random_map(functools.partial(_augment, augment, part), seed=config.seed)
+    pipeline = _pipeline(source, config, augment)
     total = sum(source.weights)
     passes = {
         name: config.batch_size * weight / total / size
@@ -208,13 +205,13 @@ def make_loader(
     return Loader(dataset, config, pipeline, passes)
 
 
-def _order(source: WindowSource, config: LoaderConfig, process_count: int) -> Any:
+def _order(source: WindowSource, config: LoaderConfig) -> Any:
     """Returns the endless order of the window indices of all processes together."""
     grain, offset, parts = _import_grain(), 0, []
     for number, size in enumerate(source.sizes):
         part = grain.MapDataset.range(offset, offset + size).seed(config.seed + number)
         part = part.shuffle() if config.shuffle else part
-        parts.append(part[: size // process_count * process_count].repeat())
+        parts.append(part.repeat())
         offset += size
     if len(parts) == 1:
         return parts[0]
@@ -242,15 +239,16 @@ def _read(source: WindowSource, indices: np.ndarray) -> Batch:
     return source[indices]
 
 
-def _augment(config: AugmentConfig, batch: Batch, rng: np.random.Generator) -> Batch:
-    return augmentation.apply(batch, config, rng)
+def _augment(
+    config: AugmentConfig, part: tuple[int, int], batch: Batch, rng: np.random.Generator
+) -> Batch:
+    return augmentation.apply(batch, config, rng, part=part)
 
 
 def _pipeline(
     source: WindowSource,
     config: LoaderConfig,
     augment: AugmentConfig | None,
-    process_count: int,
 ) -> dict[str, Any]:
     """Returns everything that determines the batches, as a flat dict of JSON values."""
     augment_fields = asdict(augment) if augment else {}
@@ -260,13 +258,14 @@ def _pipeline(
         "batch_size": config.batch_size,
         "seed": config.seed,
         "shuffle": config.shuffle,
-        "process_count": process_count,
         **{f"augment_{name}": value for name, value in augment_fields.items()},
     }
 
 
 def _check_pipeline(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    differing = differences(saved, current)
+    # Earlier versions dealt windows one by one, and stored the number of processes.
+    dealt_by = {"process_count": 1}
+    differing = differences({**dealt_by, **saved}, {**current, **dealt_by})
     if differing:
         raise ValueError(
             f"loader state must come from the same pipeline, but {'; '.join(differing)}; "
