@@ -9,7 +9,7 @@ import time
 
 import jax
 import pytest
-from processes import NO_CACHE, free_port
+from processes import free_port
 
 from vla_jax.training import distributed, peers
 from vla_jax.training.loop import LoopConfig
@@ -41,7 +41,7 @@ def start(option, event="none", victim=-1, environment=None):
     return subprocess.Popen(
         command,
         cwd=pathlib.Path(__file__).parents[1],
-        env={**os.environ, **NO_CACHE, **(environment or {})},
+        env={**os.environ, **(environment or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

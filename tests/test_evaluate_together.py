@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import time
 
 import pytest
 import tiny_run
-from processes import NO_CACHE, free_port
+from processes import free_port
 from rich.console import Console
 
 from vla_jax import folder_lock
@@ -35,7 +34,7 @@ def command(folder, name, *options):
     words = [word for pair in pairs for word in pair]
     return subprocess.Popen(
         [sys.executable, "-m", "vla_jax.evaluate", str(folder), "--name", name, *words, *options],
-        env={**os.environ, **NO_CACHE}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 

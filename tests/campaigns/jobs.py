@@ -4,6 +4,7 @@ import hashlib
 import json
 import pathlib
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -33,10 +34,18 @@ class Job(NamedTuple):
     command: str  # arguments of `python -m`; words in braces are folders
     output: str = "{out}"  # folder to compare
     needs: tuple[str, ...] = ("demos",)  # folders that must exist, keys of PREPARATION
+    num_processes: int = 1
 
     def words(self, folders: dict[str, str]) -> list[str]:
         """Returns the arguments of `python -m` for the folders of a run."""
         return [word.format(**folders) for word in self.command.split()]
+
+    def of_each(self) -> list["Job"]:
+        """Returns the job of each process, which are to be started together."""
+        if self.num_processes == 1:
+            return [self]
+        option = f"{self.command} --distributed 127.0.0.1:{free_port()},{self.num_processes},"
+        return [self._replace(command=f"{option}{index}") for index in range(self.num_processes)]
 
 
 RECORD = "train.record --preset table_jax --max-steps 24 --image-size 16"
@@ -53,6 +62,9 @@ PREPARATION = {  # commands that write the folders which jobs read
 }
 JOBS = {
     "imitate": Job(f"{IMITATE} --run-dir {{out}} {OFTEN} 150"),
+    "imitate_by_two": Job(
+        f"{IMITATE} --mesh data=2 --run-dir {{out}} {OFTEN} 150", num_processes=2
+    ),
     "pretrain": Job(f"{PRETRAIN} --width 16 --num-latents 2 --run-dir {{out}} {OFTEN} 50"),
     "reinforce": Job(f"train.reinforce --num-seeds 2 --run-dir {{out}} {OFTEN} 100", needs=()),
     "ppo": Job(f"train.ppo --num-seeds 2 --run-dir {{out}} {OFTEN} 20", needs=()),
@@ -73,6 +85,13 @@ JOBS = {
         "vla_jax.evaluate {run} --num-episodes 64 --num-videos 2", "{run}", needs=("demos", "run")
     ),
 }
+
+
+def free_port() -> int:
+    """Returns a port of this host that is free now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def start(command: str, folders: dict[str, str]) -> subprocess.Popen[str]:
@@ -171,7 +190,8 @@ def prepare(job: Job, root: pathlib.Path) -> Whole:
     shutil.copytree(root / "prepared", root / "whole")
     folders = folders_in(root / "whole")
     begin = time.perf_counter()
-    finish(start(job.command, folders))
+    for process in [start(each.command, folders) for each in job.of_each()]:
+        finish(process)
     seconds = time.perf_counter() - begin
     output = pathlib.Path(job.output.format(**folders))
     return Whole(output, contents(output), seconds)

@@ -3,7 +3,7 @@
     python tests/campaigns/kills.py                        # all scripts, 20 kills each
     python tests/campaigns/kills.py --jobs imitate --kills 100
 
-Each job first runs without interruption. Then it is killed (SIGKILL to its whole process group) and
+Each job first runs without interruption. Then it is killed (SIGKILL to all of its processes) and
 started again, up to five times, and runs to its end; this is repeated until there were enough
 kills. Every other kill is at a random moment; the others wait for such a moment, and then for the
 next temporary file, so that they are in the middle of a write. The files must equal those of the
@@ -19,6 +19,7 @@ import resource
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import forked
@@ -35,28 +36,51 @@ class Kill(NamedTuple):
     in_write: bool  # a temporary file was there
 
 
+class Commands:
+    """The commands of all processes of a job, which run and are killed together."""
+
+    def __init__(self, job: Job, folder: pathlib.Path) -> None:
+        """Starts the job in a folder of `jobs.folders_in`, with log files beside its output."""
+        self._commands = [
+            forked.Command(each.words(folders_in(folder)), folder / f"log{index}")
+            for index, each in enumerate(job.of_each())
+        ]
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Waits; returns False if a command still runs after so many seconds."""
+        return all([command.wait(seconds) for command in self._commands])
+
+    def wait_for(self, happened: Callable[[], bool]) -> bool:
+        """Waits until something happened; returns False if the first command ended before."""
+        return self._commands[0].wait_for(happened)
+
+    def kill(self) -> bool:
+        """Kills all (SIGKILL); returns False if the first had ended with success before."""
+        first, *_ = [command.kill() for command in self._commands]
+        return first
+
+
 def kill(
-    words: list[str], output: pathlib.Path, *, after: float, in_write: bool, rng: random.Random
+    commands: Commands, output: pathlib.Path, *, after: float, in_write: bool, rng: random.Random
 ) -> Kill | None:
-    """Starts a command and kills it; None if the command ended before, with success.
+    """Kills what has been started; None if it ended before, with success.
 
     Args:
-      words: of the command.
+      commands: of the job.
       output: folder that it writes.
       after: seconds to wait.
       in_write: wait for the next temporary file too.
       rng: of the short time after that.
     """
     begin = time.perf_counter()
-    command = forked.Command(words, output.with_name("log"))
-    if command.wait(after):
+    if commands.wait(after):
         return None
     if in_write:
-        if not command.wait_for(lambda: bool(temporary(output))):
+        if not commands.wait_for(lambda: bool(temporary(output))):
             return None
         time.sleep(rng.uniform(0, LATEST))
     seconds = time.perf_counter() - begin
-    return Kill(seconds, bool(temporary(output))) if command.kill() else None
+    return Kill(seconds, bool(temporary(output))) if commands.kill() else None
 
 
 class Result(NamedTuple):
@@ -86,21 +110,21 @@ def run_job(name: str, job: Job, kills: int, rng: random.Random, root: pathlib.P
         folder = root / f"run{runs}"
         shutil.copytree(root / "prepared", folder)
         output = pathlib.Path(job.output.format(**folders_in(folder)))
-        words = job.words(folders_in(folder))
         wanted = rng.randint(1, KILLS_PER_RUN) if runs else 0  # the first one gives the time
         begin = time.perf_counter()
         for _ in range(wanted):
             # In a run that is killed once at any moment of it, otherwise sooner: it must not end.
             after = rng.uniform(0, 1) * seconds * 2 / (wanted + 1)
             in_write, start = done % 2 == 1, time.perf_counter()
-            if (each := kill(words, output, after=after, in_write=in_write, rng=rng)) is None:
+            commands = Commands(job, folder)
+            if (each := kill(commands, output, after=after, in_write=in_write, rng=rng)) is None:
                 seconds = min(seconds, time.perf_counter() - start)  # the first one compiled
                 break
             done, unfinished = done + 1, unfinished + each.in_write
             print(f"{name} run {runs} kill {done}: {each.seconds:.2f} s", end=" ")
             print("in a write" if each.in_write else "", flush=True)
         else:
-            forked.Command(words, folder / "log").wait()
+            Commands(job, folder).wait()
         if not wanted:
             seconds = time.perf_counter() - begin
         found = contents(output)
@@ -123,13 +147,13 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20, help="kills of each job")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     args = parser.parse_args()
-    print("job         kills  in a write  runs  differing files  temporary files left")
+    print("job             kills  in a write  runs  differing files  temporary files left")
     for name in args.jobs:
         with tempfile.TemporaryDirectory() as temp:
             root = pathlib.Path(temp)
             result = run_job(name, JOBS[name], args.kills, random.Random(args.seed), root)
         print(
-            f"{name:10}  {result.kills:5}  {result.unfinished:10}  {result.runs:4}  "
+            f"{name:14}  {result.kills:5}  {result.unfinished:10}  {result.runs:4}  "
             f"{' '.join(result.differing) or '0':15}  {' '.join(result.left) or '0'}",
             flush=True,
         )

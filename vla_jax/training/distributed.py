@@ -152,6 +152,7 @@ def connected(option: str) -> Iterator[None]:
     watch.start()
     with peers.watched_first(_runtime().coordinator_address, left):
         try:
+            _compile_in_each()
             yield
         except Exception as error:
             _leave_failed(error, left)
@@ -250,6 +251,16 @@ def _initialize(option: str, address: Address | None) -> None:
             f"distributed {option} could not connect all processes: {error}; check that all of "
             "them run, and that they reach the host and port of the first one."
         ) from error
+
+
+def _compile_in_each() -> None:
+    """Switches off JAX's cache of compiled programs for several processes on CPUs.
+
+    Collectives of CPU programs that come from the cache run in an order that differs between
+    processes, and Gloo then ends all of them (JAX 0.10).
+    """
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def _runtime() -> Any:
