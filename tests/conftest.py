@@ -50,9 +50,11 @@ def pytest_collection_modifyitems(items):
     cases = collections.defaultdict(list)
     for item in items:
         if item.get_closest_marker("sampled"):
-            cases[item.nodeid.partition("[")[0]].append(item)
-    for name, group in cases.items():
-        chosen = sampling.tiers(name, len(group), os.environ.get("TEST_SAMPLE", ""))
+            is_long = item.get_closest_marker("slow") is not None
+            cases[item.nodeid.partition("[")[0], is_long].append(item)
+    sample = os.environ.get("TEST_SAMPLE", "")
+    for (name, is_long), group in cases.items():
+        chosen = sampling.tiers(name, len(group), sample, is_long=is_long)
         for item, tier in zip(group, chosen, strict=True):
             for mark in MARKS[tier]:
                 item.add_marker(mark)

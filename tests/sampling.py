@@ -3,30 +3,29 @@
 import zlib
 from typing import Literal
 
-SAMPLING = 4  # one in this many cases of a test is fast
-
 Tier = Literal["fast", "slow", "exhaustive"]
 
 
-def tiers(name: str, num_cases: int, sample: str) -> list[Tier]:
+def tiers(name: str, num_cases: int, sample: str, *, is_long: bool = False) -> list[Tier]:
     """Returns the tier of each case of a test.
 
     Every fourth case is fast, others for each test. The rest is slow if `sample` is empty.
-    Otherwise another fourth, which `sample` chooses, is slow, and the rest is exhaustive.
+    Otherwise one in six of the rest, which `sample` chooses, is slow, and the others are
+    exhaustive. Of a long test no case is fast, and every fourth is slow.
 
     Args:
       name: of the test.
       num_cases: of the test.
       sample: such as the hash of a commit.
+      is_long: each case of the test takes many seconds.
     """
-    size = min(SAMPLING, num_cases)
-    first = zlib.crc32(name.encode()) % size
-    second = 1 + zlib.crc32((name + sample).encode()) % max(size - 1, 1)
-    found: list[Tier] = []
-    for index in range(num_cases):
-        place = (index - first) % size
-        if place == 0:
-            found.append("fast")
-        else:
-            found.append("slow" if not sample or place == second else "exhaustive")
-    return found
+    every = range(num_cases)
+    fast = () if is_long else _choose(every, 4, name)
+    rest = [case for case in every if case not in fast]
+    slow = _choose(rest, 4 if is_long else 6, name + sample) if sample else rest
+    return ["fast" if case in fast else "slow" if case in slow else "exhaustive" for case in every]
+
+
+def _choose(cases: range | list[int], stride: int, text: str) -> range | list[int]:
+    """Returns one in so many of the cases, by a hash of the text, and at least one."""
+    return cases[zlib.crc32(text.encode()) % max(min(stride, len(cases)), 1) :: stride]

@@ -110,6 +110,7 @@ def test_tokens_have_the_leading_axes_of_the_observation(kind, lead):
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 @each
 def test_vmap_equals_a_loop_and_jit_does_not_change_tokens(kind):
     observation, backbone = observe(kind), BACKBONES[kind]
@@ -200,6 +201,7 @@ def test_words_unseen_in_training_get_distinct_finite_tokens(kind):
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 @each
 def test_the_gradient_reaches_every_param(kind):
     observation = observe(kind)

@@ -80,6 +80,7 @@ def interrupted(run_dir, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 def test_a_resumed_training_equals_an_uninterrupted_one_to_the_bit(whole, tmp_path):
     name, run_dir, result = whole
     copy = interrupted(run_dir, tmp_path)
@@ -89,6 +90,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one_to_the_bit(whole, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 def test_four_devices_equal_one(whole, tmp_path):
     name, _, result = whole
     loop = LoopConfig(num_updates=4, log_every=4, save_every=4, mesh="data=2,fsdp=2")
@@ -121,6 +123,7 @@ def test_a_seed_that_has_solved_its_environment_stops_learning(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 def test_a_reward_of_nan_is_reported_and_the_last_checkpoint_is_kept(whole, tmp_path, monkeypatch):
     name, run_dir, result = whole
     copy, env = interrupted(run_dir, tmp_path), discrete_worlds.make(PARTS["world"])
@@ -214,6 +217,7 @@ def test_a_folder_that_disagrees_with_its_checkpoint_is_refused(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_script_writes_a_curve_a_report_and_a_video(name, tmp_path):
     config, _ = MAKERS[name]

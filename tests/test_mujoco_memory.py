@@ -148,6 +148,7 @@ def test_two_cues_give_equal_pictures_and_the_cue_is_visible_before(with_images)
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", tasks.TASKS)
 def test_the_expert_succeeds_in_98_percent(name):
     world = simulator(name, 16)
@@ -209,6 +210,7 @@ def over(step):
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 @pytest.mark.parametrize("from_jax", [True, False], ids=["jax_to_mujoco", "mujoco_to_jax"])
 @pytest.mark.parametrize("name", tasks.TASKS)
 def test_replayed_actions_succeed_in_both_twins(name, from_jax):

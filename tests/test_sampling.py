@@ -14,23 +14,32 @@ def test_without_a_sample_all_cases_are_fast_or_slow(num_cases):
     found = collections.Counter(tiers("a_law", num_cases, ""))
     assert set(found) <= {"fast", "slow"}
     assert found["fast"] == pytest.approx(num_cases / min(4, num_cases), abs=1)
+    assert tiers("a_law", num_cases, "", is_long=True) == ["slow"] * num_cases
 
 
 @each_size
-def test_a_sample_leaves_one_further_part_slow(num_cases):
-    size = min(4, num_cases)
+def test_a_sample_leaves_a_further_part_slow(num_cases):
     found = tiers("a_law", num_cases, "5206b9b")
     whole = tiers("a_law", num_cases, "")
     assert [tier == "fast" for tier in found] == [tier == "fast" for tier in whole]
-    places = {index % size for index, tier in enumerate(found) if tier == "slow"}
-    assert len(places) == min(1, size - 1)
+    rest = num_cases - found.count("fast")
+    assert found.count("slow") == pytest.approx(rest / max(min(6, rest), 1), abs=1)
+    assert found.count("slow") > 0 or not rest
     assert len(found) == num_cases
 
 
-def test_many_samples_reach_every_case_and_the_same_one_chooses_the_same():
+@each_size
+def test_every_fourth_case_of_a_long_test_is_slow(num_cases):
+    found = collections.Counter(tiers("a_law", num_cases, "5206b9b", is_long=True))
+    assert set(found) <= {"slow", "exhaustive"}
+    assert found["slow"] == pytest.approx(num_cases / min(4, num_cases), abs=1)
+
+
+@pytest.mark.parametrize("is_long", [False, True])
+def test_many_samples_reach_every_case_and_the_same_one_chooses_the_same(is_long):
     reached = set()
-    for sample in map(str, range(50)):
-        found = tiers("a_law", 11, sample)
-        assert found == tiers("a_law", 11, sample)
+    for sample in map(str, range(100)):
+        found = tiers("a_law", 11, sample, is_long=is_long)
+        assert found == tiers("a_law", 11, sample, is_long=is_long)
         reached |= {index for index, tier in enumerate(found) if tier != "exhaustive"}
     assert reached == set(range(11))

@@ -102,6 +102,7 @@ def alone(request, inputs, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 def test_a_script_on_a_mesh_trains_what_one_device_does(alone, inputs, tmp_path):
     name, expected = alone
     found, axes = train(name, tmp_path / "run", inputs, "data=2,fsdp=2")
@@ -117,6 +118,7 @@ assert "fsdp" in train(name, folder, inputs, "data=1,fsdp=4")[1]
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 def test_a_script_in_two_processes_with_a_part_of_the_params_each(alone, inputs, tmp_path):
     name, expected = alone
     run_together(PROGRAM, name, tmp_path / "run", inputs)

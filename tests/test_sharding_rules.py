@@ -39,7 +39,11 @@ def is_pair(kind, head):
 
 PAIRS = [(kind, head) for kind in trunks.names() for head in heads.HEADS if is_pair(kind, head)]
 FAST = [("gru", "flow"), ("rotary_gpt", "discrete")]
-SLOW = [pytest.param(*pair, marks=pytest.mark.slow) for pair in PAIRS if pair not in FAST]
+SLOW = [
+    pytest.param(*pair, marks=[pytest.mark.slow, pytest.mark.sampled])
+    for pair in PAIRS
+    if pair not in FAST
+]
 
 
 def config_of(kind, head, **changes):

@@ -64,6 +64,7 @@ def test_every_stored_data_set_is_trained_on():
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", PROPRIO)
 def test_a_policy_trains_on_the_format_and_resumes_to_the_bit(name, tmp_path):
     data = dataset(name, tmp_path)

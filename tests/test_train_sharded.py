@@ -125,6 +125,7 @@ def alone(demos, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "mesh", ["data=2,tensor=2", "data=4", "data=2,fsdp=2", "fsdp=4", "fsdp=2,tensor=2"]
 )
@@ -138,6 +139,7 @@ def sharded(demos, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 @pytest.mark.parametrize("mesh", ["data=1", "tensor=2,data=1", "fsdp=4", "data=2,tensor=2"])
 def test_a_training_resumes_on_other_devices_and_another_mesh(mesh, sharded, demos, tmp_path):
     run_dir = shutil.copytree(sharded, tmp_path / "run")
