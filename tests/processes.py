@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 # The programs of several processes must be compiled in each: collectives of CPU programs that come
-# from JAX's compile cache run in an order that differs between processes, and Gloo then ends both.
+# from JAX's compile cache run in an order that differs between processes, and Gloo then aborts one.
 NO_CACHE = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
 PREAMBLE = """
 import sys

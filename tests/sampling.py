@@ -1,6 +1,6 @@
 """The choice of the cases of a sampled test that run in `make test` and in `make test-slow`."""
 
-import zlib
+import hashlib
 from typing import Literal
 
 Tier = Literal["fast", "slow", "exhaustive"]
@@ -11,7 +11,8 @@ def tiers(name: str, num_cases: int, sample: str, *, is_long: bool = False) -> l
 
     Every fourth case is fast, others for each test. The rest is slow if `sample` is empty.
     Otherwise one in six of the rest, which `sample` chooses, is slow, and the others are
-    exhaustive. Of a long test no case is fast, and every fourth is slow.
+    exhaustive. Of a long test no case is fast, and every fourth is slow, the same for all tests of
+    a file, which often share a training for each case.
 
     Args:
       name: of the test.
@@ -22,10 +23,15 @@ def tiers(name: str, num_cases: int, sample: str, *, is_long: bool = False) -> l
     every = range(num_cases)
     fast = () if is_long else _choose(every, 4, name)
     rest = [case for case in every if case not in fast]
-    slow = _choose(rest, 4 if is_long else 6, name + sample) if sample else rest
+    slow = rest
+    if sample and is_long:
+        slow = _choose(rest, 4, name.partition("::")[0] + sample)
+    elif sample:
+        slow = _choose(rest, 6, name + sample)
     return ["fast" if case in fast else "slow" if case in slow else "exhaustive" for case in every]
 
 
 def _choose(cases: range | list[int], stride: int, text: str) -> range | list[int]:
     """Returns one in so many of the cases, by a hash of the text, and at least one."""
-    return cases[zlib.crc32(text.encode()) % max(min(stride, len(cases)), 1) :: stride]
+    number = int.from_bytes(hashlib.sha256(text.encode()).digest())
+    return cases[number % max(min(stride, len(cases)), 1) :: stride]

@@ -24,6 +24,7 @@ option, event, victim = sys.argv[1:]
 if event == "aborted":  # as if JAX were faster than the watch
     peers.watch = peers._watch_first = lambda *_: None
 with exit_codes(), distributed.connected(option):
+    assert not jax.config.jax_enable_compilation_cache
     for number in range(10 if event == "none" else 10**9):
         total = multihost_utils.process_allgather(np.array(1)).sum()
         if number == 5 and jax.process_index() == int(victim):

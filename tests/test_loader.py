@@ -169,13 +169,20 @@ def test_the_state_of_another_pipeline_is_refused_with_the_differences(
 
 
 def test_another_number_of_processes_continues_unless_they_took_the_windows_one_by_one():
-    batches = loader.make_loader(make_source(), LoaderConfig(batch_size=8), process_count=2)
-    state = loader.make_loader(make_source(), LoaderConfig(batch_size=8)).get_state()
-    batches.set_state(state)
+    source, config = make_source(), LoaderConfig(batch_size=8, num_threads=0)
+    whole, *parts = (
+        loader.make_loader(source, config, process_index=index, process_count=count)
+        for index, count in ((0, 1), (0, 2), (1, 2))
+    )
+    take(whole, 3)
+    state = whole.get_state()
     of_earlier_version = {**state["pipeline"], "process_count": 1}
-    batches.set_state({**state, "pipeline": of_earlier_version})
-    with pytest.raises(ValueError, match="process_count was 2 and is 1"):
-        batches.set_state({**state, "pipeline": {**of_earlier_version, "process_count": 2}})
+    parts[0].set_state(state)
+    parts[1].set_state({**state, "pipeline": of_earlier_version})
+    joined = [step for part in parts for step in last_steps(next(part))]
+    assert last_steps(next(whole)) == joined
+    with pytest.raises(ValueError, match=r"got 2 processes, which took .* another order; start a"):
+        whole.set_state({**state, "pipeline": {**of_earlier_version, "process_count": 2}})
 
 
 def test_a_batch_that_cannot_be_split_among_processes_is_refused():

@@ -273,6 +273,14 @@ def test_all_processes_take_part_and_none_shares_its_rows(mesh, sentence, monkey
         parallel.make_mesh(mesh, devices=devices)
 
 
+def test_the_rows_of_a_process_lie_where_its_devices_are_in_the_mesh(monkeypatch):
+    devices = np.array([Device(i, process) for i, process in enumerate([1, 1, 0, 0])], object)
+    mesh = types.SimpleNamespace(devices=devices.reshape(2, 2, 1))
+    for process, part in enumerate([(1, 2), (0, 2)]):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        assert parallel.row_part(mesh) == part
+
+
 def assert_close(one, other):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), one, other)
 

@@ -44,7 +44,7 @@ from vla_jax.training import (
 from vla_jax.training.distributed import together
 from vla_jax.training.loop import check_resume, fit
 from vla_jax.training.malloc import keep_freed_memory
-from vla_jax.training.parallel import is_first_process, make_mesh
+from vla_jax.training.parallel import is_first_process, make_mesh, row_part
 from vla_jax.training.run_lock import exclusive
 from vla_jax.training.update import Counted, LossFn, make_update, with_count
 from vla_jax.types import Batch, Key, Metrics, Params
@@ -115,12 +115,13 @@ def run_updates(
 def make_batches(config: ImitateConfig, windows: WindowSource) -> Loader:
     """Returns an endless loader of this process's batches, which augments images if on the host."""
     on_host = not config.frozen_backbone and config.augment_on == "host"
+    index, count = row_part(make_mesh(config.loop.mesh))
     return make_loader(
         windows,
         config.loader,
         augment=config.augment if on_host else None,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=index,
+        process_count=count,
     )
 
 

@@ -48,6 +48,7 @@ from vla_jax.training.distributed import together
 from vla_jax.training.loop import LoopConfig, check_resume, fit, random_start
 from vla_jax.training.malloc import keep_freed_memory
 from vla_jax.training.optim import OptimConfig
+from vla_jax.training.parallel import make_mesh, row_part
 from vla_jax.training.run_lock import exclusive
 from vla_jax.training.update import LossFn, TrainState, init_train_state, make_update
 from vla_jax.trees import under
@@ -114,12 +115,13 @@ def pretrain(config: PretrainConfig) -> pathlib.Path:
 
     # Data: single frames.
     parts = read_parts(config)
+    index, count = row_part(make_mesh(config.loop.mesh))
     loader = make_loader(
         make_source(config, parts),
         config.loader,
         augment=config.augment if config.augment_on == "host" else None,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=index,
+        process_count=count,
     )
 
     # Targets: the column, and its positions relative to the tool.

@@ -39,7 +39,7 @@ from vla_jax.training.logs import read_metrics
 from vla_jax.training.loop import LoopConfig, check_resume, fit, random_start
 from vla_jax.training.malloc import keep_freed_memory
 from vla_jax.training.optim import OptimConfig
-from vla_jax.training.parallel import is_first_process
+from vla_jax.training.parallel import is_first_process, make_mesh, row_part
 from vla_jax.training.run_lock import exclusive
 from vla_jax.training.update import (
     Counted,
@@ -155,13 +155,14 @@ def train(config: ScanConfig) -> pathlib.Path:
 
     # Data: pairs of strings, as ids.
     train_pairs, test_pairs = data_sets(config)
+    index, count = row_part(make_mesh(config.loop.mesh))
     loader = Buckets(
         scan_commands.to_ids(train_pairs),
         batch_size=config.batch_size,
         width_step=config.width_step,
         seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=index,
+        process_count=count,
     )
 
     # Loss, update.

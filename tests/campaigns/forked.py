@@ -92,11 +92,17 @@ class Command:
 
     def kill(self) -> bool:
         """Kills the process group (SIGKILL); returns False if it had ended with success before."""
-        if self.wait(0):
-            return False
-        os.killpg(self._process.pid or 0, signal.SIGKILL)
-        self._process.join()
-        return self._process.exitcode == -signal.SIGKILL
+        return not self.wait(0) and kill_together([self])
+
+
+def kill_together(commands: list[Command]) -> bool:
+    """Kills commands at once (SIGKILL); returns False if none of them ran any more."""
+    running = [command._process for command in commands if command._process.is_alive()]
+    for process in running:
+        os.killpg(process.pid or 0, signal.SIGKILL)
+    for process in running:
+        process.join()
+    return any(process.exitcode == -signal.SIGKILL for process in running)
 
 
 @contextlib.contextmanager

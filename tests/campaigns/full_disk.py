@@ -24,6 +24,7 @@ import forked
 from jobs import JOBS, Job, contents, folders_in, prepare, temporary
 
 PARTS = (0.02, 0.3, 0.9)  # of the bytes that the job writes, or of its largest file
+ALONE = [name for name, job in JOBS.items() if job.num_processes == 1]
 NOBODY = 65534  # id of a user without rights
 SPARE = 2**30  # bytes of a file system that is large enough
 
@@ -149,7 +150,7 @@ def again(
 def main() -> None:
     """Runs the jobs, and prints a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--jobs", nargs="*", default=list(JOBS), choices=list(JOBS))
+    parser.add_argument("--jobs", nargs="*", default=ALONE, choices=ALONE)
     parser.add_argument(
         "--parts", nargs="*", type=float, default=PARTS, help="of the bytes written"
     )

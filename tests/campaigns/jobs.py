@@ -34,13 +34,13 @@ class Job(NamedTuple):
     command: str  # arguments of `python -m`; words in braces are folders
     output: str = "{out}"  # folder to compare
     needs: tuple[str, ...] = ("demos",)  # folders that must exist, keys of PREPARATION
-    num_processes: int = 1
+    num_processes: int = 1  # that run the command together
 
     def words(self, folders: dict[str, str]) -> list[str]:
         """Returns the arguments of `python -m` for the folders of a run."""
         return [word.format(**folders) for word in self.command.split()]
 
-    def of_each(self) -> list["Job"]:
+    def per_process(self) -> list["Job"]:
         """Returns the job of each process, which are to be started together."""
         if self.num_processes == 1:
             return [self]
@@ -190,8 +190,13 @@ def prepare(job: Job, root: pathlib.Path) -> Whole:
     shutil.copytree(root / "prepared", root / "whole")
     folders = folders_in(root / "whole")
     begin = time.perf_counter()
-    for process in [start(each.command, folders) for each in job.of_each()]:
-        finish(process)
+    processes = [start(each.command, folders) for each in job.per_process()]
+    try:
+        for process in processes:
+            finish(process)
+    finally:
+        for process in processes:
+            process.kill()
     seconds = time.perf_counter() - begin
     output = pathlib.Path(job.output.format(**folders))
     return Whole(output, contents(output), seconds)

@@ -10,6 +10,7 @@ next temporary file, so that they are in the middle of a write. The files must e
 uninterrupted run: arrays, tables and videos to the bit, JSON except for durations. Temporary files
 must be gone. Runs that are killed are forked from a process that has imported the script, and share
 a cache of compiled programs: the moments lie in the work of the script and not in its start.
+Several processes compile anew at every start, so that some of their moments lie there.
 """
 
 import argparse
@@ -43,21 +44,25 @@ class Commands:
         """Starts the job in a folder of `jobs.folders_in`, with log files beside its output."""
         self._commands = [
             forked.Command(each.words(folders_in(folder)), folder / f"log{index}")
-            for index, each in enumerate(job.of_each())
+            for index, each in enumerate(job.per_process())
         ]
 
     def wait(self, seconds: float | None = None) -> bool:
         """Waits; returns False if a command still runs after so many seconds."""
-        return all([command.wait(seconds) for command in self._commands])
+        end = None if seconds is None else time.monotonic() + seconds
+        left = [
+            command.wait(None if end is None else max(0, end - time.monotonic()))
+            for command in self._commands
+        ]
+        return all(left)
 
     def wait_for(self, happened: Callable[[], bool]) -> bool:
-        """Waits until something happened; returns False if the first command ended before."""
-        return self._commands[0].wait_for(happened)
+        """Waits until something happened; returns False if all ended before, with success."""
+        return self._commands[0].wait_for(happened) or not self.wait()
 
     def kill(self) -> bool:
-        """Kills all (SIGKILL); returns False if the first had ended with success before."""
-        first, *_ = [command.kill() for command in self._commands]
-        return first
+        """Kills all at once (SIGKILL); returns False if they had ended before, with success."""
+        return forked.kill_together(self._commands) or not self.wait()
 
 
 def kill(

@@ -57,7 +57,7 @@ def apply(
       config: ranges of the changes.
       rng: source of randomness; advanced.
       part: index of these windows among the equal parts of a larger batch, and number of parts.
-        The parts together get the changes that the larger batch gets at once.
+        All parts together are changed as the larger batch would be.
 
     Returns:
       A batch of the same shapes and dtypes.
@@ -68,18 +68,20 @@ def apply(
     changed = {}
     for name, images in get_images(batch.observation).items():
         size = len(images)
-        drawn = [draw(config, rng) for _ in range(num_parts * size)]
-        own = drawn[index * size : (index + 1) * size]
-        changed[name] = np.stack([change(*each) for each in zip(images, own, strict=True)])
+        own = slice(index * size, (index + 1) * size)
+        drawn = [field[own] for field in draw(config, rng, num_parts * size)]
+        changed[name] = np.stack(
+            [change(window, Change(*by)) for window, *by in zip(images, *drawn, strict=True)]
+        )
     return batch._replace(observation=replace_images(batch.observation, changed))
 
 
-def draw(config: AugmentConfig, rng: np.random.Generator) -> Change:
-    """Returns a random change within the ranges of `config`; advances `rng`."""
-    down, right = rng.integers(-config.shift, config.shift + 1, 2)
-    brightness = rng.uniform(-config.brightness, config.brightness)
-    contrast = rng.uniform(1 - config.contrast, 1 + config.contrast)
-    return Change(down, right, *(np.rint(np.array([brightness, contrast]) * GRAIN) / GRAIN))
+def draw(config: AugmentConfig, rng: np.random.Generator, count: int) -> Change:
+    """Returns random changes `[count]` within the ranges of `config`; advances `rng`."""
+    down, right = rng.integers(-config.shift, config.shift + 1, (2, count))
+    ranges = np.array([[config.brightness], [config.contrast]])
+    light = np.rint(rng.uniform(-1, 1, (2, count)) * ranges * GRAIN) / GRAIN
+    return Change(down, right, light[0], 1 + light[1])
 
 
 def change(images: np.ndarray, by: Change) -> np.ndarray:

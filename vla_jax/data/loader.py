@@ -19,6 +19,7 @@ from vla_jax.data.image_augment import AugmentConfig
 from vla_jax.types import Batch
 
 _MAX_REPEATS = 100  # times that a window may be in one batch
+_AUGMENT_DRAWS = 2  # version of the random numbers of augmentation; the first had none
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class Loader:
         Raises:
           ValueError: the state belongs to another pipeline.
         """
-        _check_pipeline(state["pipeline"], self._pipeline)
+        _check_pipeline(dict(state["pipeline"]), self._pipeline)
         self.close()
         self._num_batches = int(state["num_batches"])
 
@@ -194,7 +195,7 @@ def make_loader(
     dataset = dataset.map(functools.partial(_read, source))
     if augment is not None:
         part = (process_index, process_count)
-        # An own seed: the one that grain derives changes with the number of steps above.
+        # Without a seed, grain derives one from the number of transformations before this one.
         dataset = dataset.random_map(functools.partial(_augment, augment, part), seed=config.seed)
     pipeline = _pipeline(source, config, augment)
     total = sum(source.weights)
@@ -252,6 +253,8 @@ def _pipeline(
 ) -> dict[str, Any]:
     """Returns everything that determines the batches, as a flat dict of JSON values."""
     augment_fields = asdict(augment) if augment else {}
+    if augment not in (None, AugmentConfig()):
+        augment_fields["draws"] = _AUGMENT_DRAWS
     return {
         **source.identity,
         "num_windows": len(source),
@@ -263,9 +266,14 @@ def _pipeline(
 
 
 def _check_pipeline(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    # Earlier versions dealt windows one by one, and stored the number of processes.
-    dealt_by = {"process_count": 1}
-    differing = differences({**dealt_by, **saved}, {**current, **dealt_by})
+    # Earlier versions stored it; process p then took every process_count-th window.
+    count = saved.pop("process_count", 1)
+    if count > 1:
+        raise ValueError(
+            f"loader state must not come from several processes of an earlier version, got {count} "
+            "processes, which took the windows in another order; start a new run."
+        )
+    differing = differences(saved, current)
     if differing:
         raise ValueError(
             f"loader state must come from the same pipeline, but {'; '.join(differing)}; "

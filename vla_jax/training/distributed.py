@@ -144,6 +144,7 @@ def connected(option: str) -> Iterator[None]:
     """
     address = parse(option)
     if option == "none" or jax.distributed.is_initialized():
+        _switch_off_cpu_cache()
         yield
         return
     _initialize(option, address)
@@ -152,7 +153,7 @@ def connected(option: str) -> Iterator[None]:
     watch.start()
     with peers.watched_first(_runtime().coordinator_address, left):
         try:
-            _compile_in_each()
+            _switch_off_cpu_cache()
             yield
         except Exception as error:
             _leave_failed(error, left)
@@ -253,11 +254,11 @@ def _initialize(option: str, address: Address | None) -> None:
         ) from error
 
 
-def _compile_in_each() -> None:
+def _switch_off_cpu_cache() -> None:
     """Switches off JAX's cache of compiled programs for several processes on CPUs.
 
     Collectives of CPU programs that come from the cache run in an order that differs between
-    processes, and Gloo then ends all of them (JAX 0.10).
+    processes, and Gloo then aborts one (JAX 0.10).
     """
     if jax.process_count() > 1 and jax.default_backend() == "cpu":
         jax.config.update("jax_enable_compilation_cache", False)

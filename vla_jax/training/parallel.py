@@ -122,6 +122,19 @@ def num_row_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in ROWS if axis in mesh.axis_names)
 
 
+def row_part(mesh: Mesh) -> tuple[int, int]:
+    """Returns the place of this process's rows in a batch, and the number of processes.
+
+    The place is the position of the process's devices in the mesh, which on TPUs need not be the
+    index of the process.
+
+    Args:
+      mesh: from `make_mesh`.
+    """
+    order = list(dict.fromkeys(device.process_index for device in mesh.devices.flat))
+    return order.index(jax.process_index()), len(order)
+
+
 def check_split_axes(mesh: Mesh, rules: ShardingRules, params: Any) -> None:
     """Raises a ValueError if an axis that splits params would split none.
 
