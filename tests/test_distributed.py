@@ -189,3 +189,15 @@ def test_a_process_alone_needs_the_number_that_slurm_gives(monkeypatch):
 def test_one_process_is_connected_to_none():
     with distributed.connected("none"):
         assert not jax.distributed.is_initialized()
+
+
+def test_a_process_alone_may_still_choose_its_devices():
+    """In a new process, since the devices of this one have started."""
+    program = """
+import jax
+from vla_jax.training import distributed
+with distributed.connected("none"):
+    jax.config.update("jax_num_cpu_devices", 3)
+    assert jax.device_count() == 3
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

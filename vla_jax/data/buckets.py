@@ -35,7 +35,7 @@ class Buckets:
           batch_size: B over all processes.
           width_step: widths are multiples of it, but at most the longest target and its final 0.
           seed: random seed of shuffling.
-          process_index: index of this process, which gets its own rows of every batch.
+          process_index: place of this process's rows in a batch, 0 … process_count - 1.
           process_count: number of processes; divides `batch_size`.
         """
         size = batch_size // process_count

@@ -168,7 +168,7 @@ def make_loader(
       source: windows, rows of packed episodes, or a mixture of either.
       config: total batch size, seed, workers.
       augment: image augmentation; None means none.
-      process_index: index of this process, 0 … process_count - 1.
+      process_index: place of this process's rows in a batch, 0 … process_count - 1.
       process_count: number of processes that train together.
 
     Returns:

@@ -260,6 +260,8 @@ def _switch_off_cpu_cache() -> None:
     Collectives of CPU programs that come from the cache run in an order that differs between
     processes, and Gloo then aborts one (JAX 0.10).
     """
+    if not jax.distributed.is_initialized():
+        return  # the next line would start the devices, which a process alone may still choose
     if jax.process_count() > 1 and jax.default_backend() == "cpu":
         jax.config.update("jax_enable_compilation_cache", False)
 
