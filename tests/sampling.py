@@ -9,8 +9,8 @@ Tier = Literal["fast", "slow", "exhaustive"]
 def tiers(name: str, num_cases: int, sample: str, *, is_long: bool = False) -> list[Tier]:
     """Returns the tier of each case of a test.
 
-    Every fourth case is fast, others for each test. The rest is slow if `sample` is empty.
-    Otherwise one in six of the rest, which `sample` chooses, is slow, and the others are
+    Every twelfth case is fast, others for each test. The rest is slow if `sample` is empty.
+    Otherwise one in twelve of the rest, which `sample` chooses, is slow, and the others are
     exhaustive. Of a long test no case is fast, and every fourth is slow, the same for all tests of
     a file, which often share a training for each case.
 
@@ -21,13 +21,13 @@ def tiers(name: str, num_cases: int, sample: str, *, is_long: bool = False) -> l
       is_long: each case of the test takes many seconds.
     """
     every = range(num_cases)
-    fast = () if is_long else _choose(every, 4, name)
+    fast = () if is_long else _choose(every, 12, name)
     rest = [case for case in every if case not in fast]
     slow = rest
     if sample and is_long:
         slow = _choose(rest, 4, name.partition("::")[0] + sample)
     elif sample:
-        slow = _choose(rest, 6, name + sample)
+        slow = _choose(rest, 12, name + sample)
     return ["fast" if case in fast else "slow" if case in slow else "exhaustive" for case in every]
 
 

@@ -126,6 +126,7 @@ def test_vmap_equals_a_loop_and_jit_does_not_change_tokens(kind):
         np.testing.assert_allclose(encode(kind, alone), together[i], atol=1e-5)
 
 
+@pytest.mark.sampled
 @each
 def test_tokens_depend_on_every_input_and_on_word_order(kind):
     observation = observe(kind)
@@ -227,6 +228,7 @@ def in_bfloat16(config):
     return dataclasses.replace(config, options=options)
 
 
+@pytest.mark.sampled
 @each
 def test_bfloat16_products_give_nearly_the_same_float32_tokens(kind):
     low_precision = in_bfloat16(CONFIGS[kind])

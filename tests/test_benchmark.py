@@ -126,6 +126,7 @@ def corrupt(function, monkeypatch, name, change):
     monkeypatch.setattr(convert, function, wrong)
 
 
+@pytest.mark.slow
 def test_a_recurrence_with_different_weights_is_detected(tmp_path, monkeypatch, capsys):
     corrupt("to_torch", monkeypatch, "weight_hh_l1", lambda kernel: kernel * np.float32(1.01))
     with pytest.raises(ValueError, match=r"torch\.nn\.LSTM must agree with vla_jax to"):
@@ -134,6 +135,7 @@ def test_a_recurrence_with_different_weights_is_detected(tmp_path, monkeypatch, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_head_with_different_weights_is_detected(tmp_path, monkeypatch):
     corrupt("to_robovlms", monkeypatch, "act_head.gripper.mlp.2.bias", lambda bias: bias + 1)
     with pytest.raises(ValueError, match=r"RoboVLMs \(PyTorch\) must agree with vla_jax"):

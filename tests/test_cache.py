@@ -85,6 +85,7 @@ def test_tokens_in_half_precision_are_rounded_and_train_the_policy(dtype, config
     jax.tree.map(np.testing.assert_array_equal, *outputs)
 
 
+@pytest.mark.slow
 def test_an_interrupted_computation_continues_after_the_last_file(
     config, small_shards, monkeypatch
 ):
@@ -159,6 +160,7 @@ def test_a_size_that_is_not_positive_is_refused(field, config):
         dataclasses.replace(config, **{field: 0})
 
 
+@pytest.mark.slow
 def test_the_file_is_reused_unless_something_that_it_depends_on_changes(config):
     files = {
         str(tokens_of(changed)[1].tokens.files[0])
@@ -180,6 +182,7 @@ def with_instruction_steps(config, steps):
     )
 
 
+@pytest.mark.slow
 def test_a_full_disk_raises_one_sentence_and_leaves_no_file(config):
     changed = with_instruction_steps(config, 3)
     with full_disk(), pytest.raises(OSError, match=r"could not save into .*\.tokens/\w+ \(.*File"):
@@ -210,6 +213,7 @@ def test_a_complete_cache_needs_no_params(config, monkeypatch):
     assert tokens_of(config)[1].tokens.files == expected
 
 
+@pytest.mark.slow
 def test_a_file_that_another_program_has_written_by_now_is_kept(config, small_shards, monkeypatch):
     changed = with_instruction_steps(config, 7)
     files = tokens_of(changed)[1].tokens.files

@@ -23,6 +23,7 @@ def total_in_numpy(name, params, carry, inputs):
     return total + sum(np.sin(leaf).sum() for leaf in carry)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", NAMES)
 def test_directional_derivatives_equal_float64_finite_differences(name):
     cell = cells.CELLS[name]

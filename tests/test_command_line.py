@@ -269,6 +269,7 @@ def test_a_warning_of_the_script_is_one_line(capsys):
     assert capsys.readouterr().out.startswith("warning: left out 1 episode\n")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("module", "argv", "sentence"),
     [

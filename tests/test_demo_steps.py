@@ -31,6 +31,7 @@ def make_step(path, name, after=()):
     return Step(name, functools.partial(note, path, name), lambda: 0.0, 1.0, after)
 
 
+@pytest.mark.slow
 def test_a_step_starts_after_the_steps_that_it_depends_on(tmp_path):
     path, output = tmp_path / "order", io.StringIO()
     needs = {"d": ["b", "c"], "b": ["a"], "c": ["a"], "a": []}

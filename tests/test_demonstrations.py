@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from vla_jax.envs.demonstrations import collect
 from vla_jax.envs.table import expert, jax_env, rules
@@ -26,6 +27,7 @@ def test_a_motion_of_random_length_replaces_the_expert_at_the_start_but_not_in_t
         np.testing.assert_allclose(motion[:count], motion[:1].repeat(count, 0), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_is_recorded_is_the_action_of_the_expert_in_each_state():
     demos = collect(jax_env.make(CONFIG), jax.random.key(0), 8, wander_steps=3)
     task, target = jnp.divmod(demos.instruction, rules.NUM_BLOCKS)

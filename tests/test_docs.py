@@ -94,6 +94,7 @@ def families():
         family.update(members)
 
 
+@pytest.mark.sampled
 @pytest.mark.usefixtures("families")
 @pytest.mark.parametrize("name", GUIDES)
 def test_the_code_of_a_guide_runs(name, tmp_path, monkeypatch):

@@ -114,6 +114,7 @@ def play(engine, policy, alone, key, operation, number, rng):
     return lambda: np.testing.assert_allclose(future.result(10).reply.actions, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.lists(OPERATIONS, min_size=1, max_size=8), min_size=1, max_size=8), st.integers(0)
 )

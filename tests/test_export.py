@@ -130,6 +130,7 @@ def exported(run_dir, tmp_path_factory):
     return export_run(run_dir, tmp_path_factory.mktemp("out") / "policy")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("kind", "mode", "block", "head"), CASES)
 def test_an_exported_policy_equals_its_agent_without_the_library(kind, mode, block, head, tmp_path):
     run, folder = run_of(tmp_path, kind, mode, block, head), tmp_path / "policy"

@@ -81,6 +81,7 @@ def test_the_result_is_a_run_folder_whose_policy_acts(cloned, tuned):
     assert (tuned / "curve.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_both_policies_are_compared_on_the_same_layouts(tuned):
     report = json.loads((tuned / "report.json").read_text())
     tasks = [
@@ -92,6 +93,7 @@ def test_both_policies_are_compared_on_the_same_layouts(tuned):
     assert report["env_steps"] == 2 * 4 * 8 * 4  # seeds, updates, environments, steps
 
 
+@pytest.mark.slow
 def test_a_resumed_training_equals_an_uninterrupted_one_to_the_bit(cloned, tuned, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(tuned, copy)
@@ -101,6 +103,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one_to_the_bit(cloned, tuned
     assert_same(load_run(copy).params, load_run(tuned).params)
 
 
+@pytest.mark.slow
 def test_a_run_that_has_been_trained_again_is_refused_as_the_origin(cloned, tuned, tmp_path):
     origin, run_dir = tmp_path / "origin", tmp_path / "run"
     shutil.copytree(cloned, origin)
@@ -149,6 +152,7 @@ def rewards(cloned):
     return learn
 
 
+@pytest.mark.slow
 def test_a_policy_learns_rewarded_actions(rewards):
     mean_rewards = rewards(0.0)
     assert np.mean(mean_rewards[:3]) < 0.5

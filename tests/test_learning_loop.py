@@ -99,6 +99,7 @@ def test_four_devices_equal_one(whole, tmp_path):
     jax.tree.map(close, sharded.params, result.params)
 
 
+@pytest.mark.slow
 def test_seeds_differ_and_each_has_its_learning_curve(whole, capsys):
     _, run_dir, result = whole
     kernel = result.params["mlp"]["layers_0"]["kernel"]
@@ -146,6 +147,7 @@ def test_a_reward_of_nan_is_reported_and_the_last_checkpoint_is_kept(whole, tmp_
     jax.tree.map(np.testing.assert_array_equal, run(copy, name), result)  # without the fault
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_policy_whose_outputs_are_not_finite_chooses_no_action(name):
     config_type, _ = MAKERS[name]

@@ -427,6 +427,7 @@ for family, arguments in FAMILIES.items():
         CASES[f"{family.__name__}-{label}"] = lambda f=family, a=args: f(*a)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", CASES)
 def test_masked_nan_and_inf_change_no_output_and_no_gradient(name):
     run, params = CASES[name]()

@@ -82,6 +82,7 @@ def part(stored, name, kind):
     return {path[len(prefix) :]: x for path, x in stored.items() if path.startswith(prefix)}
 
 
+@pytest.mark.sampled
 @each_cell
 @each_scan
 def test_outputs_carry_and_gradients_equal_those_of_the_original(scan, name, stored):
@@ -128,6 +129,7 @@ def test_outputs_carry_and_gradients_equal_those_of_the_loop(cell, flag_names, r
     assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(by_steps))
 
 
+@pytest.mark.sampled
 @each_cell
 @pytest.mark.parametrize("chunk_size", [1, T, 64])
 def test_the_size_of_a_chunk_makes_no_difference(name, chunk_size):
@@ -158,6 +160,7 @@ def test_a_long_sequence_of_strong_inputs_equals_the_loop(name):
     assert_close(*results, tolerance=5e-5 if name == "m_lstm" else 1e-5)
 
 
+@pytest.mark.sampled
 @each_cell
 def test_vmap_equals_a_loop(name):
     params, carry, inputs = draw_case(MATRIX[name])
@@ -172,6 +175,7 @@ def test_vmap_equals_a_loop(name):
     assert_close(jax.jit(jax.vmap(gradient))(stacked), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.sampled
 @each_cell
 def test_many_devices_equal_one(name):
@@ -212,6 +216,7 @@ def test_many_devices_equal_one(name):
     np.testing.assert_allclose(sharded, jax.jit(square)(*arguments), rtol=1e-5)
 
 
+@pytest.mark.sampled
 @each_cell
 @each_scan
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "backward"])
@@ -262,6 +267,7 @@ def test_bfloat16_products_keep_the_carry_in_float32(name):
     assert not np.array_equal(half[1], full[1])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("cell", [*MATRIX.values(), *WITHOUT_CONVOLUTION.values()],
                          ids=[*MATRIX, *WITHOUT_CONVOLUTION])  # fmt: skip
 def test_the_convolution_leaves_out_masked_steps(cell):
@@ -421,6 +427,7 @@ def test_chunks_take_less_memory_than_steps(name):
     assert temporary_bytes(chunkwise.scan) < 0.5 * temporary_bytes(bptt.plain_scan)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("size", [1, 2, 5, 64])
 @pytest.mark.parametrize("same_key", [False, True])
 def test_a_triangular_system_is_solved_as_in_float64(size, same_key, key):

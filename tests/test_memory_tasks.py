@@ -59,12 +59,14 @@ def play(name, by_expert, same_layout=False, other_cue=False, **axes):
     return jax.device_get(episode(layout_keys, cue_keys, jax.random.split(jax.random.key(5), NUM)))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", NAMES)
 def test_the_expert_succeeds(name):
     _, success, *_ = play(name, True)
     assert success.mean() >= 0.98
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", WITH_DELAY)
 def test_after_the_cue_has_gone_observations_of_two_cues_are_equal(name):
     (state, proprio, acts, _), _, start, _ = play(name, False, same_layout=True)
@@ -97,6 +99,7 @@ def test_the_delay_is_drawn_around_its_mean():
     assert set(delays) == {5, 6, 7}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ["cups", "cups_swapped", "dark", "lit", "kth", "sequence", "path"])
 def test_chance_is_the_rate_of_an_expert_that_believes_another_cue(name):
     success = play(name, True, other_cue=True)[1]

@@ -221,6 +221,7 @@ def test_a_sharded_batch_equals_an_unsharded_one():
 # --- the carry, and single steps --------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("cut", [1, 3, 4, 7])
 @pytest.mark.parametrize("has_flags", [False, True])
 def test_a_sequence_continues_from_the_carry(cut, has_flags):

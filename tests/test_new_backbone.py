@@ -166,6 +166,7 @@ def assert_close(one, other):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, other)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("pooling", ["max", "mean", "attention", "none"])
 @pytest.mark.parametrize("kind", ["lstm", "gpt", "fc"])
 def test_streamed_equals_windowed_and_padding_is_ignored(pooling, kind):

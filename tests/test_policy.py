@@ -99,6 +99,7 @@ def test_precomputed_tokens_give_the_same_chunks(name):
     )
 
 
+@pytest.mark.sampled
 @each
 def test_outputs_are_tokens_features_and_prediction(name):
     config, observation = CONFIGS[name], select_steps(observe(name), slice(W))

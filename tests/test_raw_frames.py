@@ -83,6 +83,7 @@ def video(request, tmp_path_factory):
     return segments, decode(segments, SIZE)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("capacity", [0, 5 * FRAME_BYTES, 25 * FRAME_BYTES, 10**8])
 def test_images_on_demand_equal_whole_files_for_random_access(video, capacity):
     segments, whole = video

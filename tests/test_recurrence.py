@@ -140,6 +140,7 @@ def test_masked_inputs_have_no_effect_and_no_gradient(config, key):
     assert by_inputs[mask].any(axis=-1).all()
 
 
+@pytest.mark.sampled
 @each_config
 def test_a_fully_masked_sequence_returns_its_carry(config, key):
     params, carry = recurrence.init(key, config, D), draw_carry(config)
@@ -274,6 +275,7 @@ def test_jit_and_vmap_change_nothing(config, key):
     assert_close(jax.tree.map(lambda leaf: leaf[:, 0], last), expected[0])
 
 
+@pytest.mark.sampled
 @each_cell
 def test_no_training_calls_lapack(cell, key):
     """LAPACK's solution of triangular systems never returns if all threads of XLA are in it."""

@@ -50,6 +50,7 @@ def test_every_model_is_compared_with_its_original():
     assert kinds == models.MODELS.keys()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("case", CASES)
 def test_outputs_equal_the_originals(case):
     config, params = model(pathlib.PurePath(case).parent.name)
@@ -70,6 +71,7 @@ def test_every_model_has_inputs_of_low_variance():
     assert {model(name)[0].kind for name in LOW_VARIANCE} == models.MODELS.keys()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", LOW_VARIANCE)
 def test_the_constants_in_the_norms_are_the_originals(name):
     config, params = model(name)

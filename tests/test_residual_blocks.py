@@ -100,6 +100,7 @@ def test_padding_equals_removing_the_steps_even_if_it_is_nan(cell, block, key):
     assert_close(gradient, expected, atol=1e-4)
 
 
+@pytest.mark.sampled
 @each_block
 def test_remat_changes_nothing_and_dropout_needs_a_key(block, key):
     config = make_config(block, dropout=0.5)
@@ -127,6 +128,7 @@ def test_dropout_of_a_step_is_that_of_a_sequence_of_one_step(block, key):
     assert np.abs(plain - expected).max() > 1e-2
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("num_layers", [1, 12])
 @each_block
 def test_many_blocks_pass_a_gradient_to_the_inputs(block, num_layers, key):

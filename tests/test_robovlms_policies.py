@@ -91,6 +91,7 @@ def assert_close(actual, expected, atol=1e-5, rtol=0.0):
 # --- numbers of the originals -----------------------------------------------------------------
 
 
+@pytest.mark.sampled
 def test_images_are_resized_as_the_processor_does(case):
     for name in ("rgb", "hand"):
         if f"in.{name}_uint8" in case.values:
@@ -101,6 +102,7 @@ def test_images_are_resized_as_the_processor_does(case):
                 np.testing.assert_array_equal(resizing.resize(image, size, "bicubic"), resized)
 
 
+@pytest.mark.sampled
 def test_embeddings_of_the_language_model(case):
     values, config = case.values, case.padded.backbone
     observation = case.observe(
@@ -117,6 +119,7 @@ def test_embeddings_of_the_language_model(case):
     assert_close(embeddings[mask], values["out.embeds"][mask])
 
 
+@pytest.mark.sampled
 def test_features_and_actions_of_windows(case):
     values, ((_, (outputs, _, _)), _) = case.values, case.trained
     assert_close(outputs.tokens.tokens, values["out.features"])
@@ -159,6 +162,7 @@ def test_one_sample_by_itself(case):
     assert_close(outputs.tokens.tokens[1], values["out.features"][1])
 
 
+@pytest.mark.sampled
 def test_streamed_past_the_window(case):
     values, run = case.values, case.run
     images, size = values["in.stream_rgb_uint8"], run.agent.policy.backbone.image_shape

@@ -62,6 +62,7 @@ def assert_equal(one, other, atol=0.0):
     )
 
 
+@pytest.mark.sampled
 @pytest.mark.filterwarnings("ignore:exec_horizon is")
 @pytest.mark.parametrize(("kind", "head", "mode", "execution"), CASES)
 def test_a_session_in_a_table_equals_the_session_alone(kind, head, mode, execution):

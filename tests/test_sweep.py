@@ -62,6 +62,7 @@ def results(folder):
     return [Result(**line)._replace(seconds=0.0) for line in lines]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rate", "seed"), [(RATES[0], 0), (RATES[1], 1)])
 def test_a_member_is_the_training_of_imitate(demos, swept, tmp_path, rate, seed):
     single = tiny_demos.imitation(demos, tmp_path / "run", seed=seed)
@@ -148,6 +149,7 @@ def test_the_members_differ_and_are_in_the_table(swept):
     assert curve[-1]["loss/03"] == pytest.approx(members[3].loss)
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_stopped_resumes_from_the_update_at_hand(
     demos, swept, tmp_path, monkeypatch
 ):

@@ -51,6 +51,7 @@ def assert_bitwise_equal(one, other):
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
+@pytest.mark.slow
 def test_a_run_writes_results_metrics_and_plots(trained):
     result = json.loads((trained / "test.json").read_text())
     assert result["commands"] == round(0.006 * 16_728)
@@ -63,6 +64,7 @@ def test_a_run_writes_results_metrics_and_plots(trained):
         assert (trained / plot).stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted_bitwise(trained, tmp_path):
     run_dir = shutil.copytree(trained, tmp_path / "resumed")
     shutil.rmtree(run_dir / "checkpoints" / "4")
@@ -100,6 +102,7 @@ def test_the_teacher_forcing_rate_decreases_with_the_updates():
         assert loss == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_whole_targets_are_either_teacher_forced_or_decoded_freely():
     """One command per update, as in `one_by_one`: its loss is one of two, each half of the time."""
     config = tiny("", "one_by_one", batch_size=1)

@@ -82,6 +82,7 @@ def test_chunks_with_a_carry_give_the_outputs_of_the_whole_sequence(cell, chunk_
     assert_close(outputs[:, :T], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.sampled
 @each_cell
 def test_a_chunk_as_long_as_the_episode_gives_the_full_gradient(cell):
@@ -119,6 +120,7 @@ def test_the_gradient_of_a_chunk_equals_that_of_a_sequence_that_starts_there(cel
     assert_close(jax.grad(loss_of_second_chunk)(params), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.sampled
 @each_cell
 def test_burn_in_affects_the_outputs_but_has_no_gradient(cell):

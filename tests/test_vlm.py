@@ -51,6 +51,7 @@ def encode(config, observation, params=None):
     return compiled(config.kind)(params, config, observation)
 
 
+@pytest.mark.sampled
 @each
 def test_tokens_of_a_sample_do_not_depend_on_the_batch_or_the_padding(kind):
     config = CONFIGS[kind]
@@ -71,6 +72,7 @@ def test_images_in_several_passes_give_the_same_tokens(kind):
     np.testing.assert_allclose(in_passes, together, atol=1e-5)
 
 
+@pytest.mark.sampled
 @each
 def test_the_policy_sees_the_hidden_states_of_the_original_forward(kind):
     """The ids of the policy's sequence, with the model's placeholders, give the same states."""

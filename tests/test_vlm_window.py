@@ -69,6 +69,7 @@ apply_policy = jax.jit(policy.apply, static_argnums=1)
 encode = jax.jit(policy.encode_window, static_argnums=1)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", KINDS)
 def test_streamed_equals_windowed(kind):
     config, params, observation = make(kind), make_params(kind), observe(kind)
@@ -86,6 +87,7 @@ def test_streamed_equals_windowed(kind):
         assert_close(chunk, select(expected, -1))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", KINDS)
 def test_masked_steps_and_earlier_episodes_are_not_seen(kind):
     config, params = make(kind), make_params(kind)
