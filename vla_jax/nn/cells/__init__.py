@@ -4,7 +4,8 @@
 `CELLS`; stacks, masks, resets, the backward pass, streaming and decoders then work with it.
 
 Gates lie on the last axis in PyTorch's and cuDNN's order: LSTM `i f g o`; GRU `r z n`, with the
-reset gate applied after the recurrent product. Other cells say their order in `combine`.
+reset gate applied after the recurrent product. Other cells say their order in `combine`,
+those that are linear in their carry in `coefficients`.
 """
 
 from vla_jax.nn.cells.contract import PRODUCT_PARAMS, Cell, extra_params, project, recur, step

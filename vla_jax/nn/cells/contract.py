@@ -116,6 +116,33 @@ def step(
     return cell.combine(extra_params(params), carry, projected, recur(params, carry, dtype=dtype))
 
 
+def combine_linear(
+    extra_params: Params,
+    carry: Any,
+    projected: Array,
+    recurrent: Array | None,
+    *,
+    coefficients: Callable[[Params, Any], tuple[jax.Array, jax.Array]],
+) -> tuple[Any, jax.Array]:
+    """Returns the next carry and output of a cell that is linear in its carry.
+
+        hₜ = aₜ hₜ₋₁ + bₜ
+
+    `partial(combine_linear, coefficients=coefficients)` is the `combine` of such a cell.
+
+    Args:
+      extra_params: of the cell.
+      carry: with `hidden` `[..., H]` as its only field.
+      projected: `[..., G·H]`.
+      recurrent: ignored; such a cell has no recurrent product.
+      coefficients: of the cell, see `Cell`.
+    """
+    del recurrent
+    decay, added = coefficients(extra_params, projected)
+    hidden = decay * carry.hidden + added
+    return type(carry)(hidden), hidden
+
+
 def init_uniform(key: Key, input_size: int, hidden_size: int, *, num_gates: int) -> Params:
     """Returns the four product params drawn from U(−1/√H, 1/√H), biases included.
 

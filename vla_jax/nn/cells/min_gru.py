@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vla_jax.nn.cells.contract import Cell, init_uniform, zeros
+from vla_jax.nn.cells.contract import Cell, combine_linear, init_uniform, zeros
 from vla_jax.nn.cells.time_constants import spread_biases
 from vla_jax.types import Array, Key, Params
 
@@ -29,31 +29,19 @@ def init(key: Key, input_size: int, hidden_size: int) -> Params:
     return {name: params[name] for name in ("input_kernel", "input_bias")}
 
 
-def combine(
-    extra_params: Params, carry: MinGRUCarry, projected: Array, recurrent: Array | None
-) -> tuple[MinGRUCarry, jax.Array]:
-    """Returns the next carry and output of a minGRU, whose gates do not depend on the carry.
+def coefficients(extra_params: Params, projected: Array) -> tuple[jax.Array, jax.Array]:
+    """Returns a and b of hₜ = aₜ hₜ₋₁ + bₜ, each `[..., H]`; the gates do not depend on the carry.
 
         z = σ(pₜ)       n = pₜ
         hₜ = (1 − z) hₜ₋₁ + z n
 
     Args:
       extra_params: empty.
-      carry: `[..., H]`.
       projected: p `[..., 2·H]`, in the order z, n.
-      recurrent: ignored; a minGRU has no recurrent product.
 
     Source: Feng et al. 2024, "Were RNNs All We Needed?" (arXiv:2410.01201), section 3.1, the form
     without logarithms, in which n has no activation.
     """
-    del recurrent
-    decay, added = coefficients(extra_params, projected)
-    hidden = decay * carry.hidden + added
-    return MinGRUCarry(hidden), hidden
-
-
-def coefficients(extra_params: Params, projected: Array) -> tuple[jax.Array, jax.Array]:
-    """Returns a and b of hₜ = aₜ hₜ₋₁ + bₜ, each `[..., H]`, from `projected [..., 2·H]`."""
     del extra_params
     update, candidate = jnp.split(projected, 2, axis=-1)
     z = jax.nn.sigmoid(update)
@@ -64,7 +52,7 @@ MIN_GRU = Cell(
     num_gates=2,
     init=init,
     zero_carry=partial(zeros, carry_type=MinGRUCarry),
-    combine=combine,
+    combine=partial(combine_linear, coefficients=coefficients),
     sums_gates=True,
     coefficients=coefficients,
     # update gate, which admits the input

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vla_jax.nn.cells.contract import Cell, init_uniform, zeros
+from vla_jax.nn.cells.contract import Cell, combine_linear, init_uniform, zeros
 from vla_jax.nn.cells.time_constants import spread_biases
 from vla_jax.types import Array, Key, Params
 
@@ -29,31 +29,19 @@ def init(key: Key, input_size: int, hidden_size: int) -> Params:
     return {name: params[name] for name in ("input_kernel", "input_bias")}
 
 
-def combine(
-    extra_params: Params, carry: MinLSTMCarry, projected: Array, recurrent: Array | None
-) -> tuple[MinLSTMCarry, jax.Array]:
-    """Returns the next carry and output of a minLSTM, whose gates do not depend on the carry.
+def coefficients(extra_params: Params, projected: Array) -> tuple[jax.Array, jax.Array]:
+    """Returns a and b of hₜ = aₜ hₜ₋₁ + bₜ, each `[..., H]`; the gates do not depend on the carry.
 
         i, f = σ(pₜ)       g = pₜ
         hₜ = f/(f + i) hₜ₋₁ + i/(f + i) g
 
     Args:
       extra_params: empty.
-      carry: `[..., H]`.
       projected: p `[..., 3·H]`, in the order i, f, g.
-      recurrent: ignored; a minLSTM has no recurrent product.
 
     Source: Feng et al. 2024, "Were RNNs All We Needed?" (arXiv:2410.01201), section 3.2, the form
     without logarithms, in which g has no activation.
     """
-    del recurrent
-    decay, added = coefficients(extra_params, projected)
-    hidden = decay * carry.hidden + added
-    return MinLSTMCarry(hidden), hidden
-
-
-def coefficients(extra_params: Params, projected: Array) -> tuple[jax.Array, jax.Array]:
-    """Returns a and b of hₜ = aₜ hₜ₋₁ + bₜ, each `[..., H]`, from `projected [..., 3·H]`."""
     del extra_params
     i, f, g = jnp.split(projected, 3, axis=-1)
     # f/(f + i) = σ(log f − log i), which is finite where both gates underflow.
@@ -65,7 +53,7 @@ MIN_LSTM = Cell(
     num_gates=3,
     init=init,
     zero_carry=partial(zeros, carry_type=MinLSTMCarry),
-    combine=combine,
+    combine=partial(combine_linear, coefficients=coefficients),
     sums_gates=True,
     coefficients=coefficients,
     # With biases −b and b, f/(f + i) = σ(b), as f + i = 1.

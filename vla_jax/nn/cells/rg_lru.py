@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vla_jax.nn.cells.contract import Cell, init_uniform, zeros
+from vla_jax.nn.cells.contract import Cell, combine_linear, init_uniform, zeros
 from vla_jax.nn.cells.time_constants import draw_log_odds
 from vla_jax.types import Array, Key, Params
 
@@ -42,10 +42,8 @@ def init(key: Key, input_size: int, hidden_size: int) -> Params:
     }
 
 
-def combine(
-    extra_params: Params, carry: RGLRUCarry, projected: Array, recurrent: Array | None
-) -> tuple[RGLRUCarry, jax.Array]:
-    """Returns the next carry and output of an RG-LRU, whose gates do not depend on the carry.
+def coefficients(extra_params: Params, projected: Array) -> tuple[jax.Array, jax.Array]:
+    """Returns a and b of hₜ = aₜ hₜ₋₁ + bₜ, each `[..., H]`; the gates do not depend on the carry.
 
         r, i = σ(pₜ)       u = pₜ
         aₜ = σ(Λ)^(8 r)
@@ -57,25 +55,10 @@ def combine(
 
     Args:
       extra_params: Λ `decay_logit` `[H]`.
-      carry: `[..., H]`.
       projected: p `[..., 3·H]`, in the order r, i, u.
-      recurrent: ignored; an RG-LRU has no recurrent product.
 
     Source: De et al. 2024, "Griffin" (arXiv:2402.19427), section 2.4, without the exception of
     google-deepmind/recurrentgemma, which does not scale the first input of a sequence.
-    """
-    del recurrent
-    decay, added = coefficients(extra_params, projected)
-    hidden = decay * carry.hidden + added
-    return RGLRUCarry(hidden), hidden
-
-
-def coefficients(extra_params: Params, projected: Array) -> tuple[jax.Array, jax.Array]:
-    """Returns a and b of hₜ = aₜ hₜ₋₁ + bₜ, each `[..., H]`.
-
-    Args:
-      extra_params: Λ `decay_logit` `[H]`.
-      projected: p `[..., 3·H]`.
     """
     r, i, u = jnp.split(projected, 3, axis=-1)
     rate = SHARPNESS * jax.nn.softplus(-extra_params["decay_logit"])  # −8 log σ(Λ)
@@ -126,7 +109,7 @@ RG_LRU = Cell(
     num_gates=3,
     init=init,
     zero_carry=partial(zeros, carry_type=RGLRUCarry),
-    combine=combine,
+    combine=partial(combine_linear, coefficients=coefficients),
     sums_gates=True,
     coefficients=coefficients,
     spread=spread,
