@@ -1,4 +1,4 @@
-"""Dense layers, multilayer perceptrons, dropout, layer normalisation, masked softmax.
+"""Dense layers, multilayer perceptrons, dropout, normalisation, masked softmax.
 
 A dense layer is `{"kernel" [in, out], "bias" [out]}`; a multilayer perceptron (MLP) is
 `{"layers_0": dense, "layers_1": dense, ...}` with ReLU between the layers and none after the last.
@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from vla_jax.nn.matmul import Transposed, product
 from vla_jax.types import Array, Key, Params, ShardingRules
 
-EPSILON = 1e-5  # added to the variance in a layer normalisation
+EPSILON = 1e-5  # added to the variance or the mean square in a normalisation
 # A dense layer is split along its outputs, or along its inputs, over the mesh axis `tensor`. What
 # lies between one of each needs no communication. The other dimension is split over `fsdp`.
 SPLIT_OUTPUTS = PartitionSpec("fsdp", "tensor")
@@ -82,6 +82,17 @@ def layer_norm(inputs: Any, scale: Array, bias: Array | None = None) -> jax.Arra
     variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
     scaled = centred * jax.lax.rsqrt(variance + EPSILON) * jnp.broadcast_to(scale, centred.shape)
     return scaled if bias is None else scaled + jnp.broadcast_to(bias, scaled.shape)
+
+
+def rms_norm(inputs: jax.Array, scale: Array) -> jax.Array:
+    """Returns `[..., D]` divided by its root mean square, times a scale `[D]`.
+
+        x / √(mean(x²) + 1e-5) · scale
+
+    Source: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization" (arXiv:1910.07467).
+    """
+    mean = jnp.mean(jnp.square(inputs), axis=-1, keepdims=True)
+    return inputs * jax.lax.rsqrt(mean + EPSILON) * jnp.broadcast_to(scale, inputs.shape)
 
 
 def masked_softmax(scores: jax.Array, mask: Array) -> jax.Array:

@@ -31,8 +31,7 @@ import numpy as np
 from vla_jax.config import checked, did_you_mean
 from vla_jax.nn.attention import causal_mask, episode_positions
 from vla_jax.nn.bptt import keep_real
-from vla_jax.nn.cells.chunks import rms_norm
-from vla_jax.nn.layers import SPLIT_INPUTS, SPLIT_OUTPUTS, dropout
+from vla_jax.nn.layers import SPLIT_INPUTS, SPLIT_OUTPUTS, dropout, rms_norm
 from vla_jax.nn.matmul import product
 from vla_jax.nn.rotary import grouped_attention, outer, rotate
 from vla_jax.nn.sharded_params import split_rows

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vla_jax.nn.layers import EPSILON
 from vla_jax.types import Array, Key
 
 AUTOMATIC_HEADS = 4  # greatest number of heads of a cell whose config does not name one
@@ -149,17 +148,6 @@ def _inverse(lower: jax.Array) -> jax.Array:
         top = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
         blocks = jnp.concatenate([top, jnp.concatenate([corner, last], axis=-1)], axis=-2)
     return blocks[..., 0, :num_steps, :num_steps]
-
-
-def rms_norm(inputs: jax.Array, scale: Array) -> jax.Array:
-    """Returns `[..., D]` divided by its root mean square, times a scale `[D]`.
-
-        x / √(mean(x²) + 1e-5) · scale
-
-    Source: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization" (arXiv:1910.07467).
-    """
-    mean = jnp.mean(jnp.square(inputs), axis=-1, keepdims=True)
-    return inputs * jax.lax.rsqrt(mean + EPSILON) * jnp.broadcast_to(scale, inputs.shape)
 
 
 def sums_between(chunk: Chunk, steps: jax.Array) -> jax.Array:

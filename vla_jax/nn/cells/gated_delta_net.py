@@ -10,6 +10,7 @@ from vla_jax.nn.cells import chunks
 from vla_jax.nn.cells.chunks import Chunk, heads_first, join_heads, product, split_heads
 from vla_jax.nn.cells.contract import Cell, init_projection, zero_array
 from vla_jax.nn.cells.decay_rates import draw_rates, log_decay, spread_rates
+from vla_jax.nn.layers import rms_norm
 from vla_jax.types import Array, Key, Params
 
 TINY = 1e-6  # of the length of a query or key, so that it has a direction
@@ -177,7 +178,7 @@ def _direction(vectors: jax.Array) -> jax.Array:
 
 def _output(extra_params: Params, outputs: jax.Array, gate: jax.Array) -> jax.Array:
     """Returns RMSNorm(h) silu(g) `[..., H]` from h `[..., M, E]`."""
-    normalised = chunks.rms_norm(outputs, extra_params["norm_scale"])
+    normalised = rms_norm(outputs, extra_params["norm_scale"])
     return join_heads(normalised) * jax.nn.silu(gate)
 
 

@@ -10,6 +10,7 @@ from vla_jax.nn.cells import chunks
 from vla_jax.nn.cells.chunks import Chunk, heads_first, join_heads, product, split_heads
 from vla_jax.nn.cells.contract import Cell, init_projection, zero_array
 from vla_jax.nn.cells.decay_rates import draw_rates, log_decay, spread_rates
+from vla_jax.nn.layers import rms_norm
 from vla_jax.types import Array, Key, Params
 
 
@@ -167,7 +168,7 @@ def _output(
     """Returns RMSNorm((y + D x) silu(z)) `[..., H]` from y `[..., M, E]`."""
     skip = jnp.broadcast_to(extra_params["skip_scale"][:, None], value.shape)
     gated = join_heads(outputs + skip * value) * jax.nn.silu(gate)
-    return chunks.rms_norm(gated, extra_params["norm_scale"])
+    return rms_norm(gated, extra_params["norm_scale"])
 
 
 def configure(num_heads: int, conv_size: int) -> Cell:
