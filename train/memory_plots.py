@@ -12,6 +12,7 @@ from vla_jax.nn.sequence_tasks import TASKS
 NAMES = {  # labels of cells in plots; default: the cell's name
     "rnn": "RNN", "lstm": "LSTM", "gru": "GRU", "layer_norm_lstm": "LayerNorm-LSTM",
     "min_gru": "minGRU", "min_lstm": "minLSTM", "rg_lru": "RG-LRU", "s_lstm": "sLSTM",
+    "m_lstm": "mLSTM", "gated_delta_net": "gated DeltaNet", "mamba2": "Mamba-2",
 }  # fmt: skip
 
 
