@@ -14,7 +14,8 @@ def draw_rates(key: Key, num_heads: int) -> tuple[jax.Array, jax.Array]:
     """Returns the logarithm of the rates and the biases of the step sizes, each `[M]`.
 
     Rates are uniform between 1 and 16. Step sizes are log-spaced between 0.001 and 0.1, from the
-    first head to the last, so that even few heads cover short and long times: 1 to 1,000 steps.
+    first head to the last, so that even few heads cover short and long times. Time constants
+    1 / (1 − exp(−rate · step size)) are between 1.25 and 1,000 steps.
 
     Args:
       key: consumed.

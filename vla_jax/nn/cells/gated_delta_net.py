@@ -36,7 +36,7 @@ def init(key: Key, input_size: int, hidden_size: int, *, num_heads: int, conv_si
     """Returns `{"input_kernel" [D, 4·H + 2·M], "input_bias", "log_rate" [M], ...}`.
 
     The other two are `"norm_scale"` `[E]`, and `"conv_weights"` `[S, 3·H]` if there is a
-    convolution. The heads start with time constants between 2 and 1,000 steps.
+    convolution. The heads start with time constants between 1 and 1,000 steps.
 
     Args:
       key: consumed.
