@@ -50,7 +50,9 @@ def draw_word(
 
     S₃ words are about three cups of which two or three change places at every step. By a
     conjecture of circuit complexity, no recurrence whose steps are diagonal and linear in the carry
-    tracks S₅ or A₅ for words of any length; S₃ and S₄ need at least two such layers.
+    tracks S₅ or A₅ for words of any length. With decays in (0, 1) that depend on the input alone,
+    no number of layers in finite precision computes even the parity of words of any length, and so
+    none tracks S₃ or S₄.
 
     Args:
       key: consumed.
@@ -61,7 +63,8 @@ def draw_word(
     Returns:
       One-hot elements `[B, T, V]`, V of the group, and indices of the products `[B, T]` int32.
 
-    Source: Merrill et al. 2024, "The Illusion of State in State-Space Models" (arXiv:2404.08819).
+    Source: Merrill et al. 2024, "The Illusion of State in State-Space Models" (arXiv:2404.08819);
+    parity: Grazzi et al. 2024 (arXiv:2411.12537).
     """
     order = len(table)
     word = jax.random.randint(key, (batch_size, length), 0, order)
