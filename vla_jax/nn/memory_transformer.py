@@ -1,4 +1,4 @@
-"""A rotary transformer over segments, which hands on memory tokens: a recurrent memory transformer.
+"""Recurrent memory transformer: a rotary transformer whose segments pass memory tokens to the next.
 
 An episode is cut into segments of S steps. The m memory tokens of a segment stand before its steps,
 to be read, and again after them, to be written:
@@ -39,7 +39,7 @@ class MemoryTransformerConfig:
     """A rotary transformer with memory tokens; the `span` of its layers is not used."""
 
     transformer: RotaryTransformerConfig = RotaryTransformerConfig()  # sizes of the layers
-    num_memory_tokens: int = 8  # m, vectors that a segment hands on to the next
+    num_memory_tokens: int = 8  # m, vectors that a segment passes to the next segment
     segment_size: int = 16  # S, steps of a segment
     remat: bool = False  # whether to recompute each segment in the backward pass
 

@@ -40,8 +40,8 @@ class DecoderFields:
     num_heads: int = 8  # M, heads of transformers and of cells with matrices as their carry
     num_kv_heads: int = 0  # key and value heads of rotary_gpt and memory_gpt; 0 = num_heads
     attention_span: int = 0  # steps that a layer of rotary_gpt attends to; 0 = window_size
-    segment_size: int = 16  # steps after which memory_gpt hands on its memory tokens
-    num_memory_tokens: int = 8  # vectors that memory_gpt hands on from segment to segment
+    segment_size: int = 16  # steps after which memory_gpt passes memory tokens to the next segment
+    num_memory_tokens: int = 8  # vectors that a segment of memory_gpt passes to the next segment
     conv_size: int = 4  # S, steps of the convolution of gated_delta_net and mamba2; 1 = none
     pooling: Pooling = "max"  # how the N tokens of a step are pooled; none concatenates them
     num_latents: int = 1  # vectors per step after pooling, concatenated

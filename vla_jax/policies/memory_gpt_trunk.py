@@ -1,9 +1,9 @@
-"""The transformer trunk with memory tokens, which segments of an episode hand on to the next.
+"""The transformer trunk with memory tokens, which a segment passes to the next segment.
 
 A step attends to its segment of `segment_size` steps so far and to `num_memory_tokens` vectors,
 which are all that remains of earlier segments. Segments start with the episode.
 
-- "persistent": memory is handed on over the whole episode.
+- "persistent": memory is passed from segment to segment over the whole episode.
 - "periodic": the memory is cleared every W steps.
 - "refresh": the last W steps are recomputed at every step, from the learned first memory.
 """
