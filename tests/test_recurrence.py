@@ -279,8 +279,7 @@ def test_jit_and_vmap_change_nothing(config, key):
 @each_cell
 def test_no_training_calls_lapack(cell, key):
     """LAPACK's solution of triangular systems never returns if all threads of XLA are in it."""
-    implementation = "auto" if cells.CELLS[cell].chunk is None else "chunkwise"
-    config = RecurrenceConfig(cell, hidden_size=H, implementation=implementation)
+    config = RecurrenceConfig(cell, hidden_size=H)
     params = recurrence.init(key, config, D)
 
     def total(params, inputs):
