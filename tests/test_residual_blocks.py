@@ -16,7 +16,7 @@ from vla_jax.policies import decoders
 from vla_jax.policies.decoder_config import DecoderConfig
 
 B, T, D, H = 3, 6, 3, 4
-each_block = pytest.mark.parametrize("block", [name for name, each in BLOCKS.items() if each])
+each_block = pytest.mark.parametrize("block", [name for name in BLOCKS if name != "none"])
 each_cell = pytest.mark.parametrize("cell", CELLS)
 
 apply = jax.jit(residual_blocks.apply, static_argnames="config")

@@ -31,8 +31,8 @@ from vla_jax.nn.recurrence import Carry, RecurrenceConfig
 from vla_jax.types import Array, Key, Params, ShardingRules
 
 BlockName = Literal["none", "mlp", "gated"]
-# (params of a block, its carry, inputs [..., H], key) -> carry, output of the cell
-_Advance = Callable[[Params, Carry, jax.Array], tuple[Carry, jax.Array]]
+# (params, config, carry, inputs [..., D], key) -> carry, outputs: `recurrence.apply` or `step`
+_Advance = Callable[[Params, RecurrenceConfig, Carry, Array, Key | None], tuple[Carry, jax.Array]]
 SHARDING: ShardingRules = (
     *recurrence.SHARDING,
     ("input/kernel", PartitionSpec("fsdp")),
@@ -70,16 +70,22 @@ class StackConfig:
             raise ValueError(
                 f"gate_span must be above 2 steps, or 0 for none, got {self.gate_span}."
             )
-        if BLOCKS[self.block] is not None:
-            for name in ("bidirectional", "residual"):
-                if getattr(self.recurrence, name):
-                    raise ValueError(
-                        f"{name} must be False with block '{self.block}', got True; choose 'none'."
-                    )
+        BLOCKS[self.block].check(self)
+
+
+class BlockStack(NamedTuple):
+    """Member of the family `BLOCKS`: layers with some block around each of them."""
+
+    check: Callable[[StackConfig], None]  # raises a ValueError for an unsupported config
+    init: Callable[[Key, StackConfig, int], Params]  # (key, config, D) -> params
+    zero_carry: Callable[[StackConfig, Array], Any]  # (config, like [B, ...]) -> carry
+    # (params, config, carry, inputs [..., D], mask [...] or None, key, advance) -> carry, outputs
+    # [..., H]; `advance` runs a recurrence over the steps of the inputs
+    run: Callable[..., tuple[Any, jax.Array]]
 
 
 class ResidualBlock(NamedTuple):
-    """Member of the family `BLOCKS`; None stands for a plain stack."""
+    """What is different between residual blocks."""
 
     cell_size: Callable[[int, int], int]  # (H, wide) -> units of the cell
     init: Callable[[Key, int, int], Params]  # (key, H, wide) -> params beside cell and first norm
@@ -99,20 +105,7 @@ def init(key: Key, config: StackConfig, input_size: int) -> Params:
       As `recurrence.init`; with blocks `{"input": dense, "blocks_0": {"norm", "recurrence", …},
       …, "norm"}`.
     """
-    block = BLOCKS[config.block]
-    if block is None:
-        return _init_cells(key, config.recurrence, input_size, config.gate_span)
-    size, wide = config.recurrence.hidden_size, _wide(config)
-    input_key, *keys = jax.random.split(key, 1 + config.recurrence.num_layers)
-    params = {"input": layers.init_dense(input_key, input_size, size)}
-    for name, block_key in zip(_names(config), keys, strict=True):
-        cell_key, other_key = jax.random.split(block_key)
-        params[name] = {
-            "norm": _init_norm(size),
-            "recurrence": _init_cells(cell_key, _one_layer(config), size, config.gate_span),
-            **block.init(other_key, size, wide),
-        }
-    return {**params, "norm": _init_norm(size)}
+    return BLOCKS[config.block].init(key, config, input_size)
 
 
 def zero_carry(config: StackConfig, like: Array) -> Any:
@@ -122,9 +115,7 @@ def zero_carry(config: StackConfig, like: Array) -> Any:
       config: of the stack.
       like: any array `[B, ...]` of the data; the carry is sharded like it.
     """
-    if BLOCKS[config.block] is None:
-        return recurrence.zero_carry(config.recurrence, like)
-    return {name: recurrence.zero_carry(_one_layer(config), like) for name in _names(config)}
+    return BLOCKS[config.block].zero_carry(config, like)
 
 
 def apply(
@@ -153,20 +144,14 @@ def apply(
     Returns:
       The carry, and outputs `[B, T, H]`, float32, zeros at masked steps.
     """
-    if BLOCKS[config.block] is None:
-        return recurrence.apply(
-            params, config.recurrence, inputs, mask=mask, reset=reset, carry=carry, key=key
-        )
+
+    def advance(
+        params: Params, cells: RecurrenceConfig, carry: Carry, inputs: Array, key: Key | None
+    ) -> tuple[Carry, jax.Array]:
+        return recurrence.apply(params, cells, inputs, mask=mask, reset=reset, carry=carry, key=key)
+
     carry = zero_carry(config, inputs) if carry is None else carry
-
-    def advance(params: Params, carry: Carry, inputs: jax.Array) -> tuple[Carry, jax.Array]:
-        return recurrence.apply(
-            params, _one_layer(config), inputs, mask=mask, reset=reset, carry=carry
-        )
-
-    real = bptt.keep_real(inputs, mask)
-    carry, outputs = _run(params, config, carry, real, advance, key)
-    return carry, bptt.keep_real(outputs, mask)
+    return BLOCKS[config.block].run(params, config, carry, inputs, mask, key, advance)
 
 
 def step(
@@ -188,13 +173,13 @@ def step(
       reset: `[B]`, True where a new episode starts; None means nowhere.
       key: consumed, for dropout; None means no dropout.
     """
-    if BLOCKS[config.block] is None:
-        return recurrence.step(params, config.recurrence, carry, inputs, reset=reset, key=key)
 
-    def advance(params: Params, carry: Carry, inputs: jax.Array) -> tuple[Carry, jax.Array]:
-        return recurrence.step(params, _one_layer(config), carry, inputs, reset=reset)
+    def advance(
+        params: Params, cells: RecurrenceConfig, carry: Carry, inputs: Array, key: Key | None
+    ) -> tuple[Carry, jax.Array]:
+        return recurrence.step(params, cells, carry, inputs, reset=reset, key=key)
 
-    return _run(params, config, carry, inputs, advance, key)
+    return BLOCKS[config.block].run(params, config, carry, inputs, None, key, advance)
 
 
 def prepare_params(params: Params, config: StackConfig, *, num_rows: int) -> Params:
@@ -202,33 +187,83 @@ def prepare_params(params: Params, config: StackConfig, *, num_rows: int) -> Par
     return matmul.prepare_params(params, num_rows=num_rows, dtype=config.recurrence.dtype)
 
 
-def _run(
+def _init_plain(key: Key, config: StackConfig, input_size: int) -> Params:
+    return _init_cells(key, config.recurrence, input_size, config.gate_span)
+
+
+def _zero_plain(config: StackConfig, like: Array) -> Carry:
+    return recurrence.zero_carry(config.recurrence, like)
+
+
+def _run_plain(
+    params: Params,
+    config: StackConfig,
+    carry: Carry,
+    inputs: Array,
+    mask: Array | None,
+    key: Key | None,
+    advance: _Advance,
+) -> tuple[Carry, jax.Array]:
+    del mask  # `advance` has it
+    return advance(params, config.recurrence, carry, inputs, key)
+
+
+def _check_blocks(config: StackConfig) -> None:
+    for name in ("bidirectional", "residual"):
+        if getattr(config.recurrence, name):
+            raise ValueError(
+                f"{name} must be False with block '{config.block}', got True; choose 'none'."
+            )
+
+
+def _init_blocks(block: ResidualBlock, key: Key, config: StackConfig, input_size: int) -> Params:
+    size, wide = config.recurrence.hidden_size, _wide(config)
+    input_key, *keys = jax.random.split(key, 1 + config.recurrence.num_layers)
+    params = {"input": layers.init_dense(input_key, input_size, size)}
+    for name, block_key in zip(_names(config), keys, strict=True):
+        cell_key, other_key = jax.random.split(block_key)
+        params[name] = {
+            "norm": _init_norm(size),
+            "recurrence": _init_cells(cell_key, _one_layer(block, config), size, config.gate_span),
+            **block.init(other_key, size, wide),
+        }
+    return {**params, "norm": _init_norm(size)}
+
+
+def _zero_blocks(block: ResidualBlock, config: StackConfig, like: Array) -> dict[str, Carry]:
+    cells = _one_layer(block, config)
+    return {name: recurrence.zero_carry(cells, like) for name in _names(config)}
+
+
+def _run_blocks(
+    block: ResidualBlock,
     params: Params,
     config: StackConfig,
     carry: dict[str, Carry],
     inputs: Array,
-    advance: _Advance,
+    mask: Array | None,
     key: Key | None,
+    advance: _Advance,
 ) -> tuple[dict[str, Carry], jax.Array]:
-    """Runs all blocks over inputs `[..., D]`; `advance` runs the cell of one."""
-    block, dtype = BLOCKS[config.block], config.recurrence.dtype
-    assert block is not None
+    """Runs all blocks; `advance` runs the cell of one."""
+    cells, dtype = _one_layer(block, config), config.recurrence.dtype
 
     def run_block(
         params: Params, carry: Carry, x: jax.Array, key: Key | None
     ) -> tuple[Carry, jax.Array]:
         drop = partial(_drop, key, config.recurrence.dropout)
         y = layers.layer_norm(x, **params["norm"])
-        carry, hidden = advance(params["recurrence"], carry, y)
+        carry, hidden = advance(params["recurrence"], cells, carry, y, None)
         return carry, block.finish(params, x, y, hidden, drop, dtype)
 
     if config.recurrence.remat_chunk:
         run_block = jax.checkpoint(run_block)
-    x, next_carry = layers.dense(inputs, **params["input"], dtype=dtype), {}
+    real, next_carry = bptt.keep_real(inputs, mask), {}
+    x = layers.dense(real, **params["input"], dtype=dtype)
     for index, name in enumerate(_names(config)):
         block_key = None if key is None else jax.random.fold_in(key, index)
         next_carry[name], x = run_block(params[name], carry[name], x, block_key)
-    return next_carry, layers.layer_norm(x, **params["norm"])
+    return next_carry, bptt.keep_real(layers.layer_norm(x, **params["norm"]), mask)
 
 
 def _init_mlp(key: Key, size: int, wide: int) -> Params:
@@ -271,10 +306,19 @@ def _finish_gated(
     return x + drop(dense(product, **params["down"]), 0)
 
 
-BLOCKS: dict[str, ResidualBlock | None] = {
-    "none": None,
-    "mlp": ResidualBlock(lambda size, wide: size, _init_mlp, _finish_mlp),
-    "gated": ResidualBlock(lambda size, wide: wide, _init_gated, _finish_gated),
+def _stack_of(block: ResidualBlock) -> BlockStack:
+    return BlockStack(
+        check=_check_blocks,
+        init=partial(_init_blocks, block),
+        zero_carry=partial(_zero_blocks, block),
+        run=partial(_run_blocks, block),
+    )
+
+
+BLOCKS: dict[str, BlockStack] = {
+    "none": BlockStack(lambda config: None, _init_plain, _zero_plain, _run_plain),
+    "mlp": _stack_of(ResidualBlock(lambda size, wide: size, _init_mlp, _finish_mlp)),
+    "gated": _stack_of(ResidualBlock(lambda size, wide: wide, _init_gated, _finish_gated)),
 }
 
 
@@ -306,11 +350,9 @@ def _wide(config: StackConfig) -> int:
     return max(1, round(config.expansion * config.recurrence.hidden_size))
 
 
-def _one_layer(config: StackConfig) -> RecurrenceConfig:
+def _one_layer(block: ResidualBlock, config: StackConfig) -> RecurrenceConfig:
     """Returns the config of the recurrence of one block."""
-    block, size = BLOCKS[config.block], config.recurrence.hidden_size
-    assert block is not None
-    size = block.cell_size(size, _wide(config))
+    size = block.cell_size(config.recurrence.hidden_size, _wide(config))
     return dataclasses.replace(config.recurrence, num_layers=1, hidden_size=size, dropout=0.0)
 
 
