@@ -40,7 +40,7 @@ def dense(params, x):
 
 
 @each_block
-def test_a_block_has_the_equations_of_its_paper(block, key):
+def test_a_block_has_the_equations_of_the_module(block, key):
     """With norms of scale 1 and offset 0, as at the start."""
     config = make_config(block, num_layers=1)
     params, inputs = residual_blocks.init(key, config, D), draw(0, B, T, D)

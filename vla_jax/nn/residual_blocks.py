@@ -9,10 +9,15 @@
 "mlp" is the block with post-up-projection: a cell of width H, then an MLP of width
 `expansion` · H (sLSTM in xLSTM, Griffin). In "gated", pre-up-projection, the cell itself has that
 width and a gate beside it (mLSTM in xLSTM, Mamba). A dense layer in front gives the inputs the
-width H; a layer normalisation follows the last block. No block has a convolution of its own.
+width H; a layer normalisation follows the last block.
+
+The blocks have the outer structure of those of xLSTM, Griffin and Mamba, without the gate branch of
+Griffin's recurrent block, the group normalisation of xLSTM and the convolutions; some cells have a
+convolution, or a normalisation of each head, of their own.
 
 Source: Beck et al. 2024, "xLSTM" (arXiv:2405.04517), section 2.4 and appendix A.4; De et al. 2024,
-"Griffin" (arXiv:2402.19427), section 2.1.
+"Griffin" (arXiv:2402.19427), sections 2.1 to 2.3; Gu & Dao 2023, "Mamba" (arXiv:2312.00752),
+section 3.4.
 """
 
 import dataclasses
@@ -130,7 +135,11 @@ def apply(
 ) -> tuple[Any, jax.Array]:
     """Returns the carry after the last step and the outputs of all steps; see `recurrence.apply`.
 
-    With blocks, dropout applies to what a block adds, and `remat_chunk` rematerialises each block.
+    With blocks, dropout applies to what a block adds, and `remat_chunk` rematerialises twice. The
+    forward pass stores the inputs and the initial carry of each block. The backward pass runs a
+    block again and stores its activations, except those of the cell, of which it stores the carries
+    between chunks of `remat_chunk` steps and runs each chunk once more. So the cell runs forward
+    three times and the other layers twice.
 
     Args:
       params: from `init`.
@@ -257,6 +266,8 @@ def _run_blocks(
         return carry, block.finish(params, x, y, hidden, drop, dtype)
 
     if config.recurrence.remat_chunk:
+        # Without this the activations of the dense layers of all blocks would be stored. The cell
+        # keeps its chunks: otherwise all its carries would be stored, in some cells matrices.
         run_block = jax.checkpoint(run_block)
     real, next_carry = bptt.keep_real(inputs, mask), {}
     x = layers.dense(real, **params["input"], dtype=dtype)
