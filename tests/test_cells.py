@@ -46,8 +46,17 @@ def normalise(x):
 
 
 def step_in_numpy(name, params, carry, inputs):
+    """Returns the carry and the outputs of a step, in float64."""
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     x = inputs @ params["input_kernel"] + params["input_bias"]
+    if name in MATRIX:
+        return MATRIX[name](params, carry, x)
+    carry = next_carry(name, params, carry, x)
+    return carry, carry.hidden
+
+
+def next_carry(name, params, carry, x):
+    """Returns the next carry of a cell whose output is in it, from the product with the input."""
     if name == "min_gru":
         z, n = np.split(x, 2, axis=-1)
         return cells.MinGRUCarry((1 - sigmoid(z)) * carry.hidden + sigmoid(z) * n)
@@ -59,8 +68,6 @@ def step_in_numpy(name, params, carry, inputs):
         r, i, u = np.split(x, 3, axis=-1)
         a = sigmoid(params["decay_logit"]) ** (8 * sigmoid(r))
         return cells.RGLRUCarry(a * carry.hidden + np.sqrt(1 - a**2) * sigmoid(i) * u)
-    if name in MATRIX:
-        return MATRIX[name](params, carry, x)
     h = carry.hidden @ params["recurrent_kernel"] + params["recurrent_bias"]
     if name == "rnn":
         return cells.RNNCarry(np.tanh(x + h))
@@ -148,11 +155,8 @@ MATRIX = {
 def test_a_step_equals_the_equations_in_numpy(name):
     cell, inputs = cells.CELLS[name], draw(9, B, D)
     params, carry = draw_params(cell), draw_carry(cell)
-    following, outputs = cells.step(cell, params, carry, inputs)
     expected = step_in_numpy(name, params, carry, inputs)
-    if name not in MATRIX:
-        expected = (expected, expected.hidden)
-    assert_close((following, outputs), expected, TOLERANCE.get(name, 1e-6))
+    assert_close(cells.step(cell, params, carry, inputs), expected, TOLERANCE.get(name, 1e-6))
 
 
 def to_flax(name, params):

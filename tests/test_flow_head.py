@@ -1,6 +1,7 @@
 """The flow-matching head against NumPy, distributions that it must learn, and its streaming."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import optax
 import pytest
 import tiny_run
 
+from tests.finite_differences import assert_slopes
 from vla_jax.acting.agent import AgentConfig, with_noise
 from vla_jax.policies import decoders, flow_head, heads, policy, trunks
 from vla_jax.policies.decoder_config import DecoderConfig
@@ -62,6 +64,18 @@ def test_actions_are_those_of_euler_steps_in_numpy(flow_steps, key):
         )
 
 
+def loss_in_numpy(action, noise, time, mask, params, features):
+    """Returns the mean squared error of the velocities of real actions, in float64."""
+    total, count = 0.0, 0
+    for row in range(B):
+        given = np.where(mask[row][:, None], action[row], 0.0)
+        x = time[row] * given + (1 - time[row]) * noise[row]
+        velocity = velocity_in_numpy(params, features[row], x, time[row])
+        errors = (velocity - (given - noise[row]))[mask[row]] ** 2
+        total, count = total + errors.sum(), count + errors.size
+    return total / count
+
+
 def test_the_loss_is_that_of_a_loop_in_numpy_over_the_real_actions(key):
     config = configured()
     params = flow_head.init(key, config)
@@ -72,15 +86,25 @@ def test_the_loss_is_that_of_a_loop_in_numpy_over_the_real_actions(key):
         params, config, features, TeacherForcing(action, mask), noise, time
     )
     loss, metrics = losses.action_loss(prediction, action, mask)
-    total, count = 0.0, 0
-    for row in range(B):
-        given = np.where(mask[row][:, None], action[row], 0.0)
-        x = time[row] * given + (1 - time[row]) * noise[row]
-        velocity = velocity_in_numpy(params, features[row], x, time[row])
-        errors = (velocity - (given - noise[row]))[mask[row]] ** 2
-        total, count = total + errors.sum(), count + errors.size
-    np.testing.assert_allclose(loss, total / count, rtol=1e-4)
+    expected = loss_in_numpy(action, noise, time, mask, params, features)
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
     assert set(metrics) == {"loss_flow", "acc_gripper", "arm_l1"}
+
+
+def test_the_gradient_of_the_loss_equals_float64_finite_differences(key):
+    config = configured()
+    point = (flow_head.init(key, config), draw(0, B, H))
+    action, noise = np.tanh(draw(1, B, K, A)), draw(2, B, K, A)
+    time, mask = np.array([0.0, 0.3, 0.9], np.float32), np.array([[True, False]] * B)
+
+    def loss(params, features):
+        targets = TeacherForcing(action, mask)
+        prediction = flow_head.predict_velocity(params, config, features, targets, noise, time)
+        return losses.action_loss(prediction, action, mask)[0]
+
+    in_numpy = partial(loss_in_numpy, action, noise, time, mask)
+    # float32 angles of up to 1,400 radians are wrong by 1e-4
+    assert_slopes(jax.grad(loss, (0, 1))(*point), in_numpy, point, tolerance=1e-4)
 
 
 def test_the_estimate_of_the_true_velocity_is_the_action():
