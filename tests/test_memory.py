@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from train import memory, memory_plots
+from train import memory, memory_plots, memory_records
 from train.memory_config import BLOCK, MemoryConfig, cells_of
 from train.memory_training import learn
 from vla_jax.nn.cells import CELLS
@@ -55,7 +55,7 @@ def test_tracking_is_tested_on_longer_sequences_too(outputs):
     assert counting["error"] < 0.5 < TASKS["counting"].chance
 
 
-def test_every_seed_is_trained(tmp_path):
+def test_every_seed_is_trained_and_an_interrupted_experiment_continues(tmp_path, monkeypatch):
     config = dataclasses.replace(
         TINY, tasks=("s3",), tracking=(3,), windows=(), max_updates=BLOCK, num_seeds=2, seed=5,
         num_layers=2, run_dir=str(tmp_path),
@@ -63,6 +63,25 @@ def test_every_seed_is_trained(tmp_path):
     results = json.loads(memory.memory(config).read_text())["results"]
     assert [result["seed"] for result in results] == [5, 6]
     assert results[0]["errors"] != results[1]["errors"]
+
+    trained = []
+    monkeypatch.setattr(
+        memory_records, "learn", lambda *args, seed: trained.append(seed) or learn(*args, seed=seed)
+    )
+    lines = (tmp_path / "results.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "results.jsonl").write_text(lines[0])  # killed after the first training
+    again = json.loads(memory.memory(config).read_text())["results"]
+    assert trained == [6]
+    assert [result["errors"] for result in again] == [result["errors"] for result in results]
+    memory.memory(dataclasses.replace(config, hidden_size=8, num_seeds=1))  # other settings
+    assert trained == [6, 5]
+
+
+def test_gradient_norms_and_windows_are_read_back(outputs, monkeypatch):
+    folder, content = outputs
+    monkeypatch.setattr(memory_records, "train", None)  # nothing is trained again
+    config = dataclasses.replace(TINY, run_dir=str(folder))
+    assert json.loads(memory.memory(config).read_text()) == content
 
 
 def test_a_training_can_go_on_after_its_task_is_solved(monkeypatch):

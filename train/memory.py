@@ -8,15 +8,16 @@
     python -m train.memory --small                           # tiny sizes: seconds, a smoke test
 
 Each training has one task and length, and new random data in every update. It ends when the task is
-solved, or after `max_updates`. Results and plots are written to the run's folder.
+solved, or after `max_updates`. Results are appended to the run's folder one by one, and the same
+command continues after an interruption; plots are drawn at the end.
 """
 
 import dataclasses
 import pathlib
 
-from train import memory_plots
-from train.memory_config import PRESETS, SMALL, MemoryConfig, cells_of, lengths_of
-from train.memory_training import learn, learn_windows, norms_by_lag
+from train import memory_plots, memory_records
+from train.memory_config import PRESETS, SMALL, MemoryConfig
+from train.memory_records import Record
 from vla_jax import config as configs
 from vla_jax.command_line import run
 from vla_jax.runs import save_json
@@ -28,34 +29,39 @@ def memory(config: MemoryConfig) -> pathlib.Path:
     """Trains every cell on every task, writes results and plots; returns the JSON file."""
     if config.small:
         config = dataclasses.replace(config, **SMALL)
-    results, norms, window_errors = [], {}, {}
-    for cell in cells_of(config):
-        for task in config.tasks:
-            for length in lengths_of(config, task):
-                for seed in range(config.seed, config.seed + config.num_seeds):
-                    result, params = learn(config, task, cell, length, seed=seed)
-                    print(memory_plots.describe(result), flush=True)
-                    results.append(result)
-                    is_longest = (task, length, seed) == ("adding", config.adding[-1], config.seed)
-                    if is_longest and config.num_layers == 1:
-                        norms[cell] = norms_by_lag(config, cell, params)
-        if "recall" in config.tasks and config.windows:
-            window_errors[cell] = learn_windows(config, cell)
     run_dir = pathlib.Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    file = run_dir / "memory.json"
+    known = memory_records.read(config, run_dir)
+    records = []
+    for training in memory_records.trainings(config):
+        record = known.get(training)
+        if record is None:
+            record = memory_records.train(config, training)
+            memory_records.append(record, run_dir)
+        if record.result is not None:
+            print(memory_plots.describe(record.result), flush=True)
+        records.append(record)
+    return _write(config, run_dir, records)
+
+
+def _write(config: MemoryConfig, run_dir: pathlib.Path, records: list[Record]) -> pathlib.Path:
+    """Writes all results to one file, and draws the plots; returns the file."""
+    results = [record.result for record in records if record.result is not None]
+    norms = {record.training.cell: record.norms for record in records if record.norms}
     windows = {
-        cell: dict(zip(config.windows, errors, strict=True))
-        for cell, errors in window_errors.items()
+        record.training.cell: record.window_errors for record in records if record.window_errors
     }
     content = {
         "config": configs.to_dict(config),
         "results": [result._asdict() for result in results],
         "gradient_norms": norms,
-        "windows": windows,
+        "windows": {
+            cell: dict(zip(config.windows, errors, strict=True)) for cell, errors in windows.items()
+        },
     }
+    file = run_dir / "memory.json"
     save_json(content, file)
-    memory_plots.draw(run_dir, config, results, norms, window_errors)
+    memory_plots.draw(run_dir, config, results, norms, windows)
     return file
 
 

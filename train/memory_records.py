@@ -1,0 +1,95 @@
+"""The trainings of a memory experiment, and the file to which their results are appended."""
+
+import pathlib
+from typing import Any, NamedTuple
+
+from train.memory_config import MemoryConfig, cells_of, lengths_of
+from train.memory_training import TaskResult, learn, learn_windows, norms_by_lag
+from vla_jax import config as configs
+from vla_jax import files
+from vla_jax.nn.cells import CellName
+
+RESULTS = "results.jsonl"
+WINDOWS = "windows"  # stands for recall through windows, beside the names of the tasks
+# Fields that choose trainings; the others are settings of each of them.
+_CHOICES = ("cells", "tasks", "adding", "recall", "tracking", "windows", "window_delay", "seed",
+            "num_seeds", "small", "run_dir")  # fmt: skip
+
+
+class Training(NamedTuple):
+    """One training of the experiment."""
+
+    cell: CellName
+    task: str  # or WINDOWS
+    length: int  # length of the sequences, or delay of recall, steps
+    seed: int
+    windows: tuple[int, ...] = ()  # window sizes of WINDOWS, steps
+    has_norms: bool = False  # the norms of its gradients at each lag are wanted too
+
+
+class Record(NamedTuple):
+    """What a training gave: one line of the file."""
+
+    training: Training
+    settings: dict[str, Any]  # of the config
+    result: TaskResult | None = None  # None for WINDOWS
+    norms: dict[str, list[float]] | None = None  # see `norms_by_lag`
+    window_errors: list[float] | None = None  # error rate of each window
+
+
+def trainings(config: MemoryConfig) -> list[Training]:
+    """Returns all trainings of the experiment, in order."""
+    found = []
+    for cell in cells_of(config):
+        for task in config.tasks:
+            for length in lengths_of(config, task):
+                for seed in range(config.seed, config.seed + config.num_seeds):
+                    is_longest = (task, length, seed) == ("adding", config.adding[-1], config.seed)
+                    has_norms = is_longest and config.num_layers == 1
+                    found.append(Training(cell, task, length, seed, has_norms=has_norms))
+        if "recall" in config.tasks and config.windows:
+            found.append(Training(cell, WINDOWS, config.window_delay, config.seed, config.windows))
+    return found
+
+
+def train(config: MemoryConfig, training: Training) -> Record:
+    """Runs one training."""
+    settings = _settings(config)
+    if training.task == WINDOWS:
+        errors = learn_windows(config, training.cell)
+        return Record(training, settings, window_errors=errors)
+    result, params = learn(
+        config, training.task, training.cell, training.length, seed=training.seed
+    )
+    norms = norms_by_lag(config, training.cell, params) if training.has_norms else None
+    return Record(training, settings, result, norms)
+
+
+def append(record: Record, run_dir: pathlib.Path) -> None:
+    """Appends a record to the file of a run folder."""
+    line = {**record._asdict(), "training": record.training._asdict()}
+    if record.result is not None:
+        line["result"] = record.result._asdict()
+    files.append_json_line(run_dir / RESULTS, line)
+
+
+def read(config: MemoryConfig, run_dir: pathlib.Path) -> dict[Training, Record]:
+    """Returns the records of a run folder that have the settings of the config."""
+    lines = files.read_json_lines(run_dir / RESULTS)
+    records = [_from_json(line) for line in lines if line["settings"] == _settings(config)]
+    return {record.training: record for record in records}
+
+
+def _from_json(line: dict[str, Any]) -> Record:
+    training = Training(**{**line["training"], "windows": tuple(line["training"]["windows"])})
+    result = line["result"]
+    if result is not None:
+        longer = {int(length): error for length, error in result["longer"].items()}
+        result = TaskResult(**{**result, "longer": longer})
+    return Record(**{**line, "training": training, "result": result})
+
+
+def _settings(config: MemoryConfig) -> dict[str, Any]:
+    """Returns the settings as they are read from JSON."""
+    fields = configs.to_dict(config)
+    return {name: value for name, value in fields.items() if name not in _CHOICES}
