@@ -6,13 +6,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import tiny_run
 
+from tests.campaigns import two_ways
 from tests.finite_differences import assert_slopes
 from vla_jax.acting.agent import AgentConfig, with_noise
-from vla_jax.policies import decoders, flow_head, heads, policy, trunks
+from vla_jax.policies import decoders, flow_head, policy, trunks
 from vla_jax.policies.decoder_config import DecoderConfig
 from vla_jax.policies.head import TeacherForcing
 from vla_jax.training import losses
@@ -201,64 +201,18 @@ def test_euler_with_the_exact_field_reaches_a_gaussian(monkeypatch):
     np.testing.assert_allclose(arm.std(axis=0), s, atol=0.01)
 
 
-TWO_WAYS = {
-    "hidden_size": 1, "action_horizon": 1, "action_dim": 2, "head_sizes": (64, 64), "num_bins": 16,
-}  # fmt: skip
-
-
-def train_two_ways(head, seed, num_updates=600):
-    """Trains a head on actions that are +0.6 or −0.6, gripper open or closed with them."""
-    config, member = DecoderConfig(head=head, kind="lstm", **TWO_WAYS), heads.HEADS[head]
-    optimizer = optax.adam(3e-3)
-    mask, features = jnp.ones((256, 1, 1), bool), jnp.ones((256, 1, 1))
-
-    def loss(params, key):
-        sign_key, key = jax.random.split(key)
-        sign = jax.random.rademacher(sign_key, (256, 1, 1, 1), jnp.float32)
-        action = jnp.concatenate([0.6 * sign, sign], axis=-1)
-        targets = TeacherForcing(action, mask) if member.takes_targets else None
-        chunk = member.apply(params, config, features, targets=targets, key=key)
-        return losses.action_loss(chunk, action, mask)[0]
-
-    def update(state, key):
-        gradient = jax.grad(loss)(state[0], key)
-        changes, opt_state = optimizer.update(gradient, state[1])
-        return (optax.apply_updates(state[0], changes), opt_state), None
-
-    first, keys = jax.random.split(jax.random.key(seed))
-    params = member.init(first, config)
-    run = jax.jit(lambda state: jax.lax.scan(update, state, jax.random.split(keys, num_updates)))
-    (params, _), _ = run((params, optimizer.init(params)))
-    return config, params
-
-
-def is_one_way(chunk):
-    """True for an arm near one of the two good actions."""
-    return np.abs(np.abs(np.asarray(chunk.arm)[..., 0, 0]) - 0.6) < 0.2
-
-
-def succeeds(chunk):
-    """True for an arm near one of the two good actions, with the gripper that belongs to it."""
-    is_open = np.asarray(chunk.gripper_logit)[..., 0] > 0
-    return is_one_way(chunk) & ((np.asarray(chunk.arm)[..., 0, 0] > 0) == is_open)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_of_two_good_ways_the_mean_is_neither_and_a_sample_is_one(seed):
-    features = jnp.ones((500, 1, 1))
-
-    def act(head, **fields):
-        config, params = train_two_ways(head, seed)
-        config, key = dataclasses.replace(config, **fields), jax.random.key(1)
-        return heads.actions(heads.HEADS[head].apply(params, config, features, key=key))
-
-    mean = act("continuous")
-    assert not is_one_way(mean).any()
+    config, params = two_ways.train("continuous", seed)
+    mean = two_ways.act(config, params)
+    assert not two_ways.is_one_way(mean).any()
     assert np.abs(mean.arm).max() < 0.2
-    assert is_one_way(act("discrete")).all()  # of the arm; its numbers are chosen one by one
-    sample = act("flow", flow_steps=10)
-    assert succeeds(sample).mean() > 0.9
+    # of the arm; its numbers are chosen one by one
+    assert two_ways.is_one_way(two_ways.act(*two_ways.train("discrete", seed))).all()
+    config, params = two_ways.train("flow", seed)
+    sample = two_ways.act(dataclasses.replace(config, flow_steps=10), params)
+    assert two_ways.succeeds(sample).mean() > 0.9
     assert 0.4 < (np.asarray(sample.arm) > 0).mean() < 0.6  # each way as often as shown
 
 
