@@ -45,7 +45,7 @@ class MemoryConfig:
     stop_when_solved: bool = True  # end a training as soon as its task is solved
     learning_rate: float = 1e-2  # learning rate of Adam
     max_grad_norm: float = 1.0  # clip gradients to this global norm
-    spread_gates: bool = True  # chrono initialisation: gate time constants from 1 to T steps
+    spread_gates: bool = True  # chrono initialisation: gate time constants from 2 to T steps
     chunk: int = 0  # steps of truncated backpropagation, one update each; 0 = whole sequences
     burn_in: int = 0  # steps before each chunk that are run again to recompute its carry
     num_trials: int = 2000  # fresh sequences of the final test
