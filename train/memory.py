@@ -17,7 +17,7 @@ import pathlib
 
 from train import memory_plots, memory_records
 from train.memory_config import PRESETS, SMALL, MemoryConfig
-from train.memory_records import Record
+from train.memory_records import MemoryRecord
 from vla_jax import config as configs
 from vla_jax.command_line import run
 from vla_jax.runs import save_json
@@ -44,7 +44,9 @@ def memory(config: MemoryConfig) -> pathlib.Path:
     return _write(config, run_dir, records)
 
 
-def _write(config: MemoryConfig, run_dir: pathlib.Path, records: list[Record]) -> pathlib.Path:
+def _write(
+    config: MemoryConfig, run_dir: pathlib.Path, records: list[MemoryRecord]
+) -> pathlib.Path:
     """Writes all results to one file, and draws the plots; returns the file."""
     results = [record.result for record in records if record.result is not None]
     norms = {record.training.cell: record.norms for record in records if record.norms}

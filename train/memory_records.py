@@ -16,7 +16,7 @@ _CHOICES = ("cells", "tasks", "adding", "recall", "tracking", "windows", "window
             "num_seeds", "small", "run_dir")  # fmt: skip
 
 
-class Training(NamedTuple):
+class MemoryTraining(NamedTuple):
     """One training of the experiment."""
 
     cell: CellName
@@ -27,17 +27,17 @@ class Training(NamedTuple):
     has_norms: bool = False  # the norms of its gradients at each lag are wanted too
 
 
-class Record(NamedTuple):
+class MemoryRecord(NamedTuple):
     """What a training gave: one line of the file."""
 
-    training: Training
+    training: MemoryTraining
     settings: dict[str, Any]  # of the config
     result: TaskResult | None = None  # None for WINDOWS
     norms: dict[str, list[float]] | None = None  # see `norms_by_lag`
     window_errors: list[float] | None = None  # error rate of each window
 
 
-def trainings(config: MemoryConfig) -> list[Training]:
+def trainings(config: MemoryConfig) -> list[MemoryTraining]:
     """Returns all trainings of the experiment, in order."""
     found = []
     for cell in cells_of(config):
@@ -46,26 +46,28 @@ def trainings(config: MemoryConfig) -> list[Training]:
                 for seed in range(config.seed, config.seed + config.num_seeds):
                     is_longest = (task, length, seed) == ("adding", config.adding[-1], config.seed)
                     has_norms = is_longest and config.num_layers == 1
-                    found.append(Training(cell, task, length, seed, has_norms=has_norms))
+                    found.append(MemoryTraining(cell, task, length, seed, has_norms=has_norms))
         if "recall" in config.tasks and config.windows:
-            found.append(Training(cell, WINDOWS, config.window_delay, config.seed, config.windows))
+            found.append(
+                MemoryTraining(cell, WINDOWS, config.window_delay, config.seed, config.windows)
+            )
     return found
 
 
-def train(config: MemoryConfig, training: Training) -> Record:
+def train(config: MemoryConfig, training: MemoryTraining) -> MemoryRecord:
     """Runs one training."""
     settings = _settings(config)
     if training.task == WINDOWS:
         errors = learn_windows(config, training.cell)
-        return Record(training, settings, window_errors=errors)
+        return MemoryRecord(training, settings, window_errors=errors)
     result, params = learn(
         config, training.task, training.cell, training.length, seed=training.seed
     )
     norms = norms_by_lag(config, training.cell, params) if training.has_norms else None
-    return Record(training, settings, result, norms)
+    return MemoryRecord(training, settings, result, norms)
 
 
-def append(record: Record, run_dir: pathlib.Path) -> None:
+def append(record: MemoryRecord, run_dir: pathlib.Path) -> None:
     """Appends a record to the file of a run folder."""
     line = {**record._asdict(), "training": record.training._asdict()}
     if record.result is not None:
@@ -73,20 +75,20 @@ def append(record: Record, run_dir: pathlib.Path) -> None:
     files.append_json_line(run_dir / RESULTS, line)
 
 
-def read(config: MemoryConfig, run_dir: pathlib.Path) -> dict[Training, Record]:
+def read(config: MemoryConfig, run_dir: pathlib.Path) -> dict[MemoryTraining, MemoryRecord]:
     """Returns the records of a run folder that have the settings of the config."""
     lines = files.read_json_lines(run_dir / RESULTS)
     records = [_from_json(line) for line in lines if line["settings"] == _settings(config)]
     return {record.training: record for record in records}
 
 
-def _from_json(line: dict[str, Any]) -> Record:
-    training = Training(**{**line["training"], "windows": tuple(line["training"]["windows"])})
+def _from_json(line: dict[str, Any]) -> MemoryRecord:
+    training = MemoryTraining(**{**line["training"], "windows": tuple(line["training"]["windows"])})
     result = line["result"]
     if result is not None:
         longer = {int(length): error for length, error in result["longer"].items()}
         result = TaskResult(**{**result, "longer": longer})
-    return Record(**{**line, "training": training, "result": result})
+    return MemoryRecord(**{**line, "training": training, "result": result})
 
 
 def _settings(config: MemoryConfig) -> dict[str, Any]:
