@@ -78,7 +78,7 @@ def append(record: MemoryRecord, run_dir: pathlib.Path) -> None:
 def read(config: MemoryConfig, run_dir: pathlib.Path) -> dict[MemoryTraining, MemoryRecord]:
     """Returns the records of a run folder that have the settings of the config."""
     lines = files.read_json_lines(run_dir / RESULTS)
-    records = [_from_json(line) for line in lines if line["settings"] == _settings(config)]
+    records = [_from_json(line) for line in lines if line.get("settings") == _settings(config)]
     return {record.training: record for record in records}
 
 
