@@ -51,6 +51,67 @@ def test_jaxs_reference_with_packed_params_equals_ours(key):
     np.testing.assert_allclose(outputs, expected, rtol=0, atol=1e-6)
 
 
+@pytest.fixture
+def reference(monkeypatch):
+    """JAX's reference takes the place of cuDNN's LSTM, whose arguments it has."""
+
+    def lstm(inputs, hidden, cell, packed, lengths, **sizes):
+        layers = sizes["input_size"], sizes["hidden_size"], sizes["num_layers"]
+        kernels = rnn.unpack_lstm_weights(packed, *layers, sizes["bidirectional"])
+        last = (*layers, sizes["dropout"], sizes["bidirectional"])
+        return rnn.lstm_ref(inputs, hidden, cell, *kernels, lengths, *last)
+
+    monkeypatch.setattr(cudnn.rnn, "lstm", lstm)
+    monkeypatch.setattr(cudnn.jax, "default_backend", lambda: "gpu")
+
+
+def check_lengths(bidirectional, key):
+    """Compares cuDNN with lengths to our loop with a mask; steps after the length are NaN."""
+    lengths, inputs = np.array([T, 1, 3], np.int32), draw(B, T, D)
+    mask = np.arange(T) < lengths[:, None]
+    inputs[~mask] = np.nan
+    params = recurrence.init(key, configured(bidirectional), D)
+    carry = recurrence.zero_carry(configured(bidirectional), inputs)
+    carry = jax.tree.map(lambda leaf: leaf + draw(*leaf.shape), carry)
+
+    def loss(params, inputs, implementation, **flags):
+        config = configured(bidirectional, implementation)
+        last, outputs = recurrence.apply(params, config, inputs, carry=carry, **flags)
+        leaves = jax.tree.leaves((last, outputs))
+        return sum(jax.numpy.sum(jax.numpy.sin(leaf)) for leaf in leaves), (last, outputs)
+
+    with jax.default_matmul_precision("highest"):
+        gradient = jax.grad(loss, (0, 1), has_aux=True)
+        expected = gradient(params, inputs, "bptt", mask=mask)
+        for implementation in ("cudnn", "bptt"):
+            found = gradient(params, inputs, implementation, lengths=lengths)
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), found, expected
+            )
+
+
+@each_way
+@pytest.mark.usefixtures("reference")
+def test_lengths_equal_a_mask_of_padding_on_the_right(bidirectional, key):
+    check_lengths(bidirectional, key)
+
+
+def test_lengths_and_a_mask_are_refused_together(key):
+    params = recurrence.init(key, configured(bidirectional=False), D)
+    mask, lengths = np.ones((B, T), bool), np.full(B, T)
+    with pytest.raises(ValueError, match="mask must be None with lengths, got both"):
+        recurrence.apply(params, configured(False), draw(B, T, D), mask=mask, lengths=lengths)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    jax.default_backend() != "gpu", reason="needs an NVIDIA GPU: JAX_PLATFORMS=cuda,cpu"
+)
+@each_way
+def test_on_a_gpu_lengths_equal_a_mask_of_padding_on_the_right(bidirectional, key):
+    check_lengths(bidirectional, key)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(
     jax.default_backend() != "gpu", reason="needs an NVIDIA GPU: JAX_PLATFORMS=cuda,cpu"

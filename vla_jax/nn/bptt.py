@@ -143,6 +143,16 @@ def keep_real(steps: Array, mask: Array | None) -> Any:
     return steps if mask is None else jnp.where(expand(mask, steps), steps, 0)
 
 
+def steps_within(lengths: Array, num_steps: int) -> jax.Array:
+    """Returns the mask `[B, T]` of rows that are padded on the right.
+
+    Args:
+      lengths: `[B]`, real steps of each row.
+      num_steps: T.
+    """
+    return jnp.arange(num_steps)[None] < jnp.asarray(lengths)[:, None]
+
+
 def clear(carry: Any, reset: Array | None) -> Any:
     """Returns the carry with zeros where `reset` is True.
 

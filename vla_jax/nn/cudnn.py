@@ -1,7 +1,8 @@
 """cuDNN's LSTM: a whole stack in one call on an NVIDIA GPU.
 
-Computes the same as `recurrence` without masks and resets, in float32, or in TF32 if JAX's matmul
-precision allows it. The params have the layout of `cells`; they are packed at every call.
+Computes the same as `recurrence` without resets and with padding on the right only, in float32, or
+in TF32 if JAX's matmul precision allows it. The params have the layout of `cells`; they are packed
+at every call.
 
 Source: `jax.experimental.rnn`; Appleyard et al. 2016 (arXiv:1604.01946).
 """
@@ -13,12 +14,18 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import rnn
 
+from vla_jax.nn.bptt import keep_real, steps_within
 from vla_jax.nn.cells import LSTMCarry
 from vla_jax.types import Array, Params
 
 
 def lstm(
-    cells: Sequence[Params], carries: Sequence[LSTMCarry], inputs: Array, *, bidirectional: bool
+    cells: Sequence[Params],
+    carries: Sequence[LSTMCarry],
+    inputs: Array,
+    *,
+    lengths: Array | None,
+    bidirectional: bool,
 ) -> tuple[list[LSTMCarry], jax.Array]:
     """Returns the carry of each cell after its last step, and the outputs of the last layer.
 
@@ -26,11 +33,12 @@ def lstm(
       cells: params of each layer; with two directions the forward cell of a layer, then its
         backward cell.
       carries: of the same cells before the first step, `[B, H]`.
-      inputs: `[B, T, D]`.
+      inputs: `[B, T, D]`; steps after the length of their row may be NaN.
+      lengths: `[B]` int32, steps of each row, at least 1; None means T.
       bidirectional: True if each layer has two cells.
 
     Returns:
-      The carries, and outputs `[B, T, H]` or `[B, T, 2·H]`, float32.
+      The carries, and outputs `[B, T, H]` or `[B, T, 2·H]`, float32, zeros after the length.
 
     Raises:
       ValueError: JAX does not run on an NVIDIA GPU.
@@ -41,12 +49,13 @@ def lstm(
             "'auto'."
         )
     batch_size, num_steps, input_size = inputs.shape
+    mask = None if lengths is None else steps_within(lengths, num_steps)
     results: Any = rnn.lstm(
-        jnp.asarray(inputs, jnp.float32),
+        jnp.asarray(keep_real(inputs, mask), jnp.float32),
         jnp.stack([carry.hidden for carry in carries]),
         jnp.stack([carry.cell for carry in carries]),
         pack(cells),
-        jnp.full((batch_size,), num_steps, jnp.int32),
+        jnp.asarray(jnp.full(batch_size, num_steps) if lengths is None else lengths, jnp.int32),
         input_size=input_size,
         hidden_size=carries[0].hidden.shape[-1],
         num_layers=len(cells) // (2 if bidirectional else 1),
@@ -54,7 +63,8 @@ def lstm(
         bidirectional=bidirectional,
     )
     outputs, hidden, cell = results
-    return [LSTMCarry(hidden[i], cell[i]) for i in range(len(cells))], outputs
+    carries = [LSTMCarry(hidden[i], cell[i]) for i in range(len(cells))]
+    return carries, keep_real(outputs, mask)
 
 
 def check(fields: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ Sequences are batch-major `[B, T, D]` outside and time-major inside.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -118,6 +118,7 @@ def apply(
     inputs: Array,
     *,
     mask: Array | None = None,
+    lengths: Array | None = None,
     reset: Array | None = None,
     carry: Carry | None = None,
     key: Key | None = None,
@@ -131,6 +132,8 @@ def apply(
       config: the config given to `init`.
       inputs: `[B, T, D]`; masked steps may be NaN.
       mask: `[B, T]`, True where the step is real; None means everywhere.
+      lengths: `[B]` int32, at least 1; the first so many steps of each row are real. Given instead
+        of the mask for rows that are padded on the right only, which cuDNN supports.
       reset: `[B, T]`, True where a new episode starts, on a masked step too; None means nowhere.
       carry: before the first step (backward direction: after the last); None means zeros.
       key: consumed, for dropout; None means no dropout.
@@ -140,14 +143,15 @@ def apply(
       directions `[B, T, 2·H]`, forward first.
 
     Raises:
-      ValueError: the params come from `prepare_params`; or implementation "cudnn" has no GPU, or
-        gets a mask or reset, which it does not support.
+      ValueError: the params come from `prepare_params`; mask and lengths are both given; or
+        implementation "cudnn" has no GPU, or gets a mask or reset, which it does not support.
     """
-    _check(params, inputs, mask, reset)
+    flags = _Flags(mask, lengths, reset)
+    _check(params, inputs, flags)
     carry = zero_carry(config, inputs) if carry is None else carry
     chex.assert_tree_shape_prefix(carry, (inputs.shape[0],))
     run = _TIME_LOOPS[config.implementation]
-    return run(gathered(params), config, carry, inputs, (mask, reset), key)
+    return run(gathered(params), config, carry, inputs, flags, key)
 
 
 def step(
@@ -194,7 +198,15 @@ def step(
     return next_carry, outputs
 
 
-# (params, config, carry, inputs, (mask, reset), key) -> carry, outputs; batch-major
+class _Flags(NamedTuple):
+    """Which steps are real, and where episodes start."""
+
+    mask: Array | None  # [B, T]
+    lengths: Array | None  # [B], instead of the mask
+    reset: Array | None  # [B, T]
+
+
+# (params, config, carry, inputs, flags, key) -> carry, outputs; batch-major
 _TimeLoop = Callable[..., tuple[Carry, jax.Array]]
 
 
@@ -203,20 +215,22 @@ def _apply_cudnn(
     config: RecurrenceConfig,
     carry: Carry,
     inputs: Array,
-    flags: tuple[Array | None, Array | None],
+    flags: _Flags,
     key: Key | None,
 ) -> tuple[Carry, jax.Array]:
     del key
-    if any(flag is not None for flag in flags):
+    if flags.mask is not None or flags.reset is not None:
         raise ValueError(
-            "mask and reset must be None with implementation 'cudnn', which supports neither; "
-            "choose 'auto'."
+            "mask and reset must be None with implementation 'cudnn', which supports neither; give "
+            "lengths if rows are padded on the right only, or choose 'auto'."
         )
     paths = [(name, direction) for name in _layers(config) for direction in _directions(config)]
     cell_params, carries = (
         [tree[name][direction] for name, direction in paths] for tree in (params, carry)
     )
-    last, outputs = cudnn.lstm(cell_params, carries, inputs, bidirectional=config.bidirectional)
+    last, outputs = cudnn.lstm(
+        cell_params, carries, inputs, lengths=flags.lengths, bidirectional=config.bidirectional
+    )
     next_carry: Carry = {name: {} for name in _layers(config)}
     for (name, direction), after in zip(paths, last, strict=True):
         next_carry[name][direction] = after
@@ -229,10 +243,13 @@ def _apply_scan(
     config: RecurrenceConfig,
     carry: Carry,
     inputs: Array,
-    flags: tuple[Array | None, Array | None],
+    flags: _Flags,
     key: Key | None,
 ) -> tuple[Carry, jax.Array]:
-    mask, reset = (None if flag is None else _swap(flag) for flag in flags)
+    mask = flags.mask
+    if flags.lengths is not None:
+        mask = bptt.steps_within(flags.lengths, inputs.shape[1])
+    mask, reset = (None if flag is None else _swap(flag) for flag in (mask, flags.reset))
     run = partial(_run_stack, scan, params, config)
     steps = (
         bptt.keep_real(_swap(inputs), mask),
@@ -252,7 +269,7 @@ def _apply_recommended(
     config: RecurrenceConfig,
     carry: Carry,
     inputs: Array,
-    flags: tuple[Array | None, Array | None],
+    flags: _Flags,
     key: Key | None,
 ) -> tuple[Carry, jax.Array]:
     scan = bptt.scan if CELLS[config.cell].chunk is None else chunkwise.scan
@@ -365,13 +382,18 @@ def _input_size(params: Params) -> int:
     return layer(params)["input_kernel"].shape[0]
 
 
-def _check(params: Params, inputs: Array, mask: Array | None, reset: Array | None) -> None:
+def _check(params: Params, inputs: Array, flags: _Flags) -> None:
     if matmul.is_prepared(params):
         raise ValueError(
             "params must come from `init`, got those of `prepare_params`, which are for `step`."
         )
+    if flags.mask is not None and flags.lengths is not None:
+        raise ValueError("mask must be None with lengths, got both; combine them into one mask.")
     chex.assert_shape(inputs, (None, None, _input_size(params)))
-    for flags in (mask, reset):
-        if flags is not None:
-            chex.assert_shape(flags, inputs.shape[:2])
-            chex.assert_type(flags, bool)
+    if flags.lengths is not None:
+        chex.assert_shape(flags.lengths, inputs.shape[:1])
+        chex.assert_type(flags.lengths, int)
+    for each in (flags.mask, flags.reset):
+        if each is not None:
+            chex.assert_shape(each, inputs.shape[:2])
+            chex.assert_type(each, bool)
