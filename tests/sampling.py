@@ -1,6 +1,7 @@
 """The choice of the cases of a sampled test that run in `make test` and in `make test-slow`."""
 
 import hashlib
+from collections.abc import Sequence
 from typing import Literal
 
 Tier = Literal["fast", "slow", "exhaustive"]
@@ -9,10 +10,10 @@ Tier = Literal["fast", "slow", "exhaustive"]
 def tiers(name: str, num_cases: int, sample: str, *, is_long: bool = False) -> list[Tier]:
     """Returns the tier of each case of a test.
 
-    Every twelfth case is fast, others for each test. The rest is slow if `sample` is empty.
+    One case in twelve is fast, others for each test. The rest is slow if `sample` is empty.
     Otherwise one in twelve of the rest, which `sample` chooses, is slow, and the others are
-    exhaustive. Of a long test no case is fast, and every fourth is slow, the same for all tests of
-    a file, which often share a training for each case.
+    exhaustive. Of a long test no case is fast, and one in four is slow, the same for all tests of a
+    file, which often share a training for each case.
 
     Args:
       name: of the test.
@@ -21,9 +22,9 @@ def tiers(name: str, num_cases: int, sample: str, *, is_long: bool = False) -> l
       is_long: each case of the test takes many seconds.
     """
     every = range(num_cases)
-    fast = () if is_long else _choose(every, 12, name)
+    fast = set() if is_long else _choose(every, 12, name)
     rest = [case for case in every if case not in fast]
-    slow = rest
+    slow = set(rest)
     if sample and is_long:
         slow = _choose(rest, 4, name.partition("::")[0] + sample)
     elif sample:
@@ -31,7 +32,10 @@ def tiers(name: str, num_cases: int, sample: str, *, is_long: bool = False) -> l
     return ["fast" if case in fast else "slow" if case in slow else "exhaustive" for case in every]
 
 
-def _choose(cases: range | list[int], stride: int, text: str) -> range | list[int]:
-    """Returns one in so many of the cases, by a hash of the text, and at least one."""
-    number = int.from_bytes(hashlib.sha256(text.encode()).digest())
-    return cases[number % max(min(stride, len(cases)), 1) :: stride]
+def _choose(cases: Sequence[int], share: int, text: str) -> set[int]:
+    """Returns one in so many of the cases, at least one: the first in the order of their hashes.
+
+    Cases at a fixed distance would share the values of some of their parameters.
+    """
+    by_hash = sorted(cases, key=lambda case: hashlib.sha256(f"{text} {case}".encode()).digest())
+    return set(by_hash[: -(-len(cases) // share)])

@@ -159,6 +159,7 @@ def test_a_policy_learns_rewarded_actions(rewards):
     assert np.mean(mean_rewards[-3:]) > 0.8
 
 
+@pytest.mark.slow
 def test_a_reward_of_nan_reaches_the_metrics(rewards):
     assert np.isnan(rewards(jnp.nan)[0])  # `learn` then stops: tests/test_learning_loop.py
 

@@ -69,12 +69,16 @@ def test_every_seed_is_trained_and_an_interrupted_experiment_continues(tmp_path,
         memory_records, "learn", lambda *args, seed: trained.append(seed) or learn(*args, seed=seed)
     )
     lines = (tmp_path / "results.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "results.jsonl").write_text(lines[0])  # killed after the first training
+    # killed while the result of the second training was written
+    (tmp_path / "results.jsonl").write_text(lines[0] + lines[1][:9])
     again = json.loads(memory.memory(config).read_text())["results"]
     assert trained == [6]
     assert [result["errors"] for result in again] == [result["errors"] for result in results]
     memory.memory(dataclasses.replace(config, hidden_size=8, num_seeds=1))  # other settings
+    memory.memory(dataclasses.replace(config, num_seeds=1))
     assert trained == [6, 5]
+    memory.memory(dataclasses.replace(config, num_seeds=1, overwrite=True))
+    assert trained == [6, 5, 5]
 
 
 def test_gradient_norms_and_windows_are_read_back(outputs, monkeypatch):
@@ -82,6 +86,21 @@ def test_gradient_norms_and_windows_are_read_back(outputs, monkeypatch):
     monkeypatch.setattr(memory_records, "train", None)  # nothing is trained again
     config = dataclasses.replace(TINY, run_dir=str(folder))
     assert json.loads(memory.memory(config).read_text()) == content
+
+
+def test_norms_that_are_wanted_now_are_computed_and_others_left_out(outputs, tmp_path):
+    (tmp_path / "results.jsonl").write_bytes((outputs[0] / "results.jsonl").read_bytes())
+    known = memory_records.read(TINY, tmp_path)
+    assert len(known) == 4
+    longer = dataclasses.replace(TINY, adding=(5, 7))  # the longest is another one
+    assert memory_records.read(longer, tmp_path) == known
+    assert not memory_records.has_norms(longer, memory_records.trainings(longer)[0])
+    again = {**{key: each._replace(norms=None) for key, each in known.items()}}
+    (tmp_path / "results.jsonl").unlink()
+    for record in again.values():
+        memory_records.append(record, tmp_path)
+    assert len(memory_records.read(TINY, tmp_path)) == 3
+    assert len(memory_records.read(longer, tmp_path)) == 4
 
 
 def test_a_training_can_go_on_after_its_task_is_solved(monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tests.finite_differences import assert_slopes
-from tests.test_rotary_transformer import norm_in_numpy, turn_in_numpy
+from tests.test_rotary_transformer import episodes_of, norm_in_numpy, turn_in_numpy
 from vla_jax.nn import memory_transformer, truncated
 from vla_jax.nn.memory_transformer import MemoryTransformerConfig
 from vla_jax.nn.rotary_transformer import RotaryTransformerConfig
@@ -109,12 +109,14 @@ def test_outputs_equal_a_loop_over_segments_in_float64():
 
 def test_gradients_equal_float64_finite_differences():
     point = (draw_params(), draw(50, B, T, H))
+    mask, reset = drawn_flags()
 
     def total(params, inputs):
-        return jnp.sum(jnp.sin(apply(params, CONFIG, inputs)[1]))
+        return jnp.sum(jnp.sin(apply(params, CONFIG, inputs, mask=mask, reset=reset)[1]))
 
     def total_in_numpy(params, inputs):
-        return sum(np.sin(in_numpy(params, row)).sum() for row in inputs)
+        episodes = episodes_of(inputs, mask, reset)
+        return sum(np.sin(in_numpy(params, episode)).sum() for episode in episodes)
 
     assert_slopes(jax.jit(jax.grad(total, (0, 1)))(*point), total_in_numpy, point)
 

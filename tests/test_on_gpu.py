@@ -86,7 +86,6 @@ def config_of(kind, **changes):
     return DecoderConfig(kind=kind, **(sizes | changes))
 
 
-@pytest.mark.sampled
 @on_platforms(trunks.names(), ["gru", "rotary_gpt"])
 def test_streamed_equals_windowed(platform, precision, name, key):
     """Law 1, in every mode of the trunk, over one window."""
@@ -117,7 +116,6 @@ def implementations(cell):
     return found
 
 
-@pytest.mark.sampled
 @on_platforms(list(CELLS), ["lstm", "min_gru"])
 def test_every_backward_pass_equals_autodiff(platform, precision, name, key):
     """Law 3, with mask and resets; outputs, carry, and gradients of params and inputs."""
@@ -144,7 +142,6 @@ def test_every_backward_pass_equals_autodiff(platform, precision, name, key):
             assert_near(results(implementation), expected, precision)
 
 
-@pytest.mark.sampled
 @on_platforms(["lstm", "gpt"], ["lstm"])
 def test_a_resumed_training_equals_an_uninterrupted_one_to_the_bit(
     platform, precision, name, key, tmp_path

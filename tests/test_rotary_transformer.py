@@ -138,14 +138,23 @@ def test_outputs_equal_a_loop_in_float64_with_an_odd_number_of_features_per_head
     assert_close(apply(params, config, inputs), expected)
 
 
+def episodes_of(inputs, mask, reset):
+    """Yields the real steps of every episode of `[B, T, H]`, by themselves."""
+    for row, real, starts in zip(inputs, mask, np.cumsum(reset, axis=1), strict=True):
+        for number in np.unique(starts[real]):
+            yield row[real & (starts == number)]
+
+
 def test_gradients_equal_float64_finite_differences():
     point = (draw_params(), draw(50, B, T, H))
+    mask, reset = flags(0, 1, 2, 4, 5, 6), flags(5)
 
     def total(params, inputs):
-        return jnp.sum(jnp.sin(apply(params, CONFIG, inputs)))
+        return jnp.sum(jnp.sin(apply(params, CONFIG, inputs, mask=mask, reset=reset)))
 
     def total_in_numpy(params, inputs):
-        return sum(np.sin(in_numpy(params, CONFIG, row)).sum() for row in inputs)
+        episodes = episodes_of(inputs, mask, reset)
+        return sum(np.sin(in_numpy(params, CONFIG, episode)).sum() for episode in episodes)
 
     assert_slopes(jax.jit(jax.grad(total, (0, 1)))(*point), total_in_numpy, point)
 

@@ -102,7 +102,6 @@ def test_the_teacher_forcing_rate_decreases_with_the_updates():
         assert loss == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.slow
 def test_whole_targets_are_either_teacher_forced_or_decoded_freely():
     """One command per update, as in `one_by_one`: its loss is one of two, each half of the time."""
     config = tiny("", "one_by_one", batch_size=1)

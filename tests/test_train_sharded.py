@@ -58,7 +58,6 @@ def make_shardings(config, shapes):
     return parallel.make_shardings(shapes, mesh, setup.sharding_rules(config))
 
 
-@pytest.mark.slow
 def test_a_state_is_made_sharded_and_equals_that_of_one_device():
     config = training("", "", mesh="data=2,fsdp=2")
     start, optimizer = make_start(config)

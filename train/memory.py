@@ -8,8 +8,8 @@
     python -m train.memory --small                           # tiny sizes: seconds, a smoke test
 
 Each training has one task and length, and new random data in every update. It ends when the task is
-solved, or after `max_updates`. Results are appended to the run's folder one by one, and the same
-command continues after an interruption; plots are drawn at the end.
+solved, or after `max_updates`. Results are appended to the run's folder one by one; trainings whose
+results are there are not repeated, unless `overwrite`. Plots are drawn at the end.
 """
 
 import dataclasses
@@ -31,15 +31,22 @@ def memory(config: MemoryConfig) -> pathlib.Path:
         config = dataclasses.replace(config, **SMALL)
     run_dir = pathlib.Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
+    file = run_dir / memory_records.RESULTS
+    if config.overwrite:
+        file.unlink(missing_ok=True)
     known = memory_records.read(config, run_dir)
+    trainings = memory_records.trainings(config)
+    num_known = len(known.keys() & set(trainings))
+    if num_known:
+        print(f"{num_known} of {len(trainings)} trainings are in {file}; --overwrite repeats them.")
     records = []
-    for training in memory_records.trainings(config):
+    for training in trainings:
         record = known.get(training)
         if record is None:
             record = memory_records.train(config, training)
             memory_records.append(record, run_dir)
-        if record.result is not None:
-            print(memory_plots.describe(record.result), flush=True)
+            if record.result is not None:
+                print(memory_plots.describe(record.result), flush=True)
         records.append(record)
     return _write(config, run_dir, records)
 
@@ -49,7 +56,11 @@ def _write(
 ) -> pathlib.Path:
     """Writes all results to one file, and draws the plots; returns the file."""
     results = [record.result for record in records if record.result is not None]
-    norms = {record.training.cell: record.norms for record in records if record.norms}
+    norms = {
+        record.training.cell: record.norms
+        for record in records
+        if record.norms and memory_records.has_norms(config, record.training)
+    }
     windows = {
         record.training.cell: record.window_errors for record in records if record.window_errors
     }

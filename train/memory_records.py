@@ -13,7 +13,7 @@ RESULTS = "results.jsonl"
 WINDOWS = "windows"  # stands for recall through windows, beside the names of the tasks
 # Fields that choose trainings; the others are settings of each of them.
 _CHOICES = ("cells", "tasks", "adding", "recall", "tracking", "windows", "window_delay", "seed",
-            "num_seeds", "small", "run_dir")  # fmt: skip
+            "num_seeds", "small", "run_dir", "overwrite")  # fmt: skip
 
 
 class MemoryTraining(NamedTuple):
@@ -24,11 +24,10 @@ class MemoryTraining(NamedTuple):
     length: int  # length of the sequences, or delay of recall, steps
     seed: int
     windows: tuple[int, ...] = ()  # window sizes of WINDOWS, steps
-    has_norms: bool = False  # the norms of its gradients at each lag are wanted too
 
 
 class MemoryRecord(NamedTuple):
-    """What a training gave: one line of the file."""
+    """Result of one training: a line of the file."""
 
     training: MemoryTraining
     settings: dict[str, Any]  # of the config
@@ -44,14 +43,18 @@ def trainings(config: MemoryConfig) -> list[MemoryTraining]:
         for task in config.tasks:
             for length in lengths_of(config, task):
                 for seed in range(config.seed, config.seed + config.num_seeds):
-                    is_longest = (task, length, seed) == ("adding", config.adding[-1], config.seed)
-                    has_norms = is_longest and config.num_layers == 1
-                    found.append(MemoryTraining(cell, task, length, seed, has_norms=has_norms))
+                    found.append(MemoryTraining(cell, task, length, seed))
         if "recall" in config.tasks and config.windows:
             found.append(
                 MemoryTraining(cell, WINDOWS, config.window_delay, config.seed, config.windows)
             )
     return found
+
+
+def has_norms(config: MemoryConfig, training: MemoryTraining) -> bool:
+    """Returns True if the gradient norms of a training are plotted: of the longest adding."""
+    longest = ("adding", config.adding[-1], config.seed)
+    return config.num_layers == 1 and training[1:4] == longest
 
 
 def train(config: MemoryConfig, training: MemoryTraining) -> MemoryRecord:
@@ -63,7 +66,9 @@ def train(config: MemoryConfig, training: MemoryTraining) -> MemoryRecord:
     result, params = learn(
         config, training.task, training.cell, training.length, seed=training.seed
     )
-    norms = norms_by_lag(config, training.cell, params) if training.has_norms else None
+    norms = None
+    if has_norms(config, training):
+        norms = norms_by_lag(config, training.cell, params)
     return MemoryRecord(training, settings, result, norms)
 
 
@@ -76,10 +81,14 @@ def append(record: MemoryRecord, run_dir: pathlib.Path) -> None:
 
 
 def read(config: MemoryConfig, run_dir: pathlib.Path) -> dict[MemoryTraining, MemoryRecord]:
-    """Returns the records of a run folder that have the settings of the config."""
+    """Returns the records of a run folder that are complete and have the settings of the config."""
     lines = files.read_json_lines(run_dir / RESULTS)
     records = [_from_json(line) for line in lines if line.get("settings") == _settings(config)]
-    return {record.training: record for record in records}
+    return {
+        record.training: record
+        for record in records
+        if record.norms or not has_norms(config, record.training)
+    }
 
 
 def _from_json(line: dict[str, Any]) -> MemoryRecord:

@@ -160,14 +160,21 @@ def write_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 
 def append_json_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Appends one JSON object as a line; the line is on disk when this returns.
+    """Appends one JSON object as a line, which is in the file when this returns.
+
+    Text after the last line feed is deleted: a killed program did not finish that line.
 
     Args:
       path: file to append to; created if necessary, in an existing folder.
       record: the line.
     """
-    with named_errors(path), open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    with named_errors(path), open(path, "a+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 1, 0))
+        if file.read(1) not in (b"", b"\n"):
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(json.dumps(record).encode() + b"\n")
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

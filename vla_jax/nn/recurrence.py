@@ -199,7 +199,7 @@ def step(
 
 
 class _Flags(NamedTuple):
-    """Which steps are real, and where episodes start."""
+    """Flags of real steps and of starts of episodes."""
 
     mask: Array | None  # [B, T]
     lengths: Array | None  # [B], instead of the mask

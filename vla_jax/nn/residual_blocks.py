@@ -84,13 +84,13 @@ class BlockStack(NamedTuple):
     check: Callable[[StackConfig], None]  # raises a ValueError for an unsupported config
     init: Callable[[Key, StackConfig, int], Params]  # (key, config, D) -> params
     zero_carry: Callable[[StackConfig, Array], Any]  # (config, like [B, ...]) -> carry
-    # (params, config, carry, inputs [..., D], mask [...] or None, key, advance) -> carry, outputs
-    # [..., H]; `advance` runs a recurrence over the steps of the inputs
+    # (params, config, carry, inputs [..., D], key, advance) -> carry, outputs [..., H]; `advance`
+    # runs a recurrence over the steps of the inputs
     run: Callable[..., tuple[Any, jax.Array]]
 
 
 class ResidualBlock(NamedTuple):
-    """What is different between residual blocks."""
+    """Functions in which residual blocks differ."""
 
     cell_size: Callable[[int, int], int]  # (H, wide) -> units of the cell
     init: Callable[[Key, int, int], Params]  # (key, H, wide) -> params beside cell and first norm
@@ -160,7 +160,9 @@ def apply(
         return recurrence.apply(params, cells, inputs, mask=mask, reset=reset, carry=carry, key=key)
 
     carry = zero_carry(config, inputs) if carry is None else carry
-    return BLOCKS[config.block].run(params, config, carry, inputs, mask, key, advance)
+    run, real = BLOCKS[config.block].run, bptt.keep_real(inputs, mask)
+    carry, outputs = run(params, config, carry, real, key, advance)
+    return carry, bptt.keep_real(outputs, mask)
 
 
 def step(
@@ -188,7 +190,7 @@ def step(
     ) -> tuple[Carry, jax.Array]:
         return recurrence.step(params, cells, carry, inputs, reset=reset, key=key)
 
-    return BLOCKS[config.block].run(params, config, carry, inputs, None, key, advance)
+    return BLOCKS[config.block].run(params, config, carry, inputs, key, advance)
 
 
 def prepare_params(params: Params, config: StackConfig, *, num_rows: int) -> Params:
@@ -209,11 +211,9 @@ def _run_plain(
     config: StackConfig,
     carry: Carry,
     inputs: Array,
-    mask: Array | None,
     key: Key | None,
     advance: _Advance,
 ) -> tuple[Carry, jax.Array]:
-    del mask  # `advance` has it
     return advance(params, config.recurrence, carry, inputs, key)
 
 
@@ -250,7 +250,6 @@ def _run_blocks(
     config: StackConfig,
     carry: dict[str, Carry],
     inputs: Array,
-    mask: Array | None,
     key: Key | None,
     advance: _Advance,
 ) -> tuple[dict[str, Carry], jax.Array]:
@@ -269,12 +268,11 @@ def _run_blocks(
         # Without this the activations of the dense layers of all blocks would be stored. The cell
         # keeps its chunks: otherwise all its carries would be stored, in some cells matrices.
         run_block = jax.checkpoint(run_block)
-    real, next_carry = bptt.keep_real(inputs, mask), {}
-    x = layers.dense(real, **params["input"], dtype=dtype)
+    x, next_carry = layers.dense(inputs, **params["input"], dtype=dtype), {}
     for index, name in enumerate(_names(config)):
         block_key = None if key is None else jax.random.fold_in(key, index)
         next_carry[name], x = run_block(params[name], carry[name], x, block_key)
-    return next_carry, bptt.keep_real(layers.layer_norm(x, **params["norm"]), mask)
+    return next_carry, layers.layer_norm(x, **params["norm"])
 
 
 def _init_mlp(key: Key, size: int, wide: int) -> Params:
