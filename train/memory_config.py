@@ -53,7 +53,7 @@ class MemoryConfig:
     num_seeds: int = 1  # trainings of every task, with the seeds seed, seed + 1, …
     small: bool = False  # use tiny sizes: a smoke test without meaningful results
     run_dir: str = "runs/memory"  # folder of results and plots
-    overwrite: bool = False  # whether to train again what is in the results of the folder
+    overwrite: bool = False  # whether to delete earlier results in the folder
 
     def __post_init__(self):
         """Checks names and numbers."""
