@@ -13,7 +13,7 @@ def tiers(name: str, num_cases: int, sample: str, *, is_long: bool = False) -> l
     One case in twelve is fast, others for each test. The rest is slow if `sample` is empty.
     Otherwise one in twelve of the rest, which `sample` chooses, is slow, and the others are
     exhaustive. Of a long test no case is fast, and one in four is slow, the same for all tests of a
-    file, which often share a training for each case.
+    file, which often share a training for each case; a single case is slow for every other sample.
 
     Args:
       name: of the test.
@@ -25,7 +25,9 @@ def tiers(name: str, num_cases: int, sample: str, *, is_long: bool = False) -> l
     fast = set() if is_long else _choose(every, 12, name)
     rest = [case for case in every if case not in fast]
     slow = set(rest)
-    if sample and is_long:
+    if sample and is_long and num_cases == 1:
+        slow = set(rest) if _hash(name + sample)[0] % 2 else set()
+    elif sample and is_long:
         slow = _choose(rest, 4, name.partition("::")[0] + sample)
     elif sample:
         slow = _choose(rest, 12, name + sample)
@@ -37,5 +39,9 @@ def _choose(cases: Sequence[int], share: int, text: str) -> set[int]:
 
     Cases at a fixed distance would share the values of some of their parameters.
     """
-    by_hash = sorted(cases, key=lambda case: hashlib.sha256(f"{text} {case}".encode()).digest())
+    by_hash = sorted(cases, key=lambda case: _hash(f"{text} {case}"))
     return set(by_hash[: -(-len(cases) // share)])
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()

@@ -70,6 +70,7 @@ def median(content, case, quantity):
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 def test_small_runs_all_cases_and_writes_all_measurements(tmp_path, capsys):
     file = tmp_path / "results" / "all.json"
     content = measured(tmp_path, *__main__.CASES, file=str(file), rounds=2)

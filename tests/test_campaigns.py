@@ -14,6 +14,7 @@ import mutations_runs
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 def test_a_damaged_run_folder_gives_a_sentence_or_the_same_run():
     """What is accepted are other valid values of options and of the log."""
     answers = mutations_runs.run(every=360, flips=1)
@@ -24,6 +25,7 @@ def test_a_damaged_run_folder_gives_a_sentence_or_the_same_run():
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 def test_a_killed_evaluation_ends_with_the_same_files():
     """In a process of its own: the campaign forks, which a process that computes must not."""
     kills = str(Path(__file__).parent / "campaigns" / "kills.py")

@@ -115,6 +115,7 @@ def play(engine, policy, alone, key, operation, number, rng):
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 @given(
     st.lists(st.lists(OPERATIONS, min_size=1, max_size=8), min_size=1, max_size=8), st.integers(0)
 )

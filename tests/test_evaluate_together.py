@@ -64,6 +64,7 @@ def test_every_missing_episode_falls_to_one_process(num_processes):
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 @pytest.mark.parametrize("num_processes", [2, 9])
 def test_shared_episodes_are_those_of_one_process(folder, num_processes):
     expected = alone(folder, "alone")
@@ -99,6 +100,7 @@ def test_episodes_of_processes_that_were_killed_are_kept(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 def test_a_signal_to_one_process_ends_all_and_the_same_command_continues(folder):
     videos = ("--num-videos", "7", "--num-simulators", "1")  # episode by episode
     processes = together(folder, "shared", 2, *videos)

@@ -81,6 +81,7 @@ def test_features_of_a_run_take_the_place_of_a_pre_trained_encoder(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 def test_demonstrations_are_recorded_masked_learned_and_evaluated_by_group(tmp_path):
     pytest.importorskip("mujoco")
     pytest.importorskip("av")

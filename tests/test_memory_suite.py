@@ -24,6 +24,7 @@ def score(decoder, success, **world):
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 def test_an_interrupted_grid_continues_and_other_cells_are_not_taken(tmp_path, monkeypatch):
     config = MemorySuiteConfig(
         tasks=("lit", "cups"), decoders=("fc", "lstm"), delays=(), items=(), swaps=0, touches=0,
@@ -139,6 +140,7 @@ def test_unknown_names_are_refused_before_any_training():
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 def test_memory_is_what_success_depends_on():
     """A window that ends before the cue is at chance, memory of the episode is not."""
     config = CloningConfig(num_seeds=1, num_updates=600, num_demonstrations=4000, num_episodes=100)

@@ -68,6 +68,7 @@ def test_eight_devices_train_what_one_does_in_any_number_of_processes(mesh, demo
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 def test_a_training_of_two_processes_continues_in_four_to_the_bit(demos, tmp_path):
     """Images are augmented by the loader of each process."""
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"

@@ -92,6 +92,7 @@ def test_the_constants_in_the_norms_are_the_originals(name):
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 @pytest.mark.parametrize("case", [case for case in CASES if "hf5.23/io.s" in case])
 def test_gradients_are_finite_with_padding(case):
     config, params = model(pathlib.PurePath(case).parent.name)

@@ -28,7 +28,13 @@ def test_a_sample_leaves_a_further_part_slow(num_cases):
     assert len(found) == num_cases
 
 
-@each_size
+def test_a_long_test_of_one_case_is_slow_for_every_other_sample():
+    found = [tiers("a_law", 1, str(sample), is_long=True) for sample in range(100)]
+    assert 30 < found.count(["slow"]) < 70
+    assert found.count(["slow"]) + found.count(["exhaustive"]) == 100
+
+
+@pytest.mark.parametrize("num_cases", [2, 3, 4, 11, 40])
 def test_one_in_four_cases_of_a_long_test_is_slow(num_cases):
     found = collections.Counter(tiers("a_law", num_cases, "5206b9b", is_long=True))
     assert set(found) <= {"slow", "exhaustive"}

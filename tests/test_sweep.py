@@ -63,6 +63,7 @@ def results(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 @pytest.mark.parametrize(("rate", "seed"), [(RATES[0], 0), (RATES[1], 1)])
 def test_a_member_is_the_training_of_imitate(demos, swept, tmp_path, rate, seed):
     single = tiny_demos.imitation(demos, tmp_path / "run", seed=seed)
@@ -88,6 +89,7 @@ def test_a_member_is_the_training_of_imitate(demos, swept, tmp_path, rate, seed)
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 @pytest.mark.parametrize("mesh", ["data=4", "data=2,fsdp=2"])
 def test_a_sweep_on_a_mesh_trains_what_one_device_does(demos, tmp_path, mesh):
     folders = {}
@@ -327,6 +329,7 @@ def test_the_table_has_intervals_and_leaves_out_what_diverged():
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 def test_features_of_a_frozen_backbone_are_swept_and_evaluated(demos, tmp_path):
     pretrained = pretrain(tiny_demos.pretraining(demos, tmp_path / "pretrained"))
     training = {
@@ -338,6 +341,7 @@ def test_features_of_a_frozen_backbone_are_swept_and_evaluated(demos, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 def test_processes_share_the_groups(demos, tmp_path):
     options = {
         "--preset": "table_jax_state", "--dataset": demos, "--run-dir": tmp_path / "run",

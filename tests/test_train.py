@@ -127,6 +127,7 @@ def test_resuming_a_finished_run_changes_nothing(demos, trained):
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 def test_a_frozen_backbone_is_bitwise_unchanged(demos, pretrained_run, tmp_path):
     config = tiny_demos.imitation(
         demos,
@@ -152,6 +153,7 @@ def test_a_frozen_backbone_is_bitwise_unchanged(demos, pretrained_run, tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 def test_with_augmentation_on_the_device_resumed_equals_uninterrupted_bitwise(demos, tmp_path):
     options = dict(backbone=tiny_demos.PERCEIVER, augment_on="device")
     config = tiny_demos.imitation(demos, tmp_path / "whole", **options)
@@ -179,6 +181,7 @@ def test_pretraining_can_augment_on_the_device(demos, pretrained_run, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 def test_end_to_end_training_changes_the_backbone(demos, pretrained_run, tmp_path):
     config = tiny_demos.imitation(
         demos,
@@ -199,6 +202,7 @@ def test_end_to_end_training_changes_the_backbone(demos, pretrained_run, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 def test_a_gpt_trains_on_packed_episodes_and_acts_beyond_its_window(demos, tmp_path):
     config = with_kind(tiny_demos.imitation(demos, tmp_path / "run", pack=True), "gpt")
     config = dataclasses.replace(config, loop=loop.LoopConfig(2, log_every=1, save_every=2))
@@ -217,6 +221,7 @@ def test_a_gpt_trains_on_packed_episodes_and_acts_beyond_its_window(demos, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 def test_an_encoder_decoder_trains_with_scheduled_sampling_resumes_bitwise_and_acts(
     demos, tmp_path
 ):
@@ -294,6 +299,7 @@ def overfitted(demos, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 def test_both_auxiliary_losses_fall_and_captions_equal_the_instructions(demos, overfitted):
     config = overfitting(demos, overfitted)
     metrics = read_metrics(overfitted / "metrics.jsonl")
@@ -556,6 +562,7 @@ def kill_while_training(process, run_dir, seconds, *, once_saved=False):
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 def test_a_run_killed_three_times_equals_uninterrupted_bitwise(demos, tmp_path):
     seconds = [random.uniform(0.2, 0.8) for _ in range(3)]
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -81,6 +81,7 @@ def check_resumed(train, config, whole, tmp_path, step):
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 def test_a_mixture_on_cached_tokens_trains_as_with_the_backbone_frozen(mixture, tmp_path):
     config = imitation(mixture(*ROBOTS), tmp_path / "cached", frozen_backbone=True)
     folders = cache(config)

@@ -77,6 +77,7 @@ def test_a_state_is_made_sharded_and_equals_that_of_one_device():
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 def test_resuming_restores_to_the_devices_and_makes_no_other_state(demos, tmp_path, monkeypatch):
     config = training(demos, tmp_path / "run", mesh="data=2,fsdp=2")
     imitate(config)

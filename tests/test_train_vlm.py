@@ -104,6 +104,7 @@ def test_a_model_trains_whole_and_its_run_folder_acts_without_the_model(demos, f
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 def test_an_adapted_training_changes_factors_alone_and_resumes_to_the_bit(demos, folder, tmp_path):
     lora = LoraConfig(rank=2)
     whole = imitate(training(demos, tmp_path / "whole", folder, lora=lora))
@@ -194,6 +195,7 @@ def test_a_run_gives_its_model_tokenizer_and_adaptation_to_the_next(demos, folde
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 def test_a_sharded_update_of_an_adapted_model_equals_that_of_one_device(demos, folder, tmp_path):
     config = training(demos, tmp_path / "one", folder, num_updates=1, lora=LoraConfig(rank=2))
     config = dataclasses.replace(config, loader=dataclasses.replace(config.loader, batch_size=4))
