@@ -222,3 +222,14 @@ def test_a_folder_that_cannot_be_deleted_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "rmdir", rmdir)
     with pytest.raises(OSError, match=r"folder could not be written \(Permission denied\); choose"):
         files.delete_folder(tmp_path / "folder")
+
+
+@pytest.mark.parametrize("unfinished", [b"", b'{"step": 2', b'{"step": 2, "text": "\xc3'])
+def test_an_appended_line_replaces_one_that_was_not_finished(unfinished, tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + unfinished)
+    files.append_json_line(path, {"step": 2})
+    assert files.read_json_lines(path) == [{"step": 1}, {"step": 2}]
+    path.write_bytes(unfinished)  # the first line
+    files.append_json_line(path, {"step": 3})
+    assert files.read_json_lines(path) == [{"step": 3}]
