@@ -2,16 +2,14 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
 import tiny_demos
 from processes import run_together
-from test_scripts_sharded import assert_same_training, params_of
+from test_scripts_sharded import assert_equal_training, assert_same_training
 
 from train.imitate import imitate
 from vla_jax.data.image_augment import AugmentConfig
 from vla_jax.training import checkpoint
-from vla_jax.training.logs import read_metrics
 from vla_jax.training.loop import LoopConfig
 
 AUGMENT = AugmentConfig(shift=2, brightness=0.2, contrast=0.2)
@@ -77,16 +75,3 @@ def test_a_training_of_two_processes_continues_in_four_to_the_bit(demos, tmp_pat
     assert checkpoint.latest_step(resumed / "checkpoints") == 1
     train_in(4, from_images, demos, resumed, "data=2,fsdp=4", 2)
     assert_equal_training(resumed, whole)
-
-
-def assert_equal_training(found, expected):
-    for name in ("step", "loss", "grad_norm"):
-        one, other = (
-            [line[name] for line in read_metrics(folder / "metrics.jsonl")]
-            for folder in (found, expected)
-        )
-        assert one == other
-    first, second = (params_of(folder / "checkpoints") for folder in (found, expected))
-    assert first.keys() == second.keys() != set()
-    for path, leaf in first.items():
-        np.testing.assert_array_equal(leaf, second[path], err_msg=path)

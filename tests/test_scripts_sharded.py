@@ -24,6 +24,7 @@ from vla_jax.trees import leaves_by_path
 
 REWARD = {"deep_sarsa": deep_sarsa, "ppo": ppo, "reinforce": reinforce}
 NAMES = {"deep_sarsa": "sarsa"}  # those of test_learning_loop
+PART = {"finetune": "learning"}  # folder of the checkpoints in the folder of the run
 
 
 def loop_of(mesh):
@@ -47,7 +48,7 @@ def train_scan(folder, inputs, mesh):
 
 def train_finetune(folder, inputs, mesh):
     config = test_finetune.config_of(inputs / "cloned", folder)
-    return finetune(dataclasses.replace(config, loop=loop_of(mesh))) / "learning"
+    return finetune(dataclasses.replace(config, loop=loop_of(mesh))) / PART["finetune"]
 
 
 def train_from_reward(name, folder, inputs, mesh):
@@ -113,17 +114,20 @@ def test_a_script_on_a_mesh_trains_what_one_device_does(alone, inputs, tmp_path)
 PROGRAM = """
 from test_scripts_sharded import train
 name, folder, inputs = args
-assert "fsdp" in train(name, folder, inputs, "data=1,fsdp=4")[1]
+assert "fsdp" in train(name, folder, inputs, "fsdp=4")[1]
 """
 
 
 @pytest.mark.slow
 @pytest.mark.sampled
 def test_a_script_in_two_processes_with_a_part_of_the_params_each(alone, inputs, tmp_path):
+    """The number of processes changes no bit, if their collectives are the same (Gloo)."""
     name, expected = alone
-    run_together(PROGRAM, name, tmp_path / "run", inputs)
-    folder = tmp_path / "run" / "learning" if name == "finetune" else tmp_path / "run"
-    assert_same_training(folder, expected)
+    run_together(PROGRAM, name, tmp_path / "two", inputs)
+    run_together(PROGRAM, name, tmp_path / "one", inputs, num_processes=1, num_devices=4)
+    two, one = (tmp_path / each / PART.get(name, "") for each in ("two", "one"))
+    assert_same_training(two, expected)
+    assert_equal_training(two, one)
 
 
 def assert_same_training(found, expected):
@@ -141,6 +145,19 @@ def assert_same_training(found, expected):
         # a softmax does not depend on it: its gradient is rounding, which Adam scales up
         if not path.endswith("key/bias"):
             np.testing.assert_allclose(leaf, second[path], rtol=0, atol=1e-5, err_msg=path)
+
+
+def assert_equal_training(found, expected):
+    for name in ("step", "loss", "grad_norm"):
+        one, other = (
+            [line[name] for line in read_metrics(folder / "metrics.jsonl")]
+            for folder in (found, expected)
+        )
+        assert one == other
+    first, second = (params_of(folder / "checkpoints") for folder in (found, expected))
+    assert first.keys() == second.keys() != set()
+    for path, leaf in first.items():
+        np.testing.assert_array_equal(leaf, second[path], err_msg=path)
 
 
 def params_of(directory):
