@@ -1,6 +1,6 @@
 #!/bin/bash
 # Trains on all hosts of a TPU slice, which have the code at ~/vla_jax and the run folder on a shared
-# disk. A spot slice that was taken away is created again, and the same command resumes:
+# disk. Create a spot slice that was taken away again; the same command then resumes:
 #
 #     TPU=my-slice ZONE=us-east5-b examples/tpu/train.sh --preset kosmos_lstm \
 #         --backbone-from /shared/kosmos2 --dataset /shared/demos --run-dir /shared/runs/kosmos \
