@@ -330,3 +330,20 @@ def test_wrong_robots_and_statistics_are_refused():
     masked["action"]["mask"][5] = True
     assert acting_presets.oxe_stats(masked).count == 0
     assert acting_presets.oxe_stats(OXE).count == 3786400
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"q01": [None, *OXE["action"]["q01"][1:]]}, r"q01\[0\] must be a number"),
+        ({"q99": 1.0}, "q99 must be a list of numbers"),
+        ({"q99": [1.0] * 6}, "must be lists of one length"),
+        ({"std": [-1.0] * 7}, r"std\[0\] must be 0 or more"),
+        ({"mask": []}, r"mask must be true for every arm dimension of 7 .* got \[\]"),
+        ({"mask": ["no"] * 7}, "mask must be true"),
+        ({"mask": None}, "mask must be true"),
+    ],
+)
+def test_statistics_of_a_foreign_file_are_checked_like_ours(change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        acting_presets.oxe_stats({"action": {**OXE["action"], **change}, "num_transitions": 3})

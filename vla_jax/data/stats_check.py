@@ -7,7 +7,7 @@ from typing import Any
 LIMIT = 1e12  # magnitude of a statistic; larger ones are damage, or times that are no state
 _ROUNDING = 1e-3  # of the width and the level: float32, and quantiles from a sketch
 _ORDERED = (("min", "max"), ("q01", "q99"), ("min", "mean"), ("mean", "max"), ("min", "q99"))
-_REMEDY = "restore the file that the training wrote"
+_REMEDY = "restore the file as it was written"
 
 
 def check(name: str, fields: Any, expected: Sequence[str]) -> None:

@@ -23,7 +23,7 @@ from vla_jax.actions import rotations
 from vla_jax.actions.execution import ExecutionConfig, GripperRule
 from vla_jax.actions.reference_frames import ToolFrame
 from vla_jax.config import did_you_mean
-from vla_jax.data.normalize import NormalizeConfig, NormStats, fixed_bounds
+from vla_jax.data.normalize import NormalizeConfig, NormStats, fixed_bounds, from_json
 from vla_jax.data.windows import ALWAYS
 from vla_jax.policies.policy import PolicyConfig
 from vla_jax.types import Array
@@ -111,10 +111,12 @@ def oxe_stats(data: Mapping[str, Any]) -> NormStats:
     """Returns action statistics from a statistics file of RoboVLMs or OpenVLA for one data set.
 
     Args:
-      data: its JSON, with lists of `mean`, `std`, `min`, `max`, `q01`, `q99` under `action`.
+      data: its JSON, with lists of `mean`, `std`, `min`, `max`, `q01`, `q99` under `action`, and
+        `mask` in OpenVLA's files (RoboVLMs' have none: every arm dimension is normalised).
 
     Raises:
-      ValueError: a statistic is missing, or `mask` excludes an arm dimension from normalisation.
+      ValueError: a statistic is missing, or one that no column can have; `mask` excludes an arm
+        dimension from normalisation.
     """
     action = data.get("action", {})
     names = [name for name in NormStats._fields if name != "count"]
@@ -124,13 +126,15 @@ def oxe_stats(data: Mapping[str, Any]) -> NormStats:
             f"action must have the statistics {names}, {missing} missing; give the data set's "
             "entry of the file."
         )
-    if not all(action.get("mask", [])[:-1]):
+    fields = {name: action[name] for name in names} | {"count": data.get("num_transitions", 0)}
+    stats = from_json({"action": fields}, "oxe_stats")["action"]
+    mask = action.get("mask", [True] * len(stats.mean))
+    if not isinstance(mask, list) or len(mask) != len(stats.mean) or {*map(str, mask[:-1])} != {"True"}:
         raise ValueError(
-            f"mask must be true for every arm dimension, got {action['mask']}; set q01 = -1 and "
-            "q99 = 1 for those that are not normalised."
+            f"mask must be true for every arm dimension of {len(stats.mean)} with the gripper, "
+            f"got {mask!s:.200}; set q01 = -1 and q99 = 1 for those that are not normalised."
         )
-    arrays = {name: np.asarray(action[name], np.float32) for name in names}
-    return NormStats(**arrays, count=int(data.get("num_transitions", 0)))
+    return stats
 
 
 def released_oxe_stats(stats: NormStats, limit: float = LIMIT) -> NormStats:
