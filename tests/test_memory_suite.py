@@ -2,6 +2,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -112,13 +113,36 @@ def test_the_baseline_sees_the_first_observation_at_every_step():
     assert not env.is_acting(state)
 
 
-def test_a_loss_that_is_not_finite_stops_the_training_and_names_the_update():
-    loss = np.zeros((5, 2))
-    memory_cloning._check_finite(loss, 100)
-    loss[3, 1] = np.nan
-    sentence = "got nan in update 104 of seed number 2; lower --learning-rate"
+@pytest.mark.parametrize("name", ["loss", "loss_gripper", "grad_norm", "params"])
+def test_what_is_not_finite_stops_the_training_and_is_named(name):
+    metrics = {each: np.zeros((2, 5)) for each in ("loss", "loss_gripper", "grad_norm")}
+    params = {"decoder": {"kernel": np.zeros((2, 3), np.float32)}}
+    memory_cloning.check_finite(metrics, params, 100)
+    sentence = rf"{name} must be finite, got nan in update 104 of seed number 2; lower --learning"
+    if name == "params":
+        params["decoder"]["kernel"][1, 0] = np.inf
+        sentence = "decoder/kernel of the params must be finite, got .* after update 105; lower --l"
+    else:
+        for each in (name, "grad_norm"):  # the gradient of a bad loss is bad too
+            metrics[each][1, 3] = np.nan
     with pytest.raises(ValueError, match=sentence):
-        memory_cloning._check_finite(loss, 100)
+        memory_cloning.check_finite(metrics, params, 100)
+
+
+@pytest.mark.slow
+def test_clones_of_a_bad_last_gradient_are_neither_played_nor_saved(tmp_path, monkeypatch):
+    loss = memory_cloning._loss
+
+    def bad_gradient(agent, params, batch, key):
+        value, metrics = loss(agent, params, batch, key)
+        zero = sum(jnp.sum(0 * leaf) for leaf in jax.tree.leaves(params))
+        return value + jnp.sqrt(zero), metrics  # finite, with a gradient that is not
+
+    monkeypatch.setattr(memory_cloning, "_loss", bad_gradient)
+    monkeypatch.setattr(memory_cloning, "play", None)
+    with pytest.raises(ValueError, match="grad_norm must be finite, got nan in update 1 of seed"):
+        memory_grid.run_cell(GridCell(WORLD, "fc"), TINY, clones=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_curves_are_drawn_over_the_axes(tmp_path):

@@ -21,7 +21,8 @@ from vla_jax.data import normalize
 from vla_jax.data.normalize import NormStats
 from vla_jax.envs.demonstrations import WANDER_STEPS, Demonstrations, collect
 from vla_jax.policies import policy
-from vla_jax.training import loss_terms, losses, optim
+from vla_jax.training import finite, loss_terms, losses, optim
+from vla_jax.training.finite import DECISIVE
 from vla_jax.training.loss_terms import LossWeights
 from vla_jax.training.optim import OptimConfig
 from vla_jax.training.update import TrainState, init_train_state, make_update
@@ -77,7 +78,7 @@ def clone(
       progress: is called with the number of updates so far.
 
     Raises:
-      ValueError: a loss is NaN or infinite.
+      ValueError: a loss, a gradient or a leaf of the params is NaN or infinite.
     """
     if variant.sees_first:
         env = with_first_observation(env)
@@ -103,23 +104,24 @@ def clone(
 
     size = -(-num_updates // -(-num_updates // BLOCK))  # blocks of equal size: one compilation
 
-    def one_update(key: Key, state: TrainState, _: Any) -> tuple[TrainState, Array]:
+    def one_update(key: Key, state: TrainState, _: Any) -> tuple[TrainState, Metrics]:
         batch = draw(jax.random.fold_in(key, state.num_updates))
         state, metrics = update(state, batch, key)
-        return state, metrics["loss"]
+        watched = [name for name in metrics if name in DECISIVE or name.startswith("loss_")]
+        return state, {name: metrics[name] for name in watched}
 
     @jax.jit
     @jax.vmap
-    def block(key: Key, state: TrainState) -> tuple[TrainState, Array]:
+    def block(key: Key, state: TrainState) -> tuple[TrainState, Metrics]:
         return jax.lax.scan(partial(one_update, key), state, length=size)
 
     start = jax.vmap(lambda key: init_train_state(policy.init(key, agent.policy), optimizer))
     init_keys, batch_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
     state, curve = start(init_keys), []
     for done in range(size, num_updates + size, size):
-        state, loss = block(batch_keys, state)
-        curve.append(np.asarray(loss).T)
-        _check_finite(curve[-1], done - size)
+        state, metrics = block(batch_keys, state)
+        check_finite(metrics, state.params, done - size)
+        curve.append(np.asarray(metrics["loss"]).T)
         progress(done)
     return Clones(agent, norm_stats, state.params, np.concatenate(curve))
 
@@ -142,19 +144,26 @@ def play(env: Env, variant: Variant, clones: Clones, key: Key, num_episodes: int
     return jax.jit(jax.vmap(lambda params: run_env(agent, params, env, words, keys)))(clones.params)
 
 
-def _check_finite(loss: np.ndarray, before: int) -> None:
-    """Raises a ValueError if a loss `[updates, S]` of a block is not finite.
+def check_finite(metrics: Metrics, params: Params, before: int) -> None:
+    """Raises a ValueError if a loss or gradient of a block, or a leaf of its params, is not finite.
 
     Args:
-      loss: of the block, per update and seed.
+      metrics: of the block, `[S, updates]`: loss, its terms and grad_norm.
+      params: after the block; the last gradient acts on them alone.
       before: updates before the block.
     """
-    bad = np.argwhere(~np.isfinite(loss))
-    if len(bad):
-        update, seed = bad[0]
+    num_seeds, num_updates = np.shape(metrics["loss"])
+    bad, _ = finite.SeedsWatch(0, num_seeds).read(before, metrics)
+    if bad is not None and bad.seed is not None:
         raise ValueError(
-            f"loss must be finite, got {loss[update, seed]} in update {before + update + 1} of "
-            f"seed number {seed + 1}; lower --learning-rate."
+            f"{bad.name} must be finite, got {bad.value} in update {bad.step} of seed number "
+            f"{bad.seed + 1}; lower --learning-rate."
+        )
+    leaf = finite.first_bad_leaf(params)
+    if leaf is not None:
+        raise ValueError(
+            f"{leaf} of the params must be finite, got NaN or infinity after update "
+            f"{before + num_updates}; lower --learning-rate."
         )
 
 

@@ -128,11 +128,13 @@ def oxe_stats(data: Mapping[str, Any]) -> NormStats:
         )
     fields = {name: action[name] for name in names} | {"count": data.get("num_transitions", 0)}
     stats = from_json({"action": fields}, "oxe_stats")["action"]
-    mask = action.get("mask", [True] * len(stats.mean))
-    if not isinstance(mask, list) or len(mask) != len(stats.mean) or {*map(str, mask[:-1])} != {"True"}:
+    size = len(stats.mean)
+    mask = action.get("mask", [True] * size)
+    is_list = isinstance(mask, list) and len(mask) == size
+    if not is_list or any(entry is not True for entry in mask[:-1]):
         raise ValueError(
-            f"mask must be true for every arm dimension of {len(stats.mean)} with the gripper, "
-            f"got {mask!s:.200}; set q01 = -1 and q99 = 1 for those that are not normalised."
+            f"mask must be true for every arm dimension of {size} with the gripper, got "
+            f"{mask!s:.200}; set q01 = -1 and q99 = 1 for those that are not normalised."
         )
     return stats
 
