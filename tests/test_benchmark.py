@@ -9,8 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.profiler import ProfileData
 
-from train.benchmark import __main__, baselines, cases, jax_runs, precision, system, timing
+from train.benchmark import (
+    __main__,
+    baselines,
+    cases,
+    device_time,
+    jax_runs,
+    precision,
+    system,
+    timing,
+)  # fmt: skip
 from train.benchmark.__main__ import BenchmarkConfig
 from train.benchmark.timing import Comparison, Device, Implementation
 from vla_jax import convert
@@ -204,11 +214,41 @@ def test_runs_in_a_row_are_waited_for_once(monkeypatch):
         wait=lambda results: order.append("wait"),
     )  # fmt: skip
     monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(timing, "device_ms", lambda run, wait, num_runs: busy)
+    busy = None
     (row,) = timing.measure(comparison(each), 1, Device(2.0, gigabytes=1.0), queue=4)
     assert order == ["run", "wait"] * 2 + ["run", "wait"] + ["run"] * 4 + ["wait"]
     assert row.ms == (8000, 8000, 8000)
     assert row.queued_ms == (500, 500, 500)
     assert row.weights_share == pytest.approx(1e-3 / 0.5)  # 1 MB at 1 GB/s of half a second
+    busy, clock = 20.0, iter(np.cumsum([0, 8, 0, 2]))
+    (row,) = timing.measure(comparison(each), 1, Device(2.0, gigabytes=1.0), queue=4)
+    assert (row.device_ms, row.weights_share) == (20.0, pytest.approx(1e-3 / 0.02))
+
+
+TRACE = """
+planes { name: "/host:CPU" lines { name: "Stream of no device" events { duration_ps: 1000000 } } }
+planes {
+  name: "/device:GPU:0"
+  lines {
+    name: "Stream #13(Compute)"
+    events { offset_ps: 1000000 duration_ps: 4000000 }
+    events { offset_ps: 9000000 duration_ps: 1000000 }
+  }
+  lines { name: "Stream #14(MemcpyD2D)" events { offset_ps: 4000000 duration_ps: 2000000 } }
+  lines { name: "XLA Modules" events { duration_ps: 50000000 } }
+}
+"""
+
+
+def test_a_device_works_while_any_of_its_streams_does():
+    profile = ProfileData.from_serialized_xspace(ProfileData.text_proto_to_serialized_xspace(TRACE))
+    assert device_time.busy_ns(profile) == 6000  # 1 to 6 and 9 to 10 µs
+
+
+def test_a_cpu_has_no_trace_of_a_device():
+    run = jax.jit(lambda: jnp.ones(3))
+    assert device_time.device_ms(run, jax.block_until_ready, 3) is None
 
 
 def test_a_graph_streams_what_the_plain_step_does(monkeypatch):

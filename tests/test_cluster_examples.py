@@ -21,7 +21,7 @@ def read(name):
     return (EXAMPLES / name).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", (*KUBERNETES, *SHELL))
+@pytest.mark.parametrize("name", [*KUBERNETES, *SHELL])
 def test_the_options_of_a_launch_file_exist(name):
     text = read(name)
     options = re.search(r"--preset .*?--mesh \S+", text, re.DOTALL)

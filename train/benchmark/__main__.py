@@ -85,7 +85,8 @@ def benchmark(config: BenchmarkConfig) -> pathlib.Path:
     precision, console = PRECISIONS[config.precision], _console()
     sizes = benchmark_cases.SMALL if config.small else benchmark_cases.LARGE
     sizes = benchmark_cases.in_precision(sizes, precision)
-    queue = config.queue or (1 if jax.default_backend() == "cpu" else 20)
+    on_cpu = jax.default_backend() == "cpu"
+    queue = config.queue or (1 if on_cpu else 20)
     rows: list[Row] = []
     measurements: list[Measurement] = []
     if config.workers:
@@ -95,9 +96,12 @@ def benchmark(config: BenchmarkConfig) -> pathlib.Path:
 
     with all_libraries(config.precision):
         device = Device(
-            timing.measure_peak(sizes.peak_size, config.rounds, precision.dtype),
+            timing.measure_peak(
+                sizes.peak_size if on_cpu else 4 * sizes.peak_size,  # large enough for each
+                config.rounds, precision.dtype, num_runs=queue,
+            ),
             timing.measure_bandwidth(4 * sizes.peak_size, config.rounds),
-        )
+        )  # fmt: skip
         conditions = {
             "machine": machine(),
             "left_out": _left_out(config.cases),
@@ -195,7 +199,9 @@ def _table(case: str, rows: Sequence[Row]) -> Table:
     table = Table(title=f"{case}: median (min – max) over rounds")
     for name in ("setting", "implementation"):
         table.add_column(name)
-    columns = ("ms", "in a row", "time / first", "GFLOP/s", "of peak", "weights read", "of time")
+    columns = (
+        "ms", "in a row", "device", "time / first", "GFLOP/s", "of peak", "weights read", "of time",
+    )  # fmt: skip
     for name in columns:
         table.add_column(name, justify="right")
     setting = ""
@@ -207,6 +213,7 @@ def _table(case: str, rows: Sequence[Row]) -> Table:
             row.implementation,
             _spread(row.ms, 3 if row.ms.median < 1 else 1),
             "" if row.queued_ms is None else _spread(row.queued_ms, 3),
+            "" if row.device_ms is None else f"{row.device_ms:.3f}",
             _spread(row.ratio, 2),
             f"{row.gflops:.1f}",
             f"{100 * row.fraction_of_peak:.0f} %",

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from train.benchmark.device_time import device_ms
 from vla_jax import trees
 
 TOLERANCE = 1e-4  # largest ‖result - expected‖ / ‖expected‖ of each result, in float32
@@ -61,9 +62,12 @@ class Row(NamedTuple):
     )
     weight_bytes: int
     # ms per run of many in a row, of which only the last one is waited for: the time of the device,
-    # without that of the host between two runs; None where it was not measured
+    # or of the host if that takes longer to start one; None where it was not measured
     queued_ms: Spread | None = None
-    # share of that time, or of `ms`, in which the memory could read the weights; None as above
+    # ms per run in which the device works, from its trace; None where it was not measured
+    device_ms: float | None = None
+    # share of `device_ms`, else of `queued_ms`, else of `ms`, in which the memory could read the
+    # weights; None where the memory was not measured
     weights_share: float | None = None
 
 
@@ -112,7 +116,8 @@ def measure(comparison: Comparison, rounds: int, device: Device, *, queue: int =
       comparison: checked by `check`.
       rounds: rounds per implementation; each runs it twice and times the second run.
       device: measured in the same run.
-      queue: runs in a row without waiting in between, timed after those; 1 = not measured.
+      queue: runs in a row without waiting in between, timed after those, and again under the
+        profiler of the device; 1 = not measured.
     """
     implementations = comparison.implementations
     ms = 1e3 * np.array([[_time(each) for each in implementations] for _ in range(rounds)])
@@ -123,34 +128,36 @@ def measure(comparison: Comparison, rounds: int, device: Device, *, queue: int =
         )  # fmt: skip
     rows = []
     for index, (each, times) in enumerate(zip(implementations, ms.T, strict=True)):
-        gflops, own = comparison.flop / 1e6 / float(np.median(times)), times
-        if queued is not None:
-            own = queued[:, index]
+        gflops = comparison.flop / 1e6 / float(np.median(times))
+        own = times if queued is None else queued[:, index]
+        busy = None if queued is None else device_ms(each.run, each.wait, queue)
         share = None
         if device.gigabytes is not None:
-            share = each.weight_bytes / 1e6 / device.gigabytes / float(np.median(own))
+            shortest = float(np.median(own)) if busy is None else busy
+            share = each.weight_bytes / 1e6 / device.gigabytes / shortest
         rows.append(
             Row(
                 comparison.case, comparison.setting, each.name, spread(times),
                 spread(times / ms[:, 0]), gflops, gflops / device.gflops, each.weight_bytes,
-                None if queued is None else spread(own), share,
+                None if queued is None else spread(own), busy, share,
             )
         )  # fmt: skip
     return rows
 
 
-def measure_peak(size: int, rounds: int, dtype: str = "float32") -> float:
+def measure_peak(size: int, rounds: int, dtype: str = "float32", *, num_runs: int = 1) -> float:
     """Returns GFLOP/s of a product `[size, size] · [size, size]`, best of the rounds.
 
     Args:
       size: rows and columns.
       rounds: of which the best counts.
       dtype: of both factors; the sum is in float32.
+      num_runs: products in a row, so that on an accelerator the time to start one does not count.
     """
     left = jnp.asarray(np.random.default_rng(0).normal(size=(size, size)), dtype)
     product = jax.jit(lambda x, y: jnp.matmul(x, y, preferred_element_type=jnp.float32))
     right = left.T.copy()
-    return 2e-9 * size**3 / _best(lambda: product(left, right), rounds)
+    return 2e-9 * size**3 / _best(lambda: product(left, right), rounds, num_runs)
 
 
 def measure_bandwidth(size: int, rounds: int) -> float:
