@@ -24,8 +24,9 @@ os.environ.setdefault(
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # Compilation takes most of the time, and the laws hold in unoptimised programs too; `make test-
 # optimised` sets this to 0. On a GPU the programs are those of a training.
-on_cpu = os.environ["JAX_PLATFORMS"] == "cpu"
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1" if on_cpu else "0")
+os.environ.setdefault(
+    "JAX_DISABLE_MOST_OPTIMIZATIONS", "1" if os.environ["JAX_PLATFORMS"] == "cpu" else "0"
+)
 # XLA's older code generators compile these programs in half the time. A jaxlib that does not know a
 # flag ends the process, so it is set only for versions that are known to have it.
 if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and version("jaxlib").startswith("0.10."):
