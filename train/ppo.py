@@ -16,7 +16,7 @@ instead.
 import pathlib
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ from vla_jax.rl.learner import Algorithm, Learner, SeedsConfig
 from vla_jax.rl.network import NetworkConfig
 from vla_jax.rl.passes import PassesConfig
 from vla_jax.rl.reward_training import RewardTraining
+from vla_jax.training import optim
 from vla_jax.training.distributed import together
 from vla_jax.training.loop import LoopConfig
 from vla_jax.training.optim import OptimConfig
@@ -84,6 +85,18 @@ class PPOConfig(RewardTraining):
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}.")
         passes.check(self.passes, self.seeds.num_envs)
 
+    def scheduled(self, done: float) -> dict[str, float]:
+        """Returns what the next update uses that depends on the length of the training.
+
+        Args:
+          done: updates so far.
+        """
+        steps, num_updates = passes.num_steps(self.passes), self.loop.num_updates
+        rate = optim.learning_rate(self.optim, num_updates, done, steps_per_update=steps)
+        annealed = ("clip_range", "entropy_weight") if self.annealing else ()
+        left = _left(self, done)
+        return {"learning_rate": rate} | {name: left * getattr(self, name) for name in annealed}
+
 
 class Segments(NamedTuple):
     """A rollout with what the policy that acted thought of it."""
@@ -126,6 +139,11 @@ def _prepare(config: PPOConfig, params: Params, rollout: Rollout) -> Segments:
     return Segments(rollout, log_probability, value[:, :-1], advantage)
 
 
+def _left(config: PPOConfig, num_updates: Any) -> Any:
+    """Returns the factor of what is annealed, after some updates."""
+    return 1.0 - num_updates / config.loop.num_updates if config.annealing else 1.0
+
+
 def _loss(
     config: PPOConfig, params: Params, batch: tuple[Segments, jax.Array], key: Key
 ) -> tuple[jax.Array, Metrics]:
@@ -136,7 +154,7 @@ def _loss(
     del key
     segments, num_updates = batch
     rollout, old = segments.rollout, segments.log_probability
-    left = 1.0 - num_updates / config.loop.num_updates if config.annealing else 1.0
+    left = _left(config, num_updates)
     clip_range = left * config.clip_range
     logits, value = actor_critic.outputs(params, config.network, rollout)
     value, weight = value[:, :-1], jnp.asarray(rollout.mask, jnp.float32)

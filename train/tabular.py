@@ -10,7 +10,7 @@ the agent, with shared weights for all obstacles. One plot shows the success of 
 
 import pathlib
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,9 @@ class TabularConfig:
     step_size: float = 0.3  # learning rate α of the table, in (0, 1]
     deep: SarsaConfig = SarsaConfig()  # Deep SARSA; both use its environment, steps, γ and ε
     overwrite: bool = False  # delete an existing run in run_dir
+
+    # trainings are compared, and tables are trained again from the start
+    MAY_NOT_CHANGE: ClassVar[tuple[str, ...]] = ("deep.loop.num_updates",)
 
     def __post_init__(self):
         """Checks the environment and the table."""

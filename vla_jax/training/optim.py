@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from vla_jax import trees
@@ -82,6 +83,25 @@ def make_schedule(config: OptimConfig, num_updates: int) -> optax.Schedule:
         decay_steps=num_updates,
         end_value=config.learning_rate * config.end_factor,
     )
+
+
+def learning_rate(
+    config: OptimConfig, num_updates: int, done: float, *, steps_per_update: int = 1
+) -> float:
+    """Returns the learning rate that the next call of the optimiser uses.
+
+    Args:
+      config: settings of the optimiser.
+      num_updates: length of the training.
+      done: updates so far.
+      steps_per_update: calls of the optimiser in each of these updates.
+
+    Raises:
+      ValueError: the warm-up is not shorter than the training.
+    """
+    schedule = make_schedule(config, num_updates * steps_per_update)
+    every = config.accumulation_steps  # calls that share a rate
+    return np.asarray(schedule(done * steps_per_update // every * every)).item()
 
 
 def make_optimizer(

@@ -3,14 +3,14 @@
 A config class lists in `MAY_CHANGE` its fields that change neither batches nor arithmetic, or only
 as a user wants on purpose, such as the length of the training. The config of a script takes some
 back with `MAY_NOT_CHANGE`, dotted paths of fields of its parts. The learning rate may be lowered.
+If more than the learning rate depends on the length of the training, or if an update takes several
+optimiser steps, the config has a method `scheduled(updates done) -> name -> value of the next one`.
 """
 
 import dataclasses
 import pathlib
 from collections.abc import Iterator
 from typing import Any
-
-import numpy as np
 
 from vla_jax import config as configs
 from vla_jax.training import optim
@@ -69,6 +69,18 @@ def may_change(config: Any) -> Iterator[str]:
     yield from getattr(type(config), "MAY_CHANGE", ())
 
 
+def scheduled(config: Any, done: float) -> dict[str, float]:
+    """Returns what the next update uses that depends on the length of the training, by name.
+
+    Args:
+      config: config of a script, with `optim` and `loop`.
+      done: updates so far.
+    """
+    if hasattr(config, "scheduled"):
+        return config.scheduled(done)
+    return {"learning_rate": optim.learning_rate(config.optim, config.loop.num_updates, done)}
+
+
 def _copy(path: str, source: Any, target: Any) -> None:
     *parts, name = path.split(".")
     for part in parts:
@@ -79,7 +91,7 @@ def _copy(path: str, source: Any, target: Any) -> None:
 
 
 def _schedule_change(saved: Any, config: Any, num_updates: int) -> list[str]:
-    """Returns a sentence if the learning rate of the next updates differs from before."""
+    """Returns a sentence if the next updates follow another schedule than before."""
     before, now = (
         {"loop": {"num_updates": each.loop.num_updates}}
         | {"optim": {"learning_rate": each.optim.learning_rate}}
@@ -88,11 +100,13 @@ def _schedule_change(saved: Any, config: Any, num_updates: int) -> list[str]:
     changes = configs.differences(before, now)
     if not changes or num_updates >= config.loop.num_updates:
         return []
-    old, new = (
-        np.asarray(optim.make_schedule(each.optim, each.loop.num_updates)(num_updates)).item()
-        for each in (saved, config)
+    old, new = (scheduled(each, num_updates) for each in (saved, config))
+    values = (
+        f"{name} {new[name]:.3g} instead of {old[name]:.3g}"
+        for name in new
+        if new[name] != old[name]
     )
     return [
-        f"{'; '.join(changes)}: from update {num_updates + 1} on the learning rate follows the new "
-        f"schedule, and starts at {new:.3g} instead of {old:.3g}."
+        f"{'; '.join(changes)}: from update {num_updates + 1} on the training follows the new "
+        f"schedule, which starts with {', '.join(values) or 'the same values'}."
     ]
