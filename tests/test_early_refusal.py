@@ -4,14 +4,35 @@ import dataclasses
 
 import pytest
 import tiny_demos
+import tiny_run
 
-from train import finetune, imitate, pretrain, scan
+from train import (
+    chains,
+    demo,
+    finetune,
+    imitate,
+    memory,
+    memory_pictures,
+    memory_suite,
+    pretrain,
+    scan,
+    tabular,
+)
+from train.chains import ChainsConfig
+from train.demo import DemoConfig
 from train.finetune import FinetuneConfig
+from train.memory_config import MemoryConfig
+from train.memory_pictures import MemoryPicturesConfig
+from train.memory_suite import MemorySuiteConfig
 from train.pretrain import PretrainConfig
 from train.scan import ScanConfig
+from train.tabular import TabularConfig
 from vla_jax import config as configs
 from vla_jax import runs
+from vla_jax.acting.agent import AgentConfig
 from vla_jax.data.readers.dataset_config import DatasetConfig
+from vla_jax.policies import policy
+from vla_jax.runs import Run
 from vla_jax.training.loop import LoopConfig
 from vla_jax.training.optim import OptimConfig
 
@@ -21,6 +42,15 @@ SCRIPTS = {
     "pretrain": (pretrain.pretrain, PretrainConfig(), (pretrain, "read_dataset")),
     "scan": (scan.train, ScanConfig(), (scan, "data_sets")),
     "finetune": (finetune.finetune, FinetuneConfig(init_from="r"), (finetune, "read_cloned")),
+}
+# scripts of several trainings, whose folder holds results -> config
+SUITES = {
+    "chains": (chains.chain_suite, ChainsConfig()),
+    "memory": (memory.memory, MemoryConfig(small=True)),
+    "memory_suite": (memory_suite.memory_suite, MemorySuiteConfig()),
+    "memory_pictures": (memory_pictures.memory_pictures, MemoryPicturesConfig()),
+    "tabular": (tabular.compare, TabularConfig()),
+    "demo": (demo.demo, DemoConfig()),
 }
 LONG_WARM_UP = {"optim": OptimConfig(warmup_steps=100), "loop": LoopConfig(num_updates=80)}
 
@@ -118,3 +148,69 @@ def test_the_folder_of_a_model_is_never_overwritten(script):
     with pytest.raises(ValueError, match="is not a run folder"):
         function(dataclasses.replace(config, overwrite=True))
     assert (run_dir / "config.json").exists()
+
+
+@pytest.fixture(params=SUITES)
+def suite(request, tmp_path):
+    """Returns a script of several trainings, its config and its folder."""
+    function, config = SUITES[request.param]
+    changes = {"run_dir": str(tmp_path / "run")}
+    if hasattr(config, "dataset"):
+        changes["dataset"] = str(tmp_path / "demos")
+    return function, dataclasses.replace(config, **changes), tmp_path / "run"
+
+
+def test_a_suite_is_never_written_among_other_files(suite):
+    function, config, run_dir = suite
+    write(run_dir, {"results.csv": "mine"})
+    with pytest.raises(ValueError, match=r"must be a new folder or that of a run.*results\.csv"):
+        function(config)
+    assert content(run_dir) == {"results.csv": "mine"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_run_of_another_script_is_neither_continued_nor_deleted(suite, overwrite):
+    function, config, run_dir = suite
+    if overwrite and not hasattr(config, "overwrite"):
+        pytest.skip("it deletes nothing")
+    changes = {"overwrite": True} if overwrite else {}
+    before = {"config.json": '{"run_dir": "x", "clip": 0.2}', "results.jsonl": "mine\n"}
+    write(run_dir, before)
+    with pytest.raises(ValueError, match="clip"):
+        function(dataclasses.replace(config, **changes))
+    assert content(run_dir) == before
+
+
+def wrong_runs(folder):
+    """Yields what `load_run` returns, the mode to test in, and the sentence that refuses it."""
+    stats, transformer = tiny_run.norm_stats(), dataclasses.replace(tiny_run.DECODER, kind="gpt")
+    agent = AgentConfig(policy=policy.connect(tiny_run.AGENT.policy.backbone, transformer))
+    other = {**stats, "environment_state": stats["proprio"]}
+    of_state = "run must be a policy of the JAX table's state, with .*(22,).* got .*(8,)"
+    yield Run(folder, agent, stats, {}, None, 1), "persistent", "mode must be 'refresh'"
+    yield Run(folder, tiny_run.AGENT, other, {}, None, 1), None, of_state
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_chains_of_a_wrong_run_change_nothing(tmp_path, monkeypatch, overwrite):
+    before = {"config.json": '{"run_dir": "x"}', "results.jsonl": "mine\n"}
+    write(tmp_path / "run", before)
+    config = ChainsConfig(run="absent", run_dir=str(tmp_path / "run"), overwrite=overwrite)
+    with pytest.raises(FileNotFoundError, match="run folder absent is missing"):
+        chains.chain_suite(config)
+    assert content(tmp_path / "run") == before
+    for loaded, mode, sentence in wrong_runs(tmp_path):
+        monkeypatch.setattr(chains, "load_run", lambda run, loaded=loaded: loaded)
+        with pytest.raises(ValueError, match=sentence):
+            chains.chain_suite(dataclasses.replace(config, mode=mode))
+        assert content(tmp_path / "run") == before
+
+
+def write(folder, files):
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name).write_text(text)
+
+
+def content(folder):
+    return {path.name: path.read_text() for path in folder.iterdir()}

@@ -88,6 +88,16 @@ def test_gradient_norms_and_windows_are_read_back(outputs, monkeypatch):
     assert json.loads(memory.memory(config).read_text()) == content
 
 
+def test_a_folder_of_an_earlier_version_without_a_config_is_continued(
+    outputs, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(memory_records, "train", None)  # nothing is trained again
+    (tmp_path / "results.jsonl").write_bytes((outputs[0] / "results.jsonl").read_bytes())
+    with pytest.warns(UserWarning, match=r"results\.jsonl is taken for that of an earlier version"):
+        memory.memory(dataclasses.replace(TINY, run_dir=str(tmp_path)))
+    assert (tmp_path / "config.json").exists()
+
+
 def test_norms_that_are_wanted_now_are_computed_and_others_left_out(outputs, tmp_path):
     (tmp_path / "results.jsonl").write_bytes((outputs[0] / "results.jsonl").read_bytes())
     known = memory_records.read(TINY, tmp_path)

@@ -11,6 +11,7 @@ Results are appended to the run folder policy by policy, and an interrupted run 
 import dataclasses
 import pathlib
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,13 +25,14 @@ from train import memory_cloning, memory_decoders
 from train.memory_cloning import Clones
 from train.memory_decoders import Variant
 from train.memory_grid import CloningConfig
-from vla_jax import files
+from vla_jax import files, records
+from vla_jax.acting.observation_spec import observation_spec
 from vla_jax.command_line import run
 from vla_jax.config import checked, did_you_mean
 from vla_jax.envs.table import chain_env
 from vla_jax.envs.table.chain_env import ChainConfig
 from vla_jax.policies.trunk import Mode
-from vla_jax.runs import load_run, open_run
+from vla_jax.runs import Run, check_run, load_run, open_run
 from vla_jax.training.run_lock import exclusive
 from vla_jax.types import Env
 
@@ -81,13 +83,14 @@ class ChainsConfig:
 
 
 class ChainScore(NamedTuple):
-    """Chains of one policy."""
+    """Chains of one policy; a line of the results."""
 
     policy: str
     all_at_start: bool
-    in_a_row: np.ndarray  # [S, length] rate of chains with at least 1, 2, … instructions done
-    average: np.ndarray  # [S] average length: instructions done per chain, the sum of the rates
+    in_a_row: list[list[float]]  # [S, length] rate of chains with at least 1, 2, … done
+    average: list[float]  # [S] average length: instructions done per chain, the sum of the rates
     seconds: float  # training and test
+    of: dict[str, Any]  # settings that the result depends on
 
 
 def in_a_row(done: np.ndarray, length: int) -> np.ndarray:
@@ -103,9 +106,12 @@ def in_a_row(done: np.ndarray, length: int) -> np.ndarray:
 @exclusive
 def chain_suite(config: ChainsConfig) -> pathlib.Path:
     """Trains and tests the policies; returns the run folder."""
-    run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
+    # Everything is checked before the folder is changed.
+    check_run(config.run_dir, config, overwrite=config.overwrite)
     env = chain_env.make(ChainConfig(length=config.length, all_at_start=config.all_at_start))
-    scores = _read(run_dir, config)
+    loaded = _load(env, config) if config.run else None
+    scores = [] if config.overwrite else _read(pathlib.Path(config.run_dir), config)
+    run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
     names = (config.run,) if config.run else config.policies
     trained: dict[tuple[str, int], Clones] = {}
     console = Console(stderr=True)
@@ -113,12 +119,20 @@ def chain_suite(config: ChainsConfig) -> pathlib.Path:
         if name in {score.policy for score in scores}:
             continue
         start = time.monotonic()
-        done = _play_run(env, config) if config.run else _play_policy(env, name, config, trained)
-        rates = in_a_row(done, config.length)
-        score = ChainScore(
-            name, config.all_at_start, rates, done.mean(axis=1), time.monotonic() - start
+        done = (
+            _play_policy(env, name, config, trained)
+            if loaded is None
+            else _play_run(env, loaded, config)
         )
-        files.append_json_line(run_dir / RESULTS, {**_to_json(score), "of": _settings(config)})
+        score = ChainScore(
+            name,
+            config.all_at_start,
+            in_a_row(done, config.length).tolist(),
+            done.mean(axis=1).tolist(),
+            time.monotonic() - start,
+            _settings(config),
+        )
+        files.append_json_line(run_dir / RESULTS, score._asdict())
         scores.append(score)
         console.print(f"{name}: average length {_mean_and_range(score.average)}", soft_wrap=True)
     console.print(table(scores))
@@ -156,12 +170,35 @@ def _play_policy(
     return np.asarray(memory_cloning.play(env, variant, clones, key, config.num_chains).return_)
 
 
-def _play_run(env: Env, config: ChainsConfig) -> np.ndarray:
-    """Returns the instructions that the policy of a run did in each chain, `[1, num_chains]`."""
+def _load(env: Env, config: ChainsConfig) -> Run:
+    """Returns the run to test, in the mode of the config.
+
+    Raises:
+      FileNotFoundError: the run, or one of its files, is missing.
+      ValueError: a file is damaged; the policy has no such mode, or was not trained for this table.
+    """
     loaded = load_run(config.run)
-    agent = loaded.agent
     if config.mode is not None:
-        agent = dataclasses.replace(agent, mode=config.mode)
+        loaded = loaded._replace(agent=dataclasses.replace(loaded.agent, mode=config.mode))
+    assert env.expert is not None
+    state, observation = jax.eval_shape(env.reset, jax.random.key(0))
+    given = {name: part.shape for name, part in observation._asdict().items() if part is not None}
+    needed = observation_spec(loaded.agent, loaded.norm_stats)
+    action = jax.eval_shape(env.expert, state)
+    taken = {name: part.shape for name, part in needed.items() if name != "instruction"}
+    sizes = {**taken, "action": (loaded.agent.policy.decoder.action_dim,)}
+    expected = {**{name: given.get(name) for name in taken}, "action": action.shape}
+    if sizes != expected:
+        raise ValueError(
+            f"run must be a policy of the JAX table's state, with {expected}, got {sizes} in "
+            f"{config.run}; train one with python -m train.imitate --preset table_jax_state."
+        )
+    return loaded
+
+
+def _play_run(env: Env, loaded: Run, config: ChainsConfig) -> np.ndarray:
+    """Returns the instructions that the policy of a run did in each chain, `[1, num_chains]`."""
+    agent = loaded.agent
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], loaded.params)
     clones = Clones(agent, loaded.norm_stats, params, np.zeros((0, 1)))
     variant = Variant(agent.policy.decoder.kind, agent.mode)
@@ -171,16 +208,16 @@ def _play_run(env: Env, config: ChainsConfig) -> np.ndarray:
 
 def table(scores: list[ChainScore]) -> Table:
     """Returns the scores as a table: means over the seeds, and of the length also its range."""
-    length = max((score.in_a_row.shape[1] for score in scores), default=0)
+    length = max((len(score.in_a_row[0]) for score in scores), default=0)
     drawn = Table("policy", *map(str, range(1, length + 1)), "average length")
     for score in scores:
-        rates = [f"{100 * rate:.1f} %" for rate in score.in_a_row.mean(axis=0)]
+        rates = [f"{100 * rate:.1f} %" for rate in np.mean(score.in_a_row, axis=0)]
         drawn.add_row(score.policy, *rates, _mean_and_range(score.average))
     return drawn
 
 
-def _mean_and_range(values: np.ndarray) -> str:
-    return f"{values.mean():.2f} [{values.min():.2f}, {values.max():.2f}]"
+def _mean_and_range(values: list[float]) -> str:
+    return f"{np.mean(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
 
 
 def _settings(config: ChainsConfig) -> dict[str, Any]:
@@ -190,21 +227,25 @@ def _settings(config: ChainsConfig) -> dict[str, Any]:
     return {"num_chains": config.num_chains, "length": config.length, "mode": mode, **cloning}
 
 
-def _to_json(score: ChainScore) -> dict[str, Any]:
-    fields = score._asdict()
-    return {name: v.tolist() if isinstance(v, np.ndarray) else v for name, v in fields.items()}
-
-
 def _read(run_dir: pathlib.Path, config: ChainsConfig) -> list[ChainScore]:
     """Returns the earlier results of the same settings."""
-    scores = []
-    for line in files.read_json_lines(run_dir / RESULTS):
-        if line["of"] == _settings(config) and line["all_at_start"] == config.all_at_start:
-            rates, average = np.array(line["in_a_row"]), np.array(line["average"])
-            scores.append(
-                ChainScore(line["policy"], line["all_at_start"], rates, average, line["seconds"])
-            )
-    return scores
+    settings, num_seeds = _settings(config), 1 if config.run else config.cloning.num_seeds
+
+    def select(line: Mapping[str, Any]) -> bool:
+        all_at_start = records.get(line, "all_at_start", bool)
+        return records.get(line, "of", dict) == settings and all_at_start == config.all_at_start
+
+    def fault(score: ChainScore) -> str:
+        shape = [len(rates) for rates in score.in_a_row], len(score.average)
+        return (
+            ""
+            if shape == ([config.length] * num_seeds, num_seeds)
+            else f"it must be of {num_seeds} seeds and {config.length} instructions"
+        )
+
+    bounds = {"in_a_row": (0, 1), "average": (0, config.length)}
+    path = run_dir / RESULTS
+    return list(records.read_lines(ChainScore, path, bounds=bounds, select=select, fault=fault))
 
 
 def full() -> ChainsConfig:

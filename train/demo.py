@@ -13,7 +13,7 @@ finished steps are not repeated. The steps' output is written to `RUN_DIR/log.tx
 import pathlib
 import time
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 from rich.console import Console
@@ -21,7 +21,16 @@ from rich.table import Table
 
 from train import configs, record
 from train.configs import ImitateConfig
-from train.demo_steps import Policy, Step, evaluation, pretraining, recording, run_steps, training
+from train.demo_steps import (
+    LOG,
+    Policy,
+    Step,
+    evaluation,
+    pretraining,
+    recording,
+    run_steps,
+    training,
+)
 from train.pretrain import PretrainConfig
 from train.record import RecordConfig
 from vla_jax.command_line import run
@@ -31,6 +40,8 @@ from vla_jax.envs.worlds import WorldConfig
 from vla_jax.evaluate import EvaluateConfig
 from vla_jax.evaluation import report, results
 from vla_jax.policies import trunks
+from vla_jax.runs import open_run
+from vla_jax.training.run_lock import exclusive
 
 Decoder = Literal["lstm", "gru", "rnn", "encoder_decoder", "gpt", "fc"]
 TITLES = {
@@ -64,6 +75,10 @@ class DemoConfig:
     num_videos: int = 3  # episodes to record as video in each evaluation of a policy on images
     # decoders to compare, with show "state" only
     decoders: tuple[Decoder, ...] = ("lstm", "gru", "rnn", "fc")
+
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = (  # every step checks its own part
+        "dataset", "num_trainings", "num_episodes", "first_seed", "num_videos", "decoders",
+    )  # fmt: skip
 
     def __post_init__(self):
         """Checks the decoders and the counts."""
@@ -103,12 +118,13 @@ PRESETS = {
 }
 
 
+@exclusive
 def demo(config: DemoConfig) -> pathlib.Path:
     """Runs all steps and prints a table; returns the page with the results."""
     began = time.perf_counter()
-    run_dir = pathlib.Path(config.run_dir)
     steps, evaluations = make_steps(config)
-    run_steps(steps, run_dir / "log.txt", console=Console(stderr=True))
+    run_dir = open_run(config.run_dir, config, overwrite=False, mark=LOG)
+    run_steps(steps, run_dir / LOG, console=Console(stderr=True))
     first = {title: folders[0] for title, folders in evaluations.items()}
     page = report.write_index(run_dir, evaluations=first, title="vla_jax demo")
     Console().print(make_table(evaluations))

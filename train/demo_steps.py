@@ -29,6 +29,7 @@ from vla_jax.training.malloc import keep_freed_memory
 from vla_jax.training.progress import progress_bar
 
 NUM_PROCESSES = 2  # steps that run at a time
+LOG = "log.txt"  # file in the folder of the whole, with the output of the steps
 NUM_LINES = 20  # for all steps, if the output is not a terminal
 # CPU seconds on one core without AVX-512, for the estimate and for the length of the bar.
 SECONDS_PER_EPISODE = {"record": 0.115, "images": 0.25, "state": 0.02}

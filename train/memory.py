@@ -20,7 +20,7 @@ from train.memory_config import PRESETS, SMALL, MemoryConfig
 from train.memory_records import MemoryRecord
 from vla_jax import config as configs
 from vla_jax.command_line import run
-from vla_jax.runs import save_json
+from vla_jax.runs import check_run, open_run, save_json
 from vla_jax.training.run_lock import exclusive
 
 
@@ -29,15 +29,14 @@ def memory(config: MemoryConfig) -> pathlib.Path:
     """Trains every cell on every task, writes results and plots; returns the JSON file."""
     if config.small:
         config = dataclasses.replace(config, **SMALL)
-    run_dir = pathlib.Path(config.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    file = run_dir / memory_records.RESULTS
-    if config.overwrite:
-        file.unlink(missing_ok=True)
-    known = memory_records.read(config, run_dir)
+    folder, mark = pathlib.Path(config.run_dir), memory_records.RESULTS
+    check_run(folder, config, overwrite=config.overwrite, mark=mark)
+    known = {} if config.overwrite else memory_records.read(config, folder)
+    run_dir = open_run(folder, config, overwrite=config.overwrite, mark=mark)
     trainings = memory_records.trainings(config)
     num_known = len(known.keys() & set(trainings))
     if num_known:
+        file = run_dir / mark
         print(f"{num_known} of {len(trainings)} trainings are in {file}; --overwrite repeats them.")
     records = []
     for training in trainings:

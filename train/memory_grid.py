@@ -12,7 +12,7 @@ import numpy as np
 
 from train import memory_cloning, memory_decoders
 from train.memory_cloning import Clones
-from vla_jax import files, runs
+from vla_jax import files, records, runs
 from vla_jax.config import checked
 from vla_jax.envs.memory_table import memory_env, tasks
 from vla_jax.envs.memory_table.memory_env import JaxMemoryConfig
@@ -57,6 +57,21 @@ class Score(NamedTuple):
     groups: dict[str, list[float]]  # group of the task -> success rate of each seed
     chance: float  # of the best policy without memory
     seconds: float  # training and test
+
+
+class ScoreLine(NamedTuple):
+    """A line of the results; the first fields are those of `identity`."""
+
+    task: str
+    delay: int
+    items: int
+    updates: int
+    decoder: str
+    success: list[float]  # success rate of each seed
+    groups: dict[str, list[float]]  # as in `Score`, like the next two
+    chance: float
+    seconds: float
+    cloning: dict[str, Any]  # settings of the training
 
 
 def identity(cell: GridCell) -> dict[str, Any]:
@@ -128,14 +143,15 @@ def _save(folder: pathlib.Path, cell: GridCell, trained: Clones, num_updates: in
 
 def to_json(score: Score, config: CloningConfig) -> dict[str, Any]:
     """Returns a score as one line of the results."""
-    return {
+    line = ScoreLine(
         **identity(score.cell),
-        "success": score.success.tolist(),
-        "groups": score.groups,
-        "chance": score.chance,
-        "seconds": round(score.seconds, 1),
-        "cloning": _settings(config),
-    }
+        success=score.success.tolist(),
+        groups=score.groups,
+        chance=score.chance,
+        seconds=round(score.seconds, 1),
+        cloning=_settings(config),
+    )
+    return line._asdict()
 
 
 def _settings(config: CloningConfig) -> dict[str, Any]:
@@ -145,12 +161,27 @@ def _settings(config: CloningConfig) -> dict[str, Any]:
 def read_scores(
     run_dir: pathlib.Path, cells: Sequence[GridCell], config: CloningConfig
 ) -> Iterator[Score]:
-    """Yields the scores of a run folder that belong to these cells, trained with this config."""
-    path = run_dir / RESULTS
-    lines = files.read_json_lines(path) if path.exists() else []
-    by_identity = {tuple(identity(cell).values()): cell for cell in cells}
-    for line in lines:
-        cell = by_identity.get(tuple(line[name] for name in _IDENTITY))
-        if cell is not None and line["cloning"] == _settings(config):
-            success = np.array(line["success"])
-            yield Score(cell, success, line["groups"], line["chance"], line["seconds"])
+    """Yields the scores of a run folder that belong to these cells, trained with this config.
+
+    Raises:
+      ValueError: a line is damaged.
+    """
+    settings, by_identity = (
+        _settings(config),
+        {tuple(identity(cell).values()): cell for cell in cells},
+    )
+
+    def fault(line: ScoreLine) -> str:
+        sizes = {len(rates) for rates in (line.success, *line.groups.values())}
+        return "" if sizes == {config.num_seeds} else f"success must be of {config.num_seeds} seeds"
+
+    for line in records.read_lines(
+        ScoreLine,
+        run_dir / RESULTS,
+        bounds=dict.fromkeys(("success", "groups", "chance"), (0, 1)),
+        select=lambda line: records.get(line, "cloning", dict) == settings,
+        fault=fault,
+    ):
+        cell = by_identity.get(line[: len(_IDENTITY)])
+        if cell is not None:
+            yield Score(cell, np.array(line.success), line.groups, line.chance, line.seconds)

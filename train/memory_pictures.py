@@ -19,7 +19,16 @@ from rich.table import Table
 
 from train import cache, configs
 from train.configs import ImitateConfig
-from train.demo_steps import Policy, Step, evaluation, pretraining, recording, run_steps, training
+from train.demo_steps import (
+    LOG,
+    Policy,
+    Step,
+    evaluation,
+    pretraining,
+    recording,
+    run_steps,
+    training,
+)
 from train.memory_decoders import ACTION_HORIZON, HEAD_LAYERS, learning_rate_factor
 from train.pretrain import PretrainConfig
 from train.record import RecordConfig
@@ -36,8 +45,9 @@ from vla_jax.envs.memory_table.mujoco_memory import MujocoMemoryConfig
 from vla_jax.evaluate import EvaluateConfig
 from vla_jax.evaluation import report, results
 from vla_jax.policies import policy, trunks
-from vla_jax.runs import read_agent
+from vla_jax.runs import open_run, read_agent
 from vla_jax.training.optim import OptimConfig
+from vla_jax.training.run_lock import exclusive
 
 _SECONDS_TO_ENCODE = 60.0  # for the estimate of the time left
 _FIRST_SEED = 2_000_000  # of the test episodes
@@ -79,12 +89,14 @@ class MemoryPicturesConfig:
             tasks.check(make_world(self, task))
 
 
+@exclusive
 def memory_pictures(config: MemoryPicturesConfig) -> pathlib.Path:
     """Runs all steps and prints a table; returns the page with the results."""
-    began, run_dir = time.perf_counter(), pathlib.Path(config.run_dir)
+    began = time.perf_counter()
     steps = [step for task in config.tasks for step in make_steps(config, task)]
+    run_dir = open_run(config.run_dir, config, overwrite=False, mark=LOG)
     console = Console(stderr=True)
-    run_steps(steps, run_dir / "log.txt", console=console, name="memory suite from pictures")
+    run_steps(steps, run_dir / LOG, console=console, name="memory suite from pictures")
     evaluations = {
         f"{task}, {decoder}": _evaluated(config, task, decoder)
         for task in config.tasks

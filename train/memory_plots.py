@@ -3,6 +3,8 @@
 import pathlib
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from train.memory_config import BLOCK, EXPLODING, MemoryConfig, lengths_of
 from train.memory_training import TaskResult
 from vla_jax.evaluation import plots
@@ -20,7 +22,7 @@ def draw(
     run_dir: pathlib.Path,
     config: MemoryConfig,
     results: Sequence[TaskResult],
-    norms: Mapping[str, Mapping[str, Sequence[float]]],
+    norms: Mapping[str, Mapping[str, Sequence[float | None]]],
     window_errors: Mapping[str, Sequence[float]],
 ) -> None:
     """Plots the learning curves of each task, and an overview with gradient norms and windows."""
@@ -41,7 +43,7 @@ def draw(
 
 
 def _all_lags(
-    config: MemoryConfig, norms: Mapping[str, Mapping[str, Sequence[float]]]
+    config: MemoryConfig, norms: Mapping[str, Mapping[str, Sequence[float | None]]]
 ) -> list[Panel]:
     before = {name(cell): variants["before"] for cell, variants in norms.items()}
     for cell in norms.keys() & EXPLODING:
@@ -80,8 +82,8 @@ def learning_curves(
     return Panel(title, "updates", task.error_name, curves, levels, log="y", y_range=(1e-3, 1.2))
 
 
-def _lags(title: str, norms: Mapping[str, Sequence[float]]) -> Panel:
-    curves = {name: (range(len(values)), values) for name, values in norms.items()}
+def _lags(title: str, norms: Mapping[str, Sequence[float | None]]) -> Panel:
+    curves = {name: (range(len(values)), np.array(values, float)) for name, values in norms.items()}
     y_label = "‖∂ output / ∂ carry‖, lag 0 = 1"
     return Panel(title, "lag / steps", y_label, curves, log="y", y_range=(1e-9, 1e5))
 

@@ -3,10 +3,10 @@
 import pathlib
 from typing import Any, NamedTuple
 
-from train.memory_config import MemoryConfig, cells_of, lengths_of
+from train.memory_config import EXPLODING, MemoryConfig, cells_of, lengths_of
 from train.memory_training import TaskResult, learn, learn_windows, norms_by_lag
 from vla_jax import config as configs
-from vla_jax import files
+from vla_jax import files, records
 from vla_jax.nn.cells import CellName
 
 RESULTS = "results.jsonl"
@@ -32,7 +32,7 @@ class MemoryRecord(NamedTuple):
     training: MemoryTraining
     settings: dict[str, Any]  # of the config
     result: TaskResult | None = None  # None for WINDOWS
-    norms: dict[str, list[float]] | None = None  # see `norms_by_lag`
+    norms: dict[str, list[float | None]] | None = None  # see `norms_by_lag`
     window_errors: list[float] | None = None  # error rate of each window
 
 
@@ -81,23 +81,36 @@ def append(record: MemoryRecord, run_dir: pathlib.Path) -> None:
 
 
 def read(config: MemoryConfig, run_dir: pathlib.Path) -> dict[MemoryTraining, MemoryRecord]:
-    """Returns the records of a run folder that are complete and have the settings of the config."""
-    lines = files.read_json_lines(run_dir / RESULTS)
-    records = [_from_json(line) for line in lines if line.get("settings") == _settings(config)]
+    """Returns the records of a run folder that are complete and have the settings of the config.
+
+    Raises:
+      ValueError: a line is damaged.
+    """
+    settings = _settings(config)
+    lines = records.read_lines(
+        MemoryRecord,
+        run_dir / RESULTS,
+        select=lambda line: records.get(line, "settings", dict) == settings,
+        fault=_fault,
+    )
     return {
         record.training: record
-        for record in records
+        for record in lines
         if record.norms or not has_norms(config, record.training)
     }
 
 
-def _from_json(line: dict[str, Any]) -> MemoryRecord:
-    training = MemoryTraining(**{**line["training"], "windows": tuple(line["training"]["windows"])})
-    result = line["result"]
-    if result is not None:
-        longer = {int(length): error for length, error in result["longer"].items()}
-        result = TaskResult(**{**result, "longer": longer})
-    return MemoryRecord(**{**line, "training": training, "result": result})
+def _fault(record: MemoryRecord) -> str:
+    """Returns what is wrong with a record that was read, "" if nothing is."""
+    training, result = record.training, record.result
+    if training.task == WINDOWS:
+        is_whole = len(record.window_errors or ()) == len(training.windows)
+        return "" if is_whole else "window_errors must be one per window"
+    if result is None or (result.cell, result.task, result.length, result.seed) != training[:4]:
+        return "result must be that of its training"
+    drawn = {"before", "after", *(("larger",) if training.cell in EXPLODING else ())}
+    is_whole = record.norms is None or drawn <= set(record.norms)
+    return "" if is_whole else f"norms must hold {', '.join(sorted(drawn))}"
 
 
 def _settings(config: MemoryConfig) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from vla_jax.config import checked, did_you_mean
 from vla_jax.envs.memory_table import tasks
 from vla_jax.envs.memory_table.memory_env import JaxMemoryConfig
 from vla_jax.evaluation import video
-from vla_jax.runs import open_run
+from vla_jax.runs import check_run, open_run
 from vla_jax.training.progress import progress_bar
 from vla_jax.training.run_lock import exclusive
 
@@ -116,11 +116,12 @@ def memory_suite(config: MemorySuiteConfig) -> pathlib.Path:
         return memory_pictures.memory_pictures(
             MemoryPicturesConfig(delay=config.delay, features=config.features, run_dir=place)
         )
-    run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
-    grid = cells(config)
-    order = {memory_report.key(cell): number for number, cell in enumerate(grid)}
-    earlier = memory_grid.read_scores(run_dir, grid, config.cloning)
+    folder, grid = pathlib.Path(config.run_dir), cells(config)
+    check_run(folder, config, overwrite=config.overwrite)
+    earlier = () if config.overwrite else memory_grid.read_scores(folder, grid, config.cloning)
     scores = {memory_report.key(score.cell): score for score in earlier}
+    run_dir = open_run(folder, config, overwrite=config.overwrite)
+    order = {memory_report.key(cell): number for number, cell in enumerate(grid)}
     waiting = [cell for cell in grid if memory_report.key(cell) not in scores]
     console = Console(stderr=True)
     try:

@@ -1,6 +1,7 @@
 """Training and testing one recurrence on one memory task."""
 
 import dataclasses
+import math
 import time
 from functools import partial
 from typing import Any, NamedTuple
@@ -103,10 +104,13 @@ def learn_windows(config: MemoryConfig, cell: CellName) -> list[float]:
     return jax.vmap(test)(state[0], windows).tolist()
 
 
-def norms_by_lag(config: MemoryConfig, cell: CellName, params: Params) -> dict[str, list[float]]:
+def norms_by_lag(
+    config: MemoryConfig, cell: CellName, params: Params
+) -> dict[str, list[float | None]]:
     """Returns gradient norms at each lag, before and after training on the longest adding problem.
 
     If `EXPLODING` has the cell, "larger" holds those before training with larger recurrent kernels.
+    None stands for a norm that is not finite.
     """
     task, net, length = TASKS["adding"], make_net(config, cell), config.adding[-1]
     init_key, _, key = jax.random.split(jax.random.key(config.seed), 3)
@@ -118,7 +122,11 @@ def norms_by_lag(config: MemoryConfig, cell: CellName, params: Params) -> dict[s
         larger = {**layer, "recurrent_kernel": EXPLODING[cell] * layer["recurrent_kernel"]}
         variants["larger"] = {**before, "recurrence": recurrence.from_layer(larger)}
     norms = jax.jit(gradient_norms, static_argnums=1)
-    return {name: norms(variant, net, trials)[::-1].tolist() for name, variant in variants.items()}
+    by_lag = {name: norms(each, net, trials)[::-1].tolist() for name, each in variants.items()}
+    return {
+        name: [norm if math.isfinite(norm) else None for norm in values]
+        for name, values in by_lag.items()
+    }
 
 
 @partial(jax.jit, static_argnums=(3, 4, 5, 6), donate_argnums=0)

@@ -22,7 +22,7 @@ import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -45,11 +45,12 @@ from train.sweep_group import (
     train_group,
 )
 from train.sweep_report import Result
+from vla_jax import records
 from vla_jax.backbones import registry
 from vla_jax.command_line import run
 from vla_jax.config import LEAST_FLOAT, checked, did_you_mean
 from vla_jax.envs import worlds
-from vla_jax.files import delete_folder, read_json, write_json
+from vla_jax.files import delete_folder, write_json
 from vla_jax.policies import trunks
 from vla_jax.runs import open_run
 from vla_jax.training.distributed import take_local_devices
@@ -110,6 +111,12 @@ class SweepConfig(ImitateConfig):
             )
         for _ in _settings(self):  # decoders that do not fit raise an error
             pass
+
+
+class GroupNames(NamedTuple):
+    """Content of `group.json`."""
+
+    members: list[str]  # names of the trainings
 
 
 def sweep(config: SweepConfig) -> pathlib.Path:
@@ -241,7 +248,7 @@ def plan_groups(run_dir: pathlib.Path, members: Sequence[Member], group_size: in
         for start in range(0, len(rest), group_size):
             group = Group(_new_name(run_dir, shape), rest[start : start + group_size])
             names = [member.name for member in group.members]
-            write_json(run_dir / group.name / _GROUP, {"members": names})
+            write_json(run_dir / group.name / _GROUP, GroupNames(names)._asdict())
             groups.append(group)
     order = list(by_name)
     return sorted(groups, key=lambda group: order.index(group.members[0].name))
@@ -257,7 +264,7 @@ def _clean(run_dir: pathlib.Path) -> None:
 
 
 def _names(file: pathlib.Path) -> list[str]:
-    return read_json(file, "names of the members of a group")["members"]
+    return records.read_file(GroupNames, file, "the names of the members of a group").members
 
 
 def _new_name(run_dir: pathlib.Path, shape: str) -> str:
@@ -351,7 +358,7 @@ def _is_finished(run_dir: pathlib.Path, member: Member) -> bool:
 
 
 def _read_result(run_dir: pathlib.Path, member: Member) -> Result:
-    return Result(**read_json(run_dir / member.name / _RESULT, "result of a training"))
+    return sweep_report.read(run_dir / member.name / _RESULT)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from vla_jax import records
 from vla_jax.evaluation import results as intervals
 from vla_jax.files import replacing, write_json_lines
 
@@ -48,6 +49,22 @@ class Result(NamedTuple):
     def setting(self) -> tuple[object, ...]:
         """Everything but the seed."""
         return self.cell, self.hidden_size, self.num_layers, self.learning_rate
+
+
+def read(path: pathlib.Path) -> Result:
+    """Returns the result of a training.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is damaged.
+    """
+    bounds = {"loss": records.SIGNED, "diverged_at": (1, 2**31)}
+    return records.read_file(Result, path, "the result of a training", bounds=bounds, fault=_fault)
+
+
+def _fault(result: Result) -> str:
+    is_possible = result.successes is None or result.successes <= result.episodes > 0
+    return "" if is_possible else f"successes must be at most {result.episodes}, the episodes"
 
 
 def table(results: Sequence[Result]) -> Table:

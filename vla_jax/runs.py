@@ -35,7 +35,7 @@ from vla_jax.envs import worlds
 from vla_jax.envs.worlds import WorldConfig
 from vla_jax.files import Path, read_json, replacing, write_json
 from vla_jax.policies import policy
-from vla_jax.training import checkpoint, resuming, run_lock
+from vla_jax.training import checkpoint, opening
 from vla_jax.training.parallel import is_first_process
 from vla_jax.types import Params
 
@@ -52,22 +52,23 @@ class Run(NamedTuple):
     robot: str | None = None  # data set of a mixture whose robot acts; None without a mixture
 
 
-def check_run(run_dir: Path, config: Any, *, overwrite: bool) -> None:
+def check_run(run_dir: Path, config: Any, *, overwrite: bool, mark: str = "") -> None:
     """Raises an error if `open_run` would refuse the same arguments; writes nothing.
 
     Args:
       run_dir: folder of the run.
-      config: whole config of the script, with the fields `run_dir` and `overwrite`.
+      config: whole config of the script, with the field `run_dir`.
       overwrite: whether an earlier run in the folder may be deleted.
+      mark: as for `open_run`.
 
     Raises:
       ValueError: the folder holds a run of another config, or something other than a run.
       OSError: the folder cannot be written.
     """
-    _changes(pathlib.Path(run_dir), config, overwrite=overwrite)
+    opening.check(pathlib.Path(run_dir), config, overwrite=overwrite, mark=mark)
 
 
-def open_run(run_dir: Path, config: Any, *, overwrite: bool) -> pathlib.Path:
+def open_run(run_dir: Path, config: Any, *, overwrite: bool, mark: str = "") -> pathlib.Path:
     """Creates a run folder, or opens an existing one in order to resume.
 
     A run is resumed with the same config, except for fields that may change (`resuming`), which
@@ -77,6 +78,8 @@ def open_run(run_dir: Path, config: Any, *, overwrite: bool) -> pathlib.Path:
       run_dir: folder of the run.
       config: whole config of the script; written to `config.json`.
       overwrite: deletes an earlier run in the folder.
+      mark: file by which a folder of an earlier version of the script, which wrote no config, is
+        recognised; empty = the script has always written one.
 
     Returns:
       The folder.
@@ -87,11 +90,11 @@ def open_run(run_dir: Path, config: Any, *, overwrite: bool) -> pathlib.Path:
     """
     path = pathlib.Path(run_dir)
     if is_first_process():
-        for sentence in _changes(path, config, overwrite=overwrite):
+        for sentence in opening.check(path, config, overwrite=overwrite, mark=mark):
             warnings.warn(sentence, stacklevel=2)
         file = path / "config.json"
-        is_earlier = overwrite and _is_config_of_run(file)
-        for left in _contents(path) if is_earlier else path.glob("*.part"):
+        is_earlier = overwrite and file.exists()
+        for left in opening.contents(path) if is_earlier else path.glob("*.part"):
             shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
         if not file.exists() or configs.load(type(config), file) != config:
             configs.save(config, file)
@@ -336,50 +339,3 @@ def _refuse(file: pathlib.Path, differing: list[str]) -> None:
 def _sha256(path: pathlib.Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _foreign(path: pathlib.Path) -> list[str]:
-    """Returns what is in a folder besides hidden files, the logs of a scheduler, and parts."""
-    harmless = (".part", ".out", ".err", ".log")
-    names = [each.name for each in _contents(path) if each.suffix not in harmless]
-    return sorted(name for name in names if not name.startswith("."))
-
-
-def _contents(path: pathlib.Path) -> list[pathlib.Path]:
-    """Returns what is in a run folder, besides its lock; nothing if there is no folder."""
-    return [each for each in path.iterdir() if each.name != run_lock.NAME] if path.is_dir() else []
-
-
-def _is_config_of_run(file: pathlib.Path) -> bool:
-    """Returns True if a file is the config of a script, and not of a model or of other software."""
-    return file.is_file() and "run_dir" in read_json(file, "the config of a run")
-
-
-def _changes(path: pathlib.Path, config: Any, *, overwrite: bool) -> list[str]:
-    """Checks that a run folder may be opened; returns the consequences of changed options."""
-    run_lock.check_writable(path)
-    file = path / "config.json"
-    others = _foreign(path)
-    if overwrite:
-        if others and not _is_config_of_run(file):
-            raise ValueError(
-                f"{path} is not a run folder (no config.json of a run); delete it yourself."
-            )
-        return []
-    if others and not file.exists():
-        raise ValueError(
-            f"{path} must be a new folder or that of a run, but it has no config.json and holds "
-            f"{', '.join(others[:3])}; choose another --run-dir."
-        )
-    done = _updates_done(path)
-    if done is None or not file.exists():
-        return []
-    not_compared = {"run_dir": config.run_dir, "overwrite": config.overwrite}
-    saved = replace(configs.load(type(config), file), **not_compared)
-    return resuming.check(saved, config, path, num_updates=done)
-
-
-def _updates_done(path: pathlib.Path) -> int | None:
-    """Returns the updates of the latest checkpoint, of any training in a run folder."""
-    names = (each.name for each in (*path.glob("checkpoints/*"), *path.glob("*/checkpoints/*")))
-    return max((int(name) for name in names if name.isdecimal()), default=None)

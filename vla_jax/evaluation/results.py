@@ -8,13 +8,14 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import NormalDist
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.table import Table
 
+from vla_jax import records
 from vla_jax.acting.rollout import Outcome
-from vla_jax.files import Path, append_json_line, read_json_lines
+from vla_jax.files import Path, append_json_line
 
 
 class Rate(NamedTuple):
@@ -253,26 +254,7 @@ def read_outcomes(path: str | os.PathLike[str]) -> list[Outcome]:
     Raises:
       ValueError: a line is damaged.
     """
-    return [_outcome(path, number, line) for number, line in enumerate(read_json_lines(path), 1)]
-
-
-def _outcome(path: str | os.PathLike[str], number: int, line: Mapping[str, Any]) -> Outcome:
-    types = get_type_hints(Outcome)
-    wrong = {*types} - {*line} - {*Outcome._field_defaults} | {*line} - {*types}
-    for name in types.keys() & line.keys():
-        value = line[name]
-        # A bool is an int to Python.
-        if not isinstance(value, types[name]) or (
-            isinstance(value, bool) and types[name] is not bool
-        ):
-            wrong.add(name)
-    if wrong:
-        names = ", ".join(sorted(wrong))
-        raise ValueError(
-            f"{path} must hold outcomes of episodes, but {names} of line {number} is damaged; "
-            "delete the file to play them again."
-        )
-    return Outcome(**line)
+    return list(records.read_lines(Outcome, path, bounds={"clipped": (0, 1)}))
 
 
 def append_outcome(path: Path, outcome: Outcome) -> None:

@@ -1,0 +1,84 @@
+"""Opening a run folder: only a new one, or one that the same script has made."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from vla_jax import config as configs
+from vla_jax.files import read_json
+from vla_jax.training import resuming, run_lock
+
+# Besides hidden files: parts that killed processes left, and the logs of a scheduler.
+_HARMLESS = (".part", ".out", ".err", ".log")
+
+
+def check(path: pathlib.Path, config: Any, *, overwrite: bool, mark: str = "") -> list[str]:
+    """Checks that a run folder may be opened; returns the consequences of changed options.
+
+    Args:
+      path: the folder.
+      config: whole config of the script.
+      overwrite: whether an earlier run in the folder may be deleted.
+      mark: file of folders of an earlier version, which had no `config.json`.
+
+    Raises:
+      ValueError: the folder holds a run of another config or script, or something else.
+      OSError: the folder cannot be written.
+    """
+    run_lock.check_writable(path)
+    file = path / "config.json"
+    others = _others(path)
+    if overwrite:
+        if others:
+            _check_deletable(path, config)
+        return []
+    if not file.exists():
+        if mark in others:
+            return [f"{path} has no config.json; {mark} is taken for that of an earlier version."]
+        if others:
+            raise ValueError(
+                f"{path} must be a new folder or that of a run, but it has no config.json and "
+                f"holds {', '.join(others[:3])}; choose another --run-dir."
+            )
+        return []
+    saved, done = configs.load(type(config), file), _updates_done(path)
+    if done is None:
+        return []
+    kept = [each.name for each in dataclasses.fields(config)]
+    not_compared = {n: getattr(config, n) for n in ("run_dir", "overwrite") if n in kept}
+    saved = dataclasses.replace(saved, **not_compared)
+    return resuming.check(saved, config, path, num_updates=done)
+
+
+def contents(path: pathlib.Path) -> list[pathlib.Path]:
+    """Returns what is in a run folder, besides its lock; nothing if there is no folder."""
+    return [each for each in path.iterdir() if each.name != run_lock.NAME] if path.is_dir() else []
+
+
+def _check_deletable(path: pathlib.Path, config: Any) -> None:
+    """Raises a ValueError unless a folder holds a run of the same script."""
+    file = path / "config.json"
+    saved = read_json(file, "the config of a run") if file.is_file() else {}
+    if "run_dir" not in saved:  # nothing, or the config of a model
+        raise ValueError(
+            f"{path} is not a run folder (no config.json of a run); delete it yourself."
+        )
+    saved = getattr(type(config), "upgrade", dict)(saved)
+    unknown = [name for name in saved if name not in {f.name for f in dataclasses.fields(config)}]
+    if unknown:
+        raise ValueError(
+            f"{path} must hold a run of the same script to be deleted, but its config.json has "
+            f"{', '.join(unknown[:3])}; choose another --run-dir, or delete it yourself."
+        )
+
+
+def _others(path: pathlib.Path) -> list[str]:
+    """Returns what is in a folder besides harmless files."""
+    names = [each.name for each in contents(path) if each.suffix not in _HARMLESS]
+    return sorted(name for name in names if not name.startswith("."))
+
+
+def _updates_done(path: pathlib.Path) -> int | None:
+    """Returns the updates of the latest checkpoint, of any training in a run folder."""
+    names = (each.name for each in (*path.glob("checkpoints/*"), *path.glob("*/checkpoints/*")))
+    return max((int(name) for name in names if name.isdecimal()), default=None)
