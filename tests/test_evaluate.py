@@ -17,6 +17,8 @@ from vla_jax.envs.table.jax_simulator import JaxTable
 from vla_jax.envs.worlds import GymnasiumConfig
 from vla_jax.evaluate import EvaluateConfig, evaluate, main
 from vla_jax.evaluation import results
+from vla_jax.policies.heads import HEADS
+from vla_jax.policies.policy import connect
 
 CONFIG = EvaluateConfig(num_episodes=5, num_videos=1, num_simulators=2)
 
@@ -286,9 +288,16 @@ def test_a_mistake_at_the_command_line_is_reported_without_a_traceback(folder, c
     assert "Traceback" not in printed
 
 
+@pytest.mark.parametrize(
+    "head",
+    ["discrete", *(pytest.param(h, marks=pytest.mark.slow) for h in HEADS if h != "discrete")],
+)
 def test_a_policy_of_nan_alone_ends_the_command_with_2_and_the_reason(
-    tmp_path, capsys, monkeypatch
+    head, tmp_path, capsys, monkeypatch
 ):
+    decoder = dataclasses.replace(tiny_run.DECODER, head=head)
+    connected = connect(tiny_run.AGENT.policy.backbone, decoder)
+    monkeypatch.setattr(tiny_run, "AGENT", dataclasses.replace(tiny_run.AGENT, policy=connected))
     weights = jax.tree.map(lambda leaf: leaf + np.nan, tiny_run.params())
     monkeypatch.setattr(tiny_run, "params", lambda seed=0: weights)
     folder = tiny_run.write(tmp_path)

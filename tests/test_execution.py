@@ -1,5 +1,6 @@
 """Actions from chunks, compared with loops over stored chunks in NumPy."""
 
+import dataclasses
 import warnings
 
 import jax
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from vla_jax.actions import execution
-from vla_jax.actions.execution import ExecutionConfig
+from vla_jax.actions.execution import GRIPPER_RULES, ExecutionConfig
 from vla_jax.types import ActionChunk
 
 B, T, K, A = 2, 9, 3, 4
@@ -184,6 +185,32 @@ def test_grippers_of_a_batch_are_independent(rule):
     for row in range(B):
         logits = chunks.gripper_logit[row, :, 0].tolist()
         assert together[row].tolist() == gripper_commands(config, logits, reset[row].tolist())
+
+
+@each_kind
+@pytest.mark.parametrize("rule", GRIPPER_RULES)
+def test_one_number_of_the_newest_chunk_that_is_not_finite_makes_the_action_nan(kind, rule):
+    config = dataclasses.replace(CONFIGS[kind], gripper_rule=rule)
+    step = jax.jit(execution.step, static_argnums=0)
+    chunks, start = draw_chunks(), execution.init(config, B, K, A)
+    first, second = (jax.tree.map(lambda leaf, t=t: leaf[:, t], chunks) for t in (0, 1))
+    begun, _ = step(config, start, first)
+    for value in (np.nan, np.inf, -np.inf):
+        for index in range(K * A):
+            numbers = np.concatenate([second.arm, second.gripper_logit[..., None]], axis=-1)
+            numbers[1].flat[index] = value
+            for state in (start, begun):
+                action = step(config, state, ActionChunk(numbers[..., :-1], numbers[..., -1]))[1]
+                np.testing.assert_array_equal(np.isnan(action), np.repeat([[False], [True]], A, 1))
+
+
+def test_noise_may_make_the_gripper_certain_but_nothing_else_infinite():
+    state, arm = execution.init(ExecutionConfig(), 4, 1, A), np.zeros((4, A - 1), np.float32)
+    arm[3, 1] = np.inf
+    logit = np.array([np.inf, -np.inf, np.nan, 0.0], np.float32)
+    action = execution.send(ExecutionConfig(), state, ActionChunk(arm, logit))[1]
+    assert action[:2, -1].tolist() == [1, -1]
+    assert np.isnan(action[2:]).all()
 
 
 def test_a_decoder_with_memory_that_executes_several_actions_gives_a_warning():

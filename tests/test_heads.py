@@ -82,6 +82,19 @@ def test_a_continuous_chunk_is_returned_unchanged(key):
     assert isinstance(chunk, ActionChunk)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_bin_whose_logit_is_not_finite_makes_its_number_nan_and_no_other(value):
+    logits = np.random.default_rng(0).normal(size=(2, K, A, 5)).astype(np.float32)
+    expected = heads.actions(BinChunk(logits.copy()))
+    for dim in range(A):
+        logits[1, 2, dim] = np.where(np.arange(5) == dim % 5, value, 0.0)
+    arm, logit = heads.actions(BinChunk(logits))
+    assert np.isnan(arm[1, 2]).all()
+    assert np.isnan(logit[1, 2])
+    np.testing.assert_array_equal(arm[0], expected.arm[0])
+    np.testing.assert_array_equal(logit[1, :2], expected.gripper_logit[1, :2])
+
+
 @pytest.mark.parametrize("name", ["continuous", "discrete"])
 def test_bfloat16_products_give_float32_predictions(name, key):
     config, head = configured(name, num_bins=5), heads.HEADS[name]

@@ -208,8 +208,7 @@ def robot_action(config: AgentConfig, action: Array) -> Array:
 def check_action(action: Array) -> None:
     """Raises a ValueError if a number of an action `[..., A]` is not finite.
 
-    A robot must not get it: a comparison with a limit is False for NaN, so that it passes most
-    checks.
+    A robot must not get it: NaN passes most checks, as its comparison with a limit is False.
     """
     if not np.isfinite(action).all():
         raise ValueError(
@@ -314,6 +313,7 @@ def _prepare(
                     f"{name} must have {len(stats.mean)} numbers as in training, got "
                     f"{column.shape[-1]}; choose an environment that the policy was trained for."
                 )
+            column = jnp.where(jnp.isinf(column), jnp.nan, column)  # not clipped to a limit
             column = normalize.normalize(column, stats, getattr(config.normalize, name))
         column = column if stats is not None else None
         if column is not None or name in config.missing_parts:

@@ -16,6 +16,10 @@ previous target in between. `gripper_rule` determines the command that is sent:
   `gripper_steps` steps, during which further changes are ignored (SIMPLER's Google robot).
 - `open_late`: +1 once the target has been open for `gripper_steps` consecutive steps, else -1
   (SIMPLER's WidowX); every episode starts closed.
+
+If a number of the newest chunk is not finite, the action is NaN, which an agent refuses to send,
+even if an older chunk or a rule of the gripper determines another one: clips and comparisons with
+a threshold would make it valid, and the memory that predicted the chunk is spoilt.
 """
 
 import dataclasses
@@ -180,7 +184,7 @@ def step(
 
     Returns:
       The state, and the action `[B, A]`: arm clipped to [-1, 1], gripper +1 open / -1 closed (with
-      "repeat_change" 0 is no change).
+      "repeat_change" 0 is no change); NaN where a number of the chunk is not finite.
 
     Source: Zhao et al. 2023, ACT (arXiv:2304.13705), section IV, for "temporal_ensemble".
     """
@@ -211,7 +215,11 @@ def plan(
     if reset is not None:
         state = _restart(state, reset)
     planned, action = CHUNK_RULES[config.kind].select(config, state.plan, chunk)
-    return state._replace(plan=planned), action
+    is_finite = jnp.all(jnp.isfinite(chunk.arm), axis=(1, 2)) & jnp.all(
+        jnp.isfinite(chunk.gripper_logit), axis=1
+    )
+    nothing = jax.tree.map(lambda part: jnp.full_like(part, jnp.nan), action)
+    return state._replace(plan=planned), trees.select(is_finite, action, nothing)
 
 
 def send(
@@ -222,11 +230,16 @@ def send(
     Args:
       config: as for `step`.
       state: from `plan`.
-      planned: arm `[B, A-1]`, gripper logit `[B]`, from `plan`, possibly with exploration noise.
+      planned: arm `[B, A-1]`, gripper logit `[B]`, from `plan`, possibly with exploration noise;
+        the logit may be infinite.
+
+    Returns:
+      The state, and the action, NaN where a number of `planned` is NaN or the arm is infinite.
     """
     gripper, sent = _grip(config, state.gripper, planned.gripper_logit)
     action = jnp.concatenate([jnp.clip(planned.arm, -1.0, 1.0), sent[:, None]], axis=-1)
-    return state._replace(gripper=gripper), action
+    is_valid = jnp.all(jnp.isfinite(planned.arm), axis=-1) & ~jnp.isnan(planned.gripper_logit)
+    return state._replace(gripper=gripper), jnp.where(is_valid[:, None], action, jnp.nan)
 
 
 def warn_if_frames_skipped(config: ExecutionConfig, *, has_memory: bool) -> None:

@@ -33,7 +33,7 @@ from vla_jax.nn.layers import dense
 from vla_jax.nn.recurrence import Carry
 from vla_jax.nn.seq2seq import Decoded, Memory, Seq2SeqConfig
 from vla_jax.policies.decoder_fields import DecoderFields
-from vla_jax.policies.head import Head, TeacherForcing
+from vla_jax.policies.head import Head, TeacherForcing, bound_arm
 from vla_jax.policies.trunk import Mode, StepFeatures
 from vla_jax.types import ActionChunk, Array, Key, Params
 
@@ -164,15 +164,20 @@ def decode(
     decoded = _decode_rows(params, inner, memory, config.action_horizon, targets, key)
     # Each step of each window is one row of the action decoder's batch.
     decoded = jax.tree.map(lambda part: part.reshape(B, W, *part.shape[1:]), decoded)
-    arm = jnp.tanh(decoded.outputs[..., :-1])
+    arm = bound_arm(decoded.outputs[..., :-1])
     return ActionChunk(arm, decoded.outputs[..., -1]), decoded.weights
 
 
 def to_actions(outputs: Array, key: Key | None = None) -> jax.Array:
-    """Returns the actions `[..., A]` to feed back; the gripper's ±1 has no gradient."""
+    """Returns the actions `[..., A]` to feed back; the gripper's ±1 has no gradient.
+
+    What follows from an output that is not finite must not be finite either.
+    """
     del key
     arm, gripper_logit = outputs[..., :-1], outputs[..., -1:]
-    return jnp.concatenate([jnp.tanh(arm), jnp.where(gripper_logit > 0, 1.0, -1.0)], axis=-1)
+    gripper = jnp.where(gripper_logit > 0, 1.0, -1.0)
+    gripper = jnp.where(jnp.isfinite(gripper_logit), gripper, jnp.nan)
+    return jnp.concatenate([bound_arm(arm), gripper], axis=-1)
 
 
 def _init_stream(

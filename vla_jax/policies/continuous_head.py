@@ -10,7 +10,14 @@ import optax
 
 from vla_jax.nn.layers import MLP_SHARDING, apply_mlp, init_mlp
 from vla_jax.policies.decoder_fields import DecoderFields
-from vla_jax.policies.head import Head, PredictionKind, TeacherForcing, make_step, no_stream
+from vla_jax.policies.head import (
+    Head,
+    PredictionKind,
+    TeacherForcing,
+    bound_arm,
+    make_step,
+    no_stream,
+)
 from vla_jax.types import ActionChunk, Array, Key, Params
 
 
@@ -54,7 +61,7 @@ def apply(
       Arm `[..., K, A-1]` in (-1, 1), gripper logit `[..., K]`, float32.
     """
     del timestep_mask, reset, targets, key
-    arm = jnp.tanh(apply_mlp(params["arm"], features, dtype=config.dtype))
+    arm = bound_arm(apply_mlp(params["arm"], features, dtype=config.dtype))
     arm = arm.reshape(*arm.shape[:-1], config.action_horizon, -1)
     return ActionChunk(arm, apply_mlp(params["gripper"], features, dtype=config.dtype))
 

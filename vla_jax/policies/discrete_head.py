@@ -52,7 +52,9 @@ def apply(
 def _actions(chunk: BinChunk) -> ActionChunk:
     """Returns the centre of the most probable bin, and the gripper's logit.
 
-    gripper_logit = log P(bins above 0) − log P(bins below 0)
+        gripper_logit = log P(bins above 0) − log P(bins below 0)
+
+    A number one of whose logits is not finite is NaN: the argmax of NaN is a valid bin.
     """
     logits = jnp.asarray(chunk.logits, jnp.float32)
     num_bins, gripper = logits.shape[-1], logits[..., -1, :]
@@ -60,7 +62,10 @@ def _actions(chunk: BinChunk) -> ActionChunk:
     # Of an odd number of bins the middle one is centred on 0 and counts for neither side.
     below, above = gripper[..., : (num_bins - 1) // 2], gripper[..., num_bins // 2 :]
     logit = jax.nn.logsumexp(above, axis=-1) - jax.nn.logsumexp(below, axis=-1)
-    return ActionChunk(arm, logit)
+    is_finite = jnp.all(jnp.isfinite(logits), axis=-1)
+    return ActionChunk(
+        jnp.where(is_finite[..., :-1], arm, jnp.nan), jnp.where(is_finite[..., -1], logit, jnp.nan)
+    )
 
 
 def _errors(chunk: BinChunk, target: jax.Array) -> dict[str, jax.Array]:

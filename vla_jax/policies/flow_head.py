@@ -198,7 +198,11 @@ def _steps_of_episodes(
 
 
 def _decode(chunk: jax.Array) -> ActionChunk:
-    """Returns the arm, and the logit of the gripper g: log((1 + g) / (1 − g))."""
+    """Returns the arm, and the logit of the gripper g: log((1 + g) / (1 − g)).
+
+    Infinity is NaN: clipped it would be a valid action.
+    """
+    chunk = jnp.where(jnp.isinf(chunk), jnp.nan, chunk)
     gripper = jnp.clip(chunk[..., -1], -_MAX_GRIPPER, _MAX_GRIPPER)
     return ActionChunk(jnp.clip(chunk[..., :-1], -1.0, 1.0), 2.0 * jnp.arctanh(gripper))
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from vla_jax.policies.decoder_fields import DecoderFields
 from vla_jax.policies.trunk import Mode, StepFeatures, acting_features
@@ -40,9 +41,18 @@ class Head(NamedTuple):
 class PredictionKind(NamedTuple):
     """Functions on one type of prediction, for losses and for acting."""
 
-    actions: Callable[[Any], ActionChunk]  # decodes a prediction
+    # decodes a prediction; an action of which a number was not finite has one that is not finite
+    actions: Callable[[Any], ActionChunk]
     # (prediction, ground truth [..., K, A]) -> error terms and metrics [..., K, ...] by name
     errors: Callable[[Any, jax.Array], dict[str, jax.Array]]
+
+
+def bound_arm(outputs: Array) -> jax.Array:
+    """Returns tanh of a head's outputs, NaN where they are infinite.
+
+    The tanh of infinity is a valid action, which an agent would not refuse.
+    """
+    return jnp.where(jnp.isinf(outputs), jnp.nan, jnp.tanh(outputs))
 
 
 def no_stream(
