@@ -10,6 +10,8 @@ import numpy as np
 import optax
 import pytest
 
+from vla_jax.rl import learning_loop
+from vla_jax.rl.learner import SeedsConfig
 from vla_jax.training import checkpoint, finite, loop, optim
 from vla_jax.training.logs import read_metrics
 from vla_jax.training.loop import LoopConfig
@@ -184,3 +186,16 @@ def test_bad_updates_of_a_seed_are_skipped_and_left_out_of_the_means():
     again.set_state(json.loads(json.dumps(watch.get_state())))
     bad, _ = again.read(3, {"loss": np.array([[NAN], [NAN]]), "reward": np.ones((2, 1))})
     assert bad == finite.Bad(4, "loss", bad.value, 1)  # the second in a row of that seed
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_seed_without_a_finite_update_is_left_out_of_the_mean_over_the_seeds():
+    watch, config = finite.SeedsWatch(5, 2), SeedsConfig(num_seeds=2)
+    _, means = watch.read(
+        0, {"loss": np.array([[NAN, NAN], [1.0, 2.0]]), "grad_norm": np.ones((2, 2))}
+    )
+    evaluated = {"return": np.ones(2), "success": np.ones(2), "success_lift": np.full(2, NAN)}
+    scalars = learning_loop._scalars({**means, **evaluated}, config, 2)
+    assert scalars["loss"] == 1.5
+    assert scalars["grad_norm"] == 1.0
+    assert "success_lift" not in scalars

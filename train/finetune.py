@@ -377,7 +377,7 @@ def _panels(run_dir: pathlib.Path, seeds: SeedsConfig, before: Summary) -> list[
     metrics = read_metrics(run_dir / LEARNING / "metrics.jsonl")
     steps = np.array([line["env_steps"] for line in metrics])
     tasks = {
-        task: (steps, np.array([line[f"success_{task}"] for line in metrics]))
+        task: (steps, np.array([line.get(f"success_{task}", np.nan) for line in metrics]))
         for task in before.tasks
     }
     title = (

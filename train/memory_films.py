@@ -14,14 +14,14 @@ import numpy as np
 
 from train import memory_grid
 from train.memory_grid import Score
-from vla_jax import runs
+from vla_jax import records, runs
 from vla_jax.acting.agent import make_agent, read_instruction
 from vla_jax.envs.memory_table import memory_env, memory_rules, scenery, tasks
 from vla_jax.envs.memory_table.memory_env import JaxMemoryConfig
 from vla_jax.envs.memory_table.memory_task import MemoryState
 from vla_jax.envs.table import rules
 from vla_jax.evaluation import video
-from vla_jax.files import read_json, write_json
+from vla_jax.files import write_json
 from vla_jax.types import Array, Env, Key, Observation
 
 FILMS = "films"  # folder in the run folder
@@ -43,6 +43,13 @@ class EpisodeFilm(NamedTuple):
     group: str  # group of the results
     shown: str  # what had to be remembered
     did: str  # result
+
+
+class TaskFilms(NamedTuple):
+    """Films of a task, and what they depend on: content of its JSON file."""
+
+    origin: dict[str, Any]
+    films: list[EpisodeFilm]
 
 
 class _Played(NamedTuple):
@@ -87,9 +94,9 @@ def _film_task(run_dir: pathlib.Path, scores: Sequence[Score], seed: int) -> lis
     path = run_dir / FILMS / f"{world.task}.json"
     origin = {"rates": rates, "delay": world.delay, "seed": seed}
     if path.exists():
-        saved = read_json(path, "films")
-        if saved.get("origin") == origin:
-            return [EpisodeFilm(**film) for film in saved["films"]]
+        saved = records.read_file(TaskFilms, path, "the films of a task")
+        if saved.origin == origin:
+            return saved.films
     key = jax.random.fold_in(jax.random.key(seed), list(tasks.TASKS).index(world.task))
     films = list(_make_films(run_dir, world, scores, key))
     write_json(path, {"origin": origin, "films": [film._asdict() for film in films]})

@@ -50,7 +50,7 @@ def read_lines(
         try:
             if not select(line):
                 continue
-            record = _read_record(cls, line, "", bounds)
+            record = read(cls, line, bounds=bounds)
             _refuse(fault(record))
         except ValueError as error:
             raise ValueError(
@@ -82,7 +82,7 @@ def read_file(
     """
     data = read_json(path, content)
     try:
-        record = _read_record(cls, data, "", bounds)
+        record = read(cls, data, bounds=bounds)
         _refuse(fault(record))
     except ValueError as error:
         raise ValueError(
@@ -90,6 +90,20 @@ def read_file(
             "command again."
         ) from error
     return record
+
+
+def read(cls: type[Record], data: Any, *, bounds: Bounds = _NONE) -> Record:
+    """Returns a record from what JSON holds of it.
+
+    Args:
+      cls: type of the record.
+      data: its `_asdict()`, with lists for tuples.
+      bounds: as for `read_lines`.
+
+    Raises:
+      ValueError: a field is missing, unknown or damaged.
+    """
+    return _read_record(cls, data, "", bounds)
 
 
 def get(line: Mapping[str, Any], name: str, kind: type) -> Any:
@@ -114,7 +128,7 @@ def _present(data: Mapping[str, Any], names: Collection[str], where: str) -> Map
 
 def _read_record(cls: Any, data: Any, where: str, bounds: Bounds) -> Any:
     if not isinstance(data, dict):
-        raise ValueError(f"{where.rstrip('.')} must be an object, got {_shown(data)}")
+        raise ValueError(f"{where.rstrip('.') or 'it'} must be an object, got {_shown(data)}")
     hints = typing.get_type_hints(cls)
     _present(data, [name for name in hints if name not in cls._field_defaults], where)
     unknown = ", ".join(f"{where}{name}" for name in data if name not in hints)
@@ -149,6 +163,8 @@ def _read_value(
     if hasattr(annotation, "_field_defaults"):
         return _read_record(annotation, value, f"{name}.", bounds)
     if origin in (list, tuple) and isinstance(value, list):
+        if origin is tuple and args[-1] is not Ellipsis and len(value) != len(args):
+            raise ValueError(f"{name} must have {len(args)} items, got {len(value)}")
         return origin(
             _read_value(args[0], item, f"{name}[{index}]", within, bounds)
             for index, item in enumerate(value)

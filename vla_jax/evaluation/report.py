@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from vla_jax.evaluation import plots, results
 from vla_jax.evaluation.results import Rate, Summary
-from vla_jax.files import read_json_lines, replacing
+from vla_jax.files import replacing
+from vla_jax.training.logs import read_metrics
 
 Path = str | os.PathLike[str]
 
@@ -96,7 +97,7 @@ def write_index(
 
 
 def _draw(run_dir: pathlib.Path, played: Mapping[str, Evaluation]) -> None:
-    metrics = read_json_lines(run_dir / "metrics.jsonl")
+    metrics = read_metrics(run_dir / "metrics.jsonl")
     if metrics:
         plots.training(run_dir / "training.png", metrics, title="Training")
     bars = {name: e.summary for name, e in played.items() if not e.is_reference}

@@ -177,21 +177,13 @@ def to_json(summary: Summary) -> dict[str, Any]:
 
 
 def from_json(data: Mapping[str, Any]) -> Summary:
-    """Returns the summary from the result of `to_json`."""
-    low, high = data["task_mean_interval"]
-    return Summary(
-        tasks={name: _rate_from_json(fields) for name, fields in data["tasks"].items()},
-        total=_rate_from_json(data["total"]),
-        task_mean=data["task_mean"],
-        task_mean_interval=(low, high),
-        latency=Latency(**data["latency"]) if data["latency"] else None,
-        clipped=data.get("clipped"),  # absent in results of version 0.1.0, as is the next one
-        observations_clipped=data.get("observations_clipped"),
-    )
+    """Returns the summary from the result of `to_json`, also of version 0.1.0, which held less.
 
-
-def _rate_from_json(fields: Mapping[str, Any]) -> Rate:
-    return Rate(**{**fields, "interval": tuple(fields["interval"])})
+    Raises:
+      ValueError: a field is missing or damaged.
+    """
+    rates = ("rate", "interval", "task_mean", "task_mean_interval", "clipped")
+    return records.read(Summary, data, bounds=dict.fromkeys(rates, (0, 1)))
 
 
 def count_successes(outcomes: Sequence[Outcome]) -> str:

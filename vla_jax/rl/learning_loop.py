@@ -291,9 +291,13 @@ def _open_logs(
 
 
 def _scalars(metrics: Metrics, config: SeedsConfig, step: int) -> dict[str, float]:
-    """Returns the means over the seeds, and "return" and "success" of each seed."""
+    """Returns the means over the seeds, and "return" and "success" of each seed.
+
+    A mean is over the seeds that have a finite value: one whose updates were all skipped has none.
+    """
     arrays = {name: np.asarray(values, np.float64) for name, values in metrics.items()}
-    scalars = {name: float(values.mean()) for name, values in arrays.items()}
+    finite_values = {name: values[np.isfinite(values)] for name, values in arrays.items()}
+    scalars = {name: float(values.mean()) for name, values in finite_values.items() if len(values)}
     for name in ("return", "success"):
         scalars |= {f"{name}/{i:02d}": float(value) for i, value in enumerate(arrays[name])}
     env_steps = step * config.num_steps * config.num_envs  # of each seed

@@ -114,7 +114,7 @@ class SeedsWatch:
 
         Returns:
           The first update at which the training must stop, or None; and the mean of every metric
-          `[num_seeds]` over the updates that are finite.
+          `[num_seeds]` over the updates that are finite, NaN for a seed without any.
         """
         values = {name: np.asarray(each, np.float64) for name, each in updates.items()}
         is_good = np.all([np.isfinite(values[n]) for n in DECISIVE if n in values], axis=0)
@@ -128,8 +128,12 @@ class SeedsWatch:
                 return bad and bad._replace(seed=int(seed)), {}
             self._in_a_row[seed] += 1
             self._total[seed] += 1
-        means = {name: np.mean(each, 1, where=is_good) for name, each in values.items()}
-        return None, means
+        count, nothing = np.sum(is_good, axis=1), np.full(len(is_good), np.nan)
+        sums = {name: np.sum(each, axis=1, where=is_good) for name, each in values.items()}
+        return None, {
+            name: np.divide(each, count, out=nothing.copy(), where=count > 0)
+            for name, each in sums.items()
+        }
 
     @property
     def total(self) -> np.ndarray:

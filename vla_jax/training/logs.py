@@ -14,6 +14,7 @@ most about twenty plain lines, without control characters, replace the progress 
 
 import contextlib
 import json
+import math
 import pathlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,6 +28,11 @@ from vla_jax.training.progress import progress_bar
 
 Item = TypeVar("Item")
 PLAIN_LINES = 20  # per training, if the output is not a terminal
+# Least and greatest value of metrics that cannot be everything; losses and returns can.
+_RANGES = dict.fromkeys(
+    ("steps_per_second", "env_steps", "skipped_updates", "learning_rate", "grad_norm"),
+    (0.0, math.inf),
+) | {"data_wait": (0.0, 1.0)}
 
 
 class Logs:
@@ -110,13 +116,17 @@ class Logs:
         self._show(step)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Writes the scalars of `metrics` after `step` updates; waits for the device."""
-        values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        """Writes the scalars of `metrics` after `step` updates; waits for the device.
+
+        A number that is not finite, such as the mean over a task without episodes, is left out.
+        """
+        numbers = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        values = {name: number for name, number in numbers.items() if math.isfinite(number)}
         time_now = time.perf_counter()
         seconds = max(time_now - self._last_time, 1e-9)
         values["steps_per_second"] = (step - self._last_step) / seconds
         values["data_wait"] = min(self._waited / seconds, 1.0)
-        self._lines.write(json.dumps({"step": step, **values}) + "\n")
+        self._lines.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
         if self._scalars is not None:
             for name, value in values.items():
                 self._scalars.add_scalar(name, value, step)
@@ -133,18 +143,32 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
       path: the file; a last line that a killed program did not finish is ignored.
 
     Raises:
-      ValueError: a line is damaged.
+      ValueError: a line is damaged; a number is not finite, or cannot be.
     """
     lines, before = read_json_lines(path), -1
     for number, line in enumerate(lines, 1):
-        numbers = [type(value) in (int, float) for value in line.values()]
-        if type(line.get("step")) is not int or line["step"] <= before or not all(numbers):
+        if type(line.get("step")) is not int or line["step"] <= before:
             raise ValueError(
-                f"{path} has a damaged line {number} (expected numbers, and the step as a whole "
-                f"number that increases, got {json.dumps(line):.80}); delete that line."
+                f"{path} has a damaged line {number} (expected the step as a whole number that "
+                f"increases, got {json.dumps(line):.80}); delete that line."
             )
+        for name, value in line.items():
+            _check_number(path, number, name, value)
         before = line["step"]
     return lines
+
+
+def _check_number(path: Path, number: int, name: str, value: Any) -> None:
+    """Raises a ValueError for a value of a line that cannot be."""
+    low, high = _RANGES.get(name, (-math.inf, math.inf))
+    if type(value) not in (int, float) or not low <= value <= high or abs(value) == math.inf:
+        what = "a finite number" if low == -math.inf else f"a finite number in [{low:g}, {high:g}]"
+        is_nan = type(value) is float and not math.isfinite(value)
+        every = f"; sed -i '/NaN\\|Infinity/d' {path} deletes all such lines" if is_nan else ""
+        raise ValueError(
+            f"{path} has a damaged line {number} ({name} must be {what}, got {value!r:.40}); "
+            f"delete that line{every}."
+        )
 
 
 def _tensorboard_writer(run_dir: pathlib.Path, start: int) -> Any:
