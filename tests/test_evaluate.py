@@ -12,7 +12,7 @@ import tiny_run
 from rich.console import Console
 
 from vla_jax import evaluate as module
-from vla_jax import runs
+from vla_jax import folder_lock, runs
 from vla_jax.envs.table.jax_simulator import JaxTable
 from vla_jax.envs.worlds import GymnasiumConfig
 from vla_jax.evaluate import EvaluateConfig, evaluate, main
@@ -130,6 +130,28 @@ def test_other_settings_under_the_same_name_are_refused(folder):
     quiet(folder, dataclasses.replace(other, overwrite=True))
     settings = json.loads((folder / "evaluation" / "mine" / "settings.json").read_text())
     assert settings["agent"]["mode"] == "persistent"
+
+
+def test_the_folder_of_an_evaluation_is_changed_under_its_lock(folder, monkeypatch):
+    place, opened = folder / "evaluation" / "mine", []
+
+    def is_held():
+        with pytest.raises(BlockingIOError):
+            folder_lock.check(place / ".lock", "evaluation", "wait")
+        return True
+
+    def merge(changed):  # the last step of opening
+        opened.append((is_held(), sorted(path.name for path in changed.iterdir())))
+        raise KeyboardInterrupt
+
+    place.mkdir(parents=True)
+    (place / "episodes.jsonl").touch()
+    monkeypatch.setattr(module, "_probe", lambda *_: None)
+    monkeypatch.setattr(module, "_merge", merge)
+    with pytest.raises(KeyboardInterrupt):
+        quiet(folder, dataclasses.replace(CONFIG, name="mine", overwrite=True))
+    assert opened == [(True, [".lock", "settings.json"])]
+    assert [path.name for path in place.iterdir()] == ["settings.json"]
 
 
 @pytest.mark.slow

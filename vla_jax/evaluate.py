@@ -33,7 +33,7 @@ from vla_jax.envs.worlds import WorldConfig, make_simulator
 from vla_jax.evaluation import players, report, results, video
 from vla_jax.evaluation.results import Latency, Summary
 from vla_jax.evaluation_setup import EvaluateConfig, EvaluationSetup, make_setup
-from vla_jax.files import Path, delete_folder, named_errors, read_json, write_json, write_json_lines
+from vla_jax.files import Path, delete, named_errors, read_json, write_json, write_json_lines
 from vla_jax.runs import Run
 from vla_jax.training import distributed
 from vla_jax.training.parallel import is_first_process
@@ -41,6 +41,7 @@ from vla_jax.training.progress import progress_bar
 from vla_jax.types import Simulator, SuccessRule
 
 _DEFAULTS = EvaluateConfig()
+_LOCK = ".lock"  # file of the process that writes into the folder
 EPISODES = "episodes.jsonl"  # file of the outcomes, a line each
 _PART = "episodes.{}.jsonl"  # likewise, of a process that plays beside the first one
 _STOP = "stop"  # what a process announces to the others when it got a signal
@@ -87,37 +88,39 @@ def evaluate(
 def _evaluate(run: Run | Path, config: EvaluateConfig, console: Console | None) -> Summary:
     setup = make_setup(run, config)
     probe, is_first = _probe(setup, config), is_first_process()
-    if is_first:
-        _open(setup, overwrite=config.overwrite)
-    distributed.wait_for_all("open")
     seeds = range(config.first_seed, config.first_seed + config.num_episodes)
     with contextlib.ExitStack() as stack:
-        if is_first:
-            stack.enter_context(folder_lock.hold(*_lock(setup)))
         stack.callback(setup.disconnect)
+        if is_first:  # it holds the lock for all processes of the evaluation
+            stack.enter_context(_in_use(setup.folder))
+            _open(setup, overwrite=config.overwrite)
+        distributed.wait_for_all("open")
         played = _play_all(setup, config, seeds, probe.control_hz, console)
-    summary = results.summarize((played[seed] for seed in seeds), latency=probe.latency)
-    first_error = next((o.error for o in played.values() if o.error), "")
-    if not summary.total.episodes:
-        raise RuntimeError(
-            f"the simulator or the policy crashed in every episode, first with {first_error}; "
-            "mend the cause, then evaluate again with --overwrite."
-        )
-    if is_first:
-        write_json(
-            setup.folder / "summary.json",
-            {
-                "command": _command(setup.folder.parents[1], config),
-                "settings": setup.settings,
-                "success_rule": probe.success_rule,
-                "summary": results.to_json(summary),
-            },
-        )
+        summary = results.summarize((played[seed] for seed in seeds), latency=probe.latency)
+        first_error = next((o.error for o in played.values() if o.error), "")
+        if not summary.total.episodes:
+            raise RuntimeError(
+                f"the simulator or the policy crashed in every episode, first with {first_error}; "
+                "mend the cause, then evaluate again with --overwrite."
+            )
+        if is_first:
+            write_json(
+                setup.folder / "summary.json",
+                {
+                    "command": _command(setup.folder.parents[1], config),
+                    "settings": setup.settings,
+                    "success_rule": probe.success_rule,
+                    "summary": results.to_json(summary),
+                },
+            )
     return summary
 
 
-def _lock(setup: EvaluationSetup) -> tuple[pathlib.Path, str, str]:
-    return setup.folder / ".lock", f"evaluation {setup.folder}", "choose another --name"
+def _in_use(folder: pathlib.Path) -> contextlib.AbstractContextManager[None]:
+    """Makes the folder of an evaluation, and returns its lock."""
+    with named_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder_lock.hold(folder / _LOCK, f"evaluation {folder}", "choose another --name")
 
 
 def share(
@@ -180,11 +183,11 @@ def _play_all(
 
 
 def _open(setup: EvaluationSetup, *, overwrite: bool) -> None:
-    """Makes the folder, or checks that the episodes in it have the same settings."""
+    """Empties the folder, or checks that the episodes in it have the same settings."""
     path = setup.folder / "settings.json"
-    folder_lock.check(*_lock(setup))
-    if overwrite:
-        delete_folder(setup.folder)
+    for left in [*setup.folder.iterdir()] if overwrite else []:
+        if not left.name.startswith(_LOCK):
+            delete(left)
     if path.is_file():
         changed = configs.differences(_read_settings(path), setup.settings)
         if changed:
@@ -192,8 +195,6 @@ def _open(setup: EvaluationSetup, *, overwrite: bool) -> None:
                 f"{setup.folder} has episodes with other settings: {'; '.join(changed)}; choose "
                 "another --name, or --overwrite."
             )
-    with named_errors(setup.folder):
-        setup.folder.mkdir(parents=True, exist_ok=True)
     write_json(path, setup.settings)
     _merge(setup.folder)
 

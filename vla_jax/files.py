@@ -81,7 +81,7 @@ def replacing(path: Path) -> Iterator[pathlib.Path]:
                 shutil.rmtree(path)
             os.replace(part, path)
         finally:
-            _delete(part)
+            delete(part)
 
 
 def _part(path: pathlib.Path) -> pathlib.Path:
@@ -91,7 +91,7 @@ def _part(path: pathlib.Path) -> pathlib.Path:
     for left in path.parent.glob(f"{glob.escape(prefix)}*.part"):
         pid = left.name.removeprefix(prefix).removesuffix(".part")
         if left == part or (pid.isdecimal() and processes.start_of(int(pid)) is None):
-            _delete(left)
+            delete(left)
     return part
 
 
@@ -229,8 +229,9 @@ def _host() -> str:
     return f"{host}{re.sub(r'[^0-9]', '', namespace)}"
 
 
-def _delete(path: pathlib.Path) -> None:
-    if path.is_dir():
+def delete(path: pathlib.Path) -> None:
+    """Deletes a file, or a folder with all it holds; of a link, the link alone."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

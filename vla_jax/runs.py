@@ -33,7 +33,7 @@ from vla_jax.data import normalize
 from vla_jax.data.normalize import NormStats
 from vla_jax.envs import worlds
 from vla_jax.envs.worlds import WorldConfig
-from vla_jax.files import Path, read_json, replacing, write_json
+from vla_jax.files import Path, delete, read_json, replacing, write_json
 from vla_jax.policies import policy
 from vla_jax.training import checkpoint, opening
 from vla_jax.training.parallel import is_first_process
@@ -95,7 +95,7 @@ def open_run(run_dir: Path, config: Any, *, overwrite: bool, mark: str = "") -> 
         file = path / "config.json"
         is_earlier = overwrite and file.exists()
         for left in opening.contents(path) if is_earlier else path.glob("*.part"):
-            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+            delete(left)
         if not file.exists() or configs.load(type(config), file) != config:
             configs.save(config, file)
     if jax.process_count() > 1:
