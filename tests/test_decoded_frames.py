@@ -188,3 +188,35 @@ def test_a_full_disk_raises_one_sentence(tmp_path):
     assert "decoded images of 0 MB in" in done.stdout
     assert "free space, give another decoded_dir, or decode on demand" in done.stdout
     assert not list((tmp_path / ".frames").iterdir())
+
+
+DECODER = """
+import pathlib, sys
+sys.path.insert(0, sys.argv[2])
+from tiny_video import Segment, decode_segments
+from vla_jax import folder_lock
+from vla_jax.data import raw_frames
+create = raw_frames._create
+def create_when_asked(path, shape):
+    print("decodes", flush=True)
+    sys.stdin.readline()
+    return create(path, shape)
+raw_frames._create, folder_lock._POLL = create_when_asked, 0.1
+root = pathlib.Path(sys.argv[1])
+print(decode_segments([Segment(root / "a.mp4", 0, 12)], root).sum(dtype=int))
+"""
+
+
+def test_of_two_processes_one_decodes_and_the_other_waits_and_reads(tmp_path):
+    make_video(tmp_path / "a.mp4")
+    command = [sys.executable, "-c", DECODER, tmp_path, pathlib.Path(__file__).parent]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, **pipes, text=True) as decoder:
+        assert decoder.stdout.readline() == "decodes\n"
+        with subprocess.Popen(command, **pipes, text=True) as reader:
+            assert f"is in use by process {decoder.pid}" in reader.stderr.readline()
+            found = decoder.communicate("go\n", timeout=120)
+            read = reader.communicate(timeout=120)
+    expected = decode_segments([Segment(tmp_path / "a.mp4", 0, 12)], tmp_path)
+    assert found[0] == read[0] == f"{expected.sum(dtype=int)}\n", (found, read)
+    assert len(list((tmp_path / ".frames").iterdir())) == 2  # images and checksum

@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -107,3 +108,26 @@ def test_the_lock_is_touched(path, monkeypatch):
         while path.stat().st_mtime == 0 and time.monotonic() < deadline:
             time.sleep(0.01)
         assert path.stat().st_mtime > 0
+
+
+def test_a_second_holder_can_wait(path, monkeypatch):
+    monkeypatch.setattr(folder_lock, "_POLL", 0.01)
+    first, order = hold(path), []
+    first.__enter__()
+
+    def release():
+        order.append("released")
+        first.__exit__(None, None, None)
+
+    timer = threading.Timer(0.2, release)
+    timer.start()
+    with (
+        pytest.warns(
+            UserWarning, match=r"run is in use by process \d+ .* This process waits"
+        ) as told,
+        folder_lock.hold(path, "run", "choose another --run-dir", wait=True),
+    ):
+        order.append("held")
+    timer.join()
+    assert (order, len(told)) == (["released", "held"], 1)
+    assert list(path.parent.iterdir()) == []

@@ -16,6 +16,7 @@ import pathlib
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from vla_jax.files import Path, named_errors
 
 _TOUCH_EVERY = 15.0  # s
 _SILENCE = 120.0  # s without a touch after which the holder counts as ended
+_POLL = 1.0  # s between two attempts to take a lock that is waited for
 
 
 class Holder(NamedTuple):
@@ -37,22 +39,22 @@ class Holder(NamedTuple):
 
 
 @contextlib.contextmanager
-def hold(path: Path, what: str, remedy: str) -> Iterator[None]:
+def hold(path: Path, what: str, remedy: str, *, wait: bool = False) -> Iterator[None]:
     """Holds a lock file for the length of the block.
 
     Args:
       path: the lock file, in an existing folder.
       what: what is locked, for the error message.
       remedy: what to do instead, for the error message.
+      wait: wait until no other process holds the lock, after a warning with that message.
 
     Raises:
-      BlockingIOError: another process holds the lock.
+      BlockingIOError: another process holds the lock, and `wait` is False.
       OSError: the file cannot be written.
     """
     path = pathlib.Path(path)
-    text = json.dumps(_this_process()._asdict()) + "\n"
     with named_errors(path):
-        _acquire(path, text, what, remedy)
+        text = (_wait_and_acquire if wait else _acquire)(path, what, remedy)
     end = threading.Event()
     thread = threading.Thread(target=_touch, args=(path, end), daemon=True)
     thread.start()
@@ -82,7 +84,22 @@ def check(path: Path, what: str, remedy: str) -> None:
         raise _in_use(path, text, what, remedy)
 
 
-def _acquire(path: pathlib.Path, text: str, what: str, remedy: str) -> None:
+def _wait_and_acquire(path: pathlib.Path, what: str, remedy: str) -> str:
+    """As `_acquire`, but waits for another holder."""
+    has_warned = False
+    while True:
+        try:
+            return _acquire(path, what, remedy)
+        except BlockingIOError as error:
+            if not has_warned:
+                warnings.warn(f"{error} This process waits for it.", stacklevel=5)
+            has_warned = True
+            time.sleep(_POLL)
+
+
+def _acquire(path: pathlib.Path, what: str, remedy: str) -> str:
+    """Takes the lock; returns the text of its file."""
+    text = json.dumps(_this_process()._asdict()) + "\n"
     unique = f"{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
     candidate = path.with_name(f"{path.name}.{unique}.part")
     try:
@@ -101,6 +118,7 @@ def _acquire(path: pathlib.Path, text: str, what: str, remedy: str) -> None:
                 stale.unlink()
     finally:
         candidate.unlink(missing_ok=True)
+    return text
 
 
 def _link(candidate: pathlib.Path, path: pathlib.Path) -> bool:

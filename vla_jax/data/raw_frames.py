@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from vla_jax import folder_lock
 from vla_jax.data.dataset import digest
 from vla_jax.data.frame_cache import FrameCache
 from vla_jax.data.raw import RawDataset, RawImages, steps_of
@@ -150,6 +151,8 @@ class RawFrames:
 def decode_all(frames: RawFrames, name: str, root: pathlib.Path, folder: str | None) -> np.ndarray:
     """Returns all images as a read-only memory map `[F, h, w, 3]`, decoded once, kept on disk.
 
+    One process decodes; others that want the same images wait for it, on any host.
+
     Args:
       frames: images of one camera.
       name: of the camera, for the file.
@@ -162,15 +165,24 @@ def decode_all(frames: RawFrames, name: str, root: pathlib.Path, folder: str | N
       OSError: the disk is full.
     """
     path = decoded_folder(root, folder) / f"{name}-{frames.fingerprint}.npy"
-    if path.exists() and not _checksum_file(path).exists():
+    if _is_complete(path):
+        _check_decoded(path)
+        return np.load(path, mmap_mode="r")
+    if path.exists():
         warnings.warn(
             f"{path} has no checksum, as written by an earlier version; the images are decoded "
             "again",
             stacklevel=2,
         )
-    elif path.exists():
-        _check_decoded(path)
-        return np.load(path, mmap_mode="r")
+    # The processes of a training come here at the same time, and so may two trainings.
+    lock = path.with_suffix(".lock")
+    with folder_lock.hold(lock, str(path), "give another --dataset.decoded-dir", wait=True):
+        if not _is_complete(path):
+            _decode(frames, path)
+    return np.load(path, mmap_mode="r")
+
+
+def _decode(frames: RawFrames, path: pathlib.Path) -> None:
     with replacing(path) as part:
         images = _create(part, frames.shape)
 
@@ -184,7 +196,10 @@ def decode_all(frames: RawFrames, name: str, root: pathlib.Path, folder: str | N
         images.flush()
         record = {"bytes": part.stat().st_size, "crc32": crc32_of_file(part)}
         write_json(_checksum_file(path), record)  # first: images without it are decoded again
-    return np.load(path, mmap_mode="r")
+
+
+def _is_complete(path: pathlib.Path) -> bool:
+    return path.exists() and _checksum_file(path).exists()
 
 
 def _checksum_file(path: pathlib.Path) -> pathlib.Path:
