@@ -1,14 +1,20 @@
 """The cuDNN LSTM: packed params against JAX's own unpacking and reference; calls on a GPU."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from jax.experimental import rnn
 
-from vla_jax.nn import cudnn, recurrence
+from vla_jax.nn import cudnn, recurrence, seq2seq
 from vla_jax.nn.recurrence import RecurrenceConfig
+from vla_jax.nn.seq2seq import Seq2SeqConfig
+from vla_jax.policies import decoders
+from vla_jax.policies.decoder_config import DecoderConfig
 
 B, T, D, H, L = 3, 5, 4, 6, 3
+each_padding = pytest.mark.parametrize("padding", ["right", "anywhere"])
 each_way = pytest.mark.parametrize("bidirectional", [False, True], ids=["forward", "both-ways"])
 
 
@@ -65,35 +71,82 @@ def reference(monkeypatch):
     monkeypatch.setattr(cudnn.jax, "default_backend", lambda: "gpu")
 
 
-def check_lengths(bidirectional, key):
-    """Compares cuDNN with lengths to our loop with a mask; steps after the length are NaN."""
-    lengths, inputs = np.array([T, 1, 3], np.int32), draw(B, T, D)
-    mask = np.arange(T) < lengths[:, None]
+MASKS = {
+    "right": [[1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [1, 1, 1, 0, 0]],
+    "anywhere": [[0, 0, 1, 1, 1], [0, 0, 0, 0, 0], [0, 1, 0, 1, 0]],
+}
+
+
+def check_padding(bidirectional, padding, key):
+    """Compares cuDNN to our loop, with a mask, and with lengths if these say the same."""
+    mask, inputs = np.array(MASKS[padding], bool), draw(B, T, D)
     inputs[~mask] = np.nan
     params = recurrence.init(key, configured(bidirectional), D)
     carry = recurrence.zero_carry(configured(bidirectional), inputs)
     carry = jax.tree.map(lambda leaf: leaf + draw(*leaf.shape), carry)
 
-    def loss(params, inputs, implementation, **flags):
+    def loss(params, inputs, carry, implementation, **flags):
         config = configured(bidirectional, implementation)
         last, outputs = recurrence.apply(params, config, inputs, carry=carry, **flags)
         leaves = jax.tree.leaves((last, outputs))
         return sum(jax.numpy.sum(jax.numpy.sin(leaf)) for leaf in leaves), (last, outputs)
 
     with jax.default_matmul_precision("highest"):
-        gradient = jax.grad(loss, (0, 1), has_aux=True)
-        expected = gradient(params, inputs, "bptt", mask=mask)
-        for implementation in ("cudnn", "bptt"):
-            found = gradient(params, inputs, implementation, lengths=lengths)
+        gradient = jax.grad(loss, (0, 1, 2), has_aux=True)
+        expected = gradient(params, inputs, carry, "bptt", mask=mask)
+        others = [("cudnn", {"mask": mask})]
+        if padding == "right":
+            lengths = mask.sum(1).astype(np.int32)
+            others += [(name, {"lengths": lengths}) for name in ("cudnn", "bptt")]
+        for implementation, flags in others:
+            found = gradient(params, inputs, carry, implementation, **flags)
             jax.tree.map(
                 lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), found, expected
             )
+    _, outputs = expected[1]
+    assert not np.any(np.asarray(outputs)[~mask])
 
 
 @each_way
+@each_padding
 @pytest.mark.usefixtures("reference")
-def test_lengths_equal_a_mask_of_padding_on_the_right(bidirectional, key):
-    check_lengths(bidirectional, key)
+def test_outputs_carries_and_gradients_equal_ours_with_any_mask(bidirectional, padding, key):
+    check_padding(bidirectional, padding, key)
+
+
+@pytest.mark.usefixtures("reference")
+def test_a_decoder_on_left_padded_windows_trains_as_with_our_loop(key):
+    config = DecoderConfig(
+        token_dim=D, hidden_size=H, num_layers=L, window_size=T, action_horizon=2, head_sizes=(4,)
+    )
+    params, tokens = decoders.init(key, config), draw(B, T, 1, D)
+    mask = np.arange(T) >= np.array([[0], [T - 1], [2]])
+    tokens[~mask] = np.nan
+
+    def loss(params, implementation):
+        chosen = dataclasses.replace(config, implementation=implementation)
+        prediction = decoders.apply(params, chosen, tokens, timestep_mask=mask)
+        return jax.numpy.sum(jax.numpy.sin(prediction.arm)), prediction
+
+    found, expected = (
+        jax.value_and_grad(loss, has_aux=True)(params, implementation)
+        for implementation in ("cudnn", "auto")
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), found, expected)
+
+
+@pytest.mark.usefixtures("reference")
+def test_an_encoder_decoder_encodes_padded_sources_as_with_our_loop(key):
+    config = Seq2SeqConfig(embed_size=D, hidden_size=H, score_size=D)
+    params, sources = seq2seq.init(key, config), np.arange(1, 1 + B * T).reshape(B, T)
+    mask, targets = np.array(MASKS["right"], bool), np.ones((B, 2), int)
+    found, expected = (
+        seq2seq.teacher_forcing(
+            params, chosen, seq2seq.encode(params, chosen, sources, mask=mask), targets
+        )
+        for chosen in (dataclasses.replace(config, implementation="cudnn"), config)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), found, expected)
 
 
 def test_lengths_and_a_mask_are_refused_together(key):
@@ -108,8 +161,9 @@ def test_lengths_and_a_mask_are_refused_together(key):
     jax.default_backend() != "gpu", reason="needs an NVIDIA GPU: JAX_PLATFORMS=cuda,cpu"
 )
 @each_way
-def test_on_a_gpu_lengths_equal_a_mask_of_padding_on_the_right(bidirectional, key):
-    check_lengths(bidirectional, key)
+@each_padding
+def test_on_a_gpu_results_with_any_mask_equal_ours(bidirectional, padding, key):
+    check_padding(bidirectional, padding, key)
 
 
 @pytest.mark.gpu
@@ -141,12 +195,11 @@ def test_without_a_gpu_it_raises_one_sentence(key):
         recurrence.apply(params, config, draw(B, T, D))
 
 
-@pytest.mark.parametrize("flags", ["mask", "reset"])
-def test_masks_and_resets_are_refused(flags, key):
+def test_resets_are_refused(key):
     config = configured(bidirectional=False, implementation="cudnn")
     params = recurrence.init(key, config, D)
-    with pytest.raises(ValueError, match="mask and reset must be None with implementation 'cudnn'"):
-        recurrence.apply(params, config, draw(B, T, D), **{flags: np.ones((B, T), bool)})
+    with pytest.raises(ValueError, match="reset must be None with implementation 'cudnn'"):
+        recurrence.apply(params, config, draw(B, T, D), reset=np.ones((B, T), bool))
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from test_stopping import exit_code
 
 from train import sweep as script
 from train import sweep_group, sweep_report
+from train.configs import with_decoder
 from train.imitate import imitate
 from train.presets import IMITATE
 from train.pretrain import pretrain
@@ -35,6 +36,7 @@ from vla_jax.training.logs import read_metrics
 from vla_jax.training.loop import LoopConfig
 from vla_jax.training.run_lock import in_use
 from vla_jax.training.update import init_train_state
+from vla_jax.trees import leaves_by_path
 
 RATES = (1e-2, 2e-3)
 
@@ -91,8 +93,15 @@ def test_a_member_is_the_training_of_imitate(demos, swept, tmp_path, rate, seed)
 @pytest.mark.slow
 @pytest.mark.sampled
 @pytest.mark.parametrize("mesh", ["data=4", "data=2,fsdp=2"])
-def test_a_sweep_on_a_mesh_trains_what_one_device_does(demos, tmp_path, mesh):
-    folders = {}
+def test_a_sweep_on_a_mesh_trains_what_one_device_does(demos, tmp_path, mesh, monkeypatch):
+    folders, states = {}, []
+    train_group = script.train_group
+
+    def train(*args):
+        states.append(train_group(*args))
+        return states[-1]
+
+    monkeypatch.setattr(script, "train_group", train)
     for number, sizes in enumerate(("data=1", mesh)):
         config = config_of(demos, tmp_path / str(number), seeds=2, learning_rates=())
         folders[sizes] = sweep(
@@ -102,6 +111,14 @@ def test_a_sweep_on_a_mesh_trains_what_one_device_does(demos, tmp_path, mesh):
     assert len(one) == 2
     for first, second in zip(one, other, strict=True):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), first, second)
+    kernels = {
+        path: leaf for path, leaf in leaves_by_path(states[1]).items() if path.endswith("kernel")
+    }
+    assert len(kernels) >= 4 * 4  # of params, two moments, EMA
+    is_split = "fsdp" in mesh
+    for path, leaf in kernels.items():
+        assert leaf.sharding.is_fully_replicated != is_split, path
+        assert leaf.addressable_shards[0].data.size == leaf.size // (1 + is_split), path
 
 
 def load_members(folder):
@@ -287,6 +304,11 @@ def test_a_member_that_diverges_stops_alone(demos, tmp_path, monkeypatch):
 def test_wrong_options_are_refused(options, sentence, tmp_path):
     with pytest.raises(ValueError, match=sentence):
         dataclasses.replace(config_of("demos", tmp_path), **options)
+
+
+def test_cudnn_which_cannot_be_mapped_over_trainings_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="implementation must not be 'cudnn'"):
+        with_decoder(config_of("demos", tmp_path), implementation="cudnn", dropout=0.0)
 
 
 def test_what_cannot_be_swept_is_refused_before_reading(demos, tmp_path, monkeypatch):

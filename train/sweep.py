@@ -109,6 +109,11 @@ class SweepConfig(ImitateConfig):
                 "overwrite must be False with distributed, whose processes share one folder, got "
                 "True; delete the folder yourself, or choose another --run-dir."
             )
+        if self.agent.policy.decoder.implementation == "cudnn":
+            raise ValueError(
+                "implementation must not be 'cudnn', which has no form for several trainings as "
+                "one program (vmap); leave it out, or train one by one with train.imitate."
+            )
         for _ in _settings(self):  # decoders that do not fit raise an error
             pass
 

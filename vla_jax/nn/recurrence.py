@@ -132,8 +132,8 @@ def apply(
       config: the config given to `init`.
       inputs: `[B, T, D]`; masked steps may be NaN.
       mask: `[B, T]`, True where the step is real; None means everywhere.
-      lengths: `[B]` int32, at least 1; the first so many steps of each row are real. Given instead
-        of the mask for rows that are padded on the right only, which cuDNN supports.
+      lengths: `[B]` int32; the first so many steps of each row are real. Given instead of the mask
+        for rows that are padded on the right only, it saves implementation "cudnn" moving them.
       reset: `[B, T]`, True where a new episode starts, on a masked step too; None means nowhere.
       carry: before the first step (backward direction: after the last); None means zeros.
       key: consumed, for dropout; None means no dropout.
@@ -144,7 +144,7 @@ def apply(
 
     Raises:
       ValueError: the params come from `prepare_params`; mask and lengths are both given; or
-        implementation "cudnn" has no GPU, or gets a mask or reset, which it does not support.
+        implementation "cudnn" has no GPU, or gets resets, which it does not support.
     """
     flags = _Flags(mask, lengths, reset)
     _check(params, inputs, flags)
@@ -219,18 +219,19 @@ def _apply_cudnn(
     key: Key | None,
 ) -> tuple[Carry, jax.Array]:
     del key
-    if flags.mask is not None or flags.reset is not None:
+    if flags.reset is not None:
         raise ValueError(
-            "mask and reset must be None with implementation 'cudnn', which supports neither; give "
-            "lengths if rows are padded on the right only, or choose 'auto'."
+            "reset must be None with implementation 'cudnn', which cannot start an episode inside "
+            "a row, got flags; give every episode its own row instead of packing, or choose 'auto'."
         )
     paths = [(name, direction) for name in _layers(config) for direction in _directions(config)]
     cell_params, carries = (
         [tree[name][direction] for name, direction in paths] for tree in (params, carry)
     )
     last, outputs = cudnn.lstm(
-        cell_params, carries, inputs, lengths=flags.lengths, bidirectional=config.bidirectional
-    )
+        cell_params, carries, inputs,
+        mask=flags.mask, lengths=flags.lengths, bidirectional=config.bidirectional,
+    )  # fmt: skip
     next_carry: Carry = {name: {} for name in _layers(config)}
     for (name, direction), after in zip(paths, last, strict=True):
         next_carry[name][direction] = after

@@ -31,6 +31,7 @@ from vla_jax.nn.attention import AttentionConfig, Source
 from vla_jax.nn.cells import CELLS, CellName
 from vla_jax.nn.layers import dense, dropout
 from vla_jax.nn.recurrence import Carry, RecurrenceConfig
+from vla_jax.nn.recurrence_config import Implementation
 from vla_jax.nn.sharded_params import gathered
 from vla_jax.trees import under
 from vla_jax.types import Array, Key, Params, ShardingRules
@@ -65,6 +66,7 @@ class Seq2SeqConfig:
     score_size: int = 128  # features of projected queries and keys, additive and scaled_dot only
     feed_context: bool = False  # append the context of a step to the inputs of the next step
     dropout: float = 0.0  # dropout probability at inputs, between layers and before the output
+    implementation: Implementation = "auto"  # time loop of the recurrences; auto = recommended
     dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the factors of matrix products
 
     def __post_init__(self):
@@ -124,6 +126,7 @@ def encoder_config(config: Seq2SeqConfig) -> RecurrenceConfig:
         hidden_size=config.hidden_size,
         dropout=config.dropout,
         bidirectional=config.bidirectional,
+        implementation=config.implementation,
         dtype=config.dtype,
     )
 
