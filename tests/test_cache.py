@@ -6,6 +6,7 @@ import resource
 import shutil
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import tiny_demos
@@ -141,17 +142,55 @@ def test_too_large_a_cache_is_refused_before_it_is_computed(config, monkeypatch)
         tokens_of(dataclasses.replace(changed, max_cache_gb=1))
 
 
-def test_tokens_beyond_the_range_of_float16_are_refused(config, monkeypatch):
-    changed = dataclasses.replace(config, cache_dtype="float16", seed=2)
+@pytest.mark.parametrize(
+    ("dtype", "added", "sentence"),
+    [
+        ("float16", 1e6, "got float16, whose range those of frame 0 exceed; use --cache-dtype"),
+        ("float32", np.nan, "tokens of frame 0 must be finite, got nan in token 0: .* params are"),
+    ],
+)
+def test_tokens_that_are_not_finite_are_refused(dtype, added, sentence, config, monkeypatch):
+    changed = dataclasses.replace(config, cache_dtype=dtype, seed=2)
     init = cache.init_backbone
 
-    def large(*args):
+    def bad(*args):
         backbone = init(*args)
-        return {**backbone, "narrow": jax.tree.map(lambda x: x + 1e6, backbone["narrow"])}
+        return {**backbone, "narrow": jax.tree.map(lambda x: x + added, backbone["narrow"])}
 
-    monkeypatch.setattr(cache, "init_backbone", large)
-    with pytest.raises(ValueError, match="got float16, whose range they exceed"):
+    monkeypatch.setattr(cache, "init_backbone", bad)
+    with pytest.raises(ValueError, match=sentence):
         tokens_of(changed)
+    shutil.rmtree(cache.token_folder(changed))  # its params
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_the_first_bad_token_is_named_and_masked_ones_are_not(dtype, value):
+    tokens, mask = np.zeros((3, 2, 4), dtype), np.ones((3, 2), bool)
+    mask[0, 1] = False
+    tokens[0, 1, 2] = value
+    cache._check_finite(tokens, mask, 100)
+    tokens[2, 1, 3] = value
+    with pytest.raises(ValueError, match=r"of frame 102 (must be finite, got .* token 1:|exceed)"):
+        cache._check_finite(tokens, mask, 100)
+
+
+def test_one_command_at_a_time_computes_the_tokens(config, monkeypatch):
+    changed = with_instruction_steps(config, 8)
+    encode = cache._encode_missing
+
+    def meanwhile(*args):
+        with pytest.raises(BlockingIOError, match=r"\.tokens/\w+ is in use by process \d+ on"):
+            tokens_of(changed)
+        encode(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_encode_missing", meanwhile)
+        files = tokens_of(changed)[1].tokens.files
+    folder = files[0].parents[1]
+    assert not list(folder.parent.glob("*.lock"))
+    with pytest.raises(FileExistsError, match="params exists already, perhaps written by another"):
+        checkpoint.save_params(folder / "params", {"w": np.ones(3)})
 
 
 @pytest.mark.parametrize("field", ["cache_batch", "max_cache_gb"])

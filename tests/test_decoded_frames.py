@@ -1,9 +1,11 @@
 """Videos are decoded once, into memory-mapped images."""
 
+import json
 import os
 import pathlib
 import subprocess
 import sys
+from functools import partial
 from typing import get_args
 
 import av
@@ -91,6 +93,29 @@ def test_damaged_images_are_refused_and_decoded_again_when_deleted(tmp_path):
     file.write_bytes(flip(content))
     with pytest.warns(UserWarning, match="has no checksum, .*; the images are decoded again"):
         np.testing.assert_array_equal(decode_segments(segments, tmp_path), before)
+
+
+def test_images_of_another_camera_are_refused(tmp_path):
+    decode = []
+    for name in ("a", "b"):
+        make_video(tmp_path / f"{name}.mp4", seed=10 * len(decode))
+        segments = [Segment(tmp_path / f"{name}.mp4", 0, 12)]
+        decode.append(partial(decode_segments, segments, tmp_path))
+        decode[-1]()
+    files = sorted((tmp_path / ".frames").glob("*"))  # .json and .npy of both
+    for old, new in zip(files, (*files[2:], *files[:2]), strict=True):
+        old.rename(new.with_name(f"{new.name}.new"))
+    for file in files:
+        file.with_name(f"{file.name}.new").rename(file)
+    for each in decode:
+        with pytest.raises(ValueError, match=r"npy is damaged .it was written as image_primary-"):
+            each()
+    for file in files[::2]:
+        record = json.loads(file.read_text())
+        del record["file"]
+        file.write_text(json.dumps(record))
+    with pytest.warns(UserWarning, match="by an earlier version, without its name"):
+        decode[0]()
 
 
 def test_images_are_resized_to_the_requested_size(tmp_path):

@@ -95,7 +95,8 @@ def test_grains_own_source_reads_the_same_records(folder, images):
 
 
 def test_an_interrupted_writing_continues_after_the_last_complete_shard(images, tmp_path):
-    expected = {file.name: file.read_bytes() for file in write_all(tmp_path / "whole", images)}
+    whole = tmp_path / "whole" / "image_primary-0"
+    expected = {file.name: file.read_bytes() for file in write_all(whole, images)}
 
     class Interrupted(RawFrames):
         def __getitem__(self, index):
@@ -105,12 +106,14 @@ def test_an_interrupted_writing_continues_after_the_last_complete_shard(images, 
 
     stopped = pickle.loads(pickle.dumps(images))
     stopped.__class__ = Interrupted
-    folder = tmp_path / "part"
+    folder = tmp_path / "part" / "image_primary-0"
     with pytest.raises(KeyboardInterrupt):
         write(folder, stopped)
     assert {path.name for path in folder.iterdir()} == {"frames.json", "shard_00000"}
     assert shard_files.missing(folder, 4) == [1, 2, 3]
-    with pytest.raises(FileNotFoundError, match=r"part has 1 of 4 shards; .*--frames raw with"):
+    with pytest.raises(
+        FileNotFoundError, match=r"primary-0 has 1 of 4 shards; .*--frames raw with"
+    ):
         open_records(folder, images, "image_primary")
     before = (folder / "shard_00000/frames.array_record").stat().st_mtime_ns
     found = {file.name: file.read_bytes() for file in write_all(folder, images)}
@@ -142,7 +145,7 @@ def test_every_damaged_byte_gives_a_sentence_or_changes_nothing(folder, images):
         refused += bool(message)
         assert not message or re.search(SENTENCE, message)
         with pytest.raises(ValueError, match=r"damaged \(the checksum of frames.array_record"):
-            frame_writer.check_shards([file.parent])
+            frame_writer.check_shards([(folder, 1, found.sizes)])
     assert refused > 40
     file.write_bytes(content[:-1])
     with pytest.raises(ValueError, match=r"shard_00001 is damaged .*has \d+ bytes instead of"):
@@ -153,7 +156,25 @@ def test_every_damaged_byte_gives_a_sentence_or_changes_nothing(folder, images):
 
 
 def test_records_of_another_shard_are_refused(folder, images):
-    shutil.copytree(folder / "shard_00003", folder / "shard_00002", dirs_exist_ok=True)
+    sizes = open_records(folder, images, "image_primary").sizes
+    shutil.copytree(folder / "shard_00001", folder / "shard_00002", dirs_exist_ok=True)
+    sentence = r"shard_00002 is damaged \(it was written as image_primary-0/shard_00001, frames 10 "
+    with pytest.raises(ValueError, match=sentence):
+        open_records(folder, images, "image_primary")
+    with pytest.raises(ValueError, match=sentence):
+        frame_writer.check_shards([(folder, 2, sizes)])
+    folder.rename(folder.with_name("image_wrist-1"))
+    with pytest.raises(
+        ValueError, match=r"written as image_primary-0/shard_00000, .* instead of image_w"
+    ):
+        open_records(folder.with_name("image_wrist-1"), images, "image_wrist")
+
+
+def test_fewer_records_than_the_index_says_are_refused(folder, images):
+    shards = [folder / f"shard_0000{number}" for number in (3, 2)]
+    index = [json.loads((shard / "files.json").read_text()) for shard in shards]
+    shutil.copy(shards[0] / "frames.array_record", shards[1])
+    (shards[1] / "files.json").write_text(json.dumps({**index[0], "place": index[1]["place"]}))
     found = open_records(folder, images, "image_primary")
     with pytest.raises(
         ValueError, match=r"shard_00002 is damaged \(it has 5 records instead of 10"

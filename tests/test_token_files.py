@@ -1,5 +1,6 @@
 """Shards of tokens: read like one array, complete or absent, damage is reported."""
 
+import json
 import pickle
 
 import ml_dtypes
@@ -129,7 +130,49 @@ def test_damage_is_reported_with_its_remedy(name, kind, tmp_path):
             token_files.open_tokens(tmp_path, sizes)
 
 
+def exchange(first, second):
+    spare = first.with_name("spare")
+    for old, new in ((first, spare), (second, first), (spare, second)):
+        old.rename(new)
+
+
+def test_shards_in_the_place_of_others_are_refused(tmp_path):
+    folders = [tmp_path / name for name in ("a", "b")]
+    sizes, _ = map(write, folders)
+    exchange(*folders)  # of two data sets with the same sizes
+    with pytest.raises(ValueError, match=r"written as b/shard_00000, .* instead of a/shard_00000"):
+        token_files.open_tokens(folders[0], sizes)
+    exchange(*folders)
+    exchange(folders[0] / "shard_00000", folders[0] / "shard_00001")
+    sentence = r"shard_00000 is damaged \(it was written as a/shard_00001, frames 10 to 19, instead"
+    with pytest.raises(ValueError, match=sentence):
+        token_files.open_tokens(folders[0], sizes)
+    with pytest.raises(ValueError, match=sentence):
+        token_files.check_shards(folders[0], range(sizes.num_shards), sizes)
+
+
+def forget_place(folder):
+    for index in folder.glob("*/files.json"):
+        files = json.loads(index.read_text())
+        del files["place"]
+        index.write_text(json.dumps(files))
+
+
+def test_shards_of_earlier_versions_are_read_with_a_warning(tmp_path):
+    sizes, (expected, _) = write(tmp_path), make_rows()
+    forget_place(tmp_path)
+    with pytest.warns(UserWarning, match="written by an earlier version, without the places of"):
+        found = token_files.open_tokens(tmp_path, sizes)
+    np.testing.assert_array_equal(found.tokens[:], expected)
+
+
 def test_files_of_other_sizes_are_reported(tmp_path):
     sizes = write(tmp_path)._replace(num_frames=F - 1)
-    with pytest.raises(ValueError, match=r"tokens are \[5, 3, 4\] instead of \[4, 3, 4\]"):
+    with pytest.raises(ValueError, match=r"written as .*frames 20 to 24, instead of .* 20 to 23"):
+        token_files.check_shard(tmp_path, 2, sizes, checksums=False)
+    forget_place(tmp_path)
+    with (
+        pytest.warns(UserWarning, match="by an earlier version"),
+        pytest.raises(ValueError, match=r"tokens are \[5, 3, 4\] instead of \[4, 3, 4\]"),
+    ):
         token_files.check_shard(tmp_path, 2, sizes, checksums=False)

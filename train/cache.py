@@ -9,9 +9,11 @@ backbone, dtype, data, statistics, ids of the instructions, and when the instruc
 params are stored beside the tokens, for the runs that use them: a complete cache is sufficient to
 train. `train.imitate` computes tokens that are missing; the options are the same. An interrupted
 computation continues after its last complete file. The checksums of files that exist are compared
-before they are used. With `--frames` the resized images are written instead (`train.cache_frames`).
+before they are used. One command at a time writes into a folder. With `--frames` the resized images
+are written instead (`train.cache_frames`).
 """
 
+import contextlib
 import hashlib
 import json
 import pathlib
@@ -37,7 +39,7 @@ from train.memory_check import check_encoding
 from train.mixture_file import read_mixture
 from train.setup import init_backbone, make_windows, param_shapes
 from vla_jax import config as configs
-from vla_jax import stopping
+from vla_jax import folder_lock, stopping
 from vla_jax.backbones import registry
 from vla_jax.backbones.registry import BackboneConfig
 from vla_jax.command_line import run
@@ -95,9 +97,10 @@ def frame_tokens(
       norm_stats: statistics of that data set.
 
     Raises:
+      BlockingIOError: another command writes these tokens.
       OSError: the disk is full, or will be; complete files are kept, no partial file is left.
-      ValueError: the tokens take more than `max_cache_gb`, exceed the range of float16, or a file
-        is damaged; the devices have too little memory.
+      ValueError: the tokens take more than `max_cache_gb`, or one is NaN or infinite; a file is
+        damaged; the devices have too little memory.
     """
     backbone = config.agent.policy.backbone
     frames = make_windows(config, dataset, norm_stats, window_size=1, action_horizon=1)
@@ -108,16 +111,41 @@ def frame_tokens(
     if missing:
         check_encoding(config, _local_mesh(config))
         _check_space(folder, sizes, missing, config)
-        mesh = _local_mesh(config)
-        params = init_backbone(config, mesh)
-        _write_params(folder / _PARAMS, params)
-        try:
-            _write(folder, sizes, missing, _make_encode(params, config, mesh), frames, config)
-        except OSError as error:
-            raise OSError(
-                error.errno, f"{folder} could not be written ({error.strerror}); free space."
-            ) from error
+        with _alone(folder):  # another command may have written some of them before
+            missing = parallel.agree(token_files.missing_shards(folder, sizes))
+            if missing:
+                _encode_missing(config, folder, sizes, missing, frames)
     return FrameTokens(token_files.open_tokens(folder, sizes), folder / _PARAMS)
+
+
+@contextlib.contextmanager
+def _alone(folder: pathlib.Path) -> Iterator[None]:
+    """Holds the lock of a folder of tokens, for all processes of this command."""
+    if not parallel.is_first_process():
+        yield
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = folder.with_name(f"{folder.name}.lock")
+    with folder_lock.hold(lock, str(folder), "run this command again when it has ended"):
+        yield
+
+
+def _encode_missing(
+    config: ImitateConfig,
+    folder: pathlib.Path,
+    sizes: TokenSizes,
+    missing: Sequence[int],
+    frames: Windows,
+) -> None:
+    mesh = _local_mesh(config)
+    params = init_backbone(config, mesh)
+    _write_params(folder / _PARAMS, params)
+    try:
+        _write(folder, sizes, missing, _make_encode(params, config, mesh), frames, config)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{folder} could not be written ({error.strerror}); free space."
+        ) from error
 
 
 def fingerprint(config: ImitateConfig, frames: Windows, sizes: TokenSizes) -> str:
@@ -236,9 +264,11 @@ def _write(
 
         def chunks(shard: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             nonlocal done
+            first = sizes.frames(shard).start
             for tokens, mask in _encode_frames(encode, frames, sizes.frames(shard), chunk_size):
-                _check_range(tokens, mask)
+                _check_finite(tokens, mask, first)
                 yield tokens, mask
+                first += len(tokens)
                 done += len(tokens)
                 show(done, "")
 
@@ -280,12 +310,29 @@ def _fetch(count: int, encoded: tuple[jax.Array, jax.Array]) -> tuple[np.ndarray
     return tokens, mask
 
 
-def _check_range(tokens: np.ndarray, mask: np.ndarray) -> None:
-    if tokens.dtype == np.float16 and np.isinf(tokens[mask]).any():
+def _check_finite(tokens: np.ndarray, mask: np.ndarray, first: int) -> None:
+    """Raises a ValueError for a token that is NaN or infinite; masked ones may be.
+
+    Args:
+      tokens: `[C, N, D]` of consecutive frames.
+      mask: `[C, N]`.
+      first: number of the first of these frames in the data set.
+    """
+    bad = np.argwhere(mask & ~np.isfinite(tokens).all(axis=-1))
+    if not len(bad):
+        return
+    row, place = bad[0]
+    token = tokens[row, place]
+    value = token[~np.isfinite(token)][0]
+    if tokens.dtype == np.float16 and np.isinf(value):
         raise ValueError(
-            "cache_dtype must hold the tokens, got float16, whose range they exceed; use "
-            "--cache-dtype bfloat16."
+            f"cache_dtype must hold the tokens, got float16, whose range those of frame "
+            f"{first + row} exceed; use --cache-dtype bfloat16."
         )
+    raise ValueError(
+        f"the tokens of frame {first + row} must be finite, got {value} in token {place}: the "
+        "backbone's params are the likely cause; give another --backbone-from."
+    )
 
 
 def write(config: CacheConfig) -> str:

@@ -101,7 +101,8 @@ def cache_frames(config: CacheConfig) -> list[pathlib.Path]:
     cameras = _cameras(resolve(config), config.frames or "raw")
     shards = [Shard(each, number) for each in cameras for number in range(each.sizes.num_shards)]
     missing = parallel.agree([i for i, shard in enumerate(shards) if not shard.path.exists()])
-    frame_writer.check_shards([each.path for i, each in enumerate(shards) if i not in {*missing}])
+    written = [each for i, each in enumerate(shards) if i not in {*missing}]
+    frame_writer.check_shards([(at.folder, number, at.sizes) for at, number in written])
     absent = [shards[i] for i in missing]
     _announce(cameras, absent)
     _write(absent, sum(shard.num_frames for shard in shards))

@@ -2,7 +2,7 @@
 
     folder/frames.json                       number, size and format of the images
     folder/shard_00000/frames.array_record   one image per record
-    folder/shard_00000/files.json            size and CRC-32 of that file
+    folder/shard_00000/files.json            size and CRC-32 of that file, and its place
     folder/shard_00000.lock                  while a process writes the shard
 
 A shard is complete or absent, so that an interrupted program continues after its last one. Every
@@ -179,7 +179,7 @@ def records_folder(images: RawFrames, name: str, folder: str | None) -> pathlib.
 
 
 def open_records(folder: pathlib.Path, images: RawFrames, name: str) -> RecordedFrames:
-    """Returns the recorded frames of a camera; the sizes of the files are compared.
+    """Returns the recorded frames of a camera; sizes and places of the files are compared.
 
     Args:
       folder: with all shards.
@@ -205,7 +205,7 @@ def open_records(folder: pathlib.Path, images: RawFrames, name: str) -> Recorded
             f"{_COMMAND} {sizes.format} with the same options writes the others."
         )
     for shard in range(sizes.num_shards):
-        check_shard(shard_folder(folder, shard), checksums=False)
+        check_shard(folder, shard, sizes, checksums=False)
     return RecordedFrames(folder, sizes, FORMATS[sizes.format].fingerprint(images.fingerprint))
 
 
@@ -243,15 +243,18 @@ def _others(folder: pathlib.Path, name: str) -> str:
     return f" (recorded for other settings or data: {', '.join(texts)})" if texts else ""
 
 
-def check_shard(path: pathlib.Path, *, checksums: bool) -> None:
-    """Raises a ValueError if a written shard is damaged.
+def check_shard(folder: pathlib.Path, shard: int, sizes: FrameSizes, *, checksums: bool) -> None:
+    """Raises a ValueError if a written shard is damaged, or belongs to another place.
 
     Args:
-      path: folder of the shard.
+      folder: of one camera.
+      shard: index of a written shard.
+      sizes: of all images.
       checksums: whether to read the file and compare its checksum, not only its size.
     """
+    path = shard_folder(folder, shard)
     try:
-        shard_files.check_files(path, [RECORDS], checksums=checksums)
+        shard_files.check_files(path, sizes.frames(shard), [RECORDS], checksums=checksums)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(path, error) from error
 

@@ -51,17 +51,17 @@ def prepare(folder: pathlib.Path, images: RawFrames, form: FrameFormat) -> Frame
     return found
 
 
-def check_shards(paths: Sequence[pathlib.Path]) -> None:
+def check_shards(shards: Sequence[tuple[pathlib.Path, int, FrameSizes]]) -> None:
     """Reads written shards once, several at a time, and compares their checksums.
 
     Args:
-      paths: folders of the shards.
+      shards: folder of the camera, index and sizes of each.
 
     Raises:
-      ValueError: a shard is damaged.
+      ValueError: a shard is damaged, or belongs to another place.
     """
     with ThreadPoolExecutor(max_workers=4) as pool:
-        for _ in pool.map(lambda path: check_shard(path, checksums=True), paths):
+        for _ in pool.map(lambda shard: check_shard(*shard, checksums=True), shards):
             pass
 
 
@@ -100,7 +100,8 @@ def write_shard(
             encoded = _encode(images, frames, FORMATS[sizes.format].encode, max_bytes, done)
             with contextlib.closing(encoded) as records:
                 array_records.write_records(part / RECORDS, records)
-            shard_files.write_index(part, {RECORDS: crc32_of_file(part / RECORDS)})
+            checksums = {RECORDS: crc32_of_file(part / RECORDS)}
+            shard_files.write_index(part, path, frames, checksums)
 
 
 def _encode(

@@ -194,7 +194,7 @@ def _decode(frames: RawFrames, path: pathlib.Path) -> None:
             for _ in pool.map(decode, range(0, len(frames), STEPS_PER_PASS)):
                 pass
         images.flush()
-        record = {"bytes": part.stat().st_size, "crc32": crc32_of_file(part)}
+        record = {"file": path.name, "bytes": part.stat().st_size, "crc32": crc32_of_file(part)}
         write_json(_checksum_file(path), record)  # first: images without it are decoded again
 
 
@@ -211,7 +211,15 @@ def _check_decoded(path: pathlib.Path) -> None:
     expected = read_json(_checksum_file(path), "size and checksum of decoded images")
     size = path.stat().st_size
     reason = ""
-    if size != expected.get("bytes"):
+    if "file" not in expected:
+        warnings.warn(
+            f"{path} was written by an earlier version, without its name: images that were "
+            "exchanged are not noticed; delete it, and the images are decoded again",
+            stacklevel=3,
+        )
+    if expected.get("file", path.name) != path.name:
+        reason = f"it was written as {expected['file']}"
+    elif size != expected.get("bytes"):
         reason = f"it has {size} bytes instead of {expected.get('bytes')}"
     elif crc32_of_file(path) != expected.get("crc32"):
         reason = "its checksum differs"

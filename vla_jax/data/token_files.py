@@ -2,7 +2,7 @@
 
     folder/shard_00000/tokens.npy      [R, N, D], bfloat16 as its bits in uint16
     folder/shard_00000/mask.npy        [R, N] bool
-    folder/shard_00000/files.json      size and CRC-32 of both files
+    folder/shard_00000/files.json      size and CRC-32 of both files, and their place
     folder/shard_00001/…
 
 A shard is complete or absent, so that an interrupted program continues after its last one. All
@@ -141,13 +141,14 @@ def write_shard(
       OSError: the disk is full.
       ValueError: the chunks have another number of frames than the shard.
     """
-    if shard_folder(folder, shard).exists():
+    path = shard_folder(folder, shard)
+    if path.exists():
         return
     lead = (len(sizes.frames(shard)), sizes.num_tokens)
     stored = _STORED[sizes.dtype]
     headers = (_header(stored, (*lead, sizes.token_dim)), _header(np.dtype(bool), lead))
     names, checksums, written = (_TOKENS, _MASK), [0, 0], 0
-    with replacing(shard_folder(folder, shard)) as part:
+    with replacing(path) as part:
         part.mkdir()
         # No memory map: writing to one on a full disk kills the process.
         with contextlib.ExitStack() as stack:
@@ -159,11 +160,12 @@ def write_shard(
                 written += len(rows)
         if written != lead[0]:
             raise ValueError(f"shard {shard} must have {lead[0]} frames, got {written}.")
-        shard_files.write_index(part, dict(zip(names, checksums, strict=True)))
+        checks = dict(zip(names, checksums, strict=True))
+        shard_files.write_index(part, path, sizes.frames(shard), checks)
 
 
 def check_shard(folder: pathlib.Path, shard: int, sizes: TokenSizes, *, checksums: bool) -> None:
-    """Raises a ValueError if a written shard is damaged.
+    """Raises a ValueError if a written shard is damaged, or belongs to another place.
 
     Args:
       folder: folder of the shards.
@@ -172,14 +174,14 @@ def check_shard(folder: pathlib.Path, shard: int, sizes: TokenSizes, *, checksum
       checksums: whether to read the files and compare their checksums, not only their sizes.
 
     Raises:
-      ValueError: a file is damaged or missing.
+      ValueError: a file is damaged or missing, or the shard is another one.
     """
-    path = shard_folder(folder, shard)
+    path, frames = shard_folder(folder, shard), sizes.frames(shard)
     remedy = "delete this folder, and it is computed again"
     try:
-        shard_files.check_files(path, (_TOKENS, _MASK), checksums=checksums)
+        shard_files.check_files(path, frames, (_TOKENS, _MASK), checksums=checksums)
         shape = np.load(path / _TOKENS, mmap_mode="r").shape
-        wanted = (len(sizes.frames(shard)), sizes.num_tokens, sizes.token_dim)
+        wanted = (len(frames), sizes.num_tokens, sizes.token_dim)
         if shape != wanted:
             raise ValueError(f"tokens are {list(shape)} instead of {list(wanted)}")
     except (OSError, ValueError, KeyError, TypeError) as error:

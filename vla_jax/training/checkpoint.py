@@ -253,12 +253,20 @@ def save_params(path: Path, params: Params) -> None:
       params: the same in every process; NumPy arrays if there are several.
 
     Raises:
+      FileExistsError: the folder exists; another process may have written it in the meantime.
       OSError: the folder cannot be written.
     """
     path = pathlib.Path(path).absolute()
-    with orbax_errors.quiet(), orbax_errors.one_sentence(path.parent):
-        record = step_record.make({}, {"params": params}, None)
-        _orbax().save(path, {"params": params}, custom_metadata=record)
+    try:
+        with orbax_errors.quiet(), orbax_errors.one_sentence(path.parent):
+            record = step_record.make({}, {"params": params}, None)
+            _orbax().save(path, {"params": params}, custom_metadata=record)
+    except OSError as error:
+        if path.exists():  # complete folders alone have this name
+            raise FileExistsError(
+                f"{path} exists already, perhaps written by another process; choose another folder."
+            ) from error
+        raise
 
 
 def read_params(path: Path) -> Params:
