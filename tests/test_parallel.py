@@ -251,6 +251,7 @@ class Device:
 
     id: int
     process_index: int
+    platform: str = "gpu"
 
 
 @pytest.mark.parametrize(
@@ -263,12 +264,10 @@ class Device:
 def test_all_processes_take_part_and_none_shares_its_rows(mesh, sentence, monkeypatch):
     devices = [Device(i, i // 2) for i in range(4)]
 
-    def make(sizes, *_, devices):
-        array = np.empty(len(devices), object)
-        array[:] = devices
-        return types.SimpleNamespace(devices=array.reshape(sizes))
+    def make(devices, *_, axis_types):
+        return types.SimpleNamespace(devices=devices)
 
-    monkeypatch.setattr(jax, "make_mesh", make)
+    monkeypatch.setattr(parallel, "Mesh", make)
     with pytest.raises(ValueError, match=sentence):
         parallel.make_mesh(mesh, devices=devices)
 

@@ -22,6 +22,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from vla_jax import trees
 from vla_jax.config import did_you_mean
 from vla_jax.nn.sharded_params import ROWS
+from vla_jax.training.device_order import arrange
 from vla_jax.training.update import TrainState, Update
 from vla_jax.types import Key, Metrics, ShardingRules
 
@@ -64,8 +65,9 @@ def make_mesh(mesh: str = "", *, devices: Sequence[Any] | None = None) -> Mesh:
       devices: devices to choose from; None means those of all processes.
 
     Raises:
-      ValueError: the sizes do not fit the number of devices; several processes do not all take
-        part; or the devices of one part of a batch belong to several processes.
+      ValueError: the sizes do not fit the number of devices, or the network of TPUs; several
+        processes do not all take part; or the devices of one part of a batch belong to several
+        processes.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {**dict.fromkeys(MESH_AXES, 1), **parse_mesh(mesh)}
@@ -86,12 +88,8 @@ def make_mesh(mesh: str = "", *, devices: Sequence[Any] | None = None) -> Mesh:
             f"devices, got {mesh} ({num_devices}); choose other sizes."
         )
     # Auto: with the default (Explicit) a zero carry would have to name its sharding in each scan.
-    made = jax.make_mesh(
-        tuple(sizes.values()),
-        MESH_AXES,
-        (AxisType.Auto,) * len(MESH_AXES),
-        devices=devices[:num_devices],
-    )
+    arranged = arrange((sizes["data"], sizes["fsdp"], sizes["tensor"]), devices[:num_devices])
+    made = Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     for group in made.devices.reshape(-1, sizes["tensor"]):
         if len({device.process_index for device in group}) > 1:
             raise ValueError(
