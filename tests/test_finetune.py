@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -164,10 +165,8 @@ def test_a_reward_of_nan_reaches_the_metrics(rewards):
     assert np.isnan(rewards(jnp.nan)[0])  # `learn` then stops: tests/test_learning_loop.py
 
 
-@pytest.mark.slow
-def test_the_divergence_is_zero_before_the_first_update(cloned):
-    config, policy = config_of(cloned, ""), read_cloned(str(cloned))
-    loss_fn = make_loss(config, policy.run)
+def drawn_rollout():
+    """Three episodes of four real steps."""
     rng = np.random.default_rng(0)
     observation = Observation(
         proprio=rng.normal(size=(3, 4, 8)).astype(np.float32),
@@ -176,7 +175,40 @@ def test_the_divergence_is_zero_before_the_first_update(cloned):
     )
     action = NoisyAction(rng.normal(size=(3, 4, 6)).astype(np.float32), np.ones((3, 4), bool))
     reward, mask = np.ones((3, 4), np.float32), np.ones((3, 4), bool)
-    rollout = EpisodeRollout(observation, action, reward, mask)
+    return EpisodeRollout(observation, action, reward, mask)
+
+
+def test_steps_after_the_end_may_be_nan_or_infinite(cloned):
+    policy = read_cloned(str(cloned))
+    loss_fn = make_loss(config_of(cloned, ""), policy.run)
+    params = {**policy.run.params, "value": init_mlp(jax.random.key(0), (8, 128, 1))}
+    params["decoder"] = jax.tree.map(lambda leaf: leaf + 0.1, params["decoder"])
+    mask = np.arange(4) < np.array([[4], [2], [1]])
+
+    def fill(part, value):
+        part_mask = mask.reshape(*mask.shape, *[1] * (part.ndim - 2))
+        return np.where(part_mask, part, value) if part.dtype == np.float32 else part
+
+    @jax.jit
+    @partial(jax.value_and_grad, has_aux=True)
+    def losses(params, rollout):
+        return loss_fn(params, rollout, jax.random.key(0))
+
+    zeros, *others = (
+        losses(
+            params, jax.tree.map(partial(fill, value=value), drawn_rollout())._replace(mask=mask)
+        )
+        for value in (0.0, np.nan, np.inf)
+    )
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(zeros))
+    for other in others:
+        assert_same(other, zeros)
+
+
+@pytest.mark.slow
+def test_the_divergence_is_zero_before_the_first_update(cloned):
+    config, policy = config_of(cloned, ""), read_cloned(str(cloned))
+    loss_fn, rollout = make_loss(config, policy.run), drawn_rollout()
 
     @jax.jit
     @jax.value_and_grad

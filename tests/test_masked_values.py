@@ -1,7 +1,11 @@
 """NaN and inf in masked places of every function that takes a mask (laws 2 and 8).
 
-Outputs and gradients are those of the same call with zeros in the masked places.
+Outputs and gradients are those of the same call with zeros in the masked places. The cases of
+cells, poolings, trunks, blocks and heads are made from their registries, so that they cover a new
+member. Masks of the acting state and of rewards after the end: `test_episodes`, `test_finetune`.
 """
+
+from itertools import cycle
 
 import jax
 import jax.numpy as jnp
@@ -19,24 +23,31 @@ from vla_jax.nn import (
     bptt,
     cells,
     chunkwise,
+    memory_transformer,
     pooling,
     recurrence,
+    residual_blocks,
     rotary,
+    rotary_transformer,
     seq2seq,
     transformer,
     truncated,
 )
 from vla_jax.nn.attention import AttentionConfig
 from vla_jax.nn.cells import CELLS
+from vla_jax.nn.memory_transformer import MemoryTransformerConfig
 from vla_jax.nn.recurrence import RecurrenceConfig
+from vla_jax.nn.residual_blocks import BLOCKS, StackConfig
+from vla_jax.nn.rotary_transformer import RotaryTransformerConfig
 from vla_jax.nn.seq2seq import Seq2SeqConfig
 from vla_jax.nn.transformer import TransformerConfig
-from vla_jax.policies import decoders, heads, policy
+from vla_jax.policies import decoders, policy, trunks
 from vla_jax.policies.decoder_config import DecoderConfig
 from vla_jax.policies.head import TeacherForcing
+from vla_jax.policies.heads import HEADS
 from vla_jax.policies.policy import PolicyConfig
-from vla_jax.rl import policy_gradient, proximal, returns
-from vla_jax.training import auxiliary, losses
+from vla_jax.rl import policy_gradient, proximal, returns, td_errors
+from vla_jax.training import auxiliary, captions, losses
 from vla_jax.training.auxiliary import AuxiliaryConfig, AuxiliaryPrediction
 from vla_jax.types import ActionChunk, Batch, BinChunk, Observation
 
@@ -140,6 +151,31 @@ def transformer_case():
     return run, transformer.init(KEY, config)
 
 
+def rotary_case(module, reset):
+    config = RotaryTransformerConfig(
+        num_layers=2, num_heads=2, num_kv_heads=1, hidden_size=H, span=3
+    )
+    if module is memory_transformer:
+        config = MemoryTransformerConfig(config, num_memory_tokens=2, segment_size=2)
+
+    def run(params, value):
+        x = fill(draw(B, T, H), MASK, value)
+        return module.apply(params, config, x, mask=MASK, reset=reset)
+
+    return run, module.init(KEY, config)
+
+
+def blocks_case(block, cell):
+    cells = RecurrenceConfig(cell=cell, hidden_size=H, num_layers=1, remat_chunk=2)
+    config = StackConfig(recurrence=cells, block=block)
+
+    def run(params, value):
+        x = fill(draw(B, T, D), MASK, value)
+        return residual_blocks.apply(params, config, x, mask=MASK, reset=RESET)
+
+    return run, residual_blocks.init(KEY, config, D)
+
+
 def pooling_case(kind):
     params = pooling.init(KEY, kind, 2, D)
 
@@ -150,38 +186,66 @@ def pooling_case(kind):
     return run, params
 
 
-def decoder_case(kind, head):
-    config = DecoderConfig(
-        kind=kind, head=head, num_tokens=N, token_dim=D, window_size=T, action_horizon=2,
-        action_dim=3, num_latents=1, hidden_size=H, num_layers=1, num_heads=2, head_sizes=(H,),
-        num_bins=4, pooling="attention" if kind == "fc" else "max",
+def decoder_config(kind, head, block="none"):
+    return DecoderConfig(
+        kind=kind, head=head, block=block, num_tokens=N, token_dim=D, window_size=T,
+        action_horizon=2, action_dim=3, num_latents=1, hidden_size=H, num_layers=1, num_heads=2,
+        head_sizes=(H,), num_bins=4, segment_size=2, num_memory_tokens=2,
+        pooling="attention" if kind == "fc" else "max",
     )  # fmt: skip
+
+
+def fits(kind, head):
+    try:
+        return bool(decoder_config(kind, head))
+    except ValueError:
+        return False
+
+
+def decoder_case(kind, head, *, block="none", rate=None):
+    """A trunk and a head from the tokens to the loss."""
+    config = decoder_config(kind, head, block)
 
     def run(params, value):
         token_mask = np.ones((B, T, N), bool)
         token_mask[0, 0, 1] = False
         tokens = fill(fill(draw(B, T, N, D), MASK, value), token_mask, value)
         action_mask = MASK[..., None] & np.array([True, False])
-        targets = TeacherForcing(fill(draw(B, T, 2, 3), action_mask, value), action_mask)
-        return decoders.apply(
+        action = fill(draw(B, T, 2, 3), action_mask, value)
+        targets = TeacherForcing(action, action_mask, rate)
+        prediction = decoders.apply(
             params, config, tokens, timestep_mask=MASK, token_mask=token_mask, reset=RESET,
-            targets=targets if heads.HEADS[head].takes_targets else None, key=KEY,
+            targets=targets if HEADS[head].takes_targets else None, key=KEY,
         )  # fmt: skip
+        return prediction, losses.action_loss(prediction, action, action_mask)
 
     return run, decoders.init(KEY, config)
 
 
 def predict_case(head):
-    config = DecoderConfig(
-        kind="gru", head=head, num_tokens=N, token_dim=D, window_size=T, action_horizon=2,
-        action_dim=3, num_latents=1, hidden_size=H, num_layers=1, head_sizes=(H,), num_bins=4,
-    )  # fmt: skip
+    config = decoder_config("gru", head)
 
     def run(params, value):
         features = fill(draw(B, T, H), MASK, value)
         return decoders.predict(params, config, features, timestep_mask=MASK, reset=RESET)
 
     return run, decoders.init(KEY, config)
+
+
+def caption_case():
+    """The instruction of the real steps, from the features of a trunk."""
+    config = decoder_config("gru", "continuous")
+    params = {"trunk": decoders.init(KEY, config), "caption": captions.init(KEY, H, 3, 8)}
+
+    def run(params, value):
+        tokens = fill(draw(B, T, N, D), MASK, value)
+        _, features = decoders.run_trunk(params["trunk"], config, tokens, timestep_mask=MASK)
+        ids = jnp.where(MASK, 2, jnp.where(value == 0, 0, 7))[..., None]
+        batch = Batch(Observation(instruction=ids), None, MASK, np.zeros((B, T, 1, D)), MASK)
+        words = captions.visible_instruction(batch)
+        return captions.loss(captions.apply(params["caption"], features, words), words)
+
+    return run, params
 
 
 def policy_case():
@@ -282,6 +346,15 @@ def reward_case(name):
 
         return run
 
+    def error(function, make_next):
+        def run(params, value):
+            discount = np.array([0.9, 0.0, 0.9, 0.0], np.float32)
+            q, after = params["x"] * draw(T, D), fill(params["x"] * draw(T, D), discount > 0, value)
+            reward, taken = draw(T), np.zeros(T, int)
+            return function(q, taken, reward, discount, after, make_next(after))
+
+        return run
+
     def action(function):
         def run(params, value):
             advantage = fill(draw(T), weight > 0, value)
@@ -317,6 +390,8 @@ def reward_case(name):
         ),
         "lambda_returns": returned(returns.lambda_returns, 1),
         "advantages": returned(returns.advantages, 2),
+        "sarsa": error(td_errors.sarsa_error, lambda q: np.zeros(T, int)),
+        "expected_sarsa": error(td_errors.expected_sarsa_error, jax.nn.softmax),
     }
     return members[name], {"x": jnp.ones(())}
 
@@ -396,6 +471,7 @@ CASES["recurrence-both-directions"] = lambda: recurrence_case(
 CASES["recurrence-all-masked"] = lambda: recurrence_case("lstm", "bptt", ALL_MASKED)
 CASES["truncated"] = truncated_case
 CASES["transformer"] = transformer_case
+CASES["caption"] = caption_case
 CASES["policy"] = policy_case
 CASES["siglip"] = vision_case
 CASES["rotary.grouped_attention"] = grouped_case
@@ -403,15 +479,11 @@ FAMILIES = {
     attention_case: [("additive",), ("dot",), ("general",), ("scaled_dot",)],
     seq2seq_case: [("tokens",), ("vectors",)],
     pooling_case: [(kind,) for kind in pooling.POOLINGS],
-    decoder_case: [
-        ("fc", "continuous"), ("gpt", "continuous"), ("lstm", "discrete"),
-        ("gru", "autoregressive"), ("lstm", "flow"),
-    ],
-    predict_case: [("continuous",), ("discrete",), ("autoregressive",), ("flow",)],
+    predict_case: [(head,) for head in HEADS],
     reward_case: [
         (name,) for name in ("reinforce", "score", "scale", "entropy", "baseline", "clipped",
                              "clipped_value", "normalise", "divergence", "lambda_returns",
-                             "advantages")
+                             "advantages", "sarsa", "expected_sarsa")
     ],
     language_case: [("rotary",), ("kosmos",)],
     loss_case: [
@@ -421,6 +493,20 @@ FAMILIES = {
         )
     ],
 }  # fmt: skip
+# Every trunk with one of the heads that fit, every head with "gru", every block with some cell.
+for kind, head in zip(trunks.names(), cycle(HEADS), strict=False):
+    CASES[f"decoder-{kind}"] = lambda k=kind, h=head: decoder_case(
+        k, h if fits(k, h) else "continuous"
+    )
+for head in HEADS:
+    CASES[f"decoder-{head}"] = lambda h=head: decoder_case("gru", h)
+CASES["decoder-scheduled-sampling"] = lambda: decoder_case("gru", "autoregressive", rate=0.5)
+for block, cell in zip(BLOCKS, ("gru", "m_lstm", "mamba2", *CELLS), strict=False):
+    CASES[f"decoder-block-{block}"] = lambda b=block, c=cell: decoder_case(c, "flow", block=b)
+    CASES[f"residual_blocks-{block}"] = lambda b=block, c=cell: blocks_case(b, c)
+CASES["rotary_transformer"] = lambda: rotary_case(rotary_transformer, RESET)
+CASES["memory_transformer"] = lambda: rotary_case(memory_transformer, RESET)
+CASES["memory_transformer-without-reset"] = lambda: rotary_case(memory_transformer, None)
 for family, arguments in FAMILIES.items():
     for args in arguments:
         label = "-".join(arg if isinstance(arg, str) else str(arg.any()) for arg in args)

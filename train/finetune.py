@@ -260,6 +260,7 @@ def make_loss(config: FinetuneConfig, run: Run) -> LossFn:
 
     def loss_fn(params: Params, rollout: EpisodeRollout, key: Key) -> tuple[jax.Array, Metrics]:
         del key  # no dropout: the policy acts as at deployment
+        rollout = episodes.keep_real(rollout)
         weight = jnp.asarray(rollout.mask, jnp.float32)
         mean, features = episodes.mean_actions(run.agent, params, rollout.observation)
         reference, _ = episodes.mean_actions(run.agent, run.params, rollout.observation)

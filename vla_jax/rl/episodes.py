@@ -17,6 +17,7 @@ from vla_jax.acting import agent
 from vla_jax.acting.agent import AgentConfig, AgentState, make_agent
 from vla_jax.actions import execution
 from vla_jax.data.normalize import NormStats
+from vla_jax.nn import bptt
 from vla_jax.policies import policy, trunks
 from vla_jax.policies.heads import actions
 from vla_jax.rl import gaussian
@@ -112,6 +113,18 @@ def play(
     return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), steps)
 
 
+def keep_real(rollout: EpisodeRollout) -> EpisodeRollout:
+    """Returns the rollout with zeros after the ends of its episodes, as `play` returns it.
+
+    A masked NaN would reach the gradient of a loss even with the weight 0.
+    """
+
+    def select(leaf: Array) -> jax.Array:
+        return jnp.where(bptt.expand(rollout.mask, leaf), leaf, jnp.zeros_like(leaf))
+
+    return jax.tree.map(select, rollout)
+
+
 def mean_actions(
     config: AgentConfig, params: Params, observation: Observation
 ) -> tuple[ActionChunk, jax.Array]:
@@ -120,7 +133,8 @@ def mean_actions(
     Args:
       config: config of the agent; must pass `check_memory`.
       params: params of the agent's policy.
-      observation: `[B, T, ...]`, whole episodes from their first step on.
+      observation: `[B, T, ...]`, whole episodes from their first step on; finite, also after the
+        end (`keep_real`).
 
     Returns:
       Arm `[B, T, A-1]` and gripper logit `[B, T]`, around which `play` samples, and the decoder's
