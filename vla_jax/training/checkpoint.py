@@ -257,16 +257,9 @@ def save_params(path: Path, params: Params) -> None:
       OSError: the folder cannot be written.
     """
     path = pathlib.Path(path).absolute()
-    try:
-        with orbax_errors.quiet(), orbax_errors.one_sentence(path.parent):
-            record = step_record.make({}, {"params": params}, None)
-            _orbax().save(path, {"params": params}, custom_metadata=record)
-    except OSError as error:
-        if path.exists():  # complete folders alone have this name
-            raise FileExistsError(
-                f"{path} exists already, perhaps written by another process; choose another folder."
-            ) from error
-        raise
+    with orbax_errors.quiet(), orbax_errors.new_folder(path):
+        record = step_record.make({}, {"params": params}, None)
+        _orbax().save(path, {"params": params}, custom_metadata=record)
 
 
 def read_params(path: Path) -> Params:

@@ -33,6 +33,20 @@ def one_sentence(directory: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def new_folder(path: pathlib.Path) -> Iterator[None]:
+    """Does the same for a save into a new folder; one that exists is named as the reason."""
+    try:
+        with one_sentence(path.parent):
+            yield
+    except OSError as error:
+        if path.exists():  # complete folders alone have this name
+            raise FileExistsError(
+                f"{path} exists already, perhaps written by another process; choose another folder."
+            ) from error
+        raise
+
+
+@contextlib.contextmanager
 def readable(path: pathlib.Path) -> Iterator[None]:
     """Turns any error of Orbax about damaged files into one sentence."""
     with quiet():
