@@ -165,7 +165,7 @@ def test_the_same_seed_gives_the_same_results():
         ({"windows": (0,)}, r"windows must be at least 1, got \(0,\)"),
         ({"extrapolation": (0,)}, r"extrapolation must be at least 1, got \(0,\)"),
         ({"cells": ("lstmm",)}, "unknown cell 'lstmm'; .* Did you mean 'lstm'"),
-        ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
+        ({"learning_rate": 0.0}, "learning_rate must be at least 1e-12, got 0.0"),
         ({"chunk": 10, "burn_in": 10}, "burn_in must be 0 or below chunk = 10, got 10"),
         ({"burn_in": 1}, "burn_in must be 0 or below chunk = 0, got 1"),
     ],

@@ -28,7 +28,7 @@ from vla_jax.training.optim import OptimConfig
 
 
 @dataclass(frozen=True)
-@checked(stride=(1, 2**31 - 1), max_cache_gb=(LEAST_FLOAT, 1e6))
+@checked(stride=(1, 2**31 - 1), max_cache_gb=(LEAST_FLOAT, 1e6), cache_batch=(0, 2**16))
 class ImitateConfig:
     """Config of a training by behaviour cloning."""
 
@@ -80,6 +80,11 @@ class ImitateConfig:
         for name in ("cache_batch", "max_cache_gb"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
+        if self.action_bounds and self.action_bounds[0] >= self.action_bounds[1]:
+            raise ValueError(
+                "action_bounds must be two numbers, the first below the second, got "
+                f"{self.action_bounds}."
+            )
         head = self.agent.policy.decoder.head
         if self.sampling.schedule != "always" and head != "autoregressive":
             raise ValueError(

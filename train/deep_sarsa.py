@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from vla_jax.command_line import run
-from vla_jax.config import checked
+from vla_jax.config import MAX_INT, checked
 from vla_jax.envs.cartpole import CartPoleConfig
 from vla_jax.envs.discrete_worlds import DiscreteGymnasiumConfig, DiscreteWorldConfig
 from vla_jax.envs.grid import GridConfig
@@ -37,7 +37,7 @@ from vla_jax.types import Array, Key, Metrics, Params
 
 
 @dataclass(frozen=True)
-@checked()
+@checked(decay_updates=(0, MAX_INT))
 class SarsaConfig(RewardTraining):
     """Config of a training by Deep SARSA."""
 

@@ -34,7 +34,7 @@ from train.demo_steps import (
 from train.pretrain import PretrainConfig
 from train.record import RecordConfig
 from vla_jax.command_line import run
-from vla_jax.config import checked
+from vla_jax.config import MAX_LENGTH, checked
 from vla_jax.data.readers.dataset_config import DatasetConfig
 from vla_jax.envs.worlds import WorldConfig
 from vla_jax.evaluate import EvaluateConfig
@@ -56,7 +56,7 @@ EXPERT = "expert that ignores the colour"
 
 
 @dataclass(frozen=True)
-@checked(num_demonstrations=(1, 2**31 - 1), num_episodes=(1, 2**31 - 1))
+@checked(num_demonstrations=(1, MAX_LENGTH), num_episodes=(1, MAX_LENGTH), num_trainings=(0, 1000))
 class DemoConfig:
     """Options of the demonstration."""
 

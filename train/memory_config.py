@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from vla_jax.config import MAX_SIZE, checked, did_you_mean
+from vla_jax.config import LEAST_FLOAT, MAX_SIZE, checked, did_you_mean
 from vla_jax.nn.cells import CELLS, CellName
 from vla_jax.nn.sequence_tasks import TASKS
 
@@ -14,9 +14,10 @@ EXPLODING = {"rnn": 5.0}  # factor of the recurrent kernel with which the gradie
 
 @dataclass(frozen=True)
 @checked(
-    hidden_size=(1, MAX_SIZE), num_layers=(1, 1000), batch_size=(1, 2**31 - 1),
-    num_trials=(1, 2**31 - 1), max_updates=(1, 2**31 - 1), window_delay=(3, _MOST_STEPS),
-    num_seeds=(1, 2**31 - 1),
+    hidden_size=(1, MAX_SIZE), num_layers=(1, 1000), batch_size=(1, 2**20),
+    num_trials=(1, MAX_SIZE), max_updates=(1, 2**31 - 1), window_delay=(3, _MOST_STEPS),
+    num_seeds=(1, 10_000), extrapolation=(0, 2**16), chunk=(0, _MOST_STEPS),
+    burn_in=(0, _MOST_STEPS), max_grad_norm=(LEAST_FLOAT, 1e12),
 )  # fmt: skip
 class MemoryConfig:
     """Cells, tasks and training of a memory experiment."""
@@ -63,9 +64,6 @@ class MemoryConfig:
         for task in self.tasks:
             if task not in TASKS:
                 raise ValueError(f"unknown task '{task}'; {did_you_mean(task, TASKS)}")
-        for name in ("learning_rate", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
         if not self.cells:
             raise ValueError(f"cells must be one or more of {', '.join(CELLS)}, got none.")
         if not self.tasks:
@@ -81,13 +79,15 @@ class MemoryConfig:
         if self.extrapolation and min(self.extrapolation) < 1:
             raise ValueError(f"extrapolation must be at least 1, got {self.extrapolation}.")
         further = max(self.tracking) * max((1, *self.extrapolation))
-        longest = max(*self.adding, *self.recall, *self.windows, self.window_delay, further)
+        longest = max(
+            *self.adding, *self.recall, *self.windows, self.window_delay, further, self.chunk
+        )
         for name in ("batch_size", "num_trials"):
             if getattr(self, name) * longest > _MOST_STEPS:
                 raise ValueError(
                     f"{name} must be at most {_MOST_STEPS // longest} for sequences of {longest} "
-                    f"steps, got {getattr(self, name)}; shorten adding, recall, tracking and "
-                    "windows."
+                    f"steps, got {getattr(self, name)}; shorten adding, recall, tracking, "
+                    "windows and chunk."
                 )
         if not 0 <= self.burn_in < max(self.chunk, 1):
             raise ValueError(

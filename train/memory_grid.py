@@ -25,8 +25,8 @@ _IDENTITY = ("task", "delay", "items", "updates", "decoder")  # fields that dist
 
 @dataclass(frozen=True)
 @checked(
-    num_seeds=(1, 1000), num_demonstrations=(2, 2**31 - 1), num_updates=(1, 2**31 - 1),
-    batch_size=(1, 2**20), hidden_size=(1, 2**16), num_episodes=(1, 2**20), learning_rate=(0, 1000),
+    num_seeds=(1, 1000), num_demonstrations=(2, 2**20), num_updates=(1, 2**31 - 1),
+    batch_size=(1, 2**20), hidden_size=(1, 2**16), num_episodes=(1, 2**20),
 )  # fmt: skip
 class CloningConfig:
     """Training and test of every cell of the grid."""

@@ -55,9 +55,8 @@ _FIRST_SEED = 2_000_000  # of the test episodes
 
 @dataclass(frozen=True)
 @checked(
-    num_demonstrations=(2, 2**31 - 1), pretrain_updates=(1, 2**31 - 1),
-    num_updates=(1, 2**31 - 1), hidden_size=(1, 2**16), num_episodes=(1, 2**31 - 1),
-    learning_rate=(0, 1000),
+    num_demonstrations=(2, 2**20), pretrain_updates=(1, 2**31 - 1),
+    num_updates=(1, 2**31 - 1), hidden_size=(1, 2**16), num_episodes=(1, 2**20),
 )  # fmt: skip
 class MemoryPicturesConfig:
     """Tasks, policies and sizes of the memory suite from pictures."""

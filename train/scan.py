@@ -58,7 +58,7 @@ PLOTTED = "walk opposite left twice after run around right"  # command whose att
 
 
 @dataclass(frozen=True)
-@checked()
+@checked(width_step=(0, MAX_STEPS))
 class ScanConfig:
     """Config of one training on SCAN."""
 

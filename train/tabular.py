@@ -34,7 +34,7 @@ _NEVER = 2.0  # success rate above 1: no seed stops early, so that all use the s
 
 
 @dataclass(frozen=True)
-@checked()
+@checked(obstacles=(0, 100))
 class TabularConfig:
     """Deep SARSA and tabular SARSA on grids with different numbers of obstacles."""
 

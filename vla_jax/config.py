@@ -21,40 +21,55 @@ Config = TypeVar("Config")
 
 
 Bounds = tuple[float, float]  # least and greatest value, both included
-_INT_BOUNDS: Bounds = (0, 2**31 - 1)  # of integers without bounds of their own: 32-bit counts
-_FLOAT_BOUNDS: Bounds = (-1e12, 1e12)  # of floats: finite, and squares of them too in float32
-# Of counts that mean the same in every config: lists of so many names and params are made.
-_LAYER_BOUNDS: Bounds = (0, 1000)
-_NAMED_BOUNDS: dict[str, Bounds] = dict.fromkeys(
-    ("num_layers", "patch_layers", "latent_layers"), _LAYER_BOUNDS
-)
-_DTYPES = ("float32", "bfloat16", "float16")
 LEAST_FLOAT = 1e-12  # lower bound of floats that must be above 0
-MAX_SIZE = 2**24  # upper bound of sizes of layers and images
+MAX_SIZE = 2**24  # upper bound of sizes: arrays of this length can be made
+MAX_LENGTH = 2**20  # upper bound of batches, episodes and their steps
+MAX_SIDE = 2**14  # upper bound of the sides of images, pixels
+MAX_INT = 2**31 - 1  # upper bound of what is only counted or compared, in 32 bits
+_INT_BOUNDS: Bounds = (0, MAX_SIZE)  # of integers without bounds of their own
+_FLOAT_BOUNDS: Bounds = (-1e12, 1e12)  # of floats: finite, and squares of them too in float32
+# Of fields that mean the same in every config. Lists, processes or programs of as many layers,
+# latents, taps of a convolution, … are made, so that their bounds are lower than a size's.
+_NAMED_BOUNDS: dict[str, Bounds] = {
+    "conv_size": (0, 64),
+    **dict.fromkeys(("num_layers", "patch_layers", "latent_layers", "num_latents"), (0, 1000)),
+    **dict.fromkeys(("num_workers", "num_threads", "num_processes", "prefetch"), (0, 1000)),
+    **dict.fromkeys(("action_horizon", "exec_horizon", "action_dim"), (0, 4096)),
+    **dict.fromkeys(("num_heads", "num_kv_heads", "num_bins", "max_words"), (0, 2**16)),
+    **dict.fromkeys(("image_size", "patch_size"), (0, MAX_SIDE)),
+    **dict.fromkeys(("batch_size", "num_envs", "num_simulators", "num_seeds"), (0, MAX_LENGTH)),
+    **dict.fromkeys(("num_episodes", "num_demonstrations", "num_videos"), (0, MAX_LENGTH)),
+    **dict.fromkeys(("window_size", "num_steps", "max_steps"), (0, MAX_LENGTH)),
+    **dict.fromkeys(("num_updates", "log_every", "save_every", "keep", "step"), (0, MAX_INT)),
+    **dict.fromkeys(("seed", "first_seed", "noise_seed"), (0, MAX_INT)),
+    "learning_rate": (LEAST_FLOAT, 1000),
+}
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def checked(**bounds: Bounds) -> Callable[[type[Config]], type[Config]]:
     """Returns a decorator for a config class that checks the values of all fields.
 
     It goes below `@dataclass`. Numbers must be finite and inside their bounds, also those in
-    tuples; `Literal`s must be one of their values; a str field `dtype` must name one.
-    Fields with bounds are checked before the class's own `__post_init__`, the others after it,
-    since its messages say more.
+    tuples and in fields that may be None; `Literal`s must be one of their values; a str field
+    `dtype` must name one. Fields with bounds are checked before the class's own `__post_init__`,
+    the others after it, since its messages say more.
 
     Args:
-      **bounds: field name -> least and greatest value, if not those of every integer or float.
+      **bounds: field name -> least and greatest value, if not those of every field of this name, of
+        every integer or of every float.
     """
 
     def decorate(cls: type[Config]) -> type[Config]:
         after = getattr(cls, "__post_init__", None)  # its own or an inherited one
-        all_bounds = {**getattr(cls, "field_bounds", {}), **bounds}
+        all_bounds = {**_NAMED_BOUNDS, **getattr(cls, "field_bounds", {}), **bounds}
 
         @functools.wraps(after or _check_fields)
         def check(self: Any) -> None:
             _check_fields(self, all_bounds, all_bounds)
             if after is not None:
                 after(self)
-            _check_fields(self, all_bounds, None)
+            _check_fields(self, all_bounds)
 
         cls.field_bounds = all_bounds  # pyright: ignore[reportAttributeAccessIssue]
         cls.__post_init__ = check  # pyright: ignore[reportAttributeAccessIssue]
@@ -63,10 +78,13 @@ def checked(**bounds: Bounds) -> Callable[[type[Config]], type[Config]]:
     return decorate
 
 
-def _check_fields(config: Any, bounds: Mapping[str, Bounds], names: Iterable[str] | None) -> None:
-    hints = _hints(type(config))
-    for name in hints if names is None else names:
-        _check_value(name, hints[name], getattr(config, name), bounds.get(name))
+def _check_fields(
+    config: Any, bounds: Mapping[str, Bounds], names: Iterable[str] | None = None
+) -> None:
+    """Checks all fields, or those in `names`."""
+    for name, annotation in _hints(type(config)).items():
+        if names is None or name in names:
+            _check_value(name, annotation, getattr(config, name), bounds.get(name))
 
 
 @functools.cache
@@ -78,12 +96,12 @@ def _hints(cls: type) -> dict[str, Any]:
 def _check_value(name: str, annotation: Any, value: Any, bounds: Bounds | None) -> None:
     """Raises a ValueError in one sentence, with the name, what is expected and the value."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        members = [member for member in args if member is not type(None)]
+        if value is not None and len(members) == 1:  # several are configs, which check themselves
+            _check_value(name, members[0], value, bounds)
     if origin is typing.Literal and value not in args:
         raise ValueError(f"unknown {name} '{value}'; {did_you_mean(str(value), map(str, args))}")
-    if origin in (typing.Union, types.UnionType):
-        for member in args:
-            if value is not None and member in (int, float):
-                _check_value(name, member, value, bounds)
     if origin is tuple and isinstance(value, tuple):
         members = args[:1] * len(value) if len(args) == 2 and args[1] is Ellipsis else args
         for member, item in zip(members, value, strict=False):
@@ -91,8 +109,9 @@ def _check_value(name: str, annotation: Any, value: Any, bounds: Bounds | None) 
     if annotation is str and name == "dtype" and value not in _DTYPES:
         raise ValueError(f"unknown dtype '{value}'; {did_you_mean(str(value), _DTYPES)}")
     if annotation in (int, float) and isinstance(value, int | float):
-        usual = _INT_BOUNDS if annotation is int else _FLOAT_BOUNDS
-        low, high = bounds or _NAMED_BOUNDS.get(name, usual)
+        low, high = bounds or (_INT_BOUNDS if annotation is int else _FLOAT_BOUNDS)
+        if annotation is int and isinstance(value, float):
+            raise ValueError(f"{name} must be an integer, got {value}.")
         if not low <= value <= high:  # False for NaN
             expected = f"in [{_short(low)}, {_short(high)}]"
             if value < low:

@@ -16,7 +16,7 @@ from typing import Annotated
 from vla_jax.acting.agent import AgentConfig, Mode, with_noise
 from vla_jax.actions.execution import Kind
 from vla_jax.command_line import exit_codes, parse
-from vla_jax.config import checked
+from vla_jax.config import MAX_LENGTH, checked
 from vla_jax.files import Path, replacing
 from vla_jax.runs import load_run, read_agent
 from vla_jax.serving import policy_export
@@ -26,9 +26,8 @@ from vla_jax.serving.policy_export import ExportConfig
 @dataclass(frozen=True)
 @checked(
     instruction_steps=(-1, 2**31 - 1),
-    batch_size=(1, 2**31 - 1),
-    window_size=(1, 2**31 - 1),
-    flow_steps=(1, 2**31 - 1),
+    window_size=(1, MAX_LENGTH),
+    flow_steps=(1, 2**16),
 )
 class ExportRunConfig(ExportConfig):
     """Policy to export, and its form; None means as in training."""

@@ -55,9 +55,10 @@ _CPU_BATCH, _BATCH = 8, 64  # greatest number of sessions of a tick; large ones 
 @dataclass(frozen=True)
 @checked(
     instruction_steps=(-1, 2**31 - 1),
-    flow_steps=(1, 2**31 - 1),
+    flow_steps=(1, 2**16),
     port=(0, 65_535),
     sessions=(1, 65_536),
+    max_batch=(0, 65_536),
     session_ttl_s=(0.1, 1e7),
     message_bytes=(1024, 2**31 - 1),
     prompt_chars=(1, 2**20),

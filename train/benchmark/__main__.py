@@ -49,7 +49,7 @@ WIDTH = 200  # characters per line if the output is not a terminal: no cell wrap
 
 
 @dataclass(frozen=True)
-@checked(rounds=(1, 1_000_000), queue=(0, 1_000_000))
+@checked(rounds=(1, 1_000_000), queue=(0, 1_000_000), workers=(0, 1000))
 class BenchmarkConfig:
     """Cases, sizes and output of a benchmark."""
 

@@ -25,11 +25,14 @@ from vla_jax.rl import actor, network
 from vla_jax.rl.network import MEMORIES, NetworkConfig
 from vla_jax.types import Params
 
+_MOST_STEPS = 2**28  # environment steps of a round, which lie in memory together
 _EPSILON = 0.1  # probability of a random action, in both
 
 
 @dataclass(frozen=True)
-@checked(num_envs=(1, MAX_SIZE), num_steps=(1, MAX_SIZE), rounds=(1, 1_000_000))
+@checked(
+    num_envs=(1, MAX_SIZE), num_steps=(1, MAX_SIZE), loop_steps=(0, MAX_SIZE), rounds=(1, 1_000_000)
+)
 class ThroughputConfig:
     """Config of a throughput measurement."""
 
@@ -45,6 +48,11 @@ class ThroughputConfig:
         for name in ("num_envs", "num_steps", "loop_steps", "rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.num_envs * self.num_steps > _MOST_STEPS:
+            raise ValueError(
+                f"num_steps must be at most {_MOST_STEPS // self.num_envs} with {self.num_envs} "
+                f"environments, got {self.num_steps}."
+            )
         if MEMORIES[self.network.kind].is_recurrent or self.network.object_size:
             raise ValueError(
                 "network must be of kind 'fc' with object_size 0, which the NumPy loop can "

@@ -31,7 +31,7 @@ RANGES: dict[Gripper, tuple[float, float]] = {  # (closed, open)
 
 
 @dataclass(frozen=True)
-@checked()
+@checked(dim=(0, 4096))
 class ActionLayout:
     """Places of the grippers in a robot's action `[dim]`, and the meaning of their values."""
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vla_jax.config import LEAST_FLOAT, checked
+from vla_jax.config import LEAST_FLOAT, MAX_INT, MAX_SIDE, checked
 from vla_jax.files import Path, read_json
 from vla_jax.types import Resampling
 
@@ -30,6 +30,7 @@ _CONTENT = "the settings of an image processor"
 
 
 @dataclass(frozen=True)
+@checked(std=(LEAST_FLOAT, 1e12))
 class Preprocessing:
     """Preprocessing of a policy's images, which have one size, for a model."""
 
@@ -39,7 +40,7 @@ class Preprocessing:
 
 
 @dataclass(frozen=True)
-@checked(std=(LEAST_FLOAT, 1e12))
+@checked(std=(LEAST_FLOAT, 1e12), size=(0, MAX_SIDE))
 class SquareSettings:
     """Settings of a picture resized to a square; the defaults are those of Kosmos-2."""
 
@@ -55,7 +56,7 @@ class SquareSettings:
 
 
 @dataclass(frozen=True)
-@checked(std=(LEAST_FLOAT, 1e12))
+@checked(std=(LEAST_FLOAT, 1e12), longest_edge=(0, MAX_SIDE), crop_size=(0, MAX_SIDE))
 class CropSettings:
     """Settings of a picture cut into square crops; the defaults are those of SmolVLM2-500M."""
 
@@ -72,7 +73,13 @@ class CropSettings:
 
 
 @dataclass(frozen=True)
-@checked(std=(LEAST_FLOAT, 1e12))
+@checked(
+    std=(LEAST_FLOAT, 1e12),
+    min_pixels=(0, MAX_INT),
+    max_pixels=(0, MAX_INT),
+    merge_size=(0, 1024),
+    temporal_patch_size=(0, 1024),
+)
 class PatchSettings:
     """Settings of a picture divided into rows of patches; the defaults are those of Qwen3-VL."""
 

@@ -38,13 +38,13 @@ from vla_jax.backbones.tensor_names import SAME, Tensor
 from vla_jax.backbones.vit import VisionConfig
 from vla_jax.backbones.vlm import VisionLanguageModel, VLMSizes
 from vla_jax.backbones.vlm_options import VLMOptions
-from vla_jax.config import MAX_SIZE, checked
+from vla_jax.config import checked
 from vla_jax.nn.rotary import grouped_attention
 from vla_jax.types import Array, Params
 
 
 @dataclass(frozen=True)
-@checked(num_latents=(1, MAX_SIZE))
+@checked(num_latents=(1, 2**16))
 class Kosmos2Config(VLMSizes):
     """Kosmos-2 as a backbone."""
 

@@ -29,7 +29,7 @@ from vla_jax.backbones.parts import (
     mask_token,
     shape,
 )
-from vla_jax.config import MAX_SIZE, checked
+from vla_jax.config import MAX_SIDE, MAX_SIZE, checked
 from vla_jax.nn import layers
 from vla_jax.types import Array, Key, Observation, Params, Tokens
 
@@ -39,11 +39,11 @@ _INTO_HEADS = PartitionSpec("fsdp", "tensor", None)  # of kernels [width, M, E]
 
 @dataclass(frozen=True)
 @checked(
-    image_size=(1, MAX_SIZE),
-    patch_size=(1, MAX_SIZE),
+    image_size=(1, MAX_SIDE),
+    patch_size=(1, MAX_SIDE),
     width=(1, MAX_SIZE),
-    num_heads=(1, MAX_SIZE),
-    num_latents=(1, MAX_SIZE),
+    num_heads=(1, 2**16),
+    num_latents=(1, 2**16),
     token_dim=(1, MAX_SIZE),
 )
 class PerceiverConfig:

@@ -27,7 +27,7 @@ Grid = tuple[int, int]  # rows and columns of patches of an image
 
 
 @dataclass(frozen=True)
-@checked(rope_theta=(LEAST_FLOAT, 1e12))
+@checked(rope_theta=(LEAST_FLOAT, 1e12), merge_size=(0, 1024), num_frames=(0, 1024))
 class QwenVisionConfig:
     """Sizes that both vision towers have."""
 

@@ -13,7 +13,7 @@ Layout = Literal["native", "robovlms", "robovlms_padded"]
 
 
 @dataclass(frozen=True)
-@checked()
+@checked(num_action_tokens=(0, 2**16), max_text_tokens=(0, 2**16))
 class VLMOptions:
     """Use of a vision-language model by a policy."""
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vla_jax.config import checked
+from vla_jax.config import MAX_SIDE, checked
 from vla_jax.types import Batch, get_images, replace_images
 
 # Brightness and contrast are multiples of 1 / GRAIN. Every product and sum below is then exact in
@@ -17,7 +17,7 @@ GRAIN = 4096
 
 
 @dataclass(frozen=True)
-@checked()
+@checked(shift=(0, MAX_SIDE))
 class AugmentConfig:
     """Ranges of the random changes."""
 

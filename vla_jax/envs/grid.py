@@ -24,7 +24,7 @@ _DRAWN_CELL = 32  # pixels along each side of a cell in `draw`
 
 
 @dataclass(frozen=True)
-@checked()
+@checked(size=(0, 256), num_obstacles=(0, 100), cell_size=(0, 64))
 class GridConfig:
     """The grid environment; more or faster obstacles make it harder."""
 

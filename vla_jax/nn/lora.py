@@ -24,7 +24,7 @@ TRAINED = ("*/lora_a", "*/lora_b")  # path globs of the params that a LoRA train
 
 
 @dataclass(frozen=True)
-@checked()
+@checked(rank=(0, 2**16))
 class LoraConfig:
     """Low-rank adaptation."""
 

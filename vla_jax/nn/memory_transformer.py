@@ -34,7 +34,7 @@ from vla_jax.types import Array, Key, Params
 
 
 @dataclasses.dataclass(frozen=True)
-@checked()
+@checked(num_memory_tokens=(0, 2**16), segment_size=(0, 2**16))
 class MemoryTransformerConfig:
     """A rotary transformer with memory tokens; the `span` of its layers is not used."""
 

@@ -31,6 +31,7 @@ def run_in_chunks(
     """
     inputs, mask, *others = steps
     num_steps = inputs.shape[0]
+    chunk_size = min(chunk_size, max(num_steps, 1))  # no padding of a single chunk
     mask = jnp.ones(inputs.shape[:2], bool) if mask is None else mask
     chunks = jax.tree.map(partial(_split, chunk_size=chunk_size), (inputs, mask, *others))
     run_chunk = jax.checkpoint(run, prevent_cse=False)

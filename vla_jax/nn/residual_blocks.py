@@ -49,7 +49,7 @@ SHARDING: ShardingRules = (
 
 
 @dataclasses.dataclass(frozen=True)
-@checked()
+@checked(expansion=(0, 1024))
 class StackConfig:
     """A recurrence whose layers may be residual blocks.
 

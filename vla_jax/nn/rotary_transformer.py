@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vla_jax.config import checked, did_you_mean
+from vla_jax.config import MAX_LENGTH, checked, did_you_mean
 from vla_jax.nn.attention import causal_mask, episode_positions
 from vla_jax.nn.bptt import keep_real
 from vla_jax.nn.layers import SPLIT_INPUTS, SPLIT_OUTPUTS, dropout, rms_norm
@@ -51,7 +51,7 @@ Attend = Callable[[str, jax.Array, KeysValues], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-@checked()
+@checked(span=(0, MAX_LENGTH))
 class RotaryTransformerConfig:
     """A transformer with rotary positions."""
 

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from vla_jax.config import checked, did_you_mean
+from vla_jax.config import MAX_LENGTH, checked, did_you_mean
 from vla_jax.nn.attention import episode_positions
 from vla_jax.nn.layers import MLP_SHARDING, SPLIT_INPUTS, dense, dropout, layer_norm, masked_softmax
 from vla_jax.nn.sharded_params import split_rows
@@ -48,7 +48,7 @@ Cache = dict[str, KeysValues]  # by layer, named as in the params
 
 
 @dataclasses.dataclass(frozen=True)
-@checked()
+@checked(num_positions=(0, MAX_LENGTH))
 class TransformerConfig:
     """A GPT-2 transformer."""
 

@@ -6,7 +6,7 @@ The checks are in `decoder_config`, which imports every trunk and head; these im
 import dataclasses
 from typing import Literal
 
-from vla_jax.config import checked
+from vla_jax.config import MAX_LENGTH, checked
 from vla_jax.nn.pooling import POOLINGS, Pooling
 from vla_jax.nn.recurrence_config import Implementation
 from vla_jax.nn.residual_blocks import BlockName
@@ -20,8 +20,10 @@ Dtype = Literal["float32", "bfloat16"]
 @checked(
     dropout=(0, 1),
     block_expansion=(0, 1024),
-    flow_steps=(1, 2**31 - 1),
-    noise_seed=(0, 2**31 - 1),
+    flow_steps=(1, 2**16),
+    attention_span=(0, MAX_LENGTH),
+    segment_size=(0, 2**16),
+    num_memory_tokens=(0, 2**16),
 )
 class DecoderFields:
     """Trunk, head and sizes; the defaults are RoboVLMs' except for input and output sizes."""

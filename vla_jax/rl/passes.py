@@ -17,7 +17,7 @@ from vla_jax.types import Key, Metrics
 
 
 @dataclass(frozen=True)
-@checked()
+@checked(num_epochs=(0, 1000))
 class PassesConfig:
     """Number of optimiser steps on each rollout."""
 

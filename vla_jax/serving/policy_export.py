@@ -28,7 +28,7 @@ from vla_jax.acting.agent import Agent, AgentConfig, AgentState, make_agent, rea
 from vla_jax.acting.observation_spec import observation_spec
 from vla_jax.backbones import registry, safetensors_files, word_hashing
 from vla_jax.backbones.safetensors_files import Entry
-from vla_jax.config import checked, did_you_mean
+from vla_jax.config import MAX_LENGTH, checked, did_you_mean
 from vla_jax.files import crc32_of_file, write_json
 from vla_jax.runs import Run
 from vla_jax.serving import exported_policy
@@ -42,7 +42,7 @@ Tree = dict[str, Any]  # path of a leaf -> array, or its shape
 
 
 @dataclass(frozen=True)
-@checked(batch_size=(1, 2**31 - 1))
+@checked(batch_size=(1, MAX_LENGTH))
 class ExportConfig:
     """Form of an exported policy."""
 

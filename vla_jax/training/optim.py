@@ -16,13 +16,13 @@ import numpy as np
 import optax
 
 from vla_jax import trees
-from vla_jax.config import checked
+from vla_jax.config import MAX_INT, checked
 from vla_jax.training import freezing
 from vla_jax.types import Array, Params
 
 
 @dataclasses.dataclass(frozen=True)
-@checked()
+@checked(weight_decay=(0, 1000), lr_factors=(0, 1000), warmup_steps=(0, MAX_INT))
 class OptimConfig:
     """Optimiser, learning-rate schedule, frozen params and EMA."""
 
@@ -44,13 +44,9 @@ class OptimConfig:
 
     def __post_init__(self):
         """Raises a ValueError for the first field that is out of range."""
-        is_rate = 0 < self.learning_rate <= 1000
-        _check("learning_rate", self.learning_rate, is_rate, "above 0 and at most 1000")
-        _check("warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "0 or more")
         _check("end_factor", self.end_factor, 0 <= self.end_factor <= 1, "in [0, 1]")
         _check("b1", self.b1, 0 <= self.b1 < 1, "in [0, 1)")
         _check("b2", self.b2, 0 <= self.b2 < 1, "in [0, 1)")
-        _check("weight_decay", self.weight_decay, self.weight_decay >= 0, "0 or more")
         value = self.max_grad_value
         _check("max_grad_value", value, value is None or value > 0, "None or above 0")
         _check("max_grad_norm", self.max_grad_norm, self.max_grad_norm > 0, "above 0")

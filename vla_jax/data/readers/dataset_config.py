@@ -10,7 +10,7 @@ from vla_jax.data.readers.robots import ROBOTS
 
 
 @dataclass(frozen=True)
-@checked(grippers=(-(2**31), 2**31 - 1), expected_fps=(LEAST_FLOAT, 1e6))
+@checked(grippers=(-4096, 4095), expected_fps=(LEAST_FLOAT, 1e6), cache_bytes=(0, 2**50))
 class DatasetConfig:
     """A data set to read."""
 
@@ -56,6 +56,11 @@ class DatasetConfig:
             raise ValueError(f"dataset.cache_bytes must be at least 0, got {self.cache_bytes}.")
         if self.robot is not None and self.robot not in ROBOTS:
             raise ValueError(f"dataset.robot is {self.robot!r}; {did_you_mean(self.robot, ROBOTS)}")
+        if self.gripper_range and self.gripper_range[0] == self.gripper_range[1]:
+            raise ValueError(
+                "dataset.gripper_range must be two different values, of a closed and of an open "
+                f"gripper, got {self.gripper_range}."
+            )
         for text in self.cameras:
             camera_option(text)
 
