@@ -119,6 +119,11 @@ def test_a_words_logits_depend_only_on_earlier_words():
     assert np.abs(np.asarray(changed - apply(PARAMS, features, other))).max() > 1e-3
 
 
+def test_words_outside_the_vocabulary_do_not_give_the_logits_of_its_last_word():
+    words = np.full((B, W, S), V, np.int32)
+    assert not np.isfinite(np.asarray(apply(PARAMS, draw_features(), words))[..., 1:, :]).any()
+
+
 def varied_params(params):
     """Params whose greedy instructions differ between steps and end at different positions."""
     louder = {"kernel": 30 * params["summary"]["kernel"], "bias": params["summary"]["bias"]}

@@ -1,15 +1,18 @@
 """`train.memory` end to end at tiny sizes: results, plots, and the limit of a window."""
 
 import dataclasses
+import functools
 import json
 
+import jax
+import numpy as np
 import pytest
 
-from train import memory, memory_plots, memory_records
+from train import memory, memory_plots, memory_records, memory_training
 from train.memory_config import BLOCK, MemoryConfig, cells_of
 from train.memory_training import learn
 from vla_jax.nn.cells import CELLS
-from vla_jax.nn.sequence_tasks import TASKS
+from vla_jax.nn.sequence_tasks import TASKS, init
 
 TINY = MemoryConfig(
     cells=("min_gru",), tasks=("adding", "recall", "counting"), adding=(5,), recall=(4,),
@@ -175,14 +178,22 @@ def test_a_wrong_config_is_refused(fields, sentence):
         MemoryConfig(**fields)
 
 
-def test_a_training_whose_params_are_not_finite_is_refused():
-    config = dataclasses.replace(TINY, learning_rate=1e12)
+def test_a_training_whose_params_are_not_finite_is_refused(monkeypatch):
+    scaled = functools.partial(jax.tree.map, lambda leaf: 1e38 * leaf)
+    monkeypatch.setattr(memory_training, "init", lambda *args, **kw: scaled(init(*args, **kw)))
     with pytest.raises(ValueError, match="NaN or infinity in min_gru on adding of 5 steps before"):
+        learn(TINY, "adding", "min_gru", 5)
+
+
+def test_a_training_whose_test_is_not_finite_is_refused(monkeypatch):
+    monkeypatch.setattr(memory_training, "_test", lambda *_: np.inf)
+    config = dataclasses.replace(TINY, max_updates=BLOCK)
+    with pytest.raises(ValueError, match="error must be finite, got inf in the test of min_gru on"):
         learn(config, "adding", "min_gru", 5)
 
 
 def test_sequences_that_cannot_lie_in_memory_together_are_refused():
     with pytest.raises(ValueError, match=r"num_trials must be at most \d+ for sequences of 1000"):
-        MemoryConfig(num_trials=10**9)
+        MemoryConfig(num_trials=10**7)
     with pytest.raises(ValueError, match="batch_size must be at most"):
         MemoryConfig(recall=(10**9,))

@@ -162,5 +162,28 @@ def test_options_have_the_names_of_their_fields():
 def test_a_wrong_config_is_refused():
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         script.ScanConfig(batch_size=0)
+    with pytest.raises(ValueError, match="width_step must be at most 64, got 65"):
+        script.ScanConfig(width_step=65)
     with pytest.raises(ValueError, match=r"holdout must be in \[0, 1\), got 1.0"):
         script.ScanConfig(holdout=1.0)
+
+
+@pytest.mark.parametrize("preset", script.PRESETS)
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"source_size": 13}, "model.source_size must be at least 14, .* got 13"),
+        ({"target_size": 6}, "model.target_size must be at least 7, .* got 6"),
+        ({"source": "vectors"}, "model.source must be 'tokens', .* got 'vectors'"),
+        ({"target": "vectors"}, "model.target must be 'tokens', .* got 'vectors'"),
+    ],
+)
+def test_a_vocabulary_without_every_word_is_refused(preset, changes, sentence):
+    config = script.PRESETS[preset]()
+    ids = scan_commands.to_ids(scan_commands.commands())
+    assert (config.model.source_size, config.model.target_size) == (
+        ids.source.max() + 1,
+        ids.target.max() + 1,
+    )
+    with pytest.raises(ValueError, match=sentence):
+        dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))

@@ -55,8 +55,9 @@ def learn(
     for block in range(_num_blocks(config, name)):
         key = jax.random.fold_in(data_key, block)
         state, block_errors, is_finite = _train(state, key, num_steps, config, task, net, length)
-        _check_finite(is_finite, f"{cell} on {name} of {length} steps", block)
         errors.append(float(jnp.mean(block_errors)))
+        is_finite &= math.isfinite(errors[-1])
+        _check_finite(is_finite, f"{cell} on {name} of {length} steps", block)
         if config.stop_when_solved and errors[-1] < task.solved / 2:
             break
     error = float(_test(state[0], test_key, num_steps, config, task, net, length))
@@ -67,6 +68,11 @@ def learn(
         )
         for factor in factors
     }
+    if not all(map(math.isfinite, (error, *longer.values()))):
+        raise ValueError(
+            f"error must be finite, got {error} in the test of {cell} on {name} of {length} steps, "
+            f"and {longer} on longer ones; lower --learning-rate or --max-grad-norm."
+        )
     seconds = time.perf_counter() - began
     result = TaskResult(
         name, cell, length, seed, errors, error, longer, BLOCK * len(errors), seconds
@@ -77,7 +83,7 @@ def learn(
 def _check_finite(is_finite: jax.Array, training: str, block: int) -> None:
     if not jnp.all(is_finite):
         raise ValueError(
-            f"params must be finite, got NaN or infinity in {training} before update "
+            f"params and error must be finite, got NaN or infinity in {training} before update "
             f"{BLOCK * (block + 1)}; lower --learning-rate or --max-grad-norm."
         )
 

@@ -86,11 +86,26 @@ class ScanConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not 0.0 <= self.holdout < 1.0:
             raise ValueError(f"holdout must be in [0, 1), got {self.holdout}.")
+        _check_vocabulary("source", self.model.source, self.model.source_size, scan_commands.WORDS)
+        _check_vocabulary(
+            "target", self.model.target, self.model.target_size, scan_commands.ACTIONS
+        )
         if self.force_whole_targets and self.sampling.schedule == "always":
             raise ValueError(
                 "force_whole_targets must be False with schedule 'always', got True; choose a "
                 "schedule of teacher forcing, such as --schedule linear."
             )
+
+
+def _check_vocabulary(name: str, kind: str, size: int, words: Sequence[str]) -> None:
+    """Raises a ValueError unless the model has an id for every word, and one for the end."""
+    if kind != "tokens":
+        raise ValueError(f"model.{name} must be 'tokens', since SCAN has words, got '{kind}'.")
+    if size <= len(words):
+        raise ValueError(
+            f"model.{name}_size must be at least {1 + len(words)}, an id for each word of SCAN and "
+            f"for the end, got {size}."
+        )
 
 
 def attention() -> ScanConfig:

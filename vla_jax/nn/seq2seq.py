@@ -180,7 +180,7 @@ def encode(
     mask: Array | None = None,
     key: Key | None = None,
 ) -> Memory:
-    """Encodes a source.
+    """Encodes a source; an id outside the table has an embedding of NaN.
 
     The decoder's first carry is the encoder's last. With two directions it is
     tanh(W [forward; backward] + b), for each layer and each field of the carry (hidden, cell).
@@ -227,6 +227,8 @@ def start(params: Params, config: Seq2SeqConfig, memory: Memory) -> tuple[Decode
 
 def embed(params: Params, config: Seq2SeqConfig, outputs: Array) -> jax.Array:
     """Returns the inputs of the next step, given the (chosen or true) outputs of this one.
+
+    An id outside the table has an embedding of NaN.
 
     Args:
       params: from `init`.
@@ -356,7 +358,7 @@ def _source(memory: Memory) -> Source:
 def _embed(params: Params, values: Array, size: int, dtype: str) -> jax.Array:
     if "embedding" in params:
         chex.assert_type(values, int)
-        return jnp.asarray(params["embedding"])[values]
+        return jnp.take(jnp.asarray(params["embedding"]), values, axis=0)  # NaN outside the table
     chex.assert_axis_dimension(values, -1, size)
     return dense(values, **params, dtype=dtype)
 

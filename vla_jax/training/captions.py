@@ -71,7 +71,8 @@ def apply(params: Params, features: Array, words: Array) -> jax.Array:
     chex.assert_equal_shape_prefix([features, words], 2)
     summary = _summary(params, rearrange(features, "B W H -> (B W) H"))
     before = rearrange(_word_before(words), "B W S -> (B W) S")
-    inputs = jnp.asarray(params["embedding"])[before] + summary[:, None]
+    # Embeddings of NaN for ids outside the table, which would otherwise be those of its last row.
+    inputs = jnp.take(jnp.asarray(params["embedding"]), before, axis=0) + summary[:, None]
     gru, carry = _gru(summary.shape[-1]), _first_carry(summary)
     _, hidden = recurrence.apply(params["recurrence"], gru, inputs, carry=carry)
     return dense(hidden, **params["output"]).reshape(*words.shape, -1)
