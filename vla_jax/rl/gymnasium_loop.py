@@ -54,8 +54,14 @@ from vla_jax.types import Array, Key, Metrics, Params
 Evaluate = Callable[[Params, Key, int], Metrics]  # (params, key, num_episodes) -> metrics [1]
 
 
-def check(config: SeedsConfig, loop: LoopConfig, env_config: DiscreteGymnasiumConfig) -> None:
-    """Raises unless the environment opens and there is one seed, one process and one device.
+def check(
+    config: SeedsConfig,
+    loop: LoopConfig,
+    env_config: DiscreteGymnasiumConfig,
+    algorithm: Algorithm,
+    optim_config: OptimConfig,
+) -> None:
+    """Raises unless the environment opens, the optimiser fits the network, and nothing is parallel.
 
     Raises:
       ImportError: gymnasium, or a package that the environment needs, is missing.
@@ -72,7 +78,7 @@ def check(config: SeedsConfig, loop: LoopConfig, env_config: DiscreteGymnasiumCo
             f"device, got {loop.mesh}."
         )
     with contextlib.ExitStack() as stack:
-        open_envs(env_config, 1, stack)
+        _make_training(open_envs(env_config, 1, stack), algorithm, config, optim_config, loop)
 
 
 def learn(
@@ -106,7 +112,7 @@ def learn(
       ValueError: the environment has no discrete actions or no fixed observation size; more than
         one seed or process; or a reward or a loss is not finite.
     """
-    check(config, loop, env_config)
+    check(config, loop, env_config, algorithm, optim_config)
     keys = jax.tree.map(lambda key: key[0], make_keys(seed, 1))
     with contextlib.ExitStack() as stack:
         stack.enter_context(_naming_the_last_checkpoint(run_dir))

@@ -192,9 +192,8 @@ def _record_jax(
 
 
 def _check_gymnasium(config: RewardTraining, algorithm: Algorithm) -> None:
-    del algorithm
     world = cast(DiscreteGymnasiumConfig, config.world)
-    gymnasium_loop.check(config.seeds, config.loop, world)
+    gymnasium_loop.check(config.seeds, config.loop, world, algorithm, config.optim)
 
 
 def _learn_gymnasium(
