@@ -34,7 +34,7 @@ _REMOTE_SIZE = 224  # pixels of the images for a server that does not name a siz
 
 
 @dataclass(frozen=True)
-@checked(instruction_steps=(-1, 2**31 - 1), flow_steps=(1, 2**16))
+@checked(instruction_steps=(-1, 2**31 - 1), window_size=(1, 2**20), flow_steps=(1, 2**16))
 class EvaluateConfig:
     """Episodes, environment and execution of an evaluation; None means as in training."""
 
