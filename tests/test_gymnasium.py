@@ -190,6 +190,13 @@ def test_an_environment_without_time_limit_needs_max_steps(max_steps):
         adapter.make(Slider(), max_steps=max_steps)
 
 
+def test_an_environment_without_a_rate_gets_a_warning_with_the_remedy():
+    env = Slider()
+    env.metadata = {"render_modes": ["rgb_array"]}
+    with pytest.warns(UserWarning, match=r"Slider has no metadata\['render_fps'\]: .* 10 frames"):
+        assert adapter.make(env, max_steps=5).control_hz == 10
+
+
 @pytest.mark.parametrize("action", [[0.0], [0.0, np.nan]])
 def test_an_action_of_another_size_or_not_finite_is_refused(action):
     world = slider()

@@ -11,11 +11,13 @@ import running_server
 import tiny_run
 from rich.console import Console
 
+from vla_jax import config as configs
 from vla_jax.acting import agent as agents
 from vla_jax.acting.rollout import SimulatorView, run_simulators
 from vla_jax.envs.table.jax_simulator import JaxTable
 from vla_jax.evaluate import EvaluateConfig, evaluate
 from vla_jax.evaluation import players, results
+from vla_jax.evaluation_setup import make_setup
 from vla_jax.runs import Run
 from vla_jax.serve import ServeConfig
 from vla_jax.serving.remote_player import RemotePlayer
@@ -137,6 +139,18 @@ def test_the_command_evaluates_a_server(served, tmp_path):
     )
     assert one == other
     assert (places[1] / "settings.json").read_text().count('"run": "tiny"') == 1
+
+
+def test_images_of_a_size_that_nothing_names_get_a_warning(tmp_path):
+    with fake_server.serving(lambda *_: {}) as port:
+        options = EvaluateConfig(world="table_jax", remote=f"ws://127.0.0.1:{port}")
+        with pytest.warns(UserWarning, match="does not name the size .* get 224 pixels"):
+            setup = make_setup(tmp_path, options)
+        setup.disconnect()
+        configs.save(tiny_run.WORLD, tmp_path / "world.json")
+        setup = make_setup(tmp_path, options)
+        setup.disconnect()
+    assert setup.world.image_size == tiny_run.WORLD.image_size
 
 
 @pytest.mark.parametrize(

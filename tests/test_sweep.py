@@ -23,7 +23,7 @@ from train.imitate import imitate
 from train.presets import IMITATE
 from train.pretrain import pretrain
 from train.sweep import SWEEP, SweepConfig, make_members, plan_groups, sweep
-from train.sweep_group import Group, MembersState
+from train.sweep_group import Group, MembersState, final_loss
 from train.sweep_report import Result
 from vla_jax import files
 from vla_jax.command_line import command_line
@@ -269,21 +269,24 @@ def test_a_member_that_diverges_stops_alone(demos, tmp_path, monkeypatch):
 
     monkeypatch.setattr(sweep_group, "make_loss", make_loss)
     optimizer = optax.sgd(0.1)
-    update = sweep_group._make_update(config, optimizer, np.array([0.1, 1e20], np.float32))
-    start = init_train_state({"w": jnp.ones(1)}, optimizer)
-    members = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), start)
-    zero = jnp.zeros(2, jnp.int32)
-    state = MembersState(jnp.zeros([], jnp.int32), members, jnp.zeros(2), zero, zero)
-    keys, losses = jax.random.split(jax.random.key(0)), []
+    update = sweep_group._make_update(config, optimizer, np.array([0.1, 1e20, 1], np.float32))
+    members = jax.vmap(lambda w: init_train_state({"w": w}, optimizer))(
+        jnp.array([[1.0], [1.0], [1e30]])  # the loss of the last one is infinite from the start
+    )
+    zero = jnp.zeros(3, jnp.int32)
+    state = MembersState(jnp.zeros([], jnp.int32), members, jnp.zeros(3), zero, zero)
+    keys, losses = jax.random.split(jax.random.key(0), 3), []
     for _ in range(5):
         state, metrics = jax.jit(update)(state, jnp.ones(1), keys)
         losses.append(float(metrics["loss"]))
-    assert state.diverged_at.tolist() == [0, 3]  # update 2 is bad and skipped, update 3 too
+    assert state.diverged_at.tolist() == [0, 3, 2]  # update 2 is bad and skipped, update 3 too
+    assert [final_loss(state, index, 1) for index in (1, 2)] == [1.0, None]
     assert state.loss[1] == 1.0
     assert state.members.params["w"][1] == pytest.approx(-4e19, rel=1e-5)
     assert state.members.params["w"][0] < 1
     assert np.all(np.isfinite(losses))
-    assert metrics["diverged"] == 1
+    assert metrics["diverged"] == 2
+    assert np.isnan(metrics["loss/02"])  # is left out of metrics.jsonl
     assert metrics["loss/00"] == metrics["loss"]
 
 
@@ -340,11 +343,12 @@ def test_the_table_has_intervals_and_leaves_out_what_diverged():
                 same,
                 same._replace(name="b", seed=1, successes=80, loss=0.25),
                 same._replace(name="c", seed=2, successes=0, loss=9.0, diverged_at=7),
+                same._replace(name="c", seed=3, successes=0, loss=None, diverged_at=1),
                 same._replace(name="d", learning_rate=1.0),
             ]
         )
     )
-    assert rows[0][5:8] == ("3, 1 diverged", "0.3750 [0.2500, 0.5000]", "-1.2133 – 1.9633")
+    assert rows[0][5:8] == ("4, 2 diverged", "0.3750 [0.2500, 0.5000]", "-1.2133 – 1.9633")
     assert rows[0][8:] == ("85.0 [80.0, 90.0] %", "21.5 – 100.0 %", "a")
     assert rows[1][5:] == ("1", "0.5000", "–", "90.0 %", "82.6 – 94.5 %", "d")
     assert sweep_report.table([same]).row_count == 1

@@ -38,6 +38,7 @@ from train.setup import check
 from train.sweep_group import (
     Group,
     Member,
+    final_loss,
     member_state,
     num_params,
     play_group,
@@ -212,8 +213,7 @@ def make_members(config: SweepConfig) -> list[Member]:
     rates = config.learning_rates or (config.optim.learning_rate,)
     members = []
     for setting in _settings(config):
-        for rate, number in itertools.product(rates, range(config.seeds)):
-            seed = config.seed + number
+        for rate, seed in itertools.product(rates, range(config.seed, config.seed + config.seeds)):
             name = f"{_shape_name(setting)}-lr{rate:g}-seed{seed}"
             member = replace(
                 setting,
@@ -339,7 +339,7 @@ def _run_group(
             seed=member.config.seed,
             num_params=num_params(member.config),
             num_updates=int(state.num_updates),
-            loss=float(state.loss[index]),
+            loss=final_loss(state, index, config.loop.skip_bad_updates),
             diverged_at=int(state.diverged_at[index]) or None,
             episodes=config.num_episodes if env is not None else 0,
             successes=None if success[index] is None else int(success[index]),

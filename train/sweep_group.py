@@ -5,6 +5,7 @@ update of one training is mapped (`vmap`) over the members. All members see the 
 these depend on `--loader.seed` and not on the seed of a training.
 """
 
+import math
 import pathlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -58,7 +59,7 @@ class MembersState:
 
     num_updates: jax.Array  # [] int32, updates done
     members: TrainState  # leaves [S, ...]
-    loss: jax.Array  # [S] float32, loss of the last update, or of the last finite one
+    loss: jax.Array  # [S] float32, of the last update, or of the last finite one; 0 without any
     bad_in_a_row: jax.Array  # [S] int32, updates that were not finite, up to the last one
     diverged_at: jax.Array  # [S] int32, update at which a member diverged; 0 = it has not
 
@@ -164,7 +165,8 @@ def _make_update(config: ImitateConfig, optimizer: Any, factors: Array) -> Calla
             in_a_row,
             jnp.where(diverges, step, state.diverged_at),
         )
-        return changed, _summary(metrics, changed, is_bad)
+        losses = _last_losses(changed, config.loop.skip_bad_updates)
+        return changed, _summary(metrics, changed, is_bad, losses)
 
     return update
 
@@ -179,15 +181,39 @@ def _where(condition: jax.Array, chosen: Any, other: Any) -> Any:
     return jax.tree.map(choose, chosen, other)
 
 
-def _summary(metrics: Metrics, state: MembersState, is_bad: jax.Array) -> Metrics:
+def _summary(
+    metrics: Metrics, state: MembersState, is_bad: jax.Array, losses: jax.Array
+) -> Metrics:
     """Returns the means over the members that have not diverged, and the loss of each member."""
     counts = ~is_bad & (state.diverged_at == 0)
     total = jnp.maximum(jnp.sum(counts), 1)
     means = {
         name: jnp.sum(jnp.where(counts, values, 0.0)) / total for name, values in metrics.items()
     }
-    each = {f"loss/{index:02d}": loss for index, loss in enumerate(state.loss)}
+    each = {f"loss/{index:02d}": loss for index, loss in enumerate(losses)}
     return {**means, **each, "diverged": jnp.sum(state.diverged_at > 0)}
+
+
+def _last_losses(state: MembersState, skip_bad_updates: int) -> jax.Array:
+    """Returns the loss `[S]` of the last finite update of each member; NaN if it had none.
+
+    The state has 0 there: a state with NaN would not be saved.
+    """
+    diverged_at_once = state.diverged_at == skip_bad_updates + 1
+    only_bad = (state.diverged_at == 0) & (state.bad_in_a_row == state.num_updates)
+    return jnp.where(diverged_at_once | only_bad, jnp.nan, state.loss)
+
+
+def final_loss(state: MembersState, index: int, skip_bad_updates: int) -> float | None:
+    """Returns the loss of the last finite update of a member; None if it had none.
+
+    Args:
+      state: of the group.
+      index: of the member in it.
+      skip_bad_updates: bad updates in a row after which a member goes on.
+    """
+    loss = float(_last_losses(state, skip_bad_updates)[index])
+    return None if math.isnan(loss) else loss
 
 
 def member_state(state: MembersState, index: int) -> TrainState:

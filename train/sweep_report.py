@@ -1,6 +1,7 @@
 """Table of a sweep: mean, range and interval over the seeds of every setting."""
 
 import itertools
+import math
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -34,7 +35,8 @@ class Result(NamedTuple):
     seed: int  # of params and dropout
     num_params: int  # that are trained or frozen in the train state
     num_updates: int  # of the training
-    loss: float  # of the last update; of the last finite one, if it has diverged
+    # of the last update; of the last finite one, if it has diverged; None = no update was finite
+    loss: float | None
     diverged_at: int | None  # update at which it diverged; None = it has not
     episodes: int  # test episodes; 0 = no test
     successes: int | None  # of them; None = no test
@@ -99,7 +101,7 @@ def rows(results: Sequence[Result]) -> Iterator[tuple[str, ...]]:
 def line(name: str, results: Sequence[Result]) -> str:
     """Returns one line about a group that has just been trained."""
     good = [result for result in results if result.diverged_at is None]
-    parts = [f"{name}: loss {_spread([result.loss for result in good], '{:.4f}')}"]
+    parts = [f"{name}: loss {_spread(_losses(good), '{:.4f}')}"]
     rates = [result.success for result in good if result.success is not None]
     if rates:
         parts.append(f"success {_percents(rates)}")
@@ -110,7 +112,7 @@ def line(name: str, results: Sequence[Result]) -> str:
 
 def _row(same: Sequence[Result]) -> tuple[str, ...]:
     first, good = same[0], [result for result in same if result.diverged_at is None]
-    losses = [result.loss for result in good]
+    losses = _losses(good)
     rates = [result.success for result in good if result.success is not None]
     lost = len(same) - len(good)
     return (
@@ -130,7 +132,11 @@ def _row(same: Sequence[Result]) -> tuple[str, ...]:
 
 def _quality(result: Result) -> tuple[float, float]:
     """Returns a sort key: the best training has the highest success, then the lowest loss."""
-    return result.success or 0.0, -result.loss
+    return result.success or 0.0, -math.inf if result.loss is None else -result.loss
+
+
+def _losses(results: Sequence[Result]) -> list[float]:
+    return [result.loss for result in results if result.loss is not None]
 
 
 def _spread(values: Sequence[float], form: str) -> str:

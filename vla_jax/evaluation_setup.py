@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pathlib
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -177,6 +178,13 @@ def _remote(run: Run | Path, config: EvaluateConfig, url: str) -> EvaluationSetu
         )
     saved = read_world(folder)
     size = player.image_size
+    if size is None and saved is None:
+        warnings.warn(
+            f"{url} does not name the size of its images, and {folder} has no world.json: images "
+            f"get {_REMOTE_SIZE} pixels, as those of openpi's clients; copy the world.json of the "
+            "training into the folder if the policy takes others.",
+            stacklevel=2,
+        )
     if size is None:
         size = saved.image_size if saved else _REMOTE_SIZE
     world = _world(saved, config, size)

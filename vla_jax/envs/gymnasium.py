@@ -129,6 +129,13 @@ class GymnasiumSimulator:
         self.success_rule: SuccessRule = success_rule
         self.task, self.instruction, self.max_steps = task, instruction, max_steps
         self.action_dim = int(np.prod(env.action_space.shape))
+        if "render_fps" not in env.metadata:
+            warnings.warn(
+                f"{task} has no metadata['render_fps']: recordings and videos of it get "
+                f"{_DEFAULT_HZ:g} frames per second; set it to the actions per second of the "
+                "environment.",
+                stacklevel=3,
+            )
         self.control_hz = check_rate(env.metadata.get("render_fps", _DEFAULT_HZ), task)
         self._is_judged = success is not is_success  # False until a success flag was seen
 
