@@ -140,6 +140,18 @@ def test_a_recording_with_other_settings_is_not_taken_for_this_one(tmp_path):
         module.is_recorded(config)
 
 
+def test_a_data_set_has_the_settings_of_its_recording_or_is_absent(tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.configs, "save", killed)
+    config = RecordConfig(str(tmp_path / "demos"), TWIN, num_episodes=12)
+    with pytest.raises(KeyboardInterrupt):
+        record(config)
+    assert not list(tmp_path.iterdir())
+    assert not module.is_recorded(config)
+
+
 def test_an_existing_data_set_is_replaced_only_with_overwrite(tmp_path):
     config = RecordConfig(str(tmp_path / "demos"), TWIN, num_episodes=12)
     record(config)

@@ -227,3 +227,21 @@ def test_the_robot_of_a_mixture_is_chosen_when_a_run_is_loaded(folder):
     (folder / "parts" / "arm.json").write_text("{}")
     with pytest.raises(ValueError, match=r"arm.json must have norm_stats, action_layout and"):
         runs.load_run(folder, robot="arm")
+
+
+def test_a_world_that_differs_from_the_checkpoint_is_refused(tmp_path):
+    folder, world = tmp_path / "run", tiny_run.WORLD
+    config = tiny_demos.imitation("demos", folder)
+    metadata = runs.make_metadata(config, tiny_run.AGENT, tiny_run.norm_stats(), world=world)
+    runs.write_acting(folder, tiny_run.AGENT, tiny_run.norm_stats(), world)
+    checkpoints = checkpoint.open_checkpoints(folder / "checkpoints")
+    state = {"params": tiny_run.params(), "ema_params": None}
+    checkpoint.save(checkpoints, 3, state, metadata)
+    checkpoint.close(checkpoints)
+    assert runs.load_run(folder).world == runs.read_world(folder) == world
+    change("world.json", max_steps=6)(folder)
+    for read in (runs.load_run, runs.read_world):
+        with pytest.raises(ValueError, match=r"world\.json must be as .* max_steps was 5 and is 6"):
+            read(folder)
+    (folder / "world.json").unlink()  # as without one: an evaluation asks for --world
+    assert runs.load_run(folder).world is None

@@ -339,7 +339,7 @@ def _export(
     config: FinetuneConfig, run_dir: pathlib.Path, run: Run, params: Params, num_updates: int
 ) -> None:
     """Writes the policy as a run folder that `runs.load_run` reads."""
-    metadata = make_metadata(config, run.agent, run.norm_stats)
+    metadata = make_metadata(config, run.agent, run.norm_stats, world=run.world)
     write_acting(run_dir, run.agent, run.norm_stats, run.world)
     state: dict[str, Any] = {"params": params, "ema_params": None}
     checkpoints = checkpoint.open_checkpoints(run_dir / "checkpoints", keep=1)

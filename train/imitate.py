@@ -64,7 +64,7 @@ def imitate(config: ImitateConfig) -> pathlib.Path:
     data = read_training_inputs(config)
     batches = make_batches(config, data.source)
     agent = replace(config.agent, action_layout=data.action_layout)
-    metadata = make_metadata(config, agent, data.norm_stats, data.robots)
+    metadata = make_metadata(config, agent, data.norm_stats, data.robots, world=config.world)
     if not config.overwrite:
         check_resume(pathlib.Path(config.run_dir), batches, metadata)
 

@@ -135,7 +135,7 @@ def _save(folder: pathlib.Path, cell: GridCell, trained: Clones, num_updates: in
     files.delete_folder(folder)  # of another training
     params = jax.tree.map(lambda leaf: np.asarray(leaf[0]), trained.params)
     runs.write_acting(folder, trained.agent, trained.norm_stats, cell.world)
-    metadata = runs.acting_metadata(trained.agent, trained.norm_stats)
+    metadata = runs.acting_metadata(trained.agent, trained.norm_stats, world=cell.world)
     handle = checkpoint.open_checkpoints(folder / "checkpoints")
     checkpoint.save(handle, num_updates, {"params": params}, metadata)
     checkpoint.close(handle)

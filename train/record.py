@@ -135,16 +135,15 @@ def record(config: RecordConfig, *, on_episode: OnEpisode | None = None) -> path
     else:
         played = _in_processes(config)
     with contextlib.closing(played):  # ends its processes, after an error too
-        folder = writer.write(
+        return writer.write(
             config.dataset,
             _successes(played, config.num_episodes, on_episode),
             fps=control_hz,
             robot_type=config.world.kind,
             names=world.names,
             overwrite=config.overwrite,
+            finish=lambda folder: configs.save(config, folder / SETTINGS),
         )
-    configs.save(config, folder / SETTINGS)
-    return folder
 
 
 def is_recorded(config: RecordConfig) -> bool:

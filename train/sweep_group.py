@@ -87,7 +87,8 @@ def train_group(
     init_keys, update_keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed)))(seeds).T
     rates = np.array([member.config.optim.learning_rate for member in group.members])
     factors = jnp.asarray(rates / settings.learning_rate, jnp.float32)
-    metadata = make_metadata(config, _agent(config, data), data.norm_stats, data.robots)
+    agent = _agent(config, data)
+    metadata = make_metadata(config, agent, data.norm_stats, data.robots, world=config.world)
     batches = make_batches(config, data.source)
     check_resume(folder, batches, metadata)
     state = fit(
@@ -276,7 +277,7 @@ def save_member(
         checkpoint.add_frozen(directory, data.frozen_params)
     batches = make_batches(config, data.source)
     position = batches.get_state() | {"num_batches": int(state.num_updates)}
-    metadata = make_metadata(config, agent, data.norm_stats, data.robots)
+    metadata = make_metadata(config, agent, data.norm_stats, data.robots, world=config.world)
     handle = checkpoint.open_checkpoints(directory)
     checkpoint.save(handle, int(state.num_updates), state, metadata | {"loader": position})
     checkpoint.close(handle)

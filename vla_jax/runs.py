@@ -108,6 +108,8 @@ def make_metadata(
     agent: AgentConfig,
     norm_stats: Mapping[str, NormStats],
     robots: Mapping[str, MixtureRobot] | None = None,
+    *,
+    world: WorldConfig | None = None,
 ) -> dict[str, Any]:
     """Returns the metadata for the checkpoints, with everything that acting depends on.
 
@@ -116,21 +118,25 @@ def make_metadata(
       agent: config of the policy and of acting.
       norm_stats: statistics of the training data.
       robots: of every data set of a mixture, by name.
+      world: environment to evaluate in; None = unknown.
 
     Returns:
-      Metadata for `checkpoint.save`: `config`, `agent`, `norm_stats`, `robots`, and the SHA-256
-      of the `files` of the backbone.
+      Metadata for `checkpoint.save`: `config`, `agent`, `norm_stats`, `robots`, `world` if known,
+      and the SHA-256 of the `files` of the backbone.
 
     Raises:
       FileNotFoundError: a file of the backbone is missing.
     """
-    return {"config": configs.to_dict(config), **acting_metadata(agent, norm_stats, robots)}
+    acting = acting_metadata(agent, norm_stats, robots, world=world)
+    return {"config": configs.to_dict(config), **acting}
 
 
 def acting_metadata(
     agent: AgentConfig,
     norm_stats: Mapping[str, NormStats],
     robots: Mapping[str, MixtureRobot] | None = None,
+    *,
+    world: WorldConfig | None = None,
 ) -> dict[str, Any]:
     """Returns the part of `make_metadata` that acting depends on; without a training script.
 
@@ -142,6 +148,7 @@ def acting_metadata(
         "norm_stats": normalize.to_json(dict(norm_stats)),
         "robots": {name: mixture_robots.to_json(each) for name, each in (robots or {}).items()},
         "files": {name: _sha256(path) for name, path in _files(agent).items()},
+        **({} if world is None else {"world": configs.to_dict(world)}),
     }
 
 
@@ -206,13 +213,14 @@ def load_run(run_dir: Path, *, step: int | None = None, robot: str | None = None
     directory = folder / "checkpoints"
     saved = checkpoint.read_metadata(directory, step=step)
     _check_agrees(folder, saved, agent, statistics)
+    world = _read_world(folder, saved)
     if robot is not None:
         acting = mixture_robots.read(folder, robot)
         _check_robot(folder, saved, robot, acting)
         agent, statistics = mixture_robots.act_as(agent, acting), acting.norm_stats
     params = load_params(folder, step=step)
     step = checkpoint.latest_step(directory) if step is None else step
-    return Run(folder, agent, statistics, params, read_world(folder), step or 0, robot)
+    return Run(folder, agent, statistics, params, world, step or 0, robot)
 
 
 def load_params(run_dir: Path, *, step: int | None = None) -> Params:
@@ -239,18 +247,35 @@ def read_world(run_dir: Path) -> WorldConfig | None:
     """Returns the environment config of a run folder; None if it has no `world.json`.
 
     Raises:
-      ValueError: the file is damaged, or its world is unknown.
+      ValueError: the file is damaged, its world is unknown, or not that of the latest checkpoint.
     """
-    path = pathlib.Path(run_dir) / "world.json"
+    folder = pathlib.Path(run_dir)
+    directory = folder / "checkpoints"
+    has_any = checkpoint.latest_step(directory) is not None
+    return _read_world(folder, checkpoint.read_metadata(directory) if has_any else {})
+
+
+def _read_world(folder: pathlib.Path, saved: Mapping[str, Any]) -> WorldConfig | None:
+    path = folder / "world.json"
     if not path.exists():
         return None
-    data = read_json(path, "world")
+    world = _make_world(read_json(path, "world"), path)
+    if "world" in saved:  # not of earlier versions, nor of converted weights
+        _refuse(path, configs.differences(_make_world(saved["world"], path), world))
+    return world
+
+
+def _make_world(data: Mapping[str, Any], path: pathlib.Path) -> WorldConfig:
+    """Returns the environment config in `world.json`, or in the metadata of a checkpoint."""
     kind = str(data.get("kind"))
     if kind not in worlds.WORLDS:
         raise ValueError(
             f"{path}: unknown world '{kind}'; {configs.did_you_mean(kind, worlds.WORLDS)}"
         )
-    return configs.load(worlds.WORLDS[kind].config, path)
+    try:
+        return configs.from_dict(worlds.WORLDS[kind].config, data)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _files(agent: AgentConfig) -> dict[str, pathlib.Path]:

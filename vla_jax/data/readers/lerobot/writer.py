@@ -8,7 +8,7 @@ import contextlib
 import errno
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -39,6 +39,7 @@ def write(
     robot_type: str = "unknown",
     names: Mapping[str, Sequence[str]] | None = None,
     overwrite: bool = False,
+    finish: Callable[[pathlib.Path], None] = lambda folder: None,
 ) -> pathlib.Path:
     """Writes episodes as they arrive; readable by lerobot and by `readers.open`.
 
@@ -52,6 +53,7 @@ def write(
       names: field -> name of each dimension; without names of the action its last number is
         named "gripper", so that readers know it.
       overwrite: replace an existing data set.
+      finish: writes further files into the complete folder, before it gets its name.
 
     Returns:
       `root`.
@@ -86,6 +88,7 @@ def write(
             fps=fps,
             robot_type=robot_type,
         )
+        finish(partial)
     return root
 
 
