@@ -377,10 +377,8 @@ def _panels(run_dir: pathlib.Path, seeds: SeedsConfig, before: Summary) -> list[
     """Returns two panels: success (the cloned policy as a horizontal line), and per task."""
     metrics = read_metrics(run_dir / LEARNING / "metrics.jsonl")
     steps = np.array([line["env_steps"] for line in metrics])
-    tasks = {
-        task: (steps, np.array([line.get(f"success_{task}", np.nan) for line in metrics]))
-        for task in before.tasks
-    }
+    values = {t: [line.get(f"success_{t}", np.nan) for line in metrics] for t in before.tasks}
+    tasks = {task: (steps, np.array(each)) for task, each in values.items()}
     title = (
         f"mean over {seeds.num_seeds} seeds, 95 % interval" if seeds.num_seeds > 1 else "one seed"
     )
