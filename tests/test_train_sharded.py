@@ -5,6 +5,7 @@ import shutil
 
 import jax
 import numpy as np
+import optax
 import pytest
 import tiny_demos
 import tiny_vlm
@@ -160,6 +161,54 @@ def test_a_training_resumes_on_other_devices_and_another_mesh(mesh, sharded, dem
     for name in ("loss", "grad_norm"):
         np.testing.assert_allclose(lines[1][name], expected[1][name], rtol=2e-6)
     assert_same_training(run_dir, sharded)
+
+
+RESUME = """
+from test_train_sharded import descend
+descend(*args)
+"""
+
+
+def descend(run_dir, demos, mesh):
+    """Trains two updates by gradient descent, whose params have errors as small as the gradients.
+
+    Adam would scale rounding to the learning rate where a gradient is nearly 0.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optim, "make_optimizer", lambda *_: optax.sgd(0.1, momentum=0.9))
+        return train_on(run_dir, demos, mesh)
+
+
+@pytest.fixture(scope="module")
+def descended(demos, tmp_path_factory):
+    return descend(tmp_path_factory.mktemp("descended") / "run", demos, "data=2,fsdp=2")
+
+
+@pytest.mark.slow
+@pytest.mark.sampled
+@pytest.mark.parametrize(
+    ("num_devices", "mesh"),
+    [(1, "data=1"), (2, "fsdp=2"), (8, "data=2,fsdp=2,tensor=2"), (8, "fsdp=4,tensor=2")],
+)
+def test_a_checkpoint_of_four_devices_resumes_on_1_2_and_8(
+    num_devices, mesh, descended, demos, tmp_path
+):
+    run_dir = shutil.copytree(descended, tmp_path / "run")
+    shutil.rmtree(run_dir / "checkpoints/2")
+    run_together(RESUME, run_dir, demos, mesh, num_processes=1, num_devices=num_devices)
+    lines, expected = (read_metrics(folder / "metrics.jsonl") for folder in (run_dir, descended))
+    assert [line["step"] for line in lines] == [1, 2]
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(lines[1][name], expected[1][name], rtol=1e-6)
+    before = restored(descended, step=1)
+    found, whole = (restored(folder, step=2) for folder in (run_dir, descended))
+    for path, leaf in whole.items():
+        np.testing.assert_allclose(found[path], leaf, rtol=0, atol=1e-6, err_msg=path)
+    assert max(np.abs(leaf - before[path]).max() for path, leaf in whole.items()) > 1e-2
+
+
+def restored(run_dir, step):
+    return leaves_by_path(checkpoint.restore_params(run_dir / "checkpoints", step=step))
 
 
 # --- two processes ------------------------------------------------------------------------------
