@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 _PENDING = 0.1  # s to wait until the other reads or writes of a checkpoint have ended
@@ -77,24 +77,38 @@ def collected() -> Iterator[None]:
             raise
 
 
+class _IgnorePending:
+    """A `sys.unraisablehook` without the reports of reads or writes that end after another failed.
+
+    Every other report passes.
+    """
+
+    def __init__(self, before: Callable[[Any], Any]) -> None:
+        self.before = before  # gets the other reports
+        self.stays = False  # after a failure: the slowest write ends at any later time
+
+    def __call__(self, report: Any) -> None:
+        if not str(report.exc_value).endswith(("Event loop is closed", "was never awaited")):
+            self.before(report)
+
+
 @contextlib.contextmanager
 def _quiet_pending() -> Iterator[None]:
     """Ignores what ends, or never starts, after one read or write of Orbax has failed.
 
-    Python reports them through `sys.unraisablehook`, which is restored at the end; every other
-    report passes.
+    Python reports them through `sys.unraisablehook`, which is restored at the end if none failed.
     """
-    hook = sys.unraisablehook
-
-    def ignore_pending(report: Any) -> None:
-        if not str(report.exc_value).endswith(("Event loop is closed", "was never awaited")):
-            hook(report)
-
-    sys.unraisablehook = ignore_pending
+    before = sys.unraisablehook
+    hook = before if isinstance(before, _IgnorePending) else _IgnorePending(before)
+    sys.unraisablehook = hook
     try:
         yield
+    except Exception:
+        hook.stays = True
+        raise
     finally:
-        sys.unraisablehook = hook
+        if not hook.stays:
+            sys.unraisablehook = before
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -106,7 +120,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hides log records about errors that Orbax also raises; the loggers are restored at the end.
+    """Hides reports about errors that Orbax also raises; the loggers are restored at the end.
 
     Orbax logs pages of tracebacks for them. Where it reads broken files, asyncio adds a page for
     every array (OCDBT is their format).
@@ -119,7 +133,8 @@ def quiet() -> Iterator[None]:
     for logger in loggers:
         logger.addFilter(is_foreign)
     try:
-        yield
+        with _quiet_pending():  # a save in the background fails between two calls
+            yield
     finally:
         for logger in loggers:
             logger.removeFilter(is_foreign)

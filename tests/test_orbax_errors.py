@@ -1,0 +1,43 @@
+"""Reports about a failure that Orbax raises too are hidden, however late; all others pass."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from vla_jax.training import orbax_errors
+
+LATE = SimpleNamespace(exc_value=RuntimeError("Event loop is closed"))
+OTHER = SimpleNamespace(exc_value=ValueError("another one"))
+
+
+@pytest.fixture
+def reports(monkeypatch):
+    """What Python would print."""
+    found = []
+    monkeypatch.setattr(sys, "unraisablehook", found.append)
+    return found
+
+
+@pytest.mark.parametrize("hidden", [orbax_errors.quiet, orbax_errors.collected])
+def test_reports_are_hidden_inside_and_the_hook_is_restored(reports, hidden):
+    before = sys.unraisablehook
+    with hidden():
+        sys.unraisablehook(LATE)
+        sys.unraisablehook(OTHER)
+    assert reports == [OTHER]
+    assert sys.unraisablehook is before
+
+
+@pytest.mark.parametrize("hidden", [orbax_errors.quiet, orbax_errors.collected])
+def test_after_a_failure_late_reports_stay_hidden(reports, hidden):
+    """The slowest of the other writes may end after the program has told of the failure."""
+    with orbax_errors.quiet():
+        for _ in range(2):
+            with pytest.raises(OSError, match="full"), hidden():
+                raise OSError("full")
+    hook = sys.unraisablehook
+    hook(LATE)
+    hook(OTHER)
+    assert reports == [OTHER]
+    assert hook.before == reports.append  # not wrapped once more by every failure
