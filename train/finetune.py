@@ -265,8 +265,7 @@ def make_loss(config: FinetuneConfig, run: Run) -> LossFn:
         mean, features = episodes.mean_actions(run.agent, params, rollout.observation)
         reference, _ = episodes.mean_actions(run.agent, run.params, rollout.observation)
         # Stop-gradient: the value loss must not change the policy's features.
-        features = jax.lax.stop_gradient(features)
-        value = apply_mlp(params["value"], features)[..., 0]
+        value = apply_mlp(params["value"], jax.lax.stop_gradient(features))[..., 0]
         advantage = _advantages(config, rollout, value)
         log_probability = gaussian.log_probability(mean, rollout.action, config.noise)
         terms = {
