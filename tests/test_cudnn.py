@@ -1,6 +1,7 @@
 """The cuDNN LSTM: packed params against JAX's own unpacking and reference; calls on a GPU."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from vla_jax.nn.recurrence import RecurrenceConfig
 from vla_jax.nn.seq2seq import Seq2SeqConfig
 from vla_jax.policies import decoders
 from vla_jax.policies.decoder_config import DecoderConfig
+from vla_jax.training import parallel
 
 B, T, D, H, L = 3, 5, 4, 6, 3
 each_padding = pytest.mark.parametrize("padding", ["right", "anywhere"])
@@ -133,6 +135,31 @@ def test_a_decoder_on_left_padded_windows_trains_as_with_our_loop(key):
         for implementation in ("cudnn", "auto")
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), found, expected)
+
+
+@pytest.mark.usefixtures("reference")
+def test_every_device_runs_its_own_rows(monkeypatch, key):
+    mesh, inputs, num_rows = parallel.make_mesh("fsdp=2,tensor=2"), draw(4, T, D), []
+    mask = np.arange(T) >= np.arange(4)[:, None]
+    params, lstm = recurrence.init(key, configured(bidirectional=False), D), cudnn.rnn.lstm
+
+    def counted_lstm(inputs, *args, **sizes):
+        num_rows.append(len(inputs))
+        return lstm(inputs, *args, **sizes)
+
+    def loss(implementation, params, inputs):
+        config = configured(False, implementation)
+        leaves = jax.tree.leaves(recurrence.apply(params, config, inputs, mask=mask))
+        return sum(jax.numpy.sum(jax.numpy.sin(leaf)) for leaf in leaves)
+
+    monkeypatch.setattr(cudnn.rnn, "lstm", counted_lstm)
+    gradient = {name: jax.value_and_grad(partial(loss, name), (0, 1)) for name in ("cudnn", "auto")}
+    found = jax.jit(parallel.on_mesh(gradient["cudnn"], mesh))(
+        params, parallel.shard_batch(inputs, mesh)
+    )
+    expected = gradient["auto"](params, inputs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), found, expected)
+    assert set(num_rows) == {2}
 
 
 @pytest.mark.usefixtures("reference")

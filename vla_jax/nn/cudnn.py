@@ -10,6 +10,7 @@ Source: `jax.experimental.rnn`; Appleyard et al. 2016 (arXiv:1604.01946).
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from jax.experimental import rnn
 
 from vla_jax.nn.bptt import keep_real, steps_within
 from vla_jax.nn.cells import LSTMCarry
+from vla_jax.nn.sharded_params import over_rows
 from vla_jax.types import Array, Params
 
 
@@ -61,17 +63,21 @@ def lstm(
         mask = steps_within(lengths, num_steps)
     else:
         lengths = jnp.full(batch_size, num_steps)
-    results: Any = rnn.lstm(
-        _move(jnp.asarray(keep_real(inputs, mask), jnp.float32), order),
-        jnp.stack([carry.hidden for carry in carries]),
-        jnp.stack([carry.cell for carry in carries]),
-        pack(cells),
-        jnp.asarray(jnp.maximum(lengths, 1), jnp.int32),  # of a row without steps 1, undone below
+    call = partial(
+        rnn.lstm,
         input_size=input_size,
         hidden_size=carries[0].hidden.shape[-1],
         num_layers=len(cells) // (2 if bidirectional else 1),
         dropout=0.0,
         bidirectional=bidirectional,
+    )
+    # Rows are the first axis of inputs, outputs and lengths, and the second of carries.
+    results: Any = over_rows(call, (0, 1, 1, None, 0), (0, 1, 1), batch_size)(
+        _move(jnp.asarray(keep_real(inputs, mask), jnp.float32), order),
+        jnp.stack([carry.hidden for carry in carries]),
+        jnp.stack([carry.cell for carry in carries]),
+        pack(cells),
+        jnp.asarray(jnp.maximum(lengths, 1), jnp.int32),  # of a row without steps 1, undone below
     )
     outputs, hidden, cell = results
     has_steps = jnp.asarray(lengths > 0)[:, None]

@@ -1,11 +1,12 @@
 """Params that are split over the devices of a mesh: whole in loops, and rows split in between.
 
 The mesh is that of `training.parallel.jit_update`, which traces a model with the mesh as context.
-Without one, or where `fsdp` is 1, both functions return their argument.
+Without one, the functions return their argument; the first two also where `fsdp` is 1.
 """
 
 import math
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import AxisType, PartitionSpec
@@ -37,14 +38,49 @@ def split_rows(activations: jax.Array) -> jax.Array:
     Args:
       activations: `[B, ...]`.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if not _is_split() or activations.shape[0] % math.prod(mesh.shape[axis] for axis in ROWS):
+    if not _is_split() or activations.shape[0] % _num_row_parts():
         return activations
     return jax.lax.with_sharding_constraint(activations, PartitionSpec(ROWS))
 
 
-def _is_split() -> bool:
+def over_rows(
+    function: Callable[..., Any], axes: Sequence[int | None], out_axes: Sequence[int], num_rows: int
+) -> Callable[..., Any]:
+    """Returns a function that every device runs on its own rows of the arguments.
+
+    For calls that the compiler cannot split: it would gather all rows on every device. Without a
+    mesh, or where the rows do not divide, it returns the function.
+
+    Args:
+      function: of arrays, whose rows do not depend on each other.
+      axes: axis of the rows in each argument; None where it has none.
+      out_axes: the same of each result.
+      num_rows: B.
+    """
+    num_parts = _num_row_parts()
+    if num_parts == 1 or num_rows % num_parts:
+        return function
+    specs, out_specs = (
+        tuple(
+            PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, ROWS)
+            for axis in each
+        )
+        for each in (axes, out_axes)
+    )
+    return jax.shard_map(
+        function, in_specs=specs, out_specs=out_specs, axis_names=set(ROWS), check_vma=False
+    )
+
+
+def _num_row_parts() -> int:
+    """Returns the parts into which the mesh splits the rows; 1 in shard_map, which has split."""
     mesh = jax.sharding.get_abstract_mesh()
     axes = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    # In shard_map the axes are manual, and every device has the params that it was given.
-    return all(axes.get(axis) == AxisType.Auto for axis in ROWS) and mesh.shape["fsdp"] > 1
+    if any(axes.get(axis) != AxisType.Auto for axis in ROWS):
+        return 1
+    return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def _is_split() -> bool:
+    # In shard_map every device has the params that it was given.
+    return _num_row_parts() > 1 and jax.sharding.get_abstract_mesh().shape["fsdp"] > 1
