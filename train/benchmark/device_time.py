@@ -35,8 +35,8 @@ def device_ms(run: Callable[[], Any], wait: Callable[[Any], Any], num_runs: int)
     return None if busy is None else busy / 1e6 / num_runs
 
 
-def busy_ns(profile: ProfileData) -> float | None:
-    """Returns ns in which any device of a trace computes; None without a device."""
+def busy_ns(profile: Any) -> float | None:
+    """Returns ns in which any device of a trace (`ProfileData`) computes; None without a device."""
     planes = [plane for plane in profile.planes if plane.name.startswith("/device:")]
     events = [
         (event.start_ns, event.start_ns + event.duration_ns)
