@@ -9,9 +9,13 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from rich.console import Console
 
 from vla_jax import files, folder_lock
+from vla_jax.evaluation import plots
+from vla_jax.training.logs import Logs, read_metrics
 
 
 def test_a_file_is_replaced_only_when_the_block_ends(tmp_path):
@@ -37,15 +41,33 @@ def small_files(num_bytes):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("name", ["write_json", "append_json_line"])
+PANEL = plots.Panel("loss", "updates", "loss", {"a": (np.arange(2), np.arange(2.0))})
+WRITERS = {
+    "write_json": lambda path: files.write_json(path, {"words": "x" * 100}),
+    "append_json_line": lambda path: files.append_json_line(path, {"words": "x" * 100}),
+    "a plot": lambda path: plots.curves(path, [PANEL]),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
 def test_a_full_disk_gives_one_sentence_with_the_file_and_a_remedy(tmp_path, name):
-    sentence = r"run/a.json could not be written \(File too large\); allow larger files .ulimit -f."
-    path = tmp_path / "run" / "a.json"
+    sentence = r"run/a.file could not be written \(File too large\); allow larger files .ulimit -f."
+    path = tmp_path / "run" / "a.file"
     path.parent.mkdir()
     with small_files(10), pytest.raises(OSError, match=sentence) as caught:
-        getattr(files, name)(path, {"words": "x" * 100})
+        WRITERS[name](path)
     assert caught.value.errno == errno.EFBIG
     assert [each.name for each in path.parent.iterdir() if each.suffix == ".part"] == []
+
+
+def test_a_metric_on_a_full_disk_gives_one_sentence(tmp_path):
+    with Logs(tmp_path, num_updates=5, console=Console(quiet=True)) as logs:
+        logs.write(1, {"loss": 1.0})
+        sentence = r"metrics.jsonl could not be written \(File too large\)"
+        with small_files(100), pytest.raises(OSError, match=sentence):
+            logs.write(2, {"loss": 1.0})
+        logs.write(3, {"loss": 1.0})
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 3]
 
 
 def test_a_lock_on_a_full_disk_gives_one_sentence_and_leaves_nothing(tmp_path):

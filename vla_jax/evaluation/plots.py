@@ -5,7 +5,6 @@ safe palette of Okabe and Ito.
 """
 
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vla_jax.evaluation.results import Rate, Summary, mean_interval
+from vla_jax.files import replacing
 
 Path = str | os.PathLike[str]
 Curve = tuple[Sequence[float] | np.ndarray, Sequence[float] | np.ndarray]  # x [N], y [N] or [N, S]
@@ -381,6 +381,5 @@ def _panels(figure: Any, rows: int, columns: int, *, sharex: bool = True) -> lis
 def _write(figure: Any, path: Path, title: str) -> None:
     if title:
         figure.suptitle(title, fontsize=11, color=_INK, x=0.01, ha="left")
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, format="png")
+    with replacing(path) as part:
+        figure.savefig(part, dpi=150, format="png")

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import jax
 from rich.console import Console
 
-from vla_jax.files import Path, read_json_lines, write_json_lines
+from vla_jax.files import Path, append_json_line, read_json_lines, write_json_lines
 from vla_jax.training.progress import progress_bar
 
 Item = TypeVar("Item")
@@ -74,11 +74,9 @@ class Logs:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._scalars = _tensorboard_writer(path.parent, start) if tensorboard else None
         write_json_lines(path, [line for line in read_metrics(path) if line["step"] <= start])
-        self._lines = path.open("a", encoding="utf-8", buffering=1)  # every line is written at once
-        self._shown = shown
+        self._path, self._shown = path, shown
         self._last_step, self._last_time, self._waited = start, time.perf_counter(), 0.0
         self._open = contextlib.ExitStack()
-        self._open.callback(self._lines.close)
         if self._scalars is not None:
             self._open.callback(self._scalars.close)
         self._bar = progress_bar(
@@ -126,7 +124,7 @@ class Logs:
         seconds = max(time_now - self._last_time, 1e-9)
         values["steps_per_second"] = (step - self._last_step) / seconds
         values["data_wait"] = min(self._waited / seconds, 1.0)
-        self._lines.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
+        append_json_line(self._path, {"step": step, **values})
         if self._scalars is not None:
             for name, value in values.items():
                 self._scalars.add_scalar(name, value, step)
