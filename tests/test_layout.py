@@ -8,8 +8,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 LAYERS = (  # a file imports only from its own layer and those above, without cycles
-    "types", "processes", "files", "stopping", "folder_lock", "config", "records", "trees",
-    "compile_cache", "output_pipe", "command_line",
+    "types", "processes", "files", "stopping", "workers", "folder_lock", "config", "records",
+    "trees", "compile_cache", "output_pipe", "command_line",
     "nn", "actions", "envs", "data", "backbones", "policies", "training", "acting", "runs",
     "convert", "evaluation", "rl", "serving",
     "evaluation_setup", "evaluate", "export", "inspect_data", "convert_data", "serve",

@@ -6,7 +6,6 @@ cores run side by side.
 
 import contextlib
 import functools
-import multiprocessing
 import os
 import pathlib
 from collections import deque
@@ -18,7 +17,7 @@ from typing import NamedTuple
 import jax
 
 from train.memory_grid import CloningConfig, GridCell, Score
-from vla_jax import stopping
+from vla_jax import workers
 from vla_jax.training.malloc import keep_freed_memory
 
 RunCell = Callable[..., Score]  # as `memory_grid.run_cell`
@@ -119,10 +118,8 @@ def _in_processes(
 
 
 def _start(job: _Job) -> tuple[Connection, SpawnProcess]:
-    # spawn: a fork of a process that runs JAX threads may hang.
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs, job), daemon=True)
+    ours, theirs = workers.CONTEXT.Pipe()
+    process = workers.CONTEXT.Process(target=_work, args=(theirs, job), daemon=True)
     process.start()
     theirs.close()  # else the end of the worker would not end the stream
     return ours, process
@@ -140,7 +137,6 @@ def _receive(connection: Connection, cell: GridCell) -> _Message:
 
 def _work(connection: Connection, job: _Job) -> None:
     """Trains the cells that arrive, until the parent closes the connection or is gone."""
-    stopping.ignore_ctrl_c()
     keep_freed_memory()
     # Several processes share the memory of an accelerator.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

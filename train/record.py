@@ -14,7 +14,6 @@ goal to policies that remember it (`envs.demonstrations.collect`).
 
 import contextlib
 import math
-import multiprocessing
 import os
 import pathlib
 import sys
@@ -27,7 +26,7 @@ import jax
 import numpy as np
 
 from vla_jax import config as configs
-from vla_jax import stopping
+from vla_jax import workers
 from vla_jax.command_line import run
 from vla_jax.config import checked
 from vla_jax.data.dataset import Episode
@@ -270,9 +269,7 @@ def _in_processes(config: RecordConfig) -> Generator[Episode | None, None, None]
     stops = (min(start + EPISODES_PER_JOB, config.num_episodes) for start in starts)
     jobs = [(config, range(*seeds)) for seeds in zip(starts, stops, strict=True)]
     num_processes = config.num_processes or os.cpu_count() or 1
-    # spawn: a fork of a process that runs JAX threads may hang.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(num_processes, len(jobs)), context, _start_process)
+    pool = ProcessPoolExecutor(min(num_processes, len(jobs)), workers.CONTEXT, _start_process)
     try:
         for episodes in pool.map(_play, jobs):
             yield from episodes
@@ -282,8 +279,7 @@ def _in_processes(config: RecordConfig) -> Generator[Episode | None, None, None]
             "with fewer --num-processes."
         ) from error
     except BaseException:  # the recording ends early
-        for process in multiprocessing.active_children():
-            process.terminate()
+        workers.kill_all()
         raise
     finally:
         pool.shutdown(cancel_futures=True)
@@ -291,7 +287,6 @@ def _in_processes(config: RecordConfig) -> Generator[Episode | None, None, None]
 
 def _start_process() -> None:
     """Keeps JAX of this process on the CPU, and OpenGL in software on one core."""
-    stopping.ignore_ctrl_c()
     jax.config.update("jax_platforms", "cpu")  # else it would reserve most of the GPU's memory
     os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa's threads would contend for busy cores
 

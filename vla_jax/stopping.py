@@ -105,11 +105,6 @@ def exit_on_sigterm() -> Iterator[None]:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def ignore_ctrl_c() -> None:
-    """Leaves Ctrl-C to the parent, which ends this worker process; a terminal sends it to both."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def _exit(number: int, frame: FrameType | None) -> NoReturn:
     del frame
     raise SystemExit(128 + number)

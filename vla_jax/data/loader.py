@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
+from vla_jax import workers
 from vla_jax.config import checked, differences
 from vla_jax.data import image_augment as augmentation
 from vla_jax.data.image_augment import AugmentConfig
@@ -99,10 +100,8 @@ class Loader:
         Raises:
           ChildProcessError: a worker process was killed.
         """
-        if self._iterator is None:
-            self._iterator = _start(self._dataset, self._config, self._num_batches)
         try:
-            batch = next(self._iterator)
+            batch = self._next()
         except RuntimeError as error:
             killed = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
             if killed is None:
@@ -113,6 +112,15 @@ class Loader:
             ) from error
         self._num_batches += 1
         return batch
+
+    def _next(self) -> Batch:
+        if self._iterator is not None:
+            return next(self._iterator)
+        self._iterator = _start(self._dataset, self._config, self._num_batches)
+        if not self._config.num_workers:
+            return next(self._iterator)
+        with workers.shielded():  # grain starts its processes now
+            return next(self._iterator)
 
     def get_state(self) -> dict[str, Any]:
         """Returns position and pipeline, as JSON values."""
@@ -231,9 +239,15 @@ def _start(dataset: Any, config: LoaderConfig, num_batches: int) -> Any:
         batches = batches.mp_prefetch(
             grain.MultiprocessingOptions(
                 num_workers=config.num_workers, per_worker_buffer_size=config.prefetch
-            )
+            ),
+            worker_init_fn=_init_worker,
         )
     return iter(batches)
+
+
+def _init_worker(index: int, count: int) -> None:
+    del index, count
+    workers.end_with_parent()
 
 
 def _read(source: WindowSource, indices: np.ndarray) -> Batch:

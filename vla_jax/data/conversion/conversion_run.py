@@ -7,16 +7,15 @@ depend on: the same conversion continues after the parts that are finished, anot
 import concurrent.futures
 import functools
 import json
-import multiprocessing
 import os
 import pathlib
 import shutil
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from vla_jax import workers
 from vla_jax.config import differences
 from vla_jax.data.conversion.conversion_parts import (
     SHIFT,
@@ -126,13 +125,11 @@ def _finished(
     if num_workers < 1:
         yield from ((part, write(part)) for part in parts)
         return
-    workers = concurrent.futures.ProcessPoolExecutor(
-        min(num_workers, max(len(parts), 1)),
-        multiprocessing.get_context("spawn"),  # PyAV's and Arrow's threads do not survive a fork
-        initializer=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    pool = concurrent.futures.ProcessPoolExecutor(
+        min(num_workers, max(len(parts), 1)), workers.CONTEXT
     )
     try:
-        futures = {workers.submit(write, part): part for part in parts}
+        futures = {pool.submit(write, part): part for part in parts}
         for future in concurrent.futures.as_completed(futures):
             yield futures[future], future.result()
     except concurrent.futures.process.BrokenProcessPool as error:
@@ -140,8 +137,11 @@ def _finished(
             "a process of the conversion was killed, perhaps for lack of memory; run the same "
             "command again to continue, with fewer --num-workers."
         ) from error
+    except BaseException:  # the conversion ends early
+        workers.kill_all()
+        raise
     finally:
-        workers.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _finish(
