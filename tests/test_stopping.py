@@ -16,7 +16,7 @@ import tiny_run
 
 from train.record import RecordConfig, record
 from vla_jax import command_line, evaluate, stopping
-from vla_jax.training import checkpoint, loop
+from vla_jax.training import checkpoint
 from vla_jax.training.logs import read_metrics
 
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -161,20 +161,3 @@ def test_a_second_signal_ends_the_program_at_once(where):
     assert "SIGTERM: stops after this update; a second signal ends at once." in done.stderr or (
         where == "native"  # no handler has run
     )
-
-
-def test_a_loader_whose_workers_were_interrupted_too_does_not_hide_the_stop():
-    def batches():
-        yield 1
-        signal.raise_signal(signal.SIGINT)
-        raise RuntimeError("a worker was killed")
-
-    with stopping.deferred("update") as stop:
-        assert list(loop._until(stop, batches())) == [1]
-
-    def broken():
-        raise RuntimeError("broken")
-        yield
-
-    with stopping.deferred("update") as stop, pytest.raises(RuntimeError, match="broken"):
-        list(loop._until(stop, broken()))

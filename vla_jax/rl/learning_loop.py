@@ -21,7 +21,7 @@ from vla_jax import stopping
 from vla_jax.evaluation import plots, results
 from vla_jax.rl.learner import Learner, LearnState, SeedsConfig, acting_params
 from vla_jax.runs import save_json
-from vla_jax.training import checkpoint, finite, parallel
+from vla_jax.training import checkpoint, finite, parallel, resuming
 from vla_jax.training.logs import Logs, read_metrics
 from vla_jax.training.loop import LoopConfig
 from vla_jax.training.parallel import is_first_process
@@ -125,9 +125,9 @@ def first_state(run_dir: pathlib.Path, state: LearnState) -> tuple[LearnState, i
       state: state before the first update.
     """
     directory = run_dir / "checkpoints"
-    if (latest := checkpoint.latest_step(directory)) is None:
+    if (latest := resuming.common_step(directory)) is None:
         return state, 0
-    return checkpoint.restore(directory, state)[0], latest
+    return checkpoint.restore(directory, state, step=latest)[0], latest
 
 
 def run_updates(
@@ -165,7 +165,7 @@ def run_updates(
     """
     watch = finite.SeedsWatch(loop.skip_bad_updates, config.num_seeds)
     if step:
-        saved = checkpoint.read_metadata(run_dir / "checkpoints")
+        saved = checkpoint.read_metadata(run_dir / "checkpoints", step=step)
         watch.set_state(saved.get("skipped_updates"))
     with contextlib.ExitStack() as stack:
         checkpoints = checkpoint.open_checkpoints(run_dir / "checkpoints", keep=loop.keep)

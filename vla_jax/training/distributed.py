@@ -8,8 +8,10 @@ import atexit
 import contextlib
 import functools
 import importlib
+import math
 import os
 import re
+import signal
 import socket
 import sys
 import threading
@@ -19,12 +21,19 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 
+from vla_jax import stopping
 from vla_jax.config import did_you_mean
 from vla_jax.training import peers
 
 _EVENTS = "vla_jax/events"  # key of what processes announce
+_DONE, _STOPPED = "done", "stopped"  # events: a process has done its work, or ends by a signal
 _BARRIER = 2**31 - 1  # ms that a process waits for the others at most; the watch ends it earlier
-_PEER_LOST = re.compile(r"gloo|nccl|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED", re.IGNORECASE)
+_POLL = 0.5  # s between two looks at the events
+CONNECTION = 300.0  # s in which all processes must have started
+SHUTDOWN = 30  # s in which all processes must leave, once all have done their work
+# Errors of JAX may come from a lost peer, but not these. Some are a ValueError with a status.
+_OWN_ERROR = re.compile("RESOURCE_EXHAUSTED|INVALID_ARGUMENT|UNIMPLEMENTED|[Cc]allback")
+_STATUS = re.compile("(UNKNOWN|INTERNAL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED): ")
 
 
 class Cluster(NamedTuple):
@@ -151,15 +160,16 @@ def connected(option: str) -> Iterator[None]:
     left = threading.Event()
     watch = threading.Thread(target=peers.watch, args=(_runtime().client, left), daemon=True)
     watch.start()
-    with peers.watched_first(_runtime().coordinator_address, left):
+    with peers.explained_aborts(_runtime().coordinator_address, left):
         try:
             _switch_off_cpu_cache()
             yield
+            _meet(_DONE)
         except Exception as error:
             _leave_failed(error, left)
             raise
-        except BaseException:  # all processes stop at the same update
-            _leave(watch, left)
+        except BaseException as stop:
+            _leave_stopped(stop, watch, left)
             raise
         _leave(watch, left)
 
@@ -208,16 +218,18 @@ def wait_for_all(place: str) -> None:
 
 def announce(event: str) -> None:
     """Tells the other processes of an event; see `is_announced`."""
-    if jax.process_count() > 1:
+    if jax.distributed.is_initialized():
         key = f"{_EVENTS}/{event}/{jax.process_index()}"
         _runtime().client.key_value_set(key, "", allow_overwrite=True)
 
 
 def is_announced(event: str) -> bool:
     """Returns True if any process has announced the event on this connection."""
-    if jax.process_count() == 1:
-        return False
-    return bool(_runtime().client.key_value_dir_get(f"{_EVENTS}/{event}"))
+    return jax.distributed.is_initialized() and bool(_announced(event))
+
+
+def _announced(event: str) -> list[tuple[str, str]]:
+    return _runtime().client.key_value_dir_get(f"{_EVENTS}/{event}")
 
 
 def _initialize(option: str, address: Address | None) -> None:
@@ -238,10 +250,15 @@ def _initialize(option: str, address: Address | None) -> None:
             raise _missing(option, cluster, missing)
         arguments = {"cluster_detection_method": cluster.method}
     try:
-        # The watch is faster; JAX's own heartbeats are for a process whose watch has failed.
-        jax.distributed.initialize(
-            **arguments, heartbeat_timeout_seconds=60, shutdown_timeout_seconds=30
-        )
+        # JAX would abort at the end of its own time. Its heartbeats are for a process whose watch
+        # has failed; the watch is faster.
+        with peers.time_limit(CONNECTION, lambda: _not_connected(option)):
+            jax.distributed.initialize(
+                **arguments,
+                initialization_timeout=int(CONNECTION) + 60,
+                heartbeat_timeout_seconds=60,
+                shutdown_timeout_seconds=SHUTDOWN,
+            )
     except Exception as error:
         if "should be defined" in str(error) or "must be defined" in str(error):
             raise ValueError(
@@ -249,9 +266,17 @@ def _initialize(option: str, address: Address | None) -> None:
                 "host:port,processes,index, or none."
             ) from error
         raise RuntimeError(
-            f"distributed {option} could not connect all processes: {error}; check that all of "
-            "them run, and that they reach the host and port of the first one."
+            f"distributed {option} could not connect the processes: {error}; check its host and "
+            "port, or those of the cluster."
         ) from error
+
+
+def _not_connected(option: str) -> str:
+    return (
+        f"distributed {option} must connect all processes within {CONNECTION:.0f} s, but some have "
+        f"not come to {_runtime().coordinator_address}; check that all of them run, and that they "
+        f"reach this host and port; {peers.RESUMES}"
+    )
 
 
 def _switch_off_cpu_cache() -> None:
@@ -274,31 +299,71 @@ def _runtime() -> Any:
     return importlib.import_module("jax._src.distributed").global_state
 
 
+def _meet(*events: str, seconds: float = math.inf) -> bool:
+    """Announces the first event, and waits until all processes have announced one of the events.
+
+    Returns False if that takes longer. Handlers of signals run meanwhile, unlike at a barrier.
+    """
+    announce(events[0])
+    end = time.monotonic() + seconds
+    while max(len(_announced(event)) for event in events) < jax.process_count():
+        if time.monotonic() > end:
+            return False
+        time.sleep(_POLL)
+    return True
+
+
 def _leave(watch: threading.Thread, left: threading.Event) -> None:
-    """Waits for the other processes and disconnects."""
+    """Disconnects; the others do it too."""
     left.set()
     watch.join()
     jax.distributed.shutdown()
 
 
+def _leave_stopped(stop: BaseException, watch: threading.Thread, left: threading.Event) -> None:
+    """Leaves after a signal; ends those of the others that do not stop too."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 has ended
+        if _meet(_STOPPED, _DONE, seconds=peers.SILENCE):  # all stop at the same update
+            _leave(watch, left)
+            return
+    code = stop.code if isinstance(stop, SystemExit) else stopping.EXIT_CODE[signal.SIGINT]
+    code = code if isinstance(code, int) else peers.FAILED
+    _tell(f"was stopped; {peers.RESUMES}", code, left)
+
+
 def _leave_failed(error: Exception, left: threading.Event) -> None:
-    """Reports the error of this process to the others, which do not wait for it then."""
-    if _PEER_LOST.search(str(error)):  # the watch ends this process when it knows which one died
+    """Leaves after an error, which ends the others too."""
+    code, remedy = peers.FAILED, ""
+    if _may_be_of_another(error):
+        # The watch ends this process when it knows which one died or failed.
         time.sleep(peers.SILENCE + 2 * peers.INTERVAL)
+        code, remedy = peers.OTHER_DIED, f"; {peers.RESUMES}"
+    _tell(f"has ended: {' '.join(str(error).split())}{remedy}", code, left)
+
+
+def _may_be_of_another(error: BaseException | None) -> bool:
+    """Returns True if an error, or its cause, may be that of a lost connection."""
+    if jax.process_count() == 1 or error is None:
+        return False
+    if isinstance(error, jax.errors.JaxRuntimeError) or _STATUS.match(str(error)):
+        return not _OWN_ERROR.search(str(error))
+    return _may_be_of_another(error.__cause__ or error.__context__)
+
+
+def _tell(ended: str, code: int, left: threading.Event) -> None:
+    """Ends the others, and this process when Python ends, with the same exit code."""
     left.set()
-    atexit.register(_exit_now)
+    atexit.register(_exit_now, code)
     place = peers.place_of(jax.process_index(), f"{socket.gethostname()}, PID {os.getpid()}")
     with contextlib.suppress(Exception):  # another process was first
-        _runtime().client.key_value_set(
-            peers.NOTE, f"{place} has ended: {' '.join(str(error).split())}"
-        )
+        _runtime().client.key_value_set(peers.NOTE, f"{code} {place} {ended}")
     if jax.process_index() == 0:  # it holds the note, which the others read
         time.sleep(2 * peers.GRACE)
 
 
-def _exit_now() -> None:
+def _exit_now(code: int) -> None:
     """Ends this process; JAX would wait for the others first, and then abort."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # closed
             stream.flush()
-    os._exit(peers.FAILED)
+    os._exit(code)

@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 
 from vla_jax import stopping
 from vla_jax.config import checked, differences
-from vla_jax.stopping import Stop
-from vla_jax.training import checkpoint, distributed, finite, optim, parallel
+from vla_jax.training import checkpoint, distributed, finite, optim, parallel, resuming
+from vla_jax.training.agreement import Votes
 from vla_jax.training.logs import Logs
 from vla_jax.training.optim import OptimConfig
 from vla_jax.training.parallel import ShardingRules, is_first_process
@@ -192,7 +192,8 @@ def fit(
 
     A resumed training is bitwise identical to an uninterrupted one: params, optimiser state, EMA
     and loader position are restored, and randomness depends on `key` and the update number only.
-    SIGTERM and Ctrl-C end it after the update at hand, which is saved.
+    SIGTERM and Ctrl-C end it after the update at hand, which is saved; with several processes after
+    one that comes about a second later.
 
     Args:
       config: length of the training, logs, checkpoints and devices.
@@ -228,19 +229,19 @@ def fit(
         stop = stack.enter_context(stopping.deferred("update"))
         watch = finite.Watch(config.skip_bad_updates, skipped)
         run = _Run(config, run_dir, loader, checkpoints, logs, watch, metadata, schedule, mesh)
+        votes = Votes(step)
         steps = range(step + 1, config.num_updates + 1)
-        batches = _until(stop, logs.timed(loader) if logs else iter(loader))
+        batches = logs.timed(loader) if logs else loader
         for step, batch in zip(steps, batches, strict=False):  # the loader is endless
             train_state, metrics = compiled(train_state, parallel.shard_batch(batch, mesh), key)
             watch.add(step, metrics)
-            if _after_update(run, step, train_state, stop):
+            _after_update(run, step, train_state)
+            if votes.any(step, stop.requested, after=train_state):
                 break
         if parallel.any_process(stop.requested):
-            if step:
-                _save(run, step, train_state)
-                checkpoint.wait(checkpoints)
-            saved = f"update {step} is saved in {run_dir}" if step else "no update was done"
-            stop.end(f"{saved}; the same command resumes")
+            _save(run, step, train_state)
+            checkpoint.wait(checkpoints)
+            stop.end(f"update {step} is saved in {run_dir}; the same command resumes")
     return train_state
 
 
@@ -263,16 +264,16 @@ def _first_state(
 ) -> tuple[TrainState, finite.Skipped]:
     """Returns the latest saved state and sets the loader's position, or makes the first state."""
     directory = run_dir / "checkpoints"
-    if checkpoint.latest_step(directory) is None:
+    if (step := resuming.common_step(directory)) is None:
         return start.make(shardings), finite.NONE_SKIPPED
     placed = parallel.with_shardings(start.shapes, shardings)
-    train_state, saved = checkpoint.restore(directory, placed)
+    train_state, saved = checkpoint.restore(directory, placed, step=step)
     loader.set_state(saved["loader"])
     return train_state, finite.Skipped(*saved.get("skipped_updates", finite.NONE_SKIPPED))
 
 
-def _after_update(run: _Run, step: int, train_state: TrainState, stop: Stop) -> bool:
-    """Logs, checks and saves when it is time; returns True if the training should stop."""
+def _after_update(run: _Run, step: int, train_state: TrainState) -> None:
+    """Logs, checks and saves when it is time."""
     config, logs = run.config, run.logs
     is_last = step == config.num_updates
     is_log = is_last or step % config.log_every == 0
@@ -287,7 +288,6 @@ def _after_update(run: _Run, step: int, train_state: TrainState, stop: Stop) -> 
             logs.write(step, {**values, **extra})
     if is_last or step % config.save_every == 0:
         _save(run, step, train_state)
-    return is_log and parallel.any_process(stop.requested)
 
 
 def _read_metrics(run: _Run) -> dict[str, Any]:
@@ -325,21 +325,3 @@ def _open_logs(
         tensorboard=config.tensorboard,
     )
     return stack.enter_context(logs)
-
-
-def _until(stop: Stop, batches: Iterator[Any]) -> Iterator[Any]:
-    """Yields batches until a stop is requested; every batch that is taken is yielded.
-
-    Several processes take the same number of batches, and agree elsewhere when to stop.
-    """
-    is_alone = jax.process_count() == 1
-    while not (is_alone and stop.requested):
-        try:
-            batch = next(batches)
-        except StopIteration:  # the end of the batches
-            return
-        except Exception:
-            if is_alone and stop.requested:  # Ctrl-C has ended the loader's worker processes too
-                return
-            raise
-        yield batch

@@ -12,8 +12,10 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+
 from vla_jax import config as configs
-from vla_jax.training import optim
+from vla_jax.training import checkpoint, optim, parallel
 
 
 def check(saved: Any, config: Any, folder: pathlib.Path, *, num_updates: int) -> list[str]:
@@ -52,6 +54,29 @@ def check(saved: Any, config: Any, folder: pathlib.Path, *, num_updates: int) ->
             f"{config.loop.num_updates}; choose another --run-dir, or add --overwrite."
         )
     return _schedule_change(saved, config, num_updates)
+
+
+def common_step(directory: pathlib.Path) -> int | None:
+    """Returns the latest step, from which all processes resume; None if there is none.
+
+    A process that sees a network disk as it was some time ago would resume from another one.
+
+    Args:
+      directory: folder of the steps.
+
+    Raises:
+      ValueError: this process does not see what the first one sees.
+    """
+    own = checkpoint.latest_step(directory)
+    found = [] if own is None else [own]
+    first = parallel.agree(found)
+    if found != first:
+        raise ValueError(
+            f"all processes must see the same latest step in {directory}, got {found or 'none'} in "
+            f"process {jax.process_index()} and {first or 'none'} in the first; put the run on a "
+            "disk that they share, or start again a minute later."
+        )
+    return own
 
 
 def may_change(config: Any) -> Iterator[str]:
