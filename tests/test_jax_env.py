@@ -388,7 +388,7 @@ def test_near_objects_occlude_far_ones(picture):
 @pytest.mark.parametrize(
     ("field", "value", "sentence"),
     [
-        ("image_size", -1, "image_size must be >= 0 pixels, got -1"),
+        ("image_size", -1, "image_size must be at least 0, got -1"),
         ("step_size", 0.0, "step_size and turn_size must be > 0 .* got 0.0 and 0.2"),
         ("rotated_share", 1.5, r"rotated_share must be in \[0, 1\], got 1.5"),
         ("max_steps", 0, "max_steps must be >= 1, got 0"),

@@ -124,7 +124,7 @@ def make_training(loss_fn, settings, start):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"rank": -1}, "rank must be 0 or more, got -1"),
+        ({"rank": -1}, "rank must be at least 0, got -1"),
         ({"rank": 2, "alpha": 0.0}, "alpha must be above 0 and finite, got 0.0"),
         ({"rank": 2, "alpha": float("nan")}, "alpha must be above 0 and finite, got nan"),
         ({"rank": 2, "alpha": float("inf")}, "alpha must be above 0 and finite, got inf"),

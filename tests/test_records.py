@@ -89,6 +89,7 @@ SIGNED = {"loss"}
 OPTIONAL = {
     "clipped", "observations_clipped", "result", "norms", "window_errors", "windows",
     "diverged_at", "successes", "before", "after", "larger",
+    "loss",  # of a training without a finite update
 }  # fmt: skip
 FREE = {  # may be absent
     "clipped", "observations_clipped", "lit", "10", "norms", "window_errors", "result", "windows",

@@ -64,11 +64,8 @@ class RecordConfig:
 
     def __post_init__(self):
         """Checks the numbers."""
-        if self.num_episodes < 1 or self.num_processes < 0:
-            raise ValueError(
-                "num_episodes must be >= 1 and num_processes >= 0, got "
-                f"{self.num_episodes} and {self.num_processes}."
-            )
+        if self.num_episodes < 1:
+            raise ValueError(f"num_episodes must be at least 1, got {self.num_episodes}.")
         if self.noise < 0:
             raise ValueError(f"noise must be >= 0 units of action, got {self.noise}.")
         if not 0 <= self.disturbance <= 1:

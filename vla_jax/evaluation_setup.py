@@ -70,9 +70,9 @@ class EvaluateConfig:
         for name, least in (("num_episodes", 1), ("num_simulators", 1), ("num_videos", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
-        if not 0 <= self.first_seed < 2**31 - self.num_episodes:
+        if self.first_seed >= 2**31 - self.num_episodes:
             raise ValueError(
-                f"first_seed must be in [0, 2^31 - num_episodes), got {self.first_seed}."
+                f"first_seed must be below 2^31 - num_episodes, got {self.first_seed}."
             )
         if self.reference and self.remote:
             raise ValueError(

@@ -35,8 +35,6 @@ class LoraConfig:
     rank_stabilized: bool = False  # scale by alpha / √rank instead
 
     def __post_init__(self):
-        if self.rank < 0:
-            raise ValueError(f"rank must be 0 or more, got {self.rank}.")
         if not 0 < self.alpha < math.inf:
             raise ValueError(f"alpha must be above 0 and finite, got {self.alpha}.")
         if self.rank and not self.targets:

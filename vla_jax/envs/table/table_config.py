@@ -23,8 +23,6 @@ class TableConfig:
 
     def __post_init__(self):
         """Checks the sizes."""
-        if self.image_size < 0:
-            raise ValueError(f"image_size must be >= 0 pixels, got {self.image_size}.")
         if self.step_size <= 0 or self.turn_size <= 0:
             raise ValueError(
                 "step_size and turn_size must be > 0 (metres, radians per step), got "
