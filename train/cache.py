@@ -17,7 +17,6 @@ import contextlib
 import hashlib
 import json
 import pathlib
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -48,6 +47,7 @@ from vla_jax.data.dataset import Dataset, digest
 from vla_jax.data.mixing import fit_observation
 from vla_jax.data.token_files import TokenSizes
 from vla_jax.data.windows import Windows
+from vla_jax.files import check_space
 from vla_jax.training import checkpoint, parallel
 from vla_jax.training.distributed import together
 from vla_jax.training.progress import progress_bar
@@ -201,13 +201,7 @@ def _check_space(
     if not (folder / _PARAMS).exists():
         params = jax.tree.leaves(param_shapes(config)["backbone"])
         needed += sum(leaf.size * leaf.dtype.itemsize for leaf in params)
-    existing = next(path for path in folder.absolute().parents if path.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise OSError(
-            f"{folder} needs {needed / _GB:.2f} GB, but its disk has {free / _GB:.2f} GB left; "
-            "free space, or use --cache-dtype bfloat16."
-        )
+    check_space(folder, needed, "use --cache-dtype bfloat16")
     if parallel.is_first_process():
         done = sizes.num_shards - len(missing)
         Console(stderr=True, highlight=False, soft_wrap=True).print(

@@ -10,7 +10,6 @@ complete shard. Images in memory take at most `--dataset.cache-bytes` in each pr
 
 import functools
 import pathlib
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple, cast
@@ -29,6 +28,7 @@ from vla_jax.data import frame_writer
 from vla_jax.data.frame_records import FrameFormat, FrameSizes, records_folder
 from vla_jax.data.raw_frames import RawFrames
 from vla_jax.data.shard_files import shard_folder
+from vla_jax.files import check_space
 from vla_jax.training import parallel
 from vla_jax.training.distributed import together
 from vla_jax.training.progress import progress_bar
@@ -137,12 +137,8 @@ def _announce(cameras: Sequence[Camera], missing: Sequence[Shard]) -> None:
         own = [shard for shard in missing if shard.camera is camera]
         size = sizes.num_frames * sizes.frame_bytes / _GB
         needed = sum(shard.num_frames for shard in own) * sizes.frame_bytes
-        free = shutil.disk_usage(folder).free
-        if sizes.format == "raw" and needed > free:
-            raise OSError(
-                f"{folder} needs {needed / _GB:.2f} GB, but its disk has {free / _GB:.2f} GB left; "
-                "free space, use --frames jpeg, or give another --dataset.decoded-dir."
-            )
+        if sizes.format == "raw":
+            check_space(folder, needed, "use --frames jpeg, or give another --dataset.decoded-dir")
         if parallel.is_first_process():
             done = sizes.num_shards - len(own)
             Console(stderr=True, highlight=False, soft_wrap=True).print(

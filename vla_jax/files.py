@@ -159,6 +159,25 @@ def write_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
         part.write_text(text, encoding="utf-8")
 
 
+def check_space(path: Path, num_bytes: int, remedy: str) -> None:
+    """Raises an OSError if a disk is too small for what is to be written.
+
+    Args:
+      path: file or folder to write; its parents need not exist yet.
+      num_bytes: that it will take.
+      remedy: what helps besides free space.
+    """
+    path = pathlib.Path(path).absolute()
+    existing = next(each for each in (path, *path.parents) if each.exists())
+    free = shutil.disk_usage(existing).free
+    if num_bytes > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"{path} needs {num_bytes / 1e6:,.1f} MB, but its disk has {free / 1e6:,.1f} MB left; "
+            f"free some space, or {remedy}.",
+        )
+
+
 def append_json_line(path: Path, record: Mapping[str, Any]) -> None:
     """Appends one JSON object as a line, which is in the file when this returns.
 
