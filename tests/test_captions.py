@@ -119,8 +119,9 @@ def test_a_words_logits_depend_only_on_earlier_words():
     assert np.abs(np.asarray(changed - apply(PARAMS, features, other))).max() > 1e-3
 
 
-def test_words_outside_the_vocabulary_do_not_give_the_logits_of_its_last_word():
-    words = np.full((B, W, S), V, np.int32)
+@pytest.mark.parametrize("word", [V, -1])
+def test_words_outside_the_vocabulary_do_not_give_the_logits_of_its_last_word(word):
+    words = np.full((B, W, S), word, np.int32)
     assert not np.isfinite(np.asarray(apply(PARAMS, draw_features(), words))[..., 1:, :]).any()
 
 

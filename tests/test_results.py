@@ -89,6 +89,7 @@ def test_a_summary_survives_json(latency):
     played = outcomes("touch", 2, 1) + outcomes("", 0, 0, crashed=1)
     summary = results.summarize(played, latency=latency)
     assert results.from_json(json.loads(json.dumps(results.to_json(summary)))) == summary
+    assert results.from_json(results.to_json(summary)) == summary
 
 
 def test_the_rich_table_and_markdown_have_the_same_cells():

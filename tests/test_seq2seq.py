@@ -284,12 +284,14 @@ def test_a_source_of_another_kind_or_size_is_refused(name, source, key):
         seq2seq.encode(seq2seq.init(key, config), config, source)
 
 
-def test_ids_outside_the_table_are_not_those_of_its_last_row(key):
+@pytest.mark.parametrize("is_negative", [False, True])
+def test_ids_outside_the_table_are_not_those_of_its_last_row(is_negative, key):
     config = CONFIGS["rnn-additive"]
     params = seq2seq.init(key, config)
     size = config.target_size
-    embedded = np.asarray(seq2seq.embed(params, config, np.array([0, size - 1, size])))
+    wrong = -1 if is_negative else size
+    embedded = np.asarray(seq2seq.embed(params, config, np.array([0, size - 1, wrong])))
     assert np.isfinite(embedded[:2]).all()
     assert np.isnan(embedded[2]).all()
-    source = np.full((B, S), config.source_size)
+    source = np.full((B, S), -1 if is_negative else config.source_size)
     assert np.isnan(np.asarray(encode(params, config, source).source.values)).all()

@@ -23,7 +23,7 @@ from train.imitate import imitate
 from train.presets import IMITATE
 from train.pretrain import pretrain
 from train.sweep import SWEEP, SweepConfig, make_members, plan_groups, sweep
-from train.sweep_group import Group, MembersState, final_loss
+from train.sweep_group import NO_LOSS, Group, MembersState, final_loss
 from train.sweep_report import Result
 from vla_jax import files
 from vla_jax.command_line import command_line
@@ -274,13 +274,13 @@ def test_a_member_that_diverges_stops_alone(demos, tmp_path, monkeypatch):
         jnp.array([[1.0], [1.0], [1e30]])  # the loss of the last one is infinite from the start
     )
     zero = jnp.zeros(3, jnp.int32)
-    state = MembersState(jnp.zeros([], jnp.int32), members, jnp.zeros(3), zero, zero)
+    state = MembersState(jnp.zeros([], jnp.int32), members, jnp.full(3, NO_LOSS), zero, zero)
     keys, losses = jax.random.split(jax.random.key(0), 3), []
     for _ in range(5):
         state, metrics = jax.jit(update)(state, jnp.ones(1), keys)
         losses.append(float(metrics["loss"]))
     assert state.diverged_at.tolist() == [0, 3, 2]  # update 2 is bad and skipped, update 3 too
-    assert [final_loss(state, index, 1) for index in (1, 2)] == [1.0, None]
+    assert [final_loss(state, index) for index in (1, 2)] == [1.0, None]
     assert state.loss[1] == 1.0
     assert state.members.params["w"][1] == pytest.approx(-4e19, rel=1e-5)
     assert state.members.params["w"][0] < 1

@@ -339,7 +339,7 @@ def _run_group(
             seed=member.config.seed,
             num_params=num_params(member.config),
             num_updates=int(state.num_updates),
-            loss=final_loss(state, index, config.loop.skip_bad_updates),
+            loss=final_loss(state, index),
             diverged_at=int(state.diverged_at[index]) or None,
             episodes=config.num_episodes if env is not None else 0,
             successes=None if success[index] is None else int(success[index]),

@@ -5,7 +5,6 @@ update of one training is mapped (`vmap`) over the members. All members see the 
 these depend on `--loader.seed` and not on the seed of a training.
 """
 
-import math
 import pathlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -38,6 +37,9 @@ from vla_jax.training.loop import Start, check_resume, fit
 from vla_jax.training.update import TrainState, averaged_params, make_update, with_count
 from vla_jax.types import Array, Env, Key, Metrics, Params
 
+# Loss of a member before its first finite update: a state with NaN would not be saved.
+NO_LOSS = np.finfo(np.float32).max
+
 
 class Member(NamedTuple):
     """One training of a sweep."""
@@ -59,7 +61,7 @@ class MembersState:
 
     num_updates: jax.Array  # [] int32, updates done
     members: TrainState  # leaves [S, ...]
-    loss: jax.Array  # [S] float32, of the last update, or of the last finite one; 0 without any
+    loss: jax.Array  # [S] float32, of the last finite update; NO_LOSS without any
     bad_in_a_row: jax.Array  # [S] int32, updates that were not finite, up to the last one
     diverged_at: jax.Array  # [S] int32, update at which a member diverged; 0 = it has not
 
@@ -113,7 +115,7 @@ def _make_start(keys: Key, config: ImitateConfig, optimizer: Any) -> Start:
     def init(keys: Key, saved: Params) -> MembersState:
         zero = jnp.zeros(len(keys), jnp.int32)
         members = jax.vmap(init_member, in_axes=(0, None))(keys, saved)
-        loss = jnp.zeros(len(keys), jnp.float32)
+        loss = jnp.full(len(keys), NO_LOSS)
         return MembersState(jnp.zeros([], jnp.int32), members, loss, zero, zero)
 
     def make(shardings: Any) -> MembersState:
@@ -166,8 +168,7 @@ def _make_update(config: ImitateConfig, optimizer: Any, factors: Array) -> Calla
             in_a_row,
             jnp.where(diverges, step, state.diverged_at),
         )
-        losses = _last_losses(changed, config.loop.skip_bad_updates)
-        return changed, _summary(metrics, changed, is_bad, losses)
+        return changed, _summary(metrics, changed, is_bad)
 
     return update
 
@@ -182,39 +183,27 @@ def _where(condition: jax.Array, chosen: Any, other: Any) -> Any:
     return jax.tree.map(choose, chosen, other)
 
 
-def _summary(
-    metrics: Metrics, state: MembersState, is_bad: jax.Array, losses: jax.Array
-) -> Metrics:
+def _summary(metrics: Metrics, state: MembersState, is_bad: jax.Array) -> Metrics:
     """Returns the means over the members that have not diverged, and the loss of each member."""
     counts = ~is_bad & (state.diverged_at == 0)
     total = jnp.maximum(jnp.sum(counts), 1)
     means = {
         name: jnp.sum(jnp.where(counts, values, 0.0)) / total for name, values in metrics.items()
     }
+    losses = jnp.where(state.loss == NO_LOSS, jnp.nan, state.loss)  # NaN is left out of the logs
     each = {f"loss/{index:02d}": loss for index, loss in enumerate(losses)}
     return {**means, **each, "diverged": jnp.sum(state.diverged_at > 0)}
 
 
-def _last_losses(state: MembersState, skip_bad_updates: int) -> jax.Array:
-    """Returns the loss `[S]` of the last finite update of each member; NaN if it had none.
-
-    The state has 0 there: a state with NaN would not be saved.
-    """
-    diverged_at_once = state.diverged_at == skip_bad_updates + 1
-    only_bad = (state.diverged_at == 0) & (state.bad_in_a_row == state.num_updates)
-    return jnp.where(diverged_at_once | only_bad, jnp.nan, state.loss)
-
-
-def final_loss(state: MembersState, index: int, skip_bad_updates: int) -> float | None:
+def final_loss(state: MembersState, index: int) -> float | None:
     """Returns the loss of the last finite update of a member; None if it had none.
 
     Args:
       state: of the group.
       index: of the member in it.
-      skip_bad_updates: bad updates in a row after which a member goes on.
     """
-    loss = float(_last_losses(state, skip_bad_updates)[index])
-    return None if math.isnan(loss) else loss
+    loss = np.float32(state.loss[index])
+    return None if loss == NO_LOSS else float(loss)
 
 
 def member_state(state: MembersState, index: int) -> TrainState:

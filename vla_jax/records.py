@@ -162,12 +162,14 @@ def _read_value(
         return _read_value(annotation, value, name, within, bounds)
     if hasattr(annotation, "_field_defaults"):
         return _read_record(annotation, value, f"{name}.", bounds)
-    if origin in (list, tuple) and isinstance(value, list):
-        if origin is tuple and args[-1] is not Ellipsis and len(value) != len(args):
+    if origin in (list, tuple) and isinstance(value, list | tuple):
+        is_fixed = origin is tuple and args[-1] is not Ellipsis
+        if is_fixed and len(value) != len(args):
             raise ValueError(f"{name} must have {len(args)} items, got {len(value)}")
+        members = args if is_fixed else args[:1] * len(value)
         return origin(
-            _read_value(args[0], item, f"{name}[{index}]", within, bounds)
-            for index, item in enumerate(value)
+            _read_value(member, item, f"{name}[{index}]", within, bounds)
+            for index, (member, item) in enumerate(zip(members, value, strict=True))
         )
     if origin is dict and isinstance(value, dict):
         return {
@@ -179,7 +181,8 @@ def _read_value(
     if annotation in (int, float) and type(value) in (int, annotation):
         return annotation(_in_bounds(value, name, within))
     if type(value) is not annotation:
-        expected = getattr(origin or annotation, "__name__", str(annotation))
+        kind = list if origin is tuple else origin or annotation  # JSON has lists alone
+        expected = getattr(kind, "__name__", str(kind))
         raise ValueError(f"{name} must be {expected}, got {_shown(value)}")
     return value
 

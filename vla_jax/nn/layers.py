@@ -44,6 +44,19 @@ def dense(
     return outputs + jnp.broadcast_to(bias, outputs.shape)
 
 
+def embedding(table: Array, ids: Array) -> jax.Array:
+    """Returns the rows `[..., D]` of a table `[N, D]`; NaN for an id that is not in 0 … N-1.
+
+    JAX's indexing gives such an id, also -1, another row of the table.
+
+    Args:
+      table: `[N, D]`.
+      ids: `[...]`, integers.
+    """
+    rows = jnp.asarray(table).at[jnp.asarray(ids)]
+    return rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+
 def dropout(key: Key | None, inputs: jax.Array, rate: float) -> jax.Array:
     """Sets inputs to zero at random and scales the others by 1 / (1 − rate).
 

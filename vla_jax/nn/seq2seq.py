@@ -29,7 +29,7 @@ from vla_jax.config import checked, did_you_mean
 from vla_jax.nn import attention, bptt, layers, recurrence
 from vla_jax.nn.attention import AttentionConfig, Source
 from vla_jax.nn.cells import CELLS, CellName
-from vla_jax.nn.layers import dense, dropout
+from vla_jax.nn.layers import dense, dropout, embedding
 from vla_jax.nn.recurrence import Carry, RecurrenceConfig
 from vla_jax.nn.recurrence_config import Implementation
 from vla_jax.nn.sharded_params import gathered
@@ -358,7 +358,7 @@ def _source(memory: Memory) -> Source:
 def _embed(params: Params, values: Array, size: int, dtype: str) -> jax.Array:
     if "embedding" in params:
         chex.assert_type(values, int)
-        return jnp.take(jnp.asarray(params["embedding"]), values, axis=0)  # NaN outside the table
+        return embedding(params["embedding"], values)
     chex.assert_axis_dimension(values, -1, size)
     return dense(values, **params, dtype=dtype)
 

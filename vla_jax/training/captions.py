@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 from vla_jax.nn import layers, recurrence
 from vla_jax.nn.cells import GRUCarry
-from vla_jax.nn.layers import dense
+from vla_jax.nn.layers import dense, embedding
 from vla_jax.nn.recurrence import RecurrenceConfig
 from vla_jax.training.losses import token_loss
 from vla_jax.trees import under
@@ -71,8 +71,7 @@ def apply(params: Params, features: Array, words: Array) -> jax.Array:
     chex.assert_equal_shape_prefix([features, words], 2)
     summary = _summary(params, rearrange(features, "B W H -> (B W) H"))
     before = rearrange(_word_before(words), "B W S -> (B W) S")
-    # Embeddings of NaN for ids outside the table, which would otherwise be those of its last row.
-    inputs = jnp.take(jnp.asarray(params["embedding"]), before, axis=0) + summary[:, None]
+    inputs = embedding(params["embedding"], before) + summary[:, None]
     gru, carry = _gru(summary.shape[-1]), _first_carry(summary)
     _, hidden = recurrence.apply(params["recurrence"], gru, inputs, carry=carry)
     return dense(hidden, **params["output"]).reshape(*words.shape, -1)
@@ -92,11 +91,11 @@ def decode(params: Params, features: Array, *, max_words: int) -> jax.Array:
     summary = _summary(params, features)
     gru = _gru(summary.shape[-1])
     # Restored params are NumPy arrays, which a tracer cannot index.
-    embedding = jnp.asarray(params["embedding"])
+    table = jnp.asarray(params["embedding"])
 
     def decode_word(state, _):
         carry, word, ended = state
-        inputs = embedding[word] + summary
+        inputs = table[word] + summary
         carry, hidden = recurrence.step(params["recurrence"], gru, carry, inputs)
         argmax = jnp.argmax(dense(hidden, **params["output"]), axis=-1).astype(jnp.int32)
         word = jnp.where(ended, 0, argmax)

@@ -17,6 +17,7 @@ import json
 import math
 import pathlib
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -140,32 +141,39 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     Args:
       path: the file; a last line that a killed program did not finish is ignored.
 
+    Numbers that are not finite, which earlier versions wrote, are left out with a warning.
+
     Raises:
-      ValueError: a line is damaged; a number is not finite, or cannot be.
+      ValueError: a line is damaged, or a number cannot be.
     """
-    lines, before = read_json_lines(path), -1
+    lines, before, num_left_out = read_json_lines(path), -1, 0
     for number, line in enumerate(lines, 1):
         if type(line.get("step")) is not int or line["step"] <= before:
             raise ValueError(
                 f"{path} has a damaged line {number} (expected the step as a whole number that "
                 f"increases, got {json.dumps(line):.80}); delete that line."
             )
-        for name, value in line.items():
-            _check_number(path, number, name, value)
+        for name, value in list(line.items()):
+            if type(value) is float and not math.isfinite(value):
+                del line[name]
+                num_left_out += 1
+            else:
+                _check_number(path, number, name, value)
         before = line["step"]
+    if num_left_out:
+        sentence = f"{path} has {num_left_out} numbers that are not finite: left out."
+        warnings.warn(sentence, stacklevel=2)
     return lines
 
 
 def _check_number(path: Path, number: int, name: str, value: Any) -> None:
     """Raises a ValueError for a value of a line that cannot be."""
     low, high = _RANGES.get(name, (-math.inf, math.inf))
-    if type(value) not in (int, float) or not low <= value <= high or abs(value) == math.inf:
-        what = "a finite number" if low == -math.inf else f"a finite number in [{low:g}, {high:g}]"
-        is_nan = type(value) is float and not math.isfinite(value)
-        every = f"; sed -i '/NaN\\|Infinity/d' {path} deletes all such lines" if is_nan else ""
+    if type(value) not in (int, float) or not low <= value <= high:
+        what = "a number" if low == -math.inf else f"a number in [{low:g}, {high:g}]"
         raise ValueError(
             f"{path} has a damaged line {number} ({name} must be {what}, got {value!r:.40}); "
-            f"delete that line{every}."
+            "delete that line."
         )
 
 
