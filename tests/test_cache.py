@@ -1,5 +1,6 @@
 """Cached tokens equal the outputs of the backbone; a cache is reused only if nothing changed."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import resource
@@ -175,18 +176,27 @@ def test_the_first_bad_token_is_named_and_masked_ones_are_not(dtype, value):
         cache._check_finite(tokens, mask, 100)
 
 
-def test_one_command_at_a_time_computes_the_tokens(config, monkeypatch):
+def test_one_command_computes_the_tokens_and_another_waits_for_them(config, monkeypatch):
     changed = with_instruction_steps(config, 8)
-    encode = cache._encode_missing
+    encode, waiting = cache._encode_missing, []
 
     def meanwhile(*args):
-        with pytest.raises(BlockingIOError, match=r"\.tokens/\w+ is in use by process \d+ on"):
-            tokens_of(changed)
+        waiting.append(pool.submit(tokens_of, changed))
+        with pytest.raises(concurrent.futures.TimeoutError):
+            waiting[0].result(1)
         encode(*args)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(cache, "_encode_missing", meanwhile)
-        files = tokens_of(changed)[1].tokens.files
+    def both():
+        first = tokens_of(changed)
+        return first, waiting[0].result(60)  # it has found all tokens
+
+    monkeypatch.setattr(cache, "_encode_missing", meanwhile)
+    warned = pytest.warns(UserWarning, match=r"/\w+ is in use by process \d+ .* waits for it")
+    with concurrent.futures.ThreadPoolExecutor() as pool, warned:
+        first, second = both()
+    assert len(waiting) == 1
+    files = first[1].tokens.files
+    assert second[1].tokens.files == files
     folder = files[0].parents[1]
     assert not list(folder.parent.glob("*.lock"))
     with pytest.raises(FileExistsError, match="params exists already, perhaps written by another"):

@@ -120,13 +120,13 @@ def frame_tokens(
 
 @contextlib.contextmanager
 def _alone(folder: pathlib.Path) -> Iterator[None]:
-    """Holds the lock of a folder of tokens, for all processes of this command."""
+    """Waits for the lock of a folder of tokens, for all processes of this command."""
     if not parallel.is_first_process():
         yield
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = folder.with_name(f"{folder.name}.lock")
-    with folder_lock.hold(lock, str(folder), "run this command again when it has ended"):
+    with folder_lock.hold(lock, str(folder), "run this command again when it has ended", wait=True):
         yield
 
 

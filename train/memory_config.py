@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass
 
-from vla_jax.config import LEAST_FLOAT, MAX_SIZE, checked, did_you_mean
+from vla_jax.config import LEAST_FLOAT, MAX_SIZE, MAX_STEPS, checked, did_you_mean
 from vla_jax.nn.cells import CELLS, CellName
 from vla_jax.nn.sequence_tasks import TASKS
 
 ALL = "all"  # stands for every cell
-_MOST_STEPS = 2**28  # steps of all sequences of one batch, which lie in memory together
 BLOCK = 50  # updates per jitted call, one point of the curve each
 EXPLODING = {"rnn": 5.0}  # factor of the recurrent kernel with which the gradient explodes
 
@@ -15,9 +14,9 @@ EXPLODING = {"rnn": 5.0}  # factor of the recurrent kernel with which the gradie
 @dataclass(frozen=True)
 @checked(
     hidden_size=(1, MAX_SIZE), num_layers=(1, 1000), batch_size=(1, 2**20),
-    num_trials=(1, MAX_SIZE), max_updates=(1, 2**31 - 1), window_delay=(3, _MOST_STEPS),
-    num_seeds=(1, 10_000), extrapolation=(0, 2**16), chunk=(0, _MOST_STEPS),
-    burn_in=(0, _MOST_STEPS), max_grad_norm=(LEAST_FLOAT, 1e12),
+    num_trials=(1, MAX_SIZE), max_updates=(1, 2**31 - 1), window_delay=(3, MAX_STEPS),
+    num_seeds=(1, 10_000), extrapolation=(0, 2**16), chunk=(0, MAX_STEPS),
+    burn_in=(0, MAX_STEPS), max_grad_norm=(LEAST_FLOAT, 1e12),
 )  # fmt: skip
 class MemoryConfig:
     """Cells, tasks and training of a memory experiment."""
@@ -83,9 +82,9 @@ class MemoryConfig:
             *self.adding, *self.recall, *self.windows, self.window_delay, further, self.chunk
         )
         for name in ("batch_size", "num_trials"):
-            if getattr(self, name) * longest > _MOST_STEPS:
+            if getattr(self, name) * longest > MAX_STEPS:
                 raise ValueError(
-                    f"{name} must be at most {_MOST_STEPS // longest} for sequences of {longest} "
+                    f"{name} must be at most {MAX_STEPS // longest} for sequences of {longest} "
                     f"steps, got {getattr(self, name)}; shorten adding, recall, tracking, "
                     "windows and chunk."
                 )

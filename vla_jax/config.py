@@ -24,6 +24,7 @@ Bounds = tuple[float, float]  # least and greatest value, both included
 LEAST_FLOAT = 1e-12  # lower bound of floats that must be above 0
 MAX_SIZE = 2**24  # upper bound of sizes: arrays of this length can be made
 MAX_LENGTH = 2**20  # upper bound of batches, episodes and their steps
+MAX_STEPS = 2**28  # upper bound of steps that lie in memory together
 MAX_SIDE = 2**14  # upper bound of the sides of images, pixels
 MAX_INT = 2**31 - 1  # upper bound of what is only counted or compared, in 32 bits
 _INT_BOUNDS: Bounds = (0, MAX_SIZE)  # of integers without bounds of their own

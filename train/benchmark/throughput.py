@@ -18,14 +18,13 @@ import numpy as np
 
 from train.deep_sarsa import make_policy
 from vla_jax.command_line import run
-from vla_jax.config import MAX_SIZE, checked
+from vla_jax.config import MAX_SIZE, MAX_STEPS, checked
 from vla_jax.envs import grid
 from vla_jax.envs.grid import GridConfig
 from vla_jax.rl import actor, network
 from vla_jax.rl.network import MEMORIES, NetworkConfig
 from vla_jax.types import Params
 
-_MOST_STEPS = 2**28  # environment steps of a round, which lie in memory together
 _EPSILON = 0.1  # probability of a random action, in both
 
 
@@ -48,9 +47,9 @@ class ThroughputConfig:
         for name in ("num_envs", "num_steps", "loop_steps", "rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.num_envs * self.num_steps > _MOST_STEPS:
+        if self.num_envs * self.num_steps > MAX_STEPS:
             raise ValueError(
-                f"num_steps must be at most {_MOST_STEPS // self.num_envs} with {self.num_envs} "
+                f"num_steps must be at most {MAX_STEPS // self.num_envs} with {self.num_envs} "
                 f"environments, got {self.num_steps}."
             )
         if MEMORIES[self.network.kind].is_recurrent or self.network.object_size:

@@ -183,6 +183,7 @@ def decode_all(frames: RawFrames, name: str, root: pathlib.Path, folder: str | N
 
 
 def _decode(frames: RawFrames, path: pathlib.Path) -> None:
+    path.unlink(missing_ok=True)  # of an earlier version; the new checksum would not be its own
     with replacing(path) as part:
         images = _create(part, frames.shape)
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vla_jax.config import MAX_LENGTH, checked, renamed
+from vla_jax.config import MAX_LENGTH, MAX_STEPS, checked, renamed
 from vla_jax.nn.sharded_params import gathered
 from vla_jax.rl import actor, network, passes
 from vla_jax.rl.actor import Policy, Rollout
@@ -29,8 +29,6 @@ from vla_jax.training.update import (
     make_update,
 )
 from vla_jax.types import DiscreteEnv, Key, Metrics, Params, ShardingRules
-
-_MOST_STEPS = 2**28  # environment steps between two updates, which lie in memory together
 
 
 class LearnState(NamedTuple):
@@ -86,9 +84,9 @@ class SeedsConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         steps = self.num_seeds * self.num_envs * self.num_steps
-        if steps > _MOST_STEPS:
+        if steps > MAX_STEPS:
             raise ValueError(
-                f"num_seeds · num_envs · num_steps must be at most {_MOST_STEPS}, got {steps}; "
+                f"num_seeds · num_envs · num_steps must be at most {MAX_STEPS}, got {steps}; "
                 "reduce one of them."
             )
         if self.solved_by not in ("success", "return"):
