@@ -86,6 +86,22 @@ def test_workers_outlive_a_signal_to_all_and_end_with_their_parent(program, numb
         time.sleep(0.05)
 
 
+def test_a_daemon_does_not_delay_an_error_of_its_parent(tmp_path):
+    """Python waits for daemons at its end, after a SIGTERM that these do not get."""
+    script = tmp_path / "script.py"
+    script.write_text("""
+import time
+from vla_jax import workers
+
+if __name__ == "__main__":
+    workers.CONTEXT.Process(target=time.sleep, args=(600,), daemon=True).start()
+    raise SystemExit(3)
+""")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, str(script)], env=environment, timeout=60, check=False)
+    assert ended.returncode == 3
+
+
 def kill_this_process():
     time.sleep(1)
     os.kill(os.getpid(), signal.SIGKILL)

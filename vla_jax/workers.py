@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from multiprocessing import resource_tracker
+from multiprocessing import popen_spawn_posix, resource_tracker
 from multiprocessing.context import SpawnContext, SpawnProcess
 
 from vla_jax import stopping
@@ -43,8 +43,21 @@ def end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+class _Popen(popen_spawn_posix.Popen):
+    """The handle of a process that would not get the SIGTERM of `terminate`.
+
+    Python calls it at its end for every daemon, and then waits for all of them.
+    """
+
+    def terminate(self) -> None:
+        """Kills the process."""
+        self.kill()
+
+
 class _Worker(SpawnProcess):
     """A process that gets no signals, and ends with its parent."""
+
+    _Popen = _Popen  # pyright: ignore[reportAssignmentType]
 
     def start(self) -> None:
         """Starts the process."""
@@ -55,10 +68,6 @@ class _Worker(SpawnProcess):
         """Runs in the process."""
         end_with_parent()
         super().run()
-
-    def terminate(self) -> None:
-        """Kills the process, which would not get SIGTERM."""
-        self.kill()
 
 
 class WorkerContext(SpawnContext):
