@@ -29,12 +29,18 @@ def test_reports_are_hidden_inside_and_the_hook_is_restored(reports, hidden):
     assert sys.unraisablehook is before
 
 
-@pytest.mark.parametrize("hidden", [orbax_errors.quiet, orbax_errors.collected])
-def test_after_a_failure_late_reports_stay_hidden(reports, hidden):
-    """The slowest of the other writes may end after the program has told of the failure."""
+def test_another_error_inside_restores_the_hook(reports):
+    before = sys.unraisablehook
+    with pytest.raises(FileNotFoundError), orbax_errors.quiet():
+        raise FileNotFoundError("no such config")
+    assert sys.unraisablehook is before
+
+
+def test_after_a_failed_save_late_reports_stay_hidden(reports):
+    """The slowest of the other writes may end after the program has reported the failure."""
     with orbax_errors.quiet():
         for _ in range(2):
-            with pytest.raises(OSError, match="full"), hidden():
+            with pytest.raises(OSError, match="full"), orbax_errors.collected():
                 raise OSError("full")
     hook = sys.unraisablehook
     hook(LATE)

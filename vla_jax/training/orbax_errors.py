@@ -62,10 +62,11 @@ def readable(path: pathlib.Path) -> Iterator[None]:
 @contextlib.contextmanager
 def collected() -> Iterator[None]:
     """Waits for the other reads or writes after one has failed, and ignores their reports."""
-    with _quiet_pending():
+    with _quiet_pending() as hook:
         try:
             yield
         except Exception as error:  # many types
+            hook.stays = True
             time.sleep(_PENDING)
             # Python reports the other failures when it collects the frames that refer to them:
             # collect these here, where the reports are ignored.
@@ -85,7 +86,7 @@ class _IgnorePending:
 
     def __init__(self, before: Callable[[Any], Any]) -> None:
         self.before = before  # gets the other reports
-        self.stays = False  # after a failure: the slowest write ends at any later time
+        self.stays = False  # after a failed save or read: the slowest ends at any later time
 
     def __call__(self, report: Any) -> None:
         if not str(report.exc_value).endswith(("Event loop is closed", "was never awaited")):
@@ -93,19 +94,17 @@ class _IgnorePending:
 
 
 @contextlib.contextmanager
-def _quiet_pending() -> Iterator[None]:
+def _quiet_pending() -> Iterator[_IgnorePending]:
     """Ignores what ends, or never starts, after one read or write of Orbax has failed.
 
-    Python reports them through `sys.unraisablehook`, which is restored at the end if none failed.
+    Python reports them through `sys.unraisablehook`, which is restored at the end unless the hook
+    that this yields is marked to stay.
     """
     before = sys.unraisablehook
     hook = before if isinstance(before, _IgnorePending) else _IgnorePending(before)
     sys.unraisablehook = hook
     try:
-        yield
-    except Exception:
-        hook.stays = True
-        raise
+        yield hook
     finally:
         if not hook.stays:
             sys.unraisablehook = before
