@@ -78,7 +78,7 @@ def test_one_process_is_asked_at_every_update_and_several_are_heard(others, monk
 def test_a_process_that_sees_another_step_than_the_first_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "latest_step", lambda directory: 4)
     assert resuming.common_step(tmp_path) == 4
-    for first, words in (([6], "and .6. in the first"), ([], "and none in the first")):
+    for first, words in (([6], "and 6 in the first"), ([], "and none in the first")):
         monkeypatch.setattr(parallel, "agree", lambda found, first=first: first)
-        with pytest.raises(ValueError, match=rf"got .4. in process 0 {words}; put the run on"):
+        with pytest.raises(ValueError, match=rf"got 4 in process 0 {words}; put the run on"):
             resuming.common_step(tmp_path)

@@ -71,10 +71,11 @@ def common_step(directory: pathlib.Path) -> int | None:
     found = [] if own is None else [own]
     first = parallel.agree(found)
     if found != first:
+        here, there = (str(*steps) or "none" for steps in (found, first))
         raise ValueError(
-            f"all processes must see the same latest step in {directory}, got {found or 'none'} in "
-            f"process {jax.process_index()} and {first or 'none'} in the first; put the run on a "
-            "disk that they share, or start again a minute later."
+            f"all processes must see the same latest step in {directory}, got {here} in process "
+            f"{jax.process_index()} and {there} in the first; put the run on a disk that they "
+            "share, or start again a minute later."
         )
     return own
 
