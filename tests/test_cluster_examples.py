@@ -76,6 +76,18 @@ def test_a_job_fails_at_once_if_an_option_is_wrong_and_continues_if_a_peer_died(
     assert codes == {"operator": "In", "values": [peers.FAILED]}
 
 
+@pytest.mark.parametrize("name", KUBERNETES)
+def test_a_job_ends_after_some_starts_of_each_pod(name):
+    *_, workload = yaml.safe_load_all(read(name))
+    spec = job = workload["spec"]
+    if workload["kind"] == "JobSet":
+        (group,) = spec["replicatedJobs"]
+        job, limit = group["template"]["spec"], spec["failurePolicy"]["maxRestarts"]
+    else:
+        limit = spec["backoffLimit"]
+    assert limit == 20 * job["completions"]
+
+
 def requeued(code, restarts):
     """Whether the sbatch file puts its job in the queue again after an exit code of `srun`."""
     text = read("slurm/train.sbatch")

@@ -34,6 +34,7 @@ ENDS = {
     "full": jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"),
     "lost": jax.errors.JaxRuntimeError("INTERNAL: connection reset"),
     "stopped": SystemExit(143),
+    "exits": SystemExit(3),
 }
 with exit_codes(), distributed.connected(option):
     assert not jax.config.jax_enable_compilation_cache
@@ -106,7 +107,7 @@ def test_an_abort_of_another_cause_stays_an_abort():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [1, 0])
-def test_a_process_that_fails_tells_the_others_why(victim):
+def test_the_others_end_with_the_error_of_a_process_that_fails(victim):
     processes = start_all("fails", victim)
     ended = end(processes)
     assert [code for code, _, _ in ended] == [2] * 4
@@ -123,8 +124,14 @@ def test_a_process_that_fails_tells_the_others_why(victim):
         ("stopped", 1, 143, "was stopped; the same command continues"),
         ("stopped", 0, 143, "was stopped; the same command continues"),
         ("late, stopped", 0, 143, "was stopped; the same command continues"),
-        ("lost", 1, 75, "has ended: INTERNAL: connection reset; the same command continues"),
+        (
+            "lost",
+            1,
+            75,
+            "connection reset; this may be a lost connection; the same command may continue",
+        ),
         ("full", 1, 2, "has ended: RESOURCE_EXHAUSTED: out of memory"),
+        ("exits", 1, 3, "has ended with exit code 3"),
     ],
 )
 def test_a_process_that_ends_too_early_gives_the_others_its_exit_code(
@@ -136,6 +143,63 @@ def test_a_process_that_ends_too_early_gives_the_others_its_exit_code(
     last = ended[1 - victim][2].splitlines()[-1]
     assert last.startswith(f"error: process {victim} of 2 (")
     assert last.endswith(sentence)
+
+
+ERRORS = {  # status and text -> whether it may be that of a lost connection
+    "UNKNOWN: Gloo all-reduce failed: Connection closed by peer": True,
+    "INTERNAL: NCCL operation ncclGroupEnd() failed": True,
+    "FAILED_PRECONDITION: Agent must be in CONNECTED state. It is currently in ERROR.": True,
+    "FAILED_PRECONDITION: DNN library initialization failed": False,
+    "NOT_FOUND: No kernel symbol": False,
+    "INTERNAL: Autotuning failed for HLO: NOT_FOUND": False,
+    "INTERNAL: ptxas exited with non-zero error code 65280": False,
+    "INTERNAL: Failed to compile the module": False,
+    "RESOURCE_EXHAUSTED: Out of memory": False,
+}
+
+
+def caught(raise_it):
+    with pytest.raises(Exception) as found:  # noqa: PT011
+        raise_it()
+    return found.value
+
+
+@pytest.mark.parametrize(("text", "expected"), ERRORS.items())
+def test_faults_that_each_start_repeats_are_not_those_of_a_connection(text, expected, monkeypatch):
+    """An error counts as what it came from, unless `from None` says that it came from nothing."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    error = jax.errors.JaxRuntimeError(text)
+
+    def explain():
+        try:
+            raise error
+        except RuntimeError:
+            raise ValueError("explained")  # noqa: B904
+
+    def replace():
+        try:
+            raise error
+        except RuntimeError:
+            raise ValueError("replaced") from None
+
+    for each in (error, caught(explain)):
+        assert distributed._may_be_of_another(each) == expected
+    assert not distributed._may_be_of_another(caught(replace))
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (KeyboardInterrupt(), 130),
+        (SystemExit(143), 143),
+        (SystemExit(), 0),
+        (SystemExit(3), 3),
+        (SystemExit("a sentence"), 1),
+        (ValueError("another"), 2),
+    ],
+)
+def test_a_process_that_ends_early_keeps_its_exit_code(error, code):
+    assert distributed._exit_code(error) == code
 
 
 @pytest.mark.slow

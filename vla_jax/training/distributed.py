@@ -32,7 +32,12 @@ _POLL = 0.5  # s between two looks at the events
 CONNECTION = 300.0  # s in which all processes must have started
 SHUTDOWN = 30  # s in which all processes must leave, once all have done their work
 # Errors of JAX may come from a lost peer, but not these. Some are a ValueError with a status.
-_OWN_ERROR = re.compile("RESOURCE_EXHAUSTED|INVALID_ARGUMENT|UNIMPLEMENTED|[Cc]allback")
+_OWN_ERROR = re.compile(
+    "RESOURCE_EXHAUSTED|INVALID_ARGUMENT|UNIMPLEMENTED|NOT_FOUND|[Cc]allback"
+    "|FAILED_PRECONDITION(?!: Agent)"  # the agent is that of the connection
+    "|INTERNAL: .*([Aa]utotun|ptxas|[Cc]ompil)"
+)
+_PERHAPS_LOST = "this may be a lost connection; the same command may continue"
 _STATUS = re.compile("(UNKNOWN|INTERNAL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED): ")
 
 
@@ -165,11 +170,12 @@ def connected(option: str) -> Iterator[None]:
             _switch_off_cpu_cache()
             yield
             _meet(_DONE)
-        except Exception as error:
-            _leave_failed(error, left)
-            raise
-        except BaseException as stop:
-            _leave_stopped(stop, watch, left)
+        except BaseException as error:
+            code = _exit_code(error)
+            if code in stopping.EXIT_CODE.values():
+                _leave_stopped(code, watch, left)
+            else:
+                _leave_failed(error, code, left)
             raise
         _leave(watch, left)
 
@@ -217,7 +223,7 @@ def wait_for_all(place: str) -> None:
 
 
 def announce(event: str) -> None:
-    """Tells the other processes of an event; see `is_announced`."""
+    """Announces an event to the other processes; see `is_announced`."""
     if jax.distributed.is_initialized():
         key = f"{_EVENTS}/{event}/{jax.process_index()}"
         _runtime().client.key_value_set(key, "", allow_overwrite=True)
@@ -300,8 +306,9 @@ def _runtime() -> Any:
 
 
 def _meet(*events: str, seconds: float = math.inf) -> bool:
-    """Announces the first event, and waits until all processes have announced one of the events.
+    """Announces the first event, and waits until all have announced the same one of the events.
 
+    A process that is done waits until all are done: one that was stopped may not leave it alone.
     Returns False if that takes longer. Handlers of signals run meanwhile, unlike at a barrier.
     """
     announce(events[0])
@@ -320,25 +327,34 @@ def _leave(watch: threading.Thread, left: threading.Event) -> None:
     jax.distributed.shutdown()
 
 
-def _leave_stopped(stop: BaseException, watch: threading.Thread, left: threading.Event) -> None:
+def _exit_code(error: BaseException) -> int:
+    """Returns the exit code of a process that ends by an error or a signal."""
+    if isinstance(error, KeyboardInterrupt):
+        return stopping.EXIT_CODE[signal.SIGINT]
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    return peers.FAILED
+
+
+def _leave_stopped(code: int, watch: threading.Thread, left: threading.Event) -> None:
     """Leaves after a signal; ends those of the others that do not stop too."""
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 has ended
         if _meet(_STOPPED, _DONE, seconds=peers.SILENCE):  # all stop at the same update
             _leave(watch, left)
             return
-    code = stop.code if isinstance(stop, SystemExit) else stopping.EXIT_CODE[signal.SIGINT]
-    code = code if isinstance(code, int) else peers.FAILED
-    _tell(f"was stopped; {peers.RESUMES}", code, left)
+    _end_all(f"was stopped; {peers.RESUMES}", code, left)
 
 
-def _leave_failed(error: Exception, left: threading.Event) -> None:
-    """Leaves after an error, which ends the others too."""
-    code, remedy = peers.FAILED, ""
-    if _may_be_of_another(error):
+def _leave_failed(error: BaseException, code: int, left: threading.Event) -> None:
+    """Leaves after an error, or an exit of one process alone, which ends the others too."""
+    ended = f"has ended: {' '.join(str(error).split())}"
+    if isinstance(error, SystemExit):
+        ended = f"has ended with exit code {code}"
+    elif _may_be_of_another(error):
         # The watch ends this process when it knows which one died or failed.
         time.sleep(peers.SILENCE + 2 * peers.INTERVAL)
-        code, remedy = peers.OTHER_DIED, f"; {peers.RESUMES}"
-    _tell(f"has ended: {' '.join(str(error).split())}{remedy}", code, left)
+        code, ended = peers.OTHER_DIED, f"{ended}; {_PERHAPS_LOST}"
+    _end_all(ended, code, left)
 
 
 def _may_be_of_another(error: BaseException | None) -> bool:
@@ -347,16 +363,20 @@ def _may_be_of_another(error: BaseException | None) -> bool:
         return False
     if isinstance(error, jax.errors.JaxRuntimeError) or _STATUS.match(str(error)):
         return not _OWN_ERROR.search(str(error))
-    return _may_be_of_another(error.__cause__ or error.__context__)
+    context = None if error.__suppress_context__ else error.__context__
+    return _may_be_of_another(error.__cause__ or context)
 
 
-def _tell(ended: str, code: int, left: threading.Event) -> None:
-    """Ends the others, and this process when Python ends, with the same exit code."""
+def _end_all(ended: str, code: int, left: threading.Event) -> None:
+    """Ends the others, and this process when Python ends, with the same exit code.
+
+    The others, whose work is not done, end with that of an error instead of 0.
+    """
     left.set()
     atexit.register(_exit_now, code)
     place = peers.place_of(jax.process_index(), f"{socket.gethostname()}, PID {os.getpid()}")
     with contextlib.suppress(Exception):  # another process was first
-        _runtime().client.key_value_set(peers.NOTE, f"{code} {place} {ended}")
+        _runtime().client.key_value_set(peers.NOTE, f"{code or peers.FAILED} {place} {ended}")
     if jax.process_index() == 0:  # it holds the note, which the others read
         time.sleep(2 * peers.GRACE)
 
