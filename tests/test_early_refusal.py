@@ -162,10 +162,11 @@ def suite(request, tmp_path):
 
 def test_a_suite_is_never_written_among_other_files(suite):
     function, config, run_dir = suite
-    write(run_dir, {"results.csv": "mine"})
+    before = {"log.txt": "mine", "results.csv": "mine"}
+    write(run_dir, before)
     with pytest.raises(ValueError, match=r"must be a new folder or that of a run.*results\.csv"):
         function(config)
-    assert content(run_dir) == {"results.csv": "mine"}
+    assert content(run_dir) == before
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -193,7 +194,8 @@ def wrong_runs(folder):
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_chains_of_a_wrong_run_change_nothing(tmp_path, monkeypatch, overwrite):
-    before = {"config.json": '{"run_dir": "x"}', "results.jsonl": "mine\n"}
+    saved = '{"config_class": "ChainsConfig", "run_dir": "x"}'
+    before = {"config.json": saved, "results.jsonl": "mine\n"}
     write(tmp_path / "run", before)
     config = ChainsConfig(run="absent", run_dir=str(tmp_path / "run"), overwrite=overwrite)
     with pytest.raises(FileNotFoundError, match="run folder absent is missing"):

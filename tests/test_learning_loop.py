@@ -115,6 +115,15 @@ def test_seeds_differ_and_each_has_its_learning_curve(whole, capsys):
     assert (run_dir / "curve.png").stat().st_size > 1000
 
 
+def test_a_value_that_a_log_left_out_is_nan_in_the_curve(tmp_path):
+    lines = [{"success/00": 0.5}, {"success/01": 1.0, "success/00": 0.75}, {"return/00": 1.0}]
+    steps = ({"step": n, "env_steps": 10 * n, **line} for n, line in enumerate(lines, 1))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps))
+    env_steps, values = read_curve(tmp_path, "success")
+    np.testing.assert_array_equal(env_steps, [10, 20, 30])
+    np.testing.assert_array_equal(values, [[0.5, np.nan], [0.75, 1.0], [np.nan, np.nan]])
+
+
 @pytest.mark.slow
 def test_a_seed_that_has_solved_its_environment_stops_learning(tmp_path):
     seeds = SeedsConfig(**{**vars(SEEDS), "solved_at": -1.0})
@@ -181,7 +190,7 @@ def test_environments_that_cannot_be_sharded_are_refused(tmp_path):
 def test_a_config_that_does_not_fit_leaves_an_earlier_run_unchanged(tmp_path):
     parts = {**PARTS, "network": NetworkConfig(object_size=3)}
     config = SarsaConfig(run_dir=str(tmp_path), loop=LOOP, overwrite=True, **parts)
-    earlier = json.dumps({"run_dir": str(tmp_path)})
+    earlier = json.dumps({configs.CLASS: "SarsaConfig", "run_dir": str(tmp_path)})
     (tmp_path / "config.json").write_text(earlier)
     with pytest.raises(ValueError, match="object_size must be 0 or 4"):
         deep_sarsa.train(config)

@@ -95,9 +95,15 @@ def test_a_folder_of_an_earlier_version_without_a_config_is_continued(
     outputs, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(memory_records, "train", None)  # nothing is trained again
-    (tmp_path / "results.jsonl").write_bytes((outputs[0] / "results.jsonl").read_bytes())
+    file, config = tmp_path / "results.jsonl", dataclasses.replace(TINY, run_dir=str(tmp_path))
+    file.write_text('{"accuracy": 0.5}\n')
+    with pytest.raises(ValueError, match=r"results\.jsonl has a damaged line 1 .*settings"):
+        memory.memory(config)
+    file.write_bytes((outputs[0] / "results.jsonl").read_bytes())
+    with pytest.raises(ValueError, match=r"delete it yourself, or continue it without --overwrite"):
+        memory.memory(dataclasses.replace(config, overwrite=True))
     with pytest.warns(UserWarning, match=r"results\.jsonl is taken for that of an earlier version"):
-        memory.memory(dataclasses.replace(TINY, run_dir=str(tmp_path)))
+        memory.memory(config)
     assert (tmp_path / "config.json").exists()
 
 

@@ -12,6 +12,7 @@ import tiny_demos
 import tiny_run
 
 from vla_jax import backbones, runs
+from vla_jax import config as configs
 from vla_jax.acting import mixture_robots
 from vla_jax.acting.agent import AgentConfig, read_instruction
 from vla_jax.acting.mixture_robots import MixtureRobot
@@ -243,5 +244,16 @@ def test_a_world_that_differs_from_the_checkpoint_is_refused(tmp_path):
     for read in (runs.load_run, runs.read_world):
         with pytest.raises(ValueError, match=r"world\.json must be as .* max_steps was 5 and is 6"):
             read(folder)
-    (folder / "world.json").unlink()  # as without one: an evaluation asks for --world
-    assert runs.load_run(folder).world is None
+    (folder / "world.json").unlink()
+    assert runs.load_run(folder).world == runs.read_world(folder) == world
+
+
+@pytest.mark.parametrize("change_of_world", [{"kind": "table_jacks"}, {"max_step": 6}])
+@pytest.mark.parametrize("has_file", [False, True])
+def test_a_wrong_world_is_that_of_the_checkpoint(folder, monkeypatch, has_file, change_of_world):
+    if not has_file:
+        (folder / "world.json").unlink()
+    saved = {"world": configs.to_dict(tiny_run.WORLD) | change_of_world}
+    monkeypatch.setattr(checkpoint, "read_metadata", lambda *_: saved)
+    with pytest.raises(ValueError, match=f"^metadata of the checkpoint in {folder}"):
+        runs.read_world(folder)

@@ -123,7 +123,7 @@ def demo(config: DemoConfig) -> pathlib.Path:
     """Runs all steps and prints a table; returns the page with the results."""
     began = time.perf_counter()
     steps, evaluations = make_steps(config)
-    run_dir = open_run(config.run_dir, config, overwrite=False, mark=LOG)
+    run_dir = open_run(config.run_dir, config, overwrite=False)
     run_steps(steps, run_dir / LOG, console=Console(stderr=True))
     first = {title: folders[0] for title, folders in evaluations.items()}
     page = report.write_index(run_dir, evaluations=first, title="vla_jax demo")

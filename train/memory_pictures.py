@@ -93,7 +93,7 @@ def memory_pictures(config: MemoryPicturesConfig) -> pathlib.Path:
     """Runs all steps and prints a table; returns the page with the results."""
     began = time.perf_counter()
     steps = [step for task in config.tasks for step in make_steps(config, task)]
-    run_dir = open_run(config.run_dir, config, overwrite=False, mark=LOG)
+    run_dir = open_run(config.run_dir, config, overwrite=False)
     console = Console(stderr=True)
     run_steps(steps, run_dir / LOG, console=console, name="memory suite from pictures")
     evaluations = {

@@ -258,7 +258,7 @@ def save_member(
     """
     delete_folder(folder)
     agent, config = _agent(member.config, data), member.config
-    configs.save(config, folder / "config.json")
+    configs.save_of_run(config, folder / "config.json")
     write_acting(folder, agent, data.norm_stats, config.world)
     mixture_robots.write(folder, data.robots)
     directory = folder / "checkpoints"

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from vla_jax.files import read_json, write_json
 
 Config = TypeVar("Config")
-
+CLASS = "config_class"  # key in the file of a run, besides the fields: name of the class
 
 Bounds = tuple[float, float]  # least and greatest value, both included
 LEAST_FLOAT = 1e-12  # lower bound of floats that must be above 0
@@ -168,14 +168,28 @@ def save(config: Any, path: str | os.PathLike[str]) -> None:
     write_json(path, to_dict(config))
 
 
+def save_of_run(config: Any, path: str | os.PathLike[str]) -> None:
+    """Writes the config of a script as `save` does, with the name of its class.
+
+    Runs of two scripts, whose fields may be the same, can be told apart by it.
+    """
+    write_json(path, {CLASS: type(config).__name__, **to_dict(config)})
+
+
 def load(cls: type[Config], path: str | os.PathLike[str]) -> Config:
-    """Returns the instance of `cls` that `save` wrote to `path`.
+    """Returns the instance of `cls` that `save` or `save_of_run` wrote to `path`.
 
     Raises:
       FileNotFoundError: there is no such file.
       ValueError: the file is not JSON, or does not describe a `cls`.
     """
     data = read_json(path, f"a {cls.__name__}")
+    found = data.pop(CLASS, cls.__name__)
+    if found != cls.__name__:
+        raise ValueError(
+            f"{path} must be the {cls.__name__} of a run, got the {found} of another script; "
+            "choose another folder."
+        )
     try:
         return from_dict(cls, data)
     except ValueError as error:

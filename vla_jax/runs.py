@@ -97,7 +97,7 @@ def open_run(run_dir: Path, config: Any, *, overwrite: bool, mark: str = "") -> 
         for left in opening.contents(path) if is_earlier else path.glob("*.part"):
             delete(left)
         if not file.exists() or configs.load(type(config), file) != config:
-            configs.save(config, file)
+            configs.save_of_run(config, file)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("run folder")
     return path
@@ -244,10 +244,12 @@ def read_agent(run_dir: Path) -> AgentConfig:
 
 
 def read_world(run_dir: Path) -> WorldConfig | None:
-    """Returns the environment config of a run folder; None if it has no `world.json`.
+    """Returns the environment config of a run folder; None if it is unknown.
+
+    Without `world.json` it is that of the latest checkpoint, if the checkpoint has one.
 
     Raises:
-      ValueError: the file is damaged, its world is unknown, or not that of the latest checkpoint.
+      ValueError: file or checkpoint is damaged, the world is unknown, or they differ.
     """
     folder = pathlib.Path(run_dir)
     directory = folder / "checkpoints"
@@ -256,26 +258,28 @@ def read_world(run_dir: Path) -> WorldConfig | None:
 
 
 def _read_world(folder: pathlib.Path, saved: Mapping[str, Any]) -> WorldConfig | None:
-    path = folder / "world.json"
-    if not path.exists():
-        return None
-    world = _make_world(read_json(path, "world"), path)
+    path, trained = folder / "world.json", None
     if "world" in saved:  # not of earlier versions, nor of converted weights
-        _refuse(path, configs.differences(_make_world(saved["world"], path), world))
+        trained = _make_world(saved["world"], f"metadata of the checkpoint in {folder}")
+    if not path.exists():
+        return trained
+    world = _make_world(read_json(path, "world"), str(path))
+    if trained is not None:
+        _refuse(path, configs.differences(trained, world))
     return world
 
 
-def _make_world(data: Mapping[str, Any], path: pathlib.Path) -> WorldConfig:
-    """Returns the environment config in `world.json`, or in the metadata of a checkpoint."""
+def _make_world(data: Mapping[str, Any], place: str) -> WorldConfig:
+    """Returns the environment config that was read from a file or a checkpoint."""
     kind = str(data.get("kind"))
     if kind not in worlds.WORLDS:
         raise ValueError(
-            f"{path}: unknown world '{kind}'; {configs.did_you_mean(kind, worlds.WORLDS)}"
+            f"{place}: unknown world '{kind}'; {configs.did_you_mean(kind, worlds.WORLDS)}"
         )
     try:
         return configs.from_dict(worlds.WORLDS[kind].config, data)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{place}: {error}") from error
 
 
 def _files(agent: AgentConfig) -> dict[str, pathlib.Path]:

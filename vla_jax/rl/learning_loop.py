@@ -328,14 +328,16 @@ def make_result(
 def read_curve(run_dir: pathlib.Path, name: str) -> plots.Curve:
     """Returns a learning curve: environment steps `[num_logs]`, values `[num_logs, num_seeds]`.
 
+    A value is NaN where a log left it out, since it was not finite.
+
     Args:
       run_dir: folder of the run.
       name: metric, "return" or "success".
     """
     lines = read_metrics(run_dir / "metrics.jsonl")
-    columns = sorted(key for key in lines[0] if key.startswith(f"{name}/"))
+    columns = sorted({key for line in lines for key in line if key.startswith(f"{name}/")})
     env_steps = np.array([line["env_steps"] for line in lines])
-    return env_steps, np.array([[line[key] for key in columns] for line in lines])
+    return env_steps, np.array([[line.get(key, np.nan) for key in columns] for line in lines])
 
 
 def write_report(config: SeedsConfig, run_dir: pathlib.Path, result: LearningResult) -> None:

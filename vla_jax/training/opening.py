@@ -28,12 +28,18 @@ def check(path: pathlib.Path, config: Any, *, overwrite: bool, mark: str = "") -
     run_lock.check_writable(path)
     file = path / "config.json"
     others = _others(path)
+    is_earlier = mark in others and not file.exists()
     if overwrite:
+        if is_earlier:  # it may hold anything else, which the run did not write
+            raise ValueError(
+                f"{path} is that of an earlier version, which wrote no config.json; delete it "
+                "yourself, or continue it without --overwrite."
+            )
         if others:
             _check_deletable(path, config)
         return []
     if not file.exists():
-        if mark in others:
+        if is_earlier:
             return [f"{path} has no config.json; {mark} is taken for that of an earlier version."]
         if others:
             raise ValueError(
@@ -63,12 +69,23 @@ def _check_deletable(path: pathlib.Path, config: Any) -> None:
         raise ValueError(
             f"{path} is not a run folder (no config.json of a run); delete it yourself."
         )
-    saved = getattr(type(config), "upgrade", dict)(saved)
-    unknown = [name for name in saved if name not in {f.name for f in dataclasses.fields(config)}]
-    if unknown:
+    cls = type(config)
+    writer = saved.pop(configs.CLASS, None)
+    if writer is not None and writer != cls.__name__:
         raise ValueError(
-            f"{path} must hold a run of the same script to be deleted, but its config.json has "
-            f"{', '.join(unknown[:3])}; choose another --run-dir, or delete it yourself."
+            f"{path} must hold a run of the same script to be deleted, but its config.json is the "
+            f"{writer} of another one; choose another --run-dir, or delete it yourself."
+        )
+    # Earlier versions wrote no class. Of other scripts the fields differ, but one that is absent
+    # may also have been added since.
+    names = {field.name for field in dataclasses.fields(config)}
+    found = getattr(cls, "upgrade", dict)(saved).keys()
+    differing = [*sorted(found - names), *sorted(names - found)]
+    if writer is None and differing:
+        raise ValueError(
+            f"{path} must hold a run of the same script to be deleted, but its config.json, of an "
+            "earlier version, may be that of another one: it differs in "
+            f"{', '.join(differing[:3])}; choose another --run-dir, or delete it yourself."
         )
 
 
