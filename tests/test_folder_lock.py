@@ -124,10 +124,10 @@ def test_a_second_holder_can_wait(path, monkeypatch):
     with (
         pytest.warns(
             UserWarning, match=r"run is in use by process \d+ .* This process waits"
-        ) as told,
+        ) as warned,
         folder_lock.hold(path, "run", "choose another --run-dir", wait=True),
     ):
         order.append("held")
     timer.join()
-    assert (order, len(told)) == (["released", "held"], 1)
+    assert (order, len(warned)) == (["released", "held"], 1)
     assert list(path.parent.iterdir()) == []

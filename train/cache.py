@@ -9,8 +9,8 @@ backbone, dtype, data, statistics, ids of the instructions, and when the instruc
 params are stored beside the tokens, for the runs that use them: a complete cache is sufficient to
 train. `train.imitate` computes tokens that are missing; the options are the same. An interrupted
 computation continues after its last complete file. The checksums of files that exist are compared
-before they are used. One command at a time writes into a folder. With `--frames` the resized images
-are written instead (`train.cache_frames`).
+before they are used. One command at a time writes into a folder; another one waits for it. With
+`--frames` the resized images are written instead (`train.cache_frames`).
 """
 
 import contextlib
@@ -97,7 +97,6 @@ def frame_tokens(
       norm_stats: statistics of that data set.
 
     Raises:
-      BlockingIOError: another command writes these tokens.
       OSError: the disk is full, or will be; complete files are kept, no partial file is left.
       ValueError: the tokens take more than `max_cache_gb`, or one is NaN or infinite; a file is
         damaged; the devices have too little memory.
@@ -126,7 +125,7 @@ def _alone(folder: pathlib.Path) -> Iterator[None]:
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = folder.with_name(f"{folder.name}.lock")
-    with folder_lock.hold(lock, str(folder), "run this command again when it has ended", wait=True):
+    with folder_lock.hold(lock, str(folder), "stop it to compute them here", wait=True):
         yield
 
 

@@ -166,10 +166,8 @@ def read_scores(
     Raises:
       ValueError: a line is damaged.
     """
-    settings, by_identity = (
-        _settings(config),
-        {tuple(identity(cell).values()): cell for cell in cells},
-    )
+    settings = _settings(config)
+    by_identity = {tuple(identity(cell).values()): cell for cell in cells}
 
     def fault(line: ScoreLine) -> str:
         sizes = {len(rates) for rates in (line.success, *line.groups.values())}

@@ -171,7 +171,7 @@ def save(config: Any, path: str | os.PathLike[str]) -> None:
 def save_of_run(config: Any, path: str | os.PathLike[str]) -> None:
     """Writes the config of a script as `save` does, with the name of its class.
 
-    Runs of two scripts, whose fields may be the same, can be told apart by it.
+    It distinguishes runs of two scripts, whose fields may be the same.
     """
     write_json(path, {CLASS: type(config).__name__, **to_dict(config)})
 

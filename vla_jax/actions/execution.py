@@ -19,7 +19,8 @@ previous target in between. `gripper_rule` determines the command that is sent:
 
 If a number of the newest chunk is not finite, the action is NaN, which an agent refuses to send,
 even if an older chunk or a rule of the gripper determines another one: clips and comparisons with
-a threshold would make it valid, and the memory that predicted the chunk is spoilt.
+a threshold would make it valid, and the carry that predicted the chunk is no longer
+finite either.
 """
 
 import dataclasses
@@ -208,7 +209,8 @@ def plan(
       reset: `[B]`.
 
     Returns:
-      The state, and one action: arm `[B, A-1]`, gripper logit `[B]`.
+      The state, and one action: arm `[B, A-1]`, gripper logit `[B]`; NaN where a number of the
+      chunk is not finite.
     """
     chex.assert_shape(chunk.arm, (*chunk.gripper_logit.shape, None))
     chex.assert_shape(chunk.gripper_logit, (state.gripper.target.shape[0], None))
@@ -218,8 +220,8 @@ def plan(
     is_finite = jnp.all(jnp.isfinite(chunk.arm), axis=(1, 2)) & jnp.all(
         jnp.isfinite(chunk.gripper_logit), axis=1
     )
-    nothing = jax.tree.map(lambda part: jnp.full_like(part, jnp.nan), action)
-    return state._replace(plan=planned), trees.select(is_finite, action, nothing)
+    not_a_number = jax.tree.map(lambda part: jnp.full_like(part, jnp.nan), action)
+    return state._replace(plan=planned), trees.select(is_finite, action, not_a_number)
 
 
 def send(

@@ -128,10 +128,10 @@ class SeedsWatch:
                 return bad and bad._replace(seed=int(seed)), {}
             self._in_a_row[seed] += 1
             self._total[seed] += 1
-        count, nothing = np.sum(is_good, axis=1), np.full(len(is_good), np.nan)
+        count, no_mean = np.sum(is_good, axis=1), np.full(len(is_good), np.nan)
         sums = {name: np.sum(each, axis=1, where=is_good) for name, each in values.items()}
         return None, {
-            name: np.divide(each, count, out=nothing.copy(), where=count > 0)
+            name: np.divide(each, count, out=no_mean.copy(), where=count > 0)
             for name, each in sums.items()
         }
 

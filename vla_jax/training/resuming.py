@@ -71,7 +71,7 @@ def common_step(directory: pathlib.Path) -> int | None:
     found = [] if own is None else [own]
     first = parallel.agree(found)
     if found != first:
-        here, there = (str(*steps) or "none" for steps in (found, first))
+        here, there = (steps[0] if steps else "none" for steps in (found, first))
         raise ValueError(
             f"all processes must see the same latest step in {directory}, got {here} in process "
             f"{jax.process_index()} and {there} in the first; put the run on a disk that they "
