@@ -212,7 +212,7 @@ def test_policies_are_trained_and_tested_and_earlier_results_are_kept(tmp_path):
 
 
 def test_unknown_policies_are_refused():
-    with pytest.raises(ValueError, match="unknown policy 'lstn'"):
+    with pytest.raises(ValueError, match="unknown name 'lstn' in policies"):
         ChainsConfig(policies=("lstn",))
     with pytest.raises(ValueError, match="mode must be None without run"):
         ChainsConfig(mode="refresh")

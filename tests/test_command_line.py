@@ -75,6 +75,7 @@ class MainConfig:
     factors: tuple[tuple[str, float], ...] = ()  # glob and factor
     decay: float | None = None  # None = no average
     max_dropout: float = 0.5  # probability
+    overwrite: bool = False  # what is there
     policy: PolicyConfig = PolicyConfig()  # actor
     critic: StateConfig | None = None  # estimates the value
 
@@ -187,6 +188,8 @@ def test_help_shows_the_presets_and_the_comment_of_every_field(capsys):
 MISTAKES = {
     "preset": (("--preset", "stat"), "unknown preset 'stat'.*Did you mean 'state'"),
     "option": (("--windw-size", "3"), "Unrecognized options: --windw-size.*--window-size INT"),
+    "flag": (("--overwrite", "text"), r"Unrecognized options: text; --overwrite takes no value\.$"),
+    "empty": (("--seed", "1", "--overwrite", ""), "--overwrite takes no value"),
     "value": (("--seed", "x"), "invalid literal for int"),
     "range": (("--window-size", "0"), "window_size must be positive, got 0"),
     "other member": (("--hidden-size", "3"), "Unrecognized options: --hidden-size"),

@@ -181,7 +181,7 @@ def test_a_wrong_action_raises_one_sentence():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"tasks": ("tuch",)}, "unknown task 'tuch'; .* Did you mean 'touch'"),
+        ({"tasks": ("tuch",)}, "unknown name 'tuch' in tasks; .* Did you mean 'touch'"),
         ({"tasks": ()}, "tasks must hold at least one of"),
         ({"shaping": -1.0}, r"shaping must be >= 0 and shaping_gamma in \[0, 1\], got -1.0"),
         ({"table": JaxTableConfig()}, "image_size must be 0, got 64"),

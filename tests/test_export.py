@@ -256,7 +256,7 @@ def test_a_wrong_observation_is_refused_in_one_sentence(name, value, message, ex
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"platforms": ("gpu",)}, "unknown platform 'gpu'"),
+        ({"platforms": ("gpu",)}, "unknown name 'gpu' in platforms"),
         ({"platforms": ()}, "platforms must be one or more"),
         ({"platforms": ("cpu", "cpu")}, "different names"),
         ({"batch_size": 0}, "batch_size must be at least 1"),

@@ -46,9 +46,9 @@ def test_a_training_remembers_whole_episodes_of_its_world(decoder):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="unknown decoder 'lsmt'"):
+    with pytest.raises(ValueError, match="unknown name 'lsmt' in decoders"):
         MemoryPicturesConfig(decoders=("lsmt",))
-    with pytest.raises(ValueError, match="unknown memory task"):
+    with pytest.raises(ValueError, match="in tasks"):
         MemoryPicturesConfig(tasks=("lid",))
 
 

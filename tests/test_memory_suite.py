@@ -157,9 +157,9 @@ def test_curves_are_drawn_over_the_axes(tmp_path):
 
 
 def test_unknown_names_are_refused_before_any_training():
-    with pytest.raises(ValueError, match=r"unknown decoder 'lsmt'; .*Did you mean 'lstm'"):
+    with pytest.raises(ValueError, match=r"unknown name 'lsmt' in decoders; .*Did you mean 'lstm'"):
         MemorySuiteConfig(decoders=("lsmt",))
-    with pytest.raises(ValueError, match="unknown memory task"):
+    with pytest.raises(ValueError, match="in tasks"):
         MemorySuiteConfig(tasks=("lid",))
 
 

@@ -52,7 +52,7 @@ def break_gripper(head, params, value):
             return leaf
         return jnp.asarray(leaf).reshape(shape).at[part].set(value).reshape(-1)
 
-    trees.check_globs([glob], params)
+    trees.check_globs([glob], params, name="glob")
     return jax.tree.map(change, trees.map_paths(str, params), params)
 
 

@@ -201,7 +201,7 @@ def test_the_ema_decay_is_smaller_at_first(n, decay_by_hand):
 @pytest.mark.parametrize("field", ["freeze", "train", "lr_factors"])
 def test_a_glob_without_a_match_is_refused_with_the_nearest_path(field):
     value = (("bakbone/*", 0.1),) if field == "lr_factors" else ("bakbone/*",)
-    with pytest.raises(ValueError, match=r"matches 'bakbone/\*'; did you mean 'backbone/\*'"):
+    with pytest.raises(ValueError, match=rf"matches 'bakbone/\*' of {field}; did you mean 'bac"):
         optim.make_optimizer(OptimConfig(**{field: value}), 1000, make_params())
 
 

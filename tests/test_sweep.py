@@ -293,7 +293,7 @@ def test_a_member_that_diverges_stops_alone(demos, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"cells": ("lstmm",)}, "unknown cell 'lstmm'; .*Did you mean 'lstm'"),
+        ({"cells": ("lstmm",)}, "unknown name 'lstmm' in cells; .*Did you mean 'lstm'"),
         ({"hidden_sizes": (64, 0)}, "hidden_sizes must be at least 1, got 0"),
         ({"learning_rates": (0.0,)}, "learning_rates must be at least 1e-12, got 0.0"),
         ({"layers": (2, 2)}, "layers must hold every value once"),

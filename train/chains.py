@@ -28,7 +28,7 @@ from train.memory_grid import CloningConfig
 from vla_jax import files, records
 from vla_jax.acting.observation_spec import observation_spec
 from vla_jax.command_line import run
-from vla_jax.config import checked, did_you_mean
+from vla_jax.config import check_names, checked
 from vla_jax.envs.table import chain_env
 from vla_jax.envs.table.chain_env import ChainConfig
 from vla_jax.policies.trunk import Mode
@@ -73,9 +73,7 @@ class ChainsConfig:
 
     def __post_init__(self):
         """Checks the names."""
-        for name in self.policies:
-            if name not in POLICIES:
-                raise ValueError(f"unknown policy '{name}'; {did_you_mean(name, POLICIES)}")
+        check_names("policies", self.policies, POLICIES)
         if not self.policies:
             raise ValueError(f"policies must be one or more of {', '.join(POLICIES)}, got none.")
         if self.mode is not None and not self.run:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from vla_jax.config import LEAST_FLOAT, MAX_SIZE, MAX_STEPS, checked, did_you_mean
+from vla_jax.config import LEAST_FLOAT, MAX_SIZE, MAX_STEPS, check_names, checked
 from vla_jax.nn.cells import CELLS, CellName
 from vla_jax.nn.sequence_tasks import TASKS
 
@@ -57,12 +57,8 @@ class MemoryConfig:
 
     def __post_init__(self):
         """Checks names and numbers."""
-        for cell in self.cells:
-            if cell not in (ALL, *CELLS):
-                raise ValueError(f"unknown cell '{cell}'; {did_you_mean(cell, (ALL, *CELLS))}")
-        for task in self.tasks:
-            if task not in TASKS:
-                raise ValueError(f"unknown task '{task}'; {did_you_mean(task, TASKS)}")
+        check_names("cells", self.cells, (ALL, *CELLS))
+        check_names("tasks", self.tasks, TASKS)
         if not self.cells:
             raise ValueError(f"cells must be one or more of {', '.join(CELLS)}, got none.")
         if not self.tasks:

@@ -36,10 +36,11 @@ from vla_jax.backbones import registry
 from vla_jax.backbones.perceiver import PerceiverConfig
 from vla_jax.backbones.registry import BackboneConfig
 from vla_jax.command_line import run
-from vla_jax.config import checked, did_you_mean, load
+from vla_jax.config import check_names, checked, load
 from vla_jax.data.readers.dataset_config import DatasetConfig
 from vla_jax.envs.demonstrations import WANDER_STEPS
 from vla_jax.envs.memory_table import tasks
+from vla_jax.envs.memory_table.memory_table_config import MAX_DELAY
 from vla_jax.envs.memory_table.memory_task import INSTRUCTION_STEPS
 from vla_jax.envs.memory_table.mujoco_memory import MujocoMemoryConfig
 from vla_jax.evaluate import EvaluateConfig
@@ -55,7 +56,7 @@ _FIRST_SEED = 2_000_000  # of the test episodes
 
 @dataclass(frozen=True)
 @checked(
-    num_demonstrations=(2, 2**20), pretrain_updates=(1, 2**31 - 1),
+    delay=(0, MAX_DELAY), num_demonstrations=(2, 2**20), pretrain_updates=(1, 2**31 - 1),
     num_updates=(1, 2**31 - 1), hidden_size=(1, 2**16), num_episodes=(1, 2**20),
 )  # fmt: skip
 class MemoryPicturesConfig:
@@ -81,9 +82,8 @@ class MemoryPicturesConfig:
         """Checks the names."""
         if not self.tasks or not self.decoders:
             raise ValueError("tasks and decoders must be at least one each, got none.")
-        for name in self.decoders:
-            if name not in trunks.names():
-                raise ValueError(f"unknown decoder '{name}'; {did_you_mean(name, trunks.names())}")
+        check_names("decoders", self.decoders, trunks.names())
+        check_names("tasks", self.tasks, tasks.TASKS)
         for task in self.tasks:
             tasks.check(make_world(self, task))
 

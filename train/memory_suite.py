@@ -33,9 +33,10 @@ from train.memory_pictures import MemoryPicturesConfig
 from train.memory_progress import grid_progress
 from vla_jax import files
 from vla_jax.command_line import run
-from vla_jax.config import checked, did_you_mean
+from vla_jax.config import check_names, checked
 from vla_jax.envs.memory_table import tasks
 from vla_jax.envs.memory_table.memory_env import JaxMemoryConfig
+from vla_jax.envs.memory_table.memory_table_config import MAX_COUNT, MAX_DELAY
 from vla_jax.evaluation import video
 from vla_jax.runs import check_run, open_run
 from vla_jax.training.progress import progress_bar
@@ -46,7 +47,10 @@ _OF_PICTURES = ("pictures", "features", "delay", "run_dir")  # options that appl
 
 
 @dataclass(frozen=True)
-@checked(num_workers=(1, 1000))
+@checked(
+    num_workers=(1, 1000), delay=(0, MAX_DELAY), delays=(0, MAX_DELAY), items=(0, MAX_COUNT),
+    swaps=(0, MAX_COUNT), touches=(0, MAX_COUNT),
+)  # fmt: skip
 class MemorySuiteConfig:
     """Tasks, policies and sizes of the memory suite."""
 
@@ -70,10 +74,8 @@ class MemorySuiteConfig:
 
     def __post_init__(self):
         """Checks the names."""
-        known = variants()
-        for name in self.decoders:
-            if name not in known:
-                raise ValueError(f"unknown decoder '{name}'; {did_you_mean(name, known)}")
+        check_names("decoders", self.decoders, variants())
+        check_names("tasks", self.tasks, tasks.TASKS)
         if not self.tasks or not self.decoders:
             raise ValueError("tasks and decoders must be at least one each, got none.")
         if self.pictures or self.features:

@@ -49,7 +49,7 @@ from train.sweep_report import Result
 from vla_jax import records
 from vla_jax.backbones import registry
 from vla_jax.command_line import run
-from vla_jax.config import LEAST_FLOAT, checked, did_you_mean
+from vla_jax.config import LEAST_FLOAT, check_names, checked
 from vla_jax.envs import worlds
 from vla_jax.files import delete_folder, write_json
 from vla_jax.policies import trunks
@@ -94,10 +94,7 @@ class SweepConfig(ImitateConfig):
     def __post_init__(self):
         """Checks the names, the numbers, and every setting."""
         super().__post_init__()
-        known = trunks.names()
-        for cell in self.cells:
-            if cell not in known:
-                raise ValueError(f"unknown cell '{cell}'; {did_you_mean(cell, known)}")
+        check_names("cells", self.cells, trunks.names())
         for name in ("cells", "hidden_sizes", "layers", "learning_rates"):
             values = getattr(self, name)
             if len(set(values)) < len(values):

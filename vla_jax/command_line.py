@@ -191,7 +191,7 @@ def parse(
             return tyro.cli(make, args=argv, prog=prog, description=description)
     except SystemExit as stopped:
         if stopped.code:
-            _stop(_one_line(messages.getvalue()))
+            _stop(_one_line(messages.getvalue()) + _takes_no_value(messages.getvalue(), argv))
         raise
 
 
@@ -353,7 +353,19 @@ def _one_line(box: str) -> str:
     lines = [line.strip("│| ") for line in box.splitlines()]
     is_rule = re.compile("[─-]{10}").search
     parts = [" ".join(group) for rule, group in itertools.groupby(lines, is_rule) if not rule]
-    return f"error: {'. '.join(part for part in parts if part and 'full helptext' not in part)}"
+    parts = [part for part in parts if part and "full helptext" not in part]
+    if len(parts) > 1 and parts[1].startswith(parts[0]):  # the title again
+        parts = parts[1:]
+    return f"error: {'. '.join(parts)}"
+
+
+def _takes_no_value(box: str, argv: Sequence[str] | None) -> str:
+    """Returns the end of a message about a value that follows an option without values."""
+    values = re.findall(r"Unrecognized options: ([^,\s]*)", box)
+    for option, value in itertools.pairwise(sys.argv[1:] if argv is None else argv):
+        if option.startswith("--") and value in values and not value.startswith("--"):
+            return f"; {option} takes no value."
+    return ""
 
 
 def _sentence(error: Exception) -> str:

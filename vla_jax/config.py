@@ -12,7 +12,7 @@ import functools
 import os
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from vla_jax.files import read_json, write_json
@@ -205,6 +205,18 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     known = [str(choice) for choice in known]
     nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
     return f"choose from {', '.join(known)}. Did you mean '{''.join(nearest)}'?"
+
+
+def check_names(field: str, names: Iterable[str], known: Collection[str]) -> None:
+    """Raises a ValueError for the first of a field's names that is not known.
+
+    >>> check_names("decoders", ("lstmm",), ("gru", "lstm"))
+    Traceback (most recent call last):
+    ValueError: unknown name 'lstmm' in decoders; choose from gru, lstm. Did you mean 'lstm'?
+    """
+    for name in names:
+        if name not in known:
+            raise ValueError(f"unknown name '{name}' in {field}; {did_you_mean(name, known)}")
 
 
 def differences(saved: Any, current: Any) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Annotated
 from rich.console import Console
 
 from vla_jax.command_line import exit_codes, parse
-from vla_jax.config import checked
+from vla_jax.config import LEAST_FLOAT, checked
 from vla_jax.data.conversion.conversion_plan import make_plan
 from vla_jax.data.conversion.conversion_run import Converted, convert
 from vla_jax.data.readers.dataset_config import camera_option
@@ -30,7 +30,7 @@ from vla_jax.training.progress import progress_bar
 
 
 @dataclass(frozen=True)
-@checked()
+@checked(fps=(LEAST_FLOAT, 1e6))
 class ConvertDataConfig:
     """Source and form of a conversion; None means as the reader proposes."""
 
@@ -45,13 +45,6 @@ class ConvertDataConfig:
     proprio: tuple[str, ...] = ()  # columns of observation.state, such as state[:7]
     names: tuple[tuple[str, str], ...] = ()  # (column or camera of the source, name in LeRobot)
     rotate_images: bool | None = None  # rotate images by 180 degrees
-
-    def __post_init__(self) -> None:
-        """Checks the numbers."""
-        if self.num_workers is not None and self.num_workers < 0:
-            raise ValueError(f"num_workers must be at least 0, got {self.num_workers}.")
-        if self.fps is not None and not 0 < self.fps < float("inf"):
-            raise ValueError(f"fps must be a positive number of Hz, got {self.fps}.")
 
 
 def convert_data(

@@ -60,19 +60,20 @@ def under(prefix: str, rules: Sequence[tuple[str, Value]]) -> tuple[tuple[str, V
     return tuple((f"{prefix}/{glob}", value) for glob, value in rules)
 
 
-def check_globs(globs: Sequence[str], tree: Any) -> None:
+def check_globs(globs: Sequence[str], tree: Any, *, name: str) -> None:
     """Raises a ValueError for the first glob that matches no leaf; it names the nearest path.
 
     Args:
       globs: globs over paths.
       tree: arrays or shapes; only its paths are used.
+      name: of the globs, for the error message.
     """
     paths = leaf_paths(tree)
     for glob in globs:
         if not any(fnmatch.fnmatchcase(path, glob) for path in paths):
             raise ValueError(
-                f"no parameter path matches '{glob}'; did you mean '{_nearest(glob, paths)}'? "
-                "(`*` also crosses `/`)"
+                f"no parameter path matches '{glob}' of {name}; did you mean "
+                f"'{_nearest(glob, paths)}'? (`*` also crosses `/`)"
             )
 
 

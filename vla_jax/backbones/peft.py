@@ -134,7 +134,8 @@ def write_adapter(
             settings.append((module, found.a.shape[1], found.scale))
     if not tensors:
         raise ValueError("params must have low-rank factors that are not zero, got none.")
-    trees.check_globs(modules_to_save, {place.tensor.path: 0 for place in places.values()})
+    paths = {place.tensor.path: 0 for place in places.values()}
+    trees.check_globs(modules_to_save, paths, name="modules_to_save")
     saved = set()
     for name, place in places.items():
         if trees.matches(place.tensor.path, modules_to_save):

@@ -83,7 +83,7 @@ def add(key: Key, params: Params, config: LoraConfig) -> Params:
     if not config.rank:
         return params
     paths = [path.removesuffix("/kernel") for path in trees.leaf_paths(params) if _is_kernel(path)]
-    trees.check_globs(config.targets, dict.fromkeys(paths, 0))
+    trees.check_globs(config.targets, dict.fromkeys(paths, 0), name="lora.targets")
     chosen = [path for path in paths if trees.matches(path, config.targets)]
     for number, path in enumerate(chosen):
         params = _replace(params, path.split("/"), jax.random.fold_in(key, number), config)

@@ -28,7 +28,7 @@ from vla_jax.acting.agent import Agent, AgentConfig, AgentState, make_agent, rea
 from vla_jax.acting.observation_spec import observation_spec
 from vla_jax.backbones import registry, safetensors_files, word_hashing
 from vla_jax.backbones.safetensors_files import Entry
-from vla_jax.config import MAX_LENGTH, checked, did_you_mean
+from vla_jax.config import MAX_LENGTH, check_names, checked
 from vla_jax.files import crc32_of_file, write_json
 from vla_jax.runs import Run
 from vla_jax.serving import exported_policy
@@ -54,11 +54,7 @@ class ExportConfig:
 
     def __post_init__(self):
         """Checks the platforms and the instructions."""
-        for platform in self.platforms:
-            if platform not in PLATFORMS:
-                raise ValueError(
-                    f"unknown platform '{platform}'; {did_you_mean(platform, PLATFORMS)}"
-                )
+        check_names("platforms", self.platforms, PLATFORMS)
         if not self.platforms or len(set(self.platforms)) < len(self.platforms):
             raise ValueError(
                 f"platforms must be one or more different names, got {list(self.platforms)}."

@@ -117,8 +117,9 @@ def make_optimizer(
     Raises:
       ValueError: a glob matches no path, all params are frozen, or the warm-up is too long.
     """
-    factors = (glob for glob, _ in config.lr_factors)
-    trees.check_globs((*config.freeze, *config.train, *factors), params)
+    trees.check_globs(config.freeze, params, name="freeze")
+    trees.check_globs(config.train, params, name="train")
+    trees.check_globs([glob for glob, _ in config.lr_factors], params, name="lr_factors")
 
     def is_trained(path: str) -> bool:
         return freezing.is_trained(path, config.freeze, config.train)

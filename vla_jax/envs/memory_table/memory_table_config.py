@@ -4,12 +4,13 @@ from dataclasses import dataclass
 
 from vla_jax.config import checked
 
+MAX_DELAY = 100_000  # greatest mean number of steps to remember
 MAX_COUNT = 8  # greatest number of items, swaps or repetitions
 
 
 @dataclass(frozen=True)
 @checked(
-    delay=(0, 100_000),
+    delay=(0, MAX_DELAY),
     items=(0, MAX_COUNT),
     updates=(0, MAX_COUNT),
     step_size=(1e-4, 1.0),

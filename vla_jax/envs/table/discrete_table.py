@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vla_jax.config import checked, did_you_mean
+from vla_jax.config import check_names, checked
 from vla_jax.envs.table import jax_env, renderer, rules
 from vla_jax.envs.table.jax_env import JaxTableConfig
 from vla_jax.envs.table.quasi_static import TableState
@@ -37,9 +37,7 @@ class TableChoicesConfig:
 
     def __post_init__(self):
         """Checks the tasks, the shaping and the image size."""
-        for task in self.tasks:
-            if task not in rules.TASKS:
-                raise ValueError(f"unknown task '{task}'; {did_you_mean(task, rules.TASKS)}")
+        check_names("tasks", self.tasks, rules.TASKS)
         if not self.tasks:
             raise ValueError(f"tasks must hold at least one of {rules.TASKS}, got none.")
         if self.shaping < 0 or not 0 <= self.shaping_gamma <= 1:
