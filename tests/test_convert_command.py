@@ -113,7 +113,8 @@ def test_values_that_trained_weights_do_not_have_are_named(tmp_path, capsys):
     tensors[names[1]][:] = 0
     tensors[names[2]][1] = -2e7
     write(tmp_path / "a.pt", tensors)
-    main([str(tmp_path / "a.pt"), str(tmp_path / "out")])
+    with pytest.warns(UserWarning, match=f"1 tensors hold NaN or infinity: {names[0]}"):
+        main([str(tmp_path / "a.pt"), str(tmp_path / "out")])
     report = json.loads((tmp_path / "out/conversion.json").read_text())["report"]
     expected = dict(
         zip(names, ("NaN or infinity", "all values 0", "values up to 2e+07"), strict=True)
@@ -302,6 +303,20 @@ def test_a_damaged_folder_is_an_error_of_one_line(name, tmp_path, capsys):
     (tmp_path / "out" / name).write_text("{")
     fails([tmp_path / "out", tmp_path / "b.pt"], capsys)
     assert not (tmp_path / "b.pt").exists()
+
+
+@pytest.mark.parametrize("name", ["dtypes", "prefix", "container", "metadata", "wrapped", ""])
+def test_a_record_of_a_conversion_with_another_type_is_refused(name, tmp_path):
+    path = tmp_path / "out/conversion.json"
+    write(tmp_path / "a.pt", checkpoint_of())
+    main([str(tmp_path / "a.pt"), str(tmp_path / "out")])
+    record = json.loads(path.read_text())
+    wrong = {"": (None, 7), "dtypes": ({"x": "float32"}, {"x": "inf"}, {"x": []}, None)}
+    for value in (*wrong.get(name, (3.5, {"x": 1})), [[]]):
+        damaged = {**record["source"], name: value} if name else value
+        path.write_text(json.dumps({**record, "source": damaged}))
+        with pytest.raises(ValueError, match=r"conversion\.json is damaged .*; convert"):
+            convert.read_folder(tmp_path / "out")
 
 
 def test_a_kill_while_writing_leaves_the_earlier_folder(tmp_path, monkeypatch):

@@ -93,6 +93,7 @@ def assert_named(sentence, path):
         ({"weight_map": {"a": "b.safetensors"}}, FileNotFoundError, r"b\.safetensors is missing"),
         ({"weight_map": {"a": "../b"}}, FileNotFoundError, "is missing, which .* names"),
         ({"weight_map": {"a": "/etc/passwd"}}, FileNotFoundError, "is missing, which .* names"),
+        ({"weight_map": {"a": "é" * 300}}, FileNotFoundError, "is missing, which .* names"),
         ({"weight_map": {"b": "model.safetensors"}}, ValueError, "lacks the tensor b, which"),
     ],
 )

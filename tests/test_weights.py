@@ -270,6 +270,15 @@ def test_a_folder_whose_parts_do_not_match_is_refused(change, sentence, folder):
     assert "model_0" in str(caught.value)
 
 
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_weights_that_are_not_finite_are_named(value, folder):
+    table = np.ones((140, 32), np.float32)
+    table[3, 4] = value
+    sentence = f"model_0: 1 tensors hold NaN or infinity, the first is {EMBED}; download"
+    with pytest.warns(UserWarning, match=sentence):
+        backbones.load(folder(tensors={EMBED: table}))
+
+
 def test_a_folder_that_is_not_a_model_is_refused(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config.json is missing; give the folder of a"):
         backbones.load(tmp_path / "none")

@@ -89,9 +89,14 @@ def json_mutations(root: pathlib.Path, name: str, *, is_lines: bool = False) -> 
 
 
 def byte_mutations(root: pathlib.Path, name: str, count: int, seed: int = 0) -> Iterator[Mutation]:
-    """Yields mutations of the bytes of a file: changed, cut, removed, doubled."""
+    """Yields mutations of the bytes of a file: changed, cut, removed, doubled.
+
+    Other seeds than 0 draw other changes and other cuts.
+    """
     size = (root / name).stat().st_size
     rng = np.random.default_rng([seed, size])
+    fixed = {0, 1, 7, *(size * i // 12 for i in range(1, 12)), size - 1}
+    cuts = set(rng.integers(0, size, len(fixed)).tolist()) - fixed if seed else fixed
     for number in range(count):
         places = np.unique(rng.integers(0, size, 2 ** rng.integers(0, 5)))
         values = rng.integers(0, 256, len(places))
@@ -103,7 +108,7 @@ def byte_mutations(root: pathlib.Path, name: str, count: int, seed: int = 0) -> 
             (folder / name).write_bytes(content)
 
         yield Mutation(f"{name}: bytes changed", f"#{number} at {places[:4]}", flip)
-    for kept in sorted({0, 1, 7, *(size * i // 12 for i in range(1, 12)), size - 1}):
+    for kept in sorted(cuts):
 
         def cut(folder: pathlib.Path, kept: int = kept) -> None:
             (folder / name).write_bytes((folder / name).read_bytes()[:kept])

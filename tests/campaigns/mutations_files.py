@@ -30,13 +30,18 @@ MEMORY = 12 * 2**30  # bytes of address space
 OUTCOMES = ("sentence", "same", "accepted", "traceback")
 
 
-def mutations_of(surface: Surface, folder: pathlib.Path, every: int, flips: int) -> list[Mutation]:
-    """Returns every n-th mutation of JSON values, and changes of the bytes of every file."""
+def mutations_of(
+    surface: Surface, folder: pathlib.Path, every: int, flips: int, seed: int
+) -> list[Mutation]:
+    """Returns every n-th mutation of JSON values, and changes of the bytes of every file.
+
+    The seed is the number of the first of the values, and draws the changes of bytes.
+    """
     found: list[Mutation] = []
     for name in _files(folder, surface.json):
-        found += list(json_mutations(folder, name))[::every]
+        found += list(json_mutations(folder, name))[seed % every :: every]
     for name in _files(folder, surface.bytes):
-        found += byte_mutations(folder, name, flips)
+        found += byte_mutations(folder, name, flips, seed)
     return random.Random(0).sample(found, len(found))
 
 
@@ -47,7 +52,9 @@ def _files(folder: pathlib.Path, globs: Sequence[str]) -> Iterator[str]:
             yield str(path.relative_to(folder))
 
 
-def run(name: str, every: int, flips: int, most: int | None = None) -> Iterator[Answer]:
+def run(
+    name: str, every: int, flips: int, most: int | None = None, seed: int = 0
+) -> Iterator[Answer]:
     """Tries the mutations of a surface, one after the other.
 
     Args:
@@ -55,6 +62,7 @@ def run(name: str, every: int, flips: int, most: int | None = None) -> Iterator[
       every: try every n-th value of JSON.
       flips: changes of bytes of each file.
       most: mutations to try, drawn from all of them; None = all.
+      seed: others are tried with another one.
     """
     surface = SURFACES[name]
     with tempfile.TemporaryDirectory() as temp, warnings.catch_warnings():
@@ -64,7 +72,7 @@ def run(name: str, every: int, flips: int, most: int | None = None) -> Iterator[
         surface.make(whole)
         shutil.copytree(whole, tried)
         expected = surface.read(tried)
-        for mutation in mutations_of(surface, whole, every, flips)[:most]:
+        for mutation in mutations_of(surface, whole, every, flips, seed)[:most]:
             yield answer(whole, mutation, tried, expected, surface.read)
 
 
@@ -74,14 +82,16 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="try every n-th value of JSON")
     parser.add_argument("--flips", type=int, default=40, help="changes of bytes of each file")
     parser.add_argument("--most", type=int, default=None, help="mutations of each surface")
+    parser.add_argument("--seed", type=int, default=0, help="of the values and the changes")
     parser.add_argument("--only", nargs="+", default=list(SURFACES), help="surfaces to damage")
     parser.add_argument("--details", action="store_true", help="list all accepted changes")
     parser.add_argument("--json", default="", help="file to which all answers are appended")
     options = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     table = collections.defaultdict(list)
+    chosen = options.every, options.flips, options.most, options.seed
     for name in options.only:
-        for each in run(name, options.every, options.flips, options.most):
+        for each in run(name, *chosen):
             table[name].append(each)
             if options.json:
                 row = [name, *each.mutation[:2], each.outcome, each.detail, each.seconds]

@@ -65,14 +65,19 @@ def read_run(folder: pathlib.Path) -> dict[str, str]:
     }
 
 
-def mutations_of_run(folder: pathlib.Path, every: int, flips: int) -> Iterator[Mutation]:
-    """Yields every n-th mutation of JSON values, and changes of the bytes of every file."""
+def mutations_of_run(
+    folder: pathlib.Path, every: int, flips: int, seed: int = 0
+) -> Iterator[Mutation]:
+    """Yields every n-th mutation of JSON values, and changes of the bytes of every file.
+
+    The seed is the number of the first of the values, and draws the changes of bytes.
+    """
     for name in JSON_FILES:
         for number, mutation in enumerate(mutations_of_json(folder, name)):
-            if number % every == 0:
+            if number % every == seed % every:
                 yield mutation
     for number, mutation in enumerate(mutations_of_json(folder, "metrics.jsonl", is_lines=True)):
-        if number % every == 0:
+        if number % every == seed % every:
             yield mutation
     latest = checkpoint.latest_step(folder / "checkpoints")
     names = [*JSON_FILES, "metrics.jsonl"]
@@ -82,7 +87,7 @@ def mutations_of_run(folder: pathlib.Path, every: int, flips: int) -> Iterator[M
         if path.is_file() and path.stat().st_size
     ]
     for name in names:
-        yield from byte_mutations(folder, name, flips)
+        yield from byte_mutations(folder, name, flips, seed)
 
 
 def group(kind: str) -> str:
@@ -91,7 +96,7 @@ def group(kind: str) -> str:
     return f"{'checkpoint' if name.startswith('checkpoints') else name}: {change}"
 
 
-def run(every: int, flips: int) -> list[Answer]:
+def run(every: int, flips: int, seed: int = 0) -> list[Answer]:
     """Tries all mutations."""
     with tempfile.TemporaryDirectory() as temp:
         root = pathlib.Path(temp)
@@ -99,7 +104,7 @@ def run(every: int, flips: int) -> list[Answer]:
         expected = read_run(whole)
         return [
             answer(whole, mutation, root / "damaged", expected, read_run)
-            for mutation in mutations_of_run(whole, every, flips)
+            for mutation in mutations_of_run(whole, every, flips, seed)
         ]
 
 
@@ -108,10 +113,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--every", type=int, default=3, help="try every n-th value of JSON")
     parser.add_argument("--flips", type=int, default=40, help="changes of bytes of each file")
+    parser.add_argument("--seed", type=int, default=0, help="of the values and the changes")
     parser.add_argument("--details", action="store_true", help="list all accepted changes")
     options = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    answers = run(options.every, options.flips)
+    answers = run(options.every, options.flips, options.seed)
     table = collections.defaultdict(list)
     for each in answers:
         table[group(each.mutation.kind)].append(each)

@@ -133,9 +133,9 @@ def _find_by_index(folder: pathlib.Path) -> dict[str, StoredTensor]:
             f"{folder / INDEX} must have a dict 'weight_map' from names to files; download it "
             "again."
         )
-    files = {}
+    files, names = {}, {path.name for path in folder.iterdir() if path.is_file()}
     for name in sorted(set(index.values())):
-        if pathlib.PurePath(name).name != name or not (folder / name).is_file():
+        if name not in names:
             raise FileNotFoundError(
                 f"{folder / name} is missing, which {INDEX} names; download the complete model."
             )

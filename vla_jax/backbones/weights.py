@@ -137,9 +137,31 @@ def load(
         return _place_slices(leaf.shape, shardings[path], read_slice)
 
     leaves = [read(path, leaf) for path, leaf in trees.leaves_by_path(expected).items()]
+    names = [tensor_by_path[path].name for path in trees.leaves_by_path(expected)]
+    _warn_if_not_finite(dict(zip(names, leaves, strict=True)), folder)
     params = jax.tree.unflatten(jax.tree.structure(expected), leaves)
     key = jax.random.key(0) if key is None else key
     return config, vlm_params.complete(key, params, config)
+
+
+@jax.jit
+def _all_finite(array: jax.Array) -> jax.Array:
+    return jnp.isfinite(array).all()
+
+
+def _warn_if_not_finite(arrays: Mapping[str, jax.Array], folder: Path) -> None:
+    """Warns of tensors with NaN or infinity, in what this process has of them."""
+    bad = [
+        name
+        for name, array in arrays.items()
+        if not all(_all_finite(shard.data) for shard in array.addressable_shards)
+    ]
+    if bad:
+        warnings.warn(
+            f"{folder}: {len(bad)} tensors hold NaN or infinity, the first is {bad[0]}; download "
+            "the model again",
+            stacklevel=3,
+        )
 
 
 def _zeros(shapes: Any) -> Params:

@@ -18,6 +18,7 @@ from vla_jax.convert.arrays import as_numpy
 
 Shape = tuple[int, ...]
 _LARGE = 1e6  # magnitude above which a weight is named
+_NOT_FINITE = "NaN or infinity"
 _MAX_NAMES = 6  # names listed in a sentence or a row of the table
 
 
@@ -79,7 +80,7 @@ def unusual(tensors: Mapping[str, Any]) -> dict[str, str]:
             continue
         low, high = float(array.min()), float(array.max())  # NaN if there is one
         if not (math.isfinite(low) and math.isfinite(high)):
-            found[name] = "NaN or infinity"
+            found[name] = _NOT_FINITE
         elif max(-low, high) > _LARGE:
             found[name] = f"values up to {max(-low, high):.2g}"
         elif array.ndim > 1 and low == high:
@@ -121,8 +122,15 @@ def check(
         raise ValueError(f"{requirement}, got {'; '.join(parts)}; {remedy}.")
 
 
-def warn(report: Report) -> None:
-    """Warns, at the line of the user's call, of tensors that were cast or randomly initialised."""
+def warn(report: Report, tensors: Mapping[str, Any]) -> None:
+    """Warns, at the line of the user's call, of tensors that were cast or randomly initialised.
+
+    Also of those that hold NaN or infinity.
+
+    Args:
+      report: of a conversion.
+      tensors: name to array, as for `compare`.
+    """
     if report.cast:
         dtypes = ", ".join(sorted(set(report.cast.values())))
         warnings.warn(f"{len(report.cast)} tensors cast from {dtypes} to float32", stacklevel=3)
@@ -131,6 +139,10 @@ def warn(report: Report) -> None:
         warnings.warn(
             f"{len(report.missing)} tensors missing, randomly initialised: {names}", stacklevel=3
         )
+    found = unusual({name: tensors[name] for name in report.used})
+    bad = [name for name, words in found.items() if words == _NOT_FINITE]
+    if bad:
+        warnings.warn(f"{len(bad)} tensors hold {_NOT_FINITE}: {abbreviate(bad)}", stacklevel=3)
 
 
 def to_json(report: Report) -> dict[str, Any]:

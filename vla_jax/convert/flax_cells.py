@@ -87,7 +87,7 @@ def from_flax(params: Mapping[str, Any]) -> tuple[CellName, Params]:
         "params['LSTMCell_0']",
     )
     leaves = {name: as_float32(name, leaf) for name, leaf in arrays.items()}
-    warn(report)
+    warn(report, leaves)
     pairs = list(zip(layout.inputs, layout.recurrent, strict=True))
     biases = [_two_biases(leaves.get(f"{i}.bias"), leaves.get(f"{h}.bias")) for i, h in pairs]
     parts = {

@@ -8,26 +8,44 @@ left_over.safetensors  tensors that have no counterpart in the params
 A whole policy becomes a run folder (see `runs`) with the last two files.
 """
 
-import json
 import pathlib
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from vla_jax import config as configs
+from vla_jax import records
 from vla_jax.acting.agent import AgentConfig
 from vla_jax.convert import conversion_report, weight_files
 from vla_jax.convert.conversion_report import Report, abbreviate
 from vla_jax.convert.converters import CONVERTERS, Conversion, kind_of_config
 from vla_jax.convert.weight_files import Path, TensorFile
 from vla_jax.data.normalize import NormStats
-from vla_jax.files import replacing, write_json
+from vla_jax.files import read_json, replacing, write_json
 from vla_jax.nn.recurrence import RecurrenceConfig
 from vla_jax.policies.decoder_config import DecoderConfig
 from vla_jax.training import checkpoint
 from vla_jax.types import Params
+
+
+class _Source(NamedTuple):
+    """The foreign file, apart from its tensors, in `conversion.json`."""
+
+    dtypes: dict[str, str]  # name -> dtype of its tensors, in its order
+    prefix: str  # of the names of a recurrence
+    container: str  # the next three as in `TensorFile`
+    metadata: dict[str, str]
+    wrapped: dict[str, str] | None = None  # absent in earlier versions
+
+
+class _Record(NamedTuple):
+    """Content of `conversion.json`."""
+
+    source: _Source
+    report: Any = None  # for the reader
+
 
 _CONVERSION, _LEFT_OVER = "conversion.json", "left_over.safetensors"
 
@@ -117,26 +135,31 @@ def read_folder(folder: Path) -> TensorFile:
     """
     path = pathlib.Path(folder) / _CONVERSION
     try:
-        source = json.loads(path.read_text(encoding="utf-8"))["source"]
-        fields = ("dtypes", "prefix", "container", "metadata")
-        dtypes, prefix, container, metadata = (source[name] for name in fields)
-        wrapped = source.get("wrapped", {})  # absent in earlier versions
-    except (ValueError, KeyError) as error:
+        record = records.read(_Record, read_json(path, "a record of a conversion"))
+        source = record.source
+        dtypes = {name: np.dtype(dtype) for name, dtype in source.dtypes.items()}
+    except (ValueError, TypeError) as error:  # the second: not a dtype
         raise ValueError(f"{path} is damaged ({error}); convert the file again.") from error
     left_over = pathlib.Path(folder) / _LEFT_OVER
     others = dict(weight_files.read(left_over).tensors) if left_over.is_file() else {}
     names = [name for name in dtypes if name not in others]
     kind = _kind_of_folder(folder)
-    converted = CONVERTERS[kind].to_tensors(*_read(folder, kind), names, prefix)
+    converted = CONVERTERS[kind].to_tensors(*_read(folder, kind), names, source.prefix)
+    if lacking := [name for name in names if name not in converted]:
+        raise ValueError(
+            f"{path} is damaged (it names {abbreviate(lacking)}, which the params lack); convert "
+            "the file again."
+        )
     with np.errstate(over="ignore"):  # overflow is reported below, in one warning
         cast = {
-            n: array.astype(np.dtype(dtypes.get(n, "float32")), copy=False)
+            n: array.astype(dtypes.get(n, np.dtype("float32")), copy=False)
             for n, array in converted.items()
         }
     _warn_rounded(converted, cast)
     tensors = {name: others[name] if name in others else cast.pop(name) for name in dtypes}
-    restored = {wrapped.get(name, name): array for name, array in {**tensors, **cast}.items()}
-    return TensorFile(restored, container, metadata=metadata)
+    in_file = source.wrapped or {}
+    restored = {in_file.get(name, name): array for name, array in {**tensors, **cast}.items()}
+    return TensorFile(restored, source.container, metadata=source.metadata)
 
 
 def _kind_of_folder(folder: Path) -> str:

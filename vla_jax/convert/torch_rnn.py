@@ -84,7 +84,7 @@ def from_torch(tensors: Mapping[str, Any], *, prefix: str = "") -> tuple[Recurre
         array = as_float32(name, tensors[name]) if name in tensors else np.zeros(shape, np.float32)
         # A copy: on a CPU a JAX array may share the memory of the tensor, which may change.
         params[path] = jnp.array(array.T)
-    warn(report)
+    warn(report, tensors)
     return config, unflatten_dict(params, sep="/")
 
 

@@ -89,7 +89,7 @@ def from_robovlms(
         if name in head:
             array = as_float32(head[name], tensors[head[name]])
             params[tensor.path] = jnp.array(array.T if tensor.is_transposed else array)
-    warn(report)
+    warn(report, tensors)
     if report.left_over:
         warnings.warn(
             f"{len(report.left_over)} tensors outside the head are left over", stacklevel=2

@@ -78,7 +78,7 @@ def from_robovlms_policy(
     backbone = read_backbone_config(folder, training)
     head = find_head(tensors)
     with warnings.catch_warnings():  # one warning below counts the tensors of all parts
-        warnings.filterwarnings("ignore", r"\d+ tensors (cast|missing)")
+        warnings.filterwarnings("ignore", r"\d+ tensors (cast|missing|hold)")
         decoder, decoder_params = from_robovlms(
             {name: tensors[name] for name in head.values()},
             window_size=training.window_size,
@@ -96,7 +96,7 @@ def from_robovlms_policy(
         "give the folder of the model that the policy was trained from, and the complete file",
         allow_missing=allow_missing,
     )
-    warn(report)
+    warn(report, tensors)
     low, high = training.bounds or (-1.0, 1.0)
     params = {"backbone": _read_backbone(tensors, backbone), "decoder": decoder_params}
     return ConvertedPolicy(
