@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_run
 
 from train import chains as chain_script
 from train.chains import ChainsConfig
@@ -16,6 +17,7 @@ from vla_jax.envs.demonstrations import collect
 from vla_jax.envs.table import chain_env, rules
 from vla_jax.envs.table.chain_env import ChainConfig
 from vla_jax.envs.table.jax_env import JaxTableConfig
+from vla_jax.runs import Run
 
 TOUCH, LIFT, PLACE = (task * rules.NUM_BLOCKS for task in range(3))  # of the red block
 RED, GREEN, BLUE, YELLOW = range(rules.NUM_BLOCKS)
@@ -209,6 +211,20 @@ def test_policies_are_trained_and_tested_and_earlier_results_are_kept(tmp_path):
         np.testing.assert_allclose(np.sum(line["in_a_row"], axis=1), line["average"])
     chain_script.chain_suite(config)
     assert len((run_dir / chain_script.RESULTS).read_text().splitlines()) == 3
+
+
+def test_an_earlier_score_is_not_that_of_a_run_that_was_trained_further(tmp_path, monkeypatch):
+    first = Run(tmp_path, tiny_run.AGENT, tiny_run.norm_stats(), tiny_run.params(), None, 1)
+    config = ChainsConfig(run="runs/mine", num_chains=2, run_dir=str(tmp_path / "chains"))
+    played = []
+    monkeypatch.setattr(
+        chain_script, "_play_run", lambda env, run, config: played.append(run) or np.ones((1, 2))
+    )
+    longer, retrained = first._replace(step=2), first._replace(params=tiny_run.params(1))
+    for run in (first, first, longer, first, retrained):
+        monkeypatch.setattr(chain_script, "_load", lambda env, config, run=run: run)
+        chain_script.chain_suite(config)
+    assert [id(run) for run in played] == [id(run) for run in (first, longer, retrained)]
 
 
 def test_unknown_policies_are_refused():

@@ -23,6 +23,7 @@ from vla_jax.evaluation import results
 CELL = GridCell(JaxMemoryConfig(task="lit", delay=4), "lstm")
 CLONING = CloningConfig(num_seeds=2)
 CHAINS = ChainsConfig(length=2, cloning=CLONING)
+CHAINS_OF = chains._settings(CHAINS, None)
 MEMORY = MemoryConfig(adding=(5,), recall=(4,), windows=(3, 4))
 
 
@@ -58,10 +59,10 @@ FAMILY = {
         "results.jsonl",
         [
             chains.ChainScore(
-                "lstm", False, [[1.0, 0.5], [0.5, 0.0]], [1.5, 0.5], 3.0, chains._settings(CHAINS)
+                "lstm", False, [[1.0, 0.5], [0.5, 0.0]], [1.5, 0.5], 3.0, CHAINS_OF
             )._asdict()
         ],
-        lambda file: chains._read(file.parent, CHAINS),
+        lambda file: chains._read(file.parent, CHAINS, CHAINS_OF),
     ),
     "memory": (
         "results.jsonl",

@@ -1,7 +1,7 @@
 """Chains of five instructions on the JAX table: success of 1 … 5 in a row and average length.
 
     python -m train.chains                                                 # six policies
-    python -m train.chains --all-at-start --policies lstm gpt              # all given at the start
+    python -m train.chains --all-at-start --policies lstm rotary_gpt       # all given at the start
     python -m train.chains --run runs/table_jax_state --mode persistent    # tests a trained run
 
 The policies clone the table's expert from its chains; the seeds are trained in one program.
@@ -21,7 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from train import memory_cloning, memory_decoders
+from train import memory_cloning, memory_grid
 from train.memory_cloning import Clones
 from train.memory_decoders import Variant
 from train.memory_grid import CloningConfig
@@ -29,6 +29,7 @@ from vla_jax import files, records
 from vla_jax.acting.observation_spec import observation_spec
 from vla_jax.command_line import run
 from vla_jax.config import check_names, checked
+from vla_jax.data.dataset import digest
 from vla_jax.envs.table import chain_env
 from vla_jax.envs.table.chain_env import ChainConfig
 from vla_jax.policies.trunk import Mode
@@ -45,7 +46,7 @@ POLICIES = {
     "lstm_refresh": Variant("lstm", "refresh", _WINDOW),
     "lstm_periodic": Variant("lstm", "periodic", _WINDOW),
     "gpt_refresh": Variant("gpt", "refresh", _WINDOW),
-    "gpt": Variant("rotary_gpt", "persistent", _WHOLE),
+    "rotary_gpt": Variant("rotary_gpt", "persistent", _WHOLE),
 }
 
 
@@ -108,7 +109,8 @@ def chain_suite(config: ChainsConfig) -> pathlib.Path:
     check_run(config.run_dir, config, overwrite=config.overwrite)
     env = chain_env.make(ChainConfig(length=config.length, all_at_start=config.all_at_start))
     loaded = _load(env, config) if config.run else None
-    scores = [] if config.overwrite else _read(pathlib.Path(config.run_dir), config)
+    settings = _settings(config, loaded)
+    scores = [] if config.overwrite else _read(pathlib.Path(config.run_dir), config, settings)
     run_dir = open_run(config.run_dir, config, overwrite=config.overwrite)
     names = (config.run,) if config.run else config.policies
     trained: dict[tuple[str, int], Clones] = {}
@@ -128,7 +130,7 @@ def chain_suite(config: ChainsConfig) -> pathlib.Path:
             in_a_row(done, config.length).tolist(),
             done.mean(axis=1).tolist(),
             time.monotonic() - start,
-            _settings(config),
+            settings,
         )
         files.append_json_line(run_dir / RESULTS, score._asdict())
         scores.append(score)
@@ -218,16 +220,24 @@ def _mean_and_range(values: list[float]) -> str:
     return f"{np.mean(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
 
 
-def _settings(config: ChainsConfig) -> dict[str, Any]:
+def _settings(config: ChainsConfig, loaded: Run | None) -> dict[str, Any]:
     """Returns everything that a result depends on, as JSON has it."""
-    mode = config.mode or ""
-    cloning = {**dataclasses.asdict(config.cloning), **memory_decoders.settings()}
-    return {"num_chains": config.num_chains, "length": config.length, "mode": mode, **cloning}
+    own = {"num_chains": config.num_chains, "length": config.length, "mode": config.mode or ""}
+    cloning = memory_grid.settings(config.cloning)
+    return {**own, **cloning, **({} if loaded is None else _of_run(loaded))}
 
 
-def _read(run_dir: pathlib.Path, config: ChainsConfig) -> list[ChainScore]:
+def _of_run(run: Run) -> dict[str, Any]:
+    """Returns what distinguishes a run from one of the same folder that was trained further."""
+    acting = run.agent, run.norm_stats, jax.tree.map(np.asarray, run.params)
+    return {"step": run.step, "policy": digest(*acting)}
+
+
+def _read(
+    run_dir: pathlib.Path, config: ChainsConfig, settings: Mapping[str, Any]
+) -> list[ChainScore]:
     """Returns the earlier results of the same settings."""
-    settings, num_seeds = _settings(config), 1 if config.run else config.cloning.num_seeds
+    num_seeds = 1 if config.run else config.cloning.num_seeds
 
     def select(line: Mapping[str, Any]) -> bool:
         all_at_start = records.get(line, "all_at_start", bool)
