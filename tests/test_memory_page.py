@@ -1,12 +1,14 @@
 """Films and page of the memory suite."""
 
 import re
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 
 from train import memory_films, memory_grid, memory_page
+from train.memory_films import EpisodeFilm
 from train.memory_grid import CloningConfig, GridCell, Score
 from vla_jax.envs.memory_table import memory_env, tasks
 from vla_jax.envs.memory_table.memory_env import JaxMemoryConfig
@@ -26,7 +28,7 @@ def run(tmp_path_factory):
     score = memory_grid.run_cell(GridCell(WORLD, "fc"), TINY, clones=folder / memory_grid.CLONES)
     other = score._replace(cell=GridCell(WORLD, "first_and_now"))  # has no run
     counts = []
-    films = memory_films.film_tasks(folder, [score, other], 0, counts.append)
+    films = memory_films.film_tasks(folder, [score, other], TINY, counts.append)
     assert counts == [1]
     return folder, [score, other], films
 
@@ -46,13 +48,44 @@ def test_the_expert_and_the_policy_are_filmed(run):
     assert all((folder / film.path).stat().st_size > 1000 for film in films["lit"])
 
 
+OF_FC = Score(GridCell(WORLD, "fc"), np.array([0.5]), {}, 0.25, 1.0)
+CALLS = {
+    "the same": (OF_FC, TINY),
+    "other success": (OF_FC._replace(success=np.array([1.0])), TINY),
+    "another training": (OF_FC, replace(TINY, num_updates=2)),
+    "another world": (OF_FC._replace(cell=GridCell(replace(WORLD, delay=3), "fc")), TINY),
+}
+
+
+@pytest.mark.parametrize("second", CALLS)
+def test_films_are_made_again_and_old_ones_deleted_if_anything_differs(
+    second, monkeypatch, tmp_path
+):
+    made = []
+
+    def make_films(run_dir, world, scores, cloning, key):
+        del world, scores, cloning, key
+        made.append(f"films/lit_{len(made)}.mp4")
+        (run_dir / made[-1]).touch()
+        yield EpisodeFilm(made[-1], "expert", True, "touch it", "lit", "red", "success")
+
+    monkeypatch.setattr(memory_films, "_make_films", make_films)
+    (tmp_path / memory_films.FILMS).mkdir()
+    for score, cloning in (CALLS["the same"], CALLS[second]):
+        films = memory_films.film_tasks(tmp_path, [score], cloning, lambda count: None)
+    assert [film.path for film in films["lit"]] == made[-1:]
+    assert len(made) == (1 if second == "the same" else 2)
+    left = [path.name for path in (tmp_path / memory_films.FILMS).glob("*.mp4")]
+    assert left == [made[-1].removeprefix("films/")]
+
+
 @pytest.mark.slow
-def test_films_are_made_again_only_if_the_results_differ(run, monkeypatch):
-    folder, scores, films = run
-    monkeypatch.setattr(memory_films, "_make_films", lambda *args: iter(()))
-    assert memory_films.film_tasks(folder, scores, 0, lambda count: None) == films
-    changed = [score._replace(success=score.success + 0.5) for score in scores]
-    assert memory_films.film_tasks(folder, changed, 0, lambda count: None) == {"lit": []}
+def test_a_policy_of_another_training_is_not_filmed(run):
+    folder, scores, _ = run
+    other = replace(TINY, num_updates=2)
+    assert memory_grid.find_clone(folder, scores[0].cell, TINY) is not None
+    assert memory_grid.find_clone(folder, scores[0].cell, other) is None
+    assert memory_grid.find_clone(folder, scores[1].cell, TINY) is None  # has no run
 
 
 @pytest.mark.slow

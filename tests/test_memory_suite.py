@@ -10,7 +10,7 @@ from train import memory_cloning, memory_decoders, memory_grid, memory_report, m
 from train.memory_decoders import variants, with_first_observation
 from train.memory_grid import CloningConfig, GridCell, Score
 from train.memory_suite import MemorySuiteConfig
-from vla_jax.envs.memory_table import memory_env
+from vla_jax.envs.memory_table import memory_env, tasks
 from vla_jax.envs.memory_table.memory_env import JaxMemoryConfig
 from vla_jax.envs.memory_table.memory_task import INSTRUCTION_STEPS
 
@@ -67,8 +67,11 @@ def test_results_of_another_training_are_not_taken(tmp_path):
     "decoder",
     [
         "first_and_now",
-        pytest.param("lstm_window", marks=pytest.mark.slow),
-        pytest.param("gpt", marks=pytest.mark.slow),
+        *(
+            pytest.param(name, marks=[pytest.mark.slow, pytest.mark.sampled])
+            for name in variants()
+            if name != "first_and_now"
+        ),
     ],
 )
 def test_a_cell_trains_and_tests_every_seed(decoder):
@@ -145,15 +148,77 @@ def test_clones_of_a_bad_last_gradient_are_neither_played_nor_saved(tmp_path, mo
     assert not list(tmp_path.iterdir())
 
 
-def test_curves_are_drawn_over_the_axes(tmp_path):
+def panel_of(task, scores):
+    (own,) = (kind for kind in memory_report._PANELS if kind[0] == task)
+    panel = memory_report._panel(scores, ("lstm",), *own)
+    assert panel is not None
+    return panel
+
+
+def test_curves_are_at_the_numbers_of_the_world_with_chance_at_each():
+    panel = panel_of("lit", [score("lstm", [0.3, 0.8, 0.7], delay=delay) for delay in (64, 0)])
+    assert panel.x_ticks == [0, 64]
+    assert panel.curves["lstm"][0].tolist() == [0, 64]
+    assert panel.band(np.array([0.30, 0.82, 0.68])) == (0.30, 0.82)  # t over 3 seeds: -0.07, 1.27
+    worlds = [JaxMemoryConfig(task="sequence", items=items) for items in (0, 2, 4)]
+    panel = panel_of("sequence", [
+        Score(GridCell(world, "lstm"), np.array([0.5]), {}, tasks.chance(world), 1.0)
+        for world in worlds
+    ])  # fmt: skip
+    assert panel.references["chance"] == ([2, 3, 4], [1 / 12, 1 / 24, 1 / 24])
+    few, many = ({f"touch_times {n}": [0.5] for n in range(2, most + 1)} for most in (4, 8))
+    panel = panel_of("touch_times", [
+        Score(GridCell(JaxMemoryConfig(task="touch_times", updates=most), "lstm"), np.array([0.5]),
+              groups, chance, 1.0)
+        for most, groups, chance in ((0, few, 0.16), (8, many, 0.08))
+    ])  # fmt: skip
+    assert panel.references["chance"] == ([*range(2, 9)], [0.08] * 7)
+
+
+def test_curves_of_an_earlier_call_are_deleted(tmp_path):
     scores = [score("lstm", [0.5, 1.0], task="lit", delay=delay) for delay in (16, 64)]
     memory_report.write(tmp_path, scores, ("lstm",))
     assert (tmp_path / memory_report.CURVES).stat().st_size > 1000
-    points = memory_report._by_axis(scores, "delay")
-    assert {key: value.tolist() for key, value in points.items()} == {
-        16: [0.5, 1.0],
-        64: [0.5, 1.0],
-    }
+    memory_report.write(tmp_path, scores[:1], ("lstm",))
+    assert not (tmp_path / memory_report.CURVES).exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "same"),
+    [
+        ({"delay": 64}, {"delay": 64, "delays": (256,)}),
+        ({"delays": (0, 16)}, {"delays": (0,)}),
+        ({"tasks": ("lit", "lit")}, {"tasks": ("lit",)}),
+        ({"decoders": ("lstm", "fc", "lstm")}, {"decoders": ("lstm", "fc")}),
+        ({"items": (3,)}, {"items": ()}),
+        ({"swaps": 3}, {"swaps": 0}),
+        ({"touches": 4}, {"touches": 0}),
+    ],
+)
+def test_every_cell_is_trained_once(options, same):
+    keys, expected = (
+        [memory_report.key(cell) for cell in memory_suite.cells(MemorySuiteConfig(**fields))]
+        for fields in (options, same)
+    )
+    assert keys == expected
+    assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [("sequence", {"items": 3}), ("cups_swapped", {"updates": 3}), ("timing", {"delay": 64})],
+)
+def test_results_of_one_world_are_found_by_every_config_of_it(tmp_path, task, options):
+    cells = [GridCell(JaxMemoryConfig(task=task, **each), "lstm") for each in ({}, options)]
+    for written, asked in (cells, cells[::-1]):
+        assert memory_grid.clone_name(written) == memory_grid.clone_name(asked)
+        assert not memory_report.axes(asked)
+        own = Score(written, np.array([1.0, 0.5]), {}, 0.25, 1.0)
+        # an earlier version wrote the numbers of the config
+        line = memory_grid.to_json(own, TINY) | options
+        (tmp_path / memory_grid.RESULTS).write_text(json.dumps(line) + "\n")
+        (read,) = memory_grid.read_scores(tmp_path, [asked], TINY)
+        assert read.cell == asked
 
 
 def test_unknown_names_are_refused_before_any_training():
@@ -184,3 +249,10 @@ def test_options_of_the_grid_are_refused_with_pictures(fields):
     MemorySuiteConfig(**fields, delay=4)
     with pytest.raises(ValueError, match="tasks must be left out with pictures or features"):
         MemorySuiteConfig(**fields, tasks=("lit",))
+    preset = memory_suite.quick()
+    with pytest.raises(
+        ValueError, match=r"preset must be left out .*, got 'quick'; train.memory_p"
+    ):
+        dataclasses.replace(preset, **fields)
+    with pytest.raises(ValueError, match="tasks must be left out with pictures or features"):
+        dataclasses.replace(preset, **fields, tasks=("lit",))

@@ -83,6 +83,20 @@ def test_curves_of_several_seeds_show_the_mean_and_its_interval(tmp_path):
     assert (abs(a - fifth) <= 1).all(-1).sum() > 1000
 
 
+def test_the_band_and_dashed_lines_are_those_of_the_panel(tmp_path):
+    curve = {"one": ([0.0, 1.0], np.array([[0.3, 0.9, 0.6]] * 2))}
+    panel = plots.Panel("", "x", "y", curve, y_range=(0, 1))
+    wide = panel._replace(band=lambda seeds: (seeds.min(), seeds.max()))
+    dashed = wide._replace(references={"chance": ([0.0, 1.0], [0.1, 0.2])})
+    for name, each in (("a", panel), ("b", wide), ("c", dashed)):
+        plots.curves(tmp_path / f"{name}.png", [each])
+    a, b, c = (read_image(tmp_path / f"{name}.png").astype(int) for name in "abc")
+    fifth = [0xCC, 0xE3, 0xF0]
+    areas = [(abs(image - fifth) <= 1).all(-1).sum() for image in (a, b)]
+    assert areas[1] < 0.7 * areas[0]  # the interval over three seeds is wider than their range
+    assert (b != c).any(-1).sum() > 200
+
+
 def test_curves_keep_their_colour_across_panels(tmp_path):
     one = plots.Panel("one", "x", "y", {"a": ([1, 2], [0.1, 0.2]), "b": ([1, 2], [0.3, 0.1])})
     two = plots.Panel("two", "x", "y", {"b": ([1, 2], [1.0, 9.0])}, {"chance": 3.0}, log="xy")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from train import memory_grid
-from train.memory_grid import Score
+from train.memory_grid import CloningConfig, Score
 from vla_jax import records, runs
 from vla_jax.acting.agent import make_agent, read_instruction
 from vla_jax.envs.memory_table import memory_env, memory_rules, scenery, tasks
@@ -21,7 +21,7 @@ from vla_jax.envs.memory_table.memory_env import JaxMemoryConfig
 from vla_jax.envs.memory_table.memory_task import MemoryState
 from vla_jax.envs.table import rules
 from vla_jax.evaluation import video
-from vla_jax.files import write_json
+from vla_jax.files import delete, write_json
 from vla_jax.types import Array, Env, Key, Observation
 
 FILMS = "films"  # folder in the run folder
@@ -61,16 +61,19 @@ class _Played(NamedTuple):
 
 
 def film_tasks(
-    run_dir: pathlib.Path, scores: Sequence[Score], seed: int, progress: Callable[[int], None]
+    run_dir: pathlib.Path,
+    scores: Sequence[Score],
+    cloning: CloningConfig,
+    progress: Callable[[int], None],
 ) -> dict[str, list[EpisodeFilm]]:
     """Films the expert and a policy in every task of the scores.
 
-    Films of an earlier call with the same scores are kept.
+    Films of an earlier call with the same training and scores are kept.
 
     Args:
       run_dir: run folder with the policies of the scores.
       scores: in the order of the grid; of each task the first world is filmed.
-      seed: decides the episodes.
+      cloning: training of the scores; its seed decides the episodes.
       progress: is called with the number of tasks so far.
 
     Returns:
@@ -83,28 +86,36 @@ def film_tasks(
             own.append(score)
     films: dict[str, list[EpisodeFilm]] = {}
     for count, (task, own) in enumerate(by_task.items(), start=1):
-        films[task] = _film_task(run_dir, own, seed)
+        films[task] = _film_task(run_dir, own, cloning)
         progress(count)
     return films
 
 
-def _film_task(run_dir: pathlib.Path, scores: Sequence[Score], seed: int) -> list[EpisodeFilm]:
+def _film_task(
+    run_dir: pathlib.Path, scores: Sequence[Score], cloning: CloningConfig
+) -> list[EpisodeFilm]:
     world = scores[0].cell.world
-    rates = {score.cell.decoder: float(score.success.mean()) for score in scores}
+    rates = {memory_grid.clone_name(score.cell): score.success.tolist() for score in scores}
     path = run_dir / FILMS / f"{world.task}.json"
-    origin = {"rates": rates, "delay": world.delay, "seed": seed}
+    origin = {"rates": rates, "cloning": memory_grid.settings(cloning)}
     if path.exists():
         saved = records.read_file(TaskFilms, path, "the films of a task")
         if saved.origin == origin:
             return saved.films
-    key = jax.random.fold_in(jax.random.key(seed), list(tasks.TASKS).index(world.task))
-    films = list(_make_films(run_dir, world, scores, key))
+        for film in saved.films:
+            delete(path.with_name(pathlib.Path(film.path).name))
+    key = jax.random.fold_in(jax.random.key(cloning.seed), list(tasks.TASKS).index(world.task))
+    films = list(_make_films(run_dir, world, scores, cloning, key))
     write_json(path, {"origin": origin, "films": [film._asdict() for film in films]})
     return films
 
 
 def _make_films(
-    run_dir: pathlib.Path, world: JaxMemoryConfig, scores: Sequence[Score], key: Key
+    run_dir: pathlib.Path,
+    world: JaxMemoryConfig,
+    scores: Sequence[Score],
+    cloning: CloningConfig,
+    key: Key,
 ) -> Iterator[EpisodeFilm]:
     """Films a success of the expert and of the best policy, and a failure of a policy."""
     env = memory_env.make(world)
@@ -112,8 +123,8 @@ def _make_films(
     yield from _choose(run_dir, world, env, "expert", expert, (True,))
     wanted = (True, False)
     for score in sorted(scores, key=lambda score: -float(score.success.mean())):
-        folder = run_dir / memory_grid.CLONES / memory_grid.clone_name(score.cell)
-        if not wanted or not folder.is_dir():
+        folder = memory_grid.find_clone(run_dir, score.cell, cloning)
+        if not wanted or folder is None:
             continue
         act, carry = _policy(folder, env)
         played = _play(env, act, carry, key, num_episodes=_NUM_EPISODES)

@@ -21,6 +21,7 @@ from vla_jax.training import checkpoint
 RESULTS = "results.jsonl"  # file of the run folder, one line per cell
 CLONES = "clones"  # folder in it with a run per cell: the policy of the first seed
 _IDENTITY = ("task", "delay", "items", "updates", "decoder")  # fields that distinguish the cells
+_OF_CLONE = "cloning.json"  # file of each of these runs: settings of its training
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,26 @@ class ScoreLine(NamedTuple):
 
 
 def identity(cell: GridCell) -> dict[str, Any]:
-    """Returns the fields that a line of the results must have to be that of a cell."""
-    values = (*(getattr(cell.world, name) for name in _IDENTITY[:-1]), cell.decoder)
+    """Returns what distinguishes a cell from the others; a line of the results begins with it."""
+    world = cell.world
+    values = _plain(world.task, world.delay, world.items, world.updates, cell.decoder)
     return dict(zip(_IDENTITY, values, strict=True))
+
+
+def _plain(task: str, delay: int, items: int, updates: int, decoder: str) -> tuple[object, ...]:
+    """Returns the values of `identity`, the same for all options that give the same world.
+
+    A number of items or updates that is the task's default is 0, and the delay of a task without
+    delay is the config's default.
+    """
+    own = tasks.get(task)
+    return (
+        task,
+        delay if own.has_delay else JaxMemoryConfig.delay,
+        0 if items == own.items else items,
+        0 if updates == own.updates else updates,
+        decoder,
+    )
 
 
 def clone_name(cell: GridCell) -> str:
@@ -117,7 +135,7 @@ def run_cell(
     test_key = jax.random.fold_in(keys[0], 2)
     episodes = memory_cloning.play(env, variant, trained, test_key, config.num_episodes)
     if clones is not None and not variant.sees_first:  # no world gives the first observation again
-        _save(clones / clone_name(cell), cell, trained, config.num_updates)
+        _save(clones / clone_name(cell), cell, trained, config)
     success, index = np.asarray(episodes.success), np.asarray(episodes.instruction_index[0])
     names = np.array(env.tasks)[index]
     groups = {
@@ -130,15 +148,27 @@ def run_cell(
     )
 
 
-def _save(folder: pathlib.Path, cell: GridCell, trained: Clones, num_updates: int) -> None:
+def _save(folder: pathlib.Path, cell: GridCell, trained: Clones, config: CloningConfig) -> None:
     """Writes the policy of the first seed as a run, which `vla_jax.evaluate` can read."""
     files.delete_folder(folder)  # of another training
+    folder.mkdir(parents=True)
+    files.write_json(folder / _OF_CLONE, settings(config))
     params = jax.tree.map(lambda leaf: np.asarray(leaf[0]), trained.params)
     runs.write_acting(folder, trained.agent, trained.norm_stats, cell.world)
     metadata = runs.acting_metadata(trained.agent, trained.norm_stats, world=cell.world)
     handle = checkpoint.open_checkpoints(folder / "checkpoints")
-    checkpoint.save(handle, num_updates, {"params": params}, metadata)
+    checkpoint.save(handle, config.num_updates, {"params": params}, metadata)
     checkpoint.close(handle)
+
+
+def find_clone(run_dir: pathlib.Path, cell: GridCell, config: CloningConfig) -> pathlib.Path | None:
+    """Returns the run with the policy of a cell; None if there is none of this training."""
+    folder = run_dir / CLONES / clone_name(cell)
+    file = folder / _OF_CLONE  # runs of earlier versions have none
+    is_other = file.exists() and files.read_json(file, "the training's settings") != settings(
+        config
+    )
+    return None if is_other or not folder.is_dir() else folder
 
 
 def to_json(score: Score, config: CloningConfig) -> dict[str, Any]:
@@ -149,12 +179,13 @@ def to_json(score: Score, config: CloningConfig) -> dict[str, Any]:
         groups=score.groups,
         chance=score.chance,
         seconds=round(score.seconds, 1),
-        cloning=_settings(config),
+        cloning=settings(config),
     )
     return line._asdict()
 
 
-def _settings(config: CloningConfig) -> dict[str, Any]:
+def settings(config: CloningConfig) -> dict[str, Any]:
+    """Returns everything that the result of a cell depends on."""
     return {**dataclasses.asdict(config), **memory_decoders.settings()}
 
 
@@ -166,8 +197,9 @@ def read_scores(
     Raises:
       ValueError: a line is damaged.
     """
-    settings = _settings(config)
+    own = settings(config)
     by_identity = {tuple(identity(cell).values()): cell for cell in cells}
+    known = {cell.world.task for cell in cells}
 
     def fault(line: ScoreLine) -> str:
         sizes = {len(rates) for rates in (line.success, *line.groups.values())}
@@ -177,9 +209,13 @@ def read_scores(
         ScoreLine,
         run_dir / RESULTS,
         bounds=dict.fromkeys(("success", "groups", "chance"), (0, 1)),
-        select=lambda line: records.get(line, "cloning", dict) == settings,
+        select=lambda line: records.get(line, "cloning", dict) == own,
         fault=fault,
     ):
-        cell = by_identity.get(line[: len(_IDENTITY)])
+        if line.task not in known:
+            continue
+        cell = by_identity.get(
+            _plain(line.task, line.delay, line.items, line.updates, line.decoder)
+        )
         if cell is not None:
             yield Score(cell, np.array(line.success), line.groups, line.chance, line.seconds)

@@ -1,24 +1,21 @@
 """Table and curves of the memory suite."""
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from rich.table import Table
 
 from train.memory_grid import GridCell, Score, identity
-from vla_jax.envs.memory_table import tasks
+from vla_jax.envs.memory_table import memory_task, tasks
+from vla_jax.envs.memory_table.memory_env import JaxMemoryConfig
 from vla_jax.evaluation import plots
 from vla_jax.evaluation.plots import Panel
-from vla_jax.files import replacing
+from vla_jax.files import delete, replacing
 
 TABLE, CURVES = "memory_suite.md", "curves.png"  # files of the run folder
-_PANELS = (  # task, axis of its configs or "group", title, label of the x axis
-    ("lit", "delay", "Forgetting: lit", "delay / steps"),
-    ("sequence", "items", "Capacity: sequence", "blocks to remember"),
-    ("cups_swapped", "group", "Updating: cups_swapped", "swaps"),
-    ("touch_times", "group", "Updating: touch_times", "touches"),
-)
+_Points = dict[float, tuple[np.ndarray, float]]  # x -> success of each seed [S], chance
 
 
 def key(cell: GridCell) -> tuple[object, ...]:
@@ -62,6 +59,8 @@ def write(run_dir: pathlib.Path, scores: Sequence[Score], decoders: Sequence[str
     panels = [panel for kind in _PANELS if (panel := _panel(scores, decoders, *kind))]
     if panels:
         plots.curves(run_dir / CURVES, panels, columns=2, title="Memory suite")
+    else:
+        delete(run_dir / CURVES)  # of an earlier call
 
 
 def by_world(scores: Sequence[Score]) -> list[dict[str, Score]]:
@@ -85,53 +84,75 @@ def _rows(scores: Sequence[Score], decoders: Sequence[str]) -> list[tuple[str, .
 
 def axes(cell: GridCell) -> str:
     """Returns the axes of a cell that differ from the task's defaults: "items 4"."""
-    world = cell.world
-    named = {"delay": world.delay, "items": world.items, "updates": world.updates}
-    default = {"delay": type(world)().delay, "items": 0, "updates": 0}
-    return ", ".join(f"{name} {value}" for name, value in named.items() if value != default[name])
+    own, default = identity(cell), JaxMemoryConfig()
+    return ", ".join(
+        f"{name} {own[name]}"
+        for name in ("delay", "items", "updates")
+        if own[name] != getattr(default, name)
+    )
+
+
+def _by_axis(value: Callable[[JaxMemoryConfig], int], scores: Sequence[Score]) -> _Points:
+    """Returns the points of a curve over a number of the worlds."""
+    points = {float(value(score.cell.world)): (score.success, score.chance) for score in scores}
+    return dict(sorted(points.items()))
+
+
+def _by_group(scores: Sequence[Score]) -> _Points:
+    """Returns the points of a curve over the number in the groups, of the widest config.
+
+    Chance is that of all groups: a policy without memory does not know the group.
+    """
+    if not scores:
+        return {}
+    widest = max(scores, key=lambda score: len(score.groups))
+    return {
+        float(name.split()[-1]): (np.array(rates), widest.chance)
+        for name, rates in widest.groups.items()
+    }
+
+
+def _delay(world: JaxMemoryConfig) -> int:
+    return world.delay
+
+
+def _items(world: JaxMemoryConfig) -> int:
+    return memory_task.items(tasks.get(world.task), world)
+
+
+_PANELS = (  # task, its points, title, label of the x axis
+    ("lit", partial(_by_axis, _delay), "Forgetting: lit", "delay / steps"),
+    ("sequence", partial(_by_axis, _items), "Capacity: sequence", "blocks to remember"),
+    ("cups_swapped", _by_group, "Updating: cups_swapped", "swaps"),
+    ("touch_times", _by_group, "Updating: touch_times", "touches"),
+)
 
 
 def _panel(
     scores: Sequence[Score],
     decoders: Sequence[str],
     task: str,
-    axis: str,
+    find: Callable[[Sequence[Score]], _Points],
     title: str,
     x_label: str,
 ) -> Panel | None:
     """Returns a panel of success over an axis; None if fewer than two values were measured."""
     own = [score for score in scores if score.cell.world.task == task]
-    curves, chance = {}, 0.0
+    curves, chance = {}, dict[float, float]()
     for name in decoders:
-        of_decoder = [score for score in own if score.cell.decoder == name]
-        points = _by_group(of_decoder) if axis == "group" else _by_axis(of_decoder, axis)
+        points = find([score for score in own if score.cell.decoder == name])
         if len(points) > 1:
-            curves[name] = (np.array(list(points)), _drop_one_seed(np.stack(list(points.values()))))
+            rates, chances = zip(*points.values(), strict=True)
+            curves[name] = (np.array(list(points)), np.stack(rates))
+            chance |= zip(points, chances, strict=True)
     if not curves:
         return None
-    chance = min(score.chance for score in own)
-    values = sorted({float(x) for points, _ in curves.values() for x in points})
-    return Panel(title, x_label, "success rate", curves, levels={"chance": chance}, y_range=(0, 1),
-                 x_ticks=values)  # fmt: skip
+    values = sorted(chance)
+    return Panel(
+        title, x_label, "success rate", curves, y_range=(0, 1), x_ticks=values, band=_range,
+        references={"chance": (values, [chance[x] for x in values])},
+    )  # fmt: skip
 
 
-def _drop_one_seed(rates: np.ndarray) -> np.ndarray:
-    """Returns rates `[N, S]`, or `[N]` if there is one seed, whose interval is unknown."""
-    return rates[:, 0] if rates.shape[1] == 1 else rates
-
-
-def _by_axis(scores: Sequence[Score], axis: str) -> dict[float, np.ndarray]:
-    """Returns the success of each seed by the value of an axis."""
-    values = {}
-    for score in scores:
-        value = getattr(score.cell.world, axis) or tasks.get(score.cell.world.task).items
-        values[value] = score.success
-    return dict(sorted(values.items()))
-
-
-def _by_group(scores: Sequence[Score]) -> dict[float, np.ndarray]:
-    """Returns the success of each seed by the number in the groups, of the widest config."""
-    if not scores:
-        return {}
-    widest = max(scores, key=lambda score: len(score.groups))
-    return {float(name.split()[-1]): np.array(rates) for name, rates in widest.groups.items()}
+def _range(rates: np.ndarray) -> tuple[float, float]:
+    return float(rates.min()), float(rates.max())

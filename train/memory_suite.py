@@ -1,9 +1,10 @@
 """Memory suite: every decoder on every memory task of the JAX table, from its state.
 
-    python -m train.memory_suite --preset quick  # six tasks, one seed: about 10 minutes
-    python -m train.memory_suite                # all tasks, three seeds
+    python -m train.memory_suite --preset quick  # six tasks, one seed: 10 to 12 minutes
+    python -m train.memory_suite --preset short  # all tasks, six policies, three seeds: hours
+    python -m train.memory_suite                 # all tasks, all policies, curves: about a day
     python -m train.memory_suite --tasks lit cups_swapped --decoders fc lstm gpt --num-workers 4
-    python -m train.memory_suite --pictures     # four tasks from images, on the MuJoCo table
+    python -m train.memory_suite --pictures      # four tasks from images, on the MuJoCo table
 
 Each policy clones a scripted expert that sees the cue, from demonstrations of its own task. Results
 are appended to the run folder cell by cell, and an interrupted grid continues where it stopped;
@@ -15,6 +16,7 @@ import pathlib
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from rich.console import Console
 
@@ -42,7 +44,6 @@ from vla_jax.runs import check_run, open_run
 from vla_jax.training.progress import progress_bar
 from vla_jax.training.run_lock import exclusive
 
-BASELINES = ("fc", "first_and_now", "lstm_window")
 _OF_PICTURES = ("pictures", "features", "delay", "run_dir")  # options that apply to pictures
 
 
@@ -56,7 +57,7 @@ class MemorySuiteConfig:
 
     tasks: tuple[str, ...] = tuple(tasks.TASKS)  # tasks of the table
     # policies to compare: fc, first_and_now, lstm_window, and every trunk with memory
-    decoders: tuple[str, ...] = (*BASELINES, "rnn", "gru", "lstm", "min_gru", "gpt")
+    decoders: tuple[str, ...] = tuple(variants())
     delay: int = 16  # mean steps between what is shown and the first action
     delays: tuple[int, ...] = (64, 256)  # further delays of the task "lit"; () = no such curve
     items: tuple[int, ...] = (2, 4)  # further numbers of blocks of the task "sequence"
@@ -85,18 +86,33 @@ class MemorySuiteConfig:
 
 
 def _refuse_others(config: MemorySuiteConfig) -> None:
-    """Raises a ValueError for an option that only the grid from state has."""
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if field.name not in _OF_PICTURES and value != field.default:
+    """Raises a ValueError for an option, or a preset, that only the grid from state has."""
+    given = _of_grid(config)
+    for name, preset in MEMORY_SUITE.items():
+        if given and given == _of_grid(preset()):
             raise ValueError(
-                f"{field.name} must be left out with pictures or features, got {value}; "
-                "train.memory_pictures has options of its own."
+                f"preset must be left out with pictures or features, got '{name}'; "
+                "train.memory_pictures has presets of its own."
             )
+    for name, value in given.items():
+        raise ValueError(
+            f"{name} must be left out with pictures or features, got {value}; "
+            "train.memory_pictures has options of its own."
+        )
+
+
+def _of_grid(config: MemorySuiteConfig) -> dict[str, Any]:
+    """Returns the options of the grid from state that are not at their defaults."""
+    return {
+        field.name: value
+        for field in fields(config)
+        if (value := getattr(config, field.name)) != field.default
+        and field.name not in _OF_PICTURES
+    }
 
 
 def cells(config: MemorySuiteConfig) -> list[GridCell]:
-    """Returns the cells of the grid: the table, then what the curves need in addition."""
+    """Returns the cells of the grid, each once: the table, then what the curves need besides."""
     base = JaxMemoryConfig(delay=config.delay)
     worlds = [replace(base, task=task) for task in config.tasks]
     if "lit" in config.tasks:
@@ -107,7 +123,8 @@ def cells(config: MemorySuiteConfig) -> list[GridCell]:
         worlds.append(replace(base, task="cups_swapped", updates=config.swaps))
     if "touch_times" in config.tasks and config.touches:
         worlds.append(replace(base, task="touch_times", updates=config.touches))
-    return [GridCell(world, decoder) for world in worlds for decoder in config.decoders]
+    grid = [GridCell(world, decoder) for world in worlds for decoder in config.decoders]
+    return list({memory_report.key(cell): cell for cell in grid}.values())
 
 
 @exclusive
@@ -134,11 +151,11 @@ def memory_suite(config: MemorySuiteConfig) -> pathlib.Path:
         console.print(f"{done}; the same command continues.", highlight=False, soft_wrap=True)
         raise
     ordered = sorted(scores.values(), key=lambda score: order[memory_report.key(score.cell)])
-    memory_report.write(run_dir, ordered, config.decoders)
-    console.print(memory_report.table(ordered, config.decoders))
-    return memory_page.write(
-        run_dir, ordered, config.decoders, config.cloning, _films(run_dir, config, ordered, console)
-    )
+    decoders = tuple(dict.fromkeys(config.decoders))
+    memory_report.write(run_dir, ordered, decoders)
+    console.print(memory_report.table(ordered, decoders))
+    films = _films(run_dir, config, ordered, console)
+    return memory_page.write(run_dir, ordered, decoders, config.cloning, films)
 
 
 def _films(
@@ -152,7 +169,7 @@ def _films(
         return {}
     num_tasks = len({score.cell.world.task for score in scores})
     with progress_bar("films", num_tasks, unit="tasks", console=console) as show:
-        return memory_films.film_tasks(run_dir, scores, config.cloning.seed, show)
+        return memory_films.film_tasks(run_dir, scores, config.cloning, show)
 
 
 def _run(
@@ -186,12 +203,24 @@ def _run(
 
 
 def full() -> MemorySuiteConfig:
-    """All tasks and three curves, eight policies, three seeds: hours on 2 CPU cores."""
+    """All tasks and curves, all policies, three seeds: 10 to 25 hours on 2 CPU cores."""
     return MemorySuiteConfig()
 
 
+def short() -> MemorySuiteConfig:
+    """All tasks, six policies, three seeds, no curves: 2 to 6 hours on 2 CPU cores."""
+    return MemorySuiteConfig(
+        decoders=("fc", "first_and_now", "lstm_window", "lstm", "gru", "rotary_gpt"),
+        delays=(),
+        items=(),
+        swaps=0,
+        touches=0,
+        run_dir="runs/memory_suite_short",
+    )
+
+
 def quick() -> MemorySuiteConfig:
-    """Six tasks, four policies, one seed, no curves: minutes on 2 CPU cores."""
+    """Six tasks, four policies, one seed, no curves: 10 to 12 minutes on 2 CPU cores."""
     return MemorySuiteConfig(
         tasks=("touch_times", "blinks", "cups", "cups_swapped", "lit", "sequence"),
         decoders=("fc", "lstm", "gru", "gpt"),
@@ -204,6 +233,6 @@ def quick() -> MemorySuiteConfig:
     )
 
 
-MEMORY_SUITE = {preset.__name__: preset for preset in (full, quick)}
+MEMORY_SUITE = {preset.__name__: preset for preset in (full, short, quick)}
 if __name__ == "__main__":
     run(memory_suite, MEMORY_SUITE, description="Measures what policies remember.")

@@ -5,7 +5,7 @@ safe palette of Okabe and Ito.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from typing import Any, NamedTuple
 
@@ -29,11 +29,14 @@ class Panel(NamedTuple):
     title: str
     x_label: str
     y_label: str
-    curves: Mapping[str, Curve]  # name -> x, y; several seeds: mean and its 95 % interval
+    curves: Mapping[str, Curve]  # name -> x, y; several seeds: mean and band
     levels: Mapping[str, float] = {}  # name -> y of a horizontal line
     log: str = ""  # axes with a logarithmic scale: "x", "y", "xy"
     y_range: tuple[float, float] | None = None
     x_ticks: Sequence[float] = ()  # marks of the x axis; () = chosen by matplotlib
+    references: Mapping[str, Curve] = {}  # name -> x, y of a dashed line, as the levels are
+    # values of the seeds [S] -> ends of the band; default: the 95 % interval of the mean
+    band: Callable[[np.ndarray], tuple[float, float]] = mean_interval
 
 
 def training(path: Path, metrics: Sequence[Mapping[str, float]], *, title: str = "") -> None:
@@ -221,11 +224,15 @@ def curves(path: Path, panels: Sequence[Panel], *, columns: int = 3, title: str 
     handles = {}
     for axes, panel in zip(drawn, panels, strict=False):
         for name, (x, y) in panel.curves.items():
-            handles[name] = _draw_curve(axes, np.asarray(x), np.asarray(y), looks[name])
-        for (name, level), dashes in zip(panel.levels.items(), cycle(_DASHES), strict=False):
-            axes.axhline(level, color=_INK, linestyle=dashes, linewidth=1)
+            handles[name] = _draw_curve(axes, np.asarray(x), np.asarray(y), panel.band, looks[name])
+        dashes, name_style = cycle(_DASHES), {"ha": "right", "fontsize": 7, "color": _INK}
+        for name, level in panel.levels.items():
+            axes.axhline(level, color=_INK, linestyle=next(dashes), linewidth=1)
             where = {"xy": (1.0, level), "xycoords": ("axes fraction", "data")}
-            axes.annotate(name, **where, ha="right", va="bottom", fontsize=7, color=_INK)
+            axes.annotate(name, **where, va="bottom", **name_style)
+        for name, (x, y) in panel.references.items():
+            axes.plot(x, y, color=_INK, linestyle=next(dashes), linewidth=1)
+            axes.annotate(name, (x[-1], y[-1]), va="bottom", **name_style)
         axes.set(xlabel=panel.x_label, ylabel=panel.y_label, ylim=panel.y_range)
         if panel.x_ticks:
             axes.set_xticks(panel.x_ticks)
@@ -277,9 +284,15 @@ def histograms(
     _write(figure, path, title)
 
 
-def _draw_curve(axes: Any, x: np.ndarray, y: np.ndarray, look: Mapping[str, Any]) -> Any:
+def _draw_curve(
+    axes: Any,
+    x: np.ndarray,
+    y: np.ndarray,
+    band: Callable[[np.ndarray], tuple[float, float]],
+    look: Mapping[str, Any],
+) -> Any:
     if y.ndim == 2:
-        low, high = np.array([mean_interval(of_seeds) for of_seeds in y]).T
+        low, high = np.array([band(of_seeds) for of_seeds in y]).T
         axes.fill_between(x, low, high, color=look["color"], alpha=0.2, linewidth=0)
         y = y.mean(axis=1)
     (line,) = axes.plot(x, y, linewidth=1.6, **look)
