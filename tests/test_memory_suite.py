@@ -206,7 +206,7 @@ def test_every_cell_is_trained_once(options, same):
 
 @pytest.mark.parametrize(
     ("task", "options"),
-    [("sequence", {"items": 3}), ("cups_swapped", {"updates": 3}), ("timing", {"delay": 64})],
+    [("sequence", {"items": 3}), ("cups_swapped", {"updates": 3}), ("touch_times", {"updates": 4})],
 )
 def test_results_of_one_world_are_found_by_every_config_of_it(tmp_path, task, options):
     cells = [GridCell(JaxMemoryConfig(task=task, **each), "lstm") for each in ({}, options)]
@@ -221,11 +221,11 @@ def test_results_of_one_world_are_found_by_every_config_of_it(tmp_path, task, op
         assert read.cell == asked
 
 
-def test_unknown_names_are_refused_before_any_training():
-    with pytest.raises(ValueError, match=r"unknown name 'lsmt' in decoders; .*Did you mean 'lstm'"):
-        MemorySuiteConfig(decoders=("lsmt",))
-    with pytest.raises(ValueError, match="in tasks"):
-        MemorySuiteConfig(tasks=("lid",))
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_another_delay_or_number_of_updates_is_another_cell(task):
+    changes = ({}, {"delay": 17}, {"updates": tasks.get(task).updates + 1})
+    cells = [GridCell(JaxMemoryConfig(task=task, **each), "lstm") for each in changes]
+    assert len(set(map(memory_grid.clone_name, cells))) == len(cells)
 
 
 @pytest.mark.slow

@@ -85,17 +85,14 @@ def identity(cell: GridCell) -> dict[str, Any]:
 def _plain(task: str, delay: int, items: int, updates: int, decoder: str) -> tuple[object, ...]:
     """Returns the values of `identity`, the same for all options that give the same world.
 
-    A number of items or updates that is the task's default is 0, and the delay of a task without
-    delay is the config's default.
+    A number of items or updates that is the task's default is 0.
     """
     own = tasks.get(task)
-    return (
-        task,
-        delay if own.has_delay else JaxMemoryConfig.delay,
-        0 if items == own.items else items,
-        0 if updates == own.updates else updates,
-        decoder,
+    items, updates = (
+        0 if value == default else value
+        for value, default in ((items, own.items), (updates, own.updates))
     )
+    return task, delay, items, updates, decoder
 
 
 def clone_name(cell: GridCell) -> str:
