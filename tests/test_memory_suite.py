@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,8 @@ from train import memory_cloning, memory_decoders, memory_grid, memory_report, m
 from train.memory_decoders import variants, with_first_observation
 from train.memory_grid import CloningConfig, GridCell, Score
 from train.memory_suite import MemorySuiteConfig
-from vla_jax.envs.memory_table import memory_env, tasks
+from vla_jax.envs.demonstrations import collect
+from vla_jax.envs.memory_table import lit_blocks, memory_env, tasks
 from vla_jax.envs.memory_table.memory_env import JaxMemoryConfig
 from vla_jax.envs.memory_table.memory_task import INSTRUCTION_STEPS
 
@@ -226,6 +229,18 @@ def test_another_delay_or_number_of_updates_is_another_cell(task):
     changes = ({}, {"delay": 17}, {"updates": tasks.get(task).updates + 1})
     cells = [GridCell(JaxMemoryConfig(task=task, **each), "lstm") for each in changes]
     assert len(set(map(memory_grid.clone_name, cells))) == len(cells)
+
+
+@pytest.mark.slow
+def test_the_task_of_the_guide_can_be_added(monkeypatch):
+    text = (pathlib.Path(__file__).parents[1] / "docs/memory.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    names = dict(vars(lit_blocks))
+    exec(code, names)
+    assert dict(lit_blocks.MEMBERS).items() <= names["MEMBERS"].items()
+    monkeypatch.setattr(tasks, "TASKS", {**tasks.TASKS, "unlit": names["MEMBERS"]["unlit"]})
+    env = memory_env.make(JaxMemoryConfig(task="unlit", delay=4))
+    assert collect(env, jax.random.key(0), 64, noise=0.0).success.mean() >= 0.98
 
 
 @pytest.mark.slow
