@@ -110,6 +110,18 @@ def test_every_task_says_what_must_be_remembered(task):
         assert rules.COLOURS[int(state.cue.colour)] in text
 
 
+def test_the_page_explains_its_numbers_and_the_policies_in_it(tmp_path):
+    world = JaxMemoryConfig(task="path")
+    score = Score(GridCell(world, "fc"), np.array([0.5, 0.7]), {}, 0.002, 1.0)
+    text = memory_page.write(tmp_path, [score], ("fc", "lstm"), CloningConfig(), {}).read_text()
+    assert "<td>0.2 %</td>" in text
+    assert "60 %<small>50 … 70</small>" in text
+    assert "200 episodes give a rate near 50 % to ±\u00a07\u00a0%" in text
+    assert "<b>fc</b> has no memory" in text
+    assert "lstm_window" not in text
+    assert "<img" not in text
+
+
 def test_groups_are_tabled():
     world = JaxMemoryConfig(task="blinks")
     score = Score(GridCell(world, "fc"), np.array([0.5]), {"blinks 1": [0.2], "blinks 2": [0.8]},

@@ -16,6 +16,7 @@ from vla_jax.envs.demonstrations import collect
 from vla_jax.envs.memory_table import lit_blocks, memory_env, tasks
 from vla_jax.envs.memory_table.memory_env import JaxMemoryConfig
 from vla_jax.envs.memory_table.memory_task import INSTRUCTION_STEPS
+from vla_jax.evaluation import plots
 
 TINY = CloningConfig(
     num_seeds=2, num_demonstrations=8, num_updates=1, batch_size=4, hidden_size=8, num_episodes=8
@@ -229,6 +230,17 @@ def test_another_delay_or_number_of_updates_is_another_cell(task):
     changes = ({}, {"delay": 17}, {"updates": tasks.get(task).updates + 1})
     cells = [GridCell(JaxMemoryConfig(task=task, **each), "lstm") for each in changes]
     assert len(set(map(memory_grid.clone_name, cells))) == len(cells)
+
+
+def test_curves_of_all_policies_look_different():
+    assert len(set(map(str, plots._LOOKS))) == len(plots._LOOKS) >= len(variants())
+
+
+def test_unknown_names_are_refused_before_any_training():
+    with pytest.raises(ValueError, match=r"unknown name 'lsmt' in decoders; .*Did you mean 'lstm'"):
+        MemorySuiteConfig(decoders=("lsmt",))
+    with pytest.raises(ValueError, match="in tasks"):
+        MemorySuiteConfig(tasks=("lid",))
 
 
 @pytest.mark.slow

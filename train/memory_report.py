@@ -28,8 +28,14 @@ def line(score: Score) -> str:
     cell = score.cell
     return (
         f"{cell.world.task:13s} {axes(cell):22s} {cell.decoder:15s} {percent(score.success):>16s}"
-        f"   chance {100 * score.chance:3.0f} %   {score.seconds:4.0f} s"
+        f"   chance {chance(score):>5s}   {score.seconds:4.0f} s"
     )
+
+
+def chance(score: Score) -> str:
+    """Returns the success of the best policy without memory, such as "25 %" or "0.2 %"."""
+    rate = 100 * score.chance
+    return f"{rate:.0f} %" if rate >= 10 else f"{rate:.1f} %"
 
 
 def percent(success: np.ndarray) -> str:
@@ -77,8 +83,8 @@ def _rows(scores: Sequence[Score], decoders: Sequence[str]) -> list[tuple[str, .
         first = next(iter(row.values()))
         rates = [percent(row[name].success) if name in row else "" for name in decoders]
         world = first.cell.world
-        suite, chance = tasks.get(world.task).suite, f"{100 * first.chance:.0f} %"
-        rows.append((suite, world.task, axes(first.cell), chance, *rates))
+        suite = tasks.get(world.task).suite
+        rows.append((suite, world.task, axes(first.cell), chance(first), *rates))
     return rows
 
 
@@ -138,19 +144,19 @@ def _panel(
 ) -> Panel | None:
     """Returns a panel of success over an axis; None if fewer than two values were measured."""
     own = [score for score in scores if score.cell.world.task == task]
-    curves, chance = {}, dict[float, float]()
+    curves, chances = {}, dict[float, float]()
     for name in decoders:
         points = find([score for score in own if score.cell.decoder == name])
         if len(points) > 1:
-            rates, chances = zip(*points.values(), strict=True)
+            rates, levels = zip(*points.values(), strict=True)
             curves[name] = (np.array(list(points)), np.stack(rates))
-            chance |= zip(points, chances, strict=True)
+            chances |= zip(points, levels, strict=True)
     if not curves:
         return None
-    values = sorted(chance)
+    values = sorted(chances)
     return Panel(
         title, x_label, "success rate", curves, y_range=(0, 1), x_ticks=values, band=_range,
-        references={"chance": (values, [chance[x] for x in values])},
+        references={"chance": (values, [chances[x] for x in values])},
     )  # fmt: skip
 
 

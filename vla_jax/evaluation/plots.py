@@ -19,7 +19,11 @@ Curve = tuple[Sequence[float] | np.ndarray, Sequence[float] | np.ndarray]  # x [
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 _INK, _FAINT = "#30343b", "#d9dce1"
 _DASHES = ("--", ":", "-.")
-_SECOND = (0, (6, 1.5))  # dashes of curves for which there is no colour left
+_LOOKS = tuple(  # of curves: every colour, then dashed, then dotted
+    {"color": colour, "linestyle": style}
+    for style in ("-", (0, (6, 1.5)), (0, (1.5, 1.2)))
+    for colour in COLOURS
+)
 _NOT_DRAWN = ("step", "steps_per_second", "data_wait", "grad_norm", "learning_rate")
 
 
@@ -215,11 +219,8 @@ def curves(path: Path, panels: Sequence[Panel], *, columns: int = 3, title: str 
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     figure = _figure(max(4.2 * columns, 5.0), 3.1 * rows + 0.5)
-    names = list(dict.fromkeys(name for panel in panels for name in panel.curves))
-    looks = {
-        name: {"color": colour, "linestyle": "-" if number < len(COLOURS) else _SECOND}
-        for number, (name, colour) in enumerate(zip(names, _cycle(len(names)), strict=True))
-    }
+    names = dict.fromkeys(name for panel in panels for name in panel.curves)
+    looks = dict(zip(names, cycle(_LOOKS), strict=False))
     drawn = _panels(figure, rows, columns, sharex=False)
     handles = {}
     for axes, panel in zip(drawn, panels, strict=False):
