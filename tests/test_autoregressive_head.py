@@ -38,7 +38,7 @@ def draw(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def setup(config=CONFIG):
+def prepare(config=CONFIG):
     return decoders.init(jax.random.key(0), config), draw(0, B, W, N, D)
 
 
@@ -88,7 +88,7 @@ def reference_decode(p, feature, source):
 @pytest.mark.slow
 def test_every_step_follows_the_equations_over_its_past_features():
     config = dataclasses.replace(CONFIG, kind="rnn")
-    params, tokens = setup(config)
+    params, tokens = prepare(config)
     reset, mask = np.zeros((B, W), bool), np.ones((B, W), bool)
     reset[1, 2], mask[2, :2] = True, False
     flags = {"timestep_mask": mask, "reset": reset}
@@ -113,7 +113,7 @@ def test_the_gripper_is_fed_back_as_plus_or_minus_one():
 
 @each_config
 def test_teacher_forcing_with_the_heads_outputs_is_free_running(config):
-    params, tokens = setup(config)
+    params, tokens = prepare(config)
     free_running = apply(params, config, tokens)
     predicted_actions = np.concatenate(
         [free_running.arm, np.sign(free_running.gripper_logit)[..., None]], axis=-1
@@ -124,7 +124,7 @@ def test_teacher_forcing_with_the_heads_outputs_is_free_running(config):
 
 
 def test_an_action_depends_on_earlier_targets_only():
-    params, tokens = setup()
+    params, tokens = prepare()
     action = draw_action()
     other = action.copy()
     other[:, :, 1] *= -1
@@ -137,7 +137,7 @@ def test_an_action_depends_on_earlier_targets_only():
 
 @pytest.mark.parametrize("rate", [0.0, 1.0])
 def test_a_rate_of_0_is_free_running_and_of_1_is_teacher_forcing(rate, key):
-    params, tokens = setup()
+    params, tokens = prepare()
     action = draw_action()
     sampled = apply(params, CONFIG, tokens, targets=teacher_forcing(action, rate), key=key)
     targets = teacher_forcing(action) if rate else None
@@ -149,7 +149,7 @@ def test_a_rate_of_0_is_free_running_and_of_1_is_teacher_forcing(rate, key):
 @each_config
 def test_every_param_gets_a_finite_gradient_whatever_masked_targets_contain(config, rate, key):
     config = dataclasses.replace(config, pooling="none")
-    params, tokens = setup(config)
+    params, tokens = prepare(config)
     action, mask = draw_action(), np.ones((B, W, K), bool)
     mask[0], mask[1, :, 1:] = False, False
     action[~mask] = np.nan
@@ -168,7 +168,7 @@ def test_every_param_gets_a_finite_gradient_whatever_masked_targets_contain(conf
 
 @each_config
 def test_padding_equals_truncation_and_a_reset_starts_a_new_episode(config):
-    params, tokens = setup(config)
+    params, tokens = prepare(config)
     truncated = apply(params, config, tokens[:, 2:])
     mask, reset = np.tile(np.arange(W) >= 2, (B, 1)), np.tile(np.arange(W) == 2, (B, 1))
     padded = apply(params, config, tokens, timestep_mask=mask)
@@ -179,7 +179,7 @@ def test_padding_equals_truncation_and_a_reset_starts_a_new_episode(config):
 
 
 def test_a_frame_does_not_change_earlier_outputs():
-    params, tokens = setup()
+    params, tokens = prepare()
     other = tokens.copy()
     other[:, 3] *= -1
     one, two = (
@@ -190,7 +190,7 @@ def test_a_frame_does_not_change_earlier_outputs():
 
 
 def decode(features, source, visible):
-    return autoregressive_head.decode(setup()[0]["heads"], CONFIG, features, source, visible)
+    return autoregressive_head.decode(prepare()[0]["heads"], CONFIG, features, source, visible)
 
 
 def test_weights_sum_to_1_over_visible_positions_and_invisible_ones_may_be_nan():
@@ -221,7 +221,7 @@ def test_attention_uses_features_of_other_steps():
 
 @pytest.mark.slow
 def test_vmap_and_jit_do_not_change_results_and_bfloat16_changes_them_little():
-    params, tokens = setup()
+    params, tokens = prepare()
     expected = apply(params, CONFIG, tokens)
     assert_close(decoders.apply(params, CONFIG, tokens), expected)
     mapped = jax.vmap(lambda t: decoders.apply(params, CONFIG, t[None]))(tokens)
@@ -232,7 +232,7 @@ def test_vmap_and_jit_do_not_change_results_and_bfloat16_changes_them_little():
 
 
 def test_dropout_needs_a_key(key):
-    params, tokens = setup()
+    params, tokens = prepare()
     config = dataclasses.replace(CONFIG, dropout=0.5)
     for targets in (None, teacher_forcing(draw_action())):
         plain = apply(params, CONFIG, tokens, targets=targets)
@@ -265,12 +265,12 @@ def test_targets_for_another_head_are_refused(key):
 
 
 def test_a_teacher_forcing_rate_without_a_key_is_refused():
-    params, tokens = setup()
+    params, tokens = prepare()
     with pytest.raises(ValueError, match=r"key must be given with targets.rate, got None"):
         decoders.apply(params, CONFIG, tokens, targets=teacher_forcing(draw_action(), 0.5))
 
 
 def test_targets_of_another_length_are_refused():
-    params, tokens = setup()
+    params, tokens = prepare()
     with pytest.raises(AssertionError, match="assert_axis_dimension"):
         decoders.apply(params, CONFIG, tokens, targets=teacher_forcing(draw_action()[:, :, 1:]))

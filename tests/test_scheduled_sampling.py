@@ -37,7 +37,7 @@ def make_sequence(kind, seed, steps):
     return rng.normal(size=(B, steps, V)).astype(np.float32)
 
 
-def setup(config):
+def prepare(config):
     params = init(jax.random.key(0), config)
     memory = encode(params, config, make_sequence(config.source, 0, S))
     return params, memory, make_sequence(config.target, 1, T)
@@ -90,7 +90,7 @@ def test_a_wrong_config_is_refused(fields, sentence):
 @pytest.mark.slow
 @each_config
 def test_rate_1_equals_teacher_forcing(config, key):
-    params, memory, targets = setup(config)
+    params, memory, targets = prepare(config)
     forced = schedule_and_run(params, config, memory, targets, 1.0, key)
     assert_close(forced, force(params, config, memory, targets))
 
@@ -98,14 +98,14 @@ def test_rate_1_equals_teacher_forcing(config, key):
 @pytest.mark.parametrize("rate", [0.0, 1.0])
 @each_config
 def test_a_target_of_one_step_does_not_depend_on_the_rate(config, rate, key):
-    params, memory, targets = setup(config)
+    params, memory, targets = prepare(config)
     forced = schedule_and_run(params, config, memory, targets[:, :1], rate, key)
     assert_close(forced, force(params, config, memory, targets[:, :1]))
 
 
 @each_config
 def test_rate_0_equals_free_running(config, key):
-    params, memory, targets = setup(config)
+    params, memory, targets = prepare(config)
     forced = schedule_and_run(params, config, memory, targets, 0.0, key)
     alone, _ = run_free(params, config, memory, T)
     assert_close(forced, alone)
@@ -113,14 +113,14 @@ def test_rate_0_equals_free_running(config, key):
 
 @each_config
 def test_teacher_forcing_with_its_own_outputs_equals_free_running(config):
-    params, memory, _ = setup(config)
+    params, memory, _ = prepare(config)
     alone, said = run_free(params, config, memory, T)
     assert_close(force(params, config, memory, said), alone)
 
 
 def test_each_row_and_step_is_sampled_independently(key):
     config = CONFIGS["tokens"]
-    params, memory, targets = setup(config)
+    params, memory, targets = prepare(config)
     mixed, forced, alone = (
         schedule_and_run(params, config, memory, targets, rate, key).outputs[:, 1]
         for rate in (0.3, 1.0, 0.0)
@@ -134,7 +134,7 @@ def test_each_row_and_step_is_sampled_independently(key):
 
 def test_rows_can_have_rates_of_their_own(key):
     config = CONFIGS["tokens"]
-    params, memory, targets = setup(config)
+    params, memory, targets = prepare(config)
     is_forced = np.arange(B) % 2 == 0
     mixed, forced, alone = (
         schedule_and_run(params, config, memory, targets, rate, key).outputs
@@ -153,7 +153,7 @@ def test_sampled_ids_follow_the_logits(key):
 
 def test_sampling_needs_a_key_and_is_independent_at_each_step(key):
     config = CONFIGS["tokens"]
-    params, memory, _ = setup(config)
+    params, memory, _ = prepare(config)
     with pytest.raises(ValueError, match="key must be given to sample outputs, got None"):
         run_free(params, config, memory, T, choose=scheduled_sampling.sample)
     _, said = run_free(params, config, memory, T, choose=scheduled_sampling.sample, key=key)
@@ -163,7 +163,7 @@ def test_sampling_needs_a_key_and_is_independent_at_each_step(key):
 def test_a_custom_choose_function_maps_outputs_to_the_next_inputs():
     """As in a policy that sends a function of its outputs and gets it back as input."""
     config = CONFIGS["vectors-feed-context"]
-    params, memory, _ = setup(config)
+    params, memory, _ = prepare(config)
 
     def scale(outputs, key):
         return np.tanh(1.0) * outputs

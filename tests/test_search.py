@@ -30,7 +30,7 @@ free_running = jax.jit(scheduled_sampling.free_running, static_argnums=(1, 3))
 force = jax.jit(seq2seq.teacher_forcing, static_argnums=1)
 
 
-def setup(config):
+def prepare(config):
     """Returns params and memory; outputs are sharpened, so that rows end at different steps."""
     params = init(jax.random.key(3), config)
     params["output"]["kernel"] = 4 * params["output"]["kernel"]
@@ -71,7 +71,7 @@ def assert_close(one, other, atol=1e-5):
 @each_config
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_a_beam_as_wide_as_all_targets_equals_exhaustive_search(config, alpha):
-    params, memory = setup(config)
+    params, memory = prepare(config)
     targets = all_targets()
     found = beam(params, config, memory, beam_size=V**T, max_steps=T, length_penalty=alpha)
     for row in range(B):
@@ -85,7 +85,7 @@ def test_a_beam_as_wide_as_all_targets_equals_exhaustive_search(config, alpha):
 
 @each_config
 def test_a_beam_of_one_equals_greedy_search(config):
-    params, memory = setup(config)
+    params, memory = prepare(config)
     one = beam(params, config, memory, beam_size=1, max_steps=T, length_penalty=0.0)
     best = greedy(params, config, memory, max_steps=T)
     np.testing.assert_array_equal(one.ids[:, 0], best.ids)
@@ -95,7 +95,7 @@ def test_a_beam_of_one_equals_greedy_search(config):
 
 @each_config
 def test_beams_are_sorted_and_have_the_scores_and_weights_of_their_ids(config):
-    params, memory = setup(config)
+    params, memory = prepare(config)
     found = beam(params, config, memory, beam_size=3, max_steps=T, length_penalty=0.6)
     assert (np.diff(found.score, axis=1) <= 0).all()
     for row in range(B):
@@ -111,7 +111,7 @@ def test_beams_are_sorted_and_have_the_scores_and_weights_of_their_ids(config):
 
 @each_config
 def test_greedy_search_equals_free_running_up_to_the_end_of_each_row(config):
-    params, memory = setup(config)
+    params, memory = prepare(config)
     steps = 12
     written = greedy(params, config, memory, max_steps=steps)
     decoded, said = free_running(params, config, memory, steps)
@@ -129,7 +129,7 @@ def test_greedy_search_equals_free_running_up_to_the_end_of_each_row(config):
 
 @each_config
 def test_ended_rows_do_not_change_with_more_steps(config):
-    params, memory = setup(config)
+    params, memory = prepare(config)
     short, long = (greedy(params, config, memory, max_steps=steps) for steps in (12, 500))
     ended = np.asarray(short.ids == 0).any(axis=1)
     np.testing.assert_array_equal(short.ids[ended], long.ids[ended, :12])
@@ -140,7 +140,7 @@ def test_ended_rows_do_not_change_with_more_steps(config):
 def test_search_stops_when_the_last_row_has_ended():
     """With a decoder that ends at once, only one of 1000 steps is computed."""
     config = CONFIGS["attention"]
-    params, memory = setup(config)
+    params, memory = prepare(config)
     params["output"]["bias"] = np.array([50.0, 0, 0], np.float32)
     counted = []
 
@@ -159,7 +159,7 @@ def test_search_stops_when_the_last_row_has_ended():
 
 def test_jit_changes_nothing():
     config = CONFIGS["attention"]
-    params, memory = setup(config)
+    params, memory = prepare(config)
     found = search.beam(params, config, memory, beam_size=3, max_steps=T, length_penalty=0.6)
     assert_close(found, beam(params, config, memory, beam_size=3, max_steps=T, length_penalty=0.6))
 

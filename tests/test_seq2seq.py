@@ -41,7 +41,7 @@ def make_sequence(kind, seed, steps, size):
 init = jax.jit(seq2seq.init, static_argnums=1)
 
 
-def setup(config):
+def prepare(config):
     params = init(jax.random.key(0), config)
     source = make_sequence(config.source, 0, S, config.source_size)
     return params, source, make_sequence(config.target, 1, T, config.target_size)
@@ -64,7 +64,7 @@ def assert_close(one, other, atol=1e-6):
 @pytest.mark.sampled
 @each_config
 def test_teacher_forcing_equals_single_steps(config):
-    params, source, targets = setup(config)
+    params, source, targets = prepare(config)
     memory = encode(params, config, source, mask=MASK)
     state, inputs = seq2seq.start(params, config, memory)
     whole = jit_run(params, config, source, targets, MASK)
@@ -77,7 +77,7 @@ def test_teacher_forcing_equals_single_steps(config):
 @pytest.mark.sampled
 @each_config
 def test_padding_equals_truncation(config):
-    params, source, targets = setup(config)
+    params, source, targets = prepare(config)
     dirty = np.where(MASK if source.ndim == 2 else MASK[..., None], source, 7)
     whole = jit_run(params, config, dirty, targets, MASK)
     cut = jit_run(params, config, source[1:2, : LENGTHS[1]], targets[1:2])
@@ -88,7 +88,7 @@ def test_padding_equals_truncation(config):
 
 @each_config
 def test_weights_sum_to_1_over_the_real_positions(config):
-    params, source, targets = setup(config)
+    params, source, targets = prepare(config)
     weights = jit_run(params, config, source, targets, MASK).weights
     assert (weights is None) == (config.score == "none")
     if weights is not None:
@@ -100,7 +100,7 @@ def test_weights_sum_to_1_over_the_real_positions(config):
 @pytest.mark.sampled
 @each_config
 def test_an_output_depends_on_the_whole_source_and_on_the_previous_targets(config):
-    params, source, targets = setup(config)
+    params, source, targets = prepare(config)
     plain = jit_run(params, config, source, targets).outputs
     for place in (0, S - 1):
         changed = source.copy()
@@ -118,7 +118,7 @@ def test_an_output_depends_on_the_whole_source_and_on_the_previous_targets(confi
 @pytest.mark.sampled
 @each_config
 def test_jit_and_vmap_change_nothing(config):
-    params, source, targets = setup(config)
+    params, source, targets = prepare(config)
     expected = run(params, config, source, targets, MASK)
     assert_close(jit_run(params, config, source, targets, MASK), expected)
     mapped = jax.jit(jax.vmap(lambda *row: run(params, config, *row)))(
@@ -130,7 +130,7 @@ def test_jit_and_vmap_change_nothing(config):
 @pytest.mark.sampled
 @each_config
 def test_every_param_gets_a_finite_gradient_even_with_an_empty_source(config):
-    params, source, targets = setup(config)
+    params, source, targets = prepare(config)
     mask = MASK & (np.arange(B) != 1)[:, None]
 
     @jax.jit
@@ -148,7 +148,7 @@ def test_every_param_gets_a_finite_gradient_even_with_an_empty_source(config):
 
 def test_without_attention_the_memory_is_only_the_carry():
     config = CONFIGS["gru-bottleneck"]
-    params, source, _ = setup(config)
+    params, source, _ = prepare(config)
     memory = encode(params, config, source)
     assert memory.source is None
     assert jax.tree.leaves(memory.carry)[0].shape == (B, H)
@@ -158,7 +158,7 @@ def test_without_attention_the_memory_is_only_the_carry():
 def test_dropout_needs_a_key(name, key):
     config = CONFIGS[name]
     dropping = dataclasses.replace(config, dropout=0.5)
-    params, source, targets = setup(config)
+    params, source, targets = prepare(config)
     plain = jit_run(params, config, source, targets).outputs
     assert_close(jit_run(params, dropping, source, targets).outputs, plain, atol=0)
     dropped = jit_run(params, dropping, source, targets, key=key).outputs
@@ -168,7 +168,7 @@ def test_dropout_needs_a_key(name, key):
 @pytest.mark.parametrize("name", ["rnn-additive", "gru-scaled-fed"])
 def test_bfloat16_products_give_float32_outputs(name):
     config = CONFIGS[name]
-    params, source, targets = setup(config)
+    params, source, targets = prepare(config)
     half = jit_run(params, dataclasses.replace(config, dtype="bfloat16"), source, targets)
     assert_close(half, jit_run(params, config, source, targets), atol=0.1)
     assert {part.dtype for part in half} == {jnp.dtype("float32")}
@@ -220,7 +220,7 @@ def torch_run(config, params, encoder, decoder, source, targets):
 def test_outputs_and_weights_equal_pytorch(cell):
     torch.manual_seed(0)
     config = Seq2SeqConfig(**SIZES, cell=cell, score="general")
-    params, source, targets = setup(config)
+    params, source, targets = prepare(config)
     module = {"rnn": torch.nn.RNN, "lstm": torch.nn.LSTM, "gru": torch.nn.GRU}[cell]
     encoder, decoder = (
         module(E, H, batch_first=True, bidirectional=both) for both in (True, False)
@@ -264,7 +264,7 @@ def test_a_wrong_config_is_refused(fields, sentence):
 
 def test_a_memory_without_a_source_is_refused():
     config = CONFIGS["rnn-additive"]
-    params, source, targets = setup(config)
+    params, source, targets = prepare(config)
     memory = encode(params, config, source)._replace(source=None)
     with pytest.raises(ValueError, match=r"memory.source must not be None with attention"):
         seq2seq.teacher_forcing(params, config, memory, targets)
