@@ -8,6 +8,7 @@ import pytest
 from vla_jax.envs.memory_table import discrete_memory, memory_env, tasks
 from vla_jax.envs.memory_table.discrete_memory import MOVES, MemoryChoicesConfig
 from vla_jax.envs.memory_table.memory_env import JaxMemoryConfig
+from vla_jax.envs.memory_table.memory_task import INSTRUCTION_STEPS
 from vla_jax.envs.table import rules
 
 GAMMA, WEIGHT, B = 0.9, 3.0, 16
@@ -64,22 +65,47 @@ def test_the_shaping_is_the_change_of_a_potential(episodes):
         np.testing.assert_allclose(transition.reward, expected, atol=1e-5)
 
 
-def test_the_cue_is_gone_when_the_robot_acts():
-    """Two cues with one layout: equal observations from the first acting step until a contact."""
-    layout, cues = jax.random.key(3), jax.random.split(jax.random.key(4), 2)
-    start = jax.jit(lambda cue: memory_env.start(CONFIG.table, layout, cue)[0])
-    states = [discrete_memory.MemoryChoicesState(start(cue), jnp.ones((), bool)) for cue in cues]
-    assert states[0].memory.cue.colour != states[1].memory.cue.colour
-    one_step, shown = jax.jit(ENV.step), 0
-    for _ in range(10):
-        acts = bool(memory_env.is_acting(states[0].memory))
-        stepped = [one_step(state, jnp.int32(0)) for state in states]
-        states, seen = [each[0] for each in stepped], [each[1].observation for each in stepped]
-        shown += int((seen[0] != seen[1]).any())
-        if acts:
-            np.testing.assert_array_equal(*seen)
-    assert acts
-    assert shown == 3
+@pytest.mark.sampled
+@pytest.mark.parametrize("task", [name for name, task in tasks.TASKS.items() if task.has_delay])
+def test_the_cue_is_gone_when_the_robot_acts(task):
+    """Cues with one layout: equal observations from the first acting step until a contact."""
+    config = MemoryChoicesConfig(table=JaxMemoryConfig(task=task, delay=4))
+    env = discrete_memory.make(config)
+    num_steps = tasks.get(task).max_shown(config.table) + 8
+
+    @jax.jit
+    @jax.vmap
+    def play(cue):
+        memory, _ = memory_env.start(config.table, jax.random.key(3), cue)
+
+        def step(state, _):
+            acts = memory_env.is_acting(state.memory)
+            state, transition = env.step(state, jnp.int32(0))
+            return state, (transition.observation, acts)
+
+        state = discrete_memory.MemoryChoicesState(memory, jnp.ones((), bool))
+        return jax.lax.scan(step, state, length=num_steps)[1]
+
+    seen, acts = jax.device_get(play(jax.random.split(jax.random.key(4), B)))
+    last_watched = acts[0].argmax() - 1  # its transition is the first observation to act on
+    assert acts[0, last_watched + 1]
+    assert np.any(seen[:, :last_watched] != seen[:1, :last_watched])
+    acting = seen[:, last_watched:]
+    np.testing.assert_array_equal(acting, np.broadcast_to(acting[:1], acting.shape))
+
+
+@pytest.mark.parametrize(("task", "num_sentences"), [("lit", 1), ("blinks", 1), ("dark", 4)])
+def test_the_sentence_is_told_once_unless_there_is_only_one(task, num_sentences):
+    env = discrete_memory.make(MemoryChoicesConfig(table=JaxMemoryConfig(task=task)))
+    assert len(env.instruction) == num_sentences
+    step = jax.jit(env.step)
+    state, observation = jax.jit(env.reset)(jax.random.key(1))
+    told = []
+    for _ in range(INSTRUCTION_STEPS + 2):
+        told.append(float(observation[np.array(env.instruction)].sum()))
+        state, transition = step(state, jnp.int32(0))
+        observation = transition.observation
+    assert told == [1.0] * INSTRUCTION_STEPS + [float(num_sentences == 1)] * 2
 
 
 def test_blocks_are_relative_to_the_tool():

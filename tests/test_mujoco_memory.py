@@ -125,25 +125,34 @@ def test_recorded_episodes_mask_the_watched_steps():
     np.testing.assert_array_equal(mask, np.arange(len(mask)) >= watched)
 
 
-@pytest.fixture(scope="module")
-def with_images():
+@pytest.fixture
+def with_images(request):
     try:
-        world = MemoryMujoco(MujocoMemoryConfig(task="lit", image_size=32, delay=2))
+        world = MemoryMujoco(MujocoMemoryConfig(task=request.param, image_size=32, delay=2))
     except RuntimeError as error:
         pytest.skip(f"no OpenGL here: {error}")
     yield world
     world.close()
 
 
+@pytest.mark.sampled
+@pytest.mark.parametrize(
+    "with_images", [name for name, task in tasks.TASKS.items() if task.has_delay], indirect=True
+)
 def test_two_cues_give_equal_pictures_and_the_cue_is_visible_before(with_images):
-    episodes = []
-    for cue in range(3):
-        start = memory_rules.start(with_images.config, jax.random.key(2), jax.random.key(cue))
-        with_images.begin(start)
-        episodes.append(watch(with_images))
-    pictures = np.array([[o["image_primary"] for o in episode] for episode in episodes], int)
-    assert np.abs(pictures[0] - pictures[1:]).max() > 20
-    np.testing.assert_array_equal(pictures[1:, -1], np.stack([pictures[0, -1]] * 2))
+    config, episodes = with_images.config, []
+    for cue in range(4):
+        start = memory_rules.start(config, jax.random.key(2), jax.random.key(cue))
+        first = with_images.begin(start)
+        watched = [first, *watch(with_images)]
+        acting = [with_images.step(action).observation for action in [DOWN * 0.3, STAY]]
+        episodes.append([watched, [watched[-1], *acting]])
+    shown = np.array([[o["image_primary"] for o in watched] for watched, _ in episodes], int)
+    # in the dark it is the place of a block, the same in a layout, of which the sentence tells one
+    assert (np.abs(shown[:1] - shown[1:]).max() > 20) == (config.task != "dark")
+    for _, acting in episodes[1:]:
+        for one, other in zip(episodes[0][1], acting, strict=True):
+            jax.tree.map(np.testing.assert_array_equal, one, other)
     assert with_images.draw(48).shape == (48, 48, 3)
 
 
@@ -160,14 +169,17 @@ def test_the_expert_succeeds_in_98_percent(name):
 
 
 # Least share of episodes whose success is the same if the actions of one twin's expert are replayed
-# in the other. The exception is tasks in which blocks are carried: there MuJoCo's arm has the lag
-# of its servos, one step, without which a held block slips in the fingers, so that actions without
-# feedback lift a block less than 5 cm.
+# in the other, from and to JAX. The exception is tasks in which blocks are carried: there MuJoCo's
+# arm has the lag of its servos, one step, without which a held block slips in the fingers. Actions
+# of the JAX twin lift a block less than 5 cm in MuJoCo, so that lift_times agrees in no episode in
+# that direction, which is left out.
 AGREEMENT = {
-    **dict.fromkeys(tasks.TASKS, 0.9),
-    "put_back": 0.5,
-    "lift_times": 0.0,
+    **{(name, from_jax): 0.9 for name in tasks.TASKS for from_jax in (True, False)},
+    ("put_back", True): 0.5,
+    ("put_back", False): 0.5,
+    ("lift_times", False): 0.5,
 }
+del AGREEMENT["lift_times", True]
 AFTERWARDS = 6  # further times that the last action is replayed, since an arm may lag
 
 
@@ -211,10 +223,9 @@ def over(step):
 
 @pytest.mark.slow
 @pytest.mark.sampled
-@pytest.mark.parametrize("from_jax", [True, False], ids=["jax_to_mujoco", "mujoco_to_jax"])
-@pytest.mark.parametrize("name", tasks.TASKS)
+@pytest.mark.parametrize(("name", "from_jax"), AGREEMENT)
 def test_replayed_actions_succeed_in_both_twins(name, from_jax):
-    assert agreement(name, range(20), from_jax) >= AGREEMENT[name]
+    assert agreement(name, range(20), from_jax) >= AGREEMENT[name, from_jax]
 
 
 def test_a_replayed_sequence_of_touches_succeeds_in_both_twins():

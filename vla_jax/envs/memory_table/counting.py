@@ -1,7 +1,9 @@
 """Counting: the robot repeats a motion as often as it was asked to or as it saw, then stops.
 
-The arm does not turn and keeps its gripper, unless the task needs it: with them a policy could
-count on its own body. Members of the family `tasks`.
+The hand is a counter: a policy without memory can go a little to one side at each repetition, and
+read off where it is how many there were. What it cannot know is the number to reach, which is gone
+when the arm moves. Policies that see the instruction at every step can do `touch_times` in this way
+without memory. Members of the family `tasks`.
 """
 
 from typing import Any
@@ -29,7 +31,9 @@ from vla_jax.types import Key
 TIMES = ("once", "twice", "three times", "four times", "five times", "six times", "seven times",
          "eight times")  # fmt: skip
 _LEAST_REPEATS = 2  # of touch_times and lift_times
-STAY_STEPS = 8  # steps without a press after the last one of "blinks"
+# Steps without a press after the last one of "blinks"; the expert's presses are at most 10 apart,
+# with the noise of demonstrations.
+STAY_STEPS = 14
 TIMING_TOLERANCE = 3  # steps
 _LAMP_FIRST, _LAMP_LAST = 4, 12  # steps between which the lamp of "timing" turns green
 _DOWN = 0.005  # m of free space below a block that is down again
@@ -70,14 +74,17 @@ def _with_button(config: Any, state: MemoryState) -> Display:
     return memory_task.plain_display(button=state.layout.button)
 
 
-def _stopping_chance(task: MemoryTask, config: Any) -> float:
-    """Returns max over q of the mean over N of q (1 − q)^(N − 1).
+def _repeat_chance(task: MemoryTask, config: Any) -> float:
+    """Returns the share of one colour and one count among all of them.
 
-    A policy without memory stops after each repetition with the same probability q.
+    No observation of the acting part depends on either before the episode is decided. So the colour
+    and the number of repetitions that a policy without memory ends up with are independent of those
+    that were asked for, and agree with them in one of so many cases, whether they are fixed or
+    random. To commit to one number needs a counter, such as the hand; a policy that stops with the
+    same probability q after each repetition has less, q (1 − q)^(N − 1) for N of them.
     """
-    counts = np.arange(_LEAST_REPEATS, memory_task.updates(task, config) + 1)
-    stops = np.linspace(0.001, 0.999, 999)[:, None]
-    return float(np.max(np.mean(stops * (1 - stops) ** (counts[None] - 1), axis=1)))
+    num_counts = memory_task.updates(task, config) - _LEAST_REPEATS + 1
+    return 1 / (rules.NUM_BLOCKS * num_counts)
 
 
 # touch_times ------------------------------------------------------------------------------------
@@ -155,15 +162,17 @@ def _show_blinks(config: Any, state: MemoryState) -> Display:
 
 
 def _judge_presses(config: Any, state: MemoryState, contacts: Contacts) -> Verdict:
+    """Judges the presses before the first pause: a pause after too few of them is an answer too.
+
+    Without this, a policy that presses and pauses in turn would be right for every count.
+    """
     del config
     begins, _, progress = memory_task.new_contact(state, contacts.button[None])
     progress = memory_task.count_event(progress, begins)
-    right = progress.done == state.cue.count
-    return Verdict(
-        progress,
-        right & (progress.since >= STAY_STEPS),
-        progress.done > state.cue.count,
-    )
+    count = state.cue.count
+    answers = (progress.done > 0) & (progress.since >= STAY_STEPS)
+    success = answers & (progress.done == count)
+    return Verdict(progress, success, (answers & ~success) | (progress.done > count))
 
 
 def _press_repeatedly(config: Any, state: MemoryState) -> Array:
@@ -224,8 +233,9 @@ TOUCH_TIMES = MemoryTask(
     display=_with_button,
     judge=_judge_touches,
     expert=_touch_repeatedly,
-    chance=lambda config: _stopping_chance(TOUCH_TIMES, config),
+    chance=lambda config: _repeat_chance(TOUCH_TIMES, config),
     updates=4,
+    least_updates=_LEAST_REPEATS,
     has_delay=False,
     cue_text=lambda config, state: "the number of touches, given at the start",
     result_text=task_captions.events("touch", "touches"),
@@ -240,8 +250,9 @@ LIFT_TIMES = MemoryTask(
     display=_with_button,
     judge=_judge_lifts,
     expert=_lift_repeatedly,
-    chance=lambda config: _stopping_chance(LIFT_TIMES, config),
+    chance=lambda config: _repeat_chance(LIFT_TIMES, config),
     updates=3,
+    least_updates=_LEAST_REPEATS,
     has_delay=False,
     uses_gripper=True,
     cue_text=lambda config, state: "the number of lifts, given at the start",
@@ -263,6 +274,7 @@ BLINKS = MemoryTask(
     # one number of presses is right in one of so many cases
     chance=lambda config: 1 / memory_task.updates(BLINKS, config),
     updates=4,
+    least_updates=2,  # a lamp that always blinks once says nothing
     has_blocks=False,
     cue_text=lambda config, state: f"the lamp blinks {task_captions.times(state.cue.count)}",
     result_text=task_captions.events("press", "presses"),
@@ -280,6 +292,7 @@ TIMING = MemoryTask(
     judge=_judge_timing,
     expert=_press_in_time,
     chance=_timing_chance,
+    least_delay=TIMING_TOLERANCE + 2,  # a press in reply to the lamp comes one step after it
     has_delay=False,
     has_blocks=False,
     uses_gripper=True,

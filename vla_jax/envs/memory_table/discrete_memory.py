@@ -14,16 +14,12 @@ import numpy as np
 from vla_jax.config import checked
 from vla_jax.envs.memory_table import memory_env, memory_rules, memory_state, scenery, tasks
 from vla_jax.envs.memory_table.memory_env import JaxMemoryConfig
-from vla_jax.envs.memory_table.memory_task import MemoryState
+from vla_jax.envs.memory_table.memory_task import INSTRUCTION_STEPS, MemoryState
 from vla_jax.envs.table import discrete_table, rules
 from vla_jax.types import Array, DiscreteEnv, Env, Key, Observation, Transition
 
 MOVES = ("stay", "+x", "-x", "+y", "-y", "+z", "-z")
 GRIPS = ("open", "close")
-_LIT = tuple(
-    number for number, name in enumerate(memory_state.STATE_NAMES) if name.endswith(".lit")
-)
-_SHAPED = ("lit", "kth")  # tasks that are done by touching the block of the cue
 _UNIT = 0.1  # m, so that positions are numbers near one
 _DRAWN_SIZE = 96  # pixels along each side of the image of `draw`
 
@@ -45,10 +41,11 @@ class MemoryChoicesConfig:
                 "shaping must be >= 0 and shaping_gamma in [0, 1], got "
                 f"{self.shaping} and {self.shaping_gamma}."
             )
-        if self.shaping and self.table.task not in _SHAPED:
+        if self.shaping and not tasks.get(self.table.task).ends_at_block:
+            shaped = [name for name, task in tasks.TASKS.items() if task.ends_at_block]
             raise ValueError(
                 f"shaping must be 0 for task '{self.table.task}', got {self.shaping}; only "
-                f"{' and '.join(_SHAPED)} have one block to approach."
+                f"{', '.join(shaped)} have one block to approach."
             )
         if self.table.image_size:
             raise ValueError(
@@ -73,7 +70,9 @@ def make(config: MemoryChoicesConfig) -> DiscreteEnv:
     """Returns a memory table as a `DiscreteEnv` with the actions `choices`.
 
     An observation is `environment_state [48]` and `proprio [8]` of the memory table, with positions
-    in decimetres, those of visible blocks relative to the tool; then the one-hot instruction.
+    in decimetres, those of visible blocks relative to the tool; then the one-hot sentence. Where
+    sentences differ, only the first `INSTRUCTION_STEPS` observations have it, and the others zeros;
+    a task that has only one sentence keeps it.
 
     The reward is 1 for success; `shaping` w adds, as for the table,
 
@@ -83,17 +82,17 @@ def make(config: MemoryChoicesConfig) -> DiscreteEnv:
     """
     env = memory_env.make(config.table)
     num_visible = len(memory_state.STATE_NAMES) + rules.PROPRIO_SIZE
-    num_instructions = len(env.instructions)
+    num_sentences = len(_sentences(env))
     return DiscreteEnv(
         reset=functools.partial(_reset, env),
         step=functools.partial(_step, config, env),
         draw=functools.partial(draw, config.table),
-        observation_shape=(num_visible + num_instructions,),
+        observation_shape=(num_visible + num_sentences,),
         velocities=(),
         num_actions=len(choices(config)),
         max_steps=env.max_steps,
-        instruction=tuple(range(num_visible, num_visible + num_instructions)),
-        cue=_LIT if config.table.task == "lit" else (),
+        instruction=tuple(range(num_visible, num_visible + num_sentences)),
+        cue=tuple(map(memory_state.STATE_NAMES.index, tasks.get(config.table.task).shown_by)),
     )
 
 
@@ -140,19 +139,33 @@ def _potential(state: MemoryState) -> Array:
     return -jnp.linalg.norm(state.table.tool - state.table.blocks[state.cue.colour])
 
 
+def _sentences(env: Env) -> tuple[str, ...]:
+    """Returns each sentence once, since instructions tell groups of results too, which are cues."""
+    return tuple(dict.fromkeys(env.instructions))
+
+
+def _sentence(env: Env, state: MemoryState) -> Array:
+    """Returns the one-hot sentence, or zeros where it is not visible any more."""
+    sentences = _sentences(env)
+    numbers = jnp.array([sentences.index(sentence) for sentence in env.instructions])
+    is_visible = (state.table.num_steps < INSTRUCTION_STEPS) | (len(sentences) == 1)
+    return is_visible & (numbers[env.instruction_index(state)] == jnp.arange(len(sentences)))
+
+
 def _observe(env: Env, state: MemoryState, observation: Observation) -> Array:
-    """Returns the observation; a block that cannot be seen is still all zeros."""
+    """Returns the observation; a block or plate that cannot be seen is still all zeros."""
     visible, proprio = jnp.asarray(observation.environment_state), jnp.asarray(observation.proprio)
     num_blocks = rules.NUM_BLOCKS
     seen = visible[rules.STATE_SIZE : rules.STATE_SIZE + num_blocks, None]
     blocks = visible[: rules.STATE_SIZE - 2].reshape(num_blocks, -1)
+    is_light = 1 - visible[memory_state.STATE_NAMES.index("dark")]
     relative = seen * (blocks[:, :3] - proprio[None, :3]) / _UNIT
     parts = (
         jnp.concatenate([relative, blocks[:, 3:]], axis=1).reshape(-1),
-        (visible[rules.STATE_SIZE - 2 : rules.STATE_SIZE] - proprio[:2]) / _UNIT,
+        (visible[rules.STATE_SIZE - 2 : rules.STATE_SIZE] - proprio[:2]) / _UNIT * is_light,
         visible[rules.STATE_SIZE :],
         proprio[:3] / _UNIT,
         proprio[3:],
-        env.instruction_index(state) == jnp.arange(len(env.instructions)),
+        _sentence(env, state),
     )
     return jnp.concatenate([jnp.asarray(part, jnp.float32) for part in parts])

@@ -78,6 +78,8 @@ LIT = MemoryTask(
     judge=judge_touch,
     expert=touch_target,
     chance=lambda config: 1 / rules.NUM_BLOCKS,
+    ends_at_block=True,
+    shown_by=tuple(f"{colour}.lit" for colour in rules.COLOURS),
     cue_text=task_captions.block("the {} block lights up"),
     result_text=task_captions.nearest,
 )
@@ -96,6 +98,7 @@ KTH = MemoryTask(
     expert=touch_target,
     chance=lambda config: 1 / rules.NUM_BLOCKS,
     items=4,
+    ends_at_block=True,
     cue_text=lambda config, state: (
         f"{task_captions.colours(state, memory_task.items(KTH, config))}, then the lamp blinks "
         f"{task_captions.times(state.cue.count)}: {task_captions.colour(state.cue.colour)}"

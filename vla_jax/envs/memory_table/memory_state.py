@@ -28,7 +28,8 @@ NAMES = {**rules.NAMES, "environment_state": STATE_NAMES}
 def environment_state(state: MemoryState, display: Display) -> Array:
     """Returns what is visible of the scene, `[48]`, named in `STATE_NAMES`.
 
-    The first 22 numbers are those of the table. The numbers of a block that cannot be seen are 0.
+    The first 22 numbers are those of the table. The numbers of a block that cannot be seen are 0,
+    and those of the plate in the dark.
     """
     table = quasi_static.environment_state(state.table)
     blocks = table[:-2].reshape(rules.NUM_BLOCKS, -1) * display.seen[:, None]
@@ -42,5 +43,5 @@ def environment_state(state: MemoryState, display: Display) -> Array:
         display.marker,
         display.dark[None],
     )
-    parts = (blocks.reshape(-1), table[-2:], *extra)
+    parts = (blocks.reshape(-1), table[-2:] * ~display.dark, *extra)
     return jnp.concatenate([jnp.asarray(part, jnp.float32) for part in parts])

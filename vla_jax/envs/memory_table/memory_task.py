@@ -66,6 +66,7 @@ class Display(NamedTuple):
     button: Array  # [2] m; zeros where there is none
     cups: Array  # [4, 2] m, one row per place; zeros where there is none
     cups_down: Array  # [] bool
+    cups_up: Array  # [4] bool, in the air while they change places, in pictures only
     marker: Array  # [3] x y in m, and 1 where it is visible
     dark: Array  # [] bool, nothing is visible but the hand
 
@@ -107,6 +108,10 @@ class MemoryTask(NamedTuple):
     items: int = 1  # default
     updates: int = 1  # default
     most_items: int = rules.NUM_BLOCKS
+    least_updates: int = 1  # below it there is nothing to remember
+    least_delay: int = 0  # steps below which there is nothing to remember
+    ends_at_block: bool = False  # whether it is done by touching the block of the cue
+    shown_by: tuple[str, ...] = ()  # numbers of `memory_state` that are 0 unless they show the cue
     has_delay: bool = True  # whether the shown part is followed by a delay
     has_blocks: bool = True  # whether the blocks are on the table
     has_dots: bool = False  # whether there are dots on the table
@@ -166,6 +171,7 @@ def plain_display(
     button: Array | None = None,
     cups: Array | None = None,
     cups_down: Array | None = None,
+    cups_up: Array | None = None,
     marker: Array | None = None,
     dark: Array | None = None,
 ) -> Display:
@@ -178,6 +184,7 @@ def plain_display(
         button=jnp.zeros(2) if button is None else button,
         cups=jnp.zeros((NUM_CUPS, 2)) if cups is None else cups,
         cups_down=no if cups_down is None else cups_down,
+        cups_up=jnp.zeros(NUM_CUPS, bool) if cups_up is None else cups_up,
         marker=jnp.zeros(3) if marker is None else marker,
         dark=no if dark is None else dark,
     )

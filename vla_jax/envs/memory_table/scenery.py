@@ -16,6 +16,7 @@ from vla_jax.envs.table.renderer import Cylinders
 
 FAR = 9.0  # m, place of blocks that are not on the table
 _BELOW = -9.0  # m, height of objects that are absent: the table hides them
+_IN_THE_AIR = motions.CUP_HEIGHT + 0.01  # m, height of cups that pass over the other cups
 _LAMP_PLACE = (-0.25, 0.20)  # m, at the far edge, beside the arm
 _LAMP_OFF = 0.12  # brightness of a lamp that is off
 _BUTTON, _CUP = (0.75, 0.08, 0.10), (0.46, 0.50, 0.60)  # rgb in [0, 1]
@@ -49,7 +50,7 @@ def cylinders(display: Display, *, has_dots: bool) -> Cylinders:
         _standing(jnp.array([_LAMP_PLACE])),
         _standing(display.button[None]),
         jnp.append(display.marker[:2], jnp.where(display.marker[2] > 0, 0.0, _BELOW))[None],
-        _standing(display.cups),
+        _standing(display.cups, jnp.where(display.cups_up, _IN_THE_AIR, 0.0)),
     ]
     colours = [lamp[None], jnp.array([_BUTTON, _MARKER]), jnp.array([_CUP] * NUM_CUPS)]
     if has_dots:
@@ -97,7 +98,7 @@ def pictures(
     return primary, wrist
 
 
-def _standing(places: Array) -> Array:
-    """Returns places `[n, 2]` on the table as `[n, 3]`; zeros stand for absent objects."""
+def _standing(places: Array, height: Array | float = 0.0) -> Array:
+    """Returns places `[n, 2]` at a height `[n]` as `[n, 3]`; zeros stand for absent objects."""
     exists = jnp.any(places != 0, axis=1)
-    return jnp.append(places, jnp.where(exists, 0.0, _BELOW)[:, None], axis=1)
+    return jnp.append(places, jnp.where(exists, height, _BELOW)[:, None], axis=1)

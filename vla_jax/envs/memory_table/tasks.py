@@ -37,6 +37,16 @@ def check(config: MemoryTableConfig) -> None:
             f"items of task '{config.task}' must be at least 2, or 0 for {task.items}, got "
             f"{config.items}."
         )
+    if memory_task.updates(task, config) < task.least_updates:
+        raise ValueError(
+            f"updates of task '{config.task}' must be at least {task.least_updates}, or 0 for "
+            f"{task.updates}, got {config.updates}; with fewer there is nothing to remember."
+        )
+    if config.delay < task.least_delay:
+        raise ValueError(
+            f"delay of task '{config.task}' must be at least {task.least_delay}, got "
+            f"{config.delay}; with less there is nothing to remember."
+        )
 
 
 def delay_range(config: MemoryTableConfig) -> tuple[int, int]:
