@@ -109,7 +109,6 @@ class MemoryTask(NamedTuple):
     updates: int = 1  # default
     most_items: int = rules.NUM_BLOCKS
     least_updates: int = 1  # below it there is nothing to remember
-    least_delay: int = 0  # steps below which there is nothing to remember
     ends_at_block: bool = False  # whether it is done by touching the block of the cue
     shown_by: tuple[str, ...] = ()  # numbers of `memory_state` that are 0 unless they show the cue
     has_delay: bool = True  # whether the shown part is followed by a delay

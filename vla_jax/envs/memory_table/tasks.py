@@ -42,11 +42,6 @@ def check(config: MemoryTableConfig) -> None:
             f"updates of task '{config.task}' must be at least {task.least_updates}, or 0 for "
             f"{task.updates}, got {config.updates}; with fewer there is nothing to remember."
         )
-    if config.delay < task.least_delay:
-        raise ValueError(
-            f"delay of task '{config.task}' must be at least {task.least_delay}, got "
-            f"{config.delay}; with less there is nothing to remember."
-        )
 
 
 def delay_range(config: MemoryTableConfig) -> tuple[int, int]:
