@@ -234,6 +234,7 @@ def test_a_missing_opengl_raises_one_sentence_with_remedies(backend):
         "else:\n    print('drew')"
     )
     environment = {**os.environ, "MUJOCO_GL": backend, "JAX_PLATFORMS": "cpu"}
+    environment["PYOPENGL_PLATFORM"] = "egl"  # mujoco 3.3 refuses OSMesa by an ImportError then
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True
     )

@@ -34,11 +34,11 @@ def import_mujoco() -> Any:
     os.environ["MUJOCO_GL"] = _backend()  # mujoco reads it only while it is imported
     try:
         import mujoco
-    except ImportError as error:
-        raise ImportError(
-            "mujoco is missing; run pip install 'vla-jax[sim]', or use --world table_jax."
-        ) from error
     except Exception as error:  # a missing libEGL is an AttributeError deep inside PyOpenGL
+        if isinstance(error, ModuleNotFoundError) and error.name == "mujoco":
+            raise ImportError(
+                "mujoco is missing; run pip install 'vla-jax[sim]', or use --world table_jax."
+            ) from error
         raise RuntimeError(_NO_OPENGL.format(_backend(), error)) from error
     finally:
         if before is None:
