@@ -340,3 +340,21 @@ def test_every_pixel_of_both_images_affects_the_perceiver(overlap):
 
     grads = jax.jit(jax.grad(loss_fn))(pictures)
     assert np.all(np.abs(grads).max(axis=-1) > 0)
+
+
+@pytest.mark.parametrize("sizes", [(), (6,), (6, 5)])
+def test_the_token_of_a_state_is_linear_or_an_mlp_over_all_three_parts(sizes):
+    config = dataclasses.replace(CONFIGS["state"], joint_sizes=sizes)
+    drawn = BACKBONES["state"].init(jax.random.key(0), config)
+    params, observation = jax.tree.map(np.asarray, drawn), observe("state")
+    tokens = np.asarray(BACKBONES["state"].apply(params, config, observation).tokens)
+    seen = observation.environment_state
+    if sizes:
+        seen = np.concatenate([seen, observation.proprio, tokens[:, 2]], axis=-1)
+    for layer in range(len(sizes)):
+        joint = params[f"joint_{layer}"]
+        seen = np.maximum(seen @ joint["kernel"] + joint["bias"], 0)
+    state = params["environment_state"]
+    np.testing.assert_allclose(tokens[:, 0], seen @ state["kernel"] + state["bias"], atol=1e-5)
+    with pytest.raises(ValueError, match=r"joint_sizes must be at least 1, got 0\.$"):
+        dataclasses.replace(config, joint_sizes=(0,))

@@ -88,7 +88,7 @@ def test_a_cell_trains_and_tests_every_seed(decoder):
 def test_windows_hold_the_steps_of_one_episode_and_no_action_of_the_shown_part():
     env = memory_env.make(WORLD)
     agent = memory_decoders.make_agent_config(variants()["lstm_window"], env, 48, 8)
-    demonstrations = memory_cloning._cut(memory_cloning.collect(env, jax.random.key(0), 8))
+    demonstrations, _ = memory_cloning._cut(memory_cloning.collect(env, jax.random.key(0), 8))
     stats = memory_cloning._norm_stats(demonstrations)
     data = memory_cloning._make_data(agent, env, stats, demonstrations)
     batch = memory_cloning._draw(data, 8, 64, 6, jax.random.key(1))
@@ -259,7 +259,9 @@ def test_the_task_of_the_guide_can_be_added(monkeypatch):
 @pytest.mark.sampled
 def test_memory_is_what_success_depends_on():
     """A window that ends before the cue is at chance, memory of the episode is not."""
-    config = CloningConfig(num_seeds=1, num_updates=600, num_demonstrations=4000, num_episodes=100)
+    config = CloningConfig(
+        num_seeds=1, num_updates=600, num_demonstrations=4000, num_episodes=100, learning_rate=3e-3
+    )
     world = JaxMemoryConfig(task="lit", delay=10)
     rates = {
         name: memory_grid.run_cell(GridCell(world, name), config).success[0]

@@ -65,7 +65,6 @@ class ChainsConfig:
         num_updates=2000,
         batch_size=16,
         hidden_size=128,
-        learning_rate=5e-3,
     )
     run: str = ""  # run folder of train.imitate to test in place of the policies; empty = none
     mode: Mode | None = None  # streaming mode of that run; None = as in training

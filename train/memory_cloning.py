@@ -51,6 +51,15 @@ class CloningData(NamedTuple):
     acts: Array  # [N, T] bool, steps whose actions count
 
 
+class Prepared(NamedTuple):
+    """All that a training starts from, but params."""
+
+    agent: AgentConfig
+    norm_stats: dict[str, NormStats]
+    data: CloningData
+    kept: np.ndarray  # [N] int, numbers of the successful demonstrations among all
+
+
 def clone(
     env: Env,
     variant: Variant,
@@ -80,16 +89,10 @@ def clone(
     Raises:
       ValueError: a loss, a gradient or a leaf of the params is NaN or infinite.
     """
-    if variant.sees_first:
-        env = with_first_observation(env)
-    demonstrations = collect(
-        env, jax.random.fold_in(keys[0], 1), num_demonstrations, wander_steps=WANDER_STEPS
+    demonstrations_key = jax.random.fold_in(keys[0], 1)
+    agent, norm_stats, data, _ = demonstrate(
+        env, variant, demonstrations_key, num_demonstrations, hidden_size
     )
-    demonstrations = _cut(demonstrations)
-    state_dim = np.asarray(demonstrations.observation.environment_state).shape[-1]
-    agent = make_agent_config(variant, env, state_dim, hidden_size)
-    norm_stats = _norm_stats(demonstrations)
-    data = _make_data(agent, env, norm_stats, demonstrations)
     config = OptimConfig(
         learning_rate=learning_rate * learning_rate_factor(variant.kind),
         warmup_steps=min(50, num_updates // 10),
@@ -124,6 +127,29 @@ def clone(
         curve.append(np.asarray(metrics["loss"]).T)
         progress(done)
     return Clones(agent, norm_stats, state.params, np.concatenate(curve))
+
+
+def demonstrate(
+    env: Env, variant: Variant, key: Key, num_demonstrations: int, hidden_size: int
+) -> Prepared:
+    """Collects what a policy is trained on, and makes its agent.
+
+    Args:
+      env: with an expert.
+      variant: the policy.
+      key: consumed.
+      num_demonstrations: episodes; those without success are left out.
+      hidden_size: H of the policy.
+    """
+    if variant.sees_first:
+        env = with_first_observation(env)
+    every = collect(env, key, num_demonstrations, wander_steps=WANDER_STEPS)
+    demonstrations, kept = _cut(every)
+    state_dim = np.asarray(demonstrations.observation.environment_state).shape[-1]
+    agent = make_agent_config(variant, env, state_dim, hidden_size)
+    norm_stats = _norm_stats(demonstrations)
+    data = _make_data(agent, env, norm_stats, demonstrations)
+    return Prepared(agent, norm_stats, data, kept)
 
 
 def play(env: Env, variant: Variant, clones: Clones, key: Key, num_episodes: int) -> Episodes:
@@ -167,8 +193,8 @@ def check_finite(metrics: Metrics, params: Params, before: int) -> None:
         )
 
 
-def _cut(demonstrations: Demonstrations) -> Demonstrations:
-    """Returns the successful episodes, cut after the longest of them.
+def _cut(demonstrations: Demonstrations) -> tuple[Demonstrations, np.ndarray]:
+    """Returns the successful episodes, cut after the longest of them, and their numbers `[N]`.
 
     Raises:
       ValueError: there is none.
@@ -181,12 +207,13 @@ def _cut(demonstrations: Demonstrations) -> Demonstrations:
         )
     longest = int(np.max(np.asarray(demonstrations.length)[keep]))
     kept = jax.tree.map(lambda part: np.asarray(part)[keep], demonstrations)
-    return kept._replace(
+    cut = kept._replace(
         observation=jax.tree.map(lambda part: part[:, :longest], kept.observation),
         action=kept.action[:, :longest],
         is_acting=kept.is_acting[:, :longest],
         instruction=kept.instruction[:, :longest],
     )
+    return cut, keep
 
 
 def _norm_stats(demonstrations: Demonstrations) -> dict[str, NormStats]:

@@ -72,7 +72,7 @@ class MemoryPicturesConfig:
     pretrain_updates: int = 1000  # updates of the image encoder of each task
     num_updates: int = 1500  # updates of each policy
     hidden_size: int = 128  # hidden units H of each policy
-    learning_rate: float = 3e-3  # peak of the schedule; a fifth of it for transformers
+    learning_rate: float = 3e-3  # peak of the schedule; half of it for transformers
     num_episodes: int = 120  # unseen episodes per evaluation
     num_videos: int = 2  # episodes to record as video in each evaluation
     seed: int = 0  # random seed of params and batches

@@ -228,7 +228,9 @@ def quick() -> MemorySuiteConfig:
         items=(),
         swaps=0,
         touches=0,
-        cloning=CloningConfig(num_seeds=1, num_demonstrations=4000, num_updates=1000),
+        cloning=CloningConfig(
+            num_seeds=1, num_demonstrations=4000, num_updates=1000, learning_rate=3e-3
+        ),
         run_dir="runs/memory_suite_quick",
     )
 

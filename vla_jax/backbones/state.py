@@ -24,7 +24,7 @@ from vla_jax.types import Array, Key, Observation, Params, Tokens
 
 
 @dataclass(frozen=True)
-@checked(token_dim=(1, MAX_SIZE))
+@checked(token_dim=(1, MAX_SIZE), joint_sizes=(1, 2**16))
 class StateConfig:
     """Sizes of the state backbone; its tokens are environment state, proprio and instruction."""
 
@@ -34,6 +34,9 @@ class StateConfig:
     token_dim: int = 64  # features D of a token
     vocab_size: int = 2048  # size of the vocabulary; word ids are in [0, vocab_size)
     max_words: int = 12  # words S of an instruction; further words are dropped
+    # widths of an MLP over all three parts, which gives the state's token; empty = a linear map of
+    # the state alone, with which a decoder relates an instruction to an object more slowly
+    joint_sizes: tuple[int, ...] = ()
     dtype: str = "float32"  # dtype of the computation; params are float32
 
     def __post_init__(self):
@@ -93,14 +96,14 @@ class State(nn.Module):
         words = Words(
             config.vocab_size, config.max_words, config.token_dim, config.dtype, name="words"
         )
-        return jnp.stack(
-            [
-                state(parts["environment_state"]),
-                proprio(parts["proprio"]),
-                words(parts["instruction"]),
-            ],
-            axis=-2,
-        )
+        tokens = [proprio(parts["proprio"]), words(parts["instruction"])]
+        seen = parts["environment_state"]
+        if config.joint_sizes:
+            seen = jnp.concatenate([seen, parts["proprio"], tokens[1]], axis=-1)
+        for layer, size in enumerate(config.joint_sizes):
+            joint = nn.Dense(size, dtype=jnp.dtype(config.dtype), name=f"joint_{layer}")
+            seen = nn.relu(joint(seen))
+        return jnp.stack([state(seen), *tokens], axis=-2)
 
 
 def example(config: StateConfig) -> Observation:
