@@ -13,6 +13,7 @@ from vla_jax.envs.grid import GridConfig
 from vla_jax.envs.memory_table import discrete_memory
 from vla_jax.envs.memory_table.discrete_memory import MemoryChoicesConfig
 from vla_jax.envs.memory_table.memory_env import JaxMemoryConfig
+from vla_jax.envs.memory_table.memory_task import INSTRUCTION_STEPS
 from vla_jax.envs.partially_observed import partially_observe, show_cue
 from vla_jax.envs.table import discrete_table
 from vla_jax.envs.table.discrete_table import TableChoicesConfig
@@ -26,6 +27,7 @@ ENVS = {  # environment, visible features, number of features visible at the fir
     "grid": (grid.make(GridConfig(num_obstacles=1, max_steps=5)), [0, 1, 3, 4, 5, 7], 0),
     "table": (discrete_table.make(TABLE), list(range(34)), 4),
 }
+DARK = discrete_memory.make(MemoryChoicesConfig(table=JaxMemoryConfig(task="dark")))
 
 
 def random(carry, observation, reset, key):
@@ -57,8 +59,12 @@ def test_velocities_are_hidden_and_the_instruction_is_shown_once_per_episode(nam
     assert full.reset.sum() > B  # new episodes within the rollout
 
 
-def test_the_instruction_is_shown_for_a_number_of_steps_that_is_drawn():
-    env = partially_observe(ENVS["table"][0], 3)
+@pytest.mark.parametrize(
+    ("inner", "visible_steps"), [(ENVS["table"][0], 3), (DARK, INSTRUCTION_STEPS + 2)]
+)
+def test_the_instruction_is_shown_for_a_number_of_steps_that_is_drawn(inner, visible_steps):
+    """Also longer than the environment itself shows it."""
+    env, size = partially_observe(inner, visible_steps), len(inner.instruction)
 
     def step(state, _):
         state, transition = env.step(state, 0)
@@ -66,12 +72,14 @@ def test_the_instruction_is_shown_for_a_number_of_steps_that_is_drawn():
 
     def play(key):
         state, first = env.reset(key)
-        return jnp.concatenate([first[None], jax.lax.scan(step, state, length=4)[1]])[:, -4:]
+        later = jax.lax.scan(step, state, length=visible_steps + 1)[1]
+        return jnp.concatenate([first[None], later])[:, -size:]
 
-    shown = np.asarray(jax.jit(jax.vmap(play))(jax.random.split(jax.random.key(0), 32))).sum(-1)
-    number = shown.sum(axis=1)
-    assert set(number) == {1, 2, 3}
-    np.testing.assert_array_equal(shown, np.arange(5) < number[:, None])
+    told = np.asarray(jax.jit(jax.vmap(play))(jax.random.split(jax.random.key(0), 64)))
+    number = told.sum(axis=(1, 2))  # the instruction is one-hot
+    assert set(number) == set(range(1, visible_steps + 1))
+    is_shown = np.arange(visible_steps + 2) < number[:, None]
+    np.testing.assert_array_equal(told, told[:, :1] * is_shown[..., None])
 
 
 def test_training_shows_the_instruction_longer_than_the_test(monkeypatch):

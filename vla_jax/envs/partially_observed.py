@@ -14,6 +14,7 @@ class PartialState(NamedTuple):
     """State of one partially observed environment."""
 
     inner: Any  # state of the environment
+    first: Array  # [D] first observation of the episode, with the instruction
     left: Array  # [] int32, further observations that show the instruction
 
 
@@ -22,7 +23,8 @@ def partially_observe(env: DiscreteEnv, visible_steps: int = 1) -> DiscreteEnv:
     """Returns the environment with velocities hidden, and later the instruction.
 
     Velocities are removed from the observation; the instruction is replaced by zeros after the
-    first observations of an episode, as many as are drawn from 1 to `visible_steps`. States,
+    first observations of an episode, as many as are drawn from 1 to `visible_steps`; these show the
+    instruction of the first one, also where the environment itself hides it earlier. States,
     rewards and ends of episodes do not change.
 
     Args:
@@ -50,13 +52,15 @@ def partially_observe(env: DiscreteEnv, visible_steps: int = 1) -> DiscreteEnv:
     def reset(key: Key) -> tuple[PartialState, Array]:
         state, observation = env.reset(key)
         left = jax.random.randint(jax.random.fold_in(key, 1), (), 0, visible_steps)
-        return PartialState(state, left), observation[visible]
+        first = jnp.asarray(observation)[visible]
+        return PartialState(state, first, left), first
 
     def step(state: PartialState, action: Array) -> tuple[PartialState, Transition]:
         inner, transition = env.step(state.inner, action)
-        is_hidden = is_instruction & (state.left <= 0)
-        observation = jnp.where(is_hidden, 0.0, transition.observation[visible])
-        return PartialState(inner, state.left - 1), transition._replace(observation=observation)
+        told = jnp.where(state.left > 0, state.first, 0.0)
+        observation = jnp.where(is_instruction, told, transition.observation[visible])
+        after = PartialState(inner, state.first, state.left - 1)
+        return after, transition._replace(observation=observation)
 
     return env._replace(
         reset=reset,
