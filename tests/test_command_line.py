@@ -190,6 +190,7 @@ MISTAKES = {
     "option": (("--windw-size", "3"), "Unrecognized options: --windw-size.*--window-size INT"),
     "flag": (("--overwrite", "text"), r"Unrecognized options: text; --overwrite takes no value\.$"),
     "empty": (("--seed", "1", "--overwrite", ""), "--overwrite takes no value"),
+    "two values": (("--seed", "1", "1"), r"Unrecognized options: 1\.?$"),
     "value": (("--seed", "x"), "invalid literal for int"),
     "range": (("--window-size", "0"), "window_size must be positive, got 0"),
     "other member": (("--hidden-size", "3"), "Unrecognized options: --hidden-size"),

@@ -191,7 +191,7 @@ def parse(
             return tyro.cli(make, args=argv, prog=prog, description=description)
     except SystemExit as stopped:
         if stopped.code:
-            _stop(_one_line(messages.getvalue()) + _takes_no_value(messages.getvalue(), argv))
+            _stop(_one_line(messages.getvalue()) + _takes_no_value(messages.getvalue(), make, argv))
         raise
 
 
@@ -359,13 +359,23 @@ def _one_line(box: str) -> str:
     return f"error: {'. '.join(parts)}"
 
 
-def _takes_no_value(box: str, argv: Sequence[str] | None) -> str:
+def _takes_no_value(box: str, make: Callable[..., Any], argv: Sequence[str] | None) -> str:
     """Returns the end of a message about a value that follows an option without values."""
     values = re.findall(r"Unrecognized options: ([^,\s]*)", box)
     for option, value in itertools.pairwise(sys.argv[1:] if argv is None else argv):
-        if option.startswith("--") and value in values and not value.startswith("--"):
+        if value in values and not value.startswith("--") and _is_flag(make, option):
             return f"; {option} takes no value."
     return ""
+
+
+def _is_flag(make: Callable[..., Any], option: str) -> bool:
+    """Returns True for `--name` and `--no-name` of a bool parameter, also one of a part."""
+    kinds = typing.get_type_hints(make)
+    name = option.rpartition(".")[2].removeprefix("--").replace("-", "_")
+    return option.startswith("--") and (
+        bool in (kinds.get(name), kinds.get(name.removeprefix("no_")))
+        or any(_is_flag(kind, option) for kind in kinds.values() if dataclasses.is_dataclass(kind))
+    )
 
 
 def _sentence(error: Exception) -> str:
