@@ -48,6 +48,21 @@ def test_the_expert_and_the_policy_are_filmed(run):
     assert all((folder / film.path).stat().st_size > 1000 for film in films["lit"])
 
 
+@pytest.mark.parametrize(
+    ("decoders", "sentence"),
+    [
+        (("lstm",), "Policies: all remember the whole episode."),
+        (("fc",), "Policies: <b>fc</b> has no memory."),
+        (
+            ("lstm", "fc"),
+            "Policies: <b>fc</b> has no memory; all others remember the whole episode.",
+        ),
+    ],
+)
+def test_the_page_says_which_policies_remember(decoders, sentence):
+    assert memory_page._policies(decoders) == sentence
+
+
 OF_FC = Score(GridCell(WORLD, "fc"), np.array([0.5]), {}, 0.25, 1.0)
 CALLS = {
     "the same": (OF_FC, TINY),

@@ -243,6 +243,15 @@ def test_unknown_names_are_refused_before_any_training():
         MemorySuiteConfig(tasks=("lid",))
 
 
+def test_a_curve_with_nothing_to_remember_is_refused_by_its_option():
+    with pytest.raises(ValueError, match=r"^touches must be at least 2, or 0 for no .*, got 1\.$"):
+        MemorySuiteConfig(touches=1)
+    every = MemorySuiteConfig(tasks=("touch_times", "cups_swapped"), decoders=("fc",))
+    assert {cell.world.updates for cell in memory_suite.cells(every)} == {0, 6, 8}
+    none = dataclasses.replace(every, touches=0, swaps=0)
+    assert {cell.world.updates for cell in memory_suite.cells(none)} == {0}
+
+
 @pytest.mark.slow
 def test_the_task_of_the_guide_can_be_added(monkeypatch):
     text = (pathlib.Path(__file__).parents[1] / "docs/memory.md").read_text(encoding="utf-8")

@@ -107,9 +107,11 @@ def _table(scores: Sequence[Score], decoders: Sequence[str], cloning: CloningCon
 
 
 def _policies(decoders: Sequence[str]) -> str:
-    """Returns which policies have no memory of the whole episode."""
-    known = [f"<b>{name}</b> {text}; " for name, text in _BASELINES.items() if name in decoders]
-    return f"Policies: {''.join(known)}all others remember the whole episode."
+    """Returns which policies have a memory of the whole episode."""
+    parts = [f"<b>{name}</b> {text}" for name, text in _BASELINES.items() if name in decoders]
+    if set(decoders) - _BASELINES.keys():
+        parts.append(f"{'all others' if parts else 'all'} remember the whole episode")
+    return f"Policies: {'; '.join(parts)}."
 
 
 def _place(row: Mapping[str, Score]) -> tuple[int, int]:

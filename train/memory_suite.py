@@ -45,6 +45,7 @@ from vla_jax.training.progress import progress_bar
 from vla_jax.training.run_lock import exclusive
 
 _OF_PICTURES = ("pictures", "features", "delay", "run_dir")  # options that apply to pictures
+_CURVES = {"swaps": "cups_swapped", "touches": "touch_times"}  # greatest number -> its task
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,12 @@ class MemorySuiteConfig:
             raise ValueError("tasks and decoders must be at least one each, got none.")
         if self.pictures or self.features:
             _refuse_others(self)
+        for option, task in _CURVES.items():
+            count, least = getattr(self, option), tasks.get(task).least_updates
+            if task in self.tasks and 0 < count < least:
+                raise ValueError(
+                    f"{option} must be at least {least}, or 0 for no such curve, got {count}."
+                )
         for cell in cells(self):
             tasks.check(cell.world)
 
@@ -94,7 +101,8 @@ def _refuse_others(config: MemorySuiteConfig) -> None:
                 f"preset must be left out with pictures or features, got '{name}'; "
                 "train.memory_pictures has presets of its own."
             )
-    for name, value in given.items():
+    if given:
+        name, value = next(iter(given.items()))
         raise ValueError(
             f"{name} must be left out with pictures or features, got {value}; "
             "train.memory_pictures has options of its own."
@@ -119,10 +127,9 @@ def cells(config: MemorySuiteConfig) -> list[GridCell]:
         worlds += [replace(base, task="lit", delay=delay) for delay in config.delays]
     if "sequence" in config.tasks:
         worlds += [replace(base, task="sequence", items=items) for items in config.items]
-    if "cups_swapped" in config.tasks and config.swaps:
-        worlds.append(replace(base, task="cups_swapped", updates=config.swaps))
-    if "touch_times" in config.tasks and config.touches:
-        worlds.append(replace(base, task="touch_times", updates=config.touches))
+    for option, task in _CURVES.items():
+        if task in config.tasks and getattr(config, option):
+            worlds.append(replace(base, task=task, updates=getattr(config, option)))
     grid = [GridCell(world, decoder) for world in worlds for decoder in config.decoders]
     return list({memory_report.key(cell): cell for cell in grid}.values())
 
