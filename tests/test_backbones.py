@@ -19,6 +19,8 @@ from vla_jax.types import Observation
 
 B, S, VOCAB = 3, 4, 64
 GOLDEN = pathlib.Path(__file__).parent / "golden/perceiver.npz"
+# The family, and the state once more with an MLP over all its parts.
+MEMBERS = {**BACKBONES, "joint state": BACKBONES["state"]}
 CONFIGS = {
     "perceiver": PerceiverConfig(
         image_size=16,
@@ -30,21 +32,22 @@ CONFIGS = {
         max_words=S,
     ),
     "state": StateConfig(token_dim=8, vocab_size=VOCAB, max_words=S),
+    "joint state": StateConfig(token_dim=8, vocab_size=VOCAB, max_words=S, joint_sizes=(8, 6)),
     **tiny_vlm.CONFIGS,
 }
 PICTURES = ("image_primary", "image_wrist", "proprio", "instruction")
 PARTS = {
     **dict.fromkeys(CONFIGS, PICTURES),
-    "state": ("environment_state", "proprio", "instruction"),
+    **dict.fromkeys(("state", "joint state"), ("environment_state", "proprio", "instruction")),
 }
 TEXTS = ("touch red", "lift blue", "red touch")
-each = pytest.mark.parametrize("kind", BACKBONES)
-with_hashed_words = pytest.mark.parametrize("kind", ["perceiver", "state"])
+each = pytest.mark.parametrize("kind", MEMBERS)
+with_hashed_words = pytest.mark.parametrize("kind", ["perceiver", "state", "joint state"])
 with_images = pytest.mark.parametrize("kind", [kind for kind in PARTS if PARTS[kind] == PICTURES])
 
 
 def test_every_backbone_is_tested_here():
-    assert CONFIGS.keys() == PARTS.keys() == BACKBONES.keys()
+    assert CONFIGS.keys() == PARTS.keys() == MEMBERS.keys()
 
 
 def observe(kind, lead=(B,), seed=0):
@@ -62,7 +65,7 @@ def observe(kind, lead=(B,), seed=0):
 
 
 def instruction(kind, text, lead=(B,)):
-    ids = BACKBONES[kind].tokenize(CONFIGS[kind], text)
+    ids = MEMBERS[kind].tokenize(CONFIGS[kind], text)
     return np.tile(ids, (*lead, 1))
 
 
@@ -70,12 +73,12 @@ def instruction(kind, text, lead=(B,)):
 def params(kind):
     if kind in tiny_vlm.CONFIGS:
         return tiny_vlm.params(CONFIGS[kind])
-    return jax.jit(BACKBONES[kind].init, static_argnums=1)(jax.random.key(0), CONFIGS[kind])
+    return jax.jit(MEMBERS[kind].init, static_argnums=1)(jax.random.key(0), CONFIGS[kind])
 
 
 @functools.cache
 def compiled(kind):
-    return jax.jit(BACKBONES[kind].apply, static_argnums=1)
+    return jax.jit(MEMBERS[kind].apply, static_argnums=1)
 
 
 def encode(kind, observation, config=None):
@@ -87,7 +90,7 @@ def encode(kind, observation, config=None):
 
 @each
 def test_the_example_has_the_shapes_of_an_observation(kind):
-    example, real = BACKBONES[kind].example(CONFIGS[kind]), observe(kind, lead=())
+    example, real = MEMBERS[kind].example(CONFIGS[kind]), observe(kind, lead=())
     for shape, part in zip(example, real, strict=True):
         assert (shape is None) is (part is None)
         assert shape is None or (shape.shape, shape.dtype) == (part.shape, part.dtype)
@@ -99,7 +102,7 @@ def test_the_example_has_the_shapes_of_an_observation(kind):
 def test_tokens_have_the_leading_axes_of_the_observation(kind, lead):
     config = CONFIGS[kind]
     tokens = jax.eval_shape(
-        functools.partial(BACKBONES[kind].apply, config=config),
+        functools.partial(MEMBERS[kind].apply, config=config),
         params(kind),
         observation=observe(kind, lead),
     )
@@ -113,7 +116,7 @@ def test_tokens_have_the_leading_axes_of_the_observation(kind, lead):
 @pytest.mark.sampled
 @each
 def test_vmap_equals_a_loop_and_jit_does_not_change_tokens(kind):
-    observation, backbone = observe(kind), BACKBONES[kind]
+    observation, backbone = observe(kind), MEMBERS[kind]
     together = encode(kind, observation)
 
     def apply(observation):
@@ -156,7 +159,13 @@ def test_a_camera_without_an_image_does_not_reach_the_tokens(kind, camera):
 
 @pytest.mark.sampled
 @pytest.mark.parametrize(
-    ("kind", "name"), [*((kind, "proprio") for kind in PARTS), ("state", "environment_state")]
+    ("kind", "name"),
+    [
+        (kind, name)
+        for kind in PARTS
+        for name in ("proprio", "environment_state")
+        if name in PARTS[kind]
+    ],
 )
 def test_numbers_that_a_robot_lacks_do_not_reach_the_tokens(kind, name):
     """Row 0 lacks all numbers of the column, row 1 all but two, row 2 none."""
@@ -210,7 +219,7 @@ def test_the_gradient_reaches_every_param(kind):
 
     def loss_fn(params):
         weights = jax.random.normal(jax.random.key(1), (B, 1, CONFIGS[kind].token_dim))
-        tokens = BACKBONES[kind].apply(params, CONFIGS[kind], observation).tokens
+        tokens = MEMBERS[kind].apply(params, CONFIGS[kind], observation).tokens
         return jnp.sum(weights * tokens * tokens)
 
     grads = jax.jit(jax.grad(loss_fn))(params(kind))
@@ -235,7 +244,7 @@ def test_bfloat16_products_give_nearly_the_same_float32_tokens(kind):
     observation = observe(kind)
     tokens, exact = encode(kind, observation, low_precision), encode(kind, observation)
     assert tokens.dtype == jnp.float32
-    shapes = jax.eval_shape(lambda key: BACKBONES[kind].init(key, low_precision), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: MEMBERS[kind].init(key, low_precision), jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
     difference = np.abs(tokens - exact)
     assert 0 < difference.max() < 0.15 * np.abs(exact).max()
@@ -243,7 +252,7 @@ def test_bfloat16_products_give_nearly_the_same_float32_tokens(kind):
 
 @each
 def test_a_backbone_tokenises_and_declares_its_images(kind):
-    backbone, config = BACKBONES[kind], CONFIGS[kind]
+    backbone, config = MEMBERS[kind], CONFIGS[kind]
     ids = backbone.tokenize(config, "touch the red block")
     assert ids.dtype == np.int32
     assert ids.shape == observe(kind).instruction.shape[1:]
@@ -276,7 +285,7 @@ def test_a_missing_input_is_refused(kind):
     for name in PARTS[kind]:
         observation = observe(kind)._replace(**{name: None})
         with pytest.raises(ValueError, match=rf"^observation\.{name} is missing; .*{name}"):
-            BACKBONES[kind].apply(params(kind), CONFIGS[kind], observation)
+            MEMBERS[kind].apply(params(kind), CONFIGS[kind], observation)
 
 
 @each
@@ -284,9 +293,7 @@ def test_an_input_of_another_size_is_refused(kind):
     for name in PARTS[kind]:
         cut = getattr(observe(kind), name)[..., :-1]
         with pytest.raises(ValueError, match=rf"must be \[.*\], got \[{B}.*same leading axes"):
-            BACKBONES[kind].apply(
-                params(kind), CONFIGS[kind], observe(kind)._replace(**{name: cut})
-            )
+            MEMBERS[kind].apply(params(kind), CONFIGS[kind], observe(kind)._replace(**{name: cut}))
 
 
 @with_images
@@ -294,7 +301,7 @@ def test_an_image_that_is_not_uint8_is_refused(kind):
     observation = observe(kind)
     scaled = observation._replace(image_wrist=observation.image_wrist / np.float32(255))
     with pytest.raises(ValueError, match="image_wrist must be uint8 in 0 … 255, got float32"):
-        BACKBONES[kind].apply(params(kind), CONFIGS[kind], scaled)
+        MEMBERS[kind].apply(params(kind), CONFIGS[kind], scaled)
 
 
 @pytest.mark.parametrize(
@@ -356,5 +363,16 @@ def test_the_token_of_a_state_is_linear_or_an_mlp_over_all_three_parts(sizes):
         seen = np.maximum(seen @ joint["kernel"] + joint["bias"], 0)
     state = params["environment_state"]
     np.testing.assert_allclose(tokens[:, 0], seen @ state["kernel"] + state["bias"], atol=1e-5)
-    with pytest.raises(ValueError, match=r"joint_sizes must be at least 1, got 0\.$"):
-        dataclasses.replace(config, joint_sizes=(0,))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "sentence"),
+    [
+        ((0,), r"be at least 1, got 0\."),
+        ((1,) * 101, r"be at most 100 layers, got 101\."),
+        ((2**16, 2**16), r"give at most 67108864 weights, got \d+; use narrower layers\."),
+    ],
+)
+def test_an_mlp_that_has_no_units_or_would_fill_the_memory_is_refused(sizes, sentence):
+    with pytest.raises(ValueError, match=f"joint_sizes must {sentence}$"):
+        StateConfig(joint_sizes=sizes)

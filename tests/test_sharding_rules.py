@@ -135,11 +135,13 @@ def test_nearly_all_params_of_residual_blocks_are_split(block):
     assert split_fraction(shapes, decoders.sharding_rules(config)) > 0.98
 
 
-@pytest.mark.parametrize("kind", BACKBONES)
-def test_most_params_of_a_backbone_are_split(kind):
+@pytest.mark.parametrize(
+    ("kind", "options"), [*((kind, {}) for kind in BACKBONES), ("state", {"joint_sizes": (64, 64)})]
+)
+def test_most_params_of_a_backbone_are_split(kind, options):
     member = BACKBONES[kind]
     # the smallest members have position embeddings and biases that matter
-    share = split_fraction(shapes_of(member.init, member.config()), member.sharding_rules)
+    share = split_fraction(shapes_of(member.init, member.config(**options)), member.sharding_rules)
     assert share > (0.9 if kind == "perceiver" else 0.98)
 
 

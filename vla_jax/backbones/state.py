@@ -1,5 +1,6 @@
 """Privileged simulator state, proprioception and instruction as tokens, without images."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,11 +23,17 @@ from vla_jax.backbones.parts import (
 from vla_jax.config import MAX_SIZE, checked
 from vla_jax.types import Array, Key, Observation, Params, Tokens
 
+_MAX_LAYERS = 100  # of the MLP
+_MAX_WEIGHTS = 2**26  # of the MLP: 256 MiB of params
+
 
 @dataclass(frozen=True)
 @checked(token_dim=(1, MAX_SIZE), joint_sizes=(1, 2**16))
 class StateConfig:
-    """Sizes of the state backbone; its tokens are environment state, proprio and instruction."""
+    """Sizes of the state backbone; its tokens are environment state, proprio and instruction.
+
+    With `joint_sizes` the first token is that of all three parts together.
+    """
 
     kind: Literal["state"] = "state"
     state_dim: int = 22  # dimensions of the environment state
@@ -41,6 +48,18 @@ class StateConfig:
 
     def __post_init__(self):
         word_hashing.check_sizes(self)
+        if len(self.joint_sizes) > _MAX_LAYERS:
+            raise ValueError(
+                f"joint_sizes must be at most {_MAX_LAYERS} layers, got {len(self.joint_sizes)}."
+            )
+        num_inputs = self.state_dim + self.proprio_dim + self.token_dim
+        widths = (num_inputs, *self.joint_sizes, self.token_dim)
+        num_weights = sum(a * b for a, b in itertools.pairwise(widths))
+        if self.joint_sizes and num_weights > _MAX_WEIGHTS:
+            raise ValueError(
+                f"joint_sizes must give at most {_MAX_WEIGHTS} weights, got {num_weights}; use "
+                "narrower layers."
+            )
 
     @property
     def num_tokens(self) -> int:
@@ -64,7 +83,9 @@ def apply(params: Params, config: StateConfig, observation: Observation) -> Toke
         (`column_mask`) is padding.
 
     Returns:
-      Tokens `[..., 3, D]` float32, mask `[..., 3]`.
+      Tokens `[..., 3, D]` float32, mask `[..., 3]`. The first token depends on the environment
+      state, with `joint_sizes` on all three parts, in which missing numbers are 0; the others
+      depend on proprio and on the instruction.
 
     Raises:
       ValueError: a part is missing or has another size.
