@@ -274,7 +274,7 @@ def test_a_folder_whose_parts_do_not_match_is_refused(change, sentence, folder):
 def test_weights_that_are_not_finite_are_named(value, folder):
     table = np.ones((140, 32), np.float32)
     table[3, 4] = value
-    sentence = f"model_0: 1 tensors hold NaN or infinity, the first is {EMBED}; download"
+    sentence = f"model_0: tensors with NaN or infinity \\(1\\), the first is {EMBED}; download"
     with pytest.warns(UserWarning, match=sentence):
         backbones.load(folder(tensors={EMBED: table}))
 

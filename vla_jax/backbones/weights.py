@@ -158,8 +158,8 @@ def _warn_if_not_finite(arrays: Mapping[str, jax.Array], folder: Path) -> None:
     ]
     if bad:
         warnings.warn(
-            f"{folder}: {len(bad)} tensors hold NaN or infinity, the first is {bad[0]}; download "
-            "the model again",
+            f"{folder}: tensors with NaN or infinity ({len(bad)}), the first is {bad[0]}; "
+            "download the model again",
             stacklevel=3,
         )
 

@@ -142,7 +142,7 @@ def warn(report: Report, tensors: Mapping[str, Any]) -> None:
     found = unusual({name: tensors[name] for name in report.used})
     bad = [name for name, words in found.items() if words == _NOT_FINITE]
     if bad:
-        warnings.warn(f"{len(bad)} tensors hold {_NOT_FINITE}: {abbreviate(bad)}", stacklevel=3)
+        warnings.warn(f"tensors with {_NOT_FINITE} ({len(bad)}): {abbreviate(bad)}", stacklevel=3)
 
 
 def to_json(report: Report) -> dict[str, Any]:

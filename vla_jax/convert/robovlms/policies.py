@@ -78,7 +78,7 @@ def from_robovlms_policy(
     backbone = read_backbone_config(folder, training)
     head = find_head(tensors)
     with warnings.catch_warnings():  # one warning below counts the tensors of all parts
-        warnings.filterwarnings("ignore", r"\d+ tensors (cast|missing|hold)")
+        warnings.filterwarnings("ignore", r"\d+ tensors (cast|missing)|tensors with NaN")
         decoder, decoder_params = from_robovlms(
             {name: tensors[name] for name in head.values()},
             window_size=training.window_size,
