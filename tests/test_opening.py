@@ -19,7 +19,7 @@ from train.sweep import SweepConfig
 from train.tabular import TabularConfig
 from vla_jax import config as configs
 from vla_jax import runs
-from vla_jax.files import write_json
+from vla_jax.files import read_json, write_json
 
 CLASSES = [
     ChainsConfig, FinetuneConfig, ImitateConfig, MemoryConfig, MemorySuiteConfig, PPOConfig,
@@ -52,6 +52,18 @@ def test_a_run_is_continued_by_its_own_script_only(tmp_path):
     with pytest.raises(ValueError, match="must be the SweepConfig of a run, got the Imit"):
         runs.open_run(tmp_path, make(SweepConfig, tmp_path), overwrite=False)
     assert configs.load(ImitateConfig, tmp_path / "config.json").run_dir == str(tmp_path)
+
+
+def test_a_run_with_a_name_that_is_gone_can_be_deleted(tmp_path):
+    config, file = make(ChainsConfig, tmp_path), tmp_path / "config.json"
+    configs.save_of_run(config, file)
+    write_json(file, {**read_json(file, "a config"), "policies": ["gpt"]})
+    with pytest.raises(
+        ValueError, match=r"'gpt' in policies; .*delete the run with --overwrite\.$"
+    ):
+        runs.open_run(tmp_path, config, overwrite=False)
+    runs.open_run(tmp_path, config, overwrite=True)
+    assert configs.load(ChainsConfig, file) == config
 
 
 def test_an_earlier_run_that_lacks_fields_is_continued_but_not_deleted(tmp_path):

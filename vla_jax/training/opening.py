@@ -47,7 +47,7 @@ def check(path: pathlib.Path, config: Any, *, overwrite: bool, mark: str = "") -
                 f"holds {', '.join(others[:3])}; choose another --run-dir."
             )
         return []
-    saved, done = configs.load(type(config), file), _updates_done(path)
+    saved, done = _load(path, config), _updates_done(path)
     if done is None:
         return []
     kept = [each.name for each in dataclasses.fields(config)]
@@ -59,6 +59,20 @@ def check(path: pathlib.Path, config: Any, *, overwrite: bool, mark: str = "") -
 def contents(path: pathlib.Path) -> list[pathlib.Path]:
     """Returns what is in a run folder, besides its lock; nothing if there is no folder."""
     return [each for each in path.iterdir() if each.name != run_lock.NAME] if path.is_dir() else []
+
+
+def _load(path: pathlib.Path, config: Any) -> Any:
+    """Returns the config of a run folder; the error about an older one says how to begin again."""
+    file = path / "config.json"
+    try:
+        return configs.load(type(config), file)
+    except ValueError as error:
+        if read_json(file, "the config of a run").get(configs.CLASS) != type(config).__name__:
+            raise
+        raise ValueError(
+            f"{error} An earlier version may have written it; choose another --run-dir, or delete "
+            "the run with --overwrite."
+        ) from error
 
 
 def _check_deletable(path: pathlib.Path, config: Any) -> None:
