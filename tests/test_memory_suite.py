@@ -11,7 +11,9 @@ import pytest
 from train import memory_cloning, memory_decoders, memory_grid, memory_report, memory_suite
 from train.memory_decoders import variants, with_first_observation
 from train.memory_grid import CloningConfig, GridCell, Score
+from train.memory_pictures import MemoryPicturesConfig, make_policy
 from train.memory_suite import MemorySuiteConfig
+from vla_jax import files
 from vla_jax.envs.demonstrations import collect
 from vla_jax.envs.memory_table import lit_blocks, memory_env, tasks
 from vla_jax.envs.memory_table.memory_env import JaxMemoryConfig
@@ -65,6 +67,52 @@ def test_results_of_another_training_are_not_taken(tmp_path):
     other = dataclasses.replace(TINY, num_updates=2)
     assert not list(memory_grid.read_scores(tmp_path, [cell], other))
     assert not list(memory_grid.read_scores(tmp_path, [GridCell(WORLD, "gru")], TINY))
+
+
+def change_rules(monkeypatch):
+    changed = tasks.get("lit")._replace(rules_version=9, chance=lambda config: 0.125)
+    monkeypatch.setattr(tasks, "TASKS", {**tasks.TASKS, "lit": changed})
+
+
+def change_network(monkeypatch):
+    monkeypatch.setattr(memory_decoders, "_JOINT_SIZES", (8,))
+
+
+@pytest.mark.parametrize("change", [change_rules, change_network])
+def test_results_and_clones_of_other_rules_or_another_network_are_not_taken(
+    tmp_path, monkeypatch, change
+):
+    cell = GridCell(WORLD, "lstm")
+    folder = tmp_path / memory_grid.CLONES / memory_grid.clone_name(cell)
+    folder.mkdir(parents=True)
+    assert memory_grid.find_clone(tmp_path, cell, TINY) is None  # a clone without settings
+
+    def write():
+        line = memory_grid.to_json(score("lstm", [1.0, 0.5], task="lit", delay=4), TINY)
+        (tmp_path / memory_grid.RESULTS).write_text(json.dumps(line) + "\n")
+        files.write_json(folder / memory_grid._OF_CLONE, line["cloning"])
+
+    def is_taken():
+        found = memory_grid.find_clone(tmp_path, cell, TINY) == folder
+        assert found == bool(list(memory_grid.read_scores(tmp_path, [cell], TINY)))
+        return found
+
+    write()
+    assert is_taken()
+    change(monkeypatch)
+    assert not is_taken()
+    write()
+    assert is_taken()
+    (read,) = memory_grid.read_scores(tmp_path, [cell], TINY)
+    assert read.chance == tasks.chance(WORLD)  # that of the present rules, not that of the line
+
+
+def test_transformers_have_a_learning_rate_of_their_own():
+    rates = {kind: memory_grid.learning_rate(TINY, kind) for kind in ("lstm", "gpt", "rotary_gpt")}
+    assert rates == {"lstm": 2e-3, "gpt": 1e-3, "rotary_gpt": 1e-3}
+    pictures = MemoryPicturesConfig(decoders=("lstm", "gpt"))
+    for kind, rate in (("lstm", 3e-3), ("gpt", 6e-4)):
+        assert make_policy(pictures, "lit", kind).optim.learning_rate == rate
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ import numpy as np
 from train.memory_decoders import (
     ACTION_HORIZON,
     Variant,
-    learning_rate_factor,
     make_agent_config,
     with_first_observation,
 )
@@ -83,7 +82,7 @@ def clone(
       num_updates: of each seed; rounded up to a multiple of the blocks.
       batch_size: B, episodes, or windows of as many steps, per update.
       hidden_size: H of the policy.
-      learning_rate: peak of the schedule, for recurrences; `learning_rate_factor` for others.
+      learning_rate: peak of the schedule.
       progress: is called with the number of updates so far.
 
     Raises:
@@ -94,7 +93,7 @@ def clone(
         env, variant, demonstrations_key, num_demonstrations, hidden_size
     )
     config = OptimConfig(
-        learning_rate=learning_rate * learning_rate_factor(variant.kind),
+        learning_rate=learning_rate,
         warmup_steps=min(50, num_updates // 10),
         end_factor=0.02,
     )

@@ -1,6 +1,6 @@
 """The policies that the memory suite compares: decoders in a streaming mode, and baselines."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -26,9 +26,6 @@ _MAX_WORDS = 14  # of the longest instruction
 # "sequence" cannot be cloned even by a policy that always sees the order and how far it has come
 _JOINT_SIZES = (256, 256)
 WINDOW = 8  # steps of the baseline with a short window
-# After 1,000 updates at 0.005, with which recurrences learn "lit", the rotary GPT has 49 %; at
-# 0.001, half the suite's rate, it has 99 %.
-_TRANSFORMER_FACTOR = 0.5
 
 
 class Variant(NamedTuple):
@@ -54,11 +51,6 @@ def variants() -> dict[str, Variant]:
         "lstm_window": Variant("lstm", "refresh", window_size=WINDOW),
         **whole,
     }
-
-
-def learning_rate_factor(kind: str) -> float:
-    """Returns by how much the learning rate of a script is multiplied for a trunk."""
-    return _TRANSFORMER_FACTOR if trunks.get(kind).is_transformer else 1.0
 
 
 def make_agent_config(variant: Variant, env: Env, state_dim: int, hidden_size: int) -> AgentConfig:
@@ -98,8 +90,8 @@ def make_agent_config(variant: Variant, env: Env, state_dim: int, hidden_size: i
     )
 
 
-def settings() -> dict[str, float]:
-    """Returns what results depend on beside the options of a script."""
+def settings() -> dict[str, Any]:
+    """Returns what results depend on beside the options of a script, as JSON has it."""
     return {
         "action_horizon": ACTION_HORIZON,
         "token_dim": _TOKEN_DIM,
@@ -107,7 +99,8 @@ def settings() -> dict[str, float]:
         "head_factor": _HEAD_FACTOR,
         "instruction_steps": INSTRUCTION_STEPS,
         "wander_steps": WANDER_STEPS,
-        "transformer_factor": _TRANSFORMER_FACTOR,
+        "max_words": _MAX_WORDS,
+        "joint_sizes": list(_JOINT_SIZES),
     }
 
 

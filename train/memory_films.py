@@ -97,7 +97,7 @@ def _film_task(
     world = scores[0].cell.world
     rates = {memory_grid.clone_name(score.cell): score.success.tolist() for score in scores}
     path = run_dir / FILMS / f"{world.task}.json"
-    origin = {"rates": rates, "cloning": memory_grid.settings(cloning)}
+    origin = {"rates": rates, "cloning": memory_grid.settings(cloning, world.task)}
     if path.exists():
         saved = records.read_file(TaskFilms, path, "the films of a task")
         if saved.origin == origin:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from rich.console import Console
 from rich.table import Table
 
-from train import cache, configs
+from train import cache, configs, memory_report
 from train.configs import ImitateConfig
 from train.demo_steps import (
     LOG,
@@ -29,7 +29,7 @@ from train.demo_steps import (
     run_steps,
     training,
 )
-from train.memory_decoders import ACTION_HORIZON, HEAD_LAYERS, learning_rate_factor
+from train.memory_decoders import ACTION_HORIZON, HEAD_LAYERS
 from train.pretrain import PretrainConfig
 from train.record import RecordConfig
 from vla_jax.backbones import registry
@@ -72,7 +72,8 @@ class MemoryPicturesConfig:
     pretrain_updates: int = 1000  # updates of the image encoder of each task
     num_updates: int = 1500  # updates of each policy
     hidden_size: int = 128  # hidden units H of each policy
-    learning_rate: float = 3e-3  # peak of the schedule; half of it for transformers
+    learning_rate: float = 3e-3  # peak of the schedule
+    transformer_learning_rate: float = 6e-4  # the same for transformers
     num_episodes: int = 120  # unseen episodes per evaluation
     num_videos: int = 2  # episodes to record as video in each evaluation
     seed: int = 0  # random seed of params and batches
@@ -201,7 +202,9 @@ def make_policy(config: MemoryPicturesConfig, task: str, decoder: str) -> Imitat
         loader=replace(base.loader, seed=config.seed),
         optim=replace(
             _with_warmup(base.optim, config.num_updates),
-            learning_rate=config.learning_rate * learning_rate_factor(decoder),
+            learning_rate=(
+                config.transformer_learning_rate if trunk.is_transformer else config.learning_rate
+            ),
         ),
         loop=replace(base.loop, num_updates=config.num_updates, save_every=config.num_updates),
         seed=config.seed,
@@ -219,7 +222,7 @@ def make_table(config: MemoryPicturesConfig) -> Table:
     for name in ("suite", "task", "chance", *config.decoders):
         table.add_column(name)
     for task in config.tasks:
-        chance = f"{100 * tasks.chance(make_world(config, task)):.0f} %"
+        chance = memory_report.small_percent(tasks.chance(make_world(config, task)))
         rates = [_rate(config, task, decoder) for decoder in config.decoders]
         table.add_row(tasks.get(task).suite, task, chance, *rates)
     return table

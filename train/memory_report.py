@@ -34,8 +34,12 @@ def line(score: Score) -> str:
 
 def chance(score: Score) -> str:
     """Returns the success of the best policy without memory, such as "25 %" or "0.2 %"."""
-    rate = 100 * score.chance
-    return f"{rate:.0f} %" if rate >= 10 else f"{rate:.1f} %"
+    return small_percent(score.chance)
+
+
+def small_percent(share: float) -> str:
+    """Returns a share in [0, 1] with a decimal if it is below a tenth: "25 %" or "0.2 %"."""
+    return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.1f} %"
 
 
 def percent(success: np.ndarray) -> str:

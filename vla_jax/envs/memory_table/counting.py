@@ -275,6 +275,7 @@ BLINKS = MemoryTask(
     # one number of presses is right in one of so many cases
     chance=lambda config: 1 / memory_task.updates(BLINKS, config),
     updates=4,
+    rules_version=2,  # since 2 a pause is an answer
     least_updates=2,  # a lamp that always blinks once says nothing
     has_blocks=False,
     cue_text=lambda config, state: f"the lamp blinks {task_captions.times(state.cue.count)}",

@@ -238,6 +238,7 @@ CUPS_SWAPPED = CUPS._replace(
     ),
     display=lambda config, state: _cups(CUPS_SWAPPED, config, state),
     chance=lambda config: 1 / memory_task.items(CUPS_SWAPPED, config),
+    rules_version=2,  # since 2 cups pass each other in the air
     updates=3,
     cue_text=lambda config, state: (
         f"{CUPS.cue_text(config, state)}, then "
@@ -255,6 +256,7 @@ DARK = MemoryTask(
     judge=judge_touch,
     expert=touch_target,
     chance=lambda config: 1 / rules.NUM_BLOCKS,  # of a hand that searches until it touches a block
+    rules_version=2,  # since 2 the plate is hidden too
     ends_at_block=True,
     cue_text=task_captions.block("the place of the {} block, before the dark"),
     result_text=task_captions.nearest,
@@ -272,6 +274,7 @@ PUT_BACK = MemoryTask(
     judge=_judge_return,
     expert=_carry_there_and_back,
     chance=_return_chance,
+    rules_version=2,  # since 2 the first place after the light decides
     has_delay=False,
     uses_gripper=True,
     cue_text=task_captions.block("the first place of the {} block"),
