@@ -371,10 +371,11 @@ def _takes_no_value(box: str, make: Callable[..., Any], argv: Sequence[str] | No
 def _is_flag(make: Callable[..., Any], option: str) -> bool:
     """Returns True for `--name` and `--no-name` of a bool parameter, also one of a part."""
     kinds = typing.get_type_hints(make)
+    parts = [kind for kind in kinds.values() if isinstance(kind, type)]
     name = option.rpartition(".")[2].removeprefix("--").replace("-", "_")
     return option.startswith("--") and (
         bool in (kinds.get(name), kinds.get(name.removeprefix("no_")))
-        or any(_is_flag(kind, option) for kind in kinds.values() if dataclasses.is_dataclass(kind))
+        or any(_is_flag(part, option) for part in parts if dataclasses.is_dataclass(part))
     )
 
 
