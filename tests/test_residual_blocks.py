@@ -111,7 +111,7 @@ def test_remat_changes_nothing_and_dropout_needs_a_key(block, key):
         return jnp.sum(jnp.sin(residual_blocks.apply(params, config, inputs, key=key)[1]))
 
     gradients = (jax.grad(total)(params, each) for each in (config, chunked))
-    assert_close(*gradients, atol=1e-5)
+    assert_close(*gradients, atol=2e-5)  # up to 4.3; 1.1e-5 apart with jaxlib 0.10.0
     plain = apply(params, config, inputs)[1]
     assert_close(plain, apply(params, make_config(block), inputs)[1], atol=0)
     assert np.abs(apply(params, config, inputs, key=key)[1] - plain).max() > 1e-2
@@ -149,7 +149,7 @@ def test_without_blocks_a_stack_is_the_recurrence(key):
     params = residual_blocks.init(key, config, D)
     assert_close(params, recurrence.init(key, config.recurrence, D), atol=0)
     inputs = draw(0, B, T, D)
-    expected = recurrence.apply(params, config.recurrence, inputs)
+    expected = jax.jit(recurrence.apply, static_argnums=1)(params, config.recurrence, inputs)
     assert_close(apply(params, config, inputs), expected, atol=0)
 
 
