@@ -45,6 +45,12 @@ def test_a_training_remembers_whole_episodes_of_its_world(decoder):
     assert config.optim.warmup_steps < config.loop.num_updates
 
 
+def test_a_small_chance_is_not_zero_in_the_table(monkeypatch):
+    monkeypatch.setattr(memory_pictures, "_rate", lambda *names: "50 %")
+    table = memory_pictures.make_table(MemoryPicturesConfig(tasks=("path", "lit")))
+    assert list(table.columns[2].cells) == ["0.2 %", "25 %"]
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="unknown name 'lsmt' in decoders"):
         MemoryPicturesConfig(decoders=("lsmt",))
