@@ -1,12 +1,12 @@
-"""Whether a policy's memory can be learned at all: what must be remembered, asked for directly.
+"""Trains a linear classifier of what must be remembered on a policy's features.
 
     python tests/campaigns/memory_probe.py kth --items 2
     python tests/campaigns/memory_probe.py cups_swapped --updates 1 --learning-rate 0.001
 
-The network and the demonstrations are those of the memory suite, but a linear head on the trunk's
-features says at every acting step which blocks were meant (`cups`: which place), and is trained
-with the cross-entropy of its answers. What is learned in this way, but not by cloning, can be
-remembered, and the actions teach it too weakly; what is not learned here is hard to remember.
+The network and the demonstrations are those of the memory suite. In place of the actions, a linear
+layer on the trunk's features gives at every acting step which blocks were meant (`cups`: which
+place); backbone, trunk and layer are trained with its cross-entropy. If this succeeds and cloning
+does not, the trunk can store the cue, and the loss of the actions has too small a gradient for it.
 """
 
 import argparse
@@ -18,7 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from train import memory_cloning, memory_decoders
+from train import memory_cloning, memory_decoders, memory_grid
+from train.memory_cloning import Prepared
+from train.memory_grid import CloningConfig
+from vla_jax.data.normalize import normalize
 from vla_jax.envs.memory_table import memory_env, memory_task, permanence, tasks
 from vla_jax.envs.memory_table.memory_env import JaxMemoryConfig
 from vla_jax.envs.memory_table.memory_task import MemoryState
@@ -29,6 +32,13 @@ from vla_jax.training.optim import OptimConfig
 from vla_jax.types import Array, Key, Params
 
 NUM_DEMONSTRATIONS, NUM_TEST, BATCH_SIZE, HIDDEN_SIZE, NUM_CLASSES = 16_000, 1000, 16, 64, 4
+BLOCK, PRINT_EVERY = 100, 500  # updates
+# policies of the suite whose window is the whole episode
+DECODERS = tuple(
+    name
+    for name, variant in memory_decoders.variants().items()
+    if not variant.window_size and not variant.sees_first
+)
 
 
 def answers(world: JaxMemoryConfig, state: MemoryState) -> Array:
@@ -40,11 +50,24 @@ def answers(world: JaxMemoryConfig, state: MemoryState) -> Array:
     return state.cue.colour[None]
 
 
-def first_states(world: JaxMemoryConfig, key: Key) -> MemoryState:
-    """Returns the first states of the episodes that `demonstrations.collect` plays with a key."""
-    reset_key, _ = jax.random.split(key)
+def first_states(world: JaxMemoryConfig, key: Key, prepared: Prepared) -> MemoryState:
+    """Returns the first states of the demonstrations that `memory_cloning.demonstrate` kept.
+
+    Args:
+      world: of the demonstrations.
+      key: the one that they were collected with.
+      prepared: the demonstrations; their first observations must be those of the states.
+    """
+    reset_key, _ = jax.random.split(key)  # as in `demonstrations.collect`
     reset = jax.vmap(memory_env.make(world).reset)
-    return reset(jax.random.split(reset_key, NUM_DEMONSTRATIONS))[0]
+    start = reset(jax.random.split(reset_key, NUM_DEMONSTRATIONS))
+    states, first = jax.tree.map(lambda part: np.asarray(part)[prepared.kept], start)
+    for name in ("environment_state", "proprio"):
+        method = getattr(prepared.agent.normalize, name)
+        expected = normalize(getattr(first, name), prepared.norm_stats[name], method)
+        found = getattr(prepared.data.observation, name)[:, 0]
+        np.testing.assert_allclose(found, expected, atol=1e-4, err_msg=name)
+    return states
 
 
 def train(
@@ -54,17 +77,22 @@ def train(
     key = jax.random.key(seed)
     demonstrations_key, init_key, batch_key = (jax.random.fold_in(key, i) for i in (1, 2, 3))
     env, variant = memory_env.make(world), memory_decoders.variants()[decoder]
-    agent, _, data, kept = memory_cloning.demonstrate(
+    prepared = memory_cloning.demonstrate(
         env, variant, demonstrations_key, NUM_DEMONSTRATIONS, HIDDEN_SIZE
     )
-    states = first_states(world, demonstrations_key)
-    target = jnp.asarray(jax.vmap(partial(answers, world))(states))[kept]
+    agent, data = prepared.agent, prepared.data
+    states = first_states(world, demonstrations_key, prepared)
+    target = jnp.asarray(jax.vmap(partial(answers, world))(states))
     num_items = target.shape[1]
     params = {
         "policy": policy.init(init_key, agent.policy),
-        "answer": init_dense(jax.random.fold_in(init_key, 1), HIDDEN_SIZE, 4 * num_items),
+        "answer": init_dense(jax.random.fold_in(init_key, 1), HIDDEN_SIZE, num_items * NUM_CLASSES),
     }
-    config = OptimConfig(learning_rate=learning_rate, warmup_steps=50, end_factor=0.02)
+    config = OptimConfig(
+        learning_rate=learning_rate or memory_grid.learning_rate(CloningConfig(), variant.kind),
+        warmup_steps=min(50, num_updates // 10),
+        end_factor=0.02,
+    )
     optimizer = optim.make_optimizer(config, num_updates, params)
 
     def logits(params: Params, rows: Array) -> jax.Array:
@@ -80,8 +108,8 @@ def train(
         losses = optax.softmax_cross_entropy_with_integer_labels(logits(params, rows), wanted)
         return jnp.mean(losses, where=data.acts[rows][..., None])
 
-    @jax.jit
-    def block(params: Params, state: optax.OptState, key: Key) -> Any:
+    @partial(jax.jit, static_argnums=3)
+    def block(params: Params, state: optax.OptState, key: Key, size: int) -> Any:
         def update(carry, key):
             params, state = carry
             rows = jax.random.randint(key, (BATCH_SIZE,), NUM_TEST, len(target))
@@ -89,7 +117,7 @@ def train(
             updates, state = optimizer.update(grads, state, params)
             return (optax.apply_updates(params, updates), state), None
 
-        return jax.lax.scan(update, (params, state), jax.random.split(key, 100))[0]
+        return jax.lax.scan(update, (params, state), jax.random.split(key, size))[0]
 
     @jax.jit
     def right(params: Params) -> jax.Array:
@@ -99,23 +127,27 @@ def train(
         return jnp.mean(said == target[rows], axis=0)
 
     state = optimizer.init(params)
-    for number in range(num_updates // 100):
-        params, state = block(params, state, jax.random.fold_in(batch_key, number))
-        if (number + 1) % 5 == 0:
+    for done in range(0, num_updates, BLOCK):
+        end = min(done + BLOCK, num_updates)
+        params, state = block(params, state, jax.random.fold_in(batch_key, done), end - done)
+        if end % PRINT_EVERY == 0 or end == num_updates:
             shares = " ".join(f"{share:4.0%}" for share in np.asarray(right(params)))
-            print(f"{100 * (number + 1):5} updates: right at the first acting step {shares}")
+            print(f"{end:5} updates: right at the first acting step {shares}", flush=True)
 
 
 def main() -> None:
     """Reads the options."""
-    parser = argparse.ArgumentParser(description="Asks for what must be remembered.")
+    parser = argparse.ArgumentParser(description="Trains a classifier of the cue.")
     parser.add_argument("task", choices=("lit", "kth", "sequence", "cups", "cups_swapped", "dark"))
-    parser.add_argument("--items", type=int, default=0, help="of the world; 0 = the task's default")
-    parser.add_argument("--updates", type=int, default=0, help="of the world; 0 = the default")
-    parser.add_argument("--decoder", default="lstm", choices=tuple(memory_decoders.variants()))
-    parser.add_argument("--num-updates", type=int, default=2000)
-    parser.add_argument("--learning-rate", type=float, default=5e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    for name, kind, default, text in (
+        ("items", int, 0, "of the world; 0 = the task's default"),
+        ("updates", int, 0, "of the world; 0 = the task's default"),
+        ("num-updates", int, 1500, "updates of the training"),
+        ("learning-rate", float, 0.0, "peak of the schedule; 0 = that of the memory suite"),
+        ("seed", int, 0, "of demonstrations, params and batches"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (%(default)s)")
+    parser.add_argument("--decoder", default="lstm", choices=DECODERS, help="(%(default)s)")
     options = parser.parse_args()
     world = JaxMemoryConfig(task=options.task, items=options.items, updates=options.updates)
     train(world, options.decoder, options.num_updates, options.learning_rate, options.seed)
