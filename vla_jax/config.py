@@ -43,7 +43,7 @@ _NAMED_BOUNDS: dict[str, Bounds] = {
     **dict.fromkeys(("window_size", "num_steps", "max_steps"), (0, MAX_LENGTH)),
     **dict.fromkeys(("num_updates", "log_every", "save_every", "keep", "step"), (0, MAX_INT)),
     **dict.fromkeys(("seed", "first_seed", "noise_seed"), (0, MAX_INT)),
-    "learning_rate": (LEAST_FLOAT, 1000),
+    **dict.fromkeys(("learning_rate", "transformer_learning_rate"), (LEAST_FLOAT, 1000)),
 }
 _DTYPES = ("float32", "bfloat16", "float16")
 
