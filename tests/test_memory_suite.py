@@ -64,8 +64,9 @@ def test_results_of_another_training_are_not_taken(tmp_path):
     (tmp_path / memory_grid.RESULTS).write_text(json.dumps(line) + "\n")
     (read,) = memory_grid.read_scores(tmp_path, [cell], TINY)
     assert read.success.tolist() == [1.0, 0.5]
-    other = dataclasses.replace(TINY, num_updates=2)
-    assert not list(memory_grid.read_scores(tmp_path, [cell], other))
+    for other in ({"num_updates": 2}, {"joint_sizes": ()}):
+        config = dataclasses.replace(TINY, **other)
+        assert not list(memory_grid.read_scores(tmp_path, [cell], config))
     assert not list(memory_grid.read_scores(tmp_path, [GridCell(WORLD, "gru")], TINY))
 
 
@@ -75,7 +76,7 @@ def change_rules(monkeypatch):
 
 
 def change_network(monkeypatch):
-    monkeypatch.setattr(memory_decoders, "_JOINT_SIZES", (8,))
+    monkeypatch.setattr(memory_decoders, "_TOKEN_DIM", 8)
 
 
 @pytest.mark.parametrize("change", [change_rules, change_network])
@@ -135,7 +136,7 @@ def test_a_cell_trains_and_tests_every_seed(decoder):
 
 def test_windows_hold_the_steps_of_one_episode_and_no_action_of_the_shown_part():
     env = memory_env.make(WORLD)
-    agent = memory_decoders.make_agent_config(variants()["lstm_window"], env, 48, 8)
+    agent = memory_decoders.make_agent_config(variants()["lstm_window"], env, 48, 8, ())
     demonstrations, _ = memory_cloning._cut(memory_cloning.collect(env, jax.random.key(0), 8))
     stats = memory_cloning._norm_stats(demonstrations)
     data = memory_cloning._make_data(agent, env, stats, demonstrations)

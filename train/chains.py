@@ -21,7 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from train import memory_cloning, memory_decoders, memory_grid
+from train import memory_cloning, memory_grid
 from train.memory_cloning import Clones
 from train.memory_decoders import Variant
 from train.memory_grid import CloningConfig
@@ -161,6 +161,7 @@ def _play_policy(
             num_updates=cloning.num_updates,
             batch_size=cloning.batch_size,
             hidden_size=cloning.hidden_size,
+            joint_sizes=cloning.joint_sizes,
             learning_rate=memory_grid.learning_rate(cloning, variant.kind),
         )
     clones = trained[same]
@@ -222,8 +223,8 @@ def _mean_and_range(values: list[float]) -> str:
 def _settings(config: ChainsConfig, loaded: Run | None) -> dict[str, Any]:
     """Returns everything that a result depends on, as JSON has it."""
     own = {"num_chains": config.num_chains, "length": config.length, "mode": config.mode or ""}
-    cloning = dataclasses.asdict(config.cloning) | memory_decoders.settings()
-    return {**own, **cloning, **({} if loaded is None else _of_run(loaded))}
+    of_run = {} if loaded is None else _of_run(loaded)
+    return {**own, **memory_grid.of_network(config.cloning), **of_run}
 
 
 def _of_run(run: Run) -> dict[str, Any]:

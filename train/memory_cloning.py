@@ -68,6 +68,7 @@ def clone(
     num_updates: int,
     batch_size: int,
     hidden_size: int,
+    joint_sizes: tuple[int, ...],
     learning_rate: float,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Clones:
@@ -82,6 +83,7 @@ def clone(
       num_updates: of each seed; rounded up to a multiple of the blocks.
       batch_size: B, episodes, or windows of as many steps, per update.
       hidden_size: H of the policy.
+      joint_sizes: widths of the MLP before its memory; empty = a linear map.
       learning_rate: peak of the schedule.
       progress: is called with the number of updates so far.
 
@@ -90,7 +92,7 @@ def clone(
     """
     demonstrations_key = jax.random.fold_in(keys[0], 1)
     agent, norm_stats, data, _ = demonstrate(
-        env, variant, demonstrations_key, num_demonstrations, hidden_size
+        env, variant, demonstrations_key, num_demonstrations, hidden_size, joint_sizes
     )
     config = OptimConfig(
         learning_rate=learning_rate,
@@ -129,7 +131,12 @@ def clone(
 
 
 def demonstrate(
-    env: Env, variant: Variant, key: Key, num_demonstrations: int, hidden_size: int
+    env: Env,
+    variant: Variant,
+    key: Key,
+    num_demonstrations: int,
+    hidden_size: int,
+    joint_sizes: tuple[int, ...],
 ) -> Prepared:
     """Collects what a policy is trained on, and makes its agent.
 
@@ -139,13 +146,14 @@ def demonstrate(
       key: consumed.
       num_demonstrations: episodes; those without success are left out.
       hidden_size: H of the policy.
+      joint_sizes: widths of the MLP before its memory; empty = a linear map.
     """
     if variant.sees_first:
         env = with_first_observation(env)
     every = collect(env, key, num_demonstrations, wander_steps=WANDER_STEPS)
     demonstrations, kept = _cut(every)
     state_dim = np.asarray(demonstrations.observation.environment_state).shape[-1]
-    agent = make_agent_config(variant, env, state_dim, hidden_size)
+    agent = make_agent_config(variant, env, state_dim, hidden_size, joint_sizes)
     norm_stats = _norm_stats(demonstrations)
     data = _make_data(agent, env, norm_stats, demonstrations)
     return Prepared(agent, norm_stats, data, kept)

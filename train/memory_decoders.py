@@ -22,9 +22,6 @@ _TOKEN_DIM = 64  # features D of the three tokens of a step
 HEAD_LAYERS = 3
 _HEAD_FACTOR = 2  # width of the head's layers, as a multiple of H
 _MAX_WORDS = 14  # of the longest instruction
-# widths of the MLP over state, hand and instruction; with a linear map instead, the expert of
-# "sequence" cannot be cloned even by a policy that always sees the order and how far it has come
-_JOINT_SIZES = (256, 256)
 WINDOW = 8  # steps of the baseline with a short window
 
 
@@ -53,7 +50,9 @@ def variants() -> dict[str, Variant]:
     }
 
 
-def make_agent_config(variant: Variant, env: Env, state_dim: int, hidden_size: int) -> AgentConfig:
+def make_agent_config(
+    variant: Variant, env: Env, state_dim: int, hidden_size: int, joint_sizes: tuple[int, ...]
+) -> AgentConfig:
     """Returns the agent of a policy for an environment, without params.
 
     Args:
@@ -61,13 +60,14 @@ def make_agent_config(variant: Variant, env: Env, state_dim: int, hidden_size: i
       env: its longest episode bounds the window of policies that remember whole episodes.
       state_dim: numbers of the environment state.
       hidden_size: H.
+      joint_sizes: widths of the MLP over state, proprio and instruction; empty = a linear map.
     """
     backbone = StateConfig(
         state_dim=state_dim,
         token_dim=_TOKEN_DIM,
         vocab_size=512,
         max_words=_MAX_WORDS,
-        joint_sizes=_JOINT_SIZES,
+        joint_sizes=joint_sizes,
     )
     window_size = variant.window_size or env.max_steps
     decoder = DecoderConfig(
@@ -100,7 +100,6 @@ def settings() -> dict[str, Any]:
         "instruction_steps": INSTRUCTION_STEPS,
         "wander_steps": WANDER_STEPS,
         "max_words": _MAX_WORDS,
-        "joint_sizes": list(_JOINT_SIZES),
     }
 
 

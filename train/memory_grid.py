@@ -29,6 +29,7 @@ _OF_CLONE = "cloning.json"  # file of each of these runs: settings of its traini
 @checked(
     num_seeds=(1, 1000), num_demonstrations=(2, 2**20), num_updates=(1, 2**31 - 1),
     batch_size=(1, 2**20), hidden_size=(1, 2**16), num_episodes=(1, 2**20),
+    joint_sizes=(1, 2**16),
 )  # fmt: skip
 class CloningConfig:
     """Training and test of every cell of the grid."""
@@ -38,6 +39,9 @@ class CloningConfig:
     num_updates: int = 4000  # updates of each training
     batch_size: int = 16  # episodes per update
     hidden_size: int = 64  # hidden units H of each policy
+    # widths of an MLP over state, proprio and instruction, before the memory; none = a linear map,
+    # with which "sequence" is not cloned even if the order is always visible
+    joint_sizes: tuple[int, ...] = (256, 256)
     learning_rate: float = 2e-3  # peak of the cosine schedule of AdamW
     # the same for transformers: after 1,000 updates at 0.005, with which recurrences learn "lit",
     # the rotary GPT has 49 %; at 0.001 it has 99 %
@@ -135,6 +139,7 @@ def run_cell(
         num_updates=config.num_updates,
         batch_size=config.batch_size,
         hidden_size=config.hidden_size,
+        joint_sizes=config.joint_sizes,
         learning_rate=learning_rate(config, variant.kind),
         progress=progress,
     )
@@ -192,8 +197,13 @@ def to_json(score: Score, config: CloningConfig) -> dict[str, Any]:
 
 def settings(config: CloningConfig, task: str) -> dict[str, Any]:
     """Returns everything that the result of a cell of this task depends on, but for the cell."""
-    rules = {"rules_version": tasks.get(task).rules_version}
-    return {**dataclasses.asdict(config), **memory_decoders.settings(), **rules}
+    return {**of_network(config), "rules_version": tasks.get(task).rules_version}
+
+
+def of_network(config: CloningConfig) -> dict[str, Any]:
+    """Returns the settings of network and training, as JSON has them."""
+    own = dataclasses.asdict(config) | {"joint_sizes": list(config.joint_sizes)}
+    return own | memory_decoders.settings()
 
 
 def read_scores(

@@ -31,7 +31,9 @@ from vla_jax.training import optim
 from vla_jax.training.optim import OptimConfig
 from vla_jax.types import Array, Key, Params
 
-NUM_DEMONSTRATIONS, NUM_TEST, BATCH_SIZE, HIDDEN_SIZE, NUM_CLASSES = 16_000, 1000, 16, 64, 4
+SUITE = CloningConfig()
+NUM_DEMONSTRATIONS, HIDDEN_SIZE = SUITE.num_demonstrations, SUITE.hidden_size
+NUM_TEST, NUM_CLASSES = 1000, 4
 BLOCK, PRINT_EVERY = 100, 500  # updates
 # policies of the suite whose window is the whole episode
 DECODERS = tuple(
@@ -41,7 +43,7 @@ DECODERS = tuple(
 )
 
 
-def answers(world: JaxMemoryConfig, state: MemoryState) -> Array:
+def labels(world: JaxMemoryConfig, state: MemoryState) -> Array:
     """Returns what must be remembered, `[num_items]` int32 below 4, of one first state."""
     if world.task == "sequence":
         return state.cue.order[: memory_task.items(tasks.get(world.task), world)]
@@ -71,23 +73,25 @@ def first_states(world: JaxMemoryConfig, key: Key, prepared: Prepared) -> Memory
 def train(
     world: JaxMemoryConfig, decoder: str, num_updates: int, learning_rate: float, seed: int
 ) -> None:
-    """Trains one policy's backbone and trunk, and prints the share of right answers as it goes."""
+    """Trains one policy's backbone and trunk, and prints the share of correct blocks as it goes."""
     key = jax.random.key(seed)
     demonstrations_key, init_key, batch_key = (jax.random.fold_in(key, i) for i in (1, 2, 3))
     env, variant = memory_env.make(world), memory_decoders.variants()[decoder]
     prepared = memory_cloning.demonstrate(
-        env, variant, demonstrations_key, NUM_DEMONSTRATIONS, HIDDEN_SIZE
+        env, variant, demonstrations_key, NUM_DEMONSTRATIONS, HIDDEN_SIZE, SUITE.joint_sizes
     )
     agent, data = prepared.agent, prepared.data
     states = first_states(world, demonstrations_key, prepared)
-    target = jnp.asarray(jax.vmap(partial(answers, world))(states))
+    target = jnp.asarray(jax.vmap(partial(labels, world))(states))
     num_items = target.shape[1]
     params = {
         "policy": policy.init(init_key, agent.policy),
-        "answer": init_dense(jax.random.fold_in(init_key, 1), HIDDEN_SIZE, num_items * NUM_CLASSES),
+        "classifier": init_dense(
+            jax.random.fold_in(init_key, 1), HIDDEN_SIZE, num_items * NUM_CLASSES
+        ),
     }
     config = OptimConfig(
-        learning_rate=learning_rate or memory_grid.learning_rate(CloningConfig(), variant.kind),
+        learning_rate=learning_rate or memory_grid.learning_rate(SUITE, variant.kind),
         warmup_steps=min(50, num_updates // 10),
         end_factor=0.02,
     )
@@ -98,19 +102,19 @@ def train(
         outputs = policy.outputs(
             params["policy"], agent.policy, observation, timestep_mask=data.real[rows]
         )
-        said = dense(outputs.features, **params["answer"])
-        return said.reshape(*said.shape[:-1], num_items, NUM_CLASSES)
+        scores = dense(outputs.features, **params["classifier"])
+        return scores.reshape(*scores.shape[:-1], num_items, NUM_CLASSES)
 
     def loss_fn(params: Params, rows: Array) -> jax.Array:
-        wanted = jnp.broadcast_to(target[rows][:, None], (*data.acts[rows].shape, num_items))
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits(params, rows), wanted)
+        expected = jnp.broadcast_to(target[rows][:, None], (*data.acts[rows].shape, num_items))
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits(params, rows), expected)
         return jnp.mean(losses, where=data.acts[rows][..., None])
 
     @partial(jax.jit, static_argnums=3)
     def block(params: Params, state: optax.OptState, key: Key, size: int) -> Any:
         def update(carry, key):
             params, state = carry
-            rows = jax.random.randint(key, (BATCH_SIZE,), NUM_TEST, len(target))
+            rows = jax.random.randint(key, (SUITE.batch_size,), NUM_TEST, len(target))
             grads = jax.grad(loss_fn)(params, rows)
             updates, state = optimizer.update(grads, state, params)
             return (optax.apply_updates(params, updates), state), None
@@ -118,18 +122,18 @@ def train(
         return jax.lax.scan(update, (params, state), jax.random.split(key, size))[0]
 
     @jax.jit
-    def right(params: Params, rows: Array) -> jax.Array:
+    def accuracy(params: Params, rows: Array) -> jax.Array:
         first = jnp.argmax(data.acts[rows], axis=1)
-        said = jnp.argmax(logits(params, rows)[rows, first], axis=-1)
-        return jnp.mean(said == target[rows], axis=0)
+        predicted = jnp.argmax(logits(params, rows)[rows, first], axis=-1)
+        return jnp.mean(predicted == target[rows], axis=0)
 
     state, tested = optimizer.init(params), jnp.arange(NUM_TEST)  # no training uses these
     for done in range(0, num_updates, BLOCK):
         end = min(done + BLOCK, num_updates)
         params, state = block(params, state, jax.random.fold_in(batch_key, done), end - done)
         if end % PRINT_EVERY == 0 or end == num_updates:
-            shares = " ".join(f"{share:4.0%}" for share in np.asarray(right(params, tested)))
-            print(f"{end:5} updates: right at the first acting step {shares}", flush=True)
+            shares = " ".join(f"{share:4.0%}" for share in np.asarray(accuracy(params, tested)))
+            print(f"{end:5} updates: accuracy at the first acting step {shares}", flush=True)
 
 
 def main() -> None:

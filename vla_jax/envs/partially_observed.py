@@ -57,8 +57,8 @@ def partially_observe(env: DiscreteEnv, visible_steps: int = 1) -> DiscreteEnv:
 
     def step(state: PartialState, action: Array) -> tuple[PartialState, Transition]:
         inner, transition = env.step(state.inner, action)
-        told = jnp.where(state.left > 0, state.first, 0.0)
-        observation = jnp.where(is_instruction, told, transition.observation[visible])
+        instruction = jnp.where(state.left > 0, state.first, 0.0)
+        observation = jnp.where(is_instruction, instruction, transition.observation[visible])
         after = PartialState(inner, state.first, state.left - 1)
         return after, transition._replace(observation=observation)
 

@@ -201,7 +201,7 @@ def _carry_there_and_back(config: Any, state: MemoryState) -> Array:
 def _return_chance(config: Any) -> float:
     """Returns the chance of one colour and one place.
 
-    The colour is told while the arm is held, and a wrong one fails; the first place is gone when
+    The colour is given while the arm is held, and a wrong one fails; the first place is gone when
     the lamp is green. The place on the plate could tell it: a policy that shrinks the table to the
     plate on the way there, and the reverse on the way back, would need no memory. The expert puts
     all blocks in the middle.
