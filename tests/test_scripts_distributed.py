@@ -14,11 +14,19 @@ from processes import free_port
 from vla_jax.training import checkpoint
 from vla_jax.training.logs import read_metrics
 
-# What the first process does alone takes longer than JAX waits for the others at the end.
-IMPATIENT = """
-import runpy, sys
+# The first process writes its report for longer than JAX waits for the others at the end. JAX must
+# wait for some seconds, since each process first waits for its own watch, up to 2 s.
+ALONE, SHUTDOWN = 20, 15  # s
+IMPATIENT = f"""
+import runpy, sys, time
+from vla_jax import files
 from vla_jax.training import distributed
-distributed.SHUTDOWN = 1
+distributed.SHUTDOWN = {SHUTDOWN}
+replacing = files.replacing
+def replacing_late(path):
+    time.sleep({ALONE} if path.name in ("test.json", "report.json") else 0)
+    return replacing(path)
+files.replacing = replacing_late
 runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 """
 LOOP = {"num_updates": 2, "log_every": 1, "warmup_steps": 1, "mesh": "data=2"}
@@ -63,8 +71,9 @@ def end(processes):
     [("train.scan", SCAN, "test.json"), ("train.reinforce", REWARD, "report.json")],
 )
 def test_a_command_in_two_processes_ends_well(module, options, written, tmp_path):
-    words = ["-c", IMPATIENT, module]
+    words, started = ["-c", IMPATIENT, module], time.monotonic()
     ended = end(start(words, {**LOOP, **options, "run_dir": tmp_path}))
+    assert time.monotonic() - started > ALONE
     assert [code for code, _ in ended] == [0, 0], ended
     assert (tmp_path / written).exists()
     assert read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == 2
