@@ -140,7 +140,7 @@ def test_windows_hold_the_steps_of_one_episode_and_no_action_of_the_shown_part()
     demonstrations, _ = memory_cloning._cut(memory_cloning.collect(env, jax.random.key(0), 8))
     stats = memory_cloning._norm_stats(demonstrations)
     data = memory_cloning._make_data(agent, env, stats, demonstrations)
-    batch = memory_cloning._draw(data, 8, 64, 6, jax.random.key(1))
+    batch, recall = memory_cloning._draw(data, 8, 64, 6, jax.random.key(1))
     assert batch.timestep_mask.shape == (64, 8)
     assert batch.action.shape == (64, 8, memory_decoders.ACTION_HORIZON, 7)
     acts = np.asarray(data.acts)
@@ -149,12 +149,26 @@ def test_windows_hold_the_steps_of_one_episode_and_no_action_of_the_shown_part()
     known = {row.tobytes() for row in targets}
     assert len(found)
     assert all(row.tobytes() in known for row in found)
+    drawn, whole = (np.asarray(each.numbers).reshape(-1, 2) for each in (recall, data.recall))
+    whole = {row.tobytes() for row in whole}
+    assert all(row.tobytes() in whole for row in drawn)
     # the instruction is visible in the first steps alone, at which the arm is held still
     words = np.asarray(data.observation.instruction)
     shown, later = np.split(words, [INSTRUCTION_STEPS], axis=1)
     assert np.all(later == later[:1, :1])
     assert np.all(np.any(shown != later[:1, :1], axis=-1))
     assert not np.any(acts[:, :INSTRUCTION_STEPS])
+
+
+def test_clones_do_not_keep_what_predicts_recall_and_its_weight_needs_an_env_with_it():
+    env, sizes = memory_env.make(WORLD), {"num_demonstrations": 8, "num_updates": 1}
+    options = {**sizes, "batch_size": 2, "hidden_size": 8, "joint_sizes": (), "learning_rate": 1e-3}
+    keys, variant = jax.random.key(0)[None], variants()["fc"]
+    clones = memory_cloning.clone(env, variant, keys=keys, recall_weight=1.0, **options)
+    assert set(clones.params) == {"backbone", "decoder"}
+    without = env._replace(recall=None)
+    with pytest.raises(ValueError, match=r"recall_weight must be 0 in an environment without rec"):
+        memory_cloning.clone(without, variant, keys=keys, recall_weight=1.0, **options)
 
 
 def test_the_baseline_sees_the_first_observation_at_every_step():
@@ -189,8 +203,8 @@ def test_what_is_not_finite_stops_the_training_and_is_named(name):
 def test_clones_of_a_bad_last_gradient_are_neither_played_nor_saved(tmp_path, monkeypatch):
     loss = memory_cloning._loss
 
-    def bad_gradient(agent, params, batch, key):
-        value, metrics = loss(agent, params, batch, key)
+    def bad_gradient(agent, weight, params, batch, key):
+        value, metrics = loss(agent, weight, params, batch, key)
         zero = sum(jnp.sum(0 * leaf) for leaf in jax.tree.leaves(params))
         return value + jnp.sqrt(zero), metrics  # finite, with a gradient that is not
 

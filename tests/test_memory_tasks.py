@@ -85,6 +85,32 @@ def test_after_the_cue_has_gone_observations_of_two_cues_are_equal(name):
     assert np.any(shown != shown[:1]) or np.any(sentences != sentences[0])
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_recall_tells_what_the_expert_does(name):
+    """Two cues whose experts act differently in one situation are told apart by their recall."""
+    config = JaxMemoryConfig(task=name, delay=6)
+    env = memory_env.make(config)
+    layout_keys = jnp.broadcast_to(jax.random.key(3), NUM)
+    states, _ = jax.vmap(functools.partial(memory_env.start, config))(
+        layout_keys, jax.random.split(jax.random.key(4), NUM)
+    )
+    # all act then, and the lamp of "timing" is on
+    steps = jnp.maximum(states.cue.shown + states.cue.delay, 13)
+    states = states._replace(table=states.table._replace(num_steps=steps))
+    action = np.asarray(jax.vmap(env.expert)(states)).round(4)
+    numbers, choices = jax.vmap(env.recall)(states)
+    assert numbers.ndim == 2
+    assert np.all(np.abs(numbers) < 8)
+    for choice in choices:
+        np.testing.assert_array_equal(np.sort(choice), np.eye(choice.shape[1])[[-1] * NUM])
+    recall, by_recall = np.concatenate([numbers, *choices], axis=1).round(4), {}
+    for number, row in enumerate(recall):
+        same_action = by_recall.setdefault(row.tobytes(), action[number])
+        np.testing.assert_array_equal(action[number], same_action)
+    assert len(by_recall) > 1
+    assert len(np.unique(action, axis=0)) > 1 or name == "blinks"  # every count begins alike
+
+
 @pytest.mark.parametrize("name", HELD)
 def test_nothing_changes_during_the_delay_and_the_arm_is_held_still(name):
     (state, proprio, acts, _), _, start, _ = play(name, True)

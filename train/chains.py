@@ -65,6 +65,7 @@ class ChainsConfig:
         num_updates=2000,
         batch_size=16,
         hidden_size=128,
+        recall_weight=0.0,
     )
     run: str = ""  # run folder of train.imitate to test in place of the policies; empty = none
     mode: Mode | None = None  # streaming mode of that run; None = as in training
@@ -162,6 +163,7 @@ def _play_policy(
             batch_size=cloning.batch_size,
             hidden_size=cloning.hidden_size,
             joint_sizes=cloning.joint_sizes,
+            recall_weight=cloning.recall_weight,
             learning_rate=memory_grid.learning_rate(cloning, variant.kind),
         )
     clones = trained[same]

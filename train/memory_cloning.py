@@ -20,14 +20,15 @@ from vla_jax.data import normalize
 from vla_jax.data.normalize import NormStats
 from vla_jax.envs.demonstrations import WANDER_STEPS, Demonstrations, collect
 from vla_jax.policies import policy
-from vla_jax.training import finite, loss_terms, losses, optim
+from vla_jax.training import finite, loss_terms, losses, optim, recalling
 from vla_jax.training.finite import DECISIVE
 from vla_jax.training.loss_terms import LossWeights
 from vla_jax.training.optim import OptimConfig
 from vla_jax.training.update import TrainState, init_train_state, make_update
-from vla_jax.types import Array, Batch, Env, Key, Metrics, Observation, Params
+from vla_jax.types import Array, Batch, Env, Key, Metrics, Observation, Params, Recall
 
 BLOCK = 100  # updates per jitted call, at most
+_RECALL = "recall"  # name of the params that predict what must be remembered
 _COLUMNS = ("proprio", "environment_state")
 _WEIGHTS = LossWeights(gripper=0.1)  # as in the presets of the table
 
@@ -48,6 +49,14 @@ class CloningData(NamedTuple):
     action: Array  # [N, T, A]
     real: Array  # [N, T] bool, steps of the episode
     acts: Array  # [N, T] bool, steps whose actions count
+    recall: Recall  # [N, T, ...] what must be remembered
+
+
+class Recalled(NamedTuple):
+    """A batch of the policy, and what must be remembered at each of its steps."""
+
+    batch: Batch
+    recall: Recall  # [B, W, ...]
 
 
 class Prepared(NamedTuple):
@@ -69,6 +78,7 @@ def clone(
     batch_size: int,
     hidden_size: int,
     joint_sizes: tuple[int, ...],
+    recall_weight: float,
     learning_rate: float,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Clones:
@@ -84,12 +94,18 @@ def clone(
       batch_size: B, episodes, or windows of as many steps, per update.
       hidden_size: H of the policy.
       joint_sizes: widths of the MLP before its memory; empty = a linear map.
+      recall_weight: weight of the loss of `recalling`, on `env.recall`; 0 = without it.
       learning_rate: peak of the schedule.
       progress: is called with the number of updates so far.
 
     Raises:
-      ValueError: a loss, a gradient or a leaf of the params is NaN or infinite.
+      ValueError: a loss, a gradient or a leaf of the params is NaN or infinite; or recall has a
+        weight, and the environment has none.
     """
+    if recall_weight and env.recall is None:
+        raise ValueError(
+            f"recall_weight must be 0 in an environment without recall, got {recall_weight}."
+        )
     demonstrations_key = jax.random.fold_in(keys[0], 1)
     agent, norm_stats, data, _ = demonstrate(
         env, variant, demonstrations_key, num_demonstrations, hidden_size, joint_sizes
@@ -99,9 +115,9 @@ def clone(
         warmup_steps=min(50, num_updates // 10),
         end_factor=0.02,
     )
-    shapes = jax.eval_shape(lambda key: policy.init(key, agent.policy), keys[0])
-    optimizer = optim.make_optimizer(config, num_updates, shapes)
-    update = make_update(partial(_loss, agent), optimizer)
+    init = partial(_init, agent, data.recall if recall_weight else None)
+    optimizer = optim.make_optimizer(config, num_updates, jax.eval_shape(init, keys[0]))
+    update = make_update(partial(_loss, agent, recall_weight), optimizer)
     window_size = variant.window_size or data.real.shape[1]
     num_windows = batch_size * data.real.shape[1] // window_size
     draw = partial(_draw, data, window_size, num_windows, ACTION_HORIZON)
@@ -119,7 +135,7 @@ def clone(
     def block(key: Key, state: TrainState) -> tuple[TrainState, Metrics]:
         return jax.lax.scan(partial(one_update, key), state, length=size)
 
-    start = jax.vmap(lambda key: init_train_state(policy.init(key, agent.policy), optimizer))
+    start = jax.vmap(lambda key: init_train_state(init(key), optimizer))
     init_keys, batch_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
     state, curve = start(init_keys), []
     for done in range(size, num_updates + size, size):
@@ -127,7 +143,8 @@ def clone(
         check_finite(metrics, state.params, done - size)
         curve.append(np.asarray(metrics["loss"]).T)
         progress(done)
-    return Clones(agent, norm_stats, state.params, np.concatenate(curve))
+    params = {name: part for name, part in state.params.items() if name != _RECALL}
+    return Clones(agent, norm_stats, params, np.concatenate(curve))
 
 
 def demonstrate(
@@ -219,6 +236,7 @@ def _cut(demonstrations: Demonstrations) -> tuple[Demonstrations, np.ndarray]:
         action=kept.action[:, :longest],
         is_acting=kept.is_acting[:, :longest],
         instruction=kept.instruction[:, :longest],
+        recall=jax.tree.map(lambda part: part[:, :longest], kept.recall),
     )
     return cut, keep
 
@@ -261,7 +279,8 @@ def _make_data(
     observation = Observation(
         proprio=proprio, environment_state=environment_state, instruction=words
     )
-    data = CloningData(observation, demonstrations.action, real, real & np.asarray(acts))
+    acts = real & np.asarray(acts)
+    data = CloningData(observation, demonstrations.action, real, acts, demonstrations.recall)
     return jax.tree.map(jnp.asarray, data)
 
 
@@ -274,7 +293,7 @@ def _age(instruction: np.ndarray) -> np.ndarray:
 
 def _draw(
     data: CloningData, window_size: int, batch_size: int, action_horizon: int, key: Key
-) -> Batch:
+) -> Recalled:
     """Returns random windows, with the chunks that begin at each of their steps.
 
     A window may begin before its episode; those steps are masked.
@@ -293,21 +312,38 @@ def _draw(
 
     inside = step >= 0
     ahead = step[..., None] + jnp.arange(action_horizon)[None, None]
-    return Batch(
+    batch = Batch(
         observation=jax.tree.map(take, data.observation),
         tokens=None,
         timestep_mask=take(data.real) & inside,
         action=take(data.action, ahead),
         action_mask=take(data.acts, ahead) & (ahead < length) & (ahead >= 0),
     )
+    return Recalled(batch, jax.tree.map(take, data.recall))
 
 
-def _loss(agent: AgentConfig, params: Params, batch: Batch, key: Key) -> tuple[jax.Array, Metrics]:
+def _init(agent: AgentConfig, recall: Recall | None, key: Key) -> Params:
+    """Returns the policy's params, and those of `recalling` if there is something to recall."""
+    params = policy.init(key, agent.policy)
+    if recall is None:
+        return params
+    feature_size = agent.policy.decoder.hidden_size
+    layer = recalling.init(jax.random.fold_in(key, 1), feature_size, recall)
+    return {**params, _RECALL: layer}
+
+
+def _loss(
+    agent: AgentConfig, recall_weight: float, params: Params, inputs: Recalled, key: Key
+) -> tuple[jax.Array, Metrics]:
     del key  # neither dropout nor sampling
-    prediction = policy.apply(
+    batch = inputs.batch
+    outputs = policy.outputs(
         params, agent.policy, batch.observation, timestep_mask=batch.timestep_mask
     )
     mask = batch.action_mask & batch.timestep_mask[..., None]
-    terms, metrics = losses.action_terms(prediction, batch.action, mask)
+    terms, metrics = losses.action_terms(outputs.prediction, batch.action, mask)
     loss, by_term = loss_terms.total(terms, _WEIGHTS)
-    return loss, {**metrics, **by_term}
+    if _RECALL not in params:
+        return loss, {**metrics, **by_term}
+    recall = recalling.loss(params[_RECALL], outputs.features, inputs.recall, batch.timestep_mask)
+    return loss + recall_weight * recall, {**metrics, **by_term, "loss_recall": recall}

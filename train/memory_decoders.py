@@ -122,7 +122,7 @@ def with_first_observation(env: Env) -> Env:
 
     of_inner = {
         name: (lambda state, function=function: function(state[0]))
-        for name in ("instruction_index", "expert", "is_acting")
+        for name in ("instruction_index", "expert", "is_acting", "recall")
         if (function := getattr(env, name)) is not None
     }
     return env._replace(reset=reset, step=step, **of_inner)

@@ -29,7 +29,7 @@ _OF_CLONE = "cloning.json"  # file of each of these runs: settings of its traini
 @checked(
     num_seeds=(1, 1000), num_demonstrations=(2, 2**20), num_updates=(1, 2**31 - 1),
     batch_size=(1, 2**20), hidden_size=(1, 2**16), num_episodes=(1, 2**20),
-    joint_sizes=(1, 2**16),
+    joint_sizes=(1, 2**16), recall_weight=(0.0, 1e6),
 )  # fmt: skip
 class CloningConfig:
     """Training and test of every cell of the grid."""
@@ -42,6 +42,9 @@ class CloningConfig:
     # widths of an MLP over state, proprio and instruction, before the memory; none = a linear map,
     # with which "sequence" is not cloned even if the order is always visible
     joint_sizes: tuple[int, ...] = (256, 256)
+    # weight of the squared error with which a linear layer on the trunk's features predicts what
+    # must be remembered, at every step; 0 = no such layer
+    recall_weight: float = 1.0
     learning_rate: float = 2e-3  # peak of the cosine schedule of AdamW
     # the same for transformers: after 1,000 updates at 0.005, with which recurrences learn "lit",
     # the rotary GPT has 49 %; at 0.001 it has 99 %
@@ -140,6 +143,7 @@ def run_cell(
         batch_size=config.batch_size,
         hidden_size=config.hidden_size,
         joint_sizes=config.joint_sizes,
+        recall_weight=config.recall_weight,
         learning_rate=learning_rate(config, variant.kind),
         progress=progress,
     )

@@ -135,6 +135,13 @@ class Transition(NamedTuple):
 SuccessRule = Literal["once", "at_end"]
 
 
+class Recall(NamedTuple):
+    """What a robot must remember, for a loss that trains memory (`training.recalling`)."""
+
+    numbers: Array  # [..., n] of size about 1
+    choices: tuple[Array, ...] = ()  # each [..., m], one-hot: one of m cases
+
+
 class Env(NamedTuple):
     """A JAX environment of pure functions, for `jit`, `vmap` and `lax.scan`."""
 
@@ -149,6 +156,8 @@ class Env(NamedTuple):
     # env_state -> [] bool, False while the robot only watches and its actions have no effect; None
     # = it always acts
     is_acting: Callable[[Any], Array] | None = None
+    # env_state -> what the expert knows and no observation repeats; None = nothing
+    recall: Callable[[Any], Recall] | None = None
 
 
 class DiscreteEnv(NamedTuple):

@@ -67,6 +67,7 @@ def main() -> None:
         batch_size=suite.batch_size,
         hidden_size=suite.hidden_size,
         joint_sizes=tuple(options.joint_sizes),
+        recall_weight=0.0,
         learning_rate=options.learning_rate,
     )
     episodes = memory_cloning.play(env, variant, clones, jax.random.fold_in(keys[0], 2), 500)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from vla_jax.types import Env, Key, Observation
+from vla_jax.types import Env, Key, Observation, Recall
 
 # Random steps at the start of an instruction that hide the goal from policies with memory, on the
 # tables: at most 0.36 m along an axis.
@@ -24,6 +24,7 @@ class Demonstrations(NamedTuple):
     length: Array  # [num_episodes] int32, steps
     success: Array  # [num_episodes] bool
     is_acting: Array  # [num_episodes, T] bool, False where the robot only watches
+    recall: Recall  # [num_episodes, T, ...] of `env.recall`; no numbers without it
 
 
 class Wandering(NamedTuple):
@@ -69,6 +70,7 @@ def collect(
     if env.expert is None:
         raise ValueError("env must have an expert to demonstrate, got None; choose another world.")
     expert, is_acting = env.expert, env.is_acting or (lambda state: jnp.ones((), bool))
+    recall = env.recall or (lambda state: Recall(jnp.zeros(0)))
     reset_key, noise_key = jax.random.split(key)
     state, observation = jax.vmap(env.reset)(jax.random.split(reset_key, num_episodes))
 
@@ -76,6 +78,7 @@ def collect(
         state, observation, alive, wandering = carry
         action, acts = jnp.asarray(jax.vmap(expert)(state)), jax.vmap(is_acting)(state)
         instruction = jnp.asarray(jax.vmap(env.instruction_index)(state))
+        recalled = jax.vmap(recall)(state)
         executed = action
         if wander_steps:
             wander_key = jax.random.fold_in(step_key, 1)
@@ -85,7 +88,8 @@ def collect(
         jitter = noise * jax.random.normal(step_key, action.shape)
         executed = (executed + jitter).at[:, -1].set(action[:, -1])  # the gripper as the expert's
         state, transition = jax.vmap(env.step)(state, executed)
-        recorded = observation, action, alive, alive & transition.success, acts, instruction
+        success = alive & transition.success
+        recorded = observation, action, alive, success, acts, instruction, recalled
         still_alive = alive & ~(transition.terminated | transition.truncated)
         return (state, transition.observation, still_alive, wandering), recorded
 
@@ -96,7 +100,7 @@ def collect(
     carry = (state, observation, jnp.ones(num_episodes, bool), wandering)
     _, recorded = jax.lax.scan(step, carry, jax.random.split(noise_key, env.max_steps))
     recorded = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), recorded)
-    observation, action, alive, success, acts, instruction = recorded
+    observation, action, alive, success, acts, instruction, recalled = recorded
     return Demonstrations(
         observation=observation,
         action=action,
@@ -104,6 +108,7 @@ def collect(
         length=alive.sum(axis=1),
         success=jnp.any(success, axis=1),
         is_acting=acts,
+        recall=recalled,
     )
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from vla_jax.envs.memory_table import memory_task, motions, task_captions
+from vla_jax.envs.memory_table import memory_task, motions, recall, task_captions
 from vla_jax.envs.memory_table.memory_task import (
     GREEN,
     OFF,
@@ -26,7 +26,7 @@ from vla_jax.envs.memory_table.memory_task import (
     Verdict,
 )
 from vla_jax.envs.table import rules
-from vla_jax.types import Key
+from vla_jax.types import Key, Recall
 
 TIMES = ("once", "twice", "three times", "four times", "five times", "six times", "seven times",
          "eight times")  # fmt: skip
@@ -85,6 +85,19 @@ def _repeat_chance(task: MemoryTask, config: Any) -> float:
     """
     num_counts = memory_task.updates(task, config) - _LEAST_REPEATS + 1
     return 1 / (rules.NUM_BLOCKS * num_counts)
+
+
+def _recall_repeats(task: MemoryTask, config: Any, state: MemoryState) -> Recall:
+    """Returns colour and number of the instruction, how many are done, and where the next is."""
+    most, cue, done = memory_task.updates(task, config), state.cue, state.progress.done
+    block = state.table.blocks[cue.colour, :2]
+    next_place = jnp.where(done < cue.count, block, state.layout.button)
+    choices = (
+        jax.nn.one_hot(cue.colour, rules.NUM_BLOCKS),
+        jax.nn.one_hot(cue.count, most + 1),
+        jax.nn.one_hot(done, most + 1),
+    )
+    return Recall(recall.offset(state, next_place), choices)
 
 
 # touch_times ------------------------------------------------------------------------------------
@@ -182,6 +195,13 @@ def _press_repeatedly(config: Any, state: MemoryState) -> Array:
     return motions.send(config, motions.touch_again(state, next_press))
 
 
+def _recall_presses(config: Any, state: MemoryState) -> Recall:
+    """Returns how many presses are left, of the blinks so far."""
+    blinks = jnp.clip(memory_task.turn_of(state, first=1, steps=4) + 1, 0, state.cue.count)
+    left = jnp.maximum(blinks - state.progress.done, 0)
+    return Recall(jnp.zeros(0), (jax.nn.one_hot(left, memory_task.updates(BLINKS, config) + 1),))
+
+
 # timing -----------------------------------------------------------------------------------------
 
 
@@ -211,6 +231,12 @@ def _press_in_time(config: Any, state: MemoryState) -> Array:
     return motions.send(config, motions.stay(), opens=waits)
 
 
+def _recall_time(config: Any, state: MemoryState) -> Recall:
+    """Returns the share of the delay that has passed since the lamp."""
+    passed = jnp.maximum(state.table.num_steps - state.cue.count, 0)
+    return Recall(jnp.atleast_1d(passed / max(config.delay, 1)))
+
+
 def _timing_chance(config: Any) -> float:
     """Returns max over r of r^(T − 4) (1 − r^7): a policy that waits with probability r per step.
 
@@ -234,6 +260,7 @@ TOUCH_TIMES = MemoryTask(
     display=_with_button,
     judge=_judge_touches,
     expert=_touch_repeatedly,
+    recall=lambda config, state: _recall_repeats(TOUCH_TIMES, config, state),
     chance=lambda config: _repeat_chance(TOUCH_TIMES, config),
     updates=4,
     least_updates=_LEAST_REPEATS,
@@ -251,6 +278,7 @@ LIFT_TIMES = MemoryTask(
     display=_with_button,
     judge=_judge_lifts,
     expert=_lift_repeatedly,
+    recall=lambda config, state: _recall_repeats(LIFT_TIMES, config, state),
     chance=lambda config: _repeat_chance(LIFT_TIMES, config),
     updates=3,
     least_updates=_LEAST_REPEATS,
@@ -272,6 +300,7 @@ BLINKS = MemoryTask(
     display=_show_blinks,
     judge=_judge_presses,
     expert=_press_repeatedly,
+    recall=_recall_presses,
     # one number of presses is right in one of so many cases
     chance=lambda config: 1 / memory_task.updates(BLINKS, config),
     updates=4,
@@ -293,6 +322,7 @@ TIMING = MemoryTask(
     display=_show_timing,
     judge=_judge_timing,
     expert=_press_in_time,
+    recall=_recall_time,
     chance=_timing_chance,
     has_delay=False,
     has_blocks=False,

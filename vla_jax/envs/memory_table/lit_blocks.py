@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from vla_jax.envs.memory_table import memory_task, task_captions
+from vla_jax.envs.memory_table import memory_task, recall, task_captions
 from vla_jax.envs.memory_table.memory_task import (
     OFF,
     WHITE,
@@ -15,9 +15,9 @@ from vla_jax.envs.memory_table.memory_task import (
     MemoryState,
     MemoryTask,
 )
-from vla_jax.envs.memory_table.permanence import judge_touch, touch_target
+from vla_jax.envs.memory_table.permanence import judge_touch, recall_target, touch_target
 from vla_jax.envs.table import rules
-from vla_jax.types import Key
+from vla_jax.types import Key, Recall
 
 LIT_STEPS = 3  # steps for which a block is lit
 
@@ -67,6 +67,17 @@ def _show_kth(config: Any, state: MemoryState) -> Display:
     return show_order(num_items, state, lamp=jnp.where(is_on, jnp.array(WHITE), jnp.array(OFF)))
 
 
+def _recall_kth(config: Any, state: MemoryState) -> Recall:
+    """Returns the blocks in order, which of them the lamp has named so far, and where it is."""
+    num_items, cue = memory_task.items(KTH, config), state.cue
+    order = cue.order[:num_items]
+    begun = memory_task.turn_of(state, first=order_steps(num_items), steps=4) + 1
+    named = jnp.clip(begun, 0, cue.count)
+    which = order[jnp.maximum(named - 1, 0)]
+    blocks = recall.each_of(order, rules.NUM_BLOCKS)
+    return recall.block(state, which, *blocks, jax.nn.one_hot(named, num_items + 1))
+
+
 LIT = MemoryTask(
     suite="reference",
     instructions=lambda config: (("touch the block that was lit", "lit"),),
@@ -77,6 +88,7 @@ LIT = MemoryTask(
     display=lambda config, state: show_order(1, state),
     judge=judge_touch,
     expert=touch_target,
+    recall=recall_target,
     chance=lambda config: 1 / rules.NUM_BLOCKS,
     ends_at_block=True,
     shown_by=tuple(f"{colour}.lit" for colour in rules.COLOURS),
@@ -96,6 +108,7 @@ KTH = MemoryTask(
     display=_show_kth,
     judge=judge_touch,
     expert=touch_target,
+    recall=_recall_kth,
     chance=lambda config: 1 / rules.NUM_BLOCKS,
     items=4,
     ends_at_block=True,

@@ -52,6 +52,7 @@ def make(config: MemoryTableConfig) -> Env:
         instruction_index=lambda state: state.table.instruction,
         max_steps=tasks.max_steps(config),
         is_acting=is_acting,
+        recall=functools.partial(tasks.get(config.task).recall, config),
     )
 
 

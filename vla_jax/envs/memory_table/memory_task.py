@@ -10,7 +10,7 @@ from jax import Array
 from vla_jax.envs.memory_table.memory_table_config import MAX_COUNT
 from vla_jax.envs.table import rules
 from vla_jax.envs.table.quasi_static import TableState
-from vla_jax.types import Key
+from vla_jax.types import Key, Recall
 
 NUM_CUPS = 4  # places of cups in an observation
 RISEN = 0.08  # m, height of the tool above the table from which the next contact is a new one
@@ -100,6 +100,7 @@ class MemoryTask(NamedTuple):
     display: Callable[[Any, MemoryState], Display]
     judge: Callable[[Any, MemoryState, Contacts], Verdict]  # of a step of the acting part
     expert: Callable[[Any, MemoryState], Array]  # -> action [7], reads the cue
+    recall: Callable[[Any, MemoryState], Recall]  # what the expert knows and no observation repeats
     chance: Callable[[Any], float]  # success rate of the best policy without memory
     # (config, last state as NumPy arrays) -> what must be remembered, for films
     cue_text: Callable[[Any, MemoryState], str]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from vla_jax.envs.memory_table import memory_task, motions, task_captions
+from vla_jax.envs.memory_table import memory_task, motions, recall, task_captions
 from vla_jax.envs.memory_table.memory_table_config import MAX_COUNT
 from vla_jax.envs.memory_table.memory_task import (
     GREEN,
@@ -23,7 +23,7 @@ from vla_jax.envs.memory_table.memory_task import (
     Verdict,
 )
 from vla_jax.envs.table import rules
-from vla_jax.types import Key
+from vla_jax.types import Key, Recall
 
 _UNCOVERED = 4  # steps before the cups come down, or the light goes out
 SWAP_STEPS = 6  # steps in which two cups change places
@@ -98,14 +98,26 @@ def _cups(task: MemoryTask, config: Any, state: MemoryState) -> Display:
 def place_of_target(config: Any, state: MemoryState) -> Array:
     """Returns the place `[]` int32 of the cup over the target, after all swaps."""
     del config
-    cue = state.cue
+    return _place_after(state.cue, state.cue.count)
+
+
+def _place_after(cue: Cue, num_swaps: Array) -> Array:
+    """Returns the place `[]` int32 of the target after the first swaps."""
 
     def swap(i, place):
         one, other = cue.swaps[i]
         moved = jnp.where(place == one, other, jnp.where(place == other, one, place))
-        return jnp.where(i < cue.count, moved, place)
+        return jnp.where(i < num_swaps, moved, place)
 
     return jax.lax.fori_loop(0, len(cue.swaps), swap, cue.places[cue.colour])
+
+
+def _recall_cup(task: MemoryTask, config: Any, state: MemoryState) -> Recall:
+    """Returns the target's place after the swaps so far: offset and number."""
+    swaps_so_far = (state.table.num_steps - _UNCOVERED) // SWAP_STEPS
+    place = _place_after(state.cue, jnp.minimum(swaps_so_far, state.cue.count))
+    number = jax.nn.one_hot(place, memory_task.items(task, config))
+    return Recall(recall.offset(state, state.layout.blocks[place]), (number,))
 
 
 def _judge_cups(config: Any, state: MemoryState, contacts: Contacts) -> Verdict:
@@ -145,6 +157,12 @@ def judge_touch(config: Any, state: MemoryState, contacts: Contacts) -> Verdict:
 def touch_target(config: Any, state: MemoryState) -> Array:
     """Returns the expert's action: it touches the block of the cue."""
     return motions.send(config, motions.touch_block(state, state.cue.colour))
+
+
+def recall_target(config: Any, state: MemoryState) -> Recall:
+    """Returns what `touch_target` knows: which block is meant, and where it is."""
+    del config
+    return recall.block(state, state.cue.colour)
 
 
 # put_back ---------------------------------------------------------------------------------------
@@ -198,6 +216,13 @@ def _carry_there_and_back(config: Any, state: MemoryState) -> Array:
     return motions.handle(config, state, "place", block, goal, release_distance=_PUT_DOWN)
 
 
+def _recall_first_place(config: Any, state: MemoryState) -> Recall:
+    del config
+    colour = state.cue.colour
+    block, first = recall.block(state, colour), recall.offset(state, state.layout.blocks[colour])
+    return block._replace(numbers=jnp.concatenate([block.numbers, first]))
+
+
 def _return_chance(config: Any) -> float:
     """Returns the chance of one colour and one place.
 
@@ -220,6 +245,7 @@ CUPS = MemoryTask(
     display=lambda config, state: _cups(CUPS, config, state),
     judge=_judge_cups,
     expert=_touch_cup,
+    recall=lambda config, state: _recall_cup(CUPS, config, state),
     chance=lambda config: 1 / memory_task.items(CUPS, config),
     items=3,
     cue_text=task_captions.block("the {} block before the cups"),
@@ -237,6 +263,7 @@ CUPS_SWAPPED = CUPS._replace(
         _UNCOVERED + 1 + SWAP_STEPS * memory_task.updates(CUPS_SWAPPED, config)
     ),
     display=lambda config, state: _cups(CUPS_SWAPPED, config, state),
+    recall=lambda config, state: _recall_cup(CUPS_SWAPPED, config, state),
     chance=lambda config: 1 / memory_task.items(CUPS_SWAPPED, config),
     rules_version=2,  # since 2 cups pass each other in the air
     updates=3,
@@ -255,6 +282,7 @@ DARK = MemoryTask(
     display=_darken,
     judge=judge_touch,
     expert=touch_target,
+    recall=recall_target,
     chance=lambda config: 1 / rules.NUM_BLOCKS,  # of a hand that searches until it touches a block
     rules_version=2,  # since 2 the plate is hidden too
     ends_at_block=True,
@@ -273,6 +301,7 @@ PUT_BACK = MemoryTask(
     display=_show_return,
     judge=_judge_return,
     expert=_carry_there_and_back,
+    recall=_recall_first_place,
     chance=_return_chance,
     rules_version=2,  # since 2 the first place after the light decides
     has_delay=False,

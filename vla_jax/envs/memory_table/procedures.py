@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from vla_jax.envs.memory_table import lit_blocks, memory_task, motions, task_captions
+from vla_jax.envs.memory_table import lit_blocks, memory_task, motions, recall, task_captions
 from vla_jax.envs.memory_table.dots import NUM_DOTS, dots
 from vla_jax.envs.memory_table.memory_task import (
     Contacts,
@@ -20,7 +20,7 @@ from vla_jax.envs.memory_table.memory_task import (
     Verdict,
 )
 from vla_jax.envs.table import rules
-from vla_jax.types import Key
+from vla_jax.types import Key, Recall
 
 DOT_DISTANCE = 0.02  # m from a dot within which the tool visits it
 _LOW = 0.06  # m, height of the tool below which it visits dots
@@ -41,6 +41,16 @@ def _judge_order(num_items: int, state: MemoryState, touched: Array, expected: A
 def _next(state: MemoryState) -> Array:
     """Returns the next block or dot of the order, `[]` int32."""
     return state.cue.order[jnp.minimum(state.progress.done, len(state.cue.order) - 1)]
+
+
+def _recall_order(
+    task: MemoryTask, config: Any, state: MemoryState, num_choices: int, place: Array
+) -> Recall:
+    """Returns the order, how much of it is done, and the place `[2]` of the next item."""
+    num_items = memory_task.items(task, config)
+    order = recall.each_of(state.cue.order[:num_items], num_choices)
+    done = jax.nn.one_hot(state.progress.done, num_items + 1)
+    return Recall(recall.offset(state, place), (*order, done))
 
 
 def _judge_sequence(config: Any, state: MemoryState, contacts: Contacts) -> Verdict:
@@ -132,6 +142,9 @@ SEQUENCE = MemoryTask(
     display=lambda config, state: lit_blocks.show_order(memory_task.items(SEQUENCE, config), state),
     judge=_judge_sequence,
     expert=_touch_in_order,
+    recall=lambda config, state: _recall_order(
+        SEQUENCE, config, state, rules.NUM_BLOCKS, state.table.blocks[_next(state), :2]
+    ),
     chance=_sequence_chance,
     items=3,
     cue_text=lambda config, state: task_captions.colours(
@@ -149,6 +162,9 @@ PATH = MemoryTask(
     display=_show_path,
     judge=_judge_path,
     expert=_follow_path,
+    recall=lambda config, state: _recall_order(
+        PATH, config, state, NUM_DOTS, jnp.asarray(dots(), jnp.float32)[_next(state)]
+    ),
     chance=lambda config: 1 / len(paths(memory_task.items(PATH, config))),
     items=4,
     has_blocks=False,
