@@ -75,6 +75,11 @@ class ChainsConfig:
     def __post_init__(self):
         """Checks the names."""
         check_names("policies", self.policies, POLICIES)
+        if self.cloning.recall_weight:
+            raise ValueError(
+                "recall_weight must be 0, since chains have no recall, got "
+                f"{self.cloning.recall_weight}; set it to 0."
+            )
         if not self.policies:
             raise ValueError(f"policies must be one or more of {', '.join(POLICIES)}, got none.")
         if self.mode is not None and not self.run:

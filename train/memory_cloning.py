@@ -52,20 +52,11 @@ class CloningData(NamedTuple):
     recall: Recall  # [N, T, ...] what must be remembered
 
 
-class Recalled(NamedTuple):
+class RecallBatch(NamedTuple):
     """A batch of the policy, and what must be remembered at each of its steps."""
 
     batch: Batch
     recall: Recall  # [B, W, ...]
-
-
-class Prepared(NamedTuple):
-    """All that a training starts from, but params."""
-
-    agent: AgentConfig
-    norm_stats: dict[str, NormStats]
-    data: CloningData
-    kept: np.ndarray  # [N] int, numbers of the successful demonstrations among all
 
 
 def clone(
@@ -107,7 +98,7 @@ def clone(
             f"recall_weight must be 0 in an environment without recall, got {recall_weight}."
         )
     demonstrations_key = jax.random.fold_in(keys[0], 1)
-    agent, norm_stats, data, _ = demonstrate(
+    agent, norm_stats, data = demonstrate(
         env, variant, demonstrations_key, num_demonstrations, hidden_size, joint_sizes
     )
     config = OptimConfig(
@@ -154,8 +145,8 @@ def demonstrate(
     num_demonstrations: int,
     hidden_size: int,
     joint_sizes: tuple[int, ...],
-) -> Prepared:
-    """Collects what a policy is trained on, and makes its agent.
+) -> tuple[AgentConfig, dict[str, NormStats], CloningData]:
+    """Collects what a policy is trained on; returns its agent, the statistics, and the data.
 
     Args:
       env: with an expert.
@@ -167,13 +158,11 @@ def demonstrate(
     """
     if variant.sees_first:
         env = with_first_observation(env)
-    every = collect(env, key, num_demonstrations, wander_steps=WANDER_STEPS)
-    demonstrations, kept = _cut(every)
+    demonstrations = _cut(collect(env, key, num_demonstrations, wander_steps=WANDER_STEPS))
     state_dim = np.asarray(demonstrations.observation.environment_state).shape[-1]
     agent = make_agent_config(variant, env, state_dim, hidden_size, joint_sizes)
     norm_stats = _norm_stats(demonstrations)
-    data = _make_data(agent, env, norm_stats, demonstrations)
-    return Prepared(agent, norm_stats, data, kept)
+    return agent, norm_stats, _make_data(agent, env, norm_stats, demonstrations)
 
 
 def play(env: Env, variant: Variant, clones: Clones, key: Key, num_episodes: int) -> Episodes:
@@ -217,8 +206,8 @@ def check_finite(metrics: Metrics, params: Params, before: int) -> None:
         )
 
 
-def _cut(demonstrations: Demonstrations) -> tuple[Demonstrations, np.ndarray]:
-    """Returns the successful episodes, cut after the longest of them, and their numbers `[N]`.
+def _cut(demonstrations: Demonstrations) -> Demonstrations:
+    """Returns the successful episodes, cut after the longest of them.
 
     Raises:
       ValueError: there is none.
@@ -231,14 +220,13 @@ def _cut(demonstrations: Demonstrations) -> tuple[Demonstrations, np.ndarray]:
         )
     longest = int(np.max(np.asarray(demonstrations.length)[keep]))
     kept = jax.tree.map(lambda part: np.asarray(part)[keep], demonstrations)
-    cut = kept._replace(
+    return kept._replace(
         observation=jax.tree.map(lambda part: part[:, :longest], kept.observation),
         action=kept.action[:, :longest],
         is_acting=kept.is_acting[:, :longest],
         instruction=kept.instruction[:, :longest],
         recall=jax.tree.map(lambda part: part[:, :longest], kept.recall),
     )
-    return cut, keep
 
 
 def _norm_stats(demonstrations: Demonstrations) -> dict[str, NormStats]:
@@ -293,7 +281,7 @@ def _age(instruction: np.ndarray) -> np.ndarray:
 
 def _draw(
     data: CloningData, window_size: int, batch_size: int, action_horizon: int, key: Key
-) -> Recalled:
+) -> RecallBatch:
     """Returns random windows, with the chunks that begin at each of their steps.
 
     A window may begin before its episode; those steps are masked.
@@ -319,21 +307,20 @@ def _draw(
         action=take(data.action, ahead),
         action_mask=take(data.acts, ahead) & (ahead < length) & (ahead >= 0),
     )
-    return Recalled(batch, jax.tree.map(take, data.recall))
+    return RecallBatch(batch, jax.tree.map(take, data.recall))
 
 
 def _init(agent: AgentConfig, recall: Recall | None, key: Key) -> Params:
     """Returns the policy's params, and those of `recalling` if there is something to recall."""
-    params = policy.init(key, agent.policy)
+    params, size = policy.init(key, agent.policy), agent.policy.decoder.hidden_size
     if recall is None:
         return params
-    feature_size = agent.policy.decoder.hidden_size
-    layer = recalling.init(jax.random.fold_in(key, 1), feature_size, recall)
-    return {**params, _RECALL: layer}
+    # `policy.init` draws from `split(key)`, which `fold_in` gives with 0 and 1
+    return {**params, _RECALL: recalling.init(jax.random.fold_in(key, 2), size, recall)}
 
 
 def _loss(
-    agent: AgentConfig, recall_weight: float, params: Params, inputs: Recalled, key: Key
+    agent: AgentConfig, recall_weight: float, params: Params, inputs: RecallBatch, key: Key
 ) -> tuple[jax.Array, Metrics]:
     del key  # neither dropout nor sampling
     batch = inputs.batch
@@ -345,5 +332,7 @@ def _loss(
     loss, by_term = loss_terms.total(terms, _WEIGHTS)
     if _RECALL not in params:
         return loss, {**metrics, **by_term}
-    recall = recalling.loss(params[_RECALL], outputs.features, inputs.recall, batch.timestep_mask)
-    return loss + recall_weight * recall, {**metrics, **by_term, "loss_recall": recall}
+    recall_loss, _ = recalling.loss(
+        params[_RECALL], outputs.features, inputs.recall, batch.timestep_mask
+    )
+    return loss + recall_weight * recall_loss, {**metrics, **by_term, "loss_recall": recall_loss}

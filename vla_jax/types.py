@@ -136,10 +136,10 @@ SuccessRule = Literal["once", "at_end"]
 
 
 class Recall(NamedTuple):
-    """What a robot must remember, for a loss that trains memory (`training.recalling`)."""
+    """Ground truth of what a robot must remember, for a loss that trains memory (`recalling`)."""
 
     numbers: Array  # [..., n] of size about 1
-    choices: tuple[Array, ...] = ()  # each [..., m], one-hot: one of m cases
+    choices: tuple[Array, ...] = ()  # each [..., m], one-hot: one of m cases; zeros = not asked
 
 
 class Env(NamedTuple):

@@ -1,7 +1,7 @@
 """A loss that trains memory directly: what must be remembered is predicted at every step.
 
     params = init(key, feature_size, recall)
-    loss(params, outputs.features, recall, batch.timestep_mask)      # outputs of policy.outputs
+    loss(params, policy.outputs(...).features, recall, batch.timestep_mask)
 
 A policy that clones actions learns to remember something only as far as it changes an action, which
 may be long after and at few steps. The linear layer here asks the features for it at every step,
@@ -15,7 +15,7 @@ import optax
 
 from vla_jax.nn.layers import dense, init_dense
 from vla_jax.training.losses import masked_mean
-from vla_jax.types import Array, Key, Params, Recall
+from vla_jax.types import Array, Key, Metrics, Params, Recall
 
 
 def init(key: Key, feature_size: int, recall: Recall) -> Params:
@@ -24,12 +24,12 @@ def init(key: Key, feature_size: int, recall: Recall) -> Params:
     Args:
       key: consumed.
       feature_size: H, the trunk's features per step.
-      recall: of one step or many, whose sizes are used.
+      recall: of one step or many; only its sizes are used.
     """
     return init_dense(key, feature_size, sum(_sizes(recall)))
 
 
-def loss(params: Params, features: Array, recall: Recall, mask: Array) -> jax.Array:
+def loss(params: Params, features: Array, recall: Recall, mask: Array) -> tuple[jax.Array, Metrics]:
     """Returns the mean over steps of the numbers' squared error and the choices' cross-entropy.
 
     Args:
@@ -39,7 +39,8 @@ def loss(params: Params, features: Array, recall: Recall, mask: Array) -> jax.Ar
       mask: `[B, W]` bool, steps that count.
 
     Returns:
-      `[]` float32; every number and every choice has the same weight.
+      Loss `[]` float32, with the same weight for every number and every choice; and the metric
+      `recall_accuracy`, the share of right choices, if there are choices.
     """
     # The selection comes before the loss: the gradient through a NaN would be NaN.
     features, recall = jax.tree.map(
@@ -47,10 +48,15 @@ def loss(params: Params, features: Array, recall: Recall, mask: Array) -> jax.Ar
     )
     ends = np.cumsum(_sizes(recall))[:-1]
     numbers, *logits = jnp.split(dense(features, **params), ends, axis=-1)
-    errors = [jnp.square(numbers - recall.numbers)]
-    for scores, choice in zip(logits, recall.choices, strict=True):
-        errors.append(optax.softmax_cross_entropy(scores, jnp.asarray(choice))[..., None])
-    return masked_mean(jnp.mean(jnp.concatenate(errors, axis=-1), axis=-1), mask)
+    errors, right, asked = [jnp.square(numbers - recall.numbers)], [], []
+    for scores, choice in zip(logits, map(jnp.asarray, recall.choices), strict=True):
+        errors.append(optax.softmax_cross_entropy(scores, choice)[..., None])
+        right.append(jnp.argmax(scores, axis=-1) == jnp.argmax(choice, axis=-1))
+        asked.append(jnp.any(choice > 0, axis=-1))
+    mean = masked_mean(jnp.mean(jnp.concatenate(errors, axis=-1), axis=-1), mask)
+    if not right:
+        return mean, {}
+    return mean, {"recall_accuracy": masked_mean(jnp.stack(right), jnp.stack(asked))}
 
 
 def _sizes(recall: Recall) -> list[int]:

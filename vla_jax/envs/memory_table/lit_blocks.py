@@ -15,7 +15,7 @@ from vla_jax.envs.memory_table.memory_task import (
     MemoryState,
     MemoryTask,
 )
-from vla_jax.envs.memory_table.permanence import judge_touch, recall_target, touch_target
+from vla_jax.envs.memory_table.permanence import judge_touch, touch_target
 from vla_jax.envs.table import rules
 from vla_jax.types import Key, Recall
 
@@ -43,6 +43,11 @@ def show_order(num_items: int, state: MemoryState, lamp: Array | None = None) ->
     return memory_task.plain_display(lit=lit, lamp=lamp)
 
 
+def num_shown(num_items: int, state: MemoryState) -> Array:
+    """Returns how many blocks `show_order` has lit so far, `[]` int32."""
+    return jnp.clip(memory_task.turn_of(state, first=1, steps=LIT_STEPS) + 1, 0, num_items)
+
+
 def order_steps(num_items: int) -> int:
     """Returns the steps that `show_order` takes."""
     return 1 + LIT_STEPS * num_items
@@ -68,14 +73,20 @@ def _show_kth(config: Any, state: MemoryState) -> Display:
 
 
 def _recall_kth(config: Any, state: MemoryState) -> Recall:
-    """Returns the blocks in order, which of them the lamp has named so far, and where it is."""
+    """Returns the blocks in order, how often the lamp has blinked, and the block of that number."""
     num_items, cue = memory_task.items(KTH, config), state.cue
     order = cue.order[:num_items]
     begun = memory_task.turn_of(state, first=order_steps(num_items), steps=4) + 1
-    named = jnp.clip(begun, 0, cue.count)
-    which = order[jnp.maximum(named - 1, 0)]
-    blocks = recall.each_of(order, rules.NUM_BLOCKS)
-    return recall.block(state, which, *blocks, jax.nn.one_hot(named, num_items + 1))
+    blinks = jnp.clip(begun, 0, cue.count)
+    block = recall.block(state, order[jnp.maximum(blinks - 1, 0)])
+    numbers, choices = recall.from_when(blinks > 0, block)
+    blocks = recall.each_of(order, rules.NUM_BLOCKS, num_shown(num_items, state))
+    return Recall(numbers, (*choices, *blocks, jax.nn.one_hot(blinks, num_items + 1)))
+
+
+def _recall_lit(config: Any, state: MemoryState) -> Recall:
+    del config
+    return recall.from_when(num_shown(1, state) > 0, recall.block(state, state.cue.colour))
 
 
 LIT = MemoryTask(
@@ -88,7 +99,7 @@ LIT = MemoryTask(
     display=lambda config, state: show_order(1, state),
     judge=judge_touch,
     expert=touch_target,
-    recall=recall_target,
+    recall=_recall_lit,
     chance=lambda config: 1 / rules.NUM_BLOCKS,
     ends_at_block=True,
     shown_by=tuple(f"{colour}.lit" for colour in rules.COLOURS),

@@ -106,7 +106,7 @@ class MemoryTask(NamedTuple):
     cue_text: Callable[[Any, MemoryState], str]
     # last state as NumPy arrays -> what was done; empty if the state does not show it
     result_text: Callable[[MemoryState], str] = lambda state: ""
-    # raised with every change of what is shown or judged: results of earlier rules do not count
+    # raised with every change of what is shown, judged or recalled: earlier results do not count
     rules_version: int = 1
     items: int = 1  # default
     updates: int = 1  # default

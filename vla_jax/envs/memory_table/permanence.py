@@ -160,7 +160,7 @@ def touch_target(config: Any, state: MemoryState) -> Array:
 
 
 def recall_target(config: Any, state: MemoryState) -> Recall:
-    """Returns what `touch_target` knows: which block is meant, and where it is."""
+    """Returns which block is meant, which the instruction says at once, and where it is."""
     del config
     return recall.block(state, state.cue.colour)
 

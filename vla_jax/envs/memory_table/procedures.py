@@ -44,13 +44,12 @@ def _next(state: MemoryState) -> Array:
 
 
 def _recall_order(
-    task: MemoryTask, config: Any, state: MemoryState, num_choices: int, place: Array
+    state: MemoryState, num_items: int, num_choices: int, num_shown: Array, place: Array
 ) -> Recall:
     """Returns the order, how much of it is done, and the place `[2]` of the next item."""
-    num_items = memory_task.items(task, config)
-    order = recall.each_of(state.cue.order[:num_items], num_choices)
+    order = recall.each_of(state.cue.order[:num_items], num_choices, num_shown)
     done = jax.nn.one_hot(state.progress.done, num_items + 1)
-    return Recall(recall.offset(state, place), (*order, done))
+    return Recall(recall.offset(state, place) * (num_shown > 0), (*order, done))
 
 
 def _judge_sequence(config: Any, state: MemoryState, contacts: Contacts) -> Verdict:
@@ -61,6 +60,12 @@ def _judge_sequence(config: Any, state: MemoryState, contacts: Contacts) -> Verd
 def _touch_in_order(config: Any, state: MemoryState) -> Array:
     touch = motions.touch_block(state, _next(state))
     return motions.send(config, motions.touch_again(state, touch))
+
+
+def _recall_sequence(config: Any, state: MemoryState) -> Recall:
+    num_items, place = memory_task.items(SEQUENCE, config), state.table.blocks[_next(state), :2]
+    num_shown = lit_blocks.num_shown(num_items, state)
+    return _recall_order(state, num_items, rules.NUM_BLOCKS, num_shown, place)
 
 
 def _sequence_chance(config: Any) -> float:
@@ -128,6 +133,12 @@ def _follow_path(config: Any, state: MemoryState) -> Array:
     return motions.send(config, motions.reach(state, dot, motions.DOT_HEIGHT))
 
 
+def _recall_path(config: Any, state: MemoryState) -> Recall:
+    num_items, place = memory_task.items(PATH, config), jnp.asarray(dots())[_next(state)]
+    turn = memory_task.turn_of(state, first=1, steps=_MARKER_STEPS)
+    return _recall_order(state, num_items, NUM_DOTS, jnp.clip(turn + 1, 0, num_items), place)
+
+
 SEQUENCE = MemoryTask(
     suite="procedure",
     instructions=lambda config: (("touch the blocks in the order shown", "sequence"),),
@@ -142,9 +153,7 @@ SEQUENCE = MemoryTask(
     display=lambda config, state: lit_blocks.show_order(memory_task.items(SEQUENCE, config), state),
     judge=_judge_sequence,
     expert=_touch_in_order,
-    recall=lambda config, state: _recall_order(
-        SEQUENCE, config, state, rules.NUM_BLOCKS, state.table.blocks[_next(state), :2]
-    ),
+    recall=_recall_sequence,
     chance=_sequence_chance,
     items=3,
     cue_text=lambda config, state: task_captions.colours(
@@ -162,9 +171,7 @@ PATH = MemoryTask(
     display=_show_path,
     judge=_judge_path,
     expert=_follow_path,
-    recall=lambda config, state: _recall_order(
-        PATH, config, state, NUM_DOTS, jnp.asarray(dots(), jnp.float32)[_next(state)]
-    ),
+    recall=_recall_path,
     chance=lambda config: 1 / len(paths(memory_task.items(PATH, config))),
     items=4,
     has_blocks=False,
