@@ -200,7 +200,7 @@ def test_policies_are_trained_and_tested_and_earlier_results_are_kept(tmp_path):
     config = ChainsConfig(
         policies=("fc", "lstm_refresh", "lstm_periodic"), num_chains=4,
         cloning=CloningConfig(num_seeds=2, num_demonstrations=16, num_updates=1, batch_size=2,
-                              hidden_size=8),
+                              hidden_size=8, recall_weight=0.0),
         run_dir=str(tmp_path / "run"),
     )  # fmt: skip
     run_dir = chain_script.chain_suite(config)
@@ -232,3 +232,8 @@ def test_unknown_policies_are_refused():
         ChainsConfig(policies=("lstn",))
     with pytest.raises(ValueError, match="mode must be None without run"):
         ChainsConfig(mode="refresh")
+
+
+def test_a_weight_of_recall_is_refused_before_anything_is_deleted():
+    with pytest.raises(ValueError, match=r"recall_weight must be 0, since chains have no recall"):
+        ChainsConfig(cloning=CloningConfig())

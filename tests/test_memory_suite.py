@@ -17,7 +17,9 @@ from vla_jax import files
 from vla_jax.envs.demonstrations import collect
 from vla_jax.envs.memory_table import lit_blocks, memory_env, tasks
 from vla_jax.envs.memory_table.memory_env import JaxMemoryConfig
+from vla_jax.envs.memory_table.memory_state import STATE_NAMES
 from vla_jax.envs.memory_table.memory_task import INSTRUCTION_STEPS
+from vla_jax.envs.table import rules
 from vla_jax.evaluation import plots
 
 TINY = CloningConfig(
@@ -64,7 +66,7 @@ def test_results_of_another_training_are_not_taken(tmp_path):
     (tmp_path / memory_grid.RESULTS).write_text(json.dumps(line) + "\n")
     (read,) = memory_grid.read_scores(tmp_path, [cell], TINY)
     assert read.success.tolist() == [1.0, 0.5]
-    for other in ({"num_updates": 2}, {"joint_sizes": ()}):
+    for other in ({"num_updates": 2}, {"joint_sizes": ()}, {"recall_weight": 0.0}):
         config = dataclasses.replace(TINY, **other)
         assert not list(memory_grid.read_scores(tmp_path, [cell], config))
     assert not list(memory_grid.read_scores(tmp_path, [GridCell(WORLD, "gru")], TINY))
@@ -137,7 +139,7 @@ def test_a_cell_trains_and_tests_every_seed(decoder):
 def test_windows_hold_the_steps_of_one_episode_and_no_action_of_the_shown_part():
     env = memory_env.make(WORLD)
     agent = memory_decoders.make_agent_config(variants()["lstm_window"], env, 48, 8, ())
-    demonstrations, _ = memory_cloning._cut(memory_cloning.collect(env, jax.random.key(0), 8))
+    demonstrations = memory_cloning._cut(memory_cloning.collect(env, jax.random.key(0), 8))
     stats = memory_cloning._norm_stats(demonstrations)
     data = memory_cloning._make_data(agent, env, stats, demonstrations)
     batch, recall = memory_cloning._draw(data, 8, 64, 6, jax.random.key(1))
@@ -149,8 +151,10 @@ def test_windows_hold_the_steps_of_one_episode_and_no_action_of_the_shown_part()
     known = {row.tobytes() for row in targets}
     assert len(found)
     assert all(row.tobytes() in known for row in found)
-    drawn, whole = (np.asarray(each.numbers).reshape(-1, 2) for each in (recall, data.recall))
-    whole = {row.tobytes() for row in whole}
+    whole = {row.tobytes() for row in observed_and_recalled(data.observation, data.recall)}
+    drawn = observed_and_recalled(batch.observation, recall)[
+        np.asarray(batch.timestep_mask).ravel()
+    ]
     assert all(row.tobytes() in whole for row in drawn)
     # the instruction is visible in the first steps alone, at which the arm is held still
     words = np.asarray(data.observation.instruction)
@@ -160,15 +164,56 @@ def test_windows_hold_the_steps_of_one_episode_and_no_action_of_the_shown_part()
     assert not np.any(acts[:, :INSTRUCTION_STEPS])
 
 
-def test_clones_do_not_keep_what_predicts_recall_and_its_weight_needs_an_env_with_it():
-    env, sizes = memory_env.make(WORLD), {"num_demonstrations": 8, "num_updates": 1}
-    options = {**sizes, "batch_size": 2, "hidden_size": 8, "joint_sizes": (), "learning_rate": 1e-3}
-    keys, variant = jax.random.key(0)[None], variants()["fc"]
-    clones = memory_cloning.clone(env, variant, keys=keys, recall_weight=1.0, **options)
-    assert set(clones.params) == {"backbone", "decoder"}
-    without = env._replace(recall=None)
+def observed_and_recalled(observation, recall):
+    parts = observation.environment_state, observation.proprio, recall.numbers, *recall.choices
+    return np.concatenate([np.asarray(part).reshape(-1, part.shape[-1]) for part in parts], axis=1)
+
+
+def test_demonstrations_have_the_recall_of_the_state_before_each_action():
+    demonstrations = collect(memory_env.make(WORLD), jax.random.key(0), 8)
+    numbers, (colour,) = demonstrations.recall
+    assert not np.any(numbers[:, 0])  # nothing has been shown
+    assert not np.any(colour[:, 0])
+    observation = jax.tree.map(lambda part: np.asarray(part)[:, 1:], demonstrations.observation)
+    which = np.argmax(colour[:, 1:], axis=-1)
+    columns = [[STATE_NAMES.index(f"{name}.{axis}") for axis in "xy"] for name in rules.COLOURS]
+    place = np.take_along_axis(observation.environment_state, np.array(columns)[which], axis=-1)
+    expected = (place - observation.proprio[..., :2]) / 0.1
+    np.testing.assert_allclose(numbers[:, 1:], expected, atol=1e-4)
+
+
+def test_the_weight_of_recall_is_that_of_its_loss_and_trains_the_policy():
+    env, lstm = memory_env.make(WORLD), variants()["lstm"]
+    agent, _, data = memory_cloning.demonstrate(env, lstm, jax.random.key(0), 8, 8, ())
+    inputs = memory_cloning._draw(data, data.real.shape[1], 4, 6, jax.random.key(1))
+    params = memory_cloning._init(agent, inputs.recall, jax.random.key(2))
+    loss = jax.value_and_grad(
+        lambda params, weight: memory_cloning._loss(agent, weight, params, inputs, None)[0]
+    )
+    (without, grads), (half, grads_half), (one, _) = (loss(params, w) for w in (0.0, 0.5, 1.0))
+    _, metrics = memory_cloning._loss(agent, 1.0, params, inputs, None)
+    np.testing.assert_allclose(one - without, metrics["loss_recall"], rtol=1e-4)
+    np.testing.assert_allclose(half - without, 0.5 * metrics["loss_recall"], rtol=1e-4)
+    for part in ("backbone", "decoder"):
+        change = jax.tree.map(lambda x, y: np.max(np.abs(x - y)), grads[part], grads_half[part])
+        assert max(jax.tree.leaves(change)) > 1e-4
+
+
+def clone_lit(recall_weight, **fields):
+    return memory_cloning.clone(
+        memory_env.make(WORLD)._replace(**fields), variants()["fc"], keys=jax.random.key(0)[None],
+        num_demonstrations=8, num_updates=1, batch_size=2, hidden_size=8, joint_sizes=(),
+        recall_weight=recall_weight, learning_rate=1e-3,
+    )  # fmt: skip
+
+
+def test_clones_do_not_keep_the_layer_of_the_recall():
+    assert set(clone_lit(1.0).params) == {"backbone", "decoder"}
+
+
+def test_a_weight_of_recall_is_refused_where_there_is_none():
     with pytest.raises(ValueError, match=r"recall_weight must be 0 in an environment without rec"):
-        memory_cloning.clone(without, variant, keys=keys, recall_weight=1.0, **options)
+        clone_lit(1.0, recall=None)
 
 
 def test_the_baseline_sees_the_first_observation_at_every_step():
