@@ -65,11 +65,16 @@ def write(
 
 
 def _introduction(cloning: CloningConfig) -> str:
+    asked = (
+        " In training alone a linear layer is also asked at every step for what must be remembered."
+        if cloning.recall_weight
+        else ""
+    )
     return (
         "<p>Something is shown, time passes, then the robot acts. Policies clone an expert that "
         "sees what must be remembered, on the JAX table, from its state: "
         f"{cloning.num_demonstrations} demonstrations of the task, {cloning.num_updates} updates, "
-        f"{_count(cloning.num_seeds, 'seed')}, {cloning.num_episodes} test episodes of each.</p>"
+        f"{_count(cloning.num_seeds, 'seed')}, {cloning.num_episodes} test episodes of each.{asked}</p>"
     )
 
 

@@ -1,14 +1,15 @@
 """Memory suite: every decoder on every memory task of the JAX table, from its state.
 
-    python -m train.memory_suite --preset quick  # six tasks, one seed: about 12 minutes
+    python -m train.memory_suite --preset quick  # six tasks, one seed: about 10 minutes
     python -m train.memory_suite --preset short  # all tasks, six policies, three seeds: hours
     python -m train.memory_suite                 # all tasks, all policies, curves: 1 to 2 days
     python -m train.memory_suite --tasks lit cups_swapped --decoders fc lstm gpt --num-workers 4
     python -m train.memory_suite --pictures      # four tasks from images, on the MuJoCo table
 
-Each policy clones a scripted expert that sees the cue, from demonstrations of its own task. Results
-are appended to the run folder cell by cell, and an interrupted grid continues where it stopped;
-cells of another training (`cloning`) are run again.
+Each policy clones a scripted expert that sees the cue, from demonstrations of its own task. The
+training also asks its features for what must be remembered (`training.recalling`; not with
+`--recall-weight 0`, nor from images). Results are appended to the run folder cell by cell, and an
+interrupted grid continues where it stopped; cells of another training (`cloning`) are run again.
 """
 
 import contextlib
