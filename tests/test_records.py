@@ -21,7 +21,7 @@ from vla_jax.envs.memory_table.memory_env import JaxMemoryConfig
 from vla_jax.evaluation import results
 
 CELL = GridCell(JaxMemoryConfig(task="lit", delay=4), "lstm")
-CLONING = CloningConfig(num_seeds=2)
+CLONING = CloningConfig(num_seeds=2, recall_weight=0.0)
 CHAINS = ChainsConfig(length=2, cloning=CLONING)
 CHAINS_OF = chains._settings(CHAINS, None)
 MEMORY = MemoryConfig(adding=(5,), recall=(4,), windows=(3, 4))

@@ -74,7 +74,8 @@ def _introduction(cloning: CloningConfig) -> str:
         "<p>Something is shown, time passes, then the robot acts. Policies clone an expert that "
         "sees what must be remembered, on the JAX table, from its state: "
         f"{cloning.num_demonstrations} demonstrations of the task, {cloning.num_updates} updates, "
-        f"{_count(cloning.num_seeds, 'seed')}, {cloning.num_episodes} test episodes of each.{asked}</p>"
+        f"{_count(cloning.num_seeds, 'seed')}, {cloning.num_episodes} test episodes of each."
+        f"{asked}</p>"
     )
 
 
