@@ -377,7 +377,7 @@ def test_the_task_of_the_guide_can_be_added(monkeypatch):
 def test_memory_is_what_success_depends_on():
     """A window that ends before the cue is at chance, memory of the episode is not."""
     config = CloningConfig(
-        num_seeds=1, num_updates=1000, num_demonstrations=4000, num_episodes=100, learning_rate=3e-3
+        num_seeds=1, num_updates=500, num_demonstrations=4000, num_episodes=100, learning_rate=3e-3
     )
     world = JaxMemoryConfig(task="lit", delay=10)
     rates = {
