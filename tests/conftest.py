@@ -40,7 +40,9 @@ import jax
 import pytest
 
 from tests import sampling
+from vla_jax import compile_cache
 
+compile_cache.protect()  # the other worker reads a program while this one writes it
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

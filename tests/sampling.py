@@ -12,8 +12,8 @@ def tiers(name: str, num_cases: int, sample: str, *, is_long: bool = False) -> l
 
     One case in twelve is fast, others for each test. The rest is slow if `sample` is empty.
     Otherwise one in twelve of the rest, which `sample` chooses, is slow, and the others are
-    exhaustive. Of a long test no case is fast, and one in four is slow, the same for all tests of a
-    file, which often share a training for each case; a single case is slow for every other sample.
+    exhaustive. Of a long test no case is fast, and one in six is slow, the same for all tests of a
+    file, which often share a training for each case; a single case is slow for every third sample.
 
     Args:
       name: of the test.
@@ -26,9 +26,9 @@ def tiers(name: str, num_cases: int, sample: str, *, is_long: bool = False) -> l
     rest = [case for case in every if case not in fast]
     slow = set(rest)
     if sample and is_long and num_cases == 1:
-        slow = set(rest) if _hash(name + sample)[0] % 2 else set()
+        slow = set(rest) if _hash(name + sample)[0] % 3 == 0 else set()
     elif sample and is_long:
-        slow = _choose(rest, 4, name.partition("::")[0] + sample)
+        slow = _choose(rest, 6, name.partition("::")[0] + sample)
     elif sample:
         slow = _choose(rest, 12, name + sample)
     return ["fast" if case in fast else "slow" if case in slow else "exhaustive" for case in every]

@@ -1,10 +1,13 @@
-"""Damaged files of JAX's cache of compiled programs."""
+"""Whole and damaged files of JAX's cache of compiled programs."""
 
 import os
+import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
+from jax._src.lru_cache import LRUCache
 
 from vla_jax import compile_cache
 
@@ -52,3 +55,47 @@ def test_one_sentence_for_all_damaged_programs(monkeypatch):
     assert line(text.format("reading", "cut too")) == ""
     assert str(line(text.format("writing", "full"))).endswith("(OSError: full); free some space.")
     assert line("left out 1 episode") is None
+
+
+def test_a_program_has_its_name_only_when_its_file_is_whole(tmp_path, monkeypatch):
+    compile_cache.protect()
+    programs, write, names = LRUCache(str(tmp_path), max_size=-1), pathlib.Path.write_bytes, []
+
+    def write_half(path, content):
+        write(path, content[: len(content) // 2])
+        names.extend(os.listdir(tmp_path))
+        raise OSError("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "write_bytes", write_half)
+        with pytest.raises(OSError, match="full"):
+            programs.put("step", b"program")
+    assert names != ["step-cache"]
+    assert len(names) == 1
+    assert os.listdir(tmp_path) == []
+    programs.put("step", b"program")
+    programs.put("step", b"another")  # the first one stays, as in JAX
+    assert os.listdir(tmp_path) == ["step-cache"]
+    assert programs.get("step") == b"program"
+
+
+def test_a_bounded_cache_is_left_to_jax(tmp_path):
+    pytest.importorskip("filelock")
+    compile_cache.protect()
+    programs = LRUCache(str(tmp_path), max_size=20)
+    for name in ("first", "second", "third"):
+        programs.put(name, 10 * b"p")
+    assert programs.get("first") is None
+    assert programs.get("third") == 10 * b"p"
+
+
+def test_the_folder_of_the_environment_comes_first(tmp_path, monkeypatch):
+    folder = jax.config.jax_compilation_cache_dir
+    compile_cache.use(tmp_path)  # the tests set the variable
+    assert jax.config.jax_compilation_cache_dir == folder
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    try:
+        compile_cache.use(tmp_path)
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", folder)

@@ -78,6 +78,7 @@ def start_all(event, victim, *patience, num_processes=4):
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 @pytest.mark.parametrize(("event", "victim"), [("killed", 2), ("killed", 0), ("aborted", 0)])
 def test_a_killed_process_ends_the_others_with_its_name(event, victim):
     processes = start_all(event, victim)

@@ -242,6 +242,7 @@ def train_both(demos, folder, model, **options):
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 def test_two_processes_train_and_cache_what_one_does(demos, tmp_path):
     model = tmp_path / "model"
     backbones.export(model, VLM, tiny_vlm.params(VLM))

@@ -15,14 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any, NamedTuple
 
-import jax
 from rich.console import Console
 
 from train import cache, imitate, pretrain, record
 from train.configs import ImitateConfig
 from train.pretrain import PretrainConfig
 from train.record import RecordConfig
-from vla_jax import stopping
+from vla_jax import compile_cache, stopping
 from vla_jax.evaluate import EvaluateConfig, evaluate
 from vla_jax.training.logs import read_metrics
 from vla_jax.training.malloc import keep_freed_memory
@@ -191,8 +190,7 @@ def _start_process(log: pathlib.Path) -> None:
     """Redirects the output of this process to a file; sets up memory and compile cache."""
     _ignore_signals()
     keep_freed_memory()
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # steps of several trainings are alike
-        jax.config.update("jax_compilation_cache_dir", str(log.parent / ".jax_cache"))
+    compile_cache.use(log.parent / ".jax_cache")  # steps of several trainings are alike
     # Two processes share the memory of an accelerator.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     with log.open("a", encoding="utf-8") as file:

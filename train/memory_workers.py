@@ -14,10 +14,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import NamedTuple
 
-import jax
-
 from train.memory_grid import CloningConfig, GridCell, Score
-from vla_jax import workers
+from vla_jax import compile_cache, workers
 from vla_jax.training.malloc import keep_freed_memory
 
 RunCell = Callable[..., Score]  # as `memory_grid.run_cell`
@@ -140,9 +138,9 @@ def _work(connection: Connection, job: _Job) -> None:
     keep_freed_memory()
     # Several processes share the memory of an accelerator.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    if job.compiled is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    if job.compiled is not None:
         # The expert's program is the same for all policies of a task: 15 s of CPU time each.
-        jax.config.update("jax_compilation_cache_dir", str(job.compiled))
+        compile_cache.use(job.compiled)
     with contextlib.suppress(EOFError, ConnectionError):  # the parent closed it, or is gone
         while True:
             cell = connection.recv()

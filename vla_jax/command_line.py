@@ -82,7 +82,7 @@ def exit_codes() -> Iterator[None]:
 
     warnings.formatwarning = one_line
     try:
-        compile_cache.use_checksums()
+        compile_cache.protect()
         with stopping.exit_on_sigterm():
             yield
     except KeyboardInterrupt:
