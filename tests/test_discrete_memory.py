@@ -111,7 +111,7 @@ def test_the_sentence_is_told_once_unless_there_is_only_one(task, num_sentences)
 def test_blocks_are_relative_to_the_tool():
     state, observation = ENV.reset(jax.random.key(0))
     table = state.memory.table
-    assert observation.shape == ENV.observation_shape == (48 + 8 + 1,)
+    assert observation.shape == ENV.observation_shape == (52 + 8 + 1,)
     expected = (np.asarray(table.blocks) - np.asarray(table.tool)) / 0.1
     blocks = np.asarray(observation[: rules.STATE_SIZE - 2]).reshape(4, 5)
     np.testing.assert_allclose(blocks[:, :3], expected, atol=1e-5)

@@ -213,6 +213,22 @@ def test_cups_that_change_places_pass_no_other_cup_nor_each_other():
         assert np.all(beside | (apart[..., 2] > motions.CUP_HEIGHT))
 
 
+@pytest.mark.parametrize("name", ["cups", "cups_swapped"])
+def test_the_state_has_cups_from_left_to_right_and_says_which_are_in_the_air(name):
+    state = play(name, False)[0][0]
+    names = list(memory_state.STATE_NAMES)
+    x, up = (
+        state[..., [names.index(f"cup_{cup}.{part}") for cup in range(3)]] for part in ("x", "up")
+    )
+    is_down = state[..., names.index("cups.down")] > 0
+    rest = is_down & ~np.any(up, axis=-1)
+    assert np.any(rest)
+    assert np.all(np.diff(x[rest], axis=-1) > 0)
+    moves = np.any(np.diff(x, axis=1) != 0, axis=-1) & is_down[:, :-1]
+    assert np.any(moves) == (name == "cups_swapped")
+    assert np.all(np.any(up[:, 1:] + up[:, :-1] > 0, axis=-1) == moves)
+
+
 def test_in_the_dark_the_state_shows_the_hand_alone():
     state, _, acts, _ = play("dark", False)[0]
     names = np.array(memory_state.STATE_NAMES)
@@ -222,7 +238,7 @@ def test_in_the_dark_the_state_shows_the_hand_alone():
 
 def test_the_first_22_numbers_are_those_of_the_table():
     assert memory_state.STATE_NAMES[: rules.STATE_SIZE] == rules.STATE_NAMES
-    assert len(memory_state.STATE_NAMES) == 48
+    assert len(memory_state.STATE_NAMES) == 52
 
 
 def test_actions_have_no_effect_while_the_robot_watches():

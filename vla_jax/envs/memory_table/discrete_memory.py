@@ -69,7 +69,7 @@ def choices(config: MemoryChoicesConfig) -> tuple[str, ...]:
 def make(config: MemoryChoicesConfig) -> DiscreteEnv:
     """Returns a memory table as a `DiscreteEnv` with the actions `choices`.
 
-    An observation is `environment_state [48]` and `proprio [8]` of the memory table, with positions
+    An observation is `environment_state [52]` and `proprio [8]` of the memory table, with positions
     in decimetres, those of visible blocks relative to the tool; then the one-hot sentence. Where
     sentences differ, only the first `INSTRUCTION_STEPS` observations have it, and the others zeros;
     a task that has only one sentence keeps it.

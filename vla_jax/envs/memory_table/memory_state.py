@@ -20,13 +20,14 @@ _EXTRA_NAMES = (
     "marker.y",
     "marker.on",
     "dark",
+    *(f"cup_{i}.up" for i in range(NUM_CUPS)),
 )
 STATE_NAMES = (*rules.STATE_NAMES, *_EXTRA_NAMES)
 NAMES = {**rules.NAMES, "environment_state": STATE_NAMES}
 
 
 def environment_state(state: MemoryState, display: Display) -> Array:
-    """Returns what is visible of the scene, `[48]`, named in `STATE_NAMES`.
+    """Returns what is visible of the scene, `[52]`, named in `STATE_NAMES`.
 
     The first 22 numbers are those of the table. The numbers of a block that cannot be seen are 0,
     and those of the plate in the dark.
@@ -42,6 +43,7 @@ def environment_state(state: MemoryState, display: Display) -> Array:
         display.cups_down[None],
         display.marker,
         display.dark[None],
+        display.cups_up,
     )
     parts = (blocks.reshape(-1), table[-2:] * ~display.dark, *extra)
     return jnp.concatenate([jnp.asarray(part, jnp.float32) for part in parts])

@@ -64,9 +64,9 @@ class Display(NamedTuple):
     lamp: Array  # [3] rgb in [0, 1]
     lit: Array  # [4] bool, blocks that light up
     button: Array  # [2] m; zeros where there is none
-    cups: Array  # [4, 2] m, one row per place; zeros where there is none
+    cups: Array  # [4, 2] m, a row per place, in order of x; zeros where there is none
     cups_down: Array  # [] bool
-    cups_up: Array  # [4] bool, in the air while they change places, in pictures only
+    cups_up: Array  # [4] bool, in the air while they change places
     marker: Array  # [3] x y in m, and 1 where it is visible
     dark: Array  # [] bool, nothing is visible but the hand
 
@@ -116,6 +116,7 @@ class MemoryTask(NamedTuple):
     shown_by: tuple[str, ...] = ()  # numbers of `memory_state` that are 0 unless they show the cue
     has_delay: bool = True  # whether the shown part is followed by a delay
     has_blocks: bool = True  # whether the blocks are on the table
+    has_cups: bool = False  # whether cups stand at the first `items` places, in order of x
     has_dots: bool = False  # whether there are dots on the table
     uses_gripper: bool = False  # whether gripper commands count; otherwise it is closed
     hand_over_button: bool = False  # whether the hand starts above the button and stays there

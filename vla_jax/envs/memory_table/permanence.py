@@ -247,7 +247,9 @@ CUPS = MemoryTask(
     expert=_touch_cup,
     recall=lambda config, state: _recall_cup(CUPS, config, state),
     chance=lambda config: 1 / memory_task.items(CUPS, config),
+    rules_version=2,  # since 2 the places of cups are in order of x
     items=3,
+    has_cups=True,
     cue_text=task_captions.block("the {} block before the cups"),
 )
 
@@ -265,7 +267,7 @@ CUPS_SWAPPED = CUPS._replace(
     display=lambda config, state: _cups(CUPS_SWAPPED, config, state),
     recall=lambda config, state: _recall_cup(CUPS_SWAPPED, config, state),
     chance=lambda config: 1 / memory_task.items(CUPS_SWAPPED, config),
-    rules_version=2,  # since 2 cups pass each other in the air
+    rules_version=3,  # since 2 cups pass each other in the air; since 3 the state says so
     updates=3,
     cue_text=lambda config, state: (
         f"{CUPS.cue_text(config, state)}, then "
