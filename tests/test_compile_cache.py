@@ -1,15 +1,17 @@
-"""Whole and damaged files of JAX's cache of compiled programs."""
+"""Atomic writes and damaged files of JAX's cache of compiled programs."""
 
 import os
 import pathlib
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 
 import jax
 import pytest
 from jax._src.lru_cache import LRUCache
 
-from vla_jax import compile_cache
+from train import record
+from vla_jax import compile_cache, workers
 
 PROGRAM = """
 import sys, types
@@ -57,7 +59,7 @@ def test_one_sentence_for_all_damaged_programs(monkeypatch):
     assert line("left out 1 episode") is None
 
 
-def test_a_program_has_its_name_only_when_its_file_is_whole(tmp_path, monkeypatch):
+def test_a_program_is_written_atomically(tmp_path, monkeypatch):
     compile_cache.protect()
     programs, write, names = LRUCache(str(tmp_path), max_size=-1), pathlib.Path.write_bytes, []
 
@@ -91,11 +93,21 @@ def test_a_bounded_cache_is_left_to_jax(tmp_path):
 
 def test_the_folder_of_the_environment_comes_first(tmp_path, monkeypatch):
     folder = jax.config.jax_compilation_cache_dir
-    compile_cache.use(tmp_path)  # the tests set the variable
+    compile_cache.protect(tmp_path)  # the tests set the variable
     assert jax.config.jax_compilation_cache_dir == folder
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     try:
-        compile_cache.use(tmp_path)
+        compile_cache.protect(tmp_path)
         assert jax.config.jax_compilation_cache_dir == str(tmp_path)
     finally:
         jax.config.update("jax_compilation_cache_dir", folder)
+
+
+def writer():
+    return LRUCache.put.__module__
+
+
+@pytest.mark.slow
+def test_processes_that_record_write_atomically():
+    with ProcessPoolExecutor(1, workers.CONTEXT, record._start_process) as pool:
+        assert pool.submit(writer).result() == compile_cache.__name__

@@ -81,7 +81,11 @@ def change_network(monkeypatch):
     monkeypatch.setattr(memory_decoders, "_TOKEN_DIM", 8)
 
 
-@pytest.mark.parametrize("change", [change_rules, change_network])
+def change_state(monkeypatch):
+    monkeypatch.setattr(memory_grid, "STATE_NAMES", STATE_NAMES[:48])
+
+
+@pytest.mark.parametrize("change", [change_rules, change_network, change_state])
 def test_results_and_clones_of_other_rules_or_another_network_are_not_taken(
     tmp_path, monkeypatch, change
 ):
@@ -138,7 +142,9 @@ def test_a_cell_trains_and_tests_every_seed(decoder):
 
 def test_windows_hold_the_steps_of_one_episode_and_no_action_of_the_shown_part():
     env = memory_env.make(WORLD)
-    agent = memory_decoders.make_agent_config(variants()["lstm_window"], env, 52, 8, ())
+    agent = memory_decoders.make_agent_config(
+        variants()["lstm_window"], env, len(STATE_NAMES), 8, ()
+    )
     demonstrations = memory_cloning._cut(memory_cloning.collect(env, jax.random.key(0), 8))
     stats = memory_cloning._norm_stats(demonstrations)
     data = memory_cloning._make_data(agent, env, stats, demonstrations)
@@ -223,7 +229,8 @@ def test_the_baseline_sees_the_first_observation_at_every_step():
     for _ in range(3):
         state, transition = step(state, np.zeros(7, np.float32))
         both = transition.observation.environment_state
-        assert np.array_equal(both[52:], first.environment_state[:52])
+        size = len(STATE_NAMES)
+        assert np.array_equal(both[size:], first.environment_state[:size])
     assert int(env.instruction_index(state)) == 0
     assert not env.is_acting(state)
 

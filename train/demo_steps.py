@@ -190,7 +190,7 @@ def _start_process(log: pathlib.Path) -> None:
     """Redirects the output of this process to a file; sets up memory and compile cache."""
     _ignore_signals()
     keep_freed_memory()
-    compile_cache.use(log.parent / ".jax_cache")  # steps of several trainings are alike
+    compile_cache.protect(log.parent / ".jax_cache")  # steps of several trainings are alike
     # Two processes share the memory of an accelerator.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     with log.open("a", encoding="utf-8") as file:

@@ -16,6 +16,7 @@ from vla_jax import files, records, runs
 from vla_jax.config import checked
 from vla_jax.envs.memory_table import memory_env, tasks
 from vla_jax.envs.memory_table.memory_env import JaxMemoryConfig
+from vla_jax.envs.memory_table.memory_state import STATE_NAMES
 from vla_jax.policies import trunks
 from vla_jax.training import checkpoint
 
@@ -201,7 +202,8 @@ def to_json(score: Score, config: CloningConfig) -> dict[str, Any]:
 
 def settings(config: CloningConfig, task: str) -> dict[str, Any]:
     """Returns everything that the result of a cell of this task depends on, but for the cell."""
-    return {**of_network(config), "rules_version": tasks.get(task).rules_version}
+    of_task = {"rules_version": tasks.get(task).rules_version, "state_size": len(STATE_NAMES)}
+    return of_network(config) | of_task
 
 
 def of_network(config: CloningConfig) -> dict[str, Any]:

@@ -138,9 +138,8 @@ def _work(connection: Connection, job: _Job) -> None:
     keep_freed_memory()
     # Several processes share the memory of an accelerator.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    if job.compiled is not None:
-        # The expert's program is the same for all policies of a task: 15 s of CPU time each.
-        compile_cache.use(job.compiled)
+    # The expert's program is the same for all policies of a task: 15 s of CPU time each.
+    compile_cache.protect(job.compiled)
     with contextlib.suppress(EOFError, ConnectionError):  # the parent closed it, or is gone
         while True:
             cell = connection.recv()

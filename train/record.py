@@ -25,8 +25,8 @@ from dataclasses import dataclass, field, replace
 import jax
 import numpy as np
 
+from vla_jax import compile_cache, workers
 from vla_jax import config as configs
-from vla_jax import workers
 from vla_jax.command_line import run
 from vla_jax.config import checked
 from vla_jax.data.dataset import Episode
@@ -284,6 +284,7 @@ def _in_processes(config: RecordConfig) -> Generator[Episode | None, None, None]
 
 def _start_process() -> None:
     """Keeps JAX of this process on the CPU, and OpenGL in software on one core."""
+    compile_cache.protect()
     jax.config.update("jax_platforms", "cpu")  # else it would reserve most of the GPU's memory
     os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa's threads would contend for busy cores
 

@@ -1,16 +1,16 @@
-"""JAX's cache of compiled programs: files that are whole, and their damage in one sentence.
+"""JAX's cache of compiled programs: atomic writes, checksums, and damage in one sentence.
 
 JAX compiles a program again if its file cannot be decompressed. zlib compares a checksum; zstd, as
 JAX calls it, does not: one changed bit gave other results without an error, or ended the process.
 JAX uses zstd wherever Python has it (3.14, or the package zstandard). It also writes a file in
-place, so that another process reads the half of it, and a kill leaves that half for good.
+place: another process can read a partial file, and a killed process leaves one behind.
 """
 
-import functools
 import importlib
 import os
 import pathlib
 import re
+import socket
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -21,48 +21,42 @@ _PROBLEM = re.compile(
 )
 
 
-def use(folder: pathlib.Path) -> None:
-    """Lets JAX keep compiled programs in a folder, unless the environment names another one.
+def protect(folder: pathlib.Path | None = None) -> None:
+    """Makes JAX's compile cache write atomically and with checksums, in this process.
+
+    Any number of processes that call this may share a cache. Without a cache nothing is changed.
 
     Args:
-      folder: any number of processes may use it at the same time.
+      folder: of the compiled programs, unless the environment names one; None = that one alone.
     """
-    if _VARIABLE not in os.environ:
+    if folder is not None and _VARIABLE not in os.environ:
         importlib.import_module("jax").config.update("jax_compilation_cache_dir", str(folder))
-    _protect()
-
-
-def protect() -> None:
-    """Lets JAX store compiled programs as `use` does, if the environment names a folder."""
-    if os.environ.get(_VARIABLE):
-        _protect()
-
-
-def _protect() -> None:
-    """Replaces parts of JAX: zlib in place of zstd, and a file that gets its name when it is whole.
-
-    The names are JAX's own (0.10 to 0.12); where one is missing, nothing is changed.
-    """
+    elif not os.environ.get(_VARIABLE):
+        return  # without importing JAX
+    # The names are JAX's own (0.10 to 0.12); where one is missing, that part is left out.
     module = importlib.import_module("jax._src.compilation_cache")
     for name in ("zstd", "zstandard"):
         if hasattr(module, name):
             setattr(module, name, None)
     cache = getattr(module, "LRUCache", None)
-    if cache is not None and cache.put.__module__ != __name__:
-        cache.put = _whole(cache.put)
+    put = getattr(cache, "put", None)
+    if cache is not None and put is not None and put.__module__ != __name__:  # not yet replaced
+        cache.put = _atomic(put)
 
 
-def _whole(put: Callable[[Any, str, bytes], None]) -> Callable[[Any, str, bytes], None]:
-    """Returns JAX's `put`, which stores a program by its key, without the partial files."""
+def _atomic(put: Callable[[Any, str, bytes], None]) -> Callable[[Any, str, bytes], None]:
+    """Returns JAX's `put`, which stores a program by its key, with atomic writes."""
 
-    @functools.wraps(put, assigned=("__name__", "__doc__"))
-    def put_whole(cache: Any, key: str, program: bytes) -> None:
-        folder = str(cache.path)
-        if cache.eviction_enabled or "://" in folder:  # under a lock; not a file of this machine
+    def put_atomically(cache: Any, key: str, program: bytes) -> None:
+        folder = str(getattr(cache, "path", "://"))
+        # A bounded cache has a lock; an address with a scheme is no file of this machine.
+        if getattr(cache, "eviction_enabled", True) or "://" in folder:
             put(cache, key, program)
             return
         path = pathlib.Path(folder, f"{key}-cache")
-        part = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.part")
+        # Not `files.replacing`: it lists the folder, which may hold thousands, at every write.
+        owner = f"{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
+        part = path.with_name(f"{path.name}.{owner}.part")
         if not path.exists():
             try:
                 part.write_bytes(program)
@@ -70,7 +64,7 @@ def _whole(put: Callable[[Any, str, bytes], None]) -> Callable[[Any, str, bytes]
             finally:
                 part.unlink(missing_ok=True)
 
-    return put_whole
+    return put_atomically
 
 
 def make_line() -> Callable[[object], str | None]:

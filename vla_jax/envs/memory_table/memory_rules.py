@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from vla_jax.envs.memory_table import memory_state, memory_task, motions, tasks
+from vla_jax.envs.memory_table import memory_state, motions, tasks
 from vla_jax.envs.memory_table.memory_table_config import MemoryTableConfig
 from vla_jax.envs.memory_table.memory_task import (
     Contacts,
@@ -18,6 +18,7 @@ from vla_jax.envs.memory_table.memory_task import (
     MemoryState,
     Progress,
     TablePlaces,
+    items,
 )
 from vla_jax.envs.memory_table.scenery import FAR
 from vla_jax.envs.table import quasi_static, rules
@@ -53,8 +54,8 @@ def start(config: MemoryTableConfig, layout_key: Key, cue_key: Key) -> MemorySta
     cue = cue._replace(delay=jax.random.randint(delay_key, (), least, most + 1))
     places = quasi_static.sample_places(_SPACING, place_key)
     blocks = places[2:]
-    if task.has_cups:  # in an order that can be seen: rows of any order hide which cup is where
-        num_cups = memory_task.items(task, config)
+    if task.has_cups:  # so that the number of a place follows from the visible positions
+        num_cups = items(task, config)
         order = jnp.argsort(blocks[:num_cups, 0])
         blocks = blocks.at[:num_cups].set(blocks[order])
     layout = TablePlaces(blocks=blocks, plate=places[0], button=places[1])

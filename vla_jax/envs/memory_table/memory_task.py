@@ -64,7 +64,7 @@ class Display(NamedTuple):
     lamp: Array  # [3] rgb in [0, 1]
     lit: Array  # [4] bool, blocks that light up
     button: Array  # [2] m; zeros where there is none
-    cups: Array  # [4, 2] m, a row per place, in order of x; zeros where there is none
+    cups: Array  # [4, 2] m, one row per place, places in order of x; zeros where there is none
     cups_down: Array  # [] bool
     cups_up: Array  # [4] bool, in the air while they change places
     marker: Array  # [3] x y in m, and 1 where it is visible

@@ -267,7 +267,7 @@ CUPS_SWAPPED = CUPS._replace(
     display=lambda config, state: _cups(CUPS_SWAPPED, config, state),
     recall=lambda config, state: _recall_cup(CUPS_SWAPPED, config, state),
     chance=lambda config: 1 / memory_task.items(CUPS_SWAPPED, config),
-    rules_version=3,  # since 2 cups pass each other in the air; since 3 the state says so
+    rules_version=3,  # since 3 as `cups`, and the state says which cups are in the air
     updates=3,
     cue_text=lambda config, state: (
         f"{CUPS.cue_text(config, state)}, then "
