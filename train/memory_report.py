@@ -159,7 +159,7 @@ def _panel(
         return None
     values = sorted(chances)
     return Panel(
-        title, x_label, "success rate", curves, y_range=(0, 1), x_ticks=values, band=_range,
+        title, x_label, "success rate", curves, y_range=(0, 1.02), x_ticks=values, band=_range,
         references={"chance": (values, [chances[x] for x in values])},
     )  # fmt: skip
 
