@@ -1,10 +1,12 @@
 """Memory suite from pictures: its steps, its trainings, and all of it end to end."""
 
 import dataclasses
+import io
 import json
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from train import configs, memory_pictures, memory_suite
 from train.memory_pictures import MemoryPicturesConfig
@@ -49,6 +51,15 @@ def test_a_small_chance_is_not_zero_in_the_table(monkeypatch):
     monkeypatch.setattr(memory_pictures, "_rate", lambda *names: "50 %")
     table = memory_pictures.make_table(MemoryPicturesConfig(tasks=("path", "lit")))
     assert list(table.columns[2].cells) == ["0.2 %", "25 %"]
+
+
+def test_names_in_the_table_are_whole_in_a_terminal_of_80_columns(monkeypatch):
+    monkeypatch.setattr(memory_pictures, "_rate", lambda *names: "77.5 % [69.2 – 84.1 %]")
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(memory_pictures.make_table(MemoryPicturesConfig()))
+    text = console.export_text()
+    assert "…" not in text
+    assert all(name in text for name in ("permanence", "sequence", "gru", "84.1 %]"))
 
 
 def test_unknown_names_are_refused():

@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import json
 import pathlib
 import re
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 from train import memory_cloning, memory_decoders, memory_grid, memory_report, memory_suite
 from train.memory_decoders import variants, with_first_observation
@@ -292,6 +294,20 @@ def test_curves_are_at_the_numbers_of_the_world_with_chance_at_each():
         for most, groups, chance in ((0, few, 0.16), (8, many, 0.08))
     ])  # fmt: skip
     assert panel.references["chance"] == ([*range(2, 9)], [0.08] * 7)
+
+
+def test_the_table_of_all_policies_is_whole_in_a_terminal_of_80_columns():
+    scores = [
+        score(name, [0.99, 1.0, 1.0], task=task, delay=256)
+        for task in tasks.TASKS
+        for name in variants()
+    ]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(memory_report.table(scores, tuple(variants())))
+    text = console.export_text()
+    assert "…" not in text
+    assert all(text.count(f"│ {name} ") == len(tasks.TASKS) for name in variants())
+    assert all(text.count(f"│ {task} ") == 1 for task in tasks.TASKS)
 
 
 def test_curves_of_an_earlier_call_are_deleted(tmp_path):

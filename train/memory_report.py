@@ -50,12 +50,18 @@ def percent(success: np.ndarray) -> str:
 
 
 def table(scores: Sequence[Score], decoders: Sequence[str]) -> Table:
-    """Returns the table of the grid, one row per task."""
+    """Returns the table of the grid, one row per task and policy: it fits into any terminal."""
     shown = Table(title="Success rate, mean and range over seeds", title_justify="left")
-    for name in ("suite", "task", "", "chance", *decoders):
-        shown.add_column(name)
-    for row in _rows(scores, decoders):
-        shown.add_row(*row)
+    for name in ("task", "", "chance", "policy", "success"):
+        shown.add_column(name, no_wrap=True)
+    for row in by_world(scores):
+        first = next(iter(row.values()))
+        named = (first.cell.world.task, axes(first.cell), chance(first))
+        for name in decoders:
+            if name in row:
+                shown.add_row(*named, name, percent(row[name].success))
+                named = ("", "", "")  # once for each task
+        shown.add_section()
     return shown
 
 

@@ -87,7 +87,7 @@ def mujoco_memory_task() -> RecordConfig:
     return RecordConfig(
         "demos/memory",
         MujocoMemoryConfig(image_size=64),
-        num_episodes=600,
+        num_episodes=1800,
         wander_steps=WANDER_STEPS,
     )
 
