@@ -119,4 +119,5 @@ def test_demonstrations_are_recorded_masked_learned_and_evaluated_by_group(tmp_p
     groups = json.loads((folder / "summary.json").read_text())["summary"]["tasks"]
     assert groups.keys() <= {f"blinks {count}" for count in range(1, 5)}
     assert len(list(folder.glob("*.mp4"))) == 1
-    assert "blinks, gru" in page.read_text()
+    assert "<a href='blinks/index.html'>" in page.read_text()
+    assert "<h3>gru</h3>" in (tmp_path / "blinks" / "index.html").read_text()

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from rich.console import Console
 from rich.table import Table
 
-from train import cache, configs, memory_report
+from train import cache, configs, memory_pictures_page, memory_report
 from train.configs import ImitateConfig
 from train.demo_steps import (
     LOG,
@@ -98,11 +98,15 @@ def memory_pictures(config: MemoryPicturesConfig) -> pathlib.Path:
     console = Console(stderr=True)
     run_steps(steps, run_dir / LOG, console=console, name="memory suite from pictures")
     evaluations = {
-        f"{task}, {decoder}": _evaluated(config, task, decoder)
+        task: {decoder: _evaluated(config, task, decoder) for decoder in config.decoders}
         for task in config.tasks
-        for decoder in config.decoders
     }
-    page = report.write_index(run_dir, evaluations=evaluations, title="Memory suite from pictures")
+    page = memory_pictures_page.write(
+        run_dir,
+        evaluations,
+        chance=[_chance(config, task) for task in config.tasks],
+        introduction=_introduction(config),
+    )
     Console().print(make_table(config))
     print(f"{(time.perf_counter() - began) / 60:.1f} minutes")
     return page
@@ -224,10 +228,23 @@ def make_table(config: MemoryPicturesConfig) -> Table:
     for name in config.decoders:
         table.add_column(name)
     for task in config.tasks:
-        chance = memory_report.small_percent(tasks.chance(make_world(config, task)))
         rates = [_rate(config, task, decoder) for decoder in config.decoders]
-        table.add_row(tasks.get(task).suite, task, chance, *rates)
+        table.add_row(tasks.get(task).suite, task, _chance(config, task), *rates)
     return table
+
+
+def _introduction(config: MemoryPicturesConfig) -> str:
+    size = registry.image_size(read_backbone(config))
+    encoder = f"that of {config.features}" if config.features else "pre-trained on them"
+    return (
+        f"MuJoCo table, two images of {size} × {size} pixels, {config.num_demonstrations} "
+        f"demonstrations of each task, image encoder {encoder} and frozen, {config.num_updates} "
+        f"updates of each policy, seed {config.seed}, {config.num_episodes} unseen episodes."
+    )
+
+
+def _chance(config: MemoryPicturesConfig, task: str) -> str:
+    return memory_report.small_percent(tasks.chance(make_world(config, task)))
 
 
 def _evaluated(config: MemoryPicturesConfig, task: str, decoder: str) -> pathlib.Path:

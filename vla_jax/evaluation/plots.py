@@ -97,7 +97,7 @@ def success(
     if not summaries and not references:
         raise ValueError(f"summaries for {path} must hold at least one policy, got none.")
     tasks = sorted({task for s in (*summaries.values(), *references.values()) for task in s.tasks})
-    groups = [*tasks, "mean over tasks"]
+    groups = tasks if len(tasks) == 1 else [*tasks, "mean over tasks"]
     figure = _figure(max(5.0, 1.2 + len(groups) * (0.7 + 0.35 * len(summaries))), 3.6)
     (axes,) = _panels(figure, 1, 1)
     width = 0.8 / max(1, len(summaries))
@@ -337,10 +337,14 @@ def attention(
 
 
 def _rates(summary: Summary, tasks: Sequence[str]) -> list[tuple[float, float, float]]:
-    """Returns rate, low, high in per cent of each task and of their mean; NaN if unknown."""
+    """Returns rate, low, high in per cent of each task and, unless it is one, of their mean.
+
+    NaN if unknown.
+    """
     blank = Rate(0, 0, None, (0.0, 1.0), None, 0)
     known = [(r.rate, *r.interval) for r in (summary.tasks.get(task, blank) for task in tasks)]
-    known.append((summary.task_mean, *summary.task_mean_interval))
+    if len(tasks) != 1:
+        known.append((summary.task_mean, *summary.task_mean_interval))
     return [
         (np.nan, np.nan, np.nan) if rate is None else (100 * rate, 100 * low, 100 * high)
         for rate, low, high in known

@@ -161,6 +161,8 @@ def _row(name: str, summary: Summary, tasks: Sequence[str]) -> str:
     cells.append((f"<b>{results.percent(summary.task_mean)}</b>", summary.task_mean_interval, ""))
     shown = "".join(
         f"<td>{rate}<small>{results.percent_interval(interval)}<br>{count}</small></td>"
+        if count != "0/0"
+        else "<td>–</td>"
         for rate, interval, count in cells
     )
     length = summary.total.mean_length
@@ -234,6 +236,7 @@ STYLE = """
   --ground: #16181c; --card: #1e2126; --accent: #56b4e9; } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--ground);
   max-width: 1080px; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
+a { color: var(--accent); }
 h1 { font-size: 1.7rem; margin: 0 0 1.2rem; }
 h2 { font-size: 1.1rem; margin: 2.2rem 0 .7rem; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); gap: .9rem; }
