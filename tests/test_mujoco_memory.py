@@ -156,6 +156,22 @@ def test_two_cues_give_equal_pictures_and_the_cue_is_visible_before(with_images)
     assert with_images.draw(48).shape == (48, 48, 3)
 
 
+@pytest.mark.sampled
+@pytest.mark.parametrize("with_images", tasks.TASKS, indirect=True)
+def test_images_are_those_of_a_new_rendering_at_every_step(with_images):
+    world, rng = with_images, np.random.default_rng(0)
+    observation = world.reset(3)
+    for _ in range(60):
+        for camera in ("primary", "wrist"):
+            rendered = world._physics.render(camera, world.config.image_size)
+            visible = rendered * (not world._is_dark)
+            assert np.array_equal(observation[f"image_{camera}"], visible)
+        step = world.step(rng.uniform(-1, 1, 7))
+        observation = step.observation
+        if step.terminated or step.truncated:
+            observation = world.reset(4)
+
+
 @pytest.mark.slow
 @pytest.mark.sampled
 @pytest.mark.parametrize("name", tasks.TASKS)

@@ -117,6 +117,8 @@ class MemoryMujoco:
         # everything that can be touched, in the order of `_contacts`
         self._obstacles = [*self._physics.block_geoms, *self._geoms[: scenery.NUM_FIXED]]
         self._state: Any = None
+        self._table: Any = None  # that of the state, as NumPy arrays
+        self._drawn, self._images = b"", {}  # the last scene that was rendered, and its images
         if config.image_size:
             self._physics.render("primary", config.image_size)  # a missing OpenGL is an error here
 
@@ -132,7 +134,8 @@ class MemoryMujoco:
         blocks = table.blocks[:, :2]
         self._physics.reset(table.plate, blocks, table.yaws, tool, opening=float(table.opening))
         self._park(table)
-        self._state = state._replace(table=self._read(table))
+        self._table, self._drawn = self._read(table), b""
+        self._state = state._replace(table=self._table)
         return self._show(jax.device_get(self._functions.view(self._state)))
 
     def step(self, action: np.ndarray) -> SimulatorStep:
@@ -142,7 +145,7 @@ class MemoryMujoco:
           ValueError: the action is not 7 finite numbers.
         """
         action = check_action(action)
-        table = jax.device_get(self._state.table)
+        table = self._table
         touched = np.zeros(rules.NUM_BLOCKS + scenery.NUM_FIXED, bool)
         if self.is_acting:
             self._park(table)  # a block that is not on the table falls
@@ -151,10 +154,11 @@ class MemoryMujoco:
                 touched |= self._touched()
             table = self._read(table)
         state, judgement, view = self._functions.advance(self._state, table, _contacts(touched))
-        self._state, judgement = state, jax.device_get(judgement)
-        self._park(jax.device_get(state.table))
+        self._state = state
+        self._table, judgement, view = jax.device_get((state.table, judgement, view))
+        self._park(self._table)
         return SimulatorStep(
-            observation=self._show(jax.device_get(view)),
+            observation=self._show(view),
             reward=float(judgement.success),
             terminated=bool(judgement.terminated),
             truncated=bool(judgement.truncated),
@@ -225,21 +229,30 @@ class MemoryMujoco:
             "proprio": np.asarray(numbers.proprio),
             "environment_state": np.asarray(numbers.environment_state),
         }
-        if self.config.image_size:
-            for camera in ("primary", "wrist"):
-                image = physics.render(camera, self.config.image_size)
-                parts[f"image_{camera}"] = image * (not self._is_dark)
+        for name, image in self._render().items():
+            parts[name] = image * (not self._is_dark)
         return parts
+
+    def _render(self) -> Mapping[str, np.ndarray]:
+        """Returns the images of the cameras: the last ones if nothing has changed since.
+
+        While the robot only watches, most steps look like the one before.
+        """
+        physics, size = self._physics, self.config.image_size
+        data, colours = physics.data, physics.model.geom_rgba
+        seen = b"".join(part.tobytes() for part in (data.qpos, data.mocap_pos, colours))
+        if size and seen != self._drawn:
+            self._drawn = seen
+            self._images = {
+                f"image_{camera}": physics.render(camera, size) for camera in ("primary", "wrist")
+            }
+        return self._images
 
 
 def _contacts(touched: np.ndarray) -> Contacts:
     """Returns the contacts of a step in which the hand touched `[n]` blocks and cylinders."""
     blocks, cylinders = np.split(touched, [rules.NUM_BLOCKS])
-    return Contacts(
-        blocks=jnp.asarray(blocks),
-        cups=jnp.asarray(cylinders[_FIRST_CUP:]),
-        button=jnp.asarray(cylinders[_BUTTON]),
-    )
+    return Contacts(blocks, cylinders[_FIRST_CUP:], cylinders[_BUTTON])
 
 
 def _mjcf(sizes: np.ndarray) -> str:

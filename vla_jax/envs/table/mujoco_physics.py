@@ -199,11 +199,16 @@ class MujocoPhysics:
 
     def _is_on_top(self, geoms: Sequence[int]) -> bool:
         """Returns whether the hand stands on a geom: the direction of the contact is upright."""
-        contact = self.data.contact
-        pairs = contact.geom[: self.data.ncon]
-        upright = np.abs(contact.frame[: self.data.ncon, 2]) > _UPRIGHT
-        hand, other = (np.isin(pairs, numbers) for numbers in (self._hand_geoms, geoms))
-        return bool(np.any(upright & hand.any(axis=1) & other.any(axis=1)))
+        return any(
+            other in geoms and abs(self.data.contact.frame[number, 2]) > _UPRIGHT
+            for _, other, number in self._hand_contacts()
+        )
+
+    def _hand_contacts(self) -> list[tuple[int, int, int]]:
+        """Returns a part of the hand, the geom that it touches, and the number of the contact."""
+        pairs = self.data.contact.geom[: self.data.ncon].tolist()  # NumPy is slower for so few
+        both = [(a, b, number) for number, pair in enumerate(pairs) for a, b in (pair, pair[::-1])]
+        return [contact for contact in both if contact[0] in self._hand_geoms]
 
     def park(self, blocks: Sequence[int]) -> None:
         """Moves blocks, given by number, far away from the table."""
@@ -252,8 +257,7 @@ class MujocoPhysics:
         Returns:
           Rows: left finger, right finger, palm.
         """
-        pairs = self.data.contact.geom[: self.data.ncon]
-        touching = {(int(a), int(b)) for pair in pairs for a, b in (pair, pair[::-1])}
+        touching = {(hand, other) for hand, other, _ in self._hand_contacts()}
         return np.array([[(hand, geom) in touching for geom in geoms] for hand in self._hand_geoms])
 
     def render(self, camera: str, size: int) -> np.ndarray:
