@@ -82,8 +82,8 @@ def _functions(config: MujocoMemoryConfig) -> _Functions:
             is_acting=memory_rules.is_acting(state),
         )
 
-    def advance(state: MemoryState, table: TableState, contacts: Contacts):
-        state, judgement = memory_rules.advance(config, state, table, contacts)
+    def advance(state: MemoryState, table: TableState, touched: Array):
+        state, judgement = memory_rules.advance(config, state, table, _contacts(touched))
         return state, judgement, view(state)
 
     return _Functions(
@@ -153,7 +153,7 @@ class MemoryMujoco:
             for _ in self._drive(np.asarray(arm, np.float64), bool(opens)):
                 touched |= self._touched()
             table = self._read(table)
-        state, judgement, view = self._functions.advance(self._state, table, _contacts(touched))
+        state, judgement, view = self._functions.advance(self._state, table, touched)
         self._state = state
         self._table, judgement, view = jax.device_get((state.table, judgement, view))
         self._park(self._table)
@@ -249,9 +249,9 @@ class MemoryMujoco:
         return self._images
 
 
-def _contacts(touched: np.ndarray) -> Contacts:
+def _contacts(touched: Array) -> Contacts:
     """Returns the contacts of a step in which the hand touched `[n]` blocks and cylinders."""
-    blocks, cylinders = np.split(touched, [rules.NUM_BLOCKS])
+    blocks, cylinders = jnp.split(touched, [rules.NUM_BLOCKS])
     return Contacts(blocks, cylinders[_FIRST_CUP:], cylinders[_BUTTON])
 
 
