@@ -120,7 +120,7 @@ def test_transformers_have_a_learning_rate_of_their_own():
     rates = {kind: memory_grid.learning_rate(TINY, kind) for kind in ("lstm", "gpt", "rotary_gpt")}
     assert rates == {"lstm": 2e-3, "gpt": 1e-3, "rotary_gpt": 1e-3}
     pictures = MemoryPicturesConfig(decoders=("lstm", "gpt"))
-    for kind, rate in (("lstm", 3e-3), ("gpt", 6e-4)):
+    for kind, rate in (("lstm", 5e-3), ("gpt", 1e-3)):
         assert make_policy(pictures, "lit", kind).optim.learning_rate == rate
 
 
@@ -298,7 +298,7 @@ def test_curves_are_at_the_numbers_of_the_world_with_chance_at_each():
 
 def test_the_table_of_all_policies_is_whole_in_a_terminal_of_80_columns():
     scores = [
-        score(name, [0.99, 1.0, 1.0], task=task, delay=256)
+        score(name, [0.99, 1.0, 1.0], task=task, delay=256, items=4, updates=8)
         for task in tasks.TASKS
         for name in variants()
     ]

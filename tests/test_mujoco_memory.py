@@ -172,6 +172,20 @@ def test_images_are_those_of_a_new_rendering_at_every_step(with_images):
             observation = world.reset(4)
 
 
+@pytest.mark.parametrize("with_images", ["lit"], indirect=True)
+def test_an_unchanged_scene_is_not_rendered_again_and_another_plate_is(with_images, monkeypatch):
+    world = with_images
+    state = memory_rules.start(world.config, jax.random.key(2), jax.random.key(0))
+    moved = state._replace(table=state.table._replace(plate=state.table.plate + 0.05))
+    first, other = (world.begin(each)["image_primary"] for each in (state, moved))
+    assert (first != other).any()
+    physics, cameras = world._physics, []
+    render = physics.render
+    monkeypatch.setattr(physics, "render", lambda *args: cameras.append(args[0]) or render(*args))
+    num_watched = len(watch(world))
+    assert 0 < len(cameras) < num_watched  # of two cameras, when the block lights up and goes out
+
+
 @pytest.mark.slow
 @pytest.mark.sampled
 @pytest.mark.parametrize("name", tasks.TASKS)

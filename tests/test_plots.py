@@ -58,6 +58,12 @@ def test_success_plots_every_policy_and_reference(tmp_path):
         assert (b == colour).all(-1).sum() > 500
 
 
+def test_the_mean_over_tasks_is_plotted_unless_there_is_one():
+    one, two = summary(touch=9), summary(touch=9, lift=8)
+    assert len(plots._rates(one, ["touch"])) == 1
+    assert plots._rates(two, ["lift", "touch"])[-1][0] == pytest.approx(85)
+
+
 def test_actions_plots_prediction_and_expert(tmp_path):
     expert = np.sin(np.linspace(0, 6, 30))[:, None] * np.ones(7)
     plots.actions(tmp_path / "a.png", expert * 0.9, expert, title="lift", **ACTION_AXES)

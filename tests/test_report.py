@@ -68,6 +68,13 @@ def test_the_index_shows_numbers_plots_videos_command_and_config(run_dir):
     assert page.tags.count("video") == 2
 
 
+def test_a_task_that_a_policy_was_not_evaluated_on_has_no_rate(run_dir):
+    write_evaluation(run_dir / "evaluation" / "other", task="touch")
+    text = report.write_index(run_dir).read_text(encoding="utf-8")
+    assert text.count("<td>–</td>") == 3  # touch for the two others, lift for this one
+    assert "0/0" not in text
+
+
 def test_policies_are_listed_before_references(run_dir):
     words = Page(report.write_index(run_dir)).words
     assert words.index("refresh-8") < words.index("expert")

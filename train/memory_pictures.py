@@ -1,7 +1,7 @@
 """Memory suite from pictures: four tasks on the MuJoCo table, one of each suite.
 
     python -m train.memory_pictures
-    python -m train.memory_pictures --tasks lit --decoders lstm fc --num-demonstrations 1000
+    python -m train.memory_pictures --tasks lit --decoders lstm fc
     python -m train.memory_pictures --features runs/table_lstm    # on another backbone's features
 
 For each task: demonstrations are recorded as a LeRobot data set, an image encoder is pre-trained on
@@ -68,7 +68,8 @@ class MemoryPicturesConfig:
     # run of train.imitate or train.pretrain whose frozen backbone gives the features; empty = an
     # image encoder is pre-trained on each task's demonstrations
     features: str = ""
-    num_demonstrations: int = 1800  # episodes to record of each task
+    # episodes to record of each task; with 600 an LSTM overfits, as docs/memory.md shows
+    num_demonstrations: int = 1800
     pretrain_updates: int = 1000  # updates of the image encoder of each task
     num_updates: int = 1000  # updates of each policy
     hidden_size: int = 128  # hidden units H of each policy

@@ -11,7 +11,8 @@ from vla_jax.files import replacing
 TITLE = "Memory suite from pictures"
 _NOTE = (
     "Below each rate: its 95 % interval (Wilson). Chance: the best policy without memory. A task "
-    "links to its own page, with the rates by group and the videos."
+    "links to its own page, with the rates by group and the videos; the large number there is the "
+    "mean over the groups, the rate here that of all episodes."
 )
 
 
@@ -32,22 +33,26 @@ def write(
 
     Returns:
       The path of the page.
+
+    Raises:
+      FileNotFoundError: an evaluation is missing.
+      ValueError: a file of one is damaged.
     """
     lines, plots = [], []
     for (task, folders), guess in zip(evaluations.items(), chance, strict=True):
         page = report.write_index(run_dir / task, evaluations=folders, title=f"{TITLE}: {task}")
-        link = f"<a href='{_escape(task)}/{page.name}'>{_escape(task)}</a>"
+        link = f"<a href='{html.escape(task)}/{page.name}'>{html.escape(task)}</a>"
         rates = "".join(_rate(report.read_evaluation(folder)) for folder in folders.values())
         if (run_dir / task / "success.png").exists():  # not without matplotlib
             plots.append(
-                f"<section class='plots'><h2>{_escape(task)}</h2>"
-                f"<img src='{_escape(task)}/success.png' alt='success by group'></section>"
+                f"<section class='plots'><h2>{html.escape(task)}</h2>"
+                f"<img src='{html.escape(task)}/success.png' alt='success by group'></section>"
             )
-        lines.append(f"<tr><th>{link}</th><td>{guess}</td>{rates}</tr>")
+        lines.append(f"<tr><th>{link}</th><td>{html.escape(guess)}</td>{rates}</tr>")
     head = ("task", "chance", *next(iter(evaluations.values())))
-    header = "".join(f"<th>{_escape(name)}</th>" for name in head)
+    header = "".join(f"<th>{html.escape(name)}</th>" for name in head)
     body = (
-        f"<h1>{TITLE}</h1><p>{_escape(introduction)}</p>"
+        f"<h1>{TITLE}</h1><p>{html.escape(introduction)}</p>"
         f"<div class='wide'><table><thead><tr>{header}</tr></thead>"
         f"<tbody>{''.join(lines)}</tbody></table></div>"
         f"<p class='note'>{_NOTE}</p>{''.join(plots)}"
@@ -62,7 +67,3 @@ def _rate(evaluation: Evaluation) -> str:
     total = evaluation.summary.total
     interval = results.percent_interval(total.interval)
     return f"<td>{results.percent(total.rate)}<small>{interval}</small></td>"
-
-
-def _escape(text: str) -> str:
-    return html.escape(text, quote=True)

@@ -337,7 +337,7 @@ def attention(
 
 
 def _rates(summary: Summary, tasks: Sequence[str]) -> list[tuple[float, float, float]]:
-    """Returns rate, low, high in per cent of each task and, unless it is one, of their mean.
+    """Returns rate, low, high in per cent of each task, then of their mean unless there is one.
 
     NaN if unknown.
     """

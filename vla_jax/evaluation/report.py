@@ -152,24 +152,21 @@ def _table(played: Mapping[str, Evaluation]) -> str:
 
 
 def _row(name: str, summary: Summary, tasks: Sequence[str]) -> str:
-    blank = Rate(0, 0, None, (0.0, 1.0), None, 0)
-    rates = [*(summary.tasks.get(task, blank) for task in tasks), summary.total]
-    cells = [
-        (results.percent(rate.rate), rate.interval, f"{rate.successes}/{rate.episodes}")
-        for rate in rates
-    ]
-    cells.append((f"<b>{results.percent(summary.task_mean)}</b>", summary.task_mean_interval, ""))
-    shown = "".join(
-        f"<td>{rate}<small>{results.percent_interval(interval)}<br>{count}</small></td>"
-        if count != "0/0"
-        else "<td>–</td>"
-        for rate, interval, count in cells
-    )
+    rates = "".join(map(_cell, [*(summary.tasks.get(task) for task in tasks), summary.total]))
+    mean, interval = results.percent(summary.task_mean), summary.task_mean_interval
+    shown = f"{rates}<td><b>{mean}</b><small>{results.percent_interval(interval)}</small></td>"
     length = summary.total.mean_length
     steps = "–" if length is None else f"{length:.1f}"
     return (
         f"<tr><th>{_escape(name)}</th>{shown}<td>{steps}</td><td>{summary.total.crashed}</td></tr>"
     )
+
+
+def _cell(rate: Rate | None) -> str:
+    if rate is None or not rate.episodes:
+        return "<td>–</td>"
+    interval, count = results.percent_interval(rate.interval), f"{rate.successes}/{rate.episodes}"
+    return f"<td>{results.percent(rate.rate)}<small>{interval}<br>{count}</small></td>"
 
 
 def _plots(run_dir: pathlib.Path) -> str:

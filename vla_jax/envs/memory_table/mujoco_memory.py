@@ -242,10 +242,10 @@ class MemoryMujoco:
         data, colours = physics.data, physics.model.geom_rgba
         seen = b"".join(part.tobytes() for part in (data.qpos, data.mocap_pos, colours))
         if size and seen != self._drawn:
-            self._drawn = seen
             self._images = {
                 f"image_{camera}": physics.render(camera, size) for camera in ("primary", "wrist")
             }
+            self._drawn = seen  # not if rendering failed
         return self._images
 
 
