@@ -337,13 +337,10 @@ def attention(
 
 
 def _rates(summary: Summary, tasks: Sequence[str]) -> list[tuple[float, float, float]]:
-    """Returns rate, low, high in per cent of each task, then of their mean unless there is one.
-
-    NaN if unknown.
-    """
+    """Returns rate, low, high in %, or NaN, of each task, then of the mean of several tasks."""
     blank = Rate(0, 0, None, (0.0, 1.0), None, 0)
     known = [(r.rate, *r.interval) for r in (summary.tasks.get(task, blank) for task in tasks)]
-    if len(tasks) != 1:
+    if len(tasks) != 1:  # without any task there is one bar, too
         known.append((summary.task_mean, *summary.task_mean_interval))
     return [
         (np.nan, np.nan, np.nan) if rate is None else (100 * rate, 100 * low, 100 * high)
