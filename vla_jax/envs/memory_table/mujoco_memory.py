@@ -239,9 +239,11 @@ class MemoryMujoco:
         While the robot only watches, most steps look like the one before.
         """
         physics, size = self._physics, self.config.image_size
+        if not size:
+            return {}
         data, colours = physics.data, physics.model.geom_rgba
         seen = b"".join(part.tobytes() for part in (data.qpos, data.mocap_pos, colours))
-        if size and seen != self._drawn:
+        if seen != self._drawn:
             self._images = {
                 f"image_{camera}": physics.render(camera, size) for camera in ("primary", "wrist")
             }

@@ -205,7 +205,7 @@ class MujocoPhysics:
         )
 
     def _hand_contacts(self) -> list[tuple[int, int, int]]:
-        """Returns a part of the hand, the geom that it touches, and the number of the contact."""
+        """Returns of each contact of the hand: its part, the other geom, the contact's number."""
         pairs = self.data.contact.geom[: self.data.ncon].tolist()  # NumPy is slower for so few
         both = [(a, b, number) for number, pair in enumerate(pairs) for a, b in (pair, pair[::-1])]
         return [contact for contact in both if contact[0] in self._hand_geoms]
