@@ -277,7 +277,7 @@ def test_a_warning_of_the_script_is_one_line(capsys):
 @pytest.mark.parametrize(
     ("module", "argv", "sentence"),
     [
-        ("record", ("--num-episodes", "0"), "num_episodes must be >= 1"),
+        ("record", ("--num-episodes", "0"), "num_episodes must be at least 1"),
         ("pretrain", ("--dataset", "nowhere"), "nowhere"),
         ("imitate", ("--dataset", "nowhere"), "nowhere"),
         ("cache", ("--dataset", "nowhere"), "nowhere"),
