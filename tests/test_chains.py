@@ -196,7 +196,7 @@ def test_demonstrations_tell_the_instruction_of_each_step():
 
 
 @pytest.mark.slow
-def test_policies_are_trained_and_tested_and_earlier_results_are_kept(tmp_path):
+def test_policies_are_trained_and_tested_and_earlier_results_are_kept(tmp_path, capsys):
     config = ChainsConfig(
         policies=("fc", "lstm_refresh", "lstm_periodic"), num_chains=4,
         cloning=CloningConfig(num_seeds=2, num_demonstrations=16, num_updates=1, batch_size=2,
@@ -206,6 +206,9 @@ def test_policies_are_trained_and_tested_and_earlier_results_are_kept(tmp_path):
     run_dir = chain_script.chain_suite(config)
     lines = [*map(json.loads, (run_dir / chain_script.RESULTS).read_text().splitlines())]
     assert [line["policy"] for line in lines] == list(config.policies)
+    shown = capsys.readouterr().err
+    assert "lstm_refresh 1/1 updates  seeds: 2" in shown
+    assert "lstm_periodic 1/1" not in shown  # it shares the training
     for line in lines:
         assert np.shape(line["in_a_row"]) == (2, 5)
         np.testing.assert_allclose(np.sum(line["in_a_row"], axis=1), line["average"])

@@ -34,6 +34,7 @@ from vla_jax.envs.table import chain_env
 from vla_jax.envs.table.chain_env import ChainConfig
 from vla_jax.policies.trunk import Mode
 from vla_jax.runs import Run, check_run, load_run, open_run
+from vla_jax.training.progress import progress_bar
 from vla_jax.training.run_lock import exclusive
 from vla_jax.types import Env
 
@@ -125,7 +126,7 @@ def chain_suite(config: ChainsConfig) -> pathlib.Path:
             continue
         start = time.monotonic()
         done = (
-            _play_policy(env, name, config, trained)
+            _play_policy(env, name, config, trained, console)
             if loaded is None
             else _play_run(env, loaded, config)
         )
@@ -145,7 +146,11 @@ def chain_suite(config: ChainsConfig) -> pathlib.Path:
 
 
 def _play_policy(
-    env: Env, name: str, config: ChainsConfig, trained: dict[tuple[str, int], Clones]
+    env: Env,
+    name: str,
+    config: ChainsConfig,
+    trained: dict[tuple[str, int], Clones],
+    console: Console,
 ) -> np.ndarray:
     """Trains a policy, unless one of the same training is there, and returns what it did `[S, n]`.
 
@@ -154,23 +159,27 @@ def _play_policy(
       name: of the policy.
       config: of the script.
       trained: clones by kind and window; a new one is added.
+      console: shows the progress of the training.
     """
     variant, cloning = POLICIES[name], config.cloning
     keys = jax.vmap(jax.random.key)(cloning.seed + np.arange(cloning.num_seeds))
     same = variant.kind, variant.window_size
     if same not in trained:
-        trained[same] = memory_cloning.clone(
-            env,
-            variant,
-            keys=keys,
-            num_demonstrations=cloning.num_demonstrations,
-            num_updates=cloning.num_updates,
-            batch_size=cloning.batch_size,
-            hidden_size=cloning.hidden_size,
-            joint_sizes=cloning.joint_sizes,
-            recall_weight=cloning.recall_weight,
-            learning_rate=memory_grid.learning_rate(cloning, variant.kind),
-        )
+        total, seeds = cloning.num_updates, f"seeds: {cloning.num_seeds}"
+        with progress_bar(name, total, unit="updates", console=console) as show:
+            trained[same] = memory_cloning.clone(
+                env,
+                variant,
+                keys=keys,
+                num_demonstrations=cloning.num_demonstrations,
+                num_updates=total,
+                batch_size=cloning.batch_size,
+                hidden_size=cloning.hidden_size,
+                joint_sizes=cloning.joint_sizes,
+                recall_weight=cloning.recall_weight,
+                learning_rate=memory_grid.learning_rate(cloning, variant.kind),
+                progress=lambda done: show(min(done, total), seeds),
+            )
     clones = trained[same]
     clones = clones._replace(agent=dataclasses.replace(clones.agent, mode=variant.mode))
     key = jax.random.fold_in(keys[0], 2)
