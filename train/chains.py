@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from train import memory_cloning, memory_grid
 from train.memory_cloning import Clones
@@ -225,9 +225,10 @@ def _play_run(env: Env, loaded: Run, config: ChainsConfig) -> np.ndarray:
 def table(scores: list[ChainScore]) -> Table:
     """Returns the scores as a table: means over the seeds, and of the length also its range."""
     length = max((len(score.in_a_row[0]) for score in scores), default=0)
-    drawn = Table("policy", *map(str, range(1, length + 1)), "average length")
+    average = Column("average length", no_wrap=True)
+    drawn = Table("policy", *map(str, range(1, length + 1)), average)
     for score in scores:
-        rates = [f"{100 * rate:.1f} %" for rate in np.mean(score.in_a_row, axis=0)]
+        rates = [f"{100 * rate:.0f} %" for rate in np.mean(score.in_a_row, axis=0)]
         drawn.add_row(score.policy, *rates, _mean_and_range(score.average))
     return drawn
 
