@@ -5,6 +5,7 @@ import ctypes
 import gc
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -42,6 +43,10 @@ import pytest
 from tests import sampling
 from vla_jax import compile_cache
 
+# Processes in the background of a shell script ignore Ctrl-C, and hand that on to those that they
+# start; tests send it to theirs.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 compile_cache.protect()  # the other worker reads a program while this one writes it
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")

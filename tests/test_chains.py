@@ -1,6 +1,7 @@
 """Chains on the JAX table: rules, expert, when each instruction is given, and their measure."""
 
 import functools
+import io
 import json
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
+from rich.console import Console
 
 from train import chains as chain_script
 from train.chains import ChainsConfig
@@ -184,6 +186,17 @@ def test_average_length_is_the_sum_of_the_rates_as_calvin_reports_it():
     rates = chain_script.in_a_row(done, 5)
     np.testing.assert_allclose(rates, [[0.75, 0.5, 0.5, 0.5, 0.5], [1, 1, 0, 0, 0]])
     np.testing.assert_allclose(rates.sum(axis=1), done.mean(axis=1))
+
+
+def test_the_table_is_whole_in_a_terminal_of_80_columns():
+    rates, average = [[0.962, 0.93, 0.9, 0.87, 0.005]] * 2, [4.43, 4.57]
+    score = chain_script.ChainScore("lstm_periodic", False, rates, average, 1.0, {})
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(chain_script.table([score]))
+    (row,) = [line for line in console.export_text().splitlines() if "lstm" in line]
+    cells = [cell.strip() for cell in row.strip("│").split("│")]
+    assert cells[:2] == ["lstm_periodic", "96 %"]
+    assert cells[-1] == "4.50 [4.43, 4.57]"
 
 
 def test_demonstrations_tell_the_instruction_of_each_step():
